@@ -1,0 +1,107 @@
+"""Errors a user can act on. Each says what was found, where, and what to do, and carries its exit code.
+
+Anything that is not a `CompressError` is our own bug: the command line keeps its traceback and exits with 1.
+The exit codes are documented in docs/exit-codes.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class CompressError(Exception):
+    """Root of every error that a user can act on.
+
+    what   what was found, with the real values
+    where  the weight, file, recipe position or setting it was found at
+    hint   what to do about it
+    """
+
+    exit_code: ClassVar[int] = 1
+    code_name: ClassVar[str] = "error"
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f" {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{advice}"
+
+    def event(self) -> dict[str, Any]:
+        """The `error` event of --json output."""
+        return {
+            "event": "error",
+            "code": self.exit_code,
+            "name": self.code_name,
+            "message": self.what,
+            "where": self.where,
+            "hint": self.hint,
+        }
+
+
+class UsageError(CompressError):
+    """A flag, argument or output directory that can't be used."""
+
+    exit_code, code_name = 2, "usage"
+
+
+class RecipeError(CompressError):
+    """A recipe, or the data it names, that can't be used."""
+
+    exit_code, code_name = 2, "recipe"
+
+
+class ResumeError(CompressError):
+    """A journal that doesn't belong to the run being asked for."""
+
+    exit_code, code_name = 2, "resume"
+
+
+class GateError(CompressError):
+    """The artifact is sound but a quality gate of the recipe doesn't hold."""
+
+    exit_code, code_name = 3, "gate-failed"
+
+
+class ArtifactError(CompressError):
+    """An artifact that doesn't load, or doesn't compute what it should."""
+
+    exit_code, code_name = 4, "verification-failed"
+
+
+class ModelError(CompressError):
+    """A checkpoint that is missing, corrupt, unsafe or of an unsupported structure."""
+
+    exit_code, code_name = 5, "model"
+
+
+class ShapeError(CompressError):
+    """A weight whose shape doesn't fit the settings asked for."""
+
+    exit_code, code_name = 5, "shape"
+
+
+class PreflightError(CompressError):
+    """A run that can't end well: memory, disk, or an order of steps that can't work."""
+
+    exit_code, code_name = 5, "preflight"
+
+
+class DependencyError(CompressError):
+    """An optional package is needed; the hint names the extra to install."""
+
+    exit_code, code_name = 6, "missing-dependency"
+
+
+class PassError(CompressError):
+    """A numerical or data failure inside a pass; the journal is kept."""
+
+    exit_code, code_name = 7, "pass-failed"
+
+
+class Interrupted(CompressError):
+    """Ctrl-C or SIGTERM; what was done is kept and can be resumed."""
+
+    exit_code, code_name = 130, "interrupted"

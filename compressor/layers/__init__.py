@@ -1,0 +1,36 @@
+"""Stored forms. A layer knows how to hold, rebuild and multiply one weight; it knows nothing of passes.
+
+A form has a name, one file and one class. `find_layer("packed_linear")` imports it; other packages add theirs through
+the entry point group `compressor.layers`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from compressor.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from compressor.layers.base import Layer as Layer
+
+DENSE = "dense"
+BUILTIN = {"packed_linear": "compressor.layers.packed_linear:PackedLinear"}
+
+
+def find_layer(form: str) -> type[Layer]:
+    """The class of a stored form. Raises ArtifactError naming the known forms."""
+    found = [BUILTIN[form]] if form in BUILTIN else []
+    plugins = [point for point in entry_points(group="compressor.layers") if point.name == form]
+    if len(found) + len(plugins) > 1:
+        raise ArtifactError(
+            f"stored form {form!r} is defined {len(found) + len(plugins)} times",
+            hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
+        )
+    if plugins:
+        return plugins[0].load()
+    if not found:
+        raise ArtifactError(f"unknown stored form {form!r}", hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)))
+    module, _, name = found[0].partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,201 @@
+"""What the author of a pass sees: Pass, Site, Weight, Group, Traits, Fact, Decision.
+
+A pass is a frozen bag of settings with one required function, `block`. The engine calls it once per block with a
+`Site`, the block as a pass may see it. Whatever a pass has to remember from one block to the next lives in `carry`.
+Nothing here imports torch at run time, so that the schema, the help and the list of passes are instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.layers import Layer
+
+State = TypeVar("State")
+Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
+Decision = dict[str, Any]  # small, sorted JSON
+
+
+class Fact(str, Enum):
+    """A truth about the whole model that a pass may need or break. Each has a checker in `testing.py`."""
+
+    CONSTANT_TOKEN_COUNT = "constant_token_count"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a pass needs and leaves behind, so that `plan` can refuse an order that can't work.
+
+    accepts and stores are names of stored forms (see `compressor.layers`); "dense" is the uncompressed form. Names
+    rather than classes, because classes would pull torch into the schema and the help.
+    """
+
+    reads: Literal["weights", "inputs", "gradients"]
+    accepts: frozenset[str] = frozenset({"dense"})
+    stores: str | None = None  # None keeps the form
+    requires: frozenset[Fact] = frozenset()
+    breaks: frozenset[Fact] = frozenset()
+    provides: frozenset[Fact] = frozenset()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One matrix of the checkpoint, named as the checkpoint names it (without `.weight`).
+
+    parameter   the module parameter that holds it, e.g. `model.layers.0.mlp.experts.gate_up_proj`
+    shape       (out_features, in_features)
+    transposed  stored as (in, out), as GPT-2's Conv1D does
+    expert      index along the first dimension of a fused (experts, ...) parameter, else None
+    rows        (start, stop) of the parameter's output rows that this matrix fills
+    bias        checkpoint name of the bias, if there is one
+    role        attention | mlp | experts | router | head | embedding
+    """
+
+    name: str
+    tensor: str  # checkpoint key, usually name + ".weight"
+    parameter: str
+    shape: tuple[int, int]
+    role: str
+    transposed: bool = False
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    bias: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that read the same input, in forward order."""
+
+    weights: tuple[Weight, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].in_features
+
+    @property
+    def expert(self) -> int | None:
+        return self.weights[0].expert
+
+    @property
+    def name(self) -> str:
+        return self.weights[0].name
+
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self.weights)
+
+
+Stage = tuple[Group, ...]  # groups whose inputs one replay of the block yields
+
+
+class Site(Protocol):
+    """A block (or the head) as a pass may see it. Only the weights this step selected are visible."""
+
+    index: int  # block number, counted over the whole model; -1 stem, number of blocks: head
+    dtype: torch.dtype  # type of what stays dense, and of stored scales
+    device: torch.device
+    generator: torch.Generator  # seeded from (run seed, step, block)
+    decision: Decision | None
+
+    def stages(self, sequential: bool = True) -> list[Stage]:
+        """The selected groups in forward order. sequential=False puts all of them into one stage.
+
+        Experts of one fused parameter are separate groups of one stage, since one replay feeds all of them.
+        """
+        ...
+
+    def fold(self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, torch.Tensor], State]) -> list[State]:
+        """Replay the block once over the calibration batches as it is now, folding each group's inputs.
+
+        `step(state, x)` gets x of shape (tokens, in_features), on the site's device, without padding; it is called
+        once per batch in a fixed order, and for an expert only with the tokens routed to it (maybe never).
+        """
+        ...
+
+    def inputs(self, group: Group) -> Iterator[torch.Tensor]:
+        """The batches (tokens, in_features) that this group reads now; replays the block."""
+        ...
+
+    def matrix(self, weight: Weight) -> torch.Tensor:
+        """A copy of the weight as it is now, (out_features, in_features) float32."""
+        ...
+
+    def bias(self, weight: Weight) -> torch.Tensor | None:
+        """The bias (out_features,) in its own dtype, if there is one."""
+        ...
+
+    def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
+        """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight."""
+        ...
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        """Add a warning to the report."""
+        ...
+
+
+class Pass(BaseModel):
+    """One recipe step. Holds settings only; whatever changes during a run is in `carry`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    title: ClassVar[str] = ""  # one line for `compress-model passes`
+    paper: ClassVar[str] = ""  # authors, year, arXiv id
+
+    only: tuple[str, ...] = Field(("*",), description="Globs over weight names that this step may touch.")
+    except_: tuple[str, ...] = Field((), alias="except", description="Globs that are left out; wins over `only`.")
+
+    @property
+    def traits(self) -> Traits:
+        raise NotImplementedError
+
+    def spec(self, weight: Weight) -> dict[str, Any] | None:
+        """Settings of the stored form this pass would leave for `weight`; None if the form keeps its own.
+
+        `plan` predicts bytes from it. Raises ShapeError when the settings don't fit the weight.
+        """
+        return None
+
+    def check(self, weights: Sequence[Weight]) -> list[str]:
+        """Further problems with the selected weights, for `plan` to list (one sentence each)."""
+        return []
+
+    def decide(self, model: Any) -> Decision | None:
+        return None
+
+    def stem(self, site: Site, carry: Carry) -> Carry:
+        return carry
+
+    def block(self, site: Site, carry: Carry) -> Carry:
+        raise NotImplementedError
+
+    def head(self, site: Site, carry: Carry) -> Carry:
+        return carry
+
+
+@dataclass
+class Record:
+    """What the report says of one weight that a pass has stored."""
+
+    name: str
+    step: int
+    block: int
+    form: str
+    spec: dict[str, Any]
+    shape: tuple[int, int]
+    seconds: float = 0.0
+    values: dict[str, Any] = field(default_factory=dict)

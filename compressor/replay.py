@@ -1,0 +1,184 @@
+"""A model taken apart into stem, blocks and head, and put through its paces piece by piece.
+
+The stem is whatever runs before the first block and the head whatever runs after the last one; both are found by
+running the model with a `Port` in place of each block. A port notes the arguments that its block would get and either
+lets the hidden states through or ends the run. Nothing of the model's source is rewritten or traced symbolically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+Batch = dict[str, Tensor]  # the model's own inputs: input_ids or pixel_values
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one block is called with, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+class Port(nn.Module):
+    """Stands in for a block; anything else asked of it is answered by the block itself."""
+
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, Call], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_visit", visit)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._visit(hidden_states, Call(args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+
+class Pieces:
+    """A model and the path of its block list; runs stem, one block, or head.
+
+    The blocks' weights may be on the meta device while stem or head run, and the other way round.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks_path: str) -> None:
+        self.model = model
+        self.blocks_path = blocks_path
+        self.blocks: list[nn.Module] = list(model.get_submodule(blocks_path).children())
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def stem(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Hidden states before block 0, and the arguments of every block."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def visit(hidden: Tensor, call: Call) -> Tensor:
+            if not calls:
+                first.append(hidden)
+            calls.append(call)
+            if len(calls) == len(self.blocks):
+                raise _Stop
+            return hidden
+
+        with self._ports(visit), torch.no_grad():
+            try:
+                self.model(**batch)
+            except _Stop:
+                pass
+        if len(calls) != len(self.blocks):
+            raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
+        return first[0], calls
+
+    def block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Hidden states after one block."""
+        with torch.no_grad():
+            out = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def head(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """The model's output, given the hidden states after the last block."""
+        seen = 0
+
+        def visit(passing: Tensor, call: Call) -> Tensor:
+            nonlocal seen
+            seen += 1
+            return hidden if seen == len(self.blocks) else passing
+
+        with self._ports(visit), torch.no_grad():
+            return output_of(self.model(**batch))
+
+    def whole(self, batch: Batch) -> Tensor:
+        """stem -> blocks -> head."""
+        hidden, calls = self.stem(batch)
+        for index, call in enumerate(calls):
+            hidden = self.block(index, hidden, call)
+        return self.head(batch, hidden)
+
+    @contextmanager
+    def _ports(self, visit: Callable[[Tensor, Call], Tensor]) -> Iterator[None]:
+        parent_path, _, name = self.blocks_path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        original = parent._modules[name]
+        parent._modules[name] = nn.ModuleList(Port(block, visit) for block in self.blocks)
+        try:
+            yield
+        finally:
+            parent._modules[name] = original
+
+
+def output_of(output: Any) -> Tensor:
+    """Logits if the model has them, else the last hidden states."""
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One multiplication of an input by (part of) a parameter.
+
+    input       (..., in_features) as the model passed it
+    row_offset  elements into the parameter where the matrix starts; tells the expert of a fused parameter
+    transposed  the matrix lies as (in, out)
+    """
+
+    parameter: str
+    input: Tensor
+    elements: int
+    row_offset: int
+    transposed: bool
+
+
+class LinearCalls(TorchFunctionMode):
+    """Reports every multiplication by a watched parameter while it is active, module or not.
+
+    Watching the multiplication rather than modules sees nn.Linear, Conv1D and one expert of a fused parameter alike.
+    `watched` maps parameter names to parameters; `on_call` may raise `stop` to end the run.
+    """
+
+    def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[LinearCall], None]) -> None:
+        super().__init__()
+        self._names = {parameter.untyped_storage()._cdata: name for name, parameter in watched.items()}
+        self._keep = list(watched.values())  # storages stay alive, so their addresses stay unique
+        self._on_call = on_call
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            self._report(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"], False)
+        elif func in _ADDMM:
+            self._report(args[1], args[2], True)
+        elif func in _MATMUL:
+            self._report(args[0], args[1], True)
+        return func(*args, **kwargs)
+
+    def _report(self, x: Tensor, weight: Any, right_multiplied: bool) -> None:
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return
+        name = self._names.get(weight.untyped_storage()._cdata)
+        if name is None:
+            return
+        lies_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+        transposed = right_multiplied != lies_transposed
+        self._on_call(LinearCall(name, x, weight.numel(), weight.storage_offset(), transposed))
+
+
+_ADDMM = (torch.addmm, Tensor.addmm)
+_MATMUL = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+stop = _Stop
