@@ -1,0 +1,207 @@
+"""Reads a Hugging Face checkpoint directory: headers first, tensors one at a time, never a pickle.
+
+Nothing outside the directory is touched: an index that names `../x`, or a link that leads out, is refused. The one
+exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError
+from compressor.safetensors_file import TensorInfo, file_sha256, read_bytes, read_header
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """directory  the model's folder
+    config     config.json, parsed
+    tensors    checkpoint name -> where it lies
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype; a private copy."""
+        return read_bytes(self.tensors[name])
+
+    @property
+    def architecture(self) -> str | None:
+        names = self.config.get("architectures") or [None]
+        return names[0]
+
+    @property
+    def needs_remote_code(self) -> bool:
+        return bool(self.config.get("auto_map"))
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        return self.config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash over config.json and every weight file's own hash; reads the whole checkpoint once."""
+        files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
+        lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def files_to_carry(self) -> list[Path]:
+        """Tokenizer, templates, generation settings and licences that exist, relative to the directory, sorted."""
+        found = {path for pattern in CARRIED for path in self.directory.glob(pattern) if path.is_file()}
+        for path in found:
+            _inside(self.directory, path)
+        return sorted(path.relative_to(self.directory) for path in found)
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the model card's front matter states."""
+        card = self.directory / "README.md"
+        if not card.is_file():
+            return None
+        front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.S)
+        stated = re.search(r"^license:\s*(\S+)", front.group(1), re.M) if front else None
+        return stated.group(1) if stated else None
+
+
+def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Read config.json and every safetensors header.
+
+    raises ModelError for anything missing, torn, unsafe, or stored as a pickle
+    """
+    if not directory.is_dir():
+        kind = "a file" if directory.exists() else "nothing"
+        raise ModelError(f"{kind} is there, a checkpoint directory is needed", where=str(directory))
+    config = _read_json(_inside(directory, directory / "config.json"))
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.exists():
+        tensors = _sharded(directory, _read_json(_inside(directory, index)))
+    elif single.exists():
+        tensors = read_header(_inside(directory, single))
+    else:
+        raise _no_weights(directory)
+    if not tensors:
+        raise ModelError("the checkpoint holds no tensors", where=directory.name, hint="Download the model again.")
+    return Checkpoint(directory, config, tensors)
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model given as `demo`, a path, or the name of one in the local Hugging Face cache."""
+    if name == "demo":
+        from compressor.data import demo_path
+
+        return demo_path()
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise ModelError(
+                "is neither a directory nor in the local Hugging Face cache",
+                where=name,
+                hint=f"Download it first: hf download {name}",
+            ) from error
+    raise ModelError("no such directory", where=name, hint="Give a checkpoint directory, a cached hub name, or demo.")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """raises ModelError with the count and the first place of NaN or Inf"""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        raise ModelError(
+            f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
+            where=name,
+            hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+        )
+
+
+def _sharded(directory: Path, index: dict[str, Any]) -> dict[str, TensorInfo]:
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
+        raise ModelError("has no usable `weight_map`", where="model.safetensors.index.json", hint="Download it again.")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(mapping.values())):
+        if "/" in shard or "\\" in shard or shard in ("", ".", ".."):
+            raise ModelError(
+                f"names the file {shard!r}, which is not a plain name in this directory",
+                where="model.safetensors.index.json",
+                hint="Refused: a checkpoint must not reach outside its directory.",
+            )
+        path = directory / shard
+        if not path.is_file():
+            raise ModelError("shard is missing", where=shard, hint="Download the model again; the index names it.")
+        held = read_header(_inside(directory, path))
+        wanted = {name for name, file in mapping.items() if file == shard}
+        for problem, names in (("lacks", wanted - set(held)), ("holds unindexed", set(held) - wanted)):
+            if names:
+                raise ModelError(
+                    f"{problem} {len(names)} tensors, such as {min(names)}",
+                    where=shard,
+                    hint="Index and shards are not of one model.",
+                )
+        tensors.update(held)
+    return tensors
+
+
+def _no_weights(directory: Path) -> ModelError:
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return ModelError(
+            f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
+            where=directory.name,
+            hint="Convert it where you trust it: load it with transformers, then save_pretrained(DIR) writes safetensors.",
+        )
+    return ModelError("no model.safetensors or index was found", where=directory.name, hint="Download the model again.")
+
+
+def _inside(directory: Path, path: Path) -> Path:
+    if not path.exists():
+        raise ModelError("file is missing", where=path.name, hint=f"A checkpoint directory has one ({directory.name}).")
+    root, target = directory.resolve(), path.resolve()
+    cache = root.parent.parent if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(cache / "blobs")):
+        raise ModelError(
+            "is a link that leads out of the model's directory",
+            where=path.name,
+            hint="Refused: copy the file into the directory if it belongs there.",
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"is not valid JSON ({error})", where=path.name, hint="Download it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", where=path.name, hint="Download it again.")
+    return value

@@ -1,0 +1,214 @@
+"""Safetensors files: a strict header reader and a writer that streams.
+
+The header is checked here, before any library maps the file, so that a truncated or lying file ends in a sentence.
+The writer copies tensors one by one, so a shard of any size is written in constant memory; its bytes equal those of
+the safetensors library for the same tensors. Format: docs/format.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError, PassError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+COPY_BYTES = 1 << 24
+# name -> (torch dtype, alignment rank: the library sorts by it, largest first)
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RANK = {name: number for number, name in enumerate(DTYPES)}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` is absolute in `file`, sizes are bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write. `read` returns it, contiguous, when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file, in the order of the header.
+
+    raises ModelError saying what is wrong with the file
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _bad(path, f"its header claims {length} bytes, the file has {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+    header = _parse(path, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(path, "its __metadata__ is not a map of strings")
+    begin_of_data = 8 + length
+    tensors = {name: _entry(path, name, entry, begin_of_data) for name, entry in header.items()}
+    at = begin_of_data
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != at:
+            raise _bad(path, f"the bytes of {name!r} start at {info.offset}, {at} expected (gap or overlap)")
+        at += info.nbytes
+    if at != size:
+        raise _bad(path, f"its tensors end at byte {at}, the file at {size}")
+    return tensors
+
+
+def write_file(path: Path, entries: Iterable[Entry]) -> None:
+    """Write tensors in the library's order with metadata {"format": "pt"}, then sync the file.
+
+    raises PassError when the disk is full; nothing is left behind then
+    """
+    ordered = sorted(entries, key=lambda entry: (-RANK[NAMES[entry.dtype]], entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in ordered:
+        header[entry.name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for entry in ordered:
+                _write_tensor(file, entry)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(path, offset) from error
+        raise
+
+
+def header_bytes(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
+    """Size of everything before the data in a file with these tensors; nothing is written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in entries:
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + -length % 8
+
+
+def disk_full(path: Path, needed_bytes: int) -> PassError:
+    free = shutil.disk_usage(path.parent).free
+    return PassError(
+        f"the disk is full: {needed_bytes:,} bytes to write, {free:,} free",
+        where=path.name,
+        hint="Free some space, then run again with --resume; what is done is kept.",
+    )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bytes(info: TensorInfo) -> Tensor:
+    """One tensor, read with one seek; no file stays mapped."""
+    buffer = bytearray(info.nbytes)
+    with info.file.open("rb") as file:
+        file.seek(info.offset)
+        if file.readinto(buffer) != info.nbytes:
+            raise _bad(info.file, "it became shorter while it was read")
+    if not buffer:
+        return torch.empty(info.shape, dtype=info.dtype)
+    return torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
+
+
+def _write_tensor(file: Any, entry: Entry) -> None:
+    tensor = entry.read()
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
+        raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} was read, {entry} was announced")
+    if tensor.numel():
+        file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a name appears twice")
+        return result
+
+    if not text.startswith(b"{"):
+        raise _bad(path, "its header is not JSON")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its header is not valid JSON ({error})") from error
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"the entry of {name!r} is malformed")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _bad(path, f"{name!r} has the unknown dtype {dtype!r}")
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        raise _bad(path, f"the entry of {name!r} is malformed")
+    if not all(type(value) is int and 0 <= value < 1 << 62 for value in [*shape, *offsets]):
+        raise _bad(path, f"the entry of {name!r} has sizes that are not whole numbers")
+    nbytes = DTYPES[dtype].itemsize
+    for size in shape:
+        nbytes *= size
+    if offsets[1] - offsets[0] != nbytes:
+        raise _bad(path, f"{name!r} of shape {shape} needs {nbytes} bytes, its offsets span {offsets[1] - offsets[0]}")
+    return TensorInfo(path, DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
+
+
+def _bad(path: Path, what: str) -> ModelError:
+    return ModelError(
+        f"is not a sound safetensors file: {what}", where=path.name, hint="Download or copy the file again."
+    )

@@ -1,0 +1,477 @@
+"""Stem, blocks, head and weight groups of a model, found by running it.
+
+Running beats symbolic tracing: a shallow twin of the model (the same class and widths, few blocks) is run on the meta
+device, or with random weights on the CPU where an operation depends on values, and every multiplication by a parameter
+is noted with the identity of its input. Weights that read the same tensor form a group. Replaying stem, blocks and
+head of a random twin must give its own logits bit for bit; if not, the model is refused before any work.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from compressor.binding import Bindings, bind
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.errors import ModelError
+from compressor.protocol import Group, Stage, Weight
+from compressor.replay import Batch, LinearCall, LinearCalls, Pieces, output_of
+
+TWIN_TOKENS = 12
+TWIN_SEED = 0
+
+
+@dataclass(frozen=True)
+class Product:
+    """One traced multiplication inside a block (names relative to it) or in the head (full names)."""
+
+    parameter: str
+    transposed: bool
+    fused_experts: bool
+
+
+@dataclass
+class Structure:
+    """A checkpoint, its model on the meta device, and what running it showed.
+
+    groups             signature of a block -> its products, grouped by input, in forward order
+    used_after_blocks  modules outside the blocks that the twin used only after the last block, or not at all
+    dtype              what stays dense
+    """
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    pieces: Pieces
+    bindings: Bindings
+    groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]]
+    head_products: tuple[Product, ...]
+    used_after_blocks: set[str]
+    dtype: torch.dtype
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def block_count(self) -> int:
+        return len(self.pieces)
+
+    def stages(self, unit: int) -> list[Stage]:
+        """Weight groups of a unit: 0 stem (none), 1..n blocks, n + 1 head; in forward order."""
+        if unit == 0:
+            return []
+        if unit == self.block_count + 1:
+            return [(group,) for product in self.head_products for group in self._weights("", (product,), "head")]
+        block = self.pieces.blocks[unit - 1]
+        prefix = f"{self.pieces.blocks_path}.{unit - 1}."
+        stages: list[Stage] = []
+        for products in self.groups[signature(self.model.config, block, unit - 1)]:
+            groups = tuple(self._weights(prefix, products, None))
+            stages.append(groups)
+        return stages
+
+    def weights(self) -> Iterator[tuple[int, Weight]]:
+        """(unit, weight) for every matrix that can be compressed, in forward order."""
+        for unit in range(self.block_count + 2):
+            for stage in self.stages(unit):
+                for group in stage:
+                    for weight in group:
+                        yield unit, weight
+
+    @cached_property
+    def unit_of(self) -> dict[str, int]:
+        """Checkpoint tensor -> unit that stores it."""
+        head = {product.parameter for product in self.head_products}
+        units = {}
+        for tensor, parameter in self.bindings.parameter_of().items():
+            if parameter.startswith(self.pieces.blocks_path + "."):
+                units[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
+            elif parameter in head or parameter.rpartition(".")[0] in self.used_after_blocks:
+                units[tensor] = self.block_count + 1
+            else:
+                units[tensor] = 0
+        return units
+
+    def parameters_of(self, unit: int) -> list[str]:
+        """Parameter and buffer names that this unit's tensors fill."""
+        names = self.bindings.parameter_of()
+        return sorted({names[tensor] for tensor, at in self.unit_of.items() if at == unit})
+
+    def _weights(self, prefix: str, products: tuple[Product, ...], role: str | None) -> Iterator[Group]:
+        grouped: dict[int | None, list[Weight]] = {}
+        for product in products:
+            name = prefix + product.parameter
+            parameter = self.model.get_parameter(name)
+            kind = role or self._role(product, name, prefix)
+            bias = self._bias(name)
+            sources = self.bindings.sources.get(name)
+            if sources is None:  # a tied head has no tensor of its own
+                weight = _weight(name.removesuffix(".weight"), name, name, parameter, product, kind, bias)
+                grouped.setdefault(None, []).append(weight)
+                continue
+            if product.fused_experts and any(source.rows is None for source in sources):
+                raise ModelError(
+                    "its experts are stored fused in one tensor", where=sources[0].tensor,
+                    hint="Only checkpoints with one tensor per expert are supported.",
+                )
+            for source in sources:
+                weight = _weight(
+                    source.tensor.removesuffix(".weight"), source.tensor, name, parameter, product, kind, bias
+                )
+                if source.rows is not None:
+                    shape = (source.rows[1] - source.rows[0], weight.in_features)
+                    weight = replace(weight, shape=shape, expert=source.expert, rows=source.rows)
+                grouped.setdefault(source.expert, []).append(weight)
+        for expert in sorted(grouped, key=lambda e: -1 if e is None else e):
+            yield Group(tuple(grouped[expert]))
+
+    def _bias(self, name: str) -> str | None:
+        candidate = name.removesuffix("weight") + "bias"
+        sources = self.bindings.sources.get(candidate) if name.endswith("weight") else None
+        return sources[0].tensor if sources else None
+
+    def _role(self, product: Product, name: str, prefix: str) -> str:
+        if product.fused_experts:
+            return "experts"
+        owner, _, leaf = name.rpartition(".")
+        parts = owner.split(".")
+        depth = len(prefix.rstrip(".").split("."))
+        classes = [type(self.model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth, len(parts) + 1)]
+        if any("attention" in found.lower() for found in classes[1:]):
+            return "attention"
+        block = self.model.get_submodule(prefix.rstrip("."))
+        counts = {p.shape[0] for p in block.parameters() if p.dim() == 3}
+        if counts and self.model.get_parameter(name).shape[0] in counts | {1} and "gate" in owner.lower() + leaf:
+            return "router"
+        return "mlp"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `inspect` shows."""
+        units: dict[int, dict[str, Any]] = {}
+        for tensor, unit in self.unit_of.items():
+            entry = units.setdefault(unit, {"tensors": 0, "bytes": 0})
+            entry["tensors"] += 1
+            entry["bytes"] += self.checkpoint.tensors[tensor].nbytes
+        names = ["stem", *(f"block {i}" for i in range(self.block_count)), "head"]
+        return {
+            "architecture": self.architecture,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "blocks": self.pieces.blocks_path,
+            "block_count": self.block_count,
+            "tied": dict(self.bindings.tied),
+            "dropped": list(self.bindings.dropped),
+            "units": [
+                {
+                    "name": names[unit],
+                    **units.get(unit, {"tensors": 0, "bytes": 0}),
+                    "groups": [
+                        [
+                            {"name": w.name, "shape": list(w.shape), "role": w.role, "form": "dense"}
+                            for w in group
+                        ]
+                        for stage in self.stages(unit)
+                        for group in stage
+                    ],
+                }
+                for unit in range(self.block_count + 2)
+            ],
+        }
+
+
+def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code: bool = False) -> Structure:
+    """Open a checkpoint and take its model apart; nothing but headers and the twin is in memory afterwards.
+
+    raises ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be split
+    """
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    if checkpoint.quantization_config is not None:
+        method = checkpoint.quantization_config.get("quant_method", "unknown")
+        raise ModelError(
+            f"the model is already quantized ({method})",
+            where=directory.name,
+            hint="Start from the original 16-bit or 32-bit checkpoint.",
+        )
+    config, cls = _config_and_class(checkpoint, trust_remote_code)
+    model = skeleton(cls, config)
+    model_dtype = _run_dtype(dtype, config, checkpoint)
+    pieces = Pieces(model, find_blocks(model))
+    twin_config, depth = _shallow(config, model, pieces)
+    groups, head, after = _trace(cls, twin_config, pieces.blocks_path, model_dtype)
+    bindings = bind(model, checkpoint)
+    structure = Structure(checkpoint, model, pieces, bindings, groups, head, after, model_dtype)
+    return structure
+
+
+def prove_by_replay(structure: Structure) -> None:
+    """Replay stem, blocks and head of a random shallow twin on the CPU; its logits must come out bit for bit.
+
+    raises ModelError naming the first block that differs
+    """
+    config, _ = _shallow(structure.model.config, structure.model, structure.pieces)
+    twin = _twin(type(structure.model), config, torch.device("cpu"), structure.dtype)
+    prove_equal(twin, structure.pieces.blocks_path, example_batch(twin, torch.device("cpu")))
+
+
+def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
+    """Compare the model's own output on `batch` with stem -> blocks -> head."""
+    pieces = Pieces(model, blocks_path)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = []
+    for block in pieces.blocks:
+        hooks.append(block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].clone())))
+        hooks.append(
+            block.register_forward_hook(
+                lambda _m, _a, out: outputs.append((out[0] if isinstance(out, tuple) else out).clone())
+            )
+        )
+    try:
+        with torch.no_grad():
+            expected = output_of(model(**batch))
+    except IndexError as error:  # a block called without positional hidden states
+        raise ModelError(
+            "its blocks don't take the hidden states first", where=blocks_path, hint="This model can't be split."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(inputs) != len(pieces):
+        raise ModelError(
+            f"{len(inputs)} block calls were seen for {len(pieces)} blocks", where=blocks_path,
+            hint="A model that skips or repeats blocks can't be split.",
+        )
+    hidden, calls = pieces.stem(batch)
+    for index, call in enumerate(calls):
+        name = f"{blocks_path}.{index}"
+        hint = "This model can't be compressed block by block."
+        if not torch.equal(hidden, inputs[index]):
+            raise ModelError("the replayed input of this block differs from the model's own", where=name, hint=hint)
+        hidden = pieces.block(index, hidden, call)
+        if not torch.equal(hidden, outputs[index]):
+            raise ModelError("the replayed output of this block differs from the model's own", where=name, hint=hint)
+    if not torch.equal(pieces.head(batch, hidden), expected):
+        raise ModelError("the replayed logits differ though every block agrees", where="head")
+
+
+def find_blocks(model: PreTrainedModel) -> str:
+    """Path of the module list whose equal members hold most of the parameters.
+
+    raises ModelError for encoder-decoder models and models without such a list
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            "encoder-decoder models have two stacks of blocks", where=type(model).__name__,
+            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+        )
+    candidates = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+            candidates[name] = sum(p.numel() for p in module.parameters())
+    if not candidates:
+        raise ModelError(
+            "no list of equal blocks was found", where=type(model).__name__, hint="This model can't be split."
+        )
+    return max(candidates, key=lambda name: (candidates[name], -len(name)))
+
+
+def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers, in eval mode, without a cache."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    _set_experts_eager(config)
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    return model.eval().requires_grad_(False)
+
+
+def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
+    """Seeded random inputs of the kind the model takes: token ids or pixels."""
+    generator = torch.Generator().manual_seed(TWIN_SEED)
+    config = model.config
+    if model.main_input_name == "input_ids":
+        ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
+        return {"input_ids": ids.to(device)}
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        pixels = torch.randn(samples, config.num_channels, *size, generator=generator)
+        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
+    raise ModelError(
+        f"its main input is {model.main_input_name!r}", where=type(model).__name__,
+        hint="Only models that read token ids or pixels are supported.",
+    )
+
+
+def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
+    """Blocks of one signature do the same multiplications on the same shapes."""
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
+    return (type(block).__name__, kinds[index] if kinds else None, shapes)
+
+
+def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    where = checkpoint.directory.name
+    name = checkpoint.architecture
+    if name is None:
+        raise ModelError("config.json names no `architectures`", where=where, hint="Add the model's class name.")
+    cls = getattr(transformers, name, None)
+    if cls is None and not checkpoint.needs_remote_code:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no architecture {name!r}", where=where,
+            hint="Update transformers, or check `architectures` in config.json.",
+        )
+    if checkpoint.needs_remote_code and cls is None and not trust:
+        raise ModelError(
+            f"{name} is code that comes with the checkpoint", where=where,
+            hint="Read that code, then pass --trust-remote-code to run it.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust, local_files_only=True)
+        if cls is None:
+            auto = checkpoint.config["auto_map"]
+            reference = next(value for key, value in auto.items() if value.endswith("." + name))
+            cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ModelError(
+            f"transformers can't read its config.json ({error})", where=where, hint="Check `model_type` and `architectures`."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
+    return config, cls
+
+
+def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if asked != "source":
+        return getattr(torch, asked)
+    stated = config.dtype
+    if isinstance(stated, torch.dtype):
+        return stated
+    floating = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
+    return max(set(floating), key=floating.count) if floating else torch.float32
+
+
+def _shallow(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> tuple[PretrainedConfig, int]:
+    """The config with the fewest blocks that still show every kind of block (at least two where there are two)."""
+    count = len(pieces)
+    kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
+    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+    return shallow, depth
+
+
+def _twin(cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    _set_experts_eager(config)
+    if device.type == "meta":
+        with device:
+            return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TWIN_SEED)
+        return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def _trace(
+    cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+    try:
+        return _trace_twin(_twin(cls, config, torch.device("meta"), dtype), path)
+    except (NotImplementedError, RuntimeError, TypeError):  # an operation that depends on values
+        return _trace_twin(_twin(cls, config, torch.device("cpu"), dtype), path)
+
+
+def _trace_twin(
+    twin: PreTrainedModel, path: str
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+    device = next(twin.parameters()).device
+    pieces = Pieces(twin, path)
+    batch = example_batch(twin, device)
+    used: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
+        for name, module in twin.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
+    ]
+    outside = [name for name, module in twin.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    outside = [name for name in outside if not name.startswith(path + ".")]
+    try:
+        hidden, calls = pieces.stem(batch)
+        before = set(used)
+        groups = {}
+        for index, call in enumerate(calls):
+            block = pieces.blocks[index]
+            found: list[LinearCall] = []
+            with LinearCalls(dict(block.named_parameters()), found.append):
+                hidden = pieces.block(index, hidden, call)
+            groups.setdefault(signature(twin.config, block, index), _grouped(found, dict(block.named_parameters())))
+        found = []
+        watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
+        with LinearCalls(watched, found.append):
+            pieces.head(batch, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    head = [call for call in found if twin.get_parameter(call.parameter).dim() == 2]
+    names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
+    products = []
+    output = twin.get_output_embeddings()
+    for call in head:
+        name = call.parameter
+        if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
+            name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
+        product = Product(name, call.transposed, False)
+        owner = name.rpartition(".")[0]
+        if product not in products and owner not in before:
+            products.append(product)
+    return groups, tuple(products), {name for name in outside if name not in before}
+
+
+def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tuple[tuple[Product, ...], ...]:
+    """Products by identity of what they read. Experts of one fused parameter form one entry."""
+    groups: dict[Any, list[Product]] = {}
+    numbers = itertools.count()
+    seen: set[str] = set()
+    for call in calls:
+        if call.parameter in seen:
+            continue
+        seen.add(call.parameter)
+        fused = parameters[call.parameter].dim() == 3
+        x = call.input
+        key = next(numbers) if fused else (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version)
+        groups.setdefault(key, []).append(Product(call.parameter, call.transposed, fused))
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _weight(
+    name: str, tensor: str, parameter_name: str, parameter: Tensor, product: Product, role: str, bias: str | None
+) -> Weight:
+    rows, columns = parameter.shape[-2:]
+    shape = (columns, rows) if product.transposed else (rows, columns)
+    return Weight(name, tensor, parameter_name, shape, role, product.transposed, bias=bias)
+
+
+def _set_experts_eager(config: PretrainedConfig) -> None:
+    """One expert at a time, so that each expert's own tokens can be seen."""
+    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"
+
+
+def inspect_model(directory: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    return read_structure(directory, trust_remote_code=trust_remote_code).to_dict()

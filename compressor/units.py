@@ -1,0 +1,145 @@
+"""The unit of work and of storage: the stem, one block, or the head, and how its tensors get into the model.
+
+A unit's tensors come either from the source checkpoint or from a unit file that an earlier sweep wrote. Both are read
+by checkpoint name, so one function fills the model from either; a weight in a stored form is rebuilt first, which is
+what makes the running model compute exactly what a user of the artifact will get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compressor.binding import fill, read_parameter
+from compressor.checkpoint import check_finite
+from compressor.layers import find_layer
+from compressor.layers.base import Layer
+from compressor.protocol import Weight
+from compressor.structure import Structure
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one weight is stored; JSON in the journal and the manifest."""
+
+    form: str
+    spec: dict[str, Any]
+    weight: Weight
+
+    def to_dict(self) -> dict[str, Any]:
+        entry = asdict(self.weight)
+        return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Form:
+        values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
+        values["shape"] = tuple(values["shape"])
+        values["rows"] = tuple(values["rows"]) if values["rows"] else None
+        return cls(entry["form"], entry["spec"], Weight(**values))
+
+
+@dataclass
+class UnitSource:
+    """Where a unit's tensors are read from: a file of an earlier sweep, or (file None) the source checkpoint."""
+
+    structure: Structure
+    file: Path | None = None
+    forms: dict[str, Form] = field(default_factory=dict)  # weight name -> form, only weights that are not dense
+
+    def names(self, unit: int) -> list[str]:
+        """Checkpoint names of the tensors this unit stores, sorted."""
+        if self.file is not None:
+            with safe_open(self.file, framework="pt") as opened:
+                return sorted(opened.keys())
+        return sorted(tensor for tensor, at in self.structure.unit_of.items() if at == unit)
+
+    def read(self, tensor: str) -> Tensor:
+        """A dense tensor by checkpoint name, floating ones in the model's dtype; stored weights are rebuilt.
+
+        raises ModelError for a source tensor that holds NaN or Inf
+        """
+        dtype = self.structure.dtype
+        if self.file is None:
+            value = self.structure.checkpoint.read(tensor)
+            if value.is_floating_point():
+                check_finite(tensor, value)
+                value = value.to(dtype)
+            return value
+        form = self.forms.get(tensor.removesuffix(".weight"))
+        if form is not None:
+            matrix = self.layer(form).matrix(dtype)
+            return matrix.t().contiguous() if form.weight.transposed else matrix
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(tensor)
+
+    def layer(self, form: Form) -> Layer:
+        """A stored weight as its layer, without the bias."""
+        assert self.file is not None
+        with safe_open(self.file, framework="pt") as opened:
+            names = [name for name in opened.keys() if _belongs(name, form.weight)]  # noqa: SIM118
+            tensors = {name.removeprefix(form.weight.name + "."): opened.get_tensor(name) for name in names}
+        return find_layer(form.form).from_tensors(form.spec, tensors)
+
+    def raw(self, tensor: str) -> Tensor:
+        """A tensor as this source stores it, by its name there."""
+        if self.file is None:
+            return self.read(tensor)
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(tensor)
+
+
+def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch.device) -> None:
+    """Fill the model's parameters of one unit; everything else stays where it is."""
+    for name in structure.parameters_of(unit):
+        value = read_parameter(name, structure.bindings, source.read, structure.model)
+        fill(name, value.to(device), structure.model)
+    for form in source.forms.values():
+        if form.weight.parameter in structure.bindings.tied:  # an untied head has no tensor in the source
+            fill(form.weight.parameter, source.read(form.weight.tensor).to(device), structure.model)
+    tie(structure)
+
+
+def free_unit(structure: Structure, unit: int) -> None:
+    for name in structure.parameters_of(unit):
+        fill(name, None, structure.model)
+
+
+def tie(structure: Structure) -> None:
+    """Let tied parameters share their source's storage, unless an untied value was put there."""
+    model = structure.model
+    for target, source in structure.bindings.tied.items():
+        owner, _, leaf = target.rpartition(".")
+        module = model.get_submodule(owner)
+        if getattr(module, leaf).is_meta:
+            module._parameters[leaf] = model.get_parameter(source)
+
+
+def view(structure: Structure, weight: Weight) -> Tensor:
+    """The part of the model's parameter that holds this weight, as (out_features, in_features); writes go through."""
+    value = structure.model.get_parameter(weight.parameter).data
+    if weight.expert is not None:
+        value = value[weight.expert]
+    if weight.transposed:
+        value = value.t()
+    return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
+
+
+def unit_tensors(unit: int, source: UnitSource, put: dict[str, tuple[Form, Layer]]) -> Iterator[tuple[str, Tensor]]:
+    """What a unit's file will hold: every tensor of the source but those of replaced weights, and the new forms."""
+    for tensor in source.names(unit):
+        if not any(form.weight.tensor == tensor or _belongs(tensor, form.weight) for form, _ in put.values()):
+            yield tensor, source.raw(tensor)
+    for name, (_, layer) in put.items():
+        for suffix, value in layer.tensors().items():
+            yield f"{name}.{suffix}", value
+
+
+def _belongs(tensor: str, weight: Weight) -> bool:
+    """Whether a tensor of a unit file is part of this weight's stored form."""
+    return tensor.startswith(weight.name + ".") and tensor != weight.bias
