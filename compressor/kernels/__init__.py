@@ -1,0 +1,1 @@
+"""Arithmetic on stored forms. `reference` is plain torch; faster kernels have to agree with it."""

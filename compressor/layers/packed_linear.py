@@ -1,0 +1,116 @@
+"""A weight as packed integer codes with a scale, and maybe a zero point, per group of inputs.
+
+Tensors, as compressed-tensors' `pack-quantized` names and lays them out (docs/format.md):
+    weight_packed      int32 (out, ceil(in * bits / 32))
+    weight_scale       (out, groups), dtype of the model
+    weight_shape       int64 (2,) = [out, in]
+    weight_zero_point  int32 (ceil(out * bits / 32), groups), asymmetric only, packed down the columns
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import ShapeError
+from compressor.kernels.reference import dequantize, pack_codes, unpack_codes
+from compressor.layers.base import Layer
+
+
+class PackedLinear(Layer):
+    """Drop-in for nn.Linear that multiplies by the dequantized weight."""
+
+    form = "packed_linear"
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        groups = 1 if group_size == -1 else in_features // group_size
+        words = -(-in_features * bits // 32)
+        self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=dtype))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], dtype=torch.int64))
+        if not symmetric:
+            rows = -(-out_features * bits // 32)
+            self.register_buffer("weight_zero_point", torch.zeros(rows, groups, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def codes(self) -> Tensor:
+        """Signed codes (out, in) int8."""
+        return (unpack_codes(self.weight_packed, self.bits, self.in_features) - 2 ** (self.bits - 1)).view(torch.int8)
+
+    def zero_points(self) -> Tensor | None:
+        """Signed zero points (out, groups) int8; None when symmetric."""
+        if self.symmetric:
+            return None
+        packed = self.weight_zero_point.t().contiguous()
+        return (unpack_codes(packed, self.bits, self.out_features) - 2 ** (self.bits - 1)).view(torch.int8).t()
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the codes stand for."""
+        return dequantize(self.codes(), self.weight_scale, self.zero_points()).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+
+    @classmethod
+    def pack(
+        cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int, symmetric: bool,
+        bias: Tensor | None = None,
+    ) -> Self:  # fmt: skip
+        """Store signed codes.
+
+        codes       (out, in) int8 in [-2**(bits-1), 2**(bits-1) - 1]
+        scale       (out, groups), in the dtype to store
+        zero_point  (out, groups) int8 in the range of the codes; None when symmetric
+        raises      ShapeError if the shapes don't fit each other
+        """
+        out, columns = codes.shape
+        groups = 1 if group_size == -1 else columns // group_size
+        if tuple(scale.shape) != (out, groups) or (groups > 1 and columns % group_size):
+            raise ShapeError(f"scale {tuple(scale.shape)} doesn't fit codes {(out, columns)} in groups of {group_size}")
+        layer = cls(columns, out, bits, group_size, symmetric, scale.dtype, bias is not None)
+        half = 2 ** (bits - 1)
+        layer.weight_packed = pack_codes((codes.to(torch.int16) + half).to(torch.uint8), bits)
+        layer.weight_scale = scale.contiguous()
+        if zero_point is not None:
+            unsigned = (zero_point.to(torch.int16) + half).to(torch.uint8)
+            layer.weight_zero_point = pack_codes(unsigned.t().contiguous(), bits).t().contiguous()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"weight_packed": self.weight_packed, "weight_scale": self.weight_scale}
+        found["weight_shape"] = self.weight_shape
+        return found if self.symmetric else {**found, "weight_zero_point": self.weight_zero_point}
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+        out, columns = tensors["weight_shape"].tolist()
+        layer = cls(columns, out, **spec, dtype=tensors["weight_scale"].dtype, bias=bias is not None)
+        for name, value in tensors.items():
+            if getattr(layer, name).shape != value.shape:
+                raise ShapeError(f"{name} has shape {tuple(value.shape)}, {tuple(getattr(layer, name).shape)} expected")
+            setattr(layer, name, value)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @classmethod
+    def planned(
+        cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        with torch.device("meta"):
+            layer = cls(shape[1], shape[0], **spec, dtype=dtype)
+        return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}

@@ -1,0 +1,46 @@
+"""What passes that leave packed codes share: the settings of the form, and handing codes to the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from compressor.errors import ShapeError
+from compressor.grid import Grid
+from compressor.lazy import torch
+from compressor.protocol import Site, Weight
+
+GroupSize = Literal[-1, 32, 64, 128]
+
+
+def group_width(weight: Weight, group_size: int) -> int:
+    return weight.in_features if group_size == -1 else group_size
+
+
+def packed_spec(weight: Weight, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """Settings of the packed form. raises ShapeError when group_size doesn't divide the inputs"""
+    if group_size != -1 and weight.in_features % group_size:
+        usable = [str(size) for size in (128, 64, 32) if weight.in_features % size == 0]
+        advice = " or ".join([*usable, "-1"])
+        raise ShapeError(
+            f"group_size {group_size} does not divide in_features {weight.in_features}.", where=weight.name,
+            hint=f"Set group_size to {advice}, or leave this weight out with `except`.",
+        )  # fmt: skip
+    return {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+
+
+def store(
+    site: Site, weight: Weight, codes: torch.Tensor, grid: Grid, group_size: int, record: Mapping[str, Any]
+) -> None:
+    """Hand codes (out, ...) to the site as a packed layer, scales in the site's dtype."""
+    from compressor.layers.packed_linear import PackedLinear
+
+    layer = PackedLinear.pack(
+        codes.reshape(weight.shape).to(torch.int8),
+        grid.scale.to(site.dtype),
+        None if grid.symmetric else grid.zero_point.to(torch.int8),
+        bits=grid.bits,
+        group_size=group_size,
+        symmetric=grid.symmetric,
+    )
+    site.put(weight, layer, **record)

@@ -1,0 +1,48 @@
+"""The table of passes. A pass of another package is found through the entry point group `compressor.passes`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+
+from compressor.errors import RecipeError
+from compressor.protocol import Pass
+
+BUILTIN = {"gptq": "compressor.passes.gptq:GPTQ", "rtn": "compressor.passes.rtn:RTN"}
+GROUP = "compressor.passes"
+
+
+def pass_names() -> list[str]:
+    """Every known name, built in or installed, without importing any of them."""
+    return sorted({*BUILTIN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The settings class of a pass. raises RecipeError for an unknown, doubled or broken one"""
+    plugins = [point for point in entry_points(group=GROUP) if point.name == name]
+    if len(plugins) + (name in BUILTIN) > 1:
+        raise RecipeError(
+            f"pass {name!r} is defined {len(plugins) + (name in BUILTIN)} times",
+            hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
+        )
+    if plugins:
+        return _load(plugins[0])
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    near = difflib.get_close_matches(name, pass_names(), 1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Known passes: " + ", ".join(pass_names())
+    raise RecipeError(f"unknown pass {name!r}.", hint=hint)
+
+
+def _load(point: EntryPoint) -> type[Pass]:
+    try:
+        found = point.load()
+    except Exception as error:  # any failure of a foreign module
+        raise RecipeError(
+            f"pass {point.name!r} of {point.value} can't be imported ({error})", hint="Reinstall that package."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise RecipeError(f"{point.value} is not a Pass", hint="Reinstall that package.")
+    return found

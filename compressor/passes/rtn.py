@@ -1,0 +1,50 @@
+"""Round to nearest: each weight to the nearest point of its grid, no calibration.
+
+The baseline that every other quantizer has to beat, and GPTQ's fallback. Its grid (range, scale, zero point, searched
+range) is the same as GPTQ's, see `compressor.grid`, so a comparison of the two shows the error feedback alone.
+Cost: one pass over the weights, times about sixteen when the range is searched; no memory beyond one weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compressor.grid import dequantize, find_grid, quantize
+from compressor.packing import GroupSize, group_width, packed_spec, store
+from compressor.protocol import Carry, Pass, Site, Traits, Weight
+
+
+class RTN(Pass):
+    """Round each weight to the nearest point of its grid; no calibration data."""
+
+    title: ClassVar[str] = "Round to nearest; the baseline, needs no calibration data"
+    paper: ClassVar[str] = ""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight.")
+    group_size: GroupSize = Field(128, description="Inputs that share a scale; -1 is one scale per row.")
+    symmetric: bool = Field(True, description="Grid centred on zero. False stores a zero point per group.")
+    scale_search: Literal["minmax", "mse"] = Field("mse", description="Range by extremes, or shrunk for least error.")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reads="weights", stores="packed_linear")
+
+    def spec(self, weight: Weight) -> dict[str, Any]:
+        return packed_spec(weight, self.bits, self.group_size, self.symmetric)
+
+    def block(self, site: Site, carry: Carry) -> Carry:
+        for stage in site.stages(sequential=False):
+            for group in stage:
+                for weight in group:
+                    matrix = site.matrix(weight)
+                    grouped = matrix.view(len(matrix), -1, group_width(weight, self.group_size))
+                    grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, site.dtype)
+                    codes = quantize(grouped, grid)
+                    error = (dequantize(codes, grid) - grouped).norm() / matrix.norm().clamp(min=1e-30)
+                    store(site, weight, codes, grid, self.group_size, {"weight_error": float(error)})
+        return carry
+
+    def head(self, site: Site, carry: Carry) -> Carry:
+        return self.block(site, carry)
