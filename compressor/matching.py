@@ -1,0 +1,149 @@
+"""Globs over weight names: the one language of `only` and `except`.
+
+`*` is any run without a dot, `**` any run, `?` one character but a dot, `{a,b}` either, `{0..7}` a number range,
+`[0-3]` one character of a set. A pattern without a dot matches the last part of a name. `@role` matches by role.
+A trailing `!` says the pattern may be absent. Docs: docs/recipe.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from compressor.errors import RecipeError
+from compressor.protocol import Weight
+
+ROLES = ("attention", "mlp", "experts", "head", "embedding", "router")
+LEFT_OUT = ("head", "embedding", "router")  # unless named
+REGEX_SIGNS = re.compile(r"^re:|\.\*|\\|[\^$|()+]")
+MAX_ALTERNATIVES = 1000
+
+
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """The glob as a regular expression over whole names. raises RecipeError for what isn't a glob"""
+    body = pattern.removesuffix("!")
+    if REGEX_SIGNS.search(body):
+        guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
+        raise RecipeError(f"pattern {pattern!r} looks like a regex", where=where, hint=f"Globs are used here: {guess!r}")
+    if not body:
+        raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
+    depth = _plain(body)
+    text = body if "." in depth or body == "**" else f"**.{body}"
+    try:
+        expression = _translate(text)
+        if text.startswith("**."):
+            expression = f"(?:{_translate('**.')})?{_translate(text[3:])}"
+        return re.compile(expression)
+    except (ValueError, re.error) as error:
+        raise RecipeError(f"pattern {pattern!r} is malformed ({error})", where=where) from error
+
+
+def matches(pattern: str, weight: Weight, where: str = "pattern") -> bool:
+    if pattern.startswith("@"):
+        return _role(pattern, where) == weight.role
+    if weight.role in LEFT_OUT and not re.search(r"\w", pattern):
+        return False
+    return compile_pattern(pattern, where).fullmatch(weight.name) is not None
+
+
+def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weight], where: str) -> list[Weight]:
+    """The weights that `only` matches and `except` doesn't, in their own order.
+
+    raises RecipeError for a pattern that matches nothing, or that `except` shadows wholly
+    """
+    out = _match_all(excluded, weights, f"{where}.except")
+    chosen: set[str] = set()
+    for number, pattern in enumerate(only):
+        place = f"{where}.only[{number}]"
+        found = _match_all([pattern], weights, place)
+        if found and found <= out and not pattern.endswith("!"):
+            raise RecipeError(
+                f"all {len(found)} weights that {pattern!r} matches are left out by `except`", where=place,
+                hint="Drop the pattern, or narrow `except`.",
+            )  # fmt: skip
+        chosen |= found
+    return [weight for weight in weights if weight.name in chosen - out]
+
+
+def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:
+    result: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("@"):
+            role = _role(pattern, where)
+            found = {weight.name for weight in weights if weight.role == role}
+        else:
+            expression = compile_pattern(pattern, where)
+            plain = not re.search(r"\w", pattern)
+            found = {
+                weight.name
+                for weight in weights
+                if not (plain and weight.role in LEFT_OUT) and expression.fullmatch(weight.name)
+            }
+        if not found and not pattern.endswith("!"):
+            names = [weight.name for weight in weights]
+            parts = sorted({name.rpartition(".")[2] for name in names})
+            wanted = pattern.strip("*").strip(".")
+            near = difflib.get_close_matches(wanted, [*parts, *names], 3, 0.3)
+            raise RecipeError(
+                f"pattern {pattern!r} matches none of {len(names)} weights.", where=where,
+                hint=f"Near names: {', '.join(near or parts[:3])}.",
+            )  # fmt: skip
+        result |= found
+    return result
+
+
+def _role(pattern: str, where: str) -> str:
+    role = pattern[1:].removesuffix("!")
+    if role not in ROLES:
+        near = difflib.get_close_matches(role, ROLES, 1)
+        raise RecipeError(
+            f"unknown role {pattern!r}", where=where,
+            hint=f"Did you mean @{near[0]}?" if near else "Roles: " + ", ".join(f"@{role}" for role in ROLES),
+        )  # fmt: skip
+    return role
+
+
+def _plain(pattern: str) -> str:
+    """The pattern without what stands in braces and brackets, where a dot separates nothing."""
+    return re.sub(r"\{[^{}]*\}|\[[^\[\]]*\]", "", pattern)
+
+
+def _translate(glob: str) -> str:
+    result, at = "", 0
+    while at < len(glob):
+        sign = glob[at]
+        if glob.startswith("**", at):
+            result, at = result + ".*", at + 2
+        elif sign == "*":
+            result, at = result + r"[^.]*", at + 1
+        elif sign == "?":
+            result, at = result + r"[^.]", at + 1
+        elif sign == "{":
+            end = glob.find("}", at)
+            if end < 0:
+                raise ValueError("a brace is not closed")
+            result, at = result + _alternatives(glob[at + 1 : end]), end + 1
+        elif sign == "[":
+            end = glob.find("]", at)
+            body = glob[at + 1 : end]
+            if end < 0 or not re.fullmatch(r"!?(?:[\w](?:-[\w])?)+", body):
+                raise ValueError("a bracket is not a set of characters")
+            result, at = result + "[" + body.replace("!", "^") + "]", end + 1
+        elif sign in "]}":
+            raise ValueError(f"{sign!r} has no beginning")
+        else:
+            result, at = result + re.escape(sign), at + 1
+    return result
+
+
+def _alternatives(body: str) -> str:
+    span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", body)
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= MAX_ALTERNATIVES:
+            raise ValueError(f"range {body} must rise and hold at most {MAX_ALTERNATIVES} numbers")
+        return "(?:" + "|".join(str(number) for number in range(first, last + 1)) + ")"
+    if "{" in body:
+        raise ValueError("braces can't be nested")
+    return "(?:" + "|".join(_translate(part) for part in body.split(",")) + ")"
