@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,13 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint) -> Bindings:
     return Bindings(sources, chosen, tied, visible)
 
 
-def read_parameter(name: str, bindings: Bindings, checkpoint: Checkpoint, model: PreTrainedModel) -> Tensor:
-    """The value of one parameter or buffer as transformers would load it, in the checkpoint's dtype."""
+def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+    """The value of one parameter or buffer as transformers would load it; `read` gets checkpoint names."""
     sources = bindings.sources[name]
     converter = bindings.converters.get(name)
     if converter is None:
-        return checkpoint.read(sources[0].tensor)
-    tensors = [(source, checkpoint.read(source.tensor)) for source in sources]
+        return read(sources[0].tensor)
+    tensors = [(source, read(source.tensor)) for source in sources]
     return _convert(name, converter, tensors, model)
 
 

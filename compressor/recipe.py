@@ -76,6 +76,13 @@ class DataSettings(Section):
     sha256: str | None = Field(None, description="Hash that the data must have.")
 
 
+class EvalDataSettings(DataSettings):
+    """Text or images to measure on; the same keys as `data`."""
+
+    split: str = Field("heldout", description="Split of a data set; never the one calibrated on.")
+    samples: PositiveInt = Field(64, description="How many samples are drawn.")
+
+
 class ExportSettings(Section):
     """What is written."""
 
@@ -93,7 +100,7 @@ class EvalSettings(Section):
     metrics: tuple[Literal[METRICS], ...] = Field(  # type: ignore[valid-type]
         ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"), description="What to measure."
     )
-    data: DataSettings = Field(DataSettings(split="heldout", samples=64), description="Never the calibration samples.")
+    data: EvalDataSettings = Field(EvalDataSettings(), description="Never the calibration samples.")
     batch_size: PositiveInt = Field(8, description="Samples per forward pass.")
     gates: dict[str, float] = Field(
         {}, description="NAME: upper bound; NAME_min; NAME_increase_percent; NAME_drop_points."

@@ -286,11 +286,15 @@ def find_blocks(model: PreTrainedModel) -> str:
     return max(candidates, key=lambda name: (candidates[name], -len(name)))
 
 
-def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers, in eval mode, without a cache."""
+def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bool = False) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers, in eval mode.
+
+    cached  keep the key-value cache and the family's own expert kernels, as a user of the model wants them
+    """
     config = copy.deepcopy(config)
-    config.use_cache = False
-    _set_experts_eager(config)
+    if not cached:
+        config.use_cache = False
+        _set_experts_eager(config)
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     return model.eval().requires_grad_(False)

@@ -110,6 +110,13 @@ def free_unit(structure: Structure, unit: int) -> None:
         fill(name, None, structure.model)
 
 
+def free_all(structure: Structure) -> None:
+    for unit in range(structure.block_count + 2):
+        free_unit(structure, unit)
+    for target in structure.bindings.tied:
+        fill(target, None, structure.model)
+
+
 def tie(structure: Structure) -> None:
     """Let tied parameters share their source's storage, unless an untied value was put there."""
     model = structure.model

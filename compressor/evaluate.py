@@ -1,0 +1,269 @@
+"""Measures a model before and after, on the same tokens, loaded as a user would load it, each in a fresh process.
+
+Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one pass with full context; the first
+token of a sample has no context and is not scored. exp of the mean negative log likelihood over all scored tokens.
+KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats. Top-1 agreement:
+share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
+
+    python -m compressor.evaluate REQUEST.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.artifact import MANIFEST, load, read_manifest
+from compressor.checkpoint import Checkpoint
+from compressor.data import Samples
+from compressor.environment import peak_rss_bytes
+from compressor.errors import PassError
+from compressor.replay import output_of
+from compressor.safetensors_file import read_header
+from compressor.structure import read_structure
+from compressor.verify import load_stock, run_child
+
+BOOTSTRAP_DRAWS = 1000
+PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
+QUALITY = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy")
+DIRECTION = {"perplexity": "lower", "kl_divergence": "lower", "top1_agreement": "higher", "hidden_cosine": "higher",
+             "accuracy": "higher"}  # fmt: skip
+UNIT = {"perplexity": "per token", "kl_divergence": "nats per token", "top1_agreement": "share of positions",
+        "hidden_cosine": "mean cosine", "accuracy": "share of samples"}  # fmt: skip
+
+
+def evaluate(
+    before: Path | None, after: Path, samples: Samples, settings: Any, scratch: Path, *, threads: int, seed: int,
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """(metrics, speed). A metric that can't be measured has `after: null` and a `reason`.
+
+    before  source checkpoint; None measures `after` alone
+    raises  PassError with the last words of a process that died
+    """
+    tokens = scratch / "eval-samples.safetensors"
+    save_file({f"{number:06d}": sample.contiguous() for number, sample in enumerate(samples.inputs)}, tokens)
+    if samples.labels is not None:
+        save_file({"labels": samples.labels}, scratch / "eval-labels.safetensors")
+    common = {
+        "tokens": str(tokens), "labels": str(scratch / "eval-labels.safetensors") if samples.labels is not None else None,
+        "threads": threads, "batch_size": settings.batch_size, "seed": seed, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    wanted = [name for name in settings.metrics if name in QUALITY]
+    request = {"kind": "quality", "before": str(before) if before else None, "after": str(after), "metrics": wanted}
+    metrics = _ask(scratch, "quality", {**common, **request}) if wanted else {}
+    speed: dict[str, Any] = {}
+    if {"speed", "memory"} & set(settings.metrics):
+        answers = {
+            side: _ask(scratch, f"speed-{side}", {**common, "kind": "speed", "model": str(path)})
+            for side, path in (("before", before), ("after", after))
+            if path is not None
+        }
+        for name in answers["after"]:
+            speed[name] = {side: answer[name] for side, answer in answers.items()}
+    return metrics, speed
+
+
+def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any], plan: Any) -> dict[str, Any]:
+    """Bytes of the weight files before and after, by class of tensor. Headers are counted in the totals."""
+    files = sorted(directory.glob("*.safetensors"))
+    structure = plan.structure
+    embedding = structure.model.get_input_embeddings() if hasattr(structure.model, "get_input_embeddings") else None
+    embedded = {name for name, p in structure.model.named_parameters() if embedding is not None and p is embedding.weight}
+    head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
+    parameter = structure.bindings.parameter_of()
+    classes = dict.fromkeys(("quantized", "scales", "embedding", "head", "norms", "dense", "other"), 0)
+    matrices = {weight.tensor for _, weight in structure.weights()}
+    for file in files:
+        for name, info in read_header(file).items():
+            stem, _, suffix = name.rpartition(".")
+            if stem in forms and suffix in ("weight_packed", "weight"):
+                kind = "quantized"
+            elif stem in forms and suffix != "bias":
+                kind = "scales"
+            elif parameter.get(name) in embedded:
+                kind = "embedding"
+            elif parameter.get(name) in head:
+                kind = "head"
+            elif name in matrices:
+                kind = "dense"
+            else:
+                kind = "norms" if "norm" in name.lower() or ".ln_" in name else "other"
+            classes[kind] += info.nbytes
+    before_files = {info.file for info in checkpoint.tensors.values()}
+    before = sum(file.stat().st_size for file in before_files)
+    after = sum(file.stat().st_size for file in files)
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return {
+        "before_bytes": before, "after_bytes": after, "ratio": after / before,
+        "bits_per_parameter": 8 * after / parameters, "by_class": classes, "predicted_bytes": plan.weight_bytes,
+        "predicted_artifact_bytes": plan.artifact_bytes, "parameters": parameters,
+    }  # fmt: skip
+
+
+def load_model(directory: Path, trust_remote_code: bool) -> Any:
+    """A source checkpoint or an artifact through transformers, in its own dtype, in eval mode."""
+    if (directory / MANIFEST).is_file():
+        return load_stock(directory, read_manifest(directory))[0]
+    structure = read_structure(directory, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    return type(structure.model).from_pretrained(directory, local_files_only=True, **options).eval()
+
+
+def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
+    """Both models on the same batches, one batch at a time."""
+    before = load_model(Path(request["before"]), request["trust_remote_code"]) if request["before"] else None
+    after = load_model(Path(request["after"]), request["trust_remote_code"])
+    labels = load_file(request["labels"])["labels"] if request["labels"] else None
+    samples = _read_samples(request)
+    totals: dict[str, list[Tensor]] = {}
+    for numbers, stacked in samples.batches(request["batch_size"]):
+        outputs = []
+        for model in (before, after):
+            value = stacked if samples.is_text else stacked.to(after.dtype)
+            with torch.no_grad():
+                outputs.append(None if model is None else output_of(model(**{model.main_input_name: value})).float())
+        wanted = None if labels is None else labels[numbers]
+        for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
+            totals.setdefault(key, []).append(value)
+    joined = {key: torch.cat(values).double() for key, values in totals.items()}
+    return {name: _metric(name, joined, request["seed"], before is not None) for name in request["metrics"]}
+
+
+def _batch_sums(
+    before: Tensor | None, after: Tensor, inputs: Tensor, labels: Tensor | None, causal: bool
+) -> dict[str, Tensor]:
+    """Per sample (batch,): sums and counts that the metrics are made of."""
+    result: dict[str, Tensor] = {}
+    sides = {"before": before, "after": after}
+    if causal:
+        targets = inputs[:, 1:]
+        result["count"] = torch.full((len(inputs),), float(targets.shape[1]))
+        logs = {side: F.log_softmax(value[:, :-1], -1) for side, value in sides.items() if value is not None}
+        for side, log in logs.items():
+            result[f"nll_{side}"] = -log.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().sum(1)
+        if before is not None:
+            result["kl"] = (logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1).double().sum(1)
+            result["agree"] = (logs["before"].argmax(-1) == logs["after"].argmax(-1)).double().sum(1)
+        return result
+    if before is not None:
+        cosine = F.cosine_similarity(before.flatten(0, -2) if before.dim() == 3 else before,
+                                     after.flatten(0, -2) if after.dim() == 3 else after, dim=-1)  # fmt: skip
+        result["cosine"] = cosine.view(len(inputs), -1).mean(1)
+    if after.dim() == 2:
+        if before is not None:
+            logs = {side: F.log_softmax(value, -1) for side, value in (("before", before), ("after", after))}
+            result["kl"] = (logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1)
+            result["agree"] = (before.argmax(-1) == after.argmax(-1)).double()
+            result["count"] = torch.ones(len(inputs))
+        if labels is not None:
+            for side, value in sides.items():
+                if value is not None:
+                    result[f"right_{side}"] = (value.argmax(-1) == labels).double()
+    return result
+
+
+def _metric(name: str, sums: dict[str, Tensor], seed: int, has_before: bool) -> dict[str, Any]:
+    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing."""
+    needed = {
+        "perplexity": ("nll_{}", "count"), "kl_divergence": ("kl", "count"), "top1_agreement": ("agree", "count"),
+        "hidden_cosine": ("cosine", None), "accuracy": ("right_{}", None),
+    }[name]  # fmt: skip
+    row: dict[str, Any] = {"before": None, "after": None, "change_percent": None, "interval": [None, None],
+                           "direction": DIRECTION[name], "unit": UNIT[name]}  # fmt: skip
+    key = needed[0].format("after")
+    if key not in sums:
+        row["reason"] = "this model, or the data without labels, has no such measure" if has_before else "no baseline"
+        return row
+    count = sums[needed[1]] if needed[1] else torch.ones_like(sums[key])
+    finish = math.exp if name == "perplexity" else float
+    row["after"] = _safe(finish, float(sums[key].sum() / count.sum()))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(count), (BOOTSTRAP_DRAWS, len(count)), generator=generator)
+    means = sums[key][draws].sum(1) / count[draws].sum(1)
+    row["interval"] = [_safe(finish, float(means.quantile(q))) for q in (0.025, 0.975)]
+    earlier = needed[0].format("before")
+    if earlier != key and earlier in sums:
+        row["before"] = _safe(finish, float(sums[earlier].sum() / count.sum()))
+        if row["before"] and row["after"] is not None:
+            row["change_percent"] = 100 * (row["after"] - row["before"]) / row["before"]
+    return row
+
+
+def _safe(finish: Any, value: float) -> float | None:
+    try:
+        result = finish(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
+    """Load time, prefill and decode rate (medians after a warm-up), peak memory, of one model alone."""
+    began = time.perf_counter()
+    model = load_model(Path(request["model"]), request["trust_remote_code"])
+    load_seconds = time.perf_counter() - began
+    samples = _read_samples(request)
+    result: dict[str, Any] = {"load_seconds": load_seconds}
+    sample = samples.inputs[0][:PREFILL_TOKENS] if samples.is_text else samples.inputs[0].to(model.dtype)
+    inputs = {model.main_input_name: sample.unsqueeze(0)}
+    with torch.no_grad():
+        model(**inputs)
+        times = [_timed(lambda: model(**inputs)) for _ in range(SPEED_RUNS)]
+        result["prefill_tokens_per_second"] = len(sample) / sorted(times)[SPEED_RUNS // 2] if samples.is_text else None
+        result["decode_tokens_per_second"] = None
+        if model.can_generate() and _is_causal(model):
+            options = {"max_new_tokens": DECODE_TOKENS, "min_new_tokens": DECODE_TOKENS, "do_sample": False,
+                       "attention_mask": torch.ones_like(inputs["input_ids"])}  # fmt: skip
+            model.generate(**inputs, **options)
+            times = [_timed(lambda: model.generate(**inputs, **options)) for _ in range(3)]
+            result["decode_tokens_per_second"] = DECODE_TOKENS / sorted(times)[1]
+    result["peak_rss_bytes"] = peak_rss_bytes()
+    return result
+
+
+def _timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _is_causal(model: Any) -> bool:
+    return model.can_generate() and model.main_input_name == "input_ids"
+
+
+def _read_samples(request: dict[str, Any]) -> Samples:
+    stored = load_file(request["tokens"])
+    return Samples(tuple(stored[name] for name in sorted(stored)), "", "")
+
+
+def _ask(scratch: Path, name: str, request: dict[str, Any]) -> dict[str, Any]:
+    file, answer = scratch / f"{name}-request.json", scratch / f"{name}-answer.json"
+    answer.unlink(missing_ok=True)
+    file.write_text(json.dumps({**request, "answer": str(answer)}))
+    words = run_child("compressor.evaluate", file)
+    if not answer.is_file():
+        raise PassError(f"the evaluating process died ({words[-600:].strip()})", where=f"evaluate {name}")
+    return json.loads(answer.read_text())
+
+
+def main(request: dict[str, Any]) -> None:
+    torch.set_num_threads(request["threads"])
+    torch.manual_seed(request["seed"])
+    result = measure_quality(request) if request["kind"] == "quality" else measure_speed(request)
+    Path(request["answer"]).write_text(json.dumps(result))
+
+
+__all__ = ["evaluate", "load", "load_model", "measure_quality", "measure_speed", "weight_sizes"]
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,66 @@
+"""Quality gates: a bound on a measured value decides the exit code of a CI job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_gates(
+    gates: Mapping[str, float], metrics: Mapping[str, Any], speed: Mapping[str, Any], sizes: Mapping[str, Any],
+    confidence: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row per gate: name, bound, value, passed, margin, interval, metric. What wasn't measured fails.
+
+    NAME is an upper bound on the value after; NAME_min a lower one; NAME_increase_percent bounds the relative rise;
+    NAME_drop_points bounds before - after, in percent points.
+    """
+    return [_check(name, bound, metrics, speed, sizes, confidence) for name, bound in sorted(gates.items())]
+
+
+def _check(
+    name: str, bound: float, metrics: Mapping[str, Any], speed: Mapping[str, Any], sizes: Mapping[str, Any],
+    confidence: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    metric, form = name, ""
+    for suffix in ("_min", "_increase_percent", "_drop_points"):
+        if name.endswith(suffix):
+            metric, form = name.removesuffix(suffix), suffix
+    row = _ratio_row(metric, speed, sizes) if metric.endswith("_ratio") else metrics.get(metric)
+    before, after = (row.get("before"), row.get("after")) if row else (None, None)
+    interval = row.get("interval") if row else None
+    value = _value(form, before, after)
+    lower = form == "_min"
+    passed = value is not None and (value >= bound if lower else value <= bound)
+    if value is not None and not passed and confidence is not None and interval and interval[0] is not None:
+        ends = [_value(form, before, end) for end in interval]
+        known = [end for end in ends if end is not None]
+        passed = len(known) == 2 and (max(known) >= bound if lower else min(known) <= bound)
+    margin = None if value is None else (value - bound if lower else bound - value)
+    return {
+        "name": name, "metric": metric, "bound": bound, "value": value, "passed": passed, "margin": margin,
+        "interval": interval,
+    }  # fmt: skip
+
+
+def _ratio_row(metric: str, speed: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
+    if metric == "size_ratio":
+        return {"after": sizes["ratio"]}
+    names = {
+        "decode_speed_ratio": "decode_tokens_per_second", "prefill_speed_ratio": "prefill_tokens_per_second",
+        "load_seconds_ratio": "load_seconds", "peak_memory_ratio": "peak_rss_bytes",
+    }  # fmt: skip
+    row = speed.get(names[metric])
+    if not row or not row.get("before") or row.get("after") is None:
+        return None
+    return {"after": row["after"] / row["before"]}
+
+
+def _value(form: str, before: float | None, after: float | None) -> float | None:
+    if after is None:
+        return None
+    if form == "_increase_percent":
+        return None if not before else 100 * (after - before) / before
+    if form == "_drop_points":
+        return None if before is None else 100 * (before - after)
+    return after

@@ -1,0 +1,165 @@
+"""What is durably done. One commit per unit: temporary file, sync, rename, one appended line.
+
+The journal knows nothing of models. There is no moment without a valid state: a file counts once its line is
+appended, a torn last line is ignored, and a file without a line is written again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import PassError, ResumeError, UsageError
+from compressor.safetensors_file import disk_full, file_sha256
+
+RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
+
+
+class Journal:
+    """A work directory. Open it with `create` or `reopen`; close it to release the lock."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._lock = (work / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UsageError("another run is using this work directory", where=work.name) from error
+        self.lines = self._read_lines()
+
+    @classmethod
+    def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+        """A fresh journal. raises UsageError if the directory can't be written"""
+        try:
+            (work / UNITS).mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"the work directory can't be made ({error.strerror})", where=str(work), hint="Choose another --output."
+            ) from error
+        _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+        return cls(work)
+
+    @classmethod
+    def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+        """Continue. raises ResumeError naming everything that differs from the interrupted run"""
+        try:
+            stored = json.loads((work / RUN).read_text())
+        except (OSError, ValueError) as error:
+            raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.") from error
+        names = sorted({*stored, *fingerprint})
+        differences = [
+            f"{name}: was {stored.get(name)!r}, is {fingerprint.get(name)!r}"
+            for name in names
+            if stored.get(name) != fingerprint.get(name)
+        ]
+        if differences:
+            raise ResumeError(
+                "the interrupted run differs: " + "; ".join(differences), where=work.name,
+                hint="Restore what differs, or start again with --fresh.",
+            )  # fmt: skip
+        (work / UNITS).mkdir(exist_ok=True)
+        return cls(work)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """The line of a committed unit. raises ResumeError if its file is not what was committed"""
+        line = self.lines.get(key)
+        if line is not None and not line.get("checked"):
+            path = self.work / UNITS / line["file"]
+            if not path.is_file() or file_sha256(path) != line["sha256"]:
+                raise ResumeError(
+                    "the file is missing or changed since it was committed", where=line["file"],
+                    hint="Start again with --fresh.",
+                )  # fmt: skip
+            line["checked"] = True
+        return line
+
+    def commit(self, key: str, file: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+        """Make one unit durable and return its path.
+
+        write   writes the whole content to the path it gets
+        facts   JSON values, kept in the unit's line
+        raises  PassError when the disk is full; what was committed before stays
+        """
+        path = self.work / UNITS / file
+        temporary = path.with_suffix(".tmp")
+        try:
+            write(temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            line = {"key": key, "file": file, "sha256": file_sha256(temporary), **facts}
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+            self._append(json.dumps(line, sort_keys=True).encode() + b"\n")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise disk_full(path, 0) from error
+            raise PassError(f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume.") from error
+        self.lines[key] = {**line, "checked": True}
+        return path
+
+    def path(self, line: dict[str, Any]) -> Path:
+        return self.work / UNITS / line["file"]
+
+    def _append(self, line: bytes) -> None:
+        with (self.work / LINES).open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read_lines(self) -> dict[str, dict[str, Any]]:
+        path = self.work / LINES
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:  # a torn last line: cut it off, so that the next one starts cleanly
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        lines = {}
+        for number, text in enumerate(whole.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                lines[line["key"]] = line
+            except (ValueError, KeyError, TypeError) as error:
+                raise ResumeError(f"line {number} is damaged", where=LINES, hint="Start again with --fresh.") from error
+        return lines
+
+
+def remove_work(work: Path) -> None:
+    """Delete a work directory that a journal of ours made. raises UsageError if it holds anything else"""
+    ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"}
+    foreign = sorted({path.name for path in work.iterdir()} - ours)
+    if foreign or not (work / RUN).exists():
+        raise UsageError(
+            f"holds things this tool did not write ({', '.join(foreign[:3]) or 'no run.json'})", where=str(work),
+            hint="Move them away first.",
+        )  # fmt: skip
+    for path in sorted(work.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    work.rmdir()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,291 @@
+"""Recipe + structure -> plan: what happens to each weight, what it will weigh, and every problem at once.
+
+Nothing is written and only headers are read. A problem found here would otherwise surface after hours.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from compressor.artifact import Named, assign_shards
+from compressor.checkpoint import resolve_model
+from compressor.errors import CompressError, PreflightError
+from compressor.export import Route, artifact_config, choose_route, modelling_file
+from compressor.layers import find_layer
+from compressor.matching import select
+from compressor.protocol import Fact, Weight
+from compressor.recipe import Recipe, Step
+from compressor.safetensors_file import header_bytes
+from compressor.structure import Structure, prove_by_replay, read_structure
+from compressor.units import Form
+
+BATCH_TOKENS = 4096  # calibration tokens per forward pass
+INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+RECIPE_BYTES = 2048  # recipe.yaml, whose defaults are known only roughly here
+
+
+@dataclass
+class Plan:
+    """selected  step path -> the weights it touches
+    forms     weight name -> the form it will have (only those that change)
+    sizes     all in bytes; artifact_bytes counts what loading needs, not reports
+    """
+
+    recipe: Recipe
+    structure: Structure
+    selected: dict[tuple[str | int, ...], list[Weight]] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    problems: list[CompressError] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    route: Route | None = None
+    untied: bool = False
+    source_bytes: int = 0
+    weight_bytes: int = 0
+    artifact_bytes: int = 0
+    peak_memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.name,
+            "architecture": self.structure.architecture,
+            "sweeps": [[step.name for step in sweep] for sweep in self.recipe.sweeps],
+            "weights": self.rows,
+            "skipped": self.skipped,
+            "problems": [problem.event() for problem in self.problems],
+            "warnings": self.warnings,
+            "route": None if self.route is None else {"name": self.route.name, "reason": self.route.reason},
+            "untied_head": self.untied,
+            "source_bytes": self.source_bytes,
+            "predicted_weight_bytes": self.weight_bytes,
+            "predicted_artifact_bytes": self.artifact_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def make_plan(
+    recipe: Recipe, model: str, *, output: Path | None = None, trust_remote_code: bool = False, prove: bool = True
+) -> Plan:
+    """Everything that can be known without reading a weight.
+
+    raises ModelError when the model can't be read or taken apart; all other problems are collected in `problems`
+    """
+    structure = read_structure(
+        resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code
+    )
+    if prove:
+        prove_by_replay(structure)
+    plan = Plan(recipe, structure, source_bytes=structure.checkpoint.nbytes)
+    weights = [weight for _, weight in structure.weights()]
+    _select(plan, weights)
+    _check_facts(plan)
+    _follow_forms(plan)
+    _predict(plan, output)
+    touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
+    plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]
+    if structure.bindings.dropped:
+        plan.warnings.append(
+            {
+                "code": "unused-tensors",
+                "where": ", ".join(structure.bindings.dropped[:4]),
+                "message": f"{len(structure.bindings.dropped)} tensors are not part of {structure.architecture}; left out",
+            }
+        )
+    return plan
+
+
+def _why_skipped(weight: Weight) -> str:
+    if weight.role in ("head", "router"):
+        return f"the {weight.role} stays dense unless named"
+    return "no step selects it"
+
+
+def _select(plan: Plan, weights: list[Weight]) -> None:
+    for step in plan.recipe.steps:
+        where = ".".join(str(part) for part in step.path)
+        try:
+            chosen = select(step.settings.only, step.settings.except_, weights, where)
+        except CompressError as problem:
+            plan.problems.append(problem)
+            chosen = []
+        plan.selected[step.path] = chosen
+
+
+def _check_facts(plan: Plan) -> None:
+    facts = set(Fact)
+    for step in plan.recipe.steps:
+        traits = step.settings.traits
+        for fact in sorted(traits.requires - facts):
+            plan.problems.append(
+                PreflightError(
+                    f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
+                    where=".".join(map(str, step.path)), hint="Change the order of the steps.",
+                )  # fmt: skip
+            )
+        facts = (facts - traits.breaks) | traits.provides
+
+
+def _follow_forms(plan: Plan) -> None:
+    """Each weight's stored form from step to step; steps that don't accept what they find are problems."""
+    forms: dict[str, str] = {}
+    changed_by: dict[str, Step] = {}
+    dtype_bytes = plan.structure.dtype.itemsize
+    for number, step in enumerate(plan.recipe.steps):
+        traits = step.settings.traits
+        refused: list[Weight] = []
+        for weight in plan.selected[step.path]:
+            found = forms.get(weight.name, "dense")
+            if found not in traits.accepts:
+                refused.append(weight)
+                continue
+            if traits.stores is None:
+                continue
+            try:
+                spec = step.settings.spec(weight) or {}
+            except CompressError as problem:
+                plan.problems.append(problem)
+                continue
+            forms[weight.name] = traits.stores
+            changed_by[weight.name] = step
+            form = Form(traits.stores, spec, weight)
+            plan.forms[weight.name] = form
+            before = weight.out_features * weight.in_features * dtype_bytes
+            plan.rows.append(
+                {
+                    "name": weight.name, "shape": list(weight.shape), "role": weight.role, "step": number,
+                    "pass": step.name, "from": found, "to": traits.stores, "bytes_before": before,
+                    "bytes_after": sum(size for *_, size in _planned(form, plan.structure.dtype)),
+                }  # fmt: skip
+            )
+        if refused:
+            earlier = changed_by[refused[0].name]
+            plan.problems.append(
+                PreflightError(
+                    f"{step.name} needs dense weights, but {earlier.name} (steps.{earlier.path[1]}) has already "
+                    f"stored {len(refused)} of them, such as {refused[0].name}",
+                    where=".".join(map(str, step.path)), hint="Use `only` and `except` so that each weight has one step.",
+                )  # fmt: skip
+            )
+        plan.problems += [
+            PreflightError(text, where=".".join(map(str, step.path)))
+            for text in step.settings.check(plan.selected[step.path])
+        ]
+
+
+def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    layer = find_layer(form.form)
+    for suffix, (kind, shape) in layer.planned(form.weight.shape, form.spec, dtype).items():
+        size = kind.itemsize
+        for length in shape:
+            size *= length
+        yield f"{form.weight.name}.{suffix}", kind, shape, size
+
+
+def planned_tensors(plan: Plan) -> list[Named]:
+    """Every tensor of the result, in the order of units."""
+    structure = plan.structure
+    replaced = {form.weight.tensor for form in plan.forms.values()}
+    by_unit: dict[int, list[Named]] = {}
+    for tensor, unit in structure.unit_of.items():
+        if tensor not in replaced:
+            info = structure.checkpoint.tensors[tensor]
+            kind = structure.dtype if info.dtype.is_floating_point else info.dtype
+            size = info.nbytes // info.dtype.itemsize * kind.itemsize
+            by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
+    for unit, weight in structure.weights():
+        if weight.name in plan.forms:
+            for name, kind, shape, size in _planned(plan.forms[weight.name], structure.dtype):
+                by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
+    return [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
+
+
+def _predict(plan: Plan, output: Path | None) -> None:
+    structure, recipe = plan.structure, plan.recipe
+    tied = structure.bindings.tied
+    plan.untied = any(form.weight.parameter in tied for form in plan.forms.values())
+    if plan.untied:
+        message = "the head shares the embedding's weights; it gets its own and config.json says so"
+        plan.warnings.append({"code": "untied-head", "where": next(iter(tied)), "message": message})
+    try:
+        plan.route = choose_route(list(plan.forms.values()), recipe.export.format, recipe.export.stock_only)
+    except CompressError as problem:
+        plan.problems.append(problem)
+        return
+    tensors = planned_tensors(plan)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    shards = assign_shards(tensors, recipe.export.shard_bytes)
+    data = sum(tensor.nbytes for tensor in tensors)
+    headers = sum(header_bytes((n, by_name[n].dtype, by_name[n].shape) for n in names) for names in shards.values())
+    plan.weight_bytes = data + headers
+    config = artifact_config(
+        structure.checkpoint.config, plan.route, list(plan.forms.values()), structure.model, "bfloat16", plan.untied
+    )
+    side = len(json.dumps(config, indent=2)) + RECIPE_BYTES
+    if plan.route.name == "custom":
+        side += len(modelling_file(structure.model))
+    side += sum((structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry())
+    plan.artifact_bytes = plan.weight_bytes + side
+    _predict_memory(plan)
+    plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
+    _check_limits(plan, output)
+
+
+def _predict_memory(plan: Plan) -> None:
+    """Peak of the sweep process: interpreter, stem and head, one block twice, activations, one group's solve.
+
+    The children that verify and evaluate load the whole model; the larger of the two counts when they run.
+    """
+    structure, recipe = plan.structure, plan.recipe
+    config = structure.model.config.get_text_config()
+    by_unit: dict[int, int] = {}
+    for tensor, unit in structure.unit_of.items():
+        by_unit[unit] = by_unit.get(unit, 0) + structure.checkpoint.tensors[tensor].nbytes
+    ends = by_unit.get(0, 0) + by_unit.get(structure.block_count + 1, 0)
+    blocks = [by_unit.get(unit, 0) for unit in range(1, structure.block_count + 1)]
+    held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
+    reads_inputs = any(step.settings.traits.reads == "inputs" for step in recipe.steps)
+    tokens = recipe.data.samples * recipe.data.length if reads_inputs else 0
+    activations = tokens * config.hidden_size * structure.dtype.itemsize
+    working = 0
+    for form in plan.forms.values():
+        rows, columns = form.weight.shape
+        working = max(working, 12 * columns**2 + 6 * 20 * rows * columns // 6)
+    batch = min(BATCH_TOKENS, max(tokens, 1)) * max((f.weight.in_features for f in plan.forms.values()), default=0) * 24
+    sweep = INTERPRETER_BYTES + ends + 2 * held + activations + working + batch
+    logits = recipe.eval.batch_size * recipe.eval.data.length * (getattr(config, "vocab_size", 0) or 0) * 4
+    children = INTERPRETER_BYTES + 2 * plan.source_bytes + plan.weight_bytes + 6 * logits
+    plan.peak_memory_bytes = max(sweep, children)
+
+
+def _check_limits(plan: Plan, output: Path | None) -> None:
+    limits = plan.recipe.limits
+    available = limits.memory or int(psutil.virtual_memory().available * 0.9)
+    if plan.peak_memory_bytes > available:
+        plan.problems.append(
+            PreflightError(
+                f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used", where="memory",
+                hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+            )  # fmt: skip
+        )
+    place = output if output is not None else Path.cwd()
+    while not place.exists():
+        place = place.parent
+    free = limits.disk or shutil.disk_usage(place).free
+    if plan.disk_bytes > free:
+        plan.problems.append(
+            PreflightError(
+                f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used", where=f"disk of {place}",
+                hint="Free some space or choose another --output.",
+            )  # fmt: skip
+        )

@@ -1,0 +1,330 @@
+"""The one loop: load a unit, let each step of the sweep transform it, store it, read it back, push activations on.
+
+Only one block's weights are in memory (placement `stream`), or all of them (`resident`, the same loop without
+freeing). What a later block sees is computed by the earlier blocks as they are stored, so a resumed run, which
+recomputes activations through stored blocks, is bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from compressor.data import Samples
+from compressor.errors import Interrupted, PassError
+from compressor.journal import Journal
+from compressor.layers.base import Layer
+from compressor.plan import BATCH_TOKENS, Plan
+from compressor.protocol import Group, Stage, State, Weight
+from compressor.recipe import Step
+from compressor.replay import Batch, Call, LinearCall, LinearCalls, stop
+from compressor.safetensors_file import Entry, write_file
+from compressor.structure import Structure, example_batch
+from compressor.units import Form, UnitSource, free_all, free_unit, load_unit, unit_tensors, view
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the model: hidden states, and what each block is called with beside them."""
+
+    batch: Batch
+    hidden: Tensor
+    calls: list[Call]
+
+
+@dataclass
+class Sweeper:
+    """What stays the same over a run, and the lines of finished units."""
+
+    plan: Plan
+    journal: Journal
+    samples: Samples | None
+    device: torch.device
+    seed: int
+    emit: Emit
+    is_interrupted: Callable[[], bool]
+    probe: Tensor | None = None
+
+    @property
+    def structure(self) -> Structure:
+        return self.plan.structure
+
+
+@dataclass
+class UnitSite:
+    """A unit as a pass may see it (`protocol.Site`)."""
+
+    structure: Structure
+    unit: int
+    selected: frozenset[str]
+    streams: list[Stream]
+    device: torch.device
+    generator: torch.Generator
+    decision: dict[str, Any] | None = None
+    put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def index(self) -> int:
+        return self.unit - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.structure.dtype
+
+    def stages(self, sequential: bool = True) -> list[Stage]:
+        stages = []
+        for stage in self.structure.stages(self.unit):
+            groups = (Group(tuple(w for w in group if w.name in self.selected)) for group in stage)
+            if kept := tuple(group for group in groups if group.weights):
+                stages.append(kept)
+        if sequential or not stages:
+            return stages
+        return [tuple(group for stage in stages for group in stage)]
+
+    def fold(
+        self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, Tensor], State]
+    ) -> list[State]:
+        states = [start(group) for group in stage]
+        for numbered in self._inputs(stage):
+            states[numbered[0]] = step(states[numbered[0]], numbered[1])
+        return states
+
+    def inputs(self, group: Group) -> Iterator[Tensor]:
+        for _, x in self._inputs((group,)):
+            yield x
+
+    def matrix(self, weight: Weight) -> Tensor:
+        return view(self.structure, weight).to(torch.float32, copy=True).contiguous()
+
+    def bias(self, weight: Weight) -> Tensor | None:
+        if weight.bias is None:
+            return None
+        return self.structure.model.get_parameter(self.structure.bindings.parameter_of()[weight.bias]).data
+
+    def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
+        form = Form(layer.form, layer.spec(), weight)
+        self._untie(weight)
+        target = view(self.structure, weight)
+        target.copy_(layer.matrix(self.dtype).to(target.device))
+        self.put_layers[weight.name] = (form, layer)
+        now = time.perf_counter()
+        self.records.append(
+            {
+                "name": weight.name, "unit": self.unit, "form": layer.form, "spec": layer.spec(),
+                "shape": list(weight.shape), "role": weight.role, "seconds": now - self.began, **record,
+            }  # fmt: skip
+        )
+        self.began = now
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def _untie(self, weight: Weight) -> None:
+        """A tied head that is changed gets storage of its own."""
+        source = self.structure.bindings.tied.get(weight.parameter)
+        if source is not None:
+            owner, _, leaf = weight.parameter.rpartition(".")
+            module = self.structure.model.get_submodule(owner)
+            if module._parameters[leaf] is self.structure.model.get_parameter(source):
+                module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].data.clone(), requires_grad=False)
+
+    def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
+        """(group number, (tokens, in) input) for each batch, in order; a replay ends once all groups are served."""
+        model = self.structure.model
+        wanted = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
+        watched = {name: model.get_parameter(name) for name, _ in wanted}
+        all_at_once = all(group.expert is None for group in stage)
+        for stream in self.streams:
+            caught: list[tuple[int, Tensor]] = []
+            missing = set(wanted.values())
+
+            def visit(call: LinearCall, caught: list[Any] = caught, missing: set[int] = missing) -> None:
+                expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
+                number = wanted.get((call.parameter, expert))
+                if number is not None and number in missing:
+                    caught.append((number, call.input.reshape(-1, call.input.shape[-1])))
+                    missing.discard(number)
+                    if all_at_once and not missing:
+                        raise stop
+
+            with LinearCalls(watched, visit):
+                try:
+                    self._run(stream)
+                except stop:
+                    pass
+            yield from caught
+
+    def _run(self, stream: Stream) -> Tensor:
+        pieces = self.structure.pieces
+        if self.unit == len(pieces) + 1:
+            return pieces.head(stream.batch, stream.hidden)
+        return pieces.block(self.unit - 1, stream.hidden, stream.calls[self.unit - 1])
+
+
+def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
+    """All sweeps of the recipe. Returns the last sweep's unit files and the forms they hold.
+
+    raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
+    """
+    files: list[Path] = []
+    forms: dict[str, Form] = {}
+    for number, steps in enumerate(sweeper.plan.recipe.sweeps):
+        files, forms = _run_sweep(sweeper, number, steps, files, forms)
+    return files, forms
+
+
+def probe_batch(structure: Structure, device: torch.device) -> Batch:
+    """Fixed inputs whose logits the written artifact has to reproduce."""
+    return example_batch(structure.model, device, samples=2, tokens=32)
+
+
+def _run_sweep(
+    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, Form]
+) -> tuple[list[Path], dict[str, Form]]:
+    structure, journal = sweeper.structure, sweeper.journal
+    units = structure.block_count + 2
+    resident = sweeper.plan.recipe.model.placement == "resident"
+    sweeper.emit({"event": "sweep", "sweep": number, "units": units, "passes": [step.name for step in steps]})
+    after: dict[str, Form] = {}
+    files: list[Path] = []
+    streams: list[Stream] = []
+    for unit in range(units):
+        began = time.perf_counter()
+        if sweeper.is_interrupted():
+            raise Interrupted("stopped between two units", hint="Continue with --resume.")
+        source = UnitSource(structure, before[unit] if before else None, forms)
+        key = f"{number}/{unit}"
+        line = journal.done(key)
+        if line is None:
+            load_unit(structure, unit, source, sweeper.device)
+            line = _transform(sweeper, number, unit, steps, source, streams, key)
+        files.append(journal.path(line))
+        kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
+        after.update(kept)
+        load_unit(structure, unit, UnitSource(structure, files[-1], kept), sweeper.device)
+        if unit == 0:
+            streams = _embed(sweeper, steps)
+        elif unit < units - 1:
+            for stream in streams:
+                stream.hidden = structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+            if not resident:
+                free_unit(structure, unit)
+        else:
+            last = streams[-1]
+            sweeper.probe = structure.pieces.head(last.batch, last.hidden)
+        sweeper.emit(
+            {
+                "event": "unit", "sweep": number, "unit": unit, "units": units, "name": unit_name(structure, unit),
+                "seconds": time.perf_counter() - began,
+            }  # fmt: skip
+        )
+    free_all(structure)
+    return files, after
+
+
+def _transform(
+    sweeper: Sweeper, number: int, unit: int, steps: tuple[Step, ...], source: UnitSource, streams: list[Stream],
+    key: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Let the steps change the loaded unit, and commit it."""
+    structure = sweeper.structure
+    records: list[dict[str, Any]] = []
+    warnings: list[dict[str, str]] = []
+    put: dict[str, tuple[Form, Layer]] = {}
+    for position, step in enumerate(steps):
+        selected = frozenset(weight.name for weight in sweeper.plan.selected[step.path])
+        generator = torch.Generator().manual_seed(_seed(sweeper.seed, number, position, unit))
+        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator)
+        settings = step.settings
+        work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
+        try:
+            work(site, {})
+        except torch.OutOfMemoryError as error:
+            raise PassError(
+                f"{step.name} ran out of memory", where=unit_name(structure, unit), hint="Use smaller calibration data."
+            ) from error
+        step_number = sweeper.plan.recipe.steps.index(step)
+        records += [{"step": step_number, "pass": step.name, **record} for record in site.records]
+        warnings += site.warnings
+        put.update(site.put_layers)
+    names = set(source.names(unit))
+    kept = {
+        name: form for name, form in source.forms.items() if any(tensor.startswith(name + ".") for tensor in names)
+    }
+    unit_forms = kept | {name: form for name, (form, _) in put.items()}
+    tensors = dict(unit_tensors(unit, source, put))
+    entries = [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    facts = {
+        "forms": {name: form.to_dict() for name, form in unit_forms.items()},
+        "records": records,
+        "warnings": warnings,
+    }
+    journal = sweeper.journal
+    journal.commit(key, f"s{number:02d}-{unit:05d}.safetensors", lambda path: write_file(path, entries), facts)
+    for record in records:
+        sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
+    for warning in warnings:
+        sweeper.emit({"event": "warning", **warning})
+    line = journal.done(key)
+    assert line is not None
+    return line
+
+
+def _embed(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
+    """Calibration batches after the stem (none if no step reads inputs), and the probe as the last one."""
+    structure, device = sweeper.structure, sweeper.device
+    name = structure.model.main_input_name
+    batches: list[Batch] = []
+    if sweeper.samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
+        tokens = sweeper.samples.inputs[0].numel() if sweeper.samples.is_text else 256
+        for _, stacked in sweeper.samples.batches(max(1, BATCH_TOKENS // tokens)):
+            value = stacked if sweeper.samples.is_text else stacked.to(structure.dtype)
+            batches.append({name: value.to(device)})
+    batches.append(probe_batch(structure, device))
+    streams: list[Stream] = []
+    for batch in batches:
+        hidden, calls = structure.pieces.stem(batch)
+        shared = next((s.calls for s in streams if s.hidden.shape == hidden.shape and _equal(s.calls, calls)), calls)
+        streams.append(Stream(batch, hidden, shared))
+    return streams
+
+
+def _equal(first: list[Call], second: list[Call]) -> bool:
+    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches."""
+    flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (first, second)]
+    if len(flat[0]) != len(flat[1]):
+        return False
+    for a, b in zip(*flat, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
+                return False
+        elif a is not b and (type(a) is not type(b) or not isinstance(a, (int, float, str)) or a != b):
+            return False
+    return True
+
+
+def unit_name(structure: Structure, unit: int) -> str:
+    return "stem" if unit == 0 else "head" if unit > structure.block_count else f"block {unit - 1}"
+
+
+def save_probe(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:
+    batch = probe_batch(structure, device)
+    save_file({**{k: v.cpu().contiguous() for k, v in batch.items()}, "output": logits.float().cpu().contiguous()}, path)
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

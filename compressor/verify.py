@@ -1,0 +1,161 @@
+"""Loads an artifact in a fresh process, as a user would, and compares what it computes with what was built.
+
+    python -m compressor.verify REQUEST.json
+
+Tolerance. Both loaders rebuild the same weights from the same codes in the same dtype, so logits may differ only by the
+order of sums (other kernels, fused experts). One rounding step per block and one at the head, each of half a unit in
+the last place of the largest activation, gives (blocks + 1) * eps(dtype) * max|logit| as a bound that a wrong code or
+scale exceeds; differences seen so far are 0 on dense families.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import ArtifactError
+
+GENERATED_TOKENS = 8
+
+
+def verify_in_child(directory: Path, probe: Path | None, scratch: Path, *, sealed: bool, deep: bool = True) -> dict[str, Any]:
+    """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
+
+    probe   safetensors with the inputs and `output` of the in-memory result; None compares the two loaders only
+    sealed  whether the manifest covers every file already
+    raises  ArtifactError if the process dies
+    """
+    request, answer = scratch / "verify-request.json", scratch / "verify-answer.json"
+    answer.unlink(missing_ok=True)
+    request.write_text(
+        json.dumps({"directory": str(directory), "probe": str(probe) if probe else None, "answer": str(answer),
+                    "sealed": sealed, "deep": deep})  # fmt: skip
+    )
+    done = run_child("compressor.verify", request)
+    if not answer.is_file():
+        raise ArtifactError(f"the verifying process died ({done[-400:].strip()})", where=directory.name)
+    return json.loads(answer.read_text())
+
+
+def run_child(module: str, request: Path) -> str:
+    """Run `python -m module request` offline, with this package importable; returns what it wrote to stderr."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": path}
+    command = [sys.executable, "-m", module, str(request)]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return done.stderr
+
+
+def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> dict[str, Any]:
+    """All checks, in this process. See verify_in_child."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers.utils import logging
+
+    from compressor.artifact import check_files, load, read_manifest
+    from compressor.checkpoint import open_checkpoint
+
+    logging.disable_progress_bar()
+    found: dict[str, Any] = {
+        "stock_load": None, "own_load": None, "missing": [], "unexpected": [], "mismatched": [],
+        "max_logit_difference": None, "tolerance": None, "generated_tokens": None, "problems": [],
+    }  # fmt: skip
+    problems: list[str] = found["problems"]
+    manifest = read_manifest(directory)
+    if sealed:
+        problems += check_files(directory, manifest)
+    checkpoint = open_checkpoint(directory)
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name} holds NaN or Inf")
+    if problems or not deep:
+        return found
+    stock, info = load_stock(directory, manifest)
+    found["stock_load"] = True
+    for key in ("missing", "unexpected", "mismatched"):
+        found[key] = sorted(str(name) for name in info[f"{key}_keys"])
+        if found[key]:
+            problems.append(f"stock loading reports {len(found[key])} {key} tensors, such as {found[key][0]}")
+    own = load(directory, check_hashes=False)
+    found["own_load"] = True
+    inputs = load_file(probe) if probe else _example(stock)
+    expected = inputs.pop("output", None)
+    with torch.no_grad():
+        outputs = {"stock": _output(stock(**inputs)), "stock, second run": _output(stock(**inputs)),
+                   "own": _output(own(**inputs))}  # fmt: skip
+    reference = expected if expected is not None else outputs["stock"].float()
+    blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
+    eps = torch.finfo(stock.dtype).eps
+    found["tolerance"] = float((blocks + 1) * eps * reference.abs().max())
+    differences = {name: float((value.float() - reference).abs().max()) for name, value in outputs.items()}
+    found["max_logit_difference"] = max(differences.values())
+    for name, difference in differences.items():
+        if not difference <= found["tolerance"]:  # NaN fails too
+            problems.append(f"{name} loader: outputs differ by {difference:.3g}, {found['tolerance']:.3g} is allowed")
+    if stock.can_generate() and "input_ids" in inputs:
+        prompt = inputs["input_ids"][:1, :8]
+        made = own.generate(prompt, max_new_tokens=GENERATED_TOKENS, min_new_tokens=GENERATED_TOKENS, do_sample=False,
+                            attention_mask=torch.ones_like(prompt))  # fmt: skip
+        found["generated_tokens"] = made.shape[1] - prompt.shape[1]
+        if found["generated_tokens"] != GENERATED_TOKENS:
+            problems.append(f"generate made {found['generated_tokens']} of {GENERATED_TOKENS} tokens")
+    return found
+
+
+def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load through transformers alone. Code in the directory runs only if it is what this release would write.
+
+    raises ArtifactError for a modelling file that isn't
+    """
+    import transformers
+
+    from compressor.artifact import _empty_model
+    from compressor.checkpoint import open_checkpoint
+    from compressor.export import auto_classes, modelling_file
+
+    custom = manifest["route"] == "custom"
+    empty = _empty_model(open_checkpoint(directory), manifest)
+    if custom:
+        file = next(directory.glob("modeling_*.py"))
+        if file.read_text() != modelling_file(empty):
+            raise ArtifactError(
+                "is not the modelling file this release writes", where=file.name,
+                hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
+            )  # fmt: skip
+        cls: Any = getattr(transformers, auto_classes(empty)[0])
+    else:
+        cls = getattr(transformers, manifest["architecture"])
+    options = {"trust_remote_code": True} if custom else {}
+    model, info = cls.from_pretrained(directory, output_loading_info=True, local_files_only=True, **options)
+    return model.eval(), info
+
+
+def _example(model: Any) -> dict[str, Any]:
+    import torch
+
+    from compressor.structure import example_batch
+
+    return example_batch(model, torch.device("cpu"), samples=2, tokens=32)
+
+
+def _output(output: Any) -> Any:
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def main(request: dict[str, Any]) -> None:
+    probe = Path(request["probe"]) if request["probe"] else None
+    try:
+        found = verify(Path(request["directory"]), probe, sealed=request["sealed"], deep=request["deep"])
+    except Exception as error:  # whatever stops a load is the finding
+        found = {"problems": [f"{type(error).__name__}: {error}"[:600]]}
+    Path(request["answer"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
