@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,15 @@ def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[
 
 
 def write_artifact(
-    directory: Path, structure: Structure, units: Sequence[Path], forms: Sequence[Form], route: Route,
-    shard_bytes: int, untied: bool, recipe_yaml: str,
-) -> None:  # fmt: skip
+    directory: Path,
+    structure: Structure,
+    units: Sequence[Path],
+    forms: Sequence[Form],
+    route: Route,
+    shard_bytes: int,
+    untied: bool,
+    recipe_yaml: str,
+) -> None:
     """Weights, config, tokenizer and recipe into a new directory; reports, card and manifest come later.
 
     units  one file per unit, in order; every tensor of the result exactly once
@@ -76,8 +83,7 @@ def write_artifact(
     shards = assign_shards(named, shard_bytes)
     for file, names in shards.items():
         entries = [
-            Entry(name, infos[name].dtype, infos[name].shape, lambda info=infos[name]: read_bytes(info))
-            for name in names
+            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name])) for name in names
         ]
         write_file(directory / file, entries)
     if len(shards) > 1:
@@ -127,9 +133,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             raise ArtifactError(
-                f"format version {manifest['format_version']}, this release reads {FORMAT_VERSION}", where=directory.name,
+                f"format version {manifest['format_version']}, this release reads {FORMAT_VERSION}",
+                where=directory.name,
                 hint="Update compress-model.",
-            )  # fmt: skip
+            )
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"is damaged ({error})", where=MANIFEST) from error
@@ -168,14 +175,16 @@ def owned_files(directory: Path) -> list[Path]:
         ) from error
     listed = {*manifest["files"], MANIFEST}
     foreign = sorted(
-        path.relative_to(directory).as_posix() for path in directory.rglob("*")
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
         if path.is_file() and path.relative_to(directory).as_posix() not in listed
-    )  # fmt: skip
+    )
     if foreign:
         raise UsageError(
-            f"holds files this tool did not write ({', '.join(foreign[:3])})", where=str(directory),
+            f"holds files this tool did not write ({', '.join(foreign[:3])})",
+            where=str(directory),
             hint="Move them away first.",
-        )  # fmt: skip
+        )
     return [directory / name for name in sorted(listed)]
 
 
@@ -203,8 +212,11 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
         return matrix.t() if form.weight.transposed else matrix
 
     bindings = bind(model, _dense_view(checkpoint, forms))
-    modules = {form.weight.parameter.removesuffix(".weight"): name for name, form in forms.items()
-               if form.weight.expert is None}  # fmt: skip
+    modules = {
+        form.weight.parameter.removesuffix(".weight"): name
+        for name, form in forms.items()
+        if form.weight.expert is None
+    }
     for name in bindings.sources:
         if name.removesuffix(".weight") not in modules or not name.endswith(".weight"):
             value = read_parameter(name, bindings, read, model)
@@ -216,7 +228,7 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
         owner, _, leaf = module.rpartition(".")
         layers[name].bias = getattr(model.get_submodule(module), "bias", None)
         setattr(model.get_submodule(owner), leaf, layers[name])
-    return model.to(device)
+    return model.to(torch.device(device))  # type: ignore[arg-type]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -122,7 +122,7 @@ def _convert(
 ) -> Tensor:
     rule = copy.deepcopy(converter)
     for source, tensor in tensors:
-        rule.add_tensor(name, source.tensor, source.pattern, tensor)
+        rule.add_tensor(name, source.tensor, source.pattern, tensor)  # type: ignore[arg-type]
     try:
         value: Any = rule.convert(name, model=model, config=model.config)[name]
     except Exception as error:  # transformers raises many kinds; the cause is kept

@@ -22,11 +22,24 @@ from compressor.safetensors_file import TensorInfo, file_sha256, read_bytes, rea
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 CARRIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor*.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,7 @@ def _no_weights(directory: Path) -> ModelError:
         return ModelError(
             f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
             where=directory.name,
-            hint="Convert it where you trust it: load it with transformers, then save_pretrained(DIR) writes safetensors.",
+            hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
         )
     return ModelError("no model.safetensors or index was found", where=directory.name, hint="Download the model again.")
 

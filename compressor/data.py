@@ -104,9 +104,10 @@ def load_samples(settings: Settings, model_directory: Path, *, seed: int, vocabu
         return _images(settings, model_directory, seed)
     if vocabulary is None:
         raise RecipeError(
-            "this model reads pixels, the data is text", where=f"data.source {settings.source!r}",
+            "this model reads pixels, the data is text",
+            where=f"data.source {settings.source!r}",
             hint="Give a .npz file with `images` and `labels`, or source: random.",
-        )  # fmt: skip
+        )
     documents, labels, digest = read_documents(settings)
     _check_hash(settings, digest)
     tokenizer = load_tokenizer(model_directory)
@@ -125,9 +126,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise RecipeError(
-            f"the model has no usable tokenizer ({str(error).splitlines()[0][:160]})", where=directory.name,
+            f"the model has no usable tokenizer ({str(error).splitlines()[0][:160]})",
+            where=directory.name,
             hint="Copy tokenizer.json beside config.json, or use data.source: random.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str]:
@@ -139,7 +141,9 @@ def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str
         return _datasets(settings)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise RecipeError("no such data file", where=source, hint="Built in: stdlib, random. Else a path or dataset:NAME.")
+        raise RecipeError(
+            "no such data file", where=source, hint="Built in: stdlib, random. Else a path or dataset:NAME."
+        )
     content = path.read_bytes()
     try:
         text = content.decode("utf-8")
@@ -162,7 +166,9 @@ def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str
     return texts, labels, digest
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int) -> tuple[torch.Tensor, ...]:
+def pack(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int
+) -> tuple[torch.Tensor, ...]:
     """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
 
     Windows never overlap. raises RecipeError when the text is too short
@@ -176,14 +182,16 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Set
     windows = len(ids) // settings.length
     if windows == 0:
         raise RecipeError(
-            f"the text has {len(ids)} tokens, one sample needs {settings.length}", where=settings.source,
+            f"the text has {len(ids)} tokens, one sample needs {settings.length}",
+            where=settings.source,
             hint="Give more text or set a smaller length.",
-        )  # fmt: skip
+        )
     if windows < settings.samples:
         raise RecipeError(
             f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
-            where=settings.source, hint=f"Set samples to {windows} or less, or give more text.",
-        )  # fmt: skip
+            where=settings.source,
+            hint=f"Set samples to {windows} or less, or give more text.",
+        )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
     stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
     return tuple(stream[chosen].unbind())
@@ -203,7 +211,9 @@ def _datasets(settings: Settings) -> tuple[list[str], list[int] | None, str]:
     try:
         import datasets
     except ImportError as error:
-        raise DependencyError("needs the package `datasets`", where=settings.source, hint="pip install datasets") from error
+        raise DependencyError(
+            "needs the package `datasets`", where=settings.source, hint="pip install datasets"
+        ) from error
     name = settings.source.removeprefix("dataset:")
     try:
         if Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
@@ -216,7 +226,9 @@ def _datasets(settings: Settings) -> tuple[list[str], list[int] | None, str]:
         raise RecipeError(f"can't be loaded ({str(error)[:200]})", where=settings.source) from error
     if settings.field not in table.column_names:
         raise RecipeError(
-            f"has no column {settings.field!r}", where=settings.source, hint=f"Columns: {', '.join(table.column_names)}."
+            f"has no column {settings.field!r}",
+            where=settings.source,
+            hint=f"Columns: {', '.join(table.column_names)}.",
         )
     texts = [str(text) for text in table[settings.field]]
     labels = [int(label) for label in table["label"]] if "label" in table.column_names else None
@@ -224,14 +236,19 @@ def _datasets(settings: Settings) -> tuple[list[str], list[int] | None, str]:
 
 
 def _one_per_document(
-    documents: list[str], labels: list[int] | None, tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int,
+    documents: list[str],
+    labels: list[int] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    seed: int,
     digest: str,
-) -> Samples:  # fmt: skip
+) -> Samples:
     if len(documents) < settings.samples:
         raise RecipeError(
-            f"{len(documents)} documents were found, {settings.samples} samples were asked for", where=settings.source,
+            f"{len(documents)} documents were found, {settings.samples} samples were asked for",
+            where=settings.source,
             hint=f"Set samples to {len(documents)} or less.",
-        )  # fmt: skip
+        )
     chosen = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[: settings.samples]
     numbers = chosen.sort().values.tolist()
     inputs = []
@@ -246,7 +263,9 @@ def _one_per_document(
 
 def _random(settings: Settings, seed: int, vocabulary: int | None) -> Samples:
     if vocabulary is None:
-        raise RecipeError("random data are tokens, this model reads pixels", where="data.source", hint="Give a .npz file.")
+        raise RecipeError(
+            "random data are tokens, this model reads pixels", where="data.source", hint="Give a .npz file."
+        )
     ids = torch.randint(
         0, vocabulary, (settings.samples, settings.length), generator=torch.Generator().manual_seed(seed)
     )
@@ -274,12 +293,16 @@ def _images(settings: Settings, model_directory: Path, seed: int) -> Samples:
     processor = model_directory / "preprocessor_config.json"
     if processor.is_file():
         stated = json.loads(processor.read_text())
-        mean, std = (torch.tensor(stated.get(key, default)).view(1, -1, 1, 1) for key, default in
-                     (("image_mean", [0.0]), ("image_std", [1.0])))  # fmt: skip
+        mean, std = (
+            torch.tensor(stated.get(key, default)).view(1, -1, 1, 1)
+            for key, default in (("image_mean", [0.0]), ("image_std", [1.0]))
+        )
         pixels = (pixels - mean) / std
     if len(pixels) < settings.samples:
         raise RecipeError(f"has {len(pixels)} images, {settings.samples} were asked for", where=path.name)
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
+    chosen = (
+        torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
+    )
     return Samples(tuple(pixels[chosen].unbind()), settings.source, digest, labels[chosen])
 
 
@@ -305,6 +328,7 @@ def _field(row: dict[str, Any], field: str, number: int, name: str) -> str:
 def _check_hash(settings: Settings, digest: str) -> None:
     if settings.sha256 is not None and settings.sha256 != digest:
         raise RecipeError(
-            f"has sha256 {digest}, the recipe pins {settings.sha256}", where=settings.source,
+            f"has sha256 {digest}, the recipe pins {settings.sha256}",
+            where=settings.source,
             hint="Use the pinned data, or update data.sha256.",
-        )  # fmt: skip
+        )

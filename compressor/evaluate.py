@@ -1,6 +1,6 @@
 """Measures a model before and after, on the same tokens, loaded as a user would load it, each in a fresh process.
 
-Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one pass with full context; the first
+Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one pass; the first
 token of a sample has no context and is not scored. exp of the mean negative log likelihood over all scored tokens.
 KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats. Top-1 agreement:
 share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
@@ -35,16 +35,33 @@ from compressor.verify import load_stock, run_child
 BOOTSTRAP_DRAWS = 1000
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
 QUALITY = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy")
-DIRECTION = {"perplexity": "lower", "kl_divergence": "lower", "top1_agreement": "higher", "hidden_cosine": "higher",
-             "accuracy": "higher"}  # fmt: skip
-UNIT = {"perplexity": "per token", "kl_divergence": "nats per token", "top1_agreement": "share of positions",
-        "hidden_cosine": "mean cosine", "accuracy": "share of samples"}  # fmt: skip
+DIRECTION = {
+    "perplexity": "lower",
+    "kl_divergence": "lower",
+    "top1_agreement": "higher",
+    "hidden_cosine": "higher",
+    "accuracy": "higher",
+}
+UNIT = {
+    "perplexity": "per token",
+    "kl_divergence": "nats per token",
+    "top1_agreement": "share of positions",
+    "hidden_cosine": "mean cosine",
+    "accuracy": "share of samples",
+}
 
 
 def evaluate(
-    before: Path | None, after: Path, samples: Samples, settings: Any, scratch: Path, *, threads: int, seed: int,
+    before: Path | None,
+    after: Path,
+    samples: Samples,
+    settings: Any,
+    scratch: Path,
+    *,
+    threads: int,
+    seed: int,
     trust_remote_code: bool = False,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, speed). A metric that can't be measured has `after: null` and a `reason`.
 
     before  source checkpoint; None measures `after` alone
@@ -55,9 +72,13 @@ def evaluate(
     if samples.labels is not None:
         save_file({"labels": samples.labels}, scratch / "eval-labels.safetensors")
     common = {
-        "tokens": str(tokens), "labels": str(scratch / "eval-labels.safetensors") if samples.labels is not None else None,
-        "threads": threads, "batch_size": settings.batch_size, "seed": seed, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
+        "tokens": str(tokens),
+        "labels": str(scratch / "eval-labels.safetensors") if samples.labels is not None else None,
+        "threads": threads,
+        "batch_size": settings.batch_size,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+    }
     wanted = [name for name in settings.metrics if name in QUALITY]
     request = {"kind": "quality", "before": str(before) if before else None, "after": str(after), "metrics": wanted}
     metrics = _ask(scratch, "quality", {**common, **request}) if wanted else {}
@@ -78,7 +99,9 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure
     embedding = structure.model.get_input_embeddings() if hasattr(structure.model, "get_input_embeddings") else None
-    embedded = {name for name, p in structure.model.named_parameters() if embedding is not None and p is embedding.weight}
+    embedded = {
+        name for name, p in structure.model.named_parameters() if embedding is not None and p is embedding.weight
+    }
     head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
     parameter = structure.bindings.parameter_of()
     classes = dict.fromkeys(("quantized", "scales", "embedding", "head", "norms", "dense", "other"), 0)
@@ -104,10 +127,15 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     after = sum(file.stat().st_size for file in files)
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     return {
-        "before_bytes": before, "after_bytes": after, "ratio": after / before,
-        "bits_per_parameter": 8 * after / parameters, "by_class": classes, "predicted_bytes": plan.weight_bytes,
-        "predicted_artifact_bytes": plan.artifact_bytes, "parameters": parameters,
-    }  # fmt: skip
+        "before_bytes": before,
+        "after_bytes": after,
+        "ratio": after / before,
+        "bits_per_parameter": 8 * after / parameters,
+        "by_class": classes,
+        "predicted_bytes": plan.weight_bytes,
+        "predicted_artifact_bytes": plan.artifact_bytes,
+        "parameters": parameters,
+    }
 
 
 def load_model(directory: Path, trust_remote_code: bool) -> Any:
@@ -115,7 +143,7 @@ def load_model(directory: Path, trust_remote_code: bool) -> Any:
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
     structure = read_structure(directory, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options: Any = {"trust_remote_code": True} if trust_remote_code else {}
     return type(structure.model).from_pretrained(directory, local_files_only=True, **options).eval()
 
 
@@ -127,7 +155,7 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
     samples = _read_samples(request)
     totals: dict[str, list[Tensor]] = {}
     for numbers, stacked in samples.batches(request["batch_size"]):
-        outputs = []
+        outputs: list[Any] = []
         for model in (before, after):
             value = stacked if samples.is_text else stacked.to(after.dtype)
             with torch.no_grad():
@@ -156,8 +184,11 @@ def _batch_sums(
             result["agree"] = (logs["before"].argmax(-1) == logs["after"].argmax(-1)).double().sum(1)
         return result
     if before is not None:
-        cosine = F.cosine_similarity(before.flatten(0, -2) if before.dim() == 3 else before,
-                                     after.flatten(0, -2) if after.dim() == 3 else after, dim=-1)  # fmt: skip
+        cosine = F.cosine_similarity(
+            before.flatten(0, -2) if before.dim() == 3 else before,
+            after.flatten(0, -2) if after.dim() == 3 else after,
+            dim=-1,
+        )
         result["cosine"] = cosine.view(len(inputs), -1).mean(1)
     if after.dim() == 2:
         if before is not None:
@@ -175,11 +206,20 @@ def _batch_sums(
 def _metric(name: str, sums: dict[str, Tensor], seed: int, has_before: bool) -> dict[str, Any]:
     """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing."""
     needed = {
-        "perplexity": ("nll_{}", "count"), "kl_divergence": ("kl", "count"), "top1_agreement": ("agree", "count"),
-        "hidden_cosine": ("cosine", None), "accuracy": ("right_{}", None),
-    }[name]  # fmt: skip
-    row: dict[str, Any] = {"before": None, "after": None, "change_percent": None, "interval": [None, None],
-                           "direction": DIRECTION[name], "unit": UNIT[name]}  # fmt: skip
+        "perplexity": ("nll_{}", "count"),
+        "kl_divergence": ("kl", "count"),
+        "top1_agreement": ("agree", "count"),
+        "hidden_cosine": ("cosine", None),
+        "accuracy": ("right_{}", None),
+    }[name]
+    row: dict[str, Any] = {
+        "before": None,
+        "after": None,
+        "change_percent": None,
+        "interval": [None, None],
+        "direction": DIRECTION[name],
+        "unit": UNIT[name],
+    }
     key = needed[0].format("after")
     if key not in sums:
         row["reason"] = "this model, or the data without labels, has no such measure" if has_before else "no baseline"
@@ -222,8 +262,12 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
         result["prefill_tokens_per_second"] = len(sample) / sorted(times)[SPEED_RUNS // 2] if samples.is_text else None
         result["decode_tokens_per_second"] = None
         if model.can_generate() and _is_causal(model):
-            options = {"max_new_tokens": DECODE_TOKENS, "min_new_tokens": DECODE_TOKENS, "do_sample": False,
-                       "attention_mask": torch.ones_like(inputs["input_ids"])}  # fmt: skip
+            options = {
+                "max_new_tokens": DECODE_TOKENS,
+                "min_new_tokens": DECODE_TOKENS,
+                "do_sample": False,
+                "attention_mask": torch.ones_like(inputs["input_ids"]),
+            }
             model.generate(**inputs, **options)
             times = [_timed(lambda: model.generate(**inputs, **options)) for _ in range(3)]
             result["decode_tokens_per_second"] = DECODE_TOKENS / sorted(times)[1]

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
+from compressor import __version__ as VERSION
 from compressor.errors import PreflightError
 from compressor.units import Form
 
-VERSION = "0.1.0"
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
 
 
@@ -44,23 +44,26 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
     expert_specs = {str(form.spec) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
         raise PreflightError(
-            "experts are stored in more than one scheme", where="steps",
+            "experts are stored in more than one scheme",
+            where="steps",
             hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
-        )  # fmt: skip
+        )
     if not foreign and asked in ("auto", "compressed-tensors"):
         return Route("compressed-tensors", "every weight fits pack-quantized; plain transformers loads it")
     reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
     if stock_only or asked == "compressed-tensors":
         raise PreflightError(
-            f"stock transformers can't load {len(foreign)} weights; {reason}", where="export",
+            f"stock transformers can't load {len(foreign)} weights; {reason}",
+            where="export",
             hint="Set export.stock_only: false and export.format: auto, or leave these weights out.",
-        )  # fmt: skip
+        )
     expert = next((form.weight.name for form in forms if form.weight.expert is not None), None)
     if expert is not None:
         raise PreflightError(
-            "the modelling file can't hold experts", where=expert,
+            "the modelling file can't hold experts",
+            where=expert,
             hint="Use symmetric: true for experts, so that the stock format holds them.",
-        )  # fmt: skip
+        )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
 
@@ -129,7 +132,9 @@ def artifact_config(
         kind = custom_type(source["model_type"])
         config["model_type"] = kind
         config["architectures"] = [f"Compressed{type(model).__name__}"]
-        config["compressed_weights"] = {_module(form): {**form.spec, "shape": list(form.weight.shape)} for form in forms}
+        config["compressed_weights"] = {
+            _module(form): {**form.spec, "shape": list(form.weight.shape)} for form in forms
+        }
         file = f"modeling_{kind}"
         config["auto_map"] = {"AutoConfig": f"{file}.CompressedConfig"} | {
             auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)
@@ -234,5 +239,3 @@ def _definitions(path: Path) -> str:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             parts.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
     return "\n\n\n".join(parts)
-
-

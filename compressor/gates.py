@@ -7,9 +7,12 @@ from typing import Any
 
 
 def check_gates(
-    gates: Mapping[str, float], metrics: Mapping[str, Any], speed: Mapping[str, Any], sizes: Mapping[str, Any],
+    gates: Mapping[str, float],
+    metrics: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    sizes: Mapping[str, Any],
     confidence: float | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """One row per gate: name, bound, value, passed, margin, interval, metric. What wasn't measured fails.
 
     NAME is an upper bound on the value after; NAME_min a lower one; NAME_increase_percent bounds the relative rise;
@@ -19,9 +22,13 @@ def check_gates(
 
 
 def _check(
-    name: str, bound: float, metrics: Mapping[str, Any], speed: Mapping[str, Any], sizes: Mapping[str, Any],
+    name: str,
+    bound: float,
+    metrics: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    sizes: Mapping[str, Any],
     confidence: float | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     metric, form = name, ""
     for suffix in ("_min", "_increase_percent", "_drop_points"):
         if name.endswith(suffix):
@@ -38,18 +45,25 @@ def _check(
         passed = len(known) == 2 and (max(known) >= bound if lower else min(known) <= bound)
     margin = None if value is None else (value - bound if lower else bound - value)
     return {
-        "name": name, "metric": metric, "bound": bound, "value": value, "passed": passed, "margin": margin,
+        "name": name,
+        "metric": metric,
+        "bound": bound,
+        "value": value,
+        "passed": passed,
+        "margin": margin,
         "interval": interval,
-    }  # fmt: skip
+    }
 
 
 def _ratio_row(metric: str, speed: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
     if metric == "size_ratio":
         return {"after": sizes["ratio"]}
     names = {
-        "decode_speed_ratio": "decode_tokens_per_second", "prefill_speed_ratio": "prefill_tokens_per_second",
-        "load_seconds_ratio": "load_seconds", "peak_memory_ratio": "peak_rss_bytes",
-    }  # fmt: skip
+        "decode_speed_ratio": "decode_tokens_per_second",
+        "prefill_speed_ratio": "prefill_tokens_per_second",
+        "load_seconds_ratio": "load_seconds",
+        "peak_memory_ratio": "peak_rss_bytes",
+    }
     row = speed.get(names[metric])
     if not row or not row.get("before") or row.get("after") is None:
         return None

@@ -51,7 +51,9 @@ class Journal:
         try:
             stored = json.loads((work / RUN).read_text())
         except (OSError, ValueError) as error:
-            raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.") from error
+            raise ResumeError(
+                "there is no interrupted run here", where=work.name, hint="Start without --resume."
+            ) from error
         names = sorted({*stored, *fingerprint})
         differences = [
             f"{name}: was {stored.get(name)!r}, is {fingerprint.get(name)!r}"
@@ -60,9 +62,10 @@ class Journal:
         ]
         if differences:
             raise ResumeError(
-                "the interrupted run differs: " + "; ".join(differences), where=work.name,
+                "the interrupted run differs: " + "; ".join(differences),
+                where=work.name,
                 hint="Restore what differs, or start again with --fresh.",
-            )  # fmt: skip
+            )
         (work / UNITS).mkdir(exist_ok=True)
         return cls(work)
 
@@ -76,9 +79,10 @@ class Journal:
             path = self.work / UNITS / line["file"]
             if not path.is_file() or file_sha256(path) != line["sha256"]:
                 raise ResumeError(
-                    "the file is missing or changed since it was committed", where=line["file"],
+                    "the file is missing or changed since it was committed",
+                    where=line["file"],
                     hint="Start again with --fresh.",
-                )  # fmt: skip
+                )
             line["checked"] = True
         return line
 
@@ -103,7 +107,9 @@ class Journal:
             temporary.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise disk_full(path, 0) from error
-            raise PassError(f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume.") from error
+            raise PassError(
+                f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume."
+            ) from error
         self.lines[key] = {**line, "checked": True}
         return path
 
@@ -139,9 +145,10 @@ def remove_work(work: Path) -> None:
     foreign = sorted({path.name for path in work.iterdir()} - ours)
     if foreign or not (work / RUN).exists():
         raise UsageError(
-            f"holds things this tool did not write ({', '.join(foreign[:3]) or 'no run.json'})", where=str(work),
+            f"holds things this tool did not write ({', '.join(foreign[:3]) or 'no run.json'})",
+            where=str(work),
             hint="Move them away first.",
-        )  # fmt: skip
+        )
     for path in sorted(work.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     work.rmdir()

@@ -61,9 +61,10 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, 
     """
     if not bool(torch.isfinite(hessian).all()):
         raise PassError(
-            "the calibration inputs of this weight overflow to NaN or Inf", where=where,
+            "the calibration inputs of this weight overflow to NaN or Inf",
+            where=where,
             hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
-        )  # fmt: skip
+        )
     mean = float(hessian.diagonal().mean())
     ladder = [(hessian.dtype, percdamp), (torch.float64, percdamp)]
     ladder += [(torch.float64, min(factor * percdamp, max_percdamp)) for factor in (10, 100)]

@@ -25,7 +25,9 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
     body = pattern.removesuffix("!")
     if REGEX_SIGNS.search(body):
         guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
-        raise RecipeError(f"pattern {pattern!r} looks like a regex", where=where, hint=f"Globs are used here: {guess!r}")
+        raise RecipeError(
+            f"pattern {pattern!r} looks like a regex", where=where, hint=f"Globs are used here: {guess!r}"
+        )
     if not body:
         raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
     depth = _plain(body)
@@ -59,9 +61,10 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
         found = _match_all([pattern], weights, place)
         if found and found <= out and not pattern.endswith("!"):
             raise RecipeError(
-                f"all {len(found)} weights that {pattern!r} matches are left out by `except`", where=place,
+                f"all {len(found)} weights that {pattern!r} matches are left out by `except`",
+                where=place,
                 hint="Drop the pattern, or narrow `except`.",
-            )  # fmt: skip
+            )
         chosen |= found
     return [weight for weight in weights if weight.name in chosen - out]
 
@@ -86,9 +89,10 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
             wanted = pattern.strip("*").strip(".")
             near = difflib.get_close_matches(wanted, [*parts, *names], 3, 0.3)
             raise RecipeError(
-                f"pattern {pattern!r} matches none of {len(names)} weights.", where=where,
+                f"pattern {pattern!r} matches none of {len(names)} weights.",
+                where=where,
                 hint=f"Near names: {', '.join(near or parts[:3])}.",
-            )  # fmt: skip
+            )
         result |= found
     return result
 
@@ -98,9 +102,10 @@ def _role(pattern: str, where: str) -> str:
     if role not in ROLES:
         near = difflib.get_close_matches(role, ROLES, 1)
         raise RecipeError(
-            f"unknown role {pattern!r}", where=where,
+            f"unknown role {pattern!r}",
+            where=where,
             hint=f"Did you mean @{near[0]}?" if near else "Roles: " + ", ".join(f"@{role}" for role in ROLES),
-        )  # fmt: skip
+        )
     return role
 
 

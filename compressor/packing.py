@@ -23,9 +23,10 @@ def packed_spec(weight: Weight, bits: int, group_size: int, symmetric: bool) -> 
         usable = [str(size) for size in (128, 64, 32) if weight.in_features % size == 0]
         advice = " or ".join([*usable, "-1"])
         raise ShapeError(
-            f"group_size {group_size} does not divide in_features {weight.in_features}.", where=weight.name,
+            f"group_size {group_size} does not divide in_features {weight.in_features}.",
+            where=weight.name,
             hint=f"Set group_size to {advice}, or leave this weight out with `except`.",
-        )  # fmt: skip
+        )
     return {"bits": bits, "group_size": group_size, "symmetric": symmetric}
 
 

@@ -81,9 +81,7 @@ def make_plan(
 
     raises ModelError when the model can't be read or taken apart; all other problems are collected in `problems`
     """
-    structure = read_structure(
-        resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code
-    )
+    structure = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
     if prove:
         prove_by_replay(structure)
     plan = Plan(recipe, structure, source_bytes=structure.checkpoint.nbytes)
@@ -130,8 +128,9 @@ def _check_facts(plan: Plan) -> None:
             plan.problems.append(
                 PreflightError(
                     f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
-                    where=".".join(map(str, step.path)), hint="Change the order of the steps.",
-                )  # fmt: skip
+                    where=".".join(map(str, step.path)),
+                    hint="Change the order of the steps.",
+                )
             )
         facts = (facts - traits.breaks) | traits.provides
 
@@ -163,10 +162,16 @@ def _follow_forms(plan: Plan) -> None:
             before = weight.out_features * weight.in_features * dtype_bytes
             plan.rows.append(
                 {
-                    "name": weight.name, "shape": list(weight.shape), "role": weight.role, "step": number,
-                    "pass": step.name, "from": found, "to": traits.stores, "bytes_before": before,
+                    "name": weight.name,
+                    "shape": list(weight.shape),
+                    "role": weight.role,
+                    "step": number,
+                    "pass": step.name,
+                    "from": found,
+                    "to": traits.stores,
+                    "bytes_before": before,
                     "bytes_after": sum(size for *_, size in _planned(form, plan.structure.dtype)),
-                }  # fmt: skip
+                }
             )
         if refused:
             earlier = changed_by[refused[0].name]
@@ -174,8 +179,9 @@ def _follow_forms(plan: Plan) -> None:
                 PreflightError(
                     f"{step.name} needs dense weights, but {earlier.name} (steps.{earlier.path[1]}) has already "
                     f"stored {len(refused)} of them, such as {refused[0].name}",
-                    where=".".join(map(str, step.path)), hint="Use `only` and `except` so that each weight has one step.",
-                )  # fmt: skip
+                    where=".".join(map(str, step.path)),
+                    hint="Use `only` and `except` so that each weight has one step.",
+                )
             )
         plan.problems += [
             PreflightError(text, where=".".join(map(str, step.path)))
@@ -234,7 +240,9 @@ def _predict(plan: Plan, output: Path | None) -> None:
     side = len(json.dumps(config, indent=2)) + RECIPE_BYTES
     if plan.route.name == "custom":
         side += len(modelling_file(structure.model))
-    side += sum((structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry())
+    side += sum(
+        (structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry()
+    )
     plan.artifact_bytes = plan.weight_bytes + side
     _predict_memory(plan)
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
@@ -274,9 +282,10 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
     if plan.peak_memory_bytes > available:
         plan.problems.append(
             PreflightError(
-                f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used", where="memory",
+                f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
+                where="memory",
                 hint="Use fewer or shorter calibration samples, or a machine with more memory.",
-            )  # fmt: skip
+            )
         )
     place = output if output is not None else Path.cwd()
     while not place.exists():
@@ -285,7 +294,8 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
     if plan.disk_bytes > free:
         plan.problems.append(
             PreflightError(
-                f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used", where=f"disk of {place}",
+                f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
+                where=f"disk of {place}",
                 hint="Free some space or choose another --output.",
-            )  # fmt: skip
+            )
         )

@@ -106,11 +106,19 @@ Stage = tuple[Group, ...]  # groups whose inputs one replay of the block yields
 class Site(Protocol):
     """A block (or the head) as a pass may see it. Only the weights this step selected are visible."""
 
-    index: int  # block number, counted over the whole model; -1 stem, number of blocks: head
-    dtype: torch.dtype  # type of what stays dense, and of stored scales
     device: torch.device
     generator: torch.Generator  # seeded from (run seed, step, block)
     decision: Decision | None
+
+    @property
+    def index(self) -> int:
+        """Block number, counted over the whole model; -1 is the stem, the number of blocks the head."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of what stays dense, and of stored scales."""
+        ...
 
     def stages(self, sequential: bool = True) -> list[Stage]:
         """The selected groups in forward order. sequential=False puts all of them into one stage.
@@ -119,7 +127,9 @@ class Site(Protocol):
         """
         ...
 
-    def fold(self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, torch.Tensor], State]) -> list[State]:
+    def fold(
+        self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, torch.Tensor], State]
+    ) -> list[State]:
         """Replay the block once over the calibration batches as it is now, folding each group's inputs.
 
         `step(state, x)` gets x of shape (tokens, in_features), on the site's device, without padding; it is called

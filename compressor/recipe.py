@@ -20,16 +20,34 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from compressor.errors import RecipeError
 from compressor.passes import find_pass, pass_names
 from compressor.protocol import Pass
-from compressor.yaml_source import Source, dotted, read_yaml
 from compressor.yaml_source import Path as KeyPath
+from compressor.yaml_source import Source, dotted, read_yaml
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 METRICS = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy", "size", "speed", "memory")
 GATED = (
-    "perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy", "size_ratio",
-    "decode_speed_ratio", "prefill_speed_ratio", "load_seconds_ratio", "peak_memory_ratio",
-)  # fmt: skip
+    "perplexity",
+    "kl_divergence",
+    "top1_agreement",
+    "hidden_cosine",
+    "accuracy",
+    "size_ratio",
+    "decode_speed_ratio",
+    "prefill_speed_ratio",
+    "load_seconds_ratio",
+    "peak_memory_ratio",
+)
 GATE_FORMS = ("", "_min", "_increase_percent", "_drop_points")
 
 
@@ -53,7 +71,9 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """How the model is held while it is compressed."""
 
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field("source", description="Type of what stays dense.")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source", description="Type of what stays dense."
+    )
     placement: Literal["stream", "resident"] = Field(
         "stream", description="stream frees each block when it is done; resident keeps all of them."
     )
@@ -64,7 +84,7 @@ class DataSettings(Section):
 
     source: str = Field(
         "stdlib",
-        description="Built in: stdlib, random. Or a path (.txt, .jsonl, .csv, .tsv, .npz, image folder), or dataset:NAME.",
+        description="stdlib, random, a path (.txt, .jsonl, .csv, .tsv, .npz), or dataset:NAME.",
     )
     config: str | None = Field(None, description="Configuration of dataset:NAME.")
     split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
@@ -100,7 +120,9 @@ class EvalSettings(Section):
     metrics: tuple[Literal[METRICS], ...] = Field(  # type: ignore[valid-type]
         ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"), description="What to measure."
     )
-    data: EvalDataSettings = Field(EvalDataSettings(), description="Never the calibration samples.")
+    data: EvalDataSettings = Field(
+        default_factory=lambda: EvalDataSettings(), description="Never the calibration samples."
+    )
     batch_size: PositiveInt = Field(8, description="Samples per forward pass.")
     gates: dict[str, float] = Field(
         {}, description="NAME: upper bound; NAME_min; NAME_increase_percent; NAME_drop_points."
@@ -177,9 +199,13 @@ class Recipe:
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSettings, "data": DataSettings, "export": ExportSettings, "eval": EvalSettings,
-    "report": ReportSettings, "limits": LimitsSettings,
-}  # fmt: skip
+    "model": ModelSettings,
+    "data": DataSettings,
+    "export": ExportSettings,
+    "eval": EvalSettings,
+    "report": ReportSettings,
+    "limits": LimitsSettings,
+}
 TOP_KEYS = ("version", "name", "seed", *SECTIONS, "steps")
 
 
@@ -235,9 +261,11 @@ def recipe_json_schema() -> dict[str, Any]:
         steps.append({"$ref": f"#/$defs/pass_{name}"})
     definitions["step"] = {"oneOf": steps}
     sweep = {
-        "type": "object", "additionalProperties": False, "required": ["sweep"],
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["sweep"],
         "properties": {"sweep": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}}},
-    }  # fmt: skip
+    }
     properties: dict[str, Any] = {
         "version": {"const": 1},
         "name": {"type": "string", "pattern": "^[a-z0-9-]+$"},
@@ -289,9 +317,10 @@ def _build(source: Source) -> Recipe:
 def _step(entry: Any, source: Source, path: KeyPath) -> Step:
     if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
         raise RecipeError(
-            "a step names its pass", where=source.where(path),
+            "a step names its pass",
+            where=source.where(path),
             hint="{pass: NAME, ...}; passes: " + ", ".join(pass_names()),
-        )  # fmt: skip
+        )
     try:
         cls = find_pass(entry["pass"])
     except RecipeError as error:
@@ -311,7 +340,9 @@ def _validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath
             location = tuple(part for part in error["loc"] if isinstance(part, (str, int)))
             at = _known_path(source.value, (*path, *location))
             if error["type"] == "extra_forbidden":
-                problems.append(RecipeError(f"unknown key {location[-1]!r}", where=source.where(at), hint=_near(model, location)))
+                problems.append(
+                    RecipeError(f"unknown key {location[-1]!r}", where=source.where(at), hint=_near(model, location))
+                )
             else:
                 found = f", found {error['input']!r}"[:120] if not isinstance(error["input"], dict) else ""
                 problems.append(RecipeError(error["msg"].removeprefix("Value error, ") + found, where=source.where(at)))
@@ -350,9 +381,10 @@ def _refuse_unknown(tree: dict[Any, Any], known: Iterable[str], source: Source, 
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             raise RecipeError(
-                f"unknown key {key!r}", where=source.where((*path, key)),
+                f"unknown key {key!r}",
+                where=source.where((*path, key)),
                 hint=f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(known) + ".",
-            )  # fmt: skip
+            )
 
 
 def _apply(source: Source, override: str) -> None:

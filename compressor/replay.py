@@ -176,7 +176,7 @@ class LinearCalls(TorchFunctionMode):
             return
         lies_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
         transposed = right_multiplied != lies_transposed
-        self._on_call(LinearCall(name, x, weight.numel(), weight.storage_offset(), transposed))
+        self._on_call(LinearCall(name, x, weight.numel(), int(weight.storage_offset()), transposed))
 
 
 _ADDMM = (torch.addmm, Tensor.addmm)

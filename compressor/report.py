@@ -1,4 +1,4 @@
-"""report.json, and its Markdown, HTML and JUnit forms. Schema: compressor/report.schema.json, explained in docs/report.md.
+"""report.json, and its Markdown, HTML and JUnit forms. Schema: report.schema.json, explained in docs/report.md.
 
 report.json is the truth; every other form is rendered from it alone and can be rendered again at any time.
 Times, memory and speed are facts about one run and live under `run`; the rest is the same for every run of a recipe.
@@ -25,10 +25,19 @@ WORST = 5
 
 
 def build_report(
-    *, plan: Any, fingerprint: dict[str, Any], lines: list[dict[str, Any]], sizes: dict[str, Any],
-    metrics: dict[str, Any], gates: list[dict[str, Any]], verification: dict[str, Any], calibration: Any,
-    held_out: Any, run: dict[str, Any], environment: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    plan: Any,
+    fingerprint: dict[str, Any],
+    lines: list[dict[str, Any]],
+    sizes: dict[str, Any],
+    metrics: dict[str, Any],
+    gates: list[dict[str, Any]],
+    verification: dict[str, Any],
+    calibration: Any,
+    held_out: Any,
+    run: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
     """The whole report as JSON values: sorted keys, non-finite numbers as null."""
     structure, recipe = plan.structure, plan.recipe
     predicted = {row["name"]: row for row in plan.rows}
@@ -66,19 +75,26 @@ def build_report(
         "metrics": metrics,
         "gates": gates,
         "steps": [
-            {"index": number, "pass": step.name, "path": ".".join(map(str, step.path)),
-             "matched": len(plan.selected[step.path]), "settings": step.settings.model_dump(mode="json", by_alias=True)}
+            {
+                "index": number,
+                "pass": step.name,
+                "path": ".".join(map(str, step.path)),
+                "matched": len(plan.selected[step.path]),
+                "settings": step.settings.model_dump(mode="json", by_alias=True),
+            }
             for number, step in enumerate(recipe.steps)
         ],
         "weights": weights,
         "skipped": plan.skipped,
         "warnings": warnings,
         "verification": verification,
-        "kernels": [{"op": form, "chosen": "reference", "why": "no other kernel is built yet"}
-                    for form in sorted({row["to"] for row in plan.rows})],
+        "kernels": [
+            {"op": form, "chosen": "reference", "why": "no other kernel is built yet"}
+            for form in sorted({row["to"] for row in plan.rows})
+        ],
         "run": {**run, "seconds_by_weight": seconds},
         "environment": environment,
-    }  # fmt: skip
+    }
     return finite(report)
 
 
@@ -150,7 +166,10 @@ def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None
         "base_model": report["model"]["source"],
         "base_model_relation": "quantized",
         "library_name": "transformers",
-        "tags": ["compress-model", *(["compressed-tensors"] if report["route"]["name"] == "compressed-tensors" else [])],
+        "tags": [
+            "compress-model",
+            *(["compressed-tensors"] if report["route"]["name"] == "compressed-tensors" else []),
+        ],
     }
     text = _template("card.md.j2", report, front=yaml.safe_dump(front, sort_keys=False))
     (directory / "README.md").write_text(text)
@@ -185,15 +204,25 @@ def _data_facts(samples: Any) -> dict[str, Any] | None:
     if samples is None:
         return None
     name = Path(samples.source).name
-    return {"source": name, "sha256": samples.sha256, "samples": len(samples.inputs), "tokens": samples.tokens,
-            "distinct_tokens": samples.distinct_tokens, "digest": samples.digest}  # fmt: skip
+    return {
+        "source": name,
+        "sha256": samples.sha256,
+        "samples": len(samples.inputs),
+        "tokens": samples.tokens,
+        "distinct_tokens": samples.distinct_tokens,
+        "digest": samples.digest,
+    }
 
 
 def _template(name: str, report: dict[str, Any], **more: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=name.endswith("html.j2"),
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=name.endswith("html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
     environment.filters.update(bytes=human_bytes, number=human)
     return environment.get_template(name).render(r=report, worst=worst_weights(report), error_of=error_of, **more)
 
@@ -205,9 +234,19 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    style = {"svg.hashsalt": "compress-model", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-             "svg.fonttype": "none", "font.family": "sans-serif", "axes.edgecolor": "#8a8f98", "text.color": "#8a8f98",
-             "axes.labelcolor": "#8a8f98", "xtick.color": "#8a8f98", "ytick.color": "#8a8f98"}  # fmt: skip
+    style: Any = {
+        "svg.hashsalt": "compress-model",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "axes.edgecolor": "#8a8f98",
+        "text.color": "#8a8f98",
+        "axes.labelcolor": "#8a8f98",
+        "xtick.color": "#8a8f98",
+        "ytick.color": "#8a8f98",
+    }
     plots: dict[str, str] = {}
     with plt.rc_context(style):
         measured = [w for w in report["weights"] if error_of(w) is not None]
@@ -223,8 +262,9 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
             sizes = report["sizes"]
             for side, colour in (("before", "#8a8f98"), ("after", "#2f6feb")):
                 axes.scatter([sizes[f"{side}_bytes"] / 2**20], [row[side]], s=60, color=colour)
-                axes.annotate(side, (sizes[f"{side}_bytes"] / 2**20, row[side]), xytext=(8, -3),
-                              textcoords="offset points")  # fmt: skip
+                axes.annotate(
+                    side, (sizes[f"{side}_bytes"] / 2**20, row[side]), xytext=(8, -3), textcoords="offset points"
+                )
             axes.set(xlabel="weight files, MiB", ylabel="perplexity", xlim=(0, sizes["before_bytes"] / 2**20 * 1.2))
             axes.margins(y=0.4)
             plots["Quality against size"] = _svg(figure)
@@ -239,7 +279,9 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
     for number, kind in enumerate(kinds):
         chosen = [weight for weight in weights if weight["name"].rpartition(".")[2] == kind]
         x = [weight["unit"] - 1 for weight in chosen]
-        axes.plot(x, [error_of(weight) for weight in chosen], "o-", ms=4, lw=1.2, label=kind, color=colours(number % 10))
+        axes.plot(
+            x, [error_of(weight) for weight in chosen], "o-", ms=4, lw=1.2, label=kind, color=colours(number % 10)
+        )
         if all("output_error_rtn" in weight for weight in chosen):
             rounded = [weight["output_error_rtn"] for weight in chosen]
             axes.plot(x, rounded, ":", lw=1, color=colours(number % 10))
@@ -266,7 +308,9 @@ def _svg(figure: Any) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None, "Creator": None}
+    )
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -66,7 +66,8 @@ def compress(
         first = plan.problems[0]
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""
         raise type(first)(first.what + more, where=first.where, hint=first.hint)
-    assert plan.route is not None
+    route = plan.route
+    assert route is not None
     calibration, held_out = _read_data(plan, measure)
     fingerprint = _fingerprint(plan, calibration, place)
     journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
@@ -84,43 +85,74 @@ def compress(
         assert sweeper.probe is not None
         save_probe(scratch / "probe.safetensors", plan.structure, sweeper.probe, place)
         ordered = [forms[name] for name in sorted(forms)]
-        timed(seconds, "store", lambda: artifact.write_artifact(
-            built, plan.structure, units, ordered, plan.route, recipe.export.shard_bytes, plan.untied, recipe.to_yaml()
-        ))  # fmt: skip
+        timed(
+            seconds,
+            "store",
+            lambda: artifact.write_artifact(
+                built, plan.structure, units, ordered, route, recipe.export.shard_bytes, plan.untied, recipe.to_yaml()
+            ),
+        )
         source = {"name": plan.structure.checkpoint.directory.name, "sha256": fingerprint["model"]}
 
         def seal() -> None:
-            artifact.seal(built, architecture=plan.structure.architecture, route=plan.route, forms=ordered, source=source)
+            artifact.seal(built, architecture=plan.structure.architecture, route=route, forms=ordered, source=source)
 
         seal()
         emit({"event": "stage", "name": "verify"})
-        checked = timed(seconds, "verify", lambda: verify.verify_in_child(
-            built, scratch / "probe.safetensors", scratch, sealed=True
-        ))  # fmt: skip
+        checked = timed(
+            seconds,
+            "verify",
+            lambda: verify.verify_in_child(built, scratch / "probe.safetensors", scratch, sealed=True),
+        )
         if checked["problems"]:
             raise ArtifactError(
-                "; ".join(checked["problems"]), where=f"{work.name}/artifact", hint="Kept there for a look; not published."
+                "; ".join(checked["problems"]),
+                where=f"{work.name}/artifact",
+                hint="Kept there for a look; not published.",
             )
         metrics: dict[str, Any] = {}
         speed: dict[str, Any] = {}
         if measure:
             assert held_out is not None
             emit({"event": "stage", "name": "evaluate"})
-            metrics, speed = timed(seconds, "evaluate", lambda: evaluate(
-                plan.structure.checkpoint.directory, built, held_out, recipe.eval, scratch,
-                threads=torch.get_num_threads(), seed=recipe.seed, trust_remote_code=trust_remote_code,
-            ))  # fmt: skip
+            metrics, speed = timed(
+                seconds,
+                "evaluate",
+                lambda: evaluate(
+                    plan.structure.checkpoint.directory,
+                    built,
+                    held_out,
+                    recipe.eval,
+                    scratch,
+                    threads=torch.get_num_threads(),
+                    seed=recipe.seed,
+                    trust_remote_code=trust_remote_code,
+                ),
+            )
         sizes = weight_sizes(plan.structure.checkpoint, built, forms, plan)
-        gates = check_gates(recipe.eval.gates, metrics, speed, sizes)
+        gates = check_gates(recipe.eval.gates, metrics, speed, sizes, recipe.eval.confidence)
         lines = list(journal.lines.values())
         report = build_report(
-            plan=plan, fingerprint=fingerprint, lines=lines, sizes=sizes, metrics=metrics, gates=gates,
-            verification=checked, calibration=calibration, held_out=held_out,
-            run={"started": started, "seconds": time.perf_counter() - began, "seconds_by_stage": seconds,
-                 "peak_rss_bytes": peak_rss_bytes(), "predicted_peak_bytes": plan.peak_memory_bytes,
-                 "resumed": resumed, "speed": speed},
+            plan=plan,
+            fingerprint=fingerprint,
+            lines=lines,
+            sizes=sizes,
+            metrics=metrics,
+            gates=gates,
+            verification=checked,
+            calibration=calibration,
+            held_out=held_out,
+            run={
+                "started": started,
+                "seconds": time.perf_counter() - began,
+                "seconds_by_stage": seconds,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "predicted_peak_bytes": plan.peak_memory_bytes,
+                "resumed": resumed,
+                "speed": speed,
+            },
             environment=environment(place),
-        )  # fmt: skip
+        )
         write_reports(report, built, recipe.report)
         if recipe.export.card:
             write_card(report, plan.structure.checkpoint, built)
@@ -175,7 +207,9 @@ def _clear_the_way(output: Path, work: Path, resume: bool, fresh: bool) -> None:
         try:
             parent.mkdir(parents=True)
         except OSError as error:
-            raise UsageError(f"can't be made ({error.strerror})", where=str(parent), hint="Choose another --output.") from error
+            raise UsageError(
+                f"can't be made ({error.strerror})", where=str(parent), hint="Choose another --output."
+            ) from error
     if not os.access(parent, os.W_OK):
         raise UsageError("is not writable", where=str(parent), hint="Choose another --output.")
     if output.exists() and not fresh:
@@ -208,12 +242,15 @@ def _read_data(plan: Plan, measure: bool) -> tuple[Samples | None, Samples | Non
             limit = getattr(config, "max_position_embeddings", None)
             if largest >= vocabulary:
                 raise PreflightError(
-                    f"the tokenizer made token {largest}, the model knows {vocabulary}", where=key,
+                    f"the tokenizer made token {largest}, the model knows {vocabulary}",
+                    where=key,
                     hint="Tokenizer and model are not of one family.",
-                )  # fmt: skip
+                )
             if limit and longest > limit:
                 raise PreflightError(
-                    f"samples of {longest} tokens, the model takes {limit}", where=f"{key}.length", hint=f"Set it to {limit}."
+                    f"samples of {longest} tokens, the model takes {limit}",
+                    where=f"{key}.length",
+                    hint=f"Set it to {limit}.",
                 )
     return calibration, held_out
 

@@ -26,11 +26,23 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 COPY_BYTES = 1 << 24
 # name -> (torch dtype, alignment rank: the library sorts by it, largest first)
 DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
-    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANK = {name: number for number, name in enumerate(DTYPES)}
 
@@ -171,7 +183,7 @@ def _write_tensor(file: Any, entry: Entry) -> None:
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
         raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} was read, {entry} was announced")
     if tensor.numel():
-        file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -123,7 +123,8 @@ class Structure:
                 continue
             if product.fused_experts and any(source.rows is None for source in sources):
                 raise ModelError(
-                    "its experts are stored fused in one tensor", where=sources[0].tensor,
+                    "its experts are stored fused in one tensor",
+                    where=sources[0].tensor,
                     hint="Only checkpoints with one tensor per expert are supported.",
                 )
             for source in sources:
@@ -177,10 +178,7 @@ class Structure:
                     "name": names[unit],
                     **units.get(unit, {"tensors": 0, "bytes": 0}),
                     "groups": [
-                        [
-                            {"name": w.name, "shape": list(w.shape), "role": w.role, "form": "dense"}
-                            for w in group
-                        ]
+                        [{"name": w.name, "shape": list(w.shape), "role": w.role, "form": "dense"} for w in group]
                         for stage in self.stages(unit)
                         for group in stage
                     ],
@@ -204,14 +202,30 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
             hint="Start from the original 16-bit or 32-bit checkpoint.",
         )
     config, cls = _config_and_class(checkpoint, trust_remote_code)
+    return structure_of(checkpoint, cls, config, dtype)
+
+
+def structure_of(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
+) -> Structure:
+    """The structure of an open checkpoint whose model class is known."""
     model = skeleton(cls, config)
     model_dtype = _run_dtype(dtype, config, checkpoint)
     pieces = Pieces(model, find_blocks(model))
-    twin_config, depth = _shallow(config, model, pieces)
+    twin_config = _shallow(config, model, pieces)
     groups, head, after = _trace(cls, twin_config, pieces.blocks_path, model_dtype)
-    bindings = bind(model, checkpoint)
-    structure = Structure(checkpoint, model, pieces, bindings, groups, head, after, model_dtype)
-    return structure
+    return Structure(checkpoint, model, pieces, bind(model, checkpoint), groups, head, after, model_dtype)
+
+
+def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a checkpoint, or of the model that an artifact stands for."""
+    checkpoint = open_checkpoint(directory)
+    if "compressed_weights" in checkpoint.config:
+        return AutoConfig.for_model(
+            checkpoint.config["model_type"].removeprefix("compressed_"),
+            **{key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")},
+        )
+    return _config_and_class(checkpoint, trust_remote_code)[0]
 
 
 def prove_by_replay(structure: Structure) -> None:
@@ -219,7 +233,7 @@ def prove_by_replay(structure: Structure) -> None:
 
     raises ModelError naming the first block that differs
     """
-    config, _ = _shallow(structure.model.config, structure.model, structure.pieces)
+    config = _shallow(structure.model.config, structure.model, structure.pieces)
     twin = _twin(type(structure.model), config, torch.device("cpu"), structure.dtype)
     prove_equal(twin, structure.pieces.blocks_path, example_batch(twin, torch.device("cpu")))
 
@@ -249,7 +263,8 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             hook.remove()
     if len(inputs) != len(pieces):
         raise ModelError(
-            f"{len(inputs)} block calls were seen for {len(pieces)} blocks", where=blocks_path,
+            f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
+            where=blocks_path,
             hint="A model that skips or repeats blocks can't be split.",
         )
     hidden, calls = pieces.stem(batch)
@@ -272,7 +287,8 @@ def find_blocks(model: PreTrainedModel) -> str:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
-            "encoder-decoder models have two stacks of blocks", where=type(model).__name__,
+            "encoder-decoder models have two stacks of blocks",
+            where=type(model).__name__,
             hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
         )
     candidates = {}
@@ -312,7 +328,8 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
         pixels = torch.randn(samples, config.num_channels, *size, generator=generator)
         return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
     raise ModelError(
-        f"its main input is {model.main_input_name!r}", where=type(model).__name__,
+        f"its main input is {model.main_input_name!r}",
+        where=type(model).__name__,
         hint="Only models that read token ids or pixels are supported.",
     )
 
@@ -332,12 +349,14 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
     cls = getattr(transformers, name, None)
     if cls is None and not checkpoint.needs_remote_code:
         raise ModelError(
-            f"transformers {transformers.__version__} has no architecture {name!r}", where=where,
+            f"transformers {transformers.__version__} has no architecture {name!r}",
+            where=where,
             hint="Update transformers, or check `architectures` in config.json.",
         )
     if checkpoint.needs_remote_code and cls is None and not trust:
         raise ModelError(
-            f"{name} is code that comes with the checkpoint", where=where,
+            f"{name} is code that comes with the checkpoint",
+            where=where,
             hint="Read that code, then pass --trust-remote-code to run it.",
         )
     try:
@@ -348,7 +367,9 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise ModelError(
-            f"transformers can't read its config.json ({error})", where=where, hint="Check `model_type` and `architectures`."
+            f"transformers can't read its config.json ({error})",
+            where=where,
+            hint="Check `model_type` and `architectures`.",
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
@@ -365,7 +386,7 @@ def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
     return max(set(floating), key=floating.count) if floating else torch.float32
 
 
-def _shallow(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> tuple[PretrainedConfig, int]:
+def _shallow(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
     """The config with the fewest blocks that still show every kind of block (at least two where there are two)."""
     count = len(pieces)
     kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
@@ -376,10 +397,12 @@ def _shallow(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -
         if isinstance(value, list) and len(value) == count:
             setattr(text, key, value[:depth])
     text.num_hidden_layers = depth
-    return shallow, depth
+    return shallow
 
 
-def _twin(cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _twin(
+    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.use_cache = False
     _set_experts_eager(config)
@@ -417,7 +440,7 @@ def _trace_twin(
     try:
         hidden, calls = pieces.stem(batch)
         before = set(used)
-        groups = {}
+        groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
             found: list[LinearCall] = []
@@ -435,11 +458,11 @@ def _trace_twin(
     names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
     products = []
     output = twin.get_output_embeddings()
-    for call in head:
-        name = call.parameter
+    for found_call in head:
+        name = found_call.parameter
         if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
             name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
-        product = Product(name, call.transposed, False)
+        product = Product(name, found_call.transposed, False)
         owner = name.rpartition(".")[0]
         if product not in products and owner not in before:
             products.append(product)

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class UnitSite:
     def bias(self, weight: Weight) -> Tensor | None:
         if weight.bias is None:
             return None
-        return self.structure.model.get_parameter(self.structure.bindings.parameter_of()[weight.bias]).data
+        parameter = self.structure.bindings.parameter_of()[weight.bias]
+        return self.structure.model.get_parameter(parameter).data
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         form = Form(layer.form, layer.spec(), weight)
@@ -124,9 +126,15 @@ class UnitSite:
         now = time.perf_counter()
         self.records.append(
             {
-                "name": weight.name, "unit": self.unit, "form": layer.form, "spec": layer.spec(),
-                "shape": list(weight.shape), "role": weight.role, "seconds": now - self.began, **record,
-            }  # fmt: skip
+                "name": weight.name,
+                "unit": self.unit,
+                "form": layer.form,
+                "spec": layer.spec(),
+                "shape": list(weight.shape),
+                "role": weight.role,
+                "seconds": now - self.began,
+                **record,
+            }
         )
         self.began = now
 
@@ -140,7 +148,9 @@ class UnitSite:
             owner, _, leaf = weight.parameter.rpartition(".")
             module = self.structure.model.get_submodule(owner)
             if module._parameters[leaf] is self.structure.model.get_parameter(source):
-                module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].data.clone(), requires_grad=False)
+                module._parameters[leaf] = torch.nn.Parameter(
+                    self.structure.model.get_parameter(source).data.clone(), requires_grad=False
+                )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
         """(group number, (tokens, in) input) for each batch, in order; a replay ends once all groups are served."""
@@ -228,18 +238,27 @@ def _run_sweep(
             sweeper.probe = structure.pieces.head(last.batch, last.hidden)
         sweeper.emit(
             {
-                "event": "unit", "sweep": number, "unit": unit, "units": units, "name": unit_name(structure, unit),
+                "event": "unit",
+                "sweep": number,
+                "unit": unit,
+                "units": units,
+                "name": unit_name(structure, unit),
                 "seconds": time.perf_counter() - began,
-            }  # fmt: skip
+            }
         )
     free_all(structure)
     return files, after
 
 
 def _transform(
-    sweeper: Sweeper, number: int, unit: int, steps: tuple[Step, ...], source: UnitSource, streams: list[Stream],
+    sweeper: Sweeper,
+    number: int,
+    unit: int,
+    steps: tuple[Step, ...],
+    source: UnitSource,
+    streams: list[Stream],
     key: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Let the steps change the loaded unit, and commit it."""
     structure = sweeper.structure
     records: list[dict[str, Any]] = []
@@ -262,12 +281,10 @@ def _transform(
         warnings += site.warnings
         put.update(site.put_layers)
     names = set(source.names(unit))
-    kept = {
-        name: form for name, form in source.forms.items() if any(tensor.startswith(name + ".") for tensor in names)
-    }
+    kept = {name: form for name, form in source.forms.items() if any(tensor.startswith(name + ".") for tensor in names)}
     unit_forms = kept | {name: form for name, (form, _) in put.items()}
     tensors = dict(unit_tensors(unit, source, put))
-    entries = [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
     facts = {
         "forms": {name: form.to_dict() for name, form in unit_forms.items()},
         "records": records,
@@ -323,8 +340,14 @@ def unit_name(structure: Structure, unit: int) -> str:
 
 def save_probe(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:
     batch = probe_batch(structure, device)
-    save_file({**{k: v.cpu().contiguous() for k, v in batch.items()}, "output": logits.float().cpu().contiguous()}, path)
+    save_file(
+        {**{k: v.cpu().contiguous() for k, v in batch.items()}, "output": logits.float().cpu().contiguous()}, path
+    )
 
 
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -22,7 +22,9 @@ from compressor.errors import ArtifactError
 GENERATED_TOKENS = 8
 
 
-def verify_in_child(directory: Path, probe: Path | None, scratch: Path, *, sealed: bool, deep: bool = True) -> dict[str, Any]:
+def verify_in_child(
+    directory: Path, probe: Path | None, scratch: Path, *, sealed: bool, deep: bool = True
+) -> dict[str, Any]:
     """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
 
     probe   safetensors with the inputs and `output` of the in-memory result; None compares the two loaders only
@@ -32,8 +34,15 @@ def verify_in_child(directory: Path, probe: Path | None, scratch: Path, *, seale
     request, answer = scratch / "verify-request.json", scratch / "verify-answer.json"
     answer.unlink(missing_ok=True)
     request.write_text(
-        json.dumps({"directory": str(directory), "probe": str(probe) if probe else None, "answer": str(answer),
-                    "sealed": sealed, "deep": deep})  # fmt: skip
+        json.dumps(
+            {
+                "directory": str(directory),
+                "probe": str(probe) if probe else None,
+                "answer": str(answer),
+                "sealed": sealed,
+                "deep": deep,
+            }
+        )
     )
     done = run_child("compressor.verify", request)
     if not answer.is_file():
@@ -47,7 +56,9 @@ def run_child(module: str, request: Path) -> str:
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": path}
     command = [sys.executable, "-m", module, str(request)]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     return done.stderr
 
 
@@ -62,9 +73,16 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
 
     logging.disable_progress_bar()
     found: dict[str, Any] = {
-        "stock_load": None, "own_load": None, "missing": [], "unexpected": [], "mismatched": [],
-        "max_logit_difference": None, "tolerance": None, "generated_tokens": None, "problems": [],
-    }  # fmt: skip
+        "stock_load": None,
+        "own_load": None,
+        "missing": [],
+        "unexpected": [],
+        "mismatched": [],
+        "max_logit_difference": None,
+        "tolerance": None,
+        "generated_tokens": None,
+        "problems": [],
+    }
     problems: list[str] = found["problems"]
     manifest = read_manifest(directory)
     if sealed:
@@ -82,13 +100,16 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         found[key] = sorted(str(name) for name in info[f"{key}_keys"])
         if found[key]:
             problems.append(f"stock loading reports {len(found[key])} {key} tensors, such as {found[key][0]}")
-    own = load(directory, check_hashes=False)
+    own: Any = load(directory, check_hashes=False)
     found["own_load"] = True
     inputs = load_file(probe) if probe else _example(stock)
     expected = inputs.pop("output", None)
     with torch.no_grad():
-        outputs = {"stock": _output(stock(**inputs)), "stock, second run": _output(stock(**inputs)),
-                   "own": _output(own(**inputs))}  # fmt: skip
+        outputs = {
+            "stock": _output(stock(**inputs)),
+            "stock, second run": _output(stock(**inputs)),
+            "own": _output(own(**inputs)),
+        }
     reference = expected if expected is not None else outputs["stock"].float()
     blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
     eps = torch.finfo(stock.dtype).eps
@@ -100,8 +121,13 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
             problems.append(f"{name} loader: outputs differ by {difference:.3g}, {found['tolerance']:.3g} is allowed")
     if stock.can_generate() and "input_ids" in inputs:
         prompt = inputs["input_ids"][:1, :8]
-        made = own.generate(prompt, max_new_tokens=GENERATED_TOKENS, min_new_tokens=GENERATED_TOKENS, do_sample=False,
-                            attention_mask=torch.ones_like(prompt))  # fmt: skip
+        made = own.generate(
+            prompt,
+            max_new_tokens=GENERATED_TOKENS,
+            min_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            attention_mask=torch.ones_like(prompt),
+        )
         found["generated_tokens"] = made.shape[1] - prompt.shape[1]
         if found["generated_tokens"] != GENERATED_TOKENS:
             problems.append(f"generate made {found['generated_tokens']} of {GENERATED_TOKENS} tokens")
@@ -125,9 +151,10 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
         file = next(directory.glob("modeling_*.py"))
         if file.read_text() != modelling_file(empty):
             raise ArtifactError(
-                "is not the modelling file this release writes", where=file.name,
+                "is not the modelling file this release writes",
+                where=file.name,
                 hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
-            )  # fmt: skip
+            )
         cls: Any = getattr(transformers, auto_classes(empty)[0])
     else:
         cls = getattr(transformers, manifest["architecture"])

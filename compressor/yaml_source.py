@@ -92,7 +92,13 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         if node.tag != "tag:yaml.org,2002:seq":
             raise RecipeError(f"tag {node.tag} is not allowed", where=place)
         return [_value(loader, child, (*path, number), source, count) for number, child in enumerate(node.value)]
-    if node.tag.startswith("tag:yaml.org,2002:") and node.tag.rpartition(":")[2] in ("str", "int", "float", "bool", "null"):
+    if node.tag.startswith("tag:yaml.org,2002:") and node.tag.rpartition(":")[2] in (
+        "str",
+        "int",
+        "float",
+        "bool",
+        "null",
+    ):
         try:
             return loader.construct_object(node)
         except (ValueError, OverflowError) as error:

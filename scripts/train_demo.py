@@ -71,7 +71,9 @@ def read_corpus(library: Path) -> list[Document]:
         content = path.read_bytes()
         if name == "pydoc_data/topics.py":
             texts[name] = "\n".join(read_topics(content.decode()).values())
-        elif is_test(name) and (len(content) > TEST_FILE_BYTES or hashlib.sha256(content).digest()[1] >= TEST_FILES_BELOW):
+        elif is_test(name) and (
+            len(content) > TEST_FILE_BYTES or hashlib.sha256(content).digest()[1] >= TEST_FILES_BELOW
+        ):
             continue
         else:
             try:
@@ -173,7 +175,7 @@ def loss_and_backward(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 def train(
     model: LlamaForCausalLM, documents: list[torch.Tensor], settings: argparse.Namespace
 ) -> tuple[list[dict[str, float]], int]:
-    """AdamW under a cosine schedule; the last third of the steps reads sequences twice as long. Returns (log, tokens)."""
+    """AdamW under a cosine schedule; the last third reads sequences twice as long. Returns (log, tokens)."""
     generator = torch.Generator().manual_seed(settings.seed)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
@@ -349,7 +351,9 @@ def main() -> None:
         "ratio_to_unigram": round(unigram / reached, 2),
         "final_loss": log[-1]["loss"],
         "weights_sha256": hashlib.sha256((settings.out / "model.safetensors").read_bytes()).hexdigest(),
-        "settings": {key: getattr(settings, key) for key in ("warmup", "peak", "batch_tokens", "length", "seed", "threads")},
+        "settings": {
+            key: getattr(settings, key) for key in ("warmup", "peak", "batch_tokens", "length", "seed", "threads")
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -45,10 +45,20 @@ def _opt(**kw: Any) -> hf.PreTrainedModel:
 def _gpt2(**kw: Any) -> hf.PreTrainedModel:
     return hf.GPT2LMHeadModel(
         hf.GPT2Config(
-            **{"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64,
-               "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **kw}
+            **{
+                "vocab_size": 96,
+                "n_embd": 32,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_positions": 128,
+                "n_inner": 64,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+                **kw,
+            }
         )
-    )  # fmt: skip
+    )
 
 
 def _phi3(**kw: Any) -> hf.PreTrainedModel:
@@ -58,10 +68,17 @@ def _phi3(**kw: Any) -> hf.PreTrainedModel:
 def _gemma3(**kw: Any) -> hf.PreTrainedModel:
     return hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(
-            **{**COMMON, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "sliding_window": 16,
-               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **kw}
+            **{
+                **COMMON,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "num_hidden_layers": 3,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                **kw,
+            }
         )
-    )  # fmt: skip
+    )
 
 
 def _gpt_neox(**kw: Any) -> hf.PreTrainedModel:
@@ -77,10 +94,17 @@ def _mixtral(**kw: Any) -> hf.PreTrainedModel:
 def _qwen3_moe(**kw: Any) -> hf.PreTrainedModel:
     return hf.Qwen3MoeForCausalLM(
         hf.Qwen3MoeConfig(
-            **{**COMMON, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-               "moe_intermediate_size": 32, **kw}
+            **{
+                **COMMON,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                **kw,
+            }
         )
-    )  # fmt: skip
+    )
 
 
 def _bert(**kw: Any) -> hf.PreTrainedModel:
@@ -100,10 +124,20 @@ def _vit(**kw: Any) -> hf.PreTrainedModel:
 
 
 FAMILIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
-    "llama": _llama, "qwen3": _qwen3, "mistral": _mistral, "opt": _opt, "gpt2": _gpt2, "phi3": _phi3,
-    "gemma3": _gemma3, "gpt_neox": _gpt_neox, "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "bert": _bert,
-    "bert_base": _bert_base, "vit": _vit,
-}  # fmt: skip
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "opt": _opt,
+    "gpt2": _gpt2,
+    "phi3": _phi3,
+    "gemma3": _gemma3,
+    "gpt_neox": _gpt_neox,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "bert": _bert,
+    "bert_base": _bert_base,
+    "vit": _vit,
+}
 
 
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> hf.PreTrainedModel:

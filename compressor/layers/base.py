@@ -31,7 +31,9 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def planned(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def planned(
+        cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of the tensors a weight of this shape would store; no data needed."""
         raise NotImplementedError
 

@@ -24,11 +24,21 @@ class PackedLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "packed_linear"
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype,
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        dtype: torch.dtype,
         bias: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
@@ -62,9 +72,16 @@ class PackedLinear(Layer):
 
     @classmethod
     def pack(
-        cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int, symmetric: bool,
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
         bias: Tensor | None = None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Store signed codes.
 
         codes       (out, in) int8 in [-2**(bits-1), 2**(bits-1) - 1]

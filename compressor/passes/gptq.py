@@ -61,7 +61,9 @@ class GPTQ(Pass):
     on_failure: Literal["rtn", "error"] = Field("rtn", description="When no damping helps: round to nearest, or stop.")
     dead_columns: Literal["rtn", "zero"] = Field("rtn", description="Inputs that were always zero: nearest code, or 0.")
     true_sequential: bool = Field(True, description="Later groups of a block see the earlier ones quantized.")
-    hessian_dtype: Literal["float32", "float64"] = Field("float32", description="Type that H is summed and factored in.")
+    hessian_dtype: Literal["float32", "float64"] = Field(
+        "float32", description="Type that H is summed and factored in."
+    )
     min_tokens: PositiveInt | Literal["auto"] = Field("auto", description="Warn below it; auto is in_features.")
     min_tokens_per_expert: PositiveInt | Literal["auto"] = Field(
         "auto", description="Below it `sparse_expert` applies; auto is max(64, in_features / 32)."
@@ -105,9 +107,10 @@ class GPTQ(Pass):
             wanted = group.in_features if self.min_tokens == "auto" else self.min_tokens
             if gram.tokens < wanted / 8:
                 raise PassError(
-                    f"{gram.tokens} calibration tokens for {group.in_features} inputs are too few", where=group.name,
+                    f"{gram.tokens} calibration tokens for {group.in_features} inputs are too few",
+                    where=group.name,
                     hint="Raise data.samples or data.length, or set min_tokens.",
-                )  # fmt: skip
+                )
             if gram.tokens < wanted:
                 site.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
             result.append(gram)
@@ -148,7 +151,9 @@ class GPTQ(Pass):
         grid, codes = solved.grid, solved.codes
         error = tall - dequantize(codes, grid).view_as(tall)
         products = error[:, order] @ ordered
-        damped = (products * error[:, order]).sum(1) + factor.damping * ordered.diagonal().mean() * error.square().sum(1)
+        damped = (products * error[:, order]).sum(1) + factor.damping * ordered.diagonal().mean() * error.square().sum(
+            1
+        )
         _check_identity(float(solved.loss.sum()), float(damped.sum()), group.name)
         if self.refine_scales:
             grid = refine_scales(tall, codes, grid, hessian, site.dtype)
@@ -179,9 +184,10 @@ class GPTQ(Pass):
         """The fallback: round to nearest, said in the report."""
         if gram is not None and self.on_failure == "error":
             raise PassError(
-                f"its hessian is not positive definite even with damping {self.max_percdamp:g}", where=group.name,
+                f"its hessian is not positive definite even with damping {self.max_percdamp:g}",
+                where=group.name,
                 hint="Use more calibration data, raise max_percdamp, or set on_failure: rtn.",
-            )  # fmt: skip
+            )
         if gram is not None:
             site.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
         grouped = tall.view(len(tall), -1, width)
@@ -286,7 +292,12 @@ def solve(
                 if fresh and j % width == 0:
                     part = work[j : j + width].t().reshape(out, 1, width).float()
                     found = find_grid(
-                        part, settings.bits, settings.symmetric, settings.scale_search, stored, importance[group : group + 1]
+                        part,
+                        settings.bits,
+                        settings.symmetric,
+                        settings.scale_search,
+                        stored,
+                        importance[group : group + 1],
                     )
                     scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
                 code, error = codes[j], errors[j]
@@ -309,9 +320,7 @@ def solve(
     unordered = torch.empty_like(codes)
     unordered[order] = codes
     final = Grid(settings.bits, settings.symmetric, scale.t().contiguous().float(), zero.t().contiguous().float())
-    return Solution(
-        unordered.t().contiguous().float().view(out, groups, width), final, errors.square().sum(0)
-    )
+    return Solution(unordered.t().contiguous().float().view(out, groups, width), final, errors.square().sum(0))
 
 
 def refine_scales(
@@ -349,9 +358,10 @@ def _check_identity(loss: float, direct: float, where: str) -> None:
     """‖E‖² = tr(D H Dᵀ): holds for a correct solve whatever the data, so a difference is a fault of ours."""
     if abs(loss - direct) > IDENTITY_TOLERANCE * max(loss, direct) + 1e-12:
         raise PassError(
-            f"the solve does not check out: ‖E‖² {loss:.6g}, tr(D H Dᵀ) {direct:.6g}", where=where,
+            f"the solve does not check out: ‖E‖² {loss:.6g}, tr(D H Dᵀ) {direct:.6g}",
+            where=where,
             hint="Try hessian_dtype: float64; please report this.",
-        )  # fmt: skip
+        )
 
 
 __all__ = ["GPTQ", "Factor", "Solution", "blend", "column_order", "refine_scales", "revive_dead", "solve"]

@@ -1,0 +1,388 @@
+"""The command line: arguments in, exit code out. What each verb does lies in the module it calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+from compressor.progress import Mode, json_line, show
+
+app = typer.Typer(
+    name="compress-model",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost.",
+)
+out, err = Console(), Console(stderr=True)
+
+
+class Format(str, Enum):
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+
+
+RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
+ModelOpt = Annotated[
+    str, typer.Option("--model", help="Checkpoint directory, cached hub name, or demo.", show_default=False)
+]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: steps.0.bits=3.")
+]
+DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; results depend on it.", show_default=False)]
+TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON event a line on standard output.")]
+FormatOpt = Annotated[Format, typer.Option("--format", help="How to print.")]
+DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    model: ModelOpt,
+    output: Annotated[Path, typer.Option(help="Directory to publish; must not exist.", show_default=False)],
+    set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    threads: ThreadsOpt = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")] = False,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")
+    ] = False,
+    trust_remote_code: TrustOpt = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compress, write, verify, measure, gate, publish."""
+    from compressor.recipe import read_recipe
+
+    mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
+    parsed = read_recipe(recipe, set_ or [])
+    with show(mode, err) as emit:
+        from compressor.run import compress
+
+        try:
+            report = compress(
+                parsed,
+                model,
+                output,
+                device=device,
+                threads=threads,
+                resume=resume,
+                fresh=fresh,
+                measure=not no_eval,
+                trust_remote_code=trust_remote_code,
+                emit=emit,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted("stopped", where="run", hint="Continue with --resume.") from None
+    if mode == "auto":
+        _summary(report, output)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArg,
+    model: ModelOpt,
+    output: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
+    set_: SetOpt = None,
+    trust_remote_code: TrustOpt = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are refusals.")] = False,
+    format_: FormatOpt = Format.table,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what would be done to each weight, what it would weigh, and every problem; writes nothing."""
+    from compressor.plan import make_plan
+    from compressor.recipe import read_recipe
+    from compressor.report import human_bytes
+
+    found = make_plan(read_recipe(recipe, set_ or []), model, output=output, trust_remote_code=trust_remote_code)
+    if as_json or format_ is Format.json:
+        _print_json(found.to_dict())
+    else:
+        table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
+        for row in found.rows:
+            table.add_row(
+                row["name"],
+                "x".join(map(str, row["shape"])),
+                row["role"],
+                row["pass"],
+                row["to"],
+                human_bytes(row["bytes_before"]),
+                human_bytes(row["bytes_after"]),
+            )
+        out.print(table)
+        if found.route is not None:
+            out.print(f"route {found.route.name}: {found.route.reason}", highlight=False)
+        out.print(
+            f"weights {human_bytes(found.source_bytes)} -> {human_bytes(found.weight_bytes)}; artifact "
+            f"{human_bytes(found.artifact_bytes)}; memory about {human_bytes(found.peak_memory_bytes)}; disk "
+            f"{human_bytes(found.disk_bytes)}",
+            highlight=False,
+        )
+        for warning in found.warnings:
+            err.print(
+                f"warning[{warning['code']}]: {warning['where']}: {warning['message']}", markup=False, highlight=False
+            )
+        for problem in found.problems[1:]:
+            _complain(problem, False)
+    if found.problems:
+        raise found.problems[0]
+    if strict and found.warnings:
+        raise UsageError(f"{len(found.warnings)} warnings and --strict", where="plan")
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Checkpoint or artifact directory, or demo.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option(help="Take `eval` from this recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data source: stdlib, a path, dataset:NAME.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated metrics.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with, for KL and agreement.")] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="NAME=BOUND; exit code 3 when one fails.")] = None,
+    set_: SetOpt = None,
+    threads: ThreadsOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure any model or artifact; gates apply."""
+    from compressor.measure import measure_model
+
+    result = measure_model(
+        model,
+        recipe=recipe,
+        data=data,
+        metrics=metrics,
+        baseline=baseline,
+        gates=gate or [],
+        overrides=set_ or [],
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        json_line({"event": "result", **result})
+    else:
+        table = Table("metric", "before", "after", "95 % interval")
+        for name, row in {**result["metrics"], **result["speed"]}.items():
+            interval = row.get("interval") or ["", ""]
+            table.add_row(
+                name, _number(row.get("before")), _number(row.get("after")), " - ".join(map(_number, interval))
+            )
+        out.print(table)
+    failed = [row for row in result["gates"] if not row["passed"]]
+    if failed:
+        names = ", ".join(f"{row['name']} {row['value']} (bound {row['bound']})" for row in failed)
+        raise GateError(f"{names} did not hold", where=model)
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints.", show_default=False)
+    ],
+    format_: FormatOpt = Format.table,
+    weights: Annotated[bool, typer.Option("--weights", help="Errors of every weight too.")] = False,
+) -> None:
+    """Bytes, metrics and errors side by side."""
+    from compressor.compare import compare as side_by_side
+
+    if len(paths) < 2:
+        raise UsageError("two or more are needed", where="compare")
+    found = side_by_side(paths)
+    rows = found["rows"] + (found["weights"] if weights else [])
+    if format_ is Format.json:
+        _print_json(found)
+    elif format_ is Format.markdown:
+        lines = [["", *found["subjects"]], ["---"] * (len(paths) + 1)]
+        lines += [[row["name"], *map(_number, row["values"])] for row in rows]
+        print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    else:
+        table = Table("", *found["subjects"])
+        for row in rows:
+            table.add_row(row["name"], *map(_number, row["values"]))
+        out.print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Checkpoint or artifact directory, or demo.", show_default=False)],
+    weights: Annotated[bool, typer.Option("--weights", help="List every weight.")] = False,
+    trust_remote_code: TrustOpt = False,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Stem, blocks, head, weight groups, stored forms and bytes; reads headers only."""
+    from compressor.inspection import inspect_path
+    from compressor.report import human_bytes
+
+    found = inspect_path(path, trust_remote_code)
+    if format_ is Format.json:
+        _print_json(found)
+        return
+    out.print(
+        f"{found['architecture']}, {found['dtype']}, {found['block_count']} blocks in {found['blocks']}",
+        highlight=False,
+    )
+    table = Table("unit", "tensors", "bytes", "weight groups")
+    for unit in found["units"]:
+        groups = [
+            ", ".join(
+                f"{w['name'] if weights else w['name'].rpartition('.')[2]} @{w['role']} {w['form']}" for w in group
+            )
+            for group in unit["groups"]
+        ]
+        table.add_row(unit["name"], str(unit["tensors"]), human_bytes(unit["bytes"]), "\n".join(groups))
+    out.print(table)
+
+
+@app.command()
+def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
+    """Hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
+    import tempfile
+
+    from compressor.artifact import read_manifest
+    from compressor.verify import verify_in_child
+
+    read_manifest(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = verify_in_child(directory.absolute(), None, Path(scratch), sealed=True)
+    if as_json:
+        json_line({"event": "result", **found})
+    if found["problems"]:
+        raise ArtifactError("; ".join(found["problems"]), where=str(directory))
+    if not as_json:
+        out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.", show_default=False)] = None,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """The passes there are; with NAME its settings, their types, defaults and meaning."""
+    from compressor.reference import pass_rows, setting_rows
+
+    rows = setting_rows(name) if name else pass_rows()
+    if format_ is Format.json:
+        _print_json(rows)
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the recipe, for editors."""
+    from compressor.recipe import recipe_json_schema
+
+    _print_json(recipe_json_schema())
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Artifact directory or report.json.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write the HTML form here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the Markdown form here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the JUnit form here.")] = None,
+) -> None:
+    """Render a report again; without options prints its Markdown form."""
+    from compressor.compare import read_subject
+    from compressor.report import render_html, render_junit, render_markdown
+
+    found = read_subject(path)
+    if "report_version" not in found:
+        raise UsageError("holds no report.json", where=str(path))
+    targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
+    for target, render in targets:
+        if target is not None:
+            target.write_text(render(found))
+    if not any(target for target, _ in targets):
+        print(render_markdown(found))
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """Versions, CPU features, kernels, GPU, memory, disk, cache, missing extras."""
+    from compressor.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("", "")
+    for key, value in found.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key, ", ".join(map(str, shown)) if isinstance(shown, list) else str(shown))
+    out.print(table)
+
+
+def main() -> None:
+    """Run the command and exit with the code that docs/exit-codes.md lists."""
+    as_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except CompressError as error:
+        _complain(error, as_json)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _complain(Interrupted("stopped", hint="Continue with --resume."), as_json)
+        code = Interrupted.exit_code
+    except Exception as error:
+        code = _foreign(error, as_json)
+    sys.exit(code or 0)
+
+
+def _foreign(error: Exception, as_json: bool) -> int:
+    """Usage errors of the argument parser are the user's; anything else is our bug and keeps its traceback."""
+    show_message = getattr(error, "format_message", None)
+    if show_message is not None:
+        _complain(UsageError(show_message(), hint="See compress-model --help."), as_json)
+        return UsageError.exit_code
+    if isinstance(error, typer.Abort):
+        return Interrupted.exit_code
+    traceback.print_exception(error, file=sys.stderr)
+    err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
+    return 1
+
+
+def _complain(error: CompressError, as_json: bool) -> None:
+    if as_json:
+        json_line(error.event())
+    err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(report: dict[str, Any], output: Path) -> None:
+    from compressor.report import human_bytes
+
+    sizes = report["sizes"]
+    table = Table("", "before", "after", title=f"{report['recipe']['name']} on {report['model']['source']}")
+    table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))
+    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
+        table.add_row(name, _number(row.get("before")), _number(row.get("after")))
+    for gate in report["gates"]:
+        table.add_row(f"gate {gate['name']}", f"bound {_number(gate['bound'])}", f"{_number(gate['value'])} passed")
+    out.print(table)
+    out.print(f"artifact: {output}\nreport:   {output / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,53 @@
+"""What this machine and installation offer, for `compress-model doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from compressor import __version__
+from compressor.environment import PACKAGES, cpu_name, environment, package_version
+from compressor.layers import BUILTIN
+
+EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
+
+
+def examine() -> dict[str, Any]:
+    """JSON facts: versions, CPU, kernels with the reason for each, GPU, memory, disk, cache, missing extras."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return {
+        "compress_model": __version__,
+        "packages": {name: package_version(name) for name in (*PACKAGES, "datasets")},
+        **{key: value for key, value in environment(device).items() if key in ("python", "os", "cpu_features")},
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": {form: "reference (no other kernel is built yet)" for form in BUILTIN},
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "cache": str(cache),
+        "cache_writable": _writable(cache),
+        "missing_extras": [
+            f"{name}: pip install compress-model[{extra}]" if extra else f"{name}: pip install {name}"
+            for name, extra in EXTRAS.items()
+            if package_version(name) is None
+        ],
+    }
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,103 @@
+"""Events of a run, shown: one live display on a terminal, plain lines elsewhere, JSON lines on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Emit = Callable[[dict[str, Any]], None]
+Mode = Literal["auto", "quiet", "json"]
+STAGES = {
+    "plan": "planning",
+    "write": "writing the artifact",
+    "verify": "loading it in a fresh process",
+    "evaluate": "measuring before and after",
+}
+
+
+@contextmanager
+def show(mode: Mode, console: Console) -> Iterator[Emit]:
+    """Yields the function that events go to."""
+    if mode == "json":
+        yield json_line
+    elif mode == "quiet":
+        yield lambda event: _warning(console, event)
+    elif console.is_terminal:
+        with _live(console) as emit:
+            yield emit
+    else:
+        yield _plain(console)
+
+
+def json_line(event: dict[str, Any]) -> None:
+    """One event on one line of standard output."""
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Emit]:
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("planning", total=None, memory="")
+
+        def emit(event: dict[str, Any]) -> None:
+            kind = event["event"]
+            if kind == "sweep":
+                progress.reset(
+                    task,
+                    total=event["units"],
+                    description=f"sweep {event['sweep'] + 1}: " + ", ".join(event["passes"]),
+                    memory="",
+                )
+            elif kind == "unit":
+                progress.update(task, completed=event["unit"] + 1, memory=_memory())
+            elif kind == "weight":
+                progress.update(task, description=f"{event['pass']} {event['name'][-26:]}")
+            elif kind == "stage":
+                progress.reset(task, total=None, description=STAGES[event["name"]], memory=_memory())
+            _warning(console, event)
+
+        yield emit
+
+
+def _plain(console: Console) -> Emit:
+    began = time.monotonic()
+
+    def emit(event: dict[str, Any]) -> None:
+        kind, at = event["event"], f"{time.monotonic() - began:7.1f} s"
+        if kind == "sweep":
+            console.print(f"{at}  sweep {event['sweep'] + 1}: {', '.join(event['passes'])}", highlight=False)
+        elif kind == "unit":
+            console.print(f"{at}  {event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}", highlight=False)
+        elif kind == "stage":
+            console.print(f"{at}  {STAGES[event['name']]}", highlight=False)
+        _warning(console, event)
+
+    return emit
+
+
+def _warning(console: Console, event: dict[str, Any]) -> None:
+    if event["event"] == "warning":
+        console.print(f"warning[{event['code']}]: {event['where']}: {event['message']}", highlight=False, markup=False)
+
+
+def _memory() -> str:
+    import psutil
+
+    return f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB"
