@@ -32,14 +32,24 @@ DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
 
 
 class Settings(Protocol):
-    source: str
-    config: str | None
-    split: str
-    field: str
-    samples: int
-    length: int
-    pack: bool
-    sha256: str | None
+    """The `data` section of a recipe (`recipe.DataSettings`)."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def config(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def field(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def pack(self) -> bool: ...
+    @property
+    def sha256(self) -> str | None: ...
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def make_plan(
             {
                 "code": "unused-tensors",
                 "where": ", ".join(structure.bindings.dropped[:4]),
-                "message": f"{len(structure.bindings.dropped)} tensors are not part of {structure.architecture}; left out",
+                "message": f"{len(structure.bindings.dropped)} tensors are unknown to {structure.architecture}",
             }
         )
     return plan

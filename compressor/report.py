@@ -47,7 +47,7 @@ def build_report(
             row = predicted[record["name"]]
             bits = 8 * row["bytes_after"] / math.prod(record["shape"])
             size = {"bytes_before": row["bytes_before"], "bytes_after": row["bytes_after"], "bits_per_parameter": bits}
-            weights.append({**{k: v for k, v in record.items() if k != "seconds"}, **size})
+            weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = plan.warnings + [warning for line in lines for warning in line["warnings"]]
     for name, row in metrics.items():
