@@ -98,10 +98,8 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     """Bytes of the weight files before and after, by class of tensor. Headers are counted in the totals."""
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure
-    embedding = structure.model.get_input_embeddings() if hasattr(structure.model, "get_input_embeddings") else None
-    embedded = {
-        name for name, p in structure.model.named_parameters() if embedding is not None and p is embedding.weight
-    }
+    table = getattr(structure.model.get_input_embeddings(), "weight", None)  # a ViT's is a module of modules
+    embedded = {name for name, parameter in structure.model.named_parameters() if parameter is table}
     head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
     parameter = structure.bindings.parameter_of()
     classes = dict.fromkeys(("quantized", "scales", "embedding", "head", "norms", "dense", "other"), 0)

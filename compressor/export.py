@@ -155,7 +155,7 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
         if not (isinstance(cls, type) and issubclass(cls, auto_factory._BaseAutoModelClass)):
             continue
         mapping = getattr(cls, "_model_mapping", None)
-        classes = mapping.get(type(model.config)) if mapping is not None else None
+        classes = mapping.get(type(model.config), None) if mapping is not None else None
         if classes is not None and type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             found.append(name)
     if not found:

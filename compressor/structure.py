@@ -310,7 +310,7 @@ def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bo
     config = copy.deepcopy(config)
     if not cached:
         config.use_cache = False
-        _set_experts_eager(config)
+        use_eager_experts(config)
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     return model.eval().requires_grad_(False)
@@ -405,7 +405,7 @@ def _twin(
 ) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.use_cache = False
-    _set_experts_eager(config)
+    use_eager_experts(config)
     if device.type == "meta":
         with device:
             return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -493,7 +493,7 @@ def _weight(
     return Weight(name, tensor, parameter_name, shape, role, product.transposed, bias=bias)
 
 
-def _set_experts_eager(config: PretrainedConfig) -> None:
+def use_eager_experts(config: PretrainedConfig) -> None:
     """One expert at a time, so that each expert's own tokens can be seen."""
     for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
         if hasattr(part, "_experts_implementation"):
