@@ -1,0 +1,141 @@
+"""The contract of a pass, as one check that built-in and third-party passes share.
+
+    from compressor.testing import check_pass
+    def test_contract(tmp_path):
+        check_pass(MyMethod(bits=4), model_directory, tmp_path)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressor.artifact import MANIFEST, load, read_manifest
+from compressor.plan import make_plan
+from compressor.protocol import Pass
+from compressor.recipe import Recipe, parse_recipe
+from compressor.run import compress
+from compressor.safetensors_file import file_sha256, read_bytes, read_header
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from compressor.recipe import parse_recipe
+from compressor.run import compress
+left = [int(sys.argv[4])]
+def deadly(call):
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return wrapped
+os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+compress(parse_recipe(Path(sys.argv[1]).read_bytes(), "contract"), sys.argv[2], Path(sys.argv[3]), measure=False)
+"""
+
+
+def recipe_for(name: str, settings: Pass, samples: int = 8, length: int = 16) -> Recipe:
+    """A recipe of this one step on random tokens, with no evaluation."""
+    step = {"pass": name, **settings.model_dump(mode="json", by_alias=True)}
+    text = {
+        "version": 1,
+        "name": "contract",
+        "data": {"source": "random", "samples": samples, "length": length},
+        "steps": [step],
+        "report": {"html": False},
+    }
+    return parse_recipe(yaml.safe_dump(text).encode(), "contract.yaml")
+
+
+def check_pass(name: str, settings: Pass, model: Path, scratch: Path, only: str) -> dict[str, Any]:
+    """Run a pass on a small checkpoint and check everything a user of it relies on. Returns the report.
+
+    only    a pattern for some of the model's weights; all others must come out unchanged
+    raises  AssertionError naming the promise that doesn't hold
+    """
+    whole = recipe_for(name, settings)
+    assert whole.steps[0].settings == settings, "settings don't survive YAML"
+    assert parse_recipe(whole.to_yaml().encode(), "again").resolved() == whole.resolved(), "recipe is not a fixed point"
+    plan = make_plan(whole, str(model))
+    assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
+    traits = settings.traits
+    report = compress(whole, str(model), scratch / "first", measure=False)
+    assert whole.steps[0].settings == settings, "settings were changed while it ran"
+    stored = {weight["form"] for weight in report["weights"]}
+    assert stored == {traits.stores}, f"traits promise {traits.stores}, {stored} were stored"
+    assert {w["name"] for w in report["weights"]} == {w.name for w in plan.selected[("steps", 0)]}, "weights were left out"
+    predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
+    assert abs(predicted - actual) <= 0.02 * actual, f"plan says {predicted} bytes, {actual} were written"
+    compress(whole, str(model), scratch / "second", measure=False)
+    assert weight_hashes(scratch / "first") == weight_hashes(scratch / "second"), "a second run writes other bytes"
+    _check_loads_without_passes(scratch / "first")
+    _check_untouched(name, settings, model, scratch / "part", only)
+    _check_resume(whole, model, scratch / "killed", weight_hashes(scratch / "first"))
+    return report
+
+
+def weight_hashes(directory: Path) -> dict[str, str]:
+    """Hashes of everything that is the model: weights, config, tokenizer; not what tells of one run."""
+    told = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
+    return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in told}
+
+
+def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> int:
+    """Run in a child that is killed at its `step`-th fsync or rename; returns the child's exit status."""
+    text = output.with_name(output.name + ".yaml")
+    text.write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", KILLER, str(text), str(model), str(output), str(step)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+def _check_loads_without_passes(directory: Path) -> None:
+    code = (
+        "import sys, json\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.startswith('compressor.passes'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import compressor\n"
+        f"compressor.load({str(directory)!r})\n"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"the artifact needs the pass to load: {done.stderr[-400:]}"
+
+
+def _check_untouched(name: str, settings: Pass, model: Path, output: Path, only: str) -> None:
+    part = settings.model_copy(update={"only": (only,)})
+    report = compress(recipe_for(name, part), str(model), output, measure=False)
+    touched = {weight["name"] for weight in report["weights"]}
+    assert 0 < len(touched), f"{only} selects nothing"
+    before, after = _tensors(model), _tensors(output)
+    for tensor, info in before.items():
+        if tensor.rpartition(".")[0] not in touched:
+            same = read_bytes(info).equal(read_bytes(after[tensor]))
+            assert same, f"{tensor} changed though {only} doesn't select it"
+
+
+def _check_resume(recipe: Recipe, model: Path, output: Path, expected: dict[str, str]) -> None:
+    assert kill_at(7, recipe, model, output) == -signal.SIGKILL, "the run ended before it could be killed"
+    compress(recipe, str(model), output, measure=False, resume=True)
+    assert weight_hashes(output) == expected, "a killed and resumed run writes other bytes"
+    assert json.loads((output / "report.json").read_text())["run"]["resumed"], "the report doesn't say it was resumed"
+
+
+def _tensors(directory: Path) -> dict[str, Any]:
+    return {name: info for file in directory.glob("*.safetensors") for name, info in read_header(file).items()}
+
+
+__all__ = ["check_pass", "kill_at", "load", "read_manifest", "recipe_for", "weight_hashes"]

@@ -1,0 +1,32 @@
+"""Both passes keep the contract, on a dense Llama and on a mixture of experts."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from compressor.passes.gptq import GPTQ
+from compressor.passes.rtn import RTN
+from compressor.testing import check_pass
+
+GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gptq", GPTQ(**GPTQ_SETTINGS)), ("rtn", RTN(bits=8, group_size=-1))],
+)
+def test_pass_keeps_the_contract(name, settings, tmp_path):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    report = check_pass(name, settings, model, tmp_path, "*_proj")
+    assert report["verification"]["max_logit_difference"] == 0.0
+
+
+def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
+    model = tiny.save("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    settings = GPTQ(**{**GPTQ_SETTINGS, "min_tokens_per_expert": 64, "only": ("@experts",)})
+    report = check_pass("gptq", settings, model, tmp_path, "@experts")
+    assert {weight["role"] for weight in report["weights"]} == {"experts"}
+    assert len(report["weights"]) == 2 * 4 * 3
+    assert any(warning["code"] == "sparse-expert" for warning in report["warnings"])
