@@ -1,0 +1,134 @@
+"""A model's structure is found by running it, and proven by replay."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+
+from compressor.binding import read_parameter
+from compressor.errors import ModelError
+from compressor.replay import Pieces
+from compressor.structure import example_batch, find_blocks, prove_by_replay, prove_equal, read_structure
+from compressor.units import UnitSource, load_unit
+
+GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "qwen3": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "mistral": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "gemma3": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "bert": [["query", "key", "value"], ["dense"], ["dense"], ["dense"]],
+    "bert_base": [["query", "key", "value"], ["dense"], ["dense"], ["dense"]],
+    "vit": [["query", "key", "value"], ["dense"], ["dense"], ["dense"]],
+}
+
+
+@pytest.mark.parametrize("family", sorted(GROUPS))
+def test_weights_that_read_the_same_input_are_grouped(family, tmp_path):
+    structure = read_structure(tiny.save(family, tmp_path / "m"))
+    for unit in range(1, structure.block_count + 1):
+        found = [[w.name.rpartition(".")[2] for w in group] for stage in structure.stages(unit) for group in stage]
+        assert found == GROUPS[family]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_groups_of_one_stage_and_carry_checkpoint_names(family, tmp_path):
+    structure = read_structure(tiny.save(family, tmp_path / "m"))
+    stages = structure.stages(1)
+    sizes = [len(stage) for stage in stages]
+    assert sizes == [1, 1, 1, 4, 4]
+    assert [w.role for w in stages[2][0]] == ["router"]
+    first, second = stages[3][2].weights
+    assert first.expert == second.expert == 2
+    assert first.rows == (0, first.out_features)
+    assert second.rows == (first.out_features, 2 * first.out_features)
+    assert f"{first.name}.weight" in structure.checkpoint.tensors
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_stem_blocks_and_head_reproduce_the_model_bit_for_bit(family, tmp_path):
+    path = tiny.save(family, tmp_path / "m")
+    structure = read_structure(path)
+    prove_by_replay(structure)
+    model = type(structure.model).from_pretrained(path, experts_implementation="eager").eval()
+    for unit in range(structure.block_count + 2):
+        load_unit(structure, unit, UnitSource(structure), torch.device("cpu"))
+    batch = example_batch(model, torch.device("cpu"))
+    with torch.no_grad():
+        output = model(**batch)
+    expected = output.logits if "logits" in output else output.last_hidden_state
+    assert torch.equal(structure.pieces.whole(batch), expected)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_every_tensor_belongs_to_exactly_one_unit(family, tmp_path):
+    structure = read_structure(tiny.save(family, tmp_path / "m"))
+    assert set(structure.unit_of) == set(structure.checkpoint.tensors)
+    for unit in range(1, structure.block_count + 1):
+        inside = [tensor for tensor, at in structure.unit_of.items() if at == unit]
+        assert inside and all(f".{unit - 1}." in tensor for tensor in inside)
+
+
+def test_parameters_read_block_by_block_equal_from_pretrained(tmp_path):
+    path = tiny.save("mixtral", tmp_path / "m", shard="20KB")
+    structure = read_structure(path)
+    model = hf.AutoModelForCausalLM.from_pretrained(path)
+    source = UnitSource(structure)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(read_parameter(name, structure.bindings, source.read, structure.model), parameter), name
+
+
+def test_a_checkpoint_saved_without_its_prefix_binds(tmp_path):
+    """As the original GPT-2 checkpoints: no `transformer.` in front, and the config asks for the head model."""
+    import json
+
+    path = tmp_path / "m"
+    tiny.build("gpt2").transformer.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    structure = read_structure(path)
+    assert structure.bindings.tied == {"lm_head.weight": "transformer.wte.weight"}
+    assert next(structure.weights())[1].name == "h.0.attn.c_attn"
+
+
+def test_a_model_whose_blocks_talk_beside_the_hidden_states_is_refused_by_block():
+    class Leaky(hf.models.llama.modeling_llama.LlamaDecoderLayer):
+        shared: list = []
+
+        def forward(self, hidden_states, **kwargs):
+            out = super().forward(hidden_states, **kwargs)
+            self.shared.append(float(out.sum()))
+            return out + len(self.shared) * 0.1
+
+    model = tiny.build("llama")
+    for index, layer in enumerate(model.model.layers):
+        leaky = Leaky(model.config, index).eval()
+        leaky.load_state_dict(layer.state_dict())
+        model.model.layers[index] = leaky
+    with pytest.raises(ModelError, match=r"model\.layers\.0.*output of this block differs") as failure:
+        prove_equal(model, "model.layers", example_batch(model, torch.device("cpu")))
+    assert failure.value.exit_code == 5
+
+
+def test_encoder_decoders_are_refused():
+    config = hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50)
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        find_blocks(hf.T5ForConditionalGeneration(config))
+
+
+def test_a_port_answers_for_its_block():
+    model = tiny.build("gemma3")
+    pieces = Pieces(model, "model.layers")
+    hidden, calls = pieces.stem(example_batch(model, torch.device("cpu")))
+    assert hidden.shape[-1] == 32 and len(calls) == 3
+    assert list(model.model.layers.children()) == pieces.blocks, "the blocks are back in place"
+
+
+def test_tracing_twice_gives_the_same_structure(tmp_path):
+    path = tiny.save("qwen3_moe", tmp_path / "m")
+    assert read_structure(path).to_dict() == read_structure(path).to_dict()
