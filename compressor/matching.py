@@ -16,7 +16,7 @@ from compressor.protocol import Weight
 
 ROLES = ("attention", "mlp", "experts", "head", "embedding", "router")
 LEFT_OUT = ("head", "embedding", "router")  # unless named
-REGEX_SIGNS = re.compile(r"^re:|\.\*|\\|[\^$|()+]")
+REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000
 
 

@@ -1,0 +1,116 @@
+"""The glob language against a slow obvious matcher, and its refusals."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import RecipeError
+from compressor.matching import ROLES, compile_pattern, matches, select
+from compressor.protocol import Weight
+
+
+def weight(name: str, role: str = "mlp") -> Weight:
+    return Weight(name, name + ".weight", name + ".weight", (4, 4), role)
+
+
+MODEL = [
+    weight(f"model.layers.{i}.{part}", role)
+    for i in range(3)
+    for part, role in (("self_attn.q_proj", "attention"), ("self_attn.o_proj", "attention"), ("mlp.gate_proj", "mlp"),
+                       ("mlp.down_proj", "mlp"), ("mlp.experts.0.w1", "experts"), ("mlp.gate", "router"))
+] + [weight("lm_head", "head")]  # fmt: skip
+
+
+def names(only, excluded=()):
+    return [found.name for found in select(only, excluded, MODEL, "steps.0")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("q_proj", "q_proj", True),
+        ("*_proj", "model.layers.0.self_attn.q_proj", True),
+        ("model.*.q_proj", "model.layers.0.self_attn.q_proj", False),
+        ("model.**.q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("model.layers.{0..2}.**", "model.layers.2.mlp.gate_proj", True),
+        ("model.layers.{0..2}.**", "model.layers.3.mlp.gate_proj", False),
+        ("{q,k}_proj", "a.k_proj", True),
+        ("{q,k}_proj", "a.v_proj", False),
+        ("model.layers.[0-3].**", "model.layers.1.x", True),
+        ("?_proj", "a.qq_proj", False),
+        ("**", "anything.at.all", True),
+        ("layer.0", "layerx0", False),
+    ],
+)
+def test_patterns_mean_what_the_docs_say(pattern, name, expected):
+    assert (compile_pattern(pattern, "p").fullmatch(name) is not None) is expected
+
+
+def test_everything_leaves_out_head_and_router_unless_they_are_named():
+    assert "lm_head" not in names(["*"]) and not any(n.endswith(".gate") for n in names(["**"]))
+    assert names(["lm_head"]) == ["lm_head"] and names(["@head"]) == ["lm_head"]
+    assert len(names(["@router"])) == 3
+
+
+def test_except_wins():
+    assert not any("q_proj" in n for n in names(["@attention"], ["q_proj"]))
+
+
+def test_roles_select_disjoint_weights():
+    found = [set(names([f"@{role}"])) for role in ("attention", "mlp", "experts", "router", "head")]
+    assert sum(map(len, found)) == len(set.union(*found)) == len(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("only", "excluded", "message"),
+    [
+        (["q_porj"], [], r"steps.0.only\[0\].*matches none of 19 weights.*q_proj"),
+        (["q_proj"], ["@attention"], "are left out by `except`"),
+        (["re:.*q_proj"], [], "looks like a regex.*'"),
+        ([".*mlp.*"], [], "looks like a regex"),
+        (["@heads"], [], "Did you mean @head"),
+        (["{a,b"], [], "malformed"),
+        (["{5..1}"], [], "must rise"),
+        (["*"], ["nothing_here"], "except"),
+    ],
+)
+def test_bad_patterns_are_refused_with_advice(only, excluded, message):
+    with pytest.raises(RecipeError, match=message):
+        names(only, excluded)
+
+
+def test_a_pattern_may_be_absent_when_it_says_so():
+    assert names(["q_proj", "shared_expert*!"]) == names(["q_proj"])
+
+
+def slow(pattern: str, name: str) -> bool:
+    """Character by character, trying every length for a star."""
+    if not pattern:
+        return not name
+    if pattern.startswith("**"):
+        return any(slow(pattern[2:], name[i:]) for i in range(len(name) + 1))
+    if pattern[0] == "*":
+        return any("." not in name[:i] and slow(pattern[1:], name[i:]) for i in range(len(name) + 1))
+    if not name:
+        return False
+    if pattern[0] == "?":
+        return name[0] != "." and slow(pattern[1:], name[1:])
+    return pattern[0] == name[0] and slow(pattern[1:], name[1:])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("ab.*?", min_size=1, max_size=7), st.text("ab.", max_size=7))
+def test_globs_agree_with_the_slow_matcher(pattern, name):
+    if pattern.startswith(".*"):
+        return  # read as a regex and refused
+    full = pattern if "." in pattern or pattern == "**" else f"**.{pattern}"
+    expected = slow(full, name) or (full.startswith("**.") and slow(full[3:], name))
+    assert (compile_pattern(pattern, "p").fullmatch(name) is not None) == expected
+
+
+def test_matches_is_select_for_one_weight():
+    for pattern in ("*", "q_proj", *(f"@{role}" for role in ROLES if role != "embedding")):
+        assert [w.name for w in MODEL if matches(pattern, w)] == names([pattern])

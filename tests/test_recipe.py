@@ -1,0 +1,165 @@
+"""The recipe reader: every error names its place; what is resolved can be read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import RecipeError
+from compressor.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
+
+SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))
+GOOD = b"version: 1\nsteps: [{pass: rtn}]\n"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_read_and_resolve_to_a_fixed_point(name):
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    again = parse_recipe(recipe.to_yaml().encode(), "again.yaml")
+    assert again.resolved() == recipe.resolved() and again.sha256 == recipe.sha256
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_satisfy_the_schema(name):
+    schema = recipe_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(find_recipe(name).read_text()), schema)
+
+
+BAD = {
+    "empty": (b"", "is empty"),
+    "list": (b"- 1\n", "a map of keys"),
+    "no version": (b"steps: [{pass: rtn}]\n", "version 1 is needed, none"),
+    "other version": (b"version: 2\nsteps: [{pass: rtn}]\n", r"r.yaml:1:1 \(version\).*2 was found"),
+    "no steps": (b"version: 1\n", "at least one step"),
+    "unknown key": (b"version: 1\nsteps: [{pass: rtn}]\nevil: 2\n", r"r.yaml:3:1 \(evil\).*'eval'"),
+    "unknown pass": (b"version: 1\nsteps:\n  - pass: gptk\n", r"r.yaml:3:5 \(steps.0.pass\).*'gptq'"),
+    "unknown setting": (b"version: 1\nsteps: [{pass: gptq, bitz: 3}]\n", r"r.yaml:2:22 \(steps.0.bitz\).*'bits'"),
+    "bad value": (b"version: 1\nsteps: [{pass: gptq, bits: 5}]\n", r"r.yaml:2:22 \(steps.0.bits\).*2, 3, 4 or 8"),
+    "nested unknown": (b"version: 1\nsteps: [{pass: rtn}]\neval: {data: {sample: 1}}\n", r"eval.data.sample.*'samples'"),
+    "unknown gate": (b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size: 1}}\n", "unknown gate 'size'"),
+    "twice": (b"version: 1\nversion: 1\nsteps: [{pass: rtn}]\n", r"r.yaml:2:1: key 'version' appears twice"),
+    "tag": (b"version: 1\nsteps: !!python/object:os.system x\n", "is not allowed"),
+    "syntax": (b"version: [1\n", r"r.yaml:2:1: is not valid YAML"),
+    "not utf-8": (b"version: \xff\n", r"not UTF-8 \(byte 9\)"),
+    "too large": (b"#" * (1 << 20) + b"\n", "at most 1,048,576"),
+    "pass missing": (b"version: 1\nsteps: [{bits: 3}]\n", "a step names its pass"),
+    "empty sweep": (b"version: 1\nsteps: [{sweep: []}]\n", "a sweep is a list"),
+    "bad size": (b"version: 1\nsteps: [{pass: rtn}]\nexport: {shard_bytes: 4 boxes}\n", "KiB, MiB, GiB"),
+    "billion laughs": (
+        b"version: 1\na: &a [x,x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
+        b"c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\nsteps: [*d,*d]\n",
+        "more than 10,000 nodes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_a_bad_recipe_is_refused_with_its_place(case):
+    content, message = BAD[case]
+    with pytest.raises(RecipeError, match=message) as failure:
+        parse_recipe(content, "r.yaml")
+    assert failure.value.exit_code == 2
+
+
+def test_several_problems_are_reported_together():
+    with pytest.raises(RecipeError) as failure:
+        parse_recipe(b"version: 1\nsteps: [{pass: gptq, bits: 5, group_size: 7}]\n", "r.yaml")
+    assert "steps.0.bits" in str(failure.value) and "steps.0.group_size" in str(failure.value)
+
+
+def test_set_changes_a_value_with_the_same_validation():
+    assert read_recipe("gptq-w4a16", ["steps.0.bits=3"]).steps[0].settings.bits == 3
+    assert read_recipe("gptq-w4a16", ['steps.0.only=["@mlp"]']).steps[0].settings.only == ("@mlp",)
+    assert read_recipe("rtn-w8", ["data.samples=7"]).data.samples == 7
+    assert read_recipe("rtn-w8", ["limits.memory=3GiB"]).limits.memory == 3 << 30
+    assert read_recipe("rtn-w8", ["eval.gates.kl_divergence=1e-3"]).eval.gates["kl_divergence"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps.0.bits=5", r"--set steps.0.bits=5 \(steps.0.bits\)"),
+        ("steps.4.bits=3", "never creates a step"),
+        ("nonsense.key=1", "'nonsense' is not in the recipe"),
+        ("steps.0.bitz=3", "'bits'"),
+        ("novalue", "KEY=VALUE"),
+    ],
+)
+def test_a_bad_set_is_refused_by_name(override, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe("gptq-w4a16", [override])
+
+
+def test_evaluation_reads_held_out_text_even_when_only_samples_are_given():
+    recipe = parse_recipe(GOOD + b"eval: {data: {samples: 2}}\n")
+    assert (recipe.eval.data.split, recipe.eval.data.samples) == ("heldout", 2)
+
+
+def test_steps_under_one_sweep_share_it():
+    recipe = parse_recipe(b"version: 1\nsteps: [{sweep: [{pass: rtn, only: ['@mlp']}, {pass: gptq}]}, {pass: rtn}]\n")
+    assert [[step.name for step in sweep] for sweep in recipe.sweeps] == [["rtn", "gptq"], ["rtn"]]
+    assert recipe.sweeps[0][1].path == ("steps", 0, "sweep", 1)
+
+
+def test_a_missing_recipe_names_those_that_come_along():
+    with pytest.raises(RecipeError, match="gptq-w4a16"):
+        read_recipe("no-such-recipe")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_end_in_a_recipe_error(content):
+    with pytest.raises(RecipeError):
+        parse_recipe(content, "fuzz.yaml")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=6), t, max_size=3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(trees, trees, trees)
+def test_any_tree_in_any_section_reads_or_ends_in_a_recipe_error(steps, data, evaluation):
+    text = yaml.safe_dump({"version": 1, "steps": steps, "data": data, "eval": evaluation})
+    try:
+        parse_recipe(text.encode(), "fuzz.yaml")
+    except RecipeError as error:
+        assert error.where
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"pass": st.sampled_from(["gptq", "rtn"])},
+        optional={
+            "bits": st.sampled_from([2, 3, 4, 5, 8]),
+            "group_size": st.sampled_from([-1, 32, 64, 100]),
+            "symmetric": st.booleans(),
+            "act_order": st.sampled_from(["none", "static", "wild"]),
+            "extra": st.just(1),
+        },
+    )
+)
+def test_the_schema_accepts_what_the_reader_accepts(step):
+    tree = {"version": 1, "steps": [step]}
+    try:
+        parse_recipe(yaml.safe_dump(tree).encode())
+        reader = True
+    except RecipeError:
+        reader = False
+    schema = jsonschema.Draft202012Validator(recipe_json_schema()).is_valid(tree)
+    assert reader == schema
+
+
+def test_the_recipe_reference_in_the_docs_is_what_the_code_says():
+    from compressor.reference import recipe_reference
+
+    page = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text()
+    assert recipe_reference() in page, "run scripts/gen_reference.py"
