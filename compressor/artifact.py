@@ -22,8 +22,9 @@ from compressor.binding import bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import ArtifactError, UsageError
 from compressor.export import VERSION, Route, artifact_config, modelling_file
+from compressor.files import file_sha256
 from compressor.layers import find_layer
-from compressor.safetensors_file import Entry, TensorInfo, file_sha256, read_bytes, read_header, write_file
+from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
 from compressor.structure import Structure, skeleton
 from compressor.units import Form
 

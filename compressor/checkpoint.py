@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.safetensors_file import TensorInfo, file_sha256, read_bytes, read_header
+from compressor.files import file_sha256
+from compressor.safetensors_file import TensorInfo, read_bytes, read_header
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 CARRIED = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import PassError, ResumeError, UsageError
-from compressor.safetensors_file import disk_full, file_sha256
+from compressor.files import disk_full, file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
 
@@ -106,7 +106,7 @@ class Journal:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise disk_full(path, 0) from error
+                raise disk_full(path, None) from error
             raise PassError(
                 f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume."
             ) from error

@@ -8,10 +8,8 @@ the safetensors library for the same tensors. Format: docs/format.md.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import ModelError, PassError
+from compressor.errors import ModelError
+from compressor.files import disk_full
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 COPY_BYTES = 1 << 24
@@ -150,20 +149,6 @@ def header_bytes(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) ->
         offset += nbytes
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + length + -length % 8
-
-
-def disk_full(path: Path, needed_bytes: int) -> PassError:
-    free = shutil.disk_usage(path.parent).free
-    return PassError(
-        f"the disk is full: {needed_bytes:,} bytes to write, {free:,} free",
-        where=path.name,
-        hint="Free some space, then run again with --resume; what is done is kept.",
-    )
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(info: TensorInfo) -> Tensor:

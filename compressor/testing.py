@@ -1,8 +1,8 @@
 """The contract of a pass, as one check that built-in and third-party passes share.
 
-    from compressor.testing import check_pass
-    def test_contract(tmp_path):
-        check_pass(MyMethod(bits=4), model_directory, tmp_path)
+from compressor.testing import check_pass
+def test_contract(tmp_path):
+    check_pass(MyMethod(bits=4), model_directory, tmp_path)
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from compressor.artifact import MANIFEST, load, read_manifest
+from compressor.files import file_sha256
 from compressor.plan import make_plan
 from compressor.protocol import Pass
 from compressor.recipe import Recipe, parse_recipe
 from compressor.run import compress
-from compressor.safetensors_file import file_sha256, read_bytes, read_header
+from compressor.safetensors_file import read_bytes, read_header
 
 KILLER = """
 import os, signal, sys
@@ -71,7 +72,9 @@ def check_pass(name: str, settings: Pass, model: Path, scratch: Path, only: str)
     assert whole.steps[0].settings == settings, "settings were changed while it ran"
     stored = {weight["form"] for weight in report["weights"]}
     assert stored == {traits.stores}, f"traits promise {traits.stores}, {stored} were stored"
-    assert {w["name"] for w in report["weights"]} == {w.name for w in plan.selected[("steps", 0)]}, "weights were left out"
+    assert {w["name"] for w in report["weights"]} == {w.name for w in plan.selected[("steps", 0)]}, (
+        "weights were left out"
+    )
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
     assert abs(predicted - actual) <= 0.02 * actual, f"plan says {predicted} bytes, {actual} were written"
     compress(whole, str(model), scratch / "second", measure=False)
@@ -110,7 +113,11 @@ def _check_loads_without_passes(directory: Path) -> None:
     )
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"the artifact needs the pass to load: {done.stderr[-400:]}"
 
@@ -119,7 +126,7 @@ def _check_untouched(name: str, settings: Pass, model: Path, output: Path, only:
     part = settings.model_copy(update={"only": (only,)})
     report = compress(recipe_for(name, part), str(model), output, measure=False)
     touched = {weight["name"] for weight in report["weights"]}
-    assert 0 < len(touched), f"{only} selects nothing"
+    assert len(touched) > 0, f"{only} selects nothing"
     before, after = _tensors(model), _tensors(output)
     for tensor, info in before.items():
         if tensor.rpartition(".")[0] not in touched:

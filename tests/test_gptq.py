@@ -243,7 +243,7 @@ def test_damping_ladder_climbs_and_says_so():
 
 
 def test_overflowing_inputs_are_an_error_that_names_the_weight():
-    with pytest.raises(PassError, match="layer.7"):
+    with pytest.raises(PassError, match=r"layer\.7"):
         inverse_factor(torch.full((4, 4), float("nan")), 0.01, 1.0, "layer.7")
 
 

@@ -42,7 +42,7 @@ BAD = {
     "unknown pass": (b"version: 1\nsteps:\n  - pass: gptk\n", r"r.yaml:3:5 \(steps.0.pass\).*'gptq'"),
     "unknown setting": (b"version: 1\nsteps: [{pass: gptq, bitz: 3}]\n", r"r.yaml:2:22 \(steps.0.bitz\).*'bits'"),
     "bad value": (b"version: 1\nsteps: [{pass: gptq, bits: 5}]\n", r"r.yaml:2:22 \(steps.0.bits\).*2, 3, 4 or 8"),
-    "nested unknown": (b"version: 1\nsteps: [{pass: rtn}]\neval: {data: {sample: 1}}\n", r"eval.data.sample.*'samples'"),
+    "nested unknown": (GOOD + b"eval: {data: {sample: 1}}\n", r"eval.data.sample.*'samples'"),
     "unknown gate": (b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size: 1}}\n", "unknown gate 'size'"),
     "twice": (b"version: 1\nversion: 1\nsteps: [{pass: rtn}]\n", r"r.yaml:2:1: key 'version' appears twice"),
     "tag": (b"version: 1\nsteps: !!python/object:os.system x\n", "is not allowed"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import tiny
 import torch
@@ -98,7 +100,7 @@ def test_a_checkpoint_saved_without_its_prefix_binds(tmp_path):
 
 def test_a_model_whose_blocks_talk_beside_the_hidden_states_is_refused_by_block():
     class Leaky(hf.models.llama.modeling_llama.LlamaDecoderLayer):
-        shared: list = []
+        shared: ClassVar[list] = []
 
         def forward(self, hidden_states, **kwargs):
             out = super().forward(hidden_states, **kwargs)

@@ -1,0 +1,235 @@
+"""A checkpoint is read safely: everything damaged or unsafe ends in a ModelError that says so."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoint import check_finite, open_checkpoint, resolve_model
+from compressor.errors import ModelError, PassError
+from compressor.safetensors_file import Entry, header_bytes, read_bytes, read_header, write_file
+from compressor.structure import read_structure
+from compressor.units import UnitSource
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.save("llama", tmp_path / "model", shard="20KB")
+
+
+def entries(tensors):
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+
+
+def index_of(model):
+    return json.loads((model / "model.safetensors.index.json").read_text())
+
+
+def set_index(model, index):
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def refuse(directory, message):
+    with pytest.raises(ModelError, match=message) as failure:
+        open_checkpoint(directory)
+    assert failure.value.exit_code == 5
+
+
+def test_every_tensor_of_a_sharded_checkpoint_is_read_exactly(model):
+    checkpoint = open_checkpoint(model)
+    expected = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert set(checkpoint.tensors) == set(expected)
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in expected.items())
+
+
+def test_a_missing_shard_is_named(model):
+    (model / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    victim = sorted(model.glob("*.safetensors"))[0]
+    victim.unlink()
+    refuse(model, f"{victim.name}: shard is missing|shard is missing")
+
+
+def test_a_truncated_shard_is_named(model):
+    victim = sorted(model.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:-10])
+    refuse(model, f"{victim.name}.*tensors end at byte")
+
+
+def test_a_header_that_lies_about_offsets_is_refused(model):
+    victim = sorted(model.glob("*.safetensors"))[0]
+    content = victim.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    begin, end = header[name]["data_offsets"]
+    header[name]["data_offsets"] = [begin + 4, end + 4]
+    text = json.dumps(header).encode()
+    victim.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    refuse(model, "gap or overlap|file at")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+def test_an_index_that_reaches_outside_is_refused(model, name):
+    index = index_of(model)
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    set_index(model, index)
+    refuse(model, "not a plain name")
+
+
+def test_a_link_out_of_the_directory_is_refused(model, tmp_path):
+    victim = sorted(model.glob("*.safetensors"))[0]
+    outside = tmp_path / "outside.safetensors"
+    victim.rename(outside)
+    victim.symlink_to(outside)
+    refuse(model, "leads out")
+
+
+def test_links_of_the_hugging_face_cache_are_followed(model, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(model.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert open_checkpoint(snapshot).architecture == "LlamaForCausalLM"
+
+
+def test_an_index_and_shards_of_two_models_are_refused(model):
+    index = index_of(model)
+    name, file = next(iter(index["weight_map"].items()))
+    del index["weight_map"][name]
+    index["weight_map"]["no.such.tensor"] = file
+    set_index(model, index)
+    refuse(model, "lacks 1 tensors, such as no.such.tensor")
+
+
+def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
+    tiny.save("llama", tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    refuse(tmp_path / "m", "only pickled weights were found.*save_pretrained")
+
+
+def test_no_weights_no_config_and_no_directory_are_told_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    refuse(tmp_path / "a", "config.json: file is missing")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    refuse(tmp_path / "a", "no model.safetensors or index")
+    (tmp_path / "a" / "config.json").write_text("{")
+    refuse(tmp_path / "a", "not valid JSON")
+    refuse(tmp_path / "b", "nothing is there")
+    with pytest.raises(ModelError, match="no such directory"):
+        resolve_model(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_weights_are_found_with_their_place(value, tmp_path):
+    path = tiny.save("llama", tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight: 1 of 2048 values.*\[3, 5\]"):
+        UnitSource(read_structure(path)).read(name)
+    check_finite("fine", torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "has no architecture 'NoSuchModel'"),
+        ({"architectures": None}, "names no `architectures`"),
+        ({"architectures": ["Mine"], "auto_map": {"AutoModel": "m.Mine"}}, "--trust-remote-code"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        ({"model_type": "no-such-type"}, "can't read its config.json"),
+        ({"hidden_size": 64, "head_dim": 8}, "config.json asks for"),
+        ({"num_hidden_layers": 3}, "no tensor for model.layers.2"),
+    ],
+)
+def test_models_that_cannot_be_read_say_why(change, message, tmp_path):
+    path = tiny.save("llama", tmp_path / "m")
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        read_structure(path)
+
+
+def test_files_are_written_as_the_library_writes_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "b.weight": torch.randn(3, 5, generator=generator).bfloat16(),
+        "a.packed": torch.randint(0, 9, (7,), generator=generator, dtype=torch.int32),
+        "c": torch.randn(2, 2, generator=generator),
+        "empty": torch.zeros(0, 4),
+        "flag": torch.tensor([True, False]),
+        "long": torch.tensor([1, 2]),
+    }
+    write_file(tmp_path / "ours.safetensors", entries(tensors))
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    predicted = header_bytes((name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
+    assert (tmp_path / "ours.safetensors").stat().st_size == size + predicted
+    for name, info in read_header(tmp_path / "ours.safetensors").items():
+        assert torch.equal(read_bytes(info), tensors[name])
+
+
+def test_a_full_disk_is_a_pass_error_and_leaves_nothing(tmp_path):
+    """A file-size limit stands for the full disk: the write fails in the middle."""
+    import resource
+    import signal
+
+    tensors = {"big": torch.zeros(1 << 20)}
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
+    try:
+        with pytest.raises(PassError, match=r"the disk is full.*--resume"):
+            write_file(tmp_path / "x.safetensors", entries(tensors))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
+
+
+def valid_file() -> bytes:
+    text = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"I8","shape":[3],"data_offsets":[8,11]}}'
+    )
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + bytes(11)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4), st.integers(-20, 20))
+def test_whatever_the_header_reader_accepts_the_library_accepts(tmp_path_factory, changes, growth):
+    content = bytearray(valid_file())
+    for at, value in changes:
+        content[at % len(content)] = value
+    content = content[:growth] if growth < 0 else content + bytes(growth)
+    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    path.write_bytes(bytes(content))
+    try:
+        found = read_header(path)
+    except ModelError:
+        return
+    try:
+        with safe_open(path, framework="pt") as opened:
+            assert set(opened.keys()) == set(found)
+    except SafetensorError as error:
+        pytest.fail(f"we accept what the library refuses: {error}")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=120))
+def test_random_bytes_end_in_a_model_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "noise.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError):
+        read_header(path)

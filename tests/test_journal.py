@@ -1,0 +1,139 @@
+"""Nothing durable is lost: a real SIGKILL at every fsync, rename and write, and the same bytes afterwards."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from compressor.errors import PassError, ResumeError, UsageError
+from compressor.journal import LINES, RUN, UNITS, Journal, remove_work
+
+FINGERPRINT = {"recipe": "abc", "threads": 2}
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from compressor.journal import Journal
+left = [int(sys.argv[2])]
+def deadly(call):
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return wrapped
+os.fsync, os.replace, os.open, Path.open = map(deadly, (os.fsync, os.replace, os.open, Path.open))
+work = Path(sys.argv[1])
+fingerprint = {"recipe": "abc", "threads": 2}
+journal = Journal.reopen(work, fingerprint) if (work / "run.json").exists() else Journal.create(work, fingerprint)
+for number in range(3):
+    if journal.done(f"0/{number}") is None:
+        content = bytes([number]) * 5000
+        journal.commit(f"0/{number}", f"u{number}.bin", lambda path: path.write_bytes(content), {"fact": number})
+print("finished")
+"""
+
+
+def work_on(work, kill_at):
+    return subprocess.run(
+        [sys.executable, "-c", WORKER, str(work), str(kill_at)], capture_output=True, text=True, check=False
+    )
+
+
+def contents(work):
+    return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+
+
+def test_a_kill_at_every_durable_step_leaves_a_journal_that_finishes_to_the_same_bytes(tmp_path):
+    assert work_on(tmp_path / "whole", 10_000).stdout == "finished\n"
+    expected = contents(tmp_path / "whole")
+    steps = 0
+    for kill_at in range(200):
+        work = tmp_path / str(kill_at)
+        done = work_on(work, kill_at)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        steps += 1
+        if work.exists() and not (work / RUN).exists():  # killed before the run had begun
+            for path in sorted(work.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            work.rmdir()
+        again = work_on(work, 10_000)
+        assert again.stdout == "finished\n", again.stderr
+        assert contents(work) == expected
+    assert steps >= 15
+
+
+def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path):
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    journal.commit("0/0", "a.bin", lambda path: path.write_bytes(b"x"), {})
+    journal.close()
+    with (tmp_path / "w" / LINES).open("ab") as file:
+        file.write(b'{"key": "0/1", "fil')
+    again = Journal.reopen(tmp_path / "w", FINGERPRINT)
+    assert again.done("0/0") is not None and again.done("0/1") is None
+    again.commit("0/1", "b.bin", lambda path: path.write_bytes(b"y"), {})
+    again.close()
+    assert [json.loads(line)["key"] for line in (tmp_path / "w" / LINES).read_text().splitlines()] == ["0/0", "0/1"]
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
+    Journal.create(tmp_path / "w", FINGERPRINT).close()
+    (tmp_path / "w" / LINES).write_bytes(b"nonsense\n{}\n")
+    with pytest.raises(ResumeError, match="line 1 is damaged"):
+        Journal.reopen(tmp_path / "w", FINGERPRINT)
+
+
+def test_every_difference_is_named_on_resume(tmp_path):
+    Journal.create(tmp_path / "w", FINGERPRINT).close()
+    with pytest.raises(ResumeError, match="recipe: was 'abc', is 'xyz'; threads: was 2, is 1") as failure:
+        Journal.reopen(tmp_path / "w", {"recipe": "xyz", "threads": 1})
+    assert failure.value.exit_code == 2
+
+
+def test_a_changed_unit_file_is_refused(tmp_path):
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    path = journal.commit("0/0", "a.bin", lambda p: p.write_bytes(b"x"), {})
+    journal.close()
+    path.write_bytes(b"y")
+    with pytest.raises(ResumeError, match="changed since"):
+        Journal.reopen(tmp_path / "w", FINGERPRINT).done("0/0")
+
+
+def test_two_runs_cannot_share_a_work_directory(tmp_path):
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    with pytest.raises(UsageError, match="another run"):
+        Journal.reopen(tmp_path / "w", FINGERPRINT)
+    journal.close()
+    Journal.reopen(tmp_path / "w", FINGERPRINT).close()
+
+
+def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path):
+    import errno
+
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    journal.commit("0/0", "a.bin", lambda path: path.write_bytes(b"x"), {})
+
+    def full(path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(PassError, match="disk is full"):
+        journal.commit("0/1", "b.bin", full, {})
+    journal.close()
+    assert sorted(path.name for path in (tmp_path / "w" / UNITS).iterdir()) == ["a.bin"]
+    assert Journal.reopen(tmp_path / "w", FINGERPRINT).done("0/0") is not None
+
+
+def test_only_our_own_work_directory_is_removed(tmp_path):
+    Journal.create(tmp_path / "w", FINGERPRINT).close()
+    (tmp_path / "w" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match=r"thesis\.txt"):
+        remove_work(tmp_path / "w")
+    (tmp_path / "w" / "thesis.txt").unlink()
+    remove_work(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
