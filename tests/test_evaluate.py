@@ -1,0 +1,123 @@
+"""Measurements against slow obvious versions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from compressor.evaluate import measure_quality, measure_speed
+from compressor.gates import check_gates
+
+
+def ask(tmp_path, before, after, inputs, metrics, labels=None):
+    save_file({f"{i:06d}": sample.contiguous() for i, sample in enumerate(inputs)}, tmp_path / "t.safetensors")
+    if labels is not None:
+        save_file({"labels": labels}, tmp_path / "l.safetensors")
+    return {
+        "before": str(before) if before else None,
+        "after": str(after),
+        "tokens": str(tmp_path / "t.safetensors"),
+        "labels": str(tmp_path / "l.safetensors") if labels is not None else None,
+        "metrics": metrics,
+        "batch_size": 3,
+        "seed": 0,
+        "trust_remote_code": False,
+    }
+
+
+@pytest.fixture
+def two(tmp_path):
+    return tiny.save("llama", tmp_path / "a"), tiny.save("llama", tmp_path / "b", seed=1)
+
+
+@pytest.fixture
+def tokens():
+    return list(torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(0)))
+
+
+def test_perplexity_divergence_and_agreement_equal_a_loop_over_positions(two, tokens, tmp_path):
+    found = measure_quality(ask(tmp_path, *two, tokens, ["perplexity", "kl_divergence", "top1_agreement"]))
+    models = [tiny.build("llama", seed=seed) for seed in (0, 1)]
+    nll, kl, same, count = [0.0, 0.0], 0.0, 0, 0
+    for sample in tokens:
+        with torch.no_grad():
+            logits = [model(input_ids=sample.unsqueeze(0)).logits[0].double() for model in models]
+        for at in range(len(sample) - 1):
+            p, q = (torch.softmax(side[at], -1) for side in logits)
+            nll[0] -= math.log(p[sample[at + 1]])
+            nll[1] -= math.log(q[sample[at + 1]])
+            kl += float((p * (p / q).log()).sum())
+            same += int(p.argmax() == q.argmax())
+            count += 1
+    assert found["perplexity"]["before"] == pytest.approx(math.exp(nll[0] / count), rel=1e-5)
+    assert found["perplexity"]["after"] == pytest.approx(math.exp(nll[1] / count), rel=1e-5)
+    assert found["kl_divergence"]["after"] == pytest.approx(kl / count, rel=1e-4)
+    assert found["top1_agreement"]["after"] == pytest.approx(same / count)
+    low, high = found["perplexity"]["interval"]
+    assert low < found["perplexity"]["after"] < high
+
+
+def test_a_model_agrees_with_itself(two, tokens, tmp_path):
+    found = measure_quality(ask(tmp_path, two[0], two[0], tokens, ["kl_divergence", "top1_agreement", "perplexity"]))
+    assert found["kl_divergence"]["after"] == 0 and found["top1_agreement"]["after"] == 1
+    assert found["perplexity"]["change_percent"] == 0
+
+
+def test_what_a_model_does_not_have_is_null_with_a_reason(two, tokens, tmp_path):
+    found = measure_quality(ask(tmp_path, *two, tokens, ["accuracy"]))
+    assert found["accuracy"]["after"] is None and "labels" in found["accuracy"]["reason"]
+
+
+def test_accuracy_counts_right_answers(tmp_path):
+    model = tiny.save("bert", tmp_path / "m")
+    inputs = [torch.tensor([1, 5, 9]), torch.tensor([3, 4, 5, 6]), torch.tensor([7, 8, 9])]
+    network = tiny.build("bert")
+    with torch.no_grad():
+        answers = [int(network(input_ids=sample.unsqueeze(0)).logits.argmax()) for sample in inputs]
+    labels = torch.tensor([answers[0], 1 - answers[1], answers[2]])
+    found = measure_quality(ask(tmp_path, None, model, inputs, ["accuracy"], labels))
+    assert found["accuracy"]["after"] == pytest.approx(2 / 3)
+
+
+def test_speed_reports_rates_and_memory(two, tokens, tmp_path):
+    request = {**ask(tmp_path, None, two[0], tokens, []), "model": str(two[0])}
+    found = measure_speed(request)
+    assert all(found[name] > 0 for name in found) and found["peak_rss_bytes"] > 1e8
+
+
+ROW = {"perplexity": {"before": 10.0, "after": 10.4, "interval": [10.1, 10.7]},
+       "accuracy": {"before": 0.9, "after": 0.88, "interval": [None, None]},
+       "kl_divergence": {"before": None, "after": None, "interval": [None, None]}}  # fmt: skip
+SPEED = {"decode_tokens_per_second": {"before": 100.0, "after": 150.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "value", "passed"),
+    [
+        ("perplexity_increase_percent", 5, 4.0, True),
+        ("perplexity_increase_percent", 3, 4.0, False),
+        ("perplexity", 10.5, 10.4, True),
+        ("accuracy_min", 0.89, 0.88, False),
+        ("accuracy_drop_points", 2.5, 2.0, True),
+        ("size_ratio", 0.5, 0.4, True),
+        ("decode_speed_ratio_min", 1.2, 1.5, True),
+        ("kl_divergence", 9, None, False),
+        ("top1_agreement_min", 0.1, None, False),
+        ("peak_memory_ratio", 1, None, False),
+    ],
+)
+def test_gates_bound_what_their_names_say_and_fail_on_the_unmeasured(name, bound, value, passed):
+    row = check_gates({name: bound}, ROW, SPEED, {"ratio": 0.4})[0]
+    assert row["value"] == (None if value is None else pytest.approx(value))
+    assert row["passed"] is passed
+
+
+def test_with_confidence_a_gate_fails_only_beyond_the_whole_interval():
+    def passed(bound):
+        return check_gates({"perplexity": bound}, ROW, {}, {"ratio": 1}, 0.95)[0]["passed"]
+
+    assert passed(10.2) and not passed(10.0)

@@ -1,0 +1,36 @@
+"""The wheel holds everything a run needs, and works from where it is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NEEDED = {
+    "compressor/cli.py", "compressor/demo/model.safetensors", "compressor/demo/tokenizer.json",
+    "compressor/text/train.txt.gz", "compressor/text/heldout.txt.gz", "compressor/templates/report.html.j2",
+    "compressor/report.schema.json", "compressor/recipes/gptq-w4a16.yaml", "compressor/kernels/reference.py",
+    "compressor/py.typed",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_wheel_builds_installs_and_runs(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "-w", tmp_path, ROOT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert names >= NEEDED, NEEDED - names
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "compressor", "plan", "gptq-w4a16", "--model", "demo", "--format", "json"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"route"' in done.stdout
