@@ -7,6 +7,9 @@ what makes the running model compute exactly what a user of the artifact will ge
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,6 +111,17 @@ def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch
 def free_unit(structure: Structure, unit: int) -> None:
     for name in structure.parameters_of(unit):
         fill(name, None, structure.model)
+    _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system, where the C library is glibc.
+
+    glibc keeps freed blocks of up to 32 MB for itself; between long-lived small ones they pile up, by our measurement
+    13 MB a block of a model with 13 MB blocks. Elsewhere there is nothing to call.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def free_all(structure: Structure) -> None:

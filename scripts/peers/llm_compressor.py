@@ -54,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--observer", help="weight observer; without it llm-compressor's default")
     parser.add_argument("--batch-size", type=int, default=1, help="calibration batch; 1 is llm-compressor's default")
-    parser.add_argument("--profile", type=Path, help="write cProfile statistics of the oneshot stage; slows it a little")
+    parser.add_argument(
+        "--profile", type=Path, help="write cProfile statistics of the oneshot stage; slows it a little"
+    )
     return parser.parse_args()
 
 

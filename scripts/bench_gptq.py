@@ -1,0 +1,252 @@
+"""GPTQ side by side with llm-compressor: same model, tokens, samples and threads, each in a process of its own.
+
+    python scripts/bench_gptq.py --peer-python .venv-llm-compressor/bin/python --model demo --output bench.json
+
+The peer needs an environment of its own: install torch as for this package, then
+scripts/peers/requirements-llm-compressor.txt. Measured per side: wall time of the whole process, wall time of the core
+(their `oneshot`, our sweep; no imports, loading, saving or verifying), peak resident bytes, and perplexity of the dense
+model and both results under one evaluator, loaded through plain transformers. Our process also verifies its result in
+a fresh process and writes its report; that time is in the whole. Both run with their defaults but for bits and group
+size; --peer-observer repeats the peer with a searched range.
+
+The floor is the arithmetic that can't be avoided at this machine's measured float32 matrix rate: the forward passes,
+tokens * in^2 / 2 multiply-adds per shared input for the hessian, rows * in^2 / 2 per weight for the solve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from compressor.checkpoint import resolve_model
+from compressor.data import demo_path, load_samples
+from compressor.environment import cpu_name
+from compressor.structure import read_structure
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--model", default="demo", help="demo, a checkpoint directory, or llama:HIDDEN,BLOCKS (random)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-observer", help="for instance memoryless_mse")
+    parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+    settings = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = bench(settings, Path(scratch))
+    text = json.dumps(result, indent=1) + "\n"
+    if settings.output:
+        settings.output.write_text(text)
+    else:
+        print(text)
+
+
+def bench(settings: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    torch.set_num_threads(settings.threads)
+    model = model_directory(settings.model, scratch)
+    tokenizer_home = model if (model / "tokenizer.json").exists() else demo_path()
+    calibration = draw(tokenizer_home, "train", settings.samples, settings.length)
+    save_file({"input_ids": calibration}, scratch / "tokens.safetensors")
+    held_out = draw(tokenizer_home, "heldout", 64, settings.length)
+    result: dict[str, Any] = {
+        "model": settings.model,
+        "cpu": cpu_name(),
+        "threads": settings.threads,
+        "samples": settings.samples,
+        "length": settings.length,
+        "group_size": settings.group_size,
+        "perplexity_dense": perplexity(model, held_out),
+        "floor": floor(model, settings),
+        "bits": {},
+    }
+    for bits in settings.bits:
+        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+        for number in range(settings.repeats):
+            runs["ours"].append(run_ours(settings, model, bits, scratch / f"ours-{bits}-{number}"))
+            runs["peer"].append(run_peer(settings, model, bits, scratch / f"peer-{bits}-{number}", scratch))
+        row: dict[str, Any] = {}
+        for side, found in runs.items():
+            row[side] = {
+                "wall_seconds": statistics.median(run["wall_seconds"] for run in found),
+                "core_seconds": statistics.median(run["core_seconds"] for run in found),
+                "peak_rss_bytes": max(run["peak_rss_bytes"] for run in found),
+                "runs": found,
+                "perplexity": perplexity(scratch / f"{side}-{bits}-0", held_out),
+            }
+        row["ratios"] = {
+            key: row["ours"][key] / row["peer"][key]
+            for key in ("wall_seconds", "core_seconds", "peak_rss_bytes", "perplexity")
+        }
+        row["share_of_floor"] = result["floor"]["seconds"] / row["ours"]["core_seconds"]
+        result["bits"][str(bits)] = row
+        print(bits, row["ratios"], {s: row[s]["core_seconds"] for s in runs}, file=sys.stderr)
+    return result
+
+
+def run_ours(settings: argparse.Namespace, model: Path, bits: int, output: Path) -> dict[str, Any]:
+    recipe = {
+        "version": 1,
+        "data": {"source": "stdlib", "samples": settings.samples, "length": settings.length},
+        "steps": [{"pass": "gptq", "bits": bits, "group_size": settings.group_size}],
+        "report": {"html": False},
+    }
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "compressor", "run", str(file), "--model", str(model), "--output", str(output)]
+    found = measured([*command, "--no-eval", "--quiet", "--threads", str(settings.threads)])
+    run = json.loads((output / "report.json").read_text())["run"]
+    return {
+        **found,
+        "core_seconds": run["seconds_by_stage"]["sweep"],
+        "peak_rss_bytes": run["peak_rss_bytes"],
+        "peak_rss_with_children_bytes": found["peak_rss_bytes"],
+        "stages": run["seconds_by_stage"],
+    }
+
+
+def run_peer(settings: argparse.Namespace, model: Path, bits: int, output: Path, scratch: Path) -> dict[str, Any]:
+    report = output.with_suffix(".json")
+    command = [
+        settings.peer_python,
+        HERE / "peers" / "llm_compressor.py",
+        "--model",
+        model,
+        "--output",
+        output,
+        "--tokens",
+        scratch / "tokens.safetensors",
+        "--report",
+        report,
+        "--bits",
+        bits,
+        "--group-size",
+        settings.group_size,
+        "--threads",
+        settings.threads,
+    ]
+    if settings.peer_observer:
+        command += ["--observer", settings.peer_observer]
+    found = measured([str(part) for part in command])
+    told = json.loads(report.read_text())
+    return {
+        **found,
+        "core_seconds": told["seconds"]["oneshot"],
+        "peak_rss_bytes": told["peak_rss_bytes"]["total"],
+        "stages": told["seconds"],
+        "settings": told["settings"],
+        "versions": told["versions"],
+    }
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Wall seconds and peak resident bytes (of the largest process of the tree) of a command that must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as words:
+        child = subprocess.Popen(command, env=environment, stdout=words, stderr=words)
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
+        if status:
+            words.seek(0)
+            sys.exit(f"{command[:4]} failed: {words.read().decode()[-2000:]}")
+    return {"wall_seconds": wall, "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def model_directory(name: str, scratch: Path) -> Path:
+    """A checkpoint directory. `llama:HIDDEN,BLOCKS` writes a random one, its inputs of unequal energy, for timing."""
+    if not name.startswith("llama:"):
+        return resolve_model(name)
+    hidden, blocks = (int(part) for part in name.removeprefix("llama:").split(","))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        vocab_size=2048,
+        max_position_embeddings=2048,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    network = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter_name, parameter in network.named_parameters():
+            if "norm" in parameter_name:
+                parameter.mul_(torch.exp(0.5 * torch.randn_like(parameter)))
+    network.to(torch.bfloat16).save_pretrained(scratch / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (scratch / "model" / file).write_bytes((demo_path() / file).read_bytes())
+    return scratch / "model"
+
+
+def draw(tokenizer_home: Path, split: str, samples: int, length: int) -> torch.Tensor:
+    """(samples, length) int64; exactly the samples that a recipe with these numbers and seed 0 draws."""
+    asked: Any = SimpleNamespace(
+        source="stdlib", config=None, split=split, field="text", samples=samples, length=length, pack=True, sha256=None
+    )
+    return torch.stack(load_samples(asked, tokenizer_home, seed=0, vocabulary=2048).inputs)
+
+
+@torch.no_grad()
+def perplexity(directory: Path, tokens: torch.Tensor) -> float:
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    total = 0.0
+    for batch in tokens.split(8):
+        logits = network(input_ids=batch).logits[:, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / tokens[:, 1:].numel())
+
+
+def floor(model: Path, settings: argparse.Namespace) -> dict[str, float]:
+    """Seconds of unavoidable arithmetic at the measured rate of a float32 product of 1024 x 1024 matrices."""
+    a = torch.randn(1024, 1024)
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    rate = 2 * 1024**3 / statistics.median(times[2:])
+    structure, tokens = read_structure(model), settings.samples * settings.length
+    forward = hessian = solver = 0
+    for unit in range(1, structure.block_count + 1):
+        for stage in structure.stages(unit):
+            for group in stage:
+                rows = sum(weight.out_features for weight in group)
+                forward += 2 * tokens * rows * group.in_features
+                hessian += 2 * tokens * group.in_features**2 // 2  # one triangle
+                solver += 2 * rows * group.in_features**2 // 2
+    total = 2 * forward + hessian + solver  # two passes: one to calibrate, one to go on
+    return {
+        "gemm_flops_per_second": rate,
+        "forward_flops": 2 * forward,
+        "hessian_flops": hessian,
+        "solver_flops": solver,
+        "seconds": total / rate,
+    }
+
+
+if __name__ == "__main__":
+    main()
