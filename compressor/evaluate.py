@@ -4,6 +4,7 @@ Perplexity: samples of `length` tokens that don't overlap (stride = length), eac
 token of a sample has no context and is not scored. exp of the mean negative log likelihood over all scored tokens.
 KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats. Top-1 agreement:
 share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
+`intervals` are what gates with a confidence are judged by: at that level, and paired: both sides read the same samples.
 
     python -m compressor.evaluate REQUEST.json
 """
@@ -77,6 +78,7 @@ def evaluate(
         "threads": threads,
         "batch_size": settings.batch_size,
         "seed": seed,
+        "confidence": settings.confidence,
         "trust_remote_code": trust_remote_code,
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
@@ -162,7 +164,8 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
         for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
             totals.setdefault(key, []).append(value)
     joined = {key: torch.cat(values).double() for key, values in totals.items()}
-    return {name: _metric(name, joined, request["seed"], before is not None) for name in request["metrics"]}
+    level = request.get("confidence")
+    return {name: _metric(name, joined, request["seed"], before is not None, level) for name in request["metrics"]}
 
 
 def _batch_sums(
@@ -201,8 +204,13 @@ def _batch_sums(
     return result
 
 
-def _metric(name: str, sums: dict[str, Tensor], seed: int, has_before: bool) -> dict[str, Any]:
-    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing."""
+def _metric(
+    name: str, sums: dict[str, Tensor], seed: int, has_before: bool, confidence: float | None = None
+) -> dict[str, Any]:
+    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing.
+
+    confidence  level of the `intervals` that gates are judged by; None leaves them out
+    """
     needed = {
         "perplexity": ("nll_{}", "count"),
         "kl_divergence": ("kl", "count"),
@@ -234,6 +242,17 @@ def _metric(name: str, sums: dict[str, Tensor], seed: int, has_before: bool) -> 
         row["before"] = _safe(finish, float(sums[earlier].sum() / count.sum()))
         if row["before"] and row["after"] is not None:
             row["change_percent"] = 100 * (row["after"] - row["before"]) / row["before"]
+    if confidence is not None:
+        after = means.exp() if name == "perplexity" else means
+        drawn = {"value": after}
+        if row["before"] is not None and row["after"] is not None:
+            means = sums[earlier][draws].sum(1) / count[draws].sum(1)
+            before = means.exp() if name == "perplexity" else means
+            drawn |= {"increase_percent": 100 * (after / before - 1), "drop_points": 100 * (before - after)}
+        tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+        row["intervals"] = {
+            key: [_safe(float, float(values.quantile(q))) for q in tails] for key, values in drawn.items()
+        }
     return row
 
 

@@ -152,7 +152,8 @@ def render_junit(report: dict[str, Any]) -> str:
     for gate in report["gates"]:
         case = junitparser.TestCase(gate["name"], report["model"]["source"])
         if not gate["passed"]:
-            case.result = [junitparser.Failure(f"value {gate['value']}, bound {gate['bound']}, 95% {gate['interval']}")]
+            text = f"value {gate['value']}, bound {gate['bound']}, interval {gate['interval']}"
+            case.result = [junitparser.Failure(text)]
         suite.add_testcase(case)
     xml = junitparser.JUnitXml()
     xml.add_testsuite(suite)

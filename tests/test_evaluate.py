@@ -89,7 +89,8 @@ def test_speed_reports_rates_and_memory(two, tokens, tmp_path):
     assert all(found[name] > 0 for name in found) and found["peak_rss_bytes"] > 1e8
 
 
-ROW = {"perplexity": {"before": 10.0, "after": 10.4, "interval": [10.1, 10.7]},
+ROW = {"perplexity": {"before": 10.0, "after": 10.4, "interval": [9.1, 11.7],
+                      "intervals": {"value": [10.1, 10.7], "increase_percent": [3.5, 4.5]}},
        "accuracy": {"before": 0.9, "after": 0.88, "interval": [None, None]},
        "kl_divergence": {"before": None, "after": None, "interval": [None, None]}}  # fmt: skip
 SPEED = {"decode_tokens_per_second": {"before": 100.0, "after": 150.0}}
@@ -121,3 +122,25 @@ def test_with_confidence_a_gate_fails_only_beyond_the_whole_interval():
         return check_gates({"perplexity": bound}, ROW, {}, {"ratio": 1}, 0.95)[0]["passed"]
 
     assert passed(10.2) and not passed(10.0)
+
+
+def test_a_gate_on_a_change_is_judged_by_the_paired_interval():
+    def passed(bound, confidence):
+        return check_gates({"perplexity_increase_percent": bound}, ROW, {}, {"ratio": 1}, confidence)[0]["passed"]
+
+    assert passed(3.6, 0.95) and not passed(3.4, 0.95) and not passed(3.6, None)
+
+
+def test_an_unknown_ratio_fails_its_gate():
+    assert check_gates({"macs_ratio": 1}, {}, {}, {"ratio": 1})[0]["passed"] is False
+
+
+def test_intervals_of_changes_are_paired_and_widen_with_confidence(two, tokens, tmp_path):
+    request = ask(tmp_path, *two, tokens, ["perplexity"])
+    wide, narrow = (
+        measure_quality({**request, "confidence": level})["perplexity"]["intervals"] for level in (0.99, 0.6)
+    )
+    for key in ("value", "increase_percent", "drop_points"):
+        assert wide[key][0] < narrow[key][0] < narrow[key][1] < wide[key][1]
+    itself = measure_quality({**ask(tmp_path, two[0], two[0], tokens, ["perplexity"]), "confidence": 0.95})
+    assert itself["perplexity"]["intervals"]["increase_percent"] == [0, 0]  # unpaired it would be wide
