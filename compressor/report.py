@@ -58,7 +58,7 @@ def build_report(
         "report_version": REPORT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
         "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
-        "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
+        "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": _without_folders(recipe.resolved())},
         "model": {
             "source": structure.checkpoint.directory.name,
             "sha256": fingerprint["model"],
@@ -199,6 +199,22 @@ def worst_weights(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def error_of(weight: dict[str, Any]) -> float | None:
     return weight.get("output_error", weight.get("weight_error"))
+
+
+def _without_folders(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with data files by their bare names: folders tell of the machine and its users."""
+    held_out = resolved["eval"]["data"]
+    return {
+        **resolved,
+        "data": {**resolved["data"], "source": _bare(resolved["data"]["source"])},
+        "eval": {**resolved["eval"], "data": {**held_out, "source": _bare(held_out["source"])}},
+    }
+
+
+def _bare(source: str) -> str:
+    kind, colon, name = source.rpartition(":") if source.startswith("dataset:") else ("", "", source)
+    path = Path(name).expanduser()
+    return f"{kind}{colon}{path.name}" if path.is_absolute() else source
 
 
 def _data_facts(samples: Any) -> dict[str, Any] | None:

@@ -16,7 +16,15 @@ import yaml
 from compressor.compare import compare
 from compressor.errors import UsageError
 from compressor.recipe import parse_recipe
-from compressor.report import finite, human_bytes, render_html, render_junit, render_markdown, validate_report
+from compressor.report import (
+    _without_folders,
+    finite,
+    human_bytes,
+    render_html,
+    render_junit,
+    render_markdown,
+    validate_report,
+)
 from compressor.run import compress
 
 SMALL = {"source": "random", "samples": 8, "length": 16}
@@ -78,6 +86,14 @@ def test_what_could_not_be_measured_is_a_warning(report):
 def test_it_holds_no_path_of_the_machine(artifact):
     for name in ("report.json", "report.md", "report.html", "README.md", "recipe.yaml", "compress_manifest.json"):
         assert str(Path(artifact).parent) not in (artifact / name).read_text(), name
+
+
+def test_folders_of_data_files_stay_out_of_the_report():
+    data = {"source": "/home/someone/notes.txt"}
+    tree = {"version": 1, "data": data, "steps": [{"pass": "rtn"}], "eval": {"data": {"source": "dataset:/srv/x"}}}
+    told = _without_folders(parse_recipe(yaml.safe_dump(tree).encode(), "r.yaml").resolved())
+    assert told["data"]["source"] == "notes.txt" and told["eval"]["data"]["source"] == "dataset:x"
+    assert _without_folders({**told, "data": {"source": "stdlib"}})["data"]["source"] == "stdlib"
 
 
 def test_the_page_is_self_contained(report):
