@@ -28,6 +28,10 @@ from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.units import Form
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
+# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; batches beyond it start
+# again from the block's input. A Llama block keeps 4 times at its output projection and 5 times at its down projection;
+# 3 was chosen to stay below llm-compressor's peak memory (docs/benchmarks.md).
+TAPE_SHARE = 3
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 RECIPE_BYTES = 2048  # recipe.yaml, whose defaults are known only roughly here
 
@@ -264,7 +268,7 @@ def _predict_memory(plan: Plan) -> None:
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
     reads_inputs = any(step.settings.traits.reads == "inputs" for step in recipe.steps)
     tokens = recipe.data.samples * recipe.data.length if reads_inputs else 0
-    activations = tokens * config.hidden_size * structure.dtype.itemsize
+    activations = (1 + TAPE_SHARE) * tokens * config.hidden_size * structure.dtype.itemsize
     working = 0
     for form in plan.forms.values():
         rows, columns = form.weight.shape

@@ -29,8 +29,8 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
-    """Ends a forward pass early; never leaves this module."""
+class Stop(Exception):
+    """Ends a forward pass early; raised by what watches it, and never left to a caller."""
 
 
 class Port(nn.Module):
@@ -75,13 +75,13 @@ class Pieces:
                 first.append(hidden)
             calls.append(call)
             if len(calls) == len(self.blocks):
-                raise _Stop
+                raise Stop
             return hidden
 
         with self._ports(visit), torch.no_grad():
             try:
                 self.model(**batch)
-            except _Stop:
+            except Stop:
                 pass
         if len(calls) != len(self.blocks):
             raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
@@ -149,7 +149,7 @@ class LinearCalls(TorchFunctionMode):
     """Reports every multiplication by a watched parameter while it is active, module or not.
 
     Watching the multiplication rather than modules sees nn.Linear, Conv1D and one expert of a fused parameter alike.
-    `watched` maps parameter names to parameters; `on_call` may raise `stop` to end the run.
+    `watched` maps parameter names to parameters; `on_call` may raise `Stop` to end the run before the product.
     """
 
     def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[LinearCall], None]) -> None:
@@ -176,9 +176,12 @@ class LinearCalls(TorchFunctionMode):
             return
         lies_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
         transposed = right_multiplied != lies_transposed
-        self._on_call(LinearCall(name, x, weight.numel(), int(weight.storage_offset()), transposed))
+        self.visit(LinearCall(name, x, weight.numel(), int(weight.storage_offset()), transposed))
+
+    def visit(self, call: LinearCall) -> None:
+        """Called before each watched product."""
+        self._on_call(call)
 
 
 _ADDMM = (torch.addmm, Tensor.addmm)
 _MATMUL = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-stop = _Stop

@@ -24,12 +24,13 @@ from compressor.data import Samples
 from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
 from compressor.layers.base import Layer
-from compressor.plan import BATCH_TOKENS, Plan
+from compressor.plan import BATCH_TOKENS, TAPE_SHARE, Plan
 from compressor.protocol import Group, Stage, State, Weight
 from compressor.recipe import Step
-from compressor.replay import Batch, Call, LinearCall, LinearCalls, stop
+from compressor.replay import Batch, Call, LinearCall, Stop
 from compressor.safetensors_file import Entry, write_file
 from compressor.structure import Structure, example_batch
+from compressor.tape import Diverged, Tape, advance, run_on
 from compressor.units import Form, UnitSource, free_all, free_unit, load_unit, unit_tensors, view
 
 Emit = Callable[[dict[str, Any]], None]
@@ -37,11 +38,14 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Stream:
-    """One batch on its way through the model: hidden states, and what each block is called with beside them."""
+    """One batch on its way through the model: hidden states, what each block is called with beside them, and the tape
+    of the block it waits in, if it does.
+    """
 
     batch: Batch
     hidden: Tensor
     calls: list[Call]
+    tape: Tape | None = None
 
 
 @dataclass
@@ -120,6 +124,9 @@ class UnitSite:
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         form = Form(layer.form, layer.spec(), weight)
         self._untie(weight)
+        for stream in self.streams:  # whoever has multiplied by the weight has to do it again
+            if stream.tape is not None and weight.parameter in stream.tape.passed:
+                stream.tape = None
         target = view(self.structure, weight)
         target.copy_(layer.matrix(self.dtype).to(target.device))
         self.put_layers[weight.name] = (form, layer)
@@ -153,36 +160,99 @@ class UnitSite:
                 )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, (tokens, in) input) for each batch, in order; a replay ends once all groups are served."""
-        model = self.structure.model
-        wanted = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
-        watched = {name: model.get_parameter(name) for name, _ in wanted}
-        all_at_once = all(group.expert is None for group in stage)
+        """(group number, (tokens, in) input) for each batch, in order; each batch halts before the stage's products."""
+        numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
+        watched = watched_parameters(self.structure, self.unit)
+
+        def number_of(call: LinearCall) -> int | None:
+            expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
+            return numbers.get((call.parameter, expert))
+
+        room = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
         for stream in self.streams:
-            caught: list[tuple[int, Tensor]] = []
-            missing = set(wanted.values())
+            first = self._halt(stream, watched, lambda call: number_of(call) is not None, {name for name, _ in numbers})
+            if first is None:  # no token of this batch was routed to these experts
+                continue
+            if len(stage) == 1:
+                yield 0, first.input.reshape(-1, first.input.shape[-1])
+            else:
+                yield from self._all_inputs(stream, watched, number_of, stage)
+            if stream.tape is not None:
+                kept = stream.tape.nbytes
+                if kept > room:
+                    stream.tape = None
+                else:
+                    room -= kept
 
-            def visit(call: LinearCall, caught: list[Any] = caught, missing: set[int] = missing) -> None:
-                expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
-                number = wanted.get((call.parameter, expert))
-                if number is not None and number in missing:
-                    caught.append((number, call.input.reshape(-1, call.input.shape[-1])))
-                    missing.discard(number)
-                    if all_at_once and not missing:
-                        raise stop
+    def _halt(
+        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[LinearCall], bool], wanted: set[str]
+    ) -> LinearCall | None:
+        """Take the batch to the first product of the stage, from where it waits if that lies before it."""
+        work = partial(run_unit, self.structure, self.unit, stream)
+        if stream.tape is not None and not stream.tape.passed & wanted:
+            try:
+                return advance(stream.tape, watched, work, halts)
+            except Diverged:
+                pass  # some forwards can't be taped; from the start it goes always
+        stream.tape = Tape()
+        first = advance(stream.tape, watched, work, halts)
+        if first is None:
+            stream.tape = None
+        return first
 
-            with LinearCalls(watched, visit):
-                try:
-                    self._run(stream)
-                except stop:
-                    pass
-            yield from caught
+    def _all_inputs(
+        self,
+        stream: Stream,
+        watched: dict[str, Tensor],
+        number_of: Callable[[LinearCall], int | None],
+        stage: Stage,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Inputs of several groups: the later ones are seen by running on past the halt."""
+        caught: dict[int, Tensor] = {}
+        all_come = all(group.expert is None for group in stage)
 
-    def _run(self, stream: Stream) -> Tensor:
-        pieces = self.structure.pieces
-        if self.unit == len(pieces) + 1:
-            return pieces.head(stream.batch, stream.hidden)
-        return pieces.block(self.unit - 1, stream.hidden, stream.calls[self.unit - 1])
+        def visit(call: LinearCall) -> None:
+            number = number_of(call)
+            if number is not None and number not in caught:
+                caught[number] = call.input.reshape(-1, call.input.shape[-1])
+            if all_come and len(caught) == len(stage):
+                raise Stop
+
+        work = partial(run_unit, self.structure, self.unit, stream)
+        assert stream.tape is not None
+        try:
+            run_on(stream.tape, watched, work, visit)
+        except Diverged:
+            caught.clear()
+            stream.tape = Tape()
+            run_on(stream.tape, watched, work, visit)
+        if stream.tape.is_spent:
+            stream.tape = None
+        yield from caught.items()
+
+
+def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
+    """Parameters of a unit that multiply something, by name."""
+    names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
+    return {name: structure.model.get_parameter(name) for name in sorted(names)}
+
+
+def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+    """What a block makes of the batch's hidden states, or the head of them."""
+    if unit == structure.block_count + 1:
+        return structure.pieces.head(stream.batch, stream.hidden)
+    return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+
+
+def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+    """The same, from where the batch waits; its tape is used up."""
+    tape, stream.tape = stream.tape, None
+    if tape is None:
+        return run_unit(structure, unit, stream)
+    try:
+        return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
+    except Diverged:
+        return run_unit(structure, unit, stream)
 
 
 def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
@@ -225,12 +295,12 @@ def _run_sweep(
         files.append(journal.path(line))
         kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
         after.update(kept)
-        load_unit(structure, unit, UnitSource(structure, files[-1], kept), sweeper.device)
+        _read_back(structure, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
         if unit == 0:
             streams = _embed(sweeper, steps)
         elif unit < units - 1:
             for stream in streams:
-                stream.hidden = structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+                stream.hidden = finish_unit(structure, unit, stream)
             if not resident:
                 free_unit(structure, unit)
         else:
@@ -248,6 +318,18 @@ def _run_sweep(
         )
     free_all(structure)
     return files, after
+
+
+def _read_back(
+    structure: Structure, unit: int, source: UnitSource, device: torch.device, streams: list[Stream]
+) -> None:
+    """Load the unit as it is stored; batches that wait in it start anew if its bits aren't those the passes left."""
+    waiting = [stream for stream in streams if stream.tape is not None]
+    left = watched_parameters(structure, unit) if waiting else {}
+    load_unit(structure, unit, source, device)
+    if not all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items()):
+        for stream in waiting:
+            stream.tape = None
 
 
 def _transform(

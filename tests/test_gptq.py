@@ -8,7 +8,7 @@ import torch
 from compressor.errors import PassError
 from compressor.grid import dequantize, find_grid, quantize
 from compressor.linalg import Gram, inverse_factor
-from compressor.passes.gptq import GPTQ, blend, column_order, refine_scales, revive_dead, solve
+from compressor.passes.gptq import GPTQ, _check_identity, blend, column_order, refine_scales, revive_dead, solve
 
 ORDERS = ("none", "static", "group_aware")
 
@@ -269,3 +269,14 @@ def test_settings_refuse_what_makes_no_sense():
         GPTQ(percdamp=0.5, max_percdamp=0.1)
     with pytest.raises(ValueError, match="act_order"):
         GPTQ(act_order="group")
+
+
+def test_a_solve_whose_loss_is_not_its_error_is_refused():
+    """The identity is checked on real runs; a loss that is off by a tenth must not pass."""
+    weight, hessian = (value.float() for value in problem(3, rows=300))
+    solved, _, order = run(weight, hessian)
+    error = (weight - dequantize(solved.codes, solved.grid).view_as(weight))[:, order]
+    ordered, damping = hessian[order][:, order], 0.01 * float(hessian.diagonal().mean())
+    _check_identity(solved.loss, error, ordered, damping, "w")
+    with pytest.raises(PassError, match="does not check out"):
+        _check_identity(solved.loss * 1.1, error, ordered, damping, "w")

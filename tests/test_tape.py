@@ -1,0 +1,178 @@
+"""A pass that halts and goes on computes what a pass from the start computes, each operation once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from compressor.replay import Pieces, Stop
+from compressor.structure import example_batch, find_blocks, use_eager_experts
+from compressor.tape import Diverged, Tape, advance, run_on
+
+
+class Counted(TorchFunctionMode):
+    """Counts calls of one function that are really computed."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func, self.count = func, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is self.func
+        return func(*args, **(kwargs or {}))
+
+
+class Block(nn.Module):
+    """Two products around an expensive middle; `touch` may do something unusual there."""
+
+    def __init__(self, touch=lambda x: x):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.touch = touch
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = torch.tanh(self.first(x))
+            big = torch.cat([y, y])  # dead at the halt
+            z = self.touch(big[: len(x)].clone())
+            return self.second(z) + x
+
+
+def named(block):
+    return {name: p for name, p in block.named_parameters() if p.dim() > 1}
+
+
+def halts_at(name):
+    return lambda call: call.parameter == name
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().requires_grad_(False)
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_a_block_that_halts_at_every_product_computes_the_same_bits(family):
+    model = tiny.build(family, dtype=torch.bfloat16).requires_grad_(False)
+    model.config.use_cache = False
+    use_eager_experts(model.config)
+    pieces = Pieces(model, find_blocks(model))
+    hidden, calls = pieces.stem(example_batch(model, torch.device("cpu")))
+    block = pieces.blocks[0]
+    watched = named(block)
+    work = partial(pieces.block, 0, hidden, calls[0])
+    expected = work()
+    tape, seen = Tape(), []
+    while True:
+        known = set(seen)
+        reached = advance(tape, watched, work, lambda call, known=known: call.parameter not in known)
+        if reached is None:
+            break
+        seen.append(reached.parameter)
+        went_on = run_on(tape, watched, work, lambda call: None)
+        assert torch.equal(went_on, expected)
+        if tape.is_spent:  # this family writes into what the tape keeps: start again, as the sweep does
+            tape = Tape()
+    assert set(seen) == set(watched)
+
+
+def test_what_lies_before_the_halt_is_computed_once(block):
+    tape, work = Tape(), partial(block, X)
+    with Counted(torch.tanh) as counted:
+        advance(tape, named(block), work, halts_at("second.weight"))
+        run_on(tape, named(block), work, lambda call: None)
+        run_on(tape, named(block), work, lambda call: None)
+    assert counted.count == 1
+    assert tape.passed == {"first.weight"}
+
+
+def test_a_weight_changed_at_the_halt_is_the_one_that_multiplies(block):
+    tape, work = Tape(), partial(block, X)
+    call = advance(tape, named(block), work, halts_at("second.weight"))
+    block.second.weight.zero_()
+    assert torch.equal(run_on(tape, named(block), work, lambda call: None), block.second.bias + X)
+    assert torch.equal(call.input, torch.tanh(block.first(X)))
+
+
+def test_only_what_the_frames_refer_to_is_kept(block):
+    tape = Tape()
+    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+    shapes = sorted(tuple(t.shape) for t in tape.kept())
+    assert shapes == [(3, 4), (3, 4), (6, 4)]  # y, z and big are locals of forward; the products are not
+    assert tape.nbytes == 4 * (12 + 12 + 24)
+
+
+def test_what_is_kept_is_let_go_when_the_pass_goes_on(block):
+    tape, work = Tape(), partial(block, X)
+    call = advance(tape, named(block), work, halts_at("second.weight"))
+    held = weakref.ref(tape.kept()[0])
+    del call
+    gc.disable()
+    try:
+        assert advance(tape, named(block), work, halts_at("nothing")) is None
+        assert tape.is_spent and held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_forward_that_goes_another_way_is_noticed():
+    ways = iter([torch.sin, torch.cos])
+    block = Block(touch=lambda x: next(ways)(x)).requires_grad_(False)
+    tape = Tape()
+    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+    with pytest.raises(Diverged):
+        run_on(tape, named(block), partial(block, X), lambda call: None)
+
+
+def test_a_fault_before_the_halt_sends_the_caller_back_to_the_start(block):
+    tape = Tape()
+    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+
+    def faulty():
+        raise ValueError("out of reach of the tape")
+
+    with pytest.raises(Diverged) as caught:
+        run_on(tape, named(block), faulty, lambda call: None)
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ValueError):
+        run_on(Tape(), named(block), faulty, lambda call: None)
+
+
+def test_writing_into_what_is_kept_spends_the_tape():
+    class InPlace(Block):
+        def forward(self, x):
+            y = torch.tanh(self.first(x))
+            return y.add_(self.second(y))
+
+    block = InPlace().requires_grad_(False)
+    expected = block(X)
+    tape = Tape()
+    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+    assert torch.equal(run_on(tape, named(block), partial(block, X), lambda call: None), expected)
+    assert tape.is_spent
+
+
+def test_running_on_may_be_stopped_and_repeated(block):
+    tape, work = Tape(), partial(block, X)
+    advance(tape, named(block), work, halts_at("first.weight"))
+    inputs = []
+
+    def visit(call):
+        inputs.append(call.input)
+        if call.parameter == "second.weight":
+            raise Stop
+
+    assert run_on(tape, named(block), work, visit) is None
+    assert len(inputs) == 2 and not tape.is_spent
+    assert torch.equal(run_on(tape, named(block), work, lambda call: None), block(X))
