@@ -18,9 +18,10 @@ import torch
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
-from compressor.export import Route, artifact_config, choose_route, modelling_file
+from compressor.export import Route, artifact_config, choose_route
 from compressor.layers import find_layer
 from compressor.matching import select
+from compressor.modelling import modelling_file
 from compressor.protocol import Fact, Weight
 from compressor.recipe import Recipe, Step
 from compressor.safetensors_file import header_bytes
@@ -239,7 +240,7 @@ def _predict(plan: Plan, output: Path | None) -> None:
     )
     side = len(json.dumps(config, indent=2)) + RECIPE_BYTES
     if plan.route.name == "custom":
-        side += len(modelling_file(structure.model))
+        side += len(modelling_file(structure.model, (form.form for form in plan.forms.values())))
     side += sum(
         (structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry()
     )

@@ -147,13 +147,14 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 
     from compressor.artifact import _empty_model
     from compressor.checkpoint import open_checkpoint
-    from compressor.export import auto_classes, modelling_file
+    from compressor.export import auto_classes
+    from compressor.modelling import modelling_file
 
     custom = manifest["route"] == "custom"
     empty = _empty_model(open_checkpoint(directory), manifest)
     if custom:
         file = next(directory.glob("modeling_*.py"))
-        if file.read_text() != modelling_file(empty):
+        if file.read_text() != modelling_file(empty, (entry["form"] for entry in manifest["weights"].values())):
             raise ArtifactError(
                 "is not the modelling file this release writes",
                 where=file.name,

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 from compressor.kernels.reference import dequantize, pack_codes, unpack_codes
-from compressor.layers.base import Layer
+from compressor.layers.base import Layer, Stock, integer_scheme
 
 
 class PackedLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "packed_linear"
+    helpers = ("compressor.kernels.reference",)
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor
@@ -51,6 +52,17 @@ class PackedLinear(Layer):
             rows = -(-out_features * bits // 32)
             self.register_buffer("weight_zero_point", torch.zeros(rows, groups, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+
+    @classmethod
+    def stock(cls, spec: dict[str, Any]) -> Stock | str:
+        if not spec["symmetric"]:
+            return "has packed zero points, which the stock loader misreads"
+        weights = integer_scheme(spec["bits"], spec["group_size"], spec["symmetric"])
+        return Stock("compressed-tensors", {"format": "pack-quantized", "weights": weights})
 
     def codes(self) -> Tensor:
         """Signed codes (out, in) int8."""
@@ -123,11 +135,3 @@ class PackedLinear(Layer):
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
-
-    @classmethod
-    def planned(
-        cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        with torch.device("meta"):
-            layer = cls(shape[1], shape[0], **spec, dtype=dtype)
-        return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
