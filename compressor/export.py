@@ -9,6 +9,7 @@ stock loaders can hold was established by loading (docs/format.md).
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
     """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
     if not forms:
         return Route("dense", "no weight changed its form")
-    expert_specs = {str(form.spec) for form in forms if form.weight.expert is not None}
+    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
         raise PreflightError(
             "experts are stored in more than one scheme",
@@ -115,13 +116,13 @@ def _stock_family(forms: Sequence[Form]) -> tuple[str | None, list[tuple[str, st
 def _stocks(forms: Sequence[Form]) -> list[tuple[Form, Stock | str]]:
     known: dict[tuple[str, str], Stock | str] = {}
     for form in forms:
-        key = (form.form, str(form.spec))
+        key = (form.form, str(sorted_spec(form)))
         if key not in known:
-            stock = find_layer(form.form).stock(form.spec)
+            stock = find_layer(form.form).stock(sorted_spec(form))
             if isinstance(stock, Stock) and stock.family not in FAMILIES:
                 stock = f"is stored for {stock.family}, for which this release can't write a config"
             known[key] = stock
-    return [(form, known[form.form, str(form.spec)]) for form in forms]
+    return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
 
 
 def _described(forms: Sequence[Form]) -> list[Described]:
@@ -205,7 +206,8 @@ def artifact_config(
         config["model_type"] = kind
         config["architectures"] = [f"Compressed{type(model).__name__}"]
         config["compressed_weights"] = {
-            module_of(form): {"form": form.form, "spec": form.spec, "shape": list(form.weight.shape)} for form in forms
+            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
+            for form in forms
         }
         file = f"modeling_{kind}"
         config["auto_map"] = {"AutoConfig": f"{file}.CompressedConfig"} | {
@@ -233,3 +235,8 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
 def module_of(form: Form) -> str:
     """The module of the running model that a stored form stands for."""
     return form.weight.parameter.removesuffix(".weight")
+
+
+def sorted_spec(form: Form) -> dict[str, Any]:
+    """The spec with keys in one order, whether it comes from a layer or from the journal of a resumed run."""
+    return json.loads(json.dumps(form.spec, sort_keys=True))

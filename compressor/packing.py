@@ -17,8 +17,13 @@ def group_width(weight: Weight, group_size: int) -> int:
     return weight.in_features if group_size == -1 else group_size
 
 
-def packed_spec(weight: Weight, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """Settings of the packed form. raises ShapeError when group_size doesn't divide the inputs"""
+def packed_spec(
+    weight: Weight, bits: int, group_size: int, symmetric: bool, act_order_index: bool = False
+) -> dict[str, Any]:
+    """Settings of the packed form. raises ShapeError when group_size doesn't divide the inputs
+
+    act_order_index  the group of each input is stored, because groups aren't neighbours
+    """
     if group_size != -1 and weight.in_features % group_size:
         usable = [str(size) for size in (128, 64, 32) if weight.in_features % size == 0]
         advice = " or ".join([*usable, "-1"])
@@ -27,13 +32,23 @@ def packed_spec(weight: Weight, bits: int, group_size: int, symmetric: bool) -> 
             where=weight.name,
             hint=f"Set group_size to {advice}, or leave this weight out with `except`.",
         )
-    return {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    spec = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return {**spec, "act_order_index": True} if act_order_index else spec
 
 
 def store(
-    site: Site, weight: Weight, codes: torch.Tensor, grid: Grid, group_size: int, record: Mapping[str, Any]
+    site: Site,
+    weight: Weight,
+    codes: torch.Tensor,
+    grid: Grid,
+    group_size: int,
+    record: Mapping[str, Any],
+    index: torch.Tensor | None = None,
 ) -> None:
-    """Hand codes (out, ...) to the site as a packed layer, scales in the site's dtype."""
+    """Hand codes (out, ...) to the site as a packed layer, scales in the site's dtype.
+
+    index  (in,) the group of each input, where groups aren't neighbours
+    """
     from compressor.layers.packed_linear import PackedLinear
 
     layer = PackedLinear.pack(
@@ -43,5 +58,6 @@ def store(
         bits=grid.bits,
         group_size=group_size,
         symmetric=grid.symmetric,
+        index=index,
     )
     site.put(weight, layer, **record)
