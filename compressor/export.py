@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import auto_factory, modeling_auto
 
 from compressor.errors import PreflightError
@@ -49,11 +51,11 @@ class Family:
     config   the `quantization_config` of config.json
     """
 
-    refuses: Callable[[Sequence[Described]], list[tuple[str, str]]]
+    refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, str]]]
     config: Callable[[Sequence[Described], PreTrainedModel], dict[str, Any]]
 
 
-def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
+def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
     """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
     if not forms:
         return Route("dense", "no weight changed its form")
@@ -72,7 +74,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
             )
-    family, foreign = _stock_family(forms)
+    family, foreign = _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
         return Route(family, f"every weight fits {family}; plain transformers loads it")
     if stock_only and asked == "custom":
@@ -95,7 +97,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
 
-def _stock_family(forms: Sequence[Form]) -> tuple[str | None, list[tuple[str, str]]]:
+def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
     """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
     stocks = _stocks(forms)
     foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, str)]
@@ -108,7 +110,7 @@ def _stock_family(forms: Sequence[Form]) -> tuple[str | None, list[tuple[str, st
         for form, family in families
         if family != first
     ]
-    if foreign or (foreign := FAMILIES[first].refuses(_described(forms))):
+    if foreign or (foreign := FAMILIES[first].refuses(_described(forms), model)):
         return None, foreign
     return first, []
 
@@ -129,7 +131,8 @@ def _described(forms: Sequence[Form]) -> list[Described]:
     return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
 
 
-def _compressed_tensors_refuses(described: Sequence[Described]) -> list[tuple[str, str]]:
+def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
     schemes = len({str(settings) for _, settings in described})
     refused = []
     for form, settings in described:
@@ -141,6 +144,8 @@ def _compressed_tensors_refuses(described: Sequence[Described]) -> list[tuple[st
             why = "is an expert, of which stock loaders read packed symmetric codes only"
         elif _has_packed_zeros(settings) and schemes > 1:
             why = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+        elif dense_experts:
+            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
         if why is not None:
             refused.append((form.weight.name, why))
     return refused
@@ -181,6 +186,17 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
     if any(_has_packed_zeros(settings) for _, settings in described):
         config["dequantize"] = True
     return config
+
+
+def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> bool:
+    """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
+    if not any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model)):
+        return False
+    rows = {name: value.shape[0] * value.shape[1] for name, value in model.named_parameters() if value.dim() == 3}
+    for form in forms:
+        if form.weight.expert is not None:
+            rows[form.weight.parameter] -= form.weight.out_features
+    return any(rows.values())
 
 
 def _has_packed_zeros(settings: dict[str, Any]) -> bool:

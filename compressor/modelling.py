@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from importlib.util import resolve_name
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from compressor import __version__ as VERSION
 from compressor.errors import ArtifactError
@@ -67,7 +68,15 @@ class Compressed{base}({base}):
             layer = STORED_FORMS[entry["form"]]
             made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), bias)
             setattr(self.get_submodule(owner), leaf, made)
-'''
+{conversions}'''
+
+# transformers renames and joins tensors of its own classes while loading, not those of others, unless told to
+CONVERSIONS = """
+
+register_checkpoint_conversion_mapping(
+    CompressedConfig.model_type, get_checkpoint_conversion_mapping("{key}"), overwrite=True
+)
+"""
 
 
 @dataclass
@@ -98,6 +107,11 @@ def modelling_file(model: PreTrainedModel, forms: Iterable[str]) -> str:
     parts = _Parts(names={"typing": {"Any"}, "transformers": {base, config}}, plain={"import torch"})
     for module in modules:
         _inline(module, modules, parts)
+    keys = (key for key in (base, model.config.model_type) if get_checkpoint_conversion_mapping(key) is not None)
+    key = next(keys, None)
+    if key is not None:
+        names = {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"}
+        parts.names["transformers.conversion_mapping"] = names
     body = [ERROR_CLASS.format(name=name) for name in sorted(parts.errors)] + parts.body
     found = (f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(parts.names.items()))
     return FILE.format(
@@ -109,6 +123,7 @@ def modelling_file(model: PreTrainedModel, forms: Iterable[str]) -> str:
         table=", ".join(f'"{form}": {layer.__name__}' for form, layer in layers.items()),
         config=config,
         model_type=custom_type(model.config.model_type),
+        conversions="" if key is None else CONVERSIONS.format(key=key),
     )
 
 

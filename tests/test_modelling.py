@@ -181,6 +181,9 @@ def form(kind, spec, name="m.0.fc", **weight):
     return Form(kind, spec, Weight(name, **{**fields, **weight}))
 
 
+LLAMA = tiny.build("llama")
+
+
 class Eights:
     """A form that another stock loader reads."""
 
@@ -251,19 +254,21 @@ def test_a_layer_whose_source_cannot_stand_alone_is_refused_by_line(line, messag
 
 def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
     with pytest.raises(PreflightError, match=r"m\.0\.eights is stored for another-loader, for which this release"):
-        choose_route([eights], "auto", stock_only=True)
-    family = Family(lambda described: [], lambda described, model: dict(described[0][1], quant_method="another-loader"))
+        choose_route([eights], "auto", stock_only=True, model=LLAMA)
+    family = Family(
+        lambda described, model: [], lambda described, model: dict(described[0][1], quant_method="another-loader")
+    )
     monkeypatch.setitem(FAMILIES, "another-loader", family)
-    route = choose_route([eights], "auto", stock_only=True)
+    route = choose_route([eights], "auto", stock_only=True, model=LLAMA)
     assert route.name == "another-loader"
     config = artifact_config({"model_type": "llama"}, route, [eights], tiny.build("llama"), "float16", untied=False)
     assert config["quantization_config"] == {"width": 8, "quant_method": "another-loader"}
 
 
 def test_forms_of_two_stock_loaders_take_the_modelling_file(eights, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described: [], lambda described, model: {}))
+    monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described, model: [], lambda described, model: {}))
     packed = form("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
-    route = choose_route([packed, eights], "auto", stock_only=False)
+    route = choose_route([packed, eights], "auto", stock_only=False, model=LLAMA)
     assert route.name == "custom"
     assert route.reason.startswith("m.0.eights is stored for another-loader and others for compressed-tensors")
 
@@ -271,4 +276,10 @@ def test_forms_of_two_stock_loaders_take_the_modelling_file(eights, monkeypatch)
 def test_an_expert_in_a_form_that_must_stand_in_the_model_is_refused(eights, monkeypatch):
     monkeypatch.setattr(Eights, "weight_only", False)
     with pytest.raises(PreflightError, match=r"m\.0\.fc: is stored as eights, which does more than multiply"):
-        choose_route([form("eights", {}, expert=1)], "auto", stock_only=False)
+        choose_route([form("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
+
+
+def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other():
+    assert "register_checkpoint_conversion_mapping" not in modelling_file(LLAMA, ["packed_linear"])
+    text = modelling_file(tiny.build("mixtral"), ["packed_linear"])
+    assert 'get_checkpoint_conversion_mapping("mixtral"), overwrite=True' in text

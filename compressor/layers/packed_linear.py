@@ -65,8 +65,6 @@ class PackedLinear(Layer):
 
     @classmethod
     def stock(cls, spec: dict[str, Any]) -> Stock | str:
-        if not spec["symmetric"]:
-            return "has packed zero points, which the stock loader misreads"
         if spec.get("act_order_index"):
             return "stores the group of each input (act_order: group), which no stock format holds"
         weights = integer_scheme(spec["bits"], spec["group_size"], spec["symmetric"])

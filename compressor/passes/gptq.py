@@ -33,7 +33,7 @@ from compressor.errors import PassError
 from compressor.grid import Grid, dequantize, find_grid, quantize
 from compressor.lazy import torch
 from compressor.linalg import Factor, Gram, inverse_factor
-from compressor.packing import GroupSize, group_width, packed_spec, store
+from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.protocol import Carry, Group, Pass, Site, Stage, Traits, Weight
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
@@ -83,7 +83,7 @@ class GPTQ(Pass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="inputs", stores="packed_linear")
+        return Traits(reads="inputs", stores=stored_form(self.bits, self.symmetric, self._permutes_groups))
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
