@@ -71,7 +71,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
 
     from compressor.artifact import check_files, load, read_manifest
     from compressor.checkpoint import open_checkpoint
-    from compressor.structure import use_eager_experts
+    from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
     found: dict[str, Any] = {
@@ -171,7 +171,7 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 def _example(model: Any) -> dict[str, Any]:
     import torch
 
-    from compressor.structure import example_batch
+    from compressor.tracing import example_batch
 
     return example_batch(model, torch.device("cpu"), samples=2, tokens=32)
 

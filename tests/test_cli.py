@@ -25,6 +25,7 @@ FORBIDDEN = {
     "modelling": ENGINE | {"passes", "artifact", "export", "structure", "units"},
     "verify": ENGINE | {"passes"},
     "structure": ENGINE | {"passes", "artifact"},
+    "tracing": ENGINE | {"passes", "layers", "artifact", "structure", "units", "protocol"},
     "checkpoint": ENGINE | {"passes", "layers", "artifact", "structure"},
     "journal": ENGINE - {"journal"} | {"passes", "layers", "artifact", "structure", "units"},
     "errors": ENGINE | {"passes", "layers", "artifact", "structure", "protocol"},

@@ -20,7 +20,7 @@ from compressor.packing import store
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
-from compressor.structure import example_batch
+from compressor.tracing import example_batch
 
 
 def recipe(*steps, **export):
