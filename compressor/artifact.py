@@ -21,9 +21,10 @@ from torch import Tensor
 from compressor.binding import bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import ArtifactError, UsageError
-from compressor.export import VERSION, Route, artifact_config, modelling_file
+from compressor.export import Route, artifact_config
 from compressor.files import file_sha256
 from compressor.layers import find_layer
+from compressor.modelling import VERSION, modelling_file
 from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
 from compressor.structure import Structure, skeleton
 from compressor.units import Form
@@ -97,7 +98,8 @@ def write_artifact(
     config = artifact_config(structure.checkpoint.config, route, forms, structure.model, dtype, untied)
     write_json(directory / "config.json", config)
     if route.name == "custom":
-        (directory / f"modeling_{config['model_type']}.py").write_text(modelling_file(structure.model))
+        text = modelling_file(structure.model, (form.form for form in forms))
+        (directory / f"modeling_{config['model_type']}.py").write_text(text)
     for relative in structure.checkpoint.files_to_carry():
         (directory / relative).parent.mkdir(exist_ok=True)
         shutil.copyfile(structure.checkpoint.directory / relative, directory / relative)
@@ -266,10 +268,13 @@ def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form]) -> Checkpoint:
     for form in forms.values():
         prefix = form.weight.name + "."
         stored = [name for name in tensors if name.startswith(prefix) and name != form.weight.bias]
+        if not stored:
+            raise ArtifactError("none of its stored tensors is there", where=form.weight.name)
         shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
-        tensors[form.weight.tensor] = replace(tensors[stored[0]], shape=shape)
+        dense = replace(tensors[stored[0]], shape=shape)
         for name in stored:
             del tensors[name]
+        tensors[form.weight.tensor] = dense
     return replace(checkpoint, tensors=tensors)
 
 

@@ -1,26 +1,30 @@
 """Which format an artifact takes, and what config.json has to say for it.
 
-Two routes. `compressed-tensors`: `pack-quantized`, loaded by plain transformers. `custom`: one modelling file generated
-from `layers/`, loaded with trust_remote_code=True and needing torch and transformers only. What stock loaders can
-hold was established by loading (docs/format.md).
+A layer says which family of stock loaders reads its tensors (`Layer.stock`), if any. Where one family of `FAMILIES`
+reads all of them, plain transformers loads the artifact; else the route is `custom`: one modelling file generated from
+the layers (`compressor.modelling`), loaded with trust_remote_code=True and needing torch and transformers only. What
+stock loaders can hold was established by loading (docs/format.md).
 """
 
 from __future__ import annotations
 
-import ast
 import copy
-import re
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import auto_factory, modeling_auto
 
-from compressor import __version__ as VERSION
 from compressor.errors import PreflightError
+from compressor.layers import find_layer
+from compressor.layers.base import Stock
+from compressor.modelling import VERSION as VERSION
+from compressor.modelling import custom_type
 from compressor.units import Form
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
@@ -28,7 +32,7 @@ STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layo
 
 @dataclass(frozen=True)
 class Route:
-    """name    compressed-tensors | custom | dense
+    """name    dense | custom | a family of FAMILIES
     reason  one sentence for the report and the card
     """
 
@@ -36,85 +40,170 @@ class Route:
     reason: str
 
 
-def choose_route(forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
+Described = tuple[Form, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of stock loader.
+
+    refuses  (weight name, why) for each weight that it can't read although the weight's form is of this family
+    config   the `quantization_config` of config.json
+    """
+
+    refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, str]]]
+    config: Callable[[Sequence[Described], PreTrainedModel], dict[str, Any]]
+
+
+def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
     """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
     if not forms:
         return Route("dense", "no weight changed its form")
-    foreign = [(form.weight.name, problem) for form in forms if (problem := _not_stock(form)) is not None]
-    expert_specs = {str(form.spec) for form in forms if form.weight.expert is not None}
+    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
         raise PreflightError(
             "experts are stored in more than one scheme",
             where="steps",
             hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
         )
-    if not foreign and asked in ("auto", "compressed-tensors"):
-        return Route("compressed-tensors", "every weight fits pack-quantized; plain transformers loads it")
+    experts = {form.form: form.weight.name for form in forms if form.weight.expert is not None}
+    for kind, name in experts.items():
+        if not find_layer(kind).weight_only:
+            raise PreflightError(
+                f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
+                where=name,
+                hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+            )
+    family, foreign = _stock_family(forms, model)
+    if family is not None and asked in ("auto", family):
+        return Route(family, f"every weight fits {family}; plain transformers loads it")
+    if stock_only and asked == "custom":
+        raise PreflightError(
+            "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
+        )
     reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
-    if stock_only or asked == "compressed-tensors":
+    if stock_only or asked not in ("auto", "custom"):
         raise PreflightError(
             f"stock transformers can't load {len(foreign)} weights; {reason}",
             where="export",
             hint="Set export.stock_only: false and export.format: auto, or leave these weights out.",
         )
-    expert = next((form.weight.name for form in forms if form.weight.expert is not None), None)
-    if expert is not None:
+    if experts:
         raise PreflightError(
-            "the modelling file can't hold experts",
-            where=expert,
-            hint="Use symmetric: true for experts, so that the stock format holds them.",
+            f"the modelling file can't hold experts, and the stock format won't do: {reason}",
+            where=next(iter(experts.values())),
+            hint="Use symmetric: true for experts, and leave out what keeps them from the stock format.",
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
 
-def _not_stock(form: Form) -> str | None:
-    if form.form != "packed_linear":
-        return f"is stored as {form.form}, which compressed-tensors doesn't know"
-    if form.weight.transposed:
-        return "is a Conv1D, which compressed-tensors can't target"
-    if not form.spec["symmetric"]:
-        return "has packed zero points, which the stock loader misreads"
-    return None
+def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
+    """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
+    stocks = _stocks(forms)
+    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, str)]
+    if foreign:
+        return None, foreign
+    families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
+    first = families[0][1]
+    foreign = [
+        (form.weight.name, f"is stored for {family} and others for {first}, and a checkpoint has one loader")
+        for form, family in families
+        if family != first
+    ]
+    if foreign or (foreign := FAMILIES[first].refuses(_described(forms), model)):
+        return None, foreign
+    return first, []
 
 
-def quantization_config(forms: Sequence[Form], model: PreTrainedModel) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors: exact module names, every other Linear ignored by name."""
-    groups: dict[str, Any] = {}
-    by_spec: dict[tuple[Any, ...], list[Form]] = {}
+def _stocks(forms: Sequence[Form]) -> list[tuple[Form, Stock | str]]:
+    known: dict[tuple[str, str], Stock | str] = {}
     for form in forms:
-        expert = form.weight.expert is not None
-        by_spec.setdefault((form.spec["bits"], form.spec["group_size"], expert), []).append(form)
-    for number, ((bits, group_size, expert), members) in enumerate(sorted(by_spec.items())):
-        targets = sorted({_module(form) for form in members})
+        key = (form.form, str(sorted_spec(form)))
+        if key not in known:
+            stock = find_layer(form.form).stock(sorted_spec(form))
+            if isinstance(stock, Stock) and stock.family not in FAMILIES:
+                stock = f"is stored for {stock.family}, for which this release can't write a config"
+            known[key] = stock
+    return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
+
+
+def _described(forms: Sequence[Form]) -> list[Described]:
+    return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
+
+
+def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
+    schemes = len({str(settings) for _, settings in described})
+    refused = []
+    for form, settings in described:
+        packed = settings["format"] == "pack-quantized"
+        why = None
+        if form.weight.transposed:
+            why = "is a Conv1D, which compressed-tensors can't target"
+        elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
+            why = "is an expert, of which stock loaders read packed symmetric codes only"
+        elif _has_packed_zeros(settings) and schemes > 1:
+            why = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+        elif dense_experts:
+            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+        if why is not None:
+            refused.append((form.weight.name, why))
+    return refused
+
+
+def compressed_tensors_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors: exact module names, every other Linear ignored by name.
+
+    Packed zero points are read only by the loader that rebuilds dense weights while loading (`dequantize`); without
+    them the loader keeps the packed tensors until the first forward pass.
+    """
+    groups: dict[str, Any] = {}
+    by_settings: dict[tuple[Any, ...], list[Described]] = {}
+    for form, settings in described:
+        weights, expert = settings["weights"], form.weight.expert is not None
+        key = (weights["num_bits"], weights["group_size"] or -1, expert, str(settings))
+        by_settings.setdefault(key, []).append((form, settings))
+    for number, ((_, _, expert, _), members) in enumerate(sorted(by_settings.items(), key=lambda item: item[0])):
+        targets = sorted({module_of(form) for form, _ in members})
         if expert:  # not modules of the running model; the loader looks for a regex that says experts
             targets = ["re:.*experts.*"]
-        groups[f"group_{number}"] = {
-            "targets": targets,
-            "format": "pack-quantized",
-            "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "channel" if group_size == -1 else "group",
-                "group_size": None if group_size == -1 else group_size,
-                "dynamic": False,
-                "actorder": None,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-    packed = {_module(form) for form in forms}
+        settings = members[0][1]
+        activations = {key: settings.get(key) for key in ("input_activations", "output_activations")}
+        groups[f"group_{number}"] = {"targets": targets, **settings, **activations}
+    stored = {module_of(form) for form, _ in described}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {
+    formats = sorted({group["format"] for group in groups.values()})
+    config = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": [name for name in linears if name not in packed],
+        "ignore": [name for name in linears if name not in stored],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": STOCK_TENSORS_VERSION,
         "config_groups": groups,
     }
+    if any(_has_packed_zeros(settings) for _, settings in described):
+        config["dequantize"] = True
+    return config
+
+
+def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> bool:
+    """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
+    if not any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model)):
+        return False
+    rows = {name: value.shape[0] * value.shape[1] for name, value in model.named_parameters() if value.dim() == 3}
+    for form in forms:
+        if form.weight.expert is not None:
+            rows[form.weight.parameter] -= form.weight.out_features
+    return any(rows.values())
+
+
+def _has_packed_zeros(settings: dict[str, Any]) -> bool:
+    return settings["format"] == "pack-quantized" and not settings["weights"]["symmetric"]
+
+
+FAMILIES = {"compressed-tensors": Family(_compressed_tensors_refuses, compressed_tensors_config)}
 
 
 def artifact_config(
@@ -126,25 +215,21 @@ def artifact_config(
     config["dtype"] = dtype
     if untied:
         config["tie_word_embeddings"] = False
-    if route.name == "compressed-tensors":
-        config["quantization_config"] = quantization_config(forms, model)
+    if route.name in FAMILIES:
+        config["quantization_config"] = FAMILIES[route.name].config(_described(forms), model)
     elif route.name == "custom":
         kind = custom_type(source["model_type"])
         config["model_type"] = kind
         config["architectures"] = [f"Compressed{type(model).__name__}"]
         config["compressed_weights"] = {
-            _module(form): {**form.spec, "shape": list(form.weight.shape)} for form in forms
+            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
+            for form in forms
         }
         file = f"modeling_{kind}"
         config["auto_map"] = {"AutoConfig": f"{file}.CompressedConfig"} | {
             auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)
         }
     return config
-
-
-def custom_type(model_type: str) -> str:
-    """A model type of our own, so that no stock class loads a custom file in silence."""
-    return "compressed_" + re.sub(r"\W", "_", model_type)
 
 
 def auto_classes(model: PreTrainedModel) -> list[str]:
@@ -163,79 +248,11 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
     return sorted(found)
 
 
-def modelling_file(model: PreTrainedModel) -> str:
-    """Source of the one file that loads a custom artifact; the same for the same model class."""
-    base, config = type(model).__name__, type(model.config).__name__
-    here = Path(__file__).parent
-    reference = _definitions(here / "kernels" / "reference.py")
-    layer = _definitions(here / "layers" / "packed_linear.py")
-    return f'''# SPDX-License-Identifier: Apache-2.0
-# Generated by compress-model {VERSION} from its stored forms. Needs torch and transformers only.
-"""{base} with some weights stored as packed integer codes, rebuilt at each multiplication."""
-
-from __future__ import annotations
-
-from typing import Any, Self
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import {base}, {config}
-
-
-class ShapeError(ValueError):
-    pass
-
-
-class Layer(nn.Module):
-    pass
-
-
-{reference}
-
-
-{layer}
-
-
-class CompressedConfig({config}):
-    model_type = "{custom_type(model.config.model_type)}"
-
-
-class Compressed{base}({base}):
-    config_class = CompressedConfig
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        for name, entry in config.compressed_weights.items():
-            owner, _, leaf = name.rpartition(".")
-            old = self.get_submodule(name)
-            out_features, in_features = entry["shape"]
-            setattr(
-                self.get_submodule(owner),
-                leaf,
-                PackedLinear(
-                    in_features,
-                    out_features,
-                    entry["bits"],
-                    entry["group_size"],
-                    entry["symmetric"],
-                    torch.get_default_dtype(),
-                    bias=old.bias is not None,
-                ),
-            )
-'''
-
-
-def _module(form: Form) -> str:
+def module_of(form: Form) -> str:
+    """The module of the running model that a stored form stands for."""
     return form.weight.parameter.removesuffix(".weight")
 
 
-def _definitions(path: Path) -> str:
-    """Functions and classes of a module as they stand, without imports and the module docstring."""
-    text = path.read_text()
-    lines = text.splitlines()
-    parts = []
-    for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            parts.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-    return "\n\n\n".join(parts)
+def sorted_spec(form: Form) -> dict[str, Any]:
+    """The spec with keys in one order, whether it comes from a layer or from the journal of a resumed run."""
+    return json.loads(json.dumps(form.spec, sort_keys=True))

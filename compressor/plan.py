@@ -18,9 +18,10 @@ import torch
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
-from compressor.export import Route, artifact_config, choose_route, modelling_file
+from compressor.export import Route, artifact_config, choose_route
 from compressor.layers import find_layer
 from compressor.matching import select
+from compressor.modelling import modelling_file
 from compressor.protocol import Fact, Weight
 from compressor.recipe import Recipe, Step
 from compressor.safetensors_file import header_bytes
@@ -228,7 +229,8 @@ def _predict(plan: Plan, output: Path | None) -> None:
         message = "the head shares the embedding's weights; it gets its own and config.json says so"
         plan.warnings.append({"code": "untied-head", "where": next(iter(tied)), "message": message})
     try:
-        plan.route = choose_route(list(plan.forms.values()), recipe.export.format, recipe.export.stock_only)
+        forms = list(plan.forms.values())
+        plan.route = choose_route(forms, recipe.export.format, recipe.export.stock_only, structure.model)
     except CompressError as problem:
         plan.problems.append(problem)
         return
@@ -238,12 +240,10 @@ def _predict(plan: Plan, output: Path | None) -> None:
     data = sum(tensor.nbytes for tensor in tensors)
     headers = sum(header_bytes((n, by_name[n].dtype, by_name[n].shape) for n in names) for names in shards.values())
     plan.weight_bytes = data + headers
-    config = artifact_config(
-        structure.checkpoint.config, plan.route, list(plan.forms.values()), structure.model, "bfloat16", plan.untied
-    )
+    config = artifact_config(structure.checkpoint.config, plan.route, forms, structure.model, "bfloat16", plan.untied)
     side = len(json.dumps(config, indent=2)) + RECIPE_BYTES
     if plan.route.name == "custom":
-        side += len(modelling_file(structure.model))
+        side += len(modelling_file(structure.model, (form.form for form in forms)))
     side += sum(
         (structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry()
     )

@@ -1,15 +1,13 @@
 """Stem, blocks, head and weight groups of a model, found by running it.
 
-Running beats symbolic tracing: a shallow twin of the model (the same class and widths, few blocks) is run on the meta
-device, or with random weights on the CPU where an operation depends on values, and every multiplication by a parameter
-is noted with the identity of its input. Weights that read the same tensor form a group. Replaying stem, blocks and
-head of a random twin must give its own logits bit for bit; if not, the model is refused before any work.
+What a run of a shallow twin shows (`compressor.tracing`) is put together here with the checkpoint's names. Replaying
+stem, blocks and head of a random twin must give its own logits bit for bit; if not, the model is refused before any
+work.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,19 +25,8 @@ from compressor.binding import Bindings, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import ModelError
 from compressor.protocol import Group, Stage, Weight
-from compressor.replay import Batch, LinearCall, LinearCalls, Pieces, output_of
-
-TWIN_TOKENS = 12
-TWIN_SEED = 0
-
-
-@dataclass(frozen=True)
-class Product:
-    """One traced multiplication inside a block (names relative to it) or in the head (full names)."""
-
-    parameter: str
-    transposed: bool
-    fused_experts: bool
+from compressor.replay import Batch, Pieces, output_of
+from compressor.tracing import Product, example_batch, make_twin, shallow_config, signature, trace, use_eager_experts
 
 
 @dataclass
@@ -212,8 +199,8 @@ def structure_of(
     model = skeleton(cls, config)
     model_dtype = _run_dtype(dtype, config, checkpoint)
     pieces = Pieces(model, find_blocks(model))
-    twin_config = _shallow(config, model, pieces)
-    groups, head, after = _trace(cls, twin_config, pieces.blocks_path, model_dtype)
+    twin_config = shallow_config(config, model, pieces)
+    groups, head, after = trace(cls, twin_config, pieces.blocks_path, model_dtype)
     return Structure(checkpoint, model, pieces, bind(model, checkpoint), groups, head, after, model_dtype)
 
 
@@ -233,8 +220,8 @@ def prove_by_replay(structure: Structure) -> None:
 
     raises ModelError naming the first block that differs
     """
-    config = _shallow(structure.model.config, structure.model, structure.pieces)
-    twin = _twin(type(structure.model), config, torch.device("cpu"), structure.dtype)
+    config = shallow_config(structure.model.config, structure.model, structure.pieces)
+    twin = make_twin(type(structure.model), config, torch.device("cpu"), structure.dtype)
     prove_equal(twin, structure.pieces.blocks_path, example_batch(twin, torch.device("cpu")))
 
 
@@ -316,31 +303,6 @@ def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bo
     return model.eval().requires_grad_(False)
 
 
-def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
-    """Seeded random inputs of the kind the model takes: token ids or pixels."""
-    generator = torch.Generator().manual_seed(TWIN_SEED)
-    config = model.config
-    if model.main_input_name == "input_ids":
-        ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
-        return {"input_ids": ids.to(device)}
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        pixels = torch.randn(samples, config.num_channels, *size, generator=generator)
-        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
-    raise ModelError(
-        f"its main input is {model.main_input_name!r}",
-        where=type(model).__name__,
-        hint="Only models that read token ids or pixels are supported.",
-    )
-
-
-def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
-    """Blocks of one signature do the same multiplications on the same shapes."""
-    kinds = getattr(config.get_text_config(), "layer_types", None)
-    shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
-    return (type(block).__name__, kinds[index] if kinds else None, shapes)
-
-
 def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     where = checkpoint.directory.name
     name = checkpoint.architecture
@@ -386,118 +348,12 @@ def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
     return max(set(floating), key=floating.count) if floating else torch.float32
 
 
-def _shallow(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
-    """The config with the fewest blocks that still show every kind of block (at least two where there are two)."""
-    count = len(pieces)
-    kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
-    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
-    shallow = copy.deepcopy(config)
-    text = shallow.get_text_config()
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == count:
-            setattr(text, key, value[:depth])
-    text.num_hidden_layers = depth
-    return shallow
-
-
-def _twin(
-    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    use_eager_experts(config)
-    if device.type == "meta":
-        with device:
-            return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TWIN_SEED)
-        return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
-
-
-def _trace(
-    cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
-    try:
-        return _trace_twin(_twin(cls, config, torch.device("meta"), dtype), path)
-    except (NotImplementedError, RuntimeError, TypeError):  # an operation that depends on values
-        return _trace_twin(_twin(cls, config, torch.device("cpu"), dtype), path)
-
-
-def _trace_twin(
-    twin: PreTrainedModel, path: str
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
-    device = next(twin.parameters()).device
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, device)
-    used: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
-        for name, module in twin.named_modules()
-        if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
-    ]
-    outside = [name for name, module in twin.named_modules() if any(True for _ in module.parameters(recurse=False))]
-    outside = [name for name in outside if not name.startswith(path + ".")]
-    try:
-        hidden, calls = pieces.stem(batch)
-        before = set(used)
-        groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]] = {}
-        for index, call in enumerate(calls):
-            block = pieces.blocks[index]
-            found: list[LinearCall] = []
-            with LinearCalls(dict(block.named_parameters()), found.append):
-                hidden = pieces.block(index, hidden, call)
-            groups.setdefault(signature(twin.config, block, index), _grouped(found, dict(block.named_parameters())))
-        found = []
-        watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
-        with LinearCalls(watched, found.append):
-            pieces.head(batch, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    head = [call for call in found if twin.get_parameter(call.parameter).dim() == 2]
-    names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
-    products = []
-    output = twin.get_output_embeddings()
-    for found_call in head:
-        name = found_call.parameter
-        if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
-            name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
-        product = Product(name, found_call.transposed, False)
-        owner = name.rpartition(".")[0]
-        if product not in products and owner not in before:
-            products.append(product)
-    return groups, tuple(products), {name for name in outside if name not in before}
-
-
-def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tuple[tuple[Product, ...], ...]:
-    """Products by identity of what they read. Experts of one fused parameter form one entry."""
-    groups: dict[Any, list[Product]] = {}
-    numbers = itertools.count()
-    seen: set[str] = set()
-    for call in calls:
-        if call.parameter in seen:
-            continue
-        seen.add(call.parameter)
-        fused = parameters[call.parameter].dim() == 3
-        x = call.input
-        key = next(numbers) if fused else (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version)
-        groups.setdefault(key, []).append(Product(call.parameter, call.transposed, fused))
-    return tuple(tuple(group) for group in groups.values())
-
-
 def _weight(
     name: str, tensor: str, parameter_name: str, parameter: Tensor, product: Product, role: str, bias: str | None
 ) -> Weight:
     rows, columns = parameter.shape[-2:]
     shape = (columns, rows) if product.transposed else (rows, columns)
     return Weight(name, tensor, parameter_name, shape, role, product.transposed, bias=bias)
-
-
-def use_eager_experts(config: PretrainedConfig) -> None:
-    """One expert at a time, so that each expert's own tokens can be seen."""
-    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
-        if hasattr(part, "_experts_implementation"):
-            part._experts_implementation = "eager"
 
 
 def inspect_model(directory: Path, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
 
     from compressor.artifact import check_files, load, read_manifest
     from compressor.checkpoint import open_checkpoint
-    from compressor.structure import use_eager_experts
+    from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
     found: dict[str, Any] = {
@@ -147,13 +147,14 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 
     from compressor.artifact import _empty_model
     from compressor.checkpoint import open_checkpoint
-    from compressor.export import auto_classes, modelling_file
+    from compressor.export import auto_classes
+    from compressor.modelling import modelling_file
 
     custom = manifest["route"] == "custom"
     empty = _empty_model(open_checkpoint(directory), manifest)
     if custom:
         file = next(directory.glob("modeling_*.py"))
-        if file.read_text() != modelling_file(empty):
+        if file.read_text() != modelling_file(empty, (entry["form"] for entry in manifest["weights"].values())):
             raise ArtifactError(
                 "is not the modelling file this release writes",
                 where=file.name,
@@ -170,7 +171,7 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 def _example(model: Any) -> dict[str, Any]:
     import torch
 
-    from compressor.structure import example_batch
+    from compressor.tracing import example_batch
 
     return example_batch(model, torch.device("cpu"), samples=2, tokens=32)
 

@@ -268,7 +268,7 @@ def test_settings_refuse_what_makes_no_sense():
     with pytest.raises(ValueError, match="max_percdamp"):
         GPTQ(percdamp=0.5, max_percdamp=0.1)
     with pytest.raises(ValueError, match="act_order"):
-        GPTQ(act_order="group")
+        GPTQ(act_order="desc")
 
 
 def test_a_solve_whose_loss_is_not_its_error_is_refused():

@@ -80,3 +80,39 @@ def test_scales_that_do_not_fit_are_refused():
     codes = torch.zeros(4, 64, dtype=torch.int8)
     with pytest.raises(ShapeError, match="groups of 32"):
         PackedLinear.pack(codes, torch.ones(4, 3), None, bits=4, group_size=32, symmetric=True)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_stored_index_says_the_group_of_each_input(symmetric):
+    _, codes, scale, zero = make(symmetric=symmetric)
+    index = torch.randperm(64, generator=torch.Generator().manual_seed(3)) // 32
+    layer = PackedLinear.pack(codes, scale, zero, bits=4, group_size=32, symmetric=symmetric, index=index)
+    assert layer.spec() == {"bits": 4, "group_size": 32, "symmetric": symmetric, "act_order_index": True}
+    assert layer.tensors()["weight_g_idx"].dtype == torch.int32
+    again = PackedLinear.from_tensors(layer.spec(), layer.tensors())
+    expected = torch.empty(5, 64, dtype=torch.bfloat16)
+    for row in range(5):
+        for column in range(64):
+            group = index[column]
+            shift = 0 if zero is None else zero[row, group].bfloat16()
+            expected[row, column] = (codes[row, column].bfloat16() - shift) * scale[row, group]
+    assert torch.equal(again.matrix(torch.bfloat16), expected)
+    planned = PackedLinear.planned((5, 64), layer.spec(), torch.bfloat16)
+    assert planned == {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
+
+
+def test_without_an_index_neither_spec_nor_tensors_mention_it():
+    layer, *_ = make()
+    assert layer.spec() == {"bits": 4, "group_size": 32, "symmetric": True}
+    assert set(layer.tensors()) == {"weight_packed", "weight_scale", "weight_shape"}
+
+
+@pytest.mark.parametrize("index", [[2] * 64, [-1] * 64, [0] * 63])
+def test_an_index_of_groups_that_do_not_exist_is_refused(index):
+    _, codes, scale, _ = make()
+    with pytest.raises(ShapeError, match="must name one of 2 groups for 64 inputs"):
+        PackedLinear.pack(codes, scale, None, bits=4, group_size=32, symmetric=True, index=torch.tensor(index))
+    stored = PackedLinear.pack(codes, scale, None, bits=4, group_size=32, symmetric=True, index=torch.arange(64) // 32)
+    tensors = {**stored.tensors(), "weight_g_idx": torch.tensor(index, dtype=torch.int32)}
+    with pytest.raises(ShapeError, match="weight_g_idx"):
+        PackedLinear.from_tensors(stored.spec(), tensors)

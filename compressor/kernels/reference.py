@@ -48,16 +48,21 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes.to(torch.uint8).view(rows, eights * 8)[:, :columns]
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, index: Tensor | None = None) -> Tensor:
     """Rebuild weights from signed codes: (codes - zero_point) * scale, in the scale's dtype.
 
     codes       (out, in) int8
     scale       (out, groups), groups divides in
     zero_point  (out, groups) int8 or None, meaning 0
+    index       (in,) int32 group of each input; None: the groups lie one after the other
     returns     (out, in) in the scale's dtype; the same arithmetic as compressed-tensors, so the same bits
     """
     out, columns = codes.shape
     groups = scale.shape[1]
+    if index is not None:  # one group an input
+        scale = scale.index_select(1, index)
+        zero_point = zero_point if zero_point is None else zero_point.index_select(1, index)
+        groups = columns
     values = codes.to(scale.dtype).view(out, groups, columns // groups)
     if zero_point is not None:
         values = values - zero_point.to(scale.dtype).unsqueeze(-1)

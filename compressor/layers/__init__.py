@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from compressor.layers.base import Layer as Layer
 
 DENSE = "dense"
-BUILTIN = {"packed_linear": "compressor.layers.packed_linear:PackedLinear"}
+BUILTIN = {
+    "byte_linear": "compressor.layers.byte_linear:ByteLinear",
+    "packed_linear": "compressor.layers.packed_linear:PackedLinear",
+}
 
 
 def find_layer(form: str) -> type[Layer]:

@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What config.json has to say so that stock transformers reads a form's tensors as they are.
+
+    family    the quant_method of config.json: compressed-tensors | bitsandbytes (see `compressor.export`)
+    settings  how that family describes one weight; weights of equal settings are described once
+    """
+
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def integer_scheme(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """The `weights` of a compressed-tensors config group; group_size -1 is one scale per row."""
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+
+
 class Layer(nn.Module):
-    """One weight (out_features, in_features) in its stored form; also a drop-in for nn.Linear."""
+    """One weight (out_features, in_features) in its stored form; also a drop-in for nn.Linear.
+
+    form         its name in the manifest and in config.json
+    weight_only  True: forward is a dense multiply by matrix(), so the engine may write matrix() back. False: forward
+                 does more, such as rounding its input, and the layer itself has to stand in the running model
+    helpers      modules, beside its own, whose functions it uses when it runs; the modelling file of a custom artifact
+                 gets their source
+    """
 
     form: ClassVar[str]
-    weight_only: ClassVar[bool] = True  # True: forward is a dense multiply by matrix(); the engine may write it back
+    weight_only: ClassVar[bool] = True
+    helpers: ClassVar[tuple[str, ...]] = ()
 
     in_features: int
     out_features: int
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        """The layer with tensors of the right shapes for a loader to fill; runs under the meta device too.
+
+        shape  (out_features, in_features)
+        dtype  of what stays dense, and of stored scales
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def stock(cls, spec: dict[str, Any]) -> Stock | str:
+        """How stock transformers loads this form, or why it can't: what follows the weight's name in a sentence."""
+        return f"is stored as {cls.form}, which stock transformers doesn't know"
 
     def spec(self) -> dict[str, Any]:
         """JSON settings that, with the tensors and the shape, rebuild this layer."""
@@ -35,7 +83,9 @@ class Layer(nn.Module):
         cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of the tensors a weight of this shape would store; no data needed."""
-        raise NotImplementedError
+        with torch.device("meta"):
+            layer = cls.empty(shape, spec, dtype, bias=False)
+        return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) that the stored tensors stand for."""

@@ -5,6 +5,7 @@ Tensors, as compressed-tensors' `pack-quantized` names and lays them out (docs/f
     weight_scale       (out, groups), dtype of the model
     weight_shape       int64 (2,) = [out, in]
     weight_zero_point  int32 (ceil(out * bits / 32), groups), asymmetric only, packed down the columns
+    weight_g_idx       int32 (in,), only with act_order_index: the group of each input, where groups aren't neighbours
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 from compressor.kernels.reference import dequantize, pack_codes, unpack_codes
-from compressor.layers.base import Layer
+from compressor.layers.base import Layer, Stock, integer_scheme
 
 
 class PackedLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "packed_linear"
+    helpers = ("compressor.kernels.reference",)
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor
+    weight_g_idx: Tensor
 
     def __init__(
         self,
@@ -38,10 +41,12 @@ class PackedLinear(Layer):
         symmetric: bool,
         dtype: torch.dtype,
         bias: bool = False,
+        act_order_index: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.act_order_index = act_order_index
         groups = 1 if group_size == -1 else in_features // group_size
         words = -(-in_features * bits // 32)
         self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
@@ -50,7 +55,20 @@ class PackedLinear(Layer):
         if not symmetric:
             rows = -(-out_features * bits // 32)
             self.register_buffer("weight_zero_point", torch.zeros(rows, groups, dtype=torch.int32))
+        if act_order_index:
+            self.register_buffer("weight_g_idx", torch.zeros(in_features, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+
+    @classmethod
+    def stock(cls, spec: dict[str, Any]) -> Stock | str:
+        if spec.get("act_order_index"):
+            return "stores the group of each input (act_order: group), which no stock format holds"
+        weights = integer_scheme(spec["bits"], spec["group_size"], spec["symmetric"])
+        return Stock("compressed-tensors", {"format": "pack-quantized", "weights": weights})
 
     def codes(self) -> Tensor:
         """Signed codes (out, in) int8."""
@@ -65,7 +83,8 @@ class PackedLinear(Layer):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
-        return dequantize(self.codes(), self.weight_scale, self.zero_points()).to(dtype)
+        index = self.weight_g_idx if self.act_order_index else None
+        return dequantize(self.codes(), self.weight_scale, self.zero_points(), index).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix(x.dtype), self.bias)
@@ -81,36 +100,45 @@ class PackedLinear(Layer):
         group_size: int,
         symmetric: bool,
         bias: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Self:
         """Store signed codes.
 
         codes       (out, in) int8 in [-2**(bits-1), 2**(bits-1) - 1]
         scale       (out, groups), in the dtype to store
         zero_point  (out, groups) int8 in the range of the codes; None when symmetric
+        index       (in,) the group of each input; None: the groups lie one after the other
         raises      ShapeError if the shapes don't fit each other
         """
         out, columns = codes.shape
         groups = 1 if group_size == -1 else columns // group_size
         if tuple(scale.shape) != (out, groups) or (groups > 1 and columns % group_size):
             raise ShapeError(f"scale {tuple(scale.shape)} doesn't fit codes {(out, columns)} in groups of {group_size}")
-        layer = cls(columns, out, bits, group_size, symmetric, scale.dtype, bias is not None)
+        layer = cls(columns, out, bits, group_size, symmetric, scale.dtype, bias is not None, index is not None)
         half = 2 ** (bits - 1)
         layer.weight_packed = pack_codes((codes.to(torch.int16) + half).to(torch.uint8), bits)
         layer.weight_scale = scale.contiguous()
         if zero_point is not None:
             unsigned = (zero_point.to(torch.int16) + half).to(torch.uint8)
             layer.weight_zero_point = pack_codes(unsigned.t().contiguous(), bits).t().contiguous()
+        if index is not None:
+            layer.weight_g_idx = _checked_index(index.to(torch.int32), columns, groups)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
     def spec(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return {**settings, "act_order_index": True} if self.act_order_index else settings
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"weight_packed": self.weight_packed, "weight_scale": self.weight_scale}
         found["weight_shape"] = self.weight_shape
-        return found if self.symmetric else {**found, "weight_zero_point": self.weight_zero_point}
+        if not self.symmetric:
+            found["weight_zero_point"] = self.weight_zero_point
+        if self.act_order_index:
+            found["weight_g_idx"] = self.weight_g_idx
+        return found
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
@@ -120,14 +148,15 @@ class PackedLinear(Layer):
             if getattr(layer, name).shape != value.shape:
                 raise ShapeError(f"{name} has shape {tuple(value.shape)}, {tuple(getattr(layer, name).shape)} expected")
             setattr(layer, name, value)
+        if layer.act_order_index:
+            _checked_index(tensors["weight_g_idx"], columns, layer.weight_scale.shape[1])
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
-    @classmethod
-    def planned(
-        cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        with torch.device("meta"):
-            layer = cls(shape[1], shape[0], **spec, dtype=dtype)
-        return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
+
+def _checked_index(index: Tensor, columns: int, groups: int) -> Tensor:
+    """raises ShapeError unless index (columns,) names groups that exist"""
+    if tuple(index.shape) != (columns,) or int(index.min()) < 0 or int(index.max()) >= groups:
+        raise ShapeError(f"weight_g_idx {tuple(index.shape)} must name one of {groups} groups for {columns} inputs")
+    return index

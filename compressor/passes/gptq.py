@@ -10,11 +10,12 @@ tr(D H Dᵀ) = ‖E‖², which is checked on every run (on up to 256 rows of ea
 
 Where we differ from the paper, and why
 - Columns are visited by decreasing diag(H) with groups fixed beforehand (`act_order: static`); no index is stored.
+  `act_order: group` is the reference's `desc_act`: groups of the columns so ordered, and a stored index of them.
 - Scales are searched for least error (`scale_search: mse`) and rounded to their stored type before the solve.
 - U comes from one reversed Cholesky factorization and one triangular inversion; H⁻¹ is never formed.
 - A column that no calibration token excites keeps its nearest code instead of becoming zero.
 - An expert that saw few tokens borrows from the hessians of its siblings (our rule; not in the paper).
-Not offered: the permuted groups of `desc_act` (no current format holds their index) and asymmetric calibration.
+Not offered: asymmetric calibration.
 
 Cost per group of weights with n inputs and m outputs in all: tokens·n² multiply-adds for H, n³/3 to factor, m·n² to
 solve. Memory: 8·n² bytes for H and U, 12·m·n for the working copies.
@@ -32,7 +33,7 @@ from compressor.errors import PassError
 from compressor.grid import Grid, dequantize, find_grid, quantize
 from compressor.lazy import torch
 from compressor.linalg import Factor, Gram, inverse_factor
-from compressor.packing import GroupSize, group_width, packed_spec, store
+from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.protocol import Carry, Group, Pass, Site, Stage, Traits, Weight
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
@@ -53,8 +54,10 @@ class GPTQ(Pass):
         "mse", description="Range by extremes, shrunk for least error, or for least error weighted by diag(H)."
     )
     refine_scales: bool = Field(False, description="Least-squares scales for the chosen codes; never raises the loss.")
-    act_order: Literal["none", "static", "group_aware"] = Field(
-        "static", description="Order of columns: as they lie, by decreasing diag(H), or so within and between groups."
+    act_order: Literal["none", "static", "group_aware", "group"] = Field(
+        "static",
+        description="Order of columns: as they lie, by decreasing diag(H), so within and between groups, or by "
+        "decreasing diag(H) with groups of columns so ordered (stores an index; needs the modelling file).",
     )
     block_size: Literal[32, 64, 128, 256, 512] = Field(128, description="Columns per lazy update; speed only.")
     percdamp: float = Field(0.01, gt=0, lt=1, description="Damping as a fraction of the mean of diag(H).")
@@ -81,10 +84,14 @@ class GPTQ(Pass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="inputs", stores="packed_linear")
+        return Traits(reads="inputs", stores=stored_form(self.bits, self.symmetric, self._permutes_groups))
 
     def spec(self, weight: Weight) -> dict[str, Any]:
-        return packed_spec(weight, self.bits, self.group_size, self.symmetric)
+        return packed_spec(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
+
+    @property
+    def _permutes_groups(self) -> bool:
+        return self.act_order == "group" and self.group_size != -1
 
     def block(self, site: Site, carry: Carry) -> Carry:
         dtype = getattr(torch, self.hessian_dtype)
@@ -148,6 +155,9 @@ class GPTQ(Pass):
             return
         if self.dead_columns == "zero":
             tall[:, dead] = 0
+        own = order  # the column that each solved column is
+        if self._permutes_groups:  # from here to the end all columns lie in visiting order
+            tall, hessian, dead, order = tall[:, order], ordered, dead[order], torch.arange(len(order)).to(order)
         solved = solve(tall, factor.upper.float(), hessian.diagonal(), order, self, width, site.dtype)
         grid, codes = solved.grid, solved.codes
         error = tall - dequantize(codes, grid).view_as(tall)
@@ -176,7 +186,11 @@ class GPTQ(Pass):
                 "fallback": None,
             }
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
-            store(site, weight, codes[rows], part, self.group_size, record)
+            if self._permutes_groups:
+                back = torch.argsort(own)
+                store(site, weight, codes[rows].flatten(1)[:, back], part, self.group_size, record, back // width)
+            else:
+                store(site, weight, codes[rows], part, self.group_size, record)
 
     def _round_group(self, site: Site, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
         """The fallback: round to nearest, said in the report."""
@@ -197,7 +211,8 @@ class GPTQ(Pass):
             row = rows.stop
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
             record = {"fallback": "rtn", "calibration_tokens": gram.tokens if gram else 0}
-            store(site, weight, codes[rows], part, self.group_size, record)
+            index = torch.arange(tall.shape[1], device=tall.device) // width if self._permutes_groups else None
+            store(site, weight, codes[rows], part, self.group_size, record, index)
 
 
 @dataclass(frozen=True)
@@ -239,7 +254,7 @@ def column_order(diagonal: torch.Tensor, act_order: str, width: int) -> torch.Te
     """Visiting order (in,) int64. group_aware keeps the members of a group together."""
     if act_order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
-    if act_order == "static":
+    if act_order in ("static", "group"):
         return torch.argsort(diagonal, descending=True, stable=True)
     groups = diagonal.view(-1, width)
     inside = torch.argsort(groups, dim=1, descending=True, stable=True)
@@ -264,7 +279,8 @@ def solve(
     stored    dtype of the scales on disk
 
     With act_order none or group_aware each group's grid is found when the group is reached, on the weights as
-    updated by then; with static, or one group per row, it is found before the solve.
+    updated by then; with static, or one group per row, it is found before the solve. act_order group is none on a
+    weight and hessian that come permuted.
     """
     out, columns = weight.shape
     groups = columns // width
@@ -272,7 +288,7 @@ def solve(
     grid = find_grid(
         weight.view(out, groups, width), settings.bits, settings.symmetric, settings.scale_search, stored, importance
     )
-    fresh = settings.act_order in ("none", "group_aware") and groups > 1
+    fresh = settings.act_order in ("none", "group_aware", "group") and groups > 1
     scale, zero = grid.scale.t().contiguous().to(weight.dtype), grid.zero_point.t().contiguous().to(weight.dtype)
     work = weight.t()[order].contiguous()  # (in, out): one column of the matrix is contiguous
     errors = torch.empty_like(work)

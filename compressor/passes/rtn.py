@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from compressor.grid import dequantize, find_grid, quantize
-from compressor.packing import GroupSize, group_width, packed_spec, store
+from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.protocol import Carry, Pass, Site, Traits, Weight
 
 
@@ -29,7 +29,7 @@ class RTN(Pass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="weights", stores="packed_linear")
+        return Traits(reads="weights", stores=stored_form(self.bits, self.symmetric))
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric)

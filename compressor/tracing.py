@@ -1,0 +1,169 @@
+"""What a shallow twin of a model shows when it runs: which parameters are multiplied, and which read the same input.
+
+The twin is the same class at the same widths with few blocks. It runs on the meta device, or with random weights on the
+CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its input;
+weights that read the same tensor form a group.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.errors import ModelError
+from compressor.replay import Batch, LinearCall, LinearCalls, Pieces
+
+TWIN_TOKENS = 12
+TWIN_SEED = 0
+
+
+@dataclass(frozen=True)
+class Product:
+    """One traced multiplication inside a block (names relative to it) or in the head (full names)."""
+
+    parameter: str
+    transposed: bool
+    fused_experts: bool
+
+
+def trace(
+    cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+    """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
+
+    returns  products of each kind of block by signature, grouped by input in forward order; those of the head; and the
+             modules outside the blocks that the stem didn't use
+    """
+    try:
+        return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
+    except (NotImplementedError, RuntimeError, TypeError):  # an operation that depends on values
+        return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
+
+
+def _trace_twin(
+    twin: PreTrainedModel, path: str
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+    device = next(twin.parameters()).device
+    pieces = Pieces(twin, path)
+    batch = example_batch(twin, device)
+    used: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
+        for name, module in twin.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
+    ]
+    outside = [name for name, module in twin.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    outside = [name for name in outside if not name.startswith(path + ".")]
+    try:
+        hidden, calls = pieces.stem(batch)
+        before = set(used)
+        groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]] = {}
+        for index, call in enumerate(calls):
+            block = pieces.blocks[index]
+            found: list[LinearCall] = []
+            with LinearCalls(dict(block.named_parameters()), found.append):
+                hidden = pieces.block(index, hidden, call)
+            groups.setdefault(signature(twin.config, block, index), _grouped(found, dict(block.named_parameters())))
+        found = []
+        watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
+        with LinearCalls(watched, found.append):
+            pieces.head(batch, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    head = [call for call in found if twin.get_parameter(call.parameter).dim() == 2]
+    names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
+    products = []
+    output = twin.get_output_embeddings()
+    for found_call in head:
+        name = found_call.parameter
+        if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
+            name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
+        product = Product(name, found_call.transposed, False)
+        owner = name.rpartition(".")[0]
+        if product not in products and owner not in before:
+            products.append(product)
+    return groups, tuple(products), {name for name in outside if name not in before}
+
+
+def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tuple[tuple[Product, ...], ...]:
+    """Products by identity of what they read. Experts of one fused parameter form one entry."""
+    groups: dict[Any, list[Product]] = {}
+    numbers = itertools.count()
+    seen: set[str] = set()
+    for call in calls:
+        if call.parameter in seen:
+            continue
+        seen.add(call.parameter)
+        fused = parameters[call.parameter].dim() == 3
+        x = call.input
+        key = next(numbers) if fused else (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version)
+        groups.setdefault(key, []).append(Product(call.parameter, call.transposed, fused))
+    return tuple(tuple(group) for group in groups.values())
+
+
+def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
+    """The config with the fewest blocks that still show every kind of block (at least two where there are two)."""
+    count = len(pieces)
+    kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
+    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+    return shallow
+
+
+def make_twin(
+    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    use_eager_experts(config)
+    if device.type == "meta":
+        with device:
+            return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TWIN_SEED)
+        return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
+    """Seeded random inputs of the kind the model takes: token ids or pixels."""
+    generator = torch.Generator().manual_seed(TWIN_SEED)
+    config = model.config
+    if model.main_input_name == "input_ids":
+        ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
+        return {"input_ids": ids.to(device)}
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        pixels = torch.randn(samples, config.num_channels, *size, generator=generator)
+        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
+    raise ModelError(
+        f"its main input is {model.main_input_name!r}",
+        where=type(model).__name__,
+        hint="Only models that read token ids or pixels are supported.",
+    )
+
+
+def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
+    """Blocks of one signature do the same multiplications on the same shapes."""
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
+    return (type(block).__name__, kinds[index] if kinds else None, shapes)
+
+
+def use_eager_experts(config: PretrainedConfig) -> None:
+    """One expert at a time, so that each expert's own tokens can be seen."""
+    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"

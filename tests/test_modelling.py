@@ -1,0 +1,285 @@
+"""The modelling file of a custom artifact: any stored form, also another package's, without this package."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+import tiny
+import torch
+import yaml
+
+import compressor
+from compressor import layers
+from compressor.errors import ArtifactError, PreflightError
+from compressor.export import FAMILIES, Family, artifact_config, choose_route
+from compressor.layers.base import Stock
+from compressor.modelling import modelling_file
+from compressor.protocol import Weight
+from compressor.recipe import parse_recipe
+from compressor.run import compress
+from compressor.units import Form
+
+HALVES = '''
+"""Arithmetic of the other package."""
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+HALF = 0.5
+ROUND = math.floor(HALF)
+
+
+def double(x: Tensor) -> Tensor:
+    return x + x
+'''
+SIGNS = '''
+"""A form that keeps the sign and one magnitude a row, in a package that isn't ours."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import ShapeError
+from compressor.layers.base import Layer
+
+from .halves import HALF, double
+
+if TYPE_CHECKING:
+    import something_heavy
+
+try:
+    import no_such_accelerator
+except ImportError:
+    no_such_accelerator = None
+
+RANKS = (1, 2)
+
+
+class SignLinear(Layer):
+    form = "signs"
+    helpers: ClassVar[tuple[str, ...]] = ("other_package.halves",)
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.register_buffer("weight_signs", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("weight_size", torch.zeros(shape[0], 1, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        if spec["rank"] not in RANKS:
+            raise ShapeError(f"rank {spec['rank']}")
+        return cls(shape, dtype, bias)
+
+    def spec(self) -> dict[str, Any]:
+        return {"rank": 1}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight_signs": self.weight_signs, "weight_size": self.weight_size}
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+        layer = cls.empty(tensors["weight_signs"].shape, spec, tensors["weight_size"].dtype, bias is not None)
+        layer.weight_signs, layer.weight_size = tensors["weight_signs"], tensors["weight_size"]
+        return layer
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return double(self.weight_signs.to(dtype) * self.weight_size.to(dtype) * HALF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+'''
+PASS = '''
+from compressor.protocol import Pass, Traits
+
+
+class Signs(Pass):
+    """Keep signs."""
+
+    @property
+    def traits(self):
+        return Traits(reads="weights", stores="signs")
+
+    def spec(self, weight):
+        return {"rank": 1}
+
+    def block(self, site, carry):
+        from other_package.signs import SignLinear
+
+        for stage in site.stages(sequential=False):
+            for group in stage:
+                for weight in group:
+                    matrix = site.matrix(weight)
+                    layer = SignLinear(weight.shape, site.dtype, bias=False)
+                    layer.weight_signs = matrix.sign().to(layer.weight_signs.dtype)
+                    layer.weight_size = matrix.abs().mean(1, keepdim=True).to(site.dtype)
+                    site.put(weight, layer)
+        return carry
+'''
+PROGRAM = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('compressor', 'other_package'): raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+torch.save(model(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
+"""
+
+
+def logits_without_this_package(artifact, scratch):
+    """What a stranger's interpreter computes: torch and transformers, nothing of ours."""
+    environment = {**os.environ, "HF_HOME": str(scratch / "hf"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", PROGRAM, str(artifact), str(scratch / "logits.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return torch.load(scratch / "logits.pt", weights_only=True)
+
+
+@pytest.fixture
+def other_package(tmp_path, monkeypatch):
+    """A distribution with a stored form and a pass, announced through entry points as an installed one is."""
+    root = tmp_path / "site"
+    (root / "other_package").mkdir(parents=True)
+    for name, text in (("__init__", ""), ("halves", HALVES), ("signs", SIGNS), ("passes", PASS)):
+        (root / "other_package" / f"{name}.py").write_text(text)
+    info = root / "other_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+    points = "[compressor.layers]\nsigns = other_package.signs:SignLinear\n"
+    (info / "entry_points.txt").write_text(f"{points}[compressor.passes]\nsigns = other_package.passes:Signs\n")
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+    importlib.invalidate_caches()
+    yield root
+    for name in [name for name in sys.modules if name.partition(".")[0] == "other_package"]:
+        del sys.modules[name]
+
+
+def run(step, model, output, **sections):
+    tree = {"version": 1, "steps": [step], "report": {"html": False}, **sections}
+    return compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), output, measure=False)
+
+
+def form(kind, spec, name="m.0.fc", **weight):
+    fields = {"tensor": f"{name}.weight", "parameter": f"{name}.weight", "shape": (8, 32), "role": "mlp"}
+    return Form(kind, spec, Weight(name, **{**fields, **weight}))
+
+
+LLAMA = tiny.build("llama")
+
+
+class Eights:
+    """A form that another stock loader reads."""
+
+    weight_only = True
+
+    @classmethod
+    def stock(cls, spec):
+        return Stock("another-loader", {"width": 8})
+
+
+@pytest.fixture
+def eights(monkeypatch):
+    point = EntryPoint("eights", "test_modelling:Eights", "compressor.layers")
+    monkeypatch.setattr(layers, "entry_points", lambda group: (point,))
+    return form("eights", {}, "m.0.eights")
+
+
+@pytest.mark.slow
+def test_a_form_of_another_package_is_stored_verified_and_loaded_without_either_package(other_package, tmp_path):
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    steps = [
+        {"pass": "signs", "only": ["down_proj"]},
+        {"pass": "rtn", "bits": 3, "group_size": 32, "only": ["*_proj"], "except": ["down_proj"]},
+    ]
+    report = run(steps[0], model, tmp_path / "out", steps=steps)
+    assert report["route"]["name"] == "custom" and "stored as signs" in report["route"]["reason"]
+    assert report["verification"]["max_logit_difference"] == 0.0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    down = config["compressed_weights"]["model.layers.0.mlp.down_proj"]
+    assert down == {"form": "signs", "spec": {"rank": 1}, "shape": [32, 64]}
+    own = compressor.load(tmp_path / "out")
+    assert type(own.model.layers[0].mlp.down_proj).__name__ == "SignLinear"
+    expected = own(input_ids=torch.arange(8).view(1, 8)).logits
+    assert torch.equal(logits_without_this_package(tmp_path / "out", tmp_path), expected)
+    manifest = json.loads((tmp_path / "out" / "compress_manifest.json").read_text())
+    assert manifest["layers"] == {"packed_linear": "compressor", "signs": "other_package"}
+
+
+def test_the_file_holds_the_forms_it_needs_and_no_other(other_package):
+    model = tiny.build("llama")
+    both, one = modelling_file(model, ["signs", "packed_linear", "signs"]), modelling_file(model, ["packed_linear"])
+    assert both == modelling_file(model, ["packed_linear", "signs"])
+    assert '"packed_linear": PackedLinear, "signs": SignLinear' in both
+    assert "SignLinear" not in one and "HALF = 0.5\nROUND" in both and "something_heavy" not in both
+    assert "other_package" not in both.replace('("other_package.halves",)', "")
+    assert "    import no_such_accelerator" in both
+    compile(both, "modeling.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import numpy", "imports numpy as a whole"),
+        ("from numpy import array", "imports array from numpy"),
+        ("from other_package.halves import double as twice", "imports double under another name"),
+        ("def pack_codes(): pass", "defines pack_codes, which compressor.kernels.reference defines too"),
+        ("def late():\n    import numpy", "imports numpy inside a function"),
+        ("print('loaded')", "is neither an import, a definition nor a constant"),
+    ],
+)
+def test_a_layer_whose_source_cannot_stand_alone_is_refused_by_line(line, message, other_package):
+    path = other_package / "other_package" / "signs.py"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ArtifactError, match=message) as failure:
+        modelling_file(tiny.build("llama"), ["packed_linear", "signs"])
+    assert failure.value.where.startswith("other_package.signs, line ")
+
+
+def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
+    with pytest.raises(PreflightError, match=r"m\.0\.eights is stored for another-loader, for which this release"):
+        choose_route([eights], "auto", stock_only=True, model=LLAMA)
+    family = Family(
+        lambda described, model: [], lambda described, model: dict(described[0][1], quant_method="another-loader")
+    )
+    monkeypatch.setitem(FAMILIES, "another-loader", family)
+    route = choose_route([eights], "auto", stock_only=True, model=LLAMA)
+    assert route.name == "another-loader"
+    config = artifact_config({"model_type": "llama"}, route, [eights], tiny.build("llama"), "float16", untied=False)
+    assert config["quantization_config"] == {"width": 8, "quant_method": "another-loader"}
+
+
+def test_forms_of_two_stock_loaders_take_the_modelling_file(eights, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described, model: [], lambda described, model: {}))
+    packed = form("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
+    route = choose_route([packed, eights], "auto", stock_only=False, model=LLAMA)
+    assert route.name == "custom"
+    assert route.reason.startswith("m.0.eights is stored for another-loader and others for compressed-tensors")
+
+
+def test_an_expert_in_a_form_that_must_stand_in_the_model_is_refused(eights, monkeypatch):
+    monkeypatch.setattr(Eights, "weight_only", False)
+    with pytest.raises(PreflightError, match=r"m\.0\.fc: is stored as eights, which does more than multiply"):
+        choose_route([form("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
+
+
+def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other():
+    assert "register_checkpoint_conversion_mapping" not in modelling_file(LLAMA, ["packed_linear"])
+    text = modelling_file(tiny.build("mixtral"), ["packed_linear"])
+    assert 'get_checkpoint_conversion_mapping("mixtral"), overwrite=True' in text

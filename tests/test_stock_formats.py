@@ -1,0 +1,204 @@
+"""What plain transformers loads, tried: every scheme that the router calls stock, and the ones it must not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import compressor
+from compressor.errors import PreflightError, ShapeError
+from compressor.export import artifact_config, module_of
+from compressor.grid import find_grid, quantize
+from compressor.layers.byte_linear import ByteLinear
+from compressor.packing import store
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.run import compress
+from compressor.tracing import example_batch
+
+
+def recipe(*steps, **export):
+    tree = {"version": 1, "steps": [{"pass": "rtn", "group_size": 32, **step} for step in steps], "export": export}
+    return parse_recipe(yaml.safe_dump({**tree, "report": {"html": False}}).encode())
+
+
+class Shelf:
+    """The part of a site that storing codes needs; keeps the layers."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self):
+        self.layers = {}
+
+    def put(self, weight, layer, **record):
+        self.layers[weight.name] = layer
+
+
+def plan_of(tmp_path, family, *steps, **export):
+    model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
+    return make_plan(recipe(*steps, **export), str(model), prove=False)
+
+
+def store_as_planned(plan, artifact):
+    """What a run leaves for a loader, weights and config.json, without the run; returns the layers by module."""
+    structure, forms, shelf = plan.structure, list(plan.forms.values()), Shelf()
+    shutil.copytree(structure.checkpoint.directory, artifact)
+    tensors = load_file(artifact / "model.safetensors")
+    for form in forms:
+        matrix = tensors.pop(form.weight.tensor).float()
+        size = form.spec["group_size"]
+        grouped = matrix.view(len(matrix), -1, matrix.shape[1] if size == -1 else size)
+        grid = find_grid(grouped, form.spec["bits"], form.spec["symmetric"], "minmax", shelf.dtype)
+        store(shelf, form.weight, quantize(grouped, grid), grid, size, {})
+        layer = shelf.layers[form.weight.name]
+        assert (layer.form, layer.spec()) == (form.form, form.spec)
+        tensors |= {f"{form.weight.name}.{suffix}": value for suffix, value in layer.tensors().items()}
+    save_file(tensors, artifact / "model.safetensors", {"format": "pt"})
+    source = structure.checkpoint.config
+    config = artifact_config(source, plan.route, forms, structure.model, "bfloat16", plan.untied)
+    (artifact / "config.json").write_text(json.dumps(config))
+    return {module_of(form): shelf.layers[form.weight.name] for form in forms}
+
+
+def assert_plain_transformers_computes_what_the_codes_stand_for(plan, artifact):
+    """Same bits as the dense model with each weight set to its codes' meaning; nothing missing, nothing unexpected."""
+    layers = store_as_planned(plan, artifact)
+    cls = type(plan.structure.model)
+    stock, info = cls.from_pretrained(artifact, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    twin = cls.from_pretrained(plan.structure.checkpoint.directory)
+    for module, layer in layers.items():
+        twin.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
+    inputs = example_batch(twin, torch.device("cpu"))
+    with torch.no_grad():
+        first, second, expected = stock(**inputs)[0], stock(**inputs)[0], twin(**inputs)[0]
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_group_and_symmetry_loads_stock(bits, symmetric, group_size, tmp_path):
+    plan = plan_of(tmp_path, "llama", {"bits": bits, "group_size": group_size, "symmetric": symmetric})
+    assert plan.route.name == "compressed-tensors"
+    assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gpt_neox", "gemma3", "bert", "bert_base", "vit"])
+def test_packed_zero_points_load_stock_in_every_family_without_experts(family, tmp_path):
+    only = ["*", "@head"] if family == "llama" else ["*"]
+    plan = plan_of(tmp_path, family, {"bits": 3, "symmetric": False, "only": only})
+    assert plan.route.name == "compressed-tensors"
+    assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
+
+
+def test_unpacked_zero_points_load_stock_beside_other_schemes(tmp_path):
+    """Asymmetric 8 bits, symmetric 4 and 3 bits in one model: two formats, three groups."""
+    steps = [
+        {"bits": 8, "symmetric": False, "only": ["down_proj"]},
+        {"bits": 3, "only": ["o_proj"]},
+        {"bits": 4, "only": ["*"], "except": ["down_proj", "o_proj"]},
+    ]
+    plan = plan_of(tmp_path, "llama", *steps)
+    assert plan.route.name == "compressed-tensors"
+    assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision" and "dequantize" not in config
+    assert {group["format"] for group in config["config_groups"].values()} == {"naive-quantized", "pack-quantized"}
+
+
+@pytest.mark.slow
+def test_packed_zero_points_go_the_whole_way(tmp_path):
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    report = compress(recipe({"symmetric": False}), str(model), tmp_path / "out", measure=False)
+    assert report["route"]["name"] == "compressed-tensors"
+    assert report["verification"]["max_logit_difference"] == 0.0 and not report["verification"]["problems"]
+
+
+@pytest.mark.slow
+def test_a_conv1d_in_bytes_takes_the_modelling_file(tmp_path):
+    model = tiny.save("gpt2", tmp_path / "m", dtype=torch.bfloat16)
+    step = {"bits": 8, "symmetric": False}
+    report = compress(recipe(step), str(model), tmp_path / "out", measure=False)
+    assert report["route"]["name"] == "custom" and "Conv1D" in report["route"]["reason"]
+    assert report["verification"]["max_logit_difference"] == 0.0
+    assert type(compressor.load(tmp_path / "out").transformer.h[0].attn.c_attn) is ByteLinear
+
+
+def test_packed_zero_points_beside_another_scheme_take_the_modelling_file(tmp_path):
+    steps = [{"symmetric": False, "only": ["down_proj"]}, {"bits": 3, "except": ["down_proj"]}]
+    plan = plan_of(tmp_path, "llama", *steps)
+    assert plan.route.name == "custom"
+    assert "down_proj has packed zero points, which stock loaders read where all weights share one" in plan.route.reason
+    (problem,) = plan_of(tmp_path, "llama", *steps, stock_only=True).problems
+    assert isinstance(problem, PreflightError) and "packed zero points" in str(problem)
+
+
+@pytest.mark.slow
+def test_attention_beside_dense_experts_takes_the_modelling_file_which_joins_them(tmp_path):
+    """Seen with transformers 5.24: the stock loader of a quantized model leaves dense experts uninitialized."""
+    model = tiny.save("mixtral", tmp_path / "m", dtype=torch.bfloat16)
+    report = compress(recipe({"only": ["@attention"]}), str(model), tmp_path / "out", measure=False)
+    assert report["route"]["name"] == "custom" and "some experts stay dense" in report["route"]["reason"]
+    found = report["verification"]
+    assert found["max_logit_difference"] == 0.0
+    assert found["missing"] == found["unexpected"] == found["mismatched"] == found["problems"] == []
+
+
+def test_some_experts_quantized_beside_dense_ones_are_refused(tmp_path):
+    (problem,) = plan_of(tmp_path, "qwen3_moe", {"only": ["**.experts.0.*"]}).problems
+    assert "can't hold experts" in str(problem) and "some experts stay dense" in str(problem)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_asymmetric_experts_are_refused(bits, tmp_path):
+    (problem,) = plan_of(tmp_path, "mixtral", {"bits": bits, "symmetric": False, "only": ["@experts"]}).problems
+    assert "is an expert, of which stock loaders read packed symmetric codes only" in str(problem)
+
+
+def test_packed_zero_points_ask_for_the_loader_that_rebuilds_weights_and_symmetric_codes_do_not(tmp_path):
+    for symmetric, expected in ((True, None), (False, True)):
+        plan = plan_of(tmp_path, "llama", {"symmetric": symmetric})
+        structure = plan.structure
+        forms = list(plan.forms.values())
+        config = artifact_config(structure.checkpoint.config, plan.route, forms, structure.model, "bfloat16", False)
+        assert config["quantization_config"].get("dequantize") is expected
+
+
+def test_bytes_are_laid_out_as_naive_quantized_has_them(tmp_path):
+    plan = plan_of(tmp_path, "llama", {"bits": 8, "symmetric": False})
+    store_as_planned(plan, tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stored = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if name in key}
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in stored.items()} == {
+        "weight": (torch.int8, (32, 64)),
+        "weight_scale": (torch.bfloat16, (32, 2)),
+        "weight_zero_point": (torch.int8, (32, 2)),
+    }
+    dense = load_file(tmp_path / "m" / "model.safetensors")[f"{name}.weight"].float()
+    scale = stored["weight_scale"].float().repeat_interleave(32, 1)
+    zero = stored["weight_zero_point"].float().repeat_interleave(32, 1)
+    # half a step of rounding, and as much again where the rounded zero point shifts a range past its end
+    assert (((stored["weight"].float() - zero) * scale - dense).abs() <= 1.01 * scale).all()
+
+
+def test_bytes_that_do_not_fit_each_other_are_refused():
+    tensors = {
+        "weight": torch.zeros(4, 64, dtype=torch.int8),
+        "weight_scale": torch.ones(4, 2),
+        "weight_zero_point": torch.zeros(4, 2, dtype=torch.int8),
+    }
+    spec = {"bits": 8, "group_size": 32, "symmetric": False}
+    assert ByteLinear.from_tensors(spec, tensors).spec() == spec
+    for name, wrong in (("weight_scale", torch.ones(4, 3)), ("weight_zero_point", torch.zeros(4, 2))):
+        with pytest.raises(ShapeError, match=name):
+            ByteLinear.from_tensors(spec, {**tensors, name: wrong})
