@@ -29,9 +29,9 @@ from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.units import Form
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
-# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; batches beyond it start
-# again from the block's input. A Llama block keeps 4 times at its output projection and 5 times at its down projection;
-# 3 was chosen to stay below llm-compressor's peak memory (docs/benchmarks.md).
+# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
+# at an earlier halt, or start again from the block's input. A Llama block keeps 4 times at its output projection and 5
+# times at its down projection; 3 was chosen to stay below llm-compressor's peak memory (docs/benchmarks.md).
 TAPE_SHARE = 3
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 RECIPE_BYTES = 2048  # recipe.yaml, whose defaults are known only roughly here

@@ -47,6 +47,10 @@ class Stream:
     calls: list[Call]
     tape: Tape | None = None
 
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.tape is None else self.tape.nbytes
+
 
 @dataclass
 class Sweeper:
@@ -160,7 +164,11 @@ class UnitSite:
                 )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, (tokens, in) input) for each batch, in order; each batch halts before the stage's products."""
+        """(group number, (tokens, in) input) for each batch, in order.
+
+        Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
+        takes; the others look ahead from where they are, or start again.
+        """
         numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
         watched = watched_parameters(self.structure, self.unit)
 
@@ -168,21 +176,27 @@ class UnitSite:
             expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
             return numbers.get((call.parameter, expert))
 
-        room = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
+        wanted = {name for name, _ in numbers}
+        limit = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
+        kept = sum(stream.kept_bytes for stream in self.streams)
+        here = 0  # what one batch keeps at this stage
         for stream in self.streams:
-            first = self._halt(stream, watched, lambda call: number_of(call) is not None, {name for name, _ in numbers})
-            if first is None:  # no token of this batch was routed to these experts
-                continue
-            if len(stage) == 1:
-                yield 0, first.input.reshape(-1, first.input.shape[-1])
+            before = stream.kept_bytes
+            waits = stream.tape is not None and not stream.tape.passed & wanted
+            if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
+                yield from self._ahead(stream, watched, number_of, stage)
             else:
-                yield from self._all_inputs(stream, watched, number_of, stage)
-            if stream.tape is not None:
-                kept = stream.tape.nbytes
-                if kept > room:
-                    stream.tape = None
+                first = self._halt(stream, watched, lambda call: number_of(call) is not None, wanted)
+                here = stream.kept_bytes
+                if first is None:  # no token of this batch was routed to these experts
+                    pass
+                elif len(stage) == 1:
+                    yield 0, first.input.reshape(-1, first.input.shape[-1])
                 else:
-                    room -= kept
+                    yield from self._ahead(stream, watched, number_of, stage)
+            if kept - before + stream.kept_bytes > limit:
+                stream.tape = None
+            kept += stream.kept_bytes - before
 
     def _halt(
         self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[LinearCall], bool], wanted: set[str]
@@ -200,14 +214,14 @@ class UnitSite:
             stream.tape = None
         return first
 
-    def _all_inputs(
+    def _ahead(
         self,
         stream: Stream,
         watched: dict[str, Tensor],
         number_of: Callable[[LinearCall], int | None],
         stage: Stage,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Inputs of several groups: the later ones are seen by running on past the halt."""
+        """Inputs of the stage's groups, seen by running on past the halt; the batch stays where it waits."""
         caught: dict[int, Tensor] = {}
         all_come = all(group.expert is None for group in stage)
 

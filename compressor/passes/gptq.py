@@ -368,9 +368,7 @@ def _same_layer(group: Group, other: Group) -> bool:
     return group.weights[0].parameter == other.weights[0].parameter
 
 
-def _check_identity(
-    loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor, damping: float, where: str
-) -> None:
+def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor, damping: float, where: str) -> None:
     """‖E‖² = tr(D H Dᵀ): holds for a correct solve whatever the data, so a difference is a fault of ours.
 
     loss     (out,) ‖E‖² of each row
