@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from compressor.passes import BUILTIN, find_pass, pass_names
-from compressor.recipe import SECTIONS
+from compressor.settings import SECTIONS
 
 
 def pass_rows() -> list[dict[str, Any]]:
