@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
@@ -29,7 +30,19 @@ out, err = Console(), Console(stderr=True)
 class Format(str, Enum):
     table = "table"
     json = "json"
+
+
+class TextFormat(str, Enum):
+    table = "table"
+    json = "json"
     markdown = "markdown"
+
+
+class PageFormat(str, Enum):
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
 
 
 RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
@@ -70,11 +83,17 @@ def run(
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
-    with show(mode, err) as emit:
-        from compressor.run import compress
+    ended: dict[str, Any] = {}
+    try:
+        with show(mode, err) as emit:
+            from compressor.run import compress
 
-        try:
-            report = compress(
+            def keep(event: dict[str, Any]) -> None:
+                if event["event"] == "result":
+                    ended.update(event)
+                emit(event)
+
+            compress(
                 parsed,
                 model,
                 output,
@@ -84,12 +103,11 @@ def run(
                 fresh=fresh,
                 measure=not no_eval,
                 trust_remote_code=trust_remote_code,
-                emit=emit,
+                emit=keep,
             )
-        except KeyboardInterrupt:
-            raise Interrupted("stopped", where="run", hint="Continue with --resume.") from None
-    if mode == "auto":
-        _summary(report, output)
+    finally:
+        if ended and mode == "auto":  # a failed gate has a result too
+            _summary(ended["report"], Path(ended["output"]))
 
 
 @app.command()
@@ -109,7 +127,9 @@ def plan(
     from compressor.report import human_bytes
 
     found = make_plan(read_recipe(recipe, set_ or []), model, output=output, trust_remote_code=trust_remote_code)
-    if as_json or format_ is Format.json:
+    if as_json:
+        json_line({"event": "result", **found.to_dict()})
+    elif format_ is Format.json:
         _print_json(found.to_dict())
     else:
         table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
@@ -132,10 +152,7 @@ def plan(
             f"{human_bytes(found.disk_bytes)}",
             highlight=False,
         )
-        for warning in found.warnings:
-            err.print(
-                f"warning[{warning['code']}]: {warning['where']}: {warning['message']}", markup=False, highlight=False
-            )
+        _warn(found.warnings)
         for problem in found.problems[1:]:
             _complain(problem, False)
     if found.problems:
@@ -150,41 +167,46 @@ def eval_(
     recipe: Annotated[str | None, typer.Option(help="Take `eval` from this recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="Data source: stdlib, a path, dataset:NAME.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Comma-separated metrics.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with, for KL and agreement.")] = None,
-    gate: Annotated[list[str] | None, typer.Option(help="NAME=BOUND; exit code 3 when one fails.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with: for KL, agreement, ratios and changes.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=BOUND", help="A bound that must hold; exit code 3 if it doesn't.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for report.json, report.md and junit.xml.", show_default=False)
+    ] = None,
     set_: SetOpt = None,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
+    quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure any model or artifact; gates apply."""
+    from compressor.gates import failed_gates
     from compressor.measure import measure_model
 
-    result = measure_model(
+    found = measure_model(
         model,
         recipe=recipe,
         data=data,
         metrics=metrics,
         baseline=baseline,
-        gates=gate or [],
-        overrides=set_ or [],
+        gates=gate,
+        overrides=set_,
         threads=threads,
         trust_remote_code=trust_remote_code,
+        output=output,
     )
     if as_json:
-        json_line({"event": "result", **result})
+        json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})
     else:
-        table = Table("metric", "before", "after", "95 % interval")
-        for name, row in {**result["metrics"], **result["speed"]}.items():
-            interval = row.get("interval") or ["", ""]
-            table.add_row(
-                name, _number(row.get("before")), _number(row.get("after")), " - ".join(map(_number, interval))
-            )
-        out.print(table)
-    failed = [row for row in result["gates"] if not row["passed"]]
-    if failed:
-        names = ", ".join(f"{row['name']} {row['value']} (bound {row['bound']})" for row in failed)
-        raise GateError(f"{names} did not hold", where=model)
+        _warn(found["warnings"])
+        if not quiet:
+            _evaluation(found)
+    if failed := failed_gates(found["gates"]):
+        hint = f"The report is in {output}." if output else None
+        raise GateError(f"{failed} did not hold", where=found["model"]["source"], hint=hint)
 
 
 @app.command()
@@ -192,27 +214,37 @@ def compare(
     paths: Annotated[
         list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints.", show_default=False)
     ],
-    format_: FormatOpt = Format.table,
+    format_: Annotated[
+        PageFormat | None, typer.Option("--format", help="How to print; else by --output's suffix, or a table.")
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Errors of every weight too.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on", metavar="NAME=BOUND", help="A gate on the last against the first; exit code 3 if it fails."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write it to this file instead of printing.", show_default=False)
+    ] = None,
 ) -> None:
     """Bytes, metrics and errors side by side."""
     from compressor.compare import compare as side_by_side
+    from compressor.gates import failed_gates, read_gates
 
     if len(paths) < 2:
         raise UsageError("two or more are needed", where="compare")
-    found = side_by_side(paths)
-    rows = found["rows"] + (found["weights"] if weights else [])
-    if format_ is Format.json:
-        _print_json(found)
-    elif format_ is Format.markdown:
-        lines = [["", *found["subjects"]], ["---"] * (len(paths) + 1)]
-        lines += [[row["name"], *map(_number, row["values"])] for row in rows]
-        print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    found = side_by_side(paths, read_gates(fail_on or [], "--fail-on"))
+    suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
+    chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
+    text = _side_by_side(found, found["rows"] + (found["weights"] if weights else []), chosen)
+    _warn(found["warnings"])
+    if output is None:
+        sys.stdout.write(text)
     else:
-        table = Table("", *found["subjects"])
-        for row in rows:
-            table.add_row(row["name"], *map(_number, row["values"]))
-        out.print(table)
+        _write(output, text)
+    if failed := failed_gates(found["gates"]):
+        raise GateError(f"{failed} did not hold", where=f"{found['subjects'][-1]} against {found['subjects'][0]}")
 
 
 @app.command()
@@ -299,16 +331,18 @@ def report(
     junit: Annotated[Path | None, typer.Option(help="Write the JUnit form here.")] = None,
 ) -> None:
     """Render a report again; without options prints its Markdown form."""
-    from compressor.compare import read_subject
-    from compressor.report import render_html, render_junit, render_markdown
+    from compressor.compare import is_report, read_subject
+    from compressor.report import is_evaluation, render_html, render_junit, render_markdown
 
     found = read_subject(path)
-    if "report_version" not in found:
-        raise UsageError("holds no report.json", where=str(path))
+    if not is_report(found):
+        raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
+    if html is not None and is_evaluation(found):
+        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
     targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
     for target, render in targets:
         if target is not None:
-            target.write_text(render(found))
+            _write(target, render(found))
     if not any(target for target, _ in targets):
         print(render_markdown(found))
 
@@ -320,7 +354,7 @@ def doctor(as_json: JsonOpt = False) -> None:
 
     found = examine()
     if as_json:
-        _print_json(found)
+        json_line({"event": "result", **found})
         return
     table = Table("", "")
     for key, value in found.items():
@@ -372,10 +406,67 @@ def _summary(report: dict[str, Any], output: Path) -> None:
     table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))
     for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
         table.add_row(name, _number(row.get("before")), _number(row.get("after")))
-    for gate in report["gates"]:
-        table.add_row(f"gate {gate['name']}", f"bound {_number(gate['bound'])}", f"{_number(gate['value'])} passed")
+    _add_gates(table, report["gates"])
     out.print(table)
-    out.print(f"artifact: {output}\nreport:   {output / 'report.html'}", highlight=False, soft_wrap=True)
+    shown = next((name for name in ("report.html", "report.md") if (output / name).is_file()), "report.json")
+    out.print(f"artifact: {output}\nreport:   {output / shown}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluation(report: dict[str, Any]) -> None:
+    from compressor.report import human_bytes
+
+    table = Table("", "before", "after", "95 % interval", title=report["model"]["source"])
+    sizes = report["sizes"]
+    table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]), "")
+    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
+        low, high = row.get("interval", (None, None))
+        interval = "" if low is None else f"{_number(low)} - {_number(high)}"
+        table.add_row(name, _number(row.get("before")), _number(row.get("after")), interval)
+    _add_gates(table, report["gates"])
+    out.print(table)
+
+
+def _add_gates(table: Table, gates: list[dict[str, Any]]) -> None:
+    for gate in gates:
+        verdict = "passed" if gate["passed"] else "FAILED"
+        table.add_row(f"gate {gate['name']}", f"bound {_number(gate['bound'])}", f"{_number(gate['value'])} {verdict}")
+
+
+def _side_by_side(found: dict[str, Any], rows: list[dict[str, Any]], format_: PageFormat) -> str:
+    if format_ is PageFormat.json:
+        return json.dumps(found, indent=2) + "\n"
+    if format_ is PageFormat.html:
+        from compressor.report import render_comparison
+
+        return render_comparison(found, rows)
+    if format_ is PageFormat.markdown:
+        lines = [["", *found["subjects"]], ["---"] * (len(found["subjects"]) + 1)]
+        lines += [[row["name"], *map(_number, row["values"])] for row in rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    table = Table("", *map(escape, found["subjects"]))
+    for row in rows:
+        table.add_row(escape(row["name"]), *map(_number, row["values"]))
+    console = Console(width=out.width)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def _warn(warnings: list[dict[str, str]]) -> None:
+    for warning in warnings:
+        err.print(
+            f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"can't be written ({error.strerror})", where=str(path), hint="Name another file.") from error
 
 
 def _number(value: Any) -> str:

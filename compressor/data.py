@@ -280,6 +280,7 @@ def _random(settings: Settings, seed: int, vocabulary: int | None) -> Samples:
         0, vocabulary, (settings.samples, settings.length), generator=torch.Generator().manual_seed(seed)
     )
     digest = hashlib.sha256(f"random {vocabulary} {settings.samples} {settings.length} {seed}".encode()).hexdigest()
+    _check_hash(settings, digest)
     return Samples(tuple(ids.unbind()), "random", digest)
 
 
