@@ -134,7 +134,7 @@ def resolve_model(name: str) -> Path:
         from compressor.data import demo_path
 
         return demo_path()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -154,7 +154,7 @@ def resolve_model(name: str) -> Path:
 
 def model_label(name: str) -> str:
     """What a report calls a model: its hub name, `demo`, or the last part of its path."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from compressor import __version__
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
 from compressor.progress import Mode, json_line, show
 
@@ -22,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost.",
 )
 out, err = Console(), Console(stderr=True)
 
@@ -54,11 +54,29 @@ SetOpt = Annotated[
 ]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; results depend on it.", show_default=False)]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
+NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON event a line on standard output.")]
 FormatOpt = Annotated[Format, typer.Option("--format", help="How to print.")]
 DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"compress-model {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
 
 
 @app.command()
@@ -69,11 +87,9 @@ def run(
     set_: SetOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")] = False,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")
-    ] = False,
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -116,6 +132,10 @@ def plan(
     model: ModelOpt,
     output: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
     set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are refusals.")] = False,
     format_: FormatOpt = Format.table,
@@ -125,8 +145,16 @@ def plan(
     from compressor.plan import make_plan
     from compressor.recipe import read_recipe
     from compressor.report import human_bytes
+    from compressor.run import check_request, find_device, named_output
 
-    found = make_plan(read_recipe(recipe, set_ or []), model, output=output, trust_remote_code=trust_remote_code)
+    parsed = read_recipe(recipe, set_ or [])
+    found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
+    try:
+        find_device(device)
+        if output is not None:
+            check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
+    except CompressError as error:
+        found.problems.append(error)
     if as_json:
         json_line({"event": "result", **found.to_dict()})
     elif format_ is Format.json:
@@ -300,14 +328,17 @@ def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
 @app.command()
 def passes(
     name: Annotated[str | None, typer.Argument(help="One pass, with its settings.", show_default=False)] = None,
-    format_: FormatOpt = Format.table,
+    format_: Annotated[TextFormat, typer.Option("--format", help="How to print.")] = TextFormat.table,
 ) -> None:
     """The passes there are; with NAME its settings, their types, defaults and meaning."""
     from compressor.reference import pass_rows, setting_rows
 
     rows = setting_rows(name) if name else pass_rows()
-    if format_ is Format.json:
+    if format_ is TextFormat.json:
         _print_json(rows)
+        return
+    if format_ is TextFormat.markdown:
+        sys.stdout.write(_markdown(list(rows[0]), [list(map(str, row.values())) for row in rows]))
         return
     table = Table(*rows[0])
     for row in rows:
@@ -363,31 +394,36 @@ def doctor(as_json: JsonOpt = False) -> None:
     out.print(table)
 
 
-def main() -> None:
-    """Run the command and exit with the code that docs/exit-codes.md lists."""
-    as_json = "--json" in sys.argv
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return the exit code that docs/exit-codes.md lists. None takes the process's arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
     try:
-        code = app(standalone_mode=False)
+        return app(arguments, standalone_mode=False, prog_name="compress-model") or 0
     except CompressError as error:
         _complain(error, as_json)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
-        _complain(Interrupted("stopped", hint="Continue with --resume."), as_json)
-        code = Interrupted.exit_code
+        _complain(Interrupted("stopped"), as_json)
+        return Interrupted.exit_code
     except Exception as error:
-        code = _foreign(error, as_json)
-    sys.exit(code or 0)
+        return _foreign(error, as_json)
 
 
 def _foreign(error: Exception, as_json: bool) -> int:
     """Usage errors of the argument parser are the user's; anything else is our bug and keeps its traceback."""
     show_message = getattr(error, "format_message", None)
     if show_message is not None:
+        if not show_message():  # no arguments: the help was shown
+            return UsageError.exit_code
         _complain(UsageError(show_message(), hint="See compress-model --help."), as_json)
         return UsageError.exit_code
     if isinstance(error, typer.Abort):
+        _complain(Interrupted("stopped"), as_json)
         return Interrupted.exit_code
     traceback.print_exception(error, file=sys.stderr)
+    if as_json:
+        json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
     err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
     return 1
 
@@ -439,17 +475,25 @@ def _side_by_side(found: dict[str, Any], rows: list[dict[str, Any]], format_: Pa
         from compressor.report import render_comparison
 
         return render_comparison(found, rows)
+    cells = [[row["name"], *map(_number, row["values"])] for row in rows]
+    blank = [""] * (len(found["subjects"]) - 2)
+    for gate in found["gates"]:
+        verdict = f"{_number(gate['value'])} {'passed' if gate['passed'] else 'FAILED'}"
+        cells.append([f"gate {gate['name']}", f"bound {_number(gate['bound'])}", *blank, verdict])
     if format_ is PageFormat.markdown:
-        lines = [["", *found["subjects"]], ["---"] * (len(found["subjects"]) + 1)]
-        lines += [[row["name"], *map(_number, row["values"])] for row in rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        return _markdown(["", *found["subjects"]], cells)
     table = Table("", *map(escape, found["subjects"]))
-    for row in rows:
-        table.add_row(escape(row["name"]), *map(_number, row["values"]))
+    for row in cells:
+        table.add_row(*map(escape, row))
     console = Console(width=out.width)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def _warn(warnings: list[dict[str, str]]) -> None:

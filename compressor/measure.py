@@ -20,7 +20,15 @@ from compressor.evaluate import evaluate
 from compressor.export import VERSION
 from compressor.gates import check_gates, compares_models, read_gates
 from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
-from compressor.report import append_summary, data_facts, finite, unmeasured_warnings, validate_report, write_reports
+from compressor.report import (
+    append_summary,
+    check_summary,
+    data_facts,
+    finite,
+    unmeasured_warnings,
+    validate_report,
+    write_reports,
+)
 from compressor.structure import config_of
 
 EVALUATION_VERSION = 1
@@ -56,6 +64,7 @@ def measure_model(
             where="eval",
             hint="Pass --baseline MODEL, or drop them.",
         )
+    check_summary(asked.report)
     with _kept_if_written(output):
         directory = resolve_model(model)
         after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
@@ -97,8 +106,8 @@ def measure_model(
         validate_report(report)
         if output is not None:
             write_reports(report, output, asked.report)
-        elif asked.report.github_summary == "auto":
-            append_summary(report)
+        else:
+            append_summary(report, asked.report)
     return report
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ TOP_KEYS = ("version", "name", "seed", *SECTIONS, "steps")
 
 def find_recipe(name: str) -> Path:
     """A file, or the bare name of a recipe that comes with the package. raises RecipeError"""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     for folder in recipe_folders():

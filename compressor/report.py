@@ -21,7 +21,7 @@ import yaml
 
 from compressor.errors import UsageError
 from compressor.export import VERSION
-from compressor.settings import bare_source
+from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
     from compressor.data import Samples
@@ -150,7 +150,7 @@ def validate_report(report: dict[str, Any]) -> None:
     jsonschema.validate(report, {"$schema": schema["$schema"], "$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
 
 
-def write_reports(report: dict[str, Any], directory: Path, settings: Any) -> list[Path]:
+def write_reports(report: dict[str, Any], directory: Path, settings: ReportSettings) -> list[Path]:
     """report.json always; Markdown, HTML, JUnit and the GitHub summary as the recipe's `report` section says.
 
     An evaluation has no HTML form.
@@ -165,28 +165,33 @@ def write_reports(report: dict[str, Any], directory: Path, settings: Any) -> lis
         written["junit.xml"] = render_junit(report)
     for name, text in written.items():
         (directory / name).write_text(text, encoding="utf-8")
-    if settings.github_summary == "auto":
-        append_summary(report)
+    append_summary(report, settings)
     return [directory / name for name in written]
 
 
-def append_summary(report: dict[str, Any]) -> None:
-    """The Markdown form at the end of the file that $GITHUB_STEP_SUMMARY names, if it names one.
-
-    raises UsageError if that file can't be written
-    """
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if not summary:
-        return
-    try:
-        with Path(summary).open("a", encoding="utf-8") as file:
+def append_summary(report: dict[str, Any], settings: ReportSettings) -> None:
+    """The Markdown form at the end of the file that $GITHUB_STEP_SUMMARY names, if it names one."""
+    if (summary := _summary_file(settings)) is not None:
+        with summary.open("a", encoding="utf-8") as file:
             file.write(render_markdown(report) + "\n")
-    except OSError as error:
-        raise UsageError(
-            f"can't be written ({error.strerror})",
-            where="$GITHUB_STEP_SUMMARY",
-            hint="Unset it, or set report.github_summary to never.",
-        ) from error
+
+
+def check_summary(settings: ReportSettings) -> None:
+    """raises UsageError, before any work, if the job summary can't be written"""
+    if (summary := _summary_file(settings)) is not None:
+        try:
+            summary.open("a").close()
+        except OSError as error:
+            raise UsageError(
+                f"can't be written ({error.strerror})",
+                where="$GITHUB_STEP_SUMMARY",
+                hint="Unset it, or set report.github_summary to never.",
+            ) from error
+
+
+def _summary_file(settings: ReportSettings) -> Path | None:
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(named) if named and settings.github_summary == "auto" else None
 
 
 def render_markdown(report: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ The output directory appears only when all of it passed. Until then everything l
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -24,7 +26,7 @@ from compressor import artifact, verify
 from compressor.checkpoint import model_label
 from compressor.data import Samples, load_samples
 from compressor.environment import environment, peak_rss_bytes
-from compressor.errors import ArtifactError, GateError, Interrupted, PreflightError, UsageError
+from compressor.errors import ArtifactError, GateError, Interrupted, PassError, PreflightError, UsageError
 from compressor.evaluate import evaluate, unmeasured, weight_sizes
 from compressor.export import VERSION, Route
 from compressor.files import disk_full
@@ -32,11 +34,12 @@ from compressor.gates import check_gates, failed_gates
 from compressor.journal import Journal, has_begun, remove_work
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe
-from compressor.report import build_report, write_card, write_reports
+from compressor.report import build_report, check_summary, write_card, write_reports
 from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.units import Form
 
 Emit = Callable[[dict[str, Any]], None]
+LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
 
 
 def compress(
@@ -59,14 +62,14 @@ def compress(
     measure  evaluate before and after; without it no gate can hold, so a recipe with gates is refused
     raises   CompressError; its class says which kind (docs/exit-codes.md)
     """
-    if recipe.eval.gates and not measure:
-        raise UsageError("the recipe has gates, which need the evaluation", where="--no-eval", hint="Drop one of them.")
     output = named_output(output)
     work = output.with_name(output.name + ".work")
+    check_request(recipe, output, resume=resume, fresh=fresh, measure=measure)
+    place = find_device(device)
     with _interruptible(work) as stop, _folders_above(output):
         clock = Clock()
-        _clear_the_way(output, work, resume, fresh, gated=bool(recipe.eval.gates))
-        place = find_device(device)
+        if work.exists() and (fresh or not has_begun(work)):
+            remove_work(work)
         torch.set_num_threads(threads or torch.get_num_threads())
         emit({"event": "stage", "name": "plan"})
         with clock.time("plan"):
@@ -169,6 +172,9 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
 
     raises ArtifactError when what was written doesn't verify; the artifact then holds a report that says so
     """
+    for folder in (job.built, job.scratch):  # of an earlier try; its room may be needed now
+        if folder.exists():
+            shutil.rmtree(folder)
     units, forms = _sweep(job, stop)
     with job.stage("write"):
         _write(job, units, forms)
@@ -217,7 +223,7 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
             job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.asked.is_set
         )
         units, forms = run_sweeps(sweeper)
-    job.scratch.mkdir(exist_ok=True)
+    job.scratch.mkdir()
     assert sweeper.probe is not None
     save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)
     return units, {name: forms[name] for name in sorted(forms)}
@@ -225,8 +231,6 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
 
 def _write(job: Job, units: list[Path], forms: dict[str, Form]) -> None:
     """The artifact into a directory of its own, sealed, so that the verification checks its hashes too."""
-    if job.built.exists():
-        _remove_tree(job.built)
     artifact.write_artifact(
         job.built,
         job.plan.structure,
@@ -255,6 +259,12 @@ def _verify(job: Job) -> dict[str, Any]:
         return verify.verify_in_child(job.built, probe, job.scratch, sealed=True)
     except ArtifactError as error:
         return {"problems": [error.what]}
+    except json.JSONDecodeError as error:
+        raise PassError(
+            "the verifying process could not write its answer",
+            where=job.journal.work.name,
+            hint="Free some space, then run again with --resume; what is done is kept.",
+        ) from error
 
 
 def _evaluate(job: Job, held_out: Samples) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -328,18 +338,29 @@ def find_device(asked: str) -> torch.device:
 
 
 def named_output(output: Path) -> Path:
-    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError for the root"""
+    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
-    if not named.name:
-        raise UsageError("can't be an output", where=str(output), hint="Name a directory to make.")
+    if not named.name or "\0" in str(named):
+        raise UsageError("can't be an output", where=repr(str(output)), hint="Name a directory to make.")
+    if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
+        raise UsageError("the name is too long", where=f"{named.name[:40]}...", hint="Choose another --output.")
     return named
 
 
-def _clear_the_way(output: Path, work: Path, resume: bool, fresh: bool, gated: bool) -> None:
+def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, measure: bool) -> None:
+    """Everything that can be wrong with what is asked for before a model is looked at; changes nothing.
+
+    raises UsageError
+    """
+    work, rejected = (output.with_name(output.name + ending) for ending in (".work", ".rejected"))
+    if recipe.eval.gates and not measure:
+        raise UsageError("the recipe has gates, which need the evaluation", where="--no-eval", hint="Drop one of them.")
     if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", where="run")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UsageError("is not writable", where=str(output.absolute().parent), hint="Choose another --output.")
+        raise UsageError("--resume and --fresh exclude each other", where="run", hint="Give one of them.")
+    check_summary(recipe.report)
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
     if output.is_symlink():
         raise UsageError("is a link", where=str(output), hint="Name the directory itself.")
     if output.exists() and not fresh:
@@ -347,13 +368,10 @@ def _clear_the_way(output: Path, work: Path, resume: bool, fresh: bool, gated: b
         raise UsageError(
             f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
         )
-    rejected = output.with_name(output.name + ".rejected")
-    for earlier in (output, *([rejected] if gated else [])):
+    for earlier in (output, *([rejected] if recipe.eval.gates else [])):
         if earlier.exists():
             artifact.owned_files(earlier)  # it is removed only when its successor is complete
-    if work.exists() and (fresh or not has_begun(work)):
-        remove_work(work)
-    if work.exists() and not resume:
+    if work.exists() and has_begun(work) and not (resume or fresh):
         raise UsageError(
             "an interrupted run lies there", where=str(work), hint="Continue it with --resume, or drop it with --fresh."
         )
@@ -478,10 +496,3 @@ def _interruptible(work: Path) -> Iterator[Stop]:
     finally:
         for sign, handler in old.items():
             signal.signal(sign, handler)
-
-
-def _remove_tree(directory: Path) -> None:
-    """A half-written artifact of an earlier try, inside our own work directory."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    directory.rmdir()

@@ -5,6 +5,7 @@ docs/recipe.md and the JSON Schema are generated from these classes.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,7 +57,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 def bare_source(source: str) -> str:
     """A data source as it may be told to others: a path that says where it lies on this machine by its last part."""
     kind, colon, name = source.partition(":") if source.startswith("dataset:") else ("", "", source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return f"{kind}{colon}{path.name}" if path.is_absolute() or ".." in path.parts else source
 
 
