@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def weight_file_bytes(self) -> int:
+        """Size of the files that hold the weights, headers included."""
+        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
     @cached_property
     def content_sha256(self) -> str:
         """Hash over config.json and every weight file's own hash; reads the whole checkpoint once."""
@@ -128,7 +134,7 @@ def resolve_model(name: str) -> Path:
         from compressor.data import demo_path
 
         return demo_path()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -144,6 +150,12 @@ def resolve_model(name: str) -> Path:
                 hint=f"Download it first: hf download {name}",
             ) from error
     raise ModelError("no such directory", where=name, hint="Give a checkpoint directory, a cached hub name, or demo.")
+
+
+def model_label(name: str) -> str:
+    """What a report calls a model: its hub name, `demo`, or the last part of its path."""
+    path = Path(os.path.expanduser(name))
+    return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from compressor import __version__
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
 from compressor.progress import Mode, json_line, show
 
@@ -21,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost.",
 )
 out, err = Console(), Console(stderr=True)
 
@@ -29,7 +30,19 @@ out, err = Console(), Console(stderr=True)
 class Format(str, Enum):
     table = "table"
     json = "json"
+
+
+class TextFormat(str, Enum):
+    table = "table"
+    json = "json"
     markdown = "markdown"
+
+
+class PageFormat(str, Enum):
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
 
 
 RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
@@ -41,11 +54,29 @@ SetOpt = Annotated[
 ]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; results depend on it.", show_default=False)]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
+NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON event a line on standard output.")]
 FormatOpt = Annotated[Format, typer.Option("--format", help="How to print.")]
 DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"compress-model {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
 
 
 @app.command()
@@ -56,11 +87,9 @@ def run(
     set_: SetOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")] = False,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")
-    ] = False,
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -70,11 +99,17 @@ def run(
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
-    with show(mode, err) as emit:
-        from compressor.run import compress
+    ended: dict[str, Any] = {}
+    try:
+        with show(mode, err) as emit:
+            from compressor.run import compress
 
-        try:
-            report = compress(
+            def keep(event: dict[str, Any]) -> None:
+                if event["event"] == "result":
+                    ended.update(event)
+                emit(event)
+
+            compress(
                 parsed,
                 model,
                 output,
@@ -84,12 +119,11 @@ def run(
                 fresh=fresh,
                 measure=not no_eval,
                 trust_remote_code=trust_remote_code,
-                emit=emit,
+                emit=keep,
             )
-        except KeyboardInterrupt:
-            raise Interrupted("stopped", where="run", hint="Continue with --resume.") from None
-    if mode == "auto":
-        _summary(report, output)
+    finally:
+        if ended and mode == "auto":  # a failed gate has a result too
+            _summary(ended["report"], Path(ended["output"]))
 
 
 @app.command()
@@ -98,6 +132,10 @@ def plan(
     model: ModelOpt,
     output: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
     set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are refusals.")] = False,
     format_: FormatOpt = Format.table,
@@ -107,9 +145,19 @@ def plan(
     from compressor.plan import make_plan
     from compressor.recipe import read_recipe
     from compressor.report import human_bytes
+    from compressor.run import check_request, find_device, named_output
 
-    found = make_plan(read_recipe(recipe, set_ or []), model, output=output, trust_remote_code=trust_remote_code)
-    if as_json or format_ is Format.json:
+    parsed = read_recipe(recipe, set_ or [])
+    found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
+    try:
+        find_device(device)
+        if output is not None:
+            check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
+    except CompressError as error:
+        found.problems.append(error)
+    if as_json:
+        json_line({"event": "result", **found.to_dict()})
+    elif format_ is Format.json:
         _print_json(found.to_dict())
     else:
         table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
@@ -132,10 +180,7 @@ def plan(
             f"{human_bytes(found.disk_bytes)}",
             highlight=False,
         )
-        for warning in found.warnings:
-            err.print(
-                f"warning[{warning['code']}]: {warning['where']}: {warning['message']}", markup=False, highlight=False
-            )
+        _warn(found.warnings)
         for problem in found.problems[1:]:
             _complain(problem, False)
     if found.problems:
@@ -150,41 +195,46 @@ def eval_(
     recipe: Annotated[str | None, typer.Option(help="Take `eval` from this recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="Data source: stdlib, a path, dataset:NAME.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Comma-separated metrics.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with, for KL and agreement.")] = None,
-    gate: Annotated[list[str] | None, typer.Option(help="NAME=BOUND; exit code 3 when one fails.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with: for KL, agreement, ratios and changes.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=BOUND", help="A bound that must hold; exit code 3 if it doesn't.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for report.json, report.md and junit.xml.", show_default=False)
+    ] = None,
     set_: SetOpt = None,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
+    quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure any model or artifact; gates apply."""
+    from compressor.gates import failed_gates
     from compressor.measure import measure_model
 
-    result = measure_model(
+    found = measure_model(
         model,
         recipe=recipe,
         data=data,
         metrics=metrics,
         baseline=baseline,
-        gates=gate or [],
-        overrides=set_ or [],
+        gates=gate,
+        overrides=set_,
         threads=threads,
         trust_remote_code=trust_remote_code,
+        output=output,
     )
     if as_json:
-        json_line({"event": "result", **result})
+        json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})
     else:
-        table = Table("metric", "before", "after", "95 % interval")
-        for name, row in {**result["metrics"], **result["speed"]}.items():
-            interval = row.get("interval") or ["", ""]
-            table.add_row(
-                name, _number(row.get("before")), _number(row.get("after")), " - ".join(map(_number, interval))
-            )
-        out.print(table)
-    failed = [row for row in result["gates"] if not row["passed"]]
-    if failed:
-        names = ", ".join(f"{row['name']} {row['value']} (bound {row['bound']})" for row in failed)
-        raise GateError(f"{names} did not hold", where=model)
+        _warn(found["warnings"])
+        if not quiet:
+            _evaluation(found)
+    if failed := failed_gates(found["gates"]):
+        hint = f"The report is in {output}." if output else None
+        raise GateError(f"{failed} did not hold", where=found["model"]["source"], hint=hint)
 
 
 @app.command()
@@ -192,27 +242,37 @@ def compare(
     paths: Annotated[
         list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints.", show_default=False)
     ],
-    format_: FormatOpt = Format.table,
+    format_: Annotated[
+        PageFormat | None, typer.Option("--format", help="How to print; else by --output's suffix, or a table.")
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Errors of every weight too.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on", metavar="NAME=BOUND", help="A gate on the last against the first; exit code 3 if it fails."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write it to this file instead of printing.", show_default=False)
+    ] = None,
 ) -> None:
     """Bytes, metrics and errors side by side."""
     from compressor.compare import compare as side_by_side
+    from compressor.gates import failed_gates, read_gates
 
     if len(paths) < 2:
         raise UsageError("two or more are needed", where="compare")
-    found = side_by_side(paths)
-    rows = found["rows"] + (found["weights"] if weights else [])
-    if format_ is Format.json:
-        _print_json(found)
-    elif format_ is Format.markdown:
-        lines = [["", *found["subjects"]], ["---"] * (len(paths) + 1)]
-        lines += [[row["name"], *map(_number, row["values"])] for row in rows]
-        print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    found = side_by_side(paths, read_gates(fail_on or [], "--fail-on"))
+    suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
+    chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
+    text = _side_by_side(found, found["rows"] + (found["weights"] if weights else []), chosen)
+    _warn(found["warnings"])
+    if output is None:
+        sys.stdout.write(text)
     else:
-        table = Table("", *found["subjects"])
-        for row in rows:
-            table.add_row(row["name"], *map(_number, row["values"]))
-        out.print(table)
+        _write(output, text)
+    if failed := failed_gates(found["gates"]):
+        raise GateError(f"{failed} did not hold", where=f"{found['subjects'][-1]} against {found['subjects'][0]}")
 
 
 @app.command()
@@ -268,14 +328,17 @@ def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
 @app.command()
 def passes(
     name: Annotated[str | None, typer.Argument(help="One pass, with its settings.", show_default=False)] = None,
-    format_: FormatOpt = Format.table,
+    format_: Annotated[TextFormat, typer.Option("--format", help="How to print.")] = TextFormat.table,
 ) -> None:
     """The passes there are; with NAME its settings, their types, defaults and meaning."""
     from compressor.reference import pass_rows, setting_rows
 
     rows = setting_rows(name) if name else pass_rows()
-    if format_ is Format.json:
+    if format_ is TextFormat.json:
         _print_json(rows)
+        return
+    if format_ is TextFormat.markdown:
+        sys.stdout.write(_markdown(list(rows[0]), [list(map(str, row.values())) for row in rows]))
         return
     table = Table(*rows[0])
     for row in rows:
@@ -299,16 +362,18 @@ def report(
     junit: Annotated[Path | None, typer.Option(help="Write the JUnit form here.")] = None,
 ) -> None:
     """Render a report again; without options prints its Markdown form."""
-    from compressor.compare import read_subject
-    from compressor.report import render_html, render_junit, render_markdown
+    from compressor.compare import is_report, read_subject
+    from compressor.report import is_evaluation, render_html, render_junit, render_markdown
 
     found = read_subject(path)
-    if "report_version" not in found:
-        raise UsageError("holds no report.json", where=str(path))
+    if not is_report(found):
+        raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
+    if html is not None and is_evaluation(found):
+        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
     targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
     for target, render in targets:
         if target is not None:
-            target.write_text(render(found))
+            _write(target, render(found))
     if not any(target for target, _ in targets):
         print(render_markdown(found))
 
@@ -320,7 +385,7 @@ def doctor(as_json: JsonOpt = False) -> None:
 
     found = examine()
     if as_json:
-        _print_json(found)
+        json_line({"event": "result", **found})
         return
     table = Table("", "")
     for key, value in found.items():
@@ -329,31 +394,36 @@ def doctor(as_json: JsonOpt = False) -> None:
     out.print(table)
 
 
-def main() -> None:
-    """Run the command and exit with the code that docs/exit-codes.md lists."""
-    as_json = "--json" in sys.argv
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return the exit code that docs/exit-codes.md lists. None takes the process's arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
     try:
-        code = app(standalone_mode=False)
+        return app(arguments, standalone_mode=False, prog_name="compress-model") or 0
     except CompressError as error:
         _complain(error, as_json)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
-        _complain(Interrupted("stopped", hint="Continue with --resume."), as_json)
-        code = Interrupted.exit_code
+        _complain(Interrupted("stopped"), as_json)
+        return Interrupted.exit_code
     except Exception as error:
-        code = _foreign(error, as_json)
-    sys.exit(code or 0)
+        return _foreign(error, as_json)
 
 
 def _foreign(error: Exception, as_json: bool) -> int:
     """Usage errors of the argument parser are the user's; anything else is our bug and keeps its traceback."""
     show_message = getattr(error, "format_message", None)
     if show_message is not None:
+        if not show_message():  # no arguments: the help was shown
+            return UsageError.exit_code
         _complain(UsageError(show_message(), hint="See compress-model --help."), as_json)
         return UsageError.exit_code
     if isinstance(error, typer.Abort):
+        _complain(Interrupted("stopped"), as_json)
         return Interrupted.exit_code
     traceback.print_exception(error, file=sys.stderr)
+    if as_json:
+        json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
     err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
     return 1
 
@@ -372,10 +442,75 @@ def _summary(report: dict[str, Any], output: Path) -> None:
     table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))
     for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
         table.add_row(name, _number(row.get("before")), _number(row.get("after")))
-    for gate in report["gates"]:
-        table.add_row(f"gate {gate['name']}", f"bound {_number(gate['bound'])}", f"{_number(gate['value'])} passed")
+    _add_gates(table, report["gates"])
     out.print(table)
-    out.print(f"artifact: {output}\nreport:   {output / 'report.html'}", highlight=False, soft_wrap=True)
+    shown = next((name for name in ("report.html", "report.md") if (output / name).is_file()), "report.json")
+    out.print(f"artifact: {output}\nreport:   {output / shown}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluation(report: dict[str, Any]) -> None:
+    from compressor.report import human_bytes
+
+    table = Table("", "before", "after", "95 % interval", title=report["model"]["source"])
+    sizes = report["sizes"]
+    table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]), "")
+    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
+        low, high = row.get("interval", (None, None))
+        interval = "" if low is None else f"{_number(low)} - {_number(high)}"
+        table.add_row(name, _number(row.get("before")), _number(row.get("after")), interval)
+    _add_gates(table, report["gates"])
+    out.print(table)
+
+
+def _add_gates(table: Table, gates: list[dict[str, Any]]) -> None:
+    for gate in gates:
+        verdict = "passed" if gate["passed"] else "FAILED"
+        table.add_row(f"gate {gate['name']}", f"bound {_number(gate['bound'])}", f"{_number(gate['value'])} {verdict}")
+
+
+def _side_by_side(found: dict[str, Any], rows: list[dict[str, Any]], format_: PageFormat) -> str:
+    if format_ is PageFormat.json:
+        return json.dumps(found, indent=2) + "\n"
+    if format_ is PageFormat.html:
+        from compressor.report import render_comparison
+
+        return render_comparison(found, rows)
+    cells = [[row["name"], *map(_number, row["values"])] for row in rows]
+    blank = [""] * (len(found["subjects"]) - 2)
+    for gate in found["gates"]:
+        verdict = f"{_number(gate['value'])} {'passed' if gate['passed'] else 'FAILED'}"
+        cells.append([f"gate {gate['name']}", f"bound {_number(gate['bound'])}", *blank, verdict])
+    if format_ is PageFormat.markdown:
+        return _markdown(["", *found["subjects"]], cells)
+    table = Table("", *map(escape, found["subjects"]))
+    for row in cells:
+        table.add_row(*map(escape, row))
+    console = Console(width=out.width)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _warn(warnings: list[dict[str, str]]) -> None:
+    for warning in warnings:
+        err.print(
+            f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"can't be written ({error.strerror})", where=str(path), hint="Name another file.") from error
 
 
 def _number(value: Any) -> str:

@@ -13,6 +13,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str
         return _stdlib(settings.split)
     if source.startswith("dataset:") or Path(source).is_dir():
         return _datasets(settings)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_file():
         raise RecipeError(
             "no such data file", where=source, hint="Built in: stdlib, random. Else a path or dataset:NAME."
@@ -280,6 +281,7 @@ def _random(settings: Settings, seed: int, vocabulary: int | None) -> Samples:
         0, vocabulary, (settings.samples, settings.length), generator=torch.Generator().manual_seed(seed)
     )
     digest = hashlib.sha256(f"random {vocabulary} {settings.samples} {settings.length} {seed}".encode()).hexdigest()
+    _check_hash(settings, digest)
     return Samples(tuple(ids.unbind()), "random", digest)
 
 
@@ -287,7 +289,7 @@ def _images(settings: Settings, model_directory: Path, seed: int) -> Samples:
     """`images` (n, h, w) or (n, h, w, c) uint8 and `labels` (n,), normalised as preprocessor_config.json says."""
     import numpy
 
-    path = Path(settings.source).expanduser()
+    path = Path(os.path.expanduser(settings.source))
     if not path.is_file():
         raise RecipeError("no such data file", where=settings.source)
     content = path.read_bytes()

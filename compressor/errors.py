@@ -26,8 +26,9 @@ class CompressError(Exception):
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
+        end = "" if not self.hint or self.what.endswith((".", "?", "!")) else "."
         advice = f" {self.hint}" if self.hint else ""
-        return f"{place}{self.what}{advice}"
+        return f"{place}{self.what}{end}{advice}"
 
     def event(self) -> dict[str, Any]:
         """The `error` event of --json output."""

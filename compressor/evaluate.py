@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,7 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
             else:
                 kind = "norms" if "norm" in name.lower() or ".ln_" in name else "other"
             classes[kind] += info.nbytes
-    before_files = {info.file for info in checkpoint.tensors.values()}
-    before = sum(file.stat().st_size for file in before_files)
+    before = checkpoint.weight_file_bytes
     after = sum(file.stat().st_size for file in files)
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     return {
@@ -218,17 +218,15 @@ def _metric(
         "hidden_cosine": ("cosine", None),
         "accuracy": ("right_{}", None),
     }[name]
-    row: dict[str, Any] = {
-        "before": None,
-        "after": None,
-        "change_percent": None,
-        "interval": [None, None],
-        "direction": DIRECTION[name],
-        "unit": UNIT[name],
-    }
+    row = _unmeasured(name)
     key = needed[0].format("after")
     if key not in sums:
-        row["reason"] = "this model, or the data without labels, has no such measure" if has_before else "no baseline"
+        compares = needed[0] == key and name != "accuracy"
+        row["reason"] = (
+            "there is no baseline to compare with"
+            if compares and not has_before
+            else "this model, or the data without labels, has no such measure"
+        )
         return row
     count = sums[needed[1]] if needed[1] else torch.ones_like(sums[key])
     finish = math.exp if name == "perplexity" else float
@@ -254,6 +252,22 @@ def _metric(
             key: [_safe(float, float(values.quantile(q))) for q in tails] for key, values in drawn.items()
         }
     return row
+
+
+def unmeasured(names: Iterable[str], reason: str) -> dict[str, Any]:
+    """Rows of metrics that were asked for, and for this reason not measured."""
+    return {name: {**_unmeasured(name), "reason": reason} for name in names if name in QUALITY}
+
+
+def _unmeasured(name: str) -> dict[str, Any]:
+    return {
+        "before": None,
+        "after": None,
+        "change_percent": None,
+        "interval": [None, None],
+        "direction": DIRECTION[name],
+        "unit": UNIT[name],
+    }
 
 
 def _safe(finish: Any, value: float) -> float | None:

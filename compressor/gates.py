@@ -1,9 +1,99 @@
-"""Quality gates: a bound on a measured value decides the exit code of a CI job."""
+"""Quality gates: a bound on a measured value decides the exit code of a CI job.
+
+NAME is an upper bound on the value after; NAME_min a lower one; NAME_increase_percent bounds the relative rise;
+NAME_drop_points bounds before - after, in percent points. `GATED` says which names and forms there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from compressor.errors import UsageError
+
+VALUE, CHANGE = ("", "_min"), ("_increase_percent", "_drop_points")
+
+
+@dataclass(frozen=True)
+class Gated:
+    """metrics   the entries of `eval.metrics` any of which measures it; empty: always known
+    forms     suffixes a gate on it may have; a change can be bounded only where `before` is measured too
+    compares  whether even the bare value is one of two models
+    """
+
+    metrics: frozenset[str]
+    forms: tuple[str, ...]
+    compares: bool
+
+
+GATED = {
+    **{name: Gated(frozenset({name}), VALUE + CHANGE, False) for name in ("perplexity", "accuracy")},
+    **{name: Gated(frozenset({name}), VALUE, True) for name in ("kl_divergence", "top1_agreement", "hidden_cosine")},
+    "size_ratio": Gated(frozenset(), VALUE, True),
+    **{
+        name: Gated(frozenset({"speed", "memory"}), VALUE, True)
+        for name in ("decode_speed_ratio", "prefill_speed_ratio", "load_seconds_ratio", "peak_memory_ratio")
+    },
+}
+GATE_NAMES = tuple(metric + form for metric, gated in GATED.items() for form in gated.forms)
+SPEED_RATIOS = {
+    "decode_speed_ratio": "decode_tokens_per_second",
+    "prefill_speed_ratio": "prefill_tokens_per_second",
+    "load_seconds_ratio": "load_seconds",
+    "peak_memory_ratio": "peak_rss_bytes",
+}
+
+
+def split_gate(name: str) -> tuple[str, str]:
+    """NAME_min -> (NAME, "_min"); a bare name has the form ""."""
+    form = next((suffix for suffix in (*CHANGE, "_min") if name.endswith(suffix)), "")
+    return name.removesuffix(form), form
+
+
+def unknown_gate(name: str) -> str | None:
+    """What is wrong with a gate's name, with the nearest known ones."""
+    if name in GATE_NAMES:
+        return None
+    metric, _ = split_gate(name)
+    if metric in GATED:
+        forms = ", ".join(metric + known for known in GATED[metric].forms)
+        return f"{metric} has no value before, so {name!r} has nothing to bound; there are {forms}"
+    near = difflib.get_close_matches(name, GATE_NAMES, 1)
+    return f"unknown gate {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GATED)}")
+
+
+def compares_models(name: str) -> bool:
+    """Whether a gate needs a second model: a change, a ratio, or a distance between two."""
+    metric, form = split_gate(name)
+    return form in CHANGE or GATED[metric].compares
+
+
+def unmeasured_gates(names: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
+    """Gate -> the entry of `eval.metrics` it lacks, for those that could never hold."""
+    asked = set(metrics)
+    lacking = {name: GATED[split_gate(name)[0]].metrics for name in names}
+    return {name: " or ".join(sorted(needed)) for name, needed in lacking.items() if needed and not needed & asked}
+
+
+def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
+    """NAME=BOUND texts of an option. raises UsageError"""
+    gates = {}
+    for text in texts:
+        name, equals, bound = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} is not NAME=BOUND", where=where, hint="For example size_ratio=0.6")
+        if (problem := unknown_gate(name)) is not None:
+            raise UsageError(problem, where=where)
+        try:
+            gates[name] = float(bound)
+        except ValueError:
+            gates[name] = math.nan
+        if not math.isfinite(gates[name]):
+            raise UsageError(f"the bound {bound!r} of {name} is not a number", where=where)
+    return gates
 
 
 def check_gates(
@@ -15,11 +105,20 @@ def check_gates(
 ) -> list[dict[str, Any]]:
     """One row per gate: name, bound, value, passed, margin, interval, metric. What wasn't measured fails.
 
-    NAME is an upper bound on the value after; NAME_min a lower one; NAME_increase_percent bounds the relative rise;
-    NAME_drop_points bounds before - after, in percent points. With a confidence, a gate that the value misses still
-    passes unless the bootstrap interval of that same quantity (the metric's `intervals`) lies wholly beyond the bound.
+    With a confidence, a gate that the value misses still passes unless the bootstrap interval of that same quantity
+    (the metric's `intervals`) lies wholly beyond the bound.
     """
     return [_check(name, bound, metrics, speed, sizes, confidence) for name, bound in sorted(gates.items())]
+
+
+def failed_gates(gates: Iterable[Mapping[str, Any]]) -> str:
+    """The gates that don't hold, in one line; empty if all do."""
+    return ", ".join(
+        f"{gate['name']} {'was not measured' if gate['value'] is None else format(gate['value'], '.6g')}"
+        f" (bound {gate['bound']:g})"
+        for gate in gates
+        if not gate["passed"]
+    )
 
 
 def _check(
@@ -30,14 +129,11 @@ def _check(
     sizes: Mapping[str, Any],
     confidence: float | None,
 ) -> dict[str, Any]:
-    metric, form = name, ""
-    for suffix in ("_min", "_increase_percent", "_drop_points"):
-        if name.endswith(suffix):
-            metric, form = name.removesuffix(suffix), suffix
+    metric, form = split_gate(name)
     row = _ratio_row(metric, speed, sizes) if metric.endswith("_ratio") else metrics.get(metric)
     before, after = (row.get("before"), row.get("after")) if row else (None, None)
     intervals = row.get("intervals", {}) if row and confidence is not None else {}
-    interval = intervals.get(form[1:] if form not in ("", "_min") else "value")
+    interval = intervals.get(form[1:] if form in CHANGE else "value")
     value = _value(form, before, after)
     lower = form == "_min"
     passed = value is not None and (value >= bound if lower else value <= bound)
@@ -58,13 +154,7 @@ def _check(
 def _ratio_row(metric: str, speed: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
     if metric == "size_ratio":
         return {"after": sizes["ratio"]}
-    names = {
-        "decode_speed_ratio": "decode_tokens_per_second",
-        "prefill_speed_ratio": "prefill_tokens_per_second",
-        "load_seconds_ratio": "load_seconds",
-        "peak_memory_ratio": "peak_rss_bytes",
-    }
-    row = speed.get(names.get(metric, ""))
+    row = speed.get(SPEED_RATIOS.get(metric, ""))
     if not row or not row.get("before") or row.get("after") is None:
         return None
     return {"after": row["after"] / row["before"]}

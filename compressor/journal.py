@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from compressor.errors import PassError, ResumeError, UsageError
 from compressor.files import disk_full, file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Journal:
@@ -27,23 +28,27 @@ class Journal:
         self.work = work
         self._lock = (work / LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _lock(self._lock, work)
+        except UsageError:
             self._lock.close()
-            raise UsageError("another run is using this work directory", where=work.name) from error
+            raise
         self.lines = self._read_lines()
 
     @classmethod
     def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """A fresh journal. raises UsageError if the directory can't be written"""
+        """A fresh journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
             (work / UNITS).mkdir(parents=True)
+            _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+            return cls(work)
         except OSError as error:
+            if work.is_dir() and not has_begun(work):
+                remove_work(work)
+            if error.errno in FULL:
+                raise disk_full(work, None) from error
             raise UsageError(
                 f"the work directory can't be made ({error.strerror})", where=str(work), hint="Choose another --output."
             ) from error
-        _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
-        return cls(work)
 
     @classmethod
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
@@ -105,7 +110,7 @@ class Journal:
             self._append(json.dumps(line, sort_keys=True).encode() + b"\n")
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in FULL:
                 raise disk_full(path, None) from error
             raise PassError(
                 f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume."
@@ -139,19 +144,40 @@ class Journal:
         return lines
 
 
+def has_begun(work: Path) -> bool:
+    """Whether a work directory has anything to resume: before run.json is there, nothing is committed."""
+    return (work / RUN).exists()
+
+
 def remove_work(work: Path) -> None:
-    """Delete a work directory that a journal of ours made. raises UsageError if it holds anything else"""
-    ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"}
+    """Delete a work directory that a journal of ours made.
+
+    raises UsageError if it holds anything else, or a run is using it
+    """
+    if not work.is_dir():
+        raise UsageError("is not a work directory of this tool", where=str(work), hint="Move it away first.")
+    ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"} if has_begun(work) else {UNITS, Path(RUN).stem + ".tmp"}
     foreign = sorted({path.name for path in work.iterdir()} - ours)
-    if foreign or not (work / RUN).exists():
+    if foreign:
         raise UsageError(
-            f"holds things this tool did not write ({', '.join(foreign[:3]) or 'no run.json'})",
+            f"holds things this tool did not write ({', '.join(foreign[:3])})",
             where=str(work),
             hint="Move them away first.",
         )
+    if (work / LOCK).exists():
+        with (work / LOCK).open("w") as lock:
+            _lock(lock, work)
     for path in sorted(work.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     work.rmdir()
+
+
+def _lock(file: TextIO, work: Path) -> None:
+    """raises UsageError while another process holds it"""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError("another run is using this work directory", where=work.name) from error
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -1,64 +1,196 @@
-"""`compress-model eval`: the measurements of a run for any model or artifact."""
+"""`compress-model eval`: the measurements of a run for any model or artifact, against a baseline or alone."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor.checkpoint import resolve_model
-from compressor.data import load_samples
+from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.data import Samples, load_samples
+from compressor.environment import environment
 from compressor.errors import UsageError
 from compressor.evaluate import evaluate
-from compressor.gates import check_gates
-from compressor.recipe import parse_recipe, read_recipe
+from compressor.export import VERSION
+from compressor.gates import check_gates, compares_models, read_gates
+from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
+from compressor.report import (
+    append_summary,
+    check_summary,
+    data_facts,
+    finite,
+    unmeasured_warnings,
+    validate_report,
+    write_reports,
+)
 from compressor.structure import config_of
 
-BARE = b"version: 1\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone
+EVALUATION_VERSION = 1
+BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone
+FILES = {"report.json", "report.md", "junit.xml"}
 
 
 def measure_model(
     model: str,
     *,
-    recipe: str | None,
-    data: str | None,
-    metrics: str | None,
-    baseline: str | None,
-    gates: list[str],
-    overrides: list[str],
-    threads: int | None,
-    trust_remote_code: bool,
+    recipe: str | None = None,
+    data: str | None = None,
+    metrics: str | None = None,
+    baseline: str | None = None,
+    gates: list[str] | None = None,
+    overrides: list[str] | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """{"metrics", "speed", "gates"}; gates are NAME=BOUND."""
-    changes = list(overrides)
-    if data is not None:
-        changes += [f"eval.data.source={data}"]
-    if metrics is not None:
-        changes += [f"eval.metrics=[{metrics}]"]
-    for gate in gates:
-        name, equals, bound = gate.partition("=")
-        if not equals:
-            raise UsageError(f"{gate!r} is not NAME=BOUND", where="--gate")
-        changes.append(f"eval.gates.{name}={bound}")
-    parsed = read_recipe(recipe, changes) if recipe else parse_recipe(BARE, "eval", changes)
-    directory = resolve_model(model)
-    config = config_of(directory, trust_remote_code).get_text_config()
-    vocabulary = getattr(config, "vocab_size", None)
-    settings = parsed.eval
-    seed = parsed.seed if settings.data.seed is None else settings.data.seed
-    samples = load_samples(settings.data, directory, seed=seed, vocabulary=vocabulary)
-    with tempfile.TemporaryDirectory() as scratch:
-        measured, speed = evaluate(
-            resolve_model(baseline) if baseline else None,
-            directory,
-            samples,
-            settings,
-            Path(scratch),
-            threads=threads or torch.get_num_threads(),
-            seed=parsed.seed,
-            trust_remote_code=trust_remote_code,
+    """The evaluation report (`evaluation` in report.schema.json), also when a gate doesn't hold.
+
+    metrics  comma-separated, in place of the recipe's
+    gates    NAME=BOUND, beside the recipe's
+    output   directory for report.json, report.md and junit.xml; made, or written again if it is from here
+    raises   UsageError for a gate that compares two models when there is no baseline
+    """
+    began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
+    if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
+        raise UsageError(
+            f"gates that compare two models: {', '.join(lacking)}",
+            where="eval",
+            hint="Pass --baseline MODEL, or drop them.",
         )
-    rows = check_gates(settings.gates, measured, speed, {"ratio": None}, settings.confidence)
-    return {"metrics": measured, "speed": speed, "gates": rows}
+    check_summary(asked.report)
+    with _kept_if_written(output):
+        directory = resolve_model(model)
+        after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+        before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
+        samples = _samples(asked, directory, trust_remote_code)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        with tempfile.TemporaryDirectory() as scratch:
+            metrics_found, speed = evaluate(
+                before.directory if before else None,
+                directory,
+                samples,
+                asked.eval,
+                Path(scratch),
+                threads=torch.get_num_threads(),
+                seed=asked.seed,
+                trust_remote_code=trust_remote_code,
+            )
+        sizes = _sizes(before, after)
+        rows = check_gates(asked.eval.gates, metrics_found, speed, sizes, asked.eval.confidence)
+        report = finite(
+            {
+                "evaluation_version": EVALUATION_VERSION,
+                "tool": {"name": "compress-model", "version": VERSION},
+                "status": "ok" if all(row["passed"] for row in rows) else "gate_failed",
+                "name": asked.name,
+                "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
+                "seed": asked.seed,
+                "model": _subject(model, after),
+                "baseline": _subject(baseline, before) if baseline and before else None,
+                "data": {"eval": data_facts(samples)},
+                "sizes": sizes,
+                "metrics": metrics_found,
+                "gates": rows,
+                "warnings": unmeasured_warnings(metrics_found),
+                "run": {"started": started, "seconds": time.perf_counter() - began, "speed": speed},
+                "environment": environment(torch.device("cpu")),
+            }
+        )
+        validate_report(report)
+        if output is not None:
+            write_reports(report, output, asked.report)
+        else:
+            append_summary(report, asked.report)
+    return report
+
+
+def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples:
+    settings = asked.eval.data
+    vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
+    return load_samples(
+        settings, directory, seed=asked.seed if settings.seed is None else settings.seed, vocabulary=vocabulary
+    )
+
+
+def _settings(
+    recipe: str | None, data: str | None, metrics: str | None, gates: dict[str, float], overrides: list[str]
+) -> Recipe:
+    options: list[Option] = []
+    if data is not None:
+        options.append((f"--data {data}", ("eval", "data", "source"), data))
+    if metrics is not None:
+        names = [name.strip() for name in metrics.split(",") if name.strip()]
+        options.append((f"--metrics {metrics}", ("eval", "metrics"), names))
+    options += [(f"--gate {name}={bound:g}", ("eval", "gates", name), bound) for name, bound in gates.items()]
+    if recipe is None:
+        return parse_recipe(BARE, "eval", overrides, options)
+    return read_recipe(recipe, overrides, options)
+
+
+@contextmanager
+def _kept_if_written(output: Path | None) -> Iterator[None]:
+    """Make the output directory before the work, so that it surely can be; a failure leaves none behind."""
+    if output is None:
+        yield
+        return
+    existed = output.exists()
+    _make_output(output)
+    try:
+        yield
+    except BaseException:
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def _make_output(output: Path) -> None:
+    """raises UsageError unless the directory can be made, is empty, or holds an evaluation of ours and nothing else"""
+    if not output.exists() and not output.is_symlink():
+        try:
+            output.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"can't be made ({error.strerror})", where=str(output), hint="Choose another --output."
+            ) from error
+        return
+    if not output.is_dir():
+        raise UsageError("is not a directory", where=str(output), hint="Choose another --output.")
+    present = {path.name for path in output.iterdir()}
+    if present and not (present <= FILES and _is_ours(output / "report.json")):
+        foreign = sorted(present - FILES) or ["a report of another kind"]
+        raise UsageError(
+            f"holds what no evaluation wrote ({', '.join(foreign[:3])})",
+            where=str(output),
+            hint="Choose another --output.",
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        report = json.loads(file.read_text())
+        return report["evaluation_version"] == EVALUATION_VERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _subject(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "source": model_label(name),
+        "sha256": checkpoint.content_sha256,
+        "architecture": checkpoint.architecture,
+    }
+
+
+def _sizes(before: Checkpoint | None, after: Checkpoint) -> dict[str, Any]:
+    after_bytes = after.weight_file_bytes
+    if before is None:
+        return {"before_bytes": None, "after_bytes": after_bytes, "ratio": None}
+    before_bytes = before.weight_file_bytes
+    return {"before_bytes": before_bytes, "after_bytes": after_bytes, "ratio": after_bytes / before_bytes}

@@ -1,6 +1,6 @@
 """YAML -> Recipe. Every field is checked before any weight is opened, and every error names its place.
 
-Sections: model, data, steps, export, eval, report, limits. Reference: docs/recipe.md, generated from these classes.
+The sections beside `steps` are the classes of `settings`, each step is the class of its pass.
 """
 
 from __future__ import annotations
@@ -8,154 +8,31 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 
 from compressor.errors import RecipeError
 from compressor.passes import find_pass, pass_names
 from compressor.protocol import Pass
+from compressor.settings import (
+    SECTIONS,
+    DataSettings,
+    EvalSettings,
+    ExportSettings,
+    LimitsSettings,
+    ModelSettings,
+    ReportSettings,
+    bare_source,
+)
 from compressor.yaml_source import Path as KeyPath
 from compressor.yaml_source import Source, dotted, read_yaml
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-METRICS = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy", "size", "speed", "memory")
-GATED = (
-    "perplexity",
-    "kl_divergence",
-    "top1_agreement",
-    "hidden_cosine",
-    "accuracy",
-    "size_ratio",
-    "decode_speed_ratio",
-    "prefill_speed_ratio",
-    "load_seconds_ratio",
-    "peak_memory_ratio",
-)
-GATE_FORMS = ("", "_min", "_increase_percent", "_drop_points")
-
-
-def parse_bytes(value: Any) -> Any:
-    """4GiB, 500MB or a number -> bytes; anything else is left for the schema to refuse."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
-    if not found or found[2].upper() not in UNITS:
-        raise ValueError("give bytes as a number with KiB, MiB, GiB (1024) or KB, MB, GB (1000)")
-    return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSettings(Section):
-    """How the model is held while it is compressed."""
-
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
-        "source", description="Type of what stays dense."
-    )
-    placement: Literal["stream", "resident"] = Field(
-        "stream", description="stream frees each block when it is done; resident keeps all of them."
-    )
-
-
-class DataSettings(Section):
-    """Text or images, as the model reads them."""
-
-    source: str = Field(
-        "stdlib",
-        description="stdlib, random, a path (.txt, .jsonl, .csv, .tsv, .npz), or dataset:NAME.",
-    )
-    config: str | None = Field(None, description="Configuration of dataset:NAME.")
-    split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
-    field: str = Field("text", description="Column or JSON key that holds the text.")
-    samples: PositiveInt = Field(128, description="How many samples are drawn.")
-    length: int = Field(512, ge=2, description="Tokens per sample.")
-    pack: bool = Field(True, description="Join documents and cut to exact length; false: one document a sample.")
-    seed: int | None = Field(None, ge=0, description="Choice of samples; null is the recipe's seed.")
-    sha256: str | None = Field(None, description="Hash that the data must have.")
-
-
-class EvalDataSettings(DataSettings):
-    """Text or images to measure on; the same keys as `data`."""
-
-    split: str = Field("heldout", description="Split of a data set; never the one calibrated on.")
-    samples: PositiveInt = Field(64, description="How many samples are drawn.")
-
-
-class ExportSettings(Section):
-    """What is written."""
-
-    format: Literal["auto", "compressed-tensors", "custom"] = Field(
-        "auto", description="auto: the stock format where it can hold every weight, else one modelling file."
-    )
-    stock_only: bool = Field(False, description="Refuse in plan what stock transformers can't load by itself.")
-    shard_bytes: Bytes = Field(4 << 30, description="Largest weight file.")
-    card: bool = Field(True, description="Write a model card, README.md.")
-
-
-class EvalSettings(Section):
-    """What is measured before and after, and what must hold."""
-
-    metrics: tuple[Literal[METRICS], ...] = Field(  # type: ignore[valid-type]
-        ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"), description="What to measure."
-    )
-    data: EvalDataSettings = Field(
-        default_factory=lambda: EvalDataSettings(), description="Never the calibration samples."
-    )
-    batch_size: PositiveInt = Field(8, description="Samples per forward pass.")
-    gates: dict[str, float] = Field(
-        {}, description="NAME: upper bound; NAME_min; NAME_increase_percent; NAME_drop_points."
-    )
-    confidence: float | None = Field(
-        None, gt=0.5, lt=1, description="A gate fails only when this bootstrap interval lies wholly beyond its bound."
-    )
-
-    @field_validator("gates")
-    @classmethod
-    def _known(cls, gates: dict[str, float]) -> dict[str, float]:
-        known = [metric + form for metric in GATED for form in GATE_FORMS]
-        for name in gates:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown gate {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return gates
-
-
-class ReportSettings(Section):
-    """Which renderings of report.json are written."""
-
-    html: bool = Field(True, description="report.html, self-contained.")
-    markdown: bool = Field(True, description="report.md.")
-    junit: bool = Field(True, description="junit.xml with one case per gate.")
-    github_summary: Literal["auto", "never"] = Field("auto", description="auto: when $GITHUB_STEP_SUMMARY is set.")
-
-
-class LimitsSettings(Section):
-    """Preflight refuses a run whose plan exceeds one of them."""
-
-    memory: Bytes | None = Field(None, description="null: what is free, less 10 %.")
-    disk: Bytes | None = Field(None, description="null: what is free.")
 
 
 @dataclass(frozen=True)
@@ -183,6 +60,26 @@ class Recipe:
     def steps(self) -> list[Step]:
         return [step for sweep in self.sweeps for step in sweep]
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether any step needs the calibration samples."""
+        return any(step.settings.traits.reads != "weights" for step in self.steps)
+
+    def pinned(self, calibration: str | None, held_out: str | None) -> Recipe:
+        """The recipe as it may be handed on: no folder of this machine, and the data's hashes filled in.
+
+        calibration, held_out  sha256 of what was read for `data` and `eval.data`; None for what wasn't
+        Random tokens are made by the seed and depend on the model's vocabulary, so they stay unpinned.
+        """
+
+        def pin(data: DataSettings, sha256: str | None) -> DataSettings:
+            if data.source == "random":
+                return data
+            return data.model_copy(update={"source": bare_source(data.source), "sha256": sha256 or data.sha256})
+
+        measured = self.eval.model_copy(update={"data": pin(self.eval.data, held_out)})
+        return replace(self, data=pin(self.data, calibration), eval=measured)
+
     def resolved(self) -> dict[str, Any]:
         """Every default filled in; reading it again gives the same recipe."""
         sweeps = [[_resolved_step(step) for step in sweep] for sweep in self.sweeps]
@@ -198,20 +95,13 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSettings,
-    "data": DataSettings,
-    "export": ExportSettings,
-    "eval": EvalSettings,
-    "report": ReportSettings,
-    "limits": LimitsSettings,
-}
+Option = tuple[str, KeyPath, Any]  # (the flag as it was typed, where its value belongs, the value)
 TOP_KEYS = ("version", "name", "seed", *SECTIONS, "steps")
 
 
 def find_recipe(name: str) -> Path:
     """A file, or the bare name of a recipe that comes with the package. raises RecipeError"""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     for folder in recipe_folders():
@@ -228,18 +118,23 @@ def recipe_folders() -> list[Path]:
     return [folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()]
 
 
-def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path | str, overrides: Sequence[str] = (), options: Sequence[Option] = ()) -> Recipe:
     """Read a recipe file and apply `--set` overrides. raises RecipeError"""
     file = find_recipe(str(path))
-    return parse_recipe(file.read_bytes(), file.name, overrides)
+    return parse_recipe(file.read_bytes(), file.name, overrides, options)
 
 
-def parse_recipe(content: bytes, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    content: bytes, name: str = "recipe", overrides: Sequence[str] = (), options: Sequence[Option] = ()
+) -> Recipe:
+    """overrides are `KEY=VALUE` texts of --set, options settings that another flag stands for"""
     source = read_yaml(content, name)
     if not isinstance(source.value, dict):
         raise RecipeError("a recipe is a map of keys", where=source.where(()), hint="Start with `version: 1`.")
     for override in overrides:
         _apply(source, override)
+    for place, path, value in options:
+        _put(source, path, value, place)
     return _build(source)
 
 
@@ -268,8 +163,8 @@ def recipe_json_schema() -> dict[str, Any]:
     }
     properties: dict[str, Any] = {
         "version": {"const": 1},
-        "name": {"type": "string", "pattern": "^[a-z0-9-]+$"},
-        "seed": {"type": "integer", "minimum": 0},
+        "name": {"type": "string", "pattern": "^[a-z0-9-]{1,80}$"},
+        "seed": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**32},
         **{key: lifted(model) for key, model in SECTIONS.items()},
         "steps": {"type": "array", "minItems": 1, "items": {"oneOf": [*steps, sweep]}},
     }
@@ -290,8 +185,8 @@ def _build(source: Source) -> Recipe:
     if tree.get("version") != 1 or isinstance(tree.get("version"), bool):
         found = repr(tree["version"]) if "version" in tree else "none"
         raise RecipeError(f"version 1 is needed, {found} was found", where=source.where(("version",)))
-    name = tree.get("name", source.name.removesuffix(".yaml").removesuffix(".yml"))
-    if "name" in tree and not (isinstance(name, str) and re.fullmatch(r"[a-z0-9-]{1,80}", name)):
+    name = tree.get("name", _name_of(source.name))
+    if not (isinstance(name, str) and re.fullmatch(r"[a-z0-9-]{1,80}", name)):
         raise RecipeError(f"name {name!r} must be lower-case letters, digits and -", where=source.where(("name",)))
     seed = tree.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
@@ -311,7 +206,12 @@ def _build(source: Source) -> Recipe:
             sweeps.append(tuple(_step(member, source, (*path, "sweep", i)) for i, member in enumerate(members)))
         else:
             sweeps.append((_step(entry, source, path),))
-    return Recipe(name=str(name), seed=seed, sweeps=tuple(sweeps), **sections)
+    return Recipe(name=name, seed=seed, sweeps=tuple(sweeps), **sections)
+
+
+def _name_of(file: str) -> str:
+    """A name for a recipe that states none, from its file's."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(file).stem.lower()).strip("-")[:80] or "recipe"
 
 
 def _step(entry: Any, source: Source, path: KeyPath) -> Step:
@@ -332,6 +232,8 @@ def _step(entry: Any, source: Source, path: KeyPath) -> Step:
 def _validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath) -> Any:
     if not isinstance(value, dict):
         raise RecipeError(f"a map of settings is needed, {value!r} was found", where=source.where(path))
+    if (stray := _stray_boolean(model, value)) is not None:
+        raise RecipeError("true or false where something else is needed", where=source.where((*path, *stray)))
     try:
         return model.model_validate(value)
     except ValidationError as failure:
@@ -350,6 +252,32 @@ def _validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath
         first = problems[0]
         rest = "".join(f"\n  also {line}" for line in unique[1:])
         raise RecipeError(first.what + rest, where=first.where, hint=first.hint if not rest else None) from failure
+
+
+def _stray_boolean(model: type[BaseModel], value: dict[Any, Any]) -> KeyPath | None:
+    """Where a boolean stands that is none; pydantic would read it as 0 or 1."""
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        found = value.get(key)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            inner = _stray_boolean(field.annotation, found) if isinstance(found, dict) else None
+            if inner is not None:
+                return (key, *inner)
+        elif bool not in set(_leaf_types(field.annotation)):
+            members = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+            places = [(key,)] if isinstance(found, bool) else [(key, at) for at, v in members if isinstance(v, bool)]
+            if places:
+                return places[0]
+    return None
+
+
+def _leaf_types(annotation: Any) -> Iterable[Any]:
+    """The types a value of this annotation may have: those inside unions and containers, and of literals."""
+    members = get_args(annotation)
+    if not members:
+        yield annotation if isinstance(annotation, type) else type(annotation)
+    for member in members:
+        yield from _leaf_types(member)
 
 
 def _known_path(tree: Any, path: KeyPath) -> KeyPath:
@@ -388,13 +316,21 @@ def _refuse_unknown(tree: dict[Any, Any], known: Iterable[str], source: Source, 
 
 
 def _apply(source: Source, override: str) -> None:
-    """One `a.b.0.c=VALUE`. The path must lead through the recipe; only the last key may be new."""
+    """One `a.b.0.c=VALUE` of --set; VALUE is YAML."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not equals or not key:
         raise RecipeError("KEY=VALUE is needed", where=place, hint="For example --set steps.0.bits=3")
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    value = read_yaml(text.encode(), place).value if text.strip() else None
+    path: KeyPath = tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in key.split("."))
+    _put(source, path, read_yaml(text.encode(), place).value if text.strip() else None, place)
+
+
+def _put(source: Source, path: KeyPath, value: Any, place: str) -> None:
+    """Put a value where `path` leads. The path must lead through the recipe; only the last key may be new."""
+    if path[0] == "steps" and (len(path) < 3 or path[2:] == ("sweep",) or (path[2] == "sweep" and len(path) < 5)):
+        raise RecipeError(
+            "--set changes a step's settings, never the steps", where=place, hint="For example --set steps.0.bits=3"
+        )
     node = source.value
     for depth, part in enumerate(path[:-1]):
         if isinstance(node, dict) and part not in node and depth == 0 and part in SECTIONS:
@@ -410,7 +346,7 @@ def _apply(source: Source, override: str) -> None:
     last = path[-1]
     if isinstance(node, list):
         if not isinstance(last, int) or last >= len(node):
-            raise RecipeError(f"the list has {len(node)} entries", where=place, hint="--set never creates a step.")
+            raise RecipeError(f"the list has {len(node)} entries", where=place, hint="Give the whole list instead.")
         node[last] = value
     elif isinstance(node, dict):
         node[last] = value

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from compressor.passes import BUILTIN, find_pass, pass_names
-from compressor.recipe import SECTIONS
+from compressor.settings import SECTIONS
 
 
 def pass_rows() -> list[dict[str, Any]]:
@@ -42,11 +42,20 @@ def recipe_reference() -> str:
     """The generated part of docs/recipe.md."""
     parts = []
     for key, model in SECTIONS.items():
-        parts.append(f"### `{key}`\n\n{(model.__doc__ or '').strip()}\n\n{_markdown(settings_of(model))}")
+        parts += _section(key, model)
     for name in pass_names():
         found = find_pass(name)
         parts.append(f"### `pass: {name}`\n\n{found.title}. {found.paper}\n\n{_markdown(setting_rows(name))}")
     return "\n\n".join(parts) + "\n"
+
+
+def _section(key: str, model: type[BaseModel]) -> list[str]:
+    """A section, and behind it the sections inside it."""
+    parts = [f"### `{key}`\n\n{(model.__doc__ or '').strip()}\n\n{_markdown(settings_of(model))}"]
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            parts += _section(f"{key}.{name}", field.annotation)
+    return parts
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
@@ -58,9 +67,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _default(entry: dict[str, Any]) -> str:
+    if "$ref" in entry:
+        return "see below"
     value = entry.get("default")
-    if isinstance(value, dict) and value:
-        return "see below" if "source" in value else str(value)
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return (
@@ -72,7 +81,7 @@ def _default(entry: dict[str, Any]) -> str:
 
 def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "$ref" in entry:
-        return entry["$ref"].rpartition("/")[2]
+        return "map"
     if "enum" in entry:
         return " | ".join(map(str, entry["enum"]))
     if "const" in entry:
@@ -81,4 +90,6 @@ def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " | ".join(_type(option, definitions) for option in entry["anyOf"])
     if entry.get("type") == "array":
         return f"list of {_type(entry.get('items', {}), definitions)}"
+    if entry.get("type") == "object":
+        return f"map of {_type(entry.get('additionalProperties', {}), definitions)}"
     return str(entry.get("type", "any"))

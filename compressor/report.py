@@ -1,5 +1,7 @@
 """report.json, and its Markdown, HTML and JUnit forms. Schema: report.schema.json, explained in docs/report.md.
 
+There are two kinds: of a run, and of an evaluation alone (`compress-model eval --output`).
+
 report.json is the truth; every other form is rendered from it alone and can be rendered again at any time.
 Times, memory and speed are facts about one run and live under `run`; the rest is the same for every run of a recipe.
 """
@@ -11,21 +13,32 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import junitparser
 import yaml
 
+from compressor.errors import UsageError
 from compressor.export import VERSION
+from compressor.settings import ReportSettings, bare_source
+
+if TYPE_CHECKING:
+    from compressor.data import Samples
 
 REPORT_VERSION = 1
 HERE = Path(__file__).parent
 WORST = 5
+# what the verifying process could not find out before it stopped
+NOT_VERIFIED: dict[str, Any] = {
+    **dict.fromkeys(("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens")),
+    **{key: [] for key in ("missing", "unexpected", "mismatched")},
+}
 
 
 def build_report(
     *,
+    source: str,
     plan: Any,
     fingerprint: dict[str, Any],
     lines: list[dict[str, Any]],
@@ -33,12 +46,16 @@ def build_report(
     metrics: dict[str, Any],
     gates: list[dict[str, Any]],
     verification: dict[str, Any],
-    calibration: Any,
-    held_out: Any,
+    calibration: Samples | None,
+    held_out: Samples | None,
     run: dict[str, Any],
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """The whole report as JSON values: sorted keys, non-finite numbers as null."""
+    """The whole report as JSON values: sorted keys, non-finite numbers as null.
+
+    source  what the model is called
+    plan    with the pinned recipe
+    """
     structure, recipe = plan.structure, plan.recipe
     predicted = {row["name"]: row for row in plan.rows}
     weights = []
@@ -49,18 +66,18 @@ def build_report(
             size = {"bytes_before": row["bytes_before"], "bytes_after": row["bytes_after"], "bits_per_parameter": bits}
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
-    warnings = plan.warnings + [warning for line in lines for warning in line["warnings"]]
-    for name, row in metrics.items():
-        if row["after"] is None:
-            message = row.get("reason", "not a finite number")
-            warnings = [*warnings, {"code": "not-measured", "where": name, "message": message}]
+    warnings = (
+        plan.warnings + [warning for line in lines for warning in line["warnings"]] + unmeasured_warnings(metrics)
+    )
+    passed = all(gate["passed"] for gate in gates)
+    status = "verification_failed" if verification["problems"] else "ok" if passed else "gate_failed"
     report = {
         "report_version": REPORT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
-        "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
-        "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": _without_folders(recipe.resolved())},
+        "status": status,
+        "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
         "model": {
-            "source": structure.checkpoint.directory.name,
+            "source": source,
             "sha256": fingerprint["model"],
             "architecture": structure.architecture,
             "parameters": sizes["parameters"],
@@ -69,8 +86,12 @@ def build_report(
             "license": structure.checkpoint.license,
         },
         "route": {"name": plan.route.name, "reason": plan.route.reason},
-        "seeds": {"run": recipe.seed},
-        "data": {"calibration": _data_facts(calibration), "eval": _data_facts(held_out)},
+        "seeds": {
+            "run": recipe.seed,
+            "data": recipe.seed if recipe.data.seed is None else recipe.data.seed,
+            "eval": recipe.seed if recipe.eval.data.seed is None else recipe.eval.data.seed,
+        },
+        "data": {"calibration": calibration and data_facts(calibration), "eval": held_out and data_facts(held_out)},
         "sizes": sizes,
         "metrics": metrics,
         "gates": gates,
@@ -87,7 +108,7 @@ def build_report(
         "weights": weights,
         "skipped": plan.skipped,
         "warnings": warnings,
-        "verification": verification,
+        "verification": {**NOT_VERIFIED, **verification},
         "kernels": [
             {"op": form, "chosen": "reference", "why": "no other kernel is built yet"}
             for form in sorted({row["to"] for row in plan.rows})
@@ -107,53 +128,102 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def unmeasured_warnings(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """A warning for each metric that was asked for and has no value."""
+    return [
+        {"code": "not-measured", "where": name, "message": row.get("reason", "not a finite number")}
+        for name, row in metrics.items()
+        if row["after"] is None
+    ]
+
+
+def is_evaluation(report: dict[str, Any]) -> bool:
+    return "evaluation_version" in report
+
+
 def validate_report(report: dict[str, Any]) -> None:
     """raises jsonschema.ValidationError if the report isn't as its schema says"""
     import jsonschema
 
-    jsonschema.validate(report, json.loads((HERE / "report.schema.json").read_text()))
+    schema = json.loads((HERE / "report.schema.json").read_text())
+    kind = "evaluation" if is_evaluation(report) else "run_report"  # named, for an error that says what is wrong
+    jsonschema.validate(report, {"$schema": schema["$schema"], "$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
 
 
-def write_reports(report: dict[str, Any], directory: Path, settings: Any) -> list[Path]:
-    """report.json always; Markdown, HTML, JUnit and the GitHub summary as the recipe's `report` section says."""
+def write_reports(report: dict[str, Any], directory: Path, settings: ReportSettings) -> list[Path]:
+    """report.json always; Markdown, HTML, JUnit and the GitHub summary as the recipe's `report` section says.
+
+    An evaluation has no HTML form.
+    """
     validate_report(report)
     written = {"report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n"}
     if settings.markdown:
         written["report.md"] = render_markdown(report)
-    if settings.html:
+    if settings.html and not is_evaluation(report):
         written["report.html"] = render_html(report)
     if settings.junit:
         written["junit.xml"] = render_junit(report)
     for name, text in written.items():
-        (directory / name).write_text(text)
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if settings.github_summary == "auto" and summary:
-        with Path(summary).open("a") as file:
-            file.write(render_markdown(report))
+        (directory / name).write_text(text, encoding="utf-8")
+    append_summary(report, settings)
     return [directory / name for name in written]
 
 
+def append_summary(report: dict[str, Any], settings: ReportSettings) -> None:
+    """The Markdown form at the end of the file that $GITHUB_STEP_SUMMARY names, if it names one."""
+    if (summary := _summary_file(settings)) is not None:
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(render_markdown(report) + "\n")
+
+
+def check_summary(settings: ReportSettings) -> None:
+    """raises UsageError, before any work, if the job summary can't be written"""
+    if (summary := _summary_file(settings)) is not None:
+        try:
+            summary.open("a").close()
+        except OSError as error:
+            raise UsageError(
+                f"can't be written ({error.strerror})",
+                where="$GITHUB_STEP_SUMMARY",
+                hint="Unset it, or set report.github_summary to never.",
+            ) from error
+
+
+def _summary_file(settings: ReportSettings) -> Path | None:
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(named) if named and settings.github_summary == "auto" else None
+
+
 def render_markdown(report: dict[str, Any]) -> str:
-    return _template("report.md.j2", report)
+    if is_evaluation(report):
+        return _template("evaluation.md.j2", r=report)
+    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of)
 
 
 def render_html(report: dict[str, Any]) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
-    return _template("report.html.j2", report, plots=_plots(report))
+    return _template("report.html.j2", r=report, error_of=error_of, plots=_plots(report))
+
+
+def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What `compare` found, as one self-contained page."""
+    return _template("compare.html.j2", c=found, rows=rows)
 
 
 def render_junit(report: dict[str, Any]) -> str:
-    """One suite per artifact: a case per gate, and one for the verification."""
-    suite = junitparser.TestSuite(f"compress-model {report['recipe']['name']} {report['model']['source']}")
-    case = junitparser.TestCase("verification", report["model"]["source"])
-    if report["verification"]["problems"]:
-        case.result = [junitparser.Error("; ".join(report["verification"]["problems"]))]
-    suite.add_testcase(case)
+    """One suite per artifact: a case per gate, and for a run one for the verification."""
+    name = report["name"] if is_evaluation(report) else report["recipe"]["name"]
+    suite = junitparser.TestSuite(f"compress-model {name} {report['model']['source']}")
+    if not is_evaluation(report):
+        case = junitparser.TestCase("verification", report["model"]["source"])
+        if report["verification"]["problems"]:
+            case.result = [junitparser.Error("; ".join(report["verification"]["problems"]))]
+        suite.add_testcase(case)
     for gate in report["gates"]:
         case = junitparser.TestCase(gate["name"], report["model"]["source"])
         if not gate["passed"]:
-            text = f"value {gate['value']}, bound {gate['bound']}, interval {gate['interval']}"
-            case.result = [junitparser.Failure(text)]
+            value = "not measured" if gate["value"] is None else f"value {gate['value']}"
+            case.result = [junitparser.Failure(f"{value}, bound {gate['bound']}, interval {gate['interval']}")]
         suite.add_testcase(case)
     xml = junitparser.JUnitXml()
     xml.add_testsuite(suite)
@@ -172,8 +242,8 @@ def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None
             *(["compressed-tensors"] if report["route"]["name"] == "compressed-tensors" else []),
         ],
     }
-    text = _template("card.md.j2", report, front=yaml.safe_dump(front, sort_keys=False))
-    (directory / "README.md").write_text(text)
+    text = _template("card.md.j2", r=report, front=yaml.safe_dump(front, sort_keys=False))
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def human_bytes(value: float | None) -> str:
@@ -201,28 +271,11 @@ def error_of(weight: dict[str, Any]) -> float | None:
     return weight.get("output_error", weight.get("weight_error"))
 
 
-def _without_folders(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with data files by their bare names: folders tell of the machine and its users."""
-    held_out = resolved["eval"]["data"]
+def data_facts(samples: Samples) -> dict[str, Any]:
+    """What a report says of the samples that were used."""
+    source = bare_source(samples.source)
     return {
-        **resolved,
-        "data": {**resolved["data"], "source": _bare(resolved["data"]["source"])},
-        "eval": {**resolved["eval"], "data": {**held_out, "source": _bare(held_out["source"])}},
-    }
-
-
-def _bare(source: str) -> str:
-    kind, colon, name = source.rpartition(":") if source.startswith("dataset:") else ("", "", source)
-    path = Path(name).expanduser()
-    return f"{kind}{colon}{path.name}" if path.is_absolute() else source
-
-
-def _data_facts(samples: Any) -> dict[str, Any] | None:
-    if samples is None:
-        return None
-    name = Path(samples.source).name
-    return {
-        "source": name,
+        "source": source if source.startswith("dataset:") else Path(source).name,
         "sha256": samples.sha256,
         "samples": len(samples.inputs),
         "tokens": samples.tokens,
@@ -231,7 +284,7 @@ def _data_facts(samples: Any) -> dict[str, Any] | None:
     }
 
 
-def _template(name: str, report: dict[str, Any], **more: Any) -> str:
+def _template(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
         autoescape=name.endswith("html.j2"),
@@ -241,7 +294,7 @@ def _template(name: str, report: dict[str, Any], **more: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(bytes=human_bytes, number=human)
-    return environment.get_template(name).render(r=report, worst=worst_weights(report), error_of=error_of, **more)
+    return environment.get_template(name).render(**values)
 
 
 def _plots(report: dict[str, Any]) -> dict[str, str]:

@@ -5,30 +5,41 @@ The output directory appears only when all of it passed. Until then everything l
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 
 from compressor import artifact, verify
+from compressor.checkpoint import model_label
 from compressor.data import Samples, load_samples
 from compressor.environment import environment, peak_rss_bytes
-from compressor.errors import ArtifactError, GateError, PreflightError, UsageError
-from compressor.evaluate import evaluate, weight_sizes
-from compressor.gates import check_gates
-from compressor.journal import Journal, remove_work
+from compressor.errors import ArtifactError, GateError, Interrupted, PassError, PreflightError, UsageError
+from compressor.evaluate import evaluate, unmeasured, weight_sizes
+from compressor.export import VERSION, Route
+from compressor.files import disk_full
+from compressor.gates import check_gates, failed_gates
+from compressor.journal import Journal, has_begun, remove_work
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe
-from compressor.report import build_report, write_card, write_reports
+from compressor.report import build_report, check_summary, write_card, write_reports
 from compressor.sweep import Sweeper, run_sweeps, save_probe
+from compressor.units import Form
 
 Emit = Callable[[dict[str, Any]], None]
+LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
 
 
 def compress(
@@ -51,14 +62,150 @@ def compress(
     measure  evaluate before and after; without it no gate can hold, so a recipe with gates is refused
     raises   CompressError; its class says which kind (docs/exit-codes.md)
     """
-    began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    output = named_output(output)
     work = output.with_name(output.name + ".work")
-    if recipe.eval.gates and not measure:
-        raise UsageError("the recipe has gates, which need the evaluation", where="--no-eval", hint="Drop one of them.")
-    _clear_the_way(output, work, resume, fresh)
+    check_request(recipe, output, resume=resume, fresh=fresh, measure=measure)
     place = find_device(device)
-    torch.set_num_threads(threads or torch.get_num_threads())
-    emit({"event": "stage", "name": "plan"})
+    with _interruptible(work) as stop, _folders_above(output):
+        clock = Clock()
+        if work.exists() and (fresh or not has_begun(work)):
+            remove_work(work)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        emit({"event": "stage", "name": "plan"})
+        with clock.time("plan"):
+            plan = _plan(recipe, model, output, trust_remote_code, emit)
+            calibration, held_out = _read_data(plan, measure)
+        fingerprint = _fingerprint(plan, calibration, place)
+        pinned = recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
+        journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
+        try:
+            job = Job(
+                source=model_label(model),
+                plan=replace(plan, recipe=pinned),
+                journal=journal,
+                calibration=calibration,
+                held_out=held_out,
+                fingerprint=fingerprint,
+                place=place,
+                trust_remote_code=trust_remote_code,
+                resumed=len(journal.lines) if resume else None,
+                clock=clock,
+                emit=emit,
+            )
+            with _room(work):
+                report = _carry_out(job, stop)
+        finally:
+            journal.close()
+        stop.is_allowed = False  # from here to the end a signal would only leave half of a finished thing
+        target = _publish(job, report, output)
+    emit({"event": "result", "status": report["status"], "output": str(target), "report": report})
+    if report["status"] == "gate_failed":
+        raise GateError(
+            f"{failed_gates(report['gates'])} did not hold",
+            where=target.name,
+            hint=f"The result and its report are in {target}.",
+        )
+    return report
+
+
+@dataclass
+class Clock:
+    """Wall time of a run and of its stages."""
+
+    began: float = field(default_factory=time.perf_counter)
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+@dataclass
+class Job:
+    """What the stages of one run share. plan.recipe is the pinned one, as it is written and reported.
+
+    source   what the model is called
+    resumed  how many units an earlier, interrupted run had committed; None if there was none
+    """
+
+    source: str
+    plan: Plan
+    journal: Journal
+    calibration: Samples | None
+    held_out: Samples | None
+    fingerprint: dict[str, Any]
+    place: torch.device
+    trust_remote_code: bool
+    resumed: int | None
+    clock: Clock
+    emit: Emit
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def built(self) -> Path:
+        return self.journal.work / "artifact"
+
+    @property
+    def scratch(self) -> Path:
+        return self.journal.work / "scratch"
+
+    @property
+    def route(self) -> Route:
+        assert self.plan.route is not None  # a plan without a route has problems, and stops there
+        return self.plan.route
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.emit({"event": "stage", "name": name})
+        with self.clock.time(name):
+            yield
+
+
+def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
+    """Everything between plan and publication. Returns the report, which lies in the built artifact.
+
+    raises ArtifactError when what was written doesn't verify; the artifact then holds a report that says so
+    """
+    for folder in (job.built, job.scratch):  # of an earlier try; its room may be needed now
+        if folder.exists():
+            shutil.rmtree(folder)
+    units, forms = _sweep(job, stop)
+    with job.stage("write"):
+        _write(job, units, forms)
+    with job.stage("verify"):
+        checked = _verify(job)
+    metrics: dict[str, Any] = {}
+    speed: dict[str, Any] = {}
+    if checked["problems"]:
+        metrics = unmeasured(job.recipe.eval.metrics, "the artifact failed its verification") if job.held_out else {}
+    elif job.held_out is not None:
+        with job.stage("evaluate"):
+            metrics, speed = _evaluate(job, job.held_out)
+    report = _report(job, forms, checked, metrics, speed)
+    write_reports(report, job.built, job.recipe.report)
+    if job.recipe.export.card and not checked["problems"]:
+        write_card(report, job.plan.structure.checkpoint, job.built)
+    _seal(job, forms)
+    where = f"{job.journal.work.name}/artifact"
+    if checked["problems"]:
+        raise ArtifactError(
+            "; ".join(checked["problems"]),
+            where=where,
+            hint="Not published; kept there with its report for a look.",
+        )
+    if problems := artifact.check_files(job.built, artifact.read_manifest(job.built)):
+        raise ArtifactError("; ".join(problems), where=where)
+    return report
+
+
+def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emit: Emit) -> Plan:
+    """raises the first problem of the plan"""
     plan = make_plan(recipe, model, output=output, trust_remote_code=trust_remote_code)
     for warning in plan.warnings:
         emit({"event": "warning", **warning})
@@ -66,162 +213,202 @@ def compress(
         first = plan.problems[0]
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""
         raise type(first)(first.what + more, where=first.where, hint=first.hint)
-    route = plan.route
-    assert route is not None
-    calibration, held_out = _read_data(plan, measure)
-    fingerprint = _fingerprint(plan, calibration, place)
-    journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
-    seconds: dict[str, float] = {"plan": time.perf_counter() - began}
-    resumed = [{"from_unit": len(journal.lines)}] if resume else []
+    return plan
+
+
+def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
+    """The unit files of the last sweep and the forms in them, by weight; leaves the probe in `scratch`."""
+    with job.clock.time("sweep"), stop.between_units():
+        sweeper = Sweeper(
+            job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.asked.is_set
+        )
+        units, forms = run_sweeps(sweeper)
+    job.scratch.mkdir()
+    assert sweeper.probe is not None
+    save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)
+    return units, {name: forms[name] for name in sorted(forms)}
+
+
+def _write(job: Job, units: list[Path], forms: dict[str, Form]) -> None:
+    """The artifact into a directory of its own, sealed, so that the verification checks its hashes too."""
+    artifact.write_artifact(
+        job.built,
+        job.plan.structure,
+        units,
+        list(forms.values()),
+        job.route,
+        job.recipe.export.shard_bytes,
+        job.plan.untied,
+        job.recipe.to_yaml(),
+    )
+    _seal(job, forms)
+
+
+def _seal(job: Job, forms: dict[str, Form]) -> None:
+    structure = job.plan.structure
+    source = {"name": job.source, "sha256": job.fingerprint["model"]}
+    artifact.seal(
+        job.built, architecture=structure.architecture, route=job.route, forms=list(forms.values()), source=source
+    )
+
+
+def _verify(job: Job) -> dict[str, Any]:
+    """What the fresh process found; if it died, that is the problem found."""
+    probe = job.scratch / "probe.safetensors"
     try:
-        with _interruptible() as is_interrupted:
-            sweeper = Sweeper(plan, journal, calibration, place, recipe.seed, emit, is_interrupted)
-            units, forms = timed(seconds, "sweep", lambda: run_sweeps(sweeper))
-        scratch, built = work / "scratch", work / "artifact"
-        scratch.mkdir(exist_ok=True)
-        if built.exists():
-            _remove_tree(built)
-        emit({"event": "stage", "name": "write"})
-        assert sweeper.probe is not None
-        save_probe(scratch / "probe.safetensors", plan.structure, sweeper.probe, place)
-        ordered = [forms[name] for name in sorted(forms)]
-        timed(
-            seconds,
-            "store",
-            lambda: artifact.write_artifact(
-                built, plan.structure, units, ordered, route, recipe.export.shard_bytes, plan.untied, recipe.to_yaml()
-            ),
-        )
-        source = {"name": plan.structure.checkpoint.directory.name, "sha256": fingerprint["model"]}
+        return verify.verify_in_child(job.built, probe, job.scratch, sealed=True)
+    except ArtifactError as error:
+        return {"problems": [error.what]}
+    except json.JSONDecodeError as error:
+        raise PassError(
+            "the verifying process could not write its answer",
+            where=job.journal.work.name,
+            hint="Free some space, then run again with --resume; what is done is kept.",
+        ) from error
 
-        def seal() -> None:
-            artifact.seal(built, architecture=plan.structure.architecture, route=route, forms=ordered, source=source)
 
-        seal()
-        emit({"event": "stage", "name": "verify"})
-        checked = timed(
-            seconds,
-            "verify",
-            lambda: verify.verify_in_child(built, scratch / "probe.safetensors", scratch, sealed=True),
-        )
-        if checked["problems"]:
-            raise ArtifactError(
-                "; ".join(checked["problems"]),
-                where=f"{work.name}/artifact",
-                hint="Kept there for a look; not published.",
-            )
-        metrics: dict[str, Any] = {}
-        speed: dict[str, Any] = {}
-        if measure:
-            assert held_out is not None
-            emit({"event": "stage", "name": "evaluate"})
-            metrics, speed = timed(
-                seconds,
-                "evaluate",
-                lambda: evaluate(
-                    plan.structure.checkpoint.directory,
-                    built,
-                    held_out,
-                    recipe.eval,
-                    scratch,
-                    threads=torch.get_num_threads(),
-                    seed=recipe.seed,
-                    trust_remote_code=trust_remote_code,
-                ),
-            )
-        sizes = weight_sizes(plan.structure.checkpoint, built, forms, plan)
-        gates = check_gates(recipe.eval.gates, metrics, speed, sizes, recipe.eval.confidence)
-        lines = list(journal.lines.values())
-        report = build_report(
-            plan=plan,
-            fingerprint=fingerprint,
-            lines=lines,
-            sizes=sizes,
-            metrics=metrics,
-            gates=gates,
-            verification=checked,
-            calibration=calibration,
-            held_out=held_out,
-            run={
-                "started": started,
-                "seconds": time.perf_counter() - began,
-                "seconds_by_stage": seconds,
-                "peak_rss_bytes": peak_rss_bytes(),
-                "predicted_peak_bytes": plan.peak_memory_bytes,
-                "resumed": resumed,
-                "speed": speed,
-            },
-            environment=environment(place),
-        )
-        write_reports(report, built, recipe.report)
-        if recipe.export.card:
-            write_card(report, plan.structure.checkpoint, built)
-        seal()
-        problems = artifact.check_files(built, artifact.read_manifest(built))
-        if problems:
-            raise ArtifactError("; ".join(problems), where=f"{work.name}/artifact")
-    except BaseException:
-        journal.close()
-        raise
-    journal.close()
+def _evaluate(job: Job, held_out: Samples) -> tuple[dict[str, Any], dict[str, Any]]:
+    return evaluate(
+        job.plan.structure.checkpoint.directory,
+        job.built,
+        held_out,
+        job.recipe.eval,
+        job.scratch,
+        threads=torch.get_num_threads(),
+        seed=job.recipe.seed,
+        trust_remote_code=job.trust_remote_code,
+    )
+
+
+def _report(
+    job: Job, forms: dict[str, Form], checked: dict[str, Any], metrics: dict[str, Any], speed: dict[str, Any]
+) -> dict[str, Any]:
+    sizes = weight_sizes(job.plan.structure.checkpoint, job.built, forms, job.plan)
+    evaluation = job.recipe.eval
+    return build_report(
+        source=job.source,
+        plan=job.plan,
+        fingerprint=job.fingerprint,
+        lines=list(job.journal.lines.values()),
+        sizes=sizes,
+        metrics=metrics,
+        gates=check_gates(evaluation.gates, metrics, speed, sizes, evaluation.confidence),
+        verification=checked,
+        calibration=job.calibration,
+        held_out=job.held_out,
+        run={
+            "started": job.clock.started,
+            "seconds": time.perf_counter() - job.clock.began,
+            "seconds_by_stage": job.clock.seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "predicted_peak_bytes": job.plan.peak_memory_bytes,
+            "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
+            "speed": speed,
+        },
+        environment=environment(job.place),
+    )
+
+
+def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
+    """Move the built artifact to where it belongs, and drop the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
-    if target != output and target.exists():
+    if target.exists():
         artifact.remove_artifact(target)
-    if target == output and output.exists():
-        artifact.remove_artifact(output)
-    os.replace(built, target)
-    remove_work(work)
-    emit({"event": "result", "status": report["status"], "output": str(target), "report": report})
-    if target != output:
-        failed = ", ".join(
-            f"{gate['name']} {gate['value']} (bound {gate['bound']})" for gate in report["gates"] if not gate["passed"]
-        )
-        raise GateError(f"{failed} did not hold", where=target.name, hint=f"The result and its report are in {target}.")
-    return report
+    os.replace(job.built, target)
+    remove_work(job.journal.work)
+    return target
 
 
 def find_device(asked: str) -> torch.device:
     """auto takes CUDA when there is one. raises PreflightError for a device that isn't there"""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise PreflightError("no CUDA device was found", where=f"--device {asked}", hint="Use --device cpu or auto.")
     try:
-        return torch.device(asked)
+        device = torch.device(asked)
     except RuntimeError as error:
         raise UsageError("is not a device", where=f"--device {asked}", hint="Use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError("is not supported", where=f"--device {asked}", hint="Use auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PreflightError(
+            f"{count or 'no'} CUDA devices were found", where=f"--device {asked}", hint="Use --device cpu or auto."
+        )
+    return device
 
 
-def timed(table: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
-    began = time.perf_counter()
-    result = work()
-    table[name] = time.perf_counter() - began
-    return result
+def named_output(output: Path) -> Path:
+    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
+    named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+    if not named.name or "\0" in str(named):
+        raise UsageError("can't be an output", where=repr(str(output)), hint="Name a directory to make.")
+    if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
+        raise UsageError("the name is too long", where=f"{named.name[:40]}...", hint="Choose another --output.")
+    return named
 
 
-def _clear_the_way(output: Path, work: Path, resume: bool, fresh: bool) -> None:
+def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, measure: bool) -> None:
+    """Everything that can be wrong with what is asked for before a model is looked at; changes nothing.
+
+    raises UsageError
+    """
+    work, rejected = (output.with_name(output.name + ending) for ending in (".work", ".rejected"))
+    if recipe.eval.gates and not measure:
+        raise UsageError("the recipe has gates, which need the evaluation", where="--no-eval", hint="Drop one of them.")
     if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", where="run")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        try:
-            parent.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(
-                f"can't be made ({error.strerror})", where=str(parent), hint="Choose another --output."
-            ) from error
-    if not os.access(parent, os.W_OK):
-        raise UsageError("is not writable", where=str(parent), hint="Choose another --output.")
+        raise UsageError("--resume and --fresh exclude each other", where="run", hint="Give one of them.")
+    check_summary(recipe.report)
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
+    if output.is_symlink():
+        raise UsageError("is a link", where=str(output), hint="Name the directory itself.")
     if output.exists() and not fresh:
-        raise UsageError("exists already", where=str(output), hint="Choose another --output, or --fresh to replace it.")
-    if output.exists():
-        artifact.owned_files(output)  # it is removed only when its successor is complete
-    if work.exists() and fresh:
-        remove_work(work)
-    if work.exists() and not resume:
+        kind = "directory" if output.is_dir() else "file"
+        raise UsageError(
+            f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
+        )
+    for earlier in (output, *([rejected] if recipe.eval.gates else [])):
+        if earlier.exists():
+            artifact.owned_files(earlier)  # it is removed only when its successor is complete
+    if work.exists() and has_begun(work) and not (resume or fresh):
         raise UsageError(
             "an interrupted run lies there", where=str(work), hint="Continue it with --resume, or drop it with --fresh."
         )
+
+
+@contextmanager
+def _folders_above(output: Path) -> Iterator[None]:
+    """Make the folders that the output lies in; remove them again if nothing came to lie there."""
+    parent = output.absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"can't be made ({error.strerror})", where=str(parent), hint="Choose another --output."
+        ) from error
+    try:
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _room(work: Path) -> Iterator[None]:
+    """A disk that fills up while working is the machine's failure, not ours. raises PassError"""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(Path(error.filename) if error.filename else work, None) from error
+        raise
+    except SafetensorError as error:  # carries the system's error as text only
+        if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
+            raise disk_full(work, None) from error
+        raise
 
 
 def _read_data(plan: Plan, measure: bool) -> tuple[Samples | None, Samples | None]:
@@ -229,7 +416,7 @@ def _read_data(plan: Plan, measure: bool) -> tuple[Samples | None, Samples | Non
     config = plan.structure.model.config.get_text_config()
     vocabulary = config.vocab_size if plan.structure.model.main_input_name == "input_ids" else None
     calibration = held_out = None
-    if any(step.settings.traits.reads != "weights" for step in recipe.steps):
+    if recipe.reads_data:
         seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
         calibration = load_samples(recipe.data, directory, seed=seed, vocabulary=vocabulary)
     if measure:
@@ -257,12 +444,8 @@ def _read_data(plan: Plan, measure: bool) -> tuple[Samples | None, Samples | Non
 
 def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:
     """What a resumed run has to share with the interrupted one."""
-    import transformers
-
-    from compressor.export import VERSION
-
     return {
-        "recipe": plan.recipe.sha256,
+        "recipe": plan.recipe.pinned(None, None).sha256,
         "model": plan.structure.checkpoint.content_sha256,
         "data": calibration.digest if calibration else None,
         "compress_model": VERSION,
@@ -274,29 +457,42 @@ def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) 
     }
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks to stop at the next unit, the second stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
+@dataclass
+class Stop:
+    """A request to stop, by Ctrl-C or SIGTERM. In a sweep it waits for the unit at work, elsewhere it acts at once."""
 
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+    asked: threading.Event = field(default_factory=threading.Event)
+    waits: bool = False
+    is_allowed: bool = True
+
+    def ask(self, number: int, frame: Any) -> None:
+        if not self.is_allowed:
+            return
+        if self.asked.is_set() or not self.waits:
             raise KeyboardInterrupt
-        asked.set()
+        self.asked.set()
 
-    old = {sign: signal.signal(sign, ask) for sign in (signal.SIGINT, signal.SIGTERM)}
+    @contextmanager
+    def between_units(self) -> Iterator[None]:
+        self.waits = True
+        yield
+        self.waits = False
+        if self.asked.is_set():  # the last unit was just committed
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible(work: Path) -> Iterator[Stop]:
+    """The first Ctrl-C or SIGTERM stops at the next safe point, the second at once. raises Interrupted"""
+    stop = Stop()
+    old: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {sign: signal.signal(sign, stop.ask) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield stop
+    except KeyboardInterrupt:
+        hint = "Continue with --resume." if work.exists() else "Nothing was done yet; start again."
+        raise Interrupted("stopped", where="run", hint=hint) from None
     finally:
         for sign, handler in old.items():
             signal.signal(sign, handler)
-
-
-def _remove_tree(directory: Path) -> None:
-    """A half-written artifact of an earlier try, inside our own work directory."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    directory.rmdir()

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import junitparser
 import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
 
+from compressor.compare import read_subject
+from compressor.errors import RecipeError, UsageError
 from compressor.evaluate import measure_quality, measure_speed
-from compressor.gates import check_gates
+from compressor.gates import (
+    GATE_NAMES,
+    check_gates,
+    compares_models,
+    read_gates,
+    unknown_gate,
+    unmeasured_gates,
+)
+from compressor.measure import measure_model
+from compressor.report import validate_report
 
 
 def ask(tmp_path, before, after, inputs, metrics, labels=None):
@@ -144,3 +157,65 @@ def test_intervals_of_changes_are_paired_and_widen_with_confidence(two, tokens, 
         assert wide[key][0] < narrow[key][0] < narrow[key][1] < wide[key][1]
     itself = measure_quality({**ask(tmp_path, two[0], two[0], tokens, ["perplexity"]), "confidence": 0.95})
     assert itself["perplexity"]["intervals"]["increase_percent"] == [0, 0]  # unpaired it would be wide
+
+
+def test_gates_that_could_never_hold_are_known_before_measuring():
+    assert unknown_gate("perplexity_increase_percent") is None and unknown_gate("top1_agreement_min") is None
+    assert "did you mean 'size_ratio'" in unknown_gate("size_ration")
+    assert "nothing to bound" in unknown_gate("kl_divergence_increase_percent")
+    assert unmeasured_gates(["perplexity", "size_ratio", "decode_speed_ratio_min"], ["size", "memory"]) == {
+        "perplexity": "perplexity"
+    }
+    assert [name for name in GATE_NAMES if not compares_models(name)] == [
+        "perplexity", "perplexity_min", "accuracy", "accuracy_min",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["size_ratio", "size_ratio=", "size_ratio=x", "size_ratio=nan", "size=1"])
+def test_a_gate_that_cannot_be_read_is_refused(text):
+    with pytest.raises(UsageError, match="--gate"):
+        read_gates([text], "--gate")
+
+
+QUICK = ["eval.data.samples=4", "eval.data.length=16"]
+
+
+def test_an_evaluation_against_a_baseline_is_written_for_a_job_to_keep(two, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    options = {"data": "random", "metrics": "perplexity", "overrides": QUICK, "baseline": str(two[0])}
+    gates = ["size_ratio=1", "perplexity_increase_percent=-99"]
+    report = measure_model(str(two[1]), gates=gates, output=tmp_path / "eval", **options)
+    assert json.loads((tmp_path / "eval" / "report.json").read_text()) == report
+    validate_report(report)
+    assert report["sizes"]["ratio"] == 1 and (report["model"]["source"], report["baseline"]["source"]) == ("b", "a")
+    assert {row["name"]: row["passed"] for row in report["gates"]} == {
+        "size_ratio": True, "perplexity_increase_percent": False,
+    }  # fmt: skip
+    assert report["status"] == "gate_failed"
+    page = (tmp_path / "eval" / "report.md").read_text()
+    assert "| perplexity_increase_percent | -99 |" in page and page in (tmp_path / "summary.md").read_text()
+    suite = next(iter(junitparser.JUnitXml.fromstring((tmp_path / "eval" / "junit.xml").read_bytes())))
+    assert [case.name for case in suite] == ["perplexity_increase_percent", "size_ratio"] and suite.failures == 1
+    assert read_subject(tmp_path / "eval")["metrics"] == report["metrics"]
+    again = measure_model(str(two[1]), output=tmp_path / "eval", **options)  # its own directory is written again
+    assert again["metrics"] == report["metrics"] and again["status"] == "ok"
+
+
+@pytest.mark.parametrize("gate", ["size_ratio=1", "perplexity_increase_percent=1", "kl_divergence=1"])
+def test_a_gate_that_compares_needs_a_baseline(gate, two):
+    with pytest.raises(UsageError, match="Pass --baseline MODEL"):
+        measure_model(str(two[0]), gates=[gate])
+
+
+def test_an_evaluation_keeps_out_of_directories_that_are_not_its_own(two, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text('{"report_version": 1}')
+    (tmp_path / "file").write_text("precious")
+    for name, message in (("mine", r"notes\.txt"), ("other", "another kind"), ("file", "is not a directory")):
+        with pytest.raises(UsageError, match=message):
+            measure_model(str(two[0]), data="random", output=tmp_path / name)
+    with pytest.raises(RecipeError, match="no such data file"):
+        measure_model(str(two[0]), data="gone.txt", output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from compressor.errors import PassError, ResumeError, UsageError
-from compressor.journal import LINES, RUN, UNITS, Journal, remove_work
+from compressor.journal import LINES, RUN, UNITS, Journal, has_begun, remove_work
 
 FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
@@ -110,6 +110,23 @@ def test_two_runs_cannot_share_a_work_directory(tmp_path):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
     journal.close()
     Journal.reopen(tmp_path / "w", FINGERPRINT).close()
+
+
+def test_a_work_directory_in_use_is_not_removed(tmp_path):
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    with pytest.raises(UsageError, match="another run"):
+        remove_work(tmp_path / "w")
+    journal.close()
+    remove_work(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_run_killed_before_it_began_leaves_nothing_to_resume_and_can_be_removed(tmp_path):
+    (tmp_path / "w" / UNITS).mkdir(parents=True)
+    (tmp_path / "w" / "run.tmp").write_text("{")
+    assert not has_begun(tmp_path / "w")
+    remove_work(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path):

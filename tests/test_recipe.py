@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
 from compressor.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
+from compressor.settings import bare_source
 
 SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))
 GOOD = b"version: 1\nsteps: [{pass: rtn}]\n"
@@ -90,11 +91,64 @@ def test_set_changes_a_value_with_the_same_validation():
         ("nonsense.key=1", "'nonsense' is not in the recipe"),
         ("steps.0.bitz=3", "'bits'"),
         ("novalue", "KEY=VALUE"),
+        ("steps=[{pass: rtn}]", "never the steps"),
+        ("steps.0={pass: rtn}", "never the steps"),
+        ("steps.0.only.9=x", "'steps.0.only' is not in the recipe"),
+        ("steps.\u00b2.bits=3", "not in the recipe"),
+        ("steps.0.bits=true", r"\(steps.0.bits\): true or false where"),
+        ("eval.data.samples=true", r"\(eval.data.samples\): true or false where"),
+        ("eval.gates.size_ratio=false", r"\(eval.gates.size_ratio\): true or false where"),
+        ("eval.gates.size_ratio=.inf", "finite number"),
+        ("eval.gates.size_ratio_drop_points=1", "has no value before"),
+        ("eval.gates.accuracy_min=0.5", "needs accuracy among eval.metrics"),
+        ("eval.metrics=[size]", "needs perplexity among eval.metrics"),
+        ("data.seed=4294967296", "less than 4294967296"),
+        ("data.sha256=abc", "pattern"),
+        ("limits.memory=1..5GiB", "KiB, MiB, GiB"),
+        ("data.0=1", "Keys should be strings"),
     ],
 )
 def test_a_bad_set_is_refused_by_name(override, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe("gptq-w4a16", [override])
+
+
+def test_a_pinned_recipe_names_no_folder_and_is_a_fixed_point():
+    tree = {
+        "version": 1,
+        "data": {"source": "/home/someone/notes.txt"},
+        "steps": [{"pass": "gptq"}],
+        "eval": {"data": {"source": "dataset:/srv/secret/x"}},
+    }
+    recipe = parse_recipe(yaml.safe_dump(tree).encode(), "My Recipe (2).yaml")
+    pinned = recipe.pinned("a" * 64, "b" * 64)
+    assert (pinned.data.source, pinned.data.sha256) == ("notes.txt", "a" * 64)
+    assert (pinned.eval.data.source, pinned.eval.data.sha256) == ("dataset:x", "b" * 64)
+    again = parse_recipe(pinned.to_yaml().encode())
+    assert again == pinned and again.name == "my-recipe-2" and again.pinned("a" * 64, "b" * 64) == again
+    assert recipe.pinned(None, None).data.sha256 is None
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("stdlib", "stdlib"),
+        ("data/notes.txt", "data/notes.txt"),
+        ("~/notes.txt", "notes.txt"),
+        ("~nobody-here/notes.txt", "~nobody-here/notes.txt"),
+        ("../someone/notes.txt", "notes.txt"),
+        ("dataset:org/name", "dataset:org/name"),
+    ],
+)
+def test_only_sources_that_tell_of_the_machine_are_shortened(source, told):
+    assert bare_source(source) == told
+
+
+def test_options_reach_the_recipe_without_being_read_as_yaml():
+    recipe = parse_recipe(GOOD, options=[("--data", ("eval", "data", "source"), "my file #1: x.txt")])
+    assert recipe.eval.data.source == "my file #1: x.txt"
+    with pytest.raises(RecipeError, match=r"--metrics a \(eval.metrics.0\)"):
+        parse_recipe(GOOD, options=[("--metrics a", ("eval", "metrics"), ["a"])])
 
 
 def test_evaluation_reads_held_out_text_even_when_only_samples_are_given():
@@ -115,9 +169,11 @@ def test_a_missing_recipe_names_those_that_come_along():
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_end_in_a_recipe_error(content):
-    with pytest.raises(RecipeError):
-        parse_recipe(content, "fuzz.yaml")
+def test_any_bytes_read_or_end_in_a_recipe_error(content):
+    try:
+        assert parse_recipe(content, "fuzz.yaml").steps
+    except RecipeError as error:
+        assert error.where
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)

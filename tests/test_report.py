@@ -13,13 +13,15 @@ import tiny
 import torch
 import yaml
 
+from compressor.cli import main
 from compressor.compare import compare
 from compressor.errors import UsageError
-from compressor.recipe import parse_recipe
+from compressor.recipe import parse_recipe, read_recipe
 from compressor.report import (
-    _without_folders,
+    NOT_VERIFIED,
     finite,
     human_bytes,
+    render_comparison,
     render_html,
     render_junit,
     render_markdown,
@@ -27,6 +29,7 @@ from compressor.report import (
 )
 from compressor.run import compress
 
+ROOT = Path(__file__).parent.parent
 SMALL = {"source": "random", "samples": 8, "length": 16}
 
 
@@ -52,10 +55,42 @@ def report(artifact):
     return json.loads((artifact / "report.json").read_text())
 
 
+SECTIONS = ("tool", "recipe", "model", "route", "seeds", "data", "sizes", "verification", "run", "environment")
+
+
 def test_it_satisfies_its_schema_and_a_changed_one_does_not(report):
     validate_report(report)
+    for changed in (
+        {"status": "splendid"},
+        {"gates": [{**report["gates"][0], "passed": "yes"}]},
+        {"metrics": {"perplexity": {**report["metrics"]["perplexity"], "direction": "sideways"}}},
+        {"weights": [{key: value for key, value in report["weights"][0].items() if key != "form"}]},
+        {"warnings": [{"code": "x"}]},
+        *({section: {**report[section], "surprise": 1}} for section in SECTIONS),
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            validate_report({**report, **changed})
+
+
+def test_a_pass_may_add_values_of_its_own_to_its_rows_but_no_trees(report):
+    row = report["weights"][0]
+    validate_report({**report, "weights": [{**row, "rank": 8, "kept": [1, 2], "note": "x", "exact": None}]})
     with pytest.raises(jsonschema.ValidationError):
-        validate_report({**report, "status": "splendid"})
+        validate_report({**report, "weights": [{**row, "tree": {"a": 1}}]})
+
+
+def test_the_schema_in_the_docs_is_the_one_that_is_shipped():
+    shipped = ROOT / "compressor" / "report.schema.json"
+    assert (ROOT / "docs" / "report.schema.json").read_bytes() == shipped.read_bytes()
+    jsonschema.Draft202012Validator.check_schema(json.loads(shipped.read_text()))
+
+
+def test_every_section_of_the_schema_is_explained_in_the_docs():
+    page = (ROOT / "docs" / "report.md").read_text()
+    definitions = json.loads((ROOT / "docs" / "report.schema.json").read_text())["$defs"]
+    for kind in ("run_report", "evaluation"):
+        missing = [key for key in definitions[kind]["properties"] if f"`{key}`" not in page]
+        assert not missing, missing
 
 
 def test_every_weight_is_told_of(report):
@@ -88,19 +123,17 @@ def test_it_holds_no_path_of_the_machine(artifact):
         assert str(Path(artifact).parent) not in (artifact / name).read_text(), name
 
 
-def test_folders_of_data_files_stay_out_of_the_report():
-    data = {"source": "/home/someone/notes.txt"}
-    tree = {"version": 1, "data": data, "steps": [{"pass": "rtn"}], "eval": {"data": {"source": "dataset:/srv/x"}}}
-    told = _without_folders(parse_recipe(yaml.safe_dump(tree).encode(), "r.yaml").resolved())
-    assert told["data"]["source"] == "notes.txt" and told["eval"]["data"]["source"] == "dataset:x"
-    assert _without_folders({**told, "data": {"source": "stdlib"}})["data"]["source"] == "stdlib"
-
-
 def test_the_page_is_self_contained(report):
     page = render_html(report)
     assert len(page) < 3_000_000 and "<script" not in page
     assert page.count("<svg") == 3
     assert not re.search(r"""(?:src|href)=["']?https?:|url\((?!#)|@import""", page)
+
+
+def test_the_page_of_an_artifact_that_does_not_verify_says_so_first(report):
+    found = {**report["verification"], **NOT_VERIFIED, "problems": ["own loader: outputs differ by 3"]}
+    page = render_html({**report, "status": "verification_failed", "verification": found})
+    assert page.index("does not verify") < page.index("outputs differ by 3") < page.index("<h2>Quality")
 
 
 def test_rendering_again_gives_the_same_files(report, artifact):
@@ -117,7 +150,14 @@ def test_junit_has_a_case_for_the_verification_and_each_gate(report):
 
 
 def test_the_github_summary_is_the_markdown(artifact):
-    assert (artifact.parent / "summary.md").read_text() == (artifact / "report.md").read_text()
+    assert (artifact.parent / "summary.md").read_text() == (artifact / "report.md").read_text() + "\n"
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_any_work(artifact, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "gone" / "summary.md"))
+    with pytest.raises(UsageError, match=r"GITHUB_STEP_SUMMARY: can't be written"):
+        compress(read_recipe("rtn-w8"), "demo", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_comparing_lines_up_reports_and_checkpoints(artifact):
@@ -126,6 +166,61 @@ def test_comparing_lines_up_reports_and_checkpoints(artifact):
     assert sizes[0] > sizes[1] and len(found["weights"]) == 14
     with pytest.raises(UsageError, match="is not a report"):
         compare([artifact / "junit.xml", artifact])
+
+
+def measured(artifact, folder, digest="same", **metrics):
+    """The artifact's report with other figures, in a directory of its own."""
+    told = json.loads((artifact / "report.json").read_text())
+    for name, value in metrics.items():
+        told["metrics"][name]["after"] = value
+    if digest != "same":
+        told["data"]["eval"]["digest"] = digest
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_comparison_is_gated_on_the_last_against_the_first(artifact, tmp_path):
+    first, last = (measured(artifact, tmp_path / name, perplexity=value) for name, value in (("a", 10.0), ("b", 10.5)))
+    gates = {"perplexity_increase_percent": 4, "perplexity": 11, "size_ratio": 1, "accuracy_min": 0.1}
+    rows = {row["name"]: row for row in compare([first, artifact, last], gates)["gates"]}
+    assert rows["perplexity_increase_percent"]["value"] == pytest.approx(5)
+    assert {name: row["passed"] for name, row in rows.items()} == {
+        "perplexity_increase_percent": False, "perplexity": True, "size_ratio": True, "accuracy_min": False,
+    }  # fmt: skip
+    assert compare([artifact.parent / "model", artifact], {"size_ratio": 0.9})["gates"][0]["value"] < 0.9
+
+
+def test_figures_of_different_samples_are_told_apart(artifact, tmp_path):
+    other = measured(artifact, tmp_path / "other", digest="f" * 64)
+    assert compare([artifact, other])["warnings"][0]["code"] == "other-samples"
+    assert not compare([artifact, artifact])["warnings"]
+    with pytest.raises(UsageError, match="different samples"):
+        compare([artifact, other], {"perplexity_increase_percent": 1})
+
+
+def test_a_report_of_a_later_version_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "report.json").write_text('{"report_version": 9}')
+    with pytest.raises(UsageError, match=r"report_version 9 is unknown.*Update compress-model"):
+        compare([tmp_path, tmp_path])
+
+
+def test_a_comparison_goes_to_a_file_in_the_form_its_name_says(artifact, tmp_path, capsys):
+    paths = [str(artifact.parent / "model"), str(artifact)]
+    for name, sign in (("c.md", "| weight file bytes |"), ("c.html", "<td>weight file bytes</td>"), ("c.json", "{")):
+        assert main(["compare", *paths, "--output", str(tmp_path / name)]) == 0
+        assert sign in (tmp_path / name).read_text()
+    assert main(["compare", *paths, "--output", str(tmp_path / "no" / "c.md")]) == 2
+    assert main(["compare", *paths, "--fail-on", "size_ratio=0.01", "--format", "markdown"]) == 3
+    shown = capsys.readouterr()
+    assert "| gate size_ratio | bound 0.01 |" in shown.out and "error[gate-failed]" in shown.err
+    assert main(["compare", *paths, "--fail-on", "size_ration=1"]) == 2
+
+
+def test_a_page_that_compares_escapes_names(artifact):
+    found = compare([artifact, artifact])
+    page = render_comparison({**found, "subjects": ["<b>", "a & b"]}, found["rows"])
+    assert "<b>" not in page and "&lt;b&gt;" in page
 
 
 def test_numbers_without_a_value_become_null():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import junitparser
 import pytest
 import tiny
 import torch
@@ -18,9 +20,24 @@ import transformers as hf
 import yaml
 
 import compressor
-from compressor.errors import ArtifactError, GateError, PreflightError, RecipeError, ResumeError, ShapeError, UsageError
-from compressor.recipe import parse_recipe
+from compressor import artifact
+from compressor.data import demo_path
+from compressor.errors import (
+    ArtifactError,
+    GateError,
+    Interrupted,
+    PassError,
+    PreflightError,
+    RecipeError,
+    ResumeError,
+    ShapeError,
+    UsageError,
+)
+from compressor.files import file_sha256
+from compressor.recipe import parse_recipe, read_recipe
+from compressor.report import finite, validate_report
 from compressor.run import compress
+from compressor.safetensors_file import read_header
 from compressor.testing import kill_at, weight_hashes
 
 SMALL = {"source": "random", "samples": 8, "length": 16}
@@ -161,6 +178,161 @@ def test_resume_refuses_another_recipe_and_names_the_difference(llama, tmp_path)
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "note": 1}))
     with pytest.raises(ResumeError, match="model: was"):
         compress(recipe(), str(tmp_path / "other"), tmp_path / "out", measure=False, resume=True)
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A model that reads text, with the demo's tokenizer."""
+    demo = demo_path()
+    vocabulary = json.loads((demo / "config.json").read_text())["vocab_size"]
+    model = tiny.save("llama", tmp_path / "reader", dtype=torch.bfloat16, vocab_size=vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo / name, model / name)
+    return model
+
+
+def stopped(chosen, model, output):
+    """A run that is asked to stop as it walks its first block; its work directory stays."""
+
+    def ask(event):
+        if event["event"] == "weight":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="Continue with --resume"):
+        compress(chosen, str(model), output, measure=False, emit=ask)
+
+
+def test_resume_refuses_other_data_and_other_versions_and_names_them(reader, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 40)
+    chosen = recipe(data={"source": str(text), "samples": 4, "length": 32})
+    stopped(chosen, reader, tmp_path / "out")
+    told = text.read_text()
+    text.write_text("import os\nprint(os.name)\n" * 60)
+    with pytest.raises(ResumeError, match=r"data: was '[0-9a-f]{64}', is '[0-9a-f]{64}'") as failure:
+        compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
+    assert "recipe" not in failure.value.what and "model" not in failure.value.what
+    text.write_text(told)
+    journal = tmp_path / "out.work" / "run.json"
+    facts = json.loads(journal.read_text())
+    for library in ("transformers", "torch", "compress_model"):
+        journal.write_text(json.dumps({**facts, library: "0.0.1"}))
+        with pytest.raises(ResumeError, match=f"differs: {library}: was '0.0.1', is '{re.escape(facts[library])}'"):
+            compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
+    journal.write_text(json.dumps(facts))
+    compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["run"]["resumed"] == [{"from_unit": 2}]
+
+
+@pytest.mark.slow
+def test_the_stored_recipe_runs_again_to_the_same_bytes(reader, tmp_path, monkeypatch):
+    """Its data files are named without their folders and pinned by hash; it runs where they lie."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "notes.txt").write_text("def f(x):\n    return x + 1\n" * 40)
+    (data / "held.jsonl").write_text('{"text": "import os, sys, json and more words to read"}\n' * 8)
+    chosen = recipe(
+        data={"source": str(data / "notes.txt"), "samples": 4, "length": 32},
+        eval={"metrics": ["perplexity"], "data": {"source": str(data / "held.jsonl"), "samples": 4, "length": 16}},
+    )
+    first = compress(chosen, str(reader), tmp_path / "first")
+    text = (tmp_path / "first" / "recipe.yaml").read_text()
+    stored = parse_recipe(text.encode())
+    assert str(tmp_path) not in text
+    assert (stored.data.source, stored.eval.data.source) == ("notes.txt", "held.jsonl")
+    assert stored.data.sha256 == file_sha256(data / "notes.txt")
+    assert stored.eval.data.sha256 == file_sha256(data / "held.jsonl")
+    assert first["recipe"] == {"name": "test", "sha256": stored.sha256, "resolved": finite(stored.resolved())}
+    monkeypatch.chdir(data)
+    second = compress(read_recipe(tmp_path / "first" / "recipe.yaml"), str(reader), tmp_path / "second")
+    assert weight_hashes(tmp_path / "second") == weight_hashes(tmp_path / "first")
+    assert (tmp_path / "second" / "recipe.yaml").read_text() == text
+    told = {"run", "environment"}
+    assert {k: v for k, v in first.items() if k not in told} == {k: v for k, v in second.items() if k not in told}
+    (data / "notes.txt").write_text("other words\n" * 100)
+    with pytest.raises(RecipeError, match="the recipe pins"):
+        compress(stored, str(reader), tmp_path / "third")
+
+
+def test_an_artifact_that_does_not_verify_keeps_its_report_and_is_not_published(llama, tmp_path, monkeypatch):
+    """One flipped bit in a scale, put there after the codes were computed and before the manifest is sealed."""
+    write = artifact.write_artifact
+
+    def damage(directory, *rest):
+        write(directory, *rest)
+        info = read_header(directory / "model.safetensors")["model.layers.0.mlp.up_proj.weight_scale"]
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.seek(info.offset + 1)
+            byte = file.read(1)[0]
+            file.seek(info.offset + 1)
+            file.write(bytes([byte ^ 0x80]))
+
+    monkeypatch.setattr(artifact, "write_artifact", damage)
+    chosen = recipe(eval={"metrics": ["perplexity"], "data": SMALL, "gates": {"perplexity": 1e9, "size_ratio": 0.9}})
+    with pytest.raises(ArtifactError, match="outputs differ") as failure:
+        compress(chosen, str(llama), tmp_path / "out")
+    assert failure.value.exit_code == 4 and not (tmp_path / "out").exists()
+    kept = tmp_path / "out.work" / "artifact"
+    report = json.loads((kept / "report.json").read_text())
+    validate_report(report)
+    assert report["status"] == "verification_failed"
+    assert any("outputs differ" in problem for problem in report["verification"]["problems"])
+    assert report["metrics"]["perplexity"]["after"] is None and report["run"]["speed"] == {}
+    assert {gate["name"]: gate["passed"] for gate in report["gates"]} == {"perplexity": False, "size_ratio": True}
+    assert (
+        "does not verify" in (kept / "report.md").read_text() and "outputs differ" in (kept / "report.md").read_text()
+    )
+    suite = next(iter(junitparser.JUnitXml.fromstring((kept / "junit.xml").read_bytes())))
+    assert (suite.errors, suite.failures) == (1, 1)
+
+
+@pytest.mark.parametrize("stage", ["write", "verify"])
+def test_a_signal_in_a_later_stage_stops_at_once_and_keeps_the_work(stage, llama, tmp_path):
+    def ask(event):
+        if event.get("name") == stage:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        compress(recipe(), str(llama), tmp_path / "out", measure=False, emit=ask)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.work"]
+
+
+def mounted(folder, size):
+    """Mount a small tmpfs there; skips the test where that isn't allowed."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"mounting a tmpfs isn't allowed here: {done.stderr.strip()}")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_journal_and_resumes_to_the_same_bytes(llama, tmp_path):
+    """A real file system, full first in the sweep, then as the artifact is written, then large enough."""
+    chosen = recipe(limits={"disk": "1GiB"})  # or the plan would refuse, as it should
+    compress(chosen, str(llama), tmp_path / "whole", measure=False)
+    small, events = tmp_path / "small", []
+    mounted(small, "28k")
+    try:
+        with pytest.raises(PassError, match=r"disk is full.*--resume") as failure:
+            compress(chosen, str(llama), small / "out", measure=False)
+        journal = small / "out.work" / "journal.jsonl"
+        assert failure.value.exit_code == 7 and 0 < len(journal.read_text().splitlines()) < 4
+        subprocess.run(["mount", "-o", "remount,size=84k", small], check=True)
+        with pytest.raises(PassError, match="disk is full"):
+            compress(chosen, str(llama), small / "out", measure=False, resume=True, emit=events.append)
+        assert {"event": "stage", "name": "write"} in events and len(journal.read_text().splitlines()) == 4
+        subprocess.run(["mount", "-o", "remount,size=1m", small], check=True)
+        compress(chosen, str(llama), small / "out", measure=False, resume=True)
+        assert weight_hashes(small / "out") == weight_hashes(tmp_path / "whole")
+        assert [path.name for path in small.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)  # tracebacks may still hold a mapped file
 
 
 def test_an_output_that_exists_is_kept_without_fresh_and_only_ours_is_replaced(llama, tmp_path):

@@ -1,0 +1,118 @@
+"""Imports go one way, also those inside functions, and `import compressor` is light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "compressor"
+# layers of the tree, after docs/architecture.md; a unit is a module or a sub-package
+READING = {"recipe", "settings", "reference", "yaml_source"}
+ENGINE = {"plan", "sweep", "run", "journal", "units"}
+TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
+STORING = {"artifact", "export", "modelling"}
+MODELS = {"structure", "tracing", "replay", "tape", "binding", "checkpoint", "inspection"}
+OUTER = {"cli", "testing", "progress", "doctor"}
+# unit -> what it must not import
+FORBIDDEN = {
+    "errors": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "kernels": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
+    "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
+    "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
+    "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
+    "data": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"},
+    "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers"},
+    "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
+    "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
+    "tape": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
+    "modelling": READING | TELLING | OUTER | ENGINE | MODELS | {"artifact", "export", "passes", "protocol", "data"},
+    "export": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
+    "units": READING | TELLING | OUTER | ENGINE | {"passes", "data"},
+    "verify": READING | OUTER | ENGINE - {"units"} | {"passes", "data", "evaluate", "measure", "report", "compare"},
+    "evaluate": READING | OUTER | ENGINE - {"units"} | {"passes", "measure", "report", "compare"},
+    "gates": READING | ENGINE | STORING | MODELS | OUTER | TELLING | {"passes", "layers", "protocol", "data"},
+    "settings": ENGINE | STORING | MODELS | OUTER | TELLING - {"gates"} | {"recipe", "passes", "layers", "data"},
+    "recipe": ENGINE | STORING | MODELS | OUTER | TELLING | {"layers", "data"},
+    "plan": TELLING | OUTER | {"sweep", "run", "journal", "data"},
+    "journal": READING | TELLING | STORING | MODELS | OUTER | {"plan", "sweep", "run", "units", "passes", "layers"},
+    "sweep": TELLING | OUTER | {"run", "passes", "artifact"},
+    "report": ENGINE | MODELS | OUTER | {"passes", "layers", "measure", "compare"},
+    "run": OUTER | {"passes"},
+}
+for unit in FORBIDDEN:
+    FORBIDDEN[unit] = FORBIDDEN[unit] - {unit}
+
+
+def imported(path, with_type_checking=True):
+    """(unit, ...) of compressor that a file imports anywhere, also inside functions."""
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            skipped |= {id(inner) for branch in node.body for inner in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if id(node) in skipped and not with_type_checking:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "compressor":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("compressor."))
+
+
+def unit_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path):
+    bad = set(imported(path)) & FORBIDDEN.get(unit_of(path), set())
+    assert not bad, f"{unit_of(path)} must not import {sorted(bad)}"
+
+
+def test_no_import_anywhere_closes_a_circle():
+    """Imports inside functions may defer something slow; they must not dodge a cycle."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        unit = unit_of(path)
+        known = {name for name in imported(path, with_type_checking=False) if (PACKAGE / f"{name}.py").exists()}
+        known |= {name for name in imported(path, with_type_checking=False) if (PACKAGE / name).is_dir()}
+        graph.setdefault(unit, set()).update(known - {unit})
+    done, open_ = set(), []
+
+    def visit(unit):
+        assert unit not in open_, " -> ".join([*open_[open_.index(unit) :], unit])
+        if unit not in done:
+            open_.append(unit)
+            for other in sorted(graph[unit]):
+                visit(other)
+            done.add(open_.pop())
+
+    for unit in sorted(graph):
+        visit(unit)
+    assert len(done) > 30
+
+
+def test_the_table_names_modules_that_exist():
+    units = {unit_of(path) for path in PACKAGE.rglob("*.py")}
+    named = set(FORBIDDEN) | set().union(*FORBIDDEN.values())
+    assert named <= units, named - units
+
+
+def test_a_pass_never_imports_another_pass():
+    for path in (PACKAGE / "passes").glob("[a-z]*.py"):
+        assert "compressor.passes" not in path.read_text(), path.name
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, compressor; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
