@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from compressor.errors import PassError
 from compressor.lazy import torch
 
-# Columns per panel of the accumulation; only the upper triangle of panels is multiplied. Of 64 to 1024, 512 was best
-# at 4096 inputs and within noise of the best at 512 and 1536.
-PANEL = 512
+# Columns per panel of the accumulation; only the upper triangle of panels is multiplied. Of 64 to 1024, 128 was best at
+# 384 and 512 inputs and within 7 % of the best at 1536 and 4096 (two threads, AVX-512).
+PANEL = 128
 
 
 @dataclass

@@ -30,8 +30,8 @@ from compressor.units import Form
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
 # What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
-# at an earlier halt, or start again from the block's input. A Llama block keeps 4 times at its output projection and 5
-# times at its down projection; 3 was chosen to stay below llm-compressor's peak memory (docs/benchmarks.md).
+# at an earlier halt, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4 times
+# at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
 TAPE_SHARE = 3
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one

@@ -29,11 +29,13 @@ from compressor.protocol import Group, Stage, State, Weight
 from compressor.recipe import Step
 from compressor.replay import Batch, Call, LinearCall, Stop
 from compressor.safetensors_file import Entry, write_file
-from compressor.structure import Structure, example_batch
-from compressor.tape import Diverged, Tape, advance, run_on
-from compressor.units import Form, UnitSource, free_all, free_unit, load_unit, unit_tensors, view
+from compressor.structure import Structure, example_batch, signature
+from compressor.tape import Diverged, Tape, advance, needs, run_on
+from compressor.units import Form, UnitSource, free_all, free_unit, load_unit, return_large_blocks, unit_tensors, view
 
 Emit = Callable[[dict[str, Any]], None]
+# kind of block, product and batch -> what is called before that product, and which results are read after it
+Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Sweeper:
     emit: Emit
     is_interrupted: Callable[[], bool]
     probe: Tensor | None = None
+    needs: Needs = field(default_factory=dict)
 
     @property
     def structure(self) -> Structure:
@@ -80,6 +83,7 @@ class UnitSite:
     streams: list[Stream]
     device: torch.device
     generator: torch.Generator
+    needs: Needs
     decision: dict[str, Any] | None = None
     put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -187,6 +191,8 @@ class UnitSite:
                 yield from self._ahead(stream, watched, number_of, stage)
             else:
                 first = self._halt(stream, watched, lambda call: number_of(call) is not None, wanted)
+                if first is not None:
+                    self._forget_unread(stream, first.parameter)
                 here = stream.kept_bytes
                 if first is None:  # no token of this batch was routed to these experts
                     pass
@@ -197,6 +203,28 @@ class UnitSite:
             if kept - before + stream.kept_bytes > limit:
                 stream.tape = None
             kept += stream.kept_bytes - before
+
+    def _forget_unread(self, stream: Stream, parameter: str) -> None:
+        """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
+        tape = stream.tape
+        assert tape is not None
+        if not 1 <= self.unit <= self.structure.block_count:
+            return
+        block = self.structure.pieces.blocks[self.unit - 1]
+        relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.unit - 1}.")
+        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(stream.hidden.shape))
+        if kind not in self.needs:
+            calls = tape.calls
+            try:
+                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, stream)))
+            except Diverged:
+                self.needs[kind] = ([], frozenset())
+                tape.is_spent = True
+        calls, leaves = self.needs[kind]
+        if tape.is_spent:
+            stream.tape = None
+        elif calls == tape.calls:
+            tape.keep_only(leaves)
 
     def _halt(
         self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[LinearCall], bool], wanted: set[str]
@@ -233,7 +261,7 @@ class UnitSite:
                 raise Stop
 
         work = partial(run_unit, self.structure, self.unit, stream)
-        assert stream.tape is not None
+        stream.tape = stream.tape or Tape()
         try:
             run_on(stream.tape, watched, work, visit)
         except Diverged:
@@ -274,6 +302,7 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
 
     raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
     """
+    return_large_blocks()
     files: list[Path] = []
     forms: dict[str, Form] = {}
     for number, steps in enumerate(sweeper.plan.recipe.sweeps):
@@ -363,7 +392,7 @@ def _transform(
     for position, step in enumerate(steps):
         selected = frozenset(weight.name for weight in sweeper.plan.selected[step.path])
         generator = torch.Generator().manual_seed(_seed(sweeper.seed, number, position, unit))
-        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator)
+        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs)
         settings = step.settings
         work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
         try:

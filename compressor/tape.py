@@ -7,6 +7,9 @@ forward again with every torch call before the halt answered from memory: that i
 tensors that the halted frames still refer to, which is what a suspended thread would keep, and forgets the rest.
 Going on runs the same Python again, at microseconds a call, up to the halt, and computes from there.
 
+Frames also refer to much that they never read again; `needs` finds that out on one batch, and the others of its kind
+keep only what it needed. Whoever touches a forgotten tensor after all is told so by `Forgotten`.
+
 Answered are calls that take or give tensors; everything else (grad mode, autocast) runs again. A forward that takes
 another way the second time, or computes outside torch's functions, does not match its tape: `Diverged` is raised and
 the caller starts from the beginning, so what comes out never depends on whether a tape was used.
@@ -21,13 +24,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from compressor.replay import LinearCall, LinearCalls, Stop
 
 
 class Diverged(Exception):
-    """The forward did not make the calls that its tape holds."""
+    """The forward did not make the calls that its tape holds, or reads what the tape has not kept."""
+
+
+class Forgotten(Tensor):
+    """Stands for a tensor that was let go. Questions to it are answered from the tape; nothing can compute with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Diverged(f"{func} reads a tensor that was not kept")
 
 
 @dataclass
@@ -55,6 +66,18 @@ class Tape:
 
     def kept(self) -> list[Tensor]:
         return [leaf for a in self.answers for at in a.tensors if isinstance(leaf := a.leaves[at], Tensor)]
+
+    def keep_only(self, leaves: frozenset[tuple[int, int]]) -> None:
+        """Let go of every tensor but these, given as (answer, leaf)."""
+        for number, answer in enumerate(self.answers):
+            for at in answer.tensors:
+                if (number, at) not in leaves:
+                    answer.leaves[at] = None
+
+    @property
+    def calls(self) -> list[Any]:
+        """The functions called before the halt; batches of one kind call the same."""
+        return [answer.func for answer in self.answers]
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +110,35 @@ def run_on(
     versions = [(tensor, tensor._version) for tensor in tape.kept()]
     result = _play(_Taped(tape, watched, visit), work)
     tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    if isinstance(result, Forgotten):
+        raise Diverged("it returns a tensor that was not kept")
     return result
+
+
+def needs(tape: Tape, work: Callable[[], Any]) -> frozenset[tuple[int, int]]:
+    """The (answer, leaf) numbers of kept tensors that the rest of the pass reads or returns; runs it to its end.
+
+    raises  Diverged if the forward doesn't match the tape, which is useless then
+    """
+    numbers = {
+        id(leaf): (number, at)
+        for number, answer in enumerate(tape.answers)
+        for at in answer.tensors
+        if isinstance(leaf := answer.leaves[at], Tensor)
+    }
+    found: set[tuple[int, int]] = set()
+
+    class Watched(_Taped):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not self.is_answering:
+                found.update(numbers[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in numbers)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    versions = [(tensor, tensor._version) for tensor in tape.kept()]
+    result = _play(Watched(tape, {}, lambda call: None), work)
+    tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    found.update(numbers[id(leaf)] for leaf in tree_leaves(result) if id(leaf) in numbers)
+    return frozenset(found)
 
 
 def _play(calls: _Taped, work: Callable[[], Any]) -> Any:
@@ -129,7 +180,7 @@ class _Taped(LinearCalls):
         leaves = list(answer.leaves)
         for at in answer.tensors:
             if leaves[at] is None:
-                leaves[at] = torch.empty(0, device="meta")  # nobody computes with it; questions to it are answered
+                leaves[at] = torch.empty(0).as_subclass(Forgotten)
         return leaves[0] if answer.spec is None else tree_unflatten(leaves, answer.spec)
 
 

@@ -26,6 +26,9 @@ from compressor.layers.base import Layer
 from compressor.protocol import Weight
 from compressor.structure import Structure
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BLOCK_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Form:
@@ -114,14 +117,25 @@ def free_unit(structure: Structure, unit: int) -> None:
     _return_freed_memory()
 
 
-def _return_freed_memory() -> None:
-    """Give freed pages back to the system, where the C library is glibc.
+def return_large_blocks() -> None:
+    """Have the C library give every large block back as soon as it is freed, where it is glibc.
 
-    glibc keeps freed blocks of up to 32 MB for itself; between long-lived small ones they pile up, by our measurement
-    13 MB a block of a model with 13 MB blocks. Elsewhere there is nothing to call.
+    By default glibc learns to keep freed blocks of up to 32 MB for itself, and what is kept from batch to batch settles
+    between them: by our measurement the sweep of the demo model peaked at 672 MB instead of 492 MB, in the same time.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if (libc := _glibc()) is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system; by our measurement small ones pile up to 13 MB a block of 13 MB blocks."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """glibc, where it is the C library; elsewhere there is nothing to call."""
+    return ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
 def free_all(structure: Structure) -> None:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.replay import Pieces, Stop
 from compressor.structure import example_batch, find_blocks, use_eager_experts
-from compressor.tape import Diverged, Tape, advance, run_on
+from compressor.tape import Diverged, Forgotten, Tape, advance, needs, run_on
 
 
 class Counted(TorchFunctionMode):
@@ -176,3 +176,45 @@ def test_running_on_may_be_stopped_and_repeated(block):
     assert run_on(tape, named(block), work, visit) is None
     assert len(inputs) == 2 and not tape.is_spent
     assert torch.equal(run_on(tape, named(block), work, lambda call: None), block(X))
+
+
+def test_what_the_rest_never_reads_is_let_go(block):
+    work = partial(block, X)
+    first, second = Tape(), Tape()
+    advance(first, named(block), work, halts_at("second.weight"))
+    needed = needs(first, work)
+    assert not first.is_spent and len(first.kept()) == 3  # looking changes nothing
+    advance(second, named(block), work, halts_at("second.weight"))
+    assert first.calls == second.calls
+    second.keep_only(needed)
+    assert [tuple(t.shape) for t in second.kept()] == [(3, 4)]  # z, the input of the product
+    assert torch.equal(run_on(second, named(block), work, lambda call: None), block(X))
+
+
+def test_reading_what_was_let_go_is_noticed(block):
+    tape, work = Tape(), partial(block, X)
+    advance(tape, named(block), work, halts_at("second.weight"))
+    tape.keep_only(frozenset())
+    with pytest.raises(Diverged, match="not kept"):
+        run_on(tape, named(block), work, lambda call: None)
+
+
+def test_returning_what_was_let_go_is_noticed():
+    class Returns(Block):
+        def forward(self, x):
+            y = torch.tanh(self.first(x))
+            self.second(x)
+            return y
+
+    block = Returns().requires_grad_(False)
+    tape, work = Tape(), partial(block, X)
+    advance(tape, named(block), work, halts_at("second.weight"))
+    assert len(needs(tape, work)) == 1
+    tape.keep_only(frozenset())
+    with pytest.raises(Diverged, match="returns"):
+        run_on(tape, named(block), work, lambda call: None)
+
+
+def test_a_forgotten_tensor_can_not_be_computed_with():
+    with pytest.raises(Diverged):
+        torch.empty(0).as_subclass(Forgotten) + 1

@@ -1,0 +1,64 @@
+"""The sweep: what batches may keep while they wait in a block is a matter of speed and memory alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import tiny
+import torch
+
+import compressor.sweep as sweep
+from compressor.data import load_samples
+from compressor.journal import Journal
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+
+RECIPE = b"""version: 1
+data: {source: random, samples: 12, length: 16}
+steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_sequential: %s}]
+"""
+
+
+def swept(model, work, monkeypatch, share, sequential=b"true"):
+    """sha256 of all unit files of a sweep over six batches."""
+    monkeypatch.setattr(sweep, "TAPE_SHARE", share)
+    monkeypatch.setattr(sweep, "BATCH_TOKENS", 32)
+    plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
+    samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
+    sweeper = sweep.Sweeper(
+        plan, Journal.create(work, {}), samples, torch.device("cpu"), 0, lambda event: None, lambda: False
+    )
+    files, _ = sweep.run_sweeps(sweeper)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral", "bert"])
+def test_what_batches_may_keep_changes_no_byte(family, tmp_path, monkeypatch):
+    model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
+    found = {swept(model, tmp_path / f"w{share}", monkeypatch, share) for share in (0, 1.5, 100)}
+    assert len(found) == 1
+
+
+def test_all_groups_in_one_stage_see_the_same_with_and_without_tapes(tmp_path, monkeypatch):
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    found = {swept(model, tmp_path / f"w{share}", monkeypatch, share, b"false") for share in (0, 100)}
+    assert len(found) == 1
+
+
+def test_a_forward_that_can_not_be_taped_is_run_from_its_start(tmp_path, monkeypatch):
+    """Every replay is made to diverge; the bytes are those of an undisturbed sweep."""
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    expected = swept(model, tmp_path / "w1", monkeypatch, 100)
+    advance, run_on, diverged = sweep.advance, sweep.run_on, []
+
+    def refuse(function, tape, *arguments):
+        if tape.answers:
+            diverged.append(function)
+            raise sweep.Diverged
+        return function(tape, *arguments)
+
+    monkeypatch.setattr(sweep, "advance", lambda *a: refuse(advance, *a))
+    monkeypatch.setattr(sweep, "run_on", lambda *a: refuse(run_on, *a))
+    assert swept(model, tmp_path / "w2", monkeypatch, 100) == expected
+    assert set(diverged) == {advance, run_on}
