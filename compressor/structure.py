@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Structure:
     head_products: tuple[Product, ...]
     used_after_blocks: set[str]
     dtype: torch.dtype
+    _stages: dict[int, list[Stage]] = field(default_factory=dict, repr=False)
 
     @property
     def architecture(self) -> str:
@@ -57,6 +58,11 @@ class Structure:
 
     def stages(self, unit: int) -> list[Stage]:
         """Weight groups of a unit: 0 stem (none), 1..n blocks, n + 1 head; in forward order."""
+        if unit not in self._stages:  # kept, because a layer may stand in for a module later
+            self._stages[unit] = self._find_stages(unit)
+        return self._stages[unit]
+
+    def _find_stages(self, unit: int) -> list[Stage]:
         if unit == 0:
             return []
         if unit == self.block_count + 1:

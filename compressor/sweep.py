@@ -31,7 +31,17 @@ from compressor.replay import Batch, Call, LinearCall, Stop
 from compressor.safetensors_file import Entry, write_file
 from compressor.structure import Structure, example_batch, signature
 from compressor.tape import Diverged, Tape, advance, needs, run_on
-from compressor.units import Form, UnitSource, free_all, free_unit, load_unit, return_large_blocks, unit_tensors, view
+from compressor.units import (
+    Form,
+    Installed,
+    UnitSource,
+    free_all,
+    free_unit,
+    load_unit,
+    return_large_blocks,
+    unit_tensors,
+    view,
+)
 
 Emit = Callable[[dict[str, Any]], None]
 # kind of block, product and batch -> what is called before that product, and which results are read after it
@@ -84,6 +94,7 @@ class UnitSite:
     device: torch.device
     generator: torch.Generator
     needs: Needs
+    installed: Installed
     decision: dict[str, Any] | None = None
     put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -137,6 +148,8 @@ class UnitSite:
                 stream.tape = None
         target = view(self.structure, weight)
         target.copy_(layer.matrix(self.dtype).to(target.device))
+        if not layer.weight_only:
+            self.installed.install(weight, layer.to(target.device))
         self.put_layers[weight.name] = (form, layer)
         now = time.perf_counter()
         self.records.append(
@@ -274,9 +287,10 @@ class UnitSite:
 
 
 def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
-    """Parameters of a unit that multiply something, by name."""
+    """Parameters of a unit that multiply something, by name; without those that a layer stands in for."""
     names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
-    return {name: structure.model.get_parameter(name) for name in sorted(names)}
+    held = dict(structure.model.named_parameters(remove_duplicate=False))
+    return {name: held[name] for name in sorted(names) if name in held}
 
 
 def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
@@ -284,6 +298,12 @@ def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
     if unit == structure.block_count + 1:
         return structure.pieces.head(stream.batch, stream.hidden)
     return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+
+
+def unit_forms(source: UnitSource, unit: int) -> dict[str, Form]:
+    """The forms that this unit holds, of all that the source knows."""
+    names = source.names(unit) if source.forms else []
+    return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
 
 
 def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
@@ -332,23 +352,27 @@ def _run_sweep(
         source = UnitSource(structure, before[unit] if before else None, forms)
         key = f"{number}/{unit}"
         line = journal.done(key)
+        installed = Installed(structure)
         if line is None:
             load_unit(structure, unit, source, sweeper.device)
-            line = _transform(sweeper, number, unit, steps, source, streams, key)
+            installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
+            line = _transform(sweeper, number, unit, steps, source, streams, key, installed)
         files.append(journal.path(line))
         kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
         after.update(kept)
-        _read_back(structure, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
+        _read_back(installed, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
         if unit == 0:
             streams = _embed(sweeper, steps)
         elif unit < units - 1:
             for stream in streams:
                 stream.hidden = finish_unit(structure, unit, stream)
+            installed.remove()
             if not resident:
                 free_unit(structure, unit)
         else:
             last = streams[-1]
             sweeper.probe = structure.pieces.head(last.batch, last.hidden)
+            installed.remove()
         sweeper.emit(
             {
                 "event": "unit",
@@ -364,13 +388,18 @@ def _run_sweep(
 
 
 def _read_back(
-    structure: Structure, unit: int, source: UnitSource, device: torch.device, streams: list[Stream]
+    installed: Installed, unit: int, source: UnitSource, device: torch.device, streams: list[Stream]
 ) -> None:
-    """Load the unit as it is stored; batches that wait in it start anew if its bits aren't those the passes left."""
+    """Load the unit as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
+    structure = installed.structure
     waiting = [stream for stream in streams if stream.tape is not None]
     left = watched_parameters(structure, unit) if waiting else {}
+    stands_in = bool(installed.originals)
+    installed.remove()
     load_unit(structure, unit, source, device)
-    if not all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items()):
+    same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
+    installed.install_stored(source, device)
+    if stands_in or not same:
         for stream in waiting:
             stream.tape = None
 
@@ -383,6 +412,7 @@ def _transform(
     source: UnitSource,
     streams: list[Stream],
     key: str,
+    installed: Installed,
 ) -> dict[str, Any]:
     """Let the steps change the loaded unit, and commit it."""
     structure = sweeper.structure
@@ -392,7 +422,7 @@ def _transform(
     for position, step in enumerate(steps):
         selected = frozenset(weight.name for weight in sweeper.plan.selected[step.path])
         generator = torch.Generator().manual_seed(_seed(sweeper.seed, number, position, unit))
-        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs)
+        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs, installed)
         settings = step.settings
         work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
         try:
@@ -405,13 +435,11 @@ def _transform(
         records += [{"step": step_number, "pass": step.name, **record} for record in site.records]
         warnings += site.warnings
         put.update(site.put_layers)
-    names = set(source.names(unit))
-    kept = {name: form for name, form in source.forms.items() if any(tensor.startswith(name + ".") for tensor in names)}
-    unit_forms = kept | {name: form for name, (form, _) in put.items()}
+    forms = unit_forms(source, unit) | {name: form for name, (form, _) in put.items()}
     tensors = dict(unit_tensors(unit, source, put))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
     facts = {
-        "forms": {name: form.to_dict() for name, form in unit_forms.items()},
+        "forms": {name: form.to_dict() for name, form in forms.items()},
         "records": records,
         "warnings": warnings,
     }
