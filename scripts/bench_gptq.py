@@ -1,9 +1,9 @@
 """GPTQ side by side with llm-compressor: same model, tokens, samples and threads, each in a process of its own.
 
-    python scripts/bench_gptq.py --peer-python .venv-llm-compressor/bin/python --model demo --output bench.json
+    python scripts/bench_gptq.py --model demo --output bench.json
 
-The peer needs an environment of its own: install torch as for this package, then
-scripts/peers/requirements-llm-compressor.txt. Measured per side: wall time of the whole process, wall time of the core
+The peer gets an environment of its own, .venv-llm-compressor, made once from scripts/peers/requirements-*.txt;
+--peer-python names another. Measured per side: wall time of the whole process, wall time of the core
 (their `oneshot`, our sweep; no imports, loading, saving or verifying), peak resident bytes, and perplexity of the dense
 model and both results under one evaluator, loaded through plain transformers. Our process also verifies its result in
 a fresh process and writes its report; that time is in the whole. Both run with their defaults but for bits and group
@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--peer-python", type=Path, help="left out: made in .venv-llm-compressor")
     parser.add_argument("--model", default="demo", help="demo, a checkpoint directory, or llama:HIDDEN,BLOCKS (random)")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--peer-observer", help="for instance memoryless_mse")
     parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
     settings = parser.parse_args()
+    settings.peer_python = settings.peer_python or peer_environment()
     with tempfile.TemporaryDirectory() as scratch:
         result = bench(settings, Path(scratch))
     text = json.dumps(result, indent=1) + "\n"
@@ -60,6 +61,21 @@ def main() -> None:
         settings.output.write_text(text)
     else:
         print(text)
+
+
+def peer_environment() -> Path:
+    """The interpreter of the peer's environment, made on first use: torch as pinned for this package, then the peer."""
+    home = HERE.parent / ".venv-llm-compressor"
+    python = home / "bin" / "python"
+    installed = home / ".installed"
+    if not installed.exists():
+        requirements = HERE / "peers" / "requirements-llm-compressor.txt"
+        torch_pin = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        for wanted in ([torch_pin], ["-r", requirements]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        installed.touch()
+    return python
 
 
 def bench(settings: argparse.Namespace, scratch: Path) -> dict[str, Any]:
