@@ -21,6 +21,7 @@ import yaml
 
 from compressor.errors import UsageError
 from compressor.export import VERSION
+from compressor.layers import find_layer
 from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
@@ -61,9 +62,13 @@ def build_report(
     weights = []
     for line in lines:
         for record in line["records"]:
-            row = predicted[record["name"]]
-            bits = 8 * row["bytes_after"] / math.prod(record["shape"])
-            size = {"bytes_before": row["bytes_before"], "bytes_after": row["bytes_after"], "bits_per_parameter": bits}
+            stored = find_layer(record["form"]).planned(tuple(record["shape"]), record["spec"], structure.dtype)
+            after = sum(kind.itemsize * math.prod(shape) for kind, shape in stored.values())
+            size = {
+                "bytes_before": predicted[record["name"]]["bytes_before"],
+                "bytes_after": after,
+                "bits_per_parameter": 8 * after / math.prod(record["shape"]),
+            }
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (
