@@ -18,7 +18,7 @@ import torch
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
-from compressor.export import Route, artifact_config, choose_route
+from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.layers import find_layer
 from compressor.matching import select
 from compressor.modelling import modelling_file
@@ -234,6 +234,10 @@ def _predict(plan: Plan, output: Path | None) -> None:
     except CompressError as problem:
         plan.problems.append(problem)
         return
+    try:
+        check_loader(plan.route.name)
+    except CompressError as problem:
+        plan.problems.append(problem)
     tensors = planned_tensors(plan)
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = assign_shards(tensors, recipe.export.shard_bytes)

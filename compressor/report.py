@@ -32,7 +32,9 @@ HERE = Path(__file__).parent
 WORST = 5
 # what the verifying process could not find out before it stopped
 NOT_VERIFIED: dict[str, Any] = {
-    **dict.fromkeys(("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens")),
+    **dict.fromkeys(
+        ("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens", "stock_layers")
+    ),
     **{key: [] for key in ("missing", "unexpected", "mismatched")},
 }
 
