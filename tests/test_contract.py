@@ -1,4 +1,4 @@
-"""Both passes keep the contract, on a dense Llama and on a mixture of experts."""
+"""Every pass keeps the contract, on a dense Llama and on a mixture of experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from compressor.passes.gptq import GPTQ
+from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
 from compressor.testing import check_pass
 
@@ -15,7 +16,13 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("gptq", GPTQ(**GPTQ_SETTINGS)), ("rtn", RTN(bits=8, group_size=-1))],
+    [
+        ("gptq", GPTQ(**GPTQ_SETTINGS)),
+        ("rtn", RTN(bits=8, group_size=-1)),
+        ("llm_int8", LLMInt8()),
+        ("llm_int8", LLMInt8(outliers="calibrated", threshold=3.5)),
+    ],
+    ids=["gptq", "rtn", "llm_int8", "llm_int8-calibrated"],
 )
 def test_pass_keeps_the_contract(name, settings, tmp_path):
     model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
