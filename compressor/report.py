@@ -204,12 +204,14 @@ def _summary_file(settings: ReportSettings) -> Path | None:
 def render_markdown(report: dict[str, Any]) -> str:
     if is_evaluation(report):
         return _template("evaluation.md.j2", r=report)
-    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of)
+    outliers = outlier_inputs(report)
+    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of, outliers=outliers)
 
 
 def render_html(report: dict[str, Any]) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
-    return _template("report.html.j2", r=report, error_of=error_of, plots=_plots(report))
+    plots, outliers = _plots(report), outlier_inputs(report)
+    return _template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers)
 
 
 def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -278,6 +280,11 @@ def error_of(weight: dict[str, Any]) -> float | None:
     return weight.get("output_error", weight.get("weight_error"))
 
 
+def outlier_inputs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of weights whose inputs' outlier features were counted, one for each input that weights share."""
+    return [weight for weight in report["weights"] if weight.get("input") == weight["name"]]
+
+
 def data_facts(samples: Samples) -> dict[str, Any]:
     """What a report says of the samples that were used."""
     source = bare_source(samples.source)
@@ -331,6 +338,10 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
             figure, axes = plt.subplots(figsize=(10, 3.2))
             _draw_errors(axes, measured)
             plots["Relative output error of each weight"] = _svg(figure)
+        if counted := outlier_inputs(report):
+            figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+            _draw_outliers(figure, panels, counted)
+            plots["Outlier features of each input, on calibration data"] = _svg(figure)
         figure, axes = plt.subplots(figsize=(5, 2.6))
         _draw_bytes(axes, report["sizes"])
         plots["Bytes before and after"] = _svg(figure)
@@ -365,6 +376,30 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="block (dotted: round to nearest on the same grid)", ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_outliers(figure: Any, panels: Any, inputs: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    kinds = list(dict.fromkeys(row["name"].rpartition(".")[2] for row in inputs))
+    colours = matplotlib.colormaps["tab10"]
+    for axes, key, factor, label in zip(
+        panels,
+        ("outlier_features", "outlier_token_share", "outlier_magnitude"),
+        (1, 100, 1),
+        ("outlier features", "tokens with one, %", "largest |x|"),
+        strict=True,
+    ):
+        for number, kind in enumerate(kinds):
+            chosen = [row for row in inputs if row["name"].rpartition(".")[2] == kind]
+            values = [factor * row[key] for row in chosen]
+            x = [row["unit"] - 1 for row in chosen]
+            axes.plot(x, values, "o-", ms=4, lw=1.2, label=f"input of {kind}", color=colours(number % 10))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="block", ylabel=label, ylim=(0, None))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(kinds), frameon=False, fontsize=8
+    )
 
 
 def _draw_bytes(axes: Any, sizes: dict[str, Any]) -> None:

@@ -21,10 +21,12 @@ from compressor.data import demo_path, load_samples
 from compressor.errors import DependencyError, PassError, PreflightError, RecipeError
 from compressor.kernels.bitsandbytes import bitsandbytes_forward
 from compressor.layers.int8_split_linear import Int8SplitLinear
+from compressor.layers.packed_linear import PackedLinear
 from compressor.passes.llm_int8 import LLMInt8, Outliers, choose_columns
 from compressor.plan import make_plan
 from compressor.protocol import Group, Weight
-from compressor.recipe import parse_recipe
+from compressor.recipe import parse_recipe, read_recipe
+from compressor.report import outlier_inputs, render_html, render_markdown
 from compressor.run import compress
 from compressor.settings import DataSettings, EvalDataSettings
 from compressor.verify import verify, verify_in_child
@@ -219,6 +221,25 @@ def test_the_layout_is_bitsandbytes_own(stock):
     assert 0 < attention["outlier_token_share"] <= 1 and down["calibration_tokens"] == 8 * 16
 
 
+def test_the_report_shows_outliers_of_each_input_once(stock):
+    report = json.loads((stock[0] / "report.json").read_text())
+    assert [row["name"].rpartition(".")[2] for row in outlier_inputs(report)] == [
+        "q_proj",
+        "o_proj",
+        "gate_proj",
+        "down_proj",
+    ] * 2
+    markdown, html = render_markdown(report), render_html(report)
+    row = next(row for row in report["weights"] if row["name"] == "model.layers.0.self_attn.q_proj")
+    share = round(100 * row["outlier_token_share"], 2)
+    assert f"| {row['name']} | {row['outlier_features']} | 32 | {share} % |" in markdown
+    assert "k_proj" not in markdown[markdown.index("outlier features of the input") :]
+    for text in ("Outlier features of each input, on calibration data", "tokens with one, %", "input of gate_proj"):
+        assert text in html
+    plain = {**report, "weights": [{k: v for k, v in row.items() if k != "input"} for row in report["weights"]]}
+    assert "outlier features" not in render_markdown(plain) and "Outlier features" not in render_html(plain)
+
+
 @pytest.mark.slow
 def test_calibrated_columns_are_stored_as_they_were_and_load_without_this_package(tmp_path):
     from test_modelling import logits_without_this_package
@@ -326,3 +347,24 @@ def test_perplexity_with_the_split_is_the_dense_models_and_without_it_is_not(cap
     # dynamic keeps the outliers, but rounds the weights that read them, which were scaled by 1/60 beside others
     assert abs(rise["calibrated"]) < rise["dynamic"] < 2
     assert rise["no split"] > 5
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_reports_outliers(tmp_path):
+    few = ["data.samples=2", "eval.data.samples=4", "eval.metrics=[perplexity]"]
+    report = compress(read_recipe("llm-int8", few), str(demo_path()), tmp_path / "out")
+    assert report["status"] == "ok" and report["route"]["name"] == "bitsandbytes"
+    assert len(outlier_inputs(report)) == 24
+
+
+@pytest.mark.slow
+def test_gptq_on_the_mlp_and_int8_attention_share_a_sweep(tmp_path):
+    """The MLP's hessians are those of the block with attention in int8: the layer stands in the running model."""
+    few = ["data.samples=8", "eval.data.samples=4", "eval.metrics=[perplexity]"]
+    report = compress(read_recipe("gptq-llm-int8", few), str(demo_path()), tmp_path / "out")
+    assert report["status"] == "ok" and report["route"]["name"] == "custom"
+    assert report["verification"]["max_logit_difference"] == 0.0
+    forms = {(row["role"], row["pass"], row["form"]) for row in report["weights"]}
+    assert forms == {("attention", "llm_int8", "int8_split_linear"), ("mlp", "gptq", "packed_linear")}
+    block = compressor.load(tmp_path / "out").model.layers[0]
+    assert type(block.self_attn.q_proj) is Int8SplitLinear and type(block.mlp.up_proj) is PackedLinear
