@@ -6,6 +6,7 @@ Nothing is written and only headers are read. A problem found here would otherwi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -59,6 +60,12 @@ class Plan:
     artifact_bytes: int = 0
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
+
+    def stored_bytes(self, record: dict[str, Any]) -> int:
+        """Bytes of a weight as a pass stored it, which calibration may have decided; `record` is what the pass left."""
+        layer = find_layer(record["form"])
+        tensors = layer.planned(tuple(record["shape"]), record["spec"], self.structure.dtype)
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,6 @@ import yaml
 
 from compressor.errors import UsageError
 from compressor.export import VERSION
-from compressor.layers import find_layer
 from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def build_report(
     weights = []
     for line in lines:
         for record in line["records"]:
-            stored = find_layer(record["form"]).planned(tuple(record["shape"]), record["spec"], structure.dtype)
-            after = sum(kind.itemsize * math.prod(shape) for kind, shape in stored.values())
+            after = plan.stored_bytes(record)
             size = {
                 "bytes_before": predicted[record["name"]]["bytes_before"],
                 "bytes_after": after,

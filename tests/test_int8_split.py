@@ -239,7 +239,8 @@ def test_stored_tensors_rebuild_the_layer_and_wrong_ones_are_refused():
 def test_training_through_it_is_refused():
     layer = layer_of(torch.randn(4, 8))
     x = torch.randn(2, 8, requires_grad=True)
-    layer(x)
+    assert not layer(x).requires_grad and torch.equal(layer(x), layer(x.detach()))
+    assert layer_of(torch.randn(4, 8), columns=[1])(x).shape == (2, 4)
     layer.train()
     with pytest.raises(RuntimeError, match="has no gradient"):
         layer(x)

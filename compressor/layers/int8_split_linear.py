@@ -38,7 +38,7 @@ from compressor.layers.base import Layer, Stock
 
 
 class Int8SplitLinear(Layer):
-    """Drop-in for nn.Linear that rounds its input too. For inference: rounding has no useful gradient."""
+    """Drop-in for nn.Linear that rounds its input too. For inference: rounding has no useful gradient, none is kept."""
 
     form = "int8_split_linear"
     weight_only = False
@@ -110,6 +110,10 @@ class Int8SplitLinear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("int8_split_linear has no gradient: call eval(), or train the model it was made from")
+        with torch.no_grad():
+            return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         if self.columns is not None:
             apart = self.outlier_columns.long() if self.columns else None
