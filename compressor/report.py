@@ -20,7 +20,7 @@ import junitparser
 import yaml
 
 from compressor.errors import UsageError
-from compressor.export import VERSION
+from compressor.export import FAMILIES, VERSION
 from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None
         "library_name": "transformers",
         "tags": [
             "compress-model",
-            *(["compressed-tensors"] if report["route"]["name"] == "compressed-tensors" else []),
+            *([report["route"]["name"]] if report["route"]["name"] in FAMILIES else []),
         ],
     }
     text = _template("card.md.j2", r=report, front=yaml.safe_dump(front, sort_keys=False))

@@ -364,3 +364,9 @@ def test_gptq_on_the_mlp_and_int8_attention_share_a_sweep(tmp_path):
     assert forms == {("attention", "llm_int8", "int8_split_linear"), ("mlp", "gptq", "packed_linear")}
     block = compressor.load(tmp_path / "out").model.layers[0]
     assert type(block.self_attn.q_proj) is Int8SplitLinear and type(block.mlp.up_proj) is PackedLinear
+
+
+def test_the_card_says_what_to_install(stock):
+    card = (stock[0] / "README.md").read_text()
+    assert "Needs `pip install bitsandbytes`" in card and "- bitsandbytes\n" in card
+    assert "activations are rounded to int8 too" in card and "rebuilt" not in card
