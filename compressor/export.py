@@ -12,17 +12,21 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import auto_factory, modeling_auto
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from compressor.errors import PreflightError
+from compressor.errors import DependencyError, PreflightError
+from compressor.kernels.bitsandbytes import bitsandbytes_forward
 from compressor.layers import find_layer
-from compressor.layers.base import Stock
+from compressor.layers.base import Layer, Stock
 from compressor.modelling import VERSION as VERSION
 from compressor.modelling import custom_type
 from compressor.units import Form
@@ -49,10 +53,15 @@ class Family:
 
     refuses  (weight name, why) for each weight that it can't read although the weight's form is of this family
     config   the `quantization_config` of config.json
+    package  what has to be installed to load it, beside what this package needs anyway; also the extra's name
+    forward  None: the loader rebuilds weights, so its model computes what ours does. Else layers of its own multiply,
+             with roundings of their own: (layer, x) -> what they make of x, and how far from it they may be
     """
 
     refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, str]]]
     config: Callable[[Sequence[Described], PreTrainedModel], dict[str, Any]]
+    package: str | None = None
+    forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
@@ -203,7 +212,68 @@ def _has_packed_zeros(settings: dict[str, Any]) -> bool:
     return settings["format"] == "pack-quantized" and not settings["weights"]["symmetric"]
 
 
-FAMILIES = {"compressed-tensors": Family(_compressed_tensors_refuses, compressed_tensors_config)}
+def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    thresholds = sorted({settings["threshold"] for _, settings in described})
+    skipped = _dense_modules(described, model)
+    modules = dict(model.named_modules())
+    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
+    refused = []
+    for form, _ in described:
+        module = modules[module_of(form)]
+        why = None
+        if not _bitsandbytes_replaces(module):
+            why = f"is a {type(module).__name__}, and bitsandbytes replaces plain Linear and Conv1D only"
+        elif len(thresholds) > 1:
+            why = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
+        elif not should_convert_module(module_of(form), skipped):
+            why = "has a name that bitsandbytes can't tell from that of a dense module"
+        elif dense_experts:
+            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+        if why is not None:
+            refused.append((form.weight.name, why))
+    return refused
+
+
+def bitsandbytes_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
+    """The `quantization_config` of bitsandbytes' 8 bits; every dense module that it would replace is named."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": float(described[0][1]["threshold"]),  # an int is refused
+        "llm_int8_skip_modules": _dense_modules(described, model),
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def _dense_modules(described: Sequence[Described], model: PreTrainedModel) -> list[str]:
+    stored = {module_of(form) for form, _ in described}
+    names = [name for name, module in model.named_modules() if _bitsandbytes_replaces(module)]
+    return [name for name in names if name not in stored]
+
+
+def _bitsandbytes_replaces(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+FAMILIES = {
+    "compressed-tensors": Family(_compressed_tensors_refuses, compressed_tensors_config),
+    "bitsandbytes": Family(
+        _bitsandbytes_refuses, bitsandbytes_config, package="bitsandbytes", forward=bitsandbytes_forward
+    ),
+}
+
+
+def check_loader(route: str) -> None:
+    """raises DependencyError if loading an artifact of this route needs a package that isn't installed"""
+    package = FAMILIES[route].package if route in FAMILIES else None
+    if package is not None and find_spec(package) is None:
+        raise DependencyError(
+            f"loading what {route} reads needs the package {package}, which isn't installed",
+            where="export",
+            hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
+        )
 
 
 def artifact_config(

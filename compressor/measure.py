@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from compressor.artifact import MANIFEST, read_manifest
 from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.data import Samples, load_samples
 from compressor.environment import environment
 from compressor.errors import UsageError
 from compressor.evaluate import evaluate
-from compressor.export import VERSION
+from compressor.export import VERSION, check_loader
 from compressor.gates import check_gates, compares_models, read_gates
 from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.report import (
@@ -69,6 +70,9 @@ def measure_model(
         directory = resolve_model(model)
         after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
+        for place in (after.directory, before.directory if before else None):
+            if place is not None and (place / MANIFEST).is_file():
+                check_loader(read_manifest(place)["route"])
         samples = _samples(asked, directory, trust_remote_code)
         torch.set_num_threads(threads or torch.get_num_threads())
         with tempfile.TemporaryDirectory() as scratch:

@@ -6,6 +6,7 @@ Nothing is written and only headers are read. A problem found here would otherwi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
-from compressor.export import Route, artifact_config, choose_route
+from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.layers import find_layer
 from compressor.matching import select
 from compressor.modelling import modelling_file
@@ -59,6 +60,12 @@ class Plan:
     artifact_bytes: int = 0
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
+
+    def stored_bytes(self, record: dict[str, Any]) -> int:
+        """Bytes of a weight as a pass stored it, which calibration may have decided; `record` is what the pass left."""
+        layer = find_layer(record["form"])
+        tensors = layer.planned(tuple(record["shape"]), record["spec"], self.structure.dtype)
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -234,6 +241,10 @@ def _predict(plan: Plan, output: Path | None) -> None:
     except CompressError as problem:
         plan.problems.append(problem)
         return
+    try:
+        check_loader(plan.route.name)
+    except CompressError as problem:
+        plan.problems.append(problem)
     tensors = planned_tensors(plan)
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = assign_shards(tensors, recipe.export.shard_bytes)

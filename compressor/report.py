@@ -20,7 +20,7 @@ import junitparser
 import yaml
 
 from compressor.errors import UsageError
-from compressor.export import VERSION
+from compressor.export import FAMILIES, VERSION
 from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ HERE = Path(__file__).parent
 WORST = 5
 # what the verifying process could not find out before it stopped
 NOT_VERIFIED: dict[str, Any] = {
-    **dict.fromkeys(("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens")),
+    **dict.fromkeys(
+        ("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens", "stock_layers")
+    ),
     **{key: [] for key in ("missing", "unexpected", "mismatched")},
 }
 
@@ -61,9 +63,12 @@ def build_report(
     weights = []
     for line in lines:
         for record in line["records"]:
-            row = predicted[record["name"]]
-            bits = 8 * row["bytes_after"] / math.prod(record["shape"])
-            size = {"bytes_before": row["bytes_before"], "bytes_after": row["bytes_after"], "bits_per_parameter": bits}
+            after = plan.stored_bytes(record)
+            size = {
+                "bytes_before": predicted[record["name"]]["bytes_before"],
+                "bytes_after": after,
+                "bits_per_parameter": 8 * after / math.prod(record["shape"]),
+            }
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (
@@ -197,12 +202,14 @@ def _summary_file(settings: ReportSettings) -> Path | None:
 def render_markdown(report: dict[str, Any]) -> str:
     if is_evaluation(report):
         return _template("evaluation.md.j2", r=report)
-    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of)
+    outliers = outlier_inputs(report)
+    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of, outliers=outliers)
 
 
 def render_html(report: dict[str, Any]) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
-    return _template("report.html.j2", r=report, error_of=error_of, plots=_plots(report))
+    plots, outliers = _plots(report), outlier_inputs(report)
+    return _template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers)
 
 
 def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -239,7 +246,7 @@ def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None
         "library_name": "transformers",
         "tags": [
             "compress-model",
-            *(["compressed-tensors"] if report["route"]["name"] == "compressed-tensors" else []),
+            *([report["route"]["name"]] if report["route"]["name"] in FAMILIES else []),
         ],
     }
     text = _template("card.md.j2", r=report, front=yaml.safe_dump(front, sort_keys=False))
@@ -269,6 +276,11 @@ def worst_weights(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def error_of(weight: dict[str, Any]) -> float | None:
     return weight.get("output_error", weight.get("weight_error"))
+
+
+def outlier_inputs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of weights whose inputs' outlier features were counted, one for each input that weights share."""
+    return [weight for weight in report["weights"] if weight.get("input") == weight["name"]]
 
 
 def data_facts(samples: Samples) -> dict[str, Any]:
@@ -324,6 +336,10 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
             figure, axes = plt.subplots(figsize=(10, 3.2))
             _draw_errors(axes, measured)
             plots["Relative output error of each weight"] = _svg(figure)
+        if counted := outlier_inputs(report):
+            figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+            _draw_outliers(figure, panels, counted)
+            plots["Outlier features of each input, on calibration data"] = _svg(figure)
         figure, axes = plt.subplots(figsize=(5, 2.6))
         _draw_bytes(axes, report["sizes"])
         plots["Bytes before and after"] = _svg(figure)
@@ -358,6 +374,30 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="block (dotted: round to nearest on the same grid)", ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_outliers(figure: Any, panels: Any, inputs: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    kinds = list(dict.fromkeys(row["name"].rpartition(".")[2] for row in inputs))
+    colours = matplotlib.colormaps["tab10"]
+    for axes, key, factor, label in zip(
+        panels,
+        ("outlier_features", "outlier_token_share", "outlier_magnitude"),
+        (1, 100, 1),
+        ("outlier features", "tokens with one, %", "largest |x|"),
+        strict=True,
+    ):
+        for number, kind in enumerate(kinds):
+            chosen = [row for row in inputs if row["name"].rpartition(".")[2] == kind]
+            values = [factor * row[key] for row in chosen]
+            x = [row["unit"] - 1 for row in chosen]
+            axes.plot(x, values, "o-", ms=4, lw=1.2, label=f"input of {kind}", color=colours(number % 10))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="block", ylabel=label, ylim=(0, None))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(kinds), frameon=False, fontsize=8
+    )
 
 
 def _draw_bytes(axes: Any, sizes: dict[str, Any]) -> None:

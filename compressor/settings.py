@@ -104,7 +104,7 @@ class EvalDataSettings(DataSettings):
 class ExportSettings(Section):
     """What is written."""
 
-    format: Literal["auto", "compressed-tensors", "custom"] = Field(
+    format: Literal["auto", "compressed-tensors", "bitsandbytes", "custom"] = Field(
         "auto", description="auto: the stock format where it can hold every weight, else one modelling file."
     )
     stock_only: bool = Field(False, description="Refuse in plan what stock transformers can't load by itself.")

@@ -7,6 +7,11 @@ order of sums (other kernels, fused experts). One rounding step per block and on
 the last place of the largest activation, gives (blocks + 1) * eps(dtype) * max|logit| as a bound that a wrong code or
 scale exceeds; differences seen so far are 0. Experts are compared one at a time, as they were
 calibrated: routing jumps, so a fused expert kernel's rounding alone can send a token elsewhere.
+
+Stock loaders with layers of their own (bitsandbytes) compute something else than ours on purpose, and no useful bound
+on the logits follows: a last bit can move an int8 code in a later layer. So they are held to it layer by layer, on the
+inputs that our model's layers read: every output within what `Family.forward` allows, every tensor of the rest of the
+model equal bit for bit. How far the logits end up apart is reported and not judged; our own loader is, as above.
 """
 
 from __future__ import annotations
@@ -30,8 +35,12 @@ def verify_in_child(
 
     probe   safetensors with the inputs and `output` of the in-memory result; None compares the two loaders only
     sealed  whether the manifest covers every file already
-    raises  ArtifactError if the process dies
+    raises  ArtifactError if the process dies, DependencyError if loading needs a package that isn't there
     """
+    from compressor.artifact import read_manifest
+    from compressor.export import check_loader
+
+    check_loader(read_manifest(directory)["route"])
     request, answer = scratch / "verify-request.json", scratch / "verify-answer.json"
     answer.unlink(missing_ok=True)
     request.write_text(
@@ -71,6 +80,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
 
     from compressor.artifact import check_files, load, read_manifest
     from compressor.checkpoint import open_checkpoint
+    from compressor.export import FAMILIES
     from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
@@ -83,6 +93,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         "max_logit_difference": None,
         "tolerance": None,
         "generated_tokens": None,
+        "stock_layers": None,
         "problems": [],
     }
     problems: list[str] = found["problems"]
@@ -114,7 +125,15 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
             "stock, second run": _output(stock(**inputs)),
             "own": _output(own(**inputs)),
         }
-    reference = expected if expected is not None else outputs["stock"].float()
+    forward = FAMILIES[manifest["route"]].forward if manifest["route"] in FAMILIES else None
+    if forward is not None:
+        layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
+        layers["max_logit_difference"] = float((outputs["stock"].float() - outputs["own"].float()).abs().max())
+        found["stock_layers"] = layers
+        problems += found_there
+        if not torch.equal(outputs.pop("stock, second run"), outputs.pop("stock")):
+            problems.append("stock loader: a second run gives other outputs")
+    reference = expected if expected is not None else next(iter(outputs.values())).float()
     blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
     eps = torch.finfo(stock.dtype).eps
     found["tolerance"] = float((blocks + 1) * eps * reference.abs().max())
@@ -138,6 +157,47 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     return found
 
 
+def _compare_layers(
+    stock: Any, own: Any, inputs: dict[str, Any], manifest: dict[str, Any], forward: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Hold each layer of a stock loader to what it should make of the inputs that ours reads.
+
+    returns  how many were compared and the largest share of what is allowed; the problems
+    """
+    import torch
+
+    read: dict[str, Any] = {}
+
+    def keep_input(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            read.setdefault(name, args[0])
+
+        return hook
+
+    names = sorted(entry["parameter"].removesuffix(".weight") for entry in manifest["weights"].values())
+    hooks = [own.get_submodule(name).register_forward_pre_hook(keep_input(name)) for name in names]
+    with torch.no_grad():
+        own(**inputs)
+    for hook in hooks:
+        hook.remove()
+    problems, largest = [], 0.0
+    theirs = dict(stock.named_parameters())
+    for name, value in own.named_parameters():
+        if name in theirs and not torch.equal(theirs[name], value):
+            problems.append(f"stock loader: {name} is not what was written")
+    for name in names:
+        layer, module = own.get_submodule(name), stock.get_submodule(name)
+        if not torch.equal(module.weight, layer.weight):
+            problems.append(f"stock loader: the codes of {name} are not what was written")
+        with torch.no_grad():
+            expected, allowed = forward(layer, read[name])
+            share = float(((module(read[name]).float() - expected).abs() / allowed).max())
+        if not share <= 1:  # NaN fails too
+            problems.append(f"stock loader: {name} differs by {share:.3g} times what its roundings allow")
+        largest = max(largest, share)
+    return {"compared": len(names), "largest_share_of_allowed": largest}, problems
+
+
 def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Load through transformers alone. Code in the directory runs only if it is what this release would write.
 
@@ -147,7 +207,7 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 
     from compressor.artifact import _empty_model
     from compressor.checkpoint import open_checkpoint
-    from compressor.export import auto_classes
+    from compressor.export import FAMILIES, auto_classes
     from compressor.modelling import modelling_file
 
     custom = manifest["route"] == "custom"
@@ -163,7 +223,9 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
         cls: Any = getattr(transformers, auto_classes(empty)[0])
     else:
         cls = getattr(transformers, manifest["architecture"])
-    options = {"trust_remote_code": True} if custom else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if custom else {}
+    if not custom and FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
+        options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
     model, info = cls.from_pretrained(directory, output_loading_info=True, local_files_only=True, **options)
     return model.eval(), info
 

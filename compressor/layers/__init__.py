@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DENSE = "dense"
 BUILTIN = {
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
+    "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
 }
 

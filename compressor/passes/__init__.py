@@ -9,7 +9,11 @@ from importlib.metadata import EntryPoint, entry_points
 from compressor.errors import RecipeError
 from compressor.protocol import Pass
 
-BUILTIN = {"gptq": "compressor.passes.gptq:GPTQ", "rtn": "compressor.passes.rtn:RTN"}
+BUILTIN = {
+    "gptq": "compressor.passes.gptq:GPTQ",
+    "llm_int8": "compressor.passes.llm_int8:LLMInt8",
+    "rtn": "compressor.passes.rtn:RTN",
+}
 GROUP = "compressor.passes"
 
 
