@@ -109,7 +109,7 @@ def make_plan(
 
 
 def _why_skipped(weight: Weight) -> str:
-    if weight.role in ("head", "router"):
+    if weight.role in ("head", "router", "embedding"):
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"
 
@@ -153,16 +153,20 @@ def _follow_forms(plan: Plan) -> None:
             if found not in traits.accepts:
                 refused.append(weight)
                 continue
-            if traits.stores is None:
+            stored = step.settings.stored(weight)
+            if stored is None:
+                continue
+            if find_layer(stored).looks_up != (weight.role == "embedding"):
+                plan.problems.append(_unfit(step, stored, weight))
                 continue
             try:
                 spec = step.settings.spec(weight) or {}
             except CompressError as problem:
                 plan.problems.append(problem)
                 continue
-            forms[weight.name] = traits.stores
+            forms[weight.name] = stored
             changed_by[weight.name] = step
-            form = Form(traits.stores, spec, weight)
+            form = Form(stored, spec, weight)
             plan.forms[weight.name] = form
             before = weight.out_features * weight.in_features * dtype_bytes
             plan.rows.append(
@@ -173,7 +177,7 @@ def _follow_forms(plan: Plan) -> None:
                     "step": number,
                     "pass": step.name,
                     "from": found,
-                    "to": traits.stores,
+                    "to": stored,
                     "bytes_before": before,
                     "bytes_after": sum(size for *_, size in _planned(form, plan.structure.dtype)),
                 }
@@ -192,6 +196,16 @@ def _follow_forms(plan: Plan) -> None:
             PreflightError(text, where=".".join(map(str, step.path)))
             for text in step.settings.check(plan.selected[step.path])
         ]
+
+
+def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
+    """A table whose rows are looked up has no product to put a multiplying form in, nor the other way round."""
+    does = "is looked up by rows" if weight.role == "embedding" else "is multiplied"
+    return PreflightError(
+        f"{weight.name} {does}, and {step.name} would store it as {stored}, which does not stand in for that",
+        where=".".join(map(str, step.path)),
+        hint="Leave it out with `except`.",
+    )
 
 
 def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
@@ -224,6 +238,15 @@ def planned_tensors(plan: Plan) -> list[Named]:
 def _predict(plan: Plan, output: Path | None) -> None:
     structure, recipe = plan.structure, plan.recipe
     tied = structure.bindings.tied
+    for form in plan.forms.values():
+        if form.weight.role == "embedding" and (other := _sharer(form.weight, tied)) is not None:
+            plan.problems.append(
+                PreflightError(
+                    f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
+                    where=form.weight.name,
+                    hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
+                )
+            )
     plan.untied = any(form.weight.parameter in tied for form in plan.forms.values())
     if plan.untied:
         message = "the head shares the embedding's weights; it gets its own and config.json says so"
@@ -252,6 +275,11 @@ def _predict(plan: Plan, output: Path | None) -> None:
     _predict_memory(plan)
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
     _check_limits(plan, output)
+
+
+def _sharer(weight: Weight, tied: dict[str, str]) -> str | None:
+    """Another parameter that shares this one's storage."""
+    return tied.get(weight.parameter) or next((t for t, s in tied.items() if s == weight.parameter), None)
 
 
 def _predict_memory(plan: Plan) -> None:

@@ -173,6 +173,10 @@ class Pass(BaseModel):
     def traits(self) -> Traits:
         raise NotImplementedError
 
+    def stored(self, weight: Weight) -> str | None:
+        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ."""
+        return self.traits.stores
+
     def spec(self, weight: Weight) -> dict[str, Any] | None:
         """Settings of the stored form this pass would leave for `weight`; None if the form keeps its own.
 
