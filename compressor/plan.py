@@ -95,6 +95,11 @@ def make_plan(
     _check_facts(plan)
     _follow_forms(plan)
     _predict(plan, output)
+    for step in recipe.steps:
+        if step.settings.decides:
+            where = ".".join(map(str, step.path))
+            message = f"{step.name} chooses over the whole model before it starts; its sizes here are upper bounds"
+            plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]
     if structure.bindings.dropped:
