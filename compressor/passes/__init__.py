@@ -9,7 +9,11 @@ from importlib.metadata import EntryPoint, entry_points
 from compressor.errors import RecipeError
 from compressor.protocol import Pass
 
-BUILTIN = {"gptq": "compressor.passes.gptq:GPTQ", "rtn": "compressor.passes.rtn:RTN"}
+BUILTIN = {
+    "bct": "compressor.passes.bct:BCT",
+    "gptq": "compressor.passes.gptq:GPTQ",
+    "rtn": "compressor.passes.rtn:RTN",
+}
 GROUP = "compressor.passes"
 
 
