@@ -62,8 +62,9 @@ def build_report(
     for line in lines:
         for record in line["records"]:
             row = predicted[record["name"]]
-            bits = 8 * row["bytes_after"] / math.prod(record["shape"])
-            size = {"bytes_before": row["bytes_before"], "bytes_after": row["bytes_after"], "bits_per_parameter": bits}
+            after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
+            bits = 8 * after / math.prod(record["shape"])
+            size = {"bytes_before": row["bytes_before"], "bytes_after": after, "bits_per_parameter": bits}
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (

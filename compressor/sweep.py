@@ -163,6 +163,7 @@ class UnitSite:
                 "spec": layer.spec(),
                 "shape": list(weight.shape),
                 "role": weight.role,
+                "bytes_after": sum(tensor.nbytes for tensor in layer.tensors().values()),
                 "seconds": now - self.began,
                 **record,
             }
