@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
+import yaml
+from safetensors.torch import load_file
 
-from compressor.errors import RecipeError, ShapeError
+import compressor
+from compressor.errors import PreflightError, RecipeError, ShapeError
 from compressor.kernels.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
 from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding
 from compressor.layers.block_linear import BlockLinear
 from compressor.passes.bct import BCT, Seen, choose_bits, output_error, quantize_blocks, stored_bytes
+from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
+from compressor.run import compress
 
 
 def seeded(*shape, seed=0):
@@ -187,7 +198,7 @@ def test_output_error_is_that_of_the_products_seen():
 
 def test_bits_and_a_budget_exclude_each_other():
     text = b"version: 1\nname: x\nsteps:\n  - {pass: bct, bits: 4, budget: 1000}\n"
-    with pytest.raises(RecipeError, match="budget chooses the bits"):
+    with pytest.raises(RecipeError, match="a budget chooses the bits"):
         parse_recipe(text, "x.yaml")
 
 
@@ -199,3 +210,101 @@ def test_powers_of_two_are_exact_over_the_whole_range():
 def test_settings_name_the_form_that_is_stored():
     assert BCT(activations="static").traits.stores == "block_activation_linear"
     assert BCT().traits.stores == "block_linear"
+
+
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'compressor': raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForSequenceClassification as Auto
+model, info = Auto.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+torch.save(model.eval()(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
+"""
+
+
+def recipe(**step):
+    tree = {
+        "version": 1,
+        "name": "blocks",
+        "data": {"source": "random", "samples": 8, "length": 16},
+        "steps": [{"pass": "bct", "block_shape": [16, 16], **step}],
+        "report": {"html": False},
+    }
+    return parse_recipe(yaml.safe_dump(tree).encode(), "blocks.yaml")
+
+
+def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4}
+    report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
+    assert report["verification"]["max_logit_difference"] == 0.0
+    forms = {weight["form"] for weight in report["weights"]}
+    assert forms == {"block_activation_linear", "block_embedding"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    ours = compressor.load(tmp_path / "out")
+    assert torch.load(tmp_path / "logits.pt").equal(ours(input_ids=torch.arange(8).view(1, 8)).logits)
+
+
+def test_a_budget_is_kept_journaled_and_spent_where_it_helps(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    report = compress(recipe(only=["*", "@embedding"], budget_bits=5.5), str(model), tmp_path / "out", measure=False)
+    rows = report["weights"]
+    bits = {row["name"]: row["spec"]["bits"] for row in rows}
+    assert set(bits.values()) == {4, 8}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    parts = ("weight_packed", "weight_exponent")
+    used = sum(t.nbytes for name, t in stored.items() if name.rpartition(".")[2] in parts)
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    assert used <= 5.5 * weights / 8
+    assert used == sum(row["bytes_after"] for row in rows)
+    assert used == sum(stored_bytes(tuple(row["shape"]), row["spec"]) for row in rows)
+
+
+def test_a_budget_below_four_bits_is_refused_with_the_bytes_it_takes(tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    plan = make_plan(recipe(budget=1000), str(model))
+    assert "at 4 bits are" in plan.problems[0].what
+
+
+def test_a_table_that_the_head_shares_is_refused_by_name(tmp_path):
+    model = tiny.save("qwen3", tmp_path / "model")
+    with pytest.raises(PreflightError, match=r"model.embed_tokens: shares its table with lm_head"):
+        compress(recipe(only=["@embedding"]), str(model), tmp_path / "out", measure=False)
+
+
+def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    text = b"version: 1\nname: x\nsteps:\n  - {pass: rtn, group_size: -1, only: ['@embedding']}\n"
+    problems = make_plan(parse_recipe(text, "x.yaml"), str(model)).problems
+    assert "model.embed_tokens is looked up by rows" in problems[0].what
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
+    model = tiny.save(family, tmp_path / "model")
+    plan = make_plan(recipe(only=["*", "@embedding!"], activations="dynamic"), str(model))
+    names = [row["name"] for row in plan.rows]
+    if family in ("mixtral", "qwen3_moe"):
+        assert any("expert" in str(problem.where) for problem in plan.problems)
+    elif family in ("qwen3", "opt", "gpt2"):  # their heads share the table
+        assert all("shares its table" in problem.what for problem in plan.problems) and plan.problems
+    else:
+        assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
+
+
+def test_the_shipped_recipe_mixes_bits_on_a_tiny_model(tmp_path):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
+    shipped = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "bct-4-8.yaml").read_text())
+    small = {"data": {"source": "random", "samples": 8, "length": 16}, "eval": {}, "report": {"html": False}}
+    text = yaml.safe_dump({**shipped, **small}).encode()
+    report = compress(parse_recipe(text, "small.yaml"), str(model), tmp_path / "out", measure=False)
+    assert {row["spec"]["bits"] for row in report["weights"]} == {4, 8}
+    assert any(row["form"] == "block_embedding" for row in report["weights"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "compressed_llama"

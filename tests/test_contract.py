@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
 from compressor.passes.rtn import RTN
 from compressor.testing import check_pass
@@ -15,7 +16,7 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("gptq", GPTQ(**GPTQ_SETTINGS)), ("rtn", RTN(bits=8, group_size=-1))],
+    [("gptq", GPTQ(**GPTQ_SETTINGS)), ("rtn", RTN(bits=8, group_size=-1)), ("bct", BCT(bits=4, budget=None))],
 )
 def test_pass_keeps_the_contract(name, settings, tmp_path):
     model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)

@@ -18,12 +18,14 @@ Where the paper is ambiguous, and what we chose
 - Scale. A power of two, so that integer products are aligned by shifts; `scale: float16` is the option.
 - Choice of the scale. `mse` tries e0, e0 - 1, e0 - 2, e0 - 3 and keeps the least squared error of each block, so it may
   clip; `output` weighs each column's error by the mean square of its calibration inputs; `max` is e0.
-- Bits. 4 or 8 for each matrix. With `budget` the choice is made over the whole model: every selected matrix starts at 4
-  bits, and those are raised to 8 whose relative output error, |(W - W')X|^2 / |WX|^2 on calibration data, falls most
-  per byte, while the bytes of all selected matrices stay within the budget. Of an embedding the rows that occur count.
+- Bits. 4 or 8 for each matrix. With `budget` or `budget_bits` the choice is made over the whole model: every selected
+  matrix starts at 4 bits, and those are raised to 8 whose relative output error, |(W - W')X|^2 / |WX|^2 on calibration
+  data, falls most per byte, while the bytes of all selected matrices stay within the budget. Of an embedding the rows
+  that occur count.
 - Embeddings are blocks of one row, as wide as `embedding_block`.
 - Biases and norms stay as they are: together a thousandth of the weights, and an integer product adds a bias in its
   accumulator at higher precision anyway.
+- Look-up tables for GELU, softmax and norms are not offered yet; those functions stay exact.
 - Activations: 8 bits, blocks of as many inputs as the weight's blocks are wide, one shift a token and block (dynamic),
   or one a block found from the largest value on calibration data (static; larger values saturate).
 
@@ -57,7 +59,7 @@ class BCT(Pass):
     title: ClassVar[str] = "Weights, embeddings and activations in blocks with power-of-two scales, 4/8-bit mix"
     paper: ClassVar[str] = "Dong & Chen 2023, arXiv 2304.01483"
 
-    bits: Literal[4, 8] = Field(8, description="Bits per weight; with `budget` each matrix gets 4 or 8.")
+    bits: Literal[4, 8] = Field(8, description="Bits per weight; with a budget each matrix gets 4 or 8.")
     block_shape: tuple[Side, Side] = Field(
         (64, 64), description="Rows and columns of a matrix that share a scale; [1, B] for one row."
     )
@@ -74,16 +76,21 @@ class BCT(Pass):
     budget: PositiveInt | None = Field(
         None, description="Bytes that the selected matrices may fill; chooses 4 or 8 bits for each, tables included."
     )
+    budget_bits: float | None = Field(
+        None, gt=4, le=16, description="The same as bits a weight of the selected matrices, scales included."
+    )
 
     @model_validator(mode="after")
     def _bits_or_budget(self) -> BCT:
-        if self.budget is not None and (self.bits, self.embedding_bits) != (8, 8):
-            raise ValueError("budget chooses the bits: leave out bits and embedding_bits")
+        if self.budget is not None and self.budget_bits is not None:
+            raise ValueError("budget and budget_bits say the same: give one of them")
+        if self.decides and (self.bits, self.embedding_bits) != (8, 8):
+            raise ValueError("a budget chooses the bits: leave out bits and embedding_bits")
         return self
 
     @property
     def decides(self) -> bool:
-        return self.budget is not None
+        return self.budget is not None or self.budget_bits is not None
 
     @property
     def traits(self) -> Traits:
@@ -101,17 +108,22 @@ class BCT(Pass):
         return self._spec(weight, self._bits(weight, None))
 
     def check(self, weights: Sequence[Weight]) -> list[str]:
-        if self.budget is None:
+        if not self.decides:
             return []
         least = sum(stored_bytes(weight.shape, self._spec(weight, 4)) for weight in weights)
-        if least > self.budget:
-            return [f"budget {self.budget:,} is below the {least:,} bytes of all {len(weights)} matrices at 4 bits"]
+        budget = self._budget_bytes(sum(weight.out_features * weight.in_features for weight in weights))
+        if least > budget:
+            return [f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"]
         return []
+
+    def _budget_bytes(self, weights: int) -> int:
+        return self.budget if self.budget is not None else int((self.budget_bits or 0) * weights / 8)
 
     def decide(self, model: WholeModel) -> Decision | None:
         """Bits of every matrix within the budget."""
         errors: dict[str, list[float]] = {}
         costs: dict[str, list[int]] = {}
+        count = 0
         for site in model.sites():
             for stage in site.stages(sequential=False):
                 for group, seen in zip(stage, self._fold(site, stage, with_gram=True), strict=True):
@@ -120,11 +132,12 @@ class BCT(Pass):
                         errors[weight.name] = [
                             output_error(matrix, self._quantize(weight, matrix, bits, seen)[2], seen) for bits in (4, 8)
                         ]
+                        count += matrix.numel()
                         costs[weight.name] = [stored_bytes(weight.shape, self._spec(weight, bits)) for bits in (4, 8)]
-        assert self.budget is not None
-        bits = choose_bits(errors, costs, self.budget)
+        budget = self._budget_bytes(count)
+        bits = choose_bits(errors, costs, budget)
         chosen = sum(costs[name][bits[name] == 8] for name in bits)
-        return {"bits": bits, "bytes": chosen, "output_errors": errors}
+        return {"bits": bits, "bytes": chosen, "budget_bytes": budget, "output_errors": errors}
 
     def stem(self, site: Site, carry: Carry) -> Carry:
         return self.block(site, carry)
