@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -26,6 +27,7 @@ from compressor.passes.bct import BCT, Seen, choose_bits, output_error, quantize
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
+from compressor.testing import kill_at, weight_hashes
 
 
 def seeded(*shape, seed=0):
@@ -265,6 +267,20 @@ def test_a_budget_is_kept_journaled_and_spent_where_it_helps(tmp_path):
     assert used <= 5.5 * weights / 8
     assert used == sum(row["bytes_after"] for row in rows)
     assert used == sum(stored_bytes(tuple(row["shape"]), row["spec"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_decision_resumes_with_it(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    settings = recipe(only=["*", "@embedding"], budget_bits=5.5)
+    compress(settings, str(model), tmp_path / "whole", measure=False)
+    output = tmp_path / "killed"
+    assert kill_at(9, settings, model, output) == -signal.SIGKILL
+    lines = (tmp_path / "killed.work" / "journal.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert first["key"] == "0/decision/0" and set(first["decision"]["bits"].values()) == {4, 8}
+    compress(settings, str(model), output, measure=False, resume=True)
+    assert weight_hashes(output) == weight_hashes(tmp_path / "whole")
 
 
 def test_a_budget_below_four_bits_is_refused_with_the_bytes_it_takes(tmp_path):
