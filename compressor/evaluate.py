@@ -106,7 +106,7 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
     parameter = structure.bindings.parameter_of()
     classes = dict.fromkeys(("quantized", "scales", "embedding", "head", "norms", "dense", "other"), 0)
-    matrices = {weight.tensor for _, weight in structure.weights()}
+    matrices = {weight.tensor for _, weight in structure.weights() if weight.role != "embedding"}
     for file in files:
         for name, info in read_header(file).items():
             stem, _, suffix = name.rpartition(".")

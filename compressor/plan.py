@@ -6,7 +6,6 @@ Nothing is written and only headers are read. A problem found here would otherwi
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -61,12 +60,6 @@ class Plan:
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
 
-    def stored_bytes(self, record: dict[str, Any]) -> int:
-        """Bytes of a weight as a pass stored it, which calibration may have decided; `record` is what the pass left."""
-        layer = find_layer(record["form"])
-        tensors = layer.planned(tuple(record["shape"]), record["spec"], self.structure.dtype)
-        return sum(kind.itemsize * math.prod(shape) for kind, shape in tensors.values())
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe.name,
@@ -102,6 +95,11 @@ def make_plan(
     _check_facts(plan)
     _follow_forms(plan)
     _predict(plan, output)
+    for step in recipe.steps:
+        if step.settings.decides:
+            where = ".".join(map(str, step.path))
+            message = f"{step.name} chooses over the whole model before it starts; its sizes here are upper bounds"
+            plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]
     if structure.bindings.dropped:
@@ -116,7 +114,7 @@ def make_plan(
 
 
 def _why_skipped(weight: Weight) -> str:
-    if weight.role in ("head", "router"):
+    if weight.role in ("head", "router", "embedding"):
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"
 
@@ -160,16 +158,20 @@ def _follow_forms(plan: Plan) -> None:
             if found not in traits.accepts:
                 refused.append(weight)
                 continue
-            if traits.stores is None:
+            stored = step.settings.stored(weight)
+            if stored is None:
+                continue
+            if find_layer(stored).looks_up != (weight.role == "embedding"):
+                plan.problems.append(_unfit(step, stored, weight))
                 continue
             try:
                 spec = step.settings.spec(weight) or {}
             except CompressError as problem:
                 plan.problems.append(problem)
                 continue
-            forms[weight.name] = traits.stores
+            forms[weight.name] = stored
             changed_by[weight.name] = step
-            form = Form(traits.stores, spec, weight)
+            form = Form(stored, spec, weight)
             plan.forms[weight.name] = form
             before = weight.out_features * weight.in_features * dtype_bytes
             plan.rows.append(
@@ -180,7 +182,7 @@ def _follow_forms(plan: Plan) -> None:
                     "step": number,
                     "pass": step.name,
                     "from": found,
-                    "to": traits.stores,
+                    "to": stored,
                     "bytes_before": before,
                     "bytes_after": sum(size for *_, size in _planned(form, plan.structure.dtype)),
                 }
@@ -199,6 +201,16 @@ def _follow_forms(plan: Plan) -> None:
             PreflightError(text, where=".".join(map(str, step.path)))
             for text in step.settings.check(plan.selected[step.path])
         ]
+
+
+def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
+    """A table whose rows are looked up has no product to put a multiplying form in, nor the other way round."""
+    does = "is looked up by rows" if weight.role == "embedding" else "is multiplied"
+    return PreflightError(
+        f"{weight.name} {does}, and {step.name} would store it as {stored}, which does not stand in for that",
+        where=".".join(map(str, step.path)),
+        hint="Leave it out with `except`.",
+    )
 
 
 def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
@@ -231,6 +243,15 @@ def planned_tensors(plan: Plan) -> list[Named]:
 def _predict(plan: Plan, output: Path | None) -> None:
     structure, recipe = plan.structure, plan.recipe
     tied = structure.bindings.tied
+    for form in plan.forms.values():
+        if form.weight.role == "embedding" and (other := _sharer(form.weight, tied)) is not None:
+            plan.problems.append(
+                PreflightError(
+                    f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
+                    where=form.weight.name,
+                    hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
+                )
+            )
     plan.untied = any(form.weight.parameter in tied for form in plan.forms.values())
     if plan.untied:
         message = "the head shares the embedding's weights; it gets its own and config.json says so"
@@ -263,6 +284,11 @@ def _predict(plan: Plan, output: Path | None) -> None:
     _predict_memory(plan)
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
     _check_limits(plan, output)
+
+
+def _sharer(weight: Weight, tied: dict[str, str]) -> str | None:
+    """Another parameter that shares this one's storage."""
+    return tied.get(weight.parameter) or next((t for t, s in tied.items() if s == weight.parameter), None)
 
 
 def _predict_memory(plan: Plan) -> None:

@@ -158,6 +158,17 @@ class Site(Protocol):
         ...
 
 
+class WholeModel(Protocol):
+    """The model as the steps before left it, for a choice that no block can make alone."""
+
+    def sites(self) -> Iterator[Site]:
+        """Stem, blocks and head in order, one in memory at a time; each is good until the next is taken.
+
+        Nothing can be put: what the sweep will do is not known yet, so inputs are those of the model unchanged.
+        """
+        ...
+
+
 class Pass(BaseModel):
     """One recipe step. Holds settings only; whatever changes during a run is in `carry`."""
 
@@ -173,6 +184,10 @@ class Pass(BaseModel):
     def traits(self) -> Traits:
         raise NotImplementedError
 
+    def stored(self, weight: Weight) -> str | None:
+        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ."""
+        return self.traits.stores
+
     def spec(self, weight: Weight) -> dict[str, Any] | None:
         """Settings of the stored form this pass would leave for `weight`; None if the form keeps its own.
 
@@ -184,7 +199,13 @@ class Pass(BaseModel):
         """Further problems with the selected weights, for `plan` to list (one sentence each)."""
         return []
 
-    def decide(self, model: Any) -> Decision | None:
+    @property
+    def decides(self) -> bool:
+        """Whether `decide` has anything to do; it costs a run of the whole model. `plan` then shows upper bounds."""
+        return False
+
+    def decide(self, model: WholeModel) -> Decision | None:
+        """A choice over the whole model, before the sweep; every site then has it as `site.decision`."""
         return None
 
     def stem(self, site: Site, carry: Carry) -> Carry:

@@ -63,12 +63,10 @@ def build_report(
     weights = []
     for line in lines:
         for record in line["records"]:
-            after = plan.stored_bytes(record)
-            size = {
-                "bytes_before": predicted[record["name"]]["bytes_before"],
-                "bytes_after": after,
-                "bits_per_parameter": 8 * after / math.prod(record["shape"]),
-            }
+            row = predicted[record["name"]]
+            after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
+            bits = 8 * after / math.prod(record["shape"])
+            size = {"bytes_before": row["bytes_before"], "bytes_after": after, "bits_per_parameter": bits}
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (

@@ -34,6 +34,7 @@ class Structure:
     """A checkpoint, its model on the meta device, and what running it showed.
 
     groups             signature of a block -> its products, grouped by input, in forward order
+    tables             what the stem looks rows up in, as plain nn.Embedding does
     used_after_blocks  modules outside the blocks that the twin used only after the last block, or not at all
     dtype              what stays dense
     """
@@ -45,6 +46,7 @@ class Structure:
     groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]]
     head_products: tuple[Product, ...]
     used_after_blocks: set[str]
+    tables: tuple[Product, ...]
     dtype: torch.dtype
     _stages: dict[int, list[Stage]] = field(default_factory=dict, repr=False)
 
@@ -57,14 +59,14 @@ class Structure:
         return len(self.pieces)
 
     def stages(self, unit: int) -> list[Stage]:
-        """Weight groups of a unit: 0 stem (none), 1..n blocks, n + 1 head; in forward order."""
+        """Weight groups of a unit: 0 stem (its tables), 1..n blocks, n + 1 head; in forward order."""
         if unit not in self._stages:  # kept, because a layer may stand in for a module later
             self._stages[unit] = self._find_stages(unit)
         return self._stages[unit]
 
     def _find_stages(self, unit: int) -> list[Stage]:
         if unit == 0:
-            return []
+            return [(group,) for table in self.tables for group in self._weights("", (table,), "embedding")]
         if unit == self.block_count + 1:
             return [(group,) for product in self.head_products for group in self._weights("", (product,), "head")]
         block = self.pieces.blocks[unit - 1]
@@ -206,8 +208,8 @@ def structure_of(
     model_dtype = _run_dtype(dtype, config, checkpoint)
     pieces = Pieces(model, find_blocks(model))
     twin_config = shallow_config(config, model, pieces)
-    groups, head, after = trace(cls, twin_config, pieces.blocks_path, model_dtype)
-    return Structure(checkpoint, model, pieces, bind(model, checkpoint), groups, head, after, model_dtype)
+    groups, head, after, tables = trace(cls, twin_config, pieces.blocks_path, model_dtype)
+    return Structure(checkpoint, model, pieces, bind(model, checkpoint), groups, head, after, tables, model_dtype)
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -8,6 +8,7 @@ recomputes activations through stored blocks, is bit-identical to an uninterrupt
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class UnitSite:
     needs: Needs
     installed: Installed
     decision: dict[str, Any] | None = None
+    is_open: bool = True
     put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, str]] = field(default_factory=list)
@@ -141,6 +143,7 @@ class UnitSite:
         return self.structure.model.get_parameter(parameter).data
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
+        assert self.is_open, "nothing can be put while a pass decides"
         form = Form(layer.form, layer.spec(), weight)
         self._untie(weight)
         for stream in self.streams:  # whoever has multiplied by the weight has to do it again
@@ -160,6 +163,7 @@ class UnitSite:
                 "spec": layer.spec(),
                 "shape": list(weight.shape),
                 "role": weight.role,
+                "bytes_after": sum(tensor.nbytes for tensor in layer.tensors().values()),
                 "seconds": now - self.began,
                 **record,
             }
@@ -181,11 +185,14 @@ class UnitSite:
                 )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, (tokens, in) input) for each batch, in order.
+        """(group number, (tokens, in) input) for each batch, in order; of tables in the stem, (tokens,) row numbers.
 
         Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
         takes; the others look ahead from where they are, or start again.
         """
+        if self.unit == 0:
+            yield from self._row_numbers(stage)
+            return
         numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
         watched = watched_parameters(self.structure, self.unit)
 
@@ -216,6 +223,26 @@ class UnitSite:
             if kept - before + stream.kept_bytes > limit:
                 stream.tape = None
             kept += stream.kept_bytes - before
+
+    def _row_numbers(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
+        """(group number, row numbers (tokens,)) that the stem looks up, for each batch."""
+        found: dict[int, Tensor] = {}
+        handles = []
+        for number, group in enumerate(stage):
+            module = self.structure.model.get_submodule(group.weights[0].parameter.removesuffix(".weight"))
+
+            def note(_module: Any, args: tuple[Any, ...], number: int = number) -> None:
+                found[number] = args[0].reshape(-1)
+
+            handles.append(module.register_forward_pre_hook(note))
+        try:
+            for stream in self.streams:
+                found.clear()
+                self.structure.pieces.stem(stream.batch)
+                yield from found.items()
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _forget_unread(self, stream: Stream, parameter: str) -> None:
         """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
@@ -344,7 +371,8 @@ def _run_sweep(
     sweeper.emit({"event": "sweep", "sweep": number, "units": units, "passes": [step.name for step in steps]})
     after: dict[str, Form] = {}
     files: list[Path] = []
-    streams: list[Stream] = []
+    decisions = _decide(sweeper, number, steps, before, forms)
+    streams = _batches(sweeper, steps)
     for unit in range(units):
         began = time.perf_counter()
         if sweeper.is_interrupted():
@@ -356,13 +384,13 @@ def _run_sweep(
         if line is None:
             load_unit(structure, unit, source, sweeper.device)
             installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
-            line = _transform(sweeper, number, unit, steps, source, streams, key, installed)
+            line = _transform(sweeper, number, unit, steps, source, streams, key, installed, decisions)
         files.append(journal.path(line))
         kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
         after.update(kept)
         _read_back(installed, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
         if unit == 0:
-            streams = _embed(sweeper, steps)
+            _embed(structure, streams)
         elif unit < units - 1:
             for stream in streams:
                 stream.hidden = finish_unit(structure, unit, stream)
@@ -413,6 +441,7 @@ def _transform(
     streams: list[Stream],
     key: str,
     installed: Installed,
+    decisions: list[dict[str, Any] | None],
 ) -> dict[str, Any]:
     """Let the steps change the loaded unit, and commit it."""
     structure = sweeper.structure
@@ -422,7 +451,17 @@ def _transform(
     for position, step in enumerate(steps):
         selected = frozenset(weight.name for weight in sweeper.plan.selected[step.path])
         generator = torch.Generator().manual_seed(_seed(sweeper.seed, number, position, unit))
-        site = UnitSite(structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs, installed)
+        site = UnitSite(
+            structure,
+            unit,
+            selected,
+            streams[:-1],
+            sweeper.device,
+            generator,
+            sweeper.needs,
+            installed,
+            decisions[position],
+        )
         settings = step.settings
         work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
         try:
@@ -454,8 +493,71 @@ def _transform(
     return line
 
 
-def _embed(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
-    """Calibration batches after the stem (none if no step reads inputs), and the probe as the last one."""
+def _decide(
+    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, Form]
+) -> list[dict[str, Any] | None]:
+    """What each step of the sweep chooses over the whole model, read from the journal where it is there already."""
+    decisions: list[dict[str, Any] | None] = []
+    for position, step in enumerate(steps):
+        if not step.settings.decides:
+            decisions.append(None)
+            continue
+        key = f"{number}/decision/{position}"
+        line = sweeper.journal.done(key)
+        if line is None:
+            sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
+            made = step.settings.decide(WholeModelView(sweeper, number, position, step, before, forms))
+            free_all(sweeper.structure)
+            text = json.dumps(made, sort_keys=True)
+            name = f"s{number:02d}-decision-{position:02d}.json"
+            facts = {"forms": {}, "records": [], "warnings": [], "decision": json.loads(text)}
+            sweeper.journal.commit(key, name, lambda path, text=text: path.write_text(text), facts)  # type: ignore[misc]
+            line = sweeper.journal.done(key)
+            assert line is not None
+        decisions.append(line["decision"])
+    return decisions
+
+
+@dataclass
+class WholeModelView:
+    """The model as earlier sweeps left it (`protocol.WholeModel`)."""
+
+    sweeper: Sweeper
+    number: int
+    position: int
+    step: Step
+    before: list[Path]
+    forms: dict[str, Form]
+
+    def sites(self) -> Iterator[UnitSite]:
+        sweeper, structure = self.sweeper, self.sweeper.structure
+        selected = frozenset(weight.name for weight in sweeper.plan.selected[self.step.path])
+        streams = _batches(sweeper, (self.step,))
+        for unit in range(structure.block_count + 2):
+            if sweeper.is_interrupted():
+                raise Interrupted("stopped while deciding", hint="Continue with --resume.")
+            source = UnitSource(structure, self.before[unit] if self.before else None, self.forms)
+            installed = Installed(structure)
+            load_unit(structure, unit, source, sweeper.device)
+            installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
+            generator = torch.Generator().manual_seed(_seed(sweeper.seed, self.number, self.position, unit, -1))
+            site = UnitSite(
+                structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs, installed
+            )
+            site.is_open = False
+            yield site
+            if unit == 0:
+                _embed(structure, streams)
+            elif unit <= structure.block_count:
+                for stream in streams:
+                    stream.hidden = finish_unit(structure, unit, stream)
+            installed.remove()
+            if 0 < unit <= structure.block_count:
+                free_unit(structure, unit)
+
+
+def _batches(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
+    """Calibration batches before the stem (none if no step reads inputs), and the probe as the last one."""
     structure, device = sweeper.structure, sweeper.device
     name = structure.model.main_input_name
     batches: list[Batch] = []
@@ -465,12 +567,17 @@ def _embed(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
             value = stacked if sweeper.samples.is_text else stacked.to(structure.dtype)
             batches.append({name: value.to(device)})
     batches.append(probe_batch(structure, device))
-    streams: list[Stream] = []
-    for batch in batches:
-        hidden, calls = structure.pieces.stem(batch)
-        shared = next((s.calls for s in streams if s.hidden.shape == hidden.shape and _equal(s.calls, calls)), calls)
-        streams.append(Stream(batch, hidden, shared))
-    return streams
+    return [Stream(batch, torch.empty(0), []) for batch in batches]
+
+
+def _embed(structure: Structure, streams: list[Stream]) -> None:
+    """Take every batch through the stem."""
+    done: list[Stream] = []
+    for stream in streams:
+        hidden, calls = structure.pieces.stem(stream.batch)
+        shared = next((s.calls for s in done if s.hidden.shape == hidden.shape and _equal(s.calls, calls)), calls)
+        stream.hidden, stream.calls = hidden, shared
+        done.append(stream)
 
 
 def _equal(first: list[Call], second: list[Call]) -> bool:

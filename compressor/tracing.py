@@ -34,11 +34,11 @@ class Product:
 
 def trace(
     cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str], tuple[Product, ...]]:
     """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
 
-    returns  products of each kind of block by signature, grouped by input in forward order; those of the head; and the
-             modules outside the blocks that the stem didn't use
+    returns  products of each kind of block by signature, grouped by input in forward order; those of the head; the
+             modules outside the blocks that the stem didn't use; and the tables that the stem looks rows up in
     """
     try:
         return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
@@ -48,7 +48,7 @@ def trace(
 
 def _trace_twin(
     twin: PreTrainedModel, path: str
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str]]:
+) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str], tuple[Product, ...]]:
     device = next(twin.parameters()).device
     pieces = Pieces(twin, path)
     batch = example_batch(twin, device)
@@ -89,7 +89,12 @@ def _trace_twin(
         owner = name.rpartition(".")[0]
         if product not in products and owner not in before:
             products.append(product)
-    return groups, tuple(products), {name for name in outside if name not in before}
+    # a subclass may scale, shift or mask what it looks up, which a form that stands in for nn.Embedding wouldn't
+    looked_up = [
+        name for name in dict.fromkeys(used) if name in before and type(twin.get_submodule(name)) is nn.Embedding
+    ]
+    tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
+    return groups, tuple(products), {name for name in outside if name not in before}, tables
 
 
 def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tuple[tuple[Product, ...], ...]:

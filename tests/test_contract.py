@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
 from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
@@ -20,6 +21,7 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
         ("gptq", GPTQ(**GPTQ_SETTINGS)),
         ("rtn", RTN(bits=8, group_size=-1)),
         ("llm_int8", LLMInt8()),
+        ("bct", BCT(bits=4)),
     ],
 )
 def test_pass_keeps_the_contract(name, settings, tmp_path):

@@ -95,7 +95,7 @@ def test_a_checkpoint_saved_without_its_prefix_binds(tmp_path):
     (path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     structure = read_structure(path)
     assert structure.bindings.tied == {"lm_head.weight": "transformer.wte.weight"}
-    assert next(structure.weights())[1].name == "h.0.attn.c_attn"
+    assert [weight.name for _, weight in structure.weights()][:3] == ["wte", "wpe", "h.0.attn.c_attn"]
 
 
 def test_a_model_whose_blocks_talk_beside_the_hidden_states_is_refused_by_block():
@@ -134,3 +134,22 @@ def test_a_port_answers_for_its_block():
 def test_tracing_twice_gives_the_same_structure(tmp_path):
     path = tiny.save("qwen3_moe", tmp_path / "m")
     assert read_structure(path).to_dict() == read_structure(path).to_dict()
+
+
+def test_plain_tables_that_the_stem_looks_up_are_weights_of_the_stem(tmp_path):
+    structure = read_structure(tiny.save("bert", tmp_path / "m"))
+    found = [
+        (weight.name, weight.role, weight.shape) for stage in structure.stages(0) for group in stage for weight in group
+    ]
+    tables = "bert.embeddings."
+    assert sorted(found) == [
+        (tables + "position_embeddings", "embedding", (128, 32)),
+        (tables + "token_type_embeddings", "embedding", (2, 32)),
+        (tables + "word_embeddings", "embedding", (96, 32)),
+    ]
+
+
+def test_a_table_that_is_scaled_or_shifted_when_looked_up_is_no_weight(tmp_path):
+    assert read_structure(tiny.save("gemma3", tmp_path / "scaled")).stages(0) == []
+    names = [g.name for stage in read_structure(tiny.save("opt", tmp_path / "shifted")).stages(0) for g in stage]
+    assert names == ["model.decoder.embed_tokens"]

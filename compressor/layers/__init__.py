@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 BUILTIN = {
+    "block_activation_linear": "compressor.layers.block_activation_linear:BlockActivationLinear",
+    "block_embedding": "compressor.layers.block_embedding:BlockEmbedding",
+    "block_linear": "compressor.layers.block_linear:BlockLinear",
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",

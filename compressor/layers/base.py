@@ -40,12 +40,14 @@ class Layer(nn.Module):
     form         its name in the manifest and in config.json
     weight_only  True: forward is a dense multiply by matrix(), so the engine may write matrix() back. False: forward
                  does more, such as rounding its input, and the layer itself has to stand in the running model
+    looks_up     True: a drop-in for nn.Embedding, of which rows are looked up, in place of nn.Linear
     helpers      modules, beside its own, whose functions it uses when it runs; the modelling file of a custom artifact
                  gets their source
     """
 
     form: ClassVar[str]
     weight_only: ClassVar[bool] = True
+    looks_up: ClassVar[bool] = False
     helpers: ClassVar[tuple[str, ...]] = ()
 
     in_features: int

@@ -10,6 +10,7 @@ from compressor.errors import RecipeError
 from compressor.protocol import Pass
 
 BUILTIN = {
+    "bct": "compressor.passes.bct:BCT",
     "gptq": "compressor.passes.gptq:GPTQ",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
     "rtn": "compressor.passes.rtn:RTN",

@@ -1,0 +1,39 @@
+"""A table of which rows are looked up, as codes with one scale per block; the tensors are those of block_linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.kernels.blocks import expand_blocks, power_of_two, unpack_rows
+from compressor.layers.block_linear import BlockLinear
+
+
+class BlockEmbedding(BlockLinear):
+    """Drop-in for nn.Embedding that rebuilds only the rows that are asked for."""
+
+    form = "block_embedding"
+    looks_up = True
+    helpers = ("compressor.kernels.blocks", "compressor.layers.block_linear")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        block: tuple[int, int],
+        scale: str,
+        dtype: torch.dtype,
+        bias: bool = False,
+        odd: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bits, block, scale, dtype, bias)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        codes = unpack_rows(self.weight_packed[flat], self.bits, self.in_features)
+        stored = getattr(self, self.scale_name)[torch.div(flat, self.block[0], rounding_mode="floor")]
+        scale = power_of_two(stored, torch.float32) if self.scale == "shift" else stored.to(torch.float32)
+        wide = expand_blocks(scale, (1, self.block[1]), (len(flat), self.in_features))
+        return (codes * wide).to(self.dtype).view(*ids.shape, self.in_features)

@@ -1,0 +1,126 @@
+"""A weight as 4- or 8-bit codes with one scale per block of rows and columns, as BCT stores it.
+
+Tensors (docs/format.md), for a weight (out, in) in blocks of R x C:
+    weight_packed    uint8 (out, ceil(in * bits / 8)), signed codes; at 4 bits two a byte, the low half first
+    weight_exponent  int8 (ceil(out / R), ceil(in / C)): the scale is 2**exponent        (scale: shift)
+    weight_scale     float16 of the same shape                                          (scale: float16)
+
+    bytes = out * ceil(in * bits / 8) + s * ceil(out / R) * ceil(in / C),  s = 1 for shifts, 2 for float16
+
+The bias stays in the dtype of the model. With 4 bits and an odd `in`, the last half byte of each row is zero, and the
+settings say `odd`, since the bytes alone don't tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import ShapeError
+from compressor.kernels.blocks import block_counts, expand_blocks, pack_rows, power_of_two, unpack_rows
+from compressor.layers.base import Layer
+
+
+class BlockLinear(Layer):
+    """Drop-in for nn.Linear that multiplies by the dequantized weight."""
+
+    form = "block_linear"
+    helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.blocks",)
+    weight_packed: Tensor
+    weight_exponent: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        block: tuple[int, int],
+        scale: str,
+        dtype: torch.dtype,
+        bias: bool = False,
+        odd: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.block, self.scale = bits, (block[0], block[1]), scale
+        shape = (out_features, in_features)
+        self.register_buffer("weight_packed", torch.zeros(out_features, -(-in_features * bits // 8), dtype=torch.uint8))
+        kind = torch.int8 if scale == "shift" else torch.float16
+        self.register_buffer(self.scale_name, torch.zeros(block_counts(shape, self.block), dtype=kind))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def scale_name(self) -> str:
+        return "weight_exponent" if self.scale == "shift" else "weight_scale"
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+
+    def codes(self) -> Tensor:
+        """Signed codes (out, in) int8."""
+        return unpack_rows(self.weight_packed, self.bits, self.in_features)
+
+    def scales(self) -> Tensor:
+        """The scale of each block, float32."""
+        if self.scale == "shift":
+            return power_of_two(self.weight_exponent, torch.float32)
+        return self.weight_scale.to(torch.float32)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the codes stand for."""
+        shape = (self.out_features, self.in_features)
+        return (self.codes() * expand_blocks(self.scales(), self.block, shape)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+
+    @classmethod
+    def pack(cls, codes: Tensor, scale: Tensor, *, bits: int, block: tuple[int, int], **more: Any) -> Self:
+        """Store signed codes.
+
+        codes   (out, in) int8 in -q .. q
+        scale   one per block: exponents int8, or scales float16
+        more    further settings of the form, by the names of its spec or its tensors
+        raises  ShapeError if the shapes don't fit each other
+        """
+        form = "shift" if scale.dtype == torch.int8 else "float16"
+        name = "weight_exponent" if form == "shift" else "weight_scale"
+        extra = {key: value for key, value in more.items() if isinstance(value, Tensor)}
+        spec = {"bits": bits, "block": block, "scale": form, **{k: v for k, v in more.items() if k not in extra}}
+        if bits == 4 and codes.shape[1] % 2:
+            spec["odd"] = True
+        shape = (codes.shape[0], codes.shape[1])
+        return cls._filled(shape, spec, {"weight_packed": pack_rows(codes, bits), name: scale, **extra})
+
+    def spec(self) -> dict[str, Any]:
+        spec = {"bits": self.bits, "block": list(self.block), "scale": self.scale}
+        return {**spec, "odd": True} if self.bits == 4 and self.in_features % 2 else spec
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight_packed": self.weight_packed, self.scale_name: getattr(self, self.scale_name)}
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+        packed = tensors["weight_packed"]
+        columns = packed.shape[1] * 8 // spec["bits"] - int(spec.get("odd", False))
+        layer = cls._filled((packed.shape[0], columns), spec, tensors)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @classmethod
+    def _filled(cls, shape: tuple[int, int], spec: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        with torch.device("meta"):
+            layer = cls.empty(shape, spec, torch.float32, False)
+        for name, value in tensors.items():
+            expected = getattr(layer, name)
+            if (expected.shape, expected.dtype) != (value.shape, value.dtype):
+                raise ShapeError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
+                )
+            setattr(layer, name, value.contiguous())
+        return layer

@@ -1,0 +1,326 @@
+"""BCT: block quantization, its stored forms, the choice of bits under a budget, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import compressor
+from compressor.errors import PreflightError, RecipeError, ShapeError
+from compressor.kernels.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
+from compressor.layers.block_activation_linear import BlockActivationLinear
+from compressor.layers.block_embedding import BlockEmbedding
+from compressor.layers.block_linear import BlockLinear
+from compressor.passes.bct import BCT, Seen, choose_bits, output_error, quantize_blocks, stored_bytes
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.run import compress
+from compressor.testing import kill_at, weight_hashes
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_exponent(largest, limit):
+    """The least e with limit * 2**e >= largest, by exact fractions."""
+    exponent = -126
+    while limit * Fraction(2) ** exponent < Fraction(largest) and exponent < 127:
+        exponent += 1
+    return exponent
+
+
+def test_the_worked_example_comes_out_to_the_digit():
+    block = torch.tensor([[0.30, -1.20, 0.05, 0.74]])
+    codes, exponent, rounded = quantize_blocks(block, 8, (1, 4), search=False)
+    assert codes.tolist() == [[19, -77, 3, 47]] and exponent.tolist() == [[-6]]
+    assert rounded.tolist() == [[0.296875, -1.203125, 0.046875, 0.734375]]
+    codes, exponent, rounded = quantize_blocks(block, 4, (1, 4), search=False)
+    assert codes.tolist() == [[1, -5, 0, 3]] and exponent.tolist() == [[-2]]
+    assert rounded.tolist() == [[0.25, -1.25, 0.0, 0.75]]
+
+
+@pytest.mark.parametrize("limit", [7, 127])
+def test_the_exponent_is_the_least_that_holds_the_block(limit):
+    values = [limit * 2.0**t for t in (-100, -7, 0, 3)]
+    values += [math.nextafter(v, 0) for v in values] + [1e-30, 0.3, 1.2, 88.0]
+    largest = torch.tensor(values, dtype=torch.float32)
+    found = shift_exponent(largest, limit)
+    assert found.tolist() == [slow_exponent(float(v), limit) for v in largest]
+    assert shift_exponent(torch.zeros(1), limit).tolist() == [0]
+
+
+def test_a_largest_value_that_is_a_whole_code_has_no_error():
+    for power in (-9, 0, 5):
+        block = torch.tensor([[127 * 2.0**power, 0.3 * 2.0**power]])
+        assert quantize_blocks(block, 8, (1, 2), search=False)[2][0, 0] == block[0, 0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_search_no_error_is_above_half_a_step(bits):
+    matrix = seeded(70, 45)
+    codes, exponent, rounded = quantize_blocks(matrix, bits, (16, 8), search=False)
+    wide = exponent.repeat_interleave(16, 0)[:70].repeat_interleave(8, 1)[:, :45].to(torch.float64)
+    assert bool(((matrix.double() - rounded.double()).abs() <= 2.0 ** (wide - 1)).all())
+    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
+
+
+def test_blocks_within_a_block_never_need_a_larger_exponent():
+    matrix = seeded(64, 64, seed=3)
+    large = quantize_blocks(matrix, 8, (32, 32), search=False)[1]
+    small = quantize_blocks(matrix, 8, (1, 16), search=False)[1]
+    assert bool((small <= large.repeat_interleave(32, 0).repeat_interleave(2, 1)).all())
+
+
+@pytest.mark.parametrize("scale", ["shift", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_searched_scales_have_the_least_error_of_all_that_are_tried(bits, scale):
+    matrix, importance = seeded(9, 21), seeded(21, seed=1).square()
+    rounded = quantize_blocks(matrix, bits, (4, 8), scale, True, importance)[2]
+    plain = quantize_blocks(matrix, bits, (4, 8), scale, False)[2]
+    limit = 2 ** (bits - 1) - 1
+    for top in range(0, 9, 4):
+        for left in range(0, 21, 8):
+            part, weight = matrix[top : top + 4, left : left + 8], importance[left : left + 8]
+            largest = float(part.abs().max())
+            if scale == "shift":
+                tried = [2.0 ** (slow_exponent(largest, limit) - n) for n in range(4)]
+            else:
+                tried = [float(torch.tensor(largest / limit * (1 - 0.02 * n)).half()) for n in range(33)]
+            errors = [
+                float((((part / s).round().clamp(-limit, limit) * s - part).square() * weight).sum()) for s in tried
+            ]
+            found = float(((rounded - matrix)[top : top + 4, left : left + 8].square() * weight).sum())
+            assert found == pytest.approx(min(errors), rel=1e-5)  # float32 sums in another order
+            before = float(((plain - matrix)[top : top + 4, left : left + 8].square() * weight).sum())
+            assert found <= before * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 16])
+def test_packed_codes_come_back_at_every_length(columns):
+    every = torch.arange(-7, 8, dtype=torch.int8).repeat(columns).view(15, columns)
+    assert unpack_rows(pack_rows(every, 4), 4, columns).equal(every)
+    every = torch.arange(-127, 128, dtype=torch.int8).repeat(columns).view(255, columns)
+    assert unpack_rows(pack_rows(every, 8), 8, columns).equal(every)
+    assert pack_rows(torch.tensor([[1, -2, 3]], dtype=torch.int8), 4).tolist() == [[0xE1, 0x03]]
+
+
+@pytest.mark.parametrize("scale", ["shift", "float16"])
+@pytest.mark.parametrize(("shape", "bits"), [((70, 45), 4), ((64, 64), 8), ((3, 200), 4)])
+def test_stored_bytes_are_those_of_the_formula_and_the_weight_comes_back(shape, bits, scale):
+    matrix = seeded(*shape)
+    codes, stored, rounded = quantize_blocks(matrix, bits, (16, 32), scale)
+    layer = BlockLinear.pack(codes, stored, bits=bits, block=(16, 32))
+    tensors = layer.tensors()
+    assert sum(t.nbytes for t in tensors.values()) == stored_bytes(shape, layer.spec())
+    again = BlockLinear.from_tensors(layer.spec(), tensors)
+    assert again.matrix(torch.float32).equal(rounded) and again.spec() == layer.spec()
+    planned = BlockLinear.planned(shape, layer.spec(), torch.float32)
+    assert planned == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    x = seeded(2, shape[1], seed=5)
+    assert again(x).equal(torch.nn.functional.linear(x, rounded))
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name():
+    layer = BlockLinear.pack(*quantize_blocks(seeded(8, 8), 8, (8, 8))[:2], bits=8, block=(8, 8))
+    tensors = {**layer.tensors(), "weight_exponent": torch.zeros(2, 1, dtype=torch.int8)}
+    with pytest.raises(ShapeError, match="weight_exponent is"):
+        BlockLinear.from_tensors(layer.spec(), tensors)
+
+
+def test_integer_products_with_shifts_are_what_the_layer_computes():
+    matrix, x = seeded(12, 40), seeded(5, 40, seed=2) * 3
+    codes, exponent, _ = quantize_blocks(matrix, 8, (1, 16))
+    layer = BlockActivationLinear.pack(codes, exponent, bits=8, block=(1, 16), activations="dynamic")
+    expected = torch.zeros(5, 12, dtype=torch.float64)
+    for token in range(5):
+        for number, left in enumerate(range(0, 40, 16)):
+            part = x[token, left : left + 16]
+            e = slow_exponent(float(part.abs().max()), 127)
+            c = [round(Fraction(float(v)) / Fraction(2) ** e) for v in part]
+            for row in range(12):
+                products = sum(a * int(b) for a, b in zip(c, codes[row, left : left + 16], strict=True))
+                assert abs(products) < 2**31
+                expected[token, row] += products * 2.0 ** (e + int(exponent[row, number]))
+    # sums of 40 float32 products
+    assert float((layer(x).double() - expected).abs().max()) <= 40 * 2**-24 * float(expected.abs().max())
+
+
+def test_static_exponents_saturate_and_leave_small_values_alone():
+    exponent = torch.tensor([-6, -3], dtype=torch.int8)
+    x = torch.tensor([[5.0, 0.5, -5.0, 0.5]])
+    assert round_to_shift(x, 2, exponent).tolist() == [[127 / 64, 0.5, -5.0, 0.5]]
+
+
+def test_a_block_with_inf_passes_through_as_it_is():
+    x = torch.tensor([[float("inf"), 0.3, 0.3, 0.7]])
+    found = round_to_shift(x, 2)
+    assert found[0, :2].equal(x[0, :2]) and found[0, 2:].equal(round_to_shift(x[:, 2:], 2)[0])
+
+
+@pytest.mark.parametrize("scale", ["shift", "float16"])
+def test_a_table_in_blocks_looks_up_the_rows_of_its_matrix(scale):
+    codes, stored, rounded = quantize_blocks(seeded(11, 9), 4, (2, 4), scale)
+    layer = BlockEmbedding.pack(codes, stored, bits=4, block=(2, 4))
+    ids = torch.tensor([[3, 10, 0], [3, 3, 7]])
+    assert layer(ids).equal(torch.nn.functional.embedding(ids, rounded))
+
+
+def test_bits_go_where_the_error_falls_most_per_byte_within_the_budget():
+    errors = {"a": [1.0, 0.1], "b": [0.5, 0.1], "c": [2.0, 0.1], "d": [0.1, 0.2]}
+    costs = {"a": [10, 20], "b": [1, 2], "c": [100, 200], "d": [1, 2]}
+    assert choose_bits(errors, costs, 112) == {"a": 4, "b": 4, "c": 4, "d": 4}
+    assert choose_bits(errors, costs, 123) == {"a": 8, "b": 8, "c": 4, "d": 4}
+    assert choose_bits(errors, costs, 10_000) == {"a": 8, "b": 8, "c": 8, "d": 4}
+
+
+def test_output_error_is_that_of_the_products_seen():
+    matrix, x = seeded(6, 8), seeded(50, 8, seed=1)
+    rounded = quantize_blocks(matrix, 4, (2, 8))[2]
+    seen = Seen.of_inputs(8, 8, True, torch.device("cpu")).add(x[:20]).add(x[20:])
+    slow = ((rounded - matrix) @ x.t()).square().sum() / (matrix @ x.t()).square().sum()
+    assert output_error(matrix, rounded, seen) == pytest.approx(float(slow), rel=1e-4)
+    assert seen.largest.tolist() == [float(x.abs().max())]
+    table = Seen.of_rows(6, torch.device("cpu")).add(torch.tensor([1, 1, 4]))
+    slow = (rounded - matrix)[[1, 1, 4]].square().sum() / matrix[[1, 1, 4]].square().sum()
+    assert output_error(matrix, rounded, table) == pytest.approx(float(slow), rel=1e-5)
+
+
+def test_bits_and_a_budget_exclude_each_other():
+    text = b"version: 1\nname: x\nsteps:\n  - {pass: bct, bits: 4, budget: 1000}\n"
+    with pytest.raises(RecipeError, match="a budget chooses the bits"):
+        parse_recipe(text, "x.yaml")
+
+
+def test_powers_of_two_are_exact_over_the_whole_range():
+    exponents = torch.arange(-126, 128, dtype=torch.int8)
+    assert power_of_two(exponents, torch.float32).tolist() == [2.0**e for e in range(-126, 128)]
+
+
+def test_settings_name_the_form_that_is_stored():
+    assert BCT(activations="static").traits.stores == "block_activation_linear"
+    assert BCT().traits.stores == "block_linear"
+
+
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'compressor': raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForSequenceClassification as Auto
+model, info = Auto.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+torch.save(model.eval()(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
+"""
+
+
+def recipe(**step):
+    tree = {
+        "version": 1,
+        "name": "blocks",
+        "data": {"source": "random", "samples": 8, "length": 16},
+        "steps": [{"pass": "bct", "block_shape": [16, 16], **step}],
+        "report": {"html": False},
+    }
+    return parse_recipe(yaml.safe_dump(tree).encode(), "blocks.yaml")
+
+
+def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4}
+    report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
+    assert report["verification"]["max_logit_difference"] == 0.0
+    forms = {weight["form"] for weight in report["weights"]}
+    assert forms == {"block_activation_linear", "block_embedding"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    ours = compressor.load(tmp_path / "out")
+    assert torch.load(tmp_path / "logits.pt").equal(ours(input_ids=torch.arange(8).view(1, 8)).logits)
+
+
+def test_a_budget_is_kept_journaled_and_spent_where_it_helps(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    report = compress(recipe(only=["*", "@embedding"], budget_bits=5.5), str(model), tmp_path / "out", measure=False)
+    rows = report["weights"]
+    bits = {row["name"]: row["spec"]["bits"] for row in rows}
+    assert set(bits.values()) == {4, 8}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    parts = ("weight_packed", "weight_exponent")
+    used = sum(t.nbytes for name, t in stored.items() if name.rpartition(".")[2] in parts)
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    assert used <= 5.5 * weights / 8
+    assert used == sum(row["bytes_after"] for row in rows)
+    assert used == sum(stored_bytes(tuple(row["shape"]), row["spec"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_decision_resumes_with_it(tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+    settings = recipe(only=["*", "@embedding"], budget_bits=5.5)
+    compress(settings, str(model), tmp_path / "whole", measure=False)
+    output = tmp_path / "killed"
+    assert kill_at(9, settings, model, output) == -signal.SIGKILL
+    lines = (tmp_path / "killed.work" / "journal.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert first["key"] == "0/decision/0" and set(first["decision"]["bits"].values()) == {4, 8}
+    compress(settings, str(model), output, measure=False, resume=True)
+    assert weight_hashes(output) == weight_hashes(tmp_path / "whole")
+
+
+def test_a_budget_below_four_bits_is_refused_with_the_bytes_it_takes(tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    plan = make_plan(recipe(budget=1000), str(model))
+    assert "at 4 bits are" in plan.problems[0].what
+
+
+def test_a_table_that_the_head_shares_is_refused_by_name(tmp_path):
+    model = tiny.save("qwen3", tmp_path / "model")
+    with pytest.raises(PreflightError, match=r"model.embed_tokens: shares its table with lm_head"):
+        compress(recipe(only=["@embedding"]), str(model), tmp_path / "out", measure=False)
+
+
+def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    text = b"version: 1\nname: x\nsteps:\n  - {pass: rtn, group_size: -1, only: ['@embedding']}\n"
+    problems = make_plan(parse_recipe(text, "x.yaml"), str(model)).problems
+    assert "model.embed_tokens is looked up by rows" in problems[0].what
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
+    model = tiny.save(family, tmp_path / "model")
+    plan = make_plan(recipe(only=["*", "@embedding!"], activations="dynamic"), str(model))
+    names = [row["name"] for row in plan.rows]
+    if family in ("mixtral", "qwen3_moe"):
+        assert any("expert" in str(problem.where) for problem in plan.problems)
+    elif family in ("qwen3", "opt", "gpt2"):  # their heads share the table
+        assert all("shares its table" in problem.what for problem in plan.problems) and plan.problems
+    else:
+        assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
+
+
+def test_the_shipped_recipe_mixes_bits_on_a_tiny_model(tmp_path):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
+    shipped = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "bct-4-8.yaml").read_text())
+    small = {"data": {"source": "random", "samples": 8, "length": 16}, "eval": {}, "report": {"html": False}}
+    text = yaml.safe_dump({**shipped, **small}).encode()
+    report = compress(parse_recipe(text, "small.yaml"), str(model), tmp_path / "out", measure=False)
+    assert {row["spec"]["bits"] for row in report["weights"]} == {4, 8}
+    assert any(row["form"] == "block_embedding" for row in report["weights"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "compressed_llama"
