@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "compressor"
 # layers of the tree, after docs/architecture.md; a unit is a module or a sub-package
 READING = {"recipe", "settings", "reference", "yaml_source"}
-ENGINE = {"plan", "sweep", "run", "journal", "units"}
+ENGINE = {"plan", "sweep", "site", "run", "journal", "units"}
 TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
 STORING = {"artifact", "export", "modelling"}
 MODELS = {"structure", "tracing", "replay", "tape", "binding", "checkpoint", "inspection"}
@@ -42,6 +42,7 @@ FORBIDDEN = {
     "recipe": ENGINE | STORING | MODELS | OUTER | TELLING | {"layers", "data"},
     "plan": TELLING | OUTER | {"sweep", "run", "journal", "data"},
     "journal": READING | TELLING | STORING | MODELS | OUTER | {"plan", "sweep", "run", "units", "passes", "layers"},
+    "site": TELLING | OUTER | {"sweep", "run", "journal", "passes", "artifact", "data"},
     "sweep": TELLING | OUTER | {"run", "passes", "artifact"},
     "report": ENGINE | MODELS | OUTER | {"passes", "layers", "measure", "compare"},
     "run": OUTER | {"passes"},

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-import compressor.sweep as sweep
+from compressor import site, sweep
 from compressor.data import load_samples
 from compressor.journal import Journal
 from compressor.plan import make_plan
@@ -22,7 +22,7 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 
 def swept(model, work, monkeypatch, share, sequential=b"true"):
     """sha256 of all unit files of a sweep over six batches."""
-    monkeypatch.setattr(sweep, "TAPE_SHARE", share)
+    monkeypatch.setattr(site, "TAPE_SHARE", share)
     monkeypatch.setattr(sweep, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
@@ -50,15 +50,15 @@ def test_a_forward_that_can_not_be_taped_is_run_from_its_start(tmp_path, monkeyp
     """Every replay is made to diverge; the bytes are those of an undisturbed sweep."""
     model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     expected = swept(model, tmp_path / "w1", monkeypatch, 100)
-    advance, run_on, diverged = sweep.advance, sweep.run_on, []
+    advance, run_on, diverged = site.advance, site.run_on, []
 
     def refuse(function, tape, *arguments):
         if tape.answers:
             diverged.append(function)
-            raise sweep.Diverged
+            raise site.Diverged
         return function(tape, *arguments)
 
-    monkeypatch.setattr(sweep, "advance", lambda *a: refuse(advance, *a))
-    monkeypatch.setattr(sweep, "run_on", lambda *a: refuse(run_on, *a))
+    monkeypatch.setattr(site, "advance", lambda *a: refuse(advance, *a))
+    monkeypatch.setattr(site, "run_on", lambda *a: refuse(run_on, *a))
     assert swept(model, tmp_path / "w2", monkeypatch, 100) == expected
     assert set(diverged) == {advance, run_on}
