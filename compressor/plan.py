@@ -96,9 +96,9 @@ def make_plan(
     _follow_forms(plan)
     _predict(plan, output)
     for step in recipe.steps:
-        if step.settings.decides:
+        if step.settings.unplanned:
             where = ".".join(map(str, step.path))
-            message = f"{step.name} chooses over the whole model before it starts; its sizes here are upper bounds"
+            message = f"{step.name}: {step.settings.unplanned}"
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]

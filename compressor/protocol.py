@@ -204,6 +204,11 @@ class Pass(BaseModel):
         """Whether `decide` has anything to do; it costs a run of the whole model. `plan` then shows upper bounds."""
         return False
 
+    @property
+    def unplanned(self) -> str:
+        """Why `plan` can't know this pass's sizes exactly and which bound it shows, as a clause; empty if it knows."""
+        return "it chooses over the whole model; its sizes here are upper bounds" if self.decides else ""
+
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep; every site then has it as `site.decision`."""
         return None

@@ -90,6 +90,13 @@ class LLMInt8(Pass):
     def _limit(self) -> float:
         return self.threshold or STUDIED_MAGNITUDE
 
+    @property
+    def unplanned(self) -> str:
+        if self.outliers == "dynamic":
+            return ""
+        most = "2 bytes an output and column, at most max_outlier_columns of a weight"
+        return f"calibration finds how many columns it keeps ({most}); its sizes here are lower bounds"
+
     def spec(self, weight: Weight) -> dict[str, Any]:
         """How many columns calibration will keep is not known before: plan counts none."""
         found = {"threshold": self.threshold, "outliers": self.outliers}
