@@ -370,7 +370,9 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
             rounded = [weight["output_error_rtn"] for weight in chosen]
             axes.plot(x, rounded, ":", lw=1, color=colours(number % 10))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="block (dotted: round to nearest on the same grid)", ylabel="relative error", ylim=(0, None))
+    dotted = any("output_error_rtn" in weight for weight in weights)
+    label = "block (dotted: round to nearest on the same grid)" if dotted else "block"
+    axes.set(xlabel=label, ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
