@@ -268,7 +268,9 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         hint = "This model can't be compressed block by block."
         if not torch.equal(hidden, inputs[index]):
             raise ModelError("the replayed input of this block differs from the model's own", where=name, hint=hint)
-        hidden = pieces.block(index, hidden, call)
+        before, hidden = hidden, pieces.block(index, hidden, call)
+        if not torch.equal(before, inputs[index]):
+            raise ModelError("this block writes into its input, so it can't be run twice", where=name, hint=hint)
         if not torch.equal(hidden, outputs[index]):
             raise ModelError("the replayed output of this block differs from the model's own", where=name, hint=hint)
     if not torch.equal(pieces.head(batch, hidden), expected):

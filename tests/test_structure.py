@@ -123,6 +123,15 @@ def test_encoder_decoders_are_refused():
         find_blocks(hf.T5ForConditionalGeneration(config))
 
 
+def test_a_block_that_writes_into_its_input_is_refused_by_name():
+    model = tiny.build("llama").requires_grad_(False)
+    block = model.model.layers[1]
+    own = block.forward
+    block.forward = lambda hidden, *args, **kwargs: own(hidden.mul_(2), *args, **kwargs)
+    with pytest.raises(ModelError, match=r"model\.layers\.1: this block writes into its input"):
+        prove_equal(model, "model.layers", example_batch(model, torch.device("cpu")))
+
+
 def test_a_port_answers_for_its_block():
     model = tiny.build("gemma3")
     pieces = Pieces(model, "model.layers")
