@@ -107,9 +107,7 @@ def run_on(
     returns what `work` returned, None if it was stopped
     raises  Diverged if the forward doesn't match the tape, which is useless then
     """
-    versions = [(tensor, tensor._version) for tensor in tape.kept()]
-    result = _play(_Taped(tape, watched, visit), work)
-    tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    result = _play_on(_Taped(tape, watched, visit), work)
     if isinstance(result, Forgotten):
         raise Diverged("it returns a tensor that was not kept")
     return result
@@ -134,11 +132,17 @@ def needs(tape: Tape, work: Callable[[], Any]) -> frozenset[tuple[int, int]]:
                 found.update(numbers[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in numbers)
             return super().__torch_function__(func, types, args, kwargs)
 
-    versions = [(tensor, tensor._version) for tensor in tape.kept()]
-    result = _play(Watched(tape, {}, lambda call: None), work)
-    tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    result = _play_on(Watched(tape, {}, lambda call: None), work)
     found.update(numbers[id(leaf)] for leaf in tree_leaves(result) if id(leaf) in numbers)
     return frozenset(found)
+
+
+def _play_on(calls: _Taped, work: Callable[[], Any]) -> Any:
+    """Play from a halt that is to stay, and note whether anything wrote into what it keeps."""
+    versions = [(tensor, tensor._version) for tensor in calls.tape.kept()]
+    result = _play(calls, work)
+    calls.tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    return result
 
 
 def _play(calls: _Taped, work: Callable[[], Any]) -> Any:
