@@ -230,6 +230,7 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
     for module, name in modules.items():
         owner, _, leaf = module.rpartition(".")
         layers[name].bias = getattr(model.get_submodule(module), "bias", None)
+        layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
     return model.to(torch.device(device))  # type: ignore[arg-type]
 

@@ -239,8 +239,9 @@ def recipe(**step):
     return parse_recipe(yaml.safe_dump(tree).encode(), "blocks.yaml")
 
 
-def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(tmp_path):
-    model = tiny.save("bert", tmp_path / "model", dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtype, tmp_path):
+    model = tiny.save("bert", tmp_path / "model", dtype=dtype)
     settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4}
     report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
     assert report["verification"]["max_logit_difference"] == 0.0

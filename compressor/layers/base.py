@@ -52,6 +52,7 @@ class Layer(nn.Module):
 
     in_features: int
     out_features: int
+    dtype: torch.dtype = torch.float32  # of what stays dense; a loader sets it for layers whose input doesn't tell
 
     @classmethod
     def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:

@@ -16,20 +16,6 @@ class BlockEmbedding(BlockLinear):
     looks_up = True
     helpers = ("compressor.kernels.blocks", "compressor.layers.block_linear")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bits: int,
-        block: tuple[int, int],
-        scale: str,
-        dtype: torch.dtype,
-        bias: bool = False,
-        odd: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, bits, block, scale, dtype, bias)
-        self.dtype = dtype
-
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         codes = unpack_rows(self.weight_packed[flat], self.bits, self.in_features)

@@ -45,7 +45,7 @@ class BlockLinear(Layer):
         odd: bool = False,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bits, self.block, self.scale = bits, (block[0], block[1]), scale
         shape = (out_features, in_features)
         self.register_buffer("weight_packed", torch.zeros(out_features, -(-in_features * bits // 8), dtype=torch.uint8))
