@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import ShapeError
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -80,6 +82,16 @@ class Layer(nn.Module):
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
         """Rebuild from what `spec` and `tensors` returned."""
         raise NotImplementedError
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take stored tensors by suffix. raises ShapeError if one has another dtype or shape than this layer's"""
+        for name, value in tensors.items():
+            expected = getattr(self, name)
+            if (expected.shape, expected.dtype) != (value.shape, value.dtype):
+                raise ShapeError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
+                )
+            setattr(self, name, value.contiguous())
 
     @classmethod
     def planned(

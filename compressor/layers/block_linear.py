@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import ShapeError
 from compressor.kernels.blocks import block_counts, expand_blocks, pack_rows, power_of_two, unpack_rows
 from compressor.layers.base import Layer
 
@@ -116,11 +115,5 @@ class BlockLinear(Layer):
     def _filled(cls, shape: tuple[int, int], spec: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         with torch.device("meta"):
             layer = cls.empty(shape, spec, torch.float32, False)
-        for name, value in tensors.items():
-            expected = getattr(layer, name)
-            if (expected.shape, expected.dtype) != (value.shape, value.dtype):
-                raise ShapeError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
-                )
-            setattr(layer, name, value.contiguous())
+        layer.fill(tensors)
         return layer

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import ShapeError
 from compressor.kernels.reference import dequantize
 from compressor.layers.base import Layer, Stock, integer_scheme
 
@@ -72,12 +71,6 @@ class ByteLinear(Layer):
         out, columns = tensors["weight"].shape
         with torch.device("meta"):
             layer = cls(columns, out, spec["group_size"], tensors["weight_scale"].dtype)
-        for name, value in tensors.items():
-            expected = getattr(layer, name)
-            if (expected.shape, expected.dtype) != (value.shape, value.dtype):
-                raise ShapeError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
-                )
-            setattr(layer, name, value)
+        layer.fill(tensors)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer

@@ -146,13 +146,7 @@ class Int8SplitLinear(Layer):
             layer = cls.empty((out, inputs), spec, stored.dtype, bias=False)
         if set(tensors) != set(layer.tensors()):
             raise ShapeError(f"tensors {sorted(tensors)}, {sorted(layer.tensors())} expected")
-        for name, value in tensors.items():
-            expected = getattr(layer, name)
-            if (expected.shape, expected.dtype) != (value.shape, value.dtype):
-                raise ShapeError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
-                )
-            setattr(layer, name, value)
+        layer.fill(tensors)
         if int(layer.weight_format):
             raise ShapeError(f"weight_format {int(layer.weight_format)}, only 0 is read (rows one after the other)")
         if layer.columns:
