@@ -39,11 +39,20 @@ def trace(
 
     returns  products of each kind of block by signature, grouped by input in forward order; those of the head; the
              modules outside the blocks that the stem didn't use; and the tables that the stem looks rows up in
+    raises   ModelError for a model whose code fails when it is run in stem, blocks and head
     """
     try:
         return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
-    except (NotImplementedError, RuntimeError, TypeError):  # an operation that depends on values
+    except (NotImplementedError, RuntimeError, TypeError, IndexError):  # an operation that depends on values
+        pass
+    try:
         return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
+    except Exception as error:  # whatever the model's own code makes of being run in pieces
+        raise ModelError(
+            f"a small twin of it can't be run in pieces ({type(error).__name__}: {error})",
+            where=cls.__name__,
+            hint="This model can't be compressed block by block.",
+        ) from error
 
 
 def _trace_twin(
