@@ -227,9 +227,11 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
     for target, origin in bindings.tied.items():
         owner, _, leaf = target.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
+    for form in sorted({form.form for form in forms.values()}):
+        find_layer(form).prepare(model)
     for module, name in modules.items():
         owner, _, leaf = module.rpartition(".")
-        layers[name].bias = getattr(model.get_submodule(module), "bias", None)
+        layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
     return model.to(torch.device(device))  # type: ignore[arg-type]
@@ -275,7 +277,8 @@ def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form]) -> Checkpoint:
         dense = replace(tensors[stored[0]], shape=shape)
         for name in stored:
             del tensors[name]
-        tensors[form.weight.tensor] = dense
+        if form.weight.tensor:
+            tensors[form.weight.tensor] = dense
     return replace(checkpoint, tensors=tensors)
 
 

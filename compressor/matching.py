@@ -1,7 +1,8 @@
 """Globs over weight names: the one language of `only` and `except`.
 
 `*` is any run without a dot, `**` any run, `?` one character but a dot, `{a,b}` either, `{0..7}` a number range,
-`[0-3]` one character of a set. A pattern without a dot matches the last part of a name. `@role` matches by role.
+`[0-3]` one character of a set. A pattern without a dot matches the last part of a name. `@role` matches by role, which
+is the only way to select functions (activations, norms, softmax); `except` leaves them out by name too.
 A trailing `!` says the pattern may be absent. Docs: docs/recipe.md.
 """
 
@@ -12,9 +13,9 @@ import re
 from collections.abc import Sequence
 
 from compressor.errors import RecipeError
-from compressor.protocol import Weight
+from compressor.protocol import FUNCTION_ROLES, Weight
 
-ROLES = ("attention", "mlp", "experts", "head", "embedding", "router")
+ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", *FUNCTION_ROLES)
 LEFT_OUT = ("head", "embedding", "router")  # unless named
 REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000
@@ -41,14 +42,6 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
         raise RecipeError(f"pattern {pattern!r} is malformed ({error})", where=where) from error
 
 
-def matches(pattern: str, weight: Weight, where: str = "pattern") -> bool:
-    if pattern.startswith("@"):
-        return _role(pattern, where) == weight.role
-    if weight.role in LEFT_OUT and not re.search(r"\w", pattern):
-        return False
-    return compile_pattern(pattern, where).fullmatch(weight.name) is not None
-
-
 def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weight], where: str) -> list[Weight]:
     """The weights that `only` matches and `except` doesn't, in their own order.
 
@@ -56,9 +49,10 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
     """
     out = _match_all(excluded, weights, f"{where}.except")
     chosen: set[str] = set()
+    matrices = [weight for weight in weights if not weight.is_function]
     for number, pattern in enumerate(only):
         place = f"{where}.only[{number}]"
-        found = _match_all([pattern], weights, place)
+        found = _match_all([pattern], weights if pattern.startswith("@") else matrices, place)
         if found and found <= out and not pattern.endswith("!"):
             raise RecipeError(
                 f"all {len(found)} weights that {pattern!r} matches are left out by `except`",
@@ -81,7 +75,7 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
             found = {
                 weight.name
                 for weight in weights
-                if not (plain and weight.role in LEFT_OUT) and expression.fullmatch(weight.name)
+                if not (plain and weight.role in (*LEFT_OUT, *FUNCTION_ROLES)) and expression.fullmatch(weight.name)
             }
         if not found and not pattern.endswith("!"):
             names = [weight.name for weight in weights]

@@ -64,8 +64,9 @@ class Compressed{base}({base}):
         super().__init__(config, *args, **kwargs)
         for name, entry in config.compressed_weights.items():
             owner, _, leaf = name.rpartition(".")
-            bias = getattr(self.get_submodule(name), "bias", None) is not None
+            bias = getattr(getattr(self.get_submodule(owner), leaf, None), "bias", None) is not None
             layer = STORED_FORMS[entry["form"]]
+            layer.prepare(self)
             made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), bias)
             setattr(self.get_submodule(owner), leaf, made)
 {conversions}'''

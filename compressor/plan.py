@@ -6,6 +6,7 @@ Nothing is written and only headers are read. A problem found here would otherwi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
 from compressor.export import Route, artifact_config, check_loader, choose_route
+from compressor.functions import Functions, find_functions
 from compressor.layers import find_layer
 from compressor.matching import select
 from compressor.modelling import modelling_file
-from compressor.protocol import Fact, Weight
+from compressor.protocol import FUNCTION_ROLES, Fact, Weight
 from compressor.recipe import Recipe, Step
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
@@ -34,6 +36,15 @@ BATCH_TOKENS = 4096  # calibration tokens per forward pass
 # at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
 TAPE_SHARE = 3
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+# role of a weight -> what a form has to stand for to take its place (`Layer.stands_for`); else linear
+STANDS_FOR = {"embedding": "embedding", "activation": "activation", "norm": "norm", "softmax": "attention"}
+KINDS = {
+    "linear": "a weight that is multiplied",
+    "embedding": "a table that is looked up by rows",
+    "activation": "an activation",
+    "norm": "a norm",
+    "attention": "a softmax of attention",
+}
 SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one
 
 
@@ -41,6 +52,7 @@ SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this
 class Plan:
     """selected  step path -> the weights it touches
     forms     weight name -> the form it will have (only those that change)
+    functions activations, norms and softmax, if any step selects such
     sizes     all in bytes; artifact_bytes counts what loading needs, not reports
     """
 
@@ -48,6 +60,7 @@ class Plan:
     structure: Structure
     selected: dict[tuple[str | int, ...], list[Weight]] = field(default_factory=dict)
     forms: dict[str, Form] = field(default_factory=dict)
+    functions: Functions = field(default_factory=Functions)
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     problems: list[CompressError] = field(default_factory=list)
@@ -59,6 +72,11 @@ class Plan:
     artifact_bytes: int = 0
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
+
+    def functions_of(self, step: Step, unit: int) -> tuple[Weight, ...]:
+        """The functions of a unit that a step selects."""
+        chosen = {weight.name for weight in self.selected[step.path]}
+        return tuple(function for function in self.functions.by_unit.get(unit, []) if function.name in chosen)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -91,7 +109,8 @@ def make_plan(
         prove_by_replay(structure)
     plan = Plan(recipe, structure, source_bytes=structure.checkpoint.nbytes)
     weights = [weight for _, weight in structure.weights()]
-    _select(plan, weights)
+    _find_functions(plan)
+    _select(plan, [*weights, *(function for _, function in plan.functions.all())])
     _check_facts(plan)
     _follow_forms(plan)
     _predict(plan, output)
@@ -117,6 +136,27 @@ def _why_skipped(weight: Weight) -> str:
     if weight.role in ("head", "router", "embedding"):
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"
+
+
+def _find_functions(plan: Plan) -> None:
+    """Look for functions where a step names such; those that the model can't have replaced are problems."""
+    named: dict[str, tuple[str | int, ...]] = {}
+    for step in plan.recipe.steps:
+        for pattern in step.settings.only:
+            named.setdefault(pattern, step.path)
+    roles = [role for role in FUNCTION_ROLES if {f"@{role}", f"@{role}!"} & named.keys()]
+    if not roles:
+        return
+    plan.functions = find_functions(plan.structure)
+    plan.problems += [
+        PreflightError(
+            f"the {role} of {plan.structure.architecture} can't be replaced: {plan.functions.refused[role]}",
+            where=".".join(map(str, named[f"@{role}"])),
+            hint=f"Leave out @{role}, or write @{role}! where it may be absent.",
+        )
+        for role in roles
+        if role in plan.functions.refused and f"@{role}" in named
+    ]
 
 
 def _select(plan: Plan, weights: list[Weight]) -> None:
@@ -161,7 +201,7 @@ def _follow_forms(plan: Plan) -> None:
             stored = step.settings.stored(weight)
             if stored is None:
                 continue
-            if find_layer(stored).looks_up != (weight.role == "embedding"):
+            if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
                 plan.problems.append(_unfit(step, stored, weight))
                 continue
             try:
@@ -173,7 +213,7 @@ def _follow_forms(plan: Plan) -> None:
             changed_by[weight.name] = step
             form = Form(stored, spec, weight)
             plan.forms[weight.name] = form
-            before = weight.out_features * weight.in_features * dtype_bytes
+            before = math.prod(weight.shape) * dtype_bytes if weight.shape else 0
             plan.rows.append(
                 {
                     "name": weight.name,
@@ -204,10 +244,11 @@ def _follow_forms(plan: Plan) -> None:
 
 
 def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
-    """A table whose rows are looked up has no product to put a multiplying form in, nor the other way round."""
-    does = "is looked up by rows" if weight.role == "embedding" else "is multiplied"
+    """A form stands in for one kind of module: no product can take the place of a table of rows, nor of a norm."""
+    kind = STANDS_FOR.get(weight.role, "linear")
     return PreflightError(
-        f"{weight.name} {does}, and {step.name} would store it as {stored}, which does not stand in for that",
+        f"{weight.name} is {KINDS[kind]}, and {step.name} would store it as {stored}, which stands for "
+        f"{KINDS[find_layer(stored).stands_for]}",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
     )
@@ -233,7 +274,7 @@ def planned_tensors(plan: Plan) -> list[Named]:
             kind = structure.dtype if info.dtype.is_floating_point else info.dtype
             size = info.nbytes // info.dtype.itemsize * kind.itemsize
             by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
-    for unit, weight in structure.weights():
+    for unit, weight in [*structure.weights(), *plan.functions.all()]:
         if weight.name in plan.forms:
             for name, kind, shape, size in _planned(plan.forms[weight.name], structure.dtype):
                 by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
@@ -309,9 +350,15 @@ def _predict_memory(plan: Plan) -> None:
     activations = (1 + TAPE_SHARE) * tokens * config.hidden_size * structure.dtype.itemsize
     working = 0
     for form in plan.forms.values():
+        if form.weight.is_function:
+            continue
         rows, columns = form.weight.shape
         working = max(working, 12 * columns**2 + 6 * 20 * rows * columns // 6)
-    batch = min(BATCH_TOKENS, max(tokens, 1)) * max((f.weight.in_features for f in plan.forms.values()), default=0) * 24
+    batch = (
+        min(BATCH_TOKENS, max(tokens, 1))
+        * max((f.weight.shape[-1] for f in plan.forms.values() if f.weight.shape), default=0)
+        * 24
+    )
     sweep = INTERPRETER_BYTES + ends + 2 * held + activations + working + batch
     logits = recipe.eval.batch_size * recipe.eval.data.length * (getattr(config, "vocab_size", 0) or 0) * 4
     children = INTERPRETER_BYTES + 2 * plan.source_bytes + plan.weight_bytes + 6 * logits

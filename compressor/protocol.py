@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
 Decision = dict[str, Any]  # small, sorted JSON
+FUNCTION_ROLES = ("activation", "norm", "softmax")
 
 
 class Fact(str, Enum):
@@ -48,26 +49,33 @@ class Traits:
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix of the checkpoint, named as the checkpoint names it (without `.weight`).
+    """One matrix of the checkpoint, named as the checkpoint names it (without `.weight`), or one function of the model.
 
-    parameter   the module parameter that holds it, e.g. `model.layers.0.mlp.experts.gate_up_proj`
-    shape       (out_features, in_features)
+    parameter   the module parameter that holds it, e.g. `model.layers.0.mlp.experts.gate_up_proj`; of a function the
+                path of its module
+    shape       (out_features, in_features); of a norm (width,) of its gain, of other functions ()
     transposed  stored as (in, out), as GPT-2's Conv1D does
     expert      index along the first dimension of a fused (experts, ...) parameter, else None
     rows        (start, stop) of the parameter's output rows that this matrix fills
     bias        checkpoint name of the bias, if there is one
-    role        attention | mlp | experts | router | head | embedding
+    role        attention | mlp | experts | router | head | embedding, or of a function activation | norm | softmax
+    facts       what a function computes, as found by running it: {"function": "gelu"}, {"kind": "rms", "eps": ...}
     """
 
     name: str
-    tensor: str  # checkpoint key, usually name + ".weight"
+    tensor: str  # checkpoint key, usually name + ".weight"; empty for a function without a weight
     parameter: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     role: str
     transposed: bool = False
     expert: int | None = None
     rows: tuple[int, int] | None = None
     bias: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_function(self) -> bool:
+        return self.role in FUNCTION_ROLES
 
     @property
     def out_features(self) -> int:
@@ -127,13 +135,21 @@ class Site(Protocol):
         """
         ...
 
+    def functions(self) -> list[Weight]:
+        """The selected functions (`Weight.is_function`), in the order of the model's modules.
+
+        A stage of groups of one function each can be folded like one of weights: over what its module is called with.
+        """
+        ...
+
     def fold(
         self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, torch.Tensor], State]
     ) -> list[State]:
         """Replay the block once over the calibration batches as it is now, folding each group's inputs.
 
-        `step(state, x)` gets x of shape (tokens, in_features), on the site's device, without padding; it is called
-        once per batch in a fixed order, and for an expert only with the tokens routed to it (maybe never).
+        `step(state, x)` gets x of shape (tokens, in_features), of a function (tokens, width), on the site's device,
+        without padding; it is called once per batch in a fixed order, and for an expert only with the tokens routed to
+        it (maybe never).
         """
         ...
 
@@ -147,6 +163,10 @@ class Site(Protocol):
 
     def bias(self, weight: Weight) -> torch.Tensor | None:
         """The bias (out_features,) in its own dtype, if there is one."""
+        ...
+
+    def gain(self, function: Weight) -> torch.Tensor:
+        """The weight (width,) of a norm, in its own dtype."""
         ...
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:

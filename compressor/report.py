@@ -65,7 +65,7 @@ def build_report(
         for record in line["records"]:
             row = predicted[record["name"]]
             after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
-            bits = 8 * after / math.prod(record["shape"])
+            bits = 8 * after / math.prod(record["shape"]) if len(record["shape"]) == 2 else None  # of functions
             size = {"bytes_before": row["bytes_before"], "bytes_after": after, "bits_per_parameter": bits}
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
@@ -200,14 +200,14 @@ def _summary_file(settings: ReportSettings) -> Path | None:
 def render_markdown(report: dict[str, Any]) -> str:
     if is_evaluation(report):
         return _template("evaluation.md.j2", r=report)
-    outliers = outlier_inputs(report)
-    return _template("report.md.j2", r=report, worst=worst_weights(report), error_of=error_of, outliers=outliers)
+    worst, outliers, tables = worst_weights(report), outlier_inputs(report), tabulated(report)
+    return _template("report.md.j2", r=report, worst=worst, error_of=error_of, outliers=outliers, tables=tables)
 
 
 def render_html(report: dict[str, Any]) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
-    plots, outliers = _plots(report), outlier_inputs(report)
-    return _template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers)
+    plots, outliers, tables = _plots(report), outlier_inputs(report), tabulated(report)
+    return _template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers, tables=tables)
 
 
 def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -269,11 +269,17 @@ def human(value: Any, digits: int = 4) -> str:
 
 def worst_weights(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The weights with the largest relative output (or weight) error."""
-    return sorted(report["weights"], key=lambda w: -(error_of(w) or 0))[:WORST]
+    known = [weight for weight in report["weights"] if error_of(weight) is not None]
+    return sorted(known, key=lambda weight: -(error_of(weight) or 0))[:WORST]
 
 
 def error_of(weight: dict[str, Any]) -> float | None:
     return weight.get("output_error", weight.get("weight_error"))
+
+
+def tabulated(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of functions that are read from tables."""
+    return [weight for weight in report["weights"] if "table_bound" in weight]
 
 
 def outlier_inputs(report: dict[str, Any]) -> list[dict[str, Any]]:

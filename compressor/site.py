@@ -56,6 +56,7 @@ class UnitSite:
     needs: Needs
     installed: Installed
     decision: dict[str, Any] | None = None
+    selected_functions: tuple[Weight, ...] = ()
     is_open: bool = True
     put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +81,9 @@ class UnitSite:
             return stages
         return [tuple(group for stage in stages for group in stage)]
 
+    def functions(self) -> list[Weight]:
+        return list(self.selected_functions)
+
     def fold(
         self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, Tensor], State]
     ) -> list[State]:
@@ -101,17 +105,21 @@ class UnitSite:
         parameter = self.structure.bindings.parameter_of()[weight.bias]
         return self.structure.model.get_parameter(parameter).data
 
+    def gain(self, function: Weight) -> Tensor:
+        return self.structure.model.get_parameter(f"{function.parameter}.weight").data.clone()
+
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         assert self.is_open, "nothing can be put while a pass decides"
         form = Form(layer.form, layer.spec(), weight)
         self._untie(weight)
         for stream in self.streams:  # whoever has multiplied by the weight has to do it again
-            if stream.tape is not None and weight.parameter in stream.tape.passed:
+            if stream.tape is not None and (weight.is_function or weight.parameter in stream.tape.passed):
                 stream.tape = None
-        target = view(self.structure, weight)
-        target.copy_(layer.matrix(self.dtype).to(target.device))
+        if not weight.is_function:
+            target = view(self.structure, weight)
+            target.copy_(layer.matrix(self.dtype).to(target.device))
         if not layer.weight_only:
-            self.installed.install(weight, layer.to(target.device))
+            self.installed.install(weight, layer.to(self.device))
         self.put_layers[weight.name] = (form, layer)
         now = time.perf_counter()
         self.records.append(
@@ -149,8 +157,8 @@ class UnitSite:
         Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
         takes; the others look ahead from where they are, or start again.
         """
-        if self.unit == 0:
-            yield from self._row_numbers(stage)
+        if self.unit == 0 or stage[0].weights[0].is_function:
+            yield from self._module_inputs(stage)
             return
         numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
         watched = watched_parameters(self.structure, self.unit)
@@ -183,22 +191,29 @@ class UnitSite:
                 stream.tape = None
             kept += stream.kept_bytes - before
 
-    def _row_numbers(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, row numbers (tokens,)) that the stem looks up, for each batch."""
-        found: dict[int, Tensor] = {}
+    def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
+        """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that a table
+        of the stem looks up, or inputs (tokens, width) of a function.
+        """
+        found: list[tuple[int, Tensor]] = []
         handles = []
         for number, group in enumerate(stage):
-            module = self.structure.model.get_submodule(group.weights[0].parameter.removesuffix(".weight"))
+            weight = group.weights[0]
+            module = self.structure.model.get_submodule(weight.parameter.removesuffix(".weight"))
 
-            def note(_module: Any, args: tuple[Any, ...], number: int = number) -> None:
-                found[number] = args[0].reshape(-1)
+            def note(_module: Any, args: tuple[Any, ...], number: int = number, weight: Weight = weight) -> None:
+                x = args[0]
+                found.append((number, x.reshape(-1, x.shape[-1]) if weight.is_function else x.reshape(-1)))
 
             handles.append(module.register_forward_pre_hook(note))
         try:
             for stream in self.streams:
                 found.clear()
-                self.structure.pieces.stem(stream.batch)
-                yield from found.items()
+                if self.unit == 0:
+                    self.structure.pieces.stem(stream.batch)
+                else:
+                    run_unit(self.structure, self.unit, stream)
+                yield from found
         finally:
             for handle in handles:
                 handle.remove()

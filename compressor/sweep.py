@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 from compressor.data import Samples
 from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
+from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.plan import BATCH_TOKENS, Plan
 from compressor.recipe import Step
@@ -76,6 +77,8 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
     """
     return_large_blocks()
+    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
+        find_layer(form).prepare(sweeper.structure.model)
     files: list[Path] = []
     forms: dict[str, Form] = {}
     for number, steps in enumerate(sweeper.plan.recipe.sweeps):
@@ -187,6 +190,7 @@ def _transform(
             sweeper.needs,
             installed,
             decisions[position],
+            selected_functions=sweeper.plan.functions_of(step, unit),
         )
         settings = step.settings
         work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
@@ -268,7 +272,15 @@ class WholeModelView:
             installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
             generator = torch.Generator().manual_seed(_seed(sweeper.seed, self.number, self.position, unit, -1))
             site = UnitSite(
-                structure, unit, selected, streams[:-1], sweeper.device, generator, sweeper.needs, installed
+                structure,
+                unit,
+                selected,
+                streams[:-1],
+                sweeper.device,
+                generator,
+                sweeper.needs,
+                installed,
+                selected_functions=sweeper.plan.functions_of(self.step, unit),
             )
             site.is_open = False
             yield site

@@ -40,6 +40,8 @@ class Form:
 
     def to_dict(self) -> dict[str, Any]:
         entry = asdict(self.weight)
+        if not entry["facts"]:
+            del entry["facts"]
         return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
 
     @classmethod
@@ -104,16 +106,17 @@ class UnitSource:
 class Installed:
     """Layers that stand in the running model, because their forward is more than a multiply by their matrix.
 
-    originals  path of a module -> the module whose place a layer took
+    originals  path of a module -> the module whose place a layer took; None where there was none
     """
 
     structure: Structure
-    originals: dict[str, nn.Module] = field(default_factory=dict)
+    originals: dict[str, nn.Module | None] = field(default_factory=dict)
 
     def install(self, weight: Weight, layer: Layer) -> None:
-        """Put the layer, with the module's bias, in place of the module that holds the weight."""
+        """Put the layer, with the module's bias, in place of the module that holds the weight or is the function."""
         path = weight.parameter.removesuffix(".weight")
-        module = self.structure.model.get_submodule(path)
+        owner, _, leaf = path.rpartition(".")
+        module = getattr(self.structure.model.get_submodule(owner), leaf, None)
         self.originals.setdefault(path, module)
         layer.bias = getattr(module, "bias", None)  # type: ignore[assignment]
         self._set(path, layer.eval())
@@ -130,9 +133,12 @@ class Installed:
             self._set(path, module)
         self.originals.clear()
 
-    def _set(self, path: str, module: nn.Module) -> None:
+    def _set(self, path: str, module: nn.Module | None) -> None:
         owner, _, leaf = path.rpartition(".")
-        setattr(self.structure.model.get_submodule(owner), leaf, module)
+        if module is None:
+            delattr(self.structure.model.get_submodule(owner), leaf)
+        else:
+            setattr(self.structure.model.get_submodule(owner), leaf, module)
 
 
 def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch.device) -> None:

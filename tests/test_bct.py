@@ -300,7 +300,7 @@ def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     text = b"version: 1\nname: x\nsteps:\n  - {pass: rtn, group_size: -1, only: ['@embedding']}\n"
     problems = make_plan(parse_recipe(text, "x.yaml"), str(model)).problems
-    assert "model.embed_tokens is looked up by rows" in problems[0].what
+    assert "model.embed_tokens is a table that is looked up by rows" in problems[0].what
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))

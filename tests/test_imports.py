@@ -32,6 +32,8 @@ FORBIDDEN = {
     "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers"},
     "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
+    "functions": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
+    "tabulate": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "tape": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
     "modelling": READING | TELLING | OUTER | ENGINE | MODELS | {"artifact", "export", "passes", "protocol", "data"},
     "export": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},

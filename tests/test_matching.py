@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
-from compressor.matching import ROLES, compile_pattern, matches, select
+from compressor.matching import compile_pattern, select
 from compressor.protocol import Weight
 
 
@@ -111,6 +111,13 @@ def test_globs_agree_with_the_slow_matcher(pattern, name):
     assert (compile_pattern(pattern, "p").fullmatch(name) is not None) == expected
 
 
-def test_matches_is_select_for_one_weight():
-    for pattern in ("*", "q_proj", *(f"@{role}" for role in ROLES if role != "embedding")):
-        assert [w.name for w in MODEL if matches(pattern, w)] == names([pattern])
+def test_functions_are_selected_by_role_and_left_out_by_name():
+    functions = [
+        Weight(f"m.{i}.{leaf}", "", f"m.{i}.{leaf}", (), role)
+        for i in (0, 1)
+        for leaf, role in (("act", "activation"), ("norm", "norm"))
+    ]
+    found = [w.name for w in select(["**", "@activation"], ["m.1.act"], [*MODEL, *functions], "p")]
+    assert "m.0.act" in found and not {"m.1.act", "m.0.norm", "m.1.norm"} & set(found)
+    with pytest.raises(RecipeError, match="matches none of"):
+        select(["act"], [], [*MODEL, *functions], "p")

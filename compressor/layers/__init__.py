@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 DENSE = "dense"
 BUILTIN = {
     "block_activation_linear": "compressor.layers.block_activation_linear:BlockActivationLinear",
+    "block_attention": "compressor.layers.block_attention:BlockAttention",
     "block_embedding": "compressor.layers.block_embedding:BlockEmbedding",
     "block_linear": "compressor.layers.block_linear:BlockLinear",
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
+    "table_activation": "compressor.layers.table_activation:TableActivation",
+    "table_norm": "compressor.layers.table_norm:TableNorm",
 }
 
 

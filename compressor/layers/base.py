@@ -37,19 +37,20 @@ def integer_scheme(bits: int, group_size: int, symmetric: bool) -> dict[str, Any
 
 
 class Layer(nn.Module):
-    """One weight (out_features, in_features) in its stored form; also a drop-in for nn.Linear.
+    """One weight (out_features, in_features), or one function of the model, in its stored form.
 
     form         its name in the manifest and in config.json
+    stands_for   what it is a drop-in for: linear (nn.Linear), embedding (nn.Embedding, of which rows are looked up),
+                 activation, norm, or attention (see `compressor.layers.block_attention`)
     weight_only  True: forward is a dense multiply by matrix(), so the engine may write matrix() back. False: forward
                  does more, such as rounding its input, and the layer itself has to stand in the running model
-    looks_up     True: a drop-in for nn.Embedding, of which rows are looked up, in place of nn.Linear
     helpers      modules, beside its own, whose functions it uses when it runs; the modelling file of a custom artifact
                  gets their source
     """
 
     form: ClassVar[str]
+    stands_for: ClassVar[str] = "linear"
     weight_only: ClassVar[bool] = True
-    looks_up: ClassVar[bool] = False
     helpers: ClassVar[tuple[str, ...]] = ()
 
     in_features: int
@@ -57,10 +58,14 @@ class Layer(nn.Module):
     dtype: torch.dtype = torch.float32  # of what stays dense; a loader sets it for layers whose input doesn't tell
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def prepare(cls, model: nn.Module) -> None:
+        """What a model needs before layers of this form stand in it; most need nothing."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         """The layer with tensors of the right shapes for a loader to fill; runs under the meta device too.
 
-        shape  (out_features, in_features)
+        shape  (out_features, in_features); of a norm (width,) of its gain, of what has no weight ()
         dtype  of what stays dense, and of stored scales
         """
         raise NotImplementedError
@@ -95,7 +100,7 @@ class Layer(nn.Module):
 
     @classmethod
     def planned(
-        cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype
+        cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of the tensors a weight of this shape would store; no data needed."""
         with torch.device("meta"):
@@ -103,5 +108,5 @@ class Layer(nn.Module):
         return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out_features, in_features) that the stored tensors stand for."""
+        """The weight (out_features, in_features) that the stored tensors stand for; of a norm its gain (width,)."""
         raise NotImplementedError

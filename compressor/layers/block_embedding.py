@@ -13,7 +13,7 @@ class BlockEmbedding(BlockLinear):
     """Drop-in for nn.Embedding that rebuilds only the rows that are asked for."""
 
     form = "block_embedding"
-    looks_up = True
+    stands_for = "embedding"
     helpers = ("compressor.kernels.blocks", "compressor.layers.block_linear")
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class BlockLinear(Layer):
         return "weight_exponent" if self.scale == "shift" else "weight_scale"
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
 
     def codes(self) -> Tensor:

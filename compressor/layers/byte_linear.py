@@ -41,7 +41,7 @@ class ByteLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         return cls(shape[1], shape[0], spec["group_size"], dtype, bias)
 
     @classmethod

@@ -73,7 +73,7 @@ class Int8SplitLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         columns = spec["outlier_columns"] if spec["outliers"] == "calibrated" else None
         return cls(shape[1], shape[0], spec["threshold"], dtype, bias, columns)
 

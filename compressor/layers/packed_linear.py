@@ -60,7 +60,7 @@ class PackedLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
 
     @classmethod

@@ -25,9 +25,16 @@ Where the paper is ambiguous, and what we chose
 - Embeddings are blocks of one row, as wide as `embedding_block`.
 - Biases and norms stay as they are: together a thousandth of the weights, and an integer product adds a bias in its
   accumulator at higher precision anyway.
-- Look-up tables for GELU, softmax and norms are not offered yet; those functions stay exact.
 - Activations: 8 bits, blocks of as many inputs as the weight's blocks are wide, one shift a token and block (dynamic),
-  or one a block found from the largest value on calibration data (static; larger values saturate).
+  or one a block found from the largest value on calibration data (static; larger values saturate). Where softmax is
+  selected too, so are queries, keys, values and the softmax's output. The residual stream stays as it is: it is an
+  accumulator, read by nothing but norms.
+- Look-up tables, for what `only` names: @activation (GELU, SiLU and the like, over the range of their inputs on
+  calibration data; beyond it they go on along the asymptote), @softmax (exp from -16 to 0, below which a term is 0;
+  sums and division in float32) and @norm (1 / sqrt of a mantissa in [1, 4), shifted; sums in float32). Entries are
+  float32. ReLU is exact and needs none. What a table costs is bounded (`compressor.tabulate`); with lines between 256
+  entries: GELU 4.0e-4, SiLU 1.0e-3 over their whole range, exp 5.0e-4, 1 / sqrt 1.3e-5 of itself. The nearest entry is
+  some 80 times worse.
 
 Cost: one pass over the weights, times four when the scale is searched; with a budget, one run of the whole model and
 two quantizations of each matrix more. Memory: one weight and, for `output` and `budget`, one second-moment matrix.
@@ -35,6 +42,7 @@ two quantizations of each matrix more. Memory: one weight and, for `output` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -45,16 +53,24 @@ from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.linalg import Gram
 from compressor.protocol import Carry, Decision, Group, Pass, Site, Stage, Traits, Weight, WholeModel
+from compressor.tabulate import KNOWN, Table, activation_table, exp_table, root_table
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 SHIFTS_TRIED = 4  # at 4 bits, Gaussian blocks of 4,096 are best clipped at about half their largest value
 SCALES_TRIED = 33  # float16: from the largest value down to 0.36 of it, in steps of 0.02
 SLAB_ELEMENTS = 1 << 22  # of a matrix that are searched at once
 FLOAT16_TINY, FLOAT16_MAX = 2.0**-24, 65504.0
+EXP_LOW = -16.0  # exp(-16) = 1.13e-7 is what cutting it off there costs each term of a softmax
+FORMS = {  # role -> stored form, where it isn't that of a matrix
+    "embedding": "block_embedding",
+    "activation": "table_activation",
+    "norm": "table_norm",
+    "softmax": "block_attention",
+}
 
 
 class BCT(Pass):
-    """Codes of 4 or 8 bits in blocks that share a power-of-two scale; embeddings and activations too."""
+    """Codes of 4 or 8 bits in blocks that share a power-of-two scale; embeddings, activations and functions too."""
 
     title: ClassVar[str] = "Weights, embeddings and activations in blocks with power-of-two scales, 4/8-bit mix"
     paper: ClassVar[str] = "Dong & Chen 2023, arXiv 2304.01483"
@@ -70,6 +86,12 @@ class BCT(Pass):
     activations: Literal["none", "dynamic", "static"] = Field(
         "none",
         description="8-bit inputs in blocks: scales found for each token, or on calibration data.",
+    )
+    table_entries: Literal[256, 1024] = Field(
+        256, description="Entries of a function's table, where `only` names @activation, @norm or @softmax."
+    )
+    table_lookup: Literal["linear", "nearest"] = Field(
+        "linear", description="A line between two entries, or the nearest one."
     )
     embedding_bits: Literal[4, 8] = Field(8, description="Bits of a table, where `only` names @embedding.")
     embedding_block: Side | None = Field(None, description="Columns of a row that share a scale; null is the row.")
@@ -94,7 +116,8 @@ class BCT(Pass):
 
     @property
     def traits(self) -> Traits:
-        needs = self.decides or self.scale_search == "output" or self.activations == "static"
+        ranges = self.activations == "static" or {"@activation", "@activation!"} & set(self.only)
+        needs = self.decides or self.scale_search == "output" or ranges
         return Traits(reads="inputs" if needs else "weights", stores=self._form)
 
     @property
@@ -102,16 +125,19 @@ class BCT(Pass):
         return "block_linear" if self.activations == "none" else "block_activation_linear"
 
     def stored(self, weight: Weight) -> str | None:
-        return "block_embedding" if weight.role == "embedding" else self._form
+        return FORMS.get(weight.role, self._form)
 
     def spec(self, weight: Weight) -> dict[str, Any]:
+        if weight.is_function:
+            return self._function_spec(weight, self._table(weight, None))
         return self._spec(weight, self._bits(weight, None))
 
     def check(self, weights: Sequence[Weight]) -> list[str]:
         if not self.decides:
             return []
+        weights = [weight for weight in weights if not weight.is_function]
         least = sum(stored_bytes(weight.shape, self._spec(weight, 4)) for weight in weights)
-        budget = self._budget_bytes(sum(weight.out_features * weight.in_features for weight in weights))
+        budget = self._budget_bytes(sum(math.prod(weight.shape) for weight in weights))
         if least > budget:
             return [f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"]
         return []
@@ -158,10 +184,57 @@ class BCT(Pass):
                     stored = layer.pack(codes, scale, bits=bits, block=tuple(spec["block"]), **more)
                     record = {"weight_error": relative_error(matrix, rounded), "bits": bits}
                     site.put(weight, stored, **record)
+        self._put_tables(site)
         return carry
 
     def head(self, site: Site, carry: Carry) -> Carry:
         return self.block(site, carry)
+
+    def _put_tables(self, site: Site) -> None:
+        """Tables in place of the selected functions; ranges are those that the weights, as stored, give rise to."""
+        from compressor.layers import find_layer
+
+        functions = site.functions()
+        stage = tuple(Group((function,)) for function in functions if function.role == "activation")
+        ranges = site.fold(stage, lambda group: Range(), Range.add) if stage else []
+        seen = {group.name: found for group, found in zip(stage, ranges, strict=True)}
+        for function in functions:
+            table = self._table(function, seen.get(function.name))
+            tensors = {"table": table.values.to(site.device)}
+            if function.shape:
+                tensors["weight"] = site.gain(function)
+            layer = find_layer(str(self.stored(function))).from_tensors(self._function_spec(function, table), tensors)
+            site.put(function, layer, **self._bound(function, table))
+
+    def _table(self, function: Weight, seen: Range | None) -> Table:
+        if function.role == "softmax":
+            return exp_table(EXP_LOW, self.table_entries)
+        if function.role == "norm":
+            return root_table(self.table_entries)
+        name = function.facts["function"]
+        if seen is None or not seen.tokens:  # no calibration yet, or no token was routed here
+            return activation_table(name, -KNOWN[name].reach, KNOWN[name].reach, self.table_entries)
+        return activation_table(name, seen.smallest, seen.largest, self.table_entries)
+
+    def _function_spec(self, function: Weight, table: Table) -> dict[str, Any]:
+        found: dict[str, Any] = {"step": table.step, "lookup": self.table_lookup, "entries": self.table_entries}
+        if function.role == "activation":
+            return {**found, **function.facts, "low": table.low, "slopes": KNOWN[function.facts["function"]].slopes}
+        if function.role == "norm":
+            return {**found, **function.facts}
+        rounds = self.activations != "none"
+        return {**found, "bits": 8 if rounds else None, "block": self.block_shape[1] if rounds else None}
+
+    def _bound(self, function: Weight, table: Table) -> dict[str, Any]:
+        """What the table may cost, for the report; of a norm relative to its output."""
+        linear = self.table_lookup == "linear"
+        if function.role == "activation":
+            known = KNOWN[function.facts["function"]]
+            bound = table.bound(known.steepness, known.curvature, linear)
+        else:
+            steepness, curvature = (1.0, 1.0) if function.role == "softmax" else (0.5, 0.75)
+            bound = table.bound(steepness, curvature, linear)
+        return {"table_range": [table.low, table.high], "table_bound": bound}
 
     def _bits(self, weight: Weight, decision: Decision | None) -> int:
         if decision is not None:
@@ -211,6 +284,24 @@ class BCT(Pass):
                 hint="Give more calibration data, or set activations: dynamic.",
             )
         return shift_exponent(seen.largest, 127).to(torch.int8)
+
+
+@dataclass
+class Range:
+    """The smallest and largest finite input of a function on calibration data."""
+
+    smallest: float = float("inf")
+    largest: float = float("-inf")
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor) -> Range:
+        """Add x (tokens, width)."""
+        finite = x[torch.isfinite(x)]
+        if len(finite):
+            self.smallest = min(self.smallest, float(finite.min()))
+            self.largest = max(self.largest, float(finite.max()))
+            self.tokens += len(x)
+        return self
 
 
 @dataclass
@@ -319,7 +410,7 @@ def _candidates(largest: torch.Tensor, limit: int, scale: str, search: bool) -> 
     return [(half, half.to(torch.float32)) for half in halves]
 
 
-def stored_bytes(shape: tuple[int, int], spec: dict[str, Any]) -> int:
+def stored_bytes(shape: tuple[int, ...], spec: dict[str, Any]) -> int:
     """Bytes of the tensors of a weight (out, in), without its bias and without what static activations add."""
     (rows, columns), (height, width) = shape, spec["block"]
     a_scale = 1 if spec["scale"] == "shift" else 2

@@ -1,0 +1,64 @@
+"""An activation read from a table, as BCT stores it.
+
+Tensors: table  float32 (entries,), f(low + k * step) at k = 0 .. entries - 1
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from compressor.kernels.tables import activate
+from compressor.layers.base import Layer
+
+
+class TableActivation(Layer):
+    """Drop-in for an activation module.
+
+    function  its name, for a reader of the settings; the table is what counts
+    low       input of the first entry
+    step      between two entries
+    lookup    linear | nearest
+    slopes    left and right of the table, where it goes on as a straight line
+    """
+
+    form = "table_activation"
+    stands_for = "activation"
+    weight_only = False
+    helpers = ("compressor.kernels.tables",)
+    table: Tensor
+
+    def __init__(
+        self, function: str, entries: int, low: float, step: float, lookup: str, slopes: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.function, self.low, self.step, self.lookup = function, low, step, lookup
+        self.slopes = (float(slopes[0]), float(slopes[1]))
+        self.register_buffer("table", torch.zeros(entries, dtype=torch.float32))
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(**spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(x, self.table, self.low, self.step, self.lookup == "linear", self.slopes).to(x.dtype)
+
+    def outside(self, x: Tensor) -> Tensor:
+        """How many inputs lie beyond the table."""
+        return ((x < self.low) | (x > self.low + (len(self.table) - 1) * self.step)).sum()
+
+    def spec(self) -> dict[str, Any]:
+        settings = {"function": self.function, "entries": len(self.table), "low": self.low, "step": self.step}
+        return {**settings, "lookup": self.lookup, "slopes": list(self.slopes)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"table": self.table}
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+        with torch.device("meta"):
+            layer = cls(**spec)
+        layer.fill(tensors)
+        return layer
