@@ -117,7 +117,7 @@ def load_samples(settings: Settings, model_directory: Path, *, seed: int, vocabu
         raise RecipeError(
             "this model reads pixels, the data is text",
             where=f"data.source {settings.source!r}",
-            hint="Give a .npz file with `images` and `labels`, or source: random.",
+            hint="Give a .npz file with `images` and `labels`.",
         )
     documents, labels, digest = read_documents(settings)
     _check_hash(settings, digest)

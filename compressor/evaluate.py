@@ -6,6 +6,9 @@ KL divergence: mean over positions of KL(before || after) of the next-token dist
 share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
 `intervals` are what gates with a confidence are judged by: at that level, and paired: both sides read the same samples.
 
+Layers that hold a range for their input, found on calibration data, are asked how many of the values they read while
+quality is measured lie outside of it (`Layer.outside`).
+
     python -m compressor.evaluate REQUEST.json
 """
 
@@ -16,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,19 @@ UNIT = {
 }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found.
+
+    metrics     by name; one that can't be measured has `after: null` and a `reason`
+    saturation  `layers`: name, values read and how many were outside; `reason` why layers are missing there, or null
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
+    saturation: dict[str, Any] = field(default_factory=lambda: uncounted("quality was not measured"))
+
+
 def evaluate(
     before: Path | None,
     after: Path,
@@ -63,8 +80,8 @@ def evaluate(
     threads: int,
     seed: int,
     trust_remote_code: bool = False,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, speed). A metric that can't be measured has `after: null` and a `reason`.
+) -> Measured:
+    """Quality, speed and saturation.
 
     before  source checkpoint; None measures `after` alone
     raises  PassError with the last words of a process that died
@@ -84,7 +101,7 @@ def evaluate(
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
     request = {"kind": "quality", "before": str(before) if before else None, "after": str(after), "metrics": wanted}
-    metrics = _ask(scratch, "quality", {**common, **request}) if wanted else {}
+    quality = _ask(scratch, "quality", {**common, **request}) if wanted else {}
     speed: dict[str, Any] = {}
     if {"speed", "memory"} & set(settings.metrics):
         answers = {
@@ -94,7 +111,7 @@ def evaluate(
         }
         for name in answers["after"]:
             speed[name] = {side: answer[name] for side, answer in answers.items()}
-    return metrics, speed
+    return Measured(speed=speed, **quality)
 
 
 def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any], plan: Any) -> dict[str, Any]:
@@ -148,11 +165,12 @@ def load_model(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
-    """Both models on the same batches, one batch at a time."""
+    """`metrics` of both models on the same batches, one batch at a time, and `saturation` of the later one."""
     before = load_model(Path(request["before"]), request["trust_remote_code"]) if request["before"] else None
     after = load_model(Path(request["after"]), request["trust_remote_code"])
     labels = load_file(request["labels"])["labels"] if request["labels"] else None
     samples = _read_samples(request)
+    counts = watch_ranges(after)
     totals: dict[str, list[Tensor]] = {}
     for numbers, stacked in samples.batches(request["batch_size"]):
         outputs: list[Any] = []
@@ -165,7 +183,66 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
             totals.setdefault(key, []).append(value)
     joined = {key: torch.cat(values).double() for key, values in totals.items()}
     level = request.get("confidence")
-    return {name: _metric(name, joined, request["seed"], before is not None, level) for name in request["metrics"]}
+    return {
+        "metrics": {
+            name: _metric(name, joined, request["seed"], before is not None, level) for name in request["metrics"]
+        },
+        "saturation": saturation(Path(request["after"]), after, counts),
+    }
+
+
+def watch_ranges(model: Any) -> dict[str, list[int]]:
+    """Count from now on, by module: values read, and those outside the range it holds.
+
+    Every module with a method `outside(x)` is asked (see `Layer.outside`); None says that it has no range.
+    """
+    counts: dict[str, list[int]] = {}
+
+    def count(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        found = module.outside(x)
+        if found is not None:
+            seen = counts.setdefault(name, [0, 0])
+            seen[0] += x.numel()
+            seen[1] += int(found)
+
+    for name, module in model.named_modules():
+        if _says_outside(module):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: count(name, module, args, kwargs), with_kwargs=True
+            )
+    return counts
+
+
+def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> dict[str, Any]:
+    """The report's section, from what `watch_ranges` counted; a layer that stands for a weight has its name."""
+    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else {"weights": {}}
+    module_of = {name: entry["parameter"].removesuffix(".weight") for name, entry in manifest["weights"].items()}
+    modules = dict(model.named_modules())
+    silent = [name for name, module in module_of.items() if not _says_outside(modules.get(module))]
+    reason = None
+    if silent:
+        reason = (
+            f"{len(silent)} stored weights, such as {silent[0]}, run in the loader's own layers ({manifest['route']}), "
+            "which don't say what lies outside a range"
+        )
+    elif not counts:
+        reason = "no layer holds a range for its input"
+    named = {module: name for name, module in module_of.items()}
+    rows = [
+        {"name": named.get(module, module), "values": values, "outside": outside}
+        for module, (values, outside) in sorted(counts.items())
+    ]
+    return {"reason": reason, "layers": rows}
+
+
+def uncounted(reason: str) -> dict[str, Any]:
+    """The section where nothing was counted."""
+    return {"reason": reason, "layers": []}
+
+
+def _says_outside(module: Any) -> bool:
+    return callable(getattr(module, "outside", None))
 
 
 def _batch_sums(

@@ -213,10 +213,10 @@ def _has_packed_zeros(settings: dict[str, Any]) -> bool:
 
 
 def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Dense experts are no hindrance: as seen with transformers 5.24, this loader joins them."""
     thresholds = sorted({settings["threshold"] for _, settings in described})
     skipped = _dense_modules(described, model)
     modules = dict(model.named_modules())
-    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
     refused = []
     for form, _ in described:
         module = modules[module_of(form)]
@@ -227,8 +227,6 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
             why = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
         elif not should_convert_module(module_of(form), skipped):
             why = "has a name that bitsandbytes can't tell from that of a dense module"
-        elif dense_experts:
-            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
         if why is not None:
             refused.append((form.weight.name, why))
     return refused

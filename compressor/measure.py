@@ -76,7 +76,7 @@ def measure_model(
         samples = _samples(asked, directory, trust_remote_code)
         torch.set_num_threads(threads or torch.get_num_threads())
         with tempfile.TemporaryDirectory() as scratch:
-            metrics_found, speed = evaluate(
+            found = evaluate(
                 before.directory if before else None,
                 directory,
                 samples,
@@ -87,7 +87,7 @@ def measure_model(
                 trust_remote_code=trust_remote_code,
             )
         sizes = _sizes(before, after)
-        rows = check_gates(asked.eval.gates, metrics_found, speed, sizes, asked.eval.confidence)
+        rows = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
         report = finite(
             {
                 "evaluation_version": EVALUATION_VERSION,
@@ -100,10 +100,11 @@ def measure_model(
                 "baseline": _subject(baseline, before) if baseline and before else None,
                 "data": {"eval": data_facts(samples)},
                 "sizes": sizes,
-                "metrics": metrics_found,
+                "metrics": found.metrics,
+                "saturation": found.saturation,
                 "gates": rows,
-                "warnings": unmeasured_warnings(metrics_found),
-                "run": {"started": started, "seconds": time.perf_counter() - began, "speed": speed},
+                "warnings": unmeasured_warnings(found.metrics),
+                "run": {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed},
                 "environment": environment(torch.device("cpu")),
             }
         )

@@ -117,7 +117,7 @@ def make_plan(
     for step in recipe.steps:
         if step.settings.unplanned:
             where = ".".join(map(str, step.path))
-            message = f"{step.name}: {step.settings.unplanned}"
+            message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]

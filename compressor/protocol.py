@@ -226,8 +226,13 @@ class Pass(BaseModel):
 
     @property
     def unplanned(self) -> str:
-        """Why `plan` can't know this pass's sizes exactly and which bound it shows, as a clause; empty if it knows."""
-        return "it chooses over the whole model; its sizes here are upper bounds" if self.decides else ""
+        """Why `plan` can't know this pass's sizes exactly, as a clause; empty if it knows."""
+        return "it chooses over the whole model" if self.decides else ""
+
+    @property
+    def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
+        """What the sizes that follow from `spec` are, compared with those that will be stored."""
+        return "upper bounds" if self.decides else "exact"
 
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep; every site then has it as `site.decision`."""

@@ -25,6 +25,7 @@ from compressor.settings import ReportSettings, bare_source
 
 if TYPE_CHECKING:
     from compressor.data import Samples
+    from compressor.evaluate import Measured
 
 REPORT_VERSION = 1
 HERE = Path(__file__).parent
@@ -45,7 +46,7 @@ def build_report(
     fingerprint: dict[str, Any],
     lines: list[dict[str, Any]],
     sizes: dict[str, Any],
-    metrics: dict[str, Any],
+    measured: Measured,
     gates: list[dict[str, Any]],
     verification: dict[str, Any],
     calibration: Samples | None,
@@ -70,7 +71,9 @@ def build_report(
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (
-        plan.warnings + [warning for line in lines for warning in line["warnings"]] + unmeasured_warnings(metrics)
+        plan.warnings
+        + [warning for line in lines for warning in line["warnings"]]
+        + unmeasured_warnings(measured.metrics)
     )
     passed = all(gate["passed"] for gate in gates)
     status = "verification_failed" if verification["problems"] else "ok" if passed else "gate_failed"
@@ -96,7 +99,8 @@ def build_report(
         },
         "data": {"calibration": calibration and data_facts(calibration), "eval": held_out and data_facts(held_out)},
         "sizes": sizes,
-        "metrics": metrics,
+        "metrics": measured.metrics,
+        "saturation": measured.saturation,
         "gates": gates,
         "steps": [
             {

@@ -27,7 +27,7 @@ from compressor.checkpoint import model_label
 from compressor.data import Samples, load_samples
 from compressor.environment import environment, peak_rss_bytes
 from compressor.errors import ArtifactError, GateError, Interrupted, PassError, PreflightError, UsageError
-from compressor.evaluate import evaluate, unmeasured, weight_sizes
+from compressor.evaluate import Measured, evaluate, uncounted, unmeasured, weight_sizes
 from compressor.export import VERSION, Route
 from compressor.files import disk_full
 from compressor.gates import check_gates, failed_gates
@@ -180,14 +180,15 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
         _write(job, units, forms)
     with job.stage("verify"):
         checked = _verify(job)
-    metrics: dict[str, Any] = {}
-    speed: dict[str, Any] = {}
+    measured = Measured()
     if checked["problems"]:
-        metrics = unmeasured(job.recipe.eval.metrics, "the artifact failed its verification") if job.held_out else {}
+        why = "the artifact failed its verification"
+        metrics = unmeasured(job.recipe.eval.metrics, why) if job.held_out else {}
+        measured = Measured(metrics, saturation=uncounted(why))
     elif job.held_out is not None:
         with job.stage("evaluate"):
-            metrics, speed = _evaluate(job, job.held_out)
-    report = _report(job, forms, checked, metrics, speed)
+            measured = _evaluate(job, job.held_out)
+    report = _report(job, forms, checked, measured)
     write_reports(report, job.built, job.recipe.report)
     if job.recipe.export.card and not checked["problems"]:
         write_card(report, job.plan.structure.checkpoint, job.built)
@@ -267,7 +268,7 @@ def _verify(job: Job) -> dict[str, Any]:
         ) from error
 
 
-def _evaluate(job: Job, held_out: Samples) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluate(job: Job, held_out: Samples) -> Measured:
     return evaluate(
         job.plan.structure.checkpoint.directory,
         job.built,
@@ -280,9 +281,7 @@ def _evaluate(job: Job, held_out: Samples) -> tuple[dict[str, Any], dict[str, An
     )
 
 
-def _report(
-    job: Job, forms: dict[str, Form], checked: dict[str, Any], metrics: dict[str, Any], speed: dict[str, Any]
-) -> dict[str, Any]:
+def _report(job: Job, forms: dict[str, Form], checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
     sizes = weight_sizes(job.plan.structure.checkpoint, job.built, forms, job.plan)
     evaluation = job.recipe.eval
     return build_report(
@@ -291,8 +290,8 @@ def _report(
         fingerprint=job.fingerprint,
         lines=list(job.journal.lines.values()),
         sizes=sizes,
-        metrics=metrics,
-        gates=check_gates(evaluation.gates, metrics, speed, sizes, evaluation.confidence),
+        measured=measured,
+        gates=check_gates(evaluation.gates, measured.metrics, measured.speed, sizes, evaluation.confidence),
         verification=checked,
         calibration=job.calibration,
         held_out=job.held_out,
@@ -303,7 +302,7 @@ def _report(
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_bytes": job.plan.peak_memory_bytes,
             "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
-            "speed": speed,
+            "speed": measured.speed,
         },
         environment=environment(job.place),
     )

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import pytest
 import tiny
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.errors import PreflightError, RecipeError, ShapeError
+from compressor.evaluate import measure_quality
 from compressor.kernels.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
 from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding
@@ -162,6 +164,41 @@ def test_static_exponents_saturate_and_leave_small_values_alone():
     exponent = torch.tensor([-6, -3], dtype=torch.int8)
     x = torch.tensor([[5.0, 0.5, -5.0, 0.5]])
     assert round_to_shift(x, 2, exponent).tolist() == [[127 / 64, 0.5, -5.0, 0.5]]
+
+
+def test_values_beyond_a_static_exponent_are_counted():
+    spec = {"bits": 8, "block": [1, 2], "scale": "shift", "activations": "static"}
+    layer = BlockActivationLinear.empty((1, 3), spec, torch.float32, False)
+    layer.input_exponent = torch.tensor([-6, -3], dtype=torch.int8)
+    x = torch.tensor([[[127 / 64, -2.0, 5.0], [3.0, float("inf"), -16.0]]])
+    assert int(layer.outside(x)) == int(layer.outside(x.bfloat16())) == 4
+    dynamic = BlockActivationLinear.empty((1, 3), {**spec, "activations": "dynamic"}, torch.float32, False)
+    assert dynamic.outside(x) is None and BlockLinear.outside(dynamic, x) is None
+
+
+def test_the_evaluation_counts_what_saturates_weight_by_weight(tmp_path):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
+    settings = recipe(only=["*", "@embedding"], activations="static")
+    few = replace(settings, data=settings.data.model_copy(update={"samples": 1, "length": 2}))
+    compress(few, str(model), tmp_path / "out", measure=False)
+    ids = torch.arange(48).view(3, 16)
+    save_file({f"{number}": row for number, row in enumerate(ids)}, tmp_path / "tokens.safetensors")
+    asked = {"before": None, "after": str(tmp_path / "out"), "tokens": str(tmp_path / "tokens.safetensors")}
+    asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0, "trust_remote_code": False}
+    found = measure_quality(asked)["saturation"]
+    ours, read = compressor.load(tmp_path / "out"), {}
+    for name, module in ours.named_modules():
+        if isinstance(module, BlockActivationLinear):
+            module.register_forward_pre_hook(lambda module, args, name=name: read.update({name: (module, args[0])}))
+    with torch.no_grad():
+        ours(input_ids=ids)
+    expected = []
+    for name, (layer, x) in sorted(read.items()):
+        limits = [127 * 2.0 ** int(layer.input_exponent[column // 16]) for column in range(layer.in_features)]
+        outside = sum(abs(v) > limit for row in x.flatten(0, 1).tolist() for v, limit in zip(row, limits, strict=True))
+        expected.append({"name": name, "values": x.numel(), "outside": outside})
+    assert found == {"reason": None, "layers": expected}
+    assert sum(row["outside"] for row in found["layers"]) > 0
 
 
 def test_a_block_with_inf_passes_through_as_it_is():

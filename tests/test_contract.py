@@ -21,7 +21,8 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
         ("gptq", GPTQ(**GPTQ_SETTINGS)),
         ("rtn", RTN(bits=8, group_size=-1)),
         ("llm_int8", LLMInt8()),
-        ("bct", BCT(bits=4)),
+        ("bct", BCT(bits=4, activations="static", only=("*", "@embedding"))),
+        pytest.param("bct", BCT(budget_bits=5.5, only=("*", "@embedding")), marks=pytest.mark.slow),
     ],
 )
 def test_pass_keeps_the_contract(name, settings, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from compressor.compare import read_subject
 from compressor.errors import RecipeError, UsageError
-from compressor.evaluate import measure_quality, measure_speed
+from compressor.evaluate import measure_quality, measure_speed, saturation, watch_ranges
 from compressor.gates import (
     GATE_NAMES,
     check_gates,
@@ -42,6 +42,10 @@ def ask(tmp_path, before, after, inputs, metrics, labels=None):
     }
 
 
+def quality(request):
+    return measure_quality(request)["metrics"]
+
+
 @pytest.fixture
 def two(tmp_path):
     return tiny.save("llama", tmp_path / "a"), tiny.save("llama", tmp_path / "b", seed=1)
@@ -53,7 +57,7 @@ def tokens():
 
 
 def test_perplexity_divergence_and_agreement_equal_a_loop_over_positions(two, tokens, tmp_path):
-    found = measure_quality(ask(tmp_path, *two, tokens, ["perplexity", "kl_divergence", "top1_agreement"]))
+    found = quality(ask(tmp_path, *two, tokens, ["perplexity", "kl_divergence", "top1_agreement"]))
     models = [tiny.build("llama", seed=seed) for seed in (0, 1)]
     nll, kl, same, count = [0.0, 0.0], 0.0, 0, 0
     for sample in tokens:
@@ -75,13 +79,13 @@ def test_perplexity_divergence_and_agreement_equal_a_loop_over_positions(two, to
 
 
 def test_a_model_agrees_with_itself(two, tokens, tmp_path):
-    found = measure_quality(ask(tmp_path, two[0], two[0], tokens, ["kl_divergence", "top1_agreement", "perplexity"]))
+    found = quality(ask(tmp_path, two[0], two[0], tokens, ["kl_divergence", "top1_agreement", "perplexity"]))
     assert found["kl_divergence"]["after"] == 0 and found["top1_agreement"]["after"] == 1
     assert found["perplexity"]["change_percent"] == 0
 
 
 def test_what_a_model_does_not_have_is_null_with_a_reason(two, tokens, tmp_path):
-    found = measure_quality(ask(tmp_path, *two, tokens, ["accuracy"]))
+    found = quality(ask(tmp_path, *two, tokens, ["accuracy"]))
     assert found["accuracy"]["after"] is None and "labels" in found["accuracy"]["reason"]
 
 
@@ -92,7 +96,7 @@ def test_accuracy_counts_right_answers(tmp_path):
     with torch.no_grad():
         answers = [int(network(input_ids=sample.unsqueeze(0)).logits.argmax()) for sample in inputs]
     labels = torch.tensor([answers[0], 1 - answers[1], answers[2]])
-    found = measure_quality(ask(tmp_path, None, model, inputs, ["accuracy"], labels))
+    found = quality(ask(tmp_path, None, model, inputs, ["accuracy"], labels))
     assert found["accuracy"]["after"] == pytest.approx(2 / 3)
 
 
@@ -150,12 +154,10 @@ def test_an_unknown_ratio_fails_its_gate():
 
 def test_intervals_of_changes_are_paired_and_widen_with_confidence(two, tokens, tmp_path):
     request = ask(tmp_path, *two, tokens, ["perplexity"])
-    wide, narrow = (
-        measure_quality({**request, "confidence": level})["perplexity"]["intervals"] for level in (0.99, 0.6)
-    )
+    wide, narrow = (quality({**request, "confidence": level})["perplexity"]["intervals"] for level in (0.99, 0.6))
     for key in ("value", "increase_percent", "drop_points"):
         assert wide[key][0] < narrow[key][0] < narrow[key][1] < wide[key][1]
-    itself = measure_quality({**ask(tmp_path, two[0], two[0], tokens, ["perplexity"]), "confidence": 0.95})
+    itself = quality({**ask(tmp_path, two[0], two[0], tokens, ["perplexity"]), "confidence": 0.95})
     assert itself["perplexity"]["intervals"]["increase_percent"] == [0, 0]  # unpaired it would be wide
 
 
@@ -219,3 +221,33 @@ def test_an_evaluation_keeps_out_of_directories_that_are_not_its_own(two, tmp_pa
     with pytest.raises(RecipeError, match="no such data file"):
         measure_model(str(two[0]), data="gone.txt", output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+class Squashed(torch.nn.Module):
+    """Stands for a layer of any package that holds a range, or (None) could and doesn't."""
+
+    def __init__(self, largest):
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, x):
+        return x
+
+    def outside(self, x):
+        return None if self.largest is None else (x.abs() > self.largest).sum()
+
+
+def test_any_module_that_holds_a_range_is_asked_what_lies_outside(tmp_path):
+    model = torch.nn.Sequential(Squashed(2), torch.nn.Identity(), Squashed(None), Squashed(9))
+    counts = watch_ranges(model)
+    model(torch.tensor([[1.0, -3.0, 2.0]]))
+    model(torch.tensor([[8.0, -9.5]]))
+    assert saturation(tmp_path, model, counts) == {
+        "reason": None,
+        "layers": [{"name": "0", "values": 5, "outside": 3}, {"name": "3", "values": 5, "outside": 1}],
+    }
+    plain = torch.nn.Sequential(torch.nn.Identity())
+    assert saturation(tmp_path, plain, watch_ranges(plain)) == {
+        "reason": "no layer holds a range for its input",
+        "layers": [],
+    }

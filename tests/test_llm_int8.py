@@ -6,6 +6,7 @@ import copy
 import json
 
 import bitsandbytes as bnb
+import numpy
 import pytest
 import tiny
 import torch
@@ -113,11 +114,47 @@ def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modelling_fil
     assert isinstance(refused.problems[0], PreflightError) and "thresholds [0.0, 6.0]" in str(refused.problems[0])
 
 
-def test_experts_are_refused_by_name_and_attention_beside_them_takes_the_modelling_file(tmp_path):
+def test_experts_are_refused_by_name_and_attention_beside_them_is_for_bitsandbytes(tmp_path):
     (problem,) = plan_of("mixtral", tmp_path).problems
     assert "block_sparse_moe.experts" in str(problem) and "an expert is no module" in str(problem)
     plan = make_plan(recipe({"only": ["@attention"]}), str(tmp_path / "m"), prove=False)
-    assert plan.route.name == "custom" and "some experts stay dense" in plan.route.reason
+    assert plan.route.name == "bitsandbytes" and not plan.problems
+
+
+@pytest.mark.slow
+def test_bitsandbytes_loads_attention_beside_dense_experts(tmp_path):
+    """Nothing is missing, and `verify` compares every dense parameter, experts among them, bit for bit."""
+    model = tiny.save("mixtral", tmp_path / "m", dtype=torch.bfloat16)
+    report = compress(recipe({"only": ["@attention"]}), str(model), tmp_path / "out", measure=False)
+    found = report["verification"]
+    assert report["route"]["name"] == "bitsandbytes" and found["stock_layers"]["compared"] == 8
+    assert found["missing"] == found["unexpected"] == found["mismatched"] == found["problems"] == []
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    dense = hf.AutoModelForCausalLM.from_pretrained(model)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert loaded.get_parameter(name).equal(dense.get_parameter(name))
+
+
+@pytest.mark.slow
+def test_a_calibrated_vision_transformer_goes_the_whole_way(tmp_path):
+    model = tiny.save("vit", tmp_path / "m", dtype=torch.bfloat16)
+    draw = numpy.random.default_rng(0)
+    images = draw.integers(0, 256, (24, 16, 16), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "images.npz", images=images, labels=draw.integers(0, 3, 24))
+    data = {"source": str(tmp_path / "images.npz"), "samples": 16}
+    step = {"outliers": "calibrated", "threshold": 3.0}
+    report = compress(
+        recipe(step, data=data, eval={"metrics": ["accuracy", "kl_divergence"], "data": {**data, "samples": 8}}),
+        str(model),
+        tmp_path / "out",
+    )
+    assert report["route"]["name"] == "custom" and report["verification"]["max_logit_difference"] == 0.0
+    rows = report["weights"]
+    assert len(rows) == 12 and all(row["calibration_tokens"] == 16 * 17 for row in rows)  # 16 patches and the class
+    assert any(row["kept_columns"] for row in rows)
+    assert report["metrics"]["accuracy"]["after"] is not None
+    assert 0 <= report["metrics"]["kl_divergence"]["after"] < 0.01
+    assert report["data"]["calibration"]["samples"] == 16
 
 
 def test_without_bitsandbytes_plan_says_what_to_install_and_custom_goes_without(tmp_path, monkeypatch):

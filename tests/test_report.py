@@ -58,6 +58,20 @@ def report(artifact):
 SECTIONS = ("tool", "recipe", "model", "route", "seeds", "data", "sizes", "verification", "run", "environment")
 
 
+def test_a_stock_loader_counts_no_saturation_and_the_report_says_so(report):
+    assert report["saturation"]["layers"] == []
+    assert "run in the loader's own layers (compressed-tensors)" in report["saturation"]["reason"]
+    assert "were not counted: 14 stored weights" in render_markdown(report)
+
+
+def test_saturation_is_told_in_every_form(report):
+    layers = [{"name": "a.q", "values": 200, "outside": 3}, {"name": "a.k", "values": 200, "outside": 0}]
+    found = {**report, "saturation": {"reason": None, "layers": layers}}
+    validate_report(found)
+    assert "| a.q | 200 | 3 | 1.5 % |" in render_markdown(found) and "1 of 2 layers" in render_markdown(found)
+    assert "3 of 400 values that 2 layers read" in render_html(found)
+
+
 def test_it_satisfies_its_schema_and_a_changed_one_does_not(report):
     validate_report(report)
     for changed in (

@@ -12,11 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.errors import PreflightError, ShapeError
+from compressor.errors import PreflightError, RecipeError, ShapeError
 from compressor.export import artifact_config, module_of
 from compressor.grid import find_grid, quantize
+from compressor.layers.block_linear import BlockLinear
 from compressor.layers.byte_linear import ByteLinear
 from compressor.packing import store
+from compressor.passes.bct import quantize_blocks, stock_layer
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
@@ -45,30 +47,34 @@ def plan_of(tmp_path, family, *steps, **export):
     return make_plan(recipe(*steps, **export), str(model), prove=False)
 
 
-def store_as_planned(plan, artifact):
+def nearest(form, matrix):
+    """The layer that rtn makes of a weight."""
+    shelf, size = Shelf(), form.spec["group_size"]
+    grouped = matrix.view(len(matrix), -1, matrix.shape[1] if size == -1 else size)
+    grid = find_grid(grouped, form.spec["bits"], form.spec["symmetric"], "minmax", shelf.dtype)
+    store(shelf, form.weight, quantize(grouped, grid), grid, size, {})
+    return shelf.layers[form.weight.name]
+
+
+def store_as_planned(plan, artifact, make=nearest):
     """What a run leaves for a loader, weights and config.json, without the run; returns the layers by module."""
-    structure, forms, shelf = plan.structure, list(plan.forms.values()), Shelf()
+    structure, forms, layers = plan.structure, list(plan.forms.values()), {}
     shutil.copytree(structure.checkpoint.directory, artifact)
     tensors = load_file(artifact / "model.safetensors")
     for form in forms:
-        matrix = tensors.pop(form.weight.tensor).float()
-        size = form.spec["group_size"]
-        grouped = matrix.view(len(matrix), -1, matrix.shape[1] if size == -1 else size)
-        grid = find_grid(grouped, form.spec["bits"], form.spec["symmetric"], "minmax", shelf.dtype)
-        store(shelf, form.weight, quantize(grouped, grid), grid, size, {})
-        layer = shelf.layers[form.weight.name]
+        layer = layers[module_of(form)] = make(form, tensors.pop(form.weight.tensor).float())
         assert (layer.form, layer.spec()) == (form.form, form.spec)
         tensors |= {f"{form.weight.name}.{suffix}": value for suffix, value in layer.tensors().items()}
     save_file(tensors, artifact / "model.safetensors", {"format": "pt"})
     source = structure.checkpoint.config
     config = artifact_config(source, plan.route, forms, structure.model, "bfloat16", plan.untied)
     (artifact / "config.json").write_text(json.dumps(config))
-    return {module_of(form): shelf.layers[form.weight.name] for form in forms}
+    return layers
 
 
-def assert_plain_transformers_computes_what_the_codes_stand_for(plan, artifact):
+def assert_plain_transformers_computes_what_the_codes_stand_for(plan, artifact, make=nearest):
     """Same bits as the dense model with each weight set to its codes' meaning; nothing missing, nothing unexpected."""
-    layers = store_as_planned(plan, artifact)
+    layers = store_as_planned(plan, artifact, make)
     cls = type(plan.structure.model)
     stock, info = cls.from_pretrained(artifact, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -113,6 +119,65 @@ def test_unpacked_zero_points_load_stock_beside_other_schemes(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision" and "dequantize" not in config
     assert {group["format"] for group in config["config_groups"].values()} == {"naive-quantized", "pack-quantized"}
+
+
+@pytest.mark.parametrize(("bits", "width"), [(8, 16), (4, 32), (8, 64)])
+def test_blocks_of_one_row_with_shifts_load_stock_as_groups(bits, width, tmp_path):
+    def blocks(form, matrix):
+        codes, exponent, rounded = quantize_blocks(matrix, bits, (1, width))
+        layer = stock_layer(codes, exponent, form.spec, torch.bfloat16)
+        ours = BlockLinear.pack(codes, exponent, bits=bits, block=(1, width))
+        assert layer.matrix(torch.bfloat16).equal(ours.matrix(torch.bfloat16))
+        assert layer.matrix(torch.float32).equal(rounded)  # shifts are exact in bfloat16
+        return layer
+
+    step = {"pass": "bct", "bits": bits, "block_shape": [1, width], "stock": True}
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    plan = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": [step]}).encode()), str(model), prove=False)
+    assert plan.route.name == "compressed-tensors" and not plan.problems
+    assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out", blocks)
+
+
+def test_a_float16_model_gets_its_least_shift_and_the_same_values():
+    tiny_values = torch.randint(-40, 41, (4, 32), generator=torch.Generator().manual_seed(0)) * 2.0**-24
+    matrix = torch.cat((tiny_values, torch.ones(4, 32)), 1)
+    codes, exponent, rounded = quantize_blocks(matrix, 8, (1, 32))
+    assert int(exponent.min()) < -24
+    layer = stock_layer(codes, exponent, {"bits": 8, "group_size": 32, "symmetric": True}, torch.float16)
+    assert layer.weight_scale.dtype == torch.float16 and bool((layer.weight_scale > 0).all())
+    assert layer.matrix(torch.float16).float().equal(rounded) and rounded.equal(matrix)
+
+
+@pytest.mark.slow
+def test_stock_blocks_go_the_whole_way(tmp_path):
+    model = tiny.save("bert", tmp_path / "m", dtype=torch.float16)
+    tree = {"version": 1, "steps": [{"pass": "bct", "block_shape": [1, 32], "stock": True}], "report": {"html": False}}
+    report = compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), tmp_path / "out", measure=False)
+    assert report["route"]["name"] == "compressed-tensors" and not report["verification"]["problems"]
+    assert report["verification"]["max_logit_difference"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"needs block_shape of one row, \[1, B\]"),
+        ({"block_shape": [1, 16], "scale": "float16"}, "needs scale: shift"),
+        ({"block_shape": [1, 16], "activations": "dynamic"}, "needs activations: none"),
+        ({"budget": 9}, r"needs block_shape of one row, \[1, B\] and no budget"),
+    ],
+)
+def test_blocks_without_a_stock_form_are_refused_in_the_recipe(settings, message):
+    tree = {"version": 1, "steps": [{"pass": "bct", "stock": True, **settings}]}
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(yaml.safe_dump(tree).encode())
+
+
+def test_weights_without_a_stock_form_are_refused_by_name(tmp_path):
+    step = {"pass": "bct", "stock": True, "block_shape": [1, 24], "only": ["down_proj", "@embedding"]}
+    model = tiny.save("llama", tmp_path / "m", num_hidden_layers=1)
+    problems = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": [step]}).encode()), str(model)).problems
+    assert [problem.where for problem in problems] == ["model.embed_tokens", "model.layers.0.mlp.down_proj"]
+    assert "looked up by rows" in str(problems[0]) and "24 do not divide its 64 inputs" in str(problems[1])
 
 
 @pytest.mark.slow

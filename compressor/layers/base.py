@@ -110,3 +110,10 @@ class Layer(nn.Module):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) that the stored tensors stand for; of a norm its gain (width,)."""
         raise NotImplementedError
+
+    def outside(self, x: Tensor) -> Tensor | None:
+        """How many values of an input lie outside the range that this layer holds, for the report; None: it has none.
+
+        The evaluation asks every module of the model that has this method, stored form or not.
+        """
+        return None

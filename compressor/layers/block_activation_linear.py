@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.kernels.blocks import round_to_shift
+from compressor.kernels.blocks import power_of_two, round_to_shift
 from compressor.layers.block_linear import BlockLinear
 
 
@@ -50,6 +50,13 @@ class BlockActivationLinear(BlockLinear):
     def forward(self, x: Tensor) -> Tensor:
         exponent = self.input_exponent if self.activations == "static" else None
         return F.linear(round_to_shift(x, self.block[1], exponent), self.matrix(x.dtype), self.bias)
+
+    def outside(self, x: Tensor) -> Tensor | None:
+        """Values beyond 127 codes of their block, which saturate; none where each token finds its own scale."""
+        if self.activations != "static":
+            return None
+        limit = 127 * power_of_two(self.input_exponent, torch.float32).repeat_interleave(self.block[1])
+        return (x.abs() > limit[: self.in_features]).sum()
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "activations": self.activations}

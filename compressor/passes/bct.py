@@ -35,6 +35,10 @@ Where the paper is ambiguous, and what we chose
   float32. ReLU is exact and needs none. What a table costs is bounded (`compressor.tabulate`); with lines between 256
   entries: GELU 4.0e-4, SiLU 1.0e-3 over their whole range, exp 5.0e-4, 1 / sqrt 1.3e-5 of itself. The nearest entry is
   some 80 times worse.
+- `stock` writes blocks of one row as symmetric groups of compressed-tensors, which plain transformers loads. A shift is
+  then a number in the model's dtype, 2 bytes instead of 1: exact in bfloat16 and float32, and in float16 from 2^-24 on,
+  below which a float16 model has no values. Real scales are refused there: bfloat16 would round float16's again, and
+  gptq and rtn offer them in the model's own dtype.
 
 Cost: one pass over the weights, times four when the scale is searched; with a budget, one run of the whole model and
 two quantizations of each matrix more. Memory: one weight and, for `output` and `budget`, one second-moment matrix.
@@ -45,15 +49,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from compressor.errors import PassError
+from compressor.errors import PassError, ShapeError
 from compressor.lazy import torch
 from compressor.linalg import Gram
 from compressor.protocol import Carry, Decision, Group, Pass, Site, Stage, Traits, Weight, WholeModel
 from compressor.tabulate import KNOWN, Table, activation_table, exp_table, root_table
+
+if TYPE_CHECKING:
+    from compressor.layers.base import Layer
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 SHIFTS_TRIED = 4  # at 4 bits, Gaussian blocks of 4,096 are best clipped at about half their largest value
@@ -67,6 +74,7 @@ FORMS = {  # role -> stored form, where it isn't that of a matrix
     "norm": "table_norm",
     "softmax": "block_attention",
 }
+FLOAT16_LEAST_SHIFT = -24
 
 
 class BCT(Pass):
@@ -95,6 +103,9 @@ class BCT(Pass):
     )
     embedding_bits: Literal[4, 8] = Field(8, description="Bits of a table, where `only` names @embedding.")
     embedding_block: Side | None = Field(None, description="Columns of a row that share a scale; null is the row.")
+    stock: bool = Field(
+        False, description="Blocks of one row as compressed-tensors groups, loaded by plain transformers."
+    )
     budget: PositiveInt | None = Field(
         None, description="Bytes that the selected matrices may fill; chooses 4 or 8 bits for each, tables included."
     )
@@ -110,6 +121,20 @@ class BCT(Pass):
             raise ValueError("a budget chooses the bits: leave out bits and embedding_bits")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_stock_form(self) -> BCT:
+        """Whether the block's width divides a weight, and whether it is an embedding, is seen weight by weight."""
+        needs = {
+            "block_shape of one row, [1, B]": self.block_shape[0] == 1,
+            "scale: shift": self.scale == "shift",
+            "activations: none": self.activations == "none",
+            "no budget": not self.decides,
+        }
+        lacking = [need for need, is_met in needs.items() if not is_met]
+        if self.stock and lacking:
+            raise ValueError(f"stock: true needs {' and '.join(lacking)}")
+        return self
+
     @property
     def decides(self) -> bool:
         return self.budget is not None or self.budget_bits is not None
@@ -122,6 +147,8 @@ class BCT(Pass):
 
     @property
     def _form(self) -> str:
+        if self.stock:
+            return "packed_linear"
         return "block_linear" if self.activations == "none" else "block_activation_linear"
 
     def stored(self, weight: Weight) -> str | None:
@@ -130,6 +157,8 @@ class BCT(Pass):
     def spec(self, weight: Weight) -> dict[str, Any]:
         if weight.is_function:
             return self._function_spec(weight, self._table(weight, None))
+        if self.stock:
+            return stock_spec(weight, self.bits, self.block_shape[1])
         return self._spec(weight, self._bits(weight, None))
 
     def check(self, weights: Sequence[Weight]) -> list[str]:
@@ -176,13 +205,16 @@ class BCT(Pass):
                 for weight in group:
                     matrix, bits = site.matrix(weight), self._bits(weight, site.decision)
                     codes, scale, rounded = self._quantize(weight, matrix, bits, seen)
+                    record = {"weight_error": relative_error(matrix, rounded), "bits": bits}
+                    if self.stock:
+                        site.put(weight, stock_layer(codes, scale, self.spec(weight), site.dtype), **record)
+                        continue
                     spec = self._spec(weight, bits)
                     more = {key: spec[key] for key in ("activations",) if key in spec}
                     if more.get("activations") == "static":
                         more["input_exponent"] = self._input_exponent(weight, seen)
                     layer: Any = find_layer(str(self.stored(weight)))
                     stored = layer.pack(codes, scale, bits=bits, block=tuple(spec["block"]), **more)
-                    record = {"weight_error": relative_error(matrix, rounded), "bits": bits}
                     site.put(weight, stored, **record)
         self._put_tables(site)
         return carry
@@ -408,6 +440,41 @@ def _candidates(largest: torch.Tensor, limit: int, scale: str, search: bool) -> 
     factors = [1 - 0.02 * n for n in range(SCALES_TRIED if search else 1)]
     halves = [(first * factor).clamp(FLOAT16_TINY, FLOAT16_MAX).to(torch.float16) for factor in factors]
     return [(half, half.to(torch.float32)) for half in halves]
+
+
+def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
+    """Blocks [1, width] as groups of packed_linear. raises ShapeError for a weight that can't have such groups"""
+    if weight.role == "embedding":
+        raise ShapeError(
+            "is looked up by rows, and no stock loader reads such a table in blocks",
+            where=weight.name,
+            hint="Leave it out with `except`, or set stock: false.",
+        )
+    if width < weight.in_features and weight.in_features % width:
+        raise ShapeError(
+            f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups are of one size",
+            where=weight.name,
+            hint="Choose another block_shape, leave this weight out with `except`, or set stock: false.",
+        )
+    return {"bits": bits, "group_size": width if width <= weight.in_features else -1, "symmetric": True}
+
+
+def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
+    """Codes (out, in) with exponents (out, groups) as packed_linear, whose scales are of the model's dtype.
+
+    A float16 model's values are multiples of 2^-24, its least number. A block that asks for a smaller shift gets that
+    one, and codes that stand for the same values.
+    """
+    from compressor.kernels.blocks import power_of_two
+    from compressor.layers.packed_linear import PackedLinear
+
+    if dtype == torch.float16:
+        raised = exponent.clamp(min=FLOAT16_LEAST_SHIFT)
+        down = power_of_two(exponent.int() - raised.int(), torch.float32).repeat_interleave(
+            codes.shape[1] // exponent.shape[1], 1
+        )
+        codes, exponent = torch.round(codes * down).to(torch.int8), raised
+    return PackedLinear.pack(codes, power_of_two(exponent, torch.float32).to(dtype), None, **spec)
 
 
 def stored_bytes(shape: tuple[int, ...], spec: dict[str, Any]) -> int:

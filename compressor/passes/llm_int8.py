@@ -95,7 +95,11 @@ class LLMInt8(Pass):
         if self.outliers == "dynamic":
             return ""
         most = "2 bytes an output and column, at most max_outlier_columns of a weight"
-        return f"calibration finds how many columns it keeps ({most}); its sizes here are lower bounds"
+        return f"calibration finds how many columns it keeps ({most})"
+
+    @property
+    def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
+        return "exact" if self.outliers == "dynamic" else "lower bounds"
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         """How many columns calibration will keep is not known before: plan counts none."""
