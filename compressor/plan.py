@@ -120,7 +120,7 @@ def make_plan(
             message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
-    plan.skipped = [{"name": w.name, "reason": _why_skipped(w)} for w in weights if w.name not in touched]
+    plan.skipped = [{"name": w.name, "reason": _why_skipped(w, structure)} for w in weights if w.name not in touched]
     if structure.bindings.dropped:
         plan.warnings.append(
             {
@@ -132,7 +132,9 @@ def make_plan(
     return plan
 
 
-def _why_skipped(weight: Weight) -> str:
+def _why_skipped(weight: Weight, structure: Structure) -> str:
+    if weight.role == "embedding" and (other := _sharer(weight, structure.bindings.tied)) is not None:
+        return f"shares its table with {other}"
     if weight.role in ("head", "router", "embedding"):
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"
@@ -167,7 +169,27 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
         except CompressError as problem:
             plan.problems.append(problem)
             chosen = []
-        plan.selected[step.path] = chosen
+        plan.selected[step.path] = _without_shared_tables(plan, step, chosen, weights, where)
+
+
+def _without_shared_tables(
+    plan: Plan, step: Step, chosen: list[Weight], weights: list[Weight], where: str
+) -> list[Weight]:
+    """A table that the head multiplies by stays dense where only patterns ending in `!` name it, which may fail."""
+    tied, only = plan.structure.bindings.tied, step.settings.only
+    firm = [pattern for pattern in only if not pattern.endswith("!")]
+    if not chosen or len(firm) == len(only):
+        return chosen
+    meant = {weight.name for weight in select(firm, step.settings.except_, weights, where)}
+    kept = []
+    for weight in chosen:
+        other = _sharer(weight, tied) if weight.role == "embedding" and weight.name not in meant else None
+        if other is None:
+            kept.append(weight)
+            continue
+        message = f"shares its table with {other}, which multiplies by it, so it stays dense; the ! allows that"
+        plan.warnings.append({"code": "shared-table", "where": weight.name, "message": message})
+    return kept
 
 
 def _check_facts(plan: Plan) -> None:

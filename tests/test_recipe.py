@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
+from compressor.plan import make_plan
 from compressor.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
 from compressor.settings import bare_source
 
@@ -24,6 +25,12 @@ def test_shipped_recipes_read_and_resolve_to_a_fixed_point(name):
     assert recipe.name == name
     again = parse_recipe(recipe.to_yaml().encode(), "again.yaml")
     assert again.resolved() == recipe.resolved() and again.sha256 == recipe.sha256
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_plan_on_the_demo_model(name):
+    plan = make_plan(read_recipe(name), "demo", prove=False)
+    assert not plan.problems and len(plan.rows) == 42
 
 
 @pytest.mark.parametrize("name", SHIPPED)
