@@ -207,7 +207,11 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
     dtype = getattr(torch, checkpoint.config["dtype"])
     layers = {name: _read_layer(checkpoint, form) for name, form in forms.items()}
 
+    held = {form.bias: name for name, form in forms.items() if form.bias is not None}
+
     def read(tensor: str) -> Tensor:
+        if tensor in held:
+            return layers[held[tensor]].vector(dtype)
         form = forms.get(tensor.removesuffix(".weight"))
         if form is None:
             return checkpoint.read(tensor)
@@ -231,7 +235,8 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
         find_layer(form).prepare(model)
     for module, name in modules.items():
         owner, _, leaf = module.rpartition(".")
-        layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
+        if forms[name].bias is None:
+            layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
     return model.to(torch.device(device))  # type: ignore[arg-type]
@@ -279,6 +284,8 @@ def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form]) -> Checkpoint:
             del tensors[name]
         if form.weight.tensor:
             tensors[form.weight.tensor] = dense
+        if form.bias is not None:
+            tensors[form.bias] = replace(dense, shape=(form.weight.out_features,))
     return replace(checkpoint, tensors=tensors)
 
 

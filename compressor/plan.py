@@ -288,7 +288,7 @@ def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype,
 def planned_tensors(plan: Plan) -> list[Named]:
     """Every tensor of the result, in the order of units."""
     structure = plan.structure
-    replaced = {form.weight.tensor for form in plan.forms.values()}
+    replaced = {name for form in plan.forms.values() for name in (form.weight.tensor, form.bias)}
     by_unit: dict[int, list[Named]] = {}
     for tensor, unit in structure.unit_of.items():
         if tensor not in replaced:

@@ -118,6 +118,9 @@ class UnitSite:
         if not weight.is_function:
             target = view(self.structure, weight)
             target.copy_(layer.matrix(self.dtype).to(target.device))
+        if form.bias is not None:
+            parameter = self.structure.bindings.parameter_of()[form.bias]
+            self.structure.model.get_parameter(parameter).data.copy_(layer.vector(self.dtype))
         if not layer.weight_only:
             self.installed.install(weight, layer.to(self.device))
         self.put_layers[weight.name] = (form, layer)

@@ -44,6 +44,11 @@ class Form:
             del entry["facts"]
         return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
 
+    @property
+    def bias(self) -> str | None:
+        """The dense bias that this form stores in its own way, if it does."""
+        return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
+
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Form:
         values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
@@ -83,6 +88,9 @@ class UnitSource:
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
             return matrix.t().contiguous() if form.weight.transposed else matrix
+        holder = next((form for form in self.forms.values() if form.bias == tensor), None)
+        if holder is not None:
+            return self.layer(holder).vector(dtype)
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(tensor)
 
@@ -118,7 +126,8 @@ class Installed:
         owner, _, leaf = path.rpartition(".")
         module = getattr(self.structure.model.get_submodule(owner), leaf, None)
         self.originals.setdefault(path, module)
-        layer.bias = getattr(module, "bias", None)  # type: ignore[assignment]
+        if not layer.holds_bias(layer.spec()):
+            layer.bias = getattr(module, "bias", None)  # type: ignore[assignment]
         self._set(path, layer.eval())
 
     def install_stored(self, source: UnitSource, device: torch.device) -> None:
@@ -209,8 +218,9 @@ def view(structure: Structure, weight: Weight) -> Tensor:
 
 def unit_tensors(unit: int, source: UnitSource, put: dict[str, tuple[Form, Layer]]) -> Iterator[tuple[str, Tensor]]:
     """What a unit's file will hold: every tensor of the source but those of replaced weights, and the new forms."""
+    replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
     for tensor in source.names(unit):
-        if not any(form.weight.tensor == tensor or _belongs(tensor, form.weight) for form, _ in put.values()):
+        if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
             yield tensor, source.raw(tensor)
     for name, (_, layer) in put.items():
         for suffix, value in layer.tensors().items():

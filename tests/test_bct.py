@@ -26,7 +26,7 @@ from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding
 from compressor.layers.block_linear import BlockLinear
 from compressor.passes.bct import BCT, Seen, choose_bits, output_error, quantize_blocks, stored_bytes
-from compressor.plan import make_plan
+from compressor.plan import make_plan, planned_tensors
 from compressor.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import kill_at, weight_hashes
@@ -133,6 +133,21 @@ def test_stored_bytes_are_those_of_the_formula_and_the_weight_comes_back(shape, 
     assert planned == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     x = seeded(2, shape[1], seed=5)
     assert again(x).equal(torch.nn.functional.linear(x, rounded))
+
+
+def test_biases_in_blocks_are_within_half_a_step_and_add_what_the_layer_adds():
+    matrix, bias = seeded(130, 32), seeded(130, seed=1) * 3
+    codes, exponent, _ = quantize_blocks(matrix, 8, (1, 32))
+    of_bias = quantize_blocks(bias[None], 8, (1, 64), search=False)
+    layer = BlockLinear.pack(
+        codes, exponent, bits=8, block=(1, 32), biased=True, bias_packed=of_bias[0][0], bias_exponent=of_bias[1][0]
+    )
+    found, step = layer.vector(torch.float32), power_of_two(of_bias[1][0], torch.float32).repeat_interleave(64)[:130]
+    assert bool(((found - bias).abs() <= step / 2).all()) and layer.bias is None
+    assert layer(torch.zeros(2, 32)).equal(found.expand(2, 130))
+    again = BlockLinear.from_tensors(layer.spec(), layer.tensors())
+    assert again(seeded(3, 32, seed=2)).equal(layer(seeded(3, 32, seed=2)))
+    assert sum(t.nbytes for t in layer.tensors().values()) == stored_bytes((130, 32), layer.spec()) + 130 + 3
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name():
@@ -279,8 +294,14 @@ def recipe(**step):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtype, tmp_path):
     model = tiny.save("bert", tmp_path / "model", dtype=dtype)
-    settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4}
+    settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4, "biases": True}
+    planned = planned_tensors(make_plan(recipe(**settings), str(model)))
     report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
+    assert sum(report["sizes"]["by_class"].values()) == sum(tensor.nbytes for tensor in planned)
+    stored = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert [name for name in stored if name.endswith(".bias")] and not any(
+        name.removesuffix("_packed") in stored for name in stored if name.endswith(".bias_packed")
+    )
     assert report["verification"]["max_logit_difference"] == 0.0
     forms = {weight["form"] for weight in report["weights"]}
     assert forms == {"block_activation_linear", "block_embedding"}

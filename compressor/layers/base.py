@@ -71,6 +71,11 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def holds_bias(cls, spec: dict[str, Any]) -> bool:
+        """Whether this form stores the weight's bias itself, so that the dense one is dropped."""
+        return False
+
+    @classmethod
     def stock(cls, spec: dict[str, Any]) -> Stock | str:
         """How stock transformers loads this form, or why it can't: what follows the weight's name in a sentence."""
         return f"is stored as {cls.form}, which stock transformers doesn't know"
@@ -106,6 +111,10 @@ class Layer(nn.Module):
         with torch.device("meta"):
             layer = cls.empty(shape, spec, dtype, bias=False)
         return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
+
+    def vector(self, dtype: torch.dtype) -> Tensor:
+        """The bias (out_features,) of a form that holds it."""
+        raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) that the stored tensors stand for; of a norm its gain (width,)."""

@@ -40,8 +40,9 @@ class BlockActivationLinear(BlockLinear):
         dtype: torch.dtype,
         bias: bool = False,
         odd: bool = False,
+        biased: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bits, block, scale, dtype, bias)
+        super().__init__(in_features, out_features, bits, block, scale, dtype, bias, biased=biased)
         self.activations = activations
         if activations == "static":
             blocks = -(-in_features // block[1])
@@ -49,7 +50,7 @@ class BlockActivationLinear(BlockLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         exponent = self.input_exponent if self.activations == "static" else None
-        return F.linear(round_to_shift(x, self.block[1], exponent), self.matrix(x.dtype), self.bias)
+        return F.linear(round_to_shift(x, self.block[1], exponent), self.matrix(x.dtype), self.shift(x.dtype))
 
     def outside(self, x: Tensor) -> Tensor | None:
         """Values beyond 127 codes of their block, which saturate; none where each token finds its own scale."""

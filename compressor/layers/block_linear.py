@@ -5,10 +5,14 @@ Tensors (docs/format.md), for a weight (out, in) in blocks of R x C:
     weight_exponent  int8 (ceil(out / R), ceil(in / C)): the scale is 2**exponent        (scale: shift)
     weight_scale     float16 of the same shape                                          (scale: float16)
 
-    bytes = out * ceil(in * bits / 8) + s * ceil(out / R) * ceil(in / C),  s = 1 for shifts, 2 for float16
+    bias_packed      int8 (out,), codes of the bias in blocks of BIAS_BLOCK              (biased: true)
+    bias_exponent    int8 (ceil(out / BIAS_BLOCK),): their scales                       (biased: true)
 
-The bias stays in the dtype of the model. With 4 bits and an odd `in`, the last half byte of each row is zero, and the
-settings say `odd`, since the bytes alone don't tell.
+    bytes = out * ceil(in * bits / 8) + s * ceil(out / R) * ceil(in / C),  s = 1 for shifts, 2 for float16,
+            and with `biased` out + ceil(out / BIAS_BLOCK)
+
+Else a bias stays in the dtype of the model. With 4 bits and an odd `in`, the last half byte of each row is zero, and
+the settings say `odd`, since the bytes alone don't tell.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from torch import Tensor, nn
 from compressor.kernels.blocks import block_counts, expand_blocks, pack_rows, power_of_two, unpack_rows
 from compressor.layers.base import Layer
 
+BIAS_BLOCK = 64
+
 
 class BlockLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
@@ -31,6 +37,8 @@ class BlockLinear(Layer):
     weight_packed: Tensor
     weight_exponent: Tensor
     weight_scale: Tensor
+    bias_packed: Tensor
+    bias_exponent: Tensor
 
     def __init__(
         self,
@@ -42,6 +50,7 @@ class BlockLinear(Layer):
         dtype: torch.dtype,
         bias: bool = False,
         odd: bool = False,
+        biased: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
@@ -50,7 +59,12 @@ class BlockLinear(Layer):
         self.register_buffer("weight_packed", torch.zeros(out_features, -(-in_features * bits // 8), dtype=torch.uint8))
         kind = torch.int8 if scale == "shift" else torch.float16
         self.register_buffer(self.scale_name, torch.zeros(block_counts(shape, self.block), dtype=kind))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.biased = biased
+        if biased:
+            self.register_buffer("bias_packed", torch.zeros(out_features, dtype=torch.int8))
+            self.register_buffer("bias_exponent", torch.zeros(-(-out_features // BIAS_BLOCK), dtype=torch.int8))
+        dense = bias and not biased
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if dense else None
 
     @property
     def scale_name(self) -> str:
@@ -59,6 +73,18 @@ class BlockLinear(Layer):
     @classmethod
     def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+
+    @classmethod
+    def holds_bias(cls, spec: dict[str, Any]) -> bool:
+        return bool(spec.get("biased"))
+
+    def vector(self, dtype: torch.dtype) -> Tensor:
+        scale = power_of_two(self.bias_exponent, torch.float32).repeat_interleave(BIAS_BLOCK)
+        return (self.bias_packed * scale[: self.out_features]).to(dtype)
+
+    def shift(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the product."""
+        return self.vector(dtype) if self.biased else self.bias
 
     def codes(self) -> Tensor:
         """Signed codes (out, in) int8."""
@@ -76,7 +102,7 @@ class BlockLinear(Layer):
         return (self.codes() * expand_blocks(self.scales(), self.block, shape)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(x.dtype), self.bias)
+        return F.linear(x, self.matrix(x.dtype), self.shift(x.dtype))
 
     @classmethod
     def pack(cls, codes: Tensor, scale: Tensor, *, bits: int, block: tuple[int, int], **more: Any) -> Self:
@@ -98,10 +124,13 @@ class BlockLinear(Layer):
 
     def spec(self) -> dict[str, Any]:
         spec = {"bits": self.bits, "block": list(self.block), "scale": self.scale}
+        if self.biased:
+            spec["biased"] = True
         return {**spec, "odd": True} if self.bits == 4 and self.in_features % 2 else spec
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weight_packed": self.weight_packed, self.scale_name: getattr(self, self.scale_name)}
+        names = ("weight_packed", self.scale_name, *(("bias_packed", "bias_exponent") if self.biased else ()))
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:

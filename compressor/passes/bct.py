@@ -23,8 +23,9 @@ Where the paper is ambiguous, and what we chose
   data, falls most per byte, while the bytes of all selected matrices stay within the budget. Of an embedding the rows
   that occur count.
 - Embeddings are blocks of one row, as wide as `embedding_block`.
-- Biases and norms stay as they are: together a thousandth of the weights, and an integer product adds a bias in its
-  accumulator at higher precision anyway.
+- Biases: with `biases`, 8-bit codes in blocks of 64 with shifts. They are a thousandth of the weights, and an integer
+  product adds them to an accumulator of higher precision, so leaving them is the default. Gains and shifts of norms
+  stay.
 - Activations: 8 bits, blocks of as many inputs as the weight's blocks are wide, one shift a token and block (dynamic),
   or one a block found from the largest value on calibration data (static; larger values saturate). Where softmax is
   selected too, so are queries, keys, values and the softmax's output. The residual stream stays as it is: it is an
@@ -95,6 +96,7 @@ class BCT(Pass):
         "none",
         description="8-bit inputs in blocks: scales found for each token, or on calibration data.",
     )
+    biases: bool = Field(False, description="Store the biases of the selected matrices in 8-bit blocks too.")
     table_entries: Literal[256, 1024] = Field(
         256, description="Entries of a function's table, where `only` names @activation, @norm or @softmax."
     )
@@ -210,7 +212,9 @@ class BCT(Pass):
                         site.put(weight, stock_layer(codes, scale, self.spec(weight), site.dtype), **record)
                         continue
                     spec = self._spec(weight, bits)
-                    more = {key: spec[key] for key in ("activations",) if key in spec}
+                    more: dict[str, Any] = {key: spec[key] for key in ("activations", "biased") if key in spec}
+                    if "biased" in more:
+                        more |= self._bias_blocks(weight, site)
                     if more.get("activations") == "static":
                         more["input_exponent"] = self._input_exponent(weight, seen)
                     layer: Any = find_layer(str(self.stored(weight)))
@@ -221,6 +225,14 @@ class BCT(Pass):
 
     def head(self, site: Site, carry: Carry) -> Carry:
         return self.block(site, carry)
+
+    def _bias_blocks(self, weight: Weight, site: Site) -> dict[str, torch.Tensor]:
+        from compressor.layers.block_linear import BIAS_BLOCK
+
+        bias = site.bias(weight)
+        assert bias is not None  # `biased` is said of weights that have one
+        codes, exponents, _ = quantize_blocks(bias[None], 8, (1, BIAS_BLOCK), search=self.scale_search != "max")
+        return {"bias_packed": codes[0], "bias_exponent": exponents[0]}
 
     def _put_tables(self, site: Site) -> None:
         """Tables in place of the selected functions; ranges are those that the weights, as stored, give rise to."""
@@ -280,6 +292,8 @@ class BCT(Pass):
         spec: dict[str, Any] = {"bits": bits, "block": list(self._block(weight)), "scale": self.scale}
         if bits == 4 and weight.in_features % 2:
             spec["odd"] = True
+        if self.biases and weight.bias is not None:
+            spec["biased"] = True
         if weight.role != "embedding" and self.activations != "none":
             spec["activations"] = self.activations
         return spec
