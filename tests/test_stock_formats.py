@@ -173,11 +173,12 @@ def test_blocks_without_a_stock_form_are_refused_in_the_recipe(settings, message
 
 
 def test_weights_without_a_stock_form_are_refused_by_name(tmp_path):
-    step = {"pass": "bct", "stock": True, "block_shape": [1, 24], "only": ["down_proj", "@embedding"]}
+    step = {"pass": "bct", "stock": True, "block_shape": [1, 24], "only": ["down_proj", "@embedding", "@norm"]}
     model = tiny.save("llama", tmp_path / "m", num_hidden_layers=1)
     problems = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": [step]}).encode()), str(model)).problems
-    assert [problem.where for problem in problems] == ["model.embed_tokens", "model.layers.0.mlp.down_proj"]
+    assert [problem.where for problem in problems[:2]] == ["model.embed_tokens", "model.layers.0.mlp.down_proj"]
     assert "looked up by rows" in str(problems[0]) and "24 do not divide its 64 inputs" in str(problems[1])
+    assert len(problems) == 5 and all("norm: is a function, and no stock loader" in str(p) for p in problems[2:])
 
 
 @pytest.mark.slow

@@ -157,10 +157,10 @@ class BCT(Pass):
         return FORMS.get(weight.role, self._form)
 
     def spec(self, weight: Weight) -> dict[str, Any]:
-        if weight.is_function:
-            return self._function_spec(weight, self._table(weight, None))
         if self.stock:
             return stock_spec(weight, self.bits, self.block_shape[1])
+        if weight.is_function:
+            return self._function_spec(weight, self._table(weight, None))
         return self._spec(weight, self._bits(weight, None))
 
     def check(self, weights: Sequence[Weight]) -> list[str]:
@@ -458,9 +458,10 @@ def _candidates(largest: torch.Tensor, limit: int, scale: str, search: bool) -> 
 
 def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
     """Blocks [1, width] as groups of packed_linear. raises ShapeError for a weight that can't have such groups"""
-    if weight.role == "embedding":
+    if weight.role == "embedding" or weight.is_function:
+        does = "is a function" if weight.is_function else "is looked up by rows"
         raise ShapeError(
-            "is looked up by rows, and no stock loader reads such a table in blocks",
+            f"{does}, and no stock loader has a table to put there",
             where=weight.name,
             hint="Leave it out with `except`, or set stock: false.",
         )
