@@ -24,6 +24,7 @@ FORBIDDEN = {
     "errors": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "kernels": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
+    "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},

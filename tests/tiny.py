@@ -61,8 +61,26 @@ def _gpt2(**kw: Any) -> hf.PreTrainedModel:
     )
 
 
+def _phi(**kw: Any) -> hf.PreTrainedModel:
+    return hf.PhiForCausalLM(hf.PhiConfig(**{**COMMON, "partial_rotary_factor": 0.5, **kw}))
+
+
 def _phi3(**kw: Any) -> hf.PreTrainedModel:
     return hf.Phi3ForCausalLM(hf.Phi3Config(**{**COMMON, "num_key_value_heads": 2, **kw}))
+
+
+def _gemma(**kw: Any) -> hf.PreTrainedModel:
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**{**COMMON, "num_key_value_heads": 2, "head_dim": 8, **kw}))
+
+
+def _gemma2(**kw: Any) -> hf.PreTrainedModel:
+    return hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**{**COMMON, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, **kw})
+    )
+
+
+def _olmo2(**kw: Any) -> hf.PreTrainedModel:
+    return hf.Olmo2ForCausalLM(hf.Olmo2Config(**{**COMMON, "num_key_value_heads": 2, **kw}))
 
 
 def _gemma3(**kw: Any) -> hf.PreTrainedModel:
@@ -129,8 +147,12 @@ FAMILIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "mistral": _mistral,
     "opt": _opt,
     "gpt2": _gpt2,
+    "phi": _phi,
     "phi3": _phi3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "olmo2": _olmo2,
     "gpt_neox": _gpt_neox,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,

@@ -1,0 +1,130 @@
+"""What a normalization module computes, found by running it: LayerNorm or RMSNorm, its gain, and its eps.
+
+A family is free to name its norm, store the gain as 1 + weight, or call eps by another name. What counts is the formula
+that the module's output follows, so a copy of it is run and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.lazy import torch
+
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The formula of one norm over its last dimension.
+
+    kind        layer: the mean is subtracted first; rms: it isn't
+    offset      the gain is offset + weight: 1 for Gemma, else 0
+    eps         added to the mean square before its root
+    width       size of the last dimension
+    has_weight  there is a gain; without one it is 1
+    has_bias    a shift is added at the end
+    """
+
+    kind: Literal["layer", "rms"]
+    offset: float
+    eps: float
+    width: int
+    has_weight: bool
+    has_bias: bool
+
+
+def apply_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+    """(x - mean) / sqrt(mean((x - mean)²) + eps) * (offset + weight) + bias; for rms the mean is taken as 0.
+
+    x             (..., width)
+    weight, bias  (width,), or None where the norm has none
+    returns       x's shape and dtype; computed in float64 if x is float64, else in float32
+    """
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(work)
+    if norm.kind == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
+    if weight is not None:
+        y = y * (norm.offset + weight.to(work))
+    if bias is not None:
+        y = y + bias.to(work)
+    return y.to(x.dtype)
+
+
+def describe_norm(module: torch.nn.Module) -> Norm | None:
+    """The norm that `module` computes, or None if it is none of these.
+
+    Candidates are modules without children whose only parameters are a weight (width,) and maybe a bias, and those
+    without parameters that state a `normalized_shape`. A float32 copy with random parameters is run on random inputs of
+    ordinary size, and on some so small that a wrong eps would show; both must agree with `apply_norm`. The module
+    itself is not run, and its parameters may be on the meta device.
+    """
+    width, eps = _width(module), _eps(module)
+    if width is None or eps is None:
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    filled = {
+        name: torch.rand(width, generator=generator, dtype=torch.float32) + 0.5
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    x = torch.randn(2, 3, width, generator=generator, dtype=torch.float32) + 1.0
+    # where the mean square is about eps; if eps is 0, any that is not would show in so small an input
+    inputs = (x, x * (eps**0.5 or 1e-10))
+    outputs = _run_copy(module, filled, inputs)
+    if outputs is None:
+        return None
+    weight, bias = filled.get("weight"), filled.get("bias")
+    kinds: tuple[Literal["layer", "rms"], ...] = ("layer", "rms")
+    for kind in kinds:
+        for offset in (0.0, 1.0) if weight is not None else (0.0,):
+            norm = Norm(kind, offset, eps, width, weight is not None, bias is not None)
+            wanted = (apply_norm(x, weight, bias, norm) for x in inputs)
+            # float32 has 7 digits and a norm rounds a few times; another formula is off by a tenth and more
+            if all(torch.allclose(y, z, rtol=1e-4, atol=1e-5) for y, z in zip(outputs, wanted)):
+                return norm
+    return None
+
+
+def _width(module: torch.nn.Module) -> int | None:
+    """Size of the last dimension if the module could be a norm."""
+    if any(True for _ in module.children()):
+        return None
+    parameters = dict(module.named_parameters(recurse=False))
+    if parameters:
+        shapes = {tuple(parameter.shape) for parameter in parameters.values()}
+        if "weight" not in parameters or not parameters.keys() <= {"weight", "bias"} or len(shapes) != 1:
+            return None
+        shape = next(iter(shapes))
+    else:
+        shape = getattr(module, "normalized_shape", ())
+    return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else None
+
+
+def _eps(module: torch.nn.Module) -> float | None:
+    """The number that the module calls its eps; None also where it leaves the choice to the dtype (nn.RMSNorm)."""
+    for name in EPS_NAMES:
+        value = getattr(module, name, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def _run_copy(
+    module: torch.nn.Module, filled: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor] | None:
+    """Outputs of a float32 copy that has `filled` for parameters; None if it can't take such inputs."""
+    twin = copy.deepcopy(module).eval()
+    for name, value in filled.items():
+        setattr(twin, name, torch.nn.Parameter(value, requires_grad=False))
+    try:
+        with torch.no_grad():
+            # forward itself, so that hooks on the module stay out of it
+            outputs = [twin.float().forward(x) for x in inputs]
+    except (TypeError, ValueError, RuntimeError):  # wants further arguments or another shape, so it is no such norm
+        return None
+    same = all(isinstance(y, torch.Tensor) and y.shape == x.shape for x, y in zip(inputs, outputs))
+    return outputs if same else None
