@@ -37,6 +37,7 @@ FORBIDDEN = {
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
     "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "rotation": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
