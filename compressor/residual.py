@@ -340,7 +340,9 @@ def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
     seen = [name for name in runner.states({}) if name]
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
-        raise ModelError(f"{found} of the stream's width follow the last block, not one", where=where, hint=HINT)
+        raise ModelError(
+            f"{found} of the stream's width after the last block; it has to be one", where=where, hint=HINT
+        )
     held = {seen[0]: runner.planes[seen[0]]}
     before, moved = runner.states(held), runner.states(held, runner.pushed())
     if size(moved[""] - before[""]) > TOLERANCE * size(before[""]):

@@ -14,11 +14,11 @@ from compressor.errors import ModelError
 from compressor.invariance import center_writers, fold_tap, gainless_norm, prove_invariance
 from compressor.norms import describe_norm
 from compressor.nudging import answering
-from compressor.replay import output_of
-from compressor.residual import fill, find_residual, read_residual, residual_twin
+from compressor.replay import Pieces, output_of
+from compressor.residual import fill, find_residual, read_residual, residual_of, residual_twin
 from compressor.rotation import pca, random_orthogonal, rotate
 from compressor.stream import Reader, Tap, Writer
-from compressor.structure import example_batch, read_structure
+from compressor.structure import example_batch, find_blocks, read_structure
 from compressor.tracing import make_twin
 
 QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
@@ -82,7 +82,7 @@ def structure_of(family, tmp_path, **config):
 
 
 @pytest.fixture(scope="module")
-def residual_of(tmp_path_factory):
+def known(tmp_path_factory):
     """What touches the stream of a tiny family; read once."""
 
     @cache
@@ -109,8 +109,8 @@ def test_every_family_is_rotated_or_refused():
 
 
 @pytest.mark.parametrize("family", sorted(SITES))
-def test_readers_and_writers_of_every_block_are_found_and_proven(family, residual_of):
-    residual = residual_of(family)
+def test_readers_and_writers_of_every_block_are_found_and_proven(family, known):
+    residual = known(family)
     expected = in_order(SITES[family])
     assert [described(sites) for sites in residual.blocks] == [expected] * 2
     assert residual.width == 32
@@ -132,8 +132,8 @@ def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
         read_residual(read_structure(tmp_path / "base"))
 
 
-def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(residual_of):
-    stem = residual_of("vit").stem
+def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
+    stem = known("vit").stem
     assert stem == (
         Writer("vit.embeddings.cls_token", 2, 1.0),
         Writer("vit.embeddings.position_embeddings", 2, 1.0),
@@ -142,13 +142,13 @@ def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(r
     )
 
 
-def test_the_scale_of_gemmas_table_is_the_root_of_its_width(residual_of):
-    (table,) = residual_of("gemma").stem
+def test_the_scale_of_gemmas_table_is_the_root_of_its_width(known):
+    (table,) = known("gemma").stem
     assert table.scale == pytest.approx(32**0.5, rel=1e-11)  # stated to 12 digits
 
 
-def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(residual_of):
-    residual = residual_of("gpt2")
+def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(known):
+    residual = known("gpt2")
     assert residual.end.readers == (Reader("lm_head.weight", 1, None),)
     assert [writer.parameter for writer in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
 
@@ -256,6 +256,68 @@ def test_a_branch_that_later_sites_do_not_see_is_refused(found):
         find_residual(twin, path)
 
 
+def test_two_kinds_of_norm_on_one_stream_are_refused(found):
+    twin, path, _ = found("llama")
+    twin.model.norm = torch.nn.LayerNorm(32).double().requires_grad_(False)
+    with pytest.raises(ModelError, match=r"LayerNorm and RMSNorm stand on one residual stream"):
+        find_residual(twin, path)
+
+
+def test_a_head_that_reads_the_stream_past_its_norm_is_refused(found):
+    twin, path, _ = found("llama")
+    twin.model.norm = Beside(twin.model.norm)
+    with pytest.raises(ModelError, match="LlamaForCausalLM: the head reads the residual stream past its norm"):
+        find_residual(twin, path)
+
+
+class Beside(torch.nn.Module):
+    """A norm, and a little of what it got."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x) + 0.1 * x
+
+
+def test_a_second_norm_before_the_head_and_a_missing_one_are_refused(found):
+    twin, path, _ = found("llama")
+    norm = twin.model.norm
+    twin.model.norm = torch.nn.Sequential(norm, torch.nn.LayerNorm(32).double().requires_grad_(False))
+    with pytest.raises(ModelError, match="2 norms of the stream's width after the last block"):
+        find_residual(twin, path)
+    twin.model.norm = torch.nn.Identity()
+    with pytest.raises(ModelError, match="no LayerNorm or RMSNorm of the stream's width after the last block"):
+        find_residual(twin, path)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+            r"word_embeddings_layernorm: the embeddings pass this norm",
+        ),
+        (
+            lambda: hf.Dinov2ForImageClassification(
+                hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+            ),
+            r"layer\.0\.norm1: what the branches after this norm add",  # each branch is scaled by a vector
+        ),
+        (
+            lambda: hf.OlmoForCausalLM(hf.OlmoConfig(**tiny.COMMON)),  # its norm doesn't say its eps
+            r"model\.layers\.0: no LayerNorm or RMSNorm reads the residual stream",
+        ),
+    ],
+    ids=["embedding norm", "layer scale", "unknown norm"],
+)
+def test_other_ways_in_which_a_stream_cannot_be_turned_are_named(model, reason):
+    meta = model().to("meta")
+    with pytest.raises(ModelError, match=reason):
+        residual_of(meta, Pieces(meta, find_blocks(meta)))
+
+
 def test_centring_a_stream_of_rms_norms_changes_the_model(found):
     twin, path, residual = found("llama")
     with pytest.raises(ModelError, match=r"doesn't turn|changes when"):
@@ -291,9 +353,9 @@ def gainless_logits(model, residual, batch):
 
 
 @pytest.mark.parametrize("family", sorted(SITES))
-def test_float32_logits_stay_within_rounding_folded_and_turned(family, residual_of):
+def test_float32_logits_stay_within_rounding_folded_and_turned(family, known):
     """The proof is in float64; this is the model as a user runs it, its own norms and experts included."""
-    residual, model = residual_of(family), tiny.build(family)
+    residual, model = known(family), tiny.build(family)
     if model.get_output_embeddings() is not None:
         untied = model.get_output_embeddings().weight.detach().clone()
         model.get_output_embeddings().weight = torch.nn.Parameter(untied)
