@@ -17,7 +17,18 @@ READING = {"recipe", "settings", "reference", "yaml_source"}
 ENGINE = {"plan", "sweep", "site", "run", "journal", "units"}
 TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
 STORING = {"artifact", "export", "modelling"}
-MODELS = {"structure", "tracing", "replay", "tape", "binding", "checkpoint", "inspection"}
+MODELS = {
+    "structure",
+    "tracing",
+    "replay",
+    "tape",
+    "binding",
+    "checkpoint",
+    "inspection",
+    "residual",
+    "invariance",
+    "nudging",
+}
 OUTER = {"cli", "testing", "progress", "doctor"}
 # unit -> what it must not import
 FORBIDDEN = {
@@ -25,11 +36,17 @@ FORBIDDEN = {
     "kernels": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
     "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "rotation": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
     "data": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"},
-    "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers"},
+    "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers", "residual"},
+    "nudging": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
+    "invariance": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
+    "residual": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers", "protocol", "data"},
     "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
     "functions": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},

@@ -1,0 +1,142 @@
+"""SliceGPT as the paper says it, slow and plain: one site after another, in float64, on a model that fits in memory.
+
+Ashkboos et al. 2024, arXiv 2401.15024, algorithm 1. A site is where branches leave the stream and come back; the
+signal between sites is carried in the original basis, with all errors of the sites before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.invariance import center_writers, fold_tap
+from compressor.nudging import InDouble
+from compressor.replay import Batch, Call, Pieces
+from compressor.rotation import Covariance, pca, rotate
+from compressor.stream import Residual, ResidualSite
+
+Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D, D)
+
+
+@dataclass
+class Sliced:
+    """The twin with its matrices cut, and what its own forward doesn't have.
+
+    shortcuts  one (w_k, w_k+1) for each site, beside its branches
+    carried    the signal that the sweep brought out of the last block, (..., D)
+    """
+
+    pieces: Pieces
+    residual: Residual
+    shortcuts: list[Tensor] = field(default_factory=list)
+    carried: Tensor | None = None
+
+
+def principal(x: Tensor) -> Tensor:
+    return pca(Covariance.zeros(x.shape[-1]).add(x).matrix)[1]
+
+
+def branches(block: nn.Module, call: Call) -> list[Callable[[Tensor], Tensor]]:
+    """What each site of a block adds, given the normed stream."""
+    if hasattr(block, "fc1"):  # OPT
+        return [lambda h: block.self_attn(h, **call.kwargs)[0], lambda h: block.fc2(block.activation_fn(block.fc1(h)))]
+    if not hasattr(block, "post_attention_layernorm"):  # Phi: both branches read one norm
+        return [lambda h: block.self_attn(h, **call.kwargs)[0] + block.mlp(h)]
+    mlp = block.mlp if not hasattr(block.mlp, "experts") else lambda h: mixture(block.mlp, h)
+    return [lambda h: block.self_attn(h, **call.kwargs)[0], mlp]
+
+
+def mixture(mlp: Any, h: Tensor) -> Tensor:
+    """Mixtral's experts; its own code takes what comes in and what goes out to be of one width."""
+    gates, chosen = (h @ mlp.gate.weight.t()).softmax(-1).topk(mlp.gate.top_k)
+    gates = gates / gates.sum(-1, keepdim=True)
+    out = 0
+    for expert, (gate_up, down) in enumerate(zip(mlp.experts.gate_up_proj, mlp.experts.down_proj)):
+        gate, up = (h @ gate_up.t()).chunk(2, dim=-1)
+        share = (gates * (chosen == expert)).sum(-1, keepdim=True)  # 0 where another was chosen
+        out = out + share * ((mlp.experts.act_fn(gate) * up) @ down.t())
+    return out
+
+
+def normed(x: Tensor, width: int, eps: float) -> Tensor:
+    """x of any width, divided by the root of its sum of squares over the *original* width."""
+    return x / (x.square().sum(-1, keepdim=True) / width + eps).sqrt()
+
+
+def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSite, Any]]:
+    return [
+        (site, branch)
+        for block, call, sites in zip(model.blocks, calls, residual.blocks)
+        for site, branch in zip(sites, branches(block, call), strict=True)
+    ]
+
+
+def fold(model: nn.Module, residual: Residual) -> None:
+    for tap in residual.taps():
+        fold_tap(model, tap)
+    if residual.kind == "layer":
+        center_writers(model, residual.writers())
+
+
+def cut(model: nn.Module, edges: Sequence[Any], columns: Tensor) -> None:
+    """Turn and cut parameters along the axis with which they touch the stream."""
+    for edge in edges:
+        parameter = model.get_parameter(edge.parameter)
+        parameter.data = rotate(parameter.data, columns, edge.axis)
+
+
+def slice_model(
+    pieces: Pieces, residual: Residual, batch: Batch, widths: Sequence[int], basis: Basis = principal
+) -> Sliced:
+    """Slice a folded float64 model in place; widths of every site and, last, of the head (all of it: not cut)."""
+    assert widths[-1] == residual.width
+    sliced = Sliced(pieces, residual)
+    model, width = pieces.model, residual.width
+    with InDouble(), torch.no_grad():
+        x, calls = pieces.stem(batch)
+        sites = all_sites(pieces, residual, calls)
+        q = basis(x)
+        cut(model, residual.stem, q[:, : widths[0]])
+        for index, (site, branch) in enumerate(sites):
+            kept = q[:, : widths[index]]  # (D, w)
+            for tap in site.taps:
+                cut(model, tap.readers, kept)
+            x_sliced = x @ kept
+            # back to the original basis for now: the next rotation depends on what comes out here
+            x = x_sliced @ kept.t() + branch(normed(x_sliced, width, site.taps[0].norm.eps))
+            last = index == len(sites) - 1
+            q = torch.eye(width, dtype=torch.float64) if last else basis(x)
+            following = q[:, : widths[index + 1]]
+            sliced.shortcuts.append(kept.t() @ following)
+            cut(model, site.writers, following)
+    sliced.carried = x
+    return sliced
+
+
+def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The signal after the last block, and the logits, of the sliced model on its own."""
+    width = sliced.residual.width
+    with InDouble(), torch.no_grad():
+        x, calls = sliced.pieces.stem(batch)
+        for (site, branch), shortcut in zip(all_sites(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
+            x = x @ shortcut + branch(normed(x, width, site.taps[0].norm.eps))
+        head = sliced.pieces.model.get_output_embeddings()
+        return x, head(normed(x, width, sliced.residual.end.norm.eps))
+
+
+def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Sequence[Tensor]) -> Tensor:
+    """The same function without a matrix being cut: a whole folded model whose stream is projected at each site.
+
+    bases    (D, w) of each site
+    returns  logits
+    """
+    with InDouble(), torch.no_grad():
+        x, calls = pieces.stem(batch)
+        for (site, branch), kept in zip(all_sites(pieces, residual, calls), bases, strict=True):
+            x = x @ kept @ kept.t()
+            x = x + branch(normed(x, residual.width, site.taps[0].norm.eps))
+        return pieces.model.get_output_embeddings()(normed(x, residual.width, residual.end.norm.eps))

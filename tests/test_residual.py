@@ -1,0 +1,418 @@
+"""What touches the residual stream is found by running a twin, and a model whose stream can't be turned is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+
+from compressor.errors import ModelError
+from compressor.invariance import center_writers, fold_tap, gainless_norm, prove_invariance
+from compressor.norms import describe_norm
+from compressor.nudging import answering
+from compressor.replay import Pieces, output_of
+from compressor.residual import fill, find_residual, read_residual, residual_of, residual_twin
+from compressor.rotation import pca, random_orthogonal, rotate
+from compressor.stream import Reader, Tap, Writer
+from compressor.structure import example_batch, find_blocks, read_structure
+from compressor.tracing import make_twin
+
+QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
+QKV_BIASED = ["q_proj 1 +", "k_proj 1 +", "v_proj 1 +"]
+LLAMA = [([QKV], ["o_proj 0"]), ([["gate_proj 1", "up_proj 1"]], ["down_proj 0"])]
+MOE = [([QKV], ["o_proj 0"]), ([["experts.gate_up_proj 2", "gate 1"]], ["experts.down_proj 1"])]
+# per site: readers of each norm as "module axis", "+" if it has a bias; then the writers, biases as "module.bias axis"
+SITES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "phi3": [([["qkv_proj 1"]], ["o_proj 0"]), ([["gate_up_proj 1"]], ["down_proj 0"])],
+    "mixtral": MOE,
+    "qwen3_moe": MOE,
+    "opt": [([QKV_BIASED], ["out_proj 0", "out_proj.bias 0"]), ([["fc1 1 +"]], ["fc2 0", "fc2.bias 0"])],
+    "gpt2": [([["c_attn 0 +"]], ["c_proj 1", "c_proj.bias 0"]), ([["c_fc 0 +"]], ["c_proj 1", "c_proj.bias 0"])],
+    "vit": [([QKV_BIASED], ["o_proj 0", "o_proj.bias 0"]), ([["fc1 1 +"]], ["fc2 0", "fc2.bias 0"])],
+    "phi": [([[*QKV_BIASED, "fc1 1 +"]], ["dense 0", "dense.bias 0", "fc2 0", "fc2.bias 0"])],
+    "gpt_neox": [
+        (
+            [["query_key_value 1 +"], ["dense_h_to_4h 1 +"]],
+            ["dense 0", "dense.bias 0", "dense_4h_to_h 0", "dense_4h_to_h.bias 0"],
+        )
+    ],
+}
+REFUSED = {
+    "gemma2": r"model\.layers\.0\.post_attention_layernorm: this norm stands on a branch's output",
+    "gemma3": r"model\.layers\.0\.post_attention_layernorm: this norm stands on a branch's output",
+    "olmo2": r"model\.layers\.0\.post_attention_layernorm: this norm stands on a branch's output",
+    "bert": r"bert\.encoder\.layer\.0\.output\.LayerNorm: the residual stream passes through this norm \(post-norm\)",
+    "bert_base": r"encoder\.layer\.0\.output\.LayerNorm: the residual stream passes through this norm \(post-norm\)",
+}
+
+
+def short(name):
+    name = name.removesuffix(".weight")
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" or parts[-2] == "experts" else parts[-1]
+
+
+def described(sites):
+    return [
+        (
+            [
+                sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in tap.readers)
+                for tap in site.taps
+            ],
+            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writers),
+        )
+        for site in sites
+    ]
+
+
+def in_order(sites):
+    return [([sorted(tap) for tap in taps], sorted(writers)) for taps, writers in sites]
+
+
+def structure_of(family, tmp_path, **config):
+    return read_structure(tiny.save(family, tmp_path / "m", **config))
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """What touches the stream of a tiny family; read once."""
+
+    @cache
+    def read(family):
+        return read_residual(structure_of(family, tmp_path_factory.mktemp(family)))
+
+    return read
+
+
+@pytest.fixture
+def found(tmp_path):
+    """A float64 twin of a family, the path of its blocks, and what touches its stream."""
+
+    def find(family, **config):
+        structure = structure_of(family, tmp_path, **config)
+        twin, path = residual_twin(structure.model, structure.pieces), structure.pieces.blocks_path
+        return twin, path, find_residual(twin, path)[0]
+
+    return find
+
+
+def test_every_family_is_rotated_or_refused():
+    assert set(SITES) | set(REFUSED) == set(tiny.FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(SITES))
+def test_readers_and_writers_of_every_block_are_found_and_proven(family, known):
+    residual = known(family)
+    expected = in_order(SITES[family])
+    assert [described(sites) for sites in residual.blocks] == [expected] * 2
+    assert residual.width == 32
+    assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.taps)
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_a_family_whose_stream_cannot_be_turned_is_refused_by_module_and_reason(family, tmp_path):
+    with pytest.raises(ModelError, match=REFUSED[family]) as failure:
+        read_residual(structure_of(family, tmp_path))
+    assert failure.value.exit_code == 5
+
+
+def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"layers\.0\.final_layer_norm: .*post-norm"):
+        read_residual(structure_of("opt", tmp_path, do_layer_norm_before=False))
+    tiny.build("llama").model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"^norm: no matrix reads the output of this norm"):
+        read_residual(read_structure(tmp_path / "base"))
+
+
+def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
+    stem = known("vit").stem
+    assert stem == (
+        Writer("vit.embeddings.cls_token", 2, 1.0),
+        Writer("vit.embeddings.position_embeddings", 2, 1.0),
+        Writer("vit.embeddings.patch_embeddings.projection.weight", 0, None),
+        Writer("vit.embeddings.patch_embeddings.projection.bias", 0, 1.0),
+    )
+
+
+def test_the_scale_of_gemmas_table_is_the_root_of_its_width(known):
+    (table,) = known("gemma").stem
+    assert table.scale == pytest.approx(32**0.5, rel=1e-11)  # stated to 12 digits
+
+
+def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(known):
+    residual = known("gpt2")
+    assert residual.end.readers == (Reader("lm_head.weight", 1, None),)
+    assert [writer.parameter for writer in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
+
+
+def test_norms_on_heads_are_not_on_the_stream(tmp_path):
+    residual = read_residual(structure_of("qwen3", tmp_path, head_dim=32))  # as wide as the stream
+    assert not any("q_norm" in tap.module or "k_norm" in tap.module for tap in residual.taps())
+
+
+def test_two_norms_in_sequence_are_two_sites(tmp_path):
+    residual = read_residual(structure_of("gpt_neox", tmp_path, use_parallel_residual=False))
+    assert [len(site.taps) for site in residual.blocks[0]] == [1, 1]
+
+
+def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
+    structure = structure_of("qwen3_moe", tmp_path, num_hidden_layers=4, mlp_only_layers=[2])
+    residual = read_residual(structure)
+    expected = [in_order(sites) for sites in (MOE, MOE, LLAMA, MOE)]
+    assert [described(sites) for sites in residual.blocks] == expected
+    names = {name for name, _ in structure.model.named_parameters()}
+    assert {r.parameter for tap in residual.taps() for r in tap.readers} <= names
+    assert {writer.parameter for writer in residual.writers()} <= names
+
+
+def test_the_twin_has_few_words_and_the_answer_does_not_depend_on_it(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    structure = structure_of("llama", large, vocab_size=1000, pad_token_id=999)
+    assert residual_twin(structure.model, structure.pieces).get_input_embeddings().num_embeddings == 256
+    assert read_residual(structure) == read_residual(structure_of("llama", small))
+
+
+@pytest.mark.parametrize(
+    ("family", "leaf"),
+    [("mixtral", "mlp.gate.weight"), ("llama", "v_proj.weight"), ("opt", "fc2.bias"), ("phi", "fc1.weight")],
+)
+def test_one_missed_reader_or_writer_fails_the_proof_and_the_block_is_named(family, leaf, found):
+    twin, path, residual = found(family)
+    first = tuple(
+        replace(
+            site,
+            taps=tuple(
+                replace(tap, readers=tuple(r for r in tap.readers if not r.parameter.endswith(leaf)))
+                for tap in site.taps
+            ),
+            writers=tuple(w for w in site.writers if not w.parameter.endswith(leaf)),
+        )
+        for site in residual.blocks[0]
+    )
+    assert first != residual.blocks[0]
+    with pytest.raises(ModelError, match=r"layers\.0: its residual stream doesn't turn"):
+        prove_invariance(twin, path, replace(residual, blocks=(first, *residual.blocks[1:])))
+
+
+def test_a_branch_that_is_no_matrix_fails_the_proof(found):
+    """It reads a norm and adds to the stream beside the matrices that were found."""
+    twin, path, _ = found("llama")
+    block = twin.model.layers[1]
+    own = block.forward
+    block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
+    residual, _ = find_residual(twin, path)  # sees the first block of this kind only
+    with pytest.raises(ModelError, match=r"model\.layers\.1: its residual stream doesn't turn"):
+        prove_invariance(twin, path, residual)
+
+
+def test_a_norm_that_runs_twice_is_refused(found):
+    twin, path, _ = found("llama")
+    block = twin.model.layers[0]
+    own = block.forward
+    block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
+    with pytest.raises(ModelError, match=r"layers\.0\.input_layernorm: this norm runs more than once"):
+        find_residual(twin, path)
+
+
+def test_something_that_reads_the_stream_past_its_norms_is_refused(found):
+    twin, path, _ = found("llama")
+    block = twin.model.layers[0]
+    own = block.forward
+    block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * x.tanh()
+    with pytest.raises(ModelError, match=r"model\.layers\.0: something reads the residual stream past its norms"):
+        find_residual(twin, path)
+
+
+def test_a_stream_that_is_scaled_between_blocks_is_refused(found):
+    """Turning it would be sound, but what a site adds wouldn't be what the next one sees."""
+    twin, path, _ = found("llama")
+    block = twin.model.layers[0]
+    own = block.forward
+    block.forward = lambda x, *args, **kwargs: own(2 * x, *args, **kwargs)
+    with pytest.raises(ModelError, match=r"layers\.0\.input_layernorm: something .* scales it"):
+        find_residual(twin, path)
+
+
+def test_a_branch_that_later_sites_do_not_see_is_refused(found):
+    """The first branch reaches the second norm, but not the block's output."""
+    twin, path, _ = found("llama")
+    block = twin.model.layers[0]
+
+    def forward(x, position_embeddings=None, attention_mask=None, **kwargs):
+        read = block.input_layernorm(x)
+        first = block.self_attn(read, position_embeddings=position_embeddings, attention_mask=attention_mask)[0]
+        return x + block.mlp(block.post_attention_layernorm(x + first))
+
+    block.forward = forward
+    with pytest.raises(ModelError, match=r"o_proj\.weight: what this adds doesn't stay"):
+        find_residual(twin, path)
+
+
+def test_two_kinds_of_norm_on_one_stream_are_refused(found):
+    twin, path, _ = found("llama")
+    twin.model.norm = torch.nn.LayerNorm(32).double().requires_grad_(False)
+    with pytest.raises(ModelError, match=r"LayerNorm and RMSNorm stand on one residual stream"):
+        find_residual(twin, path)
+
+
+def test_a_head_that_reads_the_stream_past_its_norm_is_refused(found):
+    twin, path, _ = found("llama")
+    twin.model.norm = Beside(twin.model.norm)
+    with pytest.raises(ModelError, match="LlamaForCausalLM: the head reads the residual stream past its norm"):
+        find_residual(twin, path)
+
+
+class Beside(torch.nn.Module):
+    """A norm, and a little of what it got."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x) + 0.1 * x
+
+
+def test_a_second_norm_before_the_head_and_a_missing_one_are_refused(found):
+    twin, path, _ = found("llama")
+    norm = twin.model.norm
+    twin.model.norm = torch.nn.Sequential(norm, torch.nn.LayerNorm(32).double().requires_grad_(False))
+    with pytest.raises(ModelError, match="2 norms of the stream's width after the last block"):
+        find_residual(twin, path)
+    twin.model.norm = torch.nn.Identity()
+    with pytest.raises(ModelError, match="no LayerNorm or RMSNorm of the stream's width after the last block"):
+        find_residual(twin, path)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+            r"word_embeddings_layernorm: the embeddings pass this norm",
+        ),
+        (
+            lambda: hf.Dinov2ForImageClassification(
+                hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+            ),
+            r"layer\.0\.norm1: what the branches after this norm add",  # each branch is scaled by a vector
+        ),
+        (
+            lambda: hf.OlmoForCausalLM(hf.OlmoConfig(**tiny.COMMON)),  # its norm doesn't say its eps
+            r"model\.layers\.0: no LayerNorm or RMSNorm reads the residual stream",
+        ),
+    ],
+    ids=["embedding norm", "layer scale", "unknown norm"],
+)
+def test_other_ways_in_which_a_stream_cannot_be_turned_are_named(model, reason):
+    meta = model().to("meta")
+    with pytest.raises(ModelError, match=reason):
+        residual_of(meta, Pieces(meta, find_blocks(meta)))
+
+
+def test_centring_a_stream_of_rms_norms_changes_the_model(found):
+    twin, path, residual = found("llama")
+    with pytest.raises(ModelError, match=r"doesn't turn|changes when"):
+        prove_invariance(twin, path, replace(residual, kind="layer"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_large_eps_is_kept(family, found):
+    key = "rms_norm_eps" if family == "llama" else "layer_norm_eps"
+    twin, path, residual = found(family, **{key: 0.1})
+    assert {tap.norm.eps for tap in residual.taps()} == {0.1}
+    prove_invariance(twin, path, residual)
+
+
+def fold(model, residual):
+    for tap in residual.taps():
+        fold_tap(model, tap)
+    if residual.kind == "layer":
+        center_writers(model, residual.writers())
+
+
+def turn(model, residual, q):
+    readers = (reader for tap in residual.taps() for reader in tap.readers)
+    for edge in (*residual.writers(), *readers):
+        parameter = model.get_parameter(edge.parameter).data
+        parameter.copy_(rotate(parameter.double(), q, edge.axis))
+
+
+def gainless_logits(model, residual, batch):
+    answers = {tap.module: gainless_norm(tap) for tap in residual.taps()}
+    with torch.no_grad(), answering({name: model.get_submodule(name) for name in answers}, answers):
+        return output_of(model(**batch))
+
+
+@pytest.mark.parametrize("family", sorted(SITES))
+def test_float32_logits_stay_within_rounding_folded_and_turned(family, known):
+    """The proof is in float64; this is the model as a user runs it, its own norms and experts included."""
+    residual, model = known(family), tiny.build(family)
+    if model.get_output_embeddings() is not None:
+        untied = model.get_output_embeddings().weight.detach().clone()
+        model.get_output_embeddings().weight = torch.nn.Parameter(untied)
+    batch = example_batch(model, torch.device("cpu"))
+    with torch.no_grad():
+        expected = output_of(model(**batch))
+    fold(model, residual)
+    folded = gainless_logits(model, residual, batch)
+    turn(model, residual, random_orthogonal(32, torch.Generator().manual_seed(3)))
+    turned = gainless_logits(model, residual, batch)
+    # float32 has 6e-8; a few dozen roundings in two blocks, and a turn rounds every weight once more
+    assert (folded - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (turned - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_layer_norm_stream_has_one_empty_direction_after_centring(found):
+    """So that deleting one dimension of a LayerNorm model loses nothing."""
+    twin, path, residual = found("gpt2")
+    batch = example_batch(twin, torch.device("cpu"), samples=8)
+    streams = []
+    twin.get_submodule(path)[-1].register_forward_hook(lambda _m, _a, out: streams.append(out))
+    fold(twin, residual)
+    gainless_logits(twin, residual, batch)
+    x = streams[0].reshape(-1, 32)
+    values, q = pca(x.t() @ x)
+    assert abs(values[-1]) < 1e-14 * values[0]
+    torch.testing.assert_close(q[:, -1], torch.full((32,), 32**-0.5, dtype=torch.float64))
+
+
+def test_a_shift_with_no_bias_to_take_it_is_refused_by_name():
+    """A LayerNorm read by a bare parameter; a linear module would be given a bias."""
+    holder = torch.nn.Module()
+    holder.norm = torch.nn.LayerNorm(4)
+    holder.table = torch.nn.Parameter(torch.zeros(3, 4))
+    holder.head = torch.nn.Linear(4, 3, bias=False)
+    torch.nn.init.ones_(holder.norm.bias)
+    norm = describe_norm(holder.norm)
+    with pytest.raises(ModelError, match="table: it has no bias"):
+        fold_tap(holder, Tap("norm", norm, (Reader("table", 1, None),)))
+    fold_tap(holder, Tap("norm", norm, (Reader("head.weight", 1, None),)))
+    torch.testing.assert_close(holder.head.bias, holder.head.weight.sum(1))
+
+
+def test_gpt_oss_expert_biases_are_found(tmp_path):
+    """Fused experts with biases of their own: a reader's bias has its shape without the width."""
+    config = hf.GptOssConfig(
+        **{**tiny.COMMON, "intermediate_size": 16},
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = make_twin(hf.GptOssForCausalLM, config, torch.device("cpu"), torch.float64)
+    fill(model)
+    residual, _ = find_residual(model, "model.layers")
+    mlp = residual.blocks[0][1]
+    experts = "model.layers.0.mlp.experts."
+    assert Reader(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.taps[0].readers
+    assert {(w.parameter, w.axis) for w in mlp.writers} == {(f"{experts}down_proj", 2), (f"{experts}down_proj_bias", 1)}
