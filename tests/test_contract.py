@@ -22,6 +22,7 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
         ("rtn", RTN(bits=8, group_size=-1)),
         ("llm_int8", LLMInt8()),
         ("bct", BCT(bits=4, activations="static", only=("*", "@embedding"))),
+        ("bct", BCT(activations="dynamic", only=("*", "@activation", "@norm", "@softmax"))),
         pytest.param("bct", BCT(budget_bits=5.5, only=("*", "@embedding")), marks=pytest.mark.slow),
     ],
 )

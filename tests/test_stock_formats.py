@@ -12,13 +12,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import compressor
+from compressor.blockwise import quantize_blocks
 from compressor.errors import PreflightError, RecipeError, ShapeError
 from compressor.export import artifact_config, module_of
 from compressor.grid import find_grid, quantize
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.byte_linear import ByteLinear
 from compressor.packing import store
-from compressor.passes.bct import quantize_blocks, stock_layer
+from compressor.passes.bct import stock_layer
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
