@@ -386,12 +386,14 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
         assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
 
 
-def test_the_shipped_recipe_mixes_bits_on_a_tiny_model(tmp_path):
+@pytest.mark.parametrize("name", ["bct-4-8", "bct-full"])
+def test_the_shipped_recipes_mix_bits_on_a_tiny_model(name, tmp_path):
     model = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
-    shipped = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "bct-4-8.yaml").read_text())
+    shipped = yaml.safe_load((Path(__file__).parent.parent / "recipes" / f"{name}.yaml").read_text())
     small = {"data": {"source": "random", "samples": 8, "length": 16}, "eval": {}, "report": {"html": False}}
     text = yaml.safe_dump({**shipped, **small}).encode()
     report = compress(parse_recipe(text, "small.yaml"), str(model), tmp_path / "out", measure=False)
-    assert {row["spec"]["bits"] for row in report["weights"]} == {4, 8}
+    assert {row["spec"]["bits"] for row in report["weights"] if "bits" in row["spec"] and row["shape"]} == {4, 8}
     assert any(row["form"] == "block_embedding" for row in report["weights"])
+    assert any(row["form"] == "block_attention" for row in report["weights"]) == (name == "bct-full")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "compressed_llama"

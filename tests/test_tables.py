@@ -89,6 +89,16 @@ def test_beyond_its_range_an_activation_goes_on_from_its_ends_without_a_jump():
     assert found[2] == table.values[0] and found[3] == table.values[-1] + 1.0
 
 
+def test_values_count_as_outside_only_where_the_function_is_not_straight_yet():
+    for span, expected in (((-1.0, 2.0), 2), ((-1.0, 20.0), 1), ((-20.0, 20.0), 0)):
+        table = activation_table("gelu", *span, 256)
+        spec = {"function": "gelu", "entries": 256, "low": table.low, "step": table.step}
+        layer = find_layer("table_activation").from_tensors(
+            {**spec, "lookup": "linear", "slopes": [0.0, 1.0]}, {"table": table.values}
+        )
+        assert int(layer.outside(torch.tensor([-30.0, 0.0, 0.5, 30.0]))) == expected
+
+
 def test_what_is_not_a_number_stays_so_and_infinity_follows_the_asymptotes():
     table = activation_table("silu", -4.0, 4.0, 256)
     x = torch.tensor([float("nan"), float("inf"), float("-inf")])
