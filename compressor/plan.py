@@ -24,9 +24,11 @@ from compressor.functions import Functions, find_functions
 from compressor.layers import find_layer
 from compressor.matching import select
 from compressor.modelling import modelling_file
-from compressor.protocol import FUNCTION_ROLES, Fact, Weight
+from compressor.protocol import FUNCTION_ROLES, Fact, Remodel, Weight
 from compressor.recipe import Recipe, Step
+from compressor.remodel import check_remodel, facts_of
 from compressor.safetensors_file import header_bytes
+from compressor.stream import Residual
 from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.units import Form
 
@@ -48,16 +50,42 @@ KINDS = {
 SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one
 
 
+@dataclass(frozen=True)
+class Reshape:
+    """A step that changes the model itself: what it starts from, what it makes of it."""
+
+    step: Step
+    before: Structure
+    residual: Residual
+    remodel: Remodel
+    after: Structure
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {side: parameter_count(found) for side, found in (("before", self.before), ("after", self.after))}
+        return {
+            "pass": self.step.name,
+            "path": ".".join(map(str, self.step.path)),
+            "parameters_before": counts["before"],
+            "parameters_after": counts["after"],
+            "widths": list(self.remodel.widths),
+            "notes": list(self.remodel.notes),
+        }
+
+
 @dataclass
 class Plan:
-    """selected  step path -> the weights it touches
+    """source    the model as it was given
+    structure the model that steps which store weights work on: the source, or what `reshapes` make of it
+    selected  step path -> the weights it touches
     forms     weight name -> the form it will have (only those that change)
     functions activations, norms and softmax, if any step selects such
     sizes     all in bytes; artifact_bytes counts what loading needs, not reports
     """
 
     recipe: Recipe
+    source: Structure
     structure: Structure
+    reshapes: list[Reshape] = field(default_factory=list)
     selected: dict[tuple[str | int, ...], list[Weight]] = field(default_factory=dict)
     forms: dict[str, Form] = field(default_factory=dict)
     functions: Functions = field(default_factory=Functions)
@@ -83,6 +111,7 @@ class Plan:
             "recipe": self.recipe.name,
             "architecture": self.structure.architecture,
             "sweeps": [[step.name for step in sweep] for sweep in self.recipe.sweeps],
+            "reshapes": [reshape.to_dict() for reshape in self.reshapes],
             "weights": self.rows,
             "skipped": self.skipped,
             "problems": [problem.event() for problem in self.problems],
@@ -104,10 +133,12 @@ def make_plan(
 
     raises ModelError when the model can't be read or taken apart; all other problems are collected in `problems`
     """
-    structure = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
+    source = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
     if prove:
-        prove_by_replay(structure)
-    plan = Plan(recipe, structure, source_bytes=structure.checkpoint.nbytes)
+        prove_by_replay(source)
+    plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes)
+    _follow_reshapes(plan)
+    structure = plan.structure
     weights = [weight for _, weight in structure.weights()]
     _find_functions(plan)
     _select(plan, [*weights, *(function for _, function in plan.functions.all())])
@@ -130,6 +161,51 @@ def make_plan(
             }
         )
     return plan
+
+
+def parameter_count(structure: Structure) -> int:
+    """Parameters of the checkpoint; what is tied counts once."""
+    held = {source.tensor for name, _ in structure.model.named_parameters() for source in structure.sources_of(name)}
+    return sum(math.prod(structure.checkpoint.tensors[tensor].shape) for tensor in held)
+
+
+def _follow_reshapes(plan: Plan) -> None:
+    """The model from one reshaping step to the next; the first that can't be done ends it."""
+    for number, sweep in enumerate(plan.recipe.sweeps):
+        for step in sweep:
+            if not step.settings.reshapes:
+                continue
+            try:
+                _check_place(plan.recipe, number, step)
+                facts = facts_of(plan.structure, parameter_count(plan.source))
+                remodel = step.settings.remodel(facts)
+                after = check_remodel(plan.structure, remodel, ".".join(map(str, step.path)))
+            except CompressError as problem:
+                plan.problems.append(problem)
+                return
+            plan.reshapes.append(Reshape(step, plan.structure, facts.residual, remodel, after))
+            plan.structure = after
+
+
+def _check_place(recipe: Recipe, number: int, step: Step) -> None:
+    """raises PreflightError for a reshaping step that shares a sweep, comes too late, or is meant for some weights"""
+    where = ".".join(map(str, step.path))
+    if len(recipe.sweeps[number]) > 1:
+        raise PreflightError(
+            f"{step.name} changes the model itself and can't share a sweep", where=where, hint="Give it a step alone."
+        )
+    if stored := [s.name for sweep in recipe.sweeps[:number] for s in sweep if not s.settings.reshapes]:
+        raise PreflightError(
+            f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
+            where=where,
+            hint=f"Put {step.name} first.",
+        )
+    if step.settings.only != ("*",) or step.settings.except_:
+        raise PreflightError(
+            f"{step.name} changes the whole residual stream and can't be confined to some weights",
+            where=where,
+            hint="Drop `only` and `except`.",
+        )
 
 
 def _why_skipped(weight: Weight, structure: Structure) -> str:
@@ -164,6 +240,9 @@ def _find_functions(plan: Plan) -> None:
 def _select(plan: Plan, weights: list[Weight]) -> None:
     for step in plan.recipe.steps:
         where = ".".join(str(part) for part in step.path)
+        if step.settings.reshapes:
+            plan.selected[step.path] = []
+            continue
         try:
             chosen = select(step.settings.only, step.settings.except_, weights, where)
         except CompressError as problem:
@@ -193,7 +272,7 @@ def _without_shared_tables(
 
 
 def _check_facts(plan: Plan) -> None:
-    facts = set(Fact)
+    facts = {Fact.CONSTANT_TOKEN_COUNT}
     for step in plan.recipe.steps:
         traits = step.settings.traits
         for fact in sorted(traits.requires - facts):

@@ -7,7 +7,7 @@ Nothing here imports torch at run time, so that the schema, the help and the lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers import Layer
+    from compressor.stream import Residual, ResidualSite, Tap
 
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
@@ -29,6 +30,7 @@ class Fact(str, Enum):
     """A truth about the whole model that a pass may need or break. Each has a checker in `testing.py`."""
 
     CONSTANT_TOKEN_COUNT = "constant_token_count"
+    NORMS_FOLDED = "norms_folded"  # every norm on the residual stream is x / sqrt(mean(x^2) + eps), times one number
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,74 @@ class Site(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Remodel:
+    """What a step makes of a model's definition (`Pass.remodel`).
+
+    config   keys of config.json that change
+    shapes   parameter -> its new shape, of those that change or are new; None where it is gone
+    widths   of the residual stream, before and after, for the report: all of them where they differ
+    notes    sentences for the plan and the report
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as `Pass.remodel` sees it: no weights, but everything that decides shapes.
+
+    config    config.json, with the defaults of the model's class
+    shapes    parameter -> shape, a tied head under its own name too
+    tied      parameter -> the parameter whose storage it shares
+    residual  what touches the residual stream
+    given     parameters of the model as it was given, before any step
+    fits      whether the model's own class holds what a Remodel asks for: None, or why not
+    """
+
+    architecture: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    residual: Residual
+    given: int
+    fits: Callable[[Remodel], str | None]
+
+
+class StreamSite(Protocol):
+    """A unit as a pass that reshapes the model sees it: its parameters, and the signals of its residual stream."""
+
+    device: torch.device
+    generator: torch.Generator  # seeded from (run seed, step, unit)
+    residual: Residual
+    remodel: Remodel
+
+    @property
+    def index(self) -> int:
+        """Block number; -1 is the stem, the number of blocks the head."""
+        ...
+
+    @property
+    def sites(self) -> tuple[ResidualSite, ...]:
+        """Where the branches of this block leave the stream and come back; none in stem and head."""
+        ...
+
+    def read(self, parameter: str) -> torch.Tensor:
+        """A parameter as it is now, float64."""
+        ...
+
+    def write(self, parameter: str, value: torch.Tensor) -> None:
+        """Its new value, of the shape that `remodel` promised; rounded once, when the unit is stored."""
+        ...
+
+    def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
+        """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
+        ...
+
+
 class WholeModel(Protocol):
     """The model as the steps before left it, for a choice that no block can make alone."""
 
@@ -237,6 +307,30 @@ class Pass(BaseModel):
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep; every site then has it as `site.decision`."""
         return None
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether this pass changes the model's own parameters and their shapes (`remodel`, `survey`, `reshape`).
+
+        Such a step has a sweep of its own, before every step that stores weights in another form, and leaves a dense
+        model that later steps start from.
+        """
+        return False
+
+    def remodel(self, model: ModelFacts) -> Remodel:
+        """What becomes of the model's definition; `plan` counts parameters from it.
+
+        raises ShapeError, PreflightError
+        """
+        raise NotImplementedError
+
+    def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
+        """What has to be known of the whole model first, from its units in order. Nothing can be written yet."""
+        return carry
+
+    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
+        """Write the new parameters of one unit."""
+        raise NotImplementedError
 
     def stem(self, site: Site, carry: Carry) -> Carry:
         return carry

@@ -102,6 +102,7 @@ def build_report(
         "metrics": measured.metrics,
         "saturation": measured.saturation,
         "gates": gates,
+        "reshapes": [reshape.to_dict() for reshape in plan.reshapes],
         "steps": [
             {
                 "index": number,

@@ -224,6 +224,7 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
             job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.asked.is_set
         )
         units, forms = run_sweeps(sweeper)
+        job.plan = replace(job.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
     job.scratch.mkdir()
     assert sweeper.probe is not None
     save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)
@@ -270,7 +271,7 @@ def _verify(job: Job) -> dict[str, Any]:
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
     return evaluate(
-        job.plan.structure.checkpoint.directory,
+        job.plan.source.checkpoint.directory,
         job.built,
         held_out,
         job.recipe.eval,
@@ -282,7 +283,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
 
 
 def _report(job: Job, forms: dict[str, Form], checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
-    sizes = weight_sizes(job.plan.structure.checkpoint, job.built, forms, job.plan)
+    sizes = weight_sizes(job.plan.source.checkpoint, job.built, forms, job.plan)
     evaluation = job.recipe.eval
     return build_report(
         source=job.source,
@@ -445,7 +446,7 @@ def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) 
     """What a resumed run has to share with the interrupted one."""
     return {
         "recipe": plan.recipe.pinned(None, None).sha256,
-        "model": plan.structure.checkpoint.content_sha256,
+        "model": plan.source.checkpoint.content_sha256,
         "data": calibration.digest if calibration else None,
         "compress_model": VERSION,
         "torch": torch.__version__,

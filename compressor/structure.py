@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from compressor.binding import Bindings, bind
+from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import ModelError
 from compressor.protocol import Group, Stage, Weight
@@ -98,6 +98,10 @@ class Structure:
             else:
                 units[tensor] = 0
         return units
+
+    def sources_of(self, parameter: str) -> tuple[Source, ...]:
+        """The tensors that fill a parameter; those of its owner where it is tied."""
+        return self.bindings.sources.get(self.bindings.tied.get(parameter, parameter), ())
 
     def parameters_of(self, unit: int) -> list[str]:
         """Parameter and buffer names that this unit's tensors fill."""

@@ -26,11 +26,12 @@ from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.plan import BATCH_TOKENS, Plan
+from compressor.plan import BATCH_TOKENS, Plan, Reshape
 from compressor.recipe import Step
 from compressor.replay import Batch, Call
+from compressor.reshape import Reshaper, run_reshape
 from compressor.safetensors_file import Entry, write_file
-from compressor.site import Needs, Stream, UnitSite, finish_unit, watched_parameters
+from compressor.site import Needs, Stream, UnitSite, finish_unit, run_unit, watched_parameters
 from compressor.structure import Structure, example_batch
 from compressor.units import (
     Form,
@@ -40,6 +41,7 @@ from compressor.units import (
     free_unit,
     load_unit,
     return_large_blocks,
+    unit_name,
     unit_tensors,
 )
 
@@ -48,7 +50,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Sweeper:
-    """What stays the same over a run, and the lines of finished units."""
+    """What stays the same over a run, the model as it now is, and the lines of finished units."""
 
     plan: Plan
     journal: Journal
@@ -59,10 +61,10 @@ class Sweeper:
     is_interrupted: Callable[[], bool]
     probe: Tensor | None = None
     needs: Needs = field(default_factory=dict)
+    structure: Structure = field(init=False)
 
-    @property
-    def structure(self) -> Structure:
-        return self.plan.structure
+    def __post_init__(self) -> None:
+        self.structure = self.plan.source
 
 
 def unit_forms(source: UnitSource, unit: int) -> dict[str, Form]:
@@ -77,13 +79,58 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
     """
     return_large_blocks()
-    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
-        find_layer(form).prepare(sweeper.structure.model)
     files: list[Path] = []
     forms: dict[str, Form] = {}
-    for number, steps in enumerate(sweeper.plan.recipe.sweeps):
-        files, forms = _run_sweep(sweeper, number, steps, files, forms)
+    for number, reshape in enumerate(sweeper.plan.reshapes):
+        files = _run_reshape(sweeper, number, reshape)
+    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
+        find_layer(form).prepare(sweeper.structure.model)
+    storing = sweeper.plan.recipe.sweeps[len(sweeper.plan.reshapes) :]
+    before: list[Path] = []
+    for number, steps in enumerate(storing, len(sweeper.plan.reshapes)):
+        files, forms = _run_sweep(sweeper, number, steps, before, forms)
+        before = files
+    if not storing:
+        _run_probe(sweeper)
     return files, forms
+
+
+def _run_reshape(sweeper: Sweeper, number: int, reshape: Reshape) -> list[Path]:
+    """Let a step change the model itself; later sweeps start from what it made."""
+    step, structure = reshape.step, sweeper.structure
+    sweeper.emit({"event": "sweep", "sweep": number, "units": structure.block_count + 2, "passes": [step.name]})
+    work = Reshaper(
+        number,
+        structure,
+        reshape.after,
+        reshape.residual,
+        reshape.remodel,
+        sweeper.journal,
+        _batches(sweeper, (step,))[:-1],
+        sweeper.device,
+        lambda unit: _seed(sweeper.seed, number, 0, unit),
+        sweeper.is_interrupted,
+        sweeper.emit,
+    )
+    after, files = run_reshape(work, step, _embed)
+    sweeper.structure, sweeper.needs = after, {}
+    return files
+
+
+def _run_probe(sweeper: Sweeper) -> None:
+    """The probe through the model as it now is, unit by unit."""
+    structure = sweeper.structure
+    (stream,) = _batches(sweeper, ())
+    for unit in range(structure.block_count + 2):
+        load_unit(structure, unit, UnitSource(structure), sweeper.device)
+        if unit == 0:
+            _embed(structure, [stream])
+        elif unit <= structure.block_count:
+            stream.hidden = run_unit(structure, unit, stream)
+            free_unit(structure, unit)
+        else:
+            sweeper.probe = structure.pieces.head(stream.batch, stream.hidden)
+    free_all(structure)
 
 
 def probe_batch(structure: Structure, device: torch.device) -> Batch:
@@ -330,10 +377,6 @@ def _equal(first: list[Call], second: list[Call]) -> bool:
         elif a is not b and (type(a) is not type(b) or not isinstance(a, (int, float, str)) or a != b):
             return False
     return True
-
-
-def unit_name(structure: Structure, unit: int) -> str:
-    return "stem" if unit == 0 else "head" if unit > structure.block_count else f"block {unit - 1}"
 
 
 def save_probe(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,38 +44,45 @@ compress(parse_recipe(Path(sys.argv[1]).read_bytes(), "contract"), sys.argv[2], 
 """
 
 
-def recipe_for(name: str, settings: Pass, samples: int = 8, length: int = 16) -> Recipe:
-    """A recipe of this one step on random tokens, with no evaluation."""
+def recipe_for(
+    name: str, settings: Pass, samples: int = 8, length: int = 16, before: Sequence[dict[str, Any]] = ()
+) -> Recipe:
+    """A recipe of this one step, after those of `before`, on random tokens, with no evaluation."""
     step = {"pass": name, **settings.model_dump(mode="json", by_alias=True)}
     text = {
         "version": 1,
         "name": "contract",
         "data": {"source": "random", "samples": samples, "length": length},
-        "steps": [step],
+        "steps": [*before, step],
         "report": {"html": False},
     }
     return parse_recipe(yaml.safe_dump(text).encode(), "contract.yaml")
 
 
-def check_pass(name: str, settings: Pass, model: Path, scratch: Path, only: str) -> dict[str, Any]:
+def check_pass(
+    name: str, settings: Pass, model: Path, scratch: Path, only: str, before: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Run a pass on a small checkpoint and check everything a user of it relies on. Returns the report.
 
-    only    a pattern for some of the model's weights; all others must come out unchanged
+    only    a pattern for some of the model's weights; all others must come out unchanged (a pass that reshapes the
+            model has none)
+    before  steps that it needs first, as a recipe has them
     raises  AssertionError naming the promise that doesn't hold
     """
-    whole = recipe_for(name, settings)
-    assert whole.steps[0].settings == settings, "settings don't survive YAML"
+    whole = recipe_for(name, settings, before=before)
+    assert whole.steps[-1].settings == settings, "settings don't survive YAML"
     assert parse_recipe(whole.to_yaml().encode(), "again").resolved() == whole.resolved(), "recipe is not a fixed point"
     plan = make_plan(whole, str(model))
     assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
     report = compress(whole, str(model), scratch / "first", measure=False)
-    assert whole.steps[0].settings == settings, "settings were changed while it ran"
+    assert whole.steps[-1].settings == settings, "settings were changed while it ran"
     _check_forms(settings, plan, report)
     _check_sizes(settings, plan, report)
     compress(whole, str(model), scratch / "second", measure=False)
     assert weight_hashes(scratch / "first") == weight_hashes(scratch / "second"), "a second run writes other bytes"
     _check_loads_without_passes(scratch / "first")
-    _check_untouched(name, settings, model, scratch / "part", only)
+    if not settings.reshapes:
+        _check_untouched(name, settings, model, scratch / "part", only, before)
     _check_resume(whole, model, scratch / "killed", weight_hashes(scratch / "first"))
     return report
 
@@ -97,7 +105,7 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> int:
 
 def _check_forms(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
     stored = {row["name"]: row["form"] for row in report["weights"]}
-    selected = plan.selected[("steps", 0)]
+    selected = plan.selected[plan.recipe.steps[-1].path]
     assert set(stored) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
         promised = settings.stored(weight) or "dense"
@@ -144,13 +152,15 @@ def _check_loads_without_passes(directory: Path) -> None:
     assert done.returncode == 0, f"the artifact needs the pass to load: {done.stderr[-400:]}"
 
 
-def _check_untouched(name: str, settings: Pass, model: Path, output: Path, only: str) -> None:
+def _check_untouched(
+    name: str, settings: Pass, model: Path, output: Path, only: str, before: Sequence[dict[str, Any]]
+) -> None:
     part = settings.model_copy(update={"only": (only,)})
-    report = compress(recipe_for(name, part), str(model), output, measure=False)
+    report = compress(recipe_for(name, part, before=before), str(model), output, measure=False)
     touched = {weight["name"] for weight in report["weights"]}
     assert len(touched) > 0, f"{only} selects nothing"
-    before, after = _tensors(model), _tensors(output)
-    for tensor, info in before.items():
+    given, after = _tensors(model), _tensors(output)
+    for tensor, info in given.items():
         if tensor.rpartition(".")[0] not in touched:
             same = read_bytes(info).equal(read_bytes(after[tensor]))
             assert same, f"{tensor} changed though {only} doesn't select it"

@@ -206,6 +206,10 @@ def tie(structure: Structure) -> None:
             module._parameters[leaf] = model.get_parameter(source)
 
 
+def unit_name(structure: Structure, unit: int) -> str:
+    return "stem" if unit == 0 else "head" if unit > structure.block_count else f"block {unit - 1}"
+
+
 def view(structure: Structure, weight: Weight) -> Tensor:
     """The part of the model's parameter that holds this weight, as (out_features, in_features); writes go through."""
     value = structure.model.get_parameter(weight.parameter).data

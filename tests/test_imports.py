@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "compressor"
 # layers of the tree, after docs/architecture.md; a unit is a module or a sub-package
 READING = {"recipe", "settings", "reference", "yaml_source"}
-ENGINE = {"plan", "sweep", "site", "run", "journal", "units"}
+ENGINE = {"plan", "sweep", "site", "run", "journal", "units", "remodel", "reshape"}
 TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
 STORING = {"artifact", "export", "modelling"}
 MODELS = {
@@ -39,6 +39,7 @@ FORBIDDEN = {
     "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "rotation": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
@@ -64,6 +65,8 @@ FORBIDDEN = {
     "plan": TELLING | OUTER | {"sweep", "run", "journal", "data"},
     "journal": READING | TELLING | STORING | MODELS | OUTER | {"plan", "sweep", "run", "units", "passes", "layers"},
     "site": TELLING | OUTER | {"sweep", "run", "journal", "passes", "artifact", "data"},
+    "remodel": READING | TELLING | STORING | OUTER | ENGINE | {"passes", "layers", "data"},
+    "reshape": TELLING | OUTER | STORING | {"sweep", "run", "plan", "passes", "layers"},
     "sweep": TELLING | OUTER | {"run", "passes", "artifact"},
     "report": ENGINE | MODELS | OUTER | {"passes", "layers", "measure", "compare"},
     "run": OUTER | {"passes"},

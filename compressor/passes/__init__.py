@@ -11,9 +11,12 @@ from compressor.protocol import Pass
 
 BUILTIN = {
     "bct": "compressor.passes.bct:BCT",
+    "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",
     "gptq": "compressor.passes.gptq:GPTQ",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
+    "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
+    "slicegpt": "compressor.passes.slicegpt:SliceGPT",
 }
 GROUP = "compressor.passes"
 

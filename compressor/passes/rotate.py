@@ -1,0 +1,58 @@
+"""A rotation of the whole residual stream, which changes no logit but spreads what makes weights hard to quantize.
+
+QuaRot (Ashkboos et al. 2024, arXiv 2404.00456): with the norms folded, everything that writes to the stream may be
+multiplied by an orthogonal Q and everything that reads from it by its transpose. Outlier features of the stream, and
+the outlier columns of the weights that read them, are spread over all dimensions, so that rounding to 3 or 4 bits costs
+less. Only the offline part is done, fused into the weights: no Hadamard transform runs with the model, and inputs of
+down projections and heads are not rotated.
+
+Q is a seeded randomized Hadamard matrix, a random orthogonal one, or the principal axes of calibration signals (each
+site's second moments scaled to trace 1, pooled). Cost: one pass over the weights, and for `pca` a run of the model and
+one eigendecomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compressor.lazy import torch
+from compressor.protocol import Carry, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.rotation import pca, random_orthogonal, randomized_hadamard
+from compressor.turning import pooled_covariance, turn
+
+
+class Rotate(Pass):
+    """One orthogonal matrix for the residual stream, multiplied into the weights; logits stay."""
+
+    title: ClassVar[str] = "Residual stream rotated, so that rounding weights costs less; logits stay"
+    paper: ClassVar[str] = "Ashkboos et al. 2024 (QuaRot), arXiv 2404.00456"
+
+    rotation: Literal["hadamard", "random", "pca"] = Field(
+        "hadamard", description="Randomized Hadamard, random orthogonal, or principal axes of calibration signals."
+    )
+
+    @property
+    def traits(self) -> Traits:
+        reads = "inputs" if self.rotation == "pca" else "weights"
+        return Traits(reads=reads, requires=frozenset({Fact.NORMS_FOLDED}))  # type: ignore[arg-type]
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    def remodel(self, model: ModelFacts) -> Remodel:
+        return Remodel(widths=(model.residual.width,) * 2)
+
+    def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
+        if self.rotation == "pca":
+            return {"q": pca(pooled_covariance(sites)[0])[1]}
+        first = next(sites)
+        make = randomized_hadamard if self.rotation == "hadamard" else random_orthogonal
+        return {"q": make(first.residual.width, first.generator)}
+
+    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
+        turn(site, carry["q"].to(device=site.device, dtype=torch.float64))
+        return carry

@@ -1,0 +1,129 @@
+"""The structure that a model will have once a step has reshaped it, from headers alone.
+
+`plan` looks at it to count bytes and to select what later steps do; the sweep then writes tensors of exactly these
+shapes, and reads them back as a checkpoint like any other (`compressor.reshape`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.protocol import ModelFacts, Remodel
+from compressor.residual import read_residual
+from compressor.safetensors_file import TensorInfo
+from compressor.structure import Structure, structure_of
+
+
+def facts_of(structure: Structure, given: int) -> ModelFacts:
+    """What a pass may know of the model; `given`, its parameters before any step.
+
+    raises ModelError for a model whose residual stream can't be rotated
+    """
+    return ModelFacts(
+        structure.architecture,
+        structure.model.config.to_dict(),
+        parameter_shapes(structure),
+        dict(structure.bindings.tied),
+        read_residual(structure),
+        given,
+        lambda remodel: _misfit(structure, remodel),
+    )
+
+
+def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, tied ones under each of their names."""
+    return {name: tuple(p.shape) for name, p in structure.model.named_parameters(remove_duplicate=False)}
+
+
+def remodelled(structure: Structure, remodel: Remodel) -> Structure:
+    """The structure of the reshaped model; its tensors have shapes but lie nowhere.
+
+    raises ModelError if the model's class makes other shapes of that config
+    """
+    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
+    config["dtype"] = str(structure.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    tensors: dict[str, TensorInfo] = {}
+    for name in structure.bindings.sources:
+        shape = remodel.shapes.get(name, tuple(structure.model.state_dict()[name].shape))
+        if shape is not None:
+            tensors |= _tensor_infos(structure, name, shape)
+    for name, shape in remodel.shapes.items():
+        if name not in structure.bindings.sources and shape is not None:
+            tensors[name] = _info(structure, shape, None)
+    checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
+    return structure_of(checkpoint, type(structure.model), _config(config), str(structure.dtype).partition(".")[2])
+
+
+def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
+    """A parameter as the checkpoint tensors that make it up: the inverse of `binding.read_parameter`."""
+    sources = structure.bindings.sources[name]
+    if name not in structure.bindings.converters:
+        return {sources[0].tensor: value}
+    parts = {}
+    for source in sources:
+        assert (
+            source.rows is not None
+        )  # a rule that joins tensors by rows, or the model was refused (`binding._placed`)
+        parts[source.tensor] = value[source.expert, source.rows[0] : source.rows[1]]
+    return parts
+
+
+def _tensor_infos(structure: Structure, name: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+    """The tensors that will make up a parameter of this shape."""
+    before = tuple(structure.model.state_dict()[name].shape)
+    infos = {}
+    for source in structure.bindings.sources[name]:
+        old = structure.checkpoint.tensors[source.tensor]
+        if name not in structure.bindings.converters:
+            infos[source.tensor] = _info(structure, shape, old)
+            continue
+        assert source.rows is not None
+        whole = source.rows == (0, before[1])
+        rows = shape[1] if whole else source.rows[1] - source.rows[0]
+        if not whole and shape[1] != before[1]:
+            raise ModelError(
+                "several tensors fill its rows, and their number changes",
+                where=name,
+                hint="This model can't be reshaped.",
+            )
+        infos[source.tensor] = _info(structure, (rows, *shape[2:]), old)
+    return infos
+
+
+def _info(structure: Structure, shape: tuple[int, ...], old: TensorInfo | None) -> TensorInfo:
+    dtype = structure.dtype if old is None or old.dtype.is_floating_point else old.dtype
+    return TensorInfo(Path(), dtype, tuple(shape), 0, math.prod(shape) * dtype.itemsize)
+
+
+def _config(values: dict[str, Any]) -> PretrainedConfig:
+    values = copy.deepcopy(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _misfit(structure: Structure, remodel: Remodel) -> str | None:
+    try:
+        remodelled(structure, remodel)
+    except (CompressError, ValueError, TypeError, RuntimeError) as error:  # transformers' own checks raise the latter
+        return str(error.what if isinstance(error, CompressError) else error)
+    return None
+
+
+def check_remodel(structure: Structure, remodel: Remodel, where: str) -> Structure:
+    """The reshaped structure. raises PreflightError saying what the model's class can't be"""
+    try:
+        return remodelled(structure, remodel)
+    except (ModelError, ValueError, TypeError, RuntimeError) as error:
+        raise PreflightError(
+            f"{structure.architecture} can't have the shapes this step makes ({error})",
+            where=where,
+            hint="Choose other settings; docs/passes says which models each orientation fits.",
+        ) from error

@@ -1,0 +1,222 @@
+"""The sweep of a step that changes the model's own parameters: one unit after the other into a new dense checkpoint.
+
+Unlike a storing sweep it runs no activations through what it has written: the signals a pass sees are those of the
+model before the step. What it wrote is read back as a checkpoint of its own, from which later sweeps start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.errors import Interrupted, PassError
+from compressor.journal import Journal
+from compressor.protocol import Carry, Remodel
+from compressor.recipe import Step
+from compressor.remodel import split_parameter
+from compressor.safetensors_file import Entry, read_header, write_file
+from compressor.site import Stream, run_unit
+from compressor.stream import Residual, ResidualSite, Tap
+from compressor.structure import Structure, read_structure
+from compressor.units import UnitSource, free_all, free_unit, load_unit, unit_name
+
+
+@dataclass
+class ReshapeSite:
+    """A unit as a reshaping pass may see it (`protocol.StreamSite`)."""
+
+    structure: Structure
+    unit: int
+    residual: Residual
+    remodel: Remodel
+    streams: list[Stream]
+    device: torch.device
+    generator: torch.Generator
+    is_open: bool = True
+    written: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        return self.unit - 1
+
+    @property
+    def sites(self) -> tuple[ResidualSite, ...]:
+        return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
+
+    def read(self, parameter: str) -> Tensor:
+        if parameter in self.written:
+            return self.written[parameter]
+        return _value(self.structure, parameter).to(torch.float64)
+
+    def write(self, parameter: str, value: Tensor) -> None:
+        assert self.is_open, "nothing can be written while a pass surveys"
+        expected = self.remodel.shapes.get(parameter)
+        if expected is None:
+            expected = tuple(_value(self.structure, parameter).shape)
+        assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
+        self.written[parameter] = value
+
+    def signals(self, tap: Tap) -> Iterator[Tensor]:
+        module = self.structure.model.get_submodule(tap.module)
+        caught: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+        try:
+            for stream in self.streams:
+                caught.clear()
+                run_unit(self.structure, self.unit, stream)
+                yield caught[0].reshape(-1, caught[0].shape[-1])
+        finally:
+            handle.remove()
+
+
+@dataclass
+class Reshaper:
+    """What a reshaping sweep needs beside its step.
+
+    number   of the sweep
+    planned  the structure that `plan` promised
+    streams  calibration batches before the stem; none if the step reads weights only
+    """
+
+    number: int
+    structure: Structure
+    planned: Structure
+    residual: Residual
+    remodel: Remodel
+    journal: Journal
+    streams: list[Stream]
+    device: torch.device
+    seeds: Any  # unit -> seed
+    is_interrupted: Any
+    emit: Any
+
+    def site(self, unit: int, seed_of: int) -> ReshapeSite:
+        generator = torch.Generator().manual_seed(self.seeds(seed_of))
+        return ReshapeSite(self.structure, unit, self.residual, self.remodel, self.streams, self.device, generator)
+
+
+def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list[Path]]:
+    """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
+    structure, journal = work.structure, work.journal
+    carry = _survey(work, step, embed)
+    files = []
+    units = structure.block_count + 2
+    for unit in range(units):
+        if work.is_interrupted():
+            raise Interrupted("stopped between two units", hint="Continue with --resume.")
+        began, key = time.perf_counter(), f"{work.number}/{unit}"
+        line = journal.done(key)
+        if line is None:
+            load_unit(structure, unit, UnitSource(structure), work.device)
+            site = work.site(unit, unit)
+            try:
+                carry = step.settings.reshape(site, carry)
+            except torch.OutOfMemoryError as error:
+                raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+            tensors = _unit_tensors(work, unit, site)
+            entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+            facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
+            file = f"s{work.number:02d}-{unit:05d}.safetensors"
+            journal.commit(key, file, lambda path, entries=entries: write_file(path, entries), facts)  # type: ignore[misc]
+            line = journal.done(key)
+            assert line is not None
+            if 0 < unit < units - 1:
+                free_unit(structure, unit)
+        files.append(journal.path(line))
+        seconds = time.perf_counter() - began
+        told = {"sweep": work.number, "unit": unit, "units": units, "name": unit_name(structure, unit)}
+        work.emit({"event": "unit", **told, "seconds": seconds})
+    free_all(structure)
+    return _reopen(work, files), files
+
+
+def _survey(work: Reshaper, step: Step, embed: Any) -> Carry:
+    """The pass's look at the whole model, from the journal if it is there."""
+    key = f"{work.number}/survey"
+    line = work.journal.done(key)
+    if line is None:
+        carry = step.settings.survey(_sites(work, embed), {})
+        free_all(work.structure)
+        held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
+        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
+        work.journal.commit(key, f"s{work.number:02d}-survey.safetensors", lambda path: save_file(held, path), facts)
+        line = work.journal.done(key)
+        assert line is not None
+    return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
+
+
+def _sites(work: Reshaper, embed: Any) -> Iterator[ReshapeSite]:
+    """Stem, blocks and head of the model unchanged, one in memory at a time, with its signals where there are any."""
+    structure = work.structure
+    for unit in range(structure.block_count + 2):
+        if work.is_interrupted():
+            raise Interrupted("stopped while surveying", hint="Continue with --resume.")
+        load_unit(structure, unit, UnitSource(structure), work.device)
+        site = work.site(unit, -1)
+        site.is_open = False
+        if unit == 0 and work.streams:
+            embed(structure, work.streams)
+        yield site
+        if 0 < unit <= structure.block_count:
+            for stream in work.streams:
+                stream.hidden = run_unit(structure, unit, stream)
+            free_unit(structure, unit)
+
+
+def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Tensor]:
+    """Every tensor that the new model keeps in this unit, by checkpoint name, in the model's dtype."""
+    planned = work.planned
+    tensors: dict[str, Tensor] = {}
+    for name in planned.parameters_of(unit):
+        value = site.written[name] if name in site.written else _value(work.structure, name)
+        if value.is_floating_point():
+            value = value.to(work.structure.dtype)
+        parts = split_parameter(planned, name, value)
+        tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
+    for tensor, part in tensors.items():
+        expected = planned.checkpoint.tensors[tensor].shape
+        assert tuple(part.shape) == expected, f"{tensor}: {tuple(part.shape)}, {expected} was planned"
+    return dict(sorted(tensors.items()))
+
+
+def _reopen(work: Reshaper, files: list[Path]) -> Structure:
+    """The unit files as a checkpoint in a folder of its own (as links), read like any other."""
+    folder = work.journal.work / "units" / f"s{work.number:02d}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    placed: dict[str, str] = {}
+    for file in files:
+        target = folder / file.name
+        try:
+            os.link(file, target)
+        except OSError:  # a file system without links; the copy is what disk_bytes has room for
+            shutil.copyfile(file, target)
+        placed |= dict.fromkeys(read_header(target), file.name)
+    index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(work.planned.checkpoint.config))
+    structure = read_structure(folder)
+    # tokenizer, licence and the like still lie where the model came from
+    origin = replace(structure.checkpoint, directory=work.structure.checkpoint.directory)
+    return replace(structure, checkpoint=origin)
+
+
+def _value(structure: Structure, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(structure.model.get_submodule(owner), leaf).data
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
