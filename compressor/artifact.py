@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.binding import bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.classes import class_for
 from compressor.errors import ArtifactError, UsageError
 from compressor.export import Route, artifact_config
 from compressor.files import file_sha256
@@ -192,7 +193,7 @@ def owned_files(directory: Path) -> list[Path]:
 
 
 def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = True) -> transformers.PreTrainedModel:
-    """The model of an artifact as its stock class, with stored forms in place of the weights they replace.
+    """The model of an artifact as its stock class, or that one reshaped, with stored forms in place of weights.
 
     Never runs code from the directory. Experts are rebuilt as dense weights.
     raises ArtifactError for anything that isn't as the manifest says
@@ -251,7 +252,8 @@ def _empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transforme
     values = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "auto_map")}
     values.pop("model_type")
     values.pop("compressed_weights", None)
-    model = skeleton(cls, cls.config_class(**values), cached=True)
+    config = cls.config_class(**values)
+    model = skeleton(class_for(cls, config), config, cached=True)
     if model.can_generate() and (checkpoint.directory / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.directory)
     return model

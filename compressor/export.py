@@ -23,6 +23,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from compressor.classes import MODULES, SHAPES, is_reshaped, reshaping, stock_class
 from compressor.errors import DependencyError, PreflightError
 from compressor.kernels.bitsandbytes import bitsandbytes_forward
 from compressor.layers import find_layer
@@ -66,7 +67,8 @@ class Family:
 
 def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
     """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
-    if not forms:
+    shaped = is_reshaped(model.config)
+    if not forms and not shaped:
         return Route("dense", "no weight changed its form")
     expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
@@ -83,7 +85,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
             )
-    family, foreign = _stock_family(forms, model)
+    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
         return Route(family, f"every weight fits {family}; plain transformers loads it")
     if stock_only and asked == "custom":
@@ -93,9 +95,10 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
     reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
     if stock_only or asked not in ("auto", "custom"):
         raise PreflightError(
-            f"stock transformers can't load {len(foreign)} weights; {reason}",
+            f"stock transformers can't load {'this model' if shaped else f'{len(foreign)} weights'}; {reason}",
             where="export",
-            hint="Set export.stock_only: false and export.format: auto, or leave these weights out.",
+            hint="Set export.stock_only: false and export.format: auto"
+            + (" (or custom)." if shaped else ", or leave these weights out."),
         )
     if experts:
         raise PreflightError(
@@ -104,6 +107,14 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
             hint="Use symmetric: true for experts, and leave out what keeps them from the stock format.",
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
+
+
+def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
+    """What of the model its stock class hasn't, and why that matters."""
+    shapes, modules = reshaping(model.config)
+    name = next(iter(modules or shapes))
+    what = f"is a {modules[name]['form']}" if modules else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    return name, f"{what}, which {type(model).__name__} of stock transformers doesn't have"
 
 
 def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
@@ -289,6 +300,8 @@ def artifact_config(
         kind = custom_type(source["model_type"])
         config["model_type"] = kind
         config["architectures"] = [f"Compressed{type(model).__name__}"]
+        if is_reshaped(config):
+            config[SHAPES], config[MODULES] = reshaping(config)
         config["compressed_weights"] = {
             module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
             for form in forms
@@ -309,7 +322,7 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
             continue
         mapping = getattr(cls, "_model_mapping", None)
         classes = mapping.get(type(model.config), None) if mapping is not None else None
-        if classes is not None and type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+        if classes is not None and stock_class(model) in (classes if isinstance(classes, tuple) else (classes,)):
             found.append(name)
     if not found:
         raise PreflightError("no Auto class loads this architecture", where=type(model).__name__)

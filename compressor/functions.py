@@ -42,12 +42,18 @@ class Functions:
 
 
 def find_functions(structure: Structure) -> Functions:
-    """Runs a shallow random twin on the CPU; the model itself is only looked at."""
+    """Runs a shallow random twin on the CPU; the model itself is only looked at.
+
+    No stored form of a norm divides by anything but its width, so the norms of a narrower stream are refused.
+    """
     found = Functions()
     outside, attention = _run_twin(structure, found.refused)
     prefix = structure.pieces.blocks_path + "."
     owners = {path: f"{path}.{PRODUCTS}" for path in attention}
     for path, module in structure.model.named_modules():
+        if (norm := describe_norm(module)) is not None and norm.divisor is not None:
+            found.refused.setdefault("norm", f"{path} divides by {norm.divisor} for {norm.width} values, being sliced")
+            continue
         parts = path.removeprefix(prefix).split(".") if path.startswith(prefix) else []
         unit = 1 + int(parts[0]) if parts else 0 if path in outside else structure.block_count + 1
         functions = [_function(structure, path, module)]

@@ -62,7 +62,8 @@ def prove_invariance(twin: PreTrainedModel, path: str, residual: Residual) -> No
 
 def gainless_norm(tap: Tap) -> Answer:
     """What is left of a folded norm, as a function: x / sqrt(mean(x²) + eps)."""
-    left = Norm("rms", 0.0, tap.norm.eps, tap.norm.width, has_weight=False, has_bias=False)
+    norm = tap.norm
+    left = Norm("rms", 0.0, norm.eps, norm.width, has_weight=False, has_bias=False, divisor=norm.divisor)
     return lambda x: apply_norm(x, None, None, left)
 
 

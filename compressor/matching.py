@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from compressor.errors import RecipeError
 from compressor.protocol import FUNCTION_ROLES, Weight
 
-ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", *FUNCTION_ROLES)
-LEFT_OUT = ("head", "embedding", "router")  # unless named
+ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
+LEFT_OUT = ("head", "embedding", "router", "shortcut")  # unless named
 REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000
 

@@ -26,6 +26,7 @@ class Norm:
     width       size of the last dimension
     has_weight  there is a gain; without one it is 1
     has_bias    a shift is added at the end
+    divisor     of the sum of squares where that is not the width: a stream cut to fewer values keeps its first one
     """
 
     kind: Literal["layer", "rms"]
@@ -34,10 +35,13 @@ class Norm:
     width: int
     has_weight: bool
     has_bias: bool
+    divisor: int | None = None
 
 
 def apply_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm: Norm) -> torch.Tensor:
     """(x - mean) / sqrt(mean((x - mean)²) + eps) * (offset + weight) + bias; for rms the mean is taken as 0.
+
+    With a divisor D the mean of squares is sum(...) / D.
 
     x             (..., width)
     weight, bias  (width,), or None where the norm has none
@@ -47,7 +51,9 @@ def apply_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     y = x.to(work)
     if norm.kind == "layer":
         y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
+    squares = y.square()
+    mean = squares.mean(-1, keepdim=True) if norm.divisor is None else squares.sum(-1, keepdim=True) / norm.divisor
+    y = y * torch.rsqrt(mean + norm.eps)
     if weight is not None:
         y = y * (norm.offset + weight.to(work))
     if bias is not None:
@@ -59,12 +65,13 @@ def describe_norm(module: torch.nn.Module) -> Norm | None:
     """The norm that `module` computes, or None if it is none of these.
 
     Candidates are modules without children whose only parameters are a weight (width,) and maybe a bias, and those
-    without parameters that state a `normalized_shape`. A float32 copy with random parameters is run on random inputs of
-    ordinary size, and on some so small that a wrong eps would show; both must agree with `apply_norm`. The module
-    itself is not run, and its parameters may be on the meta device.
+    without parameters that state a `normalized_shape`, and maybe a `divisor`. A float32 copy with random parameters is
+    run on random inputs of ordinary size, and on some so small that a wrong eps would show; both must agree with
+    `apply_norm`. The module itself is not run, and its parameters may be on the meta device.
     """
     width, eps = _width(module), _eps(module)
-    if width is None or eps is None:
+    divisor = getattr(module, "divisor", None)
+    if width is None or eps is None or not (divisor is None or isinstance(divisor, int)):
         return None
     generator = torch.Generator().manual_seed(SEED)
     filled = {
@@ -81,7 +88,9 @@ def describe_norm(module: torch.nn.Module) -> Norm | None:
     kinds: tuple[Literal["layer", "rms"], ...] = ("layer", "rms")
     for kind in kinds:
         for offset in (0.0, 1.0) if weight is not None else (0.0,):
-            norm = Norm(kind, offset, eps, width, weight is not None, bias is not None)
+            norm = Norm(
+                kind, offset, eps, width, weight is not None, bias is not None, None if divisor == width else divisor
+            )
             wanted = (apply_norm(x, weight, bias, norm) for x in inputs)
             # float32 has 7 digits and a norm rounds a few times; another formula is off by a tenth and more
             if all(torch.allclose(y, z, rtol=1e-4, atol=1e-5) for y, z in zip(outputs, wanted)):

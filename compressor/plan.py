@@ -22,7 +22,7 @@ from compressor.errors import CompressError, PreflightError
 from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import find_layer
-from compressor.matching import select
+from compressor.matching import LEFT_OUT, select
 from compressor.modelling import modelling_file
 from compressor.protocol import FUNCTION_ROLES, Fact, Remodel, Weight
 from compressor.recipe import Recipe, Step
@@ -211,7 +211,7 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
 def _why_skipped(weight: Weight, structure: Structure) -> str:
     if weight.role == "embedding" and (other := _sharer(weight, structure.bindings.tied)) is not None:
         return f"shares its table with {other}"
-    if weight.role in ("head", "router", "embedding"):
+    if weight.role in LEFT_OUT:
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"
 

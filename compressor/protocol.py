@@ -60,7 +60,8 @@ class Weight:
     expert      index along the first dimension of a fused (experts, ...) parameter, else None
     rows        (start, stop) of the parameter's output rows that this matrix fills
     bias        checkpoint name of the bias, if there is one
-    role        attention | mlp | experts | router | head | embedding, or of a function activation | norm | softmax
+    role        attention | mlp | experts | router | head | embedding | shortcut (beside the branches of a sliced
+                block), or of a function activation | norm | softmax
     facts       what a function computes, as found by running it: {"function": "gelu"}, {"kind": "rms", "eps": ...}
     """
 

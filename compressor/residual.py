@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.classes import reshaping
 from compressor.errors import ModelError
 from compressor.invariance import HINT, prove_invariance
+from compressor.layers.rotated_block import RotatedBlock
 from compressor.norms import Norm, describe_norm
 from compressor.nudging import (
     TOLERANCE,
@@ -57,6 +59,9 @@ def read_residual(structure: Structure) -> Residual:
 
 def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
     """The same for a model that may be on the meta device, and its pieces; its weights are not looked at."""
+    for name, entry in reshaping(model.config)[1].items():
+        if entry["form"] == RotatedBlock.form:
+            raise ModelError("has matrices beside its branches already, as a sliced model has", where=name, hint=HINT)
     twin, path = residual_twin(model, pieces), pieces.blocks_path
     residual, kinds = find_residual(twin, path)
     prove_invariance(twin, path, residual)
@@ -70,13 +75,22 @@ def residual_twin(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
     """
     config = shallow_config(model.config, model, pieces)
     text = config.get_text_config()
-    if getattr(text, "vocab_size", 0) > TWIN_VOCABULARY:
+    if (vocabulary := getattr(text, "vocab_size", 0)) > TWIN_VOCABULARY:
         text.vocab_size = TWIN_VOCABULARY
         if (getattr(text, "pad_token_id", None) or 0) >= TWIN_VOCABULARY:
             text.pad_token_id = None
+        _shorten_tables(config, vocabulary, pieces.blocks_path)
     twin = make_twin(type(model), config, torch.device("cpu"), torch.float64)
     fill(twin)
     return twin
+
+
+def _shorten_tables(config: PretrainedConfig, vocabulary: int, path: str) -> None:
+    """Tables and heads that a reshaped model's config gives the vocabulary's rows get the twin's."""
+    shapes = reshaping(config)[0]
+    for name, shape in shapes.items():
+        if shape and shape[0] == vocabulary and not name.startswith(path + "."):
+            shapes[name] = [TWIN_VOCABULARY, *shape[1:]]
 
 
 def fill(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ work.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.classes import class_for
 from compressor.errors import ModelError
 from compressor.protocol import Group, Stage, Weight
 from compressor.replay import Batch, Pieces, output_of
@@ -145,6 +147,8 @@ class Structure:
     def _role(self, product: Product, name: str, prefix: str) -> str:
         if product.fused_experts:
             return "experts"
+        if re.fullmatch(r"shortcut_\d+", product.parameter):  # of a block that is a rotated_block
+            return "shortcut"
         owner, _, leaf = name.rpartition(".")
         parts = owner.split(".")
         depth = len(prefix.rstrip(".").split("."))
@@ -349,7 +353,7 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
-    return config, cls
+    return config, class_for(cls, config)
 
 
 def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.classes import is_reshaped, reshaping
 from compressor.errors import ModelError
 from compressor.replay import Batch, LinearCall, LinearCalls, Pieces
 
@@ -123,17 +124,50 @@ def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tu
 
 
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
-    """The config with the fewest blocks that still show every kind of block (at least two where there are two)."""
+    """The config with the fewest blocks that still show every kind of block (at least two where there are two).
+
+    These are the first ones, but of a sliced model the last block, often the only one of its widths, may follow on few.
+    """
     count = len(pieces)
     kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
     depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    if depth == count > 2 and is_reshaped(config):
+        before = max(kinds.index(kind) + 1 for kind in set(kinds[:-1]))
+        shorter = _with_blocks(config, [*range(before), count - 1], count, pieces.blocks_path)
+        twin = make_twin(type(model), shorter, torch.device("meta"), model.dtype)
+        blocks = Pieces(twin, pieces.blocks_path).blocks
+        shown = [signature(shorter, block, index) for index, block in enumerate(blocks)]
+        follows = _widths(config, pieces, before - 1)[-1:] == _widths(config, pieces, count - 1)[:1]
+        if follows and shown == [*kinds[:before], kinds[-1]]:
+            return shorter
+    return _with_blocks(config, list(range(depth)), count, pieces.blocks_path)
+
+
+def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:
+    """The config with these of its blocks alone; only the last of them may be out of its place."""
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == count:
-            setattr(text, key, value[:depth])
-    text.num_hidden_layers = depth
+            setattr(text, key, [value[index] for index in chosen])
+    text.num_hidden_layers = len(chosen)
+    if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
+        old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
+        for entries in reshaping(shallow):
+            for name in [name for name in entries if _inside(name, new)]:
+                del entries[name]
+            moved = {new + name.removeprefix(old): entry for name, entry in entries.items() if _inside(name, old)}
+            entries.update(moved)
     return shallow
+
+
+def _inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
+    """The stream's widths in a rotated block; of another block nothing is known."""
+    return reshaping(config)[1].get(f"{pieces.blocks_path}.{index}", {}).get("shape", [])
 
 
 def make_twin(

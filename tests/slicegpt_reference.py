@@ -6,15 +6,17 @@ signal between sites is carried in the original basis, with all errors of the si
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compressor.invariance import center_writers, fold_tap
-from compressor.nudging import InDouble
+from compressor.nudging import InDouble, answering
 from compressor.replay import Batch, Call, Pieces
 from compressor.rotation import Covariance, pca, rotate
 from compressor.stream import Residual, ResidualSite
@@ -26,12 +28,14 @@ Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D
 class Sliced:
     """The twin with its matrices cut, and what its own forward doesn't have.
 
+    whole      the model before it was cut; its head is still that of the sliced one
     shortcuts  one (w_k, w_k+1) for each site, beside its branches
     carried    the signal that the sweep brought out of the last block, (..., D)
     """
 
     pieces: Pieces
     residual: Residual
+    whole: Pieces
     shortcuts: list[Tensor] = field(default_factory=list)
     carried: Tensor | None = None
 
@@ -42,6 +46,10 @@ def principal(x: Tensor) -> Tensor:
 
 def branches(block: nn.Module, call: Call) -> list[Callable[[Tensor], Tensor]]:
     """What each site of a block adds, given the normed stream."""
+    if hasattr(block, "attn"):  # GPT-2
+        return [lambda h: block.attn(h)[0], block.mlp]  # without padding no mask is needed
+    if hasattr(block, "layernorm_before"):  # ViT
+        return [lambda h: block.attention(h, *call.args, **call.kwargs)[0], block.mlp]
     if hasattr(block, "fc1"):  # OPT
         return [lambda h: block.self_attn(h, **call.kwargs)[0], lambda h: block.fc2(block.activation_fn(block.fc1(h)))]
     if not hasattr(block, "post_attention_layernorm"):  # Phi: both branches read one norm
@@ -87,6 +95,9 @@ def cut(model: nn.Module, edges: Sequence[Any], columns: Tensor) -> None:
     for edge in edges:
         parameter = model.get_parameter(edge.parameter)
         parameter.data = rotate(parameter.data, columns, edge.axis)
+        owner = model.get_submodule(edge.parameter.rpartition(".")[0])
+        if isinstance(owner, Conv1D):  # computes with the width that it notes
+            owner.nf = owner.weight.shape[1]
 
 
 def slice_model(
@@ -94,7 +105,7 @@ def slice_model(
 ) -> Sliced:
     """Slice a folded float64 model in place; widths of every site and, last, of the head (all of it: not cut)."""
     assert widths[-1] == residual.width
-    sliced = Sliced(pieces, residual)
+    sliced = Sliced(pieces, residual, Pieces(copy.deepcopy(pieces.model), pieces.blocks_path))
     model, width = pieces.model, residual.width
     with InDouble(), torch.no_grad():
         x, calls = pieces.stem(batch)
@@ -124,8 +135,10 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
         x, calls = sliced.pieces.stem(batch)
         for (site, branch), shortcut in zip(all_sites(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
             x = x @ shortcut + branch(normed(x, width, site.taps[0].norm.eps))
-        head = sliced.pieces.model.get_output_embeddings()
-        return x, head(normed(x, width, sliced.residual.end.norm.eps))
+        end = sliced.residual.end
+        last = {end.module: sliced.whole.model.get_submodule(end.module)}
+        with answering(last, {end.module: lambda h: normed(h, width, end.norm.eps)}):
+            return x, sliced.whole.head(batch, x)
 
 
 def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,114 @@
+"""Turns a model as its class makes it into one of other shapes: what `compressed_shapes` and `compressed_modules` say.
+
+    compressed_shapes   parameter name -> its shape, or null for one that is gone. Also one that the class doesn't have,
+                        where its module has a place for it: the bias of a nn.Linear made without
+    compressed_modules  path -> {"form", "spec", "shape"} of a structural layer: one that is part of what the model
+                        computes, not a way to store a weight. It takes the place of the module there; one that stands
+                        for a block is that block from then on, its children and their names included
+
+Both are keys of config.json. Weights inside may be stored in any form, which comes after this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.errors import ModelError
+from compressor.layers.base import Layer
+
+SPREAD = 0.02  # of what stands in for weights until they are loaded, as in most families' own initialization
+RESHAPED_HINT = "config.json is not of this model class, or was changed by hand."
+
+
+def reshape(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int] | None],
+    modules: Mapping[str, Mapping[str, Any]],
+    forms: Mapping[str, type[Layer]],
+) -> None:
+    """Give a fresh model these shapes and layers, in place. New parameters are random, and wait to be loaded.
+
+    What lies in a block that the model doesn't have (a twin has few) is skipped.
+
+    forms   name of a structural form -> its class
+    raises  ModelError naming a parameter or module that the model doesn't have, or a shape it can't take
+    """
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        owner = _module_at(model, path, name)
+        if owner is None:
+            continue
+        if leaf not in owner._parameters:
+            raise ModelError(f"{type(owner).__name__} has no such parameter", where=name, hint=RESHAPED_HINT)
+        _set_shape(owner, leaf, shape, name)
+    for form in sorted({str(entry["form"]) for entry in modules.values()}):
+        if form not in forms:
+            raise ModelError(f"a module is of the unknown form {form!r}", where="compressed_modules")
+        forms[form].prepare(model)
+    for path, entry in modules.items():
+        module = _module_at(model, path, path)
+        if module is None:
+            continue
+        layer, dtype = forms[entry["form"]], _dtype_of(module)
+        if layer.stands_for == "block":
+            layer.wrap(module, tuple(entry["shape"]), entry["spec"])  # type: ignore[attr-defined]
+            continue
+        made = layer.empty(tuple(entry["shape"]), entry["spec"], dtype, bias=False)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made)
+
+
+def _module_at(model: nn.Module, path: str, name: str) -> nn.Module | None:
+    """The module, or None if it lies in a list that is shorter here. `name` is what an error is about."""
+    module = model
+    for part in path.split(".") if path else []:
+        child = module._modules.get(part)
+        if child is None:
+            if isinstance(module, nn.ModuleList) and part.isdigit() and int(part) >= len(module):
+                return None
+            raise ModelError(f"{type(module).__name__} has no {part}", where=name, hint=RESHAPED_HINT)
+        module = child
+    return module
+
+
+def _set_shape(owner: nn.Module, leaf: str, shape: Sequence[int] | None, name: str) -> None:
+    if shape is None:
+        owner._parameters[leaf] = None
+        return
+    old = owner._parameters[leaf]
+    if not all(isinstance(n, int) and n > 0 for n in shape) or (old is not None and old.dim() != len(shape)):
+        found = "a new parameter" if old is None else f"a parameter of shape {tuple(old.shape)}"
+        raise ModelError(f"shape {list(shape)} is asked for {found}", where=name, hint=RESHAPED_HINT)
+    device = next((p.device for p in owner.parameters()), torch.get_default_device())
+    value = torch.empty(*shape, dtype=_dtype_of(owner), device=device)
+    owner._parameters[leaf] = nn.Parameter(value.normal_(0, SPREAD), old is None or old.requires_grad)
+    if leaf == "weight":
+        _state_sizes(owner, shape)
+    for before, after in zip(old.shape if old is not None else (), shape):
+        if before != after and getattr(owner, "hidden_dim", None) == before:  # routers of experts compute with it
+            owner.hidden_dim = after  # type: ignore[assignment]
+
+
+def _state_sizes(module: nn.Module, shape: Sequence[int]) -> None:
+    """What a module says of its weight's shape, and some compute with."""
+    stated: dict[str, Any] = {}
+    if isinstance(module, nn.Linear):
+        stated = {"out_features": shape[0], "in_features": shape[1]}
+    elif isinstance(module, nn.Embedding):
+        stated = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        stated = {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+    elif isinstance(module, nn.LayerNorm):
+        stated = {"normalized_shape": tuple(shape)}
+    elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
+        stated = {"nx": shape[0], "nf": shape[1]}
+    for name, value in stated.items():
+        setattr(module, name, value)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

@@ -1,0 +1,51 @@
+"""What is left of a LayerNorm or RMSNorm whose gain and shift went into its readers, also on a stream of fewer values.
+
+    y = x / sqrt(sum(x²) / D + eps)
+
+D is the *original* width of the residual stream (Ashkboos et al. 2024, arXiv 2401.15024), so that a stream turned by an
+orthogonal matrix and cut to its first d values is scaled as the whole one was. A divisor of d loads as well and gives a
+slightly wrong model, hence it is stored. Sums are taken in float32. No tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from compressor.layers.base import Layer
+
+
+class RmsNorm(Layer):
+    """A norm without parameters over the last dimension.
+
+    features  values of its input, d
+    width     what their sum of squares is divided by, D
+    """
+
+    form = "rms_norm"
+    stands_for = "norm"
+    weight_only = False
+
+    def __init__(self, features: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.normalized_shape = (features,)
+        self.divisor, self.eps = width, eps
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[0], **spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.divisor + self.eps)).to(x.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {"width": self.divisor, "eps": self.eps}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape[0]} of {self.divisor}, eps={self.eps}"

@@ -1,0 +1,144 @@
+"""A block with a matrix beside its branches, for a residual stream that has another basis and width at each site.
+
+    x <- x @ shortcut_k + sum of branches(norm(x))        at each site k, in forward order
+
+Ashkboos et al. 2024, arXiv 2401.15024, figure 4. Tensors
+
+    shortcut_0, shortcut_1, ...  (d_k, d_k+1) in the dtype of the model, for row vectors: as a nn.Linear's weight each
+                                 would lie transposed
+
+beside those of the block itself, whose names stay as they are. What the branches of a block are, and with which of the
+block's own arguments they are called, `compressor.branches` found by running it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.layers.base import Layer
+
+INPUT, ARGUMENT, CONSTANT = "input", "argument", "constant"  # what a value of a call is
+
+
+class RotatedBlock(Layer):
+    """The model's own block with another forward; its class is also a subclass of the block's.
+
+    shape  (d_0, d_1, ..., d_n) of the spec's n sites: the stream's width before each, and after the last
+    spec   sites    [{"norm": [name], "shortcut": bool, "branches": [{"norm": name, "steps": [step]}]}]; names are of
+                    modules inside the block, and a site without branches only changes the basis
+           returns  None: the block gives the stream; n: a tuple of n, the stream first and the others None
+
+    A step calls one module:
+
+        call    its name inside the block
+        args    its arguments, each ["input"] (what the step before gave, the norm first of all), ["argument", name]
+                (the block's own) or ["constant", value]
+        kwargs  the same by name
+        rest    whether it gets whatever else the block is called with
+        take    None, or which part of the tuple it returns goes on
+    """
+
+    form = "rotated_block"
+    stands_for = "block"
+    weight_only = False
+
+    sites: list[dict[str, Any]]
+    returns: int | None
+    widths: tuple[int, ...]
+    _names: tuple[str, ...]  # of the block's own arguments after the stream, in order
+    _defaults: dict[str, Any]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        """The shortcuts alone, without a block."""
+        made = cls()
+        made._set_up(shape, spec, dtype, torch.get_default_device())
+        return made
+
+    @staticmethod
+    def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+        """Make a rotated block of a model's block, in place; shortcuts start as what keeps all they can.
+
+        raises  ModelError if it is one already, or shape and spec don't fit together
+        """
+        if isinstance(block, RotatedBlock):
+            raise ModelError("is a rotated block already", where=type(block).__name__)
+        like = next(p for p in block.parameters() if p.is_floating_point())
+        parameters = list(inspect.signature(block.forward).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        block.__class__ = _rotated_class(type(block))  # type: ignore[arg-type]
+        assert isinstance(block, RotatedBlock)
+        block._set_up(shape, spec, like.dtype, like.device)
+        block._names = tuple(p.name for p in named)
+        block._defaults = {p.name: p.default for p in named if p.default is not p.empty}
+
+    def _set_up(self, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self.sites, self.returns, self.widths = spec["sites"], spec["returns"], tuple(shape)
+        if len(self.widths) != len(self.sites) + 1:
+            raise ModelError(
+                f"{len(self.widths)} widths for {len(self.sites)} sites; there has to be one more than sites",
+                where="rotated_block",
+            )
+        for number, site in enumerate(self.sites):
+            before, after = self.widths[number : number + 2]
+            if site["shortcut"]:
+                shortcut = nn.Parameter(torch.empty(before, after, dtype=dtype, device=device))
+                nn.init.eye_(shortcut)
+                self.register_parameter(f"shortcut_{number}", shortcut)
+            elif before != after:
+                raise ModelError(
+                    f"site {number} takes {before} values and gives {after} without a shortcut", where="rotated_block"
+                )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self._parameters.pop(name, None)  # a stored form takes a shortcut's place; torch would refuse
+        super().__setattr__(name, value)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        known = {**self._defaults, **dict(zip(self._names, args))}
+        known.update({name: value for name, value in kwargs.items() if name in self._names})
+        rest = {name: value for name, value in kwargs.items() if name not in self._names}
+        x = hidden_states
+        for number, site in enumerate(self.sites):
+            normed = {name: self.get_submodule(name)(x) for name in site["norm"]}
+            added = [self._branch(branch["steps"], normed[branch["norm"]], known, rest) for branch in site["branches"]]
+            if site["shortcut"]:
+                shortcut = getattr(self, f"shortcut_{number}")
+                x = shortcut(x) if isinstance(shortcut, nn.Module) else x @ shortcut  # a module once it is quantized
+            for branch in added:
+                x = x + branch
+        return x if self.returns is None else (x, *(None,) * (self.returns - 1))
+
+    def _branch(self, steps: list[dict[str, Any]], x: Tensor, known: dict[str, Any], rest: dict[str, Any]) -> Tensor:
+        def value(reference: list[Any]) -> Any:
+            if reference[0] == INPUT:
+                return x
+            return known.get(reference[1]) if reference[0] == ARGUMENT else reference[1]
+
+        for step in steps:
+            given = {name: value(reference) for name, reference in step["kwargs"].items()}
+            if step["rest"]:
+                given.update({name: other for name, other in rest.items() if name not in given})
+            out = self.get_submodule(step["call"])(*(value(reference) for reference in step["args"]), **given)
+            x = out if step["take"] is None else out[step["take"]]
+        return x
+
+    def spec(self) -> dict[str, Any]:
+        return {"sites": self.sites, "returns": self.returns}
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = (f"shortcut_{number}" for number, site in enumerate(self.sites) if site["shortcut"])
+        return {name: getattr(self, name) for name in names}
+
+
+@cache
+def _rotated_class(block: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name, so that whatever looks for the block's class or its name still finds it."""
+    return type(block.__name__, (RotatedBlock, block), {"__module__": block.__module__})

@@ -1,0 +1,136 @@
+"""Sliced models as checkpoints: what the plain SliceGPT of the tests made, written down with its two config keys."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import slicegpt_reference as reference
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor.branches import branches_of
+from compressor.replay import Batch, Pieces
+from compressor.residual import residual_of, residual_twin
+from compressor.stream import Residual
+from compressor.structure import find_blocks
+from compressor.tracing import example_batch, signature
+
+UNEVEN = [31, 24, 17, 8, 29, 20]
+
+
+@dataclass
+class Written:
+    """A sliced checkpoint, what was sliced, and what the reference computes with it."""
+
+    directory: Path
+    residual: Residual
+    batch: Batch
+    logits: Tensor
+
+
+def norms_of(residual: Residual, widths: list[int]) -> dict[str, Any]:
+    """An rms_norm for every norm on the stream; one width for each site, and one for the end."""
+    sites = [site for block in residual.blocks for site in block]
+    taps = [(tap, width) for site, width in zip(sites, widths) for tap in site.taps]
+    return {
+        tap.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": tap.norm.eps}, "shape": [width]}
+        for tap, width in [*taps, (residual.end, widths[-1])]
+    }
+
+
+def write(directory: Path, model: Any, modules: dict[str, Any], dtype: torch.dtype, extra: dict[str, Tensor]) -> Path:
+    """A checkpoint of a model whose parameters were changed in place, and further tensors."""
+    kept = {
+        name: value.to(dtype).contiguous()
+        for name, value in model.state_dict().items()
+        if name.rpartition(".")[0] not in modules
+    }
+    model.config.tie_word_embeddings = False
+    stock = {name: list(value.shape) for name, value in type(model)(model.config).state_dict().items()}
+    shapes = {name: list(value.shape) for name, value in kept.items() if list(value.shape) != stock.get(name)}
+    config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": [type(model).__name__], "tie_word_embeddings": False}
+    directory.mkdir(parents=True)
+    text = json.dumps({**config, "compressed_shapes": shapes, "compressed_modules": modules}, indent=2)
+    (directory / "config.json").write_text(text)
+    kept |= {name: value.to(dtype).contiguous() for name, value in extra.items()}
+    save_file(kept, directory / "model.safetensors")
+    return directory
+
+
+def untied(family: str, **config: Any) -> Any:
+    """A tiny float64 model whose head has its own weights."""
+    model = tiny.build(family, dtype=torch.float64, **config).requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
+    return model
+
+
+def sliced(
+    family: str,
+    directory: Path,
+    width: int | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 3,
+    project: bool = False,
+    **config: Any,
+) -> Written:
+    """Slice a tiny model at each site, to one width or (None) to another at each, and write its checkpoint.
+
+    project  leave the tables whole, and turn and cut their sum: a first site of block 0 that has no branches
+    """
+    depth = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
+    model = untied(family, **depth, **config)
+    pieces = Pieces(model, find_blocks(model))
+    residual = residual_of(model, pieces)
+    specs = branches_of(residual_twin(model, pieces), pieces.blocks_path, residual)
+    specs_of = [specs[signature(model.config, block, index)] for index, block in enumerate(pieces.blocks)]
+    batch = example_batch(model, torch.device("cpu"), samples=4)
+    reference.fold(model, residual)
+    count = sum(map(len, residual.blocks))
+    widths = [*([width] * count if width else UNEVEN[:count]), residual.width]
+    bases: list[Tensor] = []
+
+    def basis(x: Tensor) -> Tensor:
+        bases.append(reference.principal(x))
+        return bases[-1]
+
+    cut = reference.slice_model(pieces, residual, batch, widths, basis)
+    logits = reference.run(cut, batch)[1]
+    if project:
+        for writer in residual.stem:
+            model.get_parameter(writer.parameter).data = cut.whole.model.get_parameter(writer.parameter).data
+    modules, shortcuts, at = norms_of(residual, widths), {}, 0
+    for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):
+        path = f"{pieces.blocks_path}.{index}"
+        shape, beside = widths[at : at + len(sites) + 1], cut.shortcuts[at : at + len(sites)]
+        if project and index == 0:
+            turning = {"norm": [], "branches": [], "shortcut": True}
+            spec = {**spec, "sites": [turning, *spec["sites"]]}
+            shape, beside = [residual.width, *shape], [bases[0][:, : widths[0]], *beside]
+        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        shortcuts |= {f"{path}.shortcut_{number}": shortcut for number, shortcut in enumerate(beside)}
+        at += len(sites)
+    write(directory, model, modules, dtype, shortcuts)
+    return Written(directory, residual, batch, logits)
+
+
+def fused(family: str, directory: Path, *, dtype: torch.dtype = torch.float64, **config: Any) -> Written:
+    """The same with norms folded and nothing sliced."""
+    model = untied(family, **config)
+    pieces = Pieces(model, find_blocks(model))
+    residual = residual_of(model, pieces)
+    batch = example_batch(model, torch.device("cpu"), samples=4)
+    with reference.InDouble(), torch.no_grad():
+        output = model(**batch).logits
+    reference.fold(model, residual)
+    widths = [residual.width] * (sum(map(len, residual.blocks)) + 1)
+    write(directory, model, norms_of(residual, widths), dtype, {})
+    return Written(directory, residual, batch, output)

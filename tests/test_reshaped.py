@@ -1,0 +1,309 @@
+"""A model that is no longer its stock class is read, taken apart, run, compressed and loaded like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import reshaped
+import tiny
+import torch
+import transformers as hf
+import yaml
+
+import compressor
+from compressor import artifact
+from compressor.classes import class_for, is_reshaped, reshaped_class, stock_class
+from compressor.errors import ModelError, PreflightError
+from compressor.export import auto_classes, choose_route
+from compressor.functions import find_functions
+from compressor.layers.rotated_block import RotatedBlock
+from compressor.modelling import modelling_file
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.residual import read_residual, residual_twin
+from compressor.run import compress
+from compressor.structure import prove_by_replay, read_structure
+from compressor.tracing import shallow_config
+from compressor.verify import load_stock, verify
+
+FAMILIES = ["llama", "opt", "gpt2", "vit", "phi"]
+WIDTHS = {"one width": 24, "a width for each site": None}
+# float32 norms and weights of tiny models, whatever their logits are; a wrong divisor is off by a hundredth
+TOLERANCE = 1e-5
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'compressor': raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+for line in sys.stdin.read().splitlines():
+    auto, directory = line.split()
+    model, info = getattr(transformers, auto).from_pretrained(
+        directory, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+    batch = torch.load(directory + '.batch')
+    found = {}
+    with torch.no_grad():
+        found['logits'] = model.eval()(**batch).logits
+        if model.can_generate():
+            ids = batch['input_ids'][:1, :6]
+            found['made'] = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+                                           attention_mask=torch.ones_like(ids))
+    torch.save(found, directory + '.found')
+"""
+
+
+def error(found, wanted):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**{k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}).logits
+
+
+def sliced(family, directory, width=24, **options):
+    """GPT-2's own code wants the stream to end as wide as it began, so its embeddings are projected."""
+    return reshaped.sliced(family, directory, width, project=family == "gpt2", **options)
+
+
+def recipe(*steps, **sections):
+    tree = {
+        "version": 1,
+        "name": "reshaped",
+        "data": {"source": "random", "samples": 8, "length": 16},
+        "steps": list(steps),
+        "report": {"html": False},
+        **sections,
+    }
+    return parse_recipe(yaml.safe_dump(tree).encode(), "reshaped.yaml")
+
+
+def as_artifact(written, directory):
+    """The checkpoint as an artifact with no weight in a stored form."""
+    structure = read_structure(written.directory)
+    route = choose_route([], "auto", False, structure.model)
+    units = [written.directory / "model.safetensors"]
+    artifact.write_artifact(directory, structure, units, [], route, 10**9, False, "version: 1\n")
+    source = {"name": "tiny", "sha256": ""}
+    artifact.seal(directory, architecture=structure.architecture, route=route, forms=[], source=source)
+    return directory
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sliced_checkpoint_is_taken_apart_and_computes_what_the_reference_does(family, width, tmp_path):
+    written = sliced(family, tmp_path / "sliced", width, dtype=torch.float64)
+    structure = read_structure(written.directory)
+    prove_by_replay(structure)
+    model, info = type(structure.model).from_pretrained(written.directory, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert error(logits_of(model.eval(), written.batch), written.logits) < TOLERANCE
+    names = [w.name for unit in (1, 2, 3) for stage in structure.stages(unit) for group in stage for w in group]
+    sites = sum(map(len, written.residual.blocks)) + (family == "gpt2")
+    assert len([name for name in names if "shortcut" in name]) == sites
+    readers = {r.parameter for block in written.residual.blocks for s in block for tap in s.taps for r in tap.readers}
+    assert {name.removesuffix(".weight") for name in readers} < set(names)
+
+
+def test_what_is_written_as_an_artifact_loads_here_and_where_this_package_is_not(tmp_path):
+    cases, lines = {}, []
+    for family in FAMILIES:
+        for name, width in WIDTHS.items():
+            directory = tmp_path / f"{family}-{name.partition(' ')[0]}-out"
+            written = sliced(family, tmp_path / f"{family}-{name}", width)
+            as_artifact(written, directory)
+            cases[directory] = written
+            torch.save(
+                {k: v.float() if v.is_floating_point() else v for k, v in written.batch.items()}, f"{directory}.batch"
+            )
+            auto = "AutoModelForImageClassification" if family == "vit" else "AutoModelForCausalLM"
+            lines.append(f"{auto} {directory}")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER],
+        env=environment,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    for directory, written in cases.items():
+        ours, theirs = compressor.load(directory), torch.load(f"{directory}.found")
+        config = json.loads((directory / "config.json").read_text())
+        assert config["model_type"].startswith("compressed_") and config["compressed_weights"] == {}
+        logits = logits_of(ours, written.batch)
+        assert error(logits, written.logits) < TOLERANCE, directory.name
+        assert torch.equal(theirs["logits"], logits), directory.name
+        if "made" in theirs:
+            again = ours(input_ids=theirs["made"][:, :-1], use_cache=False).logits[:, 5:].argmax(-1)
+            assert theirs["made"][:, 6:].equal(again), directory.name  # with the cache as without
+
+
+def test_padding_and_a_cache_reach_the_attention_of_a_rotated_block(tmp_path):
+    for family in ("llama", "gpt2", "opt"):
+        written = sliced(family, tmp_path / family, dtype=torch.float64)
+        model = type(read_structure(written.directory).model).from_pretrained(written.directory).eval()
+        ids = written.batch["input_ids"][:1]
+        padded, mask = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1), torch.ones(1, 15, dtype=torch.int64)
+        mask[:, :3] = 0
+        with torch.no_grad():
+            wanted = model(input_ids=ids).logits
+            given = {"position_ids": mask.cumsum(-1).sub(1).clamp(min=0)} if family != "opt" else {}
+            assert error(model(input_ids=padded, attention_mask=mask, **given).logits[:, 3:], wanted) < TOLERANCE
+            first = model(input_ids=ids[:, :5], use_cache=True)
+            cache = next(value for key, value in first.items() if key in ("cache", "past_key_values"))
+            name = next(key for key in first if key in ("cache", "past_key_values"))
+            rest = model(input_ids=ids[:, 5:], **{name: cache}, use_cache=True)
+            assert error(torch.cat([first.logits, rest.logits], 1), wanted) < TOLERANCE
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        assert [state.shape[-1] for state in states][1:-1] == [24, 24]
+
+
+def test_projected_embeddings_give_what_sliced_tables_give(tmp_path):
+    tables, whole = (reshaped.sliced("llama", tmp_path / str(p), 24, project=p) for p in (False, True))
+    assert tables.logits.equal(whole.logits)
+    models = [type(read_structure(w.directory).model).from_pretrained(w.directory).eval() for w in (tables, whole)]
+    assert error(logits_of(models[1], whole.batch), logits_of(models[0], whole.batch).double()) < TOLERANCE
+    assert [model.model.embed_tokens.embedding_dim for model in models] == [24, 32]
+
+
+def test_the_twin_of_a_uniformly_sliced_model_stays_shallow(tmp_path):
+    written = sliced("llama", tmp_path / "m", layers=6)
+    structure = read_structure(written.directory)
+    config = shallow_config(structure.model.config, structure.model, structure.pieces)
+    assert config.num_hidden_layers == 2
+    assert config.compressed_modules["model.layers.1"]["shape"] == [24, 24, 32]
+    assert structure.model.config.compressed_modules["model.layers.1"]["shape"] == [24, 24, 24]
+    prove_by_replay(structure)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma", "gpt_neox"])
+def test_norms_without_parameters_are_norms_on_the_stream(family, tmp_path):
+    written = reshaped.fused(family, tmp_path / "m")
+    structure = read_structure(written.directory)
+    prove_by_replay(structure)
+    residual = read_residual(structure)
+    assert residual.kind == "rms" and not any(tap.norm.has_weight for tap in residual.taps())
+    assert [tap.module for tap in residual.taps()] == [tap.module for tap in written.residual.taps()]
+    functions = find_functions(structure)
+    assert not functions.refused and len([w for _, w in functions.all() if w.role == "norm"]) == len([*residual.taps()])
+    model = type(structure.model).from_pretrained(written.directory).eval()
+    assert error(logits_of(model, written.batch), written.logits) < TOLERANCE
+
+
+def test_a_small_vocabulary_of_the_twin_goes_with_reshaped_tables(tmp_path):
+    written = reshaped.fused("opt", tmp_path / "m", vocab_size=1000)  # its head has a new bias of 1000
+    structure = read_structure(written.directory)
+    assert structure.model.config.compressed_shapes["lm_head.bias"] == [1000]
+    assert residual_twin(structure.model, structure.pieces).lm_head.bias.shape == (256,)
+
+
+def test_norms_of_a_narrower_stream_are_not_offered_to_tables(tmp_path):
+    structure = read_structure(sliced("llama", tmp_path / "m").directory)
+    found = find_functions(structure)
+    assert "input_layernorm divides by 32 for 24 values" in found.refused["norm"]
+    assert {weight.role for _, weight in found.all()} == {"activation", "softmax"} | {"norm"}
+
+
+def test_a_sliced_model_is_not_sliced_again(tmp_path):
+    structure = read_structure(sliced("llama", tmp_path / "m").directory)
+    with pytest.raises(ModelError, match="0: has matrices beside its branches already"):
+        read_residual(structure)
+
+
+def test_the_class_of_a_reshaped_model_is_one_and_knows_its_stock_class():
+    cls = reshaped_class(hf.LlamaForCausalLM)
+    assert cls is reshaped_class(hf.LlamaForCausalLM) and cls.__name__ == "LlamaForCausalLM"
+    assert stock_class(cls) is stock_class(hf.LlamaForCausalLM) is hf.LlamaForCausalLM
+    assert class_for(hf.LlamaForCausalLM, {"compressed_shapes": {}}) is hf.LlamaForCausalLM
+    config = hf.LlamaConfig(**tiny.COMMON, compressed_shapes={"lm_head.bias": [96]})
+    assert class_for(hf.LlamaForCausalLM, config) is cls and is_reshaped(config)
+    assert auto_classes(cls(config)) == auto_classes(hf.LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("compressed_shapes", ["lm_head.bias"], "is not a map from parameters to shapes"),
+        ("compressed_shapes", {"lm_head.bias": 96}, "is not a map from parameters to shapes"),
+        ("compressed_modules", {"model.norm": {"form": "rms_norm"}}, "is not a map from modules to form"),
+        ("compressed_modules", {"model.norm": {"form": "x", "spec": {}, "shape": []}}, "unknown stored form 'x'"),
+    ],
+)
+def test_a_config_that_is_not_as_written_is_an_error(key, value, what, tmp_path):
+    path = tiny.save("llama", tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(compressor.errors.CompressError, match=what):
+        read_structure(path)
+
+
+def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(tmp_path):
+    structure = read_structure(sliced("llama", tmp_path / "m").directory)
+    route = choose_route([], "auto", False, structure.model)
+    assert route.name == "custom" and "is a rms_norm, which LlamaForCausalLM of stock" in route.reason
+    for asked, stock_only in (("auto", True), ("compressed-tensors", False)):
+        with pytest.raises(PreflightError, match="stock transformers can't load this model"):
+            choose_route([], asked, stock_only, structure.model)
+    text = modelling_file(structure.model, ["packed_linear"])
+    assert "def reshape(" in text and '"rms_norm": RmsNorm' in text and "class PackedLinear" in text
+    stock = modelling_file(tiny.build("llama"), ["packed_linear"])
+    assert "def reshape(" not in stock and "RmsNorm" not in stock
+
+
+def test_a_changed_modelling_file_is_not_run(tmp_path):
+    directory = as_artifact(sliced("llama", tmp_path / "m"), tmp_path / "out")
+    assert isinstance(load_stock(directory, artifact.read_manifest(directory))[0].model.layers[0], torch.nn.Module)
+    assert verify(directory, None, sealed=True, deep=True)["problems"] == []
+    file = directory / "modeling_compressed_llama.py"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(compressor.errors.ArtifactError, match="is not the modelling file this release writes"):
+        load_stock(directory, artifact.read_manifest(directory))
+
+
+GPTQ = {"pass": "gptq", "bits": 4, "group_size": -1}
+SHORTCUTS = {"pass": "rtn", "bits": 8, "group_size": -1, "only": ["@shortcut"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "stored"),
+    [
+        ("llama", [GPTQ, SHORTCUTS], 18),
+        ("gpt2", [GPTQ], 8),
+        pytest.param("opt", [{"pass": "llm_int8"}], 12, marks=pytest.mark.slow),
+        pytest.param("vit", [{"pass": "rtn", "group_size": -1}], 12, marks=pytest.mark.slow),
+    ],
+    ids=["llama", "gpt2", "opt", "vit"],
+)
+def test_weights_inside_rotated_blocks_are_quantized_and_stored(family, steps, stored, tmp_path):
+    written = sliced(family, tmp_path / "m", layers=2)
+    report = compress(recipe(*steps), str(written.directory), tmp_path / "out", measure=False)
+    checked = report["verification"]
+    assert checked["problems"] == [] and checked["max_logit_difference"] == 0.0
+    assert len([row for row in report["weights"] if row["form"] != "dense"]) == stored
+    predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
+    assert abs(predicted - actual) <= 0.01 * actual
+    ours = compressor.load(tmp_path / "out")
+    assert isinstance(artifact_block(ours), RotatedBlock)
+    # 4 bits on 24 to 64 random columns; nothing is lost beside that
+    assert 0 < error(logits_of(ours, written.batch), written.logits) < 0.3
+
+
+def artifact_block(model):
+    return next(module for module in model.modules() if isinstance(module, RotatedBlock))
+
+
+def test_shortcuts_stay_dense_unless_named(tmp_path):
+    written = sliced("llama", tmp_path / "m", layers=2)
+    plan = make_plan(recipe(GPTQ), str(written.directory), prove=False)
+    assert not plan.problems and len(plan.forms) == 14
+    assert not any("shortcut" in name for name in plan.forms)
+    plan = make_plan(recipe(SHORTCUTS), str(written.directory), prove=False)
+    assert {name.rpartition(".")[2] for name in plan.forms} == {"shortcut_0", "shortcut_1"} and len(plan.forms) == 4
