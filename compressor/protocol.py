@@ -187,7 +187,7 @@ class Remodel:
 
     config   keys of config.json that change
     shapes   parameter -> its new shape, of those that change or are new; None where it is gone
-    widths   of the residual stream, before and after, for the report: all of them where they differ
+    widths   of the residual stream: before this step, and after it at each site where they differ
     notes    sentences for the plan and the report
     """
 
@@ -206,6 +206,9 @@ class ModelFacts:
     tied      parameter -> the parameter whose storage it shares
     residual  what touches the residual stream
     given     parameters of the model as it was given, before any step
+    branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
+              block; raises ModelError where one can't be
+    blocks    path of the block list
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
     """
 
@@ -215,6 +218,8 @@ class ModelFacts:
     tied: Mapping[str, str]
     residual: Residual
     given: int
+    branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
+    blocks: str
     fits: Callable[[Remodel], str | None]
 
 
@@ -232,6 +237,11 @@ class StreamSite(Protocol):
         ...
 
     @property
+    def path(self) -> str:
+        """Of the block's module."""
+        ...
+
+    @property
     def sites(self) -> tuple[ResidualSite, ...]:
         """Where the branches of this block leave the stream and come back; none in stem and head."""
         ...
@@ -246,6 +256,14 @@ class StreamSite(Protocol):
 
     def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
+        ...
+
+    def projected(self, bases: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The stream after the first len(bases) sites of this unit, (tokens, width) float64 for each calibration batch.
+
+        At each of these the stream is projected onto the columns (width, w) of its basis, as it already was in the
+        units before (`Pass.projections`). Without bases: what comes into the block, or of the stem what it gives.
+        """
         ...
 
 
@@ -332,6 +350,13 @@ class Pass(BaseModel):
     def reshape(self, site: StreamSite, carry: Carry) -> Carry:
         """Write the new parameters of one unit."""
         raise NotImplementedError
+
+    def projections(self, carry: Carry) -> list[torch.Tensor] | None:
+        """The bases (width, w) of the sites of the unit that left this carry, for the signals of the next.
+
+        None: signals are those of the model unchanged, seen in `survey` alone.
+        """
+        return None
 
     def stem(self, site: Site, carry: Carry) -> Carry:
         return carry

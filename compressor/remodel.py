@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from compressor.branches import check_widths, find_branches
+from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
 from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
+from compressor.stream import Residual
 from compressor.structure import Structure, structure_of
+from compressor.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
@@ -27,15 +32,26 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
 
     raises ModelError for a model whose residual stream can't be rotated
     """
+    residual = read_residual(structure)
     return ModelFacts(
         structure.architecture,
         structure.model.config.to_dict(),
         parameter_shapes(structure),
         dict(structure.bindings.tied),
-        read_residual(structure),
+        residual,
         given,
+        lambda widths: _branches(structure, residual, widths),
+        structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
     )
+
+
+def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequence[int]]) -> tuple[dict[str, Any], ...]:
+    """Settings of a rotated_block for each block."""
+    found = find_branches(structure, residual)
+    check_widths(structure, residual, found, widths)
+    config, blocks = structure.model.config, structure.pieces.blocks
+    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))
 
 
 def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
@@ -60,7 +76,9 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
         if name not in structure.bindings.sources and shape is not None:
             tensors[name] = _info(structure, shape, None)
     checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
-    return structure_of(checkpoint, type(structure.model), _config(config), str(structure.dtype).partition(".")[2])
+    made = _config(config)
+    cls = class_for(stock_class(structure.model), made)
+    return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,10 @@ class ReshapeSite:
         return self.unit - 1
 
     @property
+    def path(self) -> str:
+        return f"{self.structure.pieces.blocks_path}.{self.index}"
+
+    @property
     def sites(self) -> tuple[ResidualSite, ...]:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
@@ -61,9 +65,7 @@ class ReshapeSite:
 
     def write(self, parameter: str, value: Tensor) -> None:
         assert self.is_open, "nothing can be written while a pass surveys"
-        expected = self.remodel.shapes.get(parameter)
-        if expected is None:
-            expected = tuple(_value(self.structure, parameter).shape)
+        expected = self.remodel.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
         assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
         self.written[parameter] = value
 
@@ -78,6 +80,61 @@ class ReshapeSite:
                 yield caught[0].reshape(-1, caught[0].shape[-1])
         finally:
             handle.remove()
+
+    def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
+        for stream in self.streams:
+            yield self.project(stream, bases).reshape(-1, self.residual.width)
+
+    def project(self, stream: Stream, bases: Sequence[Tensor]) -> Tensor:
+        """The stream after len(bases) sites, each projected, float64; that of the whole block where all are.
+
+        The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
+        projected one, and how far the two are apart goes along to the next site.
+        """
+        x = stream.hidden.to(torch.float64)
+        if not bases or not self.sites:
+            return x
+        apart: list[Tensor] = []
+
+        def onto(number: int, value: Tensor) -> Tensor:
+            return value @ bases[number] @ bases[number].t()
+
+        def norm_input(number: int, args: tuple[Any, ...], is_first: bool) -> tuple[Any, ...] | None:
+            here = args[0].to(torch.float64)
+            if is_first:
+                moved = here + apart[-1].view(here.shape) if apart else here  # OPT flattens batch and tokens midway
+                if number == len(bases):
+                    raise _Reached(moved)
+                apart.append((onto(number, moved) if number else moved) - here)
+            return ((here + apart[-1].view(here.shape)).to(args[0].dtype), *args[1:])
+
+        handles = []
+        for number, site in enumerate(self.sites[: len(bases) + 1]):
+            for first, tap in enumerate(site.taps):
+                module = self.structure.model.get_submodule(tap.module)
+                hook = partial(_before, norm_input, number, first == 0)
+                handles.append(module.register_forward_pre_hook(hook))
+        entering = Stream(stream.batch, onto(0, x).to(stream.hidden.dtype), stream.calls)
+        try:
+            left = run_unit(self.structure, self.unit, entering).to(torch.float64)
+            return left + apart[-1].view(left.shape)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a block's forward at the site that is asked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _before(norm_input: Any, number: int, is_first: bool, _module: Any, args: tuple[Any, ...]) -> Any:
+    return norm_input(number, args, is_first)
 
 
 @dataclass
@@ -110,6 +167,7 @@ def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list
     """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
     structure, journal = work.structure, work.journal
     carry = _survey(work, step, embed)
+    follows = step.settings.projections({}) is not None
     files = []
     units = structure.block_count + 2
     for unit in range(units):
@@ -120,10 +178,14 @@ def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list
         if line is None:
             load_unit(structure, unit, UnitSource(structure), work.device)
             site = work.site(unit, unit)
+            if unit == 0 and follows:
+                embed(structure, work.streams)
             try:
                 carry = step.settings.reshape(site, carry)
             except torch.OutOfMemoryError as error:
                 raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+            if follows:
+                _keep_carry(work, unit, carry)
             tensors = _unit_tensors(work, unit, site)
             entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
             facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
@@ -131,6 +193,16 @@ def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list
             journal.commit(key, file, lambda path, entries=entries: write_file(path, entries), facts)  # type: ignore[misc]
             line = journal.done(key)
             assert line is not None
+            if follows:
+                _advance(work, site, step, carry)
+            if 0 < unit < units - 1:
+                free_unit(structure, unit)
+        elif follows:
+            load_unit(structure, unit, UnitSource(structure), work.device)
+            carry = _kept_carry(work, unit)
+            if unit == 0:
+                embed(structure, work.streams)
+            _advance(work, work.site(unit, unit), step, carry)
             if 0 < unit < units - 1:
                 free_unit(structure, unit)
         files.append(journal.path(line))
@@ -139,6 +211,29 @@ def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list
         work.emit({"event": "unit", **told, "seconds": seconds})
     free_all(structure)
     return _reopen(work, files), files
+
+
+def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> None:
+    """Take the signals through the block, projected as the pass has chosen."""
+    if not site.sites:
+        return
+    bases = step.settings.projections(carry)
+    assert bases is not None and len(bases) == len(site.sites)
+    for stream in work.streams:
+        stream.hidden = site.project(stream, bases).to(stream.hidden.dtype)
+
+
+def _keep_carry(work: Reshaper, unit: int, carry: Carry) -> None:
+    held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()}
+    facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
+    name = f"s{work.number:02d}-{unit:05d}-carry.safetensors"
+    work.journal.commit(f"{work.number}/{unit}/carry", name, lambda path: save_file(held, path), facts)
+
+
+def _kept_carry(work: Reshaper, unit: int) -> Carry:
+    line = work.journal.done(f"{work.number}/{unit}/carry")
+    assert line is not None  # it is committed before the unit
+    return load_file(work.journal.path(line))
 
 
 def _survey(work: Reshaper, step: Step, embed: Any) -> Carry:

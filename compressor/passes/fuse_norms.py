@@ -45,7 +45,8 @@ class FuseNorms(Pass):
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
             for tap in model.residual.taps():
-                module = {"form": "rms_norm", "spec": {"width": tap.norm.width, "eps": tap.norm.eps}, "shape": []}
+                width = tap.norm.width
+                module = {"form": "rms_norm", "spec": {"width": width, "eps": tap.norm.eps}, "shape": [width]}
                 config.setdefault("compressed_modules", {})[tap.module] = module
                 shapes |= {f"{tap.module}.{leaf}": None for leaf in _held(tap)}
                 for reader in tap.readers:

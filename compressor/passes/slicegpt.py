@@ -12,6 +12,9 @@ Orientation
   is an ordinary model of its own class with a smaller hidden size. A norm of width d has to divide by the old width D:
       x / sqrt(sum x^2 / D + eps) = sqrt(D/d) x / sqrt(mean(x^2) + eps D/d),
   so all gains are sqrt(D/d) and eps is eps D/d. It needs a class that lets head_dim differ from hidden / heads.
+- `per_site` (the paper's): another Q before each attention and each MLP, from the signals that the sliced model gives
+  there, one site after the other. Beside both branches stands a matrix Q_k[:, :d]^T Q_k+1[:, :d], and after the last
+  one the basis is the original, so the head stays whole. It needs the modelling file.
 
 "25 %" is the share of the width that goes. Heads, MLP width and vocabulary stay, so parameters fall by that share only
 where the stream is everywhere on one side of a matrix. Newer, longer-trained models bear it worse: Llama-2-7B goes from
@@ -26,16 +29,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from compressor.errors import PreflightError
 from compressor.lazy import torch
 from compressor.protocol import Carry, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
-from compressor.rotation import pca, random_orthogonal
-from compressor.slicing import global_parameters, kept_width, stream_shape, widest_that_shrinks
-from compressor.turning import pooled_covariance, turn
+from compressor.rotation import Covariance, pca, random_orthogonal
+from compressor.slicing import (
+    global_parameters,
+    kept_width,
+    per_site_parameters,
+    stream_shape,
+    uniform_widths,
+    widest_that_shrinks,
+)
+from compressor.stream import Tap
+from compressor.turning import pooled_covariance, turn, turn_readers, turn_writers
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
@@ -48,7 +59,9 @@ class SliceGPT(Pass):
 
     sparsity: float = Field(0.25, ge=0, le=0.5, description="Share of the stream's width that goes; not of parameters.")
     round_to: PositiveInt = Field(8, description="The width is rounded down to a multiple, for fast products.")
-    orientation: Literal["global"] = Field("global", description="One rotation for the whole stream.")
+    orientation: Literal["per_site", "global"] = Field(
+        "per_site", description="A rotation at each site and matrices beside the branches, or one for the whole stream."
+    )
     covariance: Literal["raw", "normalised"] = Field(
         "raw", description="Signals as they are, or each token scaled to length 1 first."
     )
@@ -74,17 +87,21 @@ class SliceGPT(Pass):
                 where="slicegpt.round_to",
                 hint="Set round_to to at most half the width.",
             )
-        remodel = global_remodel(model, kept)
         self._refuse_growth(model, kept)
+        if self.orientation == "per_site":
+            return per_site_remodel(model, kept)
+        remodel = global_remodel(model, kept)
         if (why := model.fits(remodel)) is not None:
             raise PreflightError(
                 f"{model.architecture} can't be narrower by its config alone ({why})",
                 where="slicegpt.orientation",
-                hint="A class without a head_dim of its own ties the width to its heads.",
+                hint="A class without a head_dim of its own ties the width to its heads; use orientation: per_site.",
             )
         return remodel
 
     def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
+        if self.orientation == "per_site":
+            return carry
         first = next(sites)
         width, kept, generator = first.residual.width, first.remodel.widths[1], first.generator
         covariance, tokens = pooled_covariance(chain([first], sites), self.covariance == "normalised")
@@ -97,6 +114,8 @@ class SliceGPT(Pass):
 
     def reshape(self, site: StreamSite, carry: Carry) -> Carry:
         width, kept = site.residual.width, site.remodel.widths[1]
+        if self.orientation == "per_site":
+            return self._slice_sites(site, carry)
         turn(site, carry["q"].to(site.device))
         ratio = (width / kept) ** 0.5
         if site.index < 0:
@@ -111,19 +130,110 @@ class SliceGPT(Pass):
             site.write(f"{tap.module}.weight", gain)
         return carry
 
+    def projections(self, carry: Carry) -> list[torch.Tensor] | None:
+        if self.orientation == "global":
+            return None
+        return [carry[f"basis_{number}"] for number in range(len(carry) - 2)] if carry else []
+
+    def _slice_sites(self, site: StreamSite, carry: Carry) -> Carry:
+        """The paper's algorithm 1 for one unit: `basis` (D, d) of the next site goes along, `site` says which it is.
+
+        Signals are those of the model sliced so far: cutting to d columns of Q is projecting onto them, seen from
+        another basis.
+        """
+        widths, device = site.remodel.widths[1:], site.device
+        if site.index < 0:
+            basis = self._basis(site, site.projected([]), widths[0])
+            turn_writers(site, site.residual.stem, basis)
+            return {"basis": basis, "site": torch.tensor(0)}
+        if not site.sites:
+            return carry  # the head reads the original basis
+        basis, at = carry["basis"].to(device), int(carry["site"])
+        bases: list[torch.Tensor] = []
+        for number, stream in enumerate(site.sites):
+            bases.append(basis)
+            for tap in stream.taps:
+                turn_readers(site, tap, basis)
+            at += 1
+            if at == len(widths) - 1:
+                following = torch.eye(site.residual.width, dtype=torch.float64, device=device)
+            else:
+                following = self._basis(site, site.projected(bases), widths[at])
+            site.write(f"{site.path}.shortcut_{number}", basis.t() @ following)
+            turn_writers(site, stream.writers, following)
+            basis = following
+        return {"basis": basis, "site": torch.tensor(at), **{f"basis_{n}": found for n, found in enumerate(bases)}}
+
+    def _basis(self, site: StreamSite, signals: Iterator[torch.Tensor], kept: int) -> torch.Tensor:
+        """The (D, kept) columns that keep most of the signals."""
+        covariance = Covariance.zeros(site.residual.width, site.device)
+        for x in signals:
+            covariance.add(x, normalised=self.covariance == "normalised")
+        q = pca(covariance.matrix)[1][:, :kept]
+        if self.final_orientation == "random":
+            q = q @ random_orthogonal(kept, site.generator).to(q.device)
+        return q
+
     def _refuse_growth(self, model: ModelFacts, kept: int) -> None:
         shape = stream_shape(model.residual, model.shapes)
-        after = global_parameters(shape, kept)
+
+        def count(width: int) -> int:
+            if self.orientation == "global":
+                return global_parameters(shape, width)
+            return per_site_parameters(shape, uniform_widths(shape, width))
+
+        after = count(kept)
         if self.sparsity and after >= model.given:
-            helps = widest_that_shrinks(
-                lambda width: global_parameters(shape, width), model.given, shape.width, self.round_to
-            )
+            helps = widest_that_shrinks(count, model.given, shape.width, self.round_to)
             least = "no sparsity up to 0.5 makes it smaller"
             if helps is not None and helps >= shape.width / 2:
                 least = f"from sparsity {1 - helps / shape.width:.3f} on it gets smaller"
             raise PreflightError(
                 f"{after:,} parameters would be left of {model.given:,}", where="slicegpt.sparsity", hint=f"{least}."
             )
+
+
+def per_site_remodel(model: ModelFacts, kept: int) -> Remodel:
+    """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before."""
+    residual = model.residual
+    sites = [site for block in residual.blocks for site in block]
+    widths = (kept,) * len(sites) + (residual.width,)
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
+
+    def narrow(name: str, axis: int, width: int) -> None:
+        shape = list(model.shapes[name])
+        shape[axis] = width
+        shapes[name] = tuple(shape)
+
+    def strip(tap: Tap, width: int) -> None:
+        spec = {"width": residual.width, "eps": tap.norm.eps}
+        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
+
+    for writer in residual.stem:
+        narrow(writer.parameter, writer.axis, widths[0])
+    for site, width, following in zip(sites, widths, widths[1:]):
+        for tap in site.taps:
+            strip(tap, width)
+            for reader in tap.readers:
+                narrow(reader.parameter, reader.axis, width)
+        for writer in site.writers:
+            narrow(writer.parameter, writer.axis, following)
+    strip(residual.end, residual.width)
+    per_block, at = [], 0
+    for block in residual.blocks:
+        per_block.append(list(widths[at : at + len(block) + 1]))
+        at += len(block)
+    held = {name: list(shape) for name, shape in shapes.items() if shape is not None}
+    for number, (spec, shape) in enumerate(zip(model.branches(per_block), per_block)):
+        path = f"{model.blocks}.{number}"
+        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
+    before = model.config.get("compressed_shapes") or {}
+    return Remodel(
+        {"compressed_shapes": {**before, **held}, "compressed_modules": modules}, shapes, (residual.width, *widths)
+    )
 
 
 def global_remodel(model: ModelFacts, kept: int) -> Remodel:
