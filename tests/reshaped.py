@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def untied(family: str, **config: Any) -> Any:
     return model
 
 
+@cache
+def taken_apart(family: str, **config: Any) -> tuple[Residual, dict[Any, Any]]:
+    """What touches the stream, and the settings of rotated blocks."""
+    model = tiny.build(family, **config).to("meta")
+    pieces = Pieces(model, find_blocks(model))
+    residual = residual_of(model, pieces)
+    return residual, branches_of(residual_twin(model, pieces), pieces.blocks_path, residual)
+
+
 def sliced(
     family: str,
     directory: Path,
@@ -86,11 +96,10 @@ def sliced(
 
     project  leave the tables whole, and turn and cut their sum: a first site of block 0 that has no branches
     """
-    depth = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
-    model = untied(family, **depth, **config)
+    config |= {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
+    model = untied(family, **config)
     pieces = Pieces(model, find_blocks(model))
-    residual = residual_of(model, pieces)
-    specs = branches_of(residual_twin(model, pieces), pieces.blocks_path, residual)
+    residual, specs = taken_apart(family, **config)
     specs_of = [specs[signature(model.config, block, index)] for index, block in enumerate(pieces.blocks)]
     batch = example_batch(model, torch.device("cpu"), samples=4)
     reference.fold(model, residual)
@@ -125,8 +134,7 @@ def sliced(
 def fused(family: str, directory: Path, *, dtype: torch.dtype = torch.float64, **config: Any) -> Written:
     """The same with norms folded and nothing sliced."""
     model = untied(family, **config)
-    pieces = Pieces(model, find_blocks(model))
-    residual = residual_of(model, pieces)
+    residual = taken_apart(family, **config)[0]
     batch = example_batch(model, torch.device("cpu"), samples=4)
     with reference.InDouble(), torch.no_grad():
         output = model(**batch).logits
