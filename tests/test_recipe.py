@@ -30,7 +30,8 @@ def test_shipped_recipes_read_and_resolve_to_a_fixed_point(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_plan_on_the_demo_model(name):
     plan = make_plan(read_recipe(name), "demo", prove=False)
-    assert not plan.problems and len([row for row in plan.rows if len(row["shape"]) == 2]) == 42
+    matrices = [row for row in plan.rows if len(row["shape"]) == 2]
+    assert not plan.problems and len(matrices) == (42 if any(not s.settings.reshapes for s in plan.recipe.steps) else 0)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
