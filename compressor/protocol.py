@@ -254,6 +254,10 @@ class StreamSite(Protocol):
         """Its new value, of the shape that `remodel` promised; rounded once, when the unit is stored."""
         ...
 
+    def warn(self, code: str, where: str, message: str) -> None:
+        """Add a warning to the report."""
+        ...
+
     def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
         ...

@@ -45,6 +45,7 @@ class ReshapeSite:
     generator: torch.Generator
     is_open: bool = True
     written: dict[str, Tensor] = field(default_factory=dict)
+    warnings: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def index(self) -> int:
@@ -68,6 +69,9 @@ class ReshapeSite:
         expected = self.remodel.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
         assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
         self.written[parameter] = value
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
 
     def signals(self, tap: Tap) -> Iterator[Tensor]:
         module = self.structure.model.get_submodule(tap.module)
@@ -188,7 +192,7 @@ def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list
                 _keep_carry(work, unit, carry)
             tensors = _unit_tensors(work, unit, site)
             entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-            facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
+            facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": site.warnings}
             file = f"s{work.number:02d}-{unit:05d}.safetensors"
             journal.commit(key, file, lambda path, entries=entries: write_file(path, entries), facts)  # type: ignore[misc]
             line = journal.done(key)
@@ -241,17 +245,18 @@ def _survey(work: Reshaper, step: Step, embed: Any) -> Carry:
     key = f"{work.number}/survey"
     line = work.journal.done(key)
     if line is None:
-        carry = step.settings.survey(_sites(work, embed), {})
+        warnings: list[dict[str, str]] = []
+        carry = step.settings.survey(_sites(work, embed, warnings), {})
         free_all(work.structure)
         held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
-        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
+        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": warnings}
         work.journal.commit(key, f"s{work.number:02d}-survey.safetensors", lambda path: save_file(held, path), facts)
         line = work.journal.done(key)
         assert line is not None
     return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
-def _sites(work: Reshaper, embed: Any) -> Iterator[ReshapeSite]:
+def _sites(work: Reshaper, embed: Any, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
     """Stem, blocks and head of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     for unit in range(structure.block_count + 2):
@@ -259,7 +264,7 @@ def _sites(work: Reshaper, embed: Any) -> Iterator[ReshapeSite]:
             raise Interrupted("stopped while surveying", hint="Continue with --resume.")
         load_unit(structure, unit, UnitSource(structure), work.device)
         site = work.site(unit, -1)
-        site.is_open = False
+        site.is_open, site.warnings = False, warnings
         if unit == 0 and work.streams:
             embed(structure, work.streams)
         yield site

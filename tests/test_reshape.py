@@ -191,6 +191,16 @@ def test_a_sparsity_that_makes_a_model_larger_is_refused_with_the_least_that_hel
         assert bool(found.problems) == grows
 
 
+@pytest.mark.parametrize("orientation", ["global", "per_site"])
+def test_too_few_calibration_tokens_are_said_in_the_report(orientation, tmp_path):
+    model = tiny.save("llama", tmp_path / "model")
+    step = {"pass": "slicegpt", "sparsity": 0.5, "orientation": orientation}
+    few = {"source": "random", "samples": 2, "length": 16}
+    report = compress(recipe(FUSED, step, data=few), str(model), tmp_path / "out", measure=False)
+    (warning,) = [w for w in report["warnings"] if w["code"] == "few-tokens"]
+    assert warning["message"] == "32 calibration tokens span at most 32 of 32 directions; 128 are meant"
+
+
 def test_widths_are_rounded_down_to_what_is_asked():
     assert [kept_width(4096, s, 8) for s in (0.1, 0.2, 0.25, 0.3)] == [3680, 3272, 3072, 2864]
 

@@ -48,6 +48,7 @@ from compressor.slicing import (
 from compressor.stream import Tap
 from compressor.turning import pooled_covariance, turn, turn_readers, turn_writers
 
+ENOUGH = 4  # calibration tokens for each dimension of the stream
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
@@ -105,6 +106,7 @@ class SliceGPT(Pass):
         first = next(sites)
         width, kept, generator = first.residual.width, first.remodel.widths[1], first.generator
         covariance, tokens = pooled_covariance(chain([first], sites), self.covariance == "normalised")
+        _warn_if_few(first, tokens)
         values, q = pca(covariance)
         found = {"q": q[:, :kept], "eigenvalues": values, "tokens": torch.tensor(tokens)}
         if self.final_orientation == "random":
@@ -169,6 +171,8 @@ class SliceGPT(Pass):
         covariance = Covariance.zeros(site.residual.width, site.device)
         for x in signals:
             covariance.add(x, normalised=self.covariance == "normalised")
+        if site.index < 0:
+            _warn_if_few(site, covariance.tokens)
         q = pca(covariance.matrix)[1][:, :kept]
         if self.final_orientation == "random":
             q = q @ random_orthogonal(kept, site.generator).to(q.device)
@@ -191,6 +195,13 @@ class SliceGPT(Pass):
             raise PreflightError(
                 f"{after:,} parameters would be left of {model.given:,}", where="slicegpt.sparsity", hint=f"{least}."
             )
+
+
+def _warn_if_few(site: StreamSite, tokens: int) -> None:
+    width = site.residual.width
+    if tokens < ENOUGH * width:
+        seen = f"{tokens:,} calibration tokens span at most {min(tokens, width)} of {width} directions"
+        site.warn("few-tokens", "slicegpt", f"{seen}; {ENOUGH * width:,} are meant")
 
 
 def per_site_remodel(model: ModelFacts, kept: int) -> Remodel:
