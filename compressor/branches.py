@@ -97,7 +97,11 @@ def branches_of(twin: PreTrainedModel, path: str, residual: Residual) -> dict[Ki
 
 
 def check_widths(
-    structure: Structure, residual: Residual, specs: Mapping[Kind, Spec], widths: Sequence[Sequence[int]]
+    structure: Structure,
+    residual: Residual,
+    specs: Mapping[Kind, Spec],
+    widths: Sequence[Sequence[int]],
+    stem: int | None = None,
 ) -> None:
     """Run every kind of block, and stem and head, at other widths, on random weights.
 
@@ -105,6 +109,7 @@ def check_widths(
     with.
 
     widths  of each block: before each of its sites, and after the last
+    stem    width of the embeddings, where a site without branches stands between them and the first of these
     raises  ModelError naming the block and its widths, or the model's ends
     """
     twin = residual_twin(structure.model, structure.pieces)
@@ -131,7 +136,7 @@ def check_widths(
                     where=f"{path}.{number}",
                     hint="Keep the stream's width the same there.",
                 ) from error
-        _check_ends(twin, path, residual, widths[0][0], widths[-1][-1])
+        _check_ends(twin, path, residual, stem or widths[0][0], widths[-1][-1])
 
 
 def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
@@ -225,7 +230,10 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
             if name:
                 stack.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(end).remove)
-        record.output = block(hidden, *call.args, **kwargs)
+        try:
+            record.output = block(hidden, *call.args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"can't be run on its own ({error})", where=type(block).__name__, hint=HINT) from error
     return record
 
 

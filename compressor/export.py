@@ -104,7 +104,9 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
         raise PreflightError(
             f"the modelling file can't hold experts, and the stock format won't do: {reason}",
             where=next(iter(experts.values())),
-            hint="Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+            hint="Leave the experts out with `except`."
+            if shaped
+            else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 

@@ -109,12 +109,22 @@ class Talkative(Changed):
         return x, x
 
 
+class Strict(Changed):
+    def forward(self, hidden_states, position_embeddings=None, **kwargs):
+        for name in kwargs:
+            if name not in ("attention_mask", "position_ids", "past_key_values", "cache", "use_cache"):
+                raise TypeError(f"unexpected {name}")
+        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states), position_embeddings, None)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
         (Scaled, "model.layers.0: run branch by branch, it computes something else"),
         (Inlined, "model.layers.0: it can't run branch by branch"),
         (Sliced, "self_attn: gets the argument 'position_embeddings', which is neither"),
+        (Strict, r"Strict: can't be run on its own \(unexpected compressor_probe\)"),
         (Talkative, "model.layers.0: it returns more than the residual stream"),
     ],
 )
@@ -128,12 +138,12 @@ def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, wha
         branches_of(twin, path, residual)
 
 
-def widths_checked(family, tmp_path, *widths):
+def widths_checked(family, tmp_path, *widths, stem=None):
     structure = read_structure(tiny.save(family, tmp_path / family))
     residual = read_residual(structure)
     specs = find_branches(structure, residual)
     for each in widths:
-        check_widths(structure, residual, specs, each)
+        check_widths(structure, residual, specs, each, stem)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "opt"])
@@ -151,3 +161,7 @@ def test_experts_that_give_what_they_take_are_refused_other_widths(tmp_path):
 def test_a_model_that_ends_with_the_width_it_began_with_is_refused_another(tmp_path):
     with pytest.raises(ModelError, match="a stream that begins with 24 values can't end with 32"):
         widths_checked("gpt2", tmp_path, [(24, 20, 16), (16, 20, 24)], [(24, 20, 16), (16, 20, 32)])
+
+
+def test_embeddings_that_are_projected_may_be_as_wide_as_the_head(tmp_path):
+    widths_checked("gpt2", tmp_path, [(24, 20, 16), (16, 20, 32)], stem=32)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import reshaped
@@ -13,6 +14,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor import artifact
@@ -20,6 +22,7 @@ from compressor.classes import class_for, is_reshaped, reshaped_class, stock_cla
 from compressor.errors import ModelError, PreflightError
 from compressor.export import auto_classes, choose_route
 from compressor.functions import find_functions
+from compressor.inspection import inspect_path
 from compressor.layers.rotated_block import RotatedBlock
 from compressor.modelling import modelling_file
 from compressor.plan import make_plan
@@ -124,6 +127,7 @@ def test_a_sliced_checkpoint_is_taken_apart_and_computes_what_the_reference_does
     assert {name.removesuffix(".weight") for name in readers} < set(names)
 
 
+@pytest.mark.slow
 def test_what_is_written_as_an_artifact_loads_here_and_where_this_package_is_not(sliced, tmp_path):
     cases, lines = {}, []
     for family, width in (("llama", 24), ("llama", None), ("opt", None), ("gpt2", 24), ("vit", 24), ("phi", None)):
@@ -185,6 +189,22 @@ def test_projected_embeddings_give_what_sliced_tables_give(sliced):
     assert [model.model.embed_tokens.embedding_dim for model in models] == [24, 32]
 
 
+def test_a_projected_table_stays_tied_to_the_head_after_loading(sliced, tmp_path):
+    written = sliced("llama", project=True)
+    tensors = load_file(written.directory / "model.safetensors")
+    del tensors["lm_head.weight"]
+    config = json.loads((written.directory / "config.json").read_text())
+    path = tmp_path / "tied"
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    structure = read_structure(path)
+    assert structure.bindings.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    model = compressor.load(as_artifact(replace(written, directory=path), tmp_path / "out"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert inspect_path(str(tmp_path / "out"))["block_count"] == 3
+
+
 def test_the_twin_of_a_uniformly_sliced_model_stays_shallow(sliced):
     written = sliced("llama", layers=4)
     structure = read_structure(written.directory)
@@ -195,7 +215,7 @@ def test_the_twin_of_a_uniformly_sliced_model_stays_shallow(sliced):
     prove_by_replay(structure)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_norms_without_parameters_are_norms_on_the_stream(family, tmp_path):
     written = reshaped.fused(family, tmp_path / "m")
     structure = read_structure(written.directory)
@@ -286,7 +306,7 @@ SHORTCUTS = {"pass": "rtn", "bits": 8, "group_size": -1, "only": ["@shortcut"]}
 @pytest.mark.parametrize(
     ("family", "steps", "stored"),
     [
-        ("llama", [GPTQ, SHORTCUTS], 27),
+        pytest.param("llama", [GPTQ, SHORTCUTS], 27, marks=pytest.mark.slow),
         pytest.param("gpt2", [GPTQ], 12, marks=pytest.mark.slow),
         pytest.param("opt", [{"pass": "llm_int8"}], 18, marks=pytest.mark.slow),
         pytest.param("vit", [{"pass": "rtn", "group_size": -1}], 18, marks=pytest.mark.slow),
