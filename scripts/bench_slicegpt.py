@@ -19,8 +19,8 @@ pca_per_site is measured at the same width, as the paper counts, and at the wide
 (pca_per_site_equal).
 
 With --peer-source, a checkout of github.com/microsoft/TransformerCompression, its own code slices the same model with
-the same tokens in an environment of its own, .venv-transformer-compression, made once from scripts/peers/requirements-transformer-compression.txt;
---peer-python names another. See scripts/peers/transformer_compression.py.
+the same tokens in an environment of its own, .venv-transformer-compression, made once from the requirements beside
+scripts/peers/transformer_compression.py, which says more; --peer-python names another.
 
 `speed` compares seconds of prefill and of decoding one token, dense against narrowed, in turn in one process, with
 the operations that were saved. Random weights do as well there, and `llama:HIDDEN,BLOCKS` makes some.

@@ -1,7 +1,7 @@
 """Slice a Llama with microsoft/TransformerCompression, in its own environment, and score the results.
 
-    PYTHONPATH=CHECKOUT/src PEER_PYTHON scripts/peers/transformer_compression.py --model DIR --tokens FILE --report FILE \
-        --sparsity 0.2 0.3 --threads 2
+    PYTHONPATH=CHECKOUT/src PEER_PYTHON scripts/peers/transformer_compression.py --model DIR --tokens FILE \
+        --report FILE --sparsity 0.2 0.3 --threads 2
 
 A child of scripts/bench_slicegpt.py, which imports nothing of it and nothing of `compressor`. Written for commit
 6b12cdee6ad51791d7c776b3a046bc408b9e77e9, which pins transformers 4.41 and knows models of the hub by name only, so the
