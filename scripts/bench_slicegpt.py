@@ -3,7 +3,7 @@
     python scripts/bench_slicegpt.py quality --model CHECKPOINT --calibration TEXT --test TEXT --output quality.json
     python scripts/bench_slicegpt.py speed --model llama:1024,4 --output speed.json
 
-`quality` is perplexity of a causal language model whose residual stream was narrowed, for each of `METHODS`:
+`quality` is perplexity of a causal language model whose residual stream was narrowed, by method:
 
   magnitude      drop the channels of the residual stream with the smallest weights (`channel_weight`); no rotation
   energy         drop the channels with the least signal on the calibration text; no rotation
@@ -13,7 +13,7 @@
   pca_per_site   SliceGPT as published (tests/slicegpt_reference.py): a rotation for each norm, and matrices between
 
 All but the last leave a plain model of the same architecture, so at one width they have equally many parameters. A norm
-of a narrower stream divides by the root mean square over the width that was (`narrow`); for the two without a rotation
+on a narrower stream divides by the root mean square over the width that was (`narrow`); for the two without a rotation
 the other choice, over the width that is left, is tried too, and the better of both on calibration text is reported.
 pca_per_site is measured at the same width, as the paper counts, and at the widest at which it has no more parameters
 (pca_per_site_equal).
@@ -71,7 +71,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 import slicegpt_reference as reference  # noqa: E402
 
-METHODS = ("magnitude", "energy", "random", "pca_global", "pca_global_rms", "pca_per_site")
 RANDOM_SEEDS = (0, 1, 2)
 ROUND_TO = 8
 BATCH = 16
