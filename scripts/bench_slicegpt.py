@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -126,7 +127,9 @@ def quality(settings: argparse.Namespace) -> dict[str, Any]:
     calibration = windows(settings.calibration, tokenizer, settings.length)
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(settings.seed))
     calibration = calibration[order[: settings.samples]]
-    test = windows(settings.test, tokenizer, settings.length)[: settings.test_samples]
+    test = windows(settings.test, tokenizer, settings.length)
+    if settings.test_samples:
+        test = test[:: max(1, len(test) // settings.test_samples)][: settings.test_samples]  # spread over the text
     dense = model.num_parameters()
     untie(model)
     residual = residual_of(model, Pieces(model, find_blocks(model)))
@@ -141,7 +144,16 @@ def quality(settings: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "samples": len(calibration),
         "length": settings.length,
+        "seed": settings.seed,
         "test_tokens": test.numel(),
+        "sha256": {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in (
+                ("weights", Path(settings.model) / "model.safetensors"),
+                ("calibration", settings.calibration),
+                ("test", settings.test),
+            )
+        },
         "parameters": dense,
         "rows": rows,
     }
