@@ -1,0 +1,68 @@
+"""What the scripts behind the published figures do to models and text."""
+
+from __future__ import annotations
+
+import bench_slicegpt
+import tiny
+import torch
+import train_lm
+
+from compressor.replay import Pieces
+from compressor.residual import residual_of
+from compressor.rotation import random_orthogonal
+from compressor.structure import find_blocks
+
+
+@torch.no_grad()
+def test_a_model_turned_at_its_whole_width_keeps_its_logits():
+    model = tiny.build("llama")
+    bench_slicegpt.untie(model)
+    residual = residual_of(model, Pieces(model, find_blocks(model)))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    wanted = model(input_ids=tokens).logits
+    q = random_orthogonal(residual.width, torch.Generator().manual_seed(0))
+    for found in (
+        bench_slicegpt.narrow(model, residual, q, residual.width)(input_ids=tokens).logits,
+        bench_slicegpt.slice_per_site(model, residual, tokens, residual.width)(tokens, use_cache=False).logits,
+    ):
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()  # float32 through a few dozen products
+
+
+@torch.no_grad()
+def test_channels_that_carry_nothing_are_dropped_first_and_without_loss():
+    model = tiny.build("llama")
+    bench_slicegpt.untie(model)
+    residual = residual_of(model, Pieces(model, find_blocks(model)))
+    idle = [3, 4, 11, 17, 18, 20, 25, 30]
+    for writer in residual.writers():
+        model.get_parameter(writer.parameter).movedim(writer.axis, 0)[idle] = 0
+    for tap in residual.taps():
+        for reader in tap.readers:
+            model.get_parameter(reader.parameter).movedim(reader.axis, 0)[idle] = 0
+    tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    wanted = model(input_ids=tokens).logits
+    bases = bench_slicegpt.find_bases(model, residual, tokens)
+    for method in ("magnitude", "energy", "pca_global", "pca_global_rms"):
+        columns = bases[method][0][:, : residual.width - len(idle)]
+        found = bench_slicegpt.narrow(model, residual, columns, residual.width)(input_ids=tokens).logits
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), method
+
+
+def test_text_is_written_as_wikitext_is():
+    articles = [
+        "Ada\n\nLife.\nAda's well-known U.S. prize was 1,000.5 &lt;br&gt; dollars, once.\n",
+        "Ada\n\nAda's well-known U.S. prize was 1,000.5 dollars.\n",
+        "Ada\n\nAda's well-known U.S. prize was 1,000.5 dollars.\n",
+    ]
+    written = train_lm.wikitext_style(articles)
+    line = " Ada 's well @-@ known U.S. prize was 1 @,@ 000 @.@ 5 dollars {}. \n"
+    assert written[0] == " \n = Ada = \n \n \n = = <unk> = = \n \n" + line.format("<unk> <unk> ")
+    assert written[1] == " \n = Ada = \n \n" + line.format("")
+
+
+def test_articles_are_split_at_their_marks_and_empty_ones_dropped(tmp_path):
+    file = tmp_path / "wiki.txt"
+    file.write_text('<doc id="1" title="A">\nA\n\nText of A.\n\n</doc>\n<doc id="2" title="B">\nB\n\n\n</doc>\n')
+    assert train_lm.read_articles(file) == ["A\n\nText of A.\n"]
+    file.write_text("One line\n")
+    assert train_lm.read_articles(file) == ["One line\n"]
