@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from compressor.site import Stream, run_unit
 from compressor.stream import Residual, ResidualSite, Tap
 from compressor.structure import Structure, read_structure
 from compressor.units import UnitSource, free_all, free_unit, load_unit, unit_name
+
+Embed = Callable[[Structure, list[Stream]], None]  # takes every batch through the stem
 
 
 @dataclass
@@ -96,6 +98,7 @@ class ReshapeSite:
         projected one, and how far the two are apart goes along to the next site.
         """
         x = stream.hidden.to(torch.float64)
+        bases = [basis.to(x.device) for basis in bases]
         if not bases or not self.sites:
             return x
         apart: list[Tensor] = []
@@ -158,16 +161,16 @@ class Reshaper:
     journal: Journal
     streams: list[Stream]
     device: torch.device
-    seeds: Any  # unit -> seed
-    is_interrupted: Any
-    emit: Any
+    seeds: Callable[[int], int]  # unit -> seed
+    is_interrupted: Callable[[], bool]
+    emit: Callable[[dict[str, Any]], None]
 
     def site(self, unit: int, seed_of: int) -> ReshapeSite:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
         return ReshapeSite(self.structure, unit, self.residual, self.remodel, self.streams, self.device, generator)
 
 
-def run_reshape(work: Reshaper, step: Step, embed: Any) -> tuple[Structure, list[Path]]:
+def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, list[Path]]:
     """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
     structure, journal = work.structure, work.journal
     carry = _survey(work, step, embed)
@@ -240,7 +243,7 @@ def _kept_carry(work: Reshaper, unit: int) -> Carry:
     return load_file(work.journal.path(line))
 
 
-def _survey(work: Reshaper, step: Step, embed: Any) -> Carry:
+def _survey(work: Reshaper, step: Step, embed: Embed) -> Carry:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
     line = work.journal.done(key)
@@ -256,7 +259,7 @@ def _survey(work: Reshaper, step: Step, embed: Any) -> Carry:
     return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
-def _sites(work: Reshaper, embed: Any, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
+def _sites(work: Reshaper, embed: Embed, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
     """Stem, blocks and head of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     for unit in range(structure.block_count + 2):
