@@ -171,7 +171,18 @@ def plan(
                 human_bytes(row["bytes_before"]),
                 human_bytes(row["bytes_after"]),
             )
-        out.print(table)
+        if found.rows:
+            out.print(table)
+        for reshape in (made.to_dict() for made in found.reshapes):
+            before, after = reshape["parameters_before"], reshape["parameters_after"]
+            widths = reshape["widths"][:2]
+            out.print(
+                f"{reshape['pass']}: {before:,} -> {after:,} parameters ({100 * (after / before - 1):+.1f} %), width "
+                f"{widths[0]} -> {widths[1]} ({100 * (widths[1] / widths[0] - 1):+.1f} %)",
+                highlight=False,
+            )
+            for note in reshape["notes"]:
+                out.print(f"  {note}", highlight=False)
         if found.route is not None:
             out.print(f"route {found.route.name}: {found.route.reason}", highlight=False)
         out.print(

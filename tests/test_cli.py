@@ -92,6 +92,13 @@ def test_plan_predicts_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_says_width_and_parameters_of_a_sliced_model(capsys):
+    assert main(["plan", "slicegpt-25", "--model", "demo"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "slicegpt: 1,705,600 -> 1,279,200 parameters (-25.0 %), width 128 -> 96 (-25.0 %)" in told
+    assert "lm_head.weight shared the table's weights and gets its own: 262,144 parameters more" in told
+
+
 def test_plan_lists_every_problem_at_once(tmp_path):
     (tmp_path / "r.yaml").write_text("version: 1\nsteps: [{pass: rtn, group_size: 128, only: [nope]}, {pass: rtn}]\n")
     done = run("plan", tmp_path / "r.yaml", "--model", "demo", "--set", "limits.disk=1KiB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import pytest
@@ -198,7 +199,8 @@ def test_too_few_calibration_tokens_are_said_in_the_report(orientation, tmp_path
     few = {"source": "random", "samples": 2, "length": 16}
     report = compress(recipe(FUSED, step, data=few), str(model), tmp_path / "out", measure=False)
     (warning,) = [w for w in report["warnings"] if w["code"] == "few-tokens"]
-    assert warning["message"] == "32 calibration tokens span at most 32 of 32 directions; 128 are meant"
+    found = re.fullmatch(r"32 calibration tokens span (\d+) of 32 directions; 128 are meant", warning["message"])
+    assert found is not None and 16 < int(found[1]) <= 32
 
 
 def test_widths_are_rounded_down_to_what_is_asked():
