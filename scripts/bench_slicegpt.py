@@ -362,17 +362,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     dense = rows[0]
-    for method in dict.fromkeys(row["method"] for row in rows[1:]):
+    for method in dict.fromkeys(row["method"] for row in rows if row["sparsity"]):
         if method == "pca_per_site_equal":
             continue  # other widths of the same curve
         points = [dense, *(row for row in rows if row["method"] == method)]
+        points.sort(key=lambda row: row["parameters"])
         axes.plot(
             [point["parameters"] / 1e6 for point in points],
             [point["perplexity"] for point in points],
             "o-",
             label=method,
         )
-    axes.set(xlabel="parameters, millions", ylabel="perplexity", yscale="log")
+    axes.set(xlabel="parameters, millions", ylabel="perplexity")
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
 
