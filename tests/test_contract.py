@@ -19,9 +19,9 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
     ("name", "settings"),
     [
         ("gptq", GPTQ(**GPTQ_SETTINGS)),
-        ("rtn", RTN(bits=8, group_size=-1)),
+        pytest.param("rtn", RTN(bits=8, group_size=-1), marks=pytest.mark.slow),
         ("llm_int8", LLMInt8()),
-        ("bct", BCT(bits=4, activations="static", only=("*", "@embedding"))),
+        pytest.param("bct", BCT(bits=4, activations="static", only=("*", "@embedding")), marks=pytest.mark.slow),
         ("bct", BCT(activations="dynamic", only=("*", "@activation", "@norm", "@softmax"))),
         pytest.param("bct", BCT(budget_bits=5.5, only=("*", "@embedding")), marks=pytest.mark.slow),
     ],
