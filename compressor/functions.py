@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from compressor.layers.block_attention import PRODUCTS, attend
-from compressor.norms import describe_norm
+from compressor.norms import Norm, describe_norm
 from compressor.protocol import Weight
 from compressor.replay import Pieces, output_of
 from compressor.structure import Structure
@@ -51,26 +51,26 @@ def find_functions(structure: Structure) -> Functions:
     prefix = structure.pieces.blocks_path + "."
     owners = {path: f"{path}.{PRODUCTS}" for path in attention}
     for path, module in structure.model.named_modules():
-        if (norm := describe_norm(module)) is not None and norm.divisor is not None:
+        norm = describe_norm(module)
+        if norm is not None and norm.divisor is not None:
             found.refused.setdefault("norm", f"{path} divides by {norm.divisor} for {norm.width} values, being sliced")
             continue
         parts = path.removeprefix(prefix).split(".") if path.startswith(prefix) else []
         unit = 1 + int(parts[0]) if parts else 0 if path in outside else structure.block_count + 1
-        functions = [_function(structure, path, module)]
+        functions = [_function(structure, path, module, norm)]
         if path in owners:
             functions.append(_named(structure, owners[path], "softmax"))
         found.by_unit.setdefault(unit, []).extend(function for function in functions if function is not None)
     return found
 
 
-def _function(structure: Structure, path: str, module: nn.Module) -> Weight | None:
-    """A module as a function, if it is one."""
+def _function(structure: Structure, path: str, module: nn.Module, norm: Norm | None) -> Weight | None:
+    """A module as a function, if it is one; `norm` is what describe_norm says of it."""
     if next(module.children(), None) is not None:
         return None
     if type(module).__module__ in ACTIVATIONS and next(module.parameters(), None) is None:
         known = None if isinstance(module, (nn.Softmax, nn.LogSoftmax)) else recognize(module)
         return None if known is None else _named(structure, path, "activation", {"function": known})
-    norm = describe_norm(module)
     if norm is None:
         return None
     function = _named(structure, path, "norm", {"kind": norm.kind, "offset": norm.offset, "eps": norm.eps})

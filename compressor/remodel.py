@@ -68,10 +68,12 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
     config["dtype"] = str(structure.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
     tensors: dict[str, TensorInfo] = {}
+    held = structure.model.state_dict()
     for name in structure.bindings.sources:
-        shape = remodel.shapes.get(name, tuple(structure.model.state_dict()[name].shape))
+        before = tuple(held[name].shape)
+        shape = remodel.shapes.get(name, before)
         if shape is not None:
-            tensors |= _tensor_infos(structure, name, shape)
+            tensors |= _tensor_infos(structure, name, before, shape)
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
             tensors[name] = _info(structure, shape, None)
@@ -88,16 +90,15 @@ def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str,
         return {sources[0].tensor: value}
     parts = {}
     for source in sources:
-        assert (
-            source.rows is not None
-        )  # a rule that joins tensors by rows, or the model was refused (`binding._placed`)
+        assert source.rows is not None  # joined by rows, or the model was refused (`binding._placed`)
         parts[source.tensor] = value[source.expert, source.rows[0] : source.rows[1]]
     return parts
 
 
-def _tensor_infos(structure: Structure, name: str, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-    """The tensors that will make up a parameter of this shape."""
-    before = tuple(structure.model.state_dict()[name].shape)
+def _tensor_infos(
+    structure: Structure, name: str, before: tuple[int, ...], shape: tuple[int, ...]
+) -> dict[str, TensorInfo]:
+    """The tensors that will make up a parameter that had one shape and gets another."""
     infos = {}
     for source in structure.bindings.sources[name]:
         old = structure.checkpoint.tensors[source.tensor]

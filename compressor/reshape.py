@@ -182,34 +182,19 @@ def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, li
             raise Interrupted("stopped between two units", hint="Continue with --resume.")
         began, key = time.perf_counter(), f"{work.number}/{unit}"
         line = journal.done(key)
-        if line is None:
+        if line is None or follows:
             load_unit(structure, unit, UnitSource(structure), work.device)
             site = work.site(unit, unit)
             if unit == 0 and follows:
                 embed(structure, work.streams)
-            try:
-                carry = step.settings.reshape(site, carry)
-            except torch.OutOfMemoryError as error:
-                raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
-            if follows:
-                _keep_carry(work, unit, carry)
-            tensors = _unit_tensors(work, unit, site)
-            entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-            facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": site.warnings}
-            file = f"s{work.number:02d}-{unit:05d}.safetensors"
-            journal.commit(key, file, lambda path, entries=entries: write_file(path, entries), facts)  # type: ignore[misc]
-            line = journal.done(key)
-            assert line is not None
+            if line is None:
+                carry = _write_unit(work, step, site, carry, keeps_carry=follows)
+                line = journal.done(key)
+                assert line is not None
+            else:
+                carry = _kept_carry(work, f"{key}/carry")
             if follows:
                 _advance(work, site, step, carry)
-            if 0 < unit < units - 1:
-                free_unit(structure, unit)
-        elif follows:
-            load_unit(structure, unit, UnitSource(structure), work.device)
-            carry = _kept_carry(work, unit)
-            if unit == 0:
-                embed(structure, work.streams)
-            _advance(work, work.site(unit, unit), step, carry)
             if 0 < unit < units - 1:
                 free_unit(structure, unit)
         files.append(journal.path(line))
@@ -230,33 +215,43 @@ def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> Non
         stream.hidden = site.project(stream, bases).to(stream.hidden.dtype)
 
 
-def _keep_carry(work: Reshaper, unit: int, carry: Carry) -> None:
-    held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()}
-    facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": []}
-    name = f"s{work.number:02d}-{unit:05d}-carry.safetensors"
-    work.journal.commit(f"{work.number}/{unit}/carry", name, lambda path: save_file(held, path), facts)
+def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, keeps_carry: bool) -> Carry:
+    """Let the pass write the loaded unit, and commit it, after the carry that the next unit needs."""
+    try:
+        carry = step.settings.reshape(site, carry)
+    except torch.OutOfMemoryError as error:
+        raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+    key, file = f"{work.number}/{site.unit}", f"s{work.number:02d}-{site.unit:05d}"
+    if keeps_carry:
+        _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])
+    tensors = _unit_tensors(work, site.unit, site)
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    facts = {"forms": {}, "records": [], "warnings": site.warnings}
+    work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
+    return carry
 
 
-def _kept_carry(work: Reshaper, unit: int) -> Carry:
-    line = work.journal.done(f"{work.number}/{unit}/carry")
-    assert line is not None  # it is committed before the unit
-    return load_file(work.journal.path(line))
+def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[dict[str, str]]) -> None:
+    held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
+    facts = {"forms": {}, "records": [], "warnings": warnings}
+    work.journal.commit(key, file, lambda path: save_file(held, path), facts)
+
+
+def _kept_carry(work: Reshaper, key: str) -> Carry:
+    line = work.journal.done(key)
+    assert line is not None  # it is committed before what needs it
+    return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
 def _survey(work: Reshaper, step: Step, embed: Embed) -> Carry:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
-    line = work.journal.done(key)
-    if line is None:
+    if work.journal.done(key) is None:
         warnings: list[dict[str, str]] = []
         carry = step.settings.survey(_sites(work, embed, warnings), {})
         free_all(work.structure)
-        held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
-        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": warnings}
-        work.journal.commit(key, f"s{work.number:02d}-survey.safetensors", lambda path: save_file(held, path), facts)
-        line = work.journal.done(key)
-        assert line is not None
-    return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
+        _keep_carry(work, key, f"s{work.number:02d}-survey.safetensors", carry, warnings)
+    return _kept_carry(work, key)
 
 
 def _sites(work: Reshaper, embed: Embed, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:

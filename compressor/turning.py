@@ -12,7 +12,7 @@ from compressor.rotation import Covariance, rotate
 
 if TYPE_CHECKING:
     from compressor.protocol import ModelFacts, StreamSite
-    from compressor.stream import ResidualSite, Tap, Writer
+    from compressor.stream import Tap, Writer
 
 
 def untied_head(
@@ -52,11 +52,6 @@ def turn_writers(site: StreamSite, writers: tuple[Writer, ...], q: torch.Tensor)
         site.write(writer.parameter, rotate(site.read(writer.parameter), q, writer.axis))
 
 
-def signal_of(site: StreamSite, stream: ResidualSite, normalised: bool) -> Covariance:
-    """Second moments of the stream where these branches leave it, over all calibration tokens."""
-    return _covariance(site, stream.taps[0], normalised)
-
-
 def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> tuple[torch.Tensor, int]:
     """(sum over all sites of their second moments, each of trace 1; tokens): (D, D) float64.
 
@@ -65,8 +60,9 @@ def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> 
     total, tokens = None, 0
     for site in sites:
         last = site.index == len(site.residual.blocks)
-        found = [signal_of(site, stream, normalised) for stream in site.sites]
-        for covariance in [*found, *([_covariance(site, site.residual.end, normalised)] if last else [])]:
+        taps = [stream.taps[0] for stream in site.sites] + ([site.residual.end] if last else [])
+        for tap in taps:
+            covariance = _covariance(site, tap, normalised)
             scaled = covariance.matrix / covariance.matrix.trace()
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head

@@ -88,7 +88,7 @@ class UnitSource:
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
             return matrix.t().contiguous() if form.weight.transposed else matrix
-        holder = next((form for form in self.forms.values() if form.bias == tensor), None)
+        holder = next((form for form in self.forms.values() if form.weight.bias == tensor and form.bias), None)
         if holder is not None:
             return self.layer(holder).vector(dtype)
         with safe_open(self.file, framework="pt") as opened:

@@ -271,11 +271,10 @@ class BCT(Pass):
         linear = self.table_lookup == "linear"
         if function.role == "activation":
             known = KNOWN[function.facts["function"]]
-            bound = table.bound(known.steepness, known.curvature, linear)
+            steepness, curvature = known.steepness, known.curvature
         else:
             steepness, curvature = (1.0, 1.0) if function.role == "softmax" else (0.5, 0.75)
-            bound = table.bound(steepness, curvature, linear)
-        return {"table_range": [table.low, table.high], "table_bound": bound}
+        return {"table_range": [table.low, table.high], "table_bound": table.bound(steepness, curvature, linear)}
 
     def _bits(self, weight: Weight, decision: Decision | None) -> int:
         if decision is not None:

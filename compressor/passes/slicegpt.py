@@ -226,9 +226,7 @@ def per_site_remodel(model: ModelFacts, kept: int) -> Remodel:
     modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
 
     def narrow(name: str, axis: int, width: int) -> None:
-        shape = list(model.shapes[name])
-        shape[axis] = width
-        shapes[name] = tuple(shape)
+        shapes[name] = _resized(model.shapes[name], axis, width)
 
     def strip(tap: Tap, width: int) -> None:
         spec = {"width": residual.width, "eps": tap.norm.eps}
@@ -266,10 +264,7 @@ def global_remodel(model: ModelFacts, kept: int) -> Remodel:
     shapes: dict[str, tuple[int, ...] | None] = {}
     edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
     edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
-    for name, axis in edges:
-        shape = list(model.shapes[name])
-        shape[axis] = kept
-        shapes[name] = tuple(shape)
+    shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
     shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
     eps = model.residual.end.norm.eps * width / kept
     config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
@@ -277,3 +272,7 @@ def global_remodel(model: ModelFacts, kept: int) -> Remodel:
     if heads:
         config["head_dim"] = model.config.get("head_dim") or width // heads
     return Remodel(config, shapes, (width, kept))
+
+
+def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return (*shape[:axis], length, *shape[axis + 1 :])
