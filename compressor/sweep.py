@@ -225,20 +225,8 @@ def _transform(
     warnings: list[dict[str, str]] = []
     put: dict[str, tuple[Form, Layer]] = {}
     for position, step in enumerate(steps):
-        selected = frozenset(weight.name for weight in sweeper.plan.selected[step.path])
-        generator = torch.Generator().manual_seed(_seed(sweeper.seed, number, position, unit))
-        site = UnitSite(
-            structure,
-            unit,
-            selected,
-            streams[:-1],
-            sweeper.device,
-            generator,
-            sweeper.needs,
-            installed,
-            decisions[position],
-            selected_functions=sweeper.plan.functions_of(step, unit),
-        )
+        site = _site(sweeper, step, unit, streams, installed, _seed(sweeper.seed, number, position, unit))
+        site.decision = decisions[position]
         settings = step.settings
         work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
         try:
@@ -268,6 +256,21 @@ def _transform(
     line = journal.done(key)
     assert line is not None
     return line
+
+
+def _site(sweeper: Sweeper, step: Step, unit: int, streams: list[Stream], installed: Installed, seed: int) -> UnitSite:
+    """The loaded unit as a step may see it; the last of the streams is the probe, which no pass sees."""
+    return UnitSite(
+        sweeper.structure,
+        unit,
+        frozenset(weight.name for weight in sweeper.plan.selected[step.path]),
+        streams[:-1],
+        sweeper.device,
+        torch.Generator().manual_seed(seed),
+        sweeper.needs,
+        installed,
+        selected_functions=sweeper.plan.functions_of(step, unit),
+    )
 
 
 def _decide(
@@ -308,7 +311,6 @@ class WholeModelView:
 
     def sites(self) -> Iterator[UnitSite]:
         sweeper, structure = self.sweeper, self.sweeper.structure
-        selected = frozenset(weight.name for weight in sweeper.plan.selected[self.step.path])
         streams = _batches(sweeper, (self.step,))
         for unit in range(structure.block_count + 2):
             if sweeper.is_interrupted():
@@ -317,18 +319,8 @@ class WholeModelView:
             installed = Installed(structure)
             load_unit(structure, unit, source, sweeper.device)
             installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
-            generator = torch.Generator().manual_seed(_seed(sweeper.seed, self.number, self.position, unit, -1))
-            site = UnitSite(
-                structure,
-                unit,
-                selected,
-                streams[:-1],
-                sweeper.device,
-                generator,
-                sweeper.needs,
-                installed,
-                selected_functions=sweeper.plan.functions_of(self.step, unit),
-            )
+            seed = _seed(sweeper.seed, self.number, self.position, unit, -1)
+            site = _site(sweeper, self.step, unit, streams, installed, seed)
             site.is_open = False
             yield site
             if unit == 0:
