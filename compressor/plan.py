@@ -24,11 +24,10 @@ from compressor.functions import Functions, find_functions
 from compressor.layers import find_layer
 from compressor.matching import LEFT_OUT, select
 from compressor.modelling import modelling_file
-from compressor.protocol import FUNCTION_ROLES, Fact, Remodel, Weight
+from compressor.protocol import FUNCTION_ROLES, Fact, ModelFacts, Remodel, Weight
 from compressor.recipe import Recipe, Step
 from compressor.remodel import check_remodel, facts_of
 from compressor.safetensors_file import header_bytes
-from compressor.stream import Residual
 from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.units import Form
 
@@ -56,7 +55,7 @@ class Reshape:
 
     step: Step
     before: Structure
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     after: Structure
 
@@ -183,7 +182,7 @@ def _follow_reshapes(plan: Plan) -> None:
             except CompressError as problem:
                 plan.problems.append(problem)
                 return
-            plan.reshapes.append(Reshape(step, plan.structure, facts.residual, remodel, after))
+            plan.reshapes.append(Reshape(step, plan.structure, facts, remodel, after))
             plan.structure = after
 
 

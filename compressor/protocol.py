@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers import Layer
+    from compressor.pruning import PrunableSite
     from compressor.stream import Residual, ResidualSite, Tap
 
 State = TypeVar("State")
@@ -204,23 +205,30 @@ class ModelFacts:
     config    config.json, with the defaults of the model's class
     shapes    parameter -> shape, a tied head under its own name too
     tied      parameter -> the parameter whose storage it shares
-    residual  what touches the residual stream
+    stream    tells what touches the residual stream; `residual` asks it. raises ModelError where it can't be told
     given     parameters of the model as it was given, before any step
     branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
               block; raises ModelError where one can't be
     blocks    path of the block list
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
+    prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
     """
 
     architecture: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
-    residual: Residual
+    stream: Callable[[], Residual]
     given: int
     branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
     blocks: str
     fits: Callable[[Remodel], str | None]
+    prunable: Callable[..., tuple[PrunableSite, ...]]
+
+    @property
+    def residual(self) -> Residual:
+        """What touches the residual stream. raises ModelError for a model whose stream can't be rotated"""
+        return self.stream()
 
 
 class StreamSite(Protocol):
@@ -228,8 +236,11 @@ class StreamSite(Protocol):
 
     device: torch.device
     generator: torch.Generator  # seeded from (run seed, step, unit)
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
+
+    @property
+    def residual(self) -> Residual: ...
 
     @property
     def index(self) -> int:
@@ -260,6 +271,13 @@ class StreamSite(Protocol):
 
     def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
+        ...
+
+    def inputs(self, module: str) -> Iterator[torch.Tensor]:
+        """What a module of this unit reads, (tokens, features) for each calibration batch, of the model unchanged.
+
+        While units are written this is so where the remodel follows without projections.
+        """
         ...
 
     def projected(self, bases: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
-from compressor.protocol import Carry, Remodel
+from compressor.protocol import Carry, ModelFacts, Remodel
 from compressor.recipe import Step
 from compressor.remodel import split_parameter
 from compressor.safetensors_file import Entry, read_header, write_file
@@ -40,7 +40,7 @@ class ReshapeSite:
 
     structure: Structure
     unit: int
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     streams: list[Stream]
     device: torch.device
@@ -48,6 +48,10 @@ class ReshapeSite:
     is_open: bool = True
     written: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def residual(self) -> Residual:
+        return self.facts.residual
 
     @property
     def index(self) -> int:
@@ -76,9 +80,12 @@ class ReshapeSite:
         self.warnings.append({"code": code, "where": where, "message": message})
 
     def signals(self, tap: Tap) -> Iterator[Tensor]:
-        module = self.structure.model.get_submodule(tap.module)
+        return self.inputs(tap.module)
+
+    def inputs(self, module: str) -> Iterator[Tensor]:
         caught: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+        watched = self.structure.model.get_submodule(module)
+        handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
         try:
             for stream in self.streams:
                 caught.clear()
@@ -156,7 +163,7 @@ class Reshaper:
     number: int
     structure: Structure
     planned: Structure
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     journal: Journal
     streams: list[Stream]
@@ -167,7 +174,7 @@ class Reshaper:
 
     def site(self, unit: int, seed_of: int) -> ReshapeSite:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return ReshapeSite(self.structure, unit, self.residual, self.remodel, self.streams, self.device, generator)
+        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.streams, self.device, generator)
 
 
 def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, list[Path]]:

@@ -103,7 +103,7 @@ def _run_reshape(sweeper: Sweeper, number: int, reshape: Reshape) -> list[Path]:
         number,
         structure,
         reshape.after,
-        reshape.residual,
+        reshape.facts,
         reshape.remodel,
         sweeper.journal,
         _batches(sweeper, (step,))[:-1],

@@ -101,7 +101,7 @@ def test_a_globally_sliced_model_is_a_stock_model_of_a_smaller_width(tmp_path):
     count = sum(parameter.numel() for parameter in stock.parameters())
     (_, sliced) = plan.reshapes
     shapes = {name: tuple(p.shape) for name, p in sliced.before.model.named_parameters()}
-    assert count == global_parameters(stream_shape(sliced.residual, shapes), 24) == parameter_count(sliced.after)
+    assert count == global_parameters(stream_shape(sliced.facts.residual, shapes), 24) == parameter_count(sliced.after)
     assert report["reshapes"][1]["parameters_after"] == count and report["reshapes"][1]["widths"] == [32, 24]
     assert report["sizes"]["predicted_bytes"] == report["sizes"]["after_bytes"]
     made = stock.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, 4, dtype=int))
@@ -245,7 +245,7 @@ def test_slicing_at_each_site_is_what_the_plain_algorithm_gives(family, tmp_path
     assert relative(ours(tmp_path / "out"), logits(model)) > 2e-2  # and it is another model than the dense one
     (_, sliced) = make_plan(recipe(FUSED, step), str(model), prove=False).reshapes
     shapes = {name: tuple(p.shape) for name, p in sliced.before.model.named_parameters()}
-    count = per_site_parameters(stream_shape(sliced.residual, shapes), widths)
+    count = per_site_parameters(stream_shape(sliced.facts.residual, shapes), widths)
     assert report["reshapes"][1]["parameters_after"] == count == parameter_count(sliced.after)
 
 
