@@ -163,7 +163,7 @@ def test_a_reshaping_step_out_of_place_is_refused_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gemma3", "branch"), ("bert", "norm"), ("olmo2", "branch"), ("opt", "use orientation: per_site")],
+    [("gemma3", "branch"), ("bert", "norm"), ("olmo2", "branch")],
 )
 def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, reason, tmp_path):
     model = tiny.save(family, tmp_path / "model")
@@ -171,7 +171,21 @@ def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, reaso
     assert reason in found[0], found
 
 
+@pytest.mark.parametrize("orientation", ["global", "auto"])
+def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orientation, tmp_path):
+    model = tiny.save("opt", tmp_path / "model")
+    step = {"pass": "slicegpt", "orientation": orientation}
+    plan = make_plan(recipe(FUSED, step), str(model), prove=False)
+    assert not plan.problems and plan.route.name == "custom"
+    remodel = plan.reshapes[1].remodel
+    assert remodel.widths == (32, *[24] * 4, 32)
+    assert "OPTForCausalLM can't be narrower by its config alone" in remodel.notes[-1]
+    assert remodel.notes[-1].endswith("sliced per site")
+
+
 def test_settings_of_no_sense_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="one width for all sites"):
+        recipe({"pass": "slicegpt", "schedule": "variance", "orientation": "global"})
     with pytest.raises(RecipeError, match="sparsity"):
         recipe({"pass": "slicegpt", "sparsity": 0.7})
     model = tiny.save("llama", tmp_path / "model")
