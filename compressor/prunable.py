@@ -142,6 +142,14 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
                 except ModelError as error:
                     refused[index, name] = error.where or finder.where, error.what
+                except (
+                    RuntimeError,
+                    ValueError,
+                    TypeError,
+                    IndexError,
+                    AttributeError,
+                ) as error:  # the model's own code
+                    refused[index, name] = finder.where, f"it can't be run with its parts pushed ({error})"
     return Seen(prove_sites(twin, path, found, refused), refused, firsts)
 
 
@@ -150,7 +158,7 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
 
 @dataclass
 class _Observer:
-    """seen  (module, query heads, key-value heads, head_dim) of each call
+    """seen  (module, query heads, key-value heads, width of a value) of each call
     change  what is made of an attention's output (samples, tokens, heads, head_dim)
     """
 
@@ -163,9 +171,9 @@ def _observing(twin: PreTrainedModel) -> Iterator[_Observer]:
     """Attention that can be watched and pushed, in place of the model's own, while inside."""
     observer, before = _Observer([]), twin.config._attn_implementation
 
-    def observe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer.seen.append((module, query.shape[1], key.shape[1], query.shape[-1]))
-        output, weights = attend(module, query, key, *args, **kwargs)
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        observer.seen.append((module, query.shape[1], key.shape[1], value.shape[-1]))
+        output, weights = attend(module, query, key, value, *args, **kwargs)
         return (observer.change(output) if observer.change else output), weights
 
     AttentionInterface.register(OBSERVER, observe)
