@@ -239,7 +239,6 @@ class _Finder:
             "head_dim": head_dim,
             "query_heads": per_group,
             "attributes": {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
-            "has_norms": any(describe_norm(inner) is not None for inner in module.modules()),
         }
         return self._site("heads", groups, reader, columns, cuts, caller, made)
 
@@ -284,7 +283,7 @@ class _Finder:
         for reader in readers:
             width = self._width(reader)
             cuts = self._cuts(reader, torch.arange(width), width)
-            made = {"attributes": {}, "has_norms": False}
+            made: dict[str, Any] = {"attributes": {}}
             columns = tuple((column,) for column in range(width))
             sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
         if len(sites) > 1:
@@ -419,8 +418,12 @@ class _Finder:
             tuple(replace(cut, parameter=prefix + cut.parameter) for cut in cuts),
             prefix + bias if bias else None,
             cost,
-            {**layout, "per_layer": None, "config": None, "removal": removal},
+            {**layout, "has_norms": self._has_other_norms(), "per_layer": None, "config": None, "removal": removal},
         )
+
+    def _has_other_norms(self) -> bool:
+        norms = [describe_norm(module) for module in self.block.modules()]
+        return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
 
     def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> list[dict[str, Any]]:
         """Modules that go when no unit stays: the one that holds all of them if it gives what the reader gives, else
