@@ -50,14 +50,21 @@ def prove_sites(
         if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
-            refused |= {(site.block, kind): (site.name, per_layer) for site in sites}
+            refused |= {(site.block, kind): (site.name, per_layer + _shared(site)) for site in sites}
             continue
         stays = _difference(twin, sites, _nothing(sites), _pruned)
         for site in sites:
             removal = None if stays else site.layout["removal"]
             layout = {**site.layout, "per_layer": per_layer, "config": config, "removal": removal}
+            del layout["shared"]
             proven.append(replace(site, layout=layout))
     return _vanishing(twin, path, proven)
+
+
+def _shared(site: PrunableSite) -> str:
+    """What may stand in the way: matrices whose rows act on more than one unit, as before a norm over all heads."""
+    names = ", ".join(site.layout["shared"])
+    return f"; rows of {names} act on more than one of them" if names else ""
 
 
 def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> list[PrunableSite]:

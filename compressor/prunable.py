@@ -234,10 +234,11 @@ class _Finder:
         reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
         self.attention_readers.append(reader)
         columns = _columns(units, groups)
-        cuts = self._cuts(reader, units, groups)
+        cuts, shared = self._cuts(reader, units, groups)
         made = {
             "head_dim": head_dim,
             "query_heads": per_group,
+            "shared": [name for name in shared if _common([name, caller]) == caller],
             "attributes": {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
         }
         return self._site("heads", groups, reader, columns, cuts, caller, made)
@@ -282,8 +283,8 @@ class _Finder:
         sites = []
         for reader in readers:
             width = self._width(reader)
-            cuts = self._cuts(reader, torch.arange(width), width)
-            made: dict[str, Any] = {"attributes": {}}
+            cuts, _ = self._cuts(reader, torch.arange(width), width)
+            made: dict[str, Any] = {"attributes": {}, "shared": []}
             columns = tuple((column,) for column in range(width))
             sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
         if len(sites) > 1:
@@ -345,8 +346,11 @@ class _Finder:
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
 
-    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[Cut, ...]:
-        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is."""
+    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[tuple[Cut, ...], list[str]]:
+        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is.
+
+        Also the matrices whose rows act on more than one of them.
+        """
         codes = [torch.ones(count, dtype=torch.float64), *_codes(count)]
         owned: dict[str, Tensor] = {}
         for x in self.inputs:
@@ -365,6 +369,7 @@ class _Finder:
                 owned[name] = torch.where(owned[name] < 0, found, owned[name]) if name in owned else found
             if all(bool((found >= 0).all()) for found in owned.values() if bool((found >= 0).any())):
                 break
+        shared = [name for name, found in owned.items() if name in self.products and not bool((found >= 0).any())]
         cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, _columns(units, count))]
         made: set[str] = set()
         for name, found in sorted(owned.items(), key=lambda item: item[0] not in self.products):  # biases after weights
@@ -378,7 +383,7 @@ class _Finder:
                 made.add(bias)
         if len(cuts) == 1:
             raise ModelError("no matrix makes its units one by one", where=f"{self.where}.{_owner(reader)}")
-        return tuple(cuts)
+        return tuple(cuts), shared
 
     def _bias(self, weight: str, length: int) -> str | None:
         """The bias beside a weight: attention takes no notice of a shift of its keys, so no gradient would show it."""
