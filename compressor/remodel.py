@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from compressor.branches import check_widths, find_branches
 from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
+from compressor.prunable import KINDS, find_prunable
+from compressor.pruning import PrunableSite
 from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
@@ -28,11 +32,19 @@ from compressor.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; `given`, its parameters before any step.
+    """What a pass may know of the model; what takes a run is found when asked for.
 
-    raises ModelError for a model whose residual stream can't be rotated
+    given  its parameters before any step
     """
-    residual = read_residual(structure)
+
+    @cache
+    def residual() -> Residual:
+        return read_residual(structure)
+
+    @cache
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+        return find_prunable(structure, kinds)
+
     return ModelFacts(
         structure.architecture,
         structure.model.config.to_dict(),
@@ -40,9 +52,10 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         dict(structure.bindings.tied),
         residual,
         given,
-        lambda widths: _branches(structure, residual, widths),
+        lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
+        prunable,
     )
 
 
@@ -73,14 +86,25 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
         before = tuple(held[name].shape)
         shape = remodel.shapes.get(name, before)
         if shape is not None:
-            tensors |= _tensor_infos(structure, name, before, shape)
+            found = _tensor_infos(structure, name, before, shape)
+            tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[name] = _info(structure, shape, None)
+            tensors[renumbered(name, structure, remodel)] = _info(structure, shape, None)
     checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
     made = _config(config)
     cls = class_for(stock_class(structure.model), made)
     return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
+    """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
+    if remodel.blocks is None:
+        return name
+    place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
+    if place is None:
+        return name
+    return f"{name[: place.start(2)]}{remodel.blocks.index(int(place[2]))}{name[place.end(2) :]}"
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
