@@ -176,6 +176,10 @@ class Site(Protocol):
         """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight."""
         ...
 
+    def keep(self, weight: Weight, **record: Any) -> None:
+        """Leave the weight dense, as it is, and say so in the report's row of it; `record` as for `put`."""
+        ...
+
     def warn(self, code: str, where: str, message: str) -> None:
         """Add a warning to the report."""
         ...
@@ -298,8 +302,18 @@ class Pass(BaseModel):
         raise NotImplementedError
 
     def stored(self, weight: Weight) -> str | None:
-        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ."""
+        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ.
+
+        "dense" for a weight that is selected and better left as it is (`Site.keep`).
+        """
         return self.traits.stores
+
+    def alternatives(self, weight: Weight) -> tuple[str, ...]:
+        """Forms that the run may leave for `weight` instead of `stored`; "dense" where it may `keep` it.
+
+        None is larger than what `spec` lets `plan` predict, but for "dense": there `plan` counts the larger of the two.
+        """
+        return ()
 
     def spec(self, weight: Weight) -> dict[str, Any] | None:
         """Settings of the stored form this pass would leave for `weight`; None if the form keeps its own.

@@ -6,6 +6,7 @@ there when the next stage is asked for, as far as memory allows; what a pass see
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.plan import TAPE_SHARE
 from compressor.protocol import Group, Stage, State, Weight
@@ -124,24 +126,32 @@ class UnitSite:
         if not layer.weight_only:
             self.installed.install(weight, layer.to(self.device))
         self.put_layers[weight.name] = (form, layer)
+        stored = sum(tensor.nbytes for tensor in layer.tensors().values())
+        self._record(weight, layer.form, layer.spec(), stored, record)
+
+    def keep(self, weight: Weight, **record: Any) -> None:
+        assert self.is_open and weight.name not in self.put_layers, "what was put can't be kept as it was"
+        self._record(weight, DENSE, {}, math.prod(weight.shape) * self.dtype.itemsize, record)
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
         self.records.append(
             {
                 "name": weight.name,
                 "unit": self.unit,
-                "form": layer.form,
-                "spec": layer.spec(),
+                "form": form,
+                "spec": spec,
                 "shape": list(weight.shape),
                 "role": weight.role,
-                "bytes_after": sum(tensor.nbytes for tensor in layer.tensors().values()),
+                "bytes_after": size,
                 "seconds": now - self.began,
-                **record,
+                **more,
             }
         )
         self.began = now
-
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
 
     def _untie(self, weight: Weight) -> None:
         """A tied head that is changed gets storage of its own."""
