@@ -23,9 +23,11 @@ BUILTIN = {
     "block_linear": "compressor.layers.block_linear:BlockLinear",
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
+    "low_rank_linear": "compressor.layers.low_rank_linear:LowRankLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
     "rms_norm": "compressor.layers.rms_norm:RmsNorm",
     "rotated_block": "compressor.layers.rotated_block:RotatedBlock",
+    "sparse_factor_linear": "compressor.layers.sparse_factor_linear:SparseFactorLinear",
     "table_activation": "compressor.layers.table_activation:TableActivation",
     "table_norm": "compressor.layers.table_norm:TableNorm",
 }
