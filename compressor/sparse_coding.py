@@ -197,15 +197,16 @@ def factorize(
 ) -> SparseFactors:
     """Blocks in turn, each by alternating pursuit and closed-form atoms; a block changes only where E falls.
 
-    The first atoms of a block are the directions of its SVD, in the metric; where there are more atoms than those, they
+    Blocks that were not solved yet count as W itself, so each makes up for the errors of those before it. (With zeros
+    in their place the first blocks would make up for what later ones bring anyway: twice the error in the end.) The first atoms of a block are the directions of its SVD, in the metric; where there are more atoms than those, they
     are rows of its target far apart in direction.
 
     matrix  (out, in) float32 or float64, in divisible by `block`
     rounds  pursuits a block and sweep
-    watch   gets E after each accepted change, for tests
+    watch   gets E after each accepted change, once all blocks are solved; for tests
     """
     out, blocks = len(matrix), matrix.shape[1] // block
-    rest = matrix.clone()  # W - W'
+    rest = torch.zeros_like(matrix)  # W - W'
     found = SparseFactors(
         matrix.new_zeros(blocks, atoms, block),
         matrix.new_zeros(out, blocks, k),
@@ -218,7 +219,9 @@ def factorize(
             seen = target @ lower
             if not bool(seen.any()):
                 continue
-            best = float(((target - matrix[:, columns] + rest[:, columns]) @ lower).square().sum())
+            best = math.inf
+            if sweep:
+                best = float(((target - matrix[:, columns] + rest[:, columns]) @ lower).square().sum())
             start = found.atoms[b] if sweep else first_atoms(target, lower, atoms, generator)
             for _ in range(rounds):
                 values, index = pursue(seen, start @ lower, k)
@@ -229,7 +232,8 @@ def factorize(
                     best = error
                     found.atoms[b], found.values[:, b], found.index[:, b] = start, values, index
                     rest[:, columns] = matrix[:, columns] - product
-                    watch(metric.error(rest))
+                    if sweep or b == blocks - 1:
+                        watch(metric.error(rest))
     return found
 
 

@@ -79,6 +79,8 @@ class SparseFactorLinear(Layer):
         index   (out, blocks, k) int64, ascending in each row, < m
         raises  ShapeError if the index doesn't ascend within m
         """
+        if bool((index[..., 1:] <= index[..., :-1]).any()):
+            raise ShapeError("the indices of a row must ascend")
         count, block, k = atoms.shape[1], atoms.shape[2], values.shape[2]
         stored = getattr(torch, kind)
         tensors = {"weight_index": pack_index(index.reshape(-1, k), count)}

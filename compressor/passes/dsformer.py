@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 FORM, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
-WIDEST_BLOCK = 512  # a pursuit's cost grows with k² m, and both grow with the block
+WIDEST_BLOCK = 384  # a pursuit's cost grows with k² m, and both grow with the block
 NARROWEST_BLOCK = 8
 RATIO_TOLERANCE = 0.01
 
@@ -72,9 +72,9 @@ class DSFormer(Pass):
     ratio: float | None = Field(
         None, gt=0, lt=1, description="Bytes kept, of each weight in 16 bits. Null is 0.5 unless atoms and k are given."
     )
-    density: float = Field(0.6, gt=0, le=1, description="With ratio: k / atoms is chosen as near to it as bytes allow.")
+    density: float = Field(0.4, gt=0, le=1, description="With ratio: k / atoms is chosen as near to it as bytes allow.")
     block_size: PositiveInt | None = Field(
-        None, description="Inputs that share atoms; null is the largest divisor of a weight's inputs up to 512."
+        None, description="Inputs that share atoms; null is the largest divisor of a weight's inputs up to 384."
     )
     atoms: PositiveInt | None = Field(None, le=4096, description="Atoms a block, in place of ratio.")
     k: PositiveInt | None = Field(None, description="Atoms that each output combines, of each block.")
@@ -83,7 +83,7 @@ class DSFormer(Pass):
         "output", description="Least error of the outputs on calibration data, or of the weights (needs no data)."
     )
     sweeps: int = Field(2, ge=1, le=10, description="Times that all blocks of a weight are solved in turn.")
-    pursuits: int = Field(5, ge=1, le=50, description="Pursuits and updates of the atoms, for each block and sweep.")
+    pursuits: int = Field(3, ge=1, le=50, description="Pursuits and updates of the atoms, for each block and sweep.")
     damping: float = Field(0.01, gt=0, le=1, description="Damping as a fraction of the mean of diag(H).")
     max_rel_error: float | None = Field(
         None, gt=0, le=1, description="Beyond this share of the squared output a matrix stays dense."
