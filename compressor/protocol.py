@@ -173,7 +173,23 @@ class Site(Protocol):
         ...
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
-        """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight."""
+        """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight.
+
+        A weight may be put again, which replaces what was put and its row.
+        """
+        ...
+
+    @property
+    def batches(self) -> int:
+        """How many calibration batches there are."""
+        ...
+
+    def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> torch.Tensor:
+        """What the block as it is now makes of a calibration batch, (samples, tokens, width).
+
+        stand_ins  modules to call in place of those that hold these weights (no experts), biases included, for this
+                   once; with any, gradients flow to whatever they multiply by
+        """
         ...
 
     def keep(self, weight: Weight, **record: Any) -> None:

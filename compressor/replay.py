@@ -87,9 +87,9 @@ class Pieces:
             raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
         return first[0], calls
 
-    def block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def block(self, index: int, hidden: Tensor, call: Call, with_gradients: bool = False) -> Tensor:
         """Hidden states after one block."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_gradients):
             out = self.blocks[index](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
