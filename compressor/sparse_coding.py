@@ -198,7 +198,9 @@ def factorize(
     """Blocks in turn, each by alternating pursuit and closed-form atoms; a block changes only where E falls.
 
     Blocks that were not solved yet count as W itself, so each makes up for the errors of those before it. (With zeros
-    in their place the first blocks would make up for what later ones bring anyway: twice the error in the end.) The first atoms of a block are the directions of its SVD, in the metric; where there are more atoms than those, they
+    in their place the first blocks would make up for what later ones bring anyway: twice the error in the end.)
+
+    The first atoms of a block are the directions of its SVD, in the metric; where there are more atoms than those, they
     are rows of its target far apart in direction.
 
     matrix  (out, in) float32 or float64, in divisible by `block`
