@@ -17,7 +17,7 @@ from compressor.factorization import SCALE_BYTES, Metric, value_bytes
 from compressor.lazy import torch
 
 RIDGE = 1e-6  # of the atoms' squared norm, in the least squares on a support; of the mean diagonal in those of atoms
-ROWS_AT_ONCE = 1 << 24  # values of the largest temporary of a pursuit
+VALUES_AT_ONCE = 1 << 20  # values of the largest temporary of a pursuit: 4 MB, which caches hold; all at once is slower
 
 
 @dataclass
@@ -57,7 +57,7 @@ def pursue(targets: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.Te
     atoms    (m, B), any norms; one of zeros is chosen last
     returns  values (rows, k), index (rows, k) int64 ascending
     """
-    step = max(1, ROWS_AT_ONCE // (k * len(atoms)))
+    step = max(1, VALUES_AT_ONCE // (k * len(atoms)))
     parts = [_pursue(part, atoms, k) for part in targets.split(step)]
     return torch.cat([values for values, _ in parts]), torch.cat([index for _, index in parts])
 
@@ -77,7 +77,7 @@ def _pursue(targets: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.T
         chosen = products.abs().masked_fill(~free, -1).argmax(1, keepdim=True)  # (rows, 1)
         before = directions[:, :j]
         own = before.gather(2, chosen[:, None].expand(-1, j, 1))  # (rows, j, 1), the part along earlier directions
-        rest = gram[chosen[:, 0]] - (before * own).sum(1)
+        rest = gram[chosen[:, 0]] - torch.bmm(own.transpose(1, 2), before)[:, 0]
         size = rest.gather(1, chosen).clamp(min=RIDGE).sqrt()
         directions[:, j] = rest / size
         amount = products.gather(1, chosen) / size

@@ -8,7 +8,6 @@ Courville 2013, arXiv 1308.3432).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,7 +88,7 @@ def train(
     optimizer = torch.optim.Adam(
         [{"params": [parameter], "lr": rate * size} for parameter, size in zip(parameters, sizes, strict=True)]
     )
-    best, kept = mean_loss(run, targets, held), [copy.deepcopy(module.state_dict()) for module in modules]
+    best, kept = mean_loss(run, targets, held), [parameter.detach().clone() for parameter in parameters]
     for step in range(1, steps + 1):
         batch = training[int(torch.randint(len(training), (1,), generator=generator))]
         with torch.enable_grad():
@@ -100,6 +99,7 @@ def train(
         if step % CHECK_EVERY == 0 or step == steps:
             found = mean_loss(run, targets, held)
             if found < best:
-                best, kept = found, [copy.deepcopy(module.state_dict()) for module in modules]
-    for module, state in zip(modules, kept, strict=True):
-        module.load_state_dict(state)
+                best, kept = found, [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)

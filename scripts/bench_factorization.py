@@ -41,7 +41,7 @@ from compressor.run import compress
 from compressor.settings import EvalDataSettings
 
 BATCH = 16
-RATIOS = {"float16": (0.25, 0.5, 0.35, 0.16), "int8": (0.25, 0.15, 0.1)}
+RATIOS = {"float16": (0.25, 0.5, 0.15), "int8": (0.25, 0.15, 0.08)}
 BITS = (4, 3, 2)
 
 

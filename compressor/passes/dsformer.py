@@ -23,9 +23,9 @@ Its rival. At no more bytes the best product of two thin matrices (`compressor.f
 rounded to their stored type, and the one with the smaller E is stored; a tie goes to the thin ones, which run faster.
 
 Sizes [ours]. `ratio` is bytes kept, of the weight in 16 bits, whatever dtype the model has. Of the pairs (m, k) that
-fill those bytes to within 1 %, the one with k / m nearest to `density` is taken. Best was 0.5 to 0.7, with blocks as
-wide as they could be; only matrices with many more inputs than outputs did better with narrow ones at small ratios.
-Which entries a row has is stored as numbers or as a bit for each atom, whichever is less.
+fill those bytes to within 1 %, the one with k / m nearest to `density` is taken; by default two are tried: 0.35, which
+was best for MiniLM, and 0.7, for the small Llama, whose spectra fall faster. Which entries a row has is stored as
+numbers or as a bit for each atom, whichever is less.
 
 Refinement, the paper's STF as a post-training step [ours]: with `refine_steps`, all factors of a block are trained
 together towards the outputs of the dense block on the same inputs, choices of atoms included (`straight_through`): Adam
@@ -65,6 +65,7 @@ FORM, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 WIDEST_BLOCK = 384  # a pursuit's cost grows with k² m, and both grow with the block
 NARROWEST_BLOCK = 8
+DENSITIES = (0.35, 0.7)  # slowly and fast falling spectra, by our measurement
 RATIO_TOLERANCE = 0.01
 
 
@@ -117,7 +118,9 @@ class DSFormer(Pass):
     ratio: float | None = Field(
         None, gt=0, lt=1, description="Bytes kept, of each weight in 16 bits. Null is 0.5 unless atoms and k are given."
     )
-    density: float = Field(0.4, gt=0, le=1, description="With ratio: k / atoms is chosen as near to it as bytes allow.")
+    density: float | None = Field(
+        None, gt=0, le=1, description="With ratio: k / atoms as near to it as bytes allow. Null tries 0.35 and 0.7."
+    )
     block_size: PositiveInt | None = Field(
         None, description="Inputs that share atoms; null is the largest divisor of a weight's inputs up to 384."
     )
@@ -163,14 +166,16 @@ class DSFormer(Pass):
         return "upper bounds"
 
     def stored(self, weight: Weight) -> str | None:
-        return FORM if weight.is_function or self._shape(weight) is not None else DENSE
+        return FORM if weight.is_function or self._shapes(weight) else DENSE
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         return (RIVAL,) if self.max_rel_error is None else (RIVAL, DENSE)
 
     def spec(self, weight: Weight) -> dict[str, Any]:
-        atoms, k = self._shape(weight) or (1, 1)
-        return {"block": self._block(weight), "atoms": atoms, "k": k, "values": self.values}
+        block = self._block(weight)
+        sizes = {block_bytes(weight.shape, block, *shape, self.values): shape for shape in self._shapes(weight)}
+        atoms, k = sizes[max(sizes)]
+        return {"block": block, "atoms": atoms, "k": k, "values": self.values}
 
     def _block(self, weight: Weight) -> int:
         """raises ShapeError where the inputs of the weight have no such blocks"""
@@ -197,17 +202,21 @@ class DSFormer(Pass):
             )
         return self.block_size
 
-    def _shape(self, weight: Weight) -> tuple[int, int] | None:
-        """(atoms, k), or None where the weight would not shrink."""
+    def _shapes(self, weight: Weight) -> list[tuple[int, int]]:
+        """(atoms, k) to be tried; none where the weight would not shrink."""
         try:
             block = self._block(weight)
         except ShapeError:
-            return 1, 1  # `spec` says why it can't be
+            return [(1, 1)]  # `spec` says why it can't be
         if self.atoms is not None and self.k is not None:
             size = block_bytes(weight.shape, block, self.atoms, self.k, self.values)
-            return (self.atoms, self.k) if shrinks(weight.shape, size) else None
+            return [(self.atoms, self.k)] if shrinks(weight.shape, size) else []
         wanted = int((self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape))
-        return choose_shape(weight.shape, block, wanted, self.density, self.values, RATIO_TOLERANCE)
+        densities = DENSITIES if self.density is None else (self.density,)
+        found = [
+            choose_shape(weight.shape, block, wanted, density, self.values, RATIO_TOLERANCE) for density in densities
+        ]
+        return sorted({shape for shape in found if shape is not None})
 
     def block(self, site: Site, carry: Carry) -> Carry:
         refines = bool(self.refine_steps and site.stages())
@@ -268,15 +277,16 @@ class DSFormer(Pass):
     def _store(self, site: Site, weight: Weight, metric: Metric, tokens: int) -> Solved | None:
         """The weight as it was stored; None if it stays dense."""
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
-        shape = self._shape(weight)
-        if shape is None:
+        shapes = self._shapes(weight)
+        if not shapes:
             self._keep(site, weight, "what these settings give is not smaller than the weight in 16 bits", record)
             return None
-        block, (atoms, k) = self._block(weight), shape
-        size = block_bytes(weight.shape, block, atoms, k, self.values)
+        block = self._block(weight)
+        size = max(block_bytes(weight.shape, block, *shape, self.values) for shape in shapes)
         self._check_ratio(site, weight, size)
         matrix = site.matrix(weight)
-        layer, error = self._sparse(matrix, metric, block, atoms, k, site.generator)
+        tried = [self._sparse(matrix, metric, block, atoms, k, site.generator) for atoms, k in shapes]
+        layer, error = min(tried, key=lambda found: found[1])
         rival, rival_error = self._low_rank(matrix, metric, largest_rank(weight.shape, size, self.values))
         record |= {"relative_error": error, "relative_error_svd": rival_error, "chosen": "sparse"}
         best: SparseFactorLinear | LowRankLinear = layer
