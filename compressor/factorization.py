@@ -15,15 +15,16 @@ from compressor.linalg import Gram
 from compressor.protocol import Group, Site, Stage
 
 REFERENCE_BYTES = 2  # ratios are of the bytes of a weight in 16 bits, whatever dtype the model is held in
+TINY = 1e-30  # in place of zeros that are divided by
 LADDER = 3  # how often damping is raised tenfold before giving up
 SCALE_BYTES = 4
-EXACT_INPUTS = 1024  # up to which second moments are summed in float64
+EXACT_INPUTS = 1024  # up to which second moments are summed, and spectra found, in float64
 
 
 @dataclass(frozen=True)
 class Metric:
-    """hessian  (in, in) float64, damped
-    lower    L of H = L Lᵀ
+    """hessian  (in, in) float64, or float32 where there are many inputs; damped
+    lower    L of H = L Lᵀ, of the same type
     damping  what was added to the diagonal, as a fraction of its mean; 0 where no input was seen and H = I
     """
 
@@ -38,11 +39,11 @@ class Metric:
 
     def error(self, change: torch.Tensor) -> float:
         """E of a change (out, in) of the weight."""
-        return float((change.double() @ self.lower).square().sum())
+        return float((change.to(self.lower.dtype) @ self.lower).square().sum())
 
     def relative_error(self, matrix: torch.Tensor, stand_in: torch.Tensor) -> float:
         """E of the stand-in as a share of E of nothing."""
-        return self.error(matrix - stand_in) / max(self.error(matrix), 1e-300)
+        return self.error(matrix - stand_in) / max(self.error(matrix), TINY)
 
 
 def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where: str) -> Metric:
@@ -67,7 +68,7 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         damped.diagonal().add_(share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            return Metric(damped, lower, share)
+            return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
     raise PassError(
         f"its second moments are not positive definite even with damping {share:g}",
         where=where,
@@ -97,7 +98,7 @@ def stage_metrics(site: Site, stage: Stage, damping: float, of_outputs: bool) ->
 class Spectrum:
     """W L = U Σ Vᵀ of a weight, from which its best stand-in of any rank follows.
 
-    left    (out, n) float64, U
+    left    (out, n), U, of the metric's type as all of it
     values  (n,) σ, descending
     right   (n, in), Vᵀ L⁻¹
     """
@@ -112,7 +113,7 @@ class Spectrum:
         A column of A and its row of C get the same norm, so that neither leaves the range of 16 bits before the other.
         """
         left, right = self.left[:, :rank] * self.values[:rank], self.right[:rank]
-        sizes = [part.norm(dim=dim).clamp(min=1e-150) for part, dim in ((left, 0), (right, 1))]
+        sizes = [part.norm(dim=dim).clamp(min=TINY) for part, dim in ((left, 0), (right, 1))]
         balance = (sizes[1] / sizes[0]).sqrt()
         return left * balance, right / balance[:, None]
 
@@ -120,7 +121,7 @@ class Spectrum:
         """(n + 1,) E of the best stand-in of rank 0, 1, ... n, as a share of E(0)."""
         squares = self.values.square()
         left = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))
-        return left / left[0].clamp(min=1e-300)
+        return left / left[0].clamp(min=TINY)
 
     def rank_of_energy(self, energy: float) -> int:
         """The least rank whose share of Σ σ² reaches `energy`; at least 1."""
@@ -131,7 +132,7 @@ class Spectrum:
 
 def spectrum(matrix: torch.Tensor, metric: Metric) -> Spectrum:
     """matrix (out, in)"""
-    left, values, right = torch.linalg.svd(matrix.double() @ metric.lower, full_matrices=False)
+    left, values, right = torch.linalg.svd(matrix.to(metric.lower.dtype) @ metric.lower, full_matrices=False)
     back = torch.linalg.solve_triangular(metric.lower, right, upper=False, left=False)
     return Spectrum(left, values, back)
 

@@ -34,7 +34,7 @@ on seeded batches, best of the checks on a held-out tenth of the batches, kept o
 Not offered: patterns such as 2:4 on S. Second moments that no damping makes positive definite are an error.
 
 Cost per matrix and pursuit: out·(B·m + k²·m/2) multiply-adds a block, out·in² for the blocks' targets a sweep, and the
-rival's SVD. Memory: 8·in² bytes twice for H and L, 64 MB for a pursuit.
+rival's SVD. Memory: H and L, 16·in² bytes, 8·in² beyond 1024 inputs.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class DSFormer(Pass):
         return "upper bounds"
 
     def stored(self, weight: Weight) -> str | None:
-        return FORM if weight.is_function or self._shapes(weight) else DENSE
+        if weight.is_function or weight.role == "embedding":  # refused, whatever its size
+            return FORM
+        return FORM if self._shapes(weight) else DENSE
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         return (RIVAL,) if self.max_rel_error is None else (RIVAL, DENSE)
