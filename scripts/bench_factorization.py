@@ -41,7 +41,7 @@ from compressor.run import compress
 from compressor.settings import EvalDataSettings
 
 BATCH = 16
-RATIOS = {"float16": (0.25, 0.5, 0.15), "int8": (0.25, 0.15, 0.08)}
+RATIOS = (0.25, 0.5, 0.15)
 BITS = (4, 3, 2)
 
 
@@ -56,10 +56,13 @@ def main() -> None:
     measuring.add_argument("--test-samples", type=int, default=2000)
     measuring.add_argument("--length", type=int, default=64)
     measuring.add_argument("--seed", type=int, default=0)
+    measuring.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of dsformer and low_rank")
+    measuring.add_argument("--values", nargs="*", default=["float16", "int8"], help="stored types of both")
+    measuring.add_argument("--bits", type=int, nargs="*", default=BITS, help="of gptq")
     measuring.add_argument("--group-size", type=int, default=64, help="of gptq")
     measuring.add_argument("--refine-steps", type=int, default=0, help="adds dsformer float16 refined by so many steps")
     measuring.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    measuring.add_argument("--output", type=Path, required=True, help="JSON, rewritten after each point")
+    measuring.add_argument("--output", type=Path, required=True, help="JSON; points that it already has are kept")
     plotting = commands.add_parser("plot")
     plotting.add_argument("rows", type=Path, nargs="+", help="what `measure` has written")
     plotting.add_argument("--output", type=Path, required=True, help="SVG")
@@ -72,14 +75,13 @@ def main() -> None:
 
 def steps(settings: argparse.Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Method, what it was asked for, and its step of a recipe."""
-    for values, ratios in RATIOS.items():
-        for ratio in ratios:
+    for bits in settings.bits:
+        yield "gptq", bits, {"pass": "gptq", "bits": bits, "group_size": settings.group_size}
+    for values in settings.values:
+        for ratio in settings.ratios:
             for name in ("dsformer", "low_rank"):
                 yield f"{name} {values}", ratio, {"pass": name, "ratio": ratio, "values": values}
-        if values == "float16":
-            for bits in BITS:
-                yield "gptq", bits, {"pass": "gptq", "bits": bits, "group_size": settings.group_size}
-    for ratio in RATIOS["float16"] if settings.refine_steps else ():
+    for ratio in settings.ratios if settings.refine_steps else ():
         more = {"refine_steps": settings.refine_steps}
         yield "dsformer float16 refined", ratio, {"pass": "dsformer", "ratio": ratio, **more}
 
@@ -118,7 +120,12 @@ def measure(settings: argparse.Namespace) -> None:
         "dense": quality(wanted, wanted, samples, causal),
         "rows": [],
     }
+    if settings.output.exists():
+        result["rows"] = json.loads(settings.output.read_text())["rows"]
+    done = {(row["method"], row["asked"]) for row in result["rows"]}
     for method, asked, step in steps(settings):
+        if (method, asked) in done:
+            continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             tree = {"version": 1, "name": "bench", "seed": settings.seed, "data": data, "steps": [step]}
