@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ from compressor.structure import read_structure
 from compressor.verify import load_stock, run_child
 
 BOOTSTRAP_DRAWS = 1000
+SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
 QUALITY = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy")
 DIRECTION = {
@@ -127,10 +129,8 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     for file in files:
         for name, info in read_header(file).items():
             stem, _, suffix = name.rpartition(".")
-            if stem in forms and suffix in ("weight_packed", "weight"):
-                kind = "quantized"
-            elif stem in forms and suffix != "bias":
-                kind = "scales"
+            if stem in forms and suffix != "bias":
+                kind = "scales" if SCALES.search(suffix) else "quantized"
             elif parameter.get(name) in embedded:
                 kind = "embedding"
             elif parameter.get(name) in head:

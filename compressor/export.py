@@ -70,13 +70,6 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
     shaped = is_reshaped(model.config)
     if not forms and not shaped:
         return Route("dense", "no weight changed its form")
-    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
-    if len(expert_specs) > 1:
-        raise PreflightError(
-            "experts are stored in more than one scheme",
-            where="steps",
-            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
-        )
     experts = {form.form: form.weight.name for form in forms if form.weight.expert is not None}
     for kind, name in experts.items():
         if not find_layer(kind).weight_only:
@@ -85,6 +78,13 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
             )
+    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
+    if len(expert_specs) > 1:
+        raise PreflightError(
+            "experts are stored in more than one scheme",
+            where="steps",
+            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
+        )
     family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
         return Route(family, f"every weight fits {family}; plain transformers loads it")

@@ -21,7 +21,7 @@ from compressor.checkpoint import resolve_model
 from compressor.errors import CompressError, PreflightError
 from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.functions import Functions, find_functions
-from compressor.layers import find_layer
+from compressor.layers import DENSE, find_layer
 from compressor.matching import LEFT_OUT, select
 from compressor.modelling import modelling_file
 from compressor.protocol import FUNCTION_ROLES, Decision, Fact, ModelFacts, Remodel, Weight
@@ -78,6 +78,7 @@ class Plan:
     structure the model that steps which store weights work on: the source, or what `reshapes` make of it
     selected  step path -> the weights it touches
     forms     weight name -> the form it will have (only those that change)
+    counted_dense  of these the ones that may stay dense (`Pass.alternatives`) and would be larger for it
     functions activations, norms and softmax, if any step selects such
     sizes     all in bytes; artifact_bytes counts what loading needs, not reports
     """
@@ -88,6 +89,7 @@ class Plan:
     reshapes: list[Reshape] = field(default_factory=list)
     selected: dict[tuple[str | int, ...], list[Weight]] = field(default_factory=dict)
     forms: dict[str, Form] = field(default_factory=dict)
+    counted_dense: set[str] = field(default_factory=set)
     functions: Functions = field(default_factory=Functions)
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -313,32 +315,41 @@ def _check_facts(plan: Plan) -> None:
 def _follow_forms(plan: Plan) -> None:
     """Each weight's stored form from step to step; steps that don't accept what they find are problems."""
     forms: dict[str, str] = {}
+    tied = plan.structure.bindings.tied
     changed_by: dict[str, Step] = {}
     dtype_bytes = plan.structure.dtype.itemsize
     for number, step in enumerate(plan.recipe.steps):
         traits = step.settings.traits
         refused: list[Weight] = []
         for weight in plan.selected[step.path]:
-            found = forms.get(weight.name, "dense")
+            found = forms.get(weight.name, DENSE)
             if found not in traits.accepts:
                 refused.append(weight)
                 continue
             stored = step.settings.stored(weight)
             if stored is None:
                 continue
-            if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
-                plan.problems.append(_unfit(step, stored, weight))
-                continue
-            try:
-                spec = step.settings.spec(weight) or {}
-            except CompressError as problem:
-                plan.problems.append(problem)
-                continue
-            forms[weight.name] = stored
-            changed_by[weight.name] = step
-            form = Form(stored, spec, weight)
-            plan.forms[weight.name] = form
-            before = math.prod(weight.shape) * dtype_bytes if weight.shape else 0
+            before = after = math.prod(weight.shape) * dtype_bytes if weight.shape else 0
+            if stored != DENSE:
+                if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
+                    plan.problems.append(_unfit(step, stored, weight))
+                    continue
+                may_stay = DENSE in step.settings.alternatives(weight)
+                if may_stay and weight.parameter in tied:
+                    plan.problems.append(_undecided_tie(step, weight, tied[weight.parameter]))
+                    continue
+                try:
+                    form = Form(stored, step.settings.spec(weight) or {}, weight)
+                except CompressError as problem:
+                    plan.problems.append(problem)
+                    continue
+                forms[weight.name] = stored
+                changed_by[weight.name] = step
+                plan.forms[weight.name] = form
+                after = sum(size for *_, size in _planned(form, plan.structure.dtype))
+                if may_stay and before > after:
+                    plan.counted_dense.add(weight.name)
+                    after = before
             plan.rows.append(
                 {
                     "name": weight.name,
@@ -349,7 +360,7 @@ def _follow_forms(plan: Plan) -> None:
                     "from": found,
                     "to": stored,
                     "bytes_before": before,
-                    "bytes_after": sum(size for *_, size in _planned(form, plan.structure.dtype)),
+                    "bytes_after": after,
                 }
             )
         if refused:
@@ -379,6 +390,15 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
     )
 
 
+def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
+    """config.json has to say whether head and table are one, before the run has found out."""
+    return PreflightError(
+        f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
+        where=".".join(map(str, step.path)),
+        hint="Leave it out with `except`.",
+    )
+
+
 def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
     layer = find_layer(form.form)
     for suffix, (kind, shape) in layer.planned(form.weight.shape, form.spec, dtype).items():
@@ -391,7 +411,8 @@ def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype,
 def planned_tensors(plan: Plan) -> list[Named]:
     """Every tensor of the result, in the order of units."""
     structure = plan.structure
-    replaced = {name for form in plan.forms.values() for name in (form.weight.tensor, form.bias)}
+    stored = {name: form for name, form in plan.forms.items() if name not in plan.counted_dense}
+    replaced = {name for form in stored.values() for name in (form.weight.tensor, form.bias)}
     by_unit: dict[int, list[Named]] = {}
     for tensor, unit in structure.unit_of.items():
         if tensor not in replaced:
@@ -400,8 +421,8 @@ def planned_tensors(plan: Plan) -> list[Named]:
             size = info.nbytes // info.dtype.itemsize * kind.itemsize
             by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
     for unit, weight in [*structure.weights(), *plan.functions.all()]:
-        if weight.name in plan.forms:
-            for name, kind, shape, size in _planned(plan.forms[weight.name], structure.dtype):
+        if weight.name in stored:
+            for name, kind, shape, size in _planned(stored[weight.name], structure.dtype):
                 by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
     return [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
 

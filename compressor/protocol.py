@@ -175,7 +175,27 @@ class Site(Protocol):
         ...
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
-        """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight."""
+        """Replace the weight by its stored form; `record` (JSON values) goes to the report's row of this weight.
+
+        A weight may be put again, which replaces what was put and its row.
+        """
+        ...
+
+    @property
+    def batches(self) -> int:
+        """How many calibration batches there are."""
+        ...
+
+    def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> torch.Tensor:
+        """What the block as it is now makes of a calibration batch, (samples, tokens, width).
+
+        stand_ins  modules to call in place of those that hold these weights (no experts), biases included, for this
+                   once; with any, gradients flow to whatever they multiply by
+        """
+        ...
+
+    def keep(self, weight: Weight, **record: Any) -> None:
+        """Leave the weight dense, as it is, and say so in the report's row of it; `record` as for `put`."""
         ...
 
     def warn(self, code: str, where: str, message: str) -> None:
@@ -393,8 +413,18 @@ class Pass(BaseModel):
         raise NotImplementedError
 
     def stored(self, weight: Weight) -> str | None:
-        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ."""
+        """Name of the form this pass would leave for `weight`: that of its traits, unless kinds of weights differ.
+
+        "dense" for a weight that is selected and better left as it is (`Site.keep`).
+        """
         return self.traits.stores
+
+    def alternatives(self, weight: Weight) -> tuple[str, ...]:
+        """Forms that the run may leave for `weight` instead of `stored`; "dense" where it may `keep` it.
+
+        None is larger than what `spec` lets `plan` predict, but for "dense": there `plan` counts the larger of the two.
+        """
+        return ()
 
     def spec(self, weight: Weight) -> dict[str, Any] | None:
         """Settings of the stored form this pass would leave for `weight`; None if the form keeps its own.

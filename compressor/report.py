@@ -119,7 +119,7 @@ def build_report(
         "verification": {**NOT_VERIFIED, **verification},
         "kernels": [
             {"op": form, "chosen": "reference", "why": "no other kernel is built yet"}
-            for form in sorted({row["to"] for row in plan.rows})
+            for form in sorted({record["form"] for line in lines for record in line["records"]} - {"dense"})
         ],
         "run": {**run, "seconds_by_weight": seconds},
         "environment": environment,

@@ -6,8 +6,9 @@ there when the next stage is asked for, as far as memory allows; what a pass see
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.plan import TAPE_SHARE
 from compressor.protocol import Group, Stage, State, Weight
@@ -111,6 +113,8 @@ class UnitSite:
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         assert self.is_open, "nothing can be put while a pass decides"
         form = Form(layer.form, layer.spec(), weight)
+        if weight.name in self.put_layers:
+            self.installed.take_back(weight)
         self._untie(weight)
         for stream in self.streams:  # whoever has multiplied by the weight has to do it again
             if stream.tape is not None and (weight.is_function or weight.parameter in stream.tape.passed):
@@ -124,24 +128,48 @@ class UnitSite:
         if not layer.weight_only:
             self.installed.install(weight, layer.to(self.device))
         self.put_layers[weight.name] = (form, layer)
+        stored = sum(tensor.nbytes for tensor in layer.tensors().values())
+        self._record(weight, layer.form, layer.spec(), stored, record)
+
+    def keep(self, weight: Weight, **record: Any) -> None:
+        assert self.is_open and weight.name not in self.put_layers, "what was put can't be kept as it was"
+        self._record(weight, DENSE, {}, math.prod(weight.shape) * self.dtype.itemsize, record)
+
+    @property
+    def batches(self) -> int:
+        return len(self.streams)
+
+    def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
+        assert 1 <= self.unit <= self.structure.block_count, "stem and head have no output of their own"
+        stream, index = self.streams[batch], self.unit - 1
+        placed = Installed(self.structure)
+        try:
+            for weight, module in (stand_ins or {}).items():
+                placed.place(weight, module)
+            return self.structure.pieces.block(index, stream.hidden, stream.calls[index], gradients=bool(stand_ins))
+        finally:
+            placed.remove()
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
+        self.records = [known for known in self.records if known["name"] != weight.name]  # it may be put again
         self.records.append(
             {
                 "name": weight.name,
                 "unit": self.unit,
-                "form": layer.form,
-                "spec": layer.spec(),
+                "form": form,
+                "spec": spec,
                 "shape": list(weight.shape),
                 "role": weight.role,
-                "bytes_after": sum(tensor.nbytes for tensor in layer.tensors().values()),
+                "bytes_after": size,
                 "seconds": now - self.began,
-                **record,
+                **more,
             }
         )
         self.began = now
-
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
 
     def _untie(self, weight: Weight) -> None:
         """A tied head that is changed gets storage of its own."""

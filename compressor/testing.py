@@ -20,6 +20,7 @@ import yaml
 
 from compressor.artifact import MANIFEST, load, read_manifest
 from compressor.files import file_sha256
+from compressor.layers import DENSE
 from compressor.plan import Plan, make_plan
 from compressor.protocol import Pass
 from compressor.recipe import Recipe, parse_recipe
@@ -108,8 +109,9 @@ def _check_forms(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
     selected = plan.selected[plan.recipe.steps[-1].path]
     assert set(stored) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
-        promised = settings.stored(weight) or "dense"
-        assert stored[weight.name] == promised, f"{promised} is promised for {weight.name}, {stored[weight.name]} is it"
+        promised = (settings.stored(weight) or DENSE, *settings.alternatives(weight))
+        found = stored[weight.name]
+        assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
 
 
 def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:

@@ -122,13 +122,21 @@ class Installed:
 
     def install(self, weight: Weight, layer: Layer) -> None:
         """Put the layer, with the module's bias, in place of the module that holds the weight or is the function."""
-        path = weight.parameter.removesuffix(".weight")
-        owner, _, leaf = path.rpartition(".")
-        module = getattr(self.structure.model.get_submodule(owner), leaf, None)
-        self.originals.setdefault(path, module)
         if not layer.holds_bias(layer.spec()):
-            layer.bias = getattr(module, "bias", None)  # type: ignore[assignment]
-        self._set(path, layer.eval())
+            layer.bias = getattr(self._module(weight), "bias", None)  # type: ignore[assignment]
+        self.place(weight, layer.eval())
+
+    def place(self, weight: Weight, module: nn.Module) -> None:
+        """Put a module in place of the one that holds the weight."""
+        path = weight.parameter.removesuffix(".weight")
+        self.originals.setdefault(path, self._module(weight))
+        self._set(path, module)
+
+    def take_back(self, weight: Weight) -> None:
+        """Give the module that holds the weight its place back, if a layer has it."""
+        path = weight.parameter.removesuffix(".weight")
+        if path in self.originals:
+            self._set(path, self.originals.pop(path))
 
     def install_stored(self, source: UnitSource, device: torch.device) -> None:
         """The same for every such form that the source holds."""
@@ -141,6 +149,10 @@ class Installed:
         for path, module in self.originals.items():
             self._set(path, module)
         self.originals.clear()
+
+    def _module(self, weight: Weight) -> nn.Module | None:
+        owner, _, leaf = weight.parameter.removesuffix(".weight").rpartition(".")
+        return getattr(self.structure.model.get_submodule(owner), leaf, None)
 
     def _set(self, path: str, module: nn.Module | None) -> None:
         owner, _, leaf = path.rpartition(".")

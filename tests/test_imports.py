@@ -41,6 +41,15 @@ FORBIDDEN = {
     "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "rotation": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "factorization": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "sparse_coding": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "straight_through": READING
+    | ENGINE
+    | TELLING
+    | STORING
+    | MODELS
+    | OUTER
+    | {"passes", "layers", "protocol", "data"},
     "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "pruning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},

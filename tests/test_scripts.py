@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bench_factorization
 import bench_slicegpt
+import pytest
 import tiny
 import torch
 import train_lm
@@ -66,3 +68,12 @@ def test_articles_are_split_at_their_marks_and_empty_ones_dropped(tmp_path):
     assert train_lm.read_articles(file) == ["A\n\nText of A.\n"]
     file.write_text("One line\n")
     assert train_lm.read_articles(file) == ["One line\n"]
+
+
+def test_bytes_saved_are_read_off_the_rivals_curve_at_equal_divergence():
+    """Halfway between two points on logarithmic scales low_rank takes 200 bytes; beyond its curve nothing is said."""
+    curve = [("low_rank float16", 100, 0.4), ("low_rank float16", 400, 0.1)]
+    points = [("dsformer float16", 150, 0.2), ("dsformer float16", 500, 0.05), ("dsformer int8", 150, 0.2)]
+    rows = [{"method": m, "asked": n, "bytes": n, "kl_divergence": kl} for m, n, kl in curve + points]
+    (saved,) = bench_factorization.bytes_saved(rows)
+    assert saved == {"method": "dsformer float16", "asked": 150, "bytes_saved": pytest.approx(0.25)}

@@ -11,9 +11,11 @@ from compressor.protocol import Pass
 
 BUILTIN = {
     "bct": "compressor.passes.bct:BCT",
+    "dsformer": "compressor.passes.dsformer:DSFormer",
     "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",
     "gptq": "compressor.passes.gptq:GPTQ",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
+    "low_rank": "compressor.passes.low_rank:LowRank",
     "prefill_pruning": "compressor.passes.prefill_pruning:PrefillPruning",
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",

@@ -1,0 +1,244 @@
+"""Low rank: each matrix as the product of two thin ones, best for the calibration inputs.
+
+Paper: Cahyawijaya 2021, "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank
+Approximation", arXiv 2108.10808. Only its abstract was read; what follows is our reading of automatic factorization.
+
+Objective. W (out, in) ≈ A C with A (out, r), C (r, in) minimising E = tr((W - A C) H (W - A C)ᵀ), H the second moments
+of the inputs, damped. With H = L Lᵀ and W L = U Σ Vᵀ the optimum is A = U_r Σ_r, C = V_rᵀ L⁻¹, and E is what is left of
+Σ σ² beyond r (Eckart and Young).
+
+Our choices
+- The metric H; the plain SVD is `metric: weight`. Inputs are those of the model as compressed so far.
+- Rank by one of: `ratio`, bytes kept of the weight in 16 bits, whatever the model's dtype; `rank`; `energy`, the least
+  rank that keeps this share of Σ σ²; `budget`, bytes of all selected matrices, where every next rank goes to the matrix
+  whose share of Σ σ² it raises most per byte, and a matrix that is as large as dense becomes dense again.
+- A matrix that would not shrink stays dense, as does one beyond `max_rel_error`, with a row and a warning.
+- Solvers other than the SVD (the toolkit's semi-NMF) are not offered: they can't beat it.
+
+Cost per matrix: in³ + out·in·min(out, in) multiply-adds times some 10, in float64 up to 1024 inputs; with a budget
+twice, and one run of the whole model more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from compressor.factorization import (
+    Metric,
+    Spectrum,
+    dense_bytes,
+    largest_rank,
+    low_rank_bytes,
+    shrinks,
+    spectrum,
+    stage_metrics,
+)
+from compressor.lazy import torch
+from compressor.protocol import Carry, Decision, Pass, Site, Traits, Weight, WholeModel
+
+FORM, DENSE = "low_rank_linear", "dense"
+DEFAULT_RATIO = 0.5
+
+
+class LowRank(Pass):
+    """Two thin matrices in place of each, by the SVD that calibration inputs weigh."""
+
+    title: ClassVar[str] = "Weights as products of two thin matrices, by an SVD weighted with calibration data"
+    paper: ClassVar[str] = "Cahyawijaya 2021, Greenformers, arXiv 2108.10808"
+
+    ratio: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Bytes kept, of each weight in 16 bits. Null is 0.5 if nothing else says the rank.",
+    )
+    rank: PositiveInt | None = Field(None, description="The same rank for all.")
+    energy: float | None = Field(
+        None, gt=0, lt=1, description="Least rank that keeps this share of the squared output."
+    )
+    budget: PositiveInt | None = Field(
+        None, description="Bytes that the selected matrices may fill; ranks are chosen over the whole model."
+    )
+    values: Literal["float16", "bfloat16", "int8"] = Field("float16", description="Stored type of both factors.")
+    metric: Literal["output", "weight"] = Field(
+        "output", description="Least error of the outputs on calibration data, or of the weights (needs no data)."
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="Damping as a fraction of the mean of diag(H).")
+    max_rel_error: float | None = Field(
+        None, gt=0, le=1, description="Beyond this share of the squared output a matrix stays dense."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> LowRank:
+        rules = [name for name in ("ratio", "rank", "energy", "budget") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)} each say the rank: give one of them")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORM)
+
+    @property
+    def decides(self) -> bool:
+        return self.budget is not None
+
+    @property
+    def _may_stay_dense(self) -> bool:
+        return self.budget is not None or self.energy is not None or self.max_rel_error is not None
+
+    @property
+    def unplanned(self) -> str:
+        if self.budget is not None:
+            return "it chooses ranks over the whole model"
+        return "which rank a matrix needs, or that it stays dense, is seen in the run" if self._may_stay_dense else ""
+
+    @property
+    def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
+        return "upper bounds" if self._may_stay_dense else "exact"
+
+    def stored(self, weight: Weight) -> str | None:
+        if weight.is_function or weight.role == "embedding":  # refused, whatever its size
+            return FORM
+        return FORM if self._planned_rank(weight.shape) else DENSE
+
+    def alternatives(self, weight: Weight) -> tuple[str, ...]:
+        return (DENSE,) if self._may_stay_dense else ()
+
+    def spec(self, weight: Weight) -> dict[str, Any]:
+        return {"rank": self._planned_rank(weight.shape), "values": self.values}
+
+    def _planned_rank(self, shape: Sequence[int]) -> int:
+        """The rank, or the most that it can be where the run decides; 0 where that would not shrink the weight."""
+        most = largest_rank(shape, dense_bytes(shape) - 1, self.values)
+        if self.rank is not None:
+            return self.rank if self.rank <= most else 0
+        if self.energy is not None or self.budget is not None:
+            return most
+        return largest_rank(shape, int((self.ratio or DEFAULT_RATIO) * dense_bytes(shape)), self.values)
+
+    def check(self, weights: Sequence[Weight]) -> list[str]:
+        if self.budget is None:
+            return []
+        matrices = [weight.shape for weight in weights if not weight.is_function]
+        least = sum(min(low_rank_bytes(shape, 1, self.values), dense_bytes(shape)) for shape in matrices)
+        if least > self.budget:
+            return [
+                f"the budget is {self.budget:,} bytes, and all {len(matrices)} matrices at rank 1 are {least:,} bytes"
+            ]
+        return []
+
+    def decide(self, model: WholeModel) -> Decision | None:
+        """Ranks of all matrices within the budget; null is dense."""
+        tails: dict[str, list[float]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        dense: dict[str, int] = {}
+        for site in model.sites():
+            for stage in site.stages(sequential=False):
+                for group, (metric, _) in zip(stage, self._metrics(site, stage), strict=True):
+                    for weight in group:
+                        found = spectrum(site.matrix(weight), metric)
+                        tails[weight.name] = found.tails().tolist()
+                        shapes[weight.name] = (weight.out_features, weight.in_features)
+                        dense[weight.name] = weight.out_features * weight.in_features * site.dtype.itemsize
+        assert self.budget is not None
+        ranks, size = share_out(tails, shapes, dense, self.budget, self.values)
+        errors = {name: 0.0 if rank is None else tails[name][rank] for name, rank in ranks.items()}
+        return {"ranks": ranks, "bytes": size, "budget_bytes": self.budget, "relative_errors": errors}
+
+    def block(self, site: Site, carry: Carry) -> Carry:
+        for stage in site.stages():
+            for group, (metric, tokens) in zip(stage, self._metrics(site, stage), strict=True):
+                for weight in group:
+                    self._store(site, weight, metric, tokens)
+        return carry
+
+    def head(self, site: Site, carry: Carry) -> Carry:
+        return self.block(site, carry)
+
+    def _metrics(self, site: Site, stage: Any) -> list[tuple[Metric, int]]:
+        return stage_metrics(site, stage, self.damping, self.metric == "output")
+
+    def _store(self, site: Site, weight: Weight, metric: Metric, tokens: int) -> None:
+        record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
+        if not self._planned_rank(weight.shape):
+            self._keep(site, weight, "no product of rank 1 or more is smaller than the weight in 16 bits", record)
+            return
+        matrix = site.matrix(weight)
+        found = spectrum(matrix, metric)
+        rank = self._rank(weight, found, site.decision)
+        if rank is None:
+            self._keep(site, weight, "the rank it needs would not make it smaller", record)
+            return
+        from compressor.layers.low_rank_linear import LowRankLinear
+
+        left, right = found.factors(rank)
+        layer = LowRankLinear.pack(left, right, self.values)
+        error = metric.relative_error(matrix, layer.matrix(torch.float32))
+        record |= {"rank": rank, "relative_error": error, "output_error": error**0.5}
+        if self.max_rel_error is not None and error > self.max_rel_error:
+            del record["output_error"]  # of what is not stored
+            self._keep(site, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            return
+        site.put(weight, layer, **record)
+
+    def _rank(self, weight: Weight, found: Spectrum, decision: Decision | None) -> int | None:
+        """None: dense."""
+        if decision is not None:
+            return decision["ranks"][weight.name]
+        if self.energy is not None:
+            rank = found.rank_of_energy(self.energy)
+            return rank if shrinks(weight.shape, low_rank_bytes(weight.shape, rank, self.values)) else None
+        return self._planned_rank(weight.shape)
+
+    def _keep(self, site: Site, weight: Weight, why: str, record: dict[str, Any]) -> None:
+        site.warn("stays-dense", weight.name, why)
+        site.keep(weight, fallback="dense", reason=why, **record)
+
+
+def share_out(
+    tails: dict[str, list[float]],
+    shapes: dict[str, tuple[int, int]],
+    dense: dict[str, int],
+    budget: int,
+    values: str,
+) -> tuple[dict[str, int | None], int]:
+    """Ranks within the budget, and the bytes that they take; None is dense.
+
+    Everything starts at rank 1, or dense where that is no smaller. Then always the step that lowers its matrix's error
+    most per byte, while it fits; a matrix whose next step doesn't fit is done. Within a matrix errors fall ever less,
+    so no order of steps gets more out of the bytes, but for the last few and for the step back to dense.
+
+    tails  name -> error of rank 0, 1, ..., as a share of that of rank 0
+    dense  name -> bytes of the matrix left as it is
+    """
+    ranks: dict[str, int | None] = {}
+    size = 0
+    steps: list[tuple[float, str, int | None, int]] = []
+
+    def offer(name: str) -> None:
+        rank = ranks[name]
+        if rank is None:
+            return
+        step = low_rank_bytes(shapes[name], 1, values)
+        if rank < largest_rank(shapes[name], dense_bytes(shapes[name]) - 1, values):
+            heapq.heappush(steps, (-(tails[name][rank] - tails[name][rank + 1]) / step, name, rank + 1, step))
+        else:
+            more = max(1, dense[name] - rank * step)
+            heapq.heappush(steps, (-tails[name][rank] / more, name, None, more))
+
+    for name, shape in sorted(shapes.items()):
+        ranks[name] = 1 if largest_rank(shape, dense_bytes(shape) - 1, values) else None
+        size += low_rank_bytes(shape, 1, values) if ranks[name] else dense[name]
+        offer(name)
+    while steps:
+        gain, name, rank, more = heapq.heappop(steps)
+        if gain < 0 and size + more <= budget:
+            ranks[name] = rank
+            size += more
+            offer(name)
+    return ranks, size
