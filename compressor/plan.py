@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from compressor.functions import Functions, find_functions
 from compressor.layers import find_layer
 from compressor.matching import LEFT_OUT, select
 from compressor.modelling import modelling_file
-from compressor.protocol import FUNCTION_ROLES, Fact, Remodel, Weight
+from compressor.protocol import FUNCTION_ROLES, Decision, Fact, ModelFacts, Remodel, Weight
 from compressor.recipe import Recipe, Step
 from compressor.remodel import check_remodel, facts_of
 from compressor.safetensors_file import header_bytes
-from compressor.stream import Residual
 from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.units import Form
 
@@ -56,7 +55,7 @@ class Reshape:
 
     step: Step
     before: Structure
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     after: Structure
 
@@ -69,6 +68,7 @@ class Reshape:
             "parameters_after": counts["after"],
             "widths": list(self.remodel.widths),
             "notes": list(self.remodel.notes),
+            "decision": self.remodel.decision,
         }
 
 
@@ -138,15 +138,40 @@ def make_plan(
         prove_by_replay(source)
     plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes)
     _follow_reshapes(plan)
-    structure = plan.structure
+    _complete(plan)
+    _check_limits(plan, output)
+    return plan
+
+
+def plan_again(plan: Plan, number: int, decision: Decision) -> Plan:
+    """The same plan once the reshaping step of that number has chosen its shapes.
+
+    raises PreflightError for shapes that the model can't have
+    """
+    planned = plan.reshapes[number]
+    remodel = planned.step.settings.remodel(planned.facts, decision)
+    after = check_remodel(planned.before, remodel, ".".join(map(str, planned.step.path)))
+    known = [*plan.reshapes[:number], replace(planned, remodel=remodel, after=after)]
+    again = Plan(plan.recipe, plan.source, after, known, source_bytes=plan.source_bytes)
+    _follow_reshapes(again, done=number + 1)
+    _complete(again)
+    if again.problems:
+        raise again.problems[0]
+    return again
+
+
+def _complete(plan: Plan) -> None:
+    """What the storing steps make of the model that the reshaping ones leave, and what all of it weighs."""
+    recipe, structure = plan.recipe, plan.structure
     weights = [weight for _, weight in structure.weights()]
     _find_functions(plan)
     _select(plan, [*weights, *(function for _, function in plan.functions.all())])
     _check_facts(plan)
     _follow_forms(plan)
-    _predict(plan, output)
+    _predict(plan)
     for step in recipe.steps:
-        if step.settings.unplanned:
+        is_decided = any(reshape.step == step and reshape.remodel.decision is not None for reshape in plan.reshapes)
+        if step.settings.unplanned and not is_decided:
             where = ".".join(map(str, step.path))
             message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
@@ -160,7 +185,6 @@ def make_plan(
                 "message": f"{len(structure.bindings.dropped)} tensors are unknown to {structure.architecture}",
             }
         )
-    return plan
 
 
 def parameter_count(structure: Structure) -> int:
@@ -169,21 +193,21 @@ def parameter_count(structure: Structure) -> int:
     return sum(math.prod(structure.checkpoint.tensors[tensor].shape) for tensor in held)
 
 
-def _follow_reshapes(plan: Plan) -> None:
-    """The model from one reshaping step to the next; the first that can't be done ends it."""
+def _follow_reshapes(plan: Plan, done: int = 0) -> None:
+    """The model from one reshaping step to the next, but for those done; the first that can't be done ends it."""
     for number, sweep in enumerate(plan.recipe.sweeps):
         for step in sweep:
-            if not step.settings.reshapes:
+            if not step.settings.reshapes or number < done:
                 continue
             try:
                 _check_place(plan.recipe, number, step)
                 facts = facts_of(plan.structure, parameter_count(plan.source))
-                remodel = step.settings.remodel(facts)
+                remodel = step.settings.remodel(facts, None)
                 after = check_remodel(plan.structure, remodel, ".".join(map(str, step.path)))
             except CompressError as problem:
                 plan.problems.append(problem)
                 return
-            plan.reshapes.append(Reshape(step, plan.structure, facts.residual, remodel, after))
+            plan.reshapes.append(Reshape(step, plan.structure, facts, remodel, after))
             plan.structure = after
 
 
@@ -382,7 +406,7 @@ def planned_tensors(plan: Plan) -> list[Named]:
     return [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
 
 
-def _predict(plan: Plan, output: Path | None) -> None:
+def _predict(plan: Plan) -> None:
     structure, recipe = plan.structure, plan.recipe
     tied = structure.bindings.tied
     for form in plan.forms.values():
@@ -425,7 +449,6 @@ def _predict(plan: Plan, output: Path | None) -> None:
     plan.artifact_bytes = plan.weight_bytes + side
     _predict_memory(plan)
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
-    _check_limits(plan, output)
 
 
 def _sharer(weight: Weight, tied: dict[str, str]) -> str | None:

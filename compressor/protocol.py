@@ -8,6 +8,7 @@ Nothing here imports torch at run time, so that the schema, the help and the lis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -189,12 +190,17 @@ class Remodel:
     shapes   parameter -> its new shape, of those that change or are new; None where it is gone
     widths   of the residual stream: before this step, and after it at each site where they differ
     notes    sentences for the plan and the report
+    follows  whether the signals of a unit are those of the model as cut so far (`Pass.projections`), rather than of the
+             model unchanged
+    decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     widths: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    follows: bool = False
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,12 @@ class StreamSite(Protocol):
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
         ...
 
+    def states(self) -> list[torch.Tensor]:
+        """The stream as it comes into this unit, (samples, tokens, width) of each calibration batch, in the model's
+        dtype; of the stem, what it gives.
+        """
+        ...
+
     def projected(self, bases: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The stream after the first len(bases) sites of this unit, (tokens, width) float64 for each calibration batch.
 
@@ -279,6 +291,69 @@ class WholeModel(Protocol):
 
         Nothing can be put: what the sweep will do is not known yet, so inputs are those of the model unchanged.
         """
+        ...
+
+
+class ShapingModel(Protocol):
+    """The model as a reshaping pass may see it before it chooses the new shapes (`Pass.choose`).
+
+    Units are numbered as they are stored: 0 the stem, 1 to n the blocks, n + 1 the head. Calibration batches have no
+    padding. Weights never take gradients; hooks that a pass sets on modules are its own to remove.
+    """
+
+    facts: ModelFacts
+    device: torch.device
+    generator: torch.Generator  # seeded from (run seed, step)
+
+    @property
+    def units(self) -> int: ...
+
+    @property
+    def batches(self) -> int:
+        """How many calibration batches there are."""
+        ...
+
+    def labels(self, batch: int) -> torch.Tensor | None:
+        """(samples,) int64 where the data has them."""
+        ...
+
+    def module(self, path: str) -> torch.nn.Module: ...
+
+    def loaded(self, unit: int) -> AbstractContextManager[None]:
+        """The unit's weights are in memory inside; of blocks no longer, stem and head stay."""
+        ...
+
+    def stem(self, batch: int) -> torch.Tensor:
+        """The stream before block 0, (samples, tokens, width) in the model's dtype."""
+        ...
+
+    def run(self, unit: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The stream after a loaded block; records gradients where the caller does."""
+        ...
+
+    def head(self, batch: int, hidden: torch.Tensor, samples: slice = ...) -> torch.Tensor:
+        """The model's output for (some of) a batch's samples, whose stream after the last block is given; gradients as
+        in `run`.
+        """
+        ...
+
+    def sites(self, bases: Callable[[StreamSite], list[torch.Tensor]] | None = None) -> Iterator[StreamSite]:
+        """Stem, blocks and head in order, loaded; each is good until the next is taken, and nothing can be written.
+
+        bases  of a block's sites: the stream goes on projected onto them; None leaves it as it is
+        """
+        ...
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Make the state of a long choice durable; only the last one is kept."""
+        ...
+
+    def saved(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """What an interrupted run saved last."""
+        ...
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        """Add a warning to the report."""
         ...
 
 
@@ -314,7 +389,10 @@ class Pass(BaseModel):
 
     @property
     def decides(self) -> bool:
-        """Whether `decide` has anything to do; it costs a run of the whole model. `plan` then shows upper bounds."""
+        """Whether `decide`, or of a reshaping pass `choose`, has anything to do; it costs a run of the whole model.
+
+        `plan` then shows upper bounds.
+        """
         return False
 
     @property
@@ -333,16 +411,21 @@ class Pass(BaseModel):
 
     @property
     def reshapes(self) -> bool:
-        """Whether this pass changes the model's own parameters and their shapes (`remodel`, `survey`, `reshape`).
+        """Whether this pass changes the model's own parameters and their shapes (`choose` to `projections`).
 
         Such a step has a sweep of its own, before every step that stores weights in another form, and leaves a dense
         model that later steps start from.
         """
         return False
 
-    def remodel(self, model: ModelFacts) -> Remodel:
+    def choose(self, model: ShapingModel) -> Decision:
+        """What only a run of the model can tell of its new shapes, as JSON; asked for where the pass `decides`."""
+        raise NotImplementedError
+
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         """What becomes of the model's definition; `plan` counts parameters from it.
 
+        decision  what `choose` said; None before the run, when a pass that decides says what it can promise
         raises ShapeError, PreflightError
         """
         raise NotImplementedError
@@ -355,12 +438,12 @@ class Pass(BaseModel):
         """Write the new parameters of one unit."""
         raise NotImplementedError
 
-    def projections(self, carry: Carry) -> list[torch.Tensor] | None:
+    def projections(self, carry: Carry) -> list[torch.Tensor]:
         """The bases (width, w) of the sites of the unit that left this carry, for the signals of the next.
 
-        None: signals are those of the model unchanged, seen in `survey` alone.
+        Asked for where the remodel `follows`; without it signals are seen in `survey` alone.
         """
-        return None
+        raise NotImplementedError
 
     def stem(self, site: Site, carry: Carry) -> Carry:
         return carry

@@ -87,13 +87,13 @@ class Pieces:
             raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
         return first[0], calls
 
-    def block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def block(self, index: int, hidden: Tensor, call: Call, *, gradients: bool = False) -> Tensor:
         """Hidden states after one block."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             out = self.blocks[index](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def head(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def head(self, batch: Batch, hidden: Tensor, *, gradients: bool = False) -> Tensor:
         """The model's output, given the hidden states after the last block."""
         seen = 0
 
@@ -102,7 +102,7 @@ class Pieces:
             seen += 1
             return hidden if seen == len(self.blocks) else passing
 
-        with self._ports(visit), torch.no_grad():
+        with self._ports(visit), torch.set_grad_enabled(gradients):
             return output_of(self.model(**batch))
 
     def whole(self, batch: Batch) -> Tensor:

@@ -61,6 +61,9 @@ class ReshapeSite:
     def sites(self) -> tuple[ResidualSite, ...]:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
+    def states(self) -> list[Tensor]:
+        return [stream.hidden for stream in self.streams]
+
     def read(self, parameter: str) -> Tensor:
         if parameter in self.written:
             return self.written[parameter]
@@ -131,6 +134,11 @@ class ReshapeSite:
             for handle in handles:
                 handle.remove()
 
+    def advance(self, bases: Sequence[Tensor]) -> None:
+        """Take the streams through the block, projected."""
+        for stream in self.streams:
+            stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+
 
 class _Reached(Exception):
     """Ends a block's forward at the site that is asked for."""
@@ -174,7 +182,7 @@ def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, li
     """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
     structure, journal = work.structure, work.journal
     carry = _survey(work, step, embed)
-    follows = step.settings.projections({}) is not None
+    follows = work.remodel.follows
     files = []
     units = structure.block_count + 2
     for unit in range(units):
@@ -210,9 +218,8 @@ def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> Non
     if not site.sites:
         return
     bases = step.settings.projections(carry)
-    assert bases is not None and len(bases) == len(site.sites)
-    for stream in work.streams:
-        stream.hidden = site.project(stream, bases).to(stream.hidden.dtype)
+    assert len(bases) == len(site.sites)
+    site.advance(bases)
 
 
 def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, keeps_carry: bool) -> Carry:

@@ -70,12 +70,15 @@ class Covariance:
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> Covariance:
         return cls(torch.zeros(width, width, dtype=torch.float64, device=device))
 
-    def add(self, x: torch.Tensor, mask: torch.Tensor | None = None, *, normalised: bool = False) -> Covariance:
+    def add(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, normalised: bool = False, where: str = ""
+    ) -> Covariance:
         """Add the tokens of x that are not masked.
 
         x           (..., D)
         mask        (...), true or 1 where a token counts
         normalised  divide each token by its root mean square first, so that a few huge ones don't decide alone
+        where       what gives the signal, for the error
         raises      PassError if a token that counts is not finite
         """
         rows = x.reshape(-1, x.shape[-1])
@@ -84,7 +87,9 @@ class Covariance:
         rows = rows.to(self.matrix.dtype)
         if not bool(torch.isfinite(rows).all()):
             raise PassError(
-                "the calibration signal has NaN or Inf", hint="Run in float32 (model.dtype) or check the model."
+                "the calibration signal has NaN or Inf",
+                where=where,
+                hint="Run in float32 (model.dtype) or check the model.",
             )
         if normalised:
             rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True))

@@ -224,7 +224,7 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
             job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.asked.is_set
         )
         units, forms = run_sweeps(sweeper)
-        job.plan = replace(job.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
+        job.plan = replace(sweeper.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
     job.scratch.mkdir()
     assert sweeper.probe is not None
     save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)

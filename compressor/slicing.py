@@ -1,4 +1,4 @@
-"""How many parameters a model has once its residual stream is narrower, exactly and before anything is computed.
+"""A model whose residual stream is narrower: its shapes, and how many parameters, before anything is computed.
 
 Every parameter that touches the stream keeps its other axes, so its size is a number of vectors times a width: `reads`
 and `writes` below count those vectors. What doesn't touch the stream stays as it is.
@@ -10,9 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
-from compressor.stream import Residual
+from compressor.lazy import torch
+from compressor.protocol import ModelFacts, Remodel
+from compressor.stream import Residual, Tap
+
+EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,108 @@ def global_parameters(shape: StreamShape, width: int) -> int:
     """Parameters of a model with one rotation: nothing beside the branches, and a constant gain in every norm."""
     vectors = shape.tables + shape.head + sum(site.reads + site.writes for site in shape.sites)
     return shape.kept + (vectors + shape.norms) * width
+
+
+def scheduled_widths(
+    shape: StreamShape, spectra: Sequence[Sequence[float]], budget: int, round_to: int, least: int
+) -> tuple[int, ...]:
+    """Widths at each site, and the whole width at the end, that lose least variance within a number of parameters.
+
+    Greedy from the full widths down: the next `round_to` directions go where the share of a site's variance that they
+    hold, per parameter that goes with them, is least. Shares fall along a site's axes, so what is taken later always
+    costs more: the exchange argument of the fractional knapsack, but for the last step and the shortcut matrices, whose
+    size depends on two widths at once.
+
+    spectra  eigenvalues of each site's second moments, largest first
+    budget   parameters, at most
+    least    no site gets narrower
+    raises   ValueError if even the least widths are too many
+    """
+    full = shape.width - shape.width % round_to
+    widths = [*([full] * len(shape.sites)), shape.width]
+    tails = []
+    for values in spectra:
+        share = torch.as_tensor(values, dtype=torch.float64).clamp_min(0)
+        share = share / share.sum()
+        tails.append([*share.flip(0).cumsum(0).flip(0).tolist(), 0.0])  # [w]: what is lost when w directions stay
+    count = per_site_parameters(shape, widths)
+
+    def saved(at: int) -> int:
+        """By round_to fewer directions at one site."""
+        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.tables
+        return round_to * (site.reads + before + widths[at + 1])
+
+    while count > budget:
+        able = [at for at in range(len(shape.sites)) if widths[at] - round_to >= least]
+        if not able:
+            raise ValueError(f"{count:,} parameters are left at the least widths, {budget:,} are allowed")
+        lost = {at: tails[at][widths[at] - round_to] - tails[at][widths[at]] for at in able}
+        cheapest = min(able, key=lambda at: (lost[at] / saved(at), at))
+        count -= saved(cheapest)
+        widths[cheapest] -= round_to
+    return tuple(widths)
+
+
+def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
+    """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before.
+
+    widths  at each site and, last, before the head
+    """
+    residual = model.residual
+    sites = [site for block in residual.blocks for site in block]
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
+
+    def narrow(name: str, axis: int, width: int) -> None:
+        shapes[name] = _resized(model.shapes[name], axis, width)
+
+    def strip(tap: Tap, width: int) -> None:
+        spec = {"width": residual.width, "eps": tap.norm.eps}
+        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
+
+    for writer in residual.stem:
+        narrow(writer.parameter, writer.axis, widths[0])
+    for site, width, following in zip(sites, widths, widths[1:]):
+        for tap in site.taps:
+            strip(tap, width)
+            for reader in tap.readers:
+                narrow(reader.parameter, reader.axis, width)
+        for writer in site.writers:
+            narrow(writer.parameter, writer.axis, following)
+    strip(residual.end, residual.width)
+    per_block, at = [], 0
+    for block in residual.blocks:
+        per_block.append(list(widths[at : at + len(block) + 1]))
+        at += len(block)
+    held = {name: list(shape) for name, shape in shapes.items() if shape is not None}
+    for number, (spec, shape) in enumerate(zip(model.branches(per_block), per_block)):
+        path = f"{model.blocks}.{number}"
+        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
+    before = model.config.get("compressed_shapes") or {}
+    config = {"compressed_shapes": {**before, **held}, "compressed_modules": modules}
+    return Remodel(config, shapes, (residual.width, *widths), follows=True)
+
+
+def global_remodel(model: ModelFacts, kept: int) -> Remodel:
+    """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
+    width = model.residual.width
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
+    edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
+    shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
+    shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
+    eps = model.residual.end.norm.eps * width / kept
+    config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
+    heads = model.config.get("num_attention_heads")
+    if heads:
+        config["head_dim"] = model.config.get("head_dim") or width // heads
+    return Remodel(config, shapes, (width, kept))
+
+
+def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def widest_that_shrinks(count: Callable[[int], int], dense: int, width: int, round_to: int = 1) -> int | None:

@@ -26,11 +26,13 @@ from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.plan import BATCH_TOKENS, Plan, Reshape
+from compressor.plan import BATCH_TOKENS, Plan, plan_again
+from compressor.protocol import Decision
 from compressor.recipe import Step
 from compressor.replay import Batch, Call
 from compressor.reshape import Reshaper, run_reshape
 from compressor.safetensors_file import Entry, write_file
+from compressor.shaping import ShapingView
 from compressor.site import Needs, Stream, UnitSite, finish_unit, run_unit, watched_parameters
 from compressor.structure import Structure, example_batch
 from compressor.units import (
@@ -81,8 +83,8 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     return_large_blocks()
     files: list[Path] = []
     forms: dict[str, Form] = {}
-    for number, reshape in enumerate(sweeper.plan.reshapes):
-        files = _run_reshape(sweeper, number, reshape)
+    for number in range(len(sweeper.plan.reshapes)):
+        files = _run_reshape(sweeper, number)
     for form in sorted({form.form for form in sweeper.plan.forms.values()}):
         find_layer(form).prepare(sweeper.structure.model)
     storing = sweeper.plan.recipe.sweeps[len(sweeper.plan.reshapes) :]
@@ -95,15 +97,18 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     return files, forms
 
 
-def _run_reshape(sweeper: Sweeper, number: int, reshape: Reshape) -> list[Path]:
+def _run_reshape(sweeper: Sweeper, number: int) -> list[Path]:
     """Let a step change the model itself; later sweeps start from what it made."""
-    step, structure = reshape.step, sweeper.structure
+    step, structure = sweeper.plan.reshapes[number].step, sweeper.structure
     sweeper.emit({"event": "sweep", "sweep": number, "units": structure.block_count + 2, "passes": [step.name]})
+    if step.settings.decides:
+        sweeper.plan = plan_again(sweeper.plan, number, _choose(sweeper, number))
+    reshape = sweeper.plan.reshapes[number]
     work = Reshaper(
         number,
         structure,
         reshape.after,
-        reshape.residual,
+        reshape.facts.residual,
         reshape.remodel,
         sweeper.journal,
         _batches(sweeper, (step,))[:-1],
@@ -115,6 +120,32 @@ def _run_reshape(sweeper: Sweeper, number: int, reshape: Reshape) -> list[Path]:
     after, files = run_reshape(work, step, _embed)
     sweeper.structure, sweeper.needs = after, {}
     return files
+
+
+def _choose(sweeper: Sweeper, number: int) -> Decision:
+    """What a reshaping step chooses over the whole model, from the journal where it is there already."""
+    reshape, structure = sweeper.plan.reshapes[number], sweeper.structure
+
+    def choose(warnings: list[dict[str, str]]) -> Decision:
+        view = ShapingView(
+            number,
+            reshape.facts,
+            structure,
+            _batches(sweeper, (reshape.step,))[:-1],
+            _labels(sweeper, reshape.step),
+            sweeper.device,
+            lambda unit: torch.Generator().manual_seed(_seed(sweeper.seed, number, 0, unit, -1)),
+            sweeper.journal,
+            _embed,
+            sweeper.plan.recipe.model.placement == "resident",
+            sweeper.is_interrupted,
+            warnings,
+        )
+        return reshape.step.settings.choose(view)
+
+    decision = _decided(sweeper, number, 0, reshape.step, choose)
+    assert decision is not None
+    return decision
 
 
 def _run_probe(sweeper: Sweeper) -> None:
@@ -282,20 +313,41 @@ def _decide(
         if not step.settings.decides:
             decisions.append(None)
             continue
-        key = f"{number}/decision/{position}"
-        line = sweeper.journal.done(key)
-        if line is None:
-            sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
-            made = step.settings.decide(WholeModelView(sweeper, number, position, step, before, forms))
-            free_all(sweeper.structure)
-            text = json.dumps(made, sort_keys=True)
-            name = f"s{number:02d}-decision-{position:02d}.json"
-            facts = {"forms": {}, "records": [], "warnings": [], "decision": json.loads(text)}
-            sweeper.journal.commit(key, name, lambda path, text=text: path.write_text(text), facts)  # type: ignore[misc]
-            line = sweeper.journal.done(key)
-            assert line is not None
-        decisions.append(line["decision"])
+        view = WholeModelView(sweeper, number, position, step, before, forms)
+        decisions.append(_decided(sweeper, number, position, step, lambda _, at=view: at.step.settings.decide(at)))  # type: ignore[misc]
     return decisions
+
+
+def _decided(
+    sweeper: Sweeper,
+    number: int,
+    position: int,
+    step: Step,
+    decide: Callable[[list[dict[str, str]]], Decision | None],
+) -> Decision | None:
+    """The decision of a step: from the journal, or made now and committed with the warnings it adds to the list."""
+    key, journal = f"{number}/decision/{position}", sweeper.journal
+    if journal.done(key) is None:
+        sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
+        warnings: list[dict[str, str]] = []
+        try:
+            made = decide(warnings)
+        except torch.OutOfMemoryError as error:
+            raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+        free_all(sweeper.structure)
+        text = json.dumps(made, sort_keys=True)
+        facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}
+        journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
+        for warning in warnings:
+            sweeper.emit({"event": "warning", **warning})
+    line = journal.done(key)
+    assert line is not None
+    found: Decision | None = line["decision"]
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 @dataclass
@@ -338,13 +390,26 @@ def _batches(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
     structure, device = sweeper.structure, sweeper.device
     name = structure.model.main_input_name
     batches: list[Batch] = []
-    if sweeper.samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
-        tokens = sweeper.samples.inputs[0].numel() if sweeper.samples.is_text else 256
-        for _, stacked in sweeper.samples.batches(max(1, BATCH_TOKENS // tokens)):
-            value = stacked if sweeper.samples.is_text else stacked.to(structure.dtype)
-            batches.append({name: value.to(device)})
+    for _, stacked in _stacked(sweeper, steps):
+        value = stacked.to(structure.dtype) if stacked.is_floating_point() else stacked
+        batches.append({name: value.to(device)})
     batches.append(probe_batch(structure, device))
     return [Stream(batch, torch.empty(0), []) for batch in batches]
+
+
+def _labels(sweeper: Sweeper, step: Step) -> list[Tensor | None]:
+    """Those of each calibration batch, where the data has them."""
+    labels = None if sweeper.samples is None else sweeper.samples.labels
+    batches = _stacked(sweeper, (step,))
+    return [None if labels is None else labels[numbers].to(sweeper.device) for numbers, _ in batches]
+
+
+def _stacked(sweeper: Sweeper, steps: tuple[Step, ...]) -> Iterator[tuple[list[int], Tensor]]:
+    """(sample numbers, samples) of each calibration batch, if any of the steps reads inputs."""
+    samples = sweeper.samples
+    if samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
+        tokens = samples.inputs[0].numel() if samples.is_text else 256
+        yield from samples.batches(max(1, BATCH_TOKENS // tokens))
 
 
 def _embed(structure: Structure, streams: list[Stream]) -> None:

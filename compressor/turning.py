@@ -62,17 +62,18 @@ def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> 
         last = site.index == len(site.residual.blocks)
         taps = [stream.taps[0] for stream in site.sites] + ([site.residual.end] if last else [])
         for tap in taps:
-            covariance = _covariance(site, tap, normalised)
+            covariance = tap_covariance(site, tap, normalised)
             scaled = covariance.matrix / covariance.matrix.trace()
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head
     return total, tokens
 
 
-def _covariance(site: StreamSite, tap: Tap, normalised: bool) -> Covariance:
+def tap_covariance(site: StreamSite, tap: Tap, normalised: bool) -> Covariance:
+    """Second moments of what a norm reads. raises PassError if no calibration token reached it, or one isn't finite"""
     covariance = Covariance.zeros(site.residual.width, site.device)
     for x in site.signals(tap):
-        covariance.add(x, normalised=normalised)
+        covariance.add(x, normalised=normalised, where=tap.module)
     if not covariance.tokens:
         raise PassError("no calibration token reached it", where=tap.module, hint="Give calibration data.")
     return covariance

@@ -101,7 +101,7 @@ def test_a_globally_sliced_model_is_a_stock_model_of_a_smaller_width(tmp_path):
     count = sum(parameter.numel() for parameter in stock.parameters())
     (_, sliced) = plan.reshapes
     shapes = {name: tuple(p.shape) for name, p in sliced.before.model.named_parameters()}
-    assert count == global_parameters(stream_shape(sliced.residual, shapes), 24) == parameter_count(sliced.after)
+    assert count == global_parameters(stream_shape(sliced.facts.residual, shapes), 24) == parameter_count(sliced.after)
     assert report["reshapes"][1]["parameters_after"] == count and report["reshapes"][1]["widths"] == [32, 24]
     assert report["sizes"]["predicted_bytes"] == report["sizes"]["after_bytes"]
     made = stock.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, 4, dtype=int))
@@ -163,7 +163,7 @@ def test_a_reshaping_step_out_of_place_is_refused_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gemma3", "branch"), ("bert", "norm"), ("olmo2", "branch"), ("opt", "use orientation: per_site")],
+    [("gemma3", "branch"), ("bert", "norm"), ("olmo2", "branch")],
 )
 def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, reason, tmp_path):
     model = tiny.save(family, tmp_path / "model")
@@ -171,7 +171,21 @@ def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, reaso
     assert reason in found[0], found
 
 
+@pytest.mark.parametrize("orientation", ["global", "auto"])
+def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orientation, tmp_path):
+    model = tiny.save("opt", tmp_path / "model")
+    step = {"pass": "slicegpt", "orientation": orientation}
+    plan = make_plan(recipe(FUSED, step), str(model), prove=False)
+    assert not plan.problems and plan.route.name == "custom"
+    remodel = plan.reshapes[1].remodel
+    assert remodel.widths == (32, *[24] * 4, 32)
+    assert "OPTForCausalLM can't be narrower by its config alone" in remodel.notes[-1]
+    assert remodel.notes[-1].endswith("sliced per site")
+
+
 def test_settings_of_no_sense_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="one width for all sites"):
+        recipe({"pass": "slicegpt", "schedule": "variance", "orientation": "global"})
     with pytest.raises(RecipeError, match="sparsity"):
         recipe({"pass": "slicegpt", "sparsity": 0.7})
     model = tiny.save("llama", tmp_path / "model")
@@ -245,7 +259,7 @@ def test_slicing_at_each_site_is_what_the_plain_algorithm_gives(family, tmp_path
     assert relative(ours(tmp_path / "out"), logits(model)) > 2e-2  # and it is another model than the dense one
     (_, sliced) = make_plan(recipe(FUSED, step), str(model), prove=False).reshapes
     shapes = {name: tuple(p.shape) for name, p in sliced.before.model.named_parameters()}
-    count = per_site_parameters(stream_shape(sliced.residual, shapes), widths)
+    count = per_site_parameters(stream_shape(sliced.facts.residual, shapes), widths)
     assert report["reshapes"][1]["parameters_after"] == count == parameter_count(sliced.after)
 
 

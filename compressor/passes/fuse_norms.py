@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from compressor.lazy import torch
-from compressor.protocol import Carry, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 from compressor.rotation import center, fold_gain, fold_shift
 from compressor.stream import Tap
 from compressor.turning import untied_head
@@ -41,7 +41,7 @@ class FuseNorms(Pass):
     def reshapes(self) -> bool:
         return True
 
-    def remodel(self, model: ModelFacts) -> Remodel:
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
             for tap in model.residual.taps():

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compressor.lazy import torch
-from compressor.protocol import Carry, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 from compressor.rotation import pca, random_orthogonal, randomized_hadamard
 from compressor.turning import pooled_covariance, turn
 
@@ -43,7 +43,7 @@ class Rotate(Pass):
     def reshapes(self) -> bool:
         return True
 
-    def remodel(self, model: ModelFacts) -> Remodel:
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         return Remodel(widths=(model.residual.width,) * 2)
 
     def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:

@@ -17,6 +17,12 @@ Orientation
 - `per_site` (the paper's): another Q before each attention and each MLP, from the signals that the sliced model gives
   there, one site after the other. Beside both branches stands a matrix Q_k[:, :d]^T Q_k+1[:, :d], and after the last
   one the basis is the original, so the head stays whole. It needs the modelling file.
+- `auto` (ours): both on calibration data, per site at the widest that has no more parameters than one rotation at the
+  asked sparsity; the one whose output stays closer to the dense model's is kept.
+
+With `schedule: variance` each site gets a width of its own: the same number of parameters as with one width for all,
+spent where the axes hold most of a site's variance in the model unchanged. Our choice: no site is narrower than half of
+the common width, since a few huge tokens can make one axis look like all of a site.
 
 "25 %" is the share of the width that goes. Heads, MLP width and vocabulary stay, so parameters fall by that share only
 where the stream is everywhere on one side of a matrix. Newer, longer-trained models bear it worse: Llama-2-7B goes from
@@ -24,38 +30,41 @@ perplexity 5.47 to 7.24 at 25 % (the paper's table 1), Llama-3.1-8B from 6.24 to
 
 Where we differ from the reference: float64 throughout; no damping on the diagonal (it moves no eigenvector); no mean
 taken from the tables of RMSNorm models; the model's own eps. Cost: one run of the model, one eigendecomposition, one
-pass over the weights. Memory: one covariance (D, D) float64 beside one block.
+pass over the weights; a choice (auto, variance) costs as many runs again as it compares, and one for the dense model.
+Memory: one covariance (D, D) float64 beside one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
-from compressor.errors import PreflightError
+from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
-from compressor.protocol import Carry, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 from compressor.rotation import Covariance, pca, random_orthogonal
 from compressor.slicing import (
+    StreamShape,
     global_parameters,
+    global_remodel,
     kept_width,
     per_site_parameters,
+    per_site_remodel,
+    scheduled_widths,
     stream_shape,
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.stream import Tap
-from compressor.turning import pooled_covariance, turn, turn_readers, turn_writers
+from compressor.turning import pooled_covariance, tap_covariance, turn, turn_readers, turn_writers
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %
 HARD = "models trained on far more text than Llama 2 lose much more from this; measure it"
 ENOUGH = 4  # calibration tokens for each dimension of the stream
-EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 class SliceGPT(Pass):
@@ -65,9 +74,14 @@ class SliceGPT(Pass):
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024"
 
     sparsity: float = Field(0.25, ge=0, le=0.5, description="Share of the stream's width that goes; not of parameters.")
-    round_to: PositiveInt = Field(8, description="The width is rounded down to a multiple, for fast products.")
-    orientation: Literal["per_site", "global"] = Field(
-        "per_site", description="A rotation at each site and matrices beside the branches, or one for the whole stream."
+    round_to: PositiveInt = Field(8, description="Widths are rounded down to a multiple, for fast products.")
+    orientation: Literal["per_site", "global", "auto"] = Field(
+        "per_site",
+        description="A rotation at each site and matrices beside the branches, or one for the whole stream (per_site "
+        "where the model's class can't be narrower), or whichever is better at the size of the latter.",
+    )
+    schedule: Literal["uniform", "variance"] = Field(
+        "uniform", description="One width for all sites, or within as many parameters more where more variance is held."
     )
     covariance: Literal["raw", "normalised"] | None = Field(
         None, description="Signals as they are, or each token scaled to length 1; null: raw per site, else normalised."
@@ -75,6 +89,14 @@ class SliceGPT(Pass):
     final_orientation: Literal["random", "pca"] = Field(
         "random", description="Spread the kept axes evenly, which later quantization likes, or keep them in order."
     )
+
+    @model_validator(mode="after")
+    def _one_width_has_no_schedule(self) -> SliceGPT:
+        if self.schedule == "variance" and self.orientation == "global":
+            raise ValueError(
+                "orientation: global has one width for all sites, and schedule: variance gives each its own"
+            )
+        return self
 
     @property
     def traits(self) -> Traits:
@@ -85,12 +107,13 @@ class SliceGPT(Pass):
         return True
 
     @property
-    def _normalises(self) -> bool:
-        return (self.covariance or ("raw" if self.orientation == "per_site" else "normalised")) == "normalised"
+    def decides(self) -> bool:
+        return self.orientation == "auto" or self.schedule == "variance"
 
-    def remodel(self, model: ModelFacts) -> Remodel:
-        """raises PreflightError for a width of nothing, a model that grows, or a class that ties width to heads"""
-        width = model.residual.width
+    def _normalises(self, per_site: bool) -> bool:
+        return (self.covariance or ("raw" if per_site else "normalised")) == "normalised"
+
+    def _kept(self, width: int) -> int:
         kept = kept_width(width, self.sparsity, self.round_to)
         if kept < 1:
             raise PreflightError(
@@ -98,25 +121,61 @@ class SliceGPT(Pass):
                 where="slicegpt.round_to",
                 hint="Set round_to to at most half the width.",
             )
-        self._refuse_growth(model, kept)
-        notes = (HARD,) if self.sparsity > HARD_FROM else ()
-        if self.orientation == "per_site":
-            return replace(per_site_remodel(model, kept), notes=notes)
-        remodel = replace(global_remodel(model, kept), notes=notes)
-        if (why := model.fits(remodel)) is not None:
-            raise PreflightError(
-                f"{model.architecture} can't be narrower by its config alone ({why})",
-                where="slicegpt.orientation",
-                hint="A class without a head_dim of its own ties the width to its heads; use orientation: per_site.",
-            )
-        return remodel
+        return kept
+
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+        """raises PreflightError for a width of nothing, or a model that grows"""
+        kept, shape = self._kept(model.residual.width), stream_shape(model.residual, model.shapes)
+        notes: tuple[str, ...] = (HARD,) if self.sparsity > HARD_FROM else ()
+        if decision is not None:
+            widths, one = decision["widths"], decision["orientation"] == "global"
+            found = global_remodel(model, widths[0]) if one else per_site_remodel(model, widths)
+            return replace(found, notes=(*notes, *decision["notes"]), decision=decision)
+        if self.orientation != "per_site":
+            remodel = global_remodel(model, kept)
+            if (why := model.fits(remodel)) is None:
+                self._refuse_growth(model, lambda width: global_parameters(shape, width), shape.width)
+                return replace(remodel, notes=notes)
+            notes += (f"{model.architecture} can't be narrower by its config alone ({why}): sliced per site",)
+        self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
+        return replace(per_site_remodel(model, uniform_widths(shape, kept)), notes=notes)
+
+    def choose(self, model: ShapingModel) -> Decision:
+        """{orientation, widths, figures: [{orientation, widths, parameters, divergence}], notes}"""
+        facts = model.facts
+        shape, kept = stream_shape(facts.residual, facts.shapes), self._kept(facts.residual.width)
+        budget, compares = per_site_parameters(shape, uniform_widths(shape, kept)), False
+        if self.orientation == "auto" and facts.fits(global_remodel(facts, kept)) is None:
+            budget, compares = global_parameters(shape, kept), True
+        seen = self._look(model)
+        widths, why_not = self._affordable(facts, shape, budget, seen["spectra"])
+        if not compares:
+            assert widths is not None  # plan has made a model of one width
+            note = f"widths by explained variance, {min(widths)} to {max(widths[:-1])}"
+            return {"orientation": "per_site", "widths": list(widths), "figures": [], "notes": [note]}
+        ends = {"global": self._end_of_global(model, seen["pooled"], kept)}
+        if widths is not None:
+            ends["per_site"] = self._end_per_site(model, widths)
+        figures: list[dict[str, Any]] = []
+        for name, end in ends.items():
+            here = (kept,) if name == "global" or widths is None else widths
+            count = budget if name == "global" or widths is None else per_site_parameters(shape, widths)
+            figure = {"orientation": name, "widths": list(here), "parameters": count}
+            figures.append({**figure, "divergence": _divergence(model, seen["end"], end)})
+        best = min(figures, key=lambda figure: figure["divergence"])
+        told = [f"{f['orientation']}: {f['divergence']:.4g} with {f['parameters']:,} parameters" for f in figures]
+        why = f" (per_site {why_not})" if why_not else ""
+        note = (
+            f"divergence from the dense model on calibration data, {'; '.join(told)}{why}: {best['orientation']} kept"
+        )
+        return {"orientation": best["orientation"], "widths": best["widths"], "figures": figures, "notes": [note]}
 
     def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
-        if self.orientation == "per_site":
-            return carry
         first = next(sites)
+        if first.remodel.follows:
+            return carry
         width, kept, generator = first.residual.width, first.remodel.widths[1], first.generator
-        covariance, tokens = pooled_covariance(chain([first], sites), self._normalises)
+        covariance, tokens = pooled_covariance(chain([first], sites), self._normalises(per_site=False))
         values, q = pca(covariance)
         _warn_if_few(first, tokens, values)
         found = {"q": q[:, :kept], "eigenvalues": values, "tokens": torch.tensor(tokens)}
@@ -127,7 +186,7 @@ class SliceGPT(Pass):
 
     def reshape(self, site: StreamSite, carry: Carry) -> Carry:
         width, kept = site.residual.width, site.remodel.widths[1]
-        if self.orientation == "per_site":
+        if site.remodel.follows:
             return self._slice_sites(site, carry)
         turn(site, carry["q"].to(site.device))
         ratio = (width / kept) ** 0.5
@@ -143,10 +202,8 @@ class SliceGPT(Pass):
             site.write(f"{tap.module}.weight", gain)
         return carry
 
-    def projections(self, carry: Carry) -> list[torch.Tensor] | None:
-        if self.orientation == "global":
-            return None
-        return [carry[f"basis_{number}"] for number in range(len(carry) - 2)] if carry else []
+    def projections(self, carry: Carry) -> list[torch.Tensor]:
+        return [carry[f"basis_{number}"] for number in range(len(carry) - 2)]
 
     def _slice_sites(self, site: StreamSite, carry: Carry) -> Carry:
         """The paper's algorithm 1 for one unit: `basis` (D, d) of the next site goes along, `site` says which it is.
@@ -154,59 +211,139 @@ class SliceGPT(Pass):
         Signals are those of the model sliced so far: cutting to d columns of Q is projecting onto them, seen from
         another basis.
         """
-        widths, device = site.remodel.widths[1:], site.device
+        widths = site.remodel.widths[1:]
         if site.index < 0:
-            basis = self._basis(site, site.projected([]), widths[0])
+            values, q, tokens = self._axes(site, [])
+            _warn_if_few(site, tokens, values)
+            basis = self._spread(site, q[:, : widths[0]])
             turn_writers(site, site.residual.stem, basis)
             return {"basis": basis, "site": torch.tensor(0)}
         if not site.sites:
             return carry  # the head reads the original basis
-        basis, at = carry["basis"].to(device), int(carry["site"])
-        bases: list[torch.Tensor] = []
-        for number, stream in enumerate(site.sites):
-            bases.append(basis)
+        at = int(carry["site"])
+        bases = self._bases(site, carry["basis"].to(site.device), widths[at + 1 : at + 1 + len(site.sites)])
+        for number, (stream, basis, following) in enumerate(zip(site.sites, bases, bases[1:])):
             for tap in stream.taps:
                 turn_readers(site, tap, basis)
-            at += 1
-            if at == len(widths) - 1:
-                following = torch.eye(site.residual.width, dtype=torch.float64, device=device)
-            else:
-                following = self._basis(site, site.projected(bases), widths[at])
             site.write(f"{site.path}.shortcut_{number}", basis.t() @ following)
             turn_writers(site, stream.writers, following)
-            basis = following
-        return {"basis": basis, "site": torch.tensor(at), **{f"basis_{n}": found for n, found in enumerate(bases)}}
+        found = {f"basis_{number}": basis for number, basis in enumerate(bases[:-1])}
+        return {"basis": bases[-1], "site": torch.tensor(at + len(site.sites)), **found}
 
-    def _basis(self, site: StreamSite, signals: Iterator[torch.Tensor], kept: int) -> torch.Tensor:
-        """The (D, kept) columns that keep most of the signals."""
+    def _bases(self, site: StreamSite, entering: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
+        """The basis at each site of a block, and the one it leaves the stream in; widths of all but the first."""
+        bases = [entering]
+        for number, width in enumerate(widths):
+            if site.index == len(site.residual.blocks) - 1 and number == len(widths) - 1:
+                bases.append(torch.eye(site.residual.width, dtype=torch.float64, device=site.device))
+            else:
+                bases.append(self._spread(site, self._axes(site, bases)[1][:, :width]))
+        return bases
+
+    def _axes(self, site: StreamSite, bases: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Eigenvalues and axes of the signals behind these sites, and how many tokens were seen."""
         covariance = Covariance.zeros(site.residual.width, site.device)
-        for x in signals:
-            covariance.add(x, normalised=self._normalises)
-        values, q = pca(covariance.matrix)
-        if site.index < 0:
-            _warn_if_few(site, covariance.tokens, values)
-        q = q[:, :kept]
+        for x in site.projected(bases):
+            covariance.add(
+                x, normalised=self._normalises(per_site=True), where=site.path if site.index >= 0 else "stem"
+            )
+        return *pca(covariance.matrix), covariance.tokens
+
+    def _spread(self, site: StreamSite, q: torch.Tensor) -> torch.Tensor:
         if self.final_orientation == "random":
-            q = q @ random_orthogonal(kept, site.generator).to(q.device)
+            return q @ random_orthogonal(q.shape[1], site.generator).to(q.device)
         return q
 
-    def _refuse_growth(self, model: ModelFacts, kept: int) -> None:
-        shape = stream_shape(model.residual, model.shapes)
-
-        def count(width: int) -> int:
-            if self.orientation == "global":
-                return global_parameters(shape, width)
-            return per_site_parameters(shape, uniform_widths(shape, width))
-
-        after = count(kept)
+    def _refuse_growth(self, model: ModelFacts, count: Callable[[int], int], width: int) -> None:
+        after = count(self._kept(width))
         if self.sparsity and after >= model.given:
-            helps = widest_that_shrinks(count, model.given, shape.width, self.round_to)
+            helps = widest_that_shrinks(count, model.given, width, self.round_to)
             least = "no sparsity up to 0.5 makes it smaller"
-            if helps is not None and helps >= shape.width / 2:
-                least = f"from sparsity {1 - helps / shape.width:.3f} on it gets smaller"
+            if helps is not None and helps >= width / 2:
+                least = f"from sparsity {1 - helps / width:.3f} on it gets smaller"
             raise PreflightError(
                 f"{after:,} parameters would be left of {model.given:,}", where="slicegpt.sparsity", hint=f"{least}."
             )
+
+    def _look(self, model: ShapingModel) -> dict[str, Any]:
+        """The dense model once: spectra at each site, second moments pooled over all, and the stream at the end."""
+        spectra: list[torch.Tensor] = []
+        pooled = None
+        for site in model.sites():
+            last = site.index == len(site.residual.blocks)
+            taps = [stream.taps[0] for stream in site.sites] + ([site.residual.end] if last else [])
+            for tap in taps:
+                if self.schedule == "variance" and not last:
+                    raw = tap_covariance(site, tap, self._normalises(per_site=True))
+                    spectra.append(pca(raw.matrix)[0])
+                if self.orientation == "auto":
+                    shared = tap_covariance(site, tap, self._normalises(per_site=False)).matrix
+                    pooled = shared / shared.trace() + (0 if pooled is None else pooled)
+            end = site.states()
+        return {"spectra": spectra, "pooled": pooled, "end": end}
+
+    def _affordable(
+        self, facts: ModelFacts, shape: StreamShape, budget: int, spectra: list[torch.Tensor]
+    ) -> tuple[tuple[int, ...] | None, str]:
+        """Widths of a per-site model of at most so many parameters, or None and why there are none."""
+
+        def count(width: int) -> int:
+            return per_site_parameters(shape, uniform_widths(shape, width))
+
+        widest = widest_that_shrinks(count, budget + 1, shape.width, self.round_to)
+        if widest is None:
+            return None, f"has more than {budget:,} at any width"
+        widths = uniform_widths(shape, widest)
+        if self.schedule == "variance":
+            least = max(self.round_to, widest // 2 - widest // 2 % self.round_to)
+            widths = scheduled_widths(shape, [values.tolist() for values in spectra], budget, self.round_to, least)
+        try:
+            per_site_remodel(facts, widths)
+        except CompressError as error:
+            return None, error.what
+        return widths, ""
+
+    def _end_of_global(self, model: ShapingModel, pooled: torch.Tensor, kept: int) -> list[torch.Tensor]:
+        """The stream at the end of a model cut along one rotation."""
+        q = pca(pooled)[1][:, :kept]
+        for site in model.sites(lambda site: [q] * len(site.sites)):
+            end = site.states()
+        return [(hidden.to(q) @ q @ q.t()).to(hidden) for hidden in end]
+
+    def _end_per_site(self, model: ShapingModel, widths: tuple[int, ...]) -> list[torch.Tensor]:
+        """The same for a rotation at each site."""
+        carried: dict[str, Any] = {"at": 0}
+
+        def bases(site: StreamSite) -> list[torch.Tensor]:
+            at = carried["at"]
+            found = self._bases(site, carried["basis"], widths[at + 1 : at + 1 + len(site.sites)])
+            carried.update(basis=found[-1], at=at + len(site.sites))
+            return found[:-1]
+
+        for site in model.sites(bases):
+            if site.index < 0:
+                carried["basis"] = self._axes(site, [])[1][:, : widths[0]]
+            end = site.states()
+        return end
+
+
+def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Mean KL divergence of the outputs from the dense model's, in nats; of a model without a head the relative square
+    error of its output. One sample at a time, since logits are large.
+    """
+    total, count = 0.0, 0
+    for batch, (first, second) in enumerate(zip(wanted, found)):
+        for sample in range(len(first)):
+            chosen = slice(sample, sample + 1)
+            with torch.no_grad():
+                p, q = (model.head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
+            if model.facts.residual.end.readers:
+                p, q = p.log_softmax(-1), q.log_softmax(-1)
+                errors = (p.exp() * (p - q)).sum(-1)
+            else:
+                errors = (p - q).square().sum(-1) / p.square().sum(-1)
+            total, count = total + float(errors.sum()), count + errors.numel()
+    return total / count
 
 
 def _warn_if_few(site: StreamSite, tokens: int, eigenvalues: torch.Tensor) -> None:
@@ -215,64 +352,3 @@ def _warn_if_few(site: StreamSite, tokens: int, eigenvalues: torch.Tensor) -> No
     if tokens < ENOUGH * width:
         seen = f"{tokens:,} calibration tokens span {rank} of {width} directions"
         site.warn("few-tokens", "slicegpt", f"{seen}; {ENOUGH * width:,} are meant")
-
-
-def per_site_remodel(model: ModelFacts, kept: int) -> Remodel:
-    """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before."""
-    residual = model.residual
-    sites = [site for block in residual.blocks for site in block]
-    widths = (kept,) * len(sites) + (residual.width,)
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
-
-    def narrow(name: str, axis: int, width: int) -> None:
-        shapes[name] = _resized(model.shapes[name], axis, width)
-
-    def strip(tap: Tap, width: int) -> None:
-        spec = {"width": residual.width, "eps": tap.norm.eps}
-        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
-        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
-
-    for writer in residual.stem:
-        narrow(writer.parameter, writer.axis, widths[0])
-    for site, width, following in zip(sites, widths, widths[1:]):
-        for tap in site.taps:
-            strip(tap, width)
-            for reader in tap.readers:
-                narrow(reader.parameter, reader.axis, width)
-        for writer in site.writers:
-            narrow(writer.parameter, writer.axis, following)
-    strip(residual.end, residual.width)
-    per_block, at = [], 0
-    for block in residual.blocks:
-        per_block.append(list(widths[at : at + len(block) + 1]))
-        at += len(block)
-    held = {name: list(shape) for name, shape in shapes.items() if shape is not None}
-    for number, (spec, shape) in enumerate(zip(model.branches(per_block), per_block)):
-        path = f"{model.blocks}.{number}"
-        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
-        shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
-    before = model.config.get("compressed_shapes") or {}
-    return Remodel(
-        {"compressed_shapes": {**before, **held}, "compressed_modules": modules}, shapes, (residual.width, *widths)
-    )
-
-
-def global_remodel(model: ModelFacts, kept: int) -> Remodel:
-    """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
-    width = model.residual.width
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
-    edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
-    shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
-    shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
-    eps = model.residual.end.norm.eps * width / kept
-    config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
-    heads = model.config.get("num_attention_heads")
-    if heads:
-        config["head_dim"] = model.config.get("head_dim") or width // heads
-    return Remodel(config, shapes, (width, kept))
-
-
-def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    return (*shape[:axis], length, *shape[axis + 1 :])
