@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from compressor.branches import check_widths, find_branches
 from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
+from compressor.prunable import KINDS, find_prunable
+from compressor.pruning import PrunableSite
 from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
@@ -28,11 +31,19 @@ from compressor.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; `given`, its parameters before any step.
+    """What a pass may know of the model; what takes a run is found when asked for.
 
-    raises ModelError for a model whose residual stream can't be rotated
+    given  its parameters before any step
     """
-    residual = read_residual(structure)
+
+    @cache
+    def residual() -> Residual:
+        return read_residual(structure)
+
+    @cache
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+        return find_prunable(structure, kinds)
+
     return ModelFacts(
         structure.architecture,
         structure.model.config.to_dict(),
@@ -40,9 +51,10 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         dict(structure.bindings.tied),
         residual,
         given,
-        lambda widths: _branches(structure, residual, widths),
+        lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
+        prunable,
     )
 
 

@@ -104,7 +104,7 @@ class ShapingView:
                 site = ReshapeSite(
                     self.structure,
                     unit,
-                    self.facts.residual,
+                    self.facts,
                     Remodel(),
                     streams,
                     self.device,

@@ -24,6 +24,8 @@ BUILTIN = {
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
+    "removed": "compressor.layers.removed:Removed",
+    "resized": "compressor.layers.resized:Resized",
     "rms_norm": "compressor.layers.rms_norm:RmsNorm",
     "rotated_block": "compressor.layers.rotated_block:RotatedBlock",
     "table_activation": "compressor.layers.table_activation:TableActivation",
