@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from compressor.budget import STREAM, Size
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.masking import Dense, Draw, Places, distilled, gradients, labelled, predictions
+from compressor.unit_masks import Dense, Draw, Places, distilled, gradients, labelled, predictions
 from compressor.variational import Masks, kl_divergence, lagrangian, log_alpha, noise, soft_keep, warmed
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compressor.masking import Places, Reader
+from compressor.unit_masks import Places, Reader
 from compressor.replay import Pieces
 from compressor.structure import find_blocks
 

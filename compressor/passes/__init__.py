@@ -17,6 +17,7 @@ BUILTIN = {
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",
+    "vtrans": "compressor.passes.vtrans:VTrans",
 }
 GROUP = "compressor.passes"
 

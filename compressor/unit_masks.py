@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
-# (batch, stream after the last block, head) -> its loss in parts to be summed, some samples at a time
+# (batch, stream after the last block, head) -> losses (samples,) of some samples at a time, in order
 Loss = Callable[[int, "torch.Tensor", Head], Iterator["torch.Tensor"]]
 HEAD_TOKENS = 512  # tokens that go through the head at once: with 128,000 words their logits fill 262 MB
 
@@ -162,8 +162,8 @@ def gradients(
         for draw in draws:
             last = draw.entered[-1].detach().requires_grad_()
             for part in loss(draw.batch, last, masked_head(model, draw, places, last)):
-                part.backward()
-                total += float(part.detach())
+                part.sum().backward()
+                total += float(part.detach().sum())
             assert last.grad is not None
             slopes.append(last.grad)
     for unit in range(head - 1, 0, -1):
@@ -199,7 +199,7 @@ class Dense:
 
 
 def distilled(model: ShapingModel, dense: Dense, weight: float = 1.0) -> Loss:
-    """How far the output is from the dense model's: KL(dense || masked) of logits, summed over predictions.
+    """How far the output is from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
 
     A model without a head gives its last hidden states: there it is the squared error over their variance, summed over
     tokens and averaged over channels.
@@ -216,7 +216,7 @@ def distilled(model: ShapingModel, dense: Dense, weight: float = 1.0) -> Loss:
 
 
 def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
-    """Cross-entropy with the data's labels, summed over samples. raises PassError where there are none"""
+    """Cross-entropy with the data's labels. raises PassError where there are none, or none that fit"""
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
         labels = model.labels(batch)
@@ -234,9 +234,16 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
                     where="loss: task",
                     hint="Use loss: distill, or labels that the model's head was trained for.",
                 )
-            yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="sum")
+            yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")
 
     return loss
+
+
+def losses(model: ShapingModel, draw: Draw, places: Places, last: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """(samples,) without gradients, from the stream after the last block."""
+    with torch.no_grad():
+        fixed = Draw(draw.batch, {name: z.detach() for name, z in draw.masks.items()})
+        return torch.cat([part.detach() for part in loss(draw.batch, last, masked_head(model, fixed, places, last))])
 
 
 def predictions(model: ShapingModel, dense: Dense, batch: int) -> int:
@@ -263,12 +270,12 @@ def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
 
 
 def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    logs = (found.log_softmax(-1).flatten(0, -2), wanted.log_softmax(-1).flatten(0, -2))
-    return torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
+    logs = found.log_softmax(-1), wanted.log_softmax(-1)
+    return torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).flatten(1).sum(1)
 
 
 def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (found - wanted).square().mean(-1).sum() / wanted.var()
+    return (found - wanted).square().mean(-1).sum(1) / wanted.var()
 
 
 def _expanded(reader: Reader, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
