@@ -194,6 +194,7 @@ class Remodel:
     follows  whether a unit's signals are there while it is written: those of the model as cut so far, where the pass
              has `projections`, else of the model unchanged
     decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
+    blocks   numbers of the blocks that stay, where some go altogether: the model then counts fewer
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -202,6 +203,7 @@ class Remodel:
     notes: tuple[str, ...] = ()
     follows: bool = False
     decision: Decision | None = None
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,12 @@ from typing import Any, Literal
 from compressor.errors import PreflightError
 from compressor.lazy import torch
 from compressor.protocol import Decision, ModelFacts, Remodel, StreamSite
+from compressor.slicing import EPS_KEYS
 from compressor.stream import Residual, Tap
 
+KINDS = ("heads", "ffn")
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
-EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the stream's width
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -56,7 +57,7 @@ class PrunableSite:
              activation
     reader   path of the matrix that reads what the units give; unit u is gone when this module's input is 0 at
              columns[u]
-    cuts     what gets smaller, the reader's own input axis included
+    cuts     what gets smaller; the first is the reader along its input axis
     bias     the reader's bias, which stays when all units are gone
     cost     parameters of one unit
     layout   what else pruning has to know, of JSON values:
@@ -68,6 +69,8 @@ class PrunableSite:
              removal     modules that a `removed` layer replaces: [{"path", "returns", "layer", "adds"}], `adds` where
                          it gives what the reader gave; None where the sub-block has to stay
              has_norms   norms stand inside, with the same eps as those on the stream
+             vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class
+                         can be without it
     """
 
     name: str
@@ -121,15 +124,16 @@ def pruned_remodel(
     raises  PreflightError for a decision that doesn't fit the model, or a stock model that can't be
     """
     check_decision(sites, decision)
+    width = _reads_width(facts, sites)
+    widths = (width, len(decision["hidden"]) if _narrows(facts, decision) else width)
     shapes = pruned_shapes(facts, sites, decision)
-    widths = (facts.residual.width, len(decision["hidden"])) if _narrows(facts, decision) else ()
     if not shapes:
-        return Remodel(widths=widths)
+        return Remodel(widths=widths, decision=decision)
     why: str | None = "the recipe asks for it"
     if export != "custom":
-        remodel = _stock(facts, sites, decision, shapes)
+        remodel = _stock(facts, sites, decision)
         if isinstance(remodel, Remodel):
-            return replace(remodel, widths=widths)
+            return replace(remodel, widths=widths, decision=decision)
         why = remodel
         if export == "stock":
             raise PreflightError(
@@ -137,20 +141,17 @@ def pruned_remodel(
                 where="export",
                 hint="Prune every block alike, or use export: auto, which adds a modelling file.",
             )
-    uneven = [site for site in sites if site.layout["per_layer"] and 0 < len(kept_units(site, decision)) < site.units]
-    if uneven:
-        raise PreflightError(
-            f"blocks can't differ in their number of {uneven[0].kind} ({uneven[0].layout['per_layer']}), and {why}",
-            where=uneven[0].name,
-            hint="Prune every block alike.",
-        )
-    return replace(_custom(facts, sites, decision, shapes), widths=widths)
+    remodel = _custom(facts, sites, decision, shapes, why)
+    return replace(remodel, widths=widths, decision=decision)
 
 
 def pruned_shapes(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision
+    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, gone: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
-    """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named."""
+    """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named.
+
+    gone  blocks that are dropped altogether
+    """
     shapes: dict[str, tuple[int, ...] | None] = {}
     residual = facts.residual if _narrows(facts, decision) else None
     for name, axes in kept_slices(facts.shapes, sites, decision, residual).items():
@@ -158,7 +159,7 @@ def pruned_shapes(
             shape = facts.shapes[name]
             shapes[name] = tuple(len(axes[a]) if a in axes else n for a, n in enumerate(shape))
     for site in sites:
-        if kept_units(site, decision):
+        if kept_units(site, decision) or site.block in gone:
             continue
         bias = shapes.get(site.bias, facts.shapes[site.bias]) if site.bias else None
         for entry in site.layout["removal"]:
@@ -166,13 +167,27 @@ def pruned_shapes(
             shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(inside))
             if entry["adds"] and bias:
                 shapes[f"{entry['path']}.bias"] = bias
+    for block in gone:
+        shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
 
 
-def parameters_left(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> int:
-    """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly."""
-    shapes = {**facts.shapes, **pruned_shapes(facts, sites, decision)}
+def parameters_left(
+    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "custom"
+) -> int:
+    """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly.
+
+    export  stock: blocks of which nothing is left are dropped with their norms
+    """
+    gone = dropped_blocks(sites, decision) if export == "stock" else ()
+    shapes = {**facts.shapes, **pruned_shapes(facts, sites, decision, gone)}
     return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
+
+
+def dropped_blocks(sites: Sequence[PrunableSite], decision: Decision) -> tuple[int, ...]:
+    """Blocks that do nothing any more, so that a model without them computes the same."""
+    left = {site.block for site in sites if kept_units(site, decision) or not site.layout["vanishes"]}
+    return tuple(sorted({site.block for site in sites} - left))
 
 
 def kept_slices(
@@ -211,6 +226,11 @@ def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
     return (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias))
 
 
+def _reads_width(facts: ModelFacts, sites: Sequence[PrunableSite]) -> int:
+    """The stream's width: what a reader gives back to it."""
+    return facts.shapes[sites[0].cuts[0].parameter][1 - sites[0].cuts[0].axis]
+
+
 def _narrows(facts: ModelFacts, decision: Decision) -> bool:
     kept = decision.get("hidden")
     return kept is not None and len(kept) < facts.residual.width
@@ -219,27 +239,25 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 # a stock model
 
 
-def _stock(
-    facts: ModelFacts,
-    sites: Sequence[PrunableSite],
-    decision: Decision,
-    shapes: dict[str, tuple[int, ...] | None],
-) -> Remodel | str:
+def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> Remodel | str:
     """The model of the same class, or why there is none."""
+    gone = dropped_blocks(sites, decision)
+    stay = [site for site in sites if site.block not in gone]
     config: dict[str, Any] = {}
-    for kind in ("heads", "ffn"):
-        alike = [site for site in sites if site.kind == kind]
-        counts = {len(kept_units(site, decision)) for site in alike}
-        if all(len(kept_units(site, decision)) == site.units for site in alike):
-            continue
-        if 0 in counts:
-            return f"{next(s.name for s in alike if not kept_units(s, decision))} is gone altogether"
-        if len(counts) > 1:
-            return f"the number of {kind} differs from block to block"
-        keys = alike[0].layout["config"]
-        if keys is None:
-            return f"its config doesn't say how many {kind} there are"
-        config |= {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
+    for kind in KINDS:
+        said = _kind_config([site for site in stay if site.kind == kind], decision)
+        if isinstance(said, str):
+            return said
+        config |= said
+    count = len({site.block for site in sites})
+    if gone:
+        depths = [key for key in DEPTH_KEYS if facts.config.get(key) == count]
+        if not depths or len(gone) == count:
+            return "its config can't say that blocks are gone"
+        kept = [block for block in range(count) if block not in gone]
+        config |= {key: len(kept) for key in depths}
+        lists = [key for key, value in facts.config.items() if isinstance(value, list) and len(value) == count]
+        config |= {key: [facts.config[key][block] for block in kept] for key in lists}
     if _narrows(facts, decision):
         narrow = _narrow_config(facts, sites, decision)
         if isinstance(narrow, str):
@@ -248,8 +266,24 @@ def _stock(
     for key in ("compressed_shapes", "compressed_modules"):
         if facts.config.get(key):
             return "it is no model of its own class any more"
-    remodel = Remodel(config, dict(shapes))
+    blocks = tuple(block for block in range(count) if block not in gone) if gone else None
+    remodel = Remodel(config, pruned_shapes(facts, sites, decision, gone), blocks=blocks)
     return facts.fits(remodel) or remodel
+
+
+def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+    """What config.json says of how many units of one kind every block has, or why it can't."""
+    counts = {len(kept_units(site, decision)) for site in sites}
+    if all(len(kept_units(site, decision)) == site.units for site in sites):
+        return {}
+    if 0 in counts:
+        return f"{next(s.name for s in sites if not kept_units(s, decision))} is gone altogether"
+    if len(counts) > 1:
+        return f"the number of {sites[0].kind} differs from block to block"
+    keys = sites[0].layout["config"]
+    if keys is None:
+        return f"its config doesn't say how many {sites[0].kind} there are"
+    return {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
 
 
 def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
@@ -290,14 +324,27 @@ def _custom(
     sites: Sequence[PrunableSite],
     decision: Decision,
     shapes: dict[str, tuple[int, ...] | None],
+    why: str | None,
 ) -> Remodel:
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
+    said: dict[str, Any] = {}
+    for kind in KINDS:  # what the class can't take block by block it may take from the config
+        alike = [site for site in sites if site.kind == kind and site.layout["per_layer"]]
+        found = _kind_config(alike, decision)
+        partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
+        if isinstance(found, str) and partly:
+            raise PreflightError(
+                f"blocks can't differ in their number of {kind} ({partly[0].layout['per_layer']}), and {why}",
+                where=partly[0].name,
+                hint="Prune every block alike.",
+            )
+        said |= {} if isinstance(found, str) else found
     for site in sites:
         units = len(kept_units(site, decision))
         if not units:
             modules = _without(modules, [entry["path"] for entry in site.layout["removal"]])
-            modules |= removed_modules(site, _stream_width(facts, site, shapes))
-        elif units < site.units:
+            modules |= removed_modules(site, facts.shapes[f"{site.reader}.weight"][1 - site.cuts[0].axis])
+        elif units < site.units and not site.layout["per_layer"]:
             for path, module in resized_modules(site, units).items():
                 before = modules.get(path, module)["spec"]["attributes"]
                 modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
@@ -311,8 +358,8 @@ def _custom(
             held[name] = held[owner]
     before = facts.config.get("compressed_shapes") or {}
     kept = {name: shape for name, shape in before.items() if shapes.get(name, ()) is not None}
-    config = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
-    return Remodel(config, dict(shapes))
+    own = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
+    return Remodel({**said, **own}, dict(shapes))
 
 
 def removed_modules(site: PrunableSite, width: int) -> dict[str, Any]:
@@ -341,12 +388,6 @@ def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
         for path, numbers in site.layout["attributes"].items()
         if numbers
     }
-
-
-def _stream_width(facts: ModelFacts, site: PrunableSite, shapes: Mapping[str, tuple[int, ...] | None]) -> int:
-    """What the reader gives, before the stream gets narrower."""
-    cut = next(cut for cut in site.cuts if cut.parameter == f"{site.reader}.weight")
-    return facts.shapes[cut.parameter][1 - cut.axis]
 
 
 def _without(modules: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:

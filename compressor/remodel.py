@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -85,14 +86,25 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
         before = tuple(held[name].shape)
         shape = remodel.shapes.get(name, before)
         if shape is not None:
-            tensors |= _tensor_infos(structure, name, before, shape)
+            found = _tensor_infos(structure, name, before, shape)
+            tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[name] = _info(structure, shape, None)
+            tensors[renumbered(name, structure, remodel)] = _info(structure, shape, None)
     checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
     made = _config(config)
     cls = class_for(stock_class(structure.model), made)
     return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
+    """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
+    if remodel.blocks is None:
+        return name
+    place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
+    if place is None:
+        return name
+    return f"{name[: place.start(2)]}{remodel.blocks.index(int(place[2]))}{name[place.end(2) :]}"
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:

@@ -293,16 +293,30 @@ def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Ten
     """Every tensor that the new model keeps in this unit, by checkpoint name, in the model's dtype."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
-    for name in planned.parameters_of(unit):
+    for name, now in _parameters_of(work, unit).items():
         value = site.written[name] if name in site.written else _value(work.structure, name)
         if value.is_floating_point():
             value = value.to(work.structure.dtype)
-        parts = split_parameter(planned, name, value)
+        parts = split_parameter(planned, now, value)
         tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
     for tensor, part in tensors.items():
         expected = planned.checkpoint.tensors[tensor].shape
         assert tuple(part.shape) == expected, f"{tensor}: {tuple(part.shape)}, {expected} was planned"
     return dict(sorted(tensors.items()))
+
+
+def _parameters_of(work: Reshaper, unit: int) -> dict[str, str]:
+    """What the new model keeps of a unit: name of a parameter before -> after, which differ where blocks are gone."""
+    kept, path = work.remodel.blocks, work.structure.pieces.blocks_path
+    if kept is None:
+        return {name: name for name in work.planned.parameters_of(unit)}
+    if unit == work.structure.block_count + 1:
+        return {name: name for name in work.planned.parameters_of(len(kept) + 1)}
+    if unit == 0 or unit - 1 not in kept:
+        return {name: name for name in work.planned.parameters_of(0)} if unit == 0 else {}
+    number = kept.index(unit - 1)
+    names = work.planned.parameters_of(number + 1)
+    return {f"{path}.{unit - 1}.{name.removeprefix(f'{path}.{number}.')}": name for name in names}
 
 
 def _reopen(work: Reshaper, files: list[Path]) -> Structure:

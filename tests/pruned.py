@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from compressor.journal import Journal
+from compressor.masking import masked
 from compressor.protocol import Pass, Traits
-from compressor.prunable import masked
 from compressor.pruning import PrunableSite, prune, pruned_remodel
 from compressor.recipe import Step
 from compressor.remodel import check_remodel, facts_of
