@@ -1,4 +1,4 @@
-"""Trains masks of a frozen model towards a size: task loss, bottleneck and Lagrangian, with a state that can be resumed.
+"""Trains masks of a frozen model towards a size: task loss, bottleneck and Lagrangian, resumable to the bit.
 
 Every random number follows from (seed, step, batch, mask), and what one step leaves to the next is a handful of
 vectors, so a training that goes on from a saved state is bit by bit the uninterrupted one.
@@ -56,7 +56,12 @@ class Trained:
 
 
 def train_masks(
-    model: ShapingModel, places: Places, size: Size, sizes: Mapping[str, int], charges: Mapping[str, float], course: Course
+    model: ShapingModel,
+    places: Places,
+    size: Size,
+    sizes: Mapping[str, int],
+    charges: Mapping[str, float],
+    course: Course,
 ) -> Trained:
     """Masks of a frozen model for a share of its size.
 
@@ -71,8 +76,10 @@ def train_masks(
     if (saved := model.saved()) is not None:
         begun = saved[0]
         state.load(saved[1])
-    counts = [predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
-              for batch in range(model.batches)]
+    counts = [
+        predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
+        for batch in range(model.batches)
+    ]
     every = torch.cat([torch.full((sizes[name],), charges[name]) for name in sizes])
     losses: list[float] = []
     for step, batches in enumerate(_schedule(dense, course, seed)):

@@ -181,7 +181,7 @@ def gradients(
 
 @dataclass(frozen=True)
 class Dense:
-    """The model unchanged, as masked ones are compared with it: the stream of each batch before and after the blocks."""
+    """The model unchanged, to compare masked ones with: the stream of each batch before and after the blocks."""
 
     before: list[torch.Tensor]
     after: list[torch.Tensor]
@@ -301,10 +301,11 @@ def _renormed(z: torch.Tensor, norm: Norm) -> Callable[..., Any]:
     def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
         work = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        weight, bias = (
+            None if (value := getattr(module, name, None)) is None else value.to(work) for name in ("weight", "bias")
+        )
         apart = x.reshape(len(z), -1, x.shape[-1]).to(work)
-        given = (None if value is None else value.to(work) for value in (weight, bias))
-        found = masked_norm(apart, z.to(work), *given, norm)
+        found = masked_norm(apart, z.to(work), weight, bias, norm)
         return found.view(x.shape).to(output.dtype)
 
     return hook

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compressor.unit_masks import Places, Reader
 from compressor.replay import Pieces
 from compressor.structure import find_blocks
+from compressor.unit_masks import Places, Reader
 
 
 class Whole:
@@ -85,7 +85,9 @@ def places(family, model, switches=False):
             features = 32 if each > 1 else 64
             name = module.rpartition(".")[0] if family != "opt" else module
             switch = f"{name}/whole" if switches else None
-            found.append(Reader(name, number + 1, module, torch.arange(features // each).repeat_interleave(each), switch))
+            found.append(
+                Reader(name, number + 1, module, torch.arange(features // each).repeat_interleave(each), switch)
+            )
     return Places(tuple(found))
 
 

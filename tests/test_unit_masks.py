@@ -12,11 +12,11 @@ import torch
 from compressor.budget import STREAM, Part, Size
 from compressor.errors import PassError
 from compressor.mask_training import Course, train_masks
-from compressor.unit_masks import Dense, Draw, Places, StreamNorm, distilled, gradients, labelled, masked_norm
 from compressor.norms import Norm, apply_norm
 from compressor.replay import Pieces
 from compressor.residual import residual_of
 from compressor.structure import find_blocks
+from compressor.unit_masks import Dense, Draw, Places, StreamNorm, distilled, gradients, labelled, masked_norm
 
 
 def whole_gradients(model, placed, batch, masks, loss_of):
@@ -47,7 +47,10 @@ def test_gradients_block_by_block_are_those_of_one_backward_pass(family):
     placed = shaping.places(family, model, switches=True)
     dense = Dense.of(whole)
     task = family == "bert"
-    draws = [Draw(n, {k: z.detach().double().requires_grad_() for k, z in shaping.masks(placed, 3, n).items()}) for n in (0, 1)]
+    draws = [
+        Draw(n, {k: z.detach().double().requires_grad_() for k, z in shaping.masks(placed, 3, n).items()})
+        for n in (0, 1)
+    ]
     found = gradients(whole, draws, placed, dense.before, labelled(whole) if task else distilled(whole, dense, 0.5))
     assert whole.most_loaded == 1 and all(p.grad is None for p in model.parameters())
     total = 0.0
@@ -76,7 +79,9 @@ def test_masks_of_one_leave_the_model_as_it_is():
     whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
     placed = shaping.places("llama", model)
     dense = Dense.of(whole)
-    ones = {name: torch.ones_like(z, dtype=torch.float64).requires_grad_() for name, z in shaping.masks(placed, 2).items()}
+    ones = {
+        name: torch.ones_like(z, dtype=torch.float64).requires_grad_() for name, z in shaping.masks(placed, 2).items()
+    }
     assert gradients(whole, [Draw(0, ones)], placed, dense.before, distilled(whole, dense)) == 0.0
 
 
@@ -85,7 +90,9 @@ def test_a_base_model_is_compared_by_its_hidden_states():
     whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
     dense = Dense.of(whole)
     (same, half) = (
-        next(distilled(whole, dense)(0, dense.after[0], lambda part, f=f: whole.head(0, dense.after[0][part] * f, part)))
+        next(
+            distilled(whole, dense)(0, dense.after[0], lambda part, f=f: whole.head(0, dense.after[0][part] * f, part))
+        )
         for f in (1, 0.5)
     )
     wanted = model(**whole.inputs[0]).last_hidden_state
@@ -134,7 +141,9 @@ def test_a_masked_norm_is_that_of_the_kept_channels(kind):
 
 def stream_norms(model):
     residual = residual_of(model, Pieces(model, find_blocks(model)))
-    norms = [StreamNorm(n + 1, tap.module, tap.norm) for n, b in enumerate(residual.blocks) for s in b for tap in s.taps]
+    norms = [
+        StreamNorm(n + 1, tap.module, tap.norm) for n, b in enumerate(residual.blocks) for s in b for tap in s.taps
+    ]
     return (*norms, StreamNorm(len(residual.blocks) + 1, residual.end.module, residual.end.norm))
 
 

@@ -123,7 +123,9 @@ def test_the_target_is_the_largest_size_that_is_small_enough(full, share, target
 
 def flat(*units, **more):
     """Parts of unit weight 10 and 1 in turn."""
-    parts = [Part(f"p{n}", ("heads", "ffn")[n % 2], n // 2, count, (10, 1)[n % 2], **more) for n, count in enumerate(units)]
+    parts = [
+        Part(f"p{n}", ("heads", "ffn")[n % 2], n // 2, count, (10, 1)[n % 2], **more) for n, count in enumerate(units)
+    ]
     return Size(tuple(parts), 5)
 
 
@@ -205,7 +207,7 @@ def test_the_width_of_the_stream_is_cut_with_everything_that_lies_along_it():
     for seed in range(4):
         target = target_size(size.full, 0.4)
         kept = cut(size, random_scores(size, seed), target, prunes_width=True)
-        assert kept.width is not None and 8 <= len(kept.width) and len(kept.width) % 4 == 0
+        assert kept.width is not None and len(kept.width) >= 8 and len(kept.width) % 4 == 0
         assert measured(size, kept) == kept.size <= target
     assert cut(size, random_scores(size), target).width is None
 

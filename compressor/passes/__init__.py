@@ -13,6 +13,7 @@ BUILTIN = {
     "bct": "compressor.passes.bct:BCT",
     "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",
     "gptq": "compressor.passes.gptq:GPTQ",
+    "greedy_removal": "compressor.passes.greedy_removal:GreedyRemoval",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",

@@ -38,11 +38,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.errors import PreflightError
-from compressor.mask_training import Course, train_masks
 from compressor.lazy import torch
-from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
+from compressor.mask_training import Course, train_masks
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
 from compressor.weighing import model_size
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
@@ -83,7 +83,9 @@ class VTrans(Pass):
     warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
     kl_factor: NonNegativeFloat = Field(1e-6, description="Weight of the bottleneck's term.")
     heads_charge: PositiveFloat = Field(256.0, description="What that term of heads is multiplied with.")
-    align: PositiveInt = Field(8, description="MLP units and channels are kept by a multiple of this; heads one by one.")
+    align: PositiveInt = Field(
+        8, description="MLP units and channels are kept by a multiple of this; heads one by one."
+    )
     reconstruct: bool = Field(True, description="Repair readers by least squares, instead of folding the masks' means.")
     min_heads: PositiveInt = Field(1, description="Key-value heads that every attention keeps.")
     min_ffn: float = Field(0.1, gt=0, le=1, description="Share of its units that every MLP keeps.")
@@ -91,7 +93,9 @@ class VTrans(Pass):
     protect_layers: tuple[int, ...] = Field(
         (0, -1), description="Blocks whose sub-blocks stay, where sites name layers; -1 is the last."
     )
-    save_every: PositiveInt = Field(50, description="Steps of training between two states that a resume can start from.")
+    save_every: PositiveInt = Field(
+        50, description="Steps of training between two states that a resume can start from."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> VTrans:
@@ -137,14 +141,16 @@ class VTrans(Pass):
         )  # fmt: skip
         trained = train_masks(model, places, size, sizes, charges, course)
         scores, means = trained.masks.scores(), trained.masks.means()
-        removable = {(site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)}
+        removable: dict[tuple[str, ...], float] = {
+            (site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)
+        }
         kept = self._cut(size, {**_whole(sites, 0.0), **scores}, removable)
         decision = _decision(kept)
         folded = {}
         for site in sites:
             switch = means[_switch(site)][0] if _switch(site) in means else 1.0
             units = means.get(site.name, [1.0] * site.units)
-            if 0 < len(kept.units[site.name]):
+            if len(kept.units[site.name]) > 0:
                 folded[site.name] = [units[unit] * switch for unit in kept.units[site.name]]
         figures = {
             "size": kept.size,
