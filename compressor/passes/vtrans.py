@@ -171,7 +171,7 @@ class VTrans(Pass):
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
             kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
-            return replace(pruned_remodel(model, sites, _decision(kept), self.export), notes=self._notes)
+            return replace(pruned_remodel(model, sites, _decision(kept), self.export), notes=self._notes, decision=None)
         remodel = pruned_remodel(model, sites, decision, self.export)
         return replace(remodel, decision=decision, notes=self._notes, follows=self.reconstruct)
 
