@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Fixed(Pass):
     """Prunes what it is told to."""
 
     decision: dict[str, Any]
+    ridge: float | None = None
+    factors: dict[str, list[float]] | None = None
 
     @property
     def traits(self):
@@ -40,7 +43,9 @@ class Fixed(Pass):
         return True
 
     def reshape(self, site, carry):
-        prune(site, site.facts.prunable(), self.decision)
+        found = prune(site, site.facts.prunable(), self.decision, ridge=self.ridge, factors=self.factors)
+        for name, repair in found.items():
+            site.warn("repaired" if repair.is_solved else "cut", name, f"{repair.before} {repair.after}")
         return carry
 
 
@@ -60,6 +65,7 @@ class Pruned:
     facts: Any
     remodel: Any
     directory: Path
+    warnings: list[dict[str, str]]
 
 
 def opened(family: str, directory: Path, **config: Any) -> tuple[Structure, Any]:
@@ -75,16 +81,23 @@ def middle(site: PrunableSite, less: int = 0) -> list[int]:
 
 
 def carry_out(
-    directory: Path, structure: Structure, facts: Any, decision: dict[str, Any], export: str = "auto", **more: Any
+    directory: Path,
+    structure: Structure,
+    facts: Any,
+    decision: dict[str, Any],
+    export: str = "auto",
+    batches: Sequence[dict[str, torch.Tensor]] = (),
+    **settings: Any,
 ) -> Pruned:
+    """Plan and write it; with `batches` their signals are there while units are written."""
     sites = facts.prunable()
-    remodel = pruned_remodel(facts, sites, decision, export)
+    remodel = replace(pruned_remodel(facts, sites, decision, export), follows=bool(batches))
     planned = check_remodel(structure, remodel, "steps")
     dense = type(structure.model).from_pretrained(structure.checkpoint.directory, dtype=torch.float64).eval()
-    step = Step(("steps", 0), "fixed", more.get("settings", Fixed(decision=decision)))
+    step = Step(("steps", 0), "fixed", Fixed(decision=decision, **settings))
     journal = Journal.create(directory, {})
     device = torch.device("cpu")
-    streams = [Stream(batch, torch.empty(0), []) for batch in more.get("batches", [])]
+    streams = [Stream(batch, torch.empty(0), []) for batch in batches]
     work = Reshaper(
         0,
         structure,
@@ -104,11 +117,12 @@ def carry_out(
             stream.hidden, stream.calls = structure.pieces.stem(stream.batch)
 
     after, _ = run_reshape(work, step, embed)
+    warnings = [warning for line in journal.lines.values() for warning in line["warnings"]]
     journal.close()
     written = directory / "units" / "s00"
     model, info = type(after.model).from_pretrained(written, dtype=torch.float64, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return Pruned(dense, model.eval(), structure, after, sites, facts, remodel, written)
+    return Pruned(dense, model.eval(), structure, after, sites, facts, remodel, written, warnings)
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
