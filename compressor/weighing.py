@@ -29,7 +29,8 @@ def model_size(
     """
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
-    multiplied = {reader.parameter for reader in facts.residual.end.readers} if of == "model" else set()
+    heads = facts.residual.end.readers if (of, measure) == ("model", "flops") else ()
+    multiplied = {reader.parameter for reader in heads}
     rest: dict[str, int] = {}  # parameter -> entries that no unit owns
     for name, shape in facts.shapes.items():
         is_counted = name.startswith(inside) or (of == "model" and (measure == "parameters" or name in multiplied))
@@ -52,9 +53,12 @@ def model_size(
         if measure == "flops" and site.kind == "heads":
             unit += 2 * tokens * site.layout["head_dim"] * site.layout["query_heads"]
         parts.append(Part(site.name, site.kind, site.block, site.units, unit, per_width, _beside(facts, site, rest)))
-    per_channel = sum(count // facts.residual.width for name, count in rest.items() if count and name in along)
     fixed = sum(count for name, count in rest.items() if name not in along)
-    return Size(tuple(parts), fixed, facts.residual.width if narrows else 0, per_channel)
+    if not narrows:
+        return Size(tuple(parts), fixed)
+    width = facts.residual.width
+    per_channel = sum(count // width for name, count in rest.items() if name in along)
+    return Size(tuple(parts), fixed, width, per_channel)
 
 
 def _beside(facts: ModelFacts, site: PrunableSite, rest: Mapping[str, int]) -> int:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from compressor.errors import ModelError, PassError, PreflightError, RecipeError
 from compressor.masking import masked
 from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
-from compressor.passes.vtrans import VTrans
 from compressor.plan import make_plan
 from compressor.pruning import parameters_left
 from compressor.recipe import parse_recipe
@@ -64,7 +63,9 @@ def facts():
 def drop(sites, seed=0):
     """A decision with other units in each site."""
     generator = torch.Generator().manual_seed(seed)
-    kept = {s.name: sorted(torch.randperm(s.units, generator=generator)[: s.units - s.units // 3].tolist()) for s in sites}
+    kept = {
+        s.name: sorted(torch.randperm(s.units, generator=generator)[: s.units - s.units // 3].tolist()) for s in sites
+    }
     return {"sites": kept, "hidden": None, "removed": []}
 
 
@@ -145,7 +146,7 @@ def test_the_reachable_target_that_an_error_names_is_reached(llama):
 
 
 def test_families_without_the_structure_asked_for_are_refused(tmp_path):
-    for family, changes, where in (("bert", {"sites": ["hidden"]}, "bert"), ("mixtral", {}, "mlp")):
+    for family, changes, where in (("bert", {"sites": ["heads", "ffn", "hidden"]}, "bert"), ("mixtral", {}, "mlp")):
         plan = make_plan(recipe({**FAST, **changes}), str(tiny.save(family, tmp_path / family)), prove=False)
         assert len(plan.problems) == 1 and isinstance(plan.problems[0], ModelError), plan.problems
         assert where in str(plan.problems[0]).lower()
@@ -214,7 +215,9 @@ def test_uniform_counts_make_a_model_of_its_own_class_that_plain_transformers_lo
     import transformers
 
     report = compress(recipe({**FAST, "export": "stock"}), str(llama), tmp_path / "out", measure=False)
-    assert report["route"]["name"] == "stock" or "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert report["route"]["name"] == "stock" or "auto_map" not in json.loads(
+        (tmp_path / "out/config.json").read_text()
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.arange(3, 35).view(2, 16)
     with torch.no_grad():

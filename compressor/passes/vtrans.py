@@ -38,10 +38,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.errors import PreflightError
-from compressor.lazy import torch
 from compressor.mask_training import Course, train_masks
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.reconstruction import RIDGE
 from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
 from compressor.weighing import model_size
 
@@ -122,6 +122,10 @@ class VTrans(Pass):
         return "what goes is learnt in the run, down to about the size shown" if self.decides else ""
 
     @property
+    def batch_samples(self) -> int | None:
+        return self.samples if self.decides else None
+
+    @property
     def _is_uniform(self) -> bool:
         return self.export == "stock" if self.uniform is None else self.uniform
 
@@ -140,7 +144,20 @@ class VTrans(Pass):
             self.save_every, self.loss,
         )  # fmt: skip
         trained = train_masks(model, places, size, sizes, charges, course)
-        scores, means = trained.masks.scores(), trained.masks.means()
+        figures = {"soft_removed": trained.removed, "last_loss": trained.losses[-1]}
+        return self.decided(model, sites, size, trained.masks.scores(), trained.masks.means(), figures)
+
+    def decided(
+        self,
+        model: ShapingModel,
+        sites: Sequence[PrunableSite],
+        size: Size,
+        scores: Mapping[str, Sequence[float]],
+        means: Mapping[str, Sequence[float]],
+        figures: Mapping[str, Any],
+    ) -> Decision:
+        """Cut to the target by scores of units, whose masks have these means (none: 1)."""
+        facts = model.facts
         removable: dict[tuple[str, ...], float] = {
             (site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)
         }
@@ -152,16 +169,9 @@ class VTrans(Pass):
             units = means.get(site.name, [1.0] * site.units)
             if len(kept.units[site.name]) > 0:
                 folded[site.name] = [units[unit] * switch for unit in kept.units[site.name]]
-        figures = {
-            "size": kept.size,
-            "of": size.full,
-            "soft_removed": trained.removed,
-            "first_loss": trained.losses[0] if trained.losses else None,
-            "last_loss": trained.losses[-1] if trained.losses else None,
-        }
         if (missed := 1 - self.target - kept.size / size.full) > 0.01:
             model.warn("coarse-units", "vtrans.target", f"{missed:.1%} more than asked for went, since units are large")
-        return {**decision, "means": folded, "figures": figures}
+        return {**decision, "means": folded, "figures": {"size": kept.size, "of": size.full, **figures}}
 
     def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         """raises PreflightError for a target out of reach, or a model without the structure asked for"""
@@ -180,10 +190,11 @@ class VTrans(Pass):
         if decision is None:  # nothing goes
             return carry
         sites = site.facts.prunable(self._kinds) if self._kinds else ()
-        prune(site, sites, decision)
-        for own in sites:
-            if own.block == site.index and own.name in decision["means"]:
-                fold_means(site, own, decision)
+        means: dict[str, list[float]] = decision["means"]
+        if self.reconstruct:  # readers that lose nothing give the dense output as they are
+            units = {own.name: own.units for own in sites}
+            means = {name: found for name, found in means.items() if len(found) < units[name]}
+        prune(site, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
         return carry
 
     @property
@@ -279,16 +290,6 @@ class VTrans(Pass):
                 where="vtrans.target",
                 hint=f"Set target to {reachable:g} or less, or allow more: sites, min_heads, min_ffn, align, of.",
             ) from error
-
-
-def fold_means(site: StreamSite, pruned: PrunableSite, decision: Decision) -> None:
-    """Multiply what the reader's columns are kept of by the means of their units' masks."""
-    kept, means = decision["sites"][pruned.name], decision["means"][pruned.name]
-    reader = next(cut for cut in pruned.cuts if cut.parameter == f"{pruned.reader}.weight")
-    factor = {column: mean for unit, mean in zip(kept, means, strict=True) for column in pruned.columns[unit]}
-    value = site.read(reader.parameter)
-    along = torch.tensor([factor[column] for column in sorted(factor)], dtype=value.dtype, device=value.device)
-    site.write(reader.parameter, value * (along if reader.axis == value.dim() - 1 else along.unsqueeze(-1)))
 
 
 def _switch(site: PrunableSite) -> str:
