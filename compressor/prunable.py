@@ -59,27 +59,45 @@ HINT = "It can't be pruned."
 Kind = tuple[Any, ...]
 
 
-def find_prunable(structure: Structure, kinds: Sequence[str] = KINDS) -> tuple[PrunableSite, ...]:
+@dataclass(frozen=True)
+class Seen:
+    """What a twin shows.
+
+    sites    of its blocks
+    refused  (block, kind) -> where and why, of those that have none
+    first    kind of block -> the first such block of the twin
+    """
+
+    sites: list[PrunableSite]
+    refused: Refused
+    first: dict[Kind, int]
+
+
+def look(structure: Structure) -> Seen:
+    """What a twin of the model shows; `find_prunable` reads it."""
+    twin = residual_twin(structure.model, structure.pieces)
+    return _find_in_twin(twin, structure.pieces.blocks_path, structure.groups)
+
+
+def find_prunable(
+    structure: Structure, kinds: Sequence[str] = KINDS, seen: Seen | None = None
+) -> tuple[PrunableSite, ...]:
     """The sites of these kinds in every block, in forward order of the blocks.
 
+    seen    what `look` returned, to spare another look
     raises  ModelError naming the module and what is in the way, if a block has none of some kind. What a `removed`
             layer has replaced is no site and not missed
     """
     model, path = structure.model, structure.pieces.blocks_path
-    twin = residual_twin(model, structure.pieces)
-    found, refused = _find_in_twin(twin, path, structure.groups)
-    twin_blocks = Pieces(twin, path).blocks
-    first: dict[Kind, int] = {}
-    for index, block in enumerate(twin_blocks):
-        first.setdefault(signature(twin.config, block, index), index)
+    seen = seen or look(structure)
     sites = []
     for index, block in enumerate(structure.pieces.blocks):
-        at = first[signature(model.config, block, index)]
+        at = seen.first[signature(model.config, block, index)]
         for kind in kinds:
-            here = [site for site in found if site.block == at and site.kind == kind]
+            here = [site for site in seen.sites if site.block == at and site.kind == kind]
             sites += [_renamed(site, f"{path}.{at}.", f"{path}.{index}.", index, model) for site in here]
             if not here and not _is_removed(model.config, f"{path}.{index}", kind):
-                where, why = refused[at, kind]
+                where, why = seen.refused[at, kind]
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
                     where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
@@ -89,17 +107,14 @@ def find_prunable(structure: Structure, kinds: Sequence[str] = KINDS) -> tuple[P
 
 
 def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
-    """Whether a block has lost its sub-block of a kind; of an attention the `removed` layer knows its cache."""
+    """Whether a block has lost its sub-block of a kind."""
     return any(
         entry["form"] == Removed.form and name.startswith(block + ".") and (entry["spec"]["of"] == kind)
         for name, entry in reshaping(config)[1].items()
     )
 
 
-def _find_in_twin(
-    twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]
-) -> tuple[list[PrunableSite], Refused]:
-    """The sites of the twin's blocks that are proven, and why the others are none."""
+def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
     refused: Refused = {}
     found: list[PrunableSite] = []
     attributes = _attributes_of_heads(twin, path)
@@ -127,7 +142,7 @@ def _find_in_twin(
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
                 except ModelError as error:
                     refused[index, name] = error.where or finder.where, error.what
-    return prove_sites(twin, path, found, refused), refused
+    return Seen(prove_sites(twin, path, found, refused), refused, firsts)
 
 
 # the attention interface

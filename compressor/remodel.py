@@ -22,8 +22,8 @@ from compressor.branches import check_widths, find_branches
 from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
-from compressor.prunable import KINDS, find_prunable
-from compressor.pruning import PrunableSite
+from compressor.prunable import Seen, find_prunable, look
+from compressor.pruning import KINDS, PrunableSite
 from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
@@ -42,8 +42,12 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         return read_residual(structure)
 
     @cache
+    def seen() -> Seen:
+        return look(structure)
+
+    @cache
     def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
-        return find_prunable(structure, kinds)
+        return find_prunable(structure, kinds, seen())
 
     return ModelFacts(
         structure.architecture,

@@ -28,6 +28,8 @@ MODELS = {
     "residual",
     "invariance",
     "nudging",
+    "prunable",
+    "masking",
 }
 OUTER = {"cli", "testing", "progress", "doctor"}
 # unit -> what it must not import
@@ -41,6 +43,8 @@ FORBIDDEN = {
     "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "pruning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "reconstruction": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
@@ -51,6 +55,8 @@ FORBIDDEN = {
     "classes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
     "branches": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "protocol", "data"},
     "residual": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "protocol", "data"},
+    "prunable": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
+    "masking": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "data"},
     "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
     "functions": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
