@@ -39,7 +39,7 @@ from compressor.pruning import PrunableSite
 from compressor.recipe import Recipe, Step, parse_recipe
 from compressor.run import compress
 
-RANDOM_SEEDS = (0, 1)
+METHODS = ("vtrans", "magnitude", "random 0", "random 1")
 
 
 class Ranked(VTrans):
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="vtrans, magnitude, random SEED")
     parser.add_argument("--calibration-samples", type=int, default=64)
     parser.add_argument("--test-samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
@@ -147,10 +148,12 @@ class Bench:
         }
         for target in self.settings.targets:
             of_target = {**common, "target": target}
-            yield from self.both("vtrans", VTrans(**of_target))
-            yield from self.both("magnitude", Ranked(**of_target, ranking="magnitude"))
-            for seed in RANDOM_SEEDS:
-                yield from self.both(f"random {seed}", Ranked(**of_target, ranking="random", draw=seed))
+            for method in self.settings.methods:
+                name, _, seed = method.partition(" ")
+                if name == "vtrans":
+                    yield from self.both(method, VTrans(**of_target))
+                else:
+                    yield from self.both(method, Ranked(**of_target, ranking=name, draw=int(seed or 0)))
 
     def both(self, method: str, settings: VTrans) -> Iterator[dict[str, Any]]:
         """With the repair, and the same decision without."""

@@ -15,12 +15,13 @@ from compressor.unit_masks import Places, Reader
 class Whole:
     """Blocks only run inside `loaded`; `most_loaded` counts how many were at a time, `states` what was saved."""
 
-    def __init__(self, model, batches, labels=None, seed=0):
+    def __init__(self, model, batches, labels=None, seed=0, facts=None):
         self.model, self.inputs, self.given_labels = model.requires_grad_(False).eval(), batches, labels
         model.config.use_cache = False
         self.pieces = Pieces(model, find_blocks(model))
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device("cpu")
+        self.facts, self.warnings = facts, []
         self.calls, self.states, self.state = {}, [], None
         self.open, self.most_loaded = set(), 0
 
@@ -63,6 +64,9 @@ class Whole:
 
     def saved(self):
         return self.state
+
+    def warn(self, code, where, message):
+        self.warnings.append(code)
 
 
 # family -> (reader of the heads, columns of a unit; reader of the MLP), in a block of a model of tests/tiny.py
