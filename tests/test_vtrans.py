@@ -260,7 +260,7 @@ def test_a_search_that_goes_on_finds_the_same(facts, tmp_path):
     settings, known = recipe({**GREEDY, "save_every": 3}).steps[0].settings, facts("llama", tmp_path)
     first, whole = chosen(settings, known)
     assert any(row["removed"] for row in first["log"]) and not all(row["removed"] for row in first["log"])
-    assert len(whole.states) > 3
+    assert len(whole.states) >= 3
     for state in whole.states:
         assert chosen(settings, known, 0, state)[0] == first
     bounds = zip(first["figures"]["after"], first["figures"]["dense"], strict=True)
