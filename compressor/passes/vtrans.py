@@ -77,7 +77,7 @@ class VTrans(Pass):
         "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
     )
     steps: PositiveInt = Field(400, description="Of mask training.")
-    samples: PositiveInt = Field(16, description="Calibration samples a step, at least; whole batches are used.")
+    samples: PositiveInt = Field(16, description="Calibration samples of a batch at most, and of a step of training at least.")
     mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks; falls to 0 in a straight line.")
     multiplier_rate: PositiveFloat = Field(0.1, description="Learning rate of the Lagrangian's multipliers.")
     warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
