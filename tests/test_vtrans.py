@@ -179,6 +179,7 @@ def logits_of(directory, batch, dtype=torch.float32):
     [
         pytest.param("llama", {}, marks=pytest.mark.slow),
         ("llama", {"sites": ["heads", "ffn", "layers"], "protect_layers": [], "target": 0.5}),
+        pytest.param("llama", {"sites": ["hidden"], "measure": "bytes", "of": "model"}, marks=pytest.mark.slow),
         ("bert", {"reconstruct": False, "export": "auto"}),
     ],
 )
@@ -197,11 +198,18 @@ def test_what_is_written_computes_what_the_masked_model_does(family, changes, tm
             for unit, mean in factors.items():
                 columns[list(site.columns[unit])] = mean
             dense.get_submodule(site.reader).register_forward_pre_hook(lambda _m, args, c=columns: (args[0] * c,))
+        if decision["hidden"] is not None:
+            stream = torch.zeros(32, dtype=torch.float64)
+            stream[decision["hidden"]] = 1
+            for name, module in dense.named_modules():
+                if name.endswith("norm"):  # over the old width, with zeros
+                    module.register_forward_pre_hook(lambda _m, args: (args[0] * stream,))
         wanted = dense(**batch).logits
     found = logits_of(tmp_path / "out", batch)
     # float32 weights and products of a tiny model
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     figures = decision["figures"]
+    assert (decision["hidden"] is None) == ("hidden" not in changes.get("sites", []))
     assert figures["size"] <= (1 - {**FAST, **changes}["target"]) * figures["of"]
     assert ("coarse-units" in {w["code"] for w in report["warnings"]}) == (
         1 - {**FAST, **changes}["target"] - figures["size"] / figures["of"] > 0.01

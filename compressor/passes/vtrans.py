@@ -77,7 +77,9 @@ class VTrans(Pass):
         "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
     )
     steps: PositiveInt = Field(400, description="Of mask training.")
-    samples: PositiveInt = Field(16, description="Calibration samples of a batch at most, and of a step of training at least.")
+    samples: PositiveInt = Field(
+        16, description="Calibration samples of a batch at most, and of a step of training at least."
+    )
     mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks; falls to 0 in a straight line.")
     multiplier_rate: PositiveFloat = Field(0.1, description="Learning rate of the Lagrangian's multipliers.")
     warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
@@ -131,7 +133,9 @@ class VTrans(Pass):
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        return ("heads", "ffn") if "layers" in self.sites else tuple(k for k in ("heads", "ffn") if k in self.sites)
+        """What has to be found in the model; of the stream alone, an MLP to know its width by."""
+        named = tuple(kind for kind in ("heads", "ffn") if kind in self.sites)
+        return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
 
     def choose(self, model: ShapingModel) -> Decision:
         """Train the masks and cut to the target. raises PassError for data that can't be trained on"""
@@ -168,7 +172,7 @@ class VTrans(Pass):
             switch = means[_switch(site)][0] if _switch(site) in means else 1.0
             units = means.get(site.name, [1.0] * site.units)
             if len(kept.units[site.name]) > 0:
-                folded[site.name] = [units[unit] * switch for unit in kept.units[site.name]]
+                folded[site.name] = [float(f"{units[unit] * switch:.6g}") for unit in kept.units[site.name]]
         if (missed := 1 - self.target - kept.size / size.full) > 0.01:
             model.warn("coarse-units", "vtrans.target", f"{missed:.1%} more than asked for went, since units are large")
         return {**decision, "means": folded, "figures": {"size": kept.size, "of": size.full, **figures}}
@@ -189,7 +193,7 @@ class VTrans(Pass):
         decision = site.remodel.decision
         if decision is None:  # nothing goes
             return carry
-        sites = site.facts.prunable(self._kinds) if self._kinds else ()
+        sites = site.facts.prunable(self._kinds)
         means: dict[str, list[float]] = decision["means"]
         if self.reconstruct:  # readers that lose nothing give the dense output as they are
             units = {own.name: own.units for own in sites}
@@ -203,7 +207,7 @@ class VTrans(Pass):
 
     def _prunable(self, facts: ModelFacts) -> tuple[PrunableSite, ...]:
         """raises ModelError, PreflightError where the model hasn't what `sites` names"""
-        sites = facts.prunable(self._kinds) if self._kinds else ()
+        sites = facts.prunable(self._kinds)
         fixed = [site for site in sites if site.layout["per_layer"]]
         if fixed and not self._is_uniform:
             raise PreflightError(
