@@ -50,14 +50,21 @@ def prove_sites(
         if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
-            refused |= {(site.block, kind): (site.name, per_layer) for site in sites}
+            refused |= {(site.block, kind): (site.name, per_layer + _shared(site)) for site in sites}
             continue
         stays = _difference(twin, sites, _nothing(sites), _pruned)
         for site in sites:
             removal = None if stays else site.layout["removal"]
             layout = {**site.layout, "per_layer": per_layer, "config": config, "removal": removal}
+            del layout["shared"]
             proven.append(replace(site, layout=layout))
     return _vanishing(twin, path, proven)
+
+
+def _shared(site: PrunableSite) -> str:
+    """What may stand in the way: matrices whose rows act on more than one unit, as before a norm over all heads."""
+    names = ", ".join(site.layout["shared"])
+    return f"; rows of {names} act on more than one of them" if names else ""
 
 
 def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> list[PrunableSite]:
@@ -98,16 +105,34 @@ def _counts_on(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) 
         if isinstance(value, list) and len(value) == count:
             setattr(config, key, [entry for index, entry in enumerate(value) if index != gone])
     config.num_hidden_layers = count - 1
-    made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
-    for name, value in twin.named_parameters(remove_duplicate=False):
-        if name.startswith(f"{path}.{gone}."):
-            continue
-        if name.startswith(path + "."):
-            number, _, rest = name.removeprefix(path + ".").partition(".")
-            name = f"{path}.{int(number) - (int(number) > gone)}.{rest}"
+
+    def shorter(*_: Any) -> PreTrainedModel:
+        made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
+        values = {}
+        for name, value in twin.named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{path}.{gone}."):
+                values[_renumbered(name, path, gone)] = value
+        return _filled(made, values)
+
+    return _difference(twin, sites, _nothing(sites), shorter) is None
+
+
+def _renumbered(name: str, path: str, gone: int) -> str:
+    if not name.startswith(path + "."):
+        return name
+    number, _, rest = name.removeprefix(path + ".").partition(".")
+    return f"{path}.{int(number) - (int(number) > gone)}.{rest}"
+
+
+def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model with these parameters, each under its own name. raises ModelError if it has others"""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(shapes.keys() | values.keys()):
+        if name not in shapes or name not in values or shapes[name] != values[name].shape:
+            raise ModelError(f"{name} is of another shape then", where=type(model).__name__)
         owner, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return _difference(twin, sites, _nothing(sites), lambda *_: made) is None
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(values[name], requires_grad=False))
+    return model
 
 
 def _drop_some(sites: Sequence[PrunableSite]) -> Decision:
@@ -217,10 +242,4 @@ def _of_stock_class(
     made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
     values = dict(twin.named_parameters(remove_duplicate=False))
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
-    for name, value in values.items():
-        narrow = narrowed(value, kept.get(name, {}))
-        if made.get_parameter(name).shape != narrow.shape:
-            raise ModelError(f"{name} has another shape then", where=type(twin).__name__)
-        owner, _, leaf = name.rpartition(".")
-        setattr(made.get_submodule(owner), leaf, nn.Parameter(narrow, requires_grad=False))
-    return made
+    return _filled(made, {name: narrowed(value, kept.get(name, {})) for name, value in values.items()})

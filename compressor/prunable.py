@@ -142,6 +142,14 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
                 except ModelError as error:
                     refused[index, name] = error.where or finder.where, error.what
+                except (
+                    RuntimeError,
+                    ValueError,
+                    TypeError,
+                    IndexError,
+                    AttributeError,
+                ) as error:  # the model's own code
+                    refused[index, name] = finder.where, f"it can't be run with its parts pushed ({error})"
     return Seen(prove_sites(twin, path, found, refused), refused, firsts)
 
 
@@ -150,7 +158,7 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
 
 @dataclass
 class _Observer:
-    """seen  (module, query heads, key-value heads, head_dim) of each call
+    """seen  (module, query heads, key-value heads, width of a value) of each call
     change  what is made of an attention's output (samples, tokens, heads, head_dim)
     """
 
@@ -163,9 +171,9 @@ def _observing(twin: PreTrainedModel) -> Iterator[_Observer]:
     """Attention that can be watched and pushed, in place of the model's own, while inside."""
     observer, before = _Observer([]), twin.config._attn_implementation
 
-    def observe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer.seen.append((module, query.shape[1], key.shape[1], query.shape[-1]))
-        output, weights = attend(module, query, key, *args, **kwargs)
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        observer.seen.append((module, query.shape[1], key.shape[1], value.shape[-1]))
+        output, weights = attend(module, query, key, value, *args, **kwargs)
         return (observer.change(output) if observer.change else output), weights
 
     AttentionInterface.register(OBSERVER, observe)
@@ -226,12 +234,12 @@ class _Finder:
         reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
         self.attention_readers.append(reader)
         columns = _columns(units, groups)
-        cuts = self._cuts(reader, units, groups)
+        cuts, shared = self._cuts(reader, units, groups)
         made = {
             "head_dim": head_dim,
             "query_heads": per_group,
+            "shared": [name for name in shared if _common([name, caller]) == caller],
             "attributes": {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
-            "has_norms": any(describe_norm(inner) is not None for inner in module.modules()),
         }
         return self._site("heads", groups, reader, columns, cuts, caller, made)
 
@@ -275,8 +283,8 @@ class _Finder:
         sites = []
         for reader in readers:
             width = self._width(reader)
-            cuts = self._cuts(reader, torch.arange(width), width)
-            made = {"attributes": {}, "has_norms": False}
+            cuts, _ = self._cuts(reader, torch.arange(width), width)
+            made: dict[str, Any] = {"attributes": {}, "shared": []}
             columns = tuple((column,) for column in range(width))
             sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
         if len(sites) > 1:
@@ -338,8 +346,11 @@ class _Finder:
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
 
-    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[Cut, ...]:
-        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is."""
+    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[tuple[Cut, ...], list[str]]:
+        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is.
+
+        Also the matrices whose rows act on more than one of them.
+        """
         codes = [torch.ones(count, dtype=torch.float64), *_codes(count)]
         owned: dict[str, Tensor] = {}
         for x in self.inputs:
@@ -358,6 +369,7 @@ class _Finder:
                 owned[name] = torch.where(owned[name] < 0, found, owned[name]) if name in owned else found
             if all(bool((found >= 0).all()) for found in owned.values() if bool((found >= 0).any())):
                 break
+        shared = [name for name, found in owned.items() if name in self.products and not bool((found >= 0).any())]
         cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, _columns(units, count))]
         made: set[str] = set()
         for name, found in sorted(owned.items(), key=lambda item: item[0] not in self.products):  # biases after weights
@@ -371,7 +383,7 @@ class _Finder:
                 made.add(bias)
         if len(cuts) == 1:
             raise ModelError("no matrix makes its units one by one", where=f"{self.where}.{_owner(reader)}")
-        return tuple(cuts)
+        return tuple(cuts), shared
 
     def _bias(self, weight: str, length: int) -> str | None:
         """The bias beside a weight: attention takes no notice of a shift of its keys, so no gradient would show it."""
@@ -411,8 +423,12 @@ class _Finder:
             tuple(replace(cut, parameter=prefix + cut.parameter) for cut in cuts),
             prefix + bias if bias else None,
             cost,
-            {**layout, "per_layer": None, "config": None, "removal": removal},
+            {**layout, "has_norms": self._has_other_norms(), "per_layer": None, "config": None, "removal": removal},
         )
+
+    def _has_other_norms(self) -> bool:
+        norms = [describe_norm(module) for module in self.block.modules()]
+        return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
 
     def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> list[dict[str, Any]]:
         """Modules that go when no unit stays: the one that holds all of them if it gives what the reader gives, else

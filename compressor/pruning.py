@@ -69,7 +69,7 @@ class PrunableSite:
                          can't say how many units there are
              removal     modules that a `removed` layer replaces: [{"path", "returns", "layer", "adds"}], `adds` where
                          it gives what the reader gave; None where the sub-block has to stay
-             has_norms   norms stand inside, with the same eps as those on the stream
+             has_norms   the block has norms of another width than the stream's, which may have the same eps
              vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class
                          can be without it
     """
@@ -229,6 +229,8 @@ def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
 
 def _reads_width(facts: ModelFacts, sites: Sequence[PrunableSite]) -> int:
     """The stream's width: what a reader gives back to it."""
+    if not sites:
+        return facts.residual.width
     return facts.shapes[sites[0].cuts[0].parameter][1 - sites[0].cuts[0].axis]
 
 
@@ -298,8 +300,10 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: D
         keys = [key for key in EPS_KEYS if key in facts.config]
         if not keys:
             return "its config doesn't say what eps its norms have"
+        if not sites:
+            return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
         if any(site.layout["has_norms"] for site in sites):
-            return f"norms inside its attention have the same {keys[0]} as those of the stream"
+            return f"norms inside its blocks have the same {keys[0]} as those of the stream"
         if not all(tap.norm.has_weight for tap in residual.taps()):
             return "its norms have no gain that could take the factor of a narrower stream"
         config |= {key: residual.end.norm.eps * width / kept for key in keys}

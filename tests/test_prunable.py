@@ -127,7 +127,12 @@ def test_a_group_costs_384_times_a_unit_of_the_mlp_in_the_worked_example(sites):
 @pytest.mark.parametrize(
     ("family", "kind", "where", "why"),
     [
-        ("olmo2", "heads", "model.layers.0.self_attn", "with some of them gone it can't run"),
+        (
+            "olmo2",
+            "heads",
+            "model.layers.0.self_attn",
+            "rows of self_attn.q_proj.weight, self_attn.k_proj.weight act on more than one",
+        ),
         ("mixtral", "ffn", "model.layers.0.mlp.experts", "its experts are parts of one tensor"),
     ],
 )

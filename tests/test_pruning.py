@@ -144,7 +144,7 @@ def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
         pruned_remodel(facts, sites, {"sites": {sites[1].name: list(range(60))}}, "stock")
     with pytest.raises(PreflightError, match=r"model.layers.1.mlp is gone altogether"):
         pruned_remodel(facts, sites, {"sites": {}, "removed": [sites[3].name]}, "stock")
-    with pytest.raises(PreflightError, match="norms inside its attention have the same rms_norm_eps"):
+    with pytest.raises(PreflightError, match="norms inside its blocks have the same rms_norm_eps"):
         other = opened("qwen3")[1]
         pruned_remodel(other, other.prunable(), {"sites": {}, "hidden": HIDDEN}, "stock")
     assert "compressed_shapes" in pruned_remodel(facts, sites, even(sites), "custom").config
