@@ -69,7 +69,8 @@ def magnitudes(model: ShapingModel, sites: Sequence[PrunableSite]) -> dict[str, 
         with model.loaded(site.block + 1):
             for cut in site.cuts:
                 owner, _, leaf = cut.parameter.rpartition(".")
-                value = getattr(model.module(owner), leaf).double().square().movedim(cut.axis, 0).flatten(1)
+                value = getattr(model.module(owner), leaf).double().square().movedim(cut.axis, 0)
+                value = value.reshape(len(value), -1)
                 total += torch.stack([value[list(rows)].sum() for rows in cut.rows])
                 count += len(cut.rows[0]) * value.shape[1]
         found[site.name] = total / count
