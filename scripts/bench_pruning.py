@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--samples", type=int, default=4, help="calibration samples of a training step")
+    parser.add_argument("--mask-rate", type=float, default=0.05)
+    parser.add_argument("--kl-factor", type=float, default=1e-6)
     parser.add_argument("--loss", choices=["distill", "task"], default="distill")
     parser.add_argument("--plot", type=Path)
     settings = parser.parse_args()
@@ -142,11 +144,8 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         dense = load_model(self.settings.model, False)
         yield {"method": "dense", "target": 0.0, "parameters": dense.num_parameters(), **self.measured(dense)}
-        common: dict[str, Any] = {
-            "steps": self.settings.steps,
-            "samples": self.settings.samples,
-            "loss": self.settings.loss,
-        }
+        asked = self.settings
+        common = {key: getattr(asked, key) for key in ("steps", "samples", "mask_rate", "kl_factor", "loss")}
         for target in self.settings.targets:
             of_target = {**common, "target": target}
             for method in self.settings.methods:
@@ -199,6 +198,7 @@ class Bench:
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         asked = self.settings
         kept = ("targets", "calibration_samples", "test_samples", "length", "steps", "samples", "loss")
+        kept += ("mask_rate", "kl_factor")
         return {
             "model": asked.model.name,
             "calibrate": asked.calibrate.name,
