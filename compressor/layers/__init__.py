@@ -23,6 +23,7 @@ BUILTIN = {
     "block_linear": "compressor.layers.block_linear:BlockLinear",
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
+    "lazy_block": "compressor.layers.lazy_block:LazyBlock",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
     "removed": "compressor.layers.removed:Removed",
     "resized": "compressor.layers.resized:Resized",

@@ -15,6 +15,7 @@ BUILTIN = {
     "gptq": "compressor.passes.gptq:GPTQ",
     "greedy_removal": "compressor.passes.greedy_removal:GreedyRemoval",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
+    "prefill_pruning": "compressor.passes.prefill_pruning:PrefillPruning",
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",
