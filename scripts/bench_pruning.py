@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="calibration samples of a training step")
     parser.add_argument("--mask-rate", type=float, default=0.05)
     parser.add_argument("--kl-factor", type=float, default=1e-6)
+    parser.add_argument("--heads-charge", type=float, default=256.0)
     parser.add_argument("--loss", choices=["distill", "task"], default="distill")
     parser.add_argument("--plot", type=Path)
     settings = parser.parse_args()
@@ -145,7 +146,9 @@ class Bench:
         dense = load_model(self.settings.model, False)
         yield {"method": "dense", "target": 0.0, "parameters": dense.num_parameters(), **self.measured(dense)}
         asked = self.settings
-        common = {key: getattr(asked, key) for key in ("steps", "samples", "mask_rate", "kl_factor", "loss")}
+        common = {
+            key: getattr(asked, key) for key in ("steps", "samples", "mask_rate", "kl_factor", "heads_charge", "loss")
+        }
         for target in self.settings.targets:
             of_target = {**common, "target": target}
             for method in self.settings.methods:
@@ -198,7 +201,7 @@ class Bench:
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         asked = self.settings
         kept = ("targets", "calibration_samples", "test_samples", "length", "steps", "samples", "loss")
-        kept += ("mask_rate", "kl_factor")
+        kept += ("mask_rate", "kl_factor", "heads_charge")
         return {
             "model": asked.model.name,
             "calibrate": asked.calibrate.name,
