@@ -490,9 +490,12 @@ def _predict_memory(plan: Plan) -> None:
     ends = by_unit.get(0, 0) + by_unit.get(structure.block_count + 1, 0)
     blocks = [by_unit.get(unit, 0) for unit in range(1, structure.block_count + 1)]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
-    reads_inputs = any(step.settings.traits.reads == "inputs" for step in recipe.steps)
-    tokens = recipe.data.samples * recipe.data.length if reads_inputs else 0
-    activations = (1 + TAPE_SHARE) * tokens * config.hidden_size * structure.dtype.itemsize
+    reads = {step.settings.traits.reads for step in recipe.steps}
+    tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
+    streams = 1 + TAPE_SHARE
+    if "gradients" in reads:  # a few batches keep one before each block, and all keep theirs before and after all
+        streams = max(streams, 3)
+    activations = streams * tokens * config.hidden_size * structure.dtype.itemsize
     working = 0
     for form in plan.forms.values():
         if form.weight.is_function:

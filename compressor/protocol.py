@@ -460,6 +460,11 @@ class Pass(BaseModel):
         return None
 
     @property
+    def batch_samples(self) -> int | None:
+        """Most calibration samples of a batch, for a pass that takes steps by batches; None leaves it to the engine."""
+        return None
+
+    @property
     def reshapes(self) -> bool:
         """Whether this pass changes the model's own parameters and their shapes (`choose` to `projections`).
 

@@ -409,7 +409,8 @@ def _stacked(sweeper: Sweeper, steps: tuple[Step, ...]) -> Iterator[tuple[list[i
     samples = sweeper.samples
     if samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
         tokens = samples.inputs[0].numel() if samples.is_text else 256
-        yield from samples.batches(max(1, BATCH_TOKENS // tokens))
+        most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
+        yield from samples.batches(min([max(1, BATCH_TOKENS // tokens), *most]))
 
 
 def _embed(structure: Structure, streams: list[Stream]) -> None:

@@ -50,6 +50,11 @@ FORBIDDEN = {
     | MODELS
     | OUTER
     | {"passes", "layers", "protocol", "data"},
+    "variational": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "budget": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "weighing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "unit_masks": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "mask_training": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "pruning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},

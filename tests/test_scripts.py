@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import bench_factorization
+import bench_pruning
 import bench_slicegpt
 import pytest
+import shaping
 import tiny
 import torch
 import train_lm
 
+from compressor.remodel import facts_of
 from compressor.replay import Pieces
 from compressor.residual import residual_of
 from compressor.rotation import random_orthogonal
-from compressor.structure import find_blocks
+from compressor.structure import find_blocks, read_structure
 
 
 @torch.no_grad()
@@ -77,3 +80,22 @@ def test_bytes_saved_are_read_off_the_rivals_curve_at_equal_divergence():
     rows = [{"method": m, "asked": n, "bytes": n, "kl_divergence": kl} for m, n, kl in curve + points]
     (saved,) = bench_factorization.bytes_saved(rows)
     assert saved == {"method": "dsformer float16", "asked": 150, "bytes_saved": pytest.approx(0.25)}
+
+
+def test_magnitude_of_a_unit_is_the_mean_square_of_all_that_goes_with_it(tmp_path):
+    directory = tiny.save("llama", tmp_path / "m")
+    model = tiny.build("llama")
+    with torch.no_grad():
+        layer = model.model.layers[1]
+        layer.mlp.gate_proj.weight[5] *= 3
+        layer.mlp.down_proj.weight[:, 9] = 0
+    facts = facts_of(read_structure(directory), 0)
+    found = bench_pruning.magnitudes(shaping.Whole(model, [], facts=facts), facts.prunable())
+    mlp, attention = (found[f"model.layers.1.{name}"] for name in ("mlp", "self_attn"))
+    own = [layer.mlp.gate_proj.weight[5], layer.mlp.up_proj.weight[5], layer.mlp.down_proj.weight[:, 5]]
+    less = [layer.mlp.gate_proj.weight[9], layer.mlp.up_proj.weight[9]]
+    squares = [sum(float(part.double().square().sum()) for part in parts) for parts in (own, less)]
+    assert mlp[5] / mlp[9] == pytest.approx(squares[0] / squares[1], rel=1e-6)
+    assert mlp[5] == max(mlp) and len(mlp) == 64 and len(attention) == 2
+    every = [score for name, scores in found.items() if name.endswith("mlp") for score in scores]
+    assert sum(every) / len(every) == pytest.approx(1)

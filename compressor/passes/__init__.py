@@ -14,12 +14,14 @@ BUILTIN = {
     "dsformer": "compressor.passes.dsformer:DSFormer",
     "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",
     "gptq": "compressor.passes.gptq:GPTQ",
+    "greedy_removal": "compressor.passes.greedy_removal:GreedyRemoval",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
     "low_rank": "compressor.passes.low_rank:LowRank",
     "prefill_pruning": "compressor.passes.prefill_pruning:PrefillPruning",
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",
+    "vtrans": "compressor.passes.vtrans:VTrans",
 }
 GROUP = "compressor.passes"
 

@@ -1,0 +1,322 @@
+"""VTrans: heads, MLP units and channels pruned by masks that a variational information bottleneck has trained.
+
+Paper: Dutta, Gupta, Agarwal 2024, "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck
+based Pruning", arXiv 2406.05276, of which only the abstract was read: masks on embeddings, heads and layers, up to 70 %
+more compression than earlier methods, and a variant "Faster-VTrans" that trains masks alone. Forms and constants marked
+[code] are those of the public code of the same authors' variant for large models (TVA-Prune); [ours] is our choice.
+
+Every unit u gets z = mu + sigma eps, eps ~ N(0, 1) drawn for each sample [code], which multiplies what the unit gives.
+Weights stay as they are; of the masks is minimised
+
+    loss + kl_factor * sum over masks of charge * KL + l1 (s - s*) + l2 (s - s*)²
+
+loss     KL(dense || masked) of the logits at temperature 1 [ours], or cross-entropy with labels
+KL       1/2 log(1 + mu²/sigma²): a unit whose signal the loss doesn't need drowns in noise [code]
+s        share of the size that goes, with sigmoid(-10 log alpha) for each unit, log alpha = log sigma²/mu² [code]
+s*       the target, rising over a warm-up; l1 and l2 ascend what everything else descends [code]
+
+Then units go in the order of log alpha until the target holds: a threshold of 0 [code] would miss it. mu is folded into
+the matrix that reads the unit [code], or replaced by a least-squares repair of that matrix on the dense model's inputs
+[ours; TVA-Prune has a repair of its own]. The means of channels of the residual stream are not folded: norms stand
+behind them.
+
+What is a unit: a key-value head with its query heads; a column of the matrix after an MLP's activation; with `hidden` a
+channel of the residual stream, where that is read by norms alone; with `layers` a whole attention or MLP, of which its
+bias stays. They are found by running the model (`compressor.prunable`).
+
+Cost: three runs of the model a step (forward, and forward and backward block by block), one Gram matrix of a reader's
+inputs. Memory: one block, its activations, and one stream a block; masks themselves are a few numbers a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
+from compressor.errors import PreflightError
+from compressor.mask_training import Course, train_masks
+from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.reconstruction import RIDGE
+from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
+from compressor.weighing import model_size
+
+HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
+HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"
+SITES = ("heads", "ffn", "hidden", "layers")
+STREAM_CHARGE = 30.0  # of the residual stream's mask [code]
+
+
+class VTrans(Pass):
+    """Heads, MLP units, channels and whole sub-blocks dropped by trained masks, down to a size that is asked for."""
+
+    title: ClassVar[str] = "Structured pruning by variational masks: fewer heads, narrower MLPs, still dense"
+    paper: ClassVar[str] = "Dutta et al. 2024, arXiv 2406.05276"
+
+    target: float = Field(0.2, ge=0, le=0.9, description="Share that goes, of what `measure` and `of` name.")
+    measure: Literal["parameters", "flops", "bytes"] = Field(
+        "parameters",
+        description="What the target counts; bytes fall as parameters do, flops are multiplications for one token.",
+    )
+    of: Literal["blocks", "model"] = Field(
+        "blocks", description="Of all blocks (norms and biases too), or of the whole model with embeddings and head."
+    )
+    tokens: PositiveInt = Field(512, description="Keys that a query meets, for measure: flops.")
+    sites: tuple[Literal["heads", "ffn", "hidden", "layers"], ...] = Field(
+        ("heads", "ffn"), min_length=1, description="What may go: hidden is the residual stream, layers sub-blocks."
+    )
+    export: Literal["auto", "stock", "custom"] = Field(
+        "auto", description="stock: a model of its own class or an error; auto: the modelling file where it must be."
+    )
+    uniform: bool | None = Field(None, description="As many units in every block; null: where export is stock.")
+    loss: Literal["distill", "task"] = Field(
+        "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
+    )
+    steps: PositiveInt = Field(400, description="Of mask training.")
+    samples: PositiveInt = Field(
+        16, description="Calibration samples of a batch at most, and of a step of training at least."
+    )
+    mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks; falls to 0 in a straight line.")
+    multiplier_rate: PositiveFloat = Field(0.1, description="Learning rate of the Lagrangian's multipliers.")
+    warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
+    kl_factor: NonNegativeFloat = Field(1e-6, description="Weight of the bottleneck's term.")
+    heads_charge: PositiveFloat = Field(256.0, description="What that term of heads is multiplied with.")
+    align: PositiveInt = Field(
+        8, description="MLP units and channels are kept by a multiple of this; heads one by one."
+    )
+    reconstruct: bool = Field(True, description="Repair readers by least squares, instead of folding the masks' means.")
+    min_heads: PositiveInt = Field(1, description="Key-value heads that every attention keeps.")
+    min_ffn: float = Field(0.1, gt=0, le=1, description="Share of its units that every MLP keeps.")
+    min_hidden: float = Field(0.5, gt=0, le=1, description="Share of the residual stream that stays.")
+    protect_layers: tuple[int, ...] = Field(
+        (0, -1), description="Blocks whose sub-blocks stay, where sites name layers; -1 is the last."
+    )
+    save_every: PositiveInt = Field(
+        50, description="Steps of training between two states that a resume can start from."
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> VTrans:
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError("sites names something twice")
+        if "layers" in self.sites and self._is_uniform:
+            raise ValueError("sites: layers removes other sub-blocks in each block; drop it, or uniform and stock")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reads="gradients" if self.decides else "weights")
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    @property
+    def decides(self) -> bool:
+        return self.target > 0
+
+    @property
+    def unplanned(self) -> str:
+        return "what goes is learnt in the run, down to about the size shown" if self.decides else ""
+
+    @property
+    def batch_samples(self) -> int | None:
+        return self.samples if self.decides else None
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.export == "stock" if self.uniform is None else self.uniform
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """What has to be found in the model; of the stream alone, an MLP to know its width by."""
+        named = tuple(kind for kind in ("heads", "ffn") if kind in self.sites)
+        return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
+
+    def choose(self, model: ShapingModel) -> Decision:
+        """Train the masks and cut to the target. raises PassError for data that can't be trained on"""
+        facts = model.facts
+        sites = self._prunable(facts)
+        size = self._size(facts, sites)
+        places, sizes, charges = self._masks(facts, sites)
+        course = Course(
+            self.target, self.steps, self.samples, self.mask_rate, self.multiplier_rate, self.warmup, self.kl_factor,
+            self.save_every, self.loss,
+        )  # fmt: skip
+        trained = train_masks(model, places, size, sizes, charges, course)
+        figures = {"soft_removed": trained.removed, "last_loss": trained.losses[-1]}
+        return self.decided(model, sites, size, trained.masks.scores(), trained.masks.means(), figures)
+
+    def decided(
+        self,
+        model: ShapingModel,
+        sites: Sequence[PrunableSite],
+        size: Size,
+        scores: Mapping[str, Sequence[float]],
+        means: Mapping[str, Sequence[float]],
+        figures: Mapping[str, Any],
+    ) -> Decision:
+        """Cut to the target by scores of units, whose masks have these means (none: 1)."""
+        facts = model.facts
+        removable: dict[tuple[str, ...], float] = {
+            (site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)
+        }
+        kept = self._cut(size, {**_whole(sites, 0.0), **scores}, removable)
+        decision = _decision(kept)
+        folded = {}
+        for site in sites:
+            switch = means[_switch(site)][0] if _switch(site) in means else 1.0
+            units = means.get(site.name, [1.0] * site.units)
+            if len(kept.units[site.name]) > 0:
+                folded[site.name] = [float(f"{units[unit] * switch:.6g}") for unit in kept.units[site.name]]
+        if (missed := 1 - self.target - kept.size / size.full) > 0.01:
+            model.warn("coarse-units", "vtrans.target", f"{missed:.1%} more than asked for went, since units are large")
+        return {**decision, "means": folded, "figures": {"size": kept.size, "of": size.full, **figures}}
+
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+        """raises PreflightError for a target out of reach, or a model without the structure asked for"""
+        sites = self._prunable(model)
+        size = self._size(model, sites)
+        if decision is None:  # about what is to be expected: every sub-block loses the same share
+            even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
+            even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
+            kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
+            return replace(pruned_remodel(model, sites, _decision(kept), self.export), notes=self._notes, decision=None)
+        remodel = pruned_remodel(model, sites, decision, self.export)
+        return replace(remodel, decision=decision, notes=self._notes, follows=self.reconstruct)
+
+    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
+        decision = site.remodel.decision
+        if decision is None:  # nothing goes
+            return carry
+        sites = site.facts.prunable(self._kinds)
+        means: dict[str, list[float]] = decision["means"]
+        if self.reconstruct:  # readers that lose nothing give the dense output as they are
+            units = {own.name: own.units for own in sites}
+            means = {name: found for name, found in means.items() if len(found) < units[name]}
+        prune(site, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
+        return carry
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        return (HARD,) if self.target > HARD_FROM else ()
+
+    def _prunable(self, facts: ModelFacts) -> tuple[PrunableSite, ...]:
+        """raises ModelError, PreflightError where the model hasn't what `sites` names"""
+        sites = facts.prunable(self._kinds)
+        fixed = [site for site in sites if site.layout["per_layer"]]
+        if fixed and not self._is_uniform:
+            raise PreflightError(
+                f"blocks can't differ in their number of {fixed[0].kind} ({fixed[0].layout['per_layer']})",
+                where=fixed[0].name,
+                hint="Set uniform: true.",
+            )
+        if self._is_uniform and (odd := _unequal(sites)) is not None:
+            raise PreflightError(
+                f"it has {odd.units} units and others of its kind have another number",
+                where=odd.name,
+                hint="Counts can't be uniform here; set uniform: false.",
+            )
+        return sites
+
+    def _removable(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> list[PrunableSite]:
+        """Sub-blocks that may go as a whole. raises PreflightError for a protected block that there isn't"""
+        if "layers" not in self.sites:
+            return []
+        count = 1 + max(site.block for site in sites)
+        if wrong := [block for block in self.protect_layers if not -count <= block < count]:
+            raise PreflightError(
+                f"block {wrong[0]} is protected, and there are {count}", where="vtrans.protect_layers", hint="Drop it."
+            )
+        protected = {block % count for block in self.protect_layers}
+        return [site for site in sites if site.block not in protected and site.layout["removal"] is not None]
+
+    def _size(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> Size:
+        size = model_size(
+            facts,
+            sites,
+            measure="flops" if self.measure == "flops" else "parameters",
+            of=self.of,
+            tokens=self.tokens,
+            narrows="hidden" in self.sites,
+        )
+        parts = []
+        for part in size.parts:
+            if part.kind not in self.sites:
+                parts.append(replace(part, least=part.units))
+            elif part.kind == "heads":
+                parts.append(replace(part, least=min(self.min_heads, part.units)))
+            else:
+                parts.append(replace(part, least=_share(part.units, self.min_ffn), align=min(self.align, part.units)))
+        bounds = {"least_width": _share(size.width, self.min_hidden), "align_width": min(self.align, size.width) or 1}
+        return replace(size, parts=tuple(parts), **bounds)
+
+    def _masks(
+        self, facts: ModelFacts, sites: Sequence[PrunableSite]
+    ) -> tuple[Places, dict[str, int], dict[str, float]]:
+        """Where masks sit, how many units each has, and what the bottleneck charges for it."""
+        removable = {site.name for site in self._removable(facts, sites)}
+        readers, sizes, charges = [], {}, {}
+        for site in sites:
+            switch = _switch(site) if site.name in removable else None
+            columns = reader_columns(site.columns)
+            readers.append(Reader(site.name, site.block + 1, site.reader, columns, switch))
+            if site.kind in self.sites:
+                sizes[site.name], charges[site.name] = site.units, self.heads_charge if site.kind == "heads" else 1.0
+            if switch is not None:
+                sizes[switch], charges[switch] = 1, self.heads_charge
+        norms: list[StreamNorm] = []
+        if "hidden" in self.sites:
+            residual = facts.residual
+            sizes[STREAM], charges[STREAM] = residual.width, STREAM_CHARGE
+            taps = [(unit, tap) for unit, block in enumerate(residual.blocks, 1) for site in block for tap in site.taps]
+            taps.append((len(residual.blocks) + 1, residual.end))
+            norms = [StreamNorm(unit, tap.module, tap.norm) for unit, tap in taps]
+        return Places(tuple(readers), tuple(norms)), sizes, charges
+
+    def _cut(
+        self, size: Size, scores: Mapping[str, Sequence[float]], removable: Mapping[tuple[str, ...], float]
+    ) -> Kept:
+        goal = target_size(size.full, self.target)
+        try:
+            return cut(
+                size, scores, goal, removable=removable, uniform=self._is_uniform, prunes_width="hidden" in self.sites
+            )
+        except Unreachable as error:
+            reachable = int(1000 * (1 - error.least / size.full)) / 1000
+            raise PreflightError(
+                f"{self.target:g} of the {self.measure} can't go: with the least that sites, minimums and align allow, "
+                f"{reachable:g} goes",
+                where="vtrans.target",
+                hint=f"Set target to {reachable:g} or less, or allow more: sites, min_heads, min_ffn, align, of.",
+            ) from error
+
+
+def _switch(site: PrunableSite) -> str:
+    """Name of the mask of a whole sub-block."""
+    return f"{site.name} whole"
+
+
+def _share(count: int, share: float) -> int:
+    return max(1, round(count * share)) if count else 0
+
+
+def _unequal(sites: Sequence[PrunableSite]) -> PrunableSite | None:
+    first: dict[str, int] = {}
+    return next((site for site in sites if first.setdefault(site.kind, site.units) != site.units), None)
+
+
+def _whole(sites: Sequence[PrunableSite], score: float) -> dict[str, list[float]]:
+    return {site.name: [score] * site.units for site in sites}
+
+
+def _decision(kept: Kept) -> dict[str, Any]:
+    return {
+        "sites": {name: list(units) for name, units in kept.units.items() if units},
+        "hidden": None if kept.width is None else list(kept.width),
+        "removed": [name for name, units in kept.units.items() if not units],
+    }

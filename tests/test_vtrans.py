@@ -1,0 +1,408 @@
+"""vtrans and greedy_removal as passes: what they promise, what they choose, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+from math import prod
+
+import pytest
+import shaping
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from compressor.errors import ModelError, PassError, PreflightError, RecipeError
+from compressor.masking import masked
+from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
+from compressor.plan import make_plan
+from compressor.pruning import parameters_left
+from compressor.recipe import parse_recipe
+from compressor.remodel import facts_of
+from compressor.run import compress
+from compressor.structure import read_structure
+from compressor.testing import check_pass, kill_at, weight_hashes
+from compressor.weighing import model_size
+
+# few and long steps; tiny models have 64 MLP units
+FAST = {"pass": "vtrans", "target": 0.3, "steps": 6, "mask_rate": 0.3, "samples": 4, "align": 4, "save_every": 2}
+GREEDY = {"pass": "greedy_removal", "max_loss_increase": 0.01, "max_evaluations": 40}
+
+
+def recipe(*steps, **sections):
+    tree = {
+        "version": 1,
+        "name": "pruned",
+        "data": {"source": "random", "samples": 8, "length": 16},
+        "steps": list(steps),
+        "report": {"html": False},
+        **sections,
+    }
+    return parse_recipe(yaml.safe_dump(tree).encode(), "pruned.yaml")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("vtrans") / "model")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    found = {}
+
+    def get(family, directory):
+        if family not in found:
+            found[family] = facts_of(read_structure(tiny.save(family, directory / family)), 0)
+        return found[family]
+
+    return get
+
+
+def drop(sites, seed=0):
+    """A decision with other units in each site."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {
+        s.name: sorted(torch.randperm(s.units, generator=generator)[: s.units - s.units // 3].tolist()) for s in sites
+    }
+    return {"sites": kept, "hidden": None, "removed": []}
+
+
+# sizes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_size_is_that_of_the_tensors_that_are_left(family, facts, tmp_path):
+    known = facts(family, tmp_path)
+    sites = known.prunable()
+    size = model_size(known, sites, measure="parameters", of="model", tokens=1)
+    for seed in range(3):
+        decision = drop(sites, seed)
+        if seed == 2:
+            decision["sites"].pop(sites[2].name)
+            decision["removed"] = [sites[2].name]
+        counts = {site.name: len(decision["sites"].get(site.name, ())) for site in sites}
+        assert size.of(counts) == parameters_left(known, sites, decision)
+    blocks = model_size(known, sites, measure="parameters", of="blocks", tokens=1)
+    assert blocks.full == sum(prod(s) for name, s in known.shapes.items() if name.startswith(known.blocks))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_size_of_a_narrower_stream_is_that_of_the_tensors_that_are_left(family, facts, tmp_path):
+    known = facts(family, tmp_path)
+    sites = known.prunable()
+    size = model_size(known, sites, measure="parameters", of="model", tokens=1, narrows=True)
+    decision = {**drop(sites), "hidden": list(range(3, 27))}
+    counts = {name: len(units) for name, units in decision["sites"].items()}
+    assert size.of(counts, 24) == parameters_left(known, sites, decision)
+
+
+def test_multiplications_are_those_of_matrices_and_attention(facts, tmp_path):
+    known = facts("llama", tmp_path)
+    sites = known.prunable()
+    size = model_size(known, sites, measure="flops", of="model", tokens=100)
+    # a block: queries and output 32 x 32, keys and values 16 x 32, an MLP of 3 x 64 x 32, 4 heads of 8 over 100 keys
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 100 * 4 * 8
+    assert size.full == 2 * block + 96 * 32
+    counts = {site.name: site.units for site in sites}
+    group = next(site.name for site in sites if site.kind == "heads")
+    assert size.full - size.of({**counts, group: 1}) == 2 * 16 * 32 + 2 * 8 * 32 + 2 * 100 * 2 * 8
+
+
+# plan
+
+
+def test_plan_shows_about_what_will_be_left_and_says_that_it_is_not_exact(llama):
+    plan = make_plan(recipe(FAST), str(llama))
+    assert not plan.problems
+    before = plan.reshapes[0].to_dict()
+    blocks = sum(prod(info.shape) for name, info in plan.source.checkpoint.tensors.items() if ".layers." in name)
+    assert 0.3 * blocks <= before["parameters_before"] - before["parameters_after"] < 0.34 * blocks
+    (warning,) = [w for w in plan.warnings if w["code"] == "sizes-undecided"]
+    assert "about" in warning["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"target": 0.9, "min_ffn": 0.5}, PreflightError, "of the parameters can't go.*0.4[0-9]+ goes"),
+        ({"sites": ["layers"], "protect_layers": [7]}, PreflightError, "block 7 is protected, and there are 2"),
+        ({"sites": ["heads"], "target": 0.3}, PreflightError, "0.1[0-9]+ goes"),
+    ],
+)
+def test_what_can_not_be_is_refused_with_what_can(changes, error, said, llama):
+    plan = make_plan(recipe({**FAST, **changes}), str(llama), prove=False)
+    assert len(plan.problems) == 1 and isinstance(plan.problems[0], error)
+    with pytest.raises(error, match=said):
+        raise plan.problems[0]
+
+
+def test_the_reachable_target_that_an_error_names_is_reached(llama):
+    plan = make_plan(recipe({**FAST, "target": 0.9}), str(llama), prove=False)
+    reachable = float(plan.problems[0].hint.split()[3])
+    assert not make_plan(recipe({**FAST, "target": reachable}), str(llama), prove=False).problems
+    assert make_plan(recipe({**FAST, "target": reachable + 0.002}), str(llama), prove=False).problems
+
+
+def test_families_without_the_structure_asked_for_are_refused(tmp_path):
+    for family, changes, where in (("bert", {"sites": ["heads", "ffn", "hidden"]}, "bert"), ("mixtral", {}, "mlp")):
+        plan = make_plan(recipe({**FAST, **changes}), str(tiny.save(family, tmp_path / family)), prove=False)
+        assert len(plan.problems) == 1 and isinstance(plan.problems[0], ModelError), plan.problems
+        assert where in str(plan.problems[0]).lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": 0.95}, "target"),
+        ({"sites": ["heads", "heads"]}, "names something twice"),
+        ({"sites": ["layers"], "export": "stock"}, "removes other sub-blocks"),
+    ],
+)
+def test_settings_that_contradict_are_errors(changes, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe({**FAST, **changes})
+
+
+# runs
+
+
+def logits_of(directory, batch, dtype=torch.float32):
+    import compressor
+
+    with torch.no_grad():
+        return compressor.load(directory).to(dtype)(**batch).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        ("llama", {"sites": ["heads", "ffn", "layers"], "protect_layers": [], "target": 0.5}),
+        pytest.param("llama", {"sites": ["hidden"], "measure": "bytes", "of": "model"}, marks=pytest.mark.slow),
+        ("bert", {"reconstruct": False, "export": "auto"}),
+    ],
+)
+def test_what_is_written_computes_what_the_masked_model_does(family, changes, tmp_path):
+    model = tiny.save(family, tmp_path / "model")
+    report = compress(recipe({**FAST, "reconstruct": False, **changes}), str(model), tmp_path / "out", measure=False)
+    decision = report["reshapes"][0]["decision"]
+    structure = read_structure(model)
+    sites = facts_of(structure, 0).prunable()
+    dense = type(structure.model).from_pretrained(model, dtype=torch.float64).eval()
+    batch = {"input_ids": torch.arange(3, 35).view(2, 16)}
+    with torch.no_grad(), masked(dense, sites, decision):
+        for site in sites:  # means are folded into the readers, which see what is kept of their input
+            factors = dict(zip(decision["sites"].get(site.name, ()), decision["means"].get(site.name, ()), strict=True))
+            columns = torch.ones(sum(map(len, site.columns)), dtype=torch.float64)
+            for unit, mean in factors.items():
+                columns[list(site.columns[unit])] = mean
+            dense.get_submodule(site.reader).register_forward_pre_hook(lambda _m, args, c=columns: (args[0] * c,))
+        if decision["hidden"] is not None:
+            stream = torch.zeros(32, dtype=torch.float64)
+            stream[decision["hidden"]] = 1
+            for name, module in dense.named_modules():
+                if name.endswith("norm"):  # over the old width, with zeros
+                    module.register_forward_pre_hook(lambda _m, args: (args[0] * stream,))
+        wanted = dense(**batch).logits
+    found = logits_of(tmp_path / "out", batch)
+    # float32 weights and products of a tiny model
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    figures = decision["figures"]
+    assert (decision["hidden"] is None) == ("hidden" not in changes.get("sites", []))
+    assert figures["size"] <= (1 - {**FAST, **changes}["target"]) * figures["of"]
+    assert ("coarse-units" in {w["code"] for w in report["warnings"]}) == (
+        1 - {**FAST, **changes}["target"] - figures["size"] / figures["of"] > 0.01
+    )
+    named = [kept for kept in decision["sites"].values()]
+    assert all(kept == sorted(kept) for kept in named) and decision == json.loads(json.dumps(decision, sort_keys=True))
+
+
+def test_uniform_counts_make_a_model_of_its_own_class_that_plain_transformers_loads(llama, tmp_path):
+    import transformers
+
+    report = compress(recipe({**FAST, "export": "stock"}), str(llama), tmp_path / "out", measure=False)
+    assert report["route"]["name"] == "stock" or "auto_map" not in json.loads(
+        (tmp_path / "out/config.json").read_text()
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.equal(logits_of(tmp_path / "out", {"input_ids": ids}))
+    kept = report["reshapes"][0]["decision"]["sites"]
+    for kind in ("self_attn", "mlp"):
+        assert len({len(units) for name, units in kept.items() if kind in name}) == 1
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert group == 2 and model.config.intermediate_size < 64
+
+
+def test_nothing_asked_for_plans_nothing(facts, tmp_path):
+    settings = recipe({**FAST, "target": 0}).steps[0].settings
+    remodel = settings.remodel(facts("llama", tmp_path), None)
+    assert not remodel.shapes and not remodel.config and not settings.decides and not settings.unplanned
+
+
+@pytest.mark.slow
+def test_nothing_asked_for_changes_no_bit(llama, tmp_path):
+    compress(recipe({**FAST, "target": 0}), str(llama), tmp_path / "out", measure=False)
+    before, after = (load_file(next(d.glob("*.safetensors"))) for d in (llama, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+
+
+def chosen(settings, facts, seed=0, state=None):
+    whole = shaping.Whole(tiny.build("llama"), shaping.token_batches(3, 4, 8), seed=seed, facts=facts)
+    whole.state = state
+    return settings.choose(whole), whole
+
+
+def test_the_same_seed_decides_the_same_and_another_seed_otherwise(facts, tmp_path):
+    settings, known = recipe(FAST).steps[0].settings, facts("llama", tmp_path)
+    first, whole = chosen(settings, known, seed=4)
+    assert first == chosen(settings, known, seed=4)[0] != chosen(settings, known, seed=5)[0]
+    for state in whole.states:  # and so does a training that goes on from there
+        assert chosen(settings, known, 4, state)[0] == first
+    assert [step for step, _ in whole.states] == [2, 4]
+
+
+def test_a_search_that_goes_on_finds_the_same(facts, tmp_path):
+    settings, known = recipe({**GREEDY, "save_every": 3}).steps[0].settings, facts("llama", tmp_path)
+    first, whole = chosen(settings, known)
+    assert any(row["removed"] for row in first["log"]) and not all(row["removed"] for row in first["log"])
+    assert len(whole.states) >= 3
+    for state in whole.states:
+        assert chosen(settings, known, 0, state)[0] == first
+    bounds = zip(first["figures"]["after"], first["figures"]["dense"], strict=True)
+    assert all(after <= dense + settings.max_loss_increase for after, dense in bounds)
+
+
+def test_greedy_removal_ends_at_its_target_and_keeps_what_is_protected(facts, tmp_path):
+    known = facts("llama", tmp_path)
+    step = {**GREEDY, "max_loss_increase": 9, "target": 0.2, "protect_layers": [0]}
+    decision = chosen(recipe(step).steps[0].settings, known)[0]
+    assert decision["removed"] and all(".1." in name for name in decision["removed"])
+    sites = known.prunable()
+    blocks = model_size(known, sites, measure="parameters", of="blocks", tokens=1)
+    left = {site.name: len(decision["sites"].get(site.name, ())) for site in sites}
+    assert blocks.of(left) <= 0.8 * blocks.full
+    with pytest.raises(PreflightError, match="block 5 is protected, and there are 2"):
+        GreedyRemoval(protect_layers=(5,)).remodel(known, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [8, 14, 20])
+def test_training_that_was_killed_resumes_to_the_same_bytes(step, llama, tmp_path):
+    compress(recipe(FAST), str(llama), tmp_path / "first", measure=False)
+    assert kill_at(step, recipe(FAST), llama, tmp_path / "killed") == -signal.SIGKILL
+    compress(recipe(FAST), str(llama), tmp_path / "killed", measure=False, resume=True)
+    assert weight_hashes(tmp_path / "killed") == weight_hashes(tmp_path / "first")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [FAST, GREEDY], ids=["vtrans", "greedy_removal"])
+def test_pass_keeps_the_contract(step, llama, tmp_path):
+    settings = recipe(step).steps[0].settings
+    report = check_pass(step["pass"], settings, llama, tmp_path, "*")
+    assert report["verification"]["max_logit_difference"] == 0.0
+
+
+def test_what_is_left_is_quantized_like_any_model(llama, tmp_path):
+    steps = ({**FAST, "steps": 2}, {"pass": "gptq", "bits": 4, "group_size": -1})
+    report = compress(recipe(*steps), str(llama), tmp_path / "out", measure=False)
+    assert report["reshapes"][0]["parameters_after"] < report["reshapes"][0]["parameters_before"]
+    assert {row["form"] for row in report["weights"]} == {"packed_linear"}
+    plan = make_plan(recipe(*reversed(steps)), str(llama), prove=False)
+    assert "Put vtrans first" in plan.problems[0].hint
+
+
+def test_labels_that_are_missing_end_the_run(llama, tmp_path):
+    with pytest.raises(PassError, match="no labels"):
+        compress(recipe({**FAST, "loss": "task"}), str(llama), tmp_path / "out", measure=False)
+
+
+# greedy removal
+
+
+def test_a_sub_block_that_does_nothing_is_all_that_goes(tmp_path):
+    model = tiny.build("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    step = {**GREEDY, "max_loss_increase": 0, "tiers": ["sub_blocks", "heads"]}
+    report = compress(recipe(step), str(tmp_path / "model"), tmp_path / "out", measure=False)
+    decision = report["reshapes"][0]["decision"]
+    assert sorted(decision["removed"]) == ["model.layers.1.self_attn", "model.layers.2.mlp"]
+    assert all(len(units) in (2, 64) for units in decision["sites"].values())
+    assert decision["figures"]["after"] == decision["figures"]["dense"]
+    batch = {"input_ids": torch.arange(3, 35).view(2, 16)}
+    with torch.no_grad():
+        assert torch.allclose(logits_of(tmp_path / "out", batch), model(**batch).logits, atol=1e-5)
+    replayed = {row["what"] for row in decision["log"] if row["removed"]}
+    assert replayed == set(decision["removed"])
+
+
+class Additive:
+    """Losses that add up over what is gone; the confirming part may know better."""
+
+    def __init__(self, costs, confirm=None):
+        self.costs, self.confirm, self.asked = costs, confirm or costs, 0
+
+    def __call__(self, gone):
+        self.asked += 1
+        names = [f"{site} {unit}" for site, units in gone.items() for unit in units]
+        return sum(self.costs[name] for name in names), sum(self.confirm[name] for name in names)
+
+
+class Site:
+    def __init__(self, name, units, kind="heads"):
+        self.name, self.units, self.kind = name, units, kind
+
+
+def walked(costs, confirm=None, enough=lambda gone: False, sites=None, **settings):
+    sites = sites or [Site("a", 3), Site("b", 3)]
+    measure = Additive(costs, confirm)
+    search = Search(GreedyRemoval(**settings), (0.0, 0.0), measure, enough, sites)
+    search.walk([Candidate(f"{s.name} {u}", n, ((s.name, (u,)),)) for n, s in enumerate(sites) for u in range(s.units)])
+    return search, measure
+
+
+COSTS = {"a 0": 0.02, "a 1": 0.5, "a 2": 0.01, "b 0": 0.03, "b 1": -0.02, "b 2": 0.04}
+
+
+def test_the_cheapest_go_first_and_the_sum_stays_within_the_bound():
+    search, measure = walked(COSTS, max_loss_increase=0.05)
+    taken = [row["what"] for row in search.log if row["removed"]]
+    assert taken == ["b 1", "a 2", "a 0", "b 0"]  # 0.04; with b 2 it would be 0.08
+    assert search.now[0] == pytest.approx(0.04) and measure.asked == search.evaluations - 1
+    assert [row["what"] for row in search.log if not row["removed"]] == []  # a 1 and b 2 are the last of their sites
+
+
+def test_what_the_confirming_part_does_not_bear_stays():
+    search, _ = walked(COSTS, {**COSTS, "a 2": 9.0}, max_loss_increase=0.05)
+    assert "a 2" not in [row["what"] for row in search.log if row["removed"]]
+    assert any(row["what"] == "a 2" and not row["removed"] for row in search.log)
+
+
+def test_the_search_ends_at_its_target_and_at_its_number_of_evaluations():
+    search, _ = walked(COSTS, enough=lambda gone: sum(map(len, gone.values())) >= 2, max_loss_increase=1)
+    assert sum(map(len, search.gone.values())) == 2
+    for most in (1, 4, 8):
+        _, measure = walked(COSTS, max_loss_increase=1, max_evaluations=most)
+        assert measure.asked <= most - 1  # one is the dense model's
+    search, _ = walked(COSTS, order="last_first", max_loss_increase=0.05)
+    assert [row["what"] for row in search.log][:2] == ["b 2", "b 1"]
+
+
+def test_trials_from_kept_streams_are_those_of_whole_runs(tmp_path):
+    from compressor.passes.greedy_removal import Trial
+
+    model = tiny.build("llama", dtype=torch.float64)
+    whole = shaping.Whole(model, shaping.token_batches(2, 3, 6))
+    sites = facts_of(read_structure(tiny.save("llama", tmp_path / "m", dtype=torch.float64)), 0).prunable()
+    trial = Trial.of(whole, sites, "distill", 0.3)
+    names = {site.kind + str(site.block): site.name for site in sites}
+    sequence = [{}, {names["ffn1"]: {1, 5}}, {names["heads0"]: {0}}, {names["heads0"]: {0}, names["ffn1"]: {3}}, {}]
+    for gone in sequence:
+        found = trial.losses(gone)
+        fresh = Trial.of(shaping.Whole(model, whole.inputs), sites, "distill", 0.3).losses(gone)
+        assert found == pytest.approx(fresh, rel=1e-12) and (found == (0.0, 0.0)) == (not gone)
