@@ -28,6 +28,7 @@ BUILTIN = {
     "rotated_block": "compressor.layers.rotated_block:RotatedBlock",
     "table_activation": "compressor.layers.table_activation:TableActivation",
     "table_norm": "compressor.layers.table_norm:TableNorm",
+    "token_gate": "compressor.layers.token_gate:TokenGate",
 }
 
 
