@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -193,6 +194,7 @@ class Remodel:
     follows  whether the signals of a unit are those of the model as cut so far (`Pass.projections`), rather than of the
              model unchanged
     decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
+    tokens   of a token pruner, for the report: see `compressor.passes.zero_tprune`
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -201,6 +203,52 @@ class Remodel:
     notes: tuple[str, ...] = ()
     follows: bool = False
     decision: Decision | None = None
+    tokens: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """Where a token gate stands in a block, and what a token costs there.
+
+    attention  name in the block of the module that attends
+    after      {call, nth, spread} of each module after the attention residual (`compressor.layers.token_gate`)
+    mask       name of the block's argument that tells padding
+    before     entries of the matrices that multiply a token before the gate; `behind`, after it
+    width      of all heads together
+    """
+
+    attention: str
+    after: tuple[dict[str, Any], ...]
+    mask: str | None
+    before: int
+    behind: int
+    width: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a token pruner has to know of a model.
+
+    tokens   of each sample; None where it is as long as its text
+    width    of the residual stream
+    protect  how many at the beginning and the end are no patches, or special
+    patches  rows and columns of an image's
+    outside  multiply-accumulates of a sample in stem and head
+    """
+
+    tokens: int | None
+    width: int
+    protect: tuple[int, int]
+    patches: tuple[int, int] | None
+    blocks: tuple[BlockTokens, ...]
+    outside: int
+
+    def gate(self, block: int, before: Sequence[float], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a `token_gate` in a block, after gates that keep so much."""
+        found = self.blocks[block]
+        place = {"attention": found.attention, "after": [dict(entry) for entry in found.after], "mask": found.mask}
+        return {**place, "protect": list(self.protect), "before": list(before), **settings}
 
 
 @dataclass(frozen=True)
@@ -210,23 +258,30 @@ class ModelFacts:
     config    config.json, with the defaults of the model's class
     shapes    parameter -> shape, a tied head under its own name too
     tied      parameter -> the parameter whose storage it shares
-    residual  what touches the residual stream
+    residual  what touches the residual stream, found when it is first asked for; raises ModelError for a stream that
+              can't be rotated
     given     parameters of the model as it was given, before any step
     branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
               block; raises ModelError where one can't be
     blocks    path of the block list
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
+    tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
     """
 
     architecture: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
-    residual: Residual
+    find_residual: Callable[[], Residual]
     given: int
     branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
     blocks: str
     fits: Callable[[Remodel], str | None]
+    tokens: Callable[[], TokenFacts]
+
+    @cached_property
+    def residual(self) -> Residual:
+        return self.find_residual()
 
 
 class StreamSite(Protocol):
@@ -417,6 +472,14 @@ class Pass(BaseModel):
         model that later steps start from.
         """
         return False
+
+    @property
+    def rewrites(self) -> bool:
+        """Of a reshaping pass: whether it writes parameters (`survey` to `projections`).
+
+        One that doesn't changes only what blocks do with theirs, which may be stored in any form by then.
+        """
+        return self.reshapes
 
     def choose(self, model: ShapingModel) -> Decision:
         """What only a run of the model can tell of its new shapes, as JSON; asked for where the pass `decides`."""

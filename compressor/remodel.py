@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,13 @@ from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
 from compressor.structure import Structure, structure_of
+from compressor.token_sites import find_token_sites
 from compressor.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; `given`, its parameters before any step.
-
-    raises ModelError for a model whose residual stream can't be rotated
-    """
-    residual = read_residual(structure)
+    """What a pass may know of the model; `given`, its parameters before any step."""
+    residual = cache(lambda: read_residual(structure))
     return ModelFacts(
         structure.architecture,
         structure.model.config.to_dict(),
@@ -40,9 +39,10 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         dict(structure.bindings.tied),
         residual,
         given,
-        lambda widths: _branches(structure, residual, widths),
+        lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
+        cache(lambda: find_token_sites(structure)),
     )
 
 
@@ -64,9 +64,7 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
 
     raises ModelError if the model's class makes other shapes of that config
     """
-    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
-    config["dtype"] = str(structure.dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
+    config = _config_after(structure, remodel)
     tensors: dict[str, TensorInfo] = {}
     held = structure.model.state_dict()
     for name in structure.bindings.sources:
@@ -81,6 +79,23 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
     made = _config(config)
     cls = class_for(stock_class(structure.model), made)
     return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def regated(structure: Structure, remodel: Remodel) -> Structure:
+    """The structure of a model of which only the config changes; its tensors lie where they did."""
+    config = _config_after(structure, remodel)
+    made = _config(config)
+    cls = class_for(stock_class(structure.model), made)
+    checkpoint = replace(structure.checkpoint, config=config)
+    return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:
+    """config.json of the model that a step makes."""
+    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
+    config["dtype"] = str(structure.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    return config
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
@@ -136,10 +151,10 @@ def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     return None
 
 
-def check_remodel(structure: Structure, remodel: Remodel, where: str) -> Structure:
+def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: bool = True) -> Structure:
     """The reshaped structure. raises PreflightError saying what the model's class can't be"""
     try:
-        return remodelled(structure, remodel)
+        return remodelled(structure, remodel) if rewrites else regated(structure, remodel)
     except (ModelError, ValueError, TypeError, RuntimeError) as error:
         raise PreflightError(
             f"{structure.architecture} can't have the shapes this step makes ({error})",
