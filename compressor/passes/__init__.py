@@ -17,6 +17,7 @@ BUILTIN = {
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",
+    "zero_tprune": "compressor.passes.zero_tprune:ZeroTPrune",
 }
 GROUP = "compressor.passes"
 
