@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from compressor.errors import ModelError
-from compressor.layers.token_gate import WATCHED, TokenGate, attend_watched, attended, watching
+from compressor.layers.token_gate import WATCHED, TokenGate, attend_watched, attended, noting_choices, watching
 from compressor.protocol import BlockTokens, TokenFacts
 from compressor.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of
 from compressor.structure import Structure
@@ -375,9 +375,9 @@ def _prove(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
     hidden, calls = pieces.stem(batch)
     for index, block in enumerate(pieces.blocks):
         whole = pieces.block(index, hidden, calls[index])
-        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)):
+        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:
             fewer = pieces.block(index, hidden, calls[index])
-        if fewer.shape[1] >= whole.shape[1] or not _are_rows(fewer[0], whole[0]):
+        if not choices or not _are_of(fewer, whole, choices[0]):
             raise ModelError(
                 "with fewer tokens after its attention, it computes something else for them",
                 where=f"{pieces.blocks_path}.{index}",
@@ -413,12 +413,10 @@ def _check_output(twin: PreTrainedModel, output: Tensor, tokens: int) -> None:
         )
 
 
-def _are_rows(fewer: Tensor, whole: Tensor) -> bool:
-    """Whether rows of (k, d) are rows of (n, d), in their order."""
-    distance = torch.cdist(fewer.double(), whole.double())
-    nearest = distance.argmin(1)
-    close = distance.amin(1) <= TOLERANCE * whole.double().norm(dim=1).max()
-    return bool(close.all()) and bool((nearest.diff() > 0).all())
+def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
+    """Whether (b, left, d) are the chosen (b, left) tokens of (b, n, d)."""
+    wanted = whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2]))
+    return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
 
 
 def _holds(module: str, name: str) -> bool:
