@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_counts_and_work_are_those_of_the_worked_example():
         assert 12 * block + 196 * 768 * width + 1000 * width == wanted
     assert block_macs(197, 197, 4 * 384**2, 8 * 384**2, 384) == 378391296
     sizes = [197, 197, 197, 197, 158, 158, 158, 127, 127, 127, 102, 102, 102]
-    blocks = [block_macs(n, left, 4 * 384**2, 8 * 384**2, 384) for n, left in zip(sizes, sizes[1:])]
+    blocks = [block_macs(n, left, 4 * 384**2, 8 * 384**2, 384) for n, left in pairwise(sizes)]
     assert sum(blocks) + 196 * 768 * 384 + 1000 * 384 == 3444215040
     assert gate_macs(197, 6, 64, 10, 12, 39, "ISI") == 6 * 197**2 * (64 + 11) + 197**2 * 64
     assert gate_macs(197, 6, 64, 10, 0, 0, "ISI") == 0
@@ -203,7 +204,7 @@ def test_padding_and_the_rest_of_a_batch_change_nothing():
 
 
 def test_a_dropped_token_leaves_its_like_behind_and_duplicates_go_first():
-    _, keys, valid, candidates = inputs(samples=1, tokens=13)
+    _, keys, _, candidates = inputs(samples=1, tokens=13)
     score = torch.linspace(1, 0.1, 13)[None]
     order = best_first(score, candidates)
     droppable = partition(order, candidates, "sequential", 0)

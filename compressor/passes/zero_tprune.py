@@ -52,6 +52,7 @@ from compressor.token_counts import block_macs, gate_macs, kept_tokens, split_re
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known
 STEP = 0.05  # of a keep rate in the search
+POLISHING = 8  # rounds at most, after the target is met
 PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -142,7 +143,8 @@ class ZeroTPrune(Pass):
         rates = self._rates(depth) if decision is None else {int(b): k for b, k in decision["keep"].items()}
         if decision is None and self.target_macs is not None:
             rates = self._alike(facts, depth)
-        self._check(facts, rates)
+        elif decision is None:
+            self._check(facts, rates)
         for block, gate in self.gates(facts, rates).items():
             path = f"{model.blocks}.{block}"
             if path in modules:
@@ -243,7 +245,7 @@ class ZeroTPrune(Pass):
             for block in rates:
                 lowered = self._lower(search, rates, block, now)
                 if lowered is not None:
-                    found.append((*search.divergence(lowered, block), block, lowered))
+                    found.append((search.divergence(lowered, block), block, lowered))
             if not found:
                 raise PassError(
                     f"{100 * now / dense:.1f} % of the multiply-accumulates is the least that gates in blocks "
@@ -252,11 +254,13 @@ class ZeroTPrune(Pass):
                     hint="Give more or earlier `blocks`, a smaller min_tokens, or a larger target.",
                 )
             _, block, rates = min(((d - divergence) / (now - search.macs(r)), b, r) for d, b, r in found)
-            divergence = search.settle(rates, block)
+            divergence = search.divergence(rates, block, settle=True)
             now = search.macs(rates)
             figures.append(
                 {"keep": {str(b): r for b, r in rates.items()}, "divergence": divergence, "macs": now / dense}
             )
+        rates, divergence = self._polish(search, rates, divergence, self.target_macs * dense)
+        now, rates = search.macs(rates), self._without_clamps(facts, rates)
         told = ", ".join(f"{b}: {r:g}" for b, r in rates.items())
         note = (
             f"keep rates found: {told}; {search.measure} {divergence:.4g} on {search.samples} calibration samples, "
@@ -264,12 +268,52 @@ class ZeroTPrune(Pass):
         )
         return {"keep": {str(b): r for b, r in rates.items()}, "figures": figures, "notes": [note]}
 
+    def _polish(
+        self, search: _Search, rates: dict[int, float], divergence: float, goal: float
+    ) -> tuple[dict[int, float], float]:
+        """Give what is left of the budget back, or shift it from one gate to another, while that brings outputs closer.
+
+        Steps that cost a whole gate overshoot, and a greedy path never takes one back.
+        """
+        for _ in range(POLISHING):
+            tries = []
+            for block, rate in rates.items():
+                raised = {**rates, block: min(1.0, round(rate + STEP, 2))}
+                if rate == 1:
+                    continue
+                tries.append(raised)
+                lowered = (self._lower(search, raised, other, search.macs(raised)) for other in rates if other != block)
+                tries += [found for found in lowered if found is not None]
+            found = []
+            for one in tries:
+                if search.macs(one) <= goal:
+                    first = min(block for block in rates if one[block] != rates[block])
+                    found.append((search.divergence(one, first), first, one))
+            best = min(found, key=lambda item: item[0], default=None)
+            if best is None or best[0] >= divergence:
+                break
+            divergence, first, rates = best
+            search.divergence(rates, first, settle=True)
+        return rates, divergence
+
+    def _without_clamps(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, float]:
+        """Rates that say themselves what min_tokens made of them, where samples have one length."""
+        found = dict(rates)
+        if facts.tokens is not None:
+            now, protected = facts.tokens, sum(facts.protect)
+            for block, rate in sorted(rates.items()):
+                left = kept_tokens(now, rate, protected, self.min_tokens)
+                if left != kept_tokens(now, rate, protected, 0):
+                    found[block] = round((left - protected) / (now - protected), 4)
+                now = left
+        return found
+
     def _lower(self, search: _Search, rates: Mapping[int, float], block: int, now: int) -> dict[int, float] | None:
         """The rates with that of a block lowered by as many steps as save anything; None if nothing is left."""
         rate = rates[block]
         while (rate := round(rate - STEP, 2)) > 0:
             lowered = {**rates, block: rate}
-            if self._too_few(search.facts, lowered) is None and search.macs(lowered) < now:
+            if search.macs(lowered) < now:  # min_tokens sees to it that enough are left
                 return lowered
         return None
 
@@ -300,7 +344,7 @@ class ZeroTPrune(Pass):
         assert self.target_macs is not None
         tokens, places = facts.tokens or NOMINAL_TOKENS, self._places(depth)
         rate = 1.0
-        while rate > STEP and self._too_few(facts, dict.fromkeys(places, round(rate - STEP, 2))) is None:
+        while rate > STEP:
             rate = round(rate - STEP, 2)
             found = self.account(facts, dict.fromkeys(places, rate), tokens)
             if found["macs_after"] <= self.target_macs * found["macs_before"]:
@@ -362,26 +406,26 @@ class _Search:
         found = {n: self.settings.account(self.facts, rates, n)["macs_after"] for _, n in self.lengths}
         return sum(count * found[n] for count, n in self.lengths)
 
-    def divergence(self, rates: Mapping[int, float], block: int) -> tuple[float]:
-        """Mean over samples, with these rates, of which that of `block` alone is new."""
+    def divergence(self, rates: Mapping[int, float], block: int, settle: bool = False) -> float:
+        """Mean over samples, with these rates, which before `block` are those of the last settling.
+
+        settle  start from these rates from now on
+        """
+        if settle:
+            self.states = {at: held for at, held in self.states.items() if at <= block}
         total = 0.0
-        for batch, output in enumerate(self._outputs(block, rates)):
+        for batch, output in enumerate(self._outputs(block, rates, settle)):
             total += float(_divergence(self.expected[batch], output).sum())
-        return (total / self.samples,)
+        return total / self.samples
 
-    def settle(self, rates: Mapping[int, float], block: int) -> float:
-        """The same, after which these rates are where the next step starts from."""
-        self.states = {at: held for at, held in self.states.items() if at <= block}
-        return self.divergence(rates, block)[0]
-
-    def _outputs(self, block: int, rates: Mapping[int, float]) -> Iterator[torch.Tensor]:
-        """The model's output for each batch, from the last kept states before `block`."""
+    def _outputs(self, block: int, rates: Mapping[int, float], settle: bool = True) -> Iterator[torch.Tensor]:
+        """The model's output for each batch, from the last kept states before `block`; settling keeps more of them."""
         start = max(at for at in self.states if at <= block)
         hidden = list(self.states[start])
         depth = len(self.facts.blocks)
         gates = self.settings.gates(self.facts, rates)
         for at in range(start, depth):
-            if at in rates and at not in self.states and at <= block:
+            if settle and at in rates and at not in self.states:
                 self.states[at] = list(hidden)
             with self.model.loaded(at + 1), self._gated(at, gates.get(at)):
                 hidden = [self.model.run(at + 1, batch, x) for batch, x in enumerate(hidden)]
