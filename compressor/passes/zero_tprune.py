@@ -68,7 +68,9 @@ class ZeroTPrune(Pass):
         None, description="Share of the tokens that each gate leaves, or one for each block ({3: 0.9, 6: 0.8}); 0.8."
     )
     blocks: tuple[int, ...] | None = Field(
-        None, description="Blocks with a gate, from 0; null: those after a quarter, half and three quarters."
+        None,
+        description="Blocks with a gate, from 0; null: those after a quarter, half and three quarters, and with "
+        "target_macs any from a quarter on.",
     )
     target_macs: float | None = Field(
         None, gt=0, lt=1, description="Share of the model's multiply-accumulates to end with; looks for `keep`."
@@ -323,6 +325,8 @@ class ZeroTPrune(Pass):
             asked, where = tuple(sorted(self.keep)), "zero_tprune.keep"
         elif self.blocks is not None:
             asked, where = tuple(sorted(self.blocks)), "zero_tprune.blocks"
+        elif self.target_macs is not None:
+            return tuple(range(min(max(1, depth // 4), depth - 1), depth))
         else:
             return tuple(sorted({depth * quarter // 4 for quarter in PLACES}))
         if unknown := [block for block in asked if not 0 <= block < depth]:
