@@ -195,6 +195,7 @@ def bench_vit(directory: Path, target: float, samples: int) -> dict[str, Any]:
         "zero_tprune": {},
         "zero_tprune, importance alone": {"s_share": 0.0},
         "zero_tprune, similarity alone": {"s_share": 1.0},
+        "zero_tprune, importance first": {"order": "IS"},
         "zero_tprune, alternate": {"partition": "alternate"},
         "zero_tprune, mean of heads": {"head_aggregation": "mean"},
     }
@@ -213,6 +214,7 @@ def bench_vit(directory: Path, target: float, samples: int) -> dict[str, Any]:
             name,
             share_right(run(pruned), images, labels),
             share,
+            macs_without_gates=share - tokens["macs_of_gates"] / tokens["macs_before"],
             tokens=left,
             keep=told["decision"] and told["decision"]["keep"],
         )
@@ -227,10 +229,14 @@ def bench_vit(directory: Path, target: float, samples: int) -> dict[str, Any]:
         choose = by_score(lambda graph, made=generator: torch.rand(len(graph), graph.shape[-1], generator=made))
         drawn.append(share_right(run_pruned(dense, left, choose), images, labels))
     add("random", sum(drawn) / len(drawn), bare, tokens=left, drawn=drawn)
-    budget = int(bare * tokens["macs_before"]) - tokens["outside"]
-    schedule, total = merging_schedule(facts.tokens, list(facts.blocks), budget)
-    share = (total + tokens["outside"]) / tokens["macs_before"]
-    add("ToMe", share_right(run_merged(dense, schedule), images, labels), share, removed=schedule)
+    assert facts.tokens is not None
+    whole = tokens["macs_after"] / tokens["macs_before"]
+    for name, budget in (("ToMe", bare), ("ToMe, its ranking not counted, ours counted", whole)):
+        most = int(budget * tokens["macs_before"]) - tokens["outside"]
+        schedule, total = merging_schedule(facts.tokens, list(facts.blocks), most)
+        share = (total + tokens["outside"]) / tokens["macs_before"]
+        bare = share - tokens["macs_of_gates"] / tokens["macs_before"]
+        add(name, share_right(run_merged(dense, schedule), images, labels), share, removed=schedule)
     found["filters"] = bench_filters(dense, directory, left, reference)
     return found
 
