@@ -175,12 +175,10 @@ def plan(
             out.print(table)
         for reshape in (made.to_dict() for made in found.reshapes):
             before, after = reshape["parameters_before"], reshape["parameters_after"]
-            widths = reshape["widths"][:2]
-            out.print(
-                f"{reshape['pass']}: {before:,} -> {after:,} parameters ({100 * (after / before - 1):+.1f} %), width "
-                f"{widths[0]} -> {widths[1]} ({100 * (widths[1] / widths[0] - 1):+.1f} %)",
-                highlight=False,
-            )
+            line = f"{reshape['pass']}: {before:,} -> {after:,} parameters ({100 * (after / before - 1):+.1f} %)"
+            if widths := reshape["widths"][:2]:
+                line += f", width {widths[0]} -> {widths[1]} ({100 * (widths[1] / widths[0] - 1):+.1f} %)"
+            out.print(line, highlight=False)
             for note in reshape["notes"]:
                 out.print(f"  {note}", highlight=False)
         if found.route is not None:

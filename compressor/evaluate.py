@@ -34,7 +34,7 @@ from compressor.data import Samples
 from compressor.environment import peak_rss_bytes
 from compressor.errors import PassError
 from compressor.kept_patches import kept_patches
-from compressor.replay import output_of
+from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
 from compressor.structure import read_structure
 from compressor.verify import load_stock, run_child
@@ -179,9 +179,12 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
     for numbers, stacked in samples.batches(request["batch_size"]):
         outputs: list[Any] = []
         for model in (before, after):
+            if model is None:
+                outputs.append(None)
+                continue
             value = stacked if samples.is_text else stacked.to(after.dtype)
-            with torch.no_grad():
-                outputs.append(None if model is None else output_of(model(**{model.main_input_name: value})).float())
+            with torch.no_grad(), without_cache(model):
+                outputs.append(output_of(model(**{model.main_input_name: value})).float())
         wanted = None if labels is None else labels[numbers]
         for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
             totals.setdefault(key, []).append(value)

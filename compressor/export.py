@@ -115,7 +115,9 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
     """What of the model its stock class hasn't, and why that matters."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
-    what = f"is a {modules[name]['form']}" if modules else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
+    form = modules[name]["form"] if modules else None
+    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
     return name, f"{what}, which {type(model).__name__} of stock transformers doesn't have"
 
 

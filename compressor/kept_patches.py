@@ -44,10 +44,10 @@ def _survived(model: Any, image: Tensor, gates: list[nn.Module]) -> list[list[in
     finally:
         for gate in gates:
             gate.choices = None  # type: ignore[assignment]
-    rows, columns = (_sides(size) for size in (model.config.image_size, model.config.patch_size))
-    shape = (rows[0] // columns[0], rows[1] // columns[1])
-    prefix = gates[0].token_gate["protect"][0]  # type: ignore[index]
-    passed = torch.zeros([prefix + shape[0] * shape[1]], dtype=torch.int64)
+    image_sides, patch_sides = _sides(model.config.image_size), _sides(model.config.patch_size)
+    shape = (image_sides[0] // patch_sides[0], image_sides[1] // patch_sides[1])
+    prefix: int = gates[0].token_gate["protect"][0]  # type: ignore[index, assignment]
+    passed = torch.zeros(prefix + shape[0] * shape[1], dtype=torch.int64)
     left = torch.arange(len(passed))
     for indices in chosen:
         left = left if indices is None else left[indices]

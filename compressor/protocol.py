@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers import Layer
+    from compressor.pruning import PrunableSite
     from compressor.stream import Residual, ResidualSite, Tap
 
 State = TypeVar("State")
@@ -191,9 +191,10 @@ class Remodel:
     shapes   parameter -> its new shape, of those that change or are new; None where it is gone
     widths   of the residual stream: before this step, and after it at each site where they differ
     notes    sentences for the plan and the report
-    follows  whether the signals of a unit are those of the model as cut so far (`Pass.projections`), rather than of the
-             model unchanged
+    follows  whether a unit's signals are there while it is written: those of the model as cut so far, where the pass
+             has `projections`, else of the model unchanged
     decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
+    blocks   numbers of the blocks that stay, where some go altogether: the model then counts fewer
     tokens   of a token pruner, for the report: see `compressor.passes.zero_tprune`
     """
 
@@ -203,6 +204,7 @@ class Remodel:
     notes: tuple[str, ...] = ()
     follows: bool = False
     decision: Decision | None = None
+    blocks: tuple[int, ...] | None = None
     tokens: dict[str, Any] | None = None
 
 
@@ -258,13 +260,13 @@ class ModelFacts:
     config    config.json, with the defaults of the model's class
     shapes    parameter -> shape, a tied head under its own name too
     tied      parameter -> the parameter whose storage it shares
-    residual  what touches the residual stream, found when it is first asked for; raises ModelError for a stream that
-              can't be rotated
+    stream    tells what touches the residual stream; `residual` asks it. raises ModelError where it can't be told
     given     parameters of the model as it was given, before any step
     branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
               block; raises ModelError where one can't be
     blocks    path of the block list
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
+    prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
     tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
     """
 
@@ -272,16 +274,18 @@ class ModelFacts:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
-    find_residual: Callable[[], Residual]
+    stream: Callable[[], Residual]
     given: int
     branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
     blocks: str
     fits: Callable[[Remodel], str | None]
+    prunable: Callable[..., tuple[PrunableSite, ...]]
     tokens: Callable[[], TokenFacts]
 
-    @cached_property
+    @property
     def residual(self) -> Residual:
-        return self.find_residual()
+        """What touches the residual stream. raises ModelError for a model whose stream can't be rotated"""
+        return self.stream()
 
 
 class StreamSite(Protocol):
@@ -289,8 +293,11 @@ class StreamSite(Protocol):
 
     device: torch.device
     generator: torch.Generator  # seeded from (run seed, step, unit)
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
+
+    @property
+    def residual(self) -> Residual: ...
 
     @property
     def index(self) -> int:
@@ -321,6 +328,13 @@ class StreamSite(Protocol):
 
     def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
+        ...
+
+    def inputs(self, module: str) -> Iterator[torch.Tensor]:
+        """What a module of this unit reads, (tokens, features) for each calibration batch, of the model unchanged.
+
+        While units are written this is so where the remodel `follows`.
+        """
         ...
 
     def states(self) -> list[torch.Tensor]:
@@ -504,9 +518,10 @@ class Pass(BaseModel):
     def projections(self, carry: Carry) -> list[torch.Tensor]:
         """The bases (width, w) of the sites of the unit that left this carry, for the signals of the next.
 
-        Asked for where the remodel `follows`; without it signals are seen in `survey` alone.
+        Asked for where the remodel `follows`; without it signals are seen in `survey` alone. None at all: the signals
+        go on as those of the model unchanged.
         """
-        raise NotImplementedError
+        return []
 
     def stem(self, site: Site, carry: Carry) -> Carry:
         return carry

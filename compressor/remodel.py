@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,8 @@ from compressor.branches import check_widths, find_branches
 from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
+from compressor.prunable import Seen, find_prunable, look
+from compressor.pruning import KINDS, PrunableSite
 from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
@@ -30,8 +33,23 @@ from compressor.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; `given`, its parameters before any step."""
-    residual = cache(lambda: read_residual(structure))
+    """What a pass may know of the model; what takes a run is found when asked for.
+
+    given  its parameters before any step
+    """
+
+    @cache
+    def residual() -> Residual:
+        return read_residual(structure)
+
+    @cache
+    def seen() -> Seen:
+        return look(structure)
+
+    @cache
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+        return find_prunable(structure, kinds, seen())
+
     return ModelFacts(
         structure.architecture,
         structure.model.config.to_dict(),
@@ -42,6 +60,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
+        prunable,
         cache(lambda: find_token_sites(structure)),
     )
 
@@ -71,10 +90,11 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
         before = tuple(held[name].shape)
         shape = remodel.shapes.get(name, before)
         if shape is not None:
-            tensors |= _tensor_infos(structure, name, before, shape)
+            found = _tensor_infos(structure, name, before, shape)
+            tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[name] = _info(structure, shape, None)
+            tensors[renumbered(name, structure, remodel)] = _info(structure, shape, None)
     checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
     made = _config(config)
     cls = class_for(stock_class(structure.model), made)
@@ -96,6 +116,16 @@ def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:
     config["dtype"] = str(structure.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
     return config
+
+
+def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
+    """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
+    if remodel.blocks is None:
+        return name
+    place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
+    if place is None:
+        return name
+    return f"{name[: place.start(2)]}{remodel.blocks.index(int(place[2]))}{name[place.end(2) :]}"
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:

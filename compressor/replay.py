@@ -124,6 +124,20 @@ class Pieces:
             parent._modules[name] = original
 
 
+@contextmanager
+def without_cache(*models: PreTrainedModel) -> Iterator[None]:
+    """Texts are scored as a whole: nothing that acts on a cache of keys and values, as dropping tokens does, acts."""
+    configs = [config for config in (m.config.get_text_config() for m in models) if hasattr(config, "use_cache")]
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before):
+            config.use_cache = value
+
+
 def output_of(output: Any) -> Tensor:
     """Logits if the model has them, else the last hidden states."""
     return output.logits if "logits" in output else output.last_hidden_state

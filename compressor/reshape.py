@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
-from compressor.protocol import Carry, Remodel
+from compressor.protocol import Carry, ModelFacts, Remodel
 from compressor.recipe import Step
 from compressor.remodel import split_parameter
 from compressor.safetensors_file import Entry, read_header, write_file
@@ -40,7 +40,7 @@ class ReshapeSite:
 
     structure: Structure
     unit: int
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     streams: list[Stream]
     device: torch.device
@@ -48,6 +48,10 @@ class ReshapeSite:
     is_open: bool = True
     written: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def residual(self) -> Residual:
+        return self.facts.residual
 
     @property
     def index(self) -> int:
@@ -79,9 +83,12 @@ class ReshapeSite:
         self.warnings.append({"code": code, "where": where, "message": message})
 
     def signals(self, tap: Tap) -> Iterator[Tensor]:
-        module = self.structure.model.get_submodule(tap.module)
+        return self.inputs(tap.module)
+
+    def inputs(self, module: str) -> Iterator[Tensor]:
         caught: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+        watched = self.structure.model.get_submodule(module)
+        handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
         try:
             for stream in self.streams:
                 caught.clear()
@@ -135,9 +142,12 @@ class ReshapeSite:
                 handle.remove()
 
     def advance(self, bases: Sequence[Tensor]) -> None:
-        """Take the streams through the block, projected."""
+        """Take the streams through the block, projected; without bases as they are."""
         for stream in self.streams:
-            stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+            if bases:
+                stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+            else:
+                stream.hidden = run_unit(self.structure, self.unit, stream)
 
 
 class _Reached(Exception):
@@ -164,7 +174,7 @@ class Reshaper:
     number: int
     structure: Structure
     planned: Structure
-    residual: Residual
+    facts: ModelFacts
     remodel: Remodel
     journal: Journal
     streams: list[Stream]
@@ -175,7 +185,7 @@ class Reshaper:
 
     def site(self, unit: int, seed_of: int) -> ReshapeSite:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return ReshapeSite(self.structure, unit, self.residual, self.remodel, self.streams, self.device, generator)
+        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.streams, self.device, generator)
 
 
 def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, list[Path]]:
@@ -215,10 +225,10 @@ def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, li
 
 def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> None:
     """Take the signals through the block, projected as the pass has chosen."""
-    if not site.sites:
+    if not 0 < site.unit <= work.structure.block_count:
         return
     bases = step.settings.projections(carry)
-    assert len(bases) == len(site.sites)
+    assert not bases or len(bases) == len(site.sites)
     site.advance(bases)
 
 
@@ -283,16 +293,30 @@ def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Ten
     """Every tensor that the new model keeps in this unit, by checkpoint name, in the model's dtype."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
-    for name in planned.parameters_of(unit):
+    for name, now in _parameters_of(work, unit).items():
         value = site.written[name] if name in site.written else _value(work.structure, name)
         if value.is_floating_point():
             value = value.to(work.structure.dtype)
-        parts = split_parameter(planned, name, value)
+        parts = split_parameter(planned, now, value)
         tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
     for tensor, part in tensors.items():
         expected = planned.checkpoint.tensors[tensor].shape
         assert tuple(part.shape) == expected, f"{tensor}: {tuple(part.shape)}, {expected} was planned"
     return dict(sorted(tensors.items()))
+
+
+def _parameters_of(work: Reshaper, unit: int) -> dict[str, str]:
+    """What the new model keeps of a unit: name of a parameter before -> after, which differ where blocks are gone."""
+    kept, path = work.remodel.blocks, work.structure.pieces.blocks_path
+    if kept is None:
+        return {name: name for name in work.planned.parameters_of(unit)}
+    if unit == work.structure.block_count + 1:
+        return {name: name for name in work.planned.parameters_of(len(kept) + 1)}
+    if unit == 0 or unit - 1 not in kept:
+        return {name: name for name in work.planned.parameters_of(0)} if unit == 0 else {}
+    number = kept.index(unit - 1)
+    names = work.planned.parameters_of(number + 1)
+    return {f"{path}.{unit - 1}.{name.removeprefix(f'{path}.{number}.')}": name for name in names}
 
 
 def _reopen(work: Reshaper, files: list[Path]) -> Structure:

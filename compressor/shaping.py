@@ -108,7 +108,7 @@ class ShapingView:
                 site = ReshapeSite(
                     self.structure,
                     unit,
-                    self.facts.residual,
+                    self.facts,
                     Remodel(),
                     streams,
                     self.device,

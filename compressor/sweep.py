@@ -125,7 +125,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
         number,
         structure,
         reshape.after,
-        reshape.facts.residual,
+        reshape.facts,
         reshape.remodel,
         sweeper.journal,
         _batches(sweeper, (step,))[:-1],

@@ -81,6 +81,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     from compressor.artifact import check_files, load, read_manifest
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
+    from compressor.replay import without_cache
     from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
@@ -119,7 +120,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         use_eager_experts(model.config)
     inputs = load_file(probe) if probe else _example(stock)
     expected = inputs.pop("output", None)
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(stock, own):
         outputs = {
             "stock": _output(stock(**inputs)),
             "stock, second run": _output(stock(**inputs)),

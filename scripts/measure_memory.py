@@ -1,6 +1,7 @@
 """Peak memory of a streamed sweep at several depths, each in a child process; JSON on standard output.
 
     python scripts/measure_memory.py --depths 12 48
+    python scripts/measure_memory.py --steps "[{pass: fuse_norms}, {pass: slicegpt, sparsity: 0.25}]"
 
 The model has random weights, so many that they dominate: at depth 48 they are several times the size of the
 interpreter. Only the sweep is measured; verification and evaluation load the whole model, as any user would.
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 HIDDEN, INTERMEDIATE = 512, 1536
+STEPS = "[{pass: rtn, group_size: 128, scale_search: minmax}]"
 CHILD = """
 import sys, torch
 from pathlib import Path
@@ -26,11 +28,13 @@ from compressor.recipe import parse_recipe
 from compressor.data import load_samples
 from compressor.sweep import Sweeper, run_sweeps
 torch.set_num_threads(2)
-recipe = parse_recipe(b"version: 1\\nsteps: [{pass: rtn, group_size: 128, scale_search: minmax}]\\n")
+data = "data: {source: random, samples: 32, length: 64}\\n"
+recipe = parse_recipe(f"version: 1\\n{data}steps: {sys.argv[3]}\\n".encode())
 plan = make_plan(recipe, sys.argv[1])
 assert not plan.problems, plan.problems
+samples = load_samples(recipe.data, Path(sys.argv[1]), seed=0, vocabulary=256) if recipe.reads_data else None
 journal = Journal.create(Path(sys.argv[2]), {})
-run_sweeps(Sweeper(plan, journal, None, torch.device("cpu"), 0, lambda event: None, lambda: False))
+run_sweeps(Sweeper(plan, journal, samples, torch.device("cpu"), 0, lambda event: None, lambda: False))
 print(peak_rss_bytes())
 """
 
@@ -55,6 +59,7 @@ def write_model(depth: int, path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 48])
+    parser.add_argument("--steps", default=STEPS, help="of the recipe, as YAML in one line")
     parser.add_argument("--scratch", type=Path, help="where the models are written; left out: a temporary folder")
     settings = parser.parse_args()
     peaks, sizes = {}, {}
@@ -62,7 +67,7 @@ def main() -> None:
         for depth in settings.depths:
             model = Path(scratch) / f"model-{depth}"
             sizes[str(depth)] = write_model(depth, model)
-            command = [sys.executable, "-c", CHILD, str(model), str(Path(scratch) / f"work-{depth}")]
+            command = [sys.executable, "-c", CHILD, str(model), str(Path(scratch) / f"work-{depth}"), settings.steps]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr)

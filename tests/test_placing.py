@@ -12,6 +12,8 @@ from torch import nn
 from compressor.errors import ModelError
 from compressor.layers import find_layer
 from compressor.layers.placing import reshape
+from compressor.layers.removed import Removed
+from compressor.layers.resized import Resized
 from compressor.layers.rms_norm import RmsNorm
 from compressor.layers.rotated_block import RotatedBlock
 from compressor.norms import Norm, apply_norm, describe_norm
@@ -186,3 +188,36 @@ def test_a_wrapped_block_runs_by_its_spec_and_so_does_a_module_in_a_shortcuts_pl
         assert block(x, factor=3.0, shift=1.0)[0].allclose(wanted) and "shortcut_0.weight" in block.state_dict()
         block.shortcut_0 = kept
         assert "shortcut_0" in dict(block.named_parameters())
+
+
+def test_what_is_left_of_a_sub_block_gives_its_bias_in_the_shape_that_was():
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    spec = {"returns": 2, "layer": 0, "has_bias": True, "of": "heads"}
+    gone = {"form": "removed", "spec": spec, "shape": [32]}
+    reshape(model, {}, {"model.layers.0.self_attn": gone}, {"removed": Removed})
+    layer = model.model.layers[0].self_attn
+    assert [name for name, _ in layer.named_parameters()] == ["bias"] and layer.bias.dtype == torch.bfloat16
+    layer.bias.data.fill_(0.5)
+    cache = hf.DynamicCache()
+    x = torch.randn(2, 5, 24, dtype=torch.bfloat16)
+    output, weights = layer(hidden_states=x, cache=cache, attention_mask=None)
+    assert weights is None and output.equal(torch.full((2, 5, 32), 0.5, dtype=torch.bfloat16))
+    assert cache.get_seq_length() == 5 and layer.spec() == spec
+    layer(x[:, :1], cache)
+    assert cache.get_seq_length() == 6
+    nothing = Removed.empty((0,), {**spec, "returns": None, "layer": None, "has_bias": False}, torch.float32, False)
+    assert nothing(x).shape == (2, 5, 0) and not nothing.tensors()
+
+
+def test_settings_of_a_module_are_changed_in_place_and_only_those_it_has():
+    model = tiny.build("gpt2")
+    attention = model.transformer.h[1].attn
+    spec = {"attributes": {"num_heads": 3, "split_size": 24}}
+    reshape(model, {}, {"transformer.h.1.attn": {"form": "resized", "spec": spec, "shape": []}}, {"resized": Resized})
+    assert model.transformer.h[1].attn is attention and (attention.num_heads, attention.split_size) == (3, 24)
+    assert model.transformer.h[0].attn.num_heads == 4
+    llama = tiny.build("llama")
+    Resized.wrap(llama.model.norm, (), {"attributes": {}, "eps": 0.25})
+    assert llama.model.norm.variance_epsilon == 0.25
+    with pytest.raises(ModelError, match="LlamaRMSNorm has no heads"):
+        Resized.wrap(llama.model.norm, (), {"attributes": {"heads": 3}})

@@ -4,7 +4,8 @@
                         where its module has a place for it: the bias of a nn.Linear made without
     compressed_modules  path -> {"form", "spec", "shape"} of a structural layer: one that is part of what the model
                         computes, not a way to store a weight. It takes the place of the module there; one that stands
-                        for a block is that block from then on, its children and their names included
+                        for a block is that block from then on, its children and their names included, and one that
+                        stands for settings only sets attributes of the module there
 
 Both are keys of config.json. Weights inside may be stored in any form, which comes after this.
 """
@@ -21,6 +22,7 @@ from compressor.errors import ModelError
 from compressor.layers.base import Layer
 
 SPREAD = 0.02  # of what stands in for weights until they are loaded, as in most families' own initialization
+IN_PLACE = ("block", "settings")  # what a layer stands for that changes a module rather than replacing it
 RESHAPED_HINT = "config.json is not of this model class, or was changed by hand."
 
 
@@ -54,7 +56,7 @@ def reshape(
         if module is None:
             continue
         layer, dtype = forms[entry["form"]], _dtype_of(module)
-        if layer.stands_for == "block":
+        if layer.stands_for in IN_PLACE:
             layer.wrap(module, tuple(entry["shape"]), entry["spec"])  # type: ignore[attr-defined]
             continue
         made = layer.empty(tuple(entry["shape"]), entry["spec"], dtype, bias=False)

@@ -14,6 +14,7 @@ BUILTIN = {
     "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",
     "gptq": "compressor.passes.gptq:GPTQ",
     "llm_int8": "compressor.passes.llm_int8:LLMInt8",
+    "prefill_pruning": "compressor.passes.prefill_pruning:PrefillPruning",
     "rotate": "compressor.passes.rotate:Rotate",
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",

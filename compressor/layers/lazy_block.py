@@ -1,0 +1,352 @@
+"""A decoder block that passes on only the prompt's tokens that the next word looks at, and takes others back later.
+
+Fu, Cho, Merth, Mehta, Rastegari, Najibi 2024, "LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM
+Inference", arXiv 2407.14057. A gate stands after a block: of the tokens that came in, those go on that the last one
+attends to most there (mean over heads). What stays behind has no keys and values in later blocks; its hidden state
+waits in a store beside the cache. When a later word attends to a waiting token, it goes on with the word, and later
+blocks compute the keys and values that were missing.
+
+Nothing is dropped where there is no cache (training, scoring of texts), in prompts shorter than `min_prompt`, and in
+blocks before the first gate. Tokens keep their own positions. The model's output has a place for every token that was
+asked for: that of a dropped one holds what it was when it stayed behind.
+
+No tensors. `compressor.passes.prefill_pruning` chooses gates.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from compressor.errors import ModelError
+from compressor.layers.base import Layer
+
+PROBE = "probed_attention"  # the attention implementation of gates: the model's own, whose query and keys are kept
+DELEGATE = "lazy_delegate"  # on the config of a gate's attention: the config that names the model's own
+MASKED = -1e30  # a score that no other falls below
+
+
+@dataclass
+class LazyTokens:
+    """What a cache has to know beside keys and values, all by row of the batch; slots count tokens from the start.
+
+    slots    (batch, q) of the tokens that go into the next block, in the order they lie there
+    columns  block -> (batch, keys) slots of its keys, in the order they lie in the cache
+    waiting  block -> slots (batch, w) and states (batch, w, width) of tokens that never entered it
+    valid    (batch, tokens) what isn't padding
+    tables   what blocks are told of positions: ids and embeddings, (batch or 1, tokens, width) each
+    new      tokens of the current call
+    """
+
+    slots: Tensor
+    valid: Tensor
+    new: int
+    tables: list[Tensor] = field(default_factory=list)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    waiting: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, as a beam search asks the cache to."""
+
+        def taken(value: Tensor) -> Tensor:
+            return value if value.shape[0] == 1 else value.index_select(0, rows.to(value.device))
+
+        self.slots, self.valid = taken(self.slots), taken(self.valid)
+        self.tables = [taken(table) for table in self.tables]
+        self.columns = {block: taken(slots) for block, slots in self.columns.items()}
+        self.waiting = {block: (taken(slots), taken(states)) for block, (slots, states) in self.waiting.items()}
+
+
+class LazyBlock(Layer):
+    """The model's own block; its class is also a subclass of the block's.
+
+    spec  number       of the block
+          begin        number of the block with the first gate; blocks before it do as ever
+          last         whether it is the model's last block
+          keep         share of the tokens that go on behind it; null where it has no gate
+          sink         so many tokens at the start always go on
+          min_prompt   shorter prompts are left alone
+          revive       whether tokens come back
+    """
+
+    form = "lazy_block"
+    stands_for = "block"
+    weight_only = False
+
+    number: int
+    keep: float | None
+    begin: int
+    is_last: bool
+    sink: int
+    min_prompt: int
+    revive: bool
+    _names: tuple[str, ...]
+
+    @classmethod
+    def prepare(cls, model: nn.Module) -> None:
+        AttentionInterface.register(PROBE, probe)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        made = cls()
+        made._set_up(spec)
+        return made
+
+    @staticmethod
+    def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+        """Make a lazy block of a model's block, in place.
+
+        raises  ModelError for a block that is one already, or is no decoder's, or whose attention can't be told
+        """
+        where = f"block {spec['number']} ({type(block).__name__})"
+        if isinstance(block, Layer):
+            raise ModelError(f"is a {block.form} already", where=where)
+        names = tuple(inspect.signature(block.forward).parameters)
+        found = [m for m in block.modules() if hasattr(m, "layer_idx") and hasattr(m, "config") and m is not block]
+        if len(found) != 1:
+            raise ModelError(f"has {len(found)} attention modules that know their place; one is meant", where=where)
+        if not getattr(found[0], "is_causal", False):
+            raise ModelError("attends to later tokens too, so it is no decoder's", where=where)
+        if getattr(found[0], "sliding_window", None) is not None:
+            raise ModelError("attends within a window that slides, whose cache forgets", where=where)
+        block.__class__ = _lazy_class(type(block))  # type: ignore[arg-type]
+        assert isinstance(block, LazyBlock)
+        block._names = names
+        block._set_up(spec)
+        if spec["keep"] is not None:
+            attention: Any = found[0]
+            own = copy.copy(attention.config)
+            setattr(own, DELEGATE, attention.config)
+            own._attn_implementation = PROBE
+            attention.config = own
+
+    def _set_up(self, spec: dict[str, Any]) -> None:
+        self.number, self.keep, self.sink = spec["number"], spec["keep"], spec["sink"]
+        self.begin, self.is_last = spec["begin"], spec["last"]
+        self.min_prompt, self.revive = spec["min_prompt"], spec["revive"]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self._names[1:], args)), **kwargs}
+        kept = next((value for value in given.values() if isinstance(value, Cache)), None)
+        is_plain = kept is None or self.number < self.begin
+        state = None if is_plain else self._state(kept, hidden_states, given)
+        if state is None:
+            return super().forward(hidden_states, **given)  # type: ignore[misc]
+        before = state.columns.get(self.number)
+        columns = state.slots if before is None else torch.cat([before, state.slots], 1)
+        output = super().forward(hidden_states, **self._narrowed(given, state, columns))  # type: ignore[misc]
+        hidden = output[0] if isinstance(output, tuple) else output
+        state.columns[self.number] = columns
+        if self.keep is not None:
+            hidden = self._gate(state, hidden, is_prompt=before is None)
+        if self.is_last:
+            hidden = _every_place(state, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _state(self, kept: Any, hidden: Tensor, given: dict[str, Any]) -> LazyTokens | None:
+        """The tokens of this call; begun by the block of the first gate, and None where nothing is dropped."""
+        state: LazyTokens | None = getattr(kept, "lazy_tokens", None)
+        if self.number > self.begin:
+            return state
+        batch, new = hidden.shape[:2]
+        if state is None:
+            if kept.get_seq_length(self.number) or new < self.min_prompt:
+                return None
+            nothing = torch.zeros(batch, 0, dtype=torch.bool, device=hidden.device)
+            state = LazyTokens(torch.zeros(batch, 0, dtype=torch.int64, device=hidden.device), nothing, 0)
+            kind: Any = type(kept)
+            kept.__class__ = kind if hasattr(kind, "lazy_tokens") else _lazy_cache(kind)
+            kept.lazy_tokens = state
+        seen = state.valid.shape[1]
+        state.new = new
+        state.slots = torch.arange(seen, seen + new, device=hidden.device).expand(batch, new)
+        state.valid = _valid(given.get("attention_mask"), state.valid, batch, new)
+        tables = _tables(given)
+        state.tables = [torch.cat(pair, 1) for pair in zip(state.tables, tables)] if state.tables else tables
+        return state
+
+    def _narrowed(self, given: dict[str, Any], state: LazyTokens, columns: Tensor) -> dict[str, Any]:
+        """The block's other arguments for the tokens that came in."""
+        narrowed = {**given, "attention_mask": _mask(given.get("attention_mask"), state, columns)}
+        tables = [_rows(table, state.slots) for table in state.tables]
+        if torch.is_tensor(given.get("position_ids")):
+            narrowed["position_ids"] = tables.pop(0)[:, :, 0]
+        if tables:
+            narrowed["position_embeddings"] = tables[0] if torch.is_tensor(given["position_embeddings"]) else (*tables,)
+        if torch.is_tensor(given.get("cache_position")):
+            narrowed["cache_position"] = state.slots[0]
+        return narrowed
+
+    def _gate(self, state: LazyTokens, hidden: Tensor, is_prompt: bool) -> Tensor:
+        """Choose who goes on, and who comes back with them."""
+        assert self.keep is not None
+        columns, following = state.columns[self.number], self.number + 1
+        scores = self._scores(state, columns)
+        count = math.ceil(self.keep * columns.shape[1] - 1e-9)
+        if is_prompt:
+            order = scores.masked_fill(columns == state.slots[:, -1:], torch.inf)
+            starts = (state.valid.cumsum(1) <= self.sink) & state.valid
+            order = order.masked_fill(starts.gather(1, columns), torch.inf)
+            chosen = _best(order, min(max(count, self.sink + 1), columns.shape[1]))
+            left = _others(chosen, columns.shape[1])
+            state.waiting[following] = (columns.gather(1, left), _rows(hidden, left))
+            state.slots = columns.gather(1, chosen)
+            return _rows(hidden, chosen)
+        if not self.revive or following not in state.waiting:
+            return hidden
+        slots, states = state.waiting[following]
+        place = (columns[:, None, :] == slots[:, :, None]).int().argmax(2)  # each waiting token has its key here
+        wanted = torch.zeros_like(scores, dtype=torch.bool).scatter(1, _best(scores, count), True).gather(1, place)
+        back = int(wanted.sum(1).max())
+        if not back:
+            return hidden
+        chosen = _best(scores.gather(1, place), back)
+        left = _others(chosen, slots.shape[1])
+        state.waiting[following] = (slots.gather(1, left), _rows(states, left))
+        state.slots = torch.cat([slots.gather(1, chosen), state.slots], 1)
+        return torch.cat([_rows(states, chosen), hidden], 1)
+
+    def _scores(self, state: LazyTokens, columns: Tensor) -> Tensor:
+        """How much the last token attends to each key of this block, mean over heads; (batch, keys) float32."""
+        attention: Any = next(m for m in self.modules() if hasattr(m, "probed"))
+        query, key, scaling = attention.probed
+        del attention.probed
+        if key.shape[2] != columns.shape[1]:
+            raise ModelError(
+                f"the cache holds {key.shape[2]} keys where {columns.shape[1]} were put",
+                where=f"block {self.number}",
+                hint="Use a cache that grows with its tokens (DynamicCache).",
+            )
+        groups = query.shape[1] // key.shape[1]
+        logits = (
+            torch.matmul(query.float(), key.float().repeat_interleave(groups, 1).transpose(2, 3))[:, :, 0] * scaling
+        )
+        hidden = ~state.valid.gather(1, columns)
+        weights = torch.softmax(logits.masked_fill(hidden[:, None], MASKED), -1).mean(1)
+        return weights.masked_fill(hidden, -1.0)
+
+    def spec(self) -> dict[str, Any]:
+        settings = {"number": self.number, "begin": self.begin, "last": self.is_last, "keep": self.keep}
+        return {**settings, "sink": self.sink, "min_prompt": self.min_prompt, "revive": self.revive}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any) -> Any:
+    """The model's own attention; the last query and the keys stay with the module for the gate behind it."""
+    scaling = others.get("scaling")
+    module.probed = (query[:, :, -1:], key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    implementation = getattr(module.config, DELEGATE)._attn_implementation
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return AttentionInterface().get_interface(implementation, eager)(module, query, key, value, mask, **others)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Positions of the best, in ascending order; of equal ones the first."""
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(1).values
+
+
+def _others(chosen: Tensor, length: int) -> Tensor:
+    """The positions that are not chosen, ascending; each row has chosen equally many."""
+    free = torch.ones(chosen.shape[0], length, dtype=torch.bool, device=chosen.device).scatter(1, chosen, False)
+    return free.nonzero()[:, 1].view(chosen.shape[0], -1)
+
+
+def _rows(values: Tensor, places: Tensor) -> Tensor:
+    """values (batch or 1, n, width) at places (batch, m)."""
+    values = values.expand(places.shape[0], *values.shape[1:])
+    return values.gather(1, places[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _tables(given: dict[str, Any]) -> list[Tensor]:
+    """Of a block's arguments: position ids, if there are any, then embeddings, if there are any."""
+    ids, embeddings = given.get("position_ids"), given.get("position_embeddings")
+    found = [] if embeddings is None else [embeddings] if torch.is_tensor(embeddings) else list(embeddings)
+    return found if ids is None else [ids[:, :, None], *found]
+
+
+def _valid(mask: Tensor | None, before: Tensor, batch: int, new: int) -> Tensor:
+    """(batch, tokens) what the last token of this call may attend to."""
+    if mask is None:
+        return torch.cat([before, before.new_ones(batch, new)], 1)
+    last = mask[:, 0, -1, : before.shape[1] + new]
+    allowed = last if last.dtype == torch.bool else last == 0
+    return allowed.expand(batch, -1)
+
+
+def _mask(given: Tensor | None, state: LazyTokens, columns: Tensor) -> Tensor | None:
+    """What each token that came in may attend to: valid keys no later than it, and itself."""
+    q, keys = state.slots.shape[1], columns.shape[1]
+    if given is None and (q in (1, keys)):
+        return None  # attention is causal by itself: tokens lie in their order, or there is one
+    earlier = columns[:, None, :] <= state.slots[:, :, None]
+    same = columns[:, None, :] == state.slots[:, :, None]
+    allowed = ((earlier & state.valid.gather(1, columns)[:, None, :]) | same)[:, None]
+    if given is None or given.dtype == torch.bool:
+        return allowed
+    return torch.zeros_like(allowed, dtype=given.dtype).masked_fill(~allowed, torch.finfo(given.dtype).min)
+
+
+def _every_place(state: LazyTokens, hidden: Tensor) -> Tensor:
+    """The tokens of this call, each at its place; those that came back have none."""
+    began = state.valid.shape[1] - state.new
+    if state.slots.shape[1] == state.new and began:
+        return hidden
+    if began:
+        return hidden[:, -state.new :]
+    full = hidden.new_zeros(hidden.shape[0], state.new, hidden.shape[2])
+    for slots, states in [*state.waiting.values(), (state.slots, hidden)]:
+        full.scatter_(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]), states)
+    return full
+
+
+@cache
+def _lazy_class(block: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name, so that whatever looks for the block's class or its name still finds it."""
+    return type(block.__name__, (LazyBlock, block), {"__module__": block.__module__})
+
+
+@cache
+def _lazy_cache(kind: type) -> type:
+    """The cache's class, whose rows take their lazy tokens with them."""
+
+    class Lazy(kind):  # type: ignore[misc]
+        lazy_tokens: Any = None  # a LazyTokens once a prompt is in
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.lazy_tokens.select(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self.lazy_tokens.select(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            rows = torch.arange(self.lazy_tokens.valid.shape[0]).repeat_interleave(repeats)
+            self.lazy_tokens.select(rows)
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            raise ModelError("a cache of which tokens were dropped can't be shortened", where=kind.__name__)
+
+        def reset(self) -> None:
+            super().reset()
+            self.lazy_tokens = None
+
+    Lazy.__name__ = kind.__name__
+    return Lazy
+
+
+__all__ = ["LazyBlock", "LazyTokens"]
