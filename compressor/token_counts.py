@@ -44,7 +44,7 @@ def block_macs(tokens: int, left: int, before: int, after: int, width: int) -> i
 
 
 def gate_macs(tokens: int, heads: int, width: int, iterations: int, similar: int, removed: int, order: str) -> int:
-    """Multiply-accumulates of a gate's own, at most: scores, similarities and votes.
+    """Multiply-accumulates of a gate's own for a sample without padding, at most: scores, similarities and votes.
 
     width    of one head
     similar  tokens that the similarity stage takes, of `removed`; a stage that takes none isn't run
@@ -54,4 +54,5 @@ def gate_macs(tokens: int, heads: int, width: int, iterations: int, similar: int
     votes = 1 if similar and order == "ISI" else 0
     if removed > similar or order == "IS":
         votes += iterations
+        votes += 1 if similar and order != "IS" else 0  # sums of the rows that are left
     return heads * tokens * tokens * (width + votes) + (tokens * tokens * width if similar else 0)

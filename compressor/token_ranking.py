@@ -45,14 +45,17 @@ def page_rank(graph: Tensor, alive: Tensor | None, iterations: int, tolerance: f
     if alive is None:
         s = graph.new_full((b, h, 1, n), 1 / n)
     else:
-        start = (alive / alive.sum(1, keepdim=True)).to(graph.dtype)[:, None, None, :]
-        graph = graph * alive[:, None, None, :]
-        total = graph.sum(-1, keepdim=True)
-        graph = torch.where(total > 0, graph / total, start)  # who looked at removed tokens alone votes for all
+        voters = alive.to(graph.dtype)[:, None, None, :]
+        start = voters / voters.sum(-1, keepdim=True)
+        total = (graph @ voters.transpose(2, 3)).transpose(2, 3)  # of each row, over those who are left
+        share, lost = torch.where(total > 0, 1 / total, 0), (total == 0).to(graph.dtype)
         s = start.expand(b, h, 1, n)
     moving = None
     for step in range(iterations):
-        following = s @ graph
+        if alive is None:
+            following = s @ graph
+        else:  # rows of the graph that is left sum to 1; who looked at removed tokens alone votes for all
+            following = (s * share) @ graph * voters + (s * lost).sum(-1, keepdim=True) * start
         if step + 1 == iterations:
             return (following if moving is None else torch.where(moving, following, s)).squeeze(2)
         distance = (following - s).abs().sum(-1, keepdim=True)

@@ -149,7 +149,7 @@ def test_counts_and_work_are_those_of_the_worked_example():
     sizes = [197, 197, 197, 197, 158, 158, 158, 127, 127, 127, 102, 102, 102]
     blocks = [block_macs(n, left, 4 * 384**2, 8 * 384**2, 384) for n, left in pairwise(sizes)]
     assert sum(blocks) + 196 * 768 * 384 + 1000 * 384 == 3444215040
-    assert gate_macs(197, 6, 64, 10, 12, 39, "ISI") == 6 * 197**2 * (64 + 11) + 197**2 * 64
+    assert gate_macs(197, 6, 64, 10, 12, 39, "ISI") == 6 * 197**2 * (64 + 1 + 1 + 10) + 197**2 * 64
     assert gate_macs(197, 6, 64, 10, 0, 0, "ISI") == 0
 
 
