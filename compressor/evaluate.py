@@ -34,6 +34,7 @@ from compressor.checkpoint import Checkpoint
 from compressor.data import Samples
 from compressor.environment import peak_rss_bytes
 from compressor.errors import PassError
+from compressor.kept_patches import kept_patches
 from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
 from compressor.structure import read_structure
@@ -42,6 +43,7 @@ from compressor.verify import load_stock, run_child
 BOOTSTRAP_DRAWS = 1000
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
+SPEED_BATCH = 32  # samples at once, of a model that answers for samples
 QUALITY = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy")
 DIRECTION = {
     "perplexity": "lower",
@@ -65,11 +67,13 @@ class Measured:
 
     metrics     by name; one that can't be measured has `after: null` and a `reason`
     saturation  `layers`: name, values read and how many were outside; `reason` why layers are missing there, or null
+    patches     of images, which a token pruner kept (`compressor.kept_patches`); None without one
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     saturation: dict[str, Any] = field(default_factory=lambda: uncounted("quality was not measured"))
+    patches: dict[str, Any] | None = None
 
 
 def evaluate(
@@ -191,6 +195,7 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
             name: _metric(name, joined, request["seed"], before is not None, level) for name in request["metrics"]
         },
         "saturation": saturation(Path(request["after"]), after, counts),
+        "patches": None if samples.is_text else kept_patches(after, samples.inputs),
     }
 
 
@@ -263,6 +268,10 @@ def _batch_sums(
         if before is not None:
             result["kl"] = (logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1).double().sum(1)
             result["agree"] = (logs["before"].argmax(-1) == logs["after"].argmax(-1)).double().sum(1)
+        return result
+    if before is not None and before.shape != after.shape:  # tokens were pruned; pooled embeddings can be compared
+        before, after = before.mean(1), after.mean(1)
+        result["cosine"] = F.cosine_similarity(before, after, dim=-1)
         return result
     if before is not None:
         cosine = F.cosine_similarity(
@@ -359,7 +368,9 @@ def _safe(finish: Any, value: float) -> float | None:
 
 
 def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
-    """Load time, prefill and decode rate (medians after a warm-up), peak memory, of one model alone."""
+    """Load time, prefill and decode rate, of an encoder samples a second in batches of 32 (medians after a warm-up),
+    and peak memory, of one model alone.
+    """
     began = time.perf_counter()
     model = load_model(Path(request["model"]), request["trust_remote_code"])
     load_seconds = time.perf_counter() - began
@@ -382,6 +393,11 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
             model.generate(**inputs, **options)
             times = [_timed(lambda: model.generate(**inputs, **options)) for _ in range(3)]
             result["decode_tokens_per_second"] = DECODE_TOKENS / sorted(times)[1]
+        if not _is_causal(model):
+            many = {name: value.expand(SPEED_BATCH, *value.shape[1:]).contiguous() for name, value in inputs.items()}
+            model(**many)
+            times = [_timed(lambda: model(**many)) for _ in range(SPEED_RUNS)]
+            result["samples_per_second"] = SPEED_BATCH / sorted(times)[SPEED_RUNS // 2]
     result["peak_rss_bytes"] = peak_rss_bytes()
     return result
 

@@ -69,6 +69,7 @@ class Reshape:
             "widths": list(self.remodel.widths),
             "notes": list(self.remodel.notes),
             "decision": self.remodel.decision,
+            "tokens": self.remodel.tokens,
         }
 
 
@@ -108,6 +109,10 @@ class Plan:
         chosen = {weight.name for weight in self.selected[step.path]}
         return tuple(function for function in self.functions.by_unit.get(unit, []) if function.name in chosen)
 
+    def reshape_of(self, step: Step) -> Reshape:
+        """What a reshaping step makes of the model."""
+        return next(reshape for reshape in self.reshapes if reshape.step == step)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe.name,
@@ -145,17 +150,18 @@ def make_plan(
     return plan
 
 
-def plan_again(plan: Plan, number: int, decision: Decision) -> Plan:
-    """The same plan once the reshaping step of that number has chosen its shapes.
+def plan_again(plan: Plan, step: Step, decision: Decision) -> Plan:
+    """The same plan once that reshaping step has chosen its shapes.
 
     raises PreflightError for shapes that the model can't have
     """
-    planned = plan.reshapes[number]
+    planned = plan.reshape_of(step)
     remodel = planned.step.settings.remodel(planned.facts, decision)
-    after = check_remodel(planned.before, remodel, ".".join(map(str, planned.step.path)))
-    known = [*plan.reshapes[:number], replace(planned, remodel=remodel, after=after)]
+    where = ".".join(map(str, step.path))
+    after = check_remodel(planned.before, remodel, where, step.settings.rewrites)
+    known = [*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, remodel=remodel, after=after)]
     again = Plan(plan.recipe, plan.source, after, known, source_bytes=plan.source_bytes)
-    _follow_reshapes(again, done=number + 1)
+    _follow_reshapes(again)
     _complete(again)
     if again.problems:
         raise again.problems[0]
@@ -195,17 +201,19 @@ def parameter_count(structure: Structure) -> int:
     return sum(math.prod(structure.checkpoint.tensors[tensor].shape) for tensor in held)
 
 
-def _follow_reshapes(plan: Plan, done: int = 0) -> None:
+def _follow_reshapes(plan: Plan) -> None:
     """The model from one reshaping step to the next, but for those done; the first that can't be done ends it."""
+    done = {reshape.step.path for reshape in plan.reshapes}
     for number, sweep in enumerate(plan.recipe.sweeps):
         for step in sweep:
-            if not step.settings.reshapes or number < done:
+            if not step.settings.reshapes or step.path in done:
                 continue
             try:
                 _check_place(plan.recipe, number, step)
                 facts = facts_of(plan.structure, parameter_count(plan.source))
                 remodel = step.settings.remodel(facts, None)
-                after = check_remodel(plan.structure, remodel, ".".join(map(str, step.path)))
+                where = ".".join(map(str, step.path))
+                after = check_remodel(plan.structure, remodel, where, step.settings.rewrites)
             except CompressError as problem:
                 plan.problems.append(problem)
                 return
@@ -220,15 +228,24 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
         raise PreflightError(
             f"{step.name} changes the model itself and can't share a sweep", where=where, hint="Give it a step alone."
         )
-    if stored := [s.name for sweep in recipe.sweeps[:number] for s in sweep if not s.settings.reshapes]:
+    earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
+    if step.settings.rewrites and (stored := [s.name for s in earlier if not s.settings.reshapes]):
         raise PreflightError(
             f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first.",
         )
+    if changed := [s.name for s in earlier if s.settings.reshapes and not s.settings.rewrites]:
+        raise PreflightError(
+            f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
+            where=where,
+            hint=f"Put {step.name} first, and give a model one {changed[0]}.",
+        )
     if step.settings.only != ("*",) or step.settings.except_:
         raise PreflightError(
-            f"{step.name} changes the whole residual stream and can't be confined to some weights",
+            f"{step.name} changes the whole residual stream and can't be confined to some weights"
+            if step.settings.rewrites
+            else f"{step.name} touches no weights, so there are none to choose",
             where=where,
             hint="Drop `only` and `except`.",
         )

@@ -215,6 +215,7 @@ class Remodel:
              has `projections`, else of the model unchanged
     decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
     blocks   numbers of the blocks that stay, where some go altogether: the model then counts fewer
+    tokens   of a token pruner, for the report: see `compressor.passes.zero_tprune`
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -224,6 +225,52 @@ class Remodel:
     follows: bool = False
     decision: Decision | None = None
     blocks: tuple[int, ...] | None = None
+    tokens: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """Where a token gate stands in a block, and what a token costs there.
+
+    attention  name in the block of the module that attends
+    after      {call, nth, spread} of each module after the attention residual (`compressor.layers.token_gate`)
+    mask       name of the block's argument that tells padding
+    before     entries of the matrices that multiply a token before the gate; `behind`, after it
+    width      of all heads together
+    """
+
+    attention: str
+    after: tuple[dict[str, Any], ...]
+    mask: str | None
+    before: int
+    behind: int
+    width: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a token pruner has to know of a model.
+
+    tokens   of each sample; None where it is as long as its text
+    width    of the residual stream
+    protect  how many at the beginning and the end are no patches, or special
+    patches  rows and columns of an image's
+    outside  multiply-accumulates of a sample in stem and head
+    """
+
+    tokens: int | None
+    width: int
+    protect: tuple[int, int]
+    patches: tuple[int, int] | None
+    blocks: tuple[BlockTokens, ...]
+    outside: int
+
+    def gate(self, block: int, before: Sequence[float], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a `token_gate` in a block, after gates that keep so much."""
+        found = self.blocks[block]
+        place = {"attention": found.attention, "after": [dict(entry) for entry in found.after], "mask": found.mask}
+        return {**place, "protect": list(self.protect), "before": list(before), **settings}
 
 
 @dataclass(frozen=True)
@@ -240,6 +287,7 @@ class ModelFacts:
     blocks    path of the block list
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
     prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
+    tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
     """
 
     architecture: str
@@ -252,6 +300,7 @@ class ModelFacts:
     blocks: str
     fits: Callable[[Remodel], str | None]
     prunable: Callable[..., tuple[PrunableSite, ...]]
+    tokens: Callable[[], TokenFacts]
 
     @property
     def residual(self) -> Residual:
@@ -472,6 +521,14 @@ class Pass(BaseModel):
         model that later steps start from.
         """
         return False
+
+    @property
+    def rewrites(self) -> bool:
+        """Of a reshaping pass: whether it writes parameters (`survey` to `projections`).
+
+        One that doesn't changes only what blocks do with theirs, which may be stored in any form by then.
+        """
+        return self.reshapes
 
     def choose(self, model: ShapingModel) -> Decision:
         """What only a run of the model can tell of its new shapes, as JSON; asked for where the pass `decides`."""

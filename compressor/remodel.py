@@ -28,6 +28,7 @@ from compressor.residual import read_residual
 from compressor.safetensors_file import TensorInfo
 from compressor.stream import Residual
 from compressor.structure import Structure, structure_of
+from compressor.token_sites import find_token_sites
 from compressor.tracing import signature
 
 
@@ -60,6 +61,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         structure.pieces.blocks_path,
         lambda remodel: _misfit(structure, remodel),
         prunable,
+        cache(lambda: find_token_sites(structure)),
     )
 
 
@@ -81,9 +83,7 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
 
     raises ModelError if the model's class makes other shapes of that config
     """
-    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
-    config["dtype"] = str(structure.dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
+    config = _config_after(structure, remodel)
     tensors: dict[str, TensorInfo] = {}
     held = structure.model.state_dict()
     for name in structure.bindings.sources:
@@ -99,6 +99,23 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
     made = _config(config)
     cls = class_for(stock_class(structure.model), made)
     return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def regated(structure: Structure, remodel: Remodel) -> Structure:
+    """The structure of a model of which only the config changes; its tensors lie where they did."""
+    config = _config_after(structure, remodel)
+    made = _config(config)
+    cls = class_for(stock_class(structure.model), made)
+    checkpoint = replace(structure.checkpoint, config=config)
+    return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+
+
+def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:
+    """config.json of the model that a step makes."""
+    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
+    config["dtype"] = str(structure.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    return config
 
 
 def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
@@ -164,10 +181,10 @@ def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     return None
 
 
-def check_remodel(structure: Structure, remodel: Remodel, where: str) -> Structure:
+def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: bool = True) -> Structure:
     """The reshaped structure. raises PreflightError saying what the model's class can't be"""
     try:
-        return remodelled(structure, remodel)
+        return remodelled(structure, remodel) if rewrites else regated(structure, remodel)
     except (ModelError, ValueError, TypeError, RuntimeError) as error:
         raise PreflightError(
             f"{structure.architecture} can't have the shapes this step makes ({error})",

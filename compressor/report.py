@@ -101,6 +101,7 @@ def build_report(
         "sizes": sizes,
         "metrics": measured.metrics,
         "saturation": measured.saturation,
+        "patches": measured.patches,
         "gates": gates,
         "reshapes": [reshape.to_dict() for reshape in plan.reshapes],
         "steps": [
@@ -345,6 +346,11 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
             figure, axes = plt.subplots(figsize=(10, 3.2))
             _draw_errors(axes, measured)
             plots["Relative output error of each weight"] = _svg(figure)
+        if report.get("patches"):
+            shown = report["patches"]["images"]
+            figure, panels = plt.subplots(2, len(shown), figsize=(1.6 * len(shown), 3.4), squeeze=False)
+            _draw_patches(panels, report["patches"])
+            plots["Patches kept of sample images: brighter ones passed more gates"] = _svg(figure)
         if counted := outlier_inputs(report):
             figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
             _draw_outliers(figure, panels, counted)
@@ -385,6 +391,22 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
     label = "block (dotted: round to nearest on the same grid)" if dotted else "block"
     axes.set(xlabel=label, ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_patches(panels: Any, patches: dict[str, Any]) -> None:
+    """Each image as it is, and below it with its patches the darker, the earlier a gate dropped them."""
+    import numpy
+
+    for (above, below), shown in zip(panels.T, patches["images"], strict=True):
+        pixels, survived = numpy.array(shown["pixels"]), numpy.array(shown["survived"])
+        rows = numpy.arange(pixels.shape[0]) * survived.shape[0] // pixels.shape[0]
+        columns = numpy.arange(pixels.shape[1]) * survived.shape[1] // pixels.shape[1]
+        share = survived[numpy.ix_(rows, columns)] / patches["gates"]
+        above.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        below.imshow(numpy.ones_like(share), cmap="Blues", vmin=0, vmax=1)
+        below.imshow(64 + 0.75 * pixels, cmap="gray", vmin=0, vmax=255, alpha=share)
+        for axes in (above, below):
+            axes.set_axis_off()
 
 
 def _draw_outliers(figure: Any, panels: Any, inputs: list[dict[str, Any]]) -> None:

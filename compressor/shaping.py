@@ -20,7 +20,7 @@ from compressor.protocol import ModelFacts, Remodel
 from compressor.reshape import Embed, ReshapeSite
 from compressor.site import Stream, run_unit
 from compressor.structure import Structure
-from compressor.units import UnitSource, free_unit, load_unit
+from compressor.units import Installed, UnitSource, free_unit, load_unit
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ShapingView:
 
     number     of the sweep
     resident   keep every block in memory once it was loaded
+    source     where a unit's tensors lie; None: in the checkpoint
     generator  makes one from parts of a seed, the sweep's own apart
     """
 
@@ -44,7 +45,8 @@ class ShapingView:
     resident: bool
     is_interrupted: Callable[[], bool]
     warnings: list[dict[str, str]] = field(default_factory=list)
-    _in_memory: set[int] = field(default_factory=set)
+    source: Callable[[int], UnitSource] | None = None
+    _in_memory: dict[int, Installed] = field(default_factory=dict)
     _users: dict[int, int] = field(default_factory=dict)
     _is_embedded: bool = False
 
@@ -70,8 +72,10 @@ class ShapingView:
         if self.is_interrupted():
             raise Interrupted("stopped while choosing shapes", hint="Continue with --resume.")
         if unit not in self._in_memory:
-            load_unit(self.structure, unit, UnitSource(self.structure), self.device)
-            self._in_memory.add(unit)
+            source = UnitSource(self.structure) if self.source is None else self.source(unit)
+            load_unit(self.structure, unit, source, self.device)
+            self._in_memory[unit] = Installed(self.structure)
+            self._in_memory[unit].install_stored(source, self.device)
         self._users[unit] = self._users.get(unit, 0) + 1
         try:
             yield
@@ -79,8 +83,8 @@ class ShapingView:
             self._users[unit] -= 1
             is_block = 0 < unit <= self.structure.block_count
             if is_block and not self.resident and not self._users[unit]:
+                self._in_memory.pop(unit).remove()
                 free_unit(self.structure, unit)
-                self._in_memory.remove(unit)
 
     def stem(self, batch: int) -> Tensor:
         self._embed()
@@ -118,6 +122,11 @@ class ShapingView:
                 elif 0 < unit < self.units - 1:
                     for stream in streams:
                         stream.hidden = run_unit(self.structure, unit, stream)
+
+    def close(self) -> None:
+        """Leave the model's modules as they were."""
+        while self._in_memory:
+            self._in_memory.popitem()[1].remove()
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         key = f"{self.number}/choice"

@@ -298,7 +298,8 @@ def find_blocks(model: PreTrainedModel) -> str:
         )
     candidates = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+        # a structural layer that stands for some of the blocks has a class of its own, of their class's name
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m).__name__ for m in module}) == 1:
             candidates[name] = sum(p.numel() for p in module.parameters())
     if not candidates:
         raise ModelError(

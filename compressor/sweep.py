@@ -26,9 +26,10 @@ from compressor.errors import Interrupted, PassError
 from compressor.journal import Journal
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.plan import BATCH_TOKENS, Plan, plan_again
+from compressor.plan import BATCH_TOKENS, Plan, Reshape, plan_again
 from compressor.protocol import Decision
 from compressor.recipe import Step
+from compressor.remodel import regated
 from compressor.replay import Batch, Call
 from compressor.reshape import Reshaper, run_reshape
 from compressor.safetensors_file import Entry, write_file
@@ -82,28 +83,44 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     """
     return_large_blocks()
     files: list[Path] = []
-    forms: dict[str, Form] = {}
-    for number in range(len(sweeper.plan.reshapes)):
-        files = _run_reshape(sweeper, number)
-    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
-        find_layer(form).prepare(sweeper.structure.model)
-    storing = sweeper.plan.recipe.sweeps[len(sweeper.plan.reshapes) :]
     before: list[Path] = []
-    for number, steps in enumerate(storing, len(sweeper.plan.reshapes)):
-        files, forms = _run_sweep(sweeper, number, steps, before, forms)
-        before = files
-    if not storing:
-        _run_probe(sweeper)
+    forms: dict[str, Form] = {}
+    sweeps = sweeper.plan.recipe.sweeps
+    for number, steps in enumerate(sweeps):
+        settings = steps[0].settings
+        if not settings.reshapes:
+            _prepare(sweeper)
+            files, forms = _run_sweep(sweeper, number, steps, before, forms)
+            before = files
+        elif settings.rewrites:
+            files = _run_reshape(sweeper, number, steps[0])
+        else:
+            _regate(sweeper, number, steps[0], before, forms)
+    if not files:  # nothing was written yet
+        return _run_sweep(sweeper, len(sweeps), (), before, forms)
+    if sweeps[-1][0].settings.reshapes:
+        _run_probe(sweeper, before, forms)
     return files, forms
 
 
-def _run_reshape(sweeper: Sweeper, number: int) -> list[Path]:
-    """Let a step change the model itself; later sweeps start from what it made."""
-    step, structure = sweeper.plan.reshapes[number].step, sweeper.structure
+def _prepare(sweeper: Sweeper) -> None:
+    """Let the model of now hold the forms that storing steps put into it."""
+    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
+        find_layer(form).prepare(sweeper.structure.model)
+
+
+def _begin_reshape(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], UnitSource] | None) -> Reshape:
+    """What the step makes of the model, after it has chosen where it has to."""
+    structure = sweeper.structure
     sweeper.emit({"event": "sweep", "sweep": number, "units": structure.block_count + 2, "passes": [step.name]})
     if step.settings.decides:
-        sweeper.plan = plan_again(sweeper.plan, number, _choose(sweeper, number))
-    reshape = sweeper.plan.reshapes[number]
+        sweeper.plan = plan_again(sweeper.plan, step, _choose(sweeper, number, step, source))
+    return sweeper.plan.reshape_of(step)
+
+
+def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
+    """Let a step change the model itself; later sweeps start from what it made."""
+    structure, reshape = sweeper.structure, _begin_reshape(sweeper, number, step, None)
     work = Reshaper(
         number,
         structure,
@@ -122,9 +139,22 @@ def _run_reshape(sweeper: Sweeper, number: int) -> list[Path]:
     return files
 
 
-def _choose(sweeper: Sweeper, number: int) -> Decision:
+def _regate(sweeper: Sweeper, number: int, step: Step, before: list[Path], forms: dict[str, Form]) -> None:
+    """Let a step change what blocks do; weights stay where and as they are."""
+
+    def source(unit: int) -> UnitSource:
+        found = UnitSource(sweeper.structure, before[unit] if before else None, forms)
+        return UnitSource(sweeper.structure, found.file, unit_forms(found, unit))
+
+    reshape = _begin_reshape(sweeper, number, step, source)
+    sweeper.structure, sweeper.needs = regated(sweeper.structure, reshape.remodel), {}
+    if forms:
+        _prepare(sweeper)
+
+
+def _choose(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], UnitSource] | None = None) -> Decision:
     """What a reshaping step chooses over the whole model, from the journal where it is there already."""
-    reshape, structure = sweeper.plan.reshapes[number], sweeper.structure
+    reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
 
     def choose(warnings: list[dict[str, str]]) -> Decision:
         view = ShapingView(
@@ -140,27 +170,36 @@ def _choose(sweeper: Sweeper, number: int) -> Decision:
             sweeper.plan.recipe.model.placement == "resident",
             sweeper.is_interrupted,
             warnings,
+            source,
         )
-        return reshape.step.settings.choose(view)
+        try:
+            return step.settings.choose(view)
+        finally:
+            view.close()
 
-    decision = _decided(sweeper, number, 0, reshape.step, choose)
+    decision = _decided(sweeper, number, 0, step, choose)
     assert decision is not None
     return decision
 
 
-def _run_probe(sweeper: Sweeper) -> None:
+def _run_probe(sweeper: Sweeper, before: list[Path], forms: dict[str, Form]) -> None:
     """The probe through the model as it now is, unit by unit."""
     structure = sweeper.structure
     (stream,) = _batches(sweeper, ())
     for unit in range(structure.block_count + 2):
-        load_unit(structure, unit, UnitSource(structure), sweeper.device)
+        source = UnitSource(structure, before[unit] if before else None, forms)
+        installed = Installed(structure)
+        load_unit(structure, unit, source, sweeper.device)
+        installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
         if unit == 0:
             _embed(structure, [stream])
         elif unit <= structure.block_count:
             stream.hidden = run_unit(structure, unit, stream)
+            installed.remove()
             free_unit(structure, unit)
         else:
             sweeper.probe = structure.pieces.head(stream.batch, stream.hidden)
+            installed.remove()
     free_all(structure)
 
 

@@ -44,8 +44,8 @@ def trace(
     """
     try:
         return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
-    except (NotImplementedError, RuntimeError, TypeError, IndexError):  # an operation that depends on values
-        pass
+    except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+        pass  # an operation that depends on values, or a model that can't be run so on the CPU either
     try:
         return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
     except Exception as error:  # whatever the model's own code makes of being run in pieces

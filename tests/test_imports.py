@@ -30,6 +30,7 @@ MODELS = {
     "nudging",
     "prunable",
     "masking",
+    "token_sites",
 }
 OUTER = {"cli", "testing", "progress", "doctor"}
 # unit -> what it must not import
@@ -55,6 +56,10 @@ FORBIDDEN = {
     "weighing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "unit_masks": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "mask_training": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
+    "token_counts": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "token_ranking": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "token_sites": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data", "residual"},
+    "kept_patches": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "pruning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},

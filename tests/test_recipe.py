@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import tiny
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +29,14 @@ def test_shipped_recipes_read_and_resolve_to_a_fixed_point(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipes_plan_on_the_demo_model(name):
-    plan = make_plan(read_recipe(name), "demo", prove=False)
-    matrices = [row for row in plan.rows if len(row["shape"]) == 2]
-    assert not plan.problems and len(matrices) == (42 if any(not s.settings.reshapes for s in plan.recipe.steps) else 0)
+def test_shipped_recipes_plan_on_the_demo_model(name, tmp_path):
+    recipe = read_recipe(name)
+    prunes_tokens = any(step.name == "zero_tprune" for step in recipe.steps)  # which a causal model can't bear
+    model, matrices = ("demo", 42) if not prunes_tokens else (str(tiny.save("vit", tmp_path / "model")), 12)
+    plan = make_plan(recipe, model, prove=False)
+    found = [row for row in plan.rows if len(row["shape"]) == 2]
+    assert not plan.problems
+    assert len(found) == (matrices if any(not s.settings.reshapes for s in recipe.steps) else 0)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+
 import bench_factorization
 import bench_pruning
 import bench_slicegpt
+import bench_zero_tprune
 import pytest
 import shaping
 import tiny
 import torch
 import train_lm
+import train_vit
 
 from compressor.remodel import facts_of
 from compressor.replay import Pieces
@@ -99,3 +103,23 @@ def test_magnitude_of_a_unit_is_the_mean_square_of_all_that_goes_with_it(tmp_pat
     assert mlp[5] == max(mlp) and len(mlp) == 64 and len(attention) == 2
     every = [score for name, scores in found.items() if name.endswith("mlp") for score in scores]
     assert sum(every) / len(every) == pytest.approx(1)
+
+
+def test_merging_keeps_what_tokens_stand_for():
+    generator = torch.Generator().manual_seed(0)
+    x, metric = (torch.randn(2, 9, width, generator=generator) for width in (6, 4))
+    metric[:, 2] = metric[:, 5]  # the pair most alike
+    size = torch.ones(2, 9, 1)
+    fewer, larger = bench_zero_tprune.merge(x, size, metric, 1)
+    assert fewer.shape == (2, 8, 6) and torch.equal(fewer[:, 0], x[:, 0])
+    assert torch.equal(larger.sum(1), size.sum(1)) and torch.allclose((fewer * larger).sum(1), x.sum(1), atol=1e-5)
+    assert torch.allclose(fewer[:, 6], (x[:, 2] + x[:, 5]) / 2)  # even ones that stay, then odd ones
+
+
+def test_digits_are_read_from_idx_files(tmp_path):
+    file = tmp_path / "images.gz"
+    file.write_bytes(gzip.compress(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9])))
+    assert train_vit.read_idx(file).tolist() == [[7, 8, 9]]
+    file.write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
+    with pytest.raises(ValueError, match="not an IDX file of bytes"):
+        train_vit.read_idx(file)

@@ -33,6 +33,7 @@ BUILTIN = {
     "sparse_factor_linear": "compressor.layers.sparse_factor_linear:SparseFactorLinear",
     "table_activation": "compressor.layers.table_activation:TableActivation",
     "table_norm": "compressor.layers.table_norm:TableNorm",
+    "token_gate": "compressor.layers.token_gate:TokenGate",
 }
 
 

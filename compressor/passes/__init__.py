@@ -22,6 +22,7 @@ BUILTIN = {
     "rtn": "compressor.passes.rtn:RTN",
     "slicegpt": "compressor.passes.slicegpt:SliceGPT",
     "vtrans": "compressor.passes.vtrans:VTrans",
+    "zero_tprune": "compressor.passes.zero_tprune:ZeroTPrune",
 }
 GROUP = "compressor.passes"
 

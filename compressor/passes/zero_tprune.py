@@ -1,0 +1,456 @@
+"""Zero-TPrune: tokens dropped between attention and MLP, by the attention of the trained model itself.
+
+Paper: Wang, Dedhia, Jha 2023/24, "Zero-TPrune: Zero-Shot Token Pruning through Leveraging of the Attention Graph in
+Pre-Trained Transformers", arXiv 2305.17328. In a few blocks a gate stands after the attention residual. It takes each
+head's attention A as a graph in which token i votes for j with A_ij, and drops
+- what is unimportant: s <- A^T s from uniform (weighted PageRank), heads combined by root mean square over those whose
+  s varies within bounds;
+- what is like another token: the less important half is compared with the other half by the cosine of head-averaged
+  keys, and the closest go. They are dropped, not merged.
+Order I'-S-I: one vote only guides the halves, so that many alike tokens don't outvote the rest; then similar ones go,
+then unimportant ones by PageRank on what is left. The class token (of text the first and the last) is never dropped.
+
+MACs of a block of width d, MLP r times as wide, n tokens in and m left:  4 n d^2 + 2 n^2 d + 2 r m d^2.
+Counts depend on nothing but n: m = ceil(keep * candidates) + protected, of which s_share goes by similarity.
+
+No weight changes and nothing is smaller on disk: what is saved is work. `keep` gives rates; `target_macs` looks for
+them on calibration data: from all tokens on, the gate whose next step of 0.05 costs least divergence from the unpruned
+model's output for the MACs it saves is lowered, until the target is met (the paper searches by Monte Carlo).
+
+Where we differ from the paper: A^T s without the factor 1/N, so that s stays a distribution; a head's variance is of
+n s, free of size, and no bounds by default, since none helped (docs/passes/zero_tprune.md); all candidates are compared
+in one product; voting ends early by tolerance.
+
+Text: how many of a sample's tokens stay depends on its own length, a batch is padded to its longest, and masks follow.
+Cost: `keep` reads no data. `target_macs` costs a run of the model for each step of each gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from compressor.errors import PassError, PreflightError
+from compressor.lazy import torch
+from compressor.protocol import (
+    Carry,
+    Decision,
+    Fact,
+    ModelFacts,
+    Pass,
+    Remodel,
+    ShapingModel,
+    StreamSite,
+    TokenFacts,
+    Traits,
+)
+from compressor.token_counts import block_macs, gate_macs, kept_tokens, split_removed
+
+FEWEST = 4  # tokens, below which nothing is left to attend to
+NOMINAL_TOKENS = 64  # of a text, where its length isn't known
+STEP = 0.05  # of a keep rate in the search
+POLISHING = 8  # rounds at most, after the target is met
+PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class ZeroTPrune(Pass):
+    """Unimportant and redundant tokens dropped in a few blocks, with no training."""
+
+    title: ClassVar[str] = "Tokens dropped between blocks by the attention graph: less work, same weights"
+    paper: ClassVar[str] = "Wang et al. 2023/24, arXiv 2305.17328"
+
+    keep: Rate | dict[int, Rate] | None = Field(
+        None, description="Share of the tokens that each gate leaves, or one for each block ({3: 0.9, 6: 0.8}); 0.8."
+    )
+    blocks: tuple[int, ...] | None = Field(
+        None,
+        description="Blocks with a gate, from 0; null: those after a quarter, half and three quarters, and with "
+        "target_macs any from a quarter on.",
+    )
+    target_macs: float | None = Field(
+        None, gt=0, lt=1, description="Share of the model's multiply-accumulates to end with; looks for `keep`."
+    )
+    s_share: float = Field(0.3, ge=0, le=1, description="Share of the dropped tokens that similarity takes.")
+    partition: Literal["sequential", "alternate", "random"] = Field(
+        "sequential", description="How tokens are split into those that may go as similar and their references."
+    )
+    order: Literal["ISI", "IS", "SI"] = Field(
+        "ISI", description="I'-S-I; importance first; or similarity first, its halves not guided by importance."
+    )
+    iterations: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (30, 5, 1), description="Votes at most, in the first quarter of blocks, the middle, and the last quarter."
+    )
+    tolerance: float = Field(
+        1e-3, ge=0, description="Voting stops when importance moves by no more (L1; it sums to 1)."
+    )
+    head_filter: tuple[float, float] | None = Field(
+        None, description="Bounds of a head's variance of n s; heads outside don't count. null: all heads count."
+    )
+    head_aggregation: Literal["rms", "mean"] = Field("rms", description="How heads are combined.")
+    min_tokens: int = Field(8, ge=FEWEST, description="Tokens of a sample that a gate leaves at least.")
+    seed: int = Field(0, description="Of the random partition.")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_where(self) -> ZeroTPrune:
+        if isinstance(self.keep, dict):
+            if self.blocks is not None:
+                raise ValueError("keep names blocks, and so does `blocks`; give one of them")
+            if not self.keep:
+                raise ValueError("keep names no block")
+        if self.keep is not None and self.target_macs is not None:
+            raise ValueError("target_macs looks for the keep rates that `keep` gives; give one of them")
+        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
+            raise ValueError("blocks has to name blocks, each once")
+        if self.head_filter is not None and not self.head_filter[0] < self.head_filter[1]:
+            raise ValueError("the first bound of head_filter has to be the smaller one")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            reads="inputs" if self.target_macs is not None else "weights",
+            breaks=frozenset({Fact.CONSTANT_TOKEN_COUNT}),
+        )
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    @property
+    def rewrites(self) -> bool:
+        return False
+
+    @property
+    def decides(self) -> bool:
+        return self.target_macs is not None
+
+    @property
+    def unplanned(self) -> str:
+        return ""  # no size depends on the choice
+
+    @property
+    def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
+        return "exact"
+
+    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+        """raises PreflightError for a block that isn't there, is wrapped already, or would leave too few tokens"""
+        facts = model.tokens()
+        modules = dict(model.config.get("compressed_modules") or {})
+        depth = len(facts.blocks)
+        rates = self._rates(depth) if decision is None else {int(b): k for b, k in decision["keep"].items()}
+        if decision is None and self.target_macs is not None:
+            rates = self._alike(facts, depth)
+        elif decision is None:
+            self._check(facts, rates)
+        for block, gate in self.gates(facts, rates).items():
+            path = f"{model.blocks}.{block}"
+            if path in modules:
+                raise PreflightError(
+                    f"block {block} is a {modules[path]['form']} already, and a gate needs it as its class makes it",
+                    where="zero_tprune",
+                    hint="Prune tokens of the model before it was changed so.",
+                )
+            modules[path] = {"form": "token_gate", "spec": gate, "shape": []}
+        tokens = self.account(facts, rates, facts.tokens or NOMINAL_TOKENS)
+        saved = 100 * (1 - tokens["macs_after"] / tokens["macs_before"])
+        of = "" if facts.tokens else f" for a text of {NOMINAL_TOKENS} tokens"
+        notes = [f"{saved:.2f} % fewer multiply-accumulates{of}, the gates' own included; weights stay as they are"]
+        if decision is not None:
+            notes += decision["notes"]
+        return Remodel(
+            {"compressed_modules": modules},
+            widths=(facts.width, facts.width),
+            notes=tuple(notes),
+            decision=decision,
+            tokens=tokens,
+        )
+
+    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
+        raise AssertionError("it writes no parameter")
+
+    def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, dict[str, Any]]:
+        """Settings of the `token_gate` of each block from the first that drops tokens."""
+        before: list[float] = []
+        found = {}
+        for block in range(min(rates), len(facts.blocks)):
+            keep = rates.get(block, 1.0)
+            settings = {
+                "keep": keep,
+                "similar": self.s_share,
+                "partition": self.partition,
+                "order": self.order,
+                "iterations": self._votes(block, len(facts.blocks)),
+                "tolerance": self.tolerance,
+                "filter": None if self.head_filter is None else list(self.head_filter),
+                "heads": self.head_aggregation,
+                "seed": self.seed,
+                "minimum": self.min_tokens,
+            }
+            found[block] = facts.gate(block, before, settings)
+            if keep < 1:
+                before = [*before, keep]
+        return found
+
+    def account(self, facts: TokenFacts, rates: Mapping[int, float], tokens: int) -> dict[str, Any]:
+        """Tokens and multiply-accumulates for one sample of so many tokens.
+
+        returns  {tokens, macs_before, macs_after (with the gates' own), macs_of_gates, blocks: [{block, keep, tokens,
+                 left, similar, macs_before, macs_after, macs_of_gate}], outside, patches}
+        """
+        rows = []
+        now, protected = tokens, sum(facts.protect)
+        for number, block in enumerate(facts.blocks):
+            keep = rates.get(number, 1.0)
+            left = kept_tokens(now, keep, protected, self.min_tokens)
+            similar, _ = split_removed(now - protected, now - left, self.s_share)
+            votes = self._votes(number, len(facts.blocks))
+            own = gate_macs(now, block.heads, block.width // block.heads, votes, similar, now - left, self.order)
+            rows.append(
+                {
+                    "block": number,
+                    "keep": keep,
+                    "tokens": now,
+                    "left": left,
+                    "similar": similar,
+                    "macs_before": block_macs(tokens, tokens, block.before, block.behind, block.width),
+                    "macs_after": block_macs(now, left, block.before, block.behind, block.width),
+                    "macs_of_gate": own,
+                }
+            )
+            now = left
+        gates = sum(row["macs_of_gate"] for row in rows)
+        return {
+            "tokens": tokens,
+            "macs_before": sum(row["macs_before"] for row in rows) + facts.outside,
+            "macs_after": sum(row["macs_after"] for row in rows) + facts.outside + gates,
+            "macs_of_gates": gates,
+            "outside": facts.outside,
+            "patches": None if facts.patches is None else list(facts.patches),
+            "blocks": rows,
+        }
+
+    def choose(self, model: ShapingModel) -> Decision:
+        """{keep: {block: rate}, figures: [{keep, divergence, macs}], notes}"""
+        assert self.target_macs is not None
+        facts = model.facts.tokens()
+        rates = dict.fromkeys(self._places(len(facts.blocks)), 1.0)
+        search = _Search(model, facts, self, rates)
+        dense = search.macs(rates)
+        now, divergence, figures = dense, 0.0, []
+        while now > self.target_macs * dense:
+            found = []
+            for block in rates:
+                lowered = self._lower(search, rates, block, now)
+                if lowered is not None:
+                    found.append((search.divergence(lowered, block), block, lowered))
+            if not found:
+                raise PassError(
+                    f"{100 * now / dense:.1f} % of the multiply-accumulates is the least that gates in blocks "
+                    f"{', '.join(map(str, rates))} can reach, {100 * self.target_macs:g} % was asked for",
+                    where="zero_tprune.target_macs",
+                    hint="Give more or earlier `blocks`, a smaller min_tokens, or a larger target.",
+                )
+            _, block, rates = min(((d - divergence) / (now - search.macs(r)), b, r) for d, b, r in found)
+            divergence = search.divergence(rates, block, settle=True)
+            now = search.macs(rates)
+            figures.append(
+                {"keep": {str(b): r for b, r in rates.items()}, "divergence": divergence, "macs": now / dense}
+            )
+        rates, divergence = self._polish(search, rates, divergence, self.target_macs * dense)
+        now, rates = search.macs(rates), self._without_clamps(facts, rates)
+        told = ", ".join(f"{b}: {r:g}" for b, r in rates.items())
+        note = (
+            f"keep rates found: {told}; {search.measure} {divergence:.4g} on {search.samples} calibration samples, "
+            f"{100 * now / dense:.2f} % of the multiply-accumulates"
+        )
+        return {"keep": {str(b): r for b, r in rates.items()}, "figures": figures, "notes": [note]}
+
+    def _polish(
+        self, search: _Search, rates: dict[int, float], divergence: float, goal: float
+    ) -> tuple[dict[int, float], float]:
+        """Give what is left of the budget back, or shift it from one gate to another, while that brings outputs closer.
+
+        Steps that cost a whole gate overshoot, and a greedy path never takes one back.
+        """
+        for _ in range(POLISHING):
+            tries = []
+            for block, rate in rates.items():
+                raised = {**rates, block: min(1.0, round(rate + STEP, 2))}
+                if rate == 1:
+                    continue
+                tries.append(raised)
+                lowered = (self._lower(search, raised, other, search.macs(raised)) for other in rates if other != block)
+                tries += [found for found in lowered if found is not None]
+            found = []
+            for one in tries:
+                if search.macs(one) <= goal:
+                    first = min(block for block in rates if one[block] != rates[block])
+                    found.append((search.divergence(one, first), first, one))
+            best = min(found, key=lambda item: item[0], default=None)
+            if best is None or best[0] >= divergence:
+                break
+            divergence, first, rates = best
+            search.divergence(rates, first, settle=True)
+        return rates, divergence
+
+    def _without_clamps(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, float]:
+        """Rates that say themselves what min_tokens made of them, where samples have one length."""
+        found = dict(rates)
+        if facts.tokens is not None:
+            now, protected = facts.tokens, sum(facts.protect)
+            for block, rate in sorted(rates.items()):
+                left = kept_tokens(now, rate, protected, self.min_tokens)
+                if left != kept_tokens(now, rate, protected, 0):
+                    found[block] = round((left - protected) / (now - protected), 4)
+                now = left
+        return found
+
+    def _lower(self, search: _Search, rates: Mapping[int, float], block: int, now: int) -> dict[int, float] | None:
+        """The rates with that of a block lowered by as many steps as save anything; None if nothing is left."""
+        rate = rates[block]
+        while (rate := round(rate - STEP, 2)) > 0:
+            lowered = {**rates, block: rate}
+            if search.macs(lowered) < now:  # min_tokens sees to it that enough are left
+                return lowered
+        return None
+
+    def _places(self, depth: int) -> tuple[int, ...]:
+        """The blocks that get a gate. raises PreflightError for one that isn't there"""
+        if isinstance(self.keep, dict):
+            asked, where = tuple(sorted(self.keep)), "zero_tprune.keep"
+        elif self.blocks is not None:
+            asked, where = tuple(sorted(self.blocks)), "zero_tprune.blocks"
+        elif self.target_macs is not None:
+            return tuple(range(min(max(1, depth // 4), depth - 1), depth))
+        else:
+            return tuple(sorted({depth * quarter // 4 for quarter in PLACES}))
+        if unknown := [block for block in asked if not 0 <= block < depth]:
+            raise PreflightError(
+                f"there is no block {unknown[0]}; the model has {depth}",
+                where=where,
+                hint=f"Count from 0 to {depth - 1}.",
+            )
+        return asked
+
+    def _rates(self, depth: int) -> dict[int, float]:
+        places = self._places(depth)
+        if isinstance(self.keep, dict):
+            return {block: self.keep[block] for block in places}
+        return dict.fromkeys(places, 0.8 if self.keep is None else self.keep)
+
+    def _alike(self, facts: TokenFacts, depth: int) -> dict[int, float]:
+        """For the plan: one rate for all gates that would meet the target."""
+        assert self.target_macs is not None
+        tokens, places = facts.tokens or NOMINAL_TOKENS, self._places(depth)
+        rate = 1.0
+        while rate > STEP:
+            rate = round(rate - STEP, 2)
+            found = self.account(facts, dict.fromkeys(places, rate), tokens)
+            if found["macs_after"] <= self.target_macs * found["macs_before"]:
+                break
+        return dict.fromkeys(places, rate)
+
+    def _votes(self, block: int, depth: int) -> int:
+        first, middle, last = self.iterations
+        return first if 4 * block < depth else middle if 4 * block < 3 * depth else last
+
+    def _too_few(self, facts: TokenFacts, rates: Mapping[int, float]) -> tuple[int, int] | None:
+        """(block, tokens) where the rates alone would leave fewer than `FEWEST`, of samples of a known length."""
+        if facts.tokens is None:
+            return None
+        left = facts.tokens
+        for block, rate in sorted(rates.items()):
+            left = kept_tokens(left, rate, sum(facts.protect), 0)
+            if left < FEWEST:
+                return block, left
+        return None
+
+    def _check(self, facts: TokenFacts, rates: Mapping[int, float]) -> None:
+        found = self._too_few(facts, rates)
+        if found is not None:
+            raise PreflightError(
+                f"{found[1]} of {facts.tokens} tokens would be left after block {found[0]}; {FEWEST} is the least",
+                where="zero_tprune.keep",
+                hint="Keep more there, or in the blocks before.",
+            )
+
+
+class _Search:
+    """Divergence from the unpruned model on calibration data, with what comes before a changed gate kept.
+
+    samples  how many there are
+    measure  what divergence is: of the answers' distributions, or of pooled embeddings where a model has no head
+    """
+
+    def __init__(
+        self, model: ShapingModel, facts: TokenFacts, settings: ZeroTPrune, rates: Mapping[int, float]
+    ) -> None:
+        self.model, self.facts, self.settings = model, facts, settings
+        stems = [model.stem(batch) for batch in range(model.batches)]
+        self.lengths = [(x.shape[0], x.shape[1]) for x in stems]
+        self.samples = sum(count for count, _ in self.lengths)
+        self.expected: list[torch.Tensor] = []
+        self.states: dict[int, list[torch.Tensor]] = {min(rates): []}
+        for batch, hidden in enumerate(stems):
+            for block in range(min(rates)):
+                with model.loaded(block + 1):
+                    hidden = model.run(block + 1, batch, hidden)
+            self.states[min(rates)].append(hidden)
+        for output in self._outputs(min(rates), rates):
+            self.expected.append(output)
+        self.measure = "divergence" if self.expected[0].dim() == 2 else "1 - cosine of mean-pooled embeddings"
+
+    def macs(self, rates: Mapping[int, float]) -> int:
+        """Of all calibration samples."""
+        found = {n: self.settings.account(self.facts, rates, n)["macs_after"] for _, n in self.lengths}
+        return sum(count * found[n] for count, n in self.lengths)
+
+    def divergence(self, rates: Mapping[int, float], block: int, settle: bool = False) -> float:
+        """Mean over samples, with these rates, which before `block` are those of the last settling.
+
+        settle  start from these rates from now on
+        """
+        if settle:
+            self.states = {at: held for at, held in self.states.items() if at <= block}
+        total = 0.0
+        for batch, output in enumerate(self._outputs(block, rates, settle)):
+            total += float(_divergence(self.expected[batch], output).sum())
+        return total / self.samples
+
+    def _outputs(self, block: int, rates: Mapping[int, float], settle: bool = True) -> Iterator[torch.Tensor]:
+        """The model's output for each batch, from the last kept states before `block`; settling keeps more of them."""
+        start = max(at for at in self.states if at <= block)
+        hidden = list(self.states[start])
+        depth = len(self.facts.blocks)
+        gates = self.settings.gates(self.facts, rates)
+        for at in range(start, depth):
+            if settle and at in rates and at not in self.states:
+                self.states[at] = list(hidden)
+            with self.model.loaded(at + 1), self._gated(at, gates.get(at)):
+                hidden = [self.model.run(at + 1, batch, x) for batch, x in enumerate(hidden)]
+        for batch, x in enumerate(hidden):
+            output = self.model.head(batch, x)
+            yield (output if output.dim() == 2 else output.mean(1, keepdim=True)).double()
+
+    @contextmanager
+    def _gated(self, block: int, gate: dict[str, Any] | None) -> Iterator[None]:
+        from compressor.layers.token_gate import TokenGate
+
+        with ExitStack() as stack:
+            if gate is not None and gate["keep"] < 1:
+                module = self.model.module(f"{self.model.facts.blocks}.{block}")
+                stack.enter_context(TokenGate.wrapped(module, gate))
+            yield
+
+
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """(samples,): KL of two answers' distributions, or how far pooled embeddings (samples, 1, d) have turned."""
+    if expected.dim() == 3:
+        return 1 - torch.nn.functional.cosine_similarity(expected, found, dim=-1).flatten()
+    before, after = expected.log_softmax(-1), found.log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1)
