@@ -206,10 +206,13 @@ def test_without_a_cache_and_in_short_prompts_nothing_is_dropped(models):
     assert lazy(input_ids=longer, use_cache=True, **named(out)).logits.shape == (2, 40, 96)
 
 
-def test_a_run_writes_a_model_that_drops_tokens_wherever_it_is_loaded(tmp_path):
+@pytest.mark.parametrize("first", ["gates", pytest.param("bits", marks=pytest.mark.slow)])
+def test_a_run_writes_a_model_that_drops_tokens_wherever_it_is_loaded(first, tmp_path):
     model = tiny.save("llama", tmp_path / "model", num_hidden_layers=4)
-    step = {"pass": "prefill_pruning", "keep": {1: 0.5}, "min_prompt": 8}
-    report = compress(recipe(step, {"pass": "rtn", "group_size": -1}), str(model), tmp_path / "out", measure=False)
+    steps = [{"pass": "prefill_pruning", "keep": {1: 0.5}, "min_prompt": 8}, {"pass": "rtn", "group_size": -1}]
+    report = compress(
+        recipe(*(steps if first == "gates" else steps[::-1])), str(model), tmp_path / "out", measure=False
+    )
     assert report["verification"]["max_logit_difference"] == 0.0 and report["route"]["name"] == "custom"
     loaded = compressor.load(tmp_path / "out")
     out = loaded(input_ids=IDS, use_cache=True)

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compressor.errors import PreflightError
-from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Decision, ModelFacts, Pass, Remodel, Traits
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); our choice: early blocks don't know yet what matters
 NOTE = (
@@ -55,6 +55,10 @@ class PrefillPruning(Pass):
     @property
     def reshapes(self) -> bool:
         return True
+
+    @property
+    def rewrites(self) -> bool:
+        return False
 
     def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         """raises PreflightError for a block that isn't there, or a model whose blocks can't be gated"""
@@ -100,6 +104,3 @@ class PrefillPruning(Pass):
                 hint="It is for causal language models whose blocks take a cache.",
             )
         return remodel
-
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        return carry
