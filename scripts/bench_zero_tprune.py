@@ -168,7 +168,7 @@ def merging_schedule(tokens: int, blocks: list[Any], budget: int) -> tuple[list[
         each, more = divmod(removed, len(blocks))
         schedule, total, now = [each + (at < more) for at in range(len(blocks))], 0, tokens
         for at, block in enumerate(blocks):
-            schedule[at] = min(schedule[at], now // 2)
+            schedule[at] = min(schedule[at], (now - 1) // 2)
             total += block_macs(now, now - schedule[at], block.before, block.behind, block.width)
             now -= schedule[at]
         if total <= budget:
