@@ -25,7 +25,8 @@ from compressor.layers.removed import Removed
 from compressor.layers.resized import Resized
 from compressor.nudging import TOLERANCE, InDouble, size
 from compressor.protocol import Decision
-from compressor.pruning import KINDS, PrunableSite, kept_slices, kept_units, narrowed, removed_modules, resized_modules
+from compressor.pruned_parameters import narrowed
+from compressor.pruning import KINDS, PrunableSite, kept_slices, kept_units, removed_modules, resized_modules
 from compressor.replay import Pieces, output_of
 from compressor.tracing import TWIN_SEED, example_batch, make_twin
 

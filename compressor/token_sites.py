@@ -30,6 +30,7 @@ from compressor.structure import Structure
 from compressor.tracing import example_batch, make_twin, shallow_config, signature
 
 HINT = "Tokens of this model can't be pruned."
+CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
 TOKENS = 13  # of the text a twin reads
 PADDED = 3  # of them, in the second sample
 TOLERANCE = 1e-5  # relative, of float32
@@ -182,7 +183,9 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
             rows = value if value.dim() == 2 else value[:, :1]
             if not attended(value, len(hidden)).equal(wanted) or (value.dim() == 4 and not _same_rows(rows)):
                 raise ModelError(
-                    "its attention is not the same for all queries (causal, or within a window)", where=where, hint=HINT
+                    "its attention is not the same for all queries (causal, or within a window)",
+                    where=where,
+                    hint=CAUSAL_HINT,
                 )
             names.add(name)
         if "attention_mask" in inspect.signature(block.forward).parameters:
@@ -277,7 +280,7 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
         raise ModelError(
             "its first token doesn't see its last: it is causal, or attends within a window",
             where=where,
-            hint="Zero-TPrune is for encoders.",
+            hint=CAUSAL_HINT,
         )
 
 

@@ -168,7 +168,7 @@ def merging_schedule(tokens: int, blocks: list[Any], budget: int) -> tuple[list[
         each, more = divmod(removed, len(blocks))
         schedule, total, now = [each + (at < more) for at in range(len(blocks))], 0, tokens
         for at, block in enumerate(blocks):
-            schedule[at] = min(schedule[at], now // 2)
+            schedule[at] = min(schedule[at], (now - 1) // 2)
             total += block_macs(now, now - schedule[at], block.before, block.behind, block.width)
             now -= schedule[at]
         if total <= budget:
@@ -373,18 +373,25 @@ def main() -> None:
     parser.add_argument("--vit", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", type=float, default=0.65, help="share of the ViT's work to end with")
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument("--runs", type=int, default=5, help="of each timing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "settings": {"samples": options.samples, "runs": options.runs, "threads": options.threads, "batch": BATCH},
+        "settings": {
+            "target": options.target,
+            "samples": options.samples,
+            "runs": options.runs,
+            "threads": options.threads,
+            "batch": BATCH,
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.processor() or platform.machine(),
     }
     if options.vit:
-        result["vit"] = bench_vit(options.vit, 0.65, options.samples)
+        result["vit"] = bench_vit(options.vit, options.target, options.samples)
     if options.text:
         result["text"] = bench_text(options.text, 0.7, options.samples)
     result["time"] = bench_time(options.vit, options.text, options.runs)

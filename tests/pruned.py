@@ -18,7 +18,8 @@ from safetensors import safe_open
 from compressor.journal import Journal
 from compressor.masking import masked
 from compressor.protocol import Pass, Traits
-from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.pruned_parameters import prune
+from compressor.pruning import PrunableSite, pruned_remodel
 from compressor.recipe import Step
 from compressor.remodel import check_remodel, facts_of
 from compressor.reshape import Reshaper, run_reshape

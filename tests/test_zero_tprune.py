@@ -221,6 +221,15 @@ def test_a_plan_counts_the_work_of_the_worked_example():
     assert found["macs_of_gates"] < 0.01 * found["macs_before"]
 
 
+def test_rates_that_min_tokens_held_say_what_it_made_of_them():
+    settings, facts = ZeroTPrune(min_tokens=8), _deit_small()
+    for rates in ({3: 0.1, 6: 0.2, 9: 0.9}, {1: 0.12, 2: 0.3}, {0: 0.5}):
+        said = settings._without_clamps(facts, rates)
+        left = [row["left"] for row in settings.account(facts, rates, 197)["blocks"]]
+        assert [row["left"] for row in settings.account(facts, said, 197)["blocks"]] == left
+        assert settings._too_few(facts, said) is None
+
+
 def _deit_small():
     block = BlockTokens("attention", (), None, 4 * 384**2, 8 * 384**2, 384, 6)
     return TokenFacts(197, 384, (1, 0), (14, 14), (block,) * 12, 196 * 768 * 384 + 1000 * 384)

@@ -33,7 +33,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from compressor.errors import PassError, PreflightError
 from compressor.lazy import torch
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
-from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.pruned_parameters import prune
+from compressor.pruning import PrunableSite, pruned_remodel
 from compressor.unit_masks import (
     Dense,
     Draw,

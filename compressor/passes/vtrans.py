@@ -40,7 +40,8 @@ from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.errors import PreflightError
 from compressor.mask_training import Course, train_masks
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
-from compressor.pruning import PrunableSite, prune, pruned_remodel
+from compressor.pruned_parameters import prune
+from compressor.pruning import PrunableSite, pruned_remodel
 from compressor.reconstruction import RIDGE
 from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
 from compressor.weighing import model_size

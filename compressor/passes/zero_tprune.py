@@ -27,6 +27,7 @@ Cost: `keep` reads no data. `target_macs` costs a run of the model for each step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
@@ -306,7 +307,7 @@ class ZeroTPrune(Pass):
             for block, rate in sorted(rates.items()):
                 left = kept_tokens(now, rate, protected, self.min_tokens)
                 if left != kept_tokens(now, rate, protected, 0):
-                    found[block] = round((left - protected) / (now - protected), 4)
+                    found[block] = math.floor(10000 * (left - protected) / (now - protected)) / 10000
                 now = left
         return found
 
