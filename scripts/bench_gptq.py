@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 import yaml
+from random_models import is_random, random_llama
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint import resolve_model
 from compressor.data import demo_path, load_samples
@@ -191,22 +192,9 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 def model_directory(name: str, scratch: Path) -> Path:
     """A checkpoint directory. `llama:HIDDEN,BLOCKS` writes a random one, its inputs of unequal energy, for timing."""
-    if not name.startswith("llama:"):
+    if not is_random(name):
         return resolve_model(name)
-    hidden, blocks = (int(part) for part in name.removeprefix("llama:").split(","))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        vocab_size=2048,
-        max_position_embeddings=2048,
-        eos_token_id=0,
-        bos_token_id=0,
-    )
-    network = LlamaForCausalLM(config)
+    network = random_llama(name, vocab_size=2048, eos_token_id=0, bos_token_id=0)
     with torch.no_grad():
         for parameter_name, parameter in network.named_parameters():
             if "norm" in parameter_name:

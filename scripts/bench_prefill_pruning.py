@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import hidden_and_blocks, is_random, random_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compressor.classes import reshaped_class
 from compressor.environment import cpu_name
@@ -89,20 +90,11 @@ def main() -> None:
 
 
 def load(name: str) -> PreTrainedModel:
-    if not name.startswith("llama:"):
+    if not is_random(name):
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    hidden, blocks = map(int, name.removeprefix("llama:").split(","))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        vocab_size=4096,
-        max_position_embeddings=8192,
-    )
-    return LlamaForCausalLM(config).eval()
+    hidden, _ = hidden_and_blocks(name)
+    shape = {"intermediate_size": hidden * 8 // 3 // 64 * 64, "num_key_value_heads": hidden // 64}
+    return random_llama(name, **shape, vocab_size=4096, max_position_embeddings=8192).eval()
 
 
 def windows(settings: argparse.Namespace) -> Tensor:
@@ -213,8 +205,8 @@ class choosing:
         self.generator = torch.Generator().manual_seed(0)
 
     def __enter__(self) -> None:
-        def scores(block: Any, state: Any, columns: Tensor) -> Tensor:
-            own = self.own(block, state, columns)
+        def scores(block: Any, state: Any, columns: Tensor, *seen: Any) -> Tensor:
+            own = self.own(block, state, columns, *seen)
             if self.by == "random":
                 return torch.rand(own.shape, generator=self.generator)
             return columns.float() if self.by == "recent" else own

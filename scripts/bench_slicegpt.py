@@ -45,10 +45,11 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import is_random, random_llama
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compressor.environment import cpu_name
 from compressor.invariance import fold_tap
@@ -434,20 +435,9 @@ def speed(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed_model(name: str) -> PreTrainedModel:
-    if not name.startswith("llama:"):
+    if not is_random(name):
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    hidden, blocks = (int(part) for part in name.removeprefix("llama:").split(","))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        vocab_size=4096,
-        max_position_embeddings=2048,
-    )
-    return LlamaForCausalLM(config)
+    return random_llama(name, vocab_size=4096)
 
 
 def timed(model: PreTrainedModel, tokens: Tensor, decode: int) -> dict[str, float]:

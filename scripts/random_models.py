@@ -1,0 +1,34 @@
+"""Models of random weights, for what depends on shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PREFIX = "llama:"
+
+
+def is_random(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def hidden_and_blocks(name: str) -> tuple[int, int]:
+    hidden, blocks = map(int, name.removeprefix(PREFIX).split(","))
+    return hidden, blocks
+
+
+def random_llama(name: str, **config: Any) -> LlamaForCausalLM:
+    """A float32 Llama of `llama:HIDDEN,BLOCKS`, the same each time; heads of 64, half as many for keys and values."""
+    hidden, blocks = hidden_and_blocks(name)
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "max_position_embeddings": 2048,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
