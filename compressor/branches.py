@@ -27,7 +27,7 @@ from compressor.layers.placing import reshape
 from compressor.layers.rms_norm import RmsNorm
 from compressor.layers.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.nudging import TOLERANCE, InDouble, size
-from compressor.replay import Batch, Call, Pieces, output_of
+from compressor.replay import Batch, Call, Pieces, output_of, own_calls
 from compressor.residual import residual_twin
 from compressor.stream import Reader, Residual, ResidualSite, Tap, Writer
 from compressor.structure import Structure
@@ -209,32 +209,17 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
             rest = known.pop(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
             raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
-    record = _Record(known, rest)
-    running: list[_Seen] = []
 
-    def begin(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in BY_POSITION]
-            seen = _Seen(name, (*names, *("",) * len(args)), args, kwargs)  # "": of *args
-            if not running:
-                record.calls.append(seen)
-            running.append(seen)
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in BY_POSITION]
+        return _Seen(name, (*names, *("",) * len(args)), args, kwargs)  # "": of *args
 
-        return hook
-
-    def end(_module: nn.Module, _args: Any, output: Any) -> None:
-        running.pop().output = output
-
-    with ExitStack() as stack:
-        for name, module in block.named_modules():
-            if name:
-                stack.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(end).remove)
+    with own_calls(block, note) as calls:
         try:
-            record.output = block(hidden, *call.args, **kwargs)
+            output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"can't be run on its own ({error})", where=type(block).__name__, hint=HINT) from error
-    return record
+    return _Record(known, rest, calls, output)
 
 
 def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], where: str) -> Spec:

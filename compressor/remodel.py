@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compressor.branches import check_widths, find_branches
+from compressor.checkpoint import Checkpoint
 from compressor.classes import class_for, stock_class
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
@@ -95,19 +96,19 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
             tensors[renumbered(name, structure, remodel)] = _info(structure, shape, None)
-    checkpoint = replace(structure.checkpoint, config=config, tensors=tensors)
-    made = _config(config)
-    cls = class_for(stock_class(structure.model), made)
-    return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+    return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
 
 
 def regated(structure: Structure, remodel: Remodel) -> Structure:
     """The structure of a model of which only the config changes; its tensors lie where they did."""
-    config = _config_after(structure, remodel)
-    made = _config(config)
-    cls = class_for(stock_class(structure.model), made)
-    checkpoint = replace(structure.checkpoint, config=config)
-    return structure_of(checkpoint, cls, made, str(structure.dtype).partition(".")[2])
+    return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, remodel)))
+
+
+def _reclassed(structure: Structure, checkpoint: Checkpoint) -> Structure:
+    """The structure of a checkpoint whose config may ask for another class of the same architecture."""
+    config = _config(checkpoint.config)
+    cls = class_for(stock_class(structure.model), config)
+    return structure_of(checkpoint, cls, config, str(structure.dtype).partition(".")[2])
 
 
 def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:

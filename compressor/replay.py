@@ -8,9 +8,9 @@ lets the hidden states through or ends the run. Nothing of the model's source is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,46 @@ class Pieces:
             yield
         finally:
             parent._modules[name] = original
+
+
+class Noted(Protocol):
+    """What is noted of a call; its output is added when it is there."""
+
+    output: Any
+
+
+Note = TypeVar("Note", bound=Noted)
+
+
+@contextmanager
+def own_calls(
+    block: nn.Module, note: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Note]
+) -> Iterator[list[Note]]:
+    """Note the calls of modules that a block makes itself while it runs, not those that its modules make.
+
+    note  (name inside the block, module, args, kwargs) -> what goes into the list, in the order of their beginnings
+    """
+    calls: list[Note] = []
+    running: list[Note] = []
+
+    def begin(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            noted = note(name, module, args, kwargs)
+            if not running:
+                calls.append(noted)
+            running.append(noted)
+
+        return hook
+
+    def end(_module: nn.Module, _args: Any, output: Any) -> None:
+        running.pop().output = output
+
+    with ExitStack() as stack:
+        for name, module in block.named_modules():
+            if name:
+                stack.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(end).remove)
+        yield calls
 
 
 @contextmanager

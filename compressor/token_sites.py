@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compressor.errors import ModelError
-from compressor.layers.token_gate import WATCHED, TokenGate, attend_watched, attended, noting_choices, watching
+from compressor.layers.token_gate import TokenGate, attended, noting_choices
 from compressor.protocol import BlockTokens, TokenFacts
-from compressor.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of
+from compressor.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of, own_calls
 from compressor.structure import Structure
 from compressor.tracing import example_batch, make_twin, shallow_config, signature
+from compressor.watched_attention import register_watching, watching
 
 HINT = "Tokens of this model can't be pruned."
 CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
@@ -94,7 +95,7 @@ def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
         protect = (hidden.shape[1] - patches[0] * patches[1], 0)
     kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
     mask = _mask_argument(pieces, calls, hidden, batch)
-    AttentionInterface.register(WATCHED, attend_watched)
+    register_watching()
     found: dict[Any, BlockTokens] = {}
     for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
         if kinds[index] not in found:
@@ -286,28 +287,14 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
 
 def _record(block: nn.Module, hidden: Tensor, call: Call) -> tuple[list[_Seen], Any]:
     """Run a block and note the calls that it makes itself, not those that its modules make."""
-    calls: list[_Seen] = []
-    running: list[_Seen] = []
     count: dict[str, int] = {}
 
-    def begin(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen = _Seen(name, count.get(name, 0), args, kwargs)
-            count[name] = seen.nth + 1
-            if not running:
-                calls.append(seen)
-            running.append(seen)
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        nth = count.get(name, 0)
+        count[name] = nth + 1
+        return _Seen(name, nth, args, kwargs)
 
-        return hook
-
-    def end(_module: nn.Module, _args: Any, output: Any) -> None:
-        running.pop().output = output
-
-    with ExitStack() as stack:
-        for name, module in block.named_modules():
-            if name:
-                stack.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(end).remove)
+    with own_calls(block, note) as calls:
         return calls, block(hidden, *call.args, **call.kwargs)
 
 

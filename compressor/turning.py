@@ -59,14 +59,18 @@ def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> 
     """
     total, tokens = None, 0
     for site in sites:
-        last = site.index == len(site.residual.blocks)
-        taps = [stream.taps[0] for stream in site.sites] + ([site.residual.end] if last else [])
-        for tap in taps:
+        for tap in taps_of(site):
             covariance = tap_covariance(site, tap, normalised)
             scaled = covariance.matrix / covariance.matrix.trace()
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head
     return total, tokens
+
+
+def taps_of(site: StreamSite) -> list[Tap]:
+    """A norm for each place of the unit where the stream is read; of the head the last norm."""
+    is_head = site.index == len(site.residual.blocks)
+    return [stream.taps[0] for stream in site.sites] + ([site.residual.end] if is_head else [])
 
 
 def tap_covariance(site: StreamSite, tap: Tap, normalised: bool) -> Covariance:

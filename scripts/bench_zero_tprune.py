@@ -41,7 +41,7 @@ from transformers import (
 )
 
 import compressor
-from compressor.layers.token_gate import TokenGate, watching
+from compressor.layers.token_gate import TokenGate
 from compressor.passes.zero_tprune import ZeroTPrune
 from compressor.recipe import parse_recipe
 from compressor.run import compress
@@ -49,6 +49,7 @@ from compressor.structure import read_structure
 from compressor.token_counts import block_macs
 from compressor.token_ranking import attention_graph, choose_tokens
 from compressor.token_sites import find_token_sites
+from compressor.watched_attention import watching
 
 BATCH = 32
 Chooser = Callable[[Tensor, Tensor, int], Tensor]  # (attention, keys, how many patches stay) -> (b, n) bool

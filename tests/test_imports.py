@@ -58,6 +58,13 @@ FORBIDDEN = {
     "mask_training": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
     "token_counts": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "token_ranking": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "watched_attention": READING
+    | ENGINE
+    | TELLING
+    | STORING
+    | MODELS
+    | OUTER
+    | {"passes", "layers", "protocol", "data"},
     "token_sites": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data", "residual"},
     "kept_patches": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
     "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},

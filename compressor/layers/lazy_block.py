@@ -15,24 +15,21 @@ No tensors. `compressor.passes.prefill_pruning` chooses gates.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from compressor.errors import ModelError
-from compressor.layers.base import Layer
+from compressor.layers.base import Layer, standing_for
+from compressor.watched_attention import last_seen, register_watching, watching
 
-PROBE = "probed_attention"  # the attention implementation of gates: the model's own, whose query and keys are kept
-DELEGATE = "lazy_delegate"  # on the config of a gate's attention: the config that names the model's own
 MASKED = -1e30  # a score that no other falls below
 
 
@@ -82,6 +79,7 @@ class LazyBlock(Layer):
     form = "lazy_block"
     stands_for = "block"
     weight_only = False
+    helpers = ("compressor.watched_attention",)
 
     number: int
     keep: float | None
@@ -91,10 +89,11 @@ class LazyBlock(Layer):
     min_prompt: int
     revive: bool
     _names: tuple[str, ...]
+    _attention: str  # name of the module inside the block
 
     @classmethod
     def prepare(cls, model: nn.Module) -> None:
-        AttentionInterface.register(PROBE, probe)
+        register_watching()
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
@@ -112,23 +111,18 @@ class LazyBlock(Layer):
         if isinstance(block, Layer):
             raise ModelError(f"is a {block.form} already", where=where)
         names = tuple(inspect.signature(block.forward).parameters)
-        found = [m for m in block.modules() if hasattr(m, "layer_idx") and hasattr(m, "config") and m is not block]
+        found = {n: m for n, m in block.named_modules() if n and hasattr(m, "layer_idx") and hasattr(m, "config")}
         if len(found) != 1:
             raise ModelError(f"has {len(found)} attention modules that know their place; one is meant", where=where)
-        if not getattr(found[0], "is_causal", False):
+        ((name, attention),) = found.items()
+        if not getattr(attention, "is_causal", False):
             raise ModelError("attends to later tokens too, so it is no decoder's", where=where)
-        if getattr(found[0], "sliding_window", None) is not None:
+        if getattr(attention, "sliding_window", None) is not None:
             raise ModelError("attends within a window that slides, whose cache forgets", where=where)
-        block.__class__ = _lazy_class(type(block))  # type: ignore[arg-type]
+        block.__class__ = standing_for(LazyBlock, type(block))  # type: ignore[arg-type]
         assert isinstance(block, LazyBlock)
-        block._names = names
+        block._names, block._attention = names, name
         block._set_up(spec)
-        if spec["keep"] is not None:
-            attention: Any = found[0]
-            own = copy.copy(attention.config)
-            setattr(own, DELEGATE, attention.config)
-            own._attn_implementation = PROBE
-            attention.config = own
 
     def _set_up(self, spec: dict[str, Any]) -> None:
         self.number, self.keep, self.sink = spec["number"], spec["keep"], spec["sink"]
@@ -144,11 +138,14 @@ class LazyBlock(Layer):
             return super().forward(hidden_states, **given)  # type: ignore[misc]
         before = state.columns.get(self.number)
         columns = state.slots if before is None else torch.cat([before, state.slots], 1)
-        output = super().forward(hidden_states, **self._narrowed(given, state, columns))  # type: ignore[misc]
+        seen: list[tuple[Tensor, Tensor, float]] = []
+        with watching(self.get_submodule(self._attention), seen) if self.keep is not None else nullcontext():
+            output = super().forward(hidden_states, **self._narrowed(given, state, columns))  # type: ignore[misc]
         hidden = output[0] if isinstance(output, tuple) else output
         state.columns[self.number] = columns
         if self.keep is not None:
-            hidden = self._gate(state, hidden, is_prompt=before is None)
+            scores = self._scores(state, columns, *last_seen(seen, self._attention))
+            hidden = self._gate(state, hidden, scores, is_prompt=before is None)
         if self.is_last:
             hidden = _every_place(state, hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -187,11 +184,10 @@ class LazyBlock(Layer):
             narrowed["cache_position"] = state.slots[0]
         return narrowed
 
-    def _gate(self, state: LazyTokens, hidden: Tensor, is_prompt: bool) -> Tensor:
+    def _gate(self, state: LazyTokens, hidden: Tensor, scores: Tensor, is_prompt: bool) -> Tensor:
         """Choose who goes on, and who comes back with them."""
         assert self.keep is not None
         columns, following = state.columns[self.number], self.number + 1
-        scores = self._scores(state, columns)
         count = math.ceil(self.keep * columns.shape[1] - 1e-9)
         if is_prompt:
             order = scores.masked_fill(columns == state.slots[:, -1:], torch.inf)
@@ -216,11 +212,8 @@ class LazyBlock(Layer):
         state.slots = torch.cat([slots.gather(1, chosen), state.slots], 1)
         return torch.cat([_rows(states, chosen), hidden], 1)
 
-    def _scores(self, state: LazyTokens, columns: Tensor) -> Tensor:
+    def _scores(self, state: LazyTokens, columns: Tensor, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """How much the last token attends to each key of this block, mean over heads; (batch, keys) float32."""
-        attention: Any = next(m for m in self.modules() if hasattr(m, "probed"))
-        query, key, scaling = attention.probed
-        del attention.probed
         if key.shape[2] != columns.shape[1]:
             raise ModelError(
                 f"the cache holds {key.shape[2]} keys where {columns.shape[1]} were put",
@@ -228,9 +221,8 @@ class LazyBlock(Layer):
                 hint="Use a cache that grows with its tokens (DynamicCache).",
             )
         groups = query.shape[1] // key.shape[1]
-        logits = (
-            torch.matmul(query.float(), key.float().repeat_interleave(groups, 1).transpose(2, 3))[:, :, 0] * scaling
-        )
+        last, keys = query[:, :, -1:].float(), key.float().repeat_interleave(groups, 1)
+        logits = torch.matmul(last, keys.transpose(2, 3))[:, :, 0] * scaling
         hidden = ~state.valid.gather(1, columns)
         weights = torch.softmax(logits.masked_fill(hidden[:, None], MASKED), -1).mean(1)
         return weights.masked_fill(hidden, -1.0)
@@ -241,15 +233,6 @@ class LazyBlock(Layer):
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
-
-
-def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any) -> Any:
-    """The model's own attention; the last query and the keys stay with the module for the gate behind it."""
-    scaling = others.get("scaling")
-    module.probed = (query[:, :, -1:], key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    implementation = getattr(module.config, DELEGATE)._attn_implementation
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return AttentionInterface().get_interface(implementation, eager)(module, query, key, value, mask, **others)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -310,12 +293,6 @@ def _every_place(state: LazyTokens, hidden: Tensor) -> Tensor:
     for slots, states in [*state.waiting.values(), (state.slots, hidden)]:
         full.scatter_(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]), states)
     return full
-
-
-@cache
-def _lazy_class(block: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name, so that whatever looks for the block's class or its name still finds it."""
-    return type(block.__name__, (LazyBlock, block), {"__module__": block.__module__})
 
 
 @cache

@@ -14,14 +14,13 @@ block's own arguments they are called, `compressor.branches` found by running it
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
-from compressor.layers.base import Layer
+from compressor.layers.base import Layer, standing_for
 
 INPUT, ARGUMENT, CONSTANT = "input", "argument", "constant"  # what a value of a call is
 
@@ -72,7 +71,7 @@ class RotatedBlock(Layer):
         like = next(p for p in block.parameters() if p.is_floating_point())
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        block.__class__ = _rotated_class(type(block))  # type: ignore[arg-type]
+        block.__class__ = standing_for(RotatedBlock, type(block))  # type: ignore[arg-type]
         assert isinstance(block, RotatedBlock)
         block._set_up(shape, spec, like.dtype, like.device)
         block._names = tuple(p.name for p in named)
@@ -136,9 +135,3 @@ class RotatedBlock(Layer):
     def tensors(self) -> dict[str, Tensor]:
         names = (f"shortcut_{number}" for number, site in enumerate(self.sites) if site["shortcut"])
         return {name: getattr(self, name) for name in names}
-
-
-@cache
-def _rotated_class(block: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name, so that whatever looks for the block's class or its name still finds it."""
-    return type(block.__name__, (RotatedBlock, block), {"__module__": block.__module__})

@@ -17,23 +17,19 @@ Attention goes on as it was (sdpa, eager, ...); a gate computes scores of its ow
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compressor.errors import ModelError
-from compressor.layers.base import Layer
+from compressor.layers.base import Layer, standing_for
 from compressor.token_counts import tokens_after
 from compressor.token_ranking import attention_graph, choose_tokens
+from compressor.watched_attention import last_seen, register_watching, watching
 
-WATCHED = "token_gate"  # an implementation of attention that hands on to the model's own
 KEPT_MASK = "kept_mask"
 
 
@@ -55,7 +51,7 @@ class TokenGate(Layer):
     form = "token_gate"
     stands_for = "block"
     weight_only = False
-    helpers = ("compressor.token_counts", "compressor.token_ranking")
+    helpers = ("compressor.watched_attention", "compressor.token_counts", "compressor.token_ranking")
 
     token_gate: dict[str, Any]
     _names: tuple[str, ...]  # of the block's own arguments after the stream, in order
@@ -63,7 +59,7 @@ class TokenGate(Layer):
 
     @classmethod
     def prepare(cls, model: nn.Module) -> None:
-        AttentionInterface.register(WATCHED, attend_watched)
+        register_watching()
         base = getattr(model, "base_model", model)
         for module in {id(model): model, id(base): base}.values():
             module.register_forward_hook(_add_mask, with_kwargs=True)
@@ -83,7 +79,7 @@ class TokenGate(Layer):
         if isinstance(block, TokenGate):
             raise ModelError("has a token gate already", where=type(block).__name__)
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
-        block.__class__ = _gated_class(type(block))  # type: ignore[arg-type]
+        block.__class__ = standing_for(TokenGate, type(block))  # type: ignore[arg-type]
         assert isinstance(block, TokenGate)
         block.token_gate = spec
         block._names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
@@ -168,13 +164,7 @@ class TokenGate(Layer):
 
     def _chosen(self, seen: list[tuple[Tensor, Tensor, float]], valid: Tensor | None, left: list[int]) -> Tensor:
         """Indices (b, longest) of the kept tokens, in order; the tail of shorter samples is padding."""
-        if not seen:
-            raise ModelError(
-                "its attention wasn't called through transformers' attention interface, so the gate saw no keys",
-                where=self.token_gate["attention"],
-                hint="Load the model with attn_implementation='sdpa' or 'eager'.",
-            )
-        query, key, scaling = seen.pop()
+        query, key, scaling = last_seen(seen, self.token_gate["attention"])
         b, _, n, _ = query.shape
         whole = torch.ones(b, n, dtype=torch.bool, device=query.device) if valid is None else valid
         candidates = unprotected(whole, self.token_gate["protect"])
@@ -228,42 +218,6 @@ class _Passage:
         assert self.rows is not None
         whole = value.new_zeros(self.shape[0] * self.shape[1], *value.shape[2:])
         return whole.index_copy(0, self.rows, value.flatten(0, 1)).unflatten(0, self.shape)
-
-
-class _Watched:
-    """The config of an attention module whose queries and keys are to be seen; else it is that config."""
-
-    _attn_implementation = WATCHED
-
-    def __init__(self, config: Any, seen: list[tuple[Tensor, Tensor, float]]) -> None:
-        self.watched, self.seen = config, seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["watched"], name)
-
-
-@contextmanager
-def watching(attention: nn.Module, seen: list[tuple[Tensor, Tensor, float]]) -> Iterator[None]:
-    """Note (query, key, scaling) of each call that a module makes through transformers' attention interface."""
-    config = attention.config
-    attention.config = _Watched(config, seen)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        attention.config = config
-
-
-def attend_watched(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """The attention that the model would use itself, after a note of what it got."""
-    config: Any = module.config
-    own = sys.modules[type(module).__module__]
-    eager: Any = getattr(own, "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config.watched._attn_implementation, eager)
-    scaling = kwargs.get("scaling")
-    config.seen.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
-    return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def attended(mask: Any, samples: int) -> Tensor:
@@ -339,9 +293,3 @@ def _named(hook: Callable[..., Any], name: str, with_output: bool = False) -> Ca
     if with_output:
         return lambda _module, _args, output: hook(name, output)
     return lambda _module, args, kwargs: hook(name, args, kwargs)
-
-
-@cache
-def _gated_class(block: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name, so that whatever looks for the block's class or its name still finds it."""
-    return type(block.__name__, (TokenGate, block), {"__module__": block.__module__})

@@ -59,7 +59,7 @@ from compressor.slicing import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.turning import pooled_covariance, tap_covariance, turn, turn_readers, turn_writers
+from compressor.turning import pooled_covariance, tap_covariance, taps_of, turn, turn_readers, turn_writers
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %
@@ -270,10 +270,8 @@ class SliceGPT(Pass):
         spectra: list[torch.Tensor] = []
         pooled = None
         for site in model.sites():
-            last = site.index == len(site.residual.blocks)
-            taps = [stream.taps[0] for stream in site.sites] + ([site.residual.end] if last else [])
-            for tap in taps:
-                if self.schedule == "variance" and not last:
+            for tap in taps_of(site):
+                if self.schedule == "variance" and site.sites:
                     raw = tap_covariance(site, tap, self._normalises(per_site=True))
                     spectra.append(pca(raw.matrix)[0])
                 if self.orientation == "auto":
