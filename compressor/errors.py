@@ -96,6 +96,12 @@ class DependencyError(CompressError):
     exit_code, code_name = 6, "missing-dependency"
 
 
+class KernelError(CompressError):
+    """A kernel that was asked for can't be used here."""
+
+    exit_code, code_name = 6, "kernel"
+
+
 class PassError(CompressError):
     """A numerical or data failure inside a pass; the journal is kept."""
 

@@ -1,0 +1,41 @@
+"""Compiles the CPU kernels while the package is installed, and records how it went for `compress-model doctor`.
+
+Read by setuptools alone, in an environment that has nothing else. A missing or failing compiler doesn't fail the
+installation: the extension is optional, and the record says what happened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wno-uninitialized"]
+FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12's own AVX-512 header
+RECORD = "_cpu_build.txt"
+
+
+class BuildKernels(build_ext):
+    """build_ext with the flags of the kernels and a record beside the extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "unix":
+            ext.extra_compile_args = FLAGS
+            ext.extra_link_args = ["-pthread"]
+        try:
+            super().build_extension(ext)
+            command = " ".join([*getattr(self.compiler, "compiler_cxx", ["c++"])[:1], *ext.extra_compile_args])
+            outcome = f"built with: {command}"
+        except Exception as error:
+            outcome = f"not built: {type(error).__name__}: {error}"
+            raise  # setuptools turns it into a warning, since the extension is optional
+        finally:
+            self._record(ext, outcome)
+
+    def _record(self, ext: Extension, outcome: str) -> None:
+        folder = Path(self.build_lib, *ext.name.split(".")[:-1])
+        if self.editable_mode or self.inplace:
+            folder = Path(self.get_finalized_command("build_py").get_package_dir(ext.name.rpartition(".")[0]))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(outcome + "\n")

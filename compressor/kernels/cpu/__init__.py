@@ -1,0 +1,65 @@
+"""The library of CPU kernels, compiled from the C++ sources beside this file, if the installation has it.
+
+Levels of instructions: scalar, avx2 and avx512vnni; all give the same bits. The best one of the processor is used, or
+the one that the environment variable COMPRESSOR_CPU names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from compressor.errors import KernelError
+
+LEVELS = ("scalar", "avx2", "avx512vnni")
+ABI = 1
+RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
+
+
+@dataclass(frozen=True)
+class Library:
+    """functions  the compiled module; its functions are declared in ops.h
+    level      index into LEVELS of the instructions in use
+    """
+
+    functions: ModuleType
+    level: int
+
+
+@cache
+def library() -> Library | str:
+    """The compiled library, or why it can't be used.
+
+    raises KernelError if COMPRESSOR_CPU asks for what this processor lacks, or the library is of another release
+    """
+    try:
+        functions = importlib.import_module("compressor.kernels._cpu")
+    except ImportError as error:
+        record = RECORD.read_text().strip() if RECORD.is_file() else f"not built ({error})"
+        return f"cpu library {record}"
+    if functions.ABI != ABI:
+        raise KernelError(
+            f"the CPU library has ABI {functions.ABI}, {ABI} expected",
+            where=str(functions.__file__),
+            hint="Install compress-model again.",
+        )
+    return Library(functions, _level(functions))
+
+
+def _level(functions: ModuleType) -> int:
+    best = functions.best_level()
+    wanted = os.environ.get("COMPRESSOR_CPU")
+    if wanted is None:
+        return best
+    known = LEVELS[: best + 1]
+    if wanted not in known:
+        raise KernelError(
+            f"COMPRESSOR_CPU is {wanted!r}, this processor offers {', '.join(known)}",
+            where="environment",
+            hint="Unset it, or set it to one of these.",
+        )
+    return LEVELS.index(wanted)

@@ -1,0 +1,215 @@
+#include "common.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
+#endif
+#include "ops.h"
+
+namespace compressor {
+
+bool level_is_there(int64_t level) {
+  if (level == SCALAR) return true;
+#ifdef COMPRESSOR_X86  // __builtin_cpu_supports also asks whether the operating system saves the registers
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (level == AVX2) return avx2;
+  if (level == AVX512VNNI)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return false;
+}
+
+// ---- conversions ----
+#ifdef COMPRESSOR_X86
+TARGET_AVX2 static void halves_to_float(const uint16_t* in, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
+  for (; i < count; i++) out[i] = half_to_float(in[i]);
+}
+TARGET_AVX2 static void floats_to_half(const float* in, uint16_t* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i < count; i++) out[i] = float_to_half(in[i]);
+}
+TARGET_AVX2 static void floats_to_bfloat16(const float* in, uint16_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = float_to_bfloat16(in[i]);
+}
+#endif
+void to_float(int64_t level, const void* data, int64_t dtype, int64_t offset, float* out, int64_t count) {
+  if (dtype == FLOAT32) { memcpy(out, (const float*)data + offset, size_t(count) * 4); return; }
+  const uint16_t* in = (const uint16_t*)data + offset;
+#ifdef COMPRESSOR_X86
+  if (dtype == FLOAT16 && level > SCALAR) return halves_to_float(in, out, count);
+#endif
+  for (int64_t i = 0; i < count; i++) out[i] = load_number(in, dtype, i);
+}
+void from_float(int64_t level, const float* values, void* data, int64_t dtype, int64_t offset, int64_t count) {
+  if (dtype == FLOAT32) { memcpy((float*)data + offset, values, size_t(count) * 4); return; }
+  uint16_t* out = (uint16_t*)data + offset;
+#ifdef COMPRESSOR_X86
+  if (level > SCALAR) return dtype == FLOAT16 ? floats_to_half(values, out, count) : floats_to_bfloat16(values, out, count);
+#endif
+  for (int64_t i = 0; i < count; i++) store_number(out, dtype, i, values[i]);
+}
+
+// ---- the packed weight ----
+int64_t describe(Packed& w, const uint8_t* blocks, int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype) {
+  if (N < 0 || K < 1 || group < 8 || group % 8 || group > (1 << 24) || N > (int64_t(1) << 40) || K > (int64_t(1) << 40)) return BAD_SHAPE;
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return BAD_LAYOUT;
+  if (scale_dtype < FLOAT32 || scale_dtype > FLOAT16) return BAD_DTYPE;
+  w.blocks = blocks, w.out_features = N, w.in_features = K, w.bits = bits, w.group = group, w.scale_dtype = scale_dtype;
+  w.groups = (K + group - 1) / group, w.tiles = (N + TILE - 1) / TILE;
+  w.row_bytes = TILE * bits;
+  w.scale_offset = group / 8 * w.row_bytes;
+  w.zero_offset = w.scale_offset + TILE * dtype_bytes(scale_dtype);
+  w.block_bytes = w.zero_offset + TILE;
+  return OK;
+}
+int64_t open_packed(Packed& w, const uint8_t* packed, int64_t bytes, int64_t N, int64_t K, int64_t bits, int64_t group) {
+  Header h;
+  if (bytes < int64_t(sizeof h)) return BAD_LAYOUT;
+  memcpy(&h, packed, sizeof h);
+  if (h.magic != MAGIC) return BAD_LAYOUT;
+  if (h.out_features != N || h.in_features != K || h.bits != bits || h.group != group) return BAD_SHAPE;
+  const int64_t error = describe(w, packed + sizeof h, h.out_features, h.in_features, h.bits, h.group, h.scale_dtype);
+  if (error) return error;
+  return bytes == int64_t(sizeof h) + w.tiles * w.groups * w.block_bytes ? OK : BAD_LAYOUT;
+}
+static void put_code(uint8_t* row, int64_t bits, int n, int j, uint8_t code) {
+  if (bits == 8) { row[j / 4 * 256 + n * 4 + j % 4] = code; return; }
+  if (bits == 4) { row[n * 4 + j % 4] |= uint8_t(code << (j / 4 * 4)); return; }
+  row[n * 2 + j / 4] |= uint8_t((code & 3) << (j % 4 * 2));
+  if (bits == 3) row[128 + n] |= uint8_t((code >> 2) << j);
+}
+
+// ---- threads ----
+namespace {
+thread_local bool inside = false;
+struct Pool {
+  std::mutex busy, sleep;
+  std::condition_variable wake;
+  std::vector<std::thread> workers;
+  std::atomic<uint64_t> round{0};  // counts calls; a worker waits for the next
+  std::atomic<int64_t> active{0}, finished{0};
+  const std::function<void(int64_t)>* f = nullptr;
+  int64_t tasks = 0, threads = 0;
+
+  void share(int64_t me) {  // whole runs of tasks, fixed by the number of threads
+    for (int64_t i = tasks * me / threads; i < tasks * (me + 1) / threads; i++) (*f)(i);
+  }
+  void work(int64_t me, uint64_t seen) {
+    inside = true;
+    for (;;) {
+      const auto spin_end = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
+      while (round.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < spin_end) std::this_thread::yield();
+      if (round.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(sleep);
+        wake.wait(lock, [&] { return round.load(std::memory_order_acquire) != seen; });
+      }
+      seen = round.load(std::memory_order_acquire);
+      if (me < threads) share(me);
+      finished.fetch_add(1, std::memory_order_release);
+    }
+  }
+  void run(int64_t wanted, int64_t count, const std::function<void(int64_t)>& g) {
+    while (int64_t(workers.size()) < wanted - 1) {
+      const int64_t me = int64_t(workers.size()) + 1;
+      workers.emplace_back([this, me, seen = round.load()] { work(me, seen); });
+    }
+    f = &g, tasks = count, threads = wanted, finished.store(0);
+    { std::lock_guard<std::mutex> lock(sleep); round.fetch_add(1, std::memory_order_release); }
+    wake.notify_all();
+    inside = true;
+    share(0);
+    inside = false;
+    while (finished.load(std::memory_order_acquire) < int64_t(workers.size())) std::this_thread::yield();
+  }
+};
+// Never destroyed: its threads sleep until the process ends. After fork the child has none of them and starts anew.
+Pool* pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; inside = false; });
+#endif
+}  // namespace
+
+void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f) {
+  threads = std::min(threads, tasks);
+  if (threads > 1 && !inside) {
+    std::unique_lock<std::mutex> mine(pool->busy, std::try_to_lock);
+    if (mine.owns_lock()) return pool->run(threads, tasks, f);
+  }
+  for (int64_t i = 0; i < tasks; i++) f(i);
+}
+
+void* scratch(int slot, size_t bytes) {
+  struct Buffer { std::unique_ptr<char[]> memory; size_t size = 0; };
+  static thread_local Buffer buffers[8];
+  Buffer& b = buffers[slot];
+  if (b.size < bytes) {
+    b.size = 0, b.memory.reset();
+    b.memory.reset(new char[bytes + 64]), b.size = bytes;
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.memory.get()) + 63) & ~uintptr_t(63));
+}
+
+}  // namespace compressor
+
+using namespace compressor;
+
+extern "C" int64_t best_level() { return level_is_there(AVX512VNNI) ? AVX512VNNI : level_is_there(AVX2) ? AVX2 : SCALAR; }
+
+extern "C" int64_t packed_bytes(int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype) {
+  Packed w;
+  const int64_t error = describe(w, nullptr, N, K, bits, group, scale_dtype);
+  return error ? error : int64_t(sizeof(Header)) + w.tiles * w.groups * w.block_bytes;
+}
+
+extern "C" int64_t pack_weight(int64_t threads, const uint8_t* codes, const void* scale, const uint8_t* zero, uint8_t* out,
+                               int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype) {
+  Packed w;
+  if (const int64_t error = describe(w, out + sizeof(Header), N, K, bits, group, scale_dtype)) return error;
+  const Header header{MAGIC, uint32_t(bits), N, K, group, scale_dtype, {}};
+  memcpy(out, &header, sizeof header);
+  const int64_t bytes = dtype_bytes(scale_dtype);
+  parallel(threads, w.tiles, [&](int64_t t) {
+    for (int64_t j = 0; j < w.groups; j++) {
+      uint8_t* b = const_cast<uint8_t*>(w.block(t, j));
+      memset(b, 0, size_t(w.block_bytes));
+      for (int n = 0; n < TILE && t * TILE + n < N; n++) {
+        const int64_t r = t * TILE + n, end = std::min(group, K - j * group);
+        memcpy(b + w.scale_offset + n * bytes, (const char*)scale + (r * w.groups + j) * bytes, size_t(bytes));
+        b[w.zero_offset + n] = zero ? zero[r * w.groups + j] : uint8_t(1 << (bits - 1));
+        for (int64_t k = 0; k < end; k++) put_code(b + k / 8 * w.row_bytes, bits, n, int(k % 8), codes[r * K + j * group + k]);
+      }
+    }
+  });
+  return OK;
+}
+
+extern "C" int64_t unpack_weight(int64_t threads, const uint8_t* packed, int64_t packed_size, int64_t N, int64_t K, int64_t bits,
+                                 int64_t group, uint8_t* codes, float* scale, uint8_t* zero) {
+  Packed w;
+  if (const int64_t error = open_packed(w, packed, packed_size, N, K, bits, group)) return error;
+  parallel(threads, w.tiles, [&](int64_t t) {
+    for (int64_t j = 0; j < w.groups; j++) {
+      const uint8_t* b = w.block(t, j);
+      for (int n = 0; n < TILE && t * TILE + n < w.out_features; n++) {
+        const int64_t r = t * TILE + n, end = std::min(w.group, w.in_features - j * w.group);
+        scale[r * w.groups + j] = load_number(b + w.scale_offset, w.scale_dtype, n);
+        zero[r * w.groups + j] = b[w.zero_offset + n];
+        for (int64_t k = 0; k < end; k++) codes[r * w.in_features + j * w.group + k] = get_code(b + k / 8 * w.row_bytes, w.bits, n, int(k % 8));
+      }
+    }
+  });
+  return OK;
+}

@@ -1,0 +1,105 @@
+// What all CPU kernels share: number formats, the packed weight "cpu1", threads, and how a level of instructions is named.
+// Plain C++17; no torch and no Python. Every op is one extern "C" function of pointers, int64_t and double (ops.h).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define COMPRESSOR_X86 1
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace compressor {
+
+enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2 };
+enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, OUT_OF_MEMORY = -5 };
+
+bool level_is_there(int64_t level);
+
+constexpr int TILE = 64;  // outputs that are computed together, in the lanes of 4 registers of 16 floats
+
+// ---- numbers ----
+static inline float from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+static inline float bfloat16_to_float(uint16_t b) { return from_bits(uint32_t(b) << 16); }
+static inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x400) return from_bits(sign | to_bits(float(rest) * 5.9604644775390625e-8f));  // * 2^-24, exact
+  return from_bits(sign | ((rest << 13) + 0x38000000));
+}
+static inline uint16_t float_to_bfloat16(float f) {  // to nearest even; NaN stays NaN
+  const uint32_t bits = to_bits(f);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static inline uint16_t float_to_half(float f) {  // to nearest even; beyond 65504 Inf; NaN stays NaN
+  const uint32_t bits = to_bits(f), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (rest < 0x38800000)  // below 2^-14: adding 1/2 leaves multiples of 2^-24 in the low bits
+    return uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - 0x1c000));
+}
+static inline int64_t dtype_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+static inline float load_number(const void* data, int64_t dtype, int64_t i) {
+  if (dtype == FLOAT32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return dtype == BFLOAT16 ? bfloat16_to_float(bits) : half_to_float(bits);
+}
+static inline void store_number(void* data, int64_t dtype, int64_t i, float value) {
+  if (dtype == FLOAT32) static_cast<float*>(data)[i] = value;
+  else static_cast<uint16_t*>(data)[i] = dtype == BFLOAT16 ? float_to_bfloat16(value) : float_to_half(value);
+}
+// count numbers of any dtype to float32, at the speed of the level
+void to_float(int64_t level, const void* data, int64_t dtype, int64_t offset, float* out, int64_t count);
+void from_float(int64_t level, const float* values, void* data, int64_t dtype, int64_t offset, int64_t count);
+
+// ---- the packed weight, layout "cpu1" ----
+//   packed = one line of 64 bytes (Header), then [ceil(N/64) tiles][ceil(K/group) groups] of one block
+//   block  = group/8 rows | 64 scales, 2 or 4 bytes each | 64 zero points u8         all of whole 64-byte lines
+//   row    = columns k .. k+7 of the group for 64 outputs, n = 0 .. 63, i = 0 .. 3:
+//     8 bits  256 bytes: byte n*4+i = code[n][k+i];  256 bytes: byte n*4+i = code[n][k+4+i]
+//     4 bits  256 bytes: byte n*4+i = code[n][k+i] | code[n][k+4+i] << 4
+//     2 bits  128 bytes: u16 n, bits 2j and 2j+1 = code[n][k+j], j = 0 .. 7
+//     3 bits  the low two bits as for 2 bits; 64 bytes: byte n, bit j = the high bit of code[n][k+j]
+// Outputs beyond N have scale 0; columns beyond K have code 0, and their inputs are taken as 0.
+struct Header {
+  uint32_t magic, bits;
+  int64_t out_features, in_features, group, scale_dtype, reserved[3];
+};
+static_assert(sizeof(Header) == 64, "one line");
+constexpr uint32_t MAGIC = 0x31757063;  // "cpu1"
+
+struct Packed {
+  const uint8_t* blocks;
+  int64_t out_features, in_features, bits, group, groups, tiles, scale_dtype, row_bytes, scale_offset, zero_offset, block_bytes;
+  int64_t padded() const { return groups * group; }
+  const uint8_t* block(int64_t tile, int64_t j) const { return blocks + (tile * groups + j) * block_bytes; }
+};
+int64_t describe(Packed& w, const uint8_t* blocks, int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype);
+// Reads the header and checks it against what the caller believes and against the size of the tensor.
+int64_t open_packed(Packed& w, const uint8_t* packed, int64_t bytes, int64_t N, int64_t K, int64_t bits, int64_t group);
+
+static inline uint8_t get_code(const uint8_t* row, int64_t bits, int n, int j) {
+  if (bits == 8) return row[j / 4 * 256 + n * 4 + j % 4];
+  if (bits == 4) return row[n * 4 + j % 4] >> (j / 4 * 4) & 15;
+  const uint8_t low = row[n * 2 + j / 4] >> (j % 4 * 2) & 3;
+  return bits == 2 ? low : uint8_t(low | (row[128 + n] >> j & 1) << 2);
+}
+
+// ---- threads ----
+// f(i) for i in [0, tasks), each once, on at most `threads` threads, the caller among them. Which thread runs what never
+// changes a result. A call from within f, or while another caller uses the workers, runs here alone.
+void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f);
+
+// Memory of this thread, kept for its next call; grows only. 64-byte aligned; contents undefined.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace compressor

@@ -1,0 +1,20 @@
+// Every op of the library. Pointers, int64_t and double only, so that Python, C++ tests and sanitizers call the same
+// symbols. level is one of common.h's Level, threads at least 1. They return 0 or one of common.h's Error.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+int64_t best_level();  // the best one this processor has
+int64_t packed_bytes(int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype);  // or an Error
+int64_t pack_weight(int64_t threads, const uint8_t* codes, const void* scale, const uint8_t* zero, uint8_t* out, int64_t N, int64_t K,
+                    int64_t bits, int64_t group, int64_t scale_dtype);
+int64_t unpack_weight(int64_t threads, const uint8_t* packed, int64_t packed_size, int64_t N, int64_t K, int64_t bits,
+                      int64_t group, uint8_t* codes, float* scale, uint8_t* zero);
+int64_t quantize_rows(int64_t level, const void* x, int64_t x_dtype, int8_t* codes, float* absmax, int64_t M, int64_t K);
+int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
+                            const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N,
+                           int64_t K, int64_t bits, int64_t group);
+int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
+                           const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N,
+                           int64_t K, int64_t bits, int64_t group);
+}

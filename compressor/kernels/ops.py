@@ -1,0 +1,250 @@
+"""The operations of this package in torch's registry, under `torch.ops.compressor`, with shapes for tracing.
+
+    pack_weight           codes, scales and zero points -> one packed tensor, in a layout that a kernel reads in one stream
+    unpack_weight         the inverse
+    linear_weight_only    x @ W.T with x as it is (W2A16, W3A16, W4A16, W8A16)
+    linear_dynamic_int8   x @ W.T with the rows of x rounded to int8 by their own largest magnitude (W4A8, W8A8)
+
+x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32, the
+bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the number of
+threads or the other rows of x. Layout "cpu1" is drawn in docs/kernels.md. None of them has a gradient.
+
+They run on the CPU by the compiled library; without it they raise KernelError with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels.cpu import Library, library
+
+LAYOUT = "cpu1"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (4, 8)}
+BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
+
+_REGISTRY = torch.library.Library("compressor", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+@cache
+def cpu_library() -> Library:
+    """raises KernelError if it isn't there"""
+    found = library()
+    if isinstance(found, str):
+        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
+    return found
+
+
+def groups_of(in_features: int, group_size: int) -> int:
+    """Groups of a row; group_size -1 is the whole row."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def _columns(in_features: int, group_size: int) -> int:
+    """Columns of a group as the kernels count them: a multiple of 8."""
+    return -(-in_features // 8) * 8 if group_size == -1 else group_size
+
+
+def _check_layout(layout: str) -> None:
+    if layout != LAYOUT:
+        raise ShapeError(f"packed layout {layout!r}, {LAYOUT!r} expected")
+
+
+def pack_weight(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    permutation: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """Codes in the order that the kernels read them.
+
+    codes        (out, in) uint8 in [0, 2**bits - 1]
+    scale        (out, groups) float32, bfloat16 or float16, kept as it is
+    zero_point   (out, groups) uint8; None: 2**(bits - 1)
+    permutation  (in,) int64: columns in the order in which they form groups; None: as they are
+    group_size   a multiple of 8, or -1 for whole rows; the last group may be short
+    returns      uint8 (bytes,)
+    raises       ShapeError
+    """
+    _check_layout(layout)
+    out, columns = codes.shape
+    expected = (out, groups_of(columns, group_size))
+    if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
+        zeros = "none" if zero_point is None else tuple(zero_point.shape)
+        raise ShapeError(
+            f"scale {tuple(scale.shape)}, zero point {zeros}: {expected} expected for codes {(out, columns)}"
+        )
+    if (
+        codes.dtype != torch.uint8
+        or scale.dtype not in DTYPES
+        or (zero_point is not None and zero_point.dtype != torch.uint8)
+    ):
+        kinds = codes.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
+        raise ShapeError(f"codes, scale and zero point are {kinds}; uint8, a 16- or 32-bit float and uint8 expected")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ShapeError(f"code {int(codes.max())} doesn't fit {bits} bits")
+    if permutation is not None:
+        codes = codes.index_select(1, permutation)
+    functions = cpu_library().functions
+    size = functions.packed_bytes(out, columns, bits, _columns(columns, group_size), DTYPES[scale.dtype])
+    if size < 0:
+        raise ShapeError(f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}")
+    packed = torch.empty(size, dtype=torch.uint8)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    zeros = 0 if zero_point is None else zero_point.data_ptr()
+    functions.pack_weight(
+        torch.get_num_threads(), codes.data_ptr(), scale.data_ptr(), zeros, packed.data_ptr(), out, columns, bits,
+        _columns(columns, group_size), DTYPES[scale.dtype],
+    )  # fmt: skip
+    return packed
+
+
+def unpack_weight(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (out, in) uint8 in packed order, scale (out, groups) float32, zero_point (out, groups) uint8
+
+    raises ShapeError if the packed tensor is of another shape or layout
+    """
+    _check_layout(layout)
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8)
+    groups = groups_of(in_features, group_size)
+    scale, zero_point = torch.empty(out_features, groups), torch.empty(out_features, groups, dtype=torch.uint8)
+    group = _columns(in_features, group_size)
+    arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
+    places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
+    if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):
+        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size))
+    return codes, scale, zero_point
+
+
+def _unlike(packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int) -> str:
+    return (
+        f"packed weight of {packed.numel()} bytes ({packed.dtype}) isn't one of {out_features} x {in_features}, "
+        f"{bits} bits, groups of {group_size} in layout {LAYOUT}"
+    )
+
+
+def _linear(name: str) -> Callable[..., Tensor]:
+    allowed = BITS[name]
+
+    def linear(
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        permutation: Tensor | None,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        layout: str,
+    ) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
+        kind = DTYPES.get(x.dtype)
+        if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
+            raise ShapeError(
+                f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, {bits} bits, layout {layout!r}; "
+                f"a float x, uint8, bits of {allowed} and {LAYOUT!r} expected"
+            )
+        if permutation is not None:
+            x = x.index_select(-1, permutation)
+        x, packed = x.contiguous(), packed.contiguous()
+        columns = x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], out_features))
+        bias_at, bias_kind = 0, 0
+        if bias is not None:
+            if bias.shape != (out_features,) or bias.dtype not in DTYPES:
+                raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, ({out_features},) expected")
+            bias = bias.contiguous()
+            bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
+        found = cpu_library()
+        size = packed.numel()
+        threads = max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
+        error = getattr(found.functions, name)(
+            found.level, threads, x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
+            x.numel() // columns if columns else 0, out_features, columns, bits, _columns(columns, group_size),
+        )  # fmt: skip
+        if error:
+            raise ShapeError(f"{name}: x {tuple(x.shape)}; " + _unlike(packed, out_features, columns, bits, group_size))
+        return y
+
+    return linear
+
+
+def _fake_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_unpack(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = groups_of(in_features, group_size)
+    return (
+        packed.new_empty((out_features, in_features)),
+        packed.new_empty((out_features, groups), dtype=torch.float32),
+        packed.new_empty((out_features, groups)),
+    )
+
+
+def _fake_pack(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    permutation: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    out, columns = codes.shape
+    group = _columns(columns, group_size)
+    block = group * 8 * bits + 64 * scale.element_size() + 64
+    return codes.new_empty((64 + -(-out // 64) * -(-columns // group) * block,))
+
+
+_LINEAR = (
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? permutation, SymInt out_features, int bits, int group_size, "
+    "str layout) -> Tensor"
+)
+
+
+def _register(name: str, schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
+    _REGISTRY.define(name + schema, tags=_TAGS)
+    _REGISTRY.impl(name, run, "CPU")
+    torch.library.register_fake(f"compressor::{name}", fake, lib=_REGISTRY)
+
+
+_register(
+    "pack_weight",
+    "(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? permutation, int bits, int group_size, str layout)"
+    " -> Tensor",
+    pack_weight,
+    _fake_pack,
+)
+_register(
+    "unpack_weight",
+    "(Tensor packed, SymInt out_features, SymInt in_features, int bits, int group_size, str layout)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    unpack_weight,
+    _fake_unpack,
+)
+for _name in BITS:
+    _register(_name, _LINEAR, _linear(_name), _fake_linear)
