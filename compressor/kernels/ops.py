@@ -1,13 +1,13 @@
 """The operations of this package in torch's registry, under `torch.ops.compressor`, with shapes for tracing.
 
-    pack_weight           codes, scales and zero points -> one packed tensor, in a layout that a kernel reads in one stream
+    pack_weight           codes, scales and zero points -> one packed tensor, which a kernel reads in one stream
     unpack_weight         the inverse
     linear_weight_only    x @ W.T with x as it is (W2A16, W3A16, W4A16, W8A16)
     linear_dynamic_int8   x @ W.T with the rows of x rounded to int8 by their own largest magnitude (W4A8, W8A8)
 
-x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32, the
-bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the number of
-threads or the other rows of x. Layout "cpu1" is drawn in docs/kernels.md. None of them has a gradient.
+x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32,
+the bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the
+number of threads or the other rows of x. Layout "cpu1" is drawn in docs/kernels.md. None of them has a gradient.
 
 They run on the CPU by the compiled library; without it they raise KernelError with the reason.
 """
@@ -138,6 +138,11 @@ def _unlike(packed: Tensor, out_features: int, in_features: int, bits: int, grou
 def _linear(name: str) -> Callable[..., Tensor]:
     allowed = BITS[name]
 
+    @cache
+    def compiled() -> tuple[Callable[..., int], int]:
+        found = cpu_library()
+        return getattr(found.functions, name), found.level
+
     def linear(
         x: Tensor,
         packed: Tensor,
@@ -167,11 +172,11 @@ def _linear(name: str) -> Callable[..., Tensor]:
                 raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, ({out_features},) expected")
             bias = bias.contiguous()
             bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
-        found = cpu_library()
+        run, level = compiled()
         size = packed.numel()
         threads = max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
-        error = getattr(found.functions, name)(
-            found.level, threads, x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
+        error = run(
+            level, threads, x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
             x.numel() // columns if columns else 0, out_features, columns, bits, _columns(columns, group_size),
         )  # fmt: skip
         if error:

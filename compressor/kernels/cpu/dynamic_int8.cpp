@@ -221,9 +221,7 @@ template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Rows& x, int64_
     for (int c = 0; c < 4; c++) _mm512_storeu_ps(out + m * TILE + c * 16, _mm512_mul_ps(total[m][c], _mm512_set1_ps(x.scale[m0 + m])));
 }
 template <int BITS> TARGET_AVX512 int64_t rows_avx512(const Rows& x, int64_t m, int64_t left, int64_t tile, float* out) {
-  if (left >= 6) return tile_avx512<BITS, 6>(x, m, tile, out), 6;
-  if (left == 5) return tile_avx512<BITS, 5>(x, m, tile, out), 5;
-  if (left == 4) return tile_avx512<BITS, 4>(x, m, tile, out), 4;
+  if (left >= 4) return tile_avx512<BITS, 4>(x, m, tile, out), 4;
   if (left == 3) return tile_avx512<BITS, 3>(x, m, tile, out), 3;
   if (left == 2) return tile_avx512<BITS, 2>(x, m, tile, out), 2;
   return tile_avx512<BITS, 1>(x, m, tile, out), 1;

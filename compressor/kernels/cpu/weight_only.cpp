@@ -100,7 +100,10 @@ TARGET_AVX2 void group_sums_avx2(const float* x, float* sums, int64_t groups, in
 // ---- 16 outputs a register ----
 struct Sixteen { __m512i low, high; };
 template <int BITS> TARGET_AVX512 ALWAYS_INLINE Sixteen load_sixteen(const uint8_t* row, int c) {
-  if (BITS == 4) return {_mm512_loadu_si512((const __m512i*)row + c), _mm512_setzero_si512()};
+  if (BITS == 4) {
+    const __m512i both = _mm512_loadu_si512((const __m512i*)row + c);
+    return {both, both};
+  }
   if (BITS == 8) return {_mm512_loadu_si512((const __m512i*)row + c), _mm512_loadu_si512((const __m512i*)(row + 256) + c)};
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)row + c)),
           BITS == 3 ? _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + 128) + c)), 2) : _mm512_setzero_si512()};
@@ -145,13 +148,13 @@ template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Rows& x, int64_
     const uint8_t* block = b;
     for (const uint8_t* end = b + w.scale_offset; b < end; b += TILE * BITS, p += 8) {
       if (MT == 1) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)b + 6144 + c * 64, _MM_HINT_T0);
-      for (int c = 0; c < 4; c++) {
-        const Sixteen codes = load_sixteen<BITS>(b, c);
-        for (int i = 0; i < 8; i++) {
-          const __m512 v = centred<BITS>(codes, i, table);
+      Sixteen codes[4];  // all four before any product: the sums wait on each other least when they take turns
+      for (int c = 0; c < 4; c++) codes[c] = load_sixteen<BITS>(b, c);
+      for (int i = 0; i < 8; i++)
+        for (int c = 0; c < 4; c++) {
+          const __m512 v = centred<BITS>(codes[c], i, table);
           for (int m = 0; m < MT; m++) part[m][c] = _mm512_fmadd_ps(_mm512_set1_ps(p[m * x.stride + i]), v, part[m][c]);
         }
-      }
     }
     for (int c = 0; c < 4; c++) {
       const __m512 scale = scales_avx512(b, w.scale_dtype, c), shift = shift_of<BITS>(w, block, c);
