@@ -21,6 +21,7 @@ from compressor.kernels import explain, ops, prepare
 from compressor.kernels.cpu import LEVELS, Library, library
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.prepared import PreparedLinear
+from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 
 BUILT = isinstance(library(), Library)
@@ -390,3 +391,51 @@ def test_a_dense_linear_is_left_alone():
     model = nn.Sequential(nn.Linear(4, 4))
     assert prepare(model, strict=True) == {} and explain(model) == ""
     assert torch.equal(model(torch.ones(1, 4)), F.linear(torch.ones(1, 4), model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [None, [3, 7, 40], []], ids=["dynamic", "calibrated", "none"])
+def test_llm_int8_is_one_call_that_agrees_with_its_stored_form(columns, dtype):
+    made = torch.Generator().manual_seed(4)
+    matrix = torch.randn(130, 77, generator=made)
+    kept = None if columns is None else torch.tensor(columns, dtype=torch.int64)
+    layer = Int8SplitLinear.pack(matrix, 6.0, dtype, kept)
+    layer.bias = nn.Parameter(torch.randn(130, generator=made).to(dtype), requires_grad=False)
+    x = torch.randn(2, 5, 77, generator=made)
+    x[..., 5] *= 8
+    x[0, 3, 11], x[1, 1, 1] = torch.inf, torch.nan
+    x = x.to(dtype)
+    expected, model = layer(x), nn.Sequential(layer)
+    names = list(model.state_dict())
+    assert prepare(model, strict=True)["0"].op == "linear_int8_outlier" and list(model.state_dict()) == names
+    found = model(x)
+    assert found.dtype == dtype and torch.equal(found.isnan(), expected.isnan())
+    assert found[0, 3].isnan().all() and found[1, 1].isnan().all() and found[0, :3].isfinite().all()
+    # products and the two scales in another order: a few float32 steps of the largest term, then one rounding
+    step = 16 * UNIT * float((x.nan_to_num(0, 0, 0).abs().double() @ layer.matrix(torch.float64).abs().t()).max())
+    difference = (found.double() - expected.double()).nan_to_num().abs()
+    assert (difference <= step + 2 * HALF_UNIT[dtype] * expected.double().nan_to_num().abs()).all()
+    for level in HERE:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "cpu_library", lambda level=level: dataclasses.replace(library(), level=level))
+            assert torch.equal(model(x).nan_to_num(), found.nan_to_num())
+    if columns is not None:  # calibrated: a token's bits don't depend on its neighbours
+        assert torch.equal(torch.cat([model(row) for row in x.split(1)]).nan_to_num(), found.nan_to_num())
+
+
+def test_llm_int8_passes_the_checks_of_torch_and_refuses_bad_calls():
+    layer = Int8SplitLinear.pack(torch.randn(70, 64), 6.0, torch.float32, torch.tensor([1, 9]))
+    packed = ops.pack_int8_rows(layer.weight, layer.SCB)
+    columns, weight = layer.outlier_columns.long(), layer.outlier_weight
+    x = torch.randn(3, 64)
+    for arguments in (
+        (x, packed, layer.SCB, None, None, None, 6.0),
+        (x, packed, layer.SCB, columns, weight, None, 0.0),
+    ):
+        torch.library.opcheck(torch.ops.compressor.linear_int8_outlier.default, arguments)
+    with pytest.raises(ShapeError, match=r"columns, their weight.*\(70, 1\)"):
+        ops.linear_int8_outlier(x, packed, layer.SCB, columns, weight[:, :1], None, 6.0)
+    with pytest.raises(ShapeError, match=r"x \(3, 63\)"):
+        ops.linear_int8_outlier(x[:, :63], packed, layer.SCB, None, None, None, 6.0)
+    with pytest.raises(ShapeError, match=r"x \(3, 64\)"):
+        ops.linear_int8_outlier(x, packed, layer.SCB, columns + 60, weight, None, 6.0)

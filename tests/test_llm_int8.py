@@ -206,7 +206,7 @@ def test_bitsandbytes_itself_loads_the_artifact_and_its_layers_do_what_they_shou
     layers = found["stock_layers"]
     assert layers["compared"] == 14 and 0 < layers["largest_share_of_allowed"] < 1
     model = hf.AutoModelForCausalLM.from_pretrained(directory)
-    own = compressor.load(directory)
+    own = compressor.load(directory, kernels="reference")
     theirs, ours = (m.model.layers[0].mlp.gate_proj for m in (model, own))
     assert type(theirs) is bnb.nn.Linear8bitLt and type(ours) is Int8SplitLinear
     assert type(model.lm_head) is nn.Linear
@@ -303,7 +303,7 @@ def test_calibrated_columns_are_stored_as_they_were_and_load_without_this_packag
     warning = next(warning for warning in report["warnings"] if warning["code"] == "outliers-dropped")
     assert "outlier features beyond max_outlier_columns are rounded, up to" in warning["message"]
     assert row["bytes_after"] == sum(value.nbytes for key, value in tensors.items() if key.startswith(name))
-    own = compressor.load(tmp_path / "out")
+    own = compressor.load(tmp_path / "out", kernels="reference")
     expected = own(input_ids=torch.arange(8).view(1, 8)).logits
     assert torch.equal(logits_without_this_package(tmp_path / "out", tmp_path), expected)
 
@@ -405,7 +405,7 @@ def test_gptq_on_the_mlp_and_int8_attention_share_a_sweep(tmp_path):
     assert report["verification"]["max_logit_difference"] == 0.0
     forms = {(row["role"], row["pass"], row["form"]) for row in report["weights"]}
     assert forms == {("attention", "llm_int8", "int8_split_linear"), ("mlp", "gptq", "packed_linear")}
-    block = compressor.load(tmp_path / "out").model.layers[0]
+    block = compressor.load(tmp_path / "out", kernels="reference").model.layers[0]
     assert type(block.self_attn.q_proj) is Int8SplitLinear and type(block.mlp.up_proj) is PackedLinear
 
 

@@ -150,7 +150,7 @@ def test_what_is_written_as_an_artifact_loads_here_and_where_this_package_is_not
     )
     assert done.returncode == 0, done.stderr[-1500:]
     for directory, written in cases.items():
-        ours, theirs = compressor.load(directory), torch.load(f"{directory}.found")
+        ours, theirs = compressor.load(directory, kernels="reference"), torch.load(f"{directory}.found")
         config = json.loads((directory / "config.json").read_text())
         assert config["model_type"].startswith("compressed_") and config["compressed_weights"] == {}
         logits = logits_of(ours, written.batch)
@@ -200,7 +200,7 @@ def test_a_projected_table_stays_tied_to_the_head_after_loading(sliced, tmp_path
     (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     structure = read_structure(path)
     assert structure.bindings.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    model = compressor.load(as_artifact(replace(written, directory=path), tmp_path / "out"))
+    model = compressor.load(as_artifact(replace(written, directory=path), tmp_path / "out"), kernels="reference")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert inspect_path(str(tmp_path / "out"))["block_count"] == 3
 
@@ -321,7 +321,7 @@ def test_weights_inside_rotated_blocks_are_quantized_and_stored(family, steps, s
     assert len([row for row in report["weights"] if row["form"] != "dense"]) == stored
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
     assert abs(predicted - actual) <= 0.01 * actual
-    ours = compressor.load(tmp_path / "out")
+    ours = compressor.load(tmp_path / "out", kernels="reference")
     assert isinstance(artifact_block(ours), RotatedBlock)
     # 4 bits on 24 to 64 random columns; nothing is lost beside that
     assert 0 < error(logits_of(ours, written.batch), written.logits) < 0.3

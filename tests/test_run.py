@@ -34,6 +34,8 @@ from compressor.errors import (
     UsageError,
 )
 from compressor.files import file_sha256
+from compressor.kernels import explain
+from compressor.kernels.cpu import library
 from compressor.recipe import parse_recipe, read_recipe
 from compressor.report import finite, validate_report
 from compressor.run import compress
@@ -100,7 +102,7 @@ torch.save((out, again), {str(tmp_path / "logits.pt")!r})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1500:]
     logits, made = torch.load(tmp_path / "logits.pt", weights_only=True)
-    own = compressor.load(tmp_path / "out")
+    own = compressor.load(tmp_path / "out", kernels="reference")
     assert torch.equal(own(input_ids=torch.arange(8).view(1, 8)).logits, logits)
     assert made.shape == (1, 12)
 
@@ -124,7 +126,7 @@ def test_a_tied_head_is_untied_only_when_it_is_named(tmp_path):
     report = compress(recipe({"only": ["*", "@head"]}), str(model), tmp_path / "out", measure=False)
     assert any(warning["code"] == "untied-head" for warning in report["warnings"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    own = compressor.load(tmp_path / "out")
+    own = compressor.load(tmp_path / "out", kernels="reference")
     assert type(own.lm_head).__name__ == "PackedLinear"
     compress(recipe(), str(model), tmp_path / "tied", measure=False)
     tied = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
@@ -215,9 +217,9 @@ def test_resume_refuses_other_data_and_other_versions_and_names_them(reader, tmp
     text.write_text(told)
     journal = tmp_path / "out.work" / "run.json"
     facts = json.loads(journal.read_text())
-    for library in ("transformers", "torch", "compress_model"):
-        journal.write_text(json.dumps({**facts, library: "0.0.1"}))
-        with pytest.raises(ResumeError, match=f"differs: {library}: was '0.0.1', is '{re.escape(facts[library])}'"):
+    for package in ("transformers", "torch", "compress_model"):
+        journal.write_text(json.dumps({**facts, package: "0.0.1"}))
+        with pytest.raises(ResumeError, match=f"differs: {package}: was '0.0.1', is '{re.escape(facts[package])}'"):
             compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
     journal.write_text(json.dumps(facts))
     compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
@@ -528,3 +530,20 @@ def test_peak_memory_of_a_streamed_sweep_does_not_grow_with_depth(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     peaks = json.loads(done.stdout)["peak_rss_bytes"]
     assert peaks["48"] <= 1.1 * peaks["12"], peaks
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=f"{library()}")
+def test_a_loaded_artifact_multiplies_by_kernels_and_generates(llama, tmp_path):
+    compress(recipe(), str(llama), tmp_path / "out", measure=False)
+    model = compressor.load(tmp_path / "out", kernels="strict")
+    plain = compressor.load(tmp_path / "out", kernels="reference")
+    assert type(model) is type(plain) and list(model.state_dict()) == list(plain.state_dict())
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        found, expected = model(ids).logits.float(), plain(ids).logits.float()
+    assert (found - expected).norm() < 0.01 * expected.norm()  # bfloat16 rounds weights and sums: 2**-8 each
+    made = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert made.shape == (1, 17)
+    assert "linear_weight_only" in explain(model)
+    with pytest.raises(UsageError, match="fastest"):
+        compressor.load(tmp_path / "out", kernels="fastest")

@@ -87,7 +87,7 @@ def test_gates_after_int8_meet_a_target_and_the_report_shows_them(vit, tmp_path)
     found = gated["decision"]["figures"]
     assert [f["macs"] for f in found] == sorted((f["macs"] for f in found), reverse=True)
     assert gated["decision"]["keep"].keys() == {"1", "2", "3"}
-    ours = compressor.load(tmp_path / "out")
+    ours = compressor.load(tmp_path / "out", kernels="reference")
     pixels = torch.stack(load_samples(recipe(TARGET, source=vit / "x.npz").data, vit, seed=0, vocabulary=None).inputs)
     assert kept_and_logits(ours, {"pixel_values": pixels})[0] == [row["left"] for row in tokens["blocks"]]
     assert report["run"]["speed"]["samples_per_second"]["before"] > 0
@@ -136,7 +136,7 @@ def test_gates_before_and_after_quantization_prune_the_same_tokens_of_the_same_w
         report = compress(recipe(*steps, source=source), str(model), out, measure=False)
         assert report["verification"]["problems"] == [] and report["verification"]["max_logit_difference"] == 0.0
         assert report["route"]["name"] == "custom"
-        for loaded in (compressor.load(out), load_stock(out, read_manifest(out))[0]):
+        for loaded in (compressor.load(out, kernels="reference"), load_stock(out, read_manifest(out))[0]):
             outputs.append(kept_and_logits(loaded, batch))
     wanted = [17, 13, 7, 7] if family == "vit" else [24, 18, 10, 10]
     assert all(left == wanted for left, _ in outputs)
@@ -169,7 +169,7 @@ def test_the_modelling_file_loads_gates_without_this_package_and_weights_are_the
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in stock.state_dict().items())
     batch = {"pixel_values": torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))}
     left, logits = kept_and_logits(stock, batch)
-    ours, same = kept_and_logits(compressor.load(tmp_path / "out"), batch)
+    ours, same = kept_and_logits(compressor.load(tmp_path / "out", kernels="reference"), batch)
     assert left == ours == [17, 13, 7, 7] and torch.equal(logits, same)
     assert not any(isinstance(module, TokenGate) for module in stock.modules())
 

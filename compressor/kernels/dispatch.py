@@ -16,6 +16,7 @@ from compressor.kernels.ops import BITS, DTYPES
 
 DYNAMIC_INT8 = "int8"
 REFERENCE = "reference"
+MOST_INT8_INPUTS = 65536  # 255 * 127 * 65536 < 2**31: int32 sums are exact
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class IntegerWeight:
 
 
 @dataclass(frozen=True)
+class OutlierWeight:
+    """A weight of LLM.int8(): rows of int8, and which inputs are kept in floating point.
+
+    codes      (out, in) int8 in [-127, 127]; absmax (out,) float32: codes * absmax / 127
+    threshold  of a call's own outlier columns, 0 for none; without calibrated ones
+    columns    (k,) int64 calibrated, with their weight (out, k); or None
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    threshold: float
+    columns: Tensor | None
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """kernel   what multiplies, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
@@ -57,7 +74,7 @@ class Choice:
         return self.op is None
 
 
-def choose(weight: IntegerWeight | str, activations: str | None) -> Choice:
+def choose(weight: IntegerWeight | OutlierWeight | str, activations: str | None) -> Choice:
     """The best kernel here.
 
     weight       a str says why the stored form has no such numbers
@@ -71,7 +88,7 @@ def choose(weight: IntegerWeight | str, activations: str | None) -> Choice:
     elif reason is not None:
         skipped.append(f"cpu library ({reason})")
     else:
-        op = "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+        op = "linear_int8_outlier" if isinstance(weight, OutlierWeight) else _op(activations)
         return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
     skipped.append(
         "torch op (none of the same meaning: torch's own int4 products want bfloat16 scales and round to them)"
@@ -89,11 +106,18 @@ def _no_cuda() -> str:
     return "not bound to torch yet" if torch.cuda.is_available() else "no CUDA device"
 
 
-def _refusal(weight: IntegerWeight, activations: str | None) -> str | None:
+def _op(activations: str | None) -> str:
+    return "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+
+
+def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str | None:
     """Why no kernel takes this weight."""
     if weight.codes.device.type != "cpu":
         return f"weights are on {weight.codes.device.type}"
-    op = "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+    if isinstance(weight, OutlierWeight):
+        wide = weight.codes.shape[1] > MOST_INT8_INPUTS
+        return f"{weight.codes.shape[1]} inputs, at most {MOST_INT8_INPUTS}" if wide else None
+    op = _op(activations)
     if weight.bits not in BITS[op]:
         return f"{op} takes {', '.join(map(str, BITS[op]))} bits, these are {weight.bits}"
     if weight.scale.dtype not in DTYPES:

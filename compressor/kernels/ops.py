@@ -3,6 +3,7 @@
     pack_weight           codes, scales and zero points -> one packed tensor, which a kernel reads in one stream
     unpack_weight         the inverse
     linear_weight_only    x @ W.T with x as it is (W2A16, W3A16, W4A16, W8A16)
+    linear_int8_outlier   LLM.int8(): the same with columns of large magnitude kept in floating point, in one call
     linear_dynamic_int8   x @ W.T with the rows of x rounded to int8 by their own largest magnitude (W4A8, W8A8)
 
 x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32,
@@ -156,6 +157,8 @@ def _linear(name: str) -> Callable[..., Tensor]:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
         kind = DTYPES.get(x.dtype)
+        if not (x.is_cpu and packed.is_cpu):
+            raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint="Both have to be on the CPU.")
         if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
             raise ShapeError(
                 f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, {bits} bits, layout {layout!r}; "
@@ -184,6 +187,83 @@ def _linear(name: str) -> Callable[..., Tensor]:
         return y
 
     return linear
+
+
+def pack_int8_rows(codes: Tensor, absmax: Tensor) -> Tensor:
+    """The weight of linear_int8_outlier: codes (out, in) int8 in [-127, 127], absmax (out,) float32."""
+    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
+    return pack_weight(unsigned, (absmax / 127).unsqueeze(1), None, None, 8, -1, LAYOUT)
+
+
+def linear_int8_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    """What layers of the form int8_split_linear compute (`compressor.layers.int8_split_linear`), in one call.
+
+    x                (..., in)
+    packed           of pack_int8_rows
+    weight_absmax    (out,) float32
+    outlier_columns  (k,) int64, calibrated; None: columns with any |x| >= threshold, none for threshold 0
+    outlier_weight   (out, k), those columns of the weight; with outlier_columns
+    returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("linear_int8_outlier has no gradient: call it under no_grad")
+    if not (x.is_cpu and packed.is_cpu):
+        where = f"x on {x.device}, weight on {packed.device}"
+        raise KernelError(f"linear_int8_outlier: {where}", hint="Both have to be on the CPU.")
+    out = weight_absmax.shape[0]
+    columns = x.shape[-1] if x.dim() else 0
+    count = 0 if outlier_columns is None else outlier_columns.shape[0]
+    fits = (
+        x.dtype in DTYPES
+        and weight_absmax.dtype == torch.float32
+        and (outlier_columns is None) == (outlier_weight is None)
+        and (outlier_columns is None or outlier_columns.dtype == torch.int64)
+        and (outlier_weight is None or (tuple(outlier_weight.shape) == (out, count) and outlier_weight.dtype in DTYPES))
+        and (bias is None or (tuple(bias.shape) == (out,) and bias.dtype in DTYPES))
+    )
+    if not fits:
+        shapes = [
+            None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            for tensor in (x, weight_absmax, outlier_columns, outlier_weight, bias)
+        ]
+        raise ShapeError(f"linear_int8_outlier: x, absmax, columns, their weight and bias are {shapes}")
+    kept = [
+        None if t is None else t.contiguous() for t in (x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    ]
+    at = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
+    y = x.new_empty((*x.shape[:-1], out))
+    found = cpu_library()
+    size = packed.numel()
+    error = found.functions.linear_int8_outlier(
+        found.level, max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD)), at[0], DTYPES[x.dtype], at[1], size,
+        at[2], at[3], count, at[4], DTYPES[outlier_weight.dtype] if outlier_weight is not None else 0,
+        at[5], DTYPES[bias.dtype] if bias is not None else 0, y.data_ptr(),
+        x.numel() // columns if columns else 0, out, columns,
+        float(threshold) if outlier_columns is None else 0.0,
+    )  # fmt: skip
+    if error:
+        raise ShapeError(f"linear_int8_outlier: x {tuple(x.shape)}; " + _unlike(packed, out, columns, 8, -1))
+    return y
+
+
+def _fake_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_absmax.shape[0]))
 
 
 def _fake_linear(
@@ -255,3 +335,10 @@ linear_weight_only = _linear("linear_weight_only")
 linear_dynamic_int8 = _linear("linear_dynamic_int8")
 _register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)
 _register("linear_dynamic_int8", _LINEAR, linear_dynamic_int8, _fake_linear)
+_register(
+    "linear_int8_outlier",
+    "(Tensor x, Tensor packed, Tensor weight_absmax, Tensor? outlier_columns, Tensor? outlier_weight, Tensor? bias, "
+    "float threshold) -> Tensor",
+    linear_int8_outlier,
+    _fake_outlier,
+)

@@ -10,6 +10,7 @@ packed copy for the kernel, which no state_dict holds.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops
-from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, IntegerWeight, choose
+from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
 from compressor.kernels.stock import StoredWeight, adopt
 
-_RUN = {"linear_weight_only": ops.linear_weight_only, "linear_dynamic_int8": ops.linear_dynamic_int8}
+RUN: dict[str, Callable[..., Tensor]] = {
+    "linear_weight_only": ops.linear_weight_only,
+    "linear_dynamic_int8": ops.linear_dynamic_int8,
+    "linear_int8_outlier": ops.linear_int8_outlier,
+}
 
 
 class PreparedLinear(nn.Module):
@@ -30,48 +35,58 @@ class PreparedLinear(nn.Module):
     """
 
     packed: Tensor
-    permutation: Tensor | None
 
-    def __init__(self, stored: StoredWeight, weight: IntegerWeight, choice: Choice) -> None:
+    def __init__(self, stored: StoredWeight, choice: Choice) -> None:
         super().__init__()
-        assert choice.op is not None
         self.choice, self.stored = choice, stored
-        self.out_features, self.in_features = weight.codes.shape
-        self.bits, self.group_size = weight.bits, weight.group_size
         for name, tensor in stored.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = stored.bias
-        self.register_buffer("packed", self._pack(weight), persistent=False)
-        self.register_buffer("permutation", weight.permutation(), persistent=False)
-        self.register_load_state_dict_post_hook(_pack_again)
+        self._take(stored.weight())
+        self.register_load_state_dict_post_hook(_take_again)
 
-    def _pack(self, weight: IntegerWeight) -> Tensor:
-        order = weight.permutation()
-        return ops.pack_weight(
-            weight.codes, weight.scale, weight.zero_point, order, self.bits, self.group_size, ops.LAYOUT
-        )
+    def _take(self, weight: Any) -> None:
+        """What the kernel reads, and its other arguments, from the stored tensors."""
+        self.out_features, self.in_features = weight.codes.shape
+        more: dict[str, Tensor | None]
+        if isinstance(weight, OutlierWeight):
+            packed = ops.pack_int8_rows(weight.codes, weight.absmax)
+            more = {"absmax": weight.absmax, "columns": weight.columns, "columns_weight": weight.weight}
+            self.bits, self.group_size, self.threshold = 8, -1, weight.threshold
+        else:
+            order = weight.permutation()
+            packed = ops.pack_weight(
+                weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, ops.LAYOUT
+            )
+            more = {"permutation": order}
+            self.bits, self.group_size = weight.bits, weight.group_size
+        for name, tensor in {"packed": packed, **more}.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x"""
-        bias = self.bias
-        rest = (bias, self.permutation, self.out_features, self.bits, self.group_size, ops.LAYOUT)
-        assert self.choice.op is not None
+        name = self.choice.op
+        assert name is not None
+        arguments: tuple[Any, ...]
+        if name == "linear_int8_outlier":
+            arguments = (self.packed, self.absmax, self.columns, self.columns_weight, self.bias, self.threshold)
+        else:
+            arguments = (
+                self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size, ops.LAYOUT
+            )  # fmt: skip
         if torch.compiler.is_compiling():
-            return getattr(torch.ops.compressor, self.choice.op)(x, self.packed, *rest)
+            return getattr(torch.ops.compressor, name)(x, *arguments)
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
-            return _RUN[self.choice.op](x.detach(), self.packed, *rest)
+            return RUN[name](x.detach(), *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.bits} bits, {self.choice.kernel}"
 
 
-def _pack_again(layer: PreparedLinear, keys: Any) -> None:
+def _take_again(layer: PreparedLinear, keys: Any) -> None:
     """After load_state_dict the kernel's copy is made again from what was loaded."""
     tensors = {name: getattr(layer, name) for name in layer.stored.tensors}
-    weight = layer.stored.with_tensors(tensors).integer_weight()
-    assert isinstance(weight, IntegerWeight)
-    layer.packed = layer._pack(weight)
-    layer.permutation = weight.permutation()
+    layer._take(layer.stored.with_tensors(tensors).weight())
 
 
 def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
@@ -91,17 +106,15 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         stored = adopt(module)
         if stored is None or isinstance(module, PreparedLinear):
             continue
-        weight = stored.integer_weight()
-        choice = choose(weight, activations)
+        choice = choose(stored.weight(), activations)
         choices[name] = choice
         if choice.is_fallback:
             if strict:
                 raise KernelError("; ".join(choice.skipped), where=name, hint="Leave strict out to use the reference.")
             module.kernel_choice = choice  # type: ignore[assignment]
             continue
-        assert isinstance(weight, IntegerWeight)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
+        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, choice))
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers multiply by the dequantized weight: {reason}", stacklevel=2)
     return choices

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.kernels.dispatch import IntegerWeight
+from compressor.kernels.dispatch import IntegerWeight, OutlierWeight
 from compressor.kernels.reference import unpack_codes
 
-Reader = Callable[[dict[str, Tensor]], IntegerWeight | str]
+Weight = IntegerWeight | OutlierWeight
+Reader = Callable[[dict[str, Tensor]], Weight | str]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StoredWeight:
     bias: nn.Parameter | None
     read: Reader
 
-    def integer_weight(self) -> IntegerWeight | str:
+    def weight(self) -> Weight | str:
         return self.read(self.tensors)
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> StoredWeight:
@@ -69,6 +70,16 @@ def _bytes(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
     return IntegerWeight(codes, tensors["weight_scale"], zeros, 8, spec["group_size"])
 
 
+def _int8_rows(spec: dict[str, Any], tensors: dict[str, Tensor]) -> OutlierWeight:
+    """int8_split_linear, and the layers of bitsandbytes"""
+    columns, weight = None, None
+    if spec["outliers"] == "calibrated":
+        codes = tensors["weight"]
+        columns = tensors.get("outlier_columns", torch.zeros(0)).long()
+        weight = tensors.get("outlier_weight", torch.zeros(len(codes), 0))
+    return OutlierWeight(tensors["weight"], tensors["SCB"], spec["threshold"], columns, weight)
+
+
 def _none(form: str, tensors: dict[str, Tensor]) -> str:
     return f"no kernel takes {form}"
 
@@ -84,7 +95,8 @@ def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWe
     return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)
 
 
-READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], IntegerWeight]] = {
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Weight]] = {
     "packed_linear": _packed,
     "byte_linear": _bytes,
+    "int8_split_linear": _int8_rows,
 }

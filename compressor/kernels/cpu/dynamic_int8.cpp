@@ -3,15 +3,13 @@
 // |y - exact| <= (K/group + 3) 2^-24 sum |x_rounded| |w|, before the bias and the rounding to y's type.
 #include <algorithm>
 
-#include "common.h"
+#include "int8_product.h"
 #include "ops.h"
 
 namespace compressor {
 namespace {
 
 // ---- rounding a row ----
-// codes = round(x * ((1 / absmax) * 127)), half to even, in [-127, 127], with the roundings of int8_split.round_rows. absmax
-// below 2^-120 (the factor would overflow) counts as 0 with codes 0; a row with NaN or Inf has absmax NaN and codes 0.
 constexpr float SMALLEST_ABSMAX = 7.52316385e-37f;  // 2^-120
 
 ALWAYS_INLINE float round_row(const float* x, int8_t* codes, int64_t K) {
@@ -83,28 +81,7 @@ TARGET_AVX512 void group_sums_avx512(const int8_t* codes, int32_t* minus_sum, in
 #endif
 
 // ---- tiles: MT rows of x times 64 outputs ----
-struct Rows {
-  const int8_t* codes;       // (M, padded)
-  const int32_t* minus_sum;  // (M, groups): -(sum of a row's codes in the group)
-  const float* scale;        // (M,): absmax / 127
-  const Packed* w;
-};
-struct Output {
-  void* y;
-  int64_t dtype, level;
-  const void* bias;
-  int64_t bias_dtype;
-};
-
-// One row of a tile, scaled: bias added in float32, rounded once to y's type.
-void store(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile) {
-  const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
-  if (to.bias)
-    for (int64_t n = 0; n < count; n++) values[n] += load_number(to.bias, to.bias_dtype, first + n);
-  from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
-}
-
-void tile_scalar(const Rows& x, int64_t m, int64_t tile, float* out) {
+void tile_scalar(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
   const Packed& w = *x.w;
   for (int n = 0; n < TILE; n++) {
     float total = 0;
@@ -130,7 +107,7 @@ TARGET_AVX2 ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, i
   return dtype == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 // 8 outputs at a time. Pairs of 4-bit products stay below 2 * 15 * 127 and may be added in 16 bits; those of 8 bits may not.
-template <int BITS> TARGET_AVX2 void tile_avx2(const Rows& x, int64_t m, int64_t tile, float* out) {
+template <int BITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
   const Packed& w = *x.w;
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), none = _mm256_setzero_si256();
   __m256 total[8];
@@ -176,7 +153,7 @@ TARGET_AVX512 ALWAYS_INLINE __m512 scales_avx512(const uint8_t* at, int64_t dtyp
   return dtype == FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 // 16 outputs a register, MT * 4 integer sums in registers; low nibbles, then high ones, so that no sum is spilled.
-template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Rows& x, int64_t m0, int64_t tile, float* out) {
+template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Int8Rows& x, int64_t m0, int64_t tile, float* out) {
   const Packed& w = *x.w;
   const int64_t stride = w.padded();
   const __m512i low = _mm512_set1_epi8(15);
@@ -220,7 +197,7 @@ template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Rows& x, int64_
   for (int m = 0; m < MT; m++)
     for (int c = 0; c < 4; c++) _mm512_storeu_ps(out + m * TILE + c * 16, _mm512_mul_ps(total[m][c], _mm512_set1_ps(x.scale[m0 + m])));
 }
-template <int BITS> TARGET_AVX512 int64_t rows_avx512(const Rows& x, int64_t m, int64_t left, int64_t tile, float* out) {
+template <int BITS> TARGET_AVX512 int64_t rows_avx512(const Int8Rows& x, int64_t m, int64_t left, int64_t tile, float* out) {
   if (left >= 4) return tile_avx512<BITS, 4>(x, m, tile, out), 4;
   if (left == 3) return tile_avx512<BITS, 3>(x, m, tile, out), 3;
   if (left == 2) return tile_avx512<BITS, 2>(x, m, tile, out), 2;
@@ -228,12 +205,20 @@ template <int BITS> TARGET_AVX512 int64_t rows_avx512(const Rows& x, int64_t m, 
 }
 #endif
 
-constexpr int64_t ROWS_AT_ONCE = 128;  // their codes stay in the second-level cache beside a tile
+}  // namespace
 
-void multiply(int64_t level, int64_t threads, const Rows& x, const Output& to, int64_t m0, int64_t M) {
+void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile) {
+  const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
+  if (to.bias)
+    for (int64_t n = 0; n < count; n++) values[n] += load_number(to.bias, to.bias_dtype, first + n);
+  from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
+}
+
+void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
+                   const std::function<void(int64_t m, int64_t tile, float* values)>& finish) {
   const Packed& w = *x.w;
   parallel(threads, w.tiles, [&](int64_t tile) {
-    float out[6 * TILE];
+    float out[4 * TILE];
     for (int64_t m = 0; m < M;) {
       int64_t done = 1;
 #ifdef COMPRESSOR_X86
@@ -242,7 +227,7 @@ void multiply(int64_t level, int64_t threads, const Rows& x, const Output& to, i
       else
 #endif
         tile_scalar(x, m, tile, out);
-      for (int64_t i = 0; i < done; i++) store(to, w, out + i * TILE, m0 + m + i, tile);
+      for (int64_t i = 0; i < done; i++) finish(m + i, tile, out + i * TILE);
       m += done;
     }
   });
@@ -263,7 +248,6 @@ void group_sums_at(int64_t level, const int8_t* codes, int32_t* s, int64_t group
   group_sums_scalar(codes, s, groups, group);
 }
 
-}  // namespace
 }  // namespace compressor
 
 using namespace compressor;
@@ -287,7 +271,7 @@ extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const voi
   if (const int64_t error = open_packed(w, packed, packed_size, N, K, bits, group)) return error;
   if (w.bits != 4 && w.bits != 8) return BAD_LAYOUT;
   if (M < 0 || w.group > 65536) return BAD_SHAPE;  // 255 * 127 * 65536 < 2^31
-  const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
+  const int64_t rows = std::min(M, INT8_ROWS), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * w.groups) * 4);
@@ -301,7 +285,9 @@ extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const voi
       memset(codes + m * padded + K, 0, size_t(padded - K));
       group_sums_at(level, codes + m * padded, minus_sum + m * w.groups, w.groups, w.group);
     }
-    multiply(level, threads, Rows{codes, minus_sum, scale, &w}, Output{y, x_dtype, level, bias, bias_dtype}, m0, here);
+    const Output to{y, x_dtype, level, bias, bias_dtype};
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w}, here,
+                  [&](int64_t m, int64_t tile, float* values) { store_outputs(to, w, values, m0 + m, tile); });
   }
   return OK;
 }

@@ -17,4 +17,8 @@ int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64
 int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
                            const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N,
                            int64_t K, int64_t bits, int64_t group);
+// columns and stored (N, column_count) may be 0: outliers are then the columns with any |x| >= threshold, none for 0.
+int64_t linear_int8_outlier(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
+                            const float* absmax, const int64_t* columns, int64_t column_count, const void* stored, int64_t stored_dtype,
+                            const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, double threshold);
 }
