@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,25 @@ NEEDED = {
 
 
 @pytest.mark.slow
+def test_without_a_compiler_the_package_builds_and_says_why_the_library_is_missing(tmp_path):
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "out", "build", "*.so", "_cpu_build.txt")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    environment = {**os.environ, "CC": "no-compiler-here", "CXX": "no-compiler-here"}
+    command += ["-w", str(tmp_path), str(tmp_path / "source")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        assert not any("_cpu." in name for name in archive.namelist())
+        archive.extractall(tmp_path / "site")
+    code = "from compressor.kernels.cpu import library; print(library())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "not built: CompileError" in done.stdout and "no-compiler-here" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_wheel_builds_installs_and_runs(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "-w", tmp_path, ROOT], capture_output=True, text=True, check=False)
@@ -29,6 +49,7 @@ def test_the_wheel_builds_installs_and_runs(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert names >= NEEDED, NEEDED - names
+    assert any(name.startswith("compressor/kernels/_cpu.") for name in names) or shutil.which("g++") is None
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-m", "compressor", "plan", "gptq-w4a16", "--model", "demo", "--format", "json"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
