@@ -1,0 +1,83 @@
+// Every op on odd shapes with buffers of exactly the right size, at every level, for a build with sanitizers. Prints the
+// number of calls; a difference between levels, or what a sanitizer finds, ends it with another exit code than 0.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../compressor/kernels/cpu/common.h"
+#include "../compressor/kernels/cpu/ops.h"
+
+using namespace compressor;
+
+// Another call in between, so that memory that is kept from call to call holds something else each time.
+static void disturb(std::mt19937& random) {
+  static std::vector<float> x(size_t(8 * 4096));
+  static std::vector<uint8_t> packed, codes(4096);
+  float scale = 1, y[8];
+  for (auto& v : x) v = float(random() % 1000) - 500;
+  packed.resize(size_t(packed_bytes(1, 4096, 4, 4096, FLOAT32)));
+  pack_weight(1, codes.data(), &scale, nullptr, packed.data(), 1, 4096, 4, 4096, FLOAT32);
+  linear_dynamic_int8(0, 1, x.data(), FLOAT32, packed.data(), int64_t(packed.size()), nullptr, 0, y, 8, 1, 4096, 4, 4096);
+}
+
+int main() {
+  std::mt19937 random(1);
+  const int64_t shapes[][4] = {{1, 64, 64, 64}, {3, 70, 192, 32}, {17, 130, 328, 64}, {2, 5, 13, 8}, {2, 1, 13, 16},
+                               {9, 65, 320, 320}, {5, 8, 1, 8}, {0, 3, 8, 8}, {3, 0, 8, 8}, {130, 66, 72, 24}, {4, 64, 600, 296}};
+  int64_t calls = 0;
+  for (const auto& s : shapes)
+    for (const int64_t bits : {2, 3, 4, 8})
+      for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
+        const int64_t M = s[0], N = s[1], K = s[2], group = s[3], G = (K + group - 1) / group, size = dtype_bytes(dtype);
+        std::vector<uint8_t> codes(size_t(N * K)), zeros(size_t(N * G));
+        for (auto& c : codes) c = uint8_t(random() % (1u << bits));
+        for (auto& z : zeros) z = uint8_t(random() % (1u << bits));
+        auto numbers = [&](int64_t count, float low, float high) {
+          std::vector<uint8_t> data(size_t(count * size));
+          for (int64_t i = 0; i < count; i++) store_number(data.data(), dtype, i, low + (high - low) * float(random() % 1000) / 1000);
+          return data;
+        };
+        const auto scale = numbers(N * G, 0.01f, 0.03f), x = numbers(M * K, -2, 2), bias = numbers(N, -1, 1);
+        std::vector<uint8_t> packed(size_t(packed_bytes(N, K, bits, group, dtype)));
+        if (pack_weight(2, codes.data(), scale.data(), zeros.data(), packed.data(), N, K, bits, group, dtype)) return 2;
+        std::vector<uint8_t> again(codes.size()), zeros_again(zeros.size());
+        std::vector<float> scale_again(size_t(N * G));
+        if (unpack_weight(1, packed.data(), int64_t(packed.size()), N, K, bits, group, again.data(), scale_again.data(), zeros_again.data())) return 3;
+        if (again != codes || zeros_again != zeros) return 4;
+        for (const bool rounded : {false, true}) {
+          if (rounded && bits < 4) continue;
+          std::vector<uint8_t> first;
+          for (int64_t level = 0; level <= best_level(); level++)
+            for (const int64_t threads : {1, 2}) {
+              std::vector<uint8_t> y(size_t(M * N * size), 0xff);
+              disturb(random);
+              if ((rounded ? linear_dynamic_int8 : linear_weight_only)(level, threads, x.data(), dtype, packed.data(), int64_t(packed.size()),
+                                                                       bias.data(), dtype, y.data(), M, N, K, bits, group)) return 5;
+              if (first.empty()) first = y;
+              if (y != first) return 6;
+              calls++;
+            }
+        }
+        if (bits == 8 && group == (K + 7) / 8 * 8) {
+          const std::vector<float> absmax(size_t(N), 1.f);
+          const std::vector<int64_t> columns{0, K - 1};
+          const auto stored = numbers(N * 2, -1, 1);
+          for (const bool calibrated : {false, true})
+            for (int64_t level = 0; level <= best_level(); level++) {
+              std::vector<uint8_t> y(size_t(M * N * size), 0xff);
+              if (linear_int8_outlier(level, 2, x.data(), dtype, packed.data(), int64_t(packed.size()), absmax.data(),
+                                      calibrated ? columns.data() : nullptr, calibrated ? 2 : 0, calibrated ? stored.data() : nullptr, dtype,
+                                      bias.data(), dtype, y.data(), M, N, K, 1.9)) return 7;
+              calls++;
+            }
+        }
+      }
+  // Damaged or foreign packed tensors are refused before anything else is read.
+  std::vector<uint8_t> short_one(63), foreign(64 * 200, 7);
+  float x[8] = {}, y[8];
+  if (!linear_weight_only(0, 1, x, FLOAT32, short_one.data(), 63, nullptr, 0, y, 1, 8, 8, 4, 8)) return 8;
+  if (!linear_weight_only(0, 1, x, FLOAT32, foreign.data(), int64_t(foreign.size()), nullptr, 0, y, 1, 8, 8, 4, 8)) return 9;
+  printf("%lld calls\n", (long long)calls);
+  return 0;
+}
