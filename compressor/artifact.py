@@ -24,6 +24,7 @@ from compressor.classes import class_for
 from compressor.errors import ArtifactError, UsageError
 from compressor.export import Route, artifact_config
 from compressor.files import file_sha256
+from compressor.kernels.prepared import prepare
 from compressor.layers import find_layer
 from compressor.modelling import VERSION, modelling_file
 from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
@@ -32,6 +33,7 @@ from compressor.units import Form
 
 MANIFEST = "compress_manifest.json"
 FORMAT_VERSION = 1
+KERNELS = ("auto", "strict", "reference")
 REPORT_FILES = ("report.json", "report.md", "report.html", "junit.xml")
 
 
@@ -192,12 +194,25 @@ def owned_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(listed)]
 
 
-def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = True) -> transformers.PreTrainedModel:
+def load(
+    directory: str | Path,
+    *,
+    device: str = "cpu",
+    check_hashes: bool = True,
+    kernels: str = "auto",
+    activations: str | None = None,
+) -> transformers.PreTrainedModel:
     """The model of an artifact as its stock class, or that one reshaped, with stored forms in place of weights.
 
     Never runs code from the directory. Experts are rebuilt as dense weights.
-    raises ArtifactError for anything that isn't as the manifest says
+
+    kernels      auto: the fastest of this machine (`compressor.kernels.explain` says which); strict: the same, and an
+                 error where a layer has none; reference: dequantize and multiply
+    activations  int8: inputs are rounded to int8, see `compressor.kernels.prepare`
+    raises       ArtifactError for anything that isn't as the manifest says, KernelError with strict
     """
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r}", hint="Use one of: " + ", ".join(KERNELS))
     directory = Path(directory)
     manifest = read_manifest(directory)
     if check_hashes and (problems := check_files(directory, manifest)):
@@ -240,7 +255,10 @@ def load(directory: str | Path, *, device: str = "cpu", check_hashes: bool = Tru
             layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
-    return model.to(torch.device(device))  # type: ignore[arg-type]
+    model = model.to(torch.device(device))  # type: ignore[arg-type]
+    if kernels != "reference":
+        prepare(model, activations=activations, strict=kernels == "strict")
+    return model
 
 
 def write_json(path: Path, value: Any) -> None:

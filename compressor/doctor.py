@@ -13,7 +13,8 @@ import torch
 
 from compressor import __version__
 from compressor.environment import PACKAGES, cpu_name, environment, package_version
-from compressor.layers import BUILTIN
+from compressor.kernels.cpu import LEVELS, RECORD, library
+from compressor.kernels.selftest import self_test
 
 EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
 
@@ -29,7 +30,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "kernels": {form: "reference (no other kernel is built yet)" for form in BUILTIN},
+        "kernels": _kernels(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "memory_available_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
@@ -40,6 +41,20 @@ def examine() -> dict[str, Any]:
             for name, extra in EXTRAS.items()
             if package_version(name) is None
         ],
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """The CPU library: whether it is there, the instructions in use, and each op tried at each level."""
+    found = library()
+    record = RECORD.read_text().strip() if RECORD.is_file() else "no record of a build"
+    if isinstance(found, str):
+        return {"cpu_library": found, "cpu_build": record, "level": None, "self_test": {}}
+    return {
+        "cpu_library": "loaded",
+        "cpu_build": record,
+        "level": LEVELS[found.level],
+        "self_test": self_test(),
     }
 
 

@@ -1,1 +1,21 @@
-"""Arithmetic on stored forms. `reference` is plain torch; faster kernels have to agree with it."""
+"""Arithmetic on stored forms. `reference` is plain torch; faster kernels have to agree with it.
+
+`prepare(model)` puts the fastest kernels of this machine into a model, `explain(model)` says which and why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.kernels.prepared import explain as explain
+    from compressor.kernels.prepared import prepare as prepare
+
+__all__ = ["explain", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'compressor.kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module("compressor.kernels.prepared"), name)

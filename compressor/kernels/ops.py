@@ -101,9 +101,9 @@ def pack_weight(
     packed = torch.empty(size, dtype=torch.uint8)
     codes, scale = codes.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    zeros = 0 if zero_point is None else zero_point.data_ptr()
+    zeros_at = 0 if zero_point is None else zero_point.data_ptr()
     functions.pack_weight(
-        torch.get_num_threads(), codes.data_ptr(), scale.data_ptr(), zeros, packed.data_ptr(), out, columns, bits,
+        torch.get_num_threads(), codes.data_ptr(), scale.data_ptr(), zeros_at, packed.data_ptr(), out, columns, bits,
         _columns(columns, group_size), DTYPES[scale.dtype],
     )  # fmt: skip
     return packed
@@ -168,7 +168,7 @@ def _linear(name: str) -> Callable[..., Tensor]:
         y = x.new_empty((*x.shape[:-1], out_features))
         bias_at, bias_kind = 0, 0
         if bias is not None:
-            if bias.shape != (out_features,) or bias.dtype not in DTYPES:
+            if tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES:
                 raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, ({out_features},) expected")
             bias = bias.contiguous()
             bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
@@ -251,5 +251,7 @@ _register(
     unpack_weight,
     _fake_unpack,
 )
-for _name in BITS:
-    _register(_name, _LINEAR, _linear(_name), _fake_linear)
+linear_weight_only = _linear("linear_weight_only")
+linear_dynamic_int8 = _linear("linear_dynamic_int8")
+_register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)
+_register("linear_dynamic_int8", _LINEAR, linear_dynamic_int8, _fake_linear)

@@ -10,8 +10,8 @@ namespace compressor {
 namespace {
 
 // ---- rounding a row ----
-// codes = round(x * (127 / absmax)), half to even, in [-127, 127]. absmax below 2^-120 (127 / absmax would overflow) counts
-// as 0 with codes 0; a row with NaN or Inf has absmax NaN and codes 0.
+// codes = round(x * ((1 / absmax) * 127)), half to even, in [-127, 127], with the roundings of int8_split.round_rows. absmax
+// below 2^-120 (the factor would overflow) counts as 0 with codes 0; a row with NaN or Inf has absmax NaN and codes 0.
 constexpr float SMALLEST_ABSMAX = 7.52316385e-37f;  // 2^-120
 
 ALWAYS_INLINE float round_row(const float* x, int8_t* codes, int64_t K) {
@@ -28,7 +28,7 @@ ALWAYS_INLINE float round_row(const float* x, int8_t* codes, int64_t K) {
     memset(codes, 0, size_t(K));
     return finite ? 0.f : NAN;
   }
-  const float inverse = 127 / absmax;
+  const float inverse = 1 / absmax * 127;
   for (int64_t k = 0; k < K; k++) {  // adding 1.5 * 2^23 rounds to a whole number that lies in the low bits
     const float f = x[k] * inverse + 12582912.f;
     int32_t bits;
@@ -63,7 +63,7 @@ TARGET_AVX512 float round_row_avx512(const float* x, int8_t* codes, int64_t K) {
     memset(codes, 0, size_t(K));
     return finite ? 0.f : NAN;
   }
-  const __m512 inverse = _mm512_set1_ps(127 / absmax);
+  const __m512 inverse = _mm512_set1_ps(1 / absmax * 127);
   for (k = 0; k + 16 <= K; k += 16)  // converting rounds half to even
     _mm_storeu_si128((__m128i*)(codes + k), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), inverse))));
   _mm512_mask_cvtepi32_storeu_epi8(codes + k, tail, _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail, x + k), inverse)));

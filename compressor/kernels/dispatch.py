@@ -1,0 +1,108 @@
+"""Which kernel multiplies by a weight, and why not a better one. Decided once, when a layer is prepared.
+
+In order: the CUDA library, NVRTC, the CPU library, a torch operation of the same meaning, the reference (dequantize and
+multiply). What comes before the choice was not used for the reason that is kept with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.ops import BITS, DTYPES
+
+DYNAMIC_INT8 = "int8"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight (out, in) as whole numbers: (codes - zero_point) * scale, what every stored integer form comes down to.
+
+    codes        (out, in) uint8 in [0, 2**bits - 1]
+    scale        (out, groups) float32, bfloat16 or float16
+    zero_point   (out, groups) uint8; None: 2**(bits - 1)
+    group_size   columns of a group, -1 for whole rows
+    group_index  (in,) the group of each column; None: the groups lie one after the other
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group_size: int
+    group_index: Tensor | None = None
+
+    def permutation(self) -> Tensor | None:
+        """(in,) int64: the columns sorted by group, as a kernel wants them; None: they are."""
+        return None if self.group_index is None else torch.argsort(self.group_index, stable=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel   what multiplies, such as "cpu library, avx512vnni"
+    op       its name in torch.ops.compressor; None: the layer's own forward
+    skipped  what was not used, each with the reason
+    """
+
+    kernel: str
+    op: str | None
+    skipped: tuple[str, ...]
+
+    @property
+    def is_fallback(self) -> bool:
+        return self.op is None
+
+
+def choose(weight: IntegerWeight | str, activations: str | None) -> Choice:
+    """The best kernel here.
+
+    weight       a str says why the stored form has no such numbers
+    activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
+    """
+    skipped = [f"cuda library ({_no_cuda()})", f"nvrtc ({_no_cuda()})"]
+    reason = weight if isinstance(weight, str) else _refusal(weight, activations)
+    found = library()
+    if isinstance(found, str):
+        skipped.append(f"cpu library ({found})")
+    elif reason is not None:
+        skipped.append(f"cpu library ({reason})")
+    else:
+        op = "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+        return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
+    skipped.append(
+        "torch op (none of the same meaning: torch's own int4 products want bfloat16 scales and round to them)"
+    )
+    return Choice(REFERENCE, None, tuple(skipped))
+
+
+def cpu_level() -> str | None:
+    """Name of the instructions in use, None without the library."""
+    found = library()
+    return LEVELS[found.level] if isinstance(found, Library) else None
+
+
+def _no_cuda() -> str:
+    return "not bound to torch yet" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _refusal(weight: IntegerWeight, activations: str | None) -> str | None:
+    """Why no kernel takes this weight."""
+    if weight.codes.device.type != "cpu":
+        return f"weights are on {weight.codes.device.type}"
+    op = "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+    if weight.bits not in BITS[op]:
+        return f"{op} takes {', '.join(map(str, BITS[op]))} bits, these are {weight.bits}"
+    if weight.scale.dtype not in DTYPES:
+        return f"scales are {weight.scale.dtype}"
+    columns = weight.codes.shape[1]
+    if weight.group_size != -1 and (weight.group_size % 8 or columns % weight.group_size):
+        return f"groups of {weight.group_size} columns, a multiple of 8 that divides {columns} is wanted"
+    if weight.group_index is not None:
+        counts = torch.bincount(weight.group_index.long(), minlength=weight.scale.shape[1])
+        if not bool((counts == weight.group_size).all()):
+            return f"group index with {int(counts.min())} to {int(counts.max())} columns a group: no kernel takes it"
+    return None

@@ -1,0 +1,124 @@
+"""Layers that multiply by a kernel, and the walk over a model that puts them in.
+
+    prepare(model)   the linear layers of stored forms multiply by the best kernel there is
+    explain(model)   which kernel each layer got, and why not a better one
+
+A prepared layer keeps the stored tensors under their names, so that a state_dict is what it was, and beside them one
+packed copy for the kernel, which no state_dict holds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import KernelError
+from compressor.kernels import ops
+from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, IntegerWeight, choose
+from compressor.kernels.stock import StoredWeight, adopt
+
+_RUN = {"linear_weight_only": ops.linear_weight_only, "linear_dynamic_int8": ops.linear_dynamic_int8}
+
+
+class PreparedLinear(nn.Module):
+    """A linear layer of a stored form that multiplies by a kernel of the CPU library.
+
+    Not for training: the product has no gradient.
+    """
+
+    packed: Tensor
+    permutation: Tensor | None
+
+    def __init__(self, stored: StoredWeight, weight: IntegerWeight, choice: Choice) -> None:
+        super().__init__()
+        assert choice.op is not None
+        self.choice, self.stored = choice, stored
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.group_size = weight.bits, weight.group_size
+        for name, tensor in stored.tensors.items():
+            self.register_buffer(name, tensor)
+        self.bias = stored.bias
+        self.register_buffer("packed", self._pack(weight), persistent=False)
+        self.register_buffer("permutation", weight.permutation(), persistent=False)
+        self.register_load_state_dict_post_hook(_pack_again)
+
+    def _pack(self, weight: IntegerWeight) -> Tensor:
+        order = weight.permutation()
+        return ops.pack_weight(
+            weight.codes, weight.scale, weight.zero_point, order, self.bits, self.group_size, ops.LAYOUT
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of x"""
+        bias = self.bias
+        rest = (bias, self.permutation, self.out_features, self.bits, self.group_size, ops.LAYOUT)
+        assert self.choice.op is not None
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.compressor, self.choice.op)(x, self.packed, *rest)
+        with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
+            return _RUN[self.choice.op](x.detach(), self.packed, *rest)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.bits} bits, {self.choice.kernel}"
+
+
+def _pack_again(layer: PreparedLinear, keys: Any) -> None:
+    """After load_state_dict the kernel's copy is made again from what was loaded."""
+    tensors = {name: getattr(layer, name) for name in layer.stored.tensors}
+    weight = layer.stored.with_tensors(tensors).integer_weight()
+    assert isinstance(weight, IntegerWeight)
+    layer.packed = layer._pack(weight)
+    layer.permutation = weight.permutation()
+
+
+def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
+    """Put kernels into a model, in place: its class, its other modules and its state_dict stay as they are.
+
+    model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them
+    activations  None: inputs are taken as they are, results differ from the reference by float32 rounding alone.
+                 "int8": inputs of 4- and 8-bit weights are rounded to int8, row by row: faster, and less exact
+    strict       a layer that falls back to the reference is an error
+    returns      what was chosen for each layer of a stored form, by name
+    raises       KernelError with strict, or for other activations
+    """
+    if activations not in (None, DYNAMIC_INT8):
+        raise KernelError(f"activations {activations!r}", hint=f"Use None or {DYNAMIC_INT8!r}.")
+    choices: dict[str, Choice] = {}
+    for name, module in list(model.named_modules()):
+        stored = adopt(module)
+        if stored is None or isinstance(module, PreparedLinear):
+            continue
+        weight = stored.integer_weight()
+        choice = choose(weight, activations)
+        choices[name] = choice
+        if choice.is_fallback:
+            if strict:
+                raise KernelError("; ".join(choice.skipped), where=name, hint="Leave strict out to use the reference.")
+            module.kernel_choice = choice  # type: ignore[assignment]
+            continue
+        assert isinstance(weight, IntegerWeight)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
+    for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
+        warnings.warn(f"layers multiply by the dequantized weight: {reason}", stacklevel=2)
+    return choices
+
+
+def explain(model: nn.Module) -> str:
+    """One line for each layer of a stored form: what multiplies, and beneath it what was not used and why."""
+    lines = []
+    for name, module in model.named_modules():
+        choice = module.choice if isinstance(module, PreparedLinear) else getattr(module, "kernel_choice", None)
+        if not isinstance(choice, Choice):
+            continue
+        if isinstance(module, PreparedLinear):
+            groups = "rows" if module.group_size == -1 else f"g{module.group_size}"
+            size = f"{8 * module.packed.numel() / (module.out_features * module.in_features):.2f} bits a weight"
+            lines.append(f"{name}   W{module.bits} {groups}   {choice.kernel}   {choice.op}   {size}")
+        else:
+            lines.append(f"{name}   {type(module).__name__}   {choice.kernel}")
+        lines.append(f"  not used: {' | '.join(choice.skipped)}")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""Stored weights as modules hold them: our own layers', and compressed-tensors' as transformers loads them.
+
+Readers are here, and not methods of the layers, since the source of a layer goes into modelling files that know torch
+alone. Both kinds name their tensors alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.kernels.dispatch import IntegerWeight
+from compressor.kernels.reference import unpack_codes
+
+Reader = Callable[[dict[str, Tensor]], IntegerWeight | str]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """tensors  by their names in the module
+    read     what they stand for, or why no kernel takes it
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    bias: nn.Parameter | None
+    read: Reader
+
+    def integer_weight(self) -> IntegerWeight | str:
+        return self.read(self.tensors)
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> StoredWeight:
+        return replace(self, tensors=tensors)
+
+
+def adopt(module: nn.Module) -> StoredWeight | None:
+    """What a module stores, None if it isn't a linear layer of a stored form."""
+    form = getattr(module, "form", None)
+    if isinstance(form, str) and getattr(module, "stands_for", None) == "linear":
+        layer: Any = module
+        read = READERS.get(form)
+        reader = partial(read, layer.spec()) if read else partial(_none, form)
+        return StoredWeight(layer.tensors(), getattr(layer, "bias", None), reader)
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None or not isinstance(module, nn.Linear) or scheme.weights is None:
+        return None
+    names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    tensors = {name: getattr(module, name).data for name in names if getattr(module, name, None) is not None}
+    return StoredWeight(tensors, module.bias, partial(_of_compressed_tensors, scheme))
+
+
+def _packed(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
+    """packed_linear, and `pack-quantized` of compressed-tensors"""
+    bits, (out, columns) = spec["bits"], tensors["weight_shape"].tolist()
+    zero_point = None
+    if not spec["symmetric"]:
+        zero_point = unpack_codes(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
+    codes, index = unpack_codes(tensors["weight_packed"], bits, columns), tensors.get("weight_g_idx")
+    return IntegerWeight(codes, tensors["weight_scale"], zero_point, bits, spec["group_size"], index)
+
+
+def _bytes(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
+    """byte_linear, `naive-quantized` of compressed-tensors: signed bytes"""
+    codes, zeros = ((tensors[name].to(torch.int16) + 128).to(torch.uint8) for name in ("weight", "weight_zero_point"))
+    return IntegerWeight(codes, tensors["weight_scale"], zeros, 8, spec["group_size"])
+
+
+def _none(form: str, tensors: dict[str, Tensor]) -> str:
+    return f"no kernel takes {form}"
+
+
+def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWeight | str:
+    weights = scheme.weights
+    if "weight_packed" not in tensors:
+        return "compressed-tensors holds no packed codes; it drops them at the first call, so prepare the model before"
+    if weights.type != "int" or weights.num_bits not in (2, 3, 4, 8) or scheme.input_activations is not None:
+        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with rounded inputs"
+    groups, columns = tensors["weight_scale"].shape[1], int(tensors["weight_shape"][1])
+    spec = {"bits": int(weights.num_bits), "symmetric": weights.symmetric}
+    return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)
+
+
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], IntegerWeight]] = {
+    "packed_linear": _packed,
+    "byte_linear": _bytes,
+}

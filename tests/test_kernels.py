@@ -1,0 +1,392 @@
+"""The CPU kernels: equal bits at all levels, within a derived bound of exact results, and their place in models."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import io
+import mmap
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels import explain, ops, prepare
+from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.int8_split import round_rows
+from compressor.kernels.prepared import PreparedLinear
+from compressor.layers.packed_linear import PackedLinear
+
+BUILT = isinstance(library(), Library)
+pytestmark = pytest.mark.skipif(not BUILT, reason=f"{library()}")
+HERE = range(library().functions.best_level() + 1) if BUILT else range(0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = 2.0**-24  # half a unit in the last place of float32
+HALF_UNIT = {torch.float32: UNIT, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# rows, outputs, inputs, group: tails of tiles, rows and groups, single entries, whole rows, wide groups
+SHAPES = [
+    (1, 64, 64, 64), (3, 70, 192, 32), (17, 130, 328, 64), (9, 65, 320, -1), (2, 5, 13, 8), (2, 1, 13, -1),
+    (33, 63, 1024, 128), (5, 8, 1, 8), (4, 64, 600, 296), (16, 64, 128, 128), (0, 3, 8, 8), (3, 0, 8, 8),
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Problem:
+    x: torch.Tensor
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    bias: torch.Tensor
+    group: int
+    bits: int
+
+    @property
+    def packed(self):
+        return ops.pack_weight(self.codes, self.scale, self.zero_point, None, self.bits, self.group, "cpu1")
+
+    @property
+    def columns(self):
+        width = self.codes.shape[1] if self.group == -1 else self.group
+        return torch.arange(self.codes.shape[1]) // width
+
+    def weight(self):
+        return (self.codes.double() - self.zero_point.double()[:, self.columns]) * self.scale.double()[:, self.columns]
+
+    def rest(self, bias=None):
+        return self.packed, bias, None, len(self.codes), self.bits, self.group, "cpu1"
+
+
+def problem(shape, bits, dtype=torch.float32, seed=0):
+    rows, out, columns, group = shape
+    made = torch.Generator().manual_seed(seed)
+    groups = ops.groups_of(columns, group)
+    return Problem(
+        torch.randn(rows, columns, generator=made).to(dtype),
+        torch.randint(0, 2**bits, (out, columns), generator=made, dtype=torch.uint8),
+        (torch.rand(out, groups, generator=made) * 0.02 + 0.01).to(dtype),
+        torch.randint(0, 2**bits, (out, groups), generator=made, dtype=torch.uint8),
+        torch.randn(out, generator=made),
+        group,
+        bits,
+    )
+
+
+def at_level(monkeypatch, level, name, *arguments):
+    """One op at one level of instructions."""
+    monkeypatch.setattr(ops, "cpu_library", lambda: dataclasses.replace(library(), level=level))
+    return ops._linear(name)(*arguments)
+
+
+OPS = [("linear_weight_only", bits) for bits in (2, 3, 4, 8)] + [("linear_dynamic_int8", bits) for bits in (4, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name, bits", OPS)
+def test_all_levels_give_the_same_bits_within_the_bound(name, bits, shape, monkeypatch):
+    for dtype in DTYPES:
+        case = problem(shape, bits, dtype)
+        results = [at_level(monkeypatch, level, name, case.x, *case.rest()) for level in HERE]
+        assert all(torch.equal(results[0], other) for other in results[1:])
+        weight = case.weight()
+        width = len(case.columns) if case.group == -1 else case.group
+        groups = case.scale.shape[1]
+        if name == "linear_dynamic_int8":  # integers are exact; an fma a group, the two scales: kernels.md, section 8
+            codes, absmax = round_rows(case.x.float())
+            x = codes.double() * (absmax / 127).double()[:, None]
+            allowed = (groups + 3) * UNIT * (x.abs() @ weight.abs().t())
+        else:  # an fma a column, the sum of the inputs, the zero point, an fma a group
+            x, middle = case.x.double(), 2 ** (bits - 1)
+            spread = (case.codes.double() - middle).abs() + (case.zero_point.double() - middle).abs()[:, case.columns]
+            size = x.abs() @ (spread * case.scale.double().abs()[:, case.columns]).t()
+            allowed = (width + groups + 4) * UNIT * size
+        exact = x @ weight.t()
+        allowed = allowed + HALF_UNIT[dtype] * (exact.abs() + allowed) + 2.0**-25  # half of float16's smallest step
+        assert results[0].dtype == dtype and ((results[0].double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name, bits", OPS)
+def test_rows_threads_and_strides_do_not_change_bits(name, bits):
+    case = problem((21, 200, 320, 64), bits)
+    run, rest = ops._linear(name), case.rest(case.bias)
+    together = run(case.x, *rest)
+    assert torch.equal(together, torch.cat([run(row, *rest) for row in case.x.split(1)]))
+    assert torch.equal(together, torch.cat([run(part, *rest) for part in case.x.split(7)]))
+    offset = torch.empty(case.x.numel() + 1)[1:].view_as(case.x).copy_(case.x)
+    for other in (case.x.t().contiguous().t(), torch.cat([case.x, case.x], 1)[:, :320], offset):
+        assert torch.equal(together, run(other, *rest))
+    assert torch.equal(run(case.x[:1].expand(5, -1), *rest), together[:1].expand(5, -1))
+    assert torch.equal(run(case.x.view(3, 7, 320), *rest).flatten(0, 1), together)
+    functions, packed = library().functions, case.packed
+    for threads in (1, 2, 5):
+        y = torch.full((21, 200), torch.nan)
+        x = case.x.contiguous()
+        assert not getattr(functions, name)(
+            library().level, threads, x.data_ptr(), 0, packed.data_ptr(), packed.numel(), case.bias.data_ptr(), 0,
+            y.data_ptr(), 21, 200, 320, bits, 64,
+        )  # fmt: skip
+        assert torch.equal(y, together)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packing_is_undone_by_unpacking(shape, bits):
+    case = problem(shape, bits)
+    codes, scale, zero_point = ops.unpack_weight(case.packed, *case.codes.shape, bits, case.group, "cpu1")
+    assert torch.equal(codes, case.codes) and torch.equal(scale, case.scale)
+    assert torch.equal(zero_point, case.zero_point)
+
+
+@pytest.mark.parametrize("name, bits", [("linear_weight_only", 4), ("linear_dynamic_int8", 4)])
+def test_a_row_with_nan_or_inf_spoils_itself_alone(name, bits, monkeypatch):
+    case = problem((6, 70, 64, 32), bits)
+    clean = ops._linear(name)(case.x, *case.rest())
+    for row, value in ((1, torch.nan), (3, torch.inf), (4, -torch.inf)):
+        case.x[row, 7] = value
+    for level in HERE:
+        found = at_level(monkeypatch, level, name, case.x, *case.rest())
+        assert not torch.isfinite(found[[1, 3, 4]]).any()
+        assert torch.equal(found[[0, 2, 5]], clean[[0, 2, 5]])
+
+
+def test_rows_of_zeros_and_of_denormals_give_zero_when_rounded(monkeypatch):
+    case = problem((3, 64, 64, 64), 4)
+    case.x[0], case.x[1] = 0.0, 1e-40
+    for level in HERE:
+        found = at_level(monkeypatch, level, "linear_dynamic_int8", case.x, *case.rest())
+        assert (found[:2] == 0).all() and (found[2] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_rounded_as_the_reference_rounds_them(dtype):
+    made = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 77, generator=made).to(dtype)
+    x[2], x[3, 5], x[4, 6], x[5] = 0, torch.nan, torch.inf, x[5] * 1e-4
+    codes, absmax = round_rows(x.float())
+    for level in HERE:
+        found, largest = torch.full((9, 77), 85, dtype=torch.int8), torch.full((9,), -1.0)
+        x = x.contiguous()
+        library().functions.quantize_rows(
+            level, x.data_ptr(), ops.DTYPES[dtype], found.data_ptr(), largest.data_ptr(), 9, 77
+        )
+        assert torch.equal(found, codes) and torch.equal(largest.isnan(), absmax.isnan())
+        assert torch.equal(largest.nan_to_num(), absmax.nan_to_num())
+
+
+def guarded(tensor):
+    """A copy between two unreadable pages that ends at the second: one element too far is a crash."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    inner = -(-size // page) * page
+    memory = mmap.mmap(-1, inner + 2 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(base), page, 0) == 0
+    assert protect(ctypes.c_void_p(base + page + inner), page, 0) == 0
+    kept = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=page + inner - size)
+    kept.copy_(tensor.flatten())
+    return kept.view(tensor.shape)
+
+
+@pytest.mark.parametrize("name, bits", OPS)
+def test_nothing_is_read_or_written_beyond_the_tensors(name, bits):
+    for shape in [(3, 70, 192, 32), (1, 65, 13, -1), (10, 33, 40, 8)]:
+        for dtype in DTYPES:
+            case = problem(shape, bits, dtype)
+            expected = ops._linear(name)(case.x, *case.rest(case.bias))
+            x, packed, bias = guarded(case.x), guarded(case.packed), guarded(case.bias)
+            y = guarded(torch.full_like(expected, torch.nan))
+            rows, out, columns, group = shape
+            for level in HERE:
+                y.fill_(torch.nan)
+                assert not getattr(library().functions, name)(
+                    level, 1, x.data_ptr(), ops.DTYPES[dtype], packed.data_ptr(), packed.numel(), bias.data_ptr(), 0,
+                    y.data_ptr(), rows, out, columns, bits, ops._columns(columns, group),
+                )  # fmt: skip
+                assert torch.equal(y, expected)
+
+
+def test_bad_calls_name_what_they_got():
+    case = problem((2, 8, 64, 32), 4)
+    packed, rest = case.packed, (None, None, 8, 4, 32, "cpu1")
+    with pytest.raises(ShapeError, match=r"x \(2, 63\).*8 x 63, 4 bits, groups of 32"):
+        ops.linear_weight_only(case.x[:, :63], packed, *rest)
+    with pytest.raises(ShapeError, match="9 x 64"):
+        ops.linear_weight_only(case.x, packed, None, None, 9, 4, 32, "cpu1")
+    with pytest.raises(ShapeError, match="groups of 64"):
+        ops.linear_dynamic_int8(case.x, packed, None, None, 8, 4, 64, "cpu1")
+    with pytest.raises(ShapeError, match="of 100 bytes"):
+        ops.linear_weight_only(case.x, packed[:100], *rest)
+    with pytest.raises(ShapeError, match="mma1"):
+        ops.linear_weight_only(case.x, packed, None, None, 8, 4, 32, "mma1")
+    with pytest.raises(ShapeError, match="float64"):
+        ops.linear_weight_only(case.x.double(), packed, *rest)
+    with pytest.raises(ShapeError, match="2 bits"):
+        ops.linear_dynamic_int8(case.x, packed, None, None, 8, 2, 32, "cpu1")
+    with pytest.raises(ShapeError, match=r"bias.*\(7,\)"):
+        ops.linear_weight_only(case.x, packed, torch.zeros(7), *rest[1:])
+    with pytest.raises(ShapeError, match="isn't one of"):
+        ops.linear_weight_only(case.x, packed + 1, *rest)
+    with pytest.raises(ShapeError, match="groups of 12"):
+        ops.pack_weight(case.codes, torch.rand(8, 6), None, None, 4, 12, "cpu1")
+    with pytest.raises(ShapeError, match="code 15 doesn't fit 3 bits"):
+        ops.pack_weight(case.codes | 15, case.scale, None, None, 3, 32, "cpu1")
+    with pytest.raises(ShapeError, match=r"scale \(8, 3\)"):
+        ops.pack_weight(case.codes, torch.rand(8, 3), None, None, 4, 32, "cpu1")
+    with pytest.raises(RuntimeError, match="no gradient"):
+        ops.linear_weight_only(case.x.requires_grad_(), packed, *rest)
+
+
+@pytest.mark.parametrize("name, bits", [("linear_weight_only", 3), ("linear_dynamic_int8", 8)])
+def test_ops_pass_the_checks_of_torch(name, bits):
+    for dtype in DTYPES:
+        case = problem((3, 70, 192, 32), bits, dtype)
+        torch.library.opcheck(getattr(torch.ops.compressor, name).default, (case.x, *case.rest(case.bias)))
+    pack = (case.codes, case.scale, case.zero_point, None, bits, 32, "cpu1")
+    torch.library.opcheck(torch.ops.compressor.pack_weight.default, pack)
+    torch.library.opcheck(torch.ops.compressor.unpack_weight.default, (case.packed, 70, 192, bits, 32, "cpu1"))
+
+
+def packed_layer(out=24, columns=64, bits=4, group=32, symmetric=False, index=None, bias=True):
+    made = torch.Generator().manual_seed(5)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    groups = ops.groups_of(columns, group)
+    return PackedLinear.pack(
+        torch.randint(low, high, (out, columns), generator=made, dtype=torch.int8),
+        torch.rand(out, groups, generator=made) * 0.1,
+        None if symmetric else torch.randint(low, high, (out, groups), generator=made, dtype=torch.int8),
+        bits=bits, group_size=group, symmetric=symmetric, index=index,
+        bias=torch.randn(out, generator=made) if bias else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
+    model = nn.Sequential(packed_layer(bits=bits, symmetric=symmetric), nn.ReLU())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    choices = prepare(model, strict=True)
+    assert type(model[0]) is PreparedLinear and choices["0"].op == "linear_weight_only"
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rounded_inputs_are_chosen_for_4_and_8_bits_alone():
+    model = nn.ModuleDict({"four": packed_layer(bits=4), "three": packed_layer(bits=3)})
+    with pytest.warns(UserWarning, match="takes 4, 8 bits, these are 3"):
+        choices = prepare(model, activations="int8")
+    assert choices["four"].op == "linear_dynamic_int8" and choices["three"].op is None
+    with pytest.raises(KernelError, match="takes 4, 8 bits"):
+        prepare(nn.Sequential(packed_layer(bits=3)), activations="int8", strict=True)
+    with pytest.raises(KernelError, match="int4"):
+        prepare(model, activations="int4")
+
+
+def test_a_group_index_becomes_a_permutation():
+    index = torch.randperm(64, generator=torch.Generator().manual_seed(2)) // 32
+    layer = packed_layer(index=index)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 5, 64)
+    expected = layer(x)
+    prepare(model, strict=True)
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_of_unequal_size_are_left_to_the_reference_and_explained():
+    index = (torch.arange(64) >= 20).int()
+    model = nn.Sequential(packed_layer(index=index))
+    with pytest.warns(UserWarning, match="20 to 44 columns a group"):
+        prepare(model)
+    assert "reference" in explain(model) and "20 to 44 columns" in explain(model)
+
+
+def test_explain_names_kernel_and_what_was_not_used():
+    model = nn.Sequential(packed_layer())
+    prepare(model)
+    first, second = explain(model).splitlines()
+    assert first.startswith(f"0   W4 g32   cpu library, {LEVELS[library().level]}   linear_weight_only")
+    assert "cuda library (no CUDA device)" in second and "nvrtc" in second
+
+
+def test_state_dict_deepcopy_and_pickle_keep_a_prepared_model():
+    model, other = nn.Sequential(packed_layer()), nn.Sequential(packed_layer())
+    names = list(model.state_dict())
+    x = torch.randn(2, 64)
+    prepare(model)
+    assert list(model.state_dict()) == names
+    other[0].weight_scale *= 3
+    other[0].bias.data += 1
+    copied = copy.deepcopy(model)
+    model.load_state_dict(other.state_dict())
+    prepare(other)
+    assert torch.equal(model(x), other(x)) and not torch.equal(model(x), copied(x))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
+
+
+def test_a_prepared_model_compiles_with_any_number_of_rows():
+    model = nn.Sequential(packed_layer(), nn.ReLU())
+    prepare(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (1, 2, 7):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+
+
+def test_many_threads_may_call_at_once():
+    case = problem((4, 640, 4096, 64), 4)
+    rest = case.rest()
+    expected = ops.linear_weight_only(case.x, *rest)
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda _: ops.linear_weight_only(case.x, *rest), range(50)))
+    assert all(torch.equal(found, expected) for found in results)
+    assert threading.active_count() >= 1
+
+
+def _child(queue, x, rest):
+    queue.put(torch.equal(_parallel(x, *rest), _parallel(x, *rest)))
+
+
+def _parallel(x, packed, *rest):
+    y = torch.full((len(x), rest[2]), torch.nan)
+    library().functions.linear_weight_only(
+        library().level, 2, x.data_ptr(), 0, packed.data_ptr(), packed.numel(), 0, 0, y.data_ptr(),
+        len(x), rest[2], x.shape[1], rest[3], rest[4],
+    )  # fmt: skip
+    return y
+
+
+def test_a_forked_process_starts_its_own_threads():
+    case = problem((4, 256, 256, 64), 4)
+    _parallel(case.x, *case.rest())
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue, case.x, case.rest()))
+    child.start()
+    assert queue.get(timeout=30) is True
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_a_level_the_processor_lacks_is_refused(monkeypatch):
+    library.cache_clear()
+    monkeypatch.setenv("COMPRESSOR_CPU", "amx")
+    with pytest.raises(KernelError, match=r"'amx'.*scalar"):
+        library()
+    monkeypatch.setenv("COMPRESSOR_CPU", "scalar")
+    assert library().level == 0
+    monkeypatch.undo()
+    library.cache_clear()
+
+
+def test_a_dense_linear_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert prepare(model, strict=True) == {} and explain(model) == ""
+    assert torch.equal(model(torch.ones(1, 4)), F.linear(torch.ones(1, 4), model[0].weight, model[0].bias))
