@@ -16,6 +16,9 @@ Peers: torch's dense product in float32 and bfloat16, its int4pack and int8pack,
 Linear8bitLt, and with --peers llama.cpp, from an environment of its own (scripts/peers/requirements-llama-cpp.txt).
 Each answer is checked against float64 before it is timed. --quick runs tiny shapes to see that all of it works; its
 times mean nothing, and no goal is judged.
+
+--decode adds tokens a second of a Llama of random weights and about 100 M parameters at 1 and 16 sequences: dense, and
+with its blocks' linear layers in 4 bits, prepared with and without int8 inputs. Activations elsewhere are float32.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import kernel_decode
 import kernel_peers
 import torch
 from kernel_peers import Candidate, Ceilings, Shape
@@ -137,7 +141,8 @@ def median_time(call: Callable[[], Any], calls: int) -> float:
 
 
 def overhead(quick: bool) -> dict[str, float]:
-    """Seconds of a 576x576 W4A8 product of one row: the whole operation, the kernel, and what is between.
+    """Seconds of a 576x576 W4A8 product of one row: the function that prepared layers call, the same through torch's
+    registry, the kernel, and what is between function and kernel.
 
     The compiled function called with no rows costs what calling it does; that is taken off the kernel.
     """
@@ -145,7 +150,7 @@ def overhead(quick: bool) -> dict[str, float]:
     codes, scale, zero, _ = kernel_peers.integer_weight(shape, 4, group)
     packed = torch.ops.compressor.pack_weight(codes, scale, zero, None, 4, group, ops.LAYOUT)
     x, y, found = torch.randn(1, shape.columns), torch.empty(1, shape.out), ops.cpu_library()
-    multiply = torch.ops.compressor.linear_dynamic_int8
+    arguments = (x, packed, None, None, shape.out, 4, group, ops.LAYOUT)
 
     def kernel(rows: int) -> int:
         return found.functions.linear_dynamic_int8(
@@ -155,11 +160,12 @@ def overhead(quick: bool) -> dict[str, float]:
 
     if kernel(1):
         raise RuntimeError("the kernel refuses the shape that the operation takes")
-    if not torch.equal(y, multiply(x, packed, None, None, shape.out, 4, group, ops.LAYOUT)):
+    if not torch.equal(y, ops.linear_dynamic_int8(*arguments)):
         raise ArithmeticError("the kernel and the operation differ")
-    whole = median_time(lambda: multiply(x, packed, None, None, shape.out, 4, group, ops.LAYOUT), calls)
+    whole = median_time(lambda: ops.linear_dynamic_int8(*arguments), calls)
+    registry = median_time(lambda: torch.ops.compressor.linear_dynamic_int8(*arguments), calls)
     alone = median_time(lambda: kernel(1), calls) - median_time(lambda: kernel(0), calls)
-    return {"operation": whole, "kernel": alone, "overhead": whole - alone}
+    return {"operation": whole, "by registry": registry, "kernel": alone, "overhead": whole - alone}
 
 
 def packing(shape: Shape) -> float:
@@ -177,7 +183,7 @@ def noise(rows: list[Row]) -> float:
     return max(max(pair) / min(pair) - 1 for pair in pairs)
 
 
-def goals(rows: list[Row], threads: int, extra: dict[str, float]) -> list[Goal]:
+def goals(rows: list[Row], threads: int, extra: dict[str, float], decoding: dict[str, dict[str, float]]) -> list[Goal]:
     """What docs/kernels.md promises of the CPU kernels, and the worst case of this run."""
     cases: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
@@ -240,6 +246,16 @@ def goals(rows: list[Row], threads: int, extra: dict[str, float]) -> list[Goal]:
     found.append(Goal("operation beyond its kernel, M=1", "<= 5 us", spent, spent <= 5, "576x576"))
     pack = extra["packing"]
     found.append(Goal("packing a GB of codes", "< 1 s", pack, pack < 1, "4 bits, g=64"))
+    ratios = [
+        (speeds["prepared W4A8"] / max(speeds["dense float32"], speeds["dense bf16"]), f"{sequences} sequences")
+        for sequences, speeds in decoding.items()
+    ]
+    worst, where = min(ratios, default=(None, "not measured"))
+    found.append(
+        Goal(
+            "decoding W4A8, against the faster dense", ">= 2.5x", worst, None if worst is None else worst >= 2.5, where
+        )
+    )
     return found
 
 
@@ -292,6 +308,13 @@ def plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def shape_of(text: str) -> Shape:
+    out, _, columns = text.partition("x")
+    if not (out.isdecimal() and columns.isdecimal() and int(out) % 128 == 0 and int(columns) % 128 == 0):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't OUTxIN, multiples of 128 for the peers' sake")
+    return Shape(int(out), int(columns))
+
+
 def peers_of(text: str) -> Path:
     name, _, path = text.partition("=")
     if name != "llama.cpp" or not path:
@@ -307,21 +330,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw the times, an .svg")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=4, help="for each shape and M, shared by all candidates")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="OUTxIN", help="others than the usual")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="others than the usual")
     parser.add_argument("--peers", type=peers_of, metavar="llama.cpp=ENVIRONMENT")
     parser.add_argument("--cache-mb", type=int, help="the last cache, where the system doesn't say or says wrong")
+    parser.add_argument("--decode", action="store_true", help="also decode with a small model, dense and prepared")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all of it works")
     settings = parser.parse_args(arguments)
     if settings.threads < 1:
         parser.error(f"--threads {settings.threads}: at least 1 expected")
+    if settings.rows and min(settings.rows) < 1:
+        parser.error(f"--rows {min(settings.rows)}: at least 1 expected")
     return settings
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_arguments(arguments)
     console = Console()
+    console.width = max(100, console.width)
     cache = settings.cache_mb * 2**20 if settings.cache_mb else last_cache()
     settings.rotation = 0 if settings.quick else max(ROTATION, 4 * cache)
     shapes, counts = (QUICK_SHAPES, QUICK_ROWS) if settings.quick else (SHAPES, ROWS)
+    shapes, counts = tuple(settings.shapes or shapes), tuple(settings.rows or counts)
     settings.seconds = 0.1 if settings.quick else settings.seconds
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -364,10 +394,15 @@ def run(
     extra = {**overhead(settings.quick), "packing": packing(shapes[0]), "noise": noise(rows)}
     console.print(f"noise: {extra['noise']:.1%}, the most that the same kernel differed from itself")
     console.print(
-        f"576x576, M = 1: operation {extra['operation'] * 1e6:.1f} us, kernel {extra['kernel'] * 1e6:.1f} us, "
+        f"576x576, M = 1: operation {extra['operation'] * 1e6:.1f} us (through the registry "
+        f"{extra['by registry'] * 1e6:.1f} us), kernel {extra['kernel'] * 1e6:.1f} us, "
         f"beyond it {extra['overhead'] * 1e6:.1f} us"
     )
-    judged = [] if settings.quick else goals(rows, settings.threads, extra)
+    decoding = kernel_decode.decode(settings.quick) if settings.decode else {}
+    for sequences, speeds in decoding.items():
+        listed = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+        console.print(f"tokens a second at {sequences} sequence(s): {listed}")
+    judged = [] if settings.quick else goals(rows, settings.threads, extra, decoding)
     if judged:
         show_goals(console, judged)
     return {
@@ -378,6 +413,7 @@ def run(
         "ceilings": limits,
         "rows": [asdict(row) for row in rows],
         "extra": extra,
+        "decoding": decoding,
         "goals": [asdict(goal) for goal in judged],
     }
 

@@ -133,13 +133,14 @@ def test_digits_are_read_from_idx_files(tmp_path):
 def test_kernels_are_timed_beside_their_peers_and_all_answers_are_right(tmp_path):
     pytest.importorskip("bitsandbytes")
     target, drawing = tmp_path / "kernels.json", tmp_path / "kernels.svg"
-    bench_kernels.main(["--quick", "--cache-mb", "1", "--json", str(target), "--plot", str(drawing)])
+    bench_kernels.main(["--quick", "--decode", "--cache-mb", "1", "--json", str(target), "--plot", str(drawing)])
     report = json.loads(target.read_text())
     names = {row["name"] for row in report["rows"]}
     assert {"ours W4A8 g64", "ours W8A8", "ours W4A16 g64", "oneDNN W8A8", "bitsandbytes int8"} <= names
     assert len(report["rows"]) == len(names) * len(bench_kernels.QUICK_ROWS)
     assert all(row["seconds"] > 0 and 0 < row["error"] < 0.03 for row in report["rows"])
     assert min(report["ceilings"][name] for name in ("read bandwidth", "int8 peak", "float peak")) > 1e9
+    assert report["decoding"].keys() == {"1", "16"} and min(report["decoding"]["16"].values()) > 0
     assert drawing.read_text().count("<path") > len(names)
 
 
@@ -149,7 +150,7 @@ def test_a_goal_is_judged_by_its_worst_case_and_left_open_without_a_peer():
 
     rows = [row("a", "ours W4A8 g64", 1), row("a", "torch float32", 9), row("a", "torch bf16", 6)]
     rows += [row("b", "ours W4A8 g64", 1), row("b", "torch float32", 4), row("b", "torch bf16", 8)]
-    found = {goal.name: goal for goal in bench_kernels.goals(rows, 1, {"overhead": 4e-6, "packing": 2.0})}
+    found = {goal.name: goal for goal in bench_kernels.goals(rows, 1, {"overhead": 4e-6, "packing": 2.0}, {})}
     dense = found["W4A8 M=1, against the faster dense"]
     assert (dense.measured, dense.holds, dense.where) == (4, False, "b M=1")
     assert found["W4A8 M=1, of read bandwidth"].holds is True

@@ -29,6 +29,10 @@ void check(bool holds, const char* what) {
     std::exit(1);
 }
 
+void log_problems(ggml_log_level level, const char* text, void*) {
+    if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
+}
+
 ggml_context* context(size_t tensors, size_t graphs) {
     return ggml_init({tensors * ggml_tensor_overhead() + graphs * ggml_graph_overhead() + 4096, nullptr, true});
 }
@@ -65,6 +69,7 @@ int main(int count, char** arguments) {
     const int copies = std::atoi(arguments[5]), threads = std::atoi(arguments[6]);
     check(out > 0 && in > 0 && in % 32 == 0 && rows > 0 && copies > 0 && threads > 0, "numbers out of range");
 
+    ggml_log_set(log_problems, nullptr);
     ggml_backend_t backend = ggml_backend_cpu_init();
     check(backend, "no CPU backend");
     ggml_backend_cpu_set_n_threads(backend, threads);
