@@ -24,6 +24,7 @@ from torch import Tensor
 from compressor.kernels import ops
 
 HERE = Path(__file__).parent
+PIECE = 16 * 2**20  # bytes of one reading of memory
 CHECKED = 128  # rows of the weight that are compared with float64
 # Relative error of the answer to the product that it stands for, on these weights: bfloat16 results have 8 bits,
 # int8 activations of normal inputs about 1 %, LLM.int8()'s int8 weights as much again.
@@ -287,7 +288,11 @@ def build_llama_cpp(root: Path, folder: Path) -> Path:
 
 
 class Ceilings:
-    """This machine's limits on `threads`, by ceilings.cpp; a buffer of four times the last cache is read."""
+    """This machine's limits on `threads`, by ceilings.cpp.
+
+    A buffer of four times the last cache is read in pieces of the size of a weight, one after the other: a longer
+    reading meets more of what else the machine does, and its median would lie below what a product can reach.
+    """
 
     def __init__(self, threads: int, cache: int, quick: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -301,12 +306,16 @@ class Ceilings:
         self.threads, self.rounds = threads, 100_000 if quick else 1_000_000
         self.buffer = torch.randint(0, 255, (4 * cache,), dtype=torch.uint8)
         self.target = torch.zeros_like(self.buffer)
+        self._next = 0
         for name in ("read_bandwidth", "copy_bandwidth", "int8_peak", "float_peak", "bf16_peak"):
             getattr(self._library, name).restype = ctypes.c_double
 
     def read(self) -> float:
-        size = ctypes.c_size_t(self.buffer.numel())
-        return self._library.read_bandwidth(ctypes.c_void_p(self.buffer.data_ptr()), size, self.threads)
+        size = min(PIECE, self.buffer.numel())
+        self._next = self._next if self._next + size <= self.buffer.numel() else 0
+        place = self.buffer.data_ptr() + self._next
+        self._next += size
+        return self._library.read_bandwidth(ctypes.c_void_p(place), ctypes.c_size_t(size), self.threads)
 
     def copy(self) -> float:
         places = ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_void_p(self.target.data_ptr())
