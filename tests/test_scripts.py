@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 
 import bench_factorization
+import bench_kernels
 import bench_pruning
 import bench_slicegpt
 import bench_zero_tprune
@@ -15,6 +18,7 @@ import torch
 import train_lm
 import train_vit
 
+from compressor.kernels import cpu
 from compressor.remodel import facts_of
 from compressor.replay import Pieces
 from compressor.residual import residual_of
@@ -123,3 +127,33 @@ def test_digits_are_read_from_idx_files(tmp_path):
     file.write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
     with pytest.raises(ValueError, match="not an IDX file of bytes"):
         train_vit.read_idx(file)
+
+
+@pytest.mark.skipif(isinstance(cpu.library(), str) or not shutil.which("g++"), reason="no compiled kernels or no g++")
+def test_kernels_are_timed_beside_their_peers_and_all_answers_are_right(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    target, drawing = tmp_path / "kernels.json", tmp_path / "kernels.svg"
+    bench_kernels.main(["--quick", "--decode", "--cache-mb", "1", "--json", str(target), "--plot", str(drawing)])
+    report = json.loads(target.read_text())
+    names = {row["name"] for row in report["rows"]}
+    assert {"ours W4A8 g64", "ours W8A8", "ours W4A16 g64", "oneDNN W8A8", "bitsandbytes int8"} <= names
+    assert len(report["rows"]) == len(names) * len(bench_kernels.QUICK_ROWS)
+    assert all(row["seconds"] > 0 and 0 < row["error"] < 0.03 for row in report["rows"])
+    assert min(report["ceilings"][name] for name in ("read bandwidth", "int8 peak", "float peak")) > 1e9
+    assert report["decoding"].keys() == {"1", "16"} and min(report["decoding"]["16"].values()) > 0
+    assert drawing.read_text().count("<path") > len(names)
+
+
+def test_a_goal_is_judged_by_its_worst_case_and_left_open_without_a_peer():
+    def row(shape: str, name: str, seconds: float) -> bench_kernels.Row:
+        return bench_kernels.Row(shape, 1, name, seconds, 5, 1.0, 1.0, 0.9, 0.1, 0.01, "")
+
+    rows = [row("a", "ours W4A8 g64", 1), row("a", "torch float32", 9), row("a", "torch bf16", 6)]
+    rows += [row("b", "ours W4A8 g64", 1), row("b", "torch float32", 4), row("b", "torch bf16", 8)]
+    found = {goal.name: goal for goal in bench_kernels.goals(rows, 1, {"overhead": 4e-6, "packing": 2.0}, {})}
+    dense = found["W4A8 M=1, against the faster dense"]
+    assert (dense.measured, dense.holds, dense.where) == (4, False, "b M=1")
+    assert found["W4A8 M=1, of read bandwidth"].holds is True
+    assert found["W4A8 M=1, against llama.cpp Q4_0"].holds is None
+    assert found["operation beyond its kernel, M=1"].holds is True
+    assert found["packing a GB of codes"].holds is False
