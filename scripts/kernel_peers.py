@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor.kernels import ops
+from compressor.kernels.int8_split import round_rows
 
 HERE = Path(__file__).parent
 PIECE = 16 * 2**20  # bytes of one reading of memory
@@ -203,11 +204,27 @@ def with_outliers(x: Tensor) -> Tensor:
     return x
 
 
+def ours_int8_outlier(name: str, shape: Shape, x: Tensor, rotation: int) -> Candidate:
+    """LLM.int8() with threshold 6, on bfloat16 as the peer"""
+    matrix, x = torch.randn(shape.out, shape.columns), with_outliers(x).bfloat16()
+    codes, absmax = round_rows(matrix)
+    return timed(
+        name,
+        lambda w: torch.ops.compressor.linear_int8_outlier(x, w, absmax, None, None, None, 6.0),
+        ops.pack_int8_rows(codes, absmax),
+        codes.numel(),
+        x=x.float(),
+        weight=matrix[:CHECKED],
+        kind="int8",
+        rotation=rotation,
+    )
+
+
 def bitsandbytes_int8(name: str, shape: Shape, x: Tensor, rotation: int) -> Candidate:
     """Linear8bitLt with threshold 6"""
     import bitsandbytes
 
-    weight, x = torch.randn(shape.out, shape.columns), with_outliers(x)
+    weight, x = torch.randn(shape.out, shape.columns), with_outliers(x).bfloat16()
 
     def layer(_: Any = None) -> torch.nn.Module:
         made = bitsandbytes.nn.Linear8bitLt(shape.columns, shape.out, bias=False, has_fp16_weights=False, threshold=6.0)
@@ -342,6 +359,7 @@ def candidates(
         torch_int4("torch int4pack", shape, x, rotation),
         torch_int8("torch int8pack", shape, x, rotation),
         onednn_int8("oneDNN W8A8", shape, x, rotation),
+        ours_int8_outlier("ours LLM.int8", shape, x, rotation),
         bitsandbytes_int8("bitsandbytes int8", shape, x, rotation),
     ]
     if llama is not None:

@@ -147,7 +147,7 @@ template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Rows& x, int64_
     const float* p = x.x + m0 * x.stride + j * w.group;
     const uint8_t* block = b;
     for (const uint8_t* end = b + w.scale_offset; b < end; b += TILE * BITS, p += 8) {
-      if (MT == 1) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)b + 6144 + c * 64, _MM_HINT_T0);
+      if (m0 == 0) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)b + 6144 + c * 64, _MM_HINT_T0);
       Sixteen codes[4];  // all four before any product: the sums wait on each other least when they take turns
       for (int c = 0; c < 4; c++) codes[c] = load_sixteen<BITS>(b, c);
       for (int i = 0; i < 8; i++)
