@@ -18,9 +18,11 @@ from torch import nn
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels import explain, ops, prepare
+from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.prepared import PreparedLinear
+from compressor.layers.block_linear import BlockLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 
@@ -439,3 +441,39 @@ def test_llm_int8_passes_the_checks_of_torch_and_refuses_bad_calls():
         ops.linear_int8_outlier(x[:, :63], packed, layer.SCB, None, None, None, 6.0)
     with pytest.raises(ShapeError, match=r"x \(3, 64\)"):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns + 60, weight, None, 6.0)
+
+
+@pytest.mark.parametrize("bits, block", [(4, (2, 8)), (8, (64, 64)), (4, (1, 16)), (8, (3, 100))])
+def test_blocks_of_bct_need_no_kernel_of_their_own(bits, block):
+    made = torch.Generator().manual_seed(6)
+    most = 2 ** (bits - 1) - 1
+    codes = torch.randint(-most, most + 1, (70, 45), generator=made, dtype=torch.int8)
+    exponent = torch.randint(-9, -3, block_counts((70, 45), block), generator=made, dtype=torch.int8)
+    layer = BlockLinear.pack(codes, exponent, bits=bits, block=block)
+    x = torch.randn(3, 45, generator=made)
+    model, expected = nn.Sequential(layer), layer(x)
+    assert prepare(model, strict=True)["0"].op == "linear_weight_only"
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_that_no_kernel_takes_stay_with_the_reason():
+    layer = BlockLinear.pack(
+        torch.ones(8, 24, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8), bits=4, block=(2, 6)
+    )
+    model = nn.Sequential(layer)
+    with pytest.warns(UserWarning, match="groups of 6 columns, a multiple of 8"):
+        prepare(model)
+    assert model[0] is layer
+
+
+def test_layers_of_bitsandbytes_get_the_kernel_of_llm_int8():
+    bnb = pytest.importorskip("bitsandbytes")
+    theirs = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0)
+    theirs.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    model = nn.Sequential(theirs.to("cpu"))
+    names = set(model.state_dict())
+    x = torch.randn(5, 64).bfloat16()
+    x[:, 3] = 9
+    expected = model(x).float()
+    assert prepare(model, strict=True)["0"].op == "linear_int8_outlier" and set(model.state_dict()) == names
+    assert (model(x).float() - expected).norm() < 0.01 * expected.norm()  # they round three times to bfloat16

@@ -122,9 +122,8 @@ def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> 
         return f"{op} takes {', '.join(map(str, BITS[op]))} bits, these are {weight.bits}"
     if weight.scale.dtype not in DTYPES:
         return f"scales are {weight.scale.dtype}"
-    columns = weight.codes.shape[1]
-    if weight.group_size != -1 and (weight.group_size % 8 or columns % weight.group_size):
-        return f"groups of {weight.group_size} columns, a multiple of 8 that divides {columns} is wanted"
+    if weight.group_size != -1 and weight.group_size % 8:
+        return f"groups of {weight.group_size} columns, a multiple of 8 is wanted"
     if weight.group_index is not None:
         counts = torch.bincount(weight.group_index.long(), minlength=weight.scale.shape[1])
         if not bool((counts == weight.group_size).all()):

@@ -1,4 +1,4 @@
-"""Stored weights as modules hold them: our own layers', and compressed-tensors' as transformers loads them.
+"""Stored weights as modules hold them: our own layers', and those of compressed-tensors and bitsandbytes.
 
 Readers are here, and not methods of the layers, since the source of a layer goes into modelling files that know torch
 alone. Both kinds name their tensors alike.
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.kernels.blocks import power_of_two, unpack_rows
 from compressor.kernels.dispatch import IntegerWeight, OutlierWeight
 from compressor.kernels.reference import unpack_codes
 
@@ -46,6 +47,8 @@ def adopt(module: nn.Module) -> StoredWeight | None:
         read = READERS.get(form)
         reader = partial(read, layer.spec()) if read else partial(_none, form)
         return StoredWeight(layer.tensors(), getattr(layer, "bias", None), reader)
+    if type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes"):
+        return _of_bitsandbytes(module)
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None or not isinstance(module, nn.Linear) or scheme.weights is None:
         return None
@@ -80,6 +83,32 @@ def _int8_rows(spec: dict[str, Any], tensors: dict[str, Tensor]) -> OutlierWeigh
     return OutlierWeight(tensors["weight"], tensors["SCB"], spec["threshold"], columns, weight)
 
 
+def _of_bitsandbytes(module: Any) -> StoredWeight:
+    """Multiplied as int8_split_linear is; how bitsandbytes differs is in `compressor.kernels.bitsandbytes`."""
+    weight, scale = module.weight.data, getattr(module.weight, "SCB", None)
+    scale = module.state.SCB if scale is None else scale
+    if weight.dtype != torch.int8 or scale is None:
+        return StoredWeight({}, module.bias, partial(_none, "a layer of bitsandbytes before it is quantized"))
+    tensors = {"weight": weight, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
+    spec = {"outliers": "dynamic", "threshold": float(module.state.threshold)}
+    return StoredWeight(tensors, module.bias, partial(_int8_rows, spec))
+
+
+def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight | str:
+    """block_linear: a group is what a row has of a block, with the block's scale; a power of two is exact"""
+    if spec.get("biased"):
+        return "its bias is stored in blocks too"
+    bits, (rows, width) = spec["bits"], spec["block"]
+    packed = tensors["weight_packed"]
+    columns = packed.shape[1] * 8 // bits - int(spec.get("odd", False))
+    signed = unpack_rows(packed, bits, columns).to(torch.int16)
+    shift = spec["scale"] == "shift"
+    scale = power_of_two(tensors["weight_exponent"], torch.float32) if shift else tensors["weight_scale"].float()
+    scale = scale.repeat_interleave(rows, 0)[: len(packed)].contiguous()
+    codes = (signed + 2 ** (bits - 1)).to(torch.uint8)
+    return IntegerWeight(codes, scale, None, bits, -1 if width >= columns else width)
+
+
 def _none(form: str, tensors: dict[str, Tensor]) -> str:
     return f"no kernel takes {form}"
 
@@ -95,8 +124,9 @@ def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWe
     return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)
 
 
-READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Weight]] = {
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Weight | str]] = {
     "packed_linear": _packed,
+    "block_linear": _blocks,
     "byte_linear": _bytes,
     "int8_split_linear": _int8_rows,
 }

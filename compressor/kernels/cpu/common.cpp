@@ -85,11 +85,22 @@ int64_t open_packed(Packed& w, const uint8_t* packed, int64_t bytes, int64_t N, 
   if (error) return error;
   return bytes == int64_t(sizeof h) + w.tiles * w.groups * w.block_bytes ? OK : BAD_LAYOUT;
 }
-static void put_code(uint8_t* row, int64_t bits, int n, int j, uint8_t code) {
-  if (bits == 8) { row[j / 4 * 256 + n * 4 + j % 4] = code; return; }
-  if (bits == 4) { row[n * 4 + j % 4] |= uint8_t(code << (j / 4 * 4)); return; }
-  row[n * 2 + j / 4] |= uint8_t((code & 3) << (j % 4 * 2));
-  if (bits == 3) row[128 + n] |= uint8_t((code >> 2) << j);
+// Eight codes of output n into its places of a row.
+static void put_codes(uint8_t* row, int64_t bits, int n, const uint8_t* codes) {
+  if (bits == 8) {
+    memcpy(row + n * 4, codes, 4);
+    memcpy(row + 256 + n * 4, codes + 4, 4);
+  } else if (bits == 4) {
+    for (int i = 0; i < 4; i++) row[n * 4 + i] = uint8_t(codes[i] | codes[i + 4] << 4);
+  } else {
+    for (int i = 0; i < 2; i++)
+      row[n * 2 + i] = uint8_t((codes[4 * i] & 3) | (codes[4 * i + 1] & 3) << 2 | (codes[4 * i + 2] & 3) << 4 | (codes[4 * i + 3] & 3) << 6);
+    if (bits == 3) {
+      uint8_t high = 0;
+      for (int j = 0; j < 8; j++) high |= uint8_t((codes[j] >> 2) << j);
+      row[128 + n] = high;
+    }
+  }
 }
 
 // ---- threads ----
@@ -189,7 +200,14 @@ extern "C" int64_t pack_weight(int64_t threads, const uint8_t* codes, const void
         const int64_t r = t * TILE + n, end = std::min(group, K - j * group);
         memcpy(b + w.scale_offset + n * bytes, (const char*)scale + (r * w.groups + j) * bytes, size_t(bytes));
         b[w.zero_offset + n] = zero ? zero[r * w.groups + j] : uint8_t(1 << (bits - 1));
-        for (int64_t k = 0; k < end; k++) put_code(b + k / 8 * w.row_bytes, bits, n, int(k % 8), codes[r * K + j * group + k]);
+        const uint8_t* from = codes + r * K + j * group;
+        int64_t k = 0;
+        for (; k + 8 <= end; k += 8) put_codes(b + k / 8 * w.row_bytes, bits, n, from + k);
+        if (k < end) {
+          uint8_t last[8] = {};
+          memcpy(last, from + k, size_t(end - k));
+          put_codes(b + k / 8 * w.row_bytes, bits, n, last);
+        }
       }
     }
   });
