@@ -101,3 +101,5 @@ def test_the_library_refuses_what_it_cannot_read():
         round_compiled(part, 0, 9)
     with pytest.raises(KernelError, match="contiguous float32"):
         round_compiled(dataclasses.replace(part, work=part.work.double()), 0, 8)
+    with pytest.raises(KernelError, match="contiguous float32"):
+        round_compiled(dataclasses.replace(part, upper=part.upper.double()), 0, 8)

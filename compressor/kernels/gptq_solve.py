@@ -77,7 +77,7 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
         raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
     upper = part.upper.contiguous()
     group_of = torch.tensor(part.group_of, dtype=torch.int64)
-    for tensor in (part.work, part.errors, part.codes, part.scale, part.zero):
+    for tensor in (part.work, part.errors, part.codes, upper, part.scale, part.zero):
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu):
             raise KernelError("the compiled GPTQ solver takes contiguous float32 on the CPU", hint="Use round_columns.")
     result = found.functions.gptq_solve(
