@@ -25,12 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from compressor.errors import PassError
 from compressor.grid import Grid, dequantize, find_grid, quantize
+from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled, solves
 from compressor.lazy import torch
 from compressor.linalg import Factor, Gram, inverse_factor
 from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
@@ -294,19 +296,22 @@ def solve(
     errors = torch.empty_like(work)
     codes = torch.empty_like(work)
     of_column = (order // width).tolist()
-    pivots = upper.diagonal().tolist()
-    rounded = torch.empty(out, dtype=weight.dtype, device=weight.device)
+    compiled = solves(work)
     block = settings.block_size
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         for sub in range(start, stop, SUB_BLOCK):
             end = min(sub + SUB_BLOCK, stop)
-            for j in range(sub, end):
-                group = of_column[j]
-                if fresh and j % width == 0:
-                    part = work[j : j + width].t().reshape(out, 1, width).float()
+            part = Columns(
+                work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], of_column[sub:end],
+                scale, None if settings.symmetric else zero, grid.low, grid.high,
+            )  # fmt: skip
+            starts = [j for j in range(sub, end) if fresh and j % width == 0]
+            for begin, until in pairwise(sorted({sub, *starts, end})):
+                if begin in starts:
+                    group = of_column[begin]
                     found = find_grid(
-                        part,
+                        work[begin : begin + width].t().reshape(out, 1, width).float(),
                         settings.bits,
                         settings.symmetric,
                         settings.scale_search,
@@ -314,19 +319,7 @@ def solve(
                         importance[group : group + 1],
                     )
                     scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
-                code, error = codes[j], errors[j]
-                torch.div(work[j], scale[group], out=code)
-                code.round_()
-                if settings.symmetric:
-                    code.clamp_(grid.low, grid.high)
-                    torch.mul(code, scale[group], out=rounded)
-                else:
-                    code.add_(zero[group]).clamp_(grid.low, grid.high)
-                    torch.sub(code, zero[group], out=rounded).mul_(scale[group])
-                torch.sub(work[j], rounded, out=error)
-                error.div_(pivots[j])
-                if j + 1 < end:
-                    work[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+                (round_compiled if compiled else round_columns)(part, begin - sub, until - sub)
             if end < stop:
                 work[end:stop].addmm_(upper[sub:end, end:stop].t(), errors[sub:end], alpha=-1)
         if stop < columns:

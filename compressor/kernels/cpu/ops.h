@@ -21,4 +21,9 @@ int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_
 int64_t linear_int8_outlier(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
                             const float* absmax, const int64_t* columns, int64_t column_count, const void* stored, int64_t stored_dtype,
                             const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, double threshold);
+// Columns [begin, stop) of a GPTQ block of `end` columns: codes, errors over pivots; columns [stop, end) of work updated.
+// work, errors, codes (end, rows); upper (end, end); scale, zero (groups, rows), zero null if symmetric; group_of (end,).
+int64_t gptq_solve(int64_t level, int64_t threads, float* work, float* errors, float* codes, const float* upper, const float* scale,
+                   const float* zero, const int64_t* group_of, int64_t rows, int64_t groups, int64_t begin, int64_t stop, int64_t end,
+                   double low, double high);
 }

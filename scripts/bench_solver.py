@@ -1,0 +1,100 @@
+"""GPTQ's solve by the library and by torch, and the Hessian by panels and by one product, call by call in turns.
+
+    python scripts/bench_solver.py --output bench.json
+
+`solve` is a whole solve of one matrix, of which the products for later columns are the same torch call in both;
+`columns` is the inner loop alone over the same number of columns. Ratios are medians of torch over ours, and of panels
+over one product. `equal` says whether both solvers gave the same codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from compressor.environment import cpu_name
+from compressor.kernels.cpu import Library, library
+from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled
+from compressor.linalg import Gram, inverse_factor
+from compressor.passes import gptq
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096, help="inputs and outputs of the matrix")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+    settings = parser.parse_args()
+    if not isinstance(library(), Library):
+        parser.error(f"{library()}")
+    result = {"cpu": cpu_name(), "torch": torch.__version__, "size": settings.size, "tokens": settings.tokens}
+    result["rows"] = bench(settings.size, settings.tokens, settings.repeats, settings.threads)
+    text = json.dumps(result, indent=1) + "\n"
+    if settings.output:
+        settings.output.write_text(text)
+    else:
+        print(text)
+
+
+def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, size, generator=generator) * torch.exp(torch.randn(size, generator=generator) / 2)
+    weight = torch.randn(size, size, generator=generator)
+    hessian = Gram.zeros(size, torch.float32, x.device).add(x).hessian()
+    order = gptq.column_order(hessian.diagonal(), "static", 128)
+    factor = inverse_factor(hessian[order][:, order], 0.01, 1.0, "benchmark")
+    if factor is None:
+        raise SystemExit("the benchmark's hessian has no factor; use more --tokens")
+    upper, chosen = factor.upper, gptq.GPTQ(scale_search="minmax")
+
+    def solve(ours: bool) -> torch.Tensor:
+        with mock.patch.object(gptq, "solves", lambda work: ours):
+            return gptq.solve(weight, upper, hessian.diagonal(), order, chosen, 128, torch.bfloat16).codes
+
+    def columns(ours: bool) -> None:
+        work, errors, codes = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+        scale = torch.ones(1, size)
+        for start in range(0, size, gptq.SUB_BLOCK):
+            rows = slice(start, min(start + gptq.SUB_BLOCK, size))
+            count = rows.stop - start
+            part = Columns(work[rows], errors[rows], codes[rows], upper[rows, rows], [0] * count, scale, None, -8, 7)
+            (round_compiled if ours else round_columns)(part, 0, count)
+
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        equal = torch.equal(solve(True), solve(False))
+        for name, ours, theirs in (
+            ("solve", lambda: solve(True), lambda: solve(False)),
+            ("columns", lambda: columns(True), lambda: columns(False)),
+            ("hessian", lambda: Gram.zeros(size, torch.float32, x.device).add(x), lambda: x.T @ x),
+        ):
+            a, b = in_turns(ours, theirs, repeats)
+            row = {"what": name, "threads": count, "ours_s": a, "other_s": b, "other_over_ours": b / a}
+            rows.append(row | {"ours_over_other": a / b} | ({"equal": equal} if name == "solve" else {}))
+    return rows
+
+
+def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median seconds of both, called alternately; the first call of each isn't counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        for call, kept in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            call()
+            kept.append(time.perf_counter() - start)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+if __name__ == "__main__":
+    main()
