@@ -61,9 +61,10 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
         with mock.patch.object(gptq, "solves", lambda work: ours):
             return gptq.solve(weight, upper, hessian.diagonal(), order, chosen, 128, torch.bfloat16).codes
 
+    work, errors, codes = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    scale = torch.ones(1, size)
+
     def columns(ours: bool) -> None:
-        work, errors, codes = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-        scale = torch.ones(1, size)
         for start in range(0, size, gptq.SUB_BLOCK):
             rows = slice(start, min(start + gptq.SUB_BLOCK, size))
             count = rows.stop - start
@@ -79,17 +80,20 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
             ("columns", lambda: columns(True), lambda: columns(False)),
             ("hessian", lambda: Gram.zeros(size, torch.float32, x.device).add(x), lambda: x.T @ x),
         ):
-            a, b = in_turns(ours, theirs, repeats)
+            a, b = in_turns(ours, theirs, repeats, lambda: work.copy_(weight))
             row = {"what": name, "threads": count, "ours_s": a, "other_s": b, "other_over_ours": b / a}
             rows.append(row | {"ours_over_other": a / b} | ({"equal": equal} if name == "solve" else {}))
     return rows
 
 
-def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, called alternately; the first call of each isn't counted."""
+def in_turns(
+    ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, prepare: Callable[[], Any]
+) -> tuple[float, float]:
+    """Median seconds of both, called alternately; neither the first call of each nor `prepare` is counted."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
         for call, kept in zip((ours, theirs), times, strict=True):
+            prepare()
             start = time.perf_counter()
             call()
             kept.append(time.perf_counter() - start)
