@@ -1,0 +1,234 @@
+"""Correctness cases of the CUDA library, the same on a GPU and under emulation. Needs numpy alone.
+
+`run_w4_a16(library, case, memory, seed)` runs a case: `library` is the loaded shared object, and `memory` places arrays
+where kernels can read them. That is `GuardedMemory` here, or the memory of a GPU (scripts/check_gpu.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT16, BFLOAT16, FLOAT32 = 0, 1, 2  # device.h: Type
+TILE = 64
+LANE = np.arange(32)
+UNIT = 2.0**-24  # rounding to nearest, float32
+OUTPUT_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
+SMALLEST = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}  # half of the smallest subnormal
+CANARY = 0x55
+
+
+class Placed(Protocol):
+    """An array where kernels can reach it."""
+
+    @property
+    def address(self) -> int: ...
+
+    def read(self) -> NDArray: ...
+
+
+class Memory(Protocol):
+    """Where the operands of a case are kept. `products_unit`: relative error of one addition inside an mma."""
+
+    products_unit: float
+
+    def place(self, array: NDArray) -> Placed: ...
+
+    def wait(self) -> None: ...
+
+
+class GuardedArray:
+    """An array that ends where an unreadable page begins, with a canary before it."""
+
+    def __init__(self, array: NDArray):
+        page = mmap.PAGESIZE
+        size = (array.nbytes // page + 1) * page  # at least one byte of canary
+        self._map = mmap.mmap(-1, size + page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+        self._canary = np.frombuffer(self._map, np.uint8, size - array.nbytes)
+        self._canary[...] = CANARY
+        self._array = np.frombuffer(self._map, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+        self._array[...] = array
+        self.address = start + size - array.nbytes
+
+    def read(self) -> NDArray:
+        """The array; raises AssertionError if something was written before it."""
+        assert (self._canary == CANARY).all(), "bytes before the array were overwritten"
+        return self._array
+
+
+class GuardedMemory:
+    """The memory of this process: one element too far ends the process."""
+
+    products_unit = UNIT  # the emulated mma rounds its sum once, to nearest
+
+    def place(self, array: NDArray) -> Placed:
+        return GuardedArray(array)
+
+    def wait(self) -> None:
+        pass
+
+
+def to_bits(values: NDArray, kind: int) -> NDArray:
+    """float -> the stored form of `kind`: uint16 bits of a half or bfloat16 (ties to even), or float32."""
+    values = np.asarray(values, np.float32)
+    if kind == FLOAT32:
+        return values
+    if kind == FLOAT16:
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def to_float64(stored: NDArray, kind: int) -> NDArray:
+    """The inverse of to_bits, exact."""
+    if kind == FLOAT16:
+        return stored.view(np.float16).astype(np.float64)
+    if kind == BFLOAT16:
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+def pack_mma1(codes: NDArray) -> NDArray:
+    """Codes 0 to 15, uint8 (N, K) -> uint32 (N / 64, K / 64, 4, 4, 32), both rounded up; drawn in w_a16.cu."""
+    n, k = codes.shape
+    padded = np.full((-(-n // TILE) * TILE, -(-k // TILE) * TILE), 8, np.uint32)
+    padded[:n, :k] = codes
+    tiles = padded.reshape(len(padded) // TILE, 4, 16, -1, 4, 16)  # [tile n, n / 16, n % 16, tile k, k / 16, k % 16]
+    word = np.zeros((tiles.shape[0], tiles.shape[3], 4, 4, 32), np.uint32)
+    for nibble in range(8):
+        further_n, further_k, upper = nibble % 2, nibble // 2 % 2, nibble // 4
+        # indices of two axes at once put their common axis first: [lane, tile n, n / 16, tile k, k / 16]
+        part = tiles[:, :, LANE // 4 + 8 * further_n, :, :, LANE % 4 * 2 + 8 * further_k + upper]
+        word |= part.transpose(1, 3, 4, 2, 0) << np.uint32(4 * nibble)
+    return word
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of compressor_w4_a16. group_size -1: one group."""
+
+    M: int
+    N: int
+    K: int
+    group_size: int = 64
+    x_type: int = FLOAT16
+    scale_type: int = FLOAT16
+    zero_points: bool = False
+    bias: bool = False
+    positive: bool = False  # nothing cancels: x and W are positive
+
+    def __str__(self) -> str:
+        kind = ("f16", "bf16", "f32")
+        extras = [name for name in ("zero_points", "bias", "positive") if getattr(self, name)]
+        types = f"{kind[self.x_type]}-{kind[self.scale_type]}"
+        return "-".join([f"{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
+
+
+# tails of M, N and K, one to seven tiles of K, two blocks in each dimension of the grid, groups cut short by K
+CASES = (
+    Case(1, 64, 64),
+    Case(1, 8, 128, group_size=128, zero_points=True),
+    Case(5, 72, 200, x_type=BFLOAT16, scale_type=BFLOAT16, zero_points=True, bias=True),
+    Case(16, 64, 448),
+    Case(3, 130, 8, group_size=-1, bias=True),
+    Case(3, 66, 640, x_type=FLOAT16, positive=True),
+    Case(17, 130, 328, group_size=128, scale_type=FLOAT32, zero_points=True, bias=True),
+    Case(33, 70, 320, group_size=-1, x_type=BFLOAT16, scale_type=FLOAT32),
+    Case(65, 72, 456, group_size=192, x_type=BFLOAT16, scale_type=FLOAT16, zero_points=True),
+    Case(8, 1, 704, group_size=64, x_type=BFLOAT16, scale_type=BFLOAT16, positive=True),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arrays of a case in their stored forms, and what has to come of them."""
+
+    x: NDArray
+    packed: NDArray
+    scale: NDArray
+    zero_point: NDArray | None
+    bias: NDArray | None
+    expected: NDArray  # float64
+    size: NDArray  # float64: the sum of the products' absolute values
+
+
+def make_operands(case: Case, seed: int) -> Operands:
+    """Random operands; scales of 0 and zero points of 0 and 15 are among them."""
+    random = np.random.default_rng([seed, case.M, case.N, case.K])
+    group_size = case.group_size if case.group_size > 0 else -(-case.K // TILE) * TILE
+    groups = -(-case.K // group_size)
+    codes = random.integers(8 if case.positive else 0, 16, (case.N, case.K), dtype=np.uint8)
+    scale = to_bits(random.random((groups, case.N)) * 0.02 + 0.01, case.scale_type)
+    zero_point = None
+    if case.zero_points:
+        zero_point = random.integers(0, 16, (groups, case.N), dtype=np.uint8)
+        scale[0, 0] = 0
+    x = random.standard_normal((case.M, case.K))
+    x = to_bits(np.abs(x) if case.positive else x, case.x_type)
+    bias = to_bits(random.standard_normal(case.N), case.x_type) if case.bias else None
+
+    group = np.arange(case.K) // group_size
+    zero = np.full((groups, case.N), 8.0) if zero_point is None else zero_point.astype(np.float64)
+    weight = (codes - zero.T[:, group]) * to_float64(scale, case.scale_type).T[:, group]
+    x64, b64 = to_float64(x, case.x_type), 0.0 if bias is None else to_float64(bias, case.x_type)
+    return Operands(
+        x,
+        pack_mma1(codes),
+        scale,
+        zero_point,
+        bias,
+        expected=x64 @ weight.T + b64,
+        size=np.abs(x64) @ np.abs(weight).T + np.abs(b64),
+    )
+
+
+def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
+    """How far y may be from `expected`, float64 (M, N).
+
+    Every x * (code - zero_point) is exact, and a sum passes at most K additions inside the mma, each off by
+    `products_unit`; then a product and an addition per group, the bias, and the rounding to the type of y.
+    """
+    groups = 1 if case.group_size < 0 else -(-case.K // case.group_size)
+    in_sums = (case.K * products_unit + (groups + 2) * UNIT) * operands.size
+    return in_sums + OUTPUT_UNIT[case.x_type] * (np.abs(operands.expected) + in_sums) + SMALLEST[case.x_type]
+
+
+def launcher(library: ctypes.CDLL) -> Callable[..., int]:
+    """compressor_w4_a16 of the library, with its types: six addresses, six ints, a stream."""
+    function = library.compressor_w4_a16
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6 + [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+    """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
+
+    returns  y as stored, uint16 (M, N)
+    """
+    operands = make_operands(case, seed)
+    given = (operands.x, operands.packed, operands.scale, operands.zero_point, operands.bias)
+    placed = [None if array is None else memory.place(array) for array in given]
+    y = memory.place(np.full((case.M, case.N), 0x7FFF, np.uint16))
+    addresses = [p.address if p else None for p in placed]
+    sizes = (case.M, case.N, case.K, case.group_size, case.x_type, case.scale_type)
+    code = launcher(library)(*addresses, y.address, *sizes, stream)
+    assert code == 0, f"{case}: the launcher returned {code}"
+    memory.wait()
+    stored = np.array(y.read())
+    off = np.abs(to_float64(stored, case.x_type) - operands.expected)
+    right = off <= bound(case, operands, memory.products_unit)  # NaN is never right
+    assert right.all(), (
+        f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong, by up to {np.nanmax(off)}"
+    )
+    return stored
