@@ -134,18 +134,29 @@ class Case:
         return "-".join([f"{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
 
-# tails of M, N and K, one to seven tiles of K, two blocks in each dimension of the grid, groups cut short by K
+# Tails of M, N and K; two blocks in each dimension of the grid; groups cut short by K and by a slice. Pipelines hold
+# 6 (M <= 16) and 4 tiles, so more are needed to refill them; from 16 tiles on K is sliced (M <= 64).
 CASES = (
+    # up to 8 rows
     Case(1, 64, 64),
     Case(1, 8, 128, group_size=128, zero_points=True),
     Case(5, 72, 200, x_type=BFLOAT16, scale_type=BFLOAT16, zero_points=True, bias=True),
-    Case(16, 64, 448),
     Case(3, 130, 8, group_size=-1, bias=True),
-    Case(3, 66, 640, x_type=FLOAT16, positive=True),
+    Case(3, 66, 640, positive=True),
+    Case(8, 1, 704, x_type=BFLOAT16, scale_type=BFLOAT16, positive=True),
+    Case(1, 72, 1096, group_size=128, zero_points=True, bias=True),
+    # up to 16
+    Case(16, 64, 584, zero_points=True),
+    Case(9, 70, 1544, group_size=640, x_type=BFLOAT16, scale_type=FLOAT32, zero_points=True, bias=True),
+    Case(13, 65, 1024, group_size=-1),
+    # up to 32
     Case(17, 130, 328, group_size=128, scale_type=FLOAT32, zero_points=True, bias=True),
+    Case(17, 66, 1032, scale_type=BFLOAT16, zero_points=True, bias=True),
+    Case(32, 8, 640, x_type=BFLOAT16, positive=True),
+    # more
     Case(33, 70, 320, group_size=-1, x_type=BFLOAT16, scale_type=FLOAT32),
-    Case(65, 72, 456, group_size=192, x_type=BFLOAT16, scale_type=FLOAT16, zero_points=True),
-    Case(8, 1, 704, group_size=64, x_type=BFLOAT16, scale_type=BFLOAT16, positive=True),
+    Case(65, 72, 456, group_size=192, x_type=BFLOAT16, scale_type=FLOAT16, zero_points=True, bias=True),
+    Case(70, 8, 1032, positive=True),
 )
 
 
@@ -196,19 +207,29 @@ def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
     """How far y may be from `expected`, float64 (M, N).
 
     Every x * (code - zero_point) is exact, and a sum passes at most K additions inside the mma, each off by
-    `products_unit`; then a product and an addition per group, the bias, and the rounding to the type of y.
+    `products_unit`; then come a product and an addition per group (one more for each slice, and a slice has 8 tiles
+    or more), the bias, and the rounding to the type of y.
     """
     groups = 1 if case.group_size < 0 else -(-case.K // case.group_size)
-    in_sums = (case.K * products_unit + (groups + 2) * UNIT) * operands.size
+    slices = -(-case.K // (8 * TILE))
+    in_sums = (case.K * products_unit + (groups + 2 * slices + 1) * UNIT) * operands.size
     return in_sums + OUTPUT_UNIT[case.x_type] * (np.abs(operands.expected) + in_sums) + SMALLEST[case.x_type]
 
 
 def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_w4_a16 of the library, with its types: six addresses, six ints, a stream."""
+    """compressor_w4_a16 of the library, with its types: seven addresses, bytes, six ints, a stream."""
     function = library.compressor_w4_a16
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6 + [ctypes.c_void_p]
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] + [ctypes.c_int] * 6 + [ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function
+
+
+def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
+    """What the call needs, or -1 for a bad shape."""
+    function = library.compressor_w4_a16_workspace_bytes
+    function.argtypes = [ctypes.c_int] * 3
+    function.restype = ctypes.c_int64
+    return function(m, n, k)
 
 
 def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
@@ -220,11 +241,14 @@ def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stre
     given = (operands.x, operands.packed, operands.scale, operands.zero_point, operands.bias)
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(np.full((case.M, case.N), 0x7FFF, np.uint16))
-    addresses = [p.address if p else None for p in placed]
+    needed = workspace_bytes(library, case.M, case.N, case.K)
+    workspace = memory.place(np.full(needed // 4, np.nan, np.float32))
+    addresses = [p.address if p else None for p in [*placed, y, workspace]]
     sizes = (case.M, case.N, case.K, case.group_size, case.x_type, case.scale_type)
-    code = launcher(library)(*addresses, y.address, *sizes, stream)
+    code = launcher(library)(*addresses, needed, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
+    workspace.read()
     stored = np.array(y.read())
     off = np.abs(to_float64(stored, case.x_type) - operands.expected)
     right = off <= bound(case, operands, memory.products_unit)  # NaN is never right

@@ -10,10 +10,6 @@ typedef int i32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-struct alignas(16) Words4 {
-  u32 word[4];
-};
-
 // Codes of an element type at the C ABI.
 enum Type { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
@@ -41,6 +37,20 @@ DEVICE void cp_async16(void* target, const void* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared_address(target)), "l"(source), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// The same for what is read once: the L2 cache gives these lines up first.
+DEVICE u64 evict_first_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+DEVICE void cp_async16_once(void* target, const void* source, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(target)), "l"(source), "l"(policy)
                : "memory");
 }
 

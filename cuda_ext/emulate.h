@@ -79,7 +79,7 @@ inline std::vector<std::unique_ptr<Fiber>> fibers;
 alignas(128) inline char shared_memory[STATIC_SHARED_BYTES];
 
 [[noreturn]] inline void die(const char* why) {
-  fprintf(stderr, "emulate: %s (block %u %u, thread %u)\n", why, block_index.x, block_index.y, me ? me->index : 0);
+  fprintf(stderr, "emulate: %s (block %u %u %u, thread %u)\n", why, block_index.x, block_index.y, block_index.z, me ? me->index : 0);
   abort();
 }
 
@@ -199,12 +199,13 @@ int launch(Kernel kernel, Dim grid, Dim threads, Arguments... arguments) {
   grid_size = grid;
   block_size = threads;
   if (threads.x % 32 || threads.x == 0 || threads.x > 1024 || threads.y * threads.z != 1) die("bad size of a block");
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) die("bad size of the grid");
-  for (unsigned y = 0; y < grid.y; y++)
-    for (unsigned x = 0; x < grid.x; x++) {
-      block_index = Dim(x, y, 0);
-      run_block();
-    }
+  if (!grid.x || !grid.y || !grid.z || grid.x >> 31 || grid.y > 65535 || grid.z > 65535) die("bad size of the grid");
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
+        block_index = Dim(x, y, z);
+        run_block();
+      }
   return 0;
 }
 
@@ -349,6 +350,9 @@ DEVICE void cp_async16(void* target, const void* source, bool inside) {
   else
     emulate::me->groups.back().push_back(copy);
 }
+
+DEVICE u64 evict_first_policy() { return 0; }
+DEVICE void cp_async16_once(void* target, const void* source, u64) { cp_async16(target, source, true); }
 
 DEVICE void cp_async_commit() { emulate::me->groups.emplace_back(); }
 
