@@ -134,5 +134,6 @@ DEVICE float load_as_float(const void* array, u64 index, int type) {
   return type == FLOAT16 ? f16_to_float(bits) : bf16_to_float(bits);
 }
 
-// For launchers, which run on the host.
+#ifndef __CUDACC_RTC__  // for launchers: NVRTC refuses functions of the host
 inline bool aligned16(const void* pointer) { return ((u64)pointer & 15) == 0; }
+#endif
