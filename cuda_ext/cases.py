@@ -160,6 +160,15 @@ CASES = (
 )
 
 
+# For a GPU only: many blocks and slices at once.
+LARGE_CASES = (
+    Case(1, 8192, 8192, group_size=128, zero_points=True),
+    Case(16, 4096, 11008, group_size=128, x_type=BFLOAT16, scale_type=BFLOAT16),
+    Case(64, 11008, 4096, group_size=64, bias=True),
+    Case(300, 4096, 4096, group_size=-1, x_type=BFLOAT16, scale_type=FLOAT32, bias=True),
+)
+
+
 @dataclass(frozen=True)
 class Operands:
     """Arrays of a case in their stored forms, and what has to come of them."""
