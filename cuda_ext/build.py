@@ -109,8 +109,8 @@ def build_cuda(folder: Path, sources: list[Path] = SOURCES, flags: tuple[str, ..
     return library, usages
 
 
-def build_emulated(library: Path, sources: list[Path] = SOURCES, mutant: int = 0) -> Path:
-    """The same sources for the CPU; `mutant` plants a fault (the numbers are in the tests)."""
+def build_emulated(library: Path, sources: list[Path] = SOURCES, mutant: int | str = 0) -> Path:
+    """The same sources for the CPU; `mutant` is the value of MUTANT in device.h."""
     # -x c++ once for all: g++ would take .cu for a linker script
     _run(["g++", *EMULATION_FLAGS, f"-DMUTANT={mutant}", "-x", "c++", *map(str, sources), "-o", str(library)])
     return library

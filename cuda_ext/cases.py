@@ -265,3 +265,100 @@ def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stre
         f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong, by up to {np.nanmax(off)}"
     )
     return stored
+
+
+@dataclass(frozen=True)
+class HadamardCase:
+    """One call of compressor_hadamard; a scale of 1 / sqrt(n) keeps the length of a row."""
+
+    rows: int
+    n: int
+    type: int = FLOAT32
+    scale: float = 1.0
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        kind = ("f16", "bf16", "f32")[self.type]
+        return f"hadamard-{self.rows}x{self.n}-{kind}-{self.scale:.4g}" + ("-in_place" if self.in_place else "")
+
+
+HADAMARD_CASES = (
+    HadamardCase(1, 8),
+    HadamardCase(131, 8, FLOAT16),
+    HadamardCase(33, 32, BFLOAT16, in_place=True),
+    HadamardCase(9, 128, scale=128**-0.5),
+    HadamardCase(5, 256, FLOAT16, scale=0.125),
+    HadamardCase(3, 512, BFLOAT16),
+    HadamardCase(2, 2048, in_place=True),
+    HadamardCase(2, 8192, FLOAT16, scale=8192**-0.5),
+    HadamardCase(2, 16384, BFLOAT16, scale=2.0**-7, in_place=True),
+    HadamardCase(1, 32768, scale=32768**-0.5),
+)
+LARGE_HADAMARD_CASES = (
+    HadamardCase(4096, 4096, FLOAT16, scale=2.0**-6),
+    HadamardCase(512, 32768, BFLOAT16, scale=32768**-0.5),
+)
+
+
+def walsh_hadamard(x: NDArray) -> NDArray:
+    """x (rows, n) times Sylvester's matrix, in x's type: log2(n) butterflies."""
+    rows, n = x.shape
+    width = 1
+    while width < n:
+        pairs = x.reshape(rows, n // (2 * width), 2, width)
+        x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(rows, n)
+        width *= 2
+    return x
+
+
+def hadamard_launcher(library: ctypes.CDLL) -> Callable[..., int]:
+    """compressor_hadamard of the library, with its types."""
+    function = library.compressor_hadamard
+    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_int]
+    function.argtypes += [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def run_hadamard(
+    library: ctypes.CDLL, case: HadamardCase, memory: Memory, seed: int, stream: int | None = None
+) -> NDArray:
+    """Run the case and compare; raises AssertionError. Returns y as stored, (rows, n).
+
+    A sum passes log2(n) additions, each off by UNIT of what it adds at most; then the product with the scale, and one
+    rounding to the type of y. The scale itself is float32 on both sides.
+    """
+    random = np.random.default_rng([seed, case.rows, case.n])
+    stored = to_bits(random.standard_normal((case.rows, case.n)), case.type)
+    x = memory.place(stored)
+    y = x if case.in_place else memory.place(to_bits(np.full(stored.shape, np.nan), case.type))
+    code = hadamard_launcher(library)(x.address, y.address, case.rows, case.n, case.scale, case.type, stream)
+    assert code == 0, f"{case}: the launcher returned {code}"
+    memory.wait()
+    if not case.in_place:
+        assert np.array_equal(x.read(), stored), f"{case}: x was changed"
+    result = np.array(y.read())
+    scale = float(np.float32(case.scale))
+    values = to_float64(stored, case.type)
+    expected = walsh_hadamard(values) * scale
+    inside = (case.n.bit_length() + 1) * UNIT * np.abs(values).sum(axis=1, keepdims=True) * scale
+    unit = OUTPUT_UNIT.get(case.type, UNIT)
+    allowed = inside + unit * (np.abs(expected) + inside) + SMALLEST.get(case.type, 0.0)
+    off = np.abs(to_float64(result, case.type) - expected)
+    right = off <= allowed  # NaN is never right
+    assert right.all(), f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong"
+    return result
+
+
+def run(
+    library: ctypes.CDLL, case: Case | HadamardCase, memory: Memory, seed: int, stream: int | None = None
+) -> NDArray:
+    """Run a case of any kernel."""
+    if isinstance(case, HadamardCase):
+        return run_hadamard(library, case, memory, seed, stream)
+    return run_w4_a16(library, case, memory, seed, stream)
+
+
+# by the name of the source
+ALL_CASES: dict[str, tuple[Case | HadamardCase, ...]] = {"w_a16": CASES, "hadamard": HADAMARD_CASES}
+ALL_LARGE_CASES: tuple[Case | HadamardCase, ...] = (*LARGE_CASES, *LARGE_HADAMARD_CASES)

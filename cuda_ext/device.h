@@ -10,10 +10,15 @@ typedef int i32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+struct alignas(16) Words4 {
+  u32 word[4];
+};
+
 // Codes of an element type at the C ABI.
 enum Type { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
-// -DMUTANT=n plants one fault; the tests pass only if every one of them is noticed.
+// -DMUTANT=n plants fault n; the tests pass only if every one of them is noticed. Under emulation
+// -DMUTANT=emulate::fault leaves the number to compressor_emulate_fault, so one library serves all of them.
 #ifndef MUTANT
 #define MUTANT 0
 #endif
@@ -31,6 +36,10 @@ DEVICE u32 shared_address(const void* pointer) {
   asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
   return (u32)address;
 }
+
+// 16 bytes of global memory, in one piece.
+DEVICE Words4 load16(const void* source) { return *(const Words4*)source; }
+DEVICE void store16(void* target, const Words4& words) { *(Words4*)target = words; }
 
 // Copies 16 bytes to shared memory, later; writes zeros, and reads nothing, unless `inside`.
 DEVICE void cp_async16(void* target, const void* source, bool inside) {

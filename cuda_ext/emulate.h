@@ -75,6 +75,7 @@ inline Block* block;
 inline Fiber* me;
 inline Dim block_index, grid_size, block_size;
 inline u32 random_state = 1;
+inline int fault = 0;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 alignas(128) inline char shared_memory[STATIC_SHARED_BYTES];
 
@@ -342,6 +343,15 @@ DEVICE u32 subtract_bf16x2(u32 a, u32 b) {
   return r;
 }
 
+DEVICE Words4 load16(const void* source) {
+  if ((u64)source & 15) emulate::die("a misaligned load of 16 bytes");
+  return *(const Words4*)source;
+}
+DEVICE void store16(void* target, const Words4& words) {
+  if ((u64)target & 15) emulate::die("a misaligned store of 16 bytes");
+  *(Words4*)target = words;
+}
+
 DEVICE void cp_async16(void* target, const void* source, bool inside) {
   if (((u64)target & 15) || (inside && ((u64)source & 15))) emulate::die("a misaligned cp.async of 16 bytes");
   const emulate::Copy copy{target, source, inside};
@@ -384,3 +394,6 @@ DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 // The seed of the interleaving of all launches to come.
 extern "C" inline __attribute__((used)) void compressor_emulate_seed(u32 number) { emulate::seed(number); }
+
+// The fault that a library built with -DMUTANT=emulate::fault has from now on.
+extern "C" inline __attribute__((used)) void compressor_emulate_fault(int number) { emulate::fault = number; }

@@ -1,8 +1,8 @@
 // y (M, N) = x (M, K) W^T + bias with 4-bit weights: W[n, k] = (code[n, k] - zero_point[j, n]) * scale[j, n], j = k / g.
 // x, y and bias are float16 or bfloat16. Sums are float32; a scale acts on the sum of its group; one rounding at the end.
 //
-// Two kernels: w4_a16_decode for up to 16 rows of x, w4_a16_tiled for more. For up to 64 rows, K is cut into slices so
-// that there are blocks enough to keep the memory busy; their sums go to a workspace, and w4_a16_add_slices adds them in
+// Two kernels: `decode` for up to 16 rows of x, `tiled` for more. For up to 64 rows, K is cut into slices so
+// that there are blocks enough to keep the memory busy; their sums go to a workspace, and `add_slices` adds them in
 // the order of K. The number of slices depends on the shape alone, so the same call gives the same bits on every GPU.
 //
 // Layout "mma1" of the codes. K is padded to 64 and N to 64 (any code does: x is read as zero there, y isn't written).
@@ -15,6 +15,8 @@
 // so one word holds what a lane of m16n8k16 needs of a 16 x 16 piece, both as the left operand (16 rows of W) and as
 // the right one (two times 8 columns of W^T), and (word >> 4 * i) & 0x000f000f is the pair of register i of the left one.
 #include "device.h"
+
+namespace w4_a16 {  // names of several sources meet in one library
 
 // Tiles of the packed codes and threads of a block.
 constexpr int TILE_N = 64, TILE_K = 64, TILE_WORDS = 512, THREADS = 128;
@@ -72,7 +74,7 @@ DEVICE float scale_of(const Arguments& args, int group, int n) {
 
 // Register i of the left operand that the word stands for.
 template <int type>
-DEVICE u32 decode(u32 word, int i, u32 offset) {
+DEVICE u32 codes_of(u32 word, int i, u32 offset) {
   return Element<type>::subtract(((word >> (4 * i)) & 0x000f000fu) | Element<type>::base, offset);
 }
 
@@ -94,7 +96,7 @@ DEVICE void store(const Arguments& args, int m, int n, float sum, float bias_tim
 // A block computes ROWS rows of x (blockIdx.x) and 64 outputs (blockIdx.y) over one slice of K (blockIdx.z). x is the
 // left operand. Each of the 4 warps has 16 outputs.
 template <int type, int ROWS>
-__global__ void __launch_bounds__(THREADS) w4_a16_tiled(Arguments args) {
+__global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   constexpr int STAGES = 4, PIECES = ROWS / 16;
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
   SHARED(u32, shared_words, STAGES * TILE_WORDS);
@@ -164,8 +166,8 @@ __global__ void __launch_bounds__(THREADS) w4_a16_tiled(Arguments args) {
       u32 b[2][2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        b[h][0] = decode<type>(word, h, offset[h]);
-        b[h][1] = decode<type>(word, h + 2, offset[h]);
+        b[h][0] = codes_of<type>(word, h, offset[h]);
+        b[h][1] = codes_of<type>(word, h + 2, offset[h]);
       }
 #pragma unroll
       for (int p = 0; p < PIECES; p++) {
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(THREADS) w4_a16_tiled(Arguments args) {
 // multiplied. Bound by the memory, so many tiles are under way at once, and codes don't push x out of the L2 cache.
 // The numbers of MUTANT are those of the tiled kernel and 20.
 template <int type, int HALVES>
-__global__ void __launch_bounds__(THREADS) w4_a16_decode(Arguments args) {
+__global__ void __launch_bounds__(THREADS) decode(Arguments args) {
   constexpr int STAGES = 6, ROWS = HALVES * 8;
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
   SHARED(u32, shared_words, STAGES * TILE_WORDS);
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(THREADS) w4_a16_decode(Arguments args) {
         const u32 word = stage_words[(pair * 2 + step) * 128 + warp * 32 + (lane ^ (MUTANT == 23))];
         u32 a[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = decode<type>(word, i, offset[i % 2]);
+        for (int i = 0; i < 4; i++) a[i] = codes_of<type>(word, i, offset[i % 2]);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) Element<type>::mma(part[h], a, b[h][step * 2], b[h][step * 2 + 1]);
       }
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(THREADS) w4_a16_decode(Arguments args) {
 
 // y = the sum of the slices, in the order of K, + bias. A thread for each output.
 template <int type>
-__global__ void __launch_bounds__(THREADS) w4_a16_add_slices(Arguments args) {
+__global__ void __launch_bounds__(THREADS) add_slices(Arguments args) {
   const u64 count = u64(args.M) * args.N, place = u64(blockIdx.x) * THREADS + threadIdx.x;
   if (place >= count + (MUTANT == 42)) return;
   float sum = 0;
@@ -316,7 +318,11 @@ __global__ void __launch_bounds__(THREADS) w4_a16_add_slices(Arguments args) {
   args.y[place] = Element<type>::from_float(sum + (MUTANT == 41 ? 2 : 1) * bias);
 }
 
+}  // namespace w4_a16
+
 #ifndef __CUDACC_RTC__  // what compiles without a host launches without this, too
+
+namespace w4_a16 {
 
 constexpr int SLICED_ROWS = 64;     // more rows have work enough for every multiprocessor
 constexpr int BLOCKS = 1024;        // our choice: about 8 blocks for each of the 132 multiprocessors of an H100
@@ -337,29 +343,31 @@ int launch(const Arguments& args, void* stream) {
   const unsigned blocks_n = (args.N + TILE_N - 1) / TILE_N, slices = args.slices;
   int code;
   if (args.M <= 8)
-    code = LAUNCH((w4_a16_decode<type, 1>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((decode<type, 1>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else if (args.M <= 16)
-    code = LAUNCH((w4_a16_decode<type, 2>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((decode<type, 2>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else if (args.M <= 32)
-    code = LAUNCH((w4_a16_tiled<type, 32>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((tiled<type, 32>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else
-    code = LAUNCH((w4_a16_tiled<type, 64>), dim3((args.M + 63) / 64, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((tiled<type, 64>), dim3((args.M + 63) / 64, blocks_n, slices), dim3(THREADS), stream, args);
   if (code || slices == 1) return code;
   const unsigned blocks = unsigned((u64(args.M) * args.N + THREADS - 1) / THREADS);
-  return LAUNCH(w4_a16_add_slices<type>, dim3(blocks), dim3(THREADS), stream, args);
+  return LAUNCH(add_slices<type>, dim3(blocks), dim3(THREADS), stream, args);
 }
 
 inline bool shape_is_right(int M, int N, int K) {
   return M >= 0 && N >= 0 && K >= 1 && K % 8 == 0 && K <= (1 << 30) && N <= 65535 * TILE_N;
 }
 
+}  // namespace w4_a16
+
 // Bytes of workspace that compressor_w4_a16 needs, 0 for none; -1 for a bad shape.
 extern "C" i64 compressor_w4_a16_workspace_bytes(int M, int N, int K) {
-  if (!shape_is_right(M, N, K)) return -1;
+  if (!w4_a16::shape_is_right(M, N, K)) return -1;
   if (M == 0 || N == 0) return 0;
-  Arguments args{};
-  args.M = M, args.N = N, args.tiles = (K + TILE_K - 1) / TILE_K;
-  choose_slices(args);
+  w4_a16::Arguments args{};
+  args.M = M, args.N = N, args.tiles = (K + w4_a16::TILE_K - 1) / w4_a16::TILE_K;
+  w4_a16::choose_slices(args);
   return args.slices == 1 ? 0 : i64(sizeof(float)) * args.slices * M * N;
 }
 
@@ -369,15 +377,15 @@ extern "C" i64 compressor_w4_a16_workspace_bytes(int M, int N, int K) {
 extern "C" int compressor_w4_a16(const void* x, const void* packed, const void* scale, const void* zero_point,
                                  const void* bias, void* y, void* workspace, i64 workspace_bytes, int M, int N, int K,
                                  int group_size, int x_type, int scale_type, void* stream) {
-  if (!shape_is_right(M, N, K)) return -1;
-  if (group_size != -1 && (group_size < TILE_K || group_size % TILE_K)) return -1;
+  if (!w4_a16::shape_is_right(M, N, K)) return -1;
+  if (group_size != -1 && (group_size < w4_a16::TILE_K || group_size % w4_a16::TILE_K)) return -1;
   if ((x_type != FLOAT16 && x_type != BFLOAT16) || scale_type < FLOAT16 || scale_type > FLOAT32) return -1;
   if (M == 0 || N == 0) return 0;
   if (!x || !packed || !scale || !y || !aligned16(x) || !aligned16(packed)) return -1;
   const i64 needed = compressor_w4_a16_workspace_bytes(M, N, K);
   if (needed > 0 && (!workspace || (u64)workspace % sizeof(float) || workspace_bytes < needed)) return -1;
 
-  Arguments args{};
+  w4_a16::Arguments args{};
   args.x = (const u16*)x;
   args.packed = (const u32*)packed;
   args.scale = scale;
@@ -386,11 +394,11 @@ extern "C" int compressor_w4_a16(const void* x, const void* packed, const void* 
   args.y = (u16*)y;
   args.sums = needed > 0 ? (float*)workspace : nullptr;
   args.M = M, args.N = N, args.K = K;
-  args.tiles = (K + TILE_K - 1) / TILE_K;
-  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / TILE_K;
+  args.tiles = (K + w4_a16::TILE_K - 1) / w4_a16::TILE_K;
+  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / w4_a16::TILE_K;
   args.scale_type = scale_type;
-  choose_slices(args);
-  return x_type == FLOAT16 ? launch<FLOAT16>(args, stream) : launch<BFLOAT16>(args, stream);
+  w4_a16::choose_slices(args);
+  return x_type == FLOAT16 ? w4_a16::launch<FLOAT16>(args, stream) : w4_a16::launch<BFLOAT16>(args, stream);
 }
 
 #endif

@@ -20,7 +20,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from cuda_ext import build, cases  # noqa: E402
 SEEDS = 3
 SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
 ROWS = (1, 4, 16, 64, 256, 4096)
+HADAMARD_SIZES = (256, 1024, 4096, 8192, 32768)
 GROUP_SIZE = 128
 ROTATION_BYTES = 160_000_000
 REPLAYS = 20
@@ -100,7 +101,7 @@ def require_gpu() -> None:
 
 
 def check(
-    library: ctypes.CDLL, memory: DeviceMemory, chosen: tuple[cases.Case, ...], seeds: int
+    library: ctypes.CDLL, memory: DeviceMemory, chosen: Sequence[cases.Case | cases.HadamardCase], seeds: int
 ) -> list[dict[str, Any]]:
     """Runs every case with every seed; a wrong one doesn't stop the others."""
     found = []
@@ -108,7 +109,7 @@ def check(
         for seed in range(seeds):
             problem = ""
             try:
-                cases.run_w4_a16(library, case, memory, seed)
+                cases.run(library, case, memory, seed)
             except AssertionError as error:
                 problem = str(error)
             found.append({"case": str(case), "seed": seed, "problem": problem})
@@ -211,6 +212,24 @@ def time_shape(library: ctypes.CDLL, m: int, n: int, k: int, copy_rate: float) -
     }
 
 
+def time_hadamard(n: int, library: ctypes.CDLL) -> dict[str, Any]:
+    """Rows of n float16 that take at least the rotation's bytes, against a copy of the same tensor."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    rows = -(-max(ROTATION_BYTES, 4 * l2_bytes) // (2 * n))
+    x = torch.randn(rows, n, device="cuda").half()
+    y = torch.empty_like(x)
+    launch = cases.hadamard_launcher(library)
+
+    def call() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        code = launch(x.data_ptr(), y.data_ptr(), rows, n, n**-0.5, cases.FLOAT16, stream)
+        if code:
+            raise RuntimeError(f"compressor_hadamard returned {code} for {rows}x{n}")
+
+    ours, copy = seconds_of([call], graphed=True), seconds_of([lambda: y.copy_(x)], graphed=True)
+    return {"rows": rows, "n": n, "seconds": ours, "copy_seconds": copy, "of_copy": ours / copy}
+
+
 def judge(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """The goals that are set for this device."""
     return [
@@ -235,7 +254,8 @@ def main() -> int:
         return 6
     library, device = ctypes.CDLL(str(path)), torch.cuda.get_device_name()
     memory = DeviceMemory("cuda")
-    checks = check(library, memory, cases.CASES, SEEDS) + check(library, memory, cases.LARGE_CASES, seeds=1)
+    checks = check(library, memory, [case for group in cases.ALL_CASES.values() for case in group], SEEDS)
+    checks += check(library, memory, cases.ALL_LARGE_CASES, seeds=1)
     wrong = [c for c in checks if c["problem"]]
     record: dict[str, Any] = {
         "device": device,
@@ -248,10 +268,13 @@ def main() -> int:
     if not wrong and not arguments.checks_only:
         rate = copy_bytes_per_second()
         rows = [time_shape(library, m, n, k, rate) for n, k in SHAPES for m in ROWS]
+        record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
         record |= {"copy_bytes_per_second": rate, "rows": rows, "goals": judge(rows, device)}
         for row in rows:
             print("{M:5} x {N:5} x {K:5}".format(**row), f"{row['seconds'] * 1e6:9.1f} us", end="  ")
             print(f"{row['of_copy_bandwidth']:.2f} of copy, torch {row['torch_float16_seconds'] * 1e6:.1f} us")
+        for row in record["hadamard"]:
+            print(f"hadamard {row['n']:6} {row['of_copy']:.2f} of the time of a copy")
         for goal in record["goals"]:
             verdict = "holds" if goal["holds"] else "missed"
             print(f"{goal['goal']}: {goal['measured'] * 1e6:.1f} of {goal['seconds'] * 1e6} us, {verdict}")

@@ -37,23 +37,37 @@ FAULTS = {
     12: "totals are kept in 16 bits",
 }
 # numbers of -DMUTANT in w_a16.cu
-MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {
+W4_MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
+W4_MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
+W4_MUTANTS |= {
     40: "slices: the last one is dropped",
     41: "slices: bias is added twice",
     42: "slices: one output too many",
 }
+# in hadamard.cu
+HADAMARD_MUTANTS = {
+    1: "no barrier before warps read each other's elements",
+    2: "no barrier before a thread reads its own back",
+    3: "wrong lane in the exchange of warps",
+    4: "wrong sign in the second half of a butterfly",
+    5: "elements after the last row are read",
+    6: "elements after the last row are written",
+    7: "sums are kept in 16 bits",
+    8: "one element isn't scaled",
+}
+MUTANTS = {"w_a16": W4_MUTANTS, "hadamard": HADAMARD_MUTANTS}
+PLANTED = [pytest.param(source, n, id=f"{source}: {name}") for source in MUTANTS for n, name in MUTANTS[source].items()]
 # A child process: the library, then every case until one is wrong. It may crash, that is the point.
 CHILD = """
 import ctypes, sys
 sys.path.append(sys.argv[1])
 from cuda_ext import cases
 library = ctypes.CDLL(sys.argv[2])
-for seed in range(int(sys.argv[3])):
-    for case in cases.CASES:
+library.compressor_emulate_fault(int(sys.argv[4]))
+for seed in range(2):
+    for case in cases.ALL_CASES[sys.argv[3]]:
         library.compressor_emulate_seed(seed)
-        cases.run_w4_a16(library, case, cases.GuardedMemory(), seed)
+        cases.run(library, case, cases.GuardedMemory(), seed)
 """
 
 
@@ -64,23 +78,19 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(build.build_emulated(tmp_path_factory.mktemp("emulated") / "kernels.so")))
 
 
-def run(library: ctypes.CDLL, case: Case, seed: int):
-    library.compressor_emulate_seed(seed)
-    return cases.run_w4_a16(library, case, cases.GuardedMemory(), seed)
+@pytest.mark.parametrize("case", [case for group in cases.ALL_CASES.values() for case in group], ids=str)
+def test_a_kernel_is_within_the_bound_of_float64_on_odd_shapes(library, case):
+    library.compressor_emulate_seed(0)
+    cases.run(library, case, cases.GuardedMemory(), seed=0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_w4_a16_is_within_the_bound_of_float64_on_odd_shapes(library, case):
-    run(library, case, seed=0)
-
-
-@pytest.mark.parametrize("case", [CASES[2], CASES[9], CASES[11]], ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[9], CASES[11], cases.HADAMARD_CASES[6]], ids=str)
 def test_the_order_of_threads_does_not_change_a_bit(library, case):
     operands_seed = 5
     results = []
     for interleaving in range(8):
         library.compressor_emulate_seed(interleaving)
-        results.append(cases.run_w4_a16(library, case, cases.GuardedMemory(), operands_seed))
+        results.append(cases.run(library, case, cases.GuardedMemory(), operands_seed))
     assert all((result == results[0]).all() for result in results)
 
 
@@ -173,9 +183,26 @@ def test_an_empty_output_touches_nothing(library, empty):
 
 
 def test_every_mutant_has_its_place_in_the_source():
-    source = (ROOT / "cuda_ext" / "w_a16.cu").read_text()
-    planted = {int(n) for n in re.findall(r"MUTANT [=!]= (\d+)", source)}
-    assert planted == set(MUTANTS)
+    assert {path.stem for path in build.SOURCES} == set(MUTANTS) == set(cases.ALL_CASES)
+    for path in build.SOURCES:
+        planted = {int(n) for n in re.findall(r"MUTANT [=!]= (\d+)", path.read_text())}
+        assert planted == set(MUTANTS[path.stem])
+
+
+# rows, n, scale, type
+@pytest.mark.parametrize(
+    "bad", [(-1, 8, 1, 2), (1, 4, 1, 2), (1, 24, 1, 2), (1, 65536, 1, 2), (1, 0, 1, 2), (1, 8, 1, 3)]
+)
+def test_bad_hadamard_shapes_return_minus_one(library, bad):
+    x = cases.GuardedArray(cases.np.zeros(8, cases.np.float32))
+    assert cases.hadamard_launcher(library)(x.address, x.address, *bad, None) == -1
+
+
+def test_bad_hadamard_addresses_return_minus_one(library):
+    x = cases.GuardedArray(cases.np.zeros(8, cases.np.float32)).address
+    launch = cases.hadamard_launcher(library)
+    assert [launch(*a, 1, 8, 1, 2, None) for a in ((None, x), (x, None), (x + 4, x), (x, x + 4))] == [-1] * 4
+    assert launch(None, None, 0, 8, 1, 2, None) == 0
 
 
 def test_a_workspace_that_is_too_small_returns_minus_one(library):
@@ -207,25 +234,33 @@ def test_the_rows_of_a_call_do_not_see_each_other(library):
     assert (results[0][2] == results[1][0]).all()
 
 
-def run_all_cases(folder: Path, mutant: int) -> subprocess.CompletedProcess[str]:
-    library = build.build_emulated(folder / "mutant.so", [ROOT / "cuda_ext" / "w_a16.cu"], mutant)
-    command = [sys.executable, "-c", CHILD, str(ROOT), str(library), "2"]
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """For each source a library that takes the number of its fault at run time."""
+    folder = tmp_path_factory.mktemp("faulty")
+    sources = {source: ROOT / "cuda_ext" / f"{source}.cu" for source in MUTANTS}
+    return {s: build.build_emulated(folder / f"{s}.so", [path], "emulate::fault") for s, path in sources.items()}
+
+
+def run_all_cases(library: Path, source: str, mutant: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, str(ROOT), str(library), source, str(mutant)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda n: MUTANTS[n])
-def test_a_planted_fault_is_noticed(tmp_path, mutant):
-    done = run_all_cases(tmp_path, mutant)
+@pytest.mark.parametrize(("source", "mutant"), PLANTED)
+def test_a_planted_fault_is_noticed(faulty, source, mutant):
+    done = run_all_cases(faulty[source], source, mutant)
     caught = done.returncode < 0 or "outputs are wrong" in done.stderr or "were overwritten" in done.stderr
     assert caught, f"ended with {done.returncode}: {done.stderr}"
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_no_fault_is_noticed_where_none_is_planted(tmp_path):
-    done = run_all_cases(tmp_path, mutant=0)
+@pytest.mark.parametrize("source", MUTANTS)
+def test_no_fault_is_noticed_where_none_is_planted(faulty, source):
+    done = run_all_cases(faulty[source], source, mutant=0)
     assert done.returncode == 0, done.stderr
 
 
@@ -333,7 +368,7 @@ def test_nvcc_compiles_every_kernel_for_three_targets_without_spills(tmp_path):
 
 def test_check_gpu_places_operands_and_reports_each_case(library):
     """Its memory on the CPU, with the emulated library: what it would say of a GPU that is right."""
-    few = (CASES[1], CASES[2])
+    few = (CASES[1], cases.HADAMARD_CASES[2])
     found = check_gpu.check(library, check_gpu.DeviceMemory("cpu"), few, seeds=2)
     assert [f["case"] for f in found] == [str(few[0])] * 2 + [str(few[1])] * 2
     assert not any(f["problem"] for f in found)
