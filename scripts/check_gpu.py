@@ -1,0 +1,290 @@
+"""Builds the CUDA library, runs the correctness cases of the emulation on this machine's GPU, then times the kernels.
+
+    scripts/check_gpu [--json out/gpu.json] [--checks-only]
+
+Exit code 0: all right. 4: a kernel computes something wrong, nothing is timed. 6: no GPU that the kernels run on, or no
+nvcc, or the build fails. The JSON has the device's name, registers and shared memory of each kernel, every check, and
+one row for each shape and number of rows of x.
+
+Times: a CUDA graph calls the kernel once for each of many copies of the weight, which take at least four times the L2
+cache and 160 MB, so that weights come from memory; the median of replays over the number of copies. `call_seconds` is
+the same with a launch from Python for each call. torch's dense float16 product is timed in the same way, in turn, and a
+copy from device to device is the ceiling of bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
+
+from cuda_ext import build, cases  # noqa: E402
+
+SEEDS = 3
+SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
+ROWS = (1, 4, 16, 64, 256, 4096)
+HADAMARD_SIZES = (256, 1024, 4096, 8192, 32768)
+GROUP_SIZE = 128
+ROTATION_BYTES = 160_000_000
+REPLAYS = 20
+MARGIN = 256  # bytes of canary on both sides of an operand
+# docs/kernels-cuda.md: seconds for W4A16 8192 x 8192, by a word of the device's name and rows of x
+GOALS = {("H200", 1): 12.5e-6, ("H200", 64): 18e-6, ("H100", 1): 16e-6}
+
+
+class NoGpu(Exception):
+    """This machine can't run the kernels."""
+
+
+class DeviceArray:
+    """An array in the memory of a device, with canaries around it."""
+
+    def __init__(self, array: NDArray, device: str):
+        self._array = array
+        self._bytes = torch.full((array.nbytes + 2 * MARGIN,), cases.CANARY, dtype=torch.uint8, device=device)
+        inner = self._bytes[MARGIN : MARGIN + array.nbytes]
+        inner.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        self.address = self._bytes.data_ptr() + MARGIN
+
+    def read(self) -> NDArray:
+        """The array; raises AssertionError if something was written around it."""
+        found = self._bytes.cpu().numpy()
+        inside = found[MARGIN : MARGIN + self._array.nbytes]
+        assert (found[:MARGIN] == cases.CANARY).all(), "bytes before the array were overwritten"
+        assert (found[MARGIN + inside.size :] == cases.CANARY).all(), "bytes after the array were overwritten"
+        return inside.view(self._array.dtype).reshape(self._array.shape)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of a GPU, or of the CPU, to test this script with the emulated library."""
+
+    device: str
+    # tensor cores may cut off what a sum can't hold instead of rounding (Fasi, Higham, Mikaitis and Pranesh 2021,
+    # "Numerical behavior of NVIDIA tensor cores"): twice the error
+    products_unit: float = 2 * cases.UNIT
+
+    def place(self, array: NDArray) -> DeviceArray:
+        return DeviceArray(array, self.device)
+
+    def wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def require_gpu() -> None:
+    """Raises NoGpu with what is missing and what to do."""
+    if shutil.which("nvcc") is None:
+        raise NoGpu("PATH: nvcc is not there. Install the CUDA toolkit (12.8 or newer), or add its bin folder")
+    if not torch.version.cuda:
+        raise NoGpu(f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch")
+    if not torch.cuda.is_available():
+        raise NoGpu("torch finds no CUDA device. Check `nvidia-smi` and the driver")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name()
+        raise NoGpu(f"{name} has compute capability {capability[0]}.{capability[1]}. The kernels need 8.0 or newer")
+
+
+def check(
+    library: ctypes.CDLL, memory: DeviceMemory, chosen: Sequence[cases.Case | cases.HadamardCase], seeds: int
+) -> list[dict[str, Any]]:
+    """Runs every case with every seed; a wrong one doesn't stop the others."""
+    found = []
+    for case in chosen:
+        for seed in range(seeds):
+            problem = ""
+            try:
+                cases.run(library, case, memory, seed)
+            except AssertionError as error:
+                problem = str(error)
+            found.append({"case": str(case), "seed": seed, "problem": problem})
+    return found
+
+
+def seconds_of(calls: list[Callable[[], None]], graphed: bool) -> float:
+    """Median time of one of the calls, which are made one after another, in a CUDA graph or from Python."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    if graphed:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            start.record()
+            if graphed:
+                graph.replay()
+            else:
+                for call in calls:
+                    call()
+            end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(times)
+
+
+def copy_bytes_per_second() -> float:
+    """Bytes read and written by a copy of 1 GiB from device to device."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of([lambda: target.copy_(source)], graphed=True)
+
+
+def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Callable[[], None]], int]:
+    """One call for each copy of a random weight, and the bytes that a call has to read and write."""
+    m, k = x.shape
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = max(2, -(-max(ROTATION_BYTES, 4 * l2_bytes) // (n * k // 2)))
+    groups = -(-k // GROUP_SIZE)
+    scale = torch.rand(groups, n, device="cuda").mul_(0.02).half()
+    zero_point = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8)
+    y = torch.empty(m, n, dtype=torch.float16, device="cuda")
+    needed = cases.workspace_bytes(library, m, n, k)
+    workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device="cuda")
+    launch = cases.launcher(library)
+
+    def call_of(packed: torch.Tensor) -> Callable[[], None]:
+        def call() -> None:
+            code = launch(
+                x.data_ptr(),
+                packed.data_ptr(),
+                scale.data_ptr(),
+                zero_point.data_ptr(),
+                None,
+                y.data_ptr(),
+                workspace.data_ptr(),
+                needed,
+                *(m, n, k, GROUP_SIZE, cases.FLOAT16, cases.FLOAT16),
+                torch.cuda.current_stream().cuda_stream,
+            )
+            if code:
+                raise RuntimeError(f"compressor_w4_a16 returned {code} for {m}x{n}x{k}")
+
+        return call
+
+    words = -(-n // 64) * -(-k // 64) * 512
+    weights = [torch.randint(-(2**31), 2**31, (words,), device="cuda", dtype=torch.int32) for _ in range(copies)]
+    moved = words * 4 + scale.nbytes + zero_point.nbytes + x.nbytes + y.nbytes
+    return [call_of(packed) for packed in weights], moved
+
+
+def time_shape(library: ctypes.CDLL, m: int, n: int, k: int, copy_rate: float) -> dict[str, Any]:
+    """One row of the benchmark: ours and torch's dense product, float16."""
+    x = torch.randn(m, k, device="cuda").half()
+    calls, moved = w4_a16_calls(library, x, n)
+    dense_copies = max(2, -(-max(ROTATION_BYTES, 4 * torch.cuda.get_device_properties(0).L2_cache_size) // (2 * n * k)))
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(dense_copies)]
+    ours = seconds_of(calls, graphed=True)
+    torch_seconds = seconds_of([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], graphed=True)
+    again = seconds_of(calls, graphed=True)
+    return {
+        "M": m,
+        "N": n,
+        "K": k,
+        "seconds": ours,
+        "seconds_again": again,  # what these two differ by is noise
+        "call_seconds": seconds_of(calls, graphed=False),
+        "torch_float16_seconds": torch_seconds,
+        "gigabytes_per_second": moved / ours / 1e9,
+        "of_copy_bandwidth": moved / ours / copy_rate,
+        "tera_operations_per_second": 2 * m * n * k / ours / 1e12,
+    }
+
+
+def time_hadamard(n: int, library: ctypes.CDLL) -> dict[str, Any]:
+    """Rows of n float16 that take at least the rotation's bytes, against a copy of the same tensor."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    rows = -(-max(ROTATION_BYTES, 4 * l2_bytes) // (2 * n))
+    x = torch.randn(rows, n, device="cuda").half()
+    y = torch.empty_like(x)
+    launch = cases.hadamard_launcher(library)
+
+    def call() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        code = launch(x.data_ptr(), y.data_ptr(), rows, n, n**-0.5, cases.FLOAT16, stream)
+        if code:
+            raise RuntimeError(f"compressor_hadamard returned {code} for {rows}x{n}")
+
+    ours, copy = seconds_of([call], graphed=True), seconds_of([lambda: y.copy_(x)], graphed=True)
+    return {"rows": rows, "n": n, "seconds": ours, "copy_seconds": copy, "of_copy": ours / copy}
+
+
+def judge(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """The goals that are set for this device."""
+    return [
+        {"goal": f"{name} W4A16 8192x8192, M = {m}", "seconds": limit, "measured": row["seconds"]}
+        | {"holds": row["seconds"] <= limit}
+        for (name, m), limit in GOALS.items()
+        for row in rows
+        if name in device and (row["M"], row["N"], row["K"]) == (m, 8192, 8192)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=ROOT / "out" / "gpu.json")
+    parser.add_argument("--checks-only", action="store_true", help="time nothing")
+    arguments = parser.parse_args()
+    try:
+        require_gpu()
+        path, usages = build.build_cuda(ROOT / "build" / "cuda")
+    except (NoGpu, build.BuildError) as error:
+        print(f"error[missing-dependency]: {error}", file=sys.stderr)
+        return 6
+    library, device = ctypes.CDLL(str(path)), torch.cuda.get_device_name()
+    memory = DeviceMemory("cuda")
+    checks = check(library, memory, [case for group in cases.ALL_CASES.values() for case in group], SEEDS)
+    checks += check(library, memory, cases.ALL_LARGE_CASES, seeds=1)
+    wrong = [c for c in checks if c["problem"]]
+    record: dict[str, Any] = {
+        "device": device,
+        "capability": torch.cuda.get_device_capability(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "kernels": [asdict(u) for u in usages],
+        "checks": checks,
+    }
+    if not wrong and not arguments.checks_only:
+        rate = copy_bytes_per_second()
+        rows = [time_shape(library, m, n, k, rate) for n, k in SHAPES for m in ROWS]
+        record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
+        record |= {"copy_bytes_per_second": rate, "rows": rows, "goals": judge(rows, device)}
+        for row in rows:
+            print("{M:5} x {N:5} x {K:5}".format(**row), f"{row['seconds'] * 1e6:9.1f} us", end="  ")
+            print(f"{row['of_copy_bandwidth']:.2f} of copy, torch {row['torch_float16_seconds'] * 1e6:.1f} us")
+        for row in record["hadamard"]:
+            print(f"hadamard {row['n']:6} {row['of_copy']:.2f} of the time of a copy")
+        for goal in record["goals"]:
+            verdict = "holds" if goal["holds"] else "missed"
+            print(f"{goal['goal']}: {goal['measured'] * 1e6:.1f} of {goal['seconds'] * 1e6} us, {verdict}")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    for c in wrong:
+        print(f"error[verification-failed]: {c['problem']}", file=sys.stderr)
+    print(f"{device}: {len(checks) - len(wrong)} of {len(checks)} checks are right. {arguments.json}")
+    return 4 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
