@@ -23,7 +23,12 @@ MUTANTS = [
     ("sum of inputs dropped", "dynamic_int8", "int32_t sum = int32_t(b[w.zero_offset + n]) * x", "int32_t sum = 0 * x"),
     ("wrong half of 8 bits", "dynamic_int8", "_mm256_unpackhi_epi8(codes, none)", "_mm256_unpacklo_epi8(codes, none)"),
     ("tail of a row off by one", "dynamic_int8", "__mmask16((1u << (K - k)) - 1)", "__mmask16((1u << (K - k)) - 2)"),
-    ("stale inputs beyond K", "dynamic_int8", "memset(codes + m * padded + K, 0, size_t(padded - K));", ";"),
+    (
+        "stale inputs beyond K",
+        "dynamic_int8",
+        "memset(codes + w.in_features, 0, size_t(w.padded() - w.in_features));",
+        ";",
+    ),
     ("zero point dropped", "weight_only", "std::fma(middle - float(b[w.zero_offset + n])", "std::fma(0"),
     (
         "scale of the group before",
@@ -32,7 +37,7 @@ MUTANTS = [
         "scales_avx512(b - (j > 0) * w.block_bytes + w.",
     ),
     ("high bit of 3 dropped", "weight_only", "_mm256_srli_epi32(v.high, i)", "_mm256_srli_epi32(v.high, 31)"),
-    ("one output too many", "weight_only", "min<int64_t>(TILE, w.", "min<int64_t>(TILE, 1 + w."),
+    ("one output too many", "common", "min<int64_t>(TILE, w.", "min<int64_t>(TILE, 1 + w."),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 

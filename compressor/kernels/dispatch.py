@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.cpu import LEVELS, library
 from compressor.kernels.ops import BITS, DTYPES
 
 DYNAMIC_INT8 = "int8"
@@ -80,7 +80,8 @@ def choose(weight: IntegerWeight | OutlierWeight | str, activations: str | None)
     weight       a str says why the stored form has no such numbers
     activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
     """
-    skipped = [f"cuda library ({_no_cuda()})", f"nvrtc ({_no_cuda()})"]
+    no_cuda = "not bound to torch yet" if torch.cuda.is_available() else "no CUDA device"
+    skipped = [f"cuda library ({no_cuda})", f"nvrtc ({no_cuda})"]
     reason = weight if isinstance(weight, str) else _refusal(weight, activations)
     found = library()
     if isinstance(found, str):
@@ -94,16 +95,6 @@ def choose(weight: IntegerWeight | OutlierWeight | str, activations: str | None)
         "torch op (none of the same meaning: torch's own int4 products want bfloat16 scales and round to them)"
     )
     return Choice(REFERENCE, None, tuple(skipped))
-
-
-def cpu_level() -> str | None:
-    """Name of the instructions in use, None without the library."""
-    found = library()
-    return LEVELS[found.level] if isinstance(found, Library) else None
-
-
-def _no_cuda() -> str:
-    return "not bound to torch yet" if torch.cuda.is_available() else "no CUDA device"
 
 
 def _op(activations: str | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compressor.errors import KernelError
-from compressor.kernels.cpu import Library, library
+from compressor.kernels.cpu import Library, library, required_library
 from compressor.lazy import torch
 
 
@@ -72,9 +72,7 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
     threads  None is torch's number
     raises   KernelError if the library is missing or refuses the arguments
     """
-    found = library()
-    if isinstance(found, str):
-        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
+    found = required_library()
     upper = part.upper.contiguous()
     group_of = torch.tensor(part.group_of, dtype=torch.int64)
     for tensor in (part.work, part.errors, part.codes, upper, part.scale, part.zero):

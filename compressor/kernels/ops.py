@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels.cpu import Library, library
+from compressor.kernels.cpu import required_library as cpu_library
 
 LAYOUT = "cpu1"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,15 +31,6 @@ BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread 
 
 _REGISTRY = torch.library.Library("compressor", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-
-
-@cache
-def cpu_library() -> Library:
-    """raises KernelError if it isn't there"""
-    found = library()
-    if isinstance(found, str):
-        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
-    return found
 
 
 def groups_of(in_features: int, group_size: int) -> int:
@@ -136,6 +127,19 @@ def _unlike(packed: Tensor, out_features: int, in_features: int, bits: int, grou
     )
 
 
+def _check_call(name: str, x: Tensor, packed: Tensor) -> None:
+    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: the library reads addresses"""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
+    if not (x.is_cpu and packed.is_cpu):
+        raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint="Both have to be on the CPU.")
+
+
+def _threads(size: int) -> int:
+    """How many multiply by a packed weight of so many bytes."""
+    return max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
+
+
 def _linear(name: str) -> Callable[..., Tensor]:
     allowed = BITS[name]
 
@@ -154,11 +158,8 @@ def _linear(name: str) -> Callable[..., Tensor]:
         group_size: int,
         layout: str,
     ) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
+        _check_call(name, x, packed)
         kind = DTYPES.get(x.dtype)
-        if not (x.is_cpu and packed.is_cpu):
-            raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint="Both have to be on the CPU.")
         if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
             raise ShapeError(
                 f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, {bits} bits, layout {layout!r}; "
@@ -177,9 +178,8 @@ def _linear(name: str) -> Callable[..., Tensor]:
             bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
         run, level = compiled()
         size = packed.numel()
-        threads = max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
         error = run(
-            level, threads, x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
+            level, _threads(size), x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
             x.numel() // columns if columns else 0, out_features, columns, bits, _columns(columns, group_size),
         )  # fmt: skip
         if error:
@@ -213,11 +213,7 @@ def linear_int8_outlier(
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
     returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
     """
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("linear_int8_outlier has no gradient: call it under no_grad")
-    if not (x.is_cpu and packed.is_cpu):
-        where = f"x on {x.device}, weight on {packed.device}"
-        raise KernelError(f"linear_int8_outlier: {where}", hint="Both have to be on the CPU.")
+    _check_call("linear_int8_outlier", x, packed)
     out = weight_absmax.shape[0]
     columns = x.shape[-1] if x.dim() else 0
     count = 0 if outlier_columns is None else outlier_columns.shape[0]
@@ -243,7 +239,7 @@ def linear_int8_outlier(
     found = cpu_library()
     size = packed.numel()
     error = found.functions.linear_int8_outlier(
-        found.level, max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD)), at[0], DTYPES[x.dtype], at[1], size,
+        found.level, _threads(size), at[0], DTYPES[x.dtype], at[1], size,
         at[2], at[3], count, at[4], DTYPES[outlier_weight.dtype] if outlier_weight is not None else 0,
         at[5], DTYPES[bias.dtype] if bias is not None else 0, y.data_ptr(),
         x.numel() // columns if columns else 0, out, columns,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compressor.errors import KernelError
 from compressor.kernels import ops
 from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
-from compressor.kernels.stock import StoredWeight, adopt
+from compressor.kernels.stock import StoredWeight, Weight, adopt
 
 RUN: dict[str, Callable[..., Tensor]] = {
     "linear_weight_only": ops.linear_weight_only,
@@ -36,16 +36,17 @@ class PreparedLinear(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, stored: StoredWeight, choice: Choice) -> None:
+    def __init__(self, stored: StoredWeight, weight: Weight, choice: Choice) -> None:
+        """weight: what `stored` stands for"""
         super().__init__()
-        self.choice, self.stored = choice, stored
+        self.choice, self.read, self.names = choice, stored.read, tuple(stored.tensors)
         for name, tensor in stored.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = stored.bias
-        self._take(stored.weight())
+        self._take(weight)
         self.register_load_state_dict_post_hook(_take_again)
 
-    def _take(self, weight: Any) -> None:
+    def _take(self, weight: Weight) -> None:
         """What the kernel reads, and its other arguments, from the stored tensors."""
         self.out_features, self.in_features = weight.codes.shape
         more: dict[str, Tensor | None]
@@ -85,8 +86,9 @@ class PreparedLinear(nn.Module):
 
 def _take_again(layer: PreparedLinear, keys: Any) -> None:
     """After load_state_dict the kernel's copy is made again from what was loaded."""
-    tensors = {name: getattr(layer, name) for name in layer.stored.tensors}
-    layer._take(layer.stored.with_tensors(tensors).weight())
+    weight = layer.read({name: getattr(layer, name) for name in layer.names})
+    assert not isinstance(weight, str)  # the same form as before
+    layer._take(weight)
 
 
 def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
@@ -104,17 +106,19 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     choices: dict[str, Choice] = {}
     for name, module in list(model.named_modules()):
         stored = adopt(module)
-        if stored is None or isinstance(module, PreparedLinear):
+        if stored is None:
             continue
-        choice = choose(stored.weight(), activations)
+        weight = stored.read(stored.tensors)
+        choice = choose(weight, activations)
         choices[name] = choice
         if choice.is_fallback:
             if strict:
                 raise KernelError("; ".join(choice.skipped), where=name, hint="Leave strict out to use the reference.")
             module.kernel_choice = choice  # type: ignore[assignment]
             continue
+        assert not isinstance(weight, str)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, choice))
+        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers multiply by the dequantized weight: {reason}", stacklevel=2)
     return choices

@@ -7,7 +7,7 @@ alone. Both kinds name their tensors alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,6 @@ class StoredWeight:
     tensors: dict[str, Tensor] = field(repr=False)
     bias: nn.Parameter | None
     read: Reader
-
-    def weight(self) -> Weight | str:
-        return self.read(self.tensors)
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> StoredWeight:
-        return replace(self, tensors=tensors)
 
 
 def adopt(module: nn.Module) -> StoredWeight | None:

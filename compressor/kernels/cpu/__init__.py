@@ -50,6 +50,14 @@ def library() -> Library | str:
     return Library(functions, _level(functions))
 
 
+def required_library() -> Library:
+    """raises KernelError if it isn't there"""
+    found = library()
+    if isinstance(found, str):
+        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
+    return found
+
+
 def _level(functions: ModuleType) -> int:
     best = functions.best_level()
     wanted = os.environ.get("COMPRESSOR_CPU")

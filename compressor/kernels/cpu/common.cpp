@@ -3,15 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <unistd.h>
 #endif
 #include "ops.h"
 
@@ -103,6 +100,13 @@ static void put_codes(uint8_t* row, int64_t bits, int n, const uint8_t* codes) {
   }
 }
 
+void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile) {
+  const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
+  if (to.bias)
+    for (int64_t n = 0; n < count; n++) values[n] += load_number(to.bias, to.bias_dtype, first + n);
+  from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
+}
+
 // ---- threads ----
 namespace {
 thread_local bool inside = false;
@@ -111,7 +115,7 @@ struct Pool {
   std::condition_variable wake;
   std::vector<std::thread> workers;
   std::atomic<uint64_t> round{0};  // counts calls; a worker waits for the next
-  std::atomic<int64_t> active{0}, finished{0};
+  std::atomic<int64_t> finished{0};
   const std::function<void(int64_t)>* f = nullptr;
   int64_t tasks = 0, threads = 0;
 

@@ -18,7 +18,7 @@ namespace compressor {
 
 enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2 };
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, OUT_OF_MEMORY = -5 };
+enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4 };
 
 bool level_is_there(int64_t level);
 
@@ -59,6 +59,12 @@ static inline void store_number(void* data, int64_t dtype, int64_t i, float valu
 }
 // count numbers of any dtype to float32, at the speed of the level
 void to_float(int64_t level, const void* data, int64_t dtype, int64_t offset, float* out, int64_t count);
+// The same, or the floats themselves where they are float32.
+static inline const float* as_floats(int64_t level, const void* data, int64_t dtype, int64_t offset, float* out, int64_t count) {
+  if (dtype == FLOAT32) return static_cast<const float*>(data) + offset;
+  to_float(level, data, dtype, offset, out, count);
+  return out;
+}
 void from_float(int64_t level, const float* values, void* data, int64_t dtype, int64_t offset, int64_t count);
 
 // ---- the packed weight, layout "cpu1" ----
@@ -93,6 +99,31 @@ static inline uint8_t get_code(const uint8_t* row, int64_t bits, int n, int j) {
   const uint8_t low = row[n * 2 + j / 4] >> (j % 4 * 2) & 3;
   return bits == 2 ? low : uint8_t(low | (row[128 + n] >> j & 1) << 2);
 }
+
+// 8 or 16 scales of a block, from c * 8 or c * 16 on
+#ifdef COMPRESSOR_X86
+TARGET_AVX2 static ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, int c) {
+  if (dtype == FLOAT32) return _mm256_loadu_ps((const float*)at + c * 8);
+  const __m128i bits = _mm_loadu_si128((const __m128i*)at + c);
+  return dtype == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+TARGET_AVX512 static ALWAYS_INLINE __m512 scales_avx512(const uint8_t* at, int64_t dtype, int c) {
+  if (dtype == FLOAT32) return _mm512_loadu_ps((const float*)at + c * 16);
+  const __m256i bits = _mm256_loadu_si256((const __m256i*)at + c);
+  return dtype == FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+#endif
+
+constexpr int64_t ROWS_AT_ONCE = 128;  // of x: what is kept of them stays in the second-level cache beside a tile
+
+struct Output {
+  void* y;
+  int64_t dtype, level;
+  const void* bias;
+  int64_t bias_dtype;
+};
+// 64 outputs of row m: the bias added in float32, rounded once to y's type.
+void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile);
 
 // ---- threads ----
 // f(i) for i in [0, tasks), each once, on at most `threads` threads, the caller among them. Which thread runs what never

@@ -101,11 +101,6 @@ void tile_scalar(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
 }
 
 #ifdef COMPRESSOR_X86
-TARGET_AVX2 ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, int c) {
-  if (dtype == FLOAT32) return _mm256_loadu_ps((const float*)at + c * 8);
-  const __m128i bits = _mm_loadu_si128((const __m128i*)at + c);
-  return dtype == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
 // 8 outputs at a time. Pairs of 4-bit products stay below 2 * 15 * 127 and may be added in 16 bits; those of 8 bits may not.
 template <int BITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
   const Packed& w = *x.w;
@@ -147,11 +142,6 @@ template <int BITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, int64_t m, int
   for (int c = 0; c < 8; c++) _mm256_storeu_ps(out + c * 8, _mm256_mul_ps(total[c], _mm256_set1_ps(x.scale[m])));
 }
 
-TARGET_AVX512 ALWAYS_INLINE __m512 scales_avx512(const uint8_t* at, int64_t dtype, int c) {
-  if (dtype == FLOAT32) return _mm512_loadu_ps((const float*)at + c * 16);
-  const __m256i bits = _mm256_loadu_si256((const __m256i*)at + c);
-  return dtype == FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 // 16 outputs a register, MT * 4 integer sums in registers; low nibbles, then high ones. The product is written out, since
 // gcc 12 copies and spills sums around its intrinsic: 5 % of all at MT = 4. 6 rows at once were slower.
 template <int BITS, int MT> TARGET_AVX512 void tile_avx512(const Int8Rows& x, int64_t m0, int64_t tile, float* out) {
@@ -208,13 +198,6 @@ template <int BITS> TARGET_AVX512 int64_t rows_avx512(const Int8Rows& x, int64_t
 
 }  // namespace
 
-void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile) {
-  const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
-  if (to.bias)
-    for (int64_t n = 0; n < count; n++) values[n] += load_number(to.bias, to.bias_dtype, first + n);
-  from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
-}
-
 void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
                    const std::function<void(int64_t m, int64_t tile, float* values)>& finish) {
   const Packed& w = *x.w;
@@ -234,19 +217,25 @@ void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
   });
 }
 
-float round_row_at(int64_t level, const float* x, int8_t* codes, int64_t K) {
+static float round_row_at(int64_t level, const float* x, int8_t* codes, int64_t K) {
 #ifdef COMPRESSOR_X86
   if (level == AVX512VNNI) return round_row_avx512(x, codes, K);
   if (level == AVX2) return round_row_avx2(x, codes, K);
 #endif
   return round_row_scalar(x, codes, K);
 }
-void group_sums_at(int64_t level, const int8_t* codes, int32_t* s, int64_t groups, int64_t group) {
+static void group_sums_at(int64_t level, const int8_t* codes, int32_t* s, int64_t groups, int64_t group) {
 #ifdef COMPRESSOR_X86
   if (level == AVX512VNNI) return group_sums_avx512(codes, s, groups, group);
   if (level == AVX2) return group_sums_avx2(codes, s, groups, group);
 #endif
   group_sums_scalar(codes, s, groups, group);
+}
+float take_row(int64_t level, const float* x, const Packed& w, int8_t* codes, int32_t* minus_sum) {
+  const float absmax = round_row_at(level, x, codes, w.in_features);
+  memset(codes + w.in_features, 0, size_t(w.padded() - w.in_features));
+  group_sums_at(level, codes, minus_sum, w.groups, w.group);
+  return absmax / 127;
 }
 
 }  // namespace compressor
@@ -258,8 +247,7 @@ extern "C" int64_t quantize_rows(int64_t level, const void* x, int64_t x_dtype, 
   if (M < 0 || K < 0) return BAD_SHAPE;
   float* row = (float*)scratch(0, size_t(K) * 4);
   for (int64_t m = 0; m < M; m++) {
-    to_float(level, x, x_dtype, m * K, row, K);
-    absmax[m] = round_row_at(level, row, codes + m * K, K);
+    absmax[m] = round_row_at(level, as_floats(level, x, x_dtype, m * K, row, K), codes + m * K, K);
   }
   return OK;
 }
@@ -271,8 +259,8 @@ extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const voi
   Packed w;
   if (const int64_t error = open_packed(w, packed, packed_size, N, K, bits, group)) return error;
   if (w.bits != 4 && w.bits != 8) return BAD_LAYOUT;
-  if (M < 0 || w.group > 65536) return BAD_SHAPE;  // 255 * 127 * 65536 < 2^31
-  const int64_t rows = std::min(M, INT8_ROWS), padded = w.padded();
+  if (M < 0 || w.group > MOST_IN_A_GROUP) return BAD_SHAPE;
+  const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * w.groups) * 4);
@@ -280,11 +268,8 @@ extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const voi
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
     for (int64_t m = 0; m < here; m++) {
-      const float* values = (const float*)x + (m0 + m) * K;
-      if (x_dtype != FLOAT32) to_float(level, x, x_dtype, (m0 + m) * K, row, K), values = row;
-      scale[m] = round_row_at(level, values, codes + m * padded, K) / 127;
-      memset(codes + m * padded + K, 0, size_t(padded - K));
-      group_sums_at(level, codes + m * padded, minus_sum + m * w.groups, w.groups, w.group);
+      const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, row, K);
+      scale[m] = take_row(level, values, w, codes + m * padded, minus_sum + m * w.groups);
     }
     const Output to{y, x_dtype, level, bias, bias_dtype};
     int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w}, here,

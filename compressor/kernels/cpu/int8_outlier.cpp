@@ -48,8 +48,8 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
   if (!level_is_there(level)) return BAD_LEVEL;
   Packed w;
   if (const int64_t error = open_packed(w, packed, packed_size, N, K, 8, (K + 7) / 8 * 8)) return error;
-  if (M < 0 || w.group > 65536) return BAD_SHAPE;
-  const int64_t rows = std::min(M, INT8_ROWS), padded = w.padded();
+  if (M < 0 || w.group > MOST_IN_A_GROUP) return BAD_SHAPE;
+  const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows) * 4);
@@ -60,11 +60,8 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
     for (const int64_t k : apart) if (k < 0 || k >= K) return BAD_SHAPE;
   } else if (threshold > 0) {
     std::vector<uint8_t> flags(size_t(K), 0);
-    for (int64_t m = 0; m < M; m++) {
-      const float* values = (const float*)x + m * K;
-      if (x_dtype != FLOAT32) to_float(level, x, x_dtype, m * K, row, K), values = row;
-      mark_at(level, values, flags.data(), K, float(threshold));
-    }
+    for (int64_t m = 0; m < M; m++)
+      mark_at(level, as_floats(level, x, x_dtype, m * K, row, K), flags.data(), K, float(threshold));
     for (int64_t k = 0; k < K; k++) if (flags[size_t(k)]) apart.push_back(k);
   }
   const int64_t count = int64_t(apart.size());
@@ -78,10 +75,8 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
         const float value = row[apart[size_t(c)]];
         outliers[m * count + c] = value, row[apart[size_t(c)]] = 0, broken |= !std::isfinite(value);
       }
-      scale[m] = round_row_at(level, row, codes + m * padded, K) / 127;
+      scale[m] = take_row(level, row, w, codes + m * padded, minus_sum + m);
       if (broken) scale[m] = NAN;
-      memset(codes + m * padded + K, 0, size_t(padded - K));
-      group_sums_at(level, codes + m * padded, minus_sum + m, 1, w.group);
     }
     const Output to{y, x_dtype, level, bias, bias_dtype};
     // Weights of outlier columns are wanted for each row of a tile; a tile's rows come one after the other on one thread.

@@ -45,7 +45,7 @@ void tile_scalar(const Rows& x, int64_t m, int64_t tile, float* out) {
 
 #ifdef COMPRESSOR_X86
 // ---- 8 outputs a register ----
-// Codes of outputs c*8 .. c*8+7 in a row of 8 columns, kept so that `code<BITS>(v, i)` gives column i as whole numbers.
+// Codes of outputs c*8 .. c*8+7 in a row of 8 columns, kept so that `code_of<BITS>(v, i)` gives column i as whole numbers.
 struct Eight { __m256i low, high; };
 template <int BITS> TARGET_AVX2 ALWAYS_INLINE Eight load_eight(const uint8_t* row, int c) {
   if (BITS == 4) return {_mm256_loadu_si256((const __m256i*)row + c), _mm256_setzero_si256()};
@@ -59,11 +59,6 @@ template <int BITS> TARGET_AVX2 ALWAYS_INLINE __m256i code_of(const Eight& v, in
   const __m256i low = _mm256_and_si256(_mm256_srli_epi32(v.low, 2 * i), _mm256_set1_epi32(3));
   if (BITS == 2) return low;
   return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(_mm256_srli_epi32(v.high, i), _mm256_set1_epi32(1)), 2));
-}
-TARGET_AVX2 ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, int c) {
-  if (dtype == FLOAT32) return _mm256_loadu_ps((const float*)at + c * 8);
-  const __m128i bits = _mm_loadu_si128((const __m128i*)at + c);
-  return dtype == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 template <int BITS> TARGET_AVX2 void tile_avx2(const Rows& x, int64_t m, int64_t tile, float* out) {
   const Packed& w = *x.w;
@@ -100,10 +95,7 @@ TARGET_AVX2 void group_sums_avx2(const float* x, float* sums, int64_t groups, in
 // ---- 16 outputs a register ----
 struct Sixteen { __m512i low, high; };
 template <int BITS> TARGET_AVX512 ALWAYS_INLINE Sixteen load_sixteen(const uint8_t* row, int c) {
-  if (BITS == 4) {
-    const __m512i both = _mm512_loadu_si512((const __m512i*)row + c);
-    return {both, both};
-  }
+  if (BITS == 4) return {_mm512_loadu_si512((const __m512i*)row + c), _mm512_setzero_si512()};
   if (BITS == 8) return {_mm512_loadu_si512((const __m512i*)row + c), _mm512_loadu_si512((const __m512i*)(row + 256) + c)};
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)row + c)),
           BITS == 3 ? _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + 128) + c)), 2) : _mm512_setzero_si512()};
@@ -124,11 +116,6 @@ template <int BITS> TARGET_AVX512 ALWAYS_INLINE __m512 table_of() {
   alignas(64) float entries[16];
   for (int i = 0; i < 16; i++) entries[i] = float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
   return _mm512_load_ps(entries);
-}
-TARGET_AVX512 ALWAYS_INLINE __m512 scales_avx512(const uint8_t* at, int64_t dtype, int c) {
-  if (dtype == FLOAT32) return _mm512_loadu_ps((const float*)at + c * 16);
-  const __m256i bits = _mm256_loadu_si256((const __m256i*)at + c);
-  return dtype == FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 template <int BITS> TARGET_AVX512 ALWAYS_INLINE __m512 shift_of(const Packed& w, const uint8_t* b, int c) {  // c - zero
   const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(b + w.zero_offset) + c)));
@@ -243,8 +230,6 @@ void rows_at(int64_t level, const Rows& x, int64_t M, int64_t tile, float* total
   for (int64_t m = 0; m < M; m++) tile_scalar(x, m, tile, total + m * TILE);
 }
 
-constexpr int64_t ROWS_AT_ONCE = 128;
-
 }  // namespace
 }  // namespace compressor
 
@@ -261,6 +246,7 @@ extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void
   const bool as_it_is = x_dtype == FLOAT32 && w.padded() == K;
   float* copy = as_it_is ? nullptr : (float*)scratch(0, size_t(rows * w.padded()) * 4);
   float* sums = (float*)scratch(1, size_t(rows * w.groups) * 4);
+  const Output to{y, x_dtype, level, bias, bias_dtype};
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
     for (int64_t m = 0; m < here && copy; m++) {
@@ -277,12 +263,7 @@ extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void
     parallel(threads, w.tiles, [&](int64_t tile) {
       float* total = (float*)scratch(4, size_t(here) * TILE * 8);
       rows_at(level, in, here, tile, total, total + here * TILE);
-      const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
-      for (int64_t m = 0; m < here; m++) {
-        float* values = total + m * TILE;
-        if (bias) for (int64_t n = 0; n < count; n++) values[n] += load_number(bias, bias_dtype, first + n);
-        from_float(level, values, y, x_dtype, (m0 + m) * w.out_features + first, count);
-      }
+      for (int64_t m = 0; m < here; m++) store_outputs(to, w, total + m * TILE, m0 + m, tile);
     });
   }
   return OK;
