@@ -93,6 +93,40 @@ DEVICE void store(const Arguments& args, int m, int n, float sum, float bias_tim
   }
 }
 
+// The tiles of this block's slice, STAGES of them under way. fetch(tile) begins the copies of a tile; load_group(group)
+// reads the next group's scales and zero points while the last tiles of the one before are multiplied, take_group() makes
+// them the present ones, and add_group() takes the sums of a group into the totals. DECODE says whose faults these are.
+template <int STAGES, bool DECODE, class Fetch, class LoadGroup, class TakeGroup, class Multiply, class AddGroup>
+DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGroup& load_group,
+                       const TakeGroup& take_group, const Multiply& multiply, const AddGroup& add_group) {
+  const int first = blockIdx.z * args.tiles_per_slice, end = first + args.tiles_per_slice;
+  const bool no_wait = DECODE ? MUTANT == 21 : MUTANT == 1, no_barrier = DECODE ? MUTANT == 22 : MUTANT == 2;
+  const bool early = DECODE ? MUTANT == 27 : MUTANT == 7, short_of_one = DECODE ? MUTANT == 30 : MUTANT == 10;
+  const int last = (end < args.tiles ? end : args.tiles) - short_of_one;
+  int group = first / args.tiles_per_group, left_in_group = 0;
+  load_group(group);
+  for (int tile = first; tile < first + STAGES - 1; tile++) {
+    if (tile < last) fetch(tile);
+    cp_async_commit();
+  }
+  for (int tile = first; tile < last; tile++) {
+    if (early && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
+    if (no_barrier) __syncthreads();
+    if (!no_wait) cp_async_wait<STAGES - 2>();
+    // after this every thread's copies of the tile are there, and every thread is done with the tile before
+    if (!no_barrier) __syncthreads();
+    if (!early && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
+    cp_async_commit();
+    if (left_in_group == 0) {
+      left_in_group = args.tiles_per_group - tile % args.tiles_per_group;
+      take_group();
+      if (tile + left_in_group < last) load_group(++group);  // there when its first tile comes
+    }
+    multiply(tile % STAGES);
+    if (--left_in_group == 0 || tile + 1 == last) add_group();
+  }
+}
+
 // A block computes ROWS rows of x (blockIdx.x) and 64 outputs (blockIdx.y) over one slice of K (blockIdx.z). x is the
 // left operand. Each of the 4 warps has 16 outputs.
 template <int type, int ROWS>
@@ -102,8 +136,6 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   SHARED(u32, shared_words, STAGES * TILE_WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int m0 = blockIdx.x * ROWS, n0 = blockIdx.y * TILE_N;
-  const int first = blockIdx.z * args.tiles_per_slice, end = first + args.tiles_per_slice;
-  const int last = (end < args.tiles ? end : args.tiles) - (MUTANT == 10);
   const int readable = MUTANT == 4 ? args.M + 1 : args.M;
 
   auto fetch = [&](int tile) {
@@ -133,33 +165,18 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
     }
   };
 
-  int group = first / args.tiles_per_group, left_in_group = 0;
-  load_group(group);
-  for (int tile = first; tile < first + STAGES - 1; tile++) {
-    if (tile < last) fetch(tile);
-    cp_async_commit();
-  }
-  for (int tile = first; tile < last; tile++) {
-    if (MUTANT == 7 && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
-    if (MUTANT == 2) __syncthreads();
-    if (MUTANT != 1) cp_async_wait<STAGES - 2>();
-    // after this every thread's copies of the tile are there, and every thread is done with the tile before
-    if (MUTANT != 2) __syncthreads();
-    if (MUTANT != 7 && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
-    cp_async_commit();
-    if (left_in_group == 0) {
-      left_in_group = args.tiles_per_group - tile % args.tiles_per_group;
+  auto take_group = [&] {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        offset[h] = next_offset[h];
+    for (int h = 0; h < 2; h++) {
+      offset[h] = next_offset[h];
 #pragma unroll
-        for (int i = 0; i < 2; i++) scale[h][i] = next_scale[h][i];
-      }
-      if (tile + left_in_group < last) load_group(++group);  // there when its first tile comes
+      for (int i = 0; i < 2; i++) scale[h][i] = next_scale[h][i];
     }
+  };
 
-    const u16* stage_x = shared_x + tile % STAGES * ROWS * TILE_K;
-    const u32* stage_words = shared_words + tile % STAGES * TILE_WORDS;
+  auto multiply = [&](int stage) {
+    const u16* stage_x = shared_x + stage * ROWS * TILE_K;
+    const u32* stage_words = shared_words + stage * TILE_WORDS;
 #pragma unroll
     for (int step = 0; step < TILE_K / 16; step++) {
       const u32 word = stage_words[step * 128 + warp * 32 + (lane ^ (MUTANT == 3))];
@@ -179,20 +196,20 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
         for (int h = 0; h < 2; h++) Element<type>::mma(part[p][h], a, b[h][0], b[h][1]);
       }
     }
-
-    if (--left_in_group == 0 || tile + 1 == last) {
+  };
+  auto add_group = [&] {
 #pragma unroll
-      for (int p = 0; p < PIECES; p++)
+    for (int p = 0; p < PIECES; p++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+      for (int h = 0; h < 2; h++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            total[p][h][i] += part[p][h][i] * scale[h][i % 2];
-            if (MUTANT == 12) total[p][h][i] = Element<type>::to_float(Element<type>::from_float(total[p][h][i]));
-            part[p][h][i] = 0;
-          }
-    }
-  }
+        for (int i = 0; i < 4; i++) {
+          total[p][h][i] += part[p][h][i] * scale[h][i % 2];
+          if (MUTANT == 12) total[p][h][i] = Element<type>::to_float(Element<type>::from_float(total[p][h][i]));
+          part[p][h][i] = 0;
+        }
+  };
+  walk_tiles<STAGES, false>(args, fetch, load_group, take_group, multiply, add_group);
 
 #pragma unroll
   for (int p = 0; p < PIECES; p++)
@@ -214,8 +231,6 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
   SHARED(u32, shared_words, STAGES * TILE_WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.y * TILE_N;
-  const int first = blockIdx.z * args.tiles_per_slice, end = first + args.tiles_per_slice;
-  const int last = (end < args.tiles ? end : args.tiles) - (MUTANT == 30);
   const int readable = MUTANT == 24 ? args.M + 1 : args.M;
   const u64 policy = evict_first_policy();
 
@@ -241,31 +256,17 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
     }
   };
 
-  int group = first / args.tiles_per_group, left_in_group = 0;
-  load_group(group);
-  for (int tile = first; tile < first + STAGES - 1; tile++) {
-    if (tile < last) fetch(tile);
-    cp_async_commit();
-  }
-  for (int tile = first; tile < last; tile++) {
-    if (MUTANT == 27 && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
-    if (MUTANT == 22) __syncthreads();
-    if (MUTANT != 21) cp_async_wait<STAGES - 2>();
-    if (MUTANT != 22) __syncthreads();  // as in the tiled kernel
-    if (MUTANT != 27 && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
-    cp_async_commit();
-    if (left_in_group == 0) {
-      left_in_group = args.tiles_per_group - tile % args.tiles_per_group;
+  auto take_group = [&] {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        offset[h] = next_offset[h];
-        scale[h] = next_scale[h];
-      }
-      if (tile + left_in_group < last) load_group(++group);
+    for (int h = 0; h < 2; h++) {
+      offset[h] = next_offset[h];
+      scale[h] = next_scale[h];
     }
+  };
 
-    const u16* stage_x = shared_x + tile % STAGES * ROWS * TILE_K;
-    const u32* stage_words = shared_words + tile % STAGES * TILE_WORDS;
+  auto multiply = [&](int stage) {
+    const u16* stage_x = shared_x + stage * ROWS * TILE_K;
+    const u32* stage_words = shared_words + stage * TILE_WORDS;
 #pragma unroll
     for (int pair = 0; pair < TILE_K / 32; pair++) {
       u32 b[HALVES][4];  // of two steps
@@ -284,18 +285,18 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
         for (int h = 0; h < HALVES; h++) Element<type>::mma(part[h], a, b[h][step * 2], b[h][step * 2 + 1]);
       }
     }
-
-    if (--left_in_group == 0 || tile + 1 == last) {
+  };
+  auto add_group = [&] {
 #pragma unroll
-      for (int h = 0; h < HALVES; h++)
+    for (int h = 0; h < HALVES; h++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          total[h][i] += part[h][i] * scale[i / 2];
-          if (MUTANT == 32) total[h][i] = Element<type>::to_float(Element<type>::from_float(total[h][i]));
-          part[h][i] = 0;
-        }
-    }
-  }
+      for (int i = 0; i < 4; i++) {
+        total[h][i] += part[h][i] * scale[i / 2];
+        if (MUTANT == 32) total[h][i] = Element<type>::to_float(Element<type>::from_float(total[h][i]));
+        part[h][i] = 0;
+      }
+  };
+  walk_tiles<STAGES, true>(args, fetch, load_group, take_group, multiply, add_group);
 
 #pragma unroll
   for (int h = 0; h < HALVES; h++)
