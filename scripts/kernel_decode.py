@@ -11,6 +11,7 @@ from random_models import random_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
+from compressor.grid import find_grid, quantize
 from compressor.kernels import prepare
 from compressor.layers.packed_linear import PackedLinear
 
@@ -40,11 +41,10 @@ class Decoder:
 
 def rounded(linear: nn.Linear) -> PackedLinear:
     """4 bits, to nearest, symmetric groups"""
-    weight = linear.weight.detach()
-    grouped = weight.reshape(len(weight), -1, GROUP)
-    scale = grouped.abs().amax(-1) / 7.5
-    codes = (grouped / scale[..., None]).round().clamp(-8, 7).to(torch.int8).reshape(weight.shape)
-    return PackedLinear.pack(codes, scale, None, bits=4, group_size=GROUP, symmetric=True, index=None, bias=None)
+    grouped = linear.weight.detach().unflatten(1, (-1, GROUP))
+    grid = find_grid(grouped, 4, True, "minmax", grouped.dtype)
+    codes = quantize(grouped, grid).flatten(1).to(torch.int8)
+    return PackedLinear.pack(codes, grid.scale, None, bits=4, group_size=GROUP, symmetric=True)
 
 
 def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:

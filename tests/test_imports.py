@@ -33,45 +33,36 @@ MODELS = {
     "token_sites",
 }
 OUTER = {"cli", "testing", "progress", "doctor"}
+# what a unit of arithmetic must not import, and one that also knows what a pass sees
+ALL_BUT_PROTOCOL = READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"}
+ALL_OTHERS = ALL_BUT_PROTOCOL | {"protocol"}
 # unit -> what it must not import
 FORBIDDEN = {
-    "errors": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "kernels": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "errors": ALL_OTHERS,
+    "kernels": ALL_OTHERS,
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
-    "blockwise": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "norms": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "rotation": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "slicing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "factorization": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "sparse_coding": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "straight_through": READING
-    | ENGINE
-    | TELLING
-    | STORING
-    | MODELS
-    | OUTER
-    | {"passes", "layers", "protocol", "data"},
-    "variational": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "budget": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "weighing": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "unit_masks": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "mask_training": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "token_counts": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "token_ranking": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "watched_attention": READING
-    | ENGINE
-    | TELLING
-    | STORING
-    | MODELS
-    | OUTER
-    | {"passes", "layers", "protocol", "data"},
+    "blockwise": ALL_OTHERS,
+    "norms": ALL_OTHERS,
+    "rotation": ALL_OTHERS,
+    "slicing": ALL_BUT_PROTOCOL,
+    "factorization": ALL_BUT_PROTOCOL,
+    "sparse_coding": ALL_OTHERS,
+    "straight_through": ALL_OTHERS,
+    "variational": ALL_OTHERS,
+    "budget": ALL_OTHERS,
+    "weighing": ALL_BUT_PROTOCOL,
+    "unit_masks": ALL_BUT_PROTOCOL,
+    "mask_training": ALL_BUT_PROTOCOL,
+    "token_counts": ALL_OTHERS,
+    "token_ranking": ALL_OTHERS,
+    "watched_attention": ALL_OTHERS,
     "token_sites": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data", "residual"},
-    "kept_patches": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "turning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "stream": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
-    "pruning": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "pruned_parameters": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"},
-    "reconstruction": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "kept_patches": ALL_OTHERS,
+    "turning": ALL_BUT_PROTOCOL,
+    "stream": ALL_OTHERS,
+    "pruning": ALL_BUT_PROTOCOL,
+    "pruned_parameters": ALL_BUT_PROTOCOL,
+    "reconstruction": ALL_OTHERS,
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
@@ -88,7 +79,7 @@ FORBIDDEN = {
     "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
     "functions": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
-    "tabulate": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "protocol", "data"},
+    "tabulate": ALL_OTHERS,
     "tape": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
     "modelling": READING | TELLING | OUTER | ENGINE | MODELS | {"artifact", "export", "passes", "protocol", "data"},
     "export": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
