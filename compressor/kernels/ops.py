@@ -23,14 +23,13 @@ from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
+from compressor.kernels.registry import register
 
 LAYOUT = "cpu1"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (4, 8)}
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
 
-_REGISTRY = torch.library.Library("compressor", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def groups_of(in_features: int, group_size: int) -> int:
@@ -307,20 +306,14 @@ _LINEAR = (
 )
 
 
-def _register(name: str, schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
-    _REGISTRY.define(name + schema, tags=_TAGS)
-    _REGISTRY.impl(name, run, "CPU")
-    torch.library.register_fake(f"compressor::{name}", fake, lib=_REGISTRY)
-
-
-_register(
+register(
     "pack_weight",
     "(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? permutation, int bits, int group_size, str layout)"
     " -> Tensor",
     pack_weight,
     _fake_pack,
 )
-_register(
+register(
     "unpack_weight",
     "(Tensor packed, SymInt out_features, SymInt in_features, int bits, int group_size, str layout)"
     " -> (Tensor codes, Tensor scale, Tensor zero_point)",
@@ -329,9 +322,9 @@ _register(
 )
 linear_weight_only = _linear("linear_weight_only")
 linear_dynamic_int8 = _linear("linear_dynamic_int8")
-_register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)
-_register("linear_dynamic_int8", _LINEAR, linear_dynamic_int8, _fake_linear)
-_register(
+register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)
+register("linear_dynamic_int8", _LINEAR, linear_dynamic_int8, _fake_linear)
+register(
     "linear_int8_outlier",
     "(Tensor x, Tensor packed, Tensor weight_absmax, Tensor? outlier_columns, Tensor? outlier_weight, Tensor? bias, "
     "float threshold) -> Tensor",
