@@ -20,7 +20,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
 
-from cuda_ext import build, cases  # noqa: E402
+from cuda_ext import build  # noqa: E402
+from cuda_ext.cases import KERNELS, arrays, hadamard, w_a16  # noqa: E402
 
 SEEDS = 3
 SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
@@ -55,7 +56,7 @@ class DeviceArray:
 
     def __init__(self, array: NDArray, device: str):
         self._array = array
-        self._bytes = torch.full((array.nbytes + 2 * MARGIN,), cases.CANARY, dtype=torch.uint8, device=device)
+        self._bytes = torch.full((array.nbytes + 2 * MARGIN,), arrays.CANARY, dtype=torch.uint8, device=device)
         inner = self._bytes[MARGIN : MARGIN + array.nbytes]
         inner.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
         self.address = self._bytes.data_ptr() + MARGIN
@@ -64,8 +65,8 @@ class DeviceArray:
         """The array; raises AssertionError if something was written around it."""
         found = self._bytes.cpu().numpy()
         inside = found[MARGIN : MARGIN + self._array.nbytes]
-        assert (found[:MARGIN] == cases.CANARY).all(), "bytes before the array were overwritten"
-        assert (found[MARGIN + inside.size :] == cases.CANARY).all(), "bytes after the array were overwritten"
+        assert (found[:MARGIN] == arrays.CANARY).all(), "bytes before the array were overwritten"
+        assert (found[MARGIN + inside.size :] == arrays.CANARY).all(), "bytes after the array were overwritten"
         return inside.view(self._array.dtype).reshape(self._array.shape)
 
 
@@ -76,7 +77,7 @@ class DeviceMemory:
     device: str
     # tensor cores may cut off what a sum can't hold instead of rounding (Fasi, Higham, Mikaitis and Pranesh 2021,
     # "Numerical behavior of NVIDIA tensor cores"): twice the error
-    products_unit: float = 2 * cases.UNIT
+    products_unit: float = 2 * arrays.UNIT
 
     def place(self, array: NDArray) -> DeviceArray:
         return DeviceArray(array, self.device)
@@ -101,18 +102,18 @@ def require_gpu() -> None:
 
 
 def check(
-    library: ctypes.CDLL, memory: DeviceMemory, chosen: Sequence[cases.Case | cases.HadamardCase], seeds: int
+    library: ctypes.CDLL, memory: DeviceMemory, chosen: Mapping[str, Sequence[Any]], seeds: int
 ) -> list[dict[str, Any]]:
-    """Runs every case with every seed; a wrong one doesn't stop the others."""
+    """Runs the cases chosen of each kernel with every seed; a wrong one doesn't stop the others."""
     found = []
-    for case in chosen:
+    for kernel, case in ((name, case) for name, cases in chosen.items() for case in cases):
         for seed in range(seeds):
             problem = ""
             try:
-                cases.run(library, case, memory, seed)
+                KERNELS[kernel].run(library, case, memory, seed)
             except AssertionError as error:
                 problem = str(error)
-            found.append({"case": str(case), "seed": seed, "problem": problem})
+            found.append({"kernel": kernel, "case": str(case), "seed": seed, "problem": problem})
     return found
 
 
@@ -160,9 +161,9 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
     scale = torch.rand(groups, n, device="cuda").mul_(0.02).half()
     zero_point = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8)
     y = torch.empty(m, n, dtype=torch.float16, device="cuda")
-    needed = cases.workspace_bytes(library, m, n, k)
+    needed = w_a16.workspace_bytes(library, m, n, k)
     workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device="cuda")
-    launch = cases.launcher(library)
+    launch = w_a16.launcher(library)
 
     def call_of(packed: torch.Tensor) -> Callable[[], None]:
         def call() -> None:
@@ -175,7 +176,7 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
                 y.data_ptr(),
                 workspace.data_ptr(),
                 needed,
-                *(m, n, k, GROUP_SIZE, cases.FLOAT16, cases.FLOAT16),
+                *(m, n, k, GROUP_SIZE, arrays.FLOAT16, arrays.FLOAT16),
                 torch.cuda.current_stream().cuda_stream,
             )
             if code:
@@ -218,11 +219,11 @@ def time_hadamard(n: int, library: ctypes.CDLL) -> dict[str, Any]:
     rows = -(-max(ROTATION_BYTES, 4 * l2_bytes) // (2 * n))
     x = torch.randn(rows, n, device="cuda").half()
     y = torch.empty_like(x)
-    launch = cases.hadamard_launcher(library)
+    launch = hadamard.launcher(library)
 
     def call() -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        code = launch(x.data_ptr(), y.data_ptr(), rows, n, n**-0.5, cases.FLOAT16, stream)
+        code = launch(x.data_ptr(), y.data_ptr(), rows, n, n**-0.5, arrays.FLOAT16, stream)
         if code:
             raise RuntimeError(f"compressor_hadamard returned {code} for {rows}x{n}")
 
@@ -254,8 +255,8 @@ def main() -> int:
         return 6
     library, device = ctypes.CDLL(str(path)), torch.cuda.get_device_name()
     memory = DeviceMemory("cuda")
-    checks = check(library, memory, [case for group in cases.ALL_CASES.values() for case in group], SEEDS)
-    checks += check(library, memory, cases.ALL_LARGE_CASES, seeds=1)
+    checks = check(library, memory, {name: kernel.CASES for name, kernel in KERNELS.items()}, SEEDS)
+    checks += check(library, memory, {name: kernel.LARGE_CASES for name, kernel in KERNELS.items()}, seeds=1)
     wrong = [c for c in checks if c["problem"]]
     record: dict[str, Any] = {
         "device": device,

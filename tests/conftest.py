@@ -1,6 +1,24 @@
 """Runs before anything imports torch."""
 
+import ctypes
 import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent))  # cuda_ext is a folder beside the package, not a part of it
+
+from cuda_ext import build
 
 # Tiny models: a second thread costs more than it gives, most where the tests share the cores with each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The CUDA library for the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    return ctypes.CDLL(str(build.build_emulated(tmp_path_factory.mktemp("emulated") / "kernels.so")))

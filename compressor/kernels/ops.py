@@ -31,7 +31,6 @@ BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (4, 8)}
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
 
 
-
 def groups_of(in_features: int, group_size: int) -> int:
     """Groups of a row; group_size -1 is the whole row."""
     return 1 if group_size == -1 else -(-in_features // group_size)

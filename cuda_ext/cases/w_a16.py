@@ -1,101 +1,28 @@
-"""Correctness cases of the CUDA library, the same on a GPU and under emulation. Needs numpy alone.
-
-`run_w4_a16(library, case, memory, seed)` runs a case: `library` is the loaded shared object, and `memory` places arrays
-where kernels can read them. That is `GuardedMemory` here, or the memory of a GPU (scripts/check_gpu.py).
-"""
+"""Products of 4-bit weights with inputs as they are: w_a16.cu."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FLOAT16, BFLOAT16, FLOAT32 = 0, 1, 2  # device.h: Type
+from cuda_ext.cases.arrays import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    OUTPUT_UNIT,
+    SMALLEST,
+    UNIT,
+    Memory,
+    to_bits,
+    to_float64,
+)
+
 TILE = 64
 LANE = np.arange(32)
-UNIT = 2.0**-24  # rounding to nearest, float32
-OUTPUT_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
-SMALLEST = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}  # half of the smallest subnormal
-CANARY = 0x55
-
-
-class Placed(Protocol):
-    """An array where kernels can reach it."""
-
-    @property
-    def address(self) -> int: ...
-
-    def read(self) -> NDArray: ...
-
-
-class Memory(Protocol):
-    """Where the operands of a case are kept. `products_unit`: relative error of one addition inside an mma."""
-
-    products_unit: float
-
-    def place(self, array: NDArray) -> Placed: ...
-
-    def wait(self) -> None: ...
-
-
-class GuardedArray:
-    """An array that ends where an unreadable page begins, with a canary before it."""
-
-    def __init__(self, array: NDArray):
-        page = mmap.PAGESIZE
-        size = (array.nbytes // page + 1) * page  # at least one byte of canary
-        self._map = mmap.mmap(-1, size + page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
-            raise OSError(ctypes.get_errno(), "mprotect failed")
-        self._canary = np.frombuffer(self._map, np.uint8, size - array.nbytes)
-        self._canary[...] = CANARY
-        self._array = np.frombuffer(self._map, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
-        self._array[...] = array
-        self.address = start + size - array.nbytes
-
-    def read(self) -> NDArray:
-        """The array; raises AssertionError if something was written before it."""
-        assert (self._canary == CANARY).all(), "bytes before the array were overwritten"
-        return self._array
-
-
-class GuardedMemory:
-    """The memory of this process: one element too far ends the process."""
-
-    products_unit = UNIT  # the emulated mma rounds its sum once, to nearest
-
-    def place(self, array: NDArray) -> Placed:
-        return GuardedArray(array)
-
-    def wait(self) -> None:
-        pass
-
-
-def to_bits(values: NDArray, kind: int) -> NDArray:
-    """float -> the stored form of `kind`: uint16 bits of a half or bfloat16 (ties to even), or float32."""
-    values = np.asarray(values, np.float32)
-    if kind == FLOAT32:
-        return values
-    if kind == FLOAT16:
-        return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def to_float64(stored: NDArray, kind: int) -> NDArray:
-    """The inverse of to_bits, exact."""
-    if kind == FLOAT16:
-        return stored.view(np.float16).astype(np.float64)
-    if kind == BFLOAT16:
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
 
 
 def pack_mma1(codes: NDArray) -> NDArray:
@@ -133,6 +60,28 @@ class Case:
         types = f"{kind[self.x_type]}-{kind[self.scale_type]}"
         return "-".join([f"{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
+
+FAULTS = {
+    1: "a wait for copies is missing",
+    2: "no barrier between the wait and the use",
+    3: "codes of the neighbouring lane",
+    4: "row M of x is read",
+    5: "x isn't turned when read",
+    6: "scale of the group before",
+    7: "a stage is filled again before the barrier",
+    8: "row M of y is written",
+    9: "zero point of the neighbouring output",
+    10: "the last tile of K is dropped",
+    11: "bias is added twice",
+    12: "totals are kept in 16 bits",
+}
+MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
+MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
+MUTANTS |= {
+    40: "slices: the last one is dropped",
+    41: "slices: bias is added twice",
+    42: "slices: one output too many",
+}
 
 # Tails of M, N and K; two blocks in each dimension of the grid; groups cut short by K and by a slice. Pipelines hold
 # 6 (M <= 16) and 4 tiles, so more are needed to refill them; from 16 tiles on K is sliced (M <= 64).
@@ -241,7 +190,7 @@ def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
     return function(m, n, k)
 
 
-def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, uint16 (M, N)
@@ -265,100 +214,3 @@ def run_w4_a16(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stre
         f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong, by up to {np.nanmax(off)}"
     )
     return stored
-
-
-@dataclass(frozen=True)
-class HadamardCase:
-    """One call of compressor_hadamard; a scale of 1 / sqrt(n) keeps the length of a row."""
-
-    rows: int
-    n: int
-    type: int = FLOAT32
-    scale: float = 1.0
-    in_place: bool = False
-
-    def __str__(self) -> str:
-        kind = ("f16", "bf16", "f32")[self.type]
-        return f"hadamard-{self.rows}x{self.n}-{kind}-{self.scale:.4g}" + ("-in_place" if self.in_place else "")
-
-
-HADAMARD_CASES = (
-    HadamardCase(1, 8),
-    HadamardCase(131, 8, FLOAT16),
-    HadamardCase(33, 32, BFLOAT16, in_place=True),
-    HadamardCase(9, 128, scale=128**-0.5),
-    HadamardCase(5, 256, FLOAT16, scale=0.125),
-    HadamardCase(3, 512, BFLOAT16),
-    HadamardCase(2, 2048, in_place=True),
-    HadamardCase(2, 8192, FLOAT16, scale=8192**-0.5),
-    HadamardCase(2, 16384, BFLOAT16, scale=2.0**-7, in_place=True),
-    HadamardCase(1, 32768, scale=32768**-0.5),
-)
-LARGE_HADAMARD_CASES = (
-    HadamardCase(4096, 4096, FLOAT16, scale=2.0**-6),
-    HadamardCase(512, 32768, BFLOAT16, scale=32768**-0.5),
-)
-
-
-def walsh_hadamard(x: NDArray) -> NDArray:
-    """x (rows, n) times Sylvester's matrix, in x's type: log2(n) butterflies."""
-    rows, n = x.shape
-    width = 1
-    while width < n:
-        pairs = x.reshape(rows, n // (2 * width), 2, width)
-        x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(rows, n)
-        width *= 2
-    return x
-
-
-def hadamard_launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_hadamard of the library, with its types."""
-    function = library.compressor_hadamard
-    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_int]
-    function.argtypes += [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
-
-
-def run_hadamard(
-    library: ctypes.CDLL, case: HadamardCase, memory: Memory, seed: int, stream: int | None = None
-) -> NDArray:
-    """Run the case and compare; raises AssertionError. Returns y as stored, (rows, n).
-
-    A sum passes log2(n) additions, each off by UNIT of what it adds at most; then the product with the scale, and one
-    rounding to the type of y. The scale itself is float32 on both sides.
-    """
-    random = np.random.default_rng([seed, case.rows, case.n])
-    stored = to_bits(random.standard_normal((case.rows, case.n)), case.type)
-    x = memory.place(stored)
-    y = x if case.in_place else memory.place(to_bits(np.full(stored.shape, np.nan), case.type))
-    code = hadamard_launcher(library)(x.address, y.address, case.rows, case.n, case.scale, case.type, stream)
-    assert code == 0, f"{case}: the launcher returned {code}"
-    memory.wait()
-    if not case.in_place:
-        assert np.array_equal(x.read(), stored), f"{case}: x was changed"
-    result = np.array(y.read())
-    scale = float(np.float32(case.scale))
-    values = to_float64(stored, case.type)
-    expected = walsh_hadamard(values) * scale
-    inside = (case.n.bit_length() + 1) * UNIT * np.abs(values).sum(axis=1, keepdims=True) * scale
-    unit = OUTPUT_UNIT.get(case.type, UNIT)
-    allowed = inside + unit * (np.abs(expected) + inside) + SMALLEST.get(case.type, 0.0)
-    off = np.abs(to_float64(result, case.type) - expected)
-    right = off <= allowed  # NaN is never right
-    assert right.all(), f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong"
-    return result
-
-
-def run(
-    library: ctypes.CDLL, case: Case | HadamardCase, memory: Memory, seed: int, stream: int | None = None
-) -> NDArray:
-    """Run a case of any kernel."""
-    if isinstance(case, HadamardCase):
-        return run_hadamard(library, case, memory, seed, stream)
-    return run_w4_a16(library, case, memory, seed, stream)
-
-
-# by the name of the source
-ALL_CASES: dict[str, tuple[Case | HadamardCase, ...]] = {"w_a16": CASES, "hadamard": HADAMARD_CASES}
-ALL_LARGE_CASES: tuple[Case | HadamardCase, ...] = (*LARGE_CASES, *LARGE_HADAMARD_CASES)

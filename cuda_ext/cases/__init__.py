@@ -1,0 +1,30 @@
+"""Correctness cases of the CUDA library, the same on a GPU and under emulation. Needs numpy alone.
+
+One module for each source, KERNELS[name of the source], with
+
+    CASES, LARGE_CASES   what is run; the large ones on a GPU alone
+    MUTANTS              the faults that its source plants: number of -DMUTANT -> what it is
+    run(library, case, memory, seed, stream=None)
+                         runs a case and compares, raises AssertionError, returns the result as stored. `library` is the
+                         loaded shared object; `memory` places arrays where kernels can read them: GuardedMemory of
+                         `arrays`, or the memory of a GPU (scripts/check_gpu.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cuda_ext.cases import hadamard, w_a16
+
+
+class Kernel(Protocol):
+    """What a module of cases has."""
+
+    CASES: tuple[Any, ...]
+    LARGE_CASES: tuple[Any, ...]
+    MUTANTS: dict[int, str]
+    run: Callable[..., Any]
+
+
+KERNELS: dict[str, Kernel] = {"hadamard": hadamard, "w_a16": w_a16}

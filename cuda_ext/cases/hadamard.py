@@ -1,0 +1,114 @@
+"""Rows times Sylvester's matrix: hadamard.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuda_ext.cases.arrays import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    OUTPUT_UNIT,
+    SMALLEST,
+    UNIT,
+    Memory,
+    to_bits,
+    to_float64,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of compressor_hadamard; a scale of 1 / sqrt(n) keeps the length of a row."""
+
+    rows: int
+    n: int
+    type: int = FLOAT32
+    scale: float = 1.0
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        kind = ("f16", "bf16", "f32")[self.type]
+        return f"hadamard-{self.rows}x{self.n}-{kind}-{self.scale:.4g}" + ("-in_place" if self.in_place else "")
+
+
+MUTANTS = {
+    1: "no barrier before warps read each other's elements",
+    2: "no barrier before a thread reads its own back",
+    3: "wrong lane in the exchange of warps",
+    4: "wrong sign in the second half of a butterfly",
+    5: "elements after the last row are read",
+    6: "elements after the last row are written",
+    7: "sums are kept in 16 bits",
+    8: "one element isn't scaled",
+}
+
+CASES = (
+    Case(1, 8),
+    Case(131, 8, FLOAT16),
+    Case(33, 32, BFLOAT16, in_place=True),
+    Case(9, 128, scale=128**-0.5),
+    Case(5, 256, FLOAT16, scale=0.125),
+    Case(3, 512, BFLOAT16),
+    Case(2, 2048, in_place=True),
+    Case(2, 8192, FLOAT16, scale=8192**-0.5),
+    Case(2, 16384, BFLOAT16, scale=2.0**-7, in_place=True),
+    Case(1, 32768, scale=32768**-0.5),
+)
+LARGE_CASES = (
+    Case(4096, 4096, FLOAT16, scale=2.0**-6),
+    Case(512, 32768, BFLOAT16, scale=32768**-0.5),
+)
+
+
+def walsh_hadamard(x: NDArray) -> NDArray:
+    """x (rows, n) times Sylvester's matrix, in x's type: log2(n) butterflies."""
+    rows, n = x.shape
+    width = 1
+    while width < n:
+        pairs = x.reshape(rows, n // (2 * width), 2, width)
+        x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(rows, n)
+        width *= 2
+    return x
+
+
+def launcher(library: ctypes.CDLL) -> Callable[..., int]:
+    """compressor_hadamard of the library, with its types."""
+    function = library.compressor_hadamard
+    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_int]
+    function.argtypes += [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+    """Run the case and compare; raises AssertionError. Returns y as stored, (rows, n).
+
+    A sum passes log2(n) additions, each off by UNIT of what it adds at most; then the product with the scale, and one
+    rounding to the type of y. The scale itself is float32 on both sides.
+    """
+    random = np.random.default_rng([seed, case.rows, case.n])
+    stored = to_bits(random.standard_normal((case.rows, case.n)), case.type)
+    x = memory.place(stored)
+    y = x if case.in_place else memory.place(to_bits(np.full(stored.shape, np.nan), case.type))
+    code = launcher(library)(x.address, y.address, case.rows, case.n, case.scale, case.type, stream)
+    assert code == 0, f"{case}: the launcher returned {code}"
+    memory.wait()
+    if not case.in_place:
+        assert np.array_equal(x.read(), stored), f"{case}: x was changed"
+    result = np.array(y.read())
+    scale = float(np.float32(case.scale))
+    values = to_float64(stored, case.type)
+    expected = walsh_hadamard(values) * scale
+    inside = (case.n.bit_length() + 1) * UNIT * np.abs(values).sum(axis=1, keepdims=True) * scale
+    unit = OUTPUT_UNIT.get(case.type, UNIT)
+    allowed = inside + unit * (np.abs(expected) + inside) + SMALLEST.get(case.type, 0.0)
+    off = np.abs(to_float64(result, case.type) - expected)
+    right = off <= allowed  # NaN is never right
+    assert right.all(), f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong"
+    return result
