@@ -95,8 +95,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     """Put kernels into a model, in place: its class, its other modules and its state_dict stay as they are.
 
     model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them
-    activations  None: inputs are taken as they are, results differ from the reference by float32 rounding alone.
-                 "int8": inputs of 4- and 8-bit weights are rounded to int8, row by row: faster, and less exact
+    activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
+                 "int8": inputs are rounded to int8, row by row: faster, and less exact
     strict       a layer that falls back to the reference is an error
     returns      what was chosen for each layer of a stored form, by name
     raises       KernelError with strict, or for other activations
