@@ -16,7 +16,7 @@ from types import ModuleType
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avx512vnni")
-ABI = 1
+ABI = 2
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 

@@ -90,13 +90,13 @@ extern "C" int64_t quantize_rows(int64_t level, const void* x, int64_t x_dtype, 
   return OK;
 }
 
-extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
-                                       const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K,
-                                           int64_t bits, int64_t group) {
+extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const int64_t* given, int64_t count,
+                                       void* y, int64_t M, int64_t K, int64_t bits, int64_t group) {
   if (!level_is_there(level)) return BAD_LEVEL;
-  Packed w;
-  if (const int64_t error = open_packed(w, packed, packed_size, N, K, bits, group)) return error;
-  if (M < 0 || !sums_fit(w)) return BAD_SHAPE;
+  std::vector<Part> parts;
+  if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, y, x_dtype, M, K, bits, group)) return error;
+  if (parts.empty()) return OK;
+  const Packed& w = parts[0].w;
   const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
@@ -108,9 +108,15 @@ extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const voi
       const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, row, K);
       scale[m] = take_row(level, values, w, codes + m * padded, minus_sum + m * w.groups);
     }
-    const Output to{y, x_dtype, level, bias, bias_dtype};
-    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w, 1}, here,
-                  [&](int64_t m, int64_t tile, float* values) { store_outputs(to, w, values, m0 + m, tile); });
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
+      store_outputs(part.to, part.w, values, m0 + m, tile);
+    });
   }
   return OK;
+}
+
+extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
+                          const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int64_t bits, int64_t group) {
+  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
+  return linear_dynamic_int8_parts(level, threads, x, x_dtype, (const int64_t*)&given, 1, y, M, K, bits, group);
 }

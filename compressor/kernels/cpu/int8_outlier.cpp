@@ -46,9 +46,10 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
                                        const float* absmax, const int64_t* columns, int64_t column_count, const void* stored, int64_t stored_dtype,
                                        const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, double threshold) {
   if (!level_is_there(level)) return BAD_LEVEL;
-  Packed w;
-  if (const int64_t error = open_packed(w, packed, packed_size, N, K, 8, (K + 7) / 8 * 8)) return error;
-  if (M < 0 || !sums_fit(w)) return BAD_SHAPE;
+  std::vector<Part> parts;
+  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
+  if (const int64_t error = open_parts(parts, level, &given, 1, y, x_dtype, M, K, 8, (K + 7) / 8 * 8)) return error;
+  const Packed& w = parts[0].w;
   const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
@@ -78,9 +79,8 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
       scale[m] = take_row(level, row, w, codes + m * padded, minus_sum + m);
       if (broken) scale[m] = NAN;
     }
-    const Output to{y, x_dtype, level, bias, bias_dtype};
     // Weights of outlier columns are wanted for each row of a tile; a tile's rows come one after the other on one thread.
-    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w, 1}, here, [&](int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       float* weights = (float*)scratch(6, size_t(count) * TILE * 4 + 4);
       if (m == 0)
         for (int64_t c = 0; c < count; c++)
@@ -89,7 +89,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
         const float xm = outliers[m * count + c];
         for (int n = 0; n < TILE; n++) values[n] = values[n] + xm * weights[c * TILE + n];
       }
-      store_outputs(to, w, values, m0 + m, tile);
+      store_outputs(part.to, w, values, m0 + m, tile);
     });
   }
   return OK;

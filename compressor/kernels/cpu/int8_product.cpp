@@ -32,17 +32,16 @@ TARGET_AVX512 void sums_avx512(const int8_t* codes, int32_t* minus_sum, int64_t 
 struct Row {
   const int8_t* codes;
   const int32_t* minus_sum;
-  Row(const Int8Rows& x, int64_t m, int64_t j)
-      : codes(x.codes + m * x.digits * x.w->padded() + j * x.w->group), minus_sum(x.minus_sum + m * x.digits * x.w->groups + j) {}
+  Row(const Int8Rows& x, const Packed& w, int64_t m, int64_t j)
+      : codes(x.codes + m * x.digits * w.padded() + j * w.group), minus_sum(x.minus_sum + m * x.digits * w.groups + j) {}
 };
 
-void tile_scalar(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
-  const Packed& w = *x.w;
+void tile_scalar(const Int8Rows& x, const Packed& w, int64_t m, int64_t tile, float* out) {
   for (int n = 0; n < TILE; n++) {
     float total = 0;
     for (int64_t j = 0; j < w.groups; j++) {
       const uint8_t* b = w.block(tile, j);
-      const Row row(x, m, j);
+      const Row row(x, w, m, j);
       float value = 0;
       for (int64_t d = x.digits - 1; d >= 0; d--) {
         const int8_t* p = row.codes + d * w.padded();
@@ -71,16 +70,15 @@ template <int BITS> TARGET_AVX2 ALWAYS_INLINE __m256i eight(const uint8_t* row, 
 }
 // Rows of digits that share what is unpacked: COUNT of them times AT_ONCE registers of outputs. Products of codes below 16
 // are added in 16 bits, four rows of 8 columns at most: 4 * 4 * 15 * 128 < 2^15. Those of 8 bits take 16 bits a factor.
-template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, int64_t m0, int64_t tile, float* out) {
+template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, const Packed& w, int64_t m0, int64_t tile, float* out) {
   constexpr int COUNT = ROWS * DIGITS, AT_ONCE = COUNT == 3 ? 2 : 8 / COUNT;
-  const Packed& w = *x.w;
   const int64_t stride = w.padded();
   const __m256i ones = _mm256_set1_epi16(1), even = _mm256_set1_epi16(255);
   __m256 total[ROWS][8];
   for (auto& r : total) for (auto& v : r) v = _mm256_setzero_ps();
   for (int64_t j = 0; j < w.groups; j++) {
     const uint8_t* b = w.block(tile, j);
-    const Row row(x, m0, j);
+    const Row row(x, w, m0, j);
     for (int first = 0; first < 8; first += AT_ONCE) {
       const bool fetch = m0 == 0 && first == 0;  // later rows and outputs find the tile in the cache
       __m256i sum[COUNT][AT_ONCE];
@@ -151,15 +149,14 @@ constexpr int64_t TWO_FIT = 400 << 10;  // bytes of a tile of which two stay in 
 // ROWS * DIGITS * 4 integer sums in registers; columns 0 to 3 of a row of 8, then 4 to 7. 24 sums at once were slower.
 // The first rows stream the tile from memory; `share` of `shares` later ones fetch their part of the next tile meanwhile.
 template <int BITS, int ROWS, int DIGITS>
-TARGET_AVX512 void tile_avx512(const Int8Rows& x, int64_t m0, int64_t tile, int64_t share, int64_t shares, float* out) {
+TARGET_AVX512 void tile_avx512(const Int8Rows& x, const Packed& w, int64_t m0, int64_t tile, int64_t share, int64_t shares, float* out) {
   constexpr int COUNT = ROWS * DIGITS;
-  const Packed& w = *x.w;
   const int64_t stride = w.padded(), next = w.groups * w.block_bytes;
   __m512 total[ROWS][4];
   for (auto& r : total) for (auto& v : r) v = _mm512_setzero_ps();
   const uint8_t* b = w.block(tile, 0);
   for (int64_t j = 0; j < w.groups; j++) {
-    const Row row(x, m0, j);
+    const Row row(x, w, m0, j);
     __m512i sum[COUNT][4];
     for (int c = 0; c < 4; c++) {
       const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(b + w.zero_offset) + c));
@@ -203,25 +200,25 @@ TARGET_AVX512 void tile_avx512(const Int8Rows& x, int64_t m0, int64_t tile, int6
 #endif
 
 // The kernel of a level and width: writes 64 outputs of rows m on, and says of how many.
-using Kernel = int64_t (*)(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out);
-int64_t scalar(const Int8Rows& x, int64_t m, int64_t, int64_t tile, float* out) { return tile_scalar(x, m, tile, out), 1; }
+using Kernel = int64_t (*)(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out);
+int64_t scalar(const Int8Rows& x, const Packed& w, int64_t m, int64_t, int64_t tile, float* out) { return tile_scalar(x, w, m, tile, out), 1; }
 #ifdef COMPRESSOR_X86
-template <int BITS> int64_t avx2(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out) {
-  if (x.digits == 3) return tile_avx2<BITS, 1, 3>(x, m, tile, out), 1;
-  if (x.digits == 4) return tile_avx2<BITS, 1, 4>(x, m, tile, out), 1;
-  if (M - m >= 4) return tile_avx2<BITS, 4, 1>(x, m, tile, out), 4;
-  if (M - m >= 2) return tile_avx2<BITS, 2, 1>(x, m, tile, out), 2;
-  return tile_avx2<BITS, 1, 1>(x, m, tile, out), 1;
+template <int BITS> int64_t avx2(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out) {
+  if (x.digits == 3) return tile_avx2<BITS, 1, 3>(x, w, m, tile, out), 1;
+  if (x.digits == 4) return tile_avx2<BITS, 1, 4>(x, w, m, tile, out), 1;
+  if (M - m >= 4) return tile_avx2<BITS, 4, 1>(x, w, m, tile, out), 4;
+  if (M - m >= 2) return tile_avx2<BITS, 2, 1>(x, w, m, tile, out), 2;
+  return tile_avx2<BITS, 1, 1>(x, w, m, tile, out), 1;
 }
-template <int BITS> int64_t avx512(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out) {
+template <int BITS> int64_t avx512(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out) {
   const int64_t rows = x.digits == 1 ? std::min<int64_t>(4, M - m) : 1, step = x.digits == 1 ? 4 : 1;
   const int64_t shares = std::max<int64_t>((M + step - 1) / step - 1, 1);
-  const bool fits = x.w->groups * x.w->block_bytes <= TWO_FIT;
+  const bool fits = w.groups * w.block_bytes <= TWO_FIT;
   const int64_t share = m == 0 ? -1 : fits ? m / step - 1 : shares;
-  using Tile = void (*)(const Int8Rows&, int64_t, int64_t, int64_t, int64_t, float*);
+  using Tile = void (*)(const Int8Rows&, const Packed&, int64_t, int64_t, int64_t, int64_t, float*);
   const Tile one[] = {tile_avx512<BITS, 1, 1>, tile_avx512<BITS, 2, 1>, tile_avx512<BITS, 3, 1>, tile_avx512<BITS, 4, 1>};
   const Tile run = x.digits == 1 ? one[rows - 1] : x.digits == 3 ? tile_avx512<BITS, 1, 3> : tile_avx512<BITS, 1, 4>;
-  run(x, m, tile, share, shares, out);
+  run(x, w, m, tile, share, shares, out);
   return rows;
 }
 #endif
@@ -244,14 +241,35 @@ void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t 
   sums_scalar(codes, minus_sum, groups, group);
 }
 
-void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
-                   const std::function<void(int64_t m, int64_t tile, float* values)>& finish) {
-  const Kernel kernel = kernel_of(level, x.w->bits);
-  parallel(threads, x.w->tiles, [&](int64_t tile) {
+int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, void* y, int64_t y_dtype, int64_t M,
+                   int64_t K, int64_t bits, int64_t group) {
+  if (M < 0 || count < 0) return BAD_SHAPE;
+  char* at = static_cast<char*>(y);
+  for (int64_t i = 0; i < count; i++) {
+    const PartGiven& g = given[i];
+    Part part;
+    if (const int64_t error = open_packed(part.w, reinterpret_cast<const uint8_t*>(g.packed), g.bytes, g.out_features, K, bits, group)) return error;
+    if (!sums_fit(part.w)) return BAD_SHAPE;
+    part.to = Output{at, y_dtype, level, reinterpret_cast<const void*>(g.bias), g.bias_dtype};
+    at += M * g.out_features * dtype_bytes(y_dtype);
+    parts.push_back(part);
+  }
+  return OK;
+}
+
+void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std::vector<Part>& parts, int64_t M,
+                   const std::function<void(const Part& part, int64_t m, int64_t tile, float* values)>& finish) {
+  if (parts.empty()) return;
+  const Kernel kernel = kernel_of(level, parts[0].w.bits);
+  int64_t tiles = 0;
+  for (const Part& part : parts) tiles += part.w.tiles;
+  parallel(threads, tiles, [&](int64_t tile) {
+    size_t p = 0;
+    for (; tile >= parts[p].w.tiles; p++) tile -= parts[p].w.tiles;
     float out[4 * TILE];
     for (int64_t m = 0; m < M;) {
-      const int64_t done = kernel(x, m, M, tile, out);
-      for (int64_t i = 0; i < done; i++) finish(m + i, tile, out + i * TILE);
+      const int64_t done = kernel(x, parts[p].w, m, M, tile, out);
+      for (int64_t i = 0; i < done; i++) finish(parts[p], m + i, tile, out + i * TILE);
       m += done;
     }
   });

@@ -10,8 +10,13 @@ struct Int8Rows {
   const int8_t* codes;       // (M, digits, padded), zero beyond K
   const int32_t* minus_sum;  // (M, digits, groups): -(sum of a row's codes in the group)
   const float* step;         // (M,) if digits is 1, (M, groups) powers of two otherwise
-  const Packed* w;
   int64_t digits;            // 1, 3 or 4
+};
+// A weight that the rows are multiplied by, and where its outputs go. All weights of a call are of one shape but for their
+// outputs, and of one width and group, so that the rows serve all of them.
+struct Part {
+  Packed w;
+  Output to;
 };
 // What int32 sums hold: |code| <= 128 times codes of the weight.
 static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.bits) - 1) < int64_t(1) << 31; }
@@ -19,10 +24,18 @@ static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.b
 // minus_sum (groups,) of one row of codes (groups * group,)
 void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group);
 
-// finish(m, tile, values) gets 64 outputs of row m, scaled, and may change them; each pair once, on any thread. A group's sums
+// What Python gives: for each part the address and bytes of its packed weight, address and type of its bias (0 for none), and
+// its outputs N. The outputs of the parts lie one after the other in y, (M, N) each. Checks that they are as the call says.
+struct PartGiven {
+  int64_t packed, bytes, bias, bias_dtype, out_features;
+};
+int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, void* y, int64_t y_dtype, int64_t M,
+                   int64_t K, int64_t bits, int64_t group);
+
+// finish(part, m, tile, values) gets 64 outputs of row m, scaled, and may change them; each once, on any thread. A group's sums
 // become one float, digits joined from the highest by fma, and total = fma(that float, scale, total), in the order of K: every
 // level, number of threads and batch gives the same bits.
-void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
-                   const std::function<void(int64_t m, int64_t tile, float* values)>& finish);
+void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std::vector<Part>& parts, int64_t M,
+                   const std::function<void(const Part& part, int64_t m, int64_t tile, float* values)>& finish);
 
 }  // namespace compressor

@@ -96,19 +96,18 @@ void take_digits(int64_t level, const float* x, const Packed& w, int64_t digits,
 
 using namespace compressor;
 
-extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
-                                      const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K,
-                                      int64_t bits, int64_t group) {
+extern "C" int64_t linear_weight_only_parts(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const int64_t* given, int64_t count,
+                                      void* y, int64_t M, int64_t K, int64_t bits, int64_t group) {
   if (!level_is_there(level)) return BAD_LEVEL;
-  Packed w;
-  if (const int64_t error = open_packed(w, packed, packed_size, N, K, bits, group)) return error;
-  if (M < 0 || !sums_fit(w)) return BAD_SHAPE;
-  const int64_t digits = digits_of(x_dtype), rows = std::min(M, ROWS_AT_ONCE / digits), padded = w.padded();
+  std::vector<Part> parts;
+  if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, y, x_dtype, M, K, bits, group)) return error;
+  if (parts.empty()) return OK;
+  const Packed& first = parts[0].w;
+  const int64_t digits = digits_of(x_dtype), rows = std::min(M, ROWS_AT_ONCE / digits), padded = first.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * digits * padded));
-  int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * digits * w.groups) * 4);
-  float* step = (float*)scratch(3, size_t(rows * w.groups) * 4);
-  const Output to{y, x_dtype, level, bias, bias_dtype};
+  int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * digits * first.groups) * 4);
+  float* step = (float*)scratch(3, size_t(rows * first.groups) * 4);
   std::vector<Apart> apart;
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
@@ -121,9 +120,10 @@ extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void
           if (!std::isfinite(row[k])) apart.push_back({m, k, row[k]}), row[k] = 0;
         values = row;
       }
-      take_digits(level, values, w, digits, codes + m * digits * padded, minus_sum + m * digits * w.groups, step + m * w.groups);
+      take_digits(level, values, first, digits, codes + m * digits * padded, minus_sum + m * digits * first.groups, step + m * first.groups);
     }
-    int8_products(level, threads, Int8Rows{codes, minus_sum, step, &w, digits}, here, [&](int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, step, digits}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
+      const Packed& w = part.w;
       for (const Apart& a : apart) {
         const uint8_t* b = w.block(tile, a.k / w.group);
         const int64_t k = a.k % w.group;
@@ -131,8 +131,14 @@ extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void
           values[n] += a.value * (float(get_code(b + k / 8 * w.row_bytes, w.bits, n, int(k % 8))) - float(b[w.zero_offset + n])) *
                        load_number(b + w.scale_offset, w.scale_dtype, n);
       }
-      store_outputs(to, w, values, m0 + m, tile);
+      store_outputs(part.to, w, values, m0 + m, tile);
     });
   }
   return OK;
+}
+
+extern "C" int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
+                          const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int64_t bits, int64_t group) {
+  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
+  return linear_weight_only_parts(level, threads, x, x_dtype, (const int64_t*)&given, 1, y, M, K, bits, group);
 }
