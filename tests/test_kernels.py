@@ -1,11 +1,9 @@
-"""The CPU kernels: equal bits at all levels, within a derived bound of exact results, and their place in models."""
+"""The CPU kernels: equal bits at all levels, within a derived bound of exact results."""
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
-import io
 import mmap
 import multiprocessing
 import threading
@@ -13,18 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import explain, ops, prepare
-from compressor.kernels.blocks import block_counts
-from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels import ops, prepare
+from compressor.kernels.cpu import Library, library
 from compressor.kernels.int8_split import round_rows
-from compressor.kernels.prepared import PreparedLinear
-from compressor.layers.block_linear import BlockLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
-from compressor.layers.packed_linear import PackedLinear
 
 BUILT = isinstance(library(), Library)
 pytestmark = pytest.mark.skipif(not BUILT, reason=f"{library()}")
@@ -276,91 +269,6 @@ def test_ops_pass_the_checks_of_torch(name, bits):
     torch.library.opcheck(torch.ops.compressor.unpack_weight.default, (case.packed, 70, 192, bits, 32, "cpu2"))
 
 
-def packed_layer(out=24, columns=64, bits=4, group=32, symmetric=False, index=None, bias=True):
-    made = torch.Generator().manual_seed(5)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    groups = ops.groups_of(columns, group)
-    return PackedLinear.pack(
-        torch.randint(low, high, (out, columns), generator=made, dtype=torch.int8),
-        torch.rand(out, groups, generator=made) * 0.1,
-        None if symmetric else torch.randint(low, high, (out, groups), generator=made, dtype=torch.int8),
-        bits=bits, group_size=group, symmetric=symmetric, index=index,
-        bias=torch.randn(out, generator=made) if bias else None,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
-    model = nn.Sequential(packed_layer(bits=bits, symmetric=symmetric), nn.ReLU())
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    expected = model(x)
-    choices = prepare(model, strict=True)
-    assert type(model[0]) is PreparedLinear and choices["0"].op == "linear_weight_only"
-    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_rounded_inputs_are_chosen_by_name():
-    model = nn.ModuleDict({"four": packed_layer(bits=4), "three": packed_layer(bits=3)})
-    assert {choice.op for choice in prepare(model, activations="int8").values()} == {"linear_dynamic_int8"}
-    with pytest.raises(KernelError, match="int4"):
-        prepare(nn.Sequential(packed_layer(bits=3)), activations="int4")
-
-
-def test_a_group_index_becomes_a_permutation():
-    index = torch.randperm(64, generator=torch.Generator().manual_seed(2)) // 32
-    layer = packed_layer(index=index)
-    model = nn.Sequential(layer)
-    x = torch.randn(2, 5, 64)
-    expected = layer(x)
-    prepare(model, strict=True)
-    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_groups_of_unequal_size_are_left_to_the_reference_and_explained():
-    index = (torch.arange(64) >= 20).int()
-    model = nn.Sequential(packed_layer(index=index))
-    with pytest.warns(UserWarning, match="20 to 44 columns a group"):
-        prepare(model)
-    assert "reference" in explain(model) and "20 to 44 columns" in explain(model)
-
-
-def test_explain_names_kernel_and_what_was_not_used():
-    model = nn.Sequential(packed_layer())
-    prepare(model)
-    first, second = explain(model).splitlines()
-    assert first.startswith(f"0   W4 g32   cpu library, {LEVELS[library().level]}   linear_weight_only")
-    assert "cuda library (no CUDA device)" in second and "nvrtc" in second
-
-
-def test_state_dict_deepcopy_and_pickle_keep_a_prepared_model():
-    model, other = nn.Sequential(packed_layer()), nn.Sequential(packed_layer())
-    names = list(model.state_dict())
-    x = torch.randn(2, 64)
-    prepare(model)
-    assert list(model.state_dict()) == names
-    other[0].weight_scale *= 3
-    other[0].bias.data += 1
-    copied = copy.deepcopy(model)
-    model.load_state_dict(other.state_dict())
-    prepare(other)
-    assert torch.equal(model(x), other(x)) and not torch.equal(model(x), copied(x))
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
-
-
-def test_a_prepared_model_compiles_with_any_number_of_rows():
-    model = nn.Sequential(packed_layer(), nn.ReLU())
-    prepare(model)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (1, 2, 7):
-        x = torch.randn(rows, 64)
-        with torch.no_grad():
-            assert torch.equal(compiled(x), model(x))
-
-
 def test_many_threads_may_call_at_once():
     case = problem((4, 640, 4096, 64), 4)
     rest = case.rest()
@@ -405,12 +313,6 @@ def test_a_level_the_processor_lacks_is_refused(monkeypatch):
     assert library().level == 0
     monkeypatch.undo()
     library.cache_clear()
-
-
-def test_a_dense_linear_is_left_alone():
-    model = nn.Sequential(nn.Linear(4, 4))
-    assert prepare(model, strict=True) == {} and explain(model) == ""
-    assert torch.equal(model(torch.ones(1, 4)), F.linear(torch.ones(1, 4), model[0].weight, model[0].bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -459,39 +361,3 @@ def test_llm_int8_passes_the_checks_of_torch_and_refuses_bad_calls():
         ops.linear_int8_outlier(x[:, :63], packed, layer.SCB, None, None, None, 6.0)
     with pytest.raises(ShapeError, match=r"x \(3, 64\)"):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns + 60, weight, None, 6.0)
-
-
-@pytest.mark.parametrize("bits, block", [(4, (2, 8)), (8, (64, 64)), (4, (1, 16)), (8, (3, 100))])
-def test_blocks_of_bct_need_no_kernel_of_their_own(bits, block):
-    made = torch.Generator().manual_seed(6)
-    most = 2 ** (bits - 1) - 1
-    codes = torch.randint(-most, most + 1, (70, 45), generator=made, dtype=torch.int8)
-    exponent = torch.randint(-9, -3, block_counts((70, 45), block), generator=made, dtype=torch.int8)
-    layer = BlockLinear.pack(codes, exponent, bits=bits, block=block)
-    x = torch.randn(3, 45, generator=made)
-    model, expected = nn.Sequential(layer), layer(x)
-    assert prepare(model, strict=True)["0"].op == "linear_weight_only"
-    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_blocks_that_no_kernel_takes_stay_with_the_reason():
-    layer = BlockLinear.pack(
-        torch.ones(8, 24, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8), bits=4, block=(2, 6)
-    )
-    model = nn.Sequential(layer)
-    with pytest.warns(UserWarning, match="groups of 6 columns, a multiple of 8"):
-        prepare(model)
-    assert model[0] is layer
-
-
-def test_layers_of_bitsandbytes_get_the_kernel_of_llm_int8():
-    bnb = pytest.importorskip("bitsandbytes")
-    theirs = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0)
-    theirs.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
-    model = nn.Sequential(theirs.to("cpu"))
-    names = set(model.state_dict())
-    x = torch.randn(5, 64).bfloat16()
-    x[:, 3] = 9
-    expected = model(x).float()
-    assert prepare(model, strict=True)["0"].op == "linear_int8_outlier" and set(model.state_dict()) == names
-    assert (model(x).float() - expected).norm() < 0.01 * expected.norm()  # they round three times to bfloat16

@@ -15,7 +15,8 @@ They run on the CPU by the compiled library; without it they raise KernelError w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -133,6 +134,11 @@ def _check_call(name: str, x: Tensor, packed: Tensor) -> None:
         raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint="Both have to be on the CPU.")
 
 
+def _check_bias(name: str, bias: Tensor | None, out: int) -> None:
+    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype not in DTYPES or not bias.is_cpu):
+        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected")
+
+
 def _threads(size: int) -> int:
     """How many multiply by a packed weight of so many bytes."""
     return max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
@@ -170,8 +176,7 @@ def _linear(name: str) -> Callable[..., Tensor]:
         y = x.new_empty((*x.shape[:-1], out_features))
         bias_at, bias_kind = 0, 0
         if bias is not None:
-            if tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES:
-                raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, ({out_features},) expected")
+            _check_bias(name, bias, out_features)
             bias = bias.contiguous()
             bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
         run, level = compiled()
@@ -185,6 +190,44 @@ def _linear(name: str) -> Callable[..., Tensor]:
         return y
 
     return linear
+
+
+def linear_parts(
+    name: str, x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, int]], bits: int, group_size: int
+) -> list[Tensor]:
+    """An input times several weights of one width and group, in one call: the bits of a call for each.
+
+    name     linear_weight_only or linear_dynamic_int8
+    x        (..., in)
+    parts    each packed weight, its bias or None, and its outputs
+    returns  (..., out) for each part, in the dtype of x
+    """
+    kind = DTYPES.get(x.dtype)
+    if kind is None or not x.dim():
+        raise ShapeError(f"{name}: x {x.dtype} {tuple(x.shape)}, a float x expected")
+    x = x.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 0
+    y = x.new_empty(rows * sum(out for _, _, out in parts))
+    given, kept, size = array("q"), [], 0
+    for packed, bias, out in parts:
+        _check_call(name, x, packed)
+        _check_bias(name, bias, out)
+        bias = None if bias is None else bias.contiguous()
+        kept.append(bias)
+        size += packed.numel()
+        bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+        given.extend((packed.data_ptr(), packed.numel(), bias_at, bias_kind, out))
+    found = cpu_library()
+    error = getattr(found.functions, name + "_parts")(
+        found.level, _threads(size), x.data_ptr(), kind, given.buffer_info()[0], len(parts), y.data_ptr(), rows,
+        columns, bits, _columns(columns, group_size),
+    )  # fmt: skip
+    if error:
+        unlike = "; ".join(_unlike(packed, out, columns, bits, group_size) for packed, _, out in parts)
+        raise ShapeError(f"{name}: x {tuple(x.shape)}; one of: {unlike}")
+    pieces = y.split([rows * out for _, _, out in parts])
+    return [piece.view(*x.shape[:-1], out) for piece, (_, _, out) in zip(pieces, parts, strict=True)]
 
 
 def pack_int8_rows(codes: Tensor, absmax: Tensor) -> Tensor:

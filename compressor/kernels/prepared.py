@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compressor.errors import KernelError
 from compressor.kernels import ops
 from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
+from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, Weight, adopt
 
 RUN: dict[str, Callable[..., Tensor]] = {
@@ -35,6 +36,7 @@ class PreparedLinear(nn.Module):
     """
 
     packed: Tensor
+    shared: tuple[SharedInput, int] | None = None  # the layers that it is multiplied with, and its number among them
 
     def __init__(self, stored: StoredWeight, weight: Weight, choice: Choice) -> None:
         """weight: what `stored` stands for"""
@@ -77,6 +79,8 @@ class PreparedLinear(nn.Module):
             )  # fmt: skip
         if torch.compiler.is_compiling():
             return getattr(torch.ops.compressor, name)(x, *arguments)
+        if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
+            return y
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
             return RUN[name](x.detach(), *arguments)
 
@@ -119,6 +123,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         assert not isinstance(weight, str)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
+    share_inputs(model, PreparedLinear)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers multiply by the dequantized weight: {reason}", stacklevel=2)
     return choices
@@ -134,7 +139,10 @@ def explain(model: nn.Module) -> str:
         if isinstance(module, PreparedLinear):
             groups = "rows" if module.group_size == -1 else f"g{module.group_size}"
             size = f"{8 * module.packed.numel() / (module.out_features * module.in_features):.2f} bits a weight"
-            lines.append(f"{name}   W{module.bits} {groups}   {choice.kernel}   {choice.op}   {size}")
+            call = (
+                f"   one call for {len(module.shared[0].layers)}" if module.shared and module.shared[0].together else ""
+            )
+            lines.append(f"{name}   W{module.bits} {groups}   {choice.kernel}   {choice.op}   {size}{call}")
         else:
             lines.append(f"{name}   {type(module).__name__}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")

@@ -1,0 +1,249 @@
+"""Kernels in models: what is chosen and why, what a prepared model keeps, and calls that layers share."""
+
+from __future__ import annotations
+
+import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressor.errors import KernelError
+from compressor.kernels import explain, ops, prepare
+from compressor.kernels.blocks import block_counts
+from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.prepared import PreparedLinear
+from compressor.layers.block_linear import BlockLinear
+from compressor.layers.packed_linear import PackedLinear
+
+pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason=f"{library()}")
+
+
+def packed_layer(out=24, columns=64, bits=4, group=32, symmetric=False, index=None, bias=True):
+    made = torch.Generator().manual_seed(5)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    groups = ops.groups_of(columns, group)
+    return PackedLinear.pack(
+        torch.randint(low, high, (out, columns), generator=made, dtype=torch.int8),
+        torch.rand(out, groups, generator=made) * 0.1,
+        None if symmetric else torch.randint(low, high, (out, groups), generator=made, dtype=torch.int8),
+        bits=bits, group_size=group, symmetric=symmetric, index=index,
+        bias=torch.randn(out, generator=made) if bias else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
+    model = nn.Sequential(packed_layer(bits=bits, symmetric=symmetric), nn.ReLU())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    choices = prepare(model, strict=True)
+    assert type(model[0]) is PreparedLinear and choices["0"].op == "linear_weight_only"
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rounded_inputs_are_chosen_by_name():
+    model = nn.ModuleDict({"four": packed_layer(bits=4), "three": packed_layer(bits=3)})
+    assert {choice.op for choice in prepare(model, activations="int8").values()} == {"linear_dynamic_int8"}
+    with pytest.raises(KernelError, match="int4"):
+        prepare(nn.Sequential(packed_layer(bits=3)), activations="int4")
+
+
+def test_a_group_index_becomes_a_permutation():
+    index = torch.randperm(64, generator=torch.Generator().manual_seed(2)) // 32
+    layer = packed_layer(index=index)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 5, 64)
+    expected = layer(x)
+    prepare(model, strict=True)
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_of_unequal_size_are_left_to_the_reference_and_explained():
+    index = (torch.arange(64) >= 20).int()
+    model = nn.Sequential(packed_layer(index=index))
+    with pytest.warns(UserWarning, match="20 to 44 columns a group"):
+        prepare(model)
+    assert "reference" in explain(model) and "20 to 44 columns" in explain(model)
+
+
+def test_explain_names_kernel_and_what_was_not_used():
+    model = nn.Sequential(packed_layer())
+    prepare(model)
+    first, second = explain(model).splitlines()
+    assert first.startswith(f"0   W4 g32   cpu library, {LEVELS[library().level]}   linear_weight_only")
+    assert "cuda library (no CUDA device)" in second and "nvrtc" in second
+
+
+def test_state_dict_deepcopy_and_pickle_keep_a_prepared_model():
+    model, other = nn.Sequential(packed_layer()), nn.Sequential(packed_layer())
+    names = list(model.state_dict())
+    x = torch.randn(2, 64)
+    prepare(model)
+    assert list(model.state_dict()) == names
+    other[0].weight_scale *= 3
+    other[0].bias.data += 1
+    copied = copy.deepcopy(model)
+    model.load_state_dict(other.state_dict())
+    prepare(other)
+    assert torch.equal(model(x), other(x)) and not torch.equal(model(x), copied(x))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
+
+
+def test_a_prepared_model_compiles_with_any_number_of_rows():
+    model = nn.Sequential(packed_layer(), nn.ReLU())
+    prepare(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (1, 2, 7):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+
+
+def test_a_dense_linear_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert prepare(model, strict=True) == {} and explain(model) == ""
+    assert torch.equal(model(torch.ones(1, 4)), F.linear(torch.ones(1, 4), model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("bits, block", [(4, (2, 8)), (8, (64, 64)), (4, (1, 16)), (8, (3, 100))])
+def test_blocks_of_bct_need_no_kernel_of_their_own(bits, block):
+    made = torch.Generator().manual_seed(6)
+    most = 2 ** (bits - 1) - 1
+    codes = torch.randint(-most, most + 1, (70, 45), generator=made, dtype=torch.int8)
+    exponent = torch.randint(-9, -3, block_counts((70, 45), block), generator=made, dtype=torch.int8)
+    layer = BlockLinear.pack(codes, exponent, bits=bits, block=block)
+    x = torch.randn(3, 45, generator=made)
+    model, expected = nn.Sequential(layer), layer(x)
+    assert prepare(model, strict=True)["0"].op == "linear_weight_only"
+    assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_that_no_kernel_takes_stay_with_the_reason():
+    layer = BlockLinear.pack(
+        torch.ones(8, 24, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8), bits=4, block=(2, 6)
+    )
+    model = nn.Sequential(layer)
+    with pytest.warns(UserWarning, match="groups of 6 columns, a multiple of 8"):
+        prepare(model)
+    assert model[0] is layer
+
+
+def test_layers_of_bitsandbytes_get_the_kernel_of_llm_int8():
+    bnb = pytest.importorskip("bitsandbytes")
+    theirs = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0)
+    theirs.weight = bnb.nn.Int8Params(torch.randn(32, 64), requires_grad=False, has_fp16_weights=False)
+    model = nn.Sequential(theirs.to("cpu"))
+    names = set(model.state_dict())
+    x = torch.randn(5, 64).bfloat16()
+    x[:, 3] = 9
+    expected = model(x).float()
+    assert prepare(model, strict=True)["0"].op == "linear_int8_outlier" and set(model.state_dict()) == names
+    assert (model(x).float() - expected).norm() < 0.01 * expected.norm()  # they round three times to bfloat16
+
+
+class Attention(nn.Module):
+    """Three layers of one input, and one of another."""
+
+    def __init__(self, **different):
+        super().__init__()
+        self.q_proj, self.k_proj = packed_layer(out=70), packed_layer(out=24)
+        self.v_proj = packed_layer(**({"out": 24} | different))
+        self.o_proj = packed_layer(out=64)
+
+    def forward(self, x, y=None):
+        return self.q_proj(x), self.k_proj(x if y is None else y), self.v_proj(x if y is None else y)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of weights in each call that layers shared."""
+    found, linear_parts = [], ops.linear_parts
+
+    def counted(name, x, parts, *rest):
+        found.append(len(parts))
+        return linear_parts(name, x, parts, *rest)
+
+    monkeypatch.setattr(ops, "linear_parts", counted)
+    return found
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_layers_of_one_input_are_multiplied_in_one_call_with_the_same_bits(calls, activations):
+    model, alone = Attention(), Attention()
+    prepare(model, activations=activations)
+    prepare(alone, activations=activations)
+    for layer in alone.children():
+        layer.shared = None
+    for shape in ((1, 1, 64), (2, 5, 64), (0, 64), (64,)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(shape).to(dtype)
+            assert all(map(torch.equal, model(x), alone(x)))
+    assert calls == [3] * 8
+    assert explain(model).count("one call for 3") == 3
+    assert model.o_proj.shared is None
+
+
+def test_an_input_that_was_changed_in_between_is_multiplied_again(calls):
+    model, x = Attention(), torch.randn(2, 64)
+    prepare(model)
+    model.q_proj(x)
+    x.mul_(2)
+    expected = Attention().k_proj(x)
+    assert torch.allclose(model.k_proj(x), expected, atol=1e-4, rtol=1e-4)
+    assert calls == [3] and "one call" not in explain(model)
+
+
+def test_layers_that_turn_out_to_read_different_inputs_part(calls):
+    model, x, y = Attention(), torch.randn(2, 64), torch.randn(3, 64)
+    expected = model(x, y)
+    prepare(model)
+    for _ in range(2):
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(model(x, y), expected, strict=True))
+    assert calls == [3]
+
+
+def test_inference_tensors_are_multiplied_apart(calls):
+    model = Attention()
+    prepare(model)
+    with torch.inference_mode():
+        x = torch.randn(2, 64)
+        model(x)
+    assert calls == []
+
+
+@pytest.mark.parametrize("different", [{"bits": 8}, {"group": 64}, {"index": torch.arange(64) // 32}])
+def test_layers_of_unlike_formats_share_no_call(calls, different):
+    model = Attention(**different)
+    prepare(model)
+    model(torch.randn(2, 64))
+    assert calls == []
+
+
+def test_threads_and_copies_do_not_see_each_others_outputs(calls):
+    model = Attention()
+    prepare(model)
+    copied = copy.deepcopy(model)
+    inputs = [torch.randn(3, 64) for _ in range(50)]
+    expected = [copied(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(model, inputs))
+    assert all(all(map(torch.equal, a, b)) for a, b in zip(results, expected, strict=True))
+    assert calls == [3] * 100 and not model.q_proj.shared[0].waiting
+    assert copied.q_proj.shared[0].layers[0] is copied.q_proj
+
+
+def test_a_model_whose_layers_share_calls_compiles_to_the_same_bits():
+    model = Attention()
+    prepare(model)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert all(map(torch.equal, compiled(x), model(x)))
