@@ -213,6 +213,9 @@ def eval_(
     output: Annotated[
         Path | None, typer.Option(help="Directory for report.json, report.md and junit.xml.", show_default=False)
     ] = None,
+    strict_kernels: Annotated[
+        bool, typer.Option("--strict-kernels", help="A layer for which there is no kernel is an error.")
+    ] = False,
     set_: SetOpt = None,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -234,6 +237,7 @@ def eval_(
         threads=threads,
         trust_remote_code=trust_remote_code,
         output=output,
+        strict_kernels=strict_kernels,
     )
     if as_json:
         json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})

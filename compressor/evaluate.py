@@ -35,6 +35,7 @@ from compressor.data import Samples
 from compressor.environment import peak_rss_bytes
 from compressor.errors import PassError
 from compressor.kept_patches import kept_patches
+from compressor.kernels.prepared import chosen_kernels
 from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
 from compressor.structure import read_structure
@@ -61,6 +62,9 @@ UNIT = {
 }
 
 
+RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second")
+
+
 @dataclass(frozen=True)
 class Measured:
     """What an evaluation found.
@@ -68,12 +72,15 @@ class Measured:
     metrics     by name; one that can't be measured has `after: null` and a `reason`
     saturation  `layers`: name, values read and how many were outside; `reason` why layers are missing there, or null
     patches     of images, which a token pruner kept (`compressor.kept_patches`); None without one
+    kernels     what `compressor.load` multiplies stored forms by (`compressor.kernels.prepared.chosen_kernels`); None
+                where speed was not measured
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     saturation: dict[str, Any] = field(default_factory=lambda: uncounted("quality was not measured"))
     patches: dict[str, Any] | None = None
+    kernels: list[dict[str, str]] | None = None
 
 
 def evaluate(
@@ -117,7 +124,14 @@ def evaluate(
         }
         for name in answers["after"]:
             speed[name] = {side: answer[name] for side, answer in answers.items()}
-    return Measured(speed=speed, **quality)
+    kernels = None
+    if "speed" in settings.metrics and (after / MANIFEST).is_file() and read_manifest(after)["weights"]:
+        found = _ask(scratch, "speed-kernels", {**common, "kind": "speed", "model": str(after), "kernels": True})
+        kernels = found["kernels"]
+        for name in (name for name in RATES if name in found):
+            dense = {"before": speed[name]["before"]} if before is not None else {}
+            speed[f"kernels_{name}"] = {**dense, "after": found[name]}
+    return Measured(speed=speed, kernels=kernels, **quality)
 
 
 def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any], plan: Any) -> dict[str, Any]:
@@ -369,10 +383,14 @@ def _safe(finish: Any, value: float) -> float | None:
 
 def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     """Load time, prefill and decode rate, of an encoder samples a second in batches of 32 (medians after a warm-up),
-    and peak memory, of one model alone.
+    and peak memory, of one model alone: as stock transformers loads it, or with `kernels` as `compressor.load` does.
     """
-    began = time.perf_counter()
-    model = load_model(Path(request["model"]), request["trust_remote_code"])
+    began, directory = time.perf_counter(), Path(request["model"])
+    model: Any
+    if request.get("kernels"):
+        model = load(directory, check_hashes=False)
+    else:
+        model = load_model(directory, request["trust_remote_code"])
     load_seconds = time.perf_counter() - began
     samples = _read_samples(request)
     result: dict[str, Any] = {"load_seconds": load_seconds}
@@ -399,6 +417,8 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
             times = [_timed(lambda: model(**many)) for _ in range(SPEED_RUNS)]
             result["samples_per_second"] = SPEED_BATCH / sorted(times)[SPEED_RUNS // 2]
     result["peak_rss_bytes"] = peak_rss_bytes()
+    if request.get("kernels"):
+        result["kernels"] = chosen_kernels(model)
     return result
 
 

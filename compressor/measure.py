@@ -16,10 +16,11 @@ from compressor.artifact import MANIFEST, read_manifest
 from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.data import Samples, load_samples
 from compressor.environment import environment
-from compressor.errors import UsageError
+from compressor.errors import KernelError, UsageError
 from compressor.evaluate import evaluate
 from compressor.export import VERSION, check_loader
 from compressor.gates import check_gates, compares_models, read_gates
+from compressor.kernels.dispatch import REFERENCE
 from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.report import (
     append_summary,
@@ -49,13 +50,15 @@ def measure_model(
     threads: int | None = None,
     trust_remote_code: bool = False,
     output: Path | None = None,
+    strict_kernels: bool = False,
 ) -> dict[str, Any]:
     """The evaluation report (`evaluation` in report.schema.json), also when a gate doesn't hold.
 
     metrics  comma-separated, in place of the recipe's
     gates    NAME=BOUND, beside the recipe's
     output   directory for report.json, report.md and junit.xml; made, or written again if it is from here
-    raises   UsageError for a gate that compares two models when there is no baseline
+    strict_kernels  a layer of the artifact that falls back to the reference in `compressor.load` is an error
+    raises   UsageError for a gate that compares two models when there is no baseline, KernelError with strict_kernels
     """
     began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
@@ -87,6 +90,8 @@ def measure_model(
                 trust_remote_code=trust_remote_code,
             )
         sizes = _sizes(before, after)
+        if strict_kernels:
+            check_kernels(found.kernels)
         rows = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
         report = finite(
             {
@@ -104,6 +109,7 @@ def measure_model(
                 "saturation": found.saturation,
                 "gates": rows,
                 "warnings": unmeasured_warnings(found.metrics),
+                **({} if found.kernels is None else {"kernels": found.kernels}),
                 "run": {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed},
                 "environment": environment(torch.device("cpu")),
             }
@@ -114,6 +120,16 @@ def measure_model(
         else:
             append_summary(report, asked.report)
     return report
+
+
+def check_kernels(kernels: list[dict[str, str]] | None) -> None:
+    """raises UsageError if none were looked for, KernelError naming what falls back to the reference"""
+    if kernels is None:
+        hint = "Evaluate an artifact, with speed among the metrics."
+        raise UsageError("--strict-kernels, and no kernels were chosen", where="eval", hint=hint)
+    slow = [f"{row['op']}: {row['why']}" for row in kernels if row["chosen"] == REFERENCE]
+    if slow:
+        raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use the reference.")
 
 
 def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples:

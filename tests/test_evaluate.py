@@ -9,10 +9,11 @@ import junitparser
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from compressor.compare import read_subject
-from compressor.errors import RecipeError, UsageError
+from compressor.errors import KernelError, RecipeError, UsageError
 from compressor.evaluate import measure_quality, measure_speed, saturation, watch_ranges
 from compressor.gates import (
     GATE_NAMES,
@@ -23,7 +24,9 @@ from compressor.gates import (
     unmeasured_gates,
 )
 from compressor.measure import measure_model
+from compressor.recipe import parse_recipe
 from compressor.report import validate_report
+from compressor.run import compress
 
 
 def ask(tmp_path, before, after, inputs, metrics, labels=None):
@@ -179,6 +182,7 @@ def test_a_gate_that_cannot_be_read_is_refused(text):
         read_gates([text], "--gate")
 
 
+SMALL = {"source": "random", "samples": 8, "length": 16}
 QUICK = ["eval.data.samples=4", "eval.data.length=16"]
 
 
@@ -201,6 +205,43 @@ def test_an_evaluation_against_a_baseline_is_written_for_a_job_to_keep(two, tmp_
     assert read_subject(tmp_path / "eval")["metrics"] == report["metrics"]
     again = measure_model(str(two[1]), output=tmp_path / "eval", **options)  # its own directory is written again
     assert again["metrics"] == report["metrics"] and again["status"] == "ok"
+
+
+def built(folder, step):
+    """A tiny model compressed by one step."""
+    tree = {"version": 1, "data": SMALL, "steps": [step], "eval": {"metrics": ["size"], "data": SMALL}}
+    model = tiny.save("llama", folder / "model")
+    compress(parse_recipe(yaml.safe_dump(tree).encode(), "one.yaml"), str(model), folder / "out")
+    return folder / "out"
+
+
+def test_an_artifact_is_timed_as_compressor_load_gives_it_too(tmp_path):
+    artifact = built(tmp_path, {"pass": "rtn", "group_size": 32})
+    report = measure_model(
+        str(artifact),
+        data="random",
+        metrics="speed",
+        overrides=QUICK,
+        strict_kernels=True,
+        baseline=str(tmp_path / "model"),
+    )
+    validate_report(report)
+    speed, (row,) = report["run"]["speed"], report["kernels"]
+    for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+        assert speed[f"kernels_{name}"]["before"] == speed[name]["before"] and speed[f"kernels_{name}"]["after"] > 0
+    assert row["op"] == "packed_linear" and row["chosen"].endswith("linear_weight_only")
+    assert row["why"].startswith("14 layers in 8 calls; not used: ")  # q, k, v in one, gate and up in one
+
+
+def test_strict_kernels_name_what_falls_back_to_the_reference(tmp_path):
+    artifact = built(tmp_path, {"pass": "low_rank", "rank": 4})
+    options = {"data": "random", "metrics": "speed", "overrides": QUICK}
+    (row,) = measure_model(str(artifact), **options)["kernels"]
+    assert (row["op"], row["chosen"]) == ("low_rank_linear", "reference")
+    with pytest.raises(KernelError, match=r"low_rank_linear: 14 layers.*no kernel takes low_rank_linear"):
+        measure_model(str(artifact), strict_kernels=True, **options)
+    with pytest.raises(UsageError, match="no kernels were chosen"):
+        measure_model(str(artifact), strict_kernels=True, **{**options, "metrics": "perplexity"})
 
 
 @pytest.mark.parametrize("gate", ["size_ratio=1", "perplexity_increase_percent=1", "kl_divergence=1"])

@@ -1,7 +1,8 @@
 """Layers that multiply by a kernel, and the walk over a model that puts them in.
 
-    prepare(model)   the linear layers of stored forms multiply by the best kernel there is
-    explain(model)   which kernel each layer got, and why not a better one
+    prepare(model)         the linear layers of stored forms multiply by the best kernel there is
+    explain(model)         which kernel each layer got, and why not a better one
+    chosen_kernels(model)  the same as rows of a report
 
 A prepared layer keeps the stored tensors under their names, so that a state_dict is what it was, and beside them one
 packed copy for the kernel, which no state_dict holds.
@@ -10,7 +11,7 @@ packed copy for the kernel, which no state_dict holds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class PreparedLinear(nn.Module):
         """weight: what `stored` stands for"""
         super().__init__()
         self.choice, self.read, self.names = choice, stored.read, tuple(stored.tensors)
+        self.form = stored.form
         for name, tensor in stored.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = stored.bias
@@ -118,7 +120,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         if choice.is_fallback:
             if strict:
                 raise KernelError("; ".join(choice.skipped), where=name, hint="Leave strict out to use the reference.")
-            module.kernel_choice = choice  # type: ignore[assignment]
+            module.kernel_choice = (stored.form, choice)  # type: ignore[assignment]
             continue
         assert not isinstance(weight, str)
         owner, _, leaf = name.rpartition(".")
@@ -129,21 +131,41 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     return choices
 
 
+def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
+    """Name, form, choice and module of each layer that `prepare` has looked at."""
+    for name, module in model.named_modules():
+        if isinstance(module, PreparedLinear):
+            yield name, module.form, module.choice, module
+        elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
+            yield name, *found, module
+
+
 def explain(model: nn.Module) -> str:
     """One line for each layer of a stored form: what multiplies, and beneath it what was not used and why."""
     lines = []
-    for name, module in model.named_modules():
-        choice = module.choice if isinstance(module, PreparedLinear) else getattr(module, "kernel_choice", None)
-        if not isinstance(choice, Choice):
-            continue
+    for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
             groups = "rows" if module.group_size == -1 else f"g{module.group_size}"
             size = f"{8 * module.packed.numel() / (module.out_features * module.in_features):.2f} bits a weight"
-            call = (
-                f"   one call for {len(module.shared[0].layers)}" if module.shared and module.shared[0].together else ""
-            )
+            shared = module.shared[0] if module.shared else None
+            call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
             lines.append(f"{name}   W{module.bits} {groups}   {choice.kernel}   {choice.op}   {size}{call}")
         else:
-            lines.append(f"{name}   {type(module).__name__}   {choice.kernel}")
+            lines.append(f"{name}   {form}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")
     return "\n".join(lines)
+
+
+def chosen_kernels(model: nn.Module) -> list[dict[str, str]]:
+    """The rows of a report: for each stored form (`op`) and kernel `chosen`, how many layers and calls, and `why`."""
+    layers: dict[tuple[str, Choice], list[nn.Module]] = {}
+    for _, form, choice, module in _chosen(model):
+        layers.setdefault((form, choice), []).append(module)
+    rows = []
+    for (form, choice), modules in layers.items():
+        shared = [module.shared[0] for module in modules if isinstance(module, PreparedLinear) and module.shared]
+        calls = len(modules) - len(shared) + len({id(one) for one in shared})
+        chosen = choice.kernel if choice.op is None else f"{choice.kernel}: {choice.op}"
+        why = f"{len(modules)} layers in {calls} calls; not used: {' | '.join(choice.skipped)}"
+        rows.append({"op": form, "chosen": chosen, "why": why})
+    return rows

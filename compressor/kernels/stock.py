@@ -24,10 +24,12 @@ Reader = Callable[[dict[str, Tensor]], Weight | str]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """tensors  by their names in the module
+    """form     its name: of our layers, or the library that the module is of
+    tensors  by their names in the module
     read     what they stand for, or why no kernel takes it
     """
 
+    form: str
     tensors: dict[str, Tensor] = field(repr=False)
     bias: nn.Parameter | None
     read: Reader
@@ -40,7 +42,7 @@ def adopt(module: nn.Module) -> StoredWeight | None:
         layer: Any = module
         read = READERS.get(form)
         reader = partial(read, layer.spec()) if read else partial(_none, form)
-        return StoredWeight(layer.tensors(), getattr(layer, "bias", None), reader)
+        return StoredWeight(form, layer.tensors(), getattr(layer, "bias", None), reader)
     if type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes"):
         return _of_bitsandbytes(module)
     scheme = getattr(module, "quantization_scheme", None)
@@ -48,7 +50,7 @@ def adopt(module: nn.Module) -> StoredWeight | None:
         return None
     names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     tensors = {name: getattr(module, name).data for name in names if getattr(module, name, None) is not None}
-    return StoredWeight(tensors, module.bias, partial(_of_compressed_tensors, scheme))
+    return StoredWeight("compressed-tensors", tensors, module.bias, partial(_of_compressed_tensors, scheme))
 
 
 def _packed(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
@@ -82,10 +84,12 @@ def _of_bitsandbytes(module: Any) -> StoredWeight:
     weight, scale = module.weight.data, getattr(module.weight, "SCB", None)
     scale = module.state.SCB if scale is None else scale
     if weight.dtype != torch.int8 or scale is None:
-        return StoredWeight({}, module.bias, partial(_none, "a layer of bitsandbytes before it is quantized"))
+        return StoredWeight(
+            "bitsandbytes", {}, module.bias, partial(_none, "a layer of bitsandbytes before it is quantized")
+        )
     tensors = {"weight": weight, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
     spec = {"outliers": "dynamic", "threshold": float(module.state.threshold)}
-    return StoredWeight(tensors, module.bias, partial(_int8_rows, spec))
+    return StoredWeight("bitsandbytes", tensors, module.bias, partial(_int8_rows, spec))
 
 
 def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight | str:
