@@ -8,7 +8,7 @@
 
 x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32,
 the bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the
-number of threads or the other rows of x. Layout "cpu1" is drawn in docs/kernels.md. None of them has a gradient.
+number of threads or the other rows of x. Layout "cpu2" is drawn in docs/kernels.md. None of them has a gradient.
 
 They run on the CPU by the compiled library; without it they raise KernelError with the reason.
 """
@@ -25,7 +25,7 @@ from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
 from compressor.kernels.registry import register
 
-LAYOUT = "cpu1"
+LAYOUT = "cpu2"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (4, 8)}
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves

@@ -90,12 +90,10 @@ static void put_codes(uint8_t* row, int64_t bits, int n, const uint8_t* codes) {
   } else if (bits == 4) {
     for (int i = 0; i < 4; i++) row[n * 4 + i] = uint8_t(codes[i] | codes[i + 4] << 4);
   } else {
-    for (int i = 0; i < 2; i++)
-      row[n * 2 + i] = uint8_t((codes[4 * i] & 3) | (codes[4 * i + 1] & 3) << 2 | (codes[4 * i + 2] & 3) << 4 | (codes[4 * i + 3] & 3) << 6);
-    if (bits == 3) {
-      uint8_t high = 0;
-      for (int j = 0; j < 8; j++) high |= uint8_t((codes[j] >> 2) << j);
-      row[128 + n] = high;
+    for (int j = 0; j < 8; j++) {  // into a block of zeros
+      const int lane = n % 16 * 4 + j % 4;
+      row[n / 32 * 64 + lane] |= uint8_t((codes[j] & 3) << (n % 32 / 16 * 4 + j / 4 * 2));
+      if (bits == 3) row[128 + lane] |= uint8_t((codes[j] >> 2) << (n / 16 * 2 + j / 4));
     }
   }
 }

@@ -1,4 +1,4 @@
-// What all CPU kernels share: number formats, the packed weight "cpu1", threads, and how a level of instructions is named.
+// What all CPU kernels share: number formats, the packed weight "cpu2", threads, and how a level of instructions is named.
 // Plain C++17; no torch and no Python. Every op is one extern "C" function of pointers, int64_t and double (ops.h).
 #pragma once
 #include <cmath>
@@ -67,21 +67,23 @@ static inline const float* as_floats(int64_t level, const void* data, int64_t dt
 }
 void from_float(int64_t level, const float* values, void* data, int64_t dtype, int64_t offset, int64_t count);
 
-// ---- the packed weight, layout "cpu1" ----
+// ---- the packed weight, layout "cpu2" ----
 //   packed = one line of 64 bytes (Header), then [ceil(N/64) tiles][ceil(K/group) groups] of one block
 //   block  = group/8 rows | 64 scales, 2 or 4 bytes each | 64 zero points u8         all of whole 64-byte lines
 //   row    = columns k .. k+7 of the group for 64 outputs, n = 0 .. 63, i = 0 .. 3:
 //     8 bits  256 bytes: byte n*4+i = code[n][k+i];  256 bytes: byte n*4+i = code[n][k+4+i]
 //     4 bits  256 bytes: byte n*4+i = code[n][k+i] | code[n][k+4+i] << 4
-//     2 bits  128 bytes: u16 n, bits 2j and 2j+1 = code[n][k+j], j = 0 .. 7
-//     3 bits  the low two bits as for 2 bits; 64 bytes: byte n, bit j = the high bit of code[n][k+j]
+//     2 bits  two lines of 32 outputs, for n = 0 .. 15 of each: byte n*4+i = code[n][k+i] | code[n][k+4+i] << 2
+//                                                                        | code[n+16][k+i] << 4 | code[n+16][k+4+i] << 6
+//     3 bits  the low two bits as for 2 bits; one line for the high bits: byte n*4+i, n = 0 .. 15,
+//             bit 2c = of code[16c+n][k+i], bit 2c+1 = of code[16c+n][k+4+i]
 // Outputs beyond N have scale 0; columns beyond K have code 0, and their inputs are taken as 0.
 struct Header {
   uint32_t magic, bits;
   int64_t out_features, in_features, group, scale_dtype, reserved[3];
 };
 static_assert(sizeof(Header) == 64, "one line");
-constexpr uint32_t MAGIC = 0x31757063;  // "cpu1"
+constexpr uint32_t MAGIC = 0x32757063;  // "cpu2"
 
 struct Packed {
   const uint8_t* blocks;
@@ -96,8 +98,9 @@ int64_t open_packed(Packed& w, const uint8_t* packed, int64_t bytes, int64_t N, 
 static inline uint8_t get_code(const uint8_t* row, int64_t bits, int n, int j) {
   if (bits == 8) return row[j / 4 * 256 + n * 4 + j % 4];
   if (bits == 4) return row[n * 4 + j % 4] >> (j / 4 * 4) & 15;
-  const uint8_t low = row[n * 2 + j / 4] >> (j % 4 * 2) & 3;
-  return bits == 2 ? low : uint8_t(low | (row[128 + n] >> j & 1) << 2);
+  const int lane = n % 16 * 4 + j % 4;
+  const uint8_t low = row[n / 32 * 64 + lane] >> (n % 32 / 16 * 4 + j / 4 * 2) & 3;
+  return bits == 2 ? low : uint8_t(low | (row[128 + lane] >> (n / 16 * 2 + j / 4) & 1) << 2);
 }
 
 // 8 or 16 scales of a block, from c * 8 or c * 16 on

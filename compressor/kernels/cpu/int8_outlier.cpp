@@ -3,7 +3,7 @@
 // other, each product and sum rounded, so that its result doesn't depend on the number of tokens.
 #include <algorithm>
 
-#include "int8_product.h"
+#include "int8_row.h"
 #include "ops.h"
 
 namespace compressor {
@@ -48,7 +48,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
   if (!level_is_there(level)) return BAD_LEVEL;
   Packed w;
   if (const int64_t error = open_packed(w, packed, packed_size, N, K, 8, (K + 7) / 8 * 8)) return error;
-  if (M < 0 || w.group > MOST_IN_A_GROUP) return BAD_SHAPE;
+  if (M < 0 || !sums_fit(w)) return BAD_SHAPE;
   const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
@@ -80,7 +80,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
     }
     const Output to{y, x_dtype, level, bias, bias_dtype};
     // Weights of outlier columns are wanted for each row of a tile; a tile's rows come one after the other on one thread.
-    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w}, here, [&](int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, &w, 1}, here, [&](int64_t m, int64_t tile, float* values) {
       float* weights = (float*)scratch(6, size_t(count) * TILE * 4 + 4);
       if (m == 0)
         for (int64_t c = 0; c < count; c++)

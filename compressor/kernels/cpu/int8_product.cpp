@@ -1,0 +1,261 @@
+#include "int8_product.h"
+
+#include <algorithm>
+
+namespace compressor {
+namespace {
+
+ALWAYS_INLINE void sums_of(const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group) {
+  for (int64_t j = 0; j < groups; j++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < group; k++) sum += codes[j * group + k];
+    minus_sum[j] = -sum;
+  }
+}
+void sums_scalar(const int8_t* codes, int32_t* s, int64_t groups, int64_t group) { sums_of(codes, s, groups, group); }
+#ifdef COMPRESSOR_X86
+TARGET_AVX2 void sums_avx2(const int8_t* codes, int32_t* s, int64_t groups, int64_t group) { sums_of(codes, s, groups, group); }
+TARGET_AVX512 void sums_avx512(const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t j = 0; j < groups; j++, codes += group) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < group; k += 64) {
+      const __mmask64 here = group - k >= 64 ? ~uint64_t(0) : (uint64_t(1) << (group - k)) - 1;
+      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(here, codes + k));
+    }
+    minus_sum[j] = -_mm512_reduce_add_epi32(sum);
+  }
+}
+#endif
+
+// What a tile's kernel reads of a row m of inputs in group j.
+struct Row {
+  const int8_t* codes;
+  const int32_t* minus_sum;
+  Row(const Int8Rows& x, int64_t m, int64_t j)
+      : codes(x.codes + m * x.digits * x.w->padded() + j * x.w->group), minus_sum(x.minus_sum + m * x.digits * x.w->groups + j) {}
+};
+
+void tile_scalar(const Int8Rows& x, int64_t m, int64_t tile, float* out) {
+  const Packed& w = *x.w;
+  for (int n = 0; n < TILE; n++) {
+    float total = 0;
+    for (int64_t j = 0; j < w.groups; j++) {
+      const uint8_t* b = w.block(tile, j);
+      const Row row(x, m, j);
+      float value = 0;
+      for (int64_t d = x.digits - 1; d >= 0; d--) {
+        const int8_t* p = row.codes + d * w.padded();
+        int32_t sum = int32_t(b[w.zero_offset + n]) * row.minus_sum[d * w.groups];
+        for (int64_t k = 0; k < w.group; k++) sum += get_code(b + k / 8 * w.row_bytes, w.bits, n, int(k % 8)) * p[k];
+        value = d == x.digits - 1 ? float(sum) : std::fma(value, 256.f, float(sum));
+      }
+      if (x.digits > 1) value *= x.step[m * w.groups + j];
+      total = std::fma(value, load_number(b + w.scale_offset, w.scale_dtype, n), total);
+    }
+    out[n] = x.digits > 1 ? total : total * x.step[m];
+  }
+}
+
+#ifdef COMPRESSOR_X86
+// ---- 8 outputs a register ----
+// Codes of outputs c*8 .. c*8+7, columns 4*half .. 4*half+3 of a row of 8, as bytes.
+template <int BITS> TARGET_AVX2 ALWAYS_INLINE __m256i eight(const uint8_t* row, int c, int half) {
+  if (BITS == 8) return _mm256_loadu_si256((const __m256i*)(row + half * 256) + c);
+  if (BITS == 4) return _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)row + c), half * 4), _mm256_set1_epi8(15));
+  const __m256i both = _mm256_loadu_si256((const __m256i*)(row + c / 4 * 64) + c % 2);
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(both, c % 4 / 2 * 4 + half * 2), _mm256_set1_epi8(3));
+  if (BITS == 2) return low;
+  const __m256i high = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)(row + 128) + c % 2), c / 2 * 2 + half);
+  return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), 2));
+}
+// Rows of digits that share what is unpacked: COUNT of them times AT_ONCE registers of outputs. Products of codes below 16
+// are added in 16 bits, four rows of 8 columns at most: 4 * 4 * 15 * 128 < 2^15. Those of 8 bits take 16 bits a factor.
+template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, int64_t m0, int64_t tile, float* out) {
+  constexpr int COUNT = ROWS * DIGITS, AT_ONCE = COUNT == 3 ? 2 : 8 / COUNT;
+  const Packed& w = *x.w;
+  const int64_t stride = w.padded();
+  const __m256i ones = _mm256_set1_epi16(1), even = _mm256_set1_epi16(255);
+  __m256 total[ROWS][8];
+  for (auto& r : total) for (auto& v : r) v = _mm256_setzero_ps();
+  for (int64_t j = 0; j < w.groups; j++) {
+    const uint8_t* b = w.block(tile, j);
+    const Row row(x, m0, j);
+    for (int first = 0; first < 8; first += AT_ONCE) {
+      const bool fetch = m0 == 0 && first == 0;  // later rows and outputs find the tile in the cache
+      __m256i sum[COUNT][AT_ONCE];
+      for (int c = 0; c < AT_ONCE; c++) {
+        const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(b + w.zero_offset + (first + c) * 8)));
+        for (int i = 0; i < COUNT; i++) sum[i][c] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(row.minus_sum[i * w.groups]));
+      }
+      for (int64_t k = 0; k < w.group;) {
+        const int64_t stop = std::min(w.group, k + 32);
+        __m256i part[COUNT][AT_ONCE];
+        for (auto& r : part) for (auto& v : r) v = _mm256_setzero_si256();
+        for (; k < stop; k += 8) {
+          const uint8_t* codes = b + k / 8 * (TILE * BITS);
+          if (fetch) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)codes + 6144 + c * 64, _MM_HINT_T0);
+          for (int half = 0; half < 2; half++) {
+            __m256i v[AT_ONCE];
+            for (int c = 0; c < AT_ONCE; c++) v[c] = eight<BITS>(codes, first + c, half);
+            for (int i = 0; i < COUNT; i++) {
+              int32_t word;
+              memcpy(&word, row.codes + i * stride + k + half * 4, 4);
+              const __m256i xi = _mm256_set1_epi32(word);
+              if (BITS < 8) {
+                for (int c = 0; c < AT_ONCE; c++) part[i][c] = _mm256_add_epi16(part[i][c], _mm256_maddubs_epi16(v[c], xi));
+              } else {  // columns 0 and 2, then 1 and 3
+                const __m256i x02 = _mm256_srai_epi16(_mm256_slli_epi16(xi, 8), 8), x13 = _mm256_srai_epi16(xi, 8);
+                for (int c = 0; c < AT_ONCE; c++)
+                  sum[i][c] = _mm256_add_epi32(sum[i][c], _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(v[c], even), x02),
+                                                                           _mm256_madd_epi16(_mm256_srli_epi16(v[c], 8), x13)));
+              }
+            }
+          }
+        }
+        if (BITS < 8)
+          for (int i = 0; i < COUNT; i++)
+            for (int c = 0; c < AT_ONCE; c++) sum[i][c] = _mm256_add_epi32(sum[i][c], _mm256_madd_epi16(part[i][c], ones));
+      }
+      for (int c = 0; c < AT_ONCE; c++) {
+        const __m256 scale = scales_avx2(b + w.scale_offset, w.scale_dtype, first + c);
+        for (int m = 0; m < ROWS; m++) {
+          __m256 value = _mm256_cvtepi32_ps(sum[m * DIGITS + DIGITS - 1][c]);
+          for (int d = DIGITS - 2; d >= 0; d--) value = _mm256_fmadd_ps(value, _mm256_set1_ps(256), _mm256_cvtepi32_ps(sum[m * DIGITS + d][c]));
+          if (DIGITS > 1) value = _mm256_mul_ps(value, _mm256_set1_ps(x.step[(m0 + m) * w.groups + j]));
+          total[m][first + c] = _mm256_fmadd_ps(value, scale, total[m][first + c]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int c = 0; c < 8; c++)
+      _mm256_storeu_ps(out + m * TILE + c * 8, DIGITS > 1 ? total[m][c] : _mm256_mul_ps(total[m][c], _mm256_set1_ps(x.step[m0 + m])));
+}
+
+// ---- 16 outputs a register ----
+template <int BITS> TARGET_AVX512 ALWAYS_INLINE __m512i sixteen(const uint8_t* row, int c, int half) {
+  if (BITS == 8) return _mm512_loadu_si512((const __m512i*)(row + half * 256) + c);
+  if (BITS == 4) {
+    const __m512i both = _mm512_loadu_si512((const __m512i*)row + c);
+    return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+  }
+  const __m512i low = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512((const __m512i*)row + c / 2), c % 2 * 4 + half * 2), _mm512_set1_epi8(3));
+  if (BITS == 2) return low;
+  const __m512i bits = _mm512_loadu_si512((const __m512i*)row + 2);
+  const int at = c * 2 + half;  // bring this bit of each byte to bit 2
+  const __m512i high = at < 2 ? _mm512_slli_epi16(bits, 2 - at) : _mm512_srli_epi16(bits, at - 2);
+  return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xf8);  // low | (high & 4)
+}
+constexpr int64_t TWO_FIT = 400 << 10;  // bytes of a tile of which two stay in a second-level cache of 1 MiB, beside the inputs
+// ROWS * DIGITS * 4 integer sums in registers; columns 0 to 3 of a row of 8, then 4 to 7. The product is written out, since
+// gcc 12 copies and spills sums around its intrinsic: 5 % of all at 16 sums. 24 sums at once were slower.
+// The first rows stream the tile from memory; `share` of `shares` later ones fetch their part of the next tile meanwhile.
+template <int BITS, int ROWS, int DIGITS>
+TARGET_AVX512 void tile_avx512(const Int8Rows& x, int64_t m0, int64_t tile, int64_t share, int64_t shares, float* out) {
+  constexpr int COUNT = ROWS * DIGITS;
+  const Packed& w = *x.w;
+  const int64_t stride = w.padded(), next = w.groups * w.block_bytes;
+  __m512 total[ROWS][4];
+  for (auto& r : total) for (auto& v : r) v = _mm512_setzero_ps();
+  const uint8_t* b = w.block(tile, 0);
+  for (int64_t j = 0; j < w.groups; j++) {
+    const Row row(x, m0, j);
+    __m512i sum[COUNT][4];
+    for (int c = 0; c < 4; c++) {
+      const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(b + w.zero_offset) + c));
+      for (int i = 0; i < COUNT; i++) {  // |minus_sum| <= 128 * 255 < 2^15: one multiply of 16 bits is exact
+        const __m512i s = _mm512_set1_epi32(row.minus_sum[i * w.groups]);
+        sum[i][c] = w.group < 256 ? _mm512_madd_epi16(zero, s) : _mm512_mullo_epi32(zero, s);
+      }
+    }
+    const int8_t* p = row.codes;
+    const uint8_t* end = b + w.scale_offset;
+    const bool first = share < 0, fetch = j >= w.groups * share / shares && j < w.groups * (share + 1) / shares && !first;
+    for (; b < end; b += TILE * BITS, p += 8) {
+      if (first) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)b + 6144 + c * 64, _MM_HINT_T0);
+      if (fetch) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)b + next + c * 64, _MM_HINT_T1);
+      for (int half = 0; half < 2; half++) {
+        __m512i v[4];
+        for (int c = 0; c < 4; c++) v[c] = sixteen<BITS>(b, c, half);
+        for (int i = 0; i < COUNT; i++) {
+          int32_t word;
+          memcpy(&word, p + i * stride + half * 4, 4);
+          const __m512i xi = _mm512_set1_epi32(word);
+          for (int c = 0; c < 4; c++) asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][c]) : "v"(v[c]), "v"(xi));
+        }
+      }
+    }
+    for (int c = 0; c < 4; c++) {
+      const __m512 s = scales_avx512(b, w.scale_dtype, c);
+      for (int m = 0; m < ROWS; m++) {
+        __m512 value = _mm512_cvtepi32_ps(sum[m * DIGITS + DIGITS - 1][c]);
+        for (int d = DIGITS - 2; d >= 0; d--) value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[m * DIGITS + d][c]));
+        if (DIGITS > 1) value = _mm512_mul_ps(value, _mm512_set1_ps(x.step[(m0 + m) * w.groups + j]));
+        total[m][c] = _mm512_fmadd_ps(value, s, total[m][c]);
+      }
+    }
+    b += w.block_bytes - w.scale_offset;
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int c = 0; c < 4; c++)
+      _mm512_storeu_ps(out + m * TILE + c * 16, DIGITS > 1 ? total[m][c] : _mm512_mul_ps(total[m][c], _mm512_set1_ps(x.step[m0 + m])));
+}
+#endif
+
+// The kernel of a level and width: writes 64 outputs of rows m on, and says of how many.
+using Kernel = int64_t (*)(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out);
+int64_t scalar(const Int8Rows& x, int64_t m, int64_t, int64_t tile, float* out) { return tile_scalar(x, m, tile, out), 1; }
+#ifdef COMPRESSOR_X86
+template <int BITS> int64_t avx2(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out) {
+  if (x.digits == 3) return tile_avx2<BITS, 1, 3>(x, m, tile, out), 1;
+  if (x.digits == 4) return tile_avx2<BITS, 1, 4>(x, m, tile, out), 1;
+  if (M - m >= 4) return tile_avx2<BITS, 4, 1>(x, m, tile, out), 4;
+  if (M - m >= 2) return tile_avx2<BITS, 2, 1>(x, m, tile, out), 2;
+  return tile_avx2<BITS, 1, 1>(x, m, tile, out), 1;
+}
+template <int BITS> int64_t avx512(const Int8Rows& x, int64_t m, int64_t M, int64_t tile, float* out) {
+  const int64_t rows = x.digits == 1 ? std::min<int64_t>(4, M - m) : 1, step = x.digits == 1 ? 4 : 1;
+  const int64_t shares = std::max<int64_t>((M + step - 1) / step - 1, 1);
+  const bool fits = x.w->groups * x.w->block_bytes <= TWO_FIT;
+  const int64_t share = m == 0 ? -1 : fits ? m / step - 1 : shares;
+  using Tile = void (*)(const Int8Rows&, int64_t, int64_t, int64_t, int64_t, float*);
+  const Tile one[] = {tile_avx512<BITS, 1, 1>, tile_avx512<BITS, 2, 1>, tile_avx512<BITS, 3, 1>, tile_avx512<BITS, 4, 1>};
+  const Tile run = x.digits == 1 ? one[rows - 1] : x.digits == 3 ? tile_avx512<BITS, 1, 3> : tile_avx512<BITS, 1, 4>;
+  run(x, m, tile, share, shares, out);
+  return rows;
+}
+#endif
+Kernel kernel_of(int64_t level, int64_t bits) {
+#ifdef COMPRESSOR_X86
+  if (level == AVX512VNNI) return bits == 2 ? avx512<2> : bits == 3 ? avx512<3> : bits == 4 ? avx512<4> : avx512<8>;
+  if (level == AVX2) return bits == 2 ? avx2<2> : bits == 3 ? avx2<3> : bits == 4 ? avx2<4> : avx2<8>;
+#endif
+  (void)level, (void)bits;
+  return scalar;
+}
+
+}  // namespace
+
+void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group) {
+#ifdef COMPRESSOR_X86
+  if (level == AVX512VNNI) return sums_avx512(codes, minus_sum, groups, group);
+  if (level == AVX2) return sums_avx2(codes, minus_sum, groups, group);
+#endif
+  sums_scalar(codes, minus_sum, groups, group);
+}
+
+void int8_products(int64_t level, int64_t threads, const Int8Rows& x, int64_t M,
+                   const std::function<void(int64_t m, int64_t tile, float* values)>& finish) {
+  const Kernel kernel = kernel_of(level, x.w->bits);
+  parallel(threads, x.w->tiles, [&](int64_t tile) {
+    float out[4 * TILE];
+    for (int64_t m = 0; m < M;) {
+      const int64_t done = kernel(x, m, M, tile, out);
+      for (int64_t i = 0; i < done; i++) finish(m + i, tile, out + i * TILE);
+      m += done;
+    }
+  });
+}
+
+}  // namespace compressor
