@@ -1,11 +1,12 @@
 """Layout "mma1" of 4-bit weights: codes, scales and zero points in one tensor, for tensor cores. Plain torch.
 
     packed = [ceil(N/64)][ceil(K/64)] tiles of 2048 bytes | scales (groups, N) | zero points (groups, N) uint8, if any |
-             0 to 127 bytes, up to a multiple of 128 | 16 * variant bytes
+             zeros, up to a multiple of 8 | 8 * (N % 64 + K % 64) + variant more
     variant = 0 float16, 1 bfloat16, 2 float32 scales; 3 more with zero points
 
-The end makes the size alone say what the scales are, so that a call reads no memory of the device to find out. Tiles
-are drawn in docs/kernels-cuda.md: 512 words of 32 bits, each with eight codes of a 16 x 16 piece.
+A call reads no memory of the device to find out what it was given, so the size has to tell: modulo 8 it is the variant,
+and two weights that differ in N alone, in K alone or in the number of groups alone differ in size. Tiles are drawn in
+docs/kernels-cuda.md: 512 words of 32 bits, each with eight codes of a 16 x 16 piece.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ LAYOUT = "mma1"
 BITS = 4
 TILE = 64  # outputs and columns
 TILE_BYTES = TILE * TILE * BITS // 8
-LINE, TAG = 128, 16  # bytes: what the content is filled up to, and what a variant is worth
 TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
 
 
@@ -42,19 +42,19 @@ def groups_of(columns: int, group_size: int) -> int:
 
 def _content(out: int, columns: int, group_size: int, scale_bytes: int, has_zeros: bool) -> tuple[int, int]:
     """Bytes of the tiles, and of all that is before the filling."""
-    tiles = -(-out // TILE) * -(-columns // TILE) * TILE_BYTES
+    tiles = (-(-out // TILE)) * (-(-columns // TILE)) * TILE_BYTES
     return tiles, tiles + groups_of(columns, group_size) * out * (scale_bytes + has_zeros)
 
 
 def packed_bytes(out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool) -> int:
     """The size of a packed tensor. Arithmetic alone, so that sizes may be symbols."""
     _, content = _content(out, columns, group_size, scale_dtype.itemsize, has_zeros)
-    return -(-content // LINE) * LINE + TAG * (DTYPES[scale_dtype] + 3 * has_zeros)
+    return 8 * (-(-content // 8) + out % TILE + columns % TILE) + DTYPES[scale_dtype] + 3 * has_zeros
 
 
 def sections(size: int, out: int, columns: int, group_size: int) -> Sections | None:
     """The parts of a packed tensor of `size` bytes; None if no weight of this shape has this size."""
-    has_zeros, kind = divmod(size % LINE // TAG, 3)
+    has_zeros, kind = divmod(size % 8, 3)
     if has_zeros > 1 or size != packed_bytes(out, columns, group_size, TORCH[kind], bool(has_zeros)):
         return None
     scale_bytes = TORCH[kind].itemsize
