@@ -61,7 +61,7 @@ def candidates() -> list[str]:
     wanted = (torch.version.cuda or "").partition(".")[0]
     found.sort(key=lambda path: path.suffix != f".{wanted}")
     of_system = ctypes.util.find_library("nvrtc")
-    return [*map(str, found), *([of_system] if of_system else [])]
+    return [*dict.fromkeys(map(str, found)), *([of_system] if of_system else [])]
 
 
 @cache
@@ -111,7 +111,22 @@ def target_of(capability: tuple[int, int]) -> str:
 def source_text(name: str) -> str:
     """A source as one string. In an installed package the sources are beside this file, in a checkout in cuda_ext."""
     folder = next(f for f in (HERE / "sources", HERE.parents[2] / "cuda_ext") if f.is_dir())
-    return (folder / f"{name}.cu").read_text().replace('#include "device.h"\n', (folder / "device.h").read_text())
+    taken: set[str] = set()
+
+    def header(found: re.Match[str]) -> str:
+        """A header of ours, once; those of the emulation stay where NVRTC doesn't look, behind #else."""
+        name = found[1]
+        if name.startswith("emulate"):
+            return found[0]
+        if name in taken:
+            return ""
+        taken.add(name)
+        return inlined(folder / name)
+
+    def inlined(path: Path) -> str:
+        return re.sub(r'^#include "([^"]+)"$', header, path.read_text(), flags=re.MULTILINE)
+
+    return inlined(folder / f"{name}.cu")
 
 
 def compile_source(compiler: Nvrtc, name: str, text: str, kernels: tuple[str, ...], target: str) -> Code:
