@@ -14,6 +14,7 @@ import torch
 from compressor import __version__
 from compressor.environment import PACKAGES, cpu_name, environment, package_version
 from compressor.kernels.cpu import LEVELS, RECORD, library
+from compressor.kernels.cuda import devices
 from compressor.kernels.selftest import self_test
 
 EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
@@ -45,16 +46,24 @@ def examine() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """The CPU library: whether it is there, the instructions in use, and each op tried at each level."""
+    """The CPU library: whether it is there, the instructions in use, and each op tried at each level. The two ways to
+    CUDA kernels: whether they are there, and tried on each GPU, or why not."""
     found = library()
     record = RECORD.read_text().strip() if RECORD.is_file() else "no record of a build"
     if isinstance(found, str):
-        return {"cpu_library": found, "cpu_build": record, "level": None, "self_test": {}}
+        return {
+            "cpu_library": found,
+            "cpu_build": record,
+            "level": None,
+            "self_test": {},
+            "cuda": devices.report(),
+        }
     return {
         "cpu_library": "loaded",
         "cpu_build": record,
         "level": LEVELS[found.level],
         "self_test": self_test(),
+        "cuda": devices.report(),
     }
 
 

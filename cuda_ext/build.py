@@ -18,6 +18,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cu"))
+ABOUT = FOLDER / "about.cpp"  # what a library says of itself, in every one
 LIBRARY = "libcompressor_cuda.so"
 # architecture asked of the front end, code that comes of it; the PTX is for GPUs that are younger than the compiler
 TARGETS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100"), ("compute_90", "compute_90"))
@@ -99,7 +100,8 @@ def build_cuda(folder: Path, sources: list[Path] = SOURCES, flags: tuple[str, ..
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
     for architecture, code in TARGETS:
         command += ["-gencode", f"arch={architecture},code={code}"]
-    usages = parse_ptxas(_run([*command, *flags, *map(str, sources), "-o", str(library)]))
+    files = map(str, [*sources, ABOUT])
+    usages = parse_ptxas(_run([*command, *flags, "-DCOMPRESSOR_ON_GPU", *files, "-o", str(library)]))
     try:
         refuse_spills(usages)
     except BuildError:
@@ -112,7 +114,8 @@ def build_cuda(folder: Path, sources: list[Path] = SOURCES, flags: tuple[str, ..
 def build_emulated(library: Path, sources: list[Path] = SOURCES, mutant: int | str = 0) -> Path:
     """The same sources for the CPU; `mutant` is the value of MUTANT in device.h."""
     # -x c++ once for all: g++ would take .cu for a linker script
-    _run(["g++", *EMULATION_FLAGS, f"-DMUTANT={mutant}", "-x", "c++", *map(str, sources), "-o", str(library)])
+    files = map(str, [*sources, ABOUT])
+    _run(["g++", *EMULATION_FLAGS, f"-DMUTANT={mutant}", "-x", "c++", *files, "-o", str(library)])
     return library
 
 

@@ -192,8 +192,18 @@ inline void run_block() {
   block = nullptr;
 }
 
+// Sees every launch before it runs, and says whether to leave it out: kernel, grid and block (x, y, z), its argument.
+typedef int (*Recorder)(const void* kernel, const unsigned* grid, const unsigned* threads, const void* argument, size_t bytes);
+inline Recorder recorder = nullptr;
+
+template <class Argument>
+bool left_out(const void* kernel, Dim grid, Dim threads, const Argument& argument) {
+  return recorder && recorder(kernel, &grid.x, &threads.x, &argument, sizeof argument);
+}
+
 template <class Kernel, class... Arguments>
 int launch(Kernel kernel, Dim grid, Dim threads, Arguments... arguments) {
+  if (left_out((const void*)kernel, grid, threads, arguments...)) return 0;
   auto call = [=] { kernel(arguments...); };
   body = &call;
   run_body = [](const void* c) { (*(const decltype(call)*)c)(); };
@@ -397,3 +407,8 @@ extern "C" inline __attribute__((used)) void compressor_emulate_seed(u32 number)
 
 // The fault that a library built with -DMUTANT=emulate::fault has from now on.
 extern "C" inline __attribute__((used)) void compressor_emulate_fault(int number) { emulate::fault = number; }
+
+// Who sees the launches to come, null for nobody.
+extern "C" inline __attribute__((used)) void compressor_emulate_record(emulate::Recorder recorder) {
+  emulate::recorder = recorder;
+}

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from compressor.kernels.cpu import LEVELS, library
-from compressor.kernels.ops import BITS, DTYPES
+from compressor.kernels.cuda import devices, mma1
+from compressor.kernels.cuda import ops as cuda_ops
+from compressor.kernels.ops import BITS, DTYPES, LAYOUT
 
 DYNAMIC_INT8 = "int8"
 REFERENCE = "reference"
@@ -63,42 +65,72 @@ class Choice:
     """kernel   what multiplies, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
     skipped  what was not used, each with the reason
+    layout   of the packed weight; None with op None
     """
 
     kernel: str
     op: str | None
     skipped: tuple[str, ...]
+    layout: str | None = None
 
     @property
     def is_fallback(self) -> bool:
         return self.op is None
 
 
-def choose(weight: IntegerWeight | OutlierWeight | str, activations: str | None) -> Choice:
+def choose(
+    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None = None
+) -> Choice:
     """The best kernel here.
 
     weight       a str says why the stored form has no such numbers
     activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
+    inputs       dtype of x, None if it isn't known: CUDA kernels don't take float32
+    raises       KernelError if CUDA kernels are there and fail their self-test
     """
-    no_cuda = "not bound to torch yet" if torch.cuda.is_available() else "no CUDA device"
-    skipped = [f"cuda library ({no_cuda})", f"nvrtc ({no_cuda})"]
-    reason = weight if isinstance(weight, str) else _refusal(weight, activations)
+    skipped: list[str] = []
+    refused = _refusal_on_cuda(weight, activations, inputs)
+    for name, way in devices.WAYS.items():
+        if refused is None:
+            assert not isinstance(weight, str)
+            kernels = way(weight.codes.device)
+            if not isinstance(kernels, str):
+                return Choice(kernels.name, _op(weight, activations), tuple(skipped), mma1.LAYOUT)
+            skipped.append(f"{name} ({kernels})")
+        else:
+            skipped.append(f"{name} ({refused})")  # and nothing is compiled for a weight that isn't taken
     found = library()
+    reason = weight if isinstance(weight, str) else _refusal(weight, activations)
     if isinstance(found, str):
         skipped.append(f"cpu library ({found})")
     elif reason is not None:
         skipped.append(f"cpu library ({reason})")
     else:
-        op = "linear_int8_outlier" if isinstance(weight, OutlierWeight) else _op(activations)
-        return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
+        assert not isinstance(weight, str)  # it would be the reason
+        return Choice(f"cpu library, {LEVELS[found.level]}", _op(weight, activations), tuple(skipped), LAYOUT)
     skipped.append(
         "torch op (none of the same meaning: torch's own int4 products want bfloat16 scales and round to them)"
     )
     return Choice(REFERENCE, None, tuple(skipped))
 
 
-def _op(activations: str | None) -> str:
+def _op(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str:
+    if isinstance(weight, OutlierWeight):
+        return "linear_int8_outlier"
     return "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
+
+
+def _refusal_on_cuda(
+    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None
+) -> str | None:
+    """Why no CUDA kernel takes this weight."""
+    if not isinstance(weight, str) and devices.is_cuda(weight.codes.device):
+        bits, group_size = (8, -1) if isinstance(weight, OutlierWeight) else (weight.bits, weight.group_size)
+        reason = cuda_ops.refusal(_op(weight, activations), weight.codes.shape[1], bits, group_size, inputs)
+        return reason or (_unequal_groups(weight) if isinstance(weight, IntegerWeight) else None)
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return weight if isinstance(weight, str) else "weights are on the CPU"
 
 
 def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str | None:
@@ -108,13 +140,17 @@ def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> 
     if isinstance(weight, OutlierWeight):
         wide = weight.codes.shape[1] > MOST_INT8_INPUTS
         return f"{weight.codes.shape[1]} inputs, at most {MOST_INT8_INPUTS}" if wide else None
-    op = _op(activations)
+    op = _op(weight, activations)
     if weight.bits not in BITS[op]:
         return f"{op} takes {', '.join(map(str, BITS[op]))} bits, these are {weight.bits}"
     if weight.scale.dtype not in DTYPES:
         return f"scales are {weight.scale.dtype}"
     if weight.group_size != -1 and weight.group_size % 8:
         return f"groups of {weight.group_size} columns, a multiple of 8 is wanted"
+    return _unequal_groups(weight)
+
+
+def _unequal_groups(weight: IntegerWeight) -> str | None:
     if weight.group_index is not None:
         counts = torch.bincount(weight.group_index.long(), minlength=weight.scale.shape[1])
         if not bool((counts == weight.group_size).all()):

@@ -10,7 +10,8 @@ x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has
 the bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the
 number of threads or the other rows of x. Layout "cpu2" is drawn in docs/kernels.md. None of them has a gradient.
 
-They run on the CPU by the compiled library; without it they raise KernelError with the reason.
+They run on the CPU by the compiled library; without it they raise KernelError with the reason. On CUDA devices
+`compressor.kernels.cuda.ops` runs them, in layout "mma1".
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
-from compressor.kernels.registry import register
+from compressor.kernels.cuda import mma1
+from compressor.kernels.registry import register, register_cuda
 
 LAYOUT = "cpu2"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,9 +34,7 @@ BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
 
 
-def groups_of(in_features: int, group_size: int) -> int:
-    """Groups of a row; group_size -1 is the whole row."""
-    return 1 if group_size == -1 else -(-in_features // group_size)
+groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
 
 
 def _columns(in_features: int, group_size: int) -> int:
@@ -42,9 +42,11 @@ def _columns(in_features: int, group_size: int) -> int:
     return -(-in_features // 8) * 8 if group_size == -1 else group_size
 
 
-def _check_layout(layout: str) -> None:
+def _check_layout(layout: str, tensor: Tensor) -> None:
     if layout != LAYOUT:
-        raise ShapeError(f"packed layout {layout!r}, {LAYOUT!r} expected")
+        raise ShapeError(f"packed layout {layout!r}, {LAYOUT!r} or {mma1.LAYOUT!r} expected")
+    if not tensor.is_cpu:
+        raise KernelError(f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {mma1.LAYOUT!r} there.")
 
 
 def pack_weight(
@@ -63,10 +65,10 @@ def pack_weight(
     zero_point   (out, groups) uint8; None: 2**(bits - 1)
     permutation  (in,) int64: columns in the order in which they form groups; None: as they are
     group_size   a multiple of 8, or -1 for whole rows; the last group may be short
-    returns      uint8 (bytes,)
-    raises       ShapeError
+    layout       "cpu2" for the CPU library, "mma1" for CUDA kernels: 4 bits, group_size a multiple of 64 or -1
+    returns      uint8 (bytes,), on the device of the codes
+    raises       ShapeError, KernelError for layout "cpu2" on another device
     """
-    _check_layout(layout)
     out, columns = codes.shape
     expected = (out, groups_of(columns, group_size))
     if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
@@ -85,6 +87,9 @@ def pack_weight(
         raise ShapeError(f"code {int(codes.max())} doesn't fit {bits} bits")
     if permutation is not None:
         codes = codes.index_select(1, permutation)
+    if layout == mma1.LAYOUT:
+        return mma1.pack(codes, scale, zero_point, bits, group_size)
+    _check_layout(layout, codes)
     functions = cpu_library().functions
     size = functions.packed_bytes(out, columns, bits, _columns(columns, group_size), DTYPES[scale.dtype])
     if size < 0:
@@ -107,7 +112,11 @@ def unpack_weight(
 
     raises ShapeError if the packed tensor is of another shape or layout
     """
-    _check_layout(layout)
+    if layout == mma1.LAYOUT:
+        if (found := mma1.unpack(packed, out_features, in_features, group_size)) is None or bits != mma1.BITS:
+            raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
+        return found
+    _check_layout(layout, packed)
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     groups = groups_of(in_features, group_size)
     scale, zero_point = torch.empty(out_features, groups), torch.empty(out_features, groups, dtype=torch.uint8)
@@ -119,10 +128,12 @@ def unpack_weight(
     return codes, scale, zero_point
 
 
-def _unlike(packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int) -> str:
+def _unlike(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str = LAYOUT
+) -> str:
     return (
         f"packed weight of {packed.numel()} bytes ({packed.dtype}) isn't one of {out_features} x {in_features}, "
-        f"{bits} bits, groups of {group_size} in layout {LAYOUT}"
+        f"{bits} bits, groups of {group_size} in layout {layout}"
     )
 
 
@@ -337,6 +348,9 @@ def _fake_pack(
     layout: str,
 ) -> Tensor:
     out, columns = codes.shape
+    if layout == mma1.LAYOUT:
+        size = mma1.packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None)
+        return codes.new_empty((size,))
     group = _columns(columns, group_size)
     block = group * 8 * bits + 64 * scale.element_size() + 64
     return codes.new_empty((64 + -(-out // 64) * -(-columns // group) * block,))
@@ -362,6 +376,8 @@ register(
     unpack_weight,
     _fake_unpack,
 )
+register_cuda("pack_weight", pack_weight)
+register_cuda("unpack_weight", unpack_weight)
 linear_weight_only = _linear("linear_weight_only")
 linear_dynamic_int8 = _linear("linear_dynamic_int8")
 register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)

@@ -19,19 +19,25 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops
+from compressor.kernels.cuda import mma1
+from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, Weight, adopt
 
-RUN: dict[str, Callable[..., Tensor]] = {
-    "linear_weight_only": ops.linear_weight_only,
-    "linear_dynamic_int8": ops.linear_dynamic_int8,
-    "linear_int8_outlier": ops.linear_int8_outlier,
+# by layout, which says where it runs, and by name
+RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
+    ops.LAYOUT: {
+        "linear_weight_only": ops.linear_weight_only,
+        "linear_dynamic_int8": ops.linear_dynamic_int8,
+        "linear_int8_outlier": ops.linear_int8_outlier,
+    },
+    mma1.LAYOUT: cuda_ops.RUN,
 }
 
 
 class PreparedLinear(nn.Module):
-    """A linear layer of a stored form that multiplies by a kernel of the CPU library.
+    """A linear layer of a stored form that multiplies by a kernel.
 
     Not for training: the product has no gradient.
     """
@@ -60,8 +66,9 @@ class PreparedLinear(nn.Module):
             self.bits, self.group_size, self.threshold = 8, -1, weight.threshold
         else:
             order = weight.permutation()
+            assert self.choice.layout is not None
             packed = ops.pack_weight(
-                weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, ops.LAYOUT
+                weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, self.choice.layout
             )
             more = {"permutation": order}
             self.bits, self.group_size = weight.bits, weight.group_size
@@ -77,14 +84,15 @@ class PreparedLinear(nn.Module):
             arguments = (self.packed, self.absmax, self.columns, self.columns_weight, self.bias, self.threshold)
         else:
             arguments = (
-                self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size, ops.LAYOUT
+                self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size,
+                self.choice.layout,
             )  # fmt: skip
         if torch.compiler.is_compiling():
             return getattr(torch.ops.compressor, name)(x, *arguments)
         if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
             return y
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
-            return RUN[name](x.detach(), *arguments)
+            return RUN[self.choice.layout][name](x.detach(), *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.bits} bits, {self.choice.kernel}"
@@ -110,12 +118,13 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     if activations not in (None, DYNAMIC_INT8):
         raise KernelError(f"activations {activations!r}", hint=f"Use None or {DYNAMIC_INT8!r}.")
     choices: dict[str, Choice] = {}
+    inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for name, module in list(model.named_modules()):
         stored = adopt(module)
         if stored is None:
             continue
         weight = stored.read(stored.tensors)
-        choice = choose(weight, activations)
+        choice = choose(weight, activations, inputs)
         choices[name] = choice
         if choice.is_fallback:
             if strict:

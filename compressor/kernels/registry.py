@@ -20,3 +20,8 @@ def register(name: str, schema: str, run: Callable[..., object], fake: Callable[
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, run, "CPU")
     torch.library.register_fake(f"compressor::{name}", fake, lib=_LIBRARY)
+
+
+def register_cuda(name: str, run: Callable[..., object]) -> None:
+    """What runs torch.ops.compressor.<name>, which is defined already, on tensors of CUDA devices."""
+    _LIBRARY.impl(name, run, "CUDA")

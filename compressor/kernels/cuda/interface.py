@@ -1,0 +1,38 @@
+"""The C interface of the CUDA kernels, as Python calls it. An operation that is added begins with a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ABI = 1  # cuda_ext/about.cpp: one more whenever a signature is added or changes
+BAD_CALL = -1  # what a launcher returns for a shape, a type, an address or a workspace that no kernel takes
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # device.h: Type
+LOWEST_CAPABILITY = (8, 0)
+
+# name -> result, arguments; the stream comes last where there is one
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    # x, packed, scale, zero_point, bias, y, workspace; its bytes; M, N, K, group_size, x_type, scale_type; stream
+    "compressor_w4_a16": (c_int, [*[c_void_p] * 7, c_int64, *[c_int] * 6, c_void_p]),
+    "compressor_w4_a16_workspace_bytes": (c_int64, [c_int] * 3),  # M, N, K
+    # x, y, rows, n, scale, type, stream
+    "compressor_hadamard": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_float, c_int, c_void_p]),
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The launchers on one device, whichever way they came.
+
+    name        "cuda library", or "nvrtc, sm_90a"
+    functions   by the names of SIGNATURES; addresses are ints, 0 for none. A launcher returns 0, BAD_CALL or an error
+    error_text  what an error means
+    """
+
+    name: str
+    functions: Mapping[str, Callable[..., int]]
+    error_text: Callable[[int], str]

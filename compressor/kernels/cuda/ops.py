@@ -1,0 +1,138 @@
+"""Torch operations over the CUDA launchers, registered for CUDA devices where compressor.kernels.ops has them.
+
+x is float16 or bfloat16 and may be strided; y has its dtype. Sums are float32, the bias is added in float32, and y is
+rounded once. They allocate with torch, use torch's current stream and wait for nothing, so a CUDA graph can hold them.
+None of them has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels.cuda import devices, mma1
+from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
+from compressor.kernels.registry import register_cuda
+
+INPUTS = (torch.float16, torch.bfloat16)
+
+
+def refusal(op: str, in_features: int, bits: int, group_size: int, inputs: torch.dtype | None) -> str | None:
+    """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known."""
+    if op not in RUN:
+        return f"{op} has no CUDA kernel in torch yet"
+    if (reason := mma1.refusal(bits, group_size)) is not None:
+        return reason
+    if in_features == 0 or in_features % 8:
+        return f"{in_features} inputs, a multiple of 8 is wanted"
+    if inputs is not None and inputs not in INPUTS:
+        return f"inputs are {inputs}, float16 or bfloat16 is wanted"
+    return None
+
+
+def _check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: kernels read addresses"""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
+    places = {tensor.device for tensor in (x, *others) if tensor is not None}
+    if len(places) > 1 or not devices.is_cuda(x.device):
+        raise KernelError(
+            f"{name}: x and weight on {', '.join(sorted(map(str, places)))}",
+            hint="All have to be on one CUDA device; a model that was moved is prepared anew.",
+        )
+
+
+def _check_code(code: int, kernels: Kernels, what: str) -> None:
+    if code == BAD_CALL:
+        raise ShapeError(f"{what}: {kernels.name} takes no such shapes")
+    if code:
+        raise KernelError(f"{what}: {kernels.name} failed: {kernels.error_text(code)} ({code})")
+
+
+def _at_16_bytes(x: Tensor) -> Tensor:
+    """Contiguous, and where kernels read it 16 bytes at a time."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def linear_weight_only(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """y = x W^T + bias, W 4-bit in layout "mma1".
+
+    x            (..., in), in a multiple of 8
+    packed       uint8, of ops.pack_weight
+    bias         (out,) in the dtype of x
+    permutation  (in,) int64: the columns in packed order
+    group_size   a multiple of 64, or -1
+    raises       ShapeError, KernelError
+    """
+    name = "linear_weight_only"
+    _check_devices(name, x, packed, bias, permutation)
+    columns = x.shape[-1] if x.dim() else 0
+    where = None
+    if layout == mma1.LAYOUT and packed.dtype == torch.uint8 and not refusal(name, columns, bits, group_size, x.dtype):
+        where = mma1.sections(packed.numel(), out_features, columns, group_size)
+    if where is None or packed.dim() != 1:
+        raise ShapeError(
+            f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype} {tuple(packed.shape)}, layout {layout!r}; "
+            f"float16 or bfloat16, a multiple of 8 columns, and a weight of {out_features} x {columns}, {bits} bits, "
+            f"groups of {group_size} in {mma1.LAYOUT!r} expected"
+        )
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
+        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected")
+    if permutation is not None:
+        if tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64:
+            raise ShapeError(f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)")
+        x = x.index_select(-1, permutation)
+    x, packed = _at_16_bytes(x), _at_16_bytes(packed)
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    rows, kernels = x.numel() // columns, devices.kernels_of(x.device)
+    needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, out_features, columns)
+    workspace = x.new_empty((max(needed, 0),), dtype=torch.uint8)
+    at = packed.data_ptr()
+    with devices.current(x.device):
+        code = kernels.functions["compressor_w4_a16"](
+            x.data_ptr(), at, at + where.scale_at, at + where.zero_at if where.zero_at is not None else 0,
+            0 if bias is None else bias.data_ptr(), y.data_ptr(), workspace.data_ptr(), needed,
+            rows, out_features, columns, group_size, DTYPES[x.dtype], where.scale_type, devices.stream_of(x.device),
+        )  # fmt: skip
+    _check_code(code, kernels, f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}")
+    return y
+
+
+def hadamard(x: Tensor, scale: float) -> Tensor:
+    """x H_n scale for each row, H_n Sylvester's matrix.
+
+    x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768
+    raises   ShapeError, KernelError
+    """
+    _check_devices("hadamard", x)
+    if x.dtype not in DTYPES or not x.dim():
+        raise ShapeError(f"hadamard: x {x.dtype} {tuple(x.shape)}, rows of a 16- or 32-bit float expected")
+    x, n = _at_16_bytes(x), x.shape[-1]
+    y = torch.empty_like(x)
+    kernels = devices.kernels_of(x.device)
+    with devices.current(x.device):
+        code = kernels.functions["compressor_hadamard"](
+            x.data_ptr(), y.data_ptr(), x.numel() // max(n, 1), n, scale, DTYPES[x.dtype], devices.stream_of(x.device)
+        )
+    _check_code(code, kernels, f"hadamard: x {x.dtype} {tuple(x.shape)}, a power of two from 8 to 32768 expected")
+    return y
+
+
+# by the names in torch.ops.compressor
+RUN: dict[str, Callable[..., Tensor]] = {"linear_weight_only": linear_weight_only}
+for _name, _run in RUN.items():
+    register_cuda(_name, _run)

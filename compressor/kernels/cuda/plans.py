@@ -1,0 +1,144 @@
+"""What the launchers of cuda_ext/*.cu decide on the host, once more in Python: which kernels, grids and arguments.
+
+NVRTC compiles kernels and no host code, so its way needs this. The launchers are the original; a test records what they
+launch under emulation and holds these plans to it, bytes of the arguments included. A function here has the arguments
+of its launcher, without the stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_uint64, c_void_p
+from dataclasses import dataclass
+
+FLOAT16, BFLOAT16, FLOAT32 = 0, 1, 2  # device.h: Type
+
+
+@dataclass(frozen=True)
+class Launch:
+    """source    the .cu file without its ending
+    kernel    as C++ names it, one of KERNELS[source]
+    grid      blocks in x, y, z
+    threads   of a block
+    argument  the only one of the kernel, by value
+    """
+
+    source: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    argument: ctypes.Structure
+
+
+# the kernels of each source that are ever launched
+KERNELS: dict[str, tuple[str, ...]] = {
+    "w_a16": tuple(
+        f"w4_a16::{kernel}"
+        for kind in (FLOAT16, BFLOAT16)
+        for kernel in (
+            *(f"decode<{kind}, {halves}>" for halves in (1, 2)),
+            *(f"tiled<{kind}, {rows}>" for rows in (32, 64)),
+            f"add_slices<{kind}>",
+        )
+    ),
+    "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
+}
+
+
+class W4A16Arguments(ctypes.Structure):
+    """w_a16.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "packed", "scale", "zero_point", "bias", "y", "sums")),
+        *((name, c_int) for name in ("M", "N", "K", "tiles")),
+        *((name, c_int) for name in ("tiles_per_group", "tiles_per_slice", "slices", "scale_type")),
+    )
+
+
+class HadamardArguments(ctypes.Structure):
+    """hadamard.cu: Arguments"""
+
+    _fields_ = (("x", c_void_p), ("y", c_void_p), ("count", c_uint64), ("n", c_int), ("scale", c_float))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _w4_a16_fits(m: int, n: int, k: int) -> bool:
+    return m >= 0 and n >= 0 and k >= 1 and k % 8 == 0 and k <= 1 << 30 and n <= 65535 * 64
+
+
+def _w4_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
+    """w_a16.cu: choose_slices -> tiles of a slice, slices"""
+    tiles = _ceil(k, 64)
+    slices = 1 if m > 64 else 1024 // _ceil(n, 64)
+    slices = max(1, min(slices, tiles // 8))
+    of_slice = _ceil(tiles, slices)
+    return of_slice, _ceil(tiles, of_slice)
+
+
+def w4_a16_workspace_bytes(m: int, n: int, k: int) -> int:
+    if not _w4_a16_fits(m, n, k):
+        return -1
+    if m == 0 or n == 0:
+        return 0
+    _, slices = _w4_a16_slices(m, n, k)
+    return 0 if slices == 1 else 4 * slices * m * n
+
+
+def w4_a16(
+    x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
+    m: int, n: int, k: int, group_size: int, x_type: int, scale_type: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    if not _w4_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
+        return None
+    if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
+        return None
+    if m == 0 or n == 0:
+        return []
+    if not (x and packed and scale and y) or x % 16 or packed % 16:
+        return None
+    needed = w4_a16_workspace_bytes(m, n, k)
+    if needed and (not workspace or workspace % 4 or workspace_bytes < needed):
+        return None
+    tiles, (of_slice, slices) = _ceil(k, 64), _w4_a16_slices(m, n, k)
+    argument = W4A16Arguments(
+        x, packed, scale, zero_point, bias, y, workspace if needed else 0, m, n, k, tiles,
+        tiles if group_size == -1 else group_size // 64, of_slice, slices, scale_type,
+    )  # fmt: skip
+    across = 1
+    if m <= 16:
+        kernel = f"decode<{x_type}, {1 if m <= 8 else 2}>"
+    elif m <= 32:
+        kernel = f"tiled<{x_type}, 32>"
+    else:
+        kernel, across = f"tiled<{x_type}, 64>", _ceil(m, 64)
+    launches = [Launch("w_a16", f"w4_a16::{kernel}", (across, _ceil(n, 64), slices), 128, argument)]
+    if slices > 1:
+        launches.append(Launch("w_a16", f"w4_a16::add_slices<{x_type}>", (_ceil(m * n, 128), 1, 1), 128, argument))
+    return launches
+
+
+def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
+    """None where the launcher returns -1."""
+    if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
+        return None
+    if rows == 0:
+        return []
+    if not x or not y or x % 16 or y % 16:
+        return None
+    threads = min(n // 8, 1024) if n > 256 else 128
+    chunks = n // 8192 if n > 8192 else 1
+    blocks = _ceil(rows * n, threads * 8 * chunks)
+    if blocks >> 31:
+        return None
+    argument = HadamardArguments(x, y, rows * n, n, scale)
+    return [Launch("hadamard", f"hadamard::rows<{kind}, {chunks}>", (blocks, 1, 1), threads, argument)]
+
+
+# by the names of interface.SIGNATURES: those that launch, and those that only reckon
+PLANS: dict[str, Callable[..., list[Launch] | None]] = {"compressor_w4_a16": w4_a16, "compressor_hadamard": hadamard}
+SIZES: dict[str, Callable[..., int]] = {"compressor_w4_a16_workspace_bytes": w4_a16_workspace_bytes}

@@ -1,0 +1,319 @@
+"""The second way to the CUDA kernels: launch plans in Python, NVRTC, its cache, the driver, as far as a CPU goes."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+
+from compressor.errors import KernelError
+from compressor.kernels.cuda import driver, nvrtc, plans
+from compressor.kernels.cuda.interface import BAD_CALL, SIGNATURES
+from compressor.kernels.cuda.selftest import self_test
+from cuda_ext import build
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+needs_nvrtc = pytest.mark.skipif(isinstance(nvrtc.nvrtc(), str), reason=f"{nvrtc.nvrtc()}")
+RECORDER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p,
+    ctypes.c_size_t,
+)  # fmt: skip
+CAPABILITIES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
+
+
+class Symbol(ctypes.Structure):
+    """Dl_info of dladdr"""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("at", ctypes.c_void_p),
+    )
+
+
+def demangled(symbols):
+    """symbol of a kernel -> "w4_a16::decode<0, 1>"; what isn't of this form is left out"""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    lines = [re.fullmatch(r"void (.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
+    return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
+
+
+@pytest.fixture
+def launched(emulated):
+    """Runs a launcher of the emulated library whose launches are left out: what it returned, and
+    [symbol, grid, threads, bytes of the argument] of each."""
+    kernels = cuda_on_cpu.emulated_kernels(emulated)
+    library = ctypes.CDLL(emulated._name)
+    found = []
+
+    def record(kernel, grid, threads, argument, size):
+        symbol = Symbol()
+        assert ctypes.CDLL(None).dladdr(ctypes.c_void_p(kernel), ctypes.byref(symbol))
+        found.append([symbol.name.decode(), tuple(grid[:3]), tuple(threads[:3]), ctypes.string_at(argument, size)])
+        return 1
+
+    recorder = RECORDER(record)
+
+    def run(name, *arguments):
+        found.clear()
+        return kernels.functions[name](*arguments, 0), list(found)
+
+    library.compressor_emulate_record(recorder)
+    yield run
+    library.compressor_emulate_record(None)
+
+
+X, PACKED, SCALE, ZERO, BIAS, Y, WORK = range(4096, 4096 * 8, 4096)
+SIZES = [  # M, N, K, group: each kernel, one slice and many, all edges of the choice
+    *itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 300), (1, 64, 130, 4096), (8, 64, 520, 1024, 4096), (64, -1)),
+    (1, 65535 * 64, 64, 64), (4, 66000, 1 << 20, 128), (64, 8192, 28672, 128), (1, 64, 1 << 30, -1),
+]  # fmt: skip
+
+
+@needs_compiler
+def test_a_plan_of_a_product_is_what_the_launcher_launches(launched):
+    names, compared = {}, 0
+    for number, (m, n, k, group) in enumerate(SIZES):
+        needed = plans.w4_a16_workspace_bytes(m, n, k)
+        rest = (needed, m, n, k, group, number % 2, number % 3)
+        arguments = (X, PACKED, SCALE, ZERO if number % 5 else 0, BIAS if number % 7 else 0, Y, WORK, *rest)
+        code, found = launched("compressor_w4_a16", *arguments)
+        assert code == 0
+        compared += compare(plans.w4_a16(*arguments), found, names)
+    assert compared > 400  # launches
+    used = set(names.values())
+    assert used == set(plans.KERNELS["w_a16"])
+
+
+@needs_compiler
+def test_a_plan_of_a_transform_is_what_the_launcher_launches(launched):
+    names = {}
+    for exponent, rows, kind in itertools.product(range(3, 16), (1, 3, 1000), (0, 1, 2)):
+        arguments = (X, Y, rows, 2**exponent, 0.25 * exponent, kind)
+        code, found = launched("compressor_hadamard", *arguments)
+        assert code == 0
+        assert compare(plans.hadamard(*arguments), found, names) == 1
+    assert set(names.values()) == set(plans.KERNELS["hadamard"])
+
+
+def compare(planned, found, names):
+    """How many launches; a symbol's name is found out once."""
+    if new := [symbol for symbol, *_ in found if symbol not in names]:
+        names.update(demangled(new))
+    assert [(p.kernel, p.grid, (p.threads, 1, 1), bytes(p.argument)) for p in planned] == [
+        (names[symbol], *rest) for symbol, *rest in found
+    ]
+    return len(found)
+
+
+@needs_compiler
+def test_the_workspace_of_a_plan_is_the_launchers(emulated):
+    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_w4_a16_workspace_bytes"]
+    shapes = [*(size[:3] for size in SIZES), (0, 8, 64), (8, 0, 64), (-1, 8, 64), (1, 8, 0), (1, 8, 12), (1, -8, 64)]
+    shapes += [(1, 8, (1 << 30) + 8), (1, 65535 * 64 + 1, 64)]
+    assert all(plans.w4_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
+
+
+GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
+GOOD |= dict(m=3, n=64, k=1024, group_size=64, x_type=0, scale_type=0)
+REFUSED = [
+    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=12), dict(k=(1 << 30) + 8), dict(group_size=96),
+    dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(x_type=2), dict(x_type=-1), dict(scale_type=3),
+    dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0), dict(packed=PACKED + 8), dict(scale=0), dict(y=0),
+    dict(workspace=0), dict(workspace=WORK + 2), dict(workspace_bytes=100),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED, ids=str)
+def test_a_plan_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD | changes).values()
+    assert launched("compressor_w4_a16", *arguments) == (BAD_CALL, [])
+    assert plans.w4_a16(*arguments) is None
+
+
+# x, y, rows, n, scale, type
+@needs_compiler
+@pytest.mark.parametrize(
+    "bad",
+    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0), (X, Y, 1, 24, 1, 0), (X, Y, 1, 65536, 1, 0), (X, Y, 1, 8, 1, 3),
+     (X, Y, (1 << 40) + 1, 8, 1, 0), (X, Y, 1 << 40, 32768, 1, 0), (X + 4, Y, 1, 8, 1, 0), (X, Y + 8, 1, 8, 1, 0),
+     (0, Y, 1, 8, 1, 0), (X, 0, 1, 8, 1, 0)],
+)  # fmt: skip
+def test_a_plan_of_a_transform_refuses_what_the_launcher_refuses(launched, bad):
+    assert launched("compressor_hadamard", *bad) == (BAD_CALL, [])
+    assert plans.hadamard(*bad) is None
+
+
+@needs_compiler
+def test_an_empty_call_launches_nothing_either_way(launched):
+    empty = (GOOD | dict(m=0, x=0, y=0)).values()
+    assert launched("compressor_w4_a16", *empty) == (0, []) and plans.w4_a16(*empty) == []
+    assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
+
+
+def test_every_launcher_of_the_interface_has_a_plan():
+    assert plans.PLANS.keys() | plans.SIZES.keys() == SIGNATURES.keys()
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory):
+    """A driver whose kernels are the emulated ones, and the machine code that stands for them: their symbols."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so"
+    build.build_emulated(path, [*build.SOURCES, Path(__file__).parent / "emulated_driver.cpp"])
+    listed = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines() if line.endswith("ArgumentsE")]
+    return path, {name: symbol for symbol, name in demangled(symbols).items()}
+
+
+def code_from(names):
+    return lambda source, kernels: nvrtc.Code(b"code", {name: names[name] for name in kernels})
+
+
+def test_compiled_kernels_pass_the_self_test_through_the_driver(fake_driver):
+    path, names = fake_driver
+    opened = driver.open_driver(0, str(path))
+    kernels = driver.compiled_kernels(opened, code_from(names), "sm_90a")
+    assert kernels.name == "nvrtc, sm_90a"
+    assert set(self_test(kernels, torch.device("cpu"), 77).values()) == {"ok"}
+    wanted = sum(len(of_source) for of_source in plans.KERNELS.values())
+    assert opened.functions.test_handles_made() == wanted  # loaded once, not once a call
+    opened.functions.test_last_stream.restype = ctypes.c_void_p
+    assert opened.functions.test_last_stream() == 77
+    assert opened.functions.test_contexts_set() >= 6  # by each launch: its thread may have none
+
+
+def test_the_driver_s_errors_name_what_it_says(fake_driver):
+    path, names = fake_driver
+    with pytest.raises(KernelError, match=r"invalid device ordinal \(101\)"):
+        driver.open_driver(3, str(path))
+    with pytest.raises(KernelError, match="doesn't load"):
+        driver.open_driver(0, "/nowhere/libcuda.so.1")
+    opened = driver.open_driver(0, str(path))
+    with pytest.raises(KernelError, match=r"named symbol not found \(500\)"):
+        driver.load_code(opened, nvrtc.Code(b"code", {"kernel": "no_such_symbol"}))
+    with pytest.raises(KernelError, match=r"an error \(200\)"):
+        driver.load_code(opened, nvrtc.Code(b"", {}))
+    broken = dataclasses.replace(opened, context=ctypes.c_void_p(5))
+    kernels = driver.compiled_kernels(opened, code_from(names), "sm_80")
+    assert kernels.functions["compressor_hadamard"](X, Y, 1, 24, 1.0, 0, 0) == BAD_CALL
+    handle = driver.load_code(opened, code_from(names)("hadamard", plans.KERNELS["hadamard"]))
+    planned = plans.hadamard(X, Y, 1, 8, 1.0, 0)[0]
+    assert driver.launch(broken, handle[planned.kernel], planned, 0) == 201
+    assert kernels.error_text(101) == "invalid device ordinal"
+
+
+def test_a_source_is_one_string_without_includes():
+    for path in build.SOURCES:
+        text = nvrtc.source_text(path.stem)
+        assert set(re.findall(r"^#include (.*)$", text, re.MULTILINE)) <= {'"emulate.h"', '"emulate_int8.h"'}
+        assert text.count("enum Type {") == 1
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("source", plans.KERNELS)
+def test_nvrtc_makes_machine_code_that_holds_every_kernel(source, target):
+    compiler = nvrtc.nvrtc()
+    code = nvrtc.compile_source(compiler, source, nvrtc.source_text(source), plans.KERNELS[source], target)
+    assert code.cubin[:4] == b"\x7fELF" and set(code.names) == set(plans.KERNELS[source])
+    assert all(symbol.encode() in code.cubin for symbol in code.names.values())
+    if shutil.which("c++filt"):
+        assert demangled(code.names.values()) == {symbol: name for name, symbol in code.names.items()}
+
+
+@needs_nvrtc
+def test_nvrtc_s_own_words_are_in_the_error():
+    compiler = nvrtc.nvrtc()
+    with pytest.raises(KernelError, match=r"probe.cu, sm_80: NVRTC refuses the source:\n.*undefined"):
+        nvrtc.compile_source(compiler, "probe", "__global__ void probe() { nothing(); }", ("probe",), "sm_80")
+
+
+@needs_nvrtc
+def test_nvrtc_knows_the_targets_that_are_asked_of_it():
+    assert {10 * major + minor for major, minor in CAPABILITIES.values()} <= nvrtc.targets(nvrtc.nvrtc())
+
+
+def test_targets_from_9_0_on_have_the_instructions_of_their_gpu():
+    assert {target: nvrtc.target_of(capability) for target, capability in CAPABILITIES.items()} == {
+        target: target for target in CAPABILITIES
+    }
+    assert nvrtc.target_of((8, 9)) == "sm_89" and nvrtc.target_of((12, 0)) == "sm_120a"
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A compiler that counts, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def compiled(compiler, name, text, kernels, target):
+        calls.append((name, target, compiler.version))
+        return nvrtc.Code(b"\x7fELF\n" + text.encode(), {kernel: f"_Z{kernel}" for kernel in kernels})
+
+    monkeypatch.setattr(nvrtc, "compile_source", compiled)
+    return calls
+
+
+COMPILER = nvrtc.Nvrtc(None, "libnvrtc.so.13", (13, 0))
+
+
+def test_code_is_compiled_once_for_each_source_target_and_version(counted, tmp_path, monkeypatch):
+    want = nvrtc.cached_code(COMPILER, "hadamard", ("a", "b"), "sm_80")
+    assert nvrtc.cached_code(COMPILER, "hadamard", ("a", "b"), "sm_80") == want and len(counted) == 1
+    others = [(COMPILER, ("a", "b"), "sm_90a"), (COMPILER, ("a",), "sm_80")]
+    others += [(dataclasses.replace(COMPILER, version=(13, 1)), ("a", "b"), "sm_80")]
+    for compiler, kernels, target in others:
+        nvrtc.cached_code(compiler, "hadamard", kernels, target)
+    assert len(counted) == 4
+    monkeypatch.setattr(nvrtc, "source_text", lambda name: "another source")
+    assert nvrtc.cached_code(COMPILER, "hadamard", ("a", "b"), "sm_80") != want and len(counted) == 5
+    assert len(list((tmp_path / "compress-model" / "cuda").iterdir())) == 5  # and no temporary files
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:10], lambda b: b"", lambda b: b[:-1] + b"?"])
+def test_a_damaged_file_of_the_cache_is_made_again(counted, tmp_path, damage):
+    want = nvrtc.cached_code(COMPILER, "hadamard", ("a",), "sm_80")
+    (path,) = (tmp_path / "compress-model" / "cuda").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert nvrtc.cached_code(COMPILER, "hadamard", ("a",), "sm_80") == want and len(counted) == 2
+    assert path.read_bytes() == whole and json.loads(whole.split(b"\n")[0])["names"] == {"a": "_Za"}
+
+
+def test_a_cache_that_can_t_be_written_is_a_warning(counted, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="isn't kept"):
+        assert nvrtc.cached_code(COMPILER, "hadamard", ("a",), "sm_80").names == {"a": "_Za"}
+
+
+def test_nvrtc_of_torch_s_release_comes_first(tmp_path, monkeypatch):
+    for place in ("cu13/lib/libnvrtc.so.13", "cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc-builtins.so.13.0"):
+        (tmp_path / "nvidia" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nvidia" / place).write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(nvrtc.ctypes.util, "find_library", lambda name: "libnvrtc.so")
+    for version, first in (("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        *found, of_system = nvrtc.candidates()
+        ours = [Path(path).name for path in found if Path(path).is_relative_to(tmp_path)]  # there may be a real one
+        assert ours[0] == first and len(ours) == 2 and of_system == "libnvrtc.so"
+
+
+def test_a_file_that_isn_t_nvrtc_is_an_error(tmp_path):
+    (tmp_path / "libnvrtc.so.13").write_text("no library")
+    with pytest.raises(KernelError, match="NVRTC doesn't load"):
+        nvrtc.load(str(tmp_path / "libnvrtc.so.13"))
