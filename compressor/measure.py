@@ -20,7 +20,7 @@ from compressor.errors import KernelError, UsageError
 from compressor.evaluate import evaluate
 from compressor.export import VERSION, check_loader
 from compressor.gates import check_gates, compares_models, read_gates
-from compressor.kernels.dispatch import REFERENCE
+from compressor.kernels.dispatch import FALLBACKS
 from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.report import (
     append_summary,
@@ -57,7 +57,7 @@ def measure_model(
     metrics  comma-separated, in place of the recipe's
     gates    NAME=BOUND, beside the recipe's
     output   directory for report.json, report.md and junit.xml; made, or written again if it is from here
-    strict_kernels  a layer of the artifact that falls back to the reference in `compressor.load` is an error
+    strict_kernels  a layer of the artifact that falls back to torch or the reference is an error
     raises   UsageError for a gate that compares two models when there is no baseline, KernelError with strict_kernels
     """
     began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -123,13 +123,13 @@ def measure_model(
 
 
 def check_kernels(kernels: list[dict[str, str]] | None) -> None:
-    """raises UsageError if none were looked for, KernelError naming what falls back to the reference"""
+    """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
     if kernels is None:
         hint = "Evaluate an artifact, with speed among the metrics."
         raise UsageError("--strict-kernels, and no kernels were chosen", where="eval", hint=hint)
-    slow = [f"{row['op']}: {row['why']}" for row in kernels if row["chosen"] == REFERENCE]
+    slow = [f"{row['op']}: {row['why']}" for row in kernels if row["chosen"].startswith(FALLBACKS)]
     if slow:
-        raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use the reference.")
+        raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.")
 
 
 def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples:

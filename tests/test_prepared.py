@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import KernelError
-from compressor.kernels import explain, ops, prepare
+from compressor.kernels import dispatch, explain, ops, prepare
 from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.int8_split import round_rows
 from compressor.kernels.prepared import PreparedLinear
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
@@ -247,3 +248,68 @@ def test_a_model_whose_layers_share_calls_compiles_to_the_same_bits():
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert all(map(torch.equal, compiled(x), model(x)))
+
+
+class InFloat32(nn.Module):
+    """A layer in a model of float32."""
+
+    def __init__(self, **shape):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(64), packed_layer(**shape)
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(dispatch, "library", lambda: "cpu library not built: no compiler")
+
+
+TORCH_TAKES = [
+    ({"bits": 4, "out": 32}, None, "torch_int4"),
+    ({"bits": 4, "out": 32, "symmetric": True, "index": torch.arange(64) % 2}, None, "torch_int4"),
+    ({"bits": 8, "group": -1, "symmetric": True}, None, "torch_int8"),
+    ({"bits": 8, "group": -1, "symmetric": True, "bias": False}, "int8", "torch_int8_rows"),
+]
+
+
+@pytest.mark.parametrize(("shape", "activations", "layout"), TORCH_TAKES)
+def test_without_the_library_a_torch_op_of_the_same_meaning_multiplies(without_library, shape, activations, layout):
+    model, other = InFloat32(**shape), InFloat32(**shape)
+    with pytest.warns(UserWarning, match="no compiler"):
+        (choice,) = prepare(model, activations=activations).values()
+    assert (choice.kernel, choice.layout) == ("torch op", layout) and "torch op" in explain(model)
+    for rows in ((3,), (2, 40), (0,)):
+        x = torch.randn(*rows, 64)
+        expected = other(x)
+        if activations:
+            codes, absmax = round_rows(other.norm(x).reshape(-1, 64))
+            inputs = codes.double() * absmax.double().unsqueeze(1) / 127
+            expected = (inputs @ other.layer.matrix(torch.float64).t()).float().view_as(expected)
+        assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    with pytest.raises(KernelError, match="no compiler"):
+        prepare(InFloat32(**shape), activations=activations, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"bits": 3}, "torch has no linear_weight_only of 3 bits"),
+        ({"out": 24}, "a multiple of 16"),
+        ({"bits": 8, "group": -1}, "with zero points"),
+    ],
+)
+def test_without_the_library_what_torch_lacks_goes_to_the_reference(without_library, shape, reason):
+    model = InFloat32(**shape)
+    with pytest.warns(UserWarning, match=reason):
+        assert prepare(model)["layer"].op is None
+
+
+def test_without_the_library_16_bit_inputs_are_left_to_the_reference(without_library):
+    model = InFloat32(out=32).bfloat16()
+    with pytest.warns(UserWarning, match=r"rounds scales and sums of torch\.bfloat16 inputs"):
+        assert prepare(model)["layer"].op is None

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.kernels import torch_ops
 from compressor.kernels.cpu import LEVELS, library
 from compressor.kernels.cuda import devices, mma1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
 
 DYNAMIC_INT8 = "int8"
-REFERENCE = "reference"
+TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what multiplies where no kernel of ours does
 MOST_INT8_INPUTS = 65536  # 255 * 127 * 65536 < 2**31: int32 sums are exact
 
 
@@ -75,7 +76,8 @@ class Choice:
 
     @property
     def is_fallback(self) -> bool:
-        return self.op is None
+        """Whether no kernel of ours multiplies: torch does, or the reference."""
+        return self.kernel in FALLBACKS
 
 
 def choose(
@@ -108,10 +110,29 @@ def choose(
     else:
         assert not isinstance(weight, str)  # it would be the reason
         return Choice(f"cpu library, {LEVELS[found.level]}", _op(weight, activations), tuple(skipped), LAYOUT)
-    skipped.append(
-        "torch op (none of the same meaning: torch's own int4 products want bfloat16 scales and round to them)"
-    )
+    layout, why = _torch_layout(weight, activations, inputs)
+    if layout is not None:
+        assert not isinstance(weight, str)
+        return Choice(TORCH_OP, _op(weight, activations), tuple(skipped), layout)
+    skipped.append(f"{TORCH_OP} ({why})")
     return Choice(REFERENCE, None, tuple(skipped))
+
+
+def _torch_layout(
+    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None
+) -> tuple[str | None, str]:
+    """The layout of a torch product of the same meaning, or None; and the reason."""
+    if isinstance(weight, str):
+        return None, weight
+    if weight.codes.device.type != "cpu":
+        return None, f"weights are on {weight.codes.device.type}"
+    if isinstance(weight, OutlierWeight):
+        return None, "the reference of LLM.int8() multiplies by torch's integer product already"
+    if unequal := _unequal_groups(weight):
+        return None, unequal
+    centred = weight.zero_point is None or bool((weight.zero_point == 2 ** (weight.bits - 1)).all())
+    shape = weight.codes.shape[0], weight.codes.shape[1]
+    return torch_ops.layout_for(_op(weight, activations), weight.bits, weight.group_size, shape, centred, inputs)
 
 
 def _op(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str:

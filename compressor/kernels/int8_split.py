@@ -42,7 +42,7 @@ def int8_matmul(first: Tensor, second: Tensor) -> Tensor:
     returns  (rows, out) int32; exact while in <= MOST_INPUTS
     """
     usable = first.device.type == "cpu" and len(first) and first.shape[1] > 1  # torch 2.13 gives garbage for one column
-    if usable and _int_mm_is_exact():
+    if usable and int_mm_is_exact():
         return torch._int_mm(first, second.t())
     return float32_matmul(first, second)
 
@@ -59,7 +59,7 @@ def float32_matmul(first: Tensor, second: Tensor) -> Tensor:
 
 
 @cache
-def _int_mm_is_exact() -> bool:
+def int_mm_is_exact() -> bool:
     """Whether pairs of the largest products survive: some processors add them up in 16 bits, and saturate."""
     if not hasattr(torch, "_int_mm"):
         return False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import KernelError
-from compressor.kernels import ops
+from compressor.kernels import ops, torch_ops
 from compressor.kernels.cuda import mma1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
@@ -33,6 +33,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
         "linear_int8_outlier": ops.linear_int8_outlier,
     },
     mma1.LAYOUT: cuda_ops.RUN,
+    **dict.fromkeys(torch_ops.LAYOUTS, torch_ops.RUN),
 }
 
 
@@ -65,11 +66,15 @@ class PreparedLinear(nn.Module):
             more = {"absmax": weight.absmax, "columns": weight.columns, "columns_weight": weight.weight}
             self.bits, self.group_size, self.threshold = 8, -1, weight.threshold
         else:
-            order = weight.permutation()
-            assert self.choice.layout is not None
-            packed = ops.pack_weight(
-                weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, self.choice.layout
-            )
+            order, layout = weight.permutation(), self.choice.layout
+            assert layout is not None
+            if layout in torch_ops.LAYOUTS:
+                codes = weight.codes if order is None else weight.codes.index_select(1, order)
+                packed = torch_ops.pack(codes, weight.scale, weight.zero_point, layout)
+            else:
+                packed = ops.pack_weight(
+                    weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, layout
+                )
             more = {"permutation": order}
             self.bits, self.group_size = weight.bits, weight.group_size
         for name, tensor in {"packed": packed, **more}.items():
@@ -87,12 +92,13 @@ class PreparedLinear(nn.Module):
                 self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size,
                 self.choice.layout,
             )  # fmt: skip
-        if torch.compiler.is_compiling():
+        run = RUN[self.choice.layout][name]
+        if torch.compiler.is_compiling() and self.choice.layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *arguments)
         if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
             return y
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
-            return RUN[self.choice.layout][name](x.detach(), *arguments)
+            return run(x.detach(), *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.bits} bits, {self.choice.kernel}"
@@ -111,7 +117,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them
     activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
                  "int8": inputs are rounded to int8, row by row: faster, and less exact
-    strict       a layer that falls back to the reference is an error
+    strict       a layer that falls back to a torch op or the reference is an error
     returns      what was chosen for each layer of a stored form, by name
     raises       KernelError with strict, or for other activations
     """
@@ -126,9 +132,10 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         weight = stored.read(stored.tensors)
         choice = choose(weight, activations, inputs)
         choices[name] = choice
-        if choice.is_fallback:
-            if strict:
-                raise KernelError("; ".join(choice.skipped), where=name, hint="Leave strict out to use the reference.")
+        if choice.is_fallback and strict:
+            hint = f"Leave strict out to use the {choice.kernel}."
+            raise KernelError("; ".join(choice.skipped), where=name, hint=hint)
+        if choice.op is None:
             module.kernel_choice = (stored.form, choice)  # type: ignore[assignment]
             continue
         assert not isinstance(weight, str)
@@ -136,7 +143,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
     share_inputs(model, PreparedLinear)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
-        warnings.warn(f"layers multiply by the dequantized weight: {reason}", stacklevel=2)
+        warnings.warn(f"layers multiply by a torch op or the dequantized weight: {reason}", stacklevel=2)
     return choices
 
 

@@ -83,5 +83,5 @@ def share_inputs(model: nn.Module, is_prepared: type[PreparedLinear]) -> None:
 
 
 def _format(layer: PreparedLinear) -> tuple[Any, ...]:
-    alone = layer.choice.op not in OPS or layer.permutation is not None or not layer.packed.is_cpu
+    alone = layer.choice.op not in OPS or layer.permutation is not None or layer.choice.layout != ops.LAYOUT
     return layer.choice, layer.in_features, layer.bits, layer.group_size, id(layer) if alone else None
