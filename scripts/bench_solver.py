@@ -4,7 +4,9 @@
 
 `solve` is a whole solve of one matrix, of which the products for later columns are the same torch call in both;
 `columns` is the inner loop alone over the same number of columns. Ratios are medians of torch over ours, and of panels
-over one product. `equal` says whether both solvers gave the same codes.
+over one product. `equal` says whether both solvers gave the same codes. A solve needs size^3 operations, nearly all of
+them in products, so it can't be faster than size^3 over the machine's peak of float32: `ours_of_peak` is our share of
+that, `most_over_ours` what a solve at the peak would gain on torch's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from kernel_peers import Ceilings
 
 from compressor.environment import cpu_name
 from compressor.kernels.cpu import Library, library
@@ -74,6 +77,7 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
     rows = []
     for count in threads:
         torch.set_num_threads(count)
+        ceilings = Ceilings(count, 1 << 20, quick=False)
         equal = torch.equal(solve(True), solve(False))
         for name, ours, theirs in (
             ("solve", lambda: solve(True), lambda: solve(False)),
@@ -82,7 +86,11 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
         ):
             a, b = in_turns(ours, theirs, repeats, lambda: work.copy_(weight))
             row = {"what": name, "threads": count, "ours_s": a, "other_s": b, "other_over_ours": b / a}
-            rows.append(row | {"ours_over_other": a / b} | ({"equal": equal} if name == "solve" else {}))
+            if name == "solve":
+                peak = max(ceilings.peak("float") for _ in range(3))
+                row |= {"equal": equal, "float_peak": peak, "ours_of_peak": size**3 / a / peak}
+                row |= {"most_over_ours": b / (size**3 / peak)}  # what a solve at the peak would gain on torch's
+            rows.append(row | {"ours_over_other": a / b})
     return rows
 
 

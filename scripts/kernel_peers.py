@@ -113,7 +113,7 @@ def ours(name: str, operation: str, shape: Shape, bits: int, group: int, x: Tens
     codes, scale, zero, weight = integer_weight(shape, bits, group)
     packed = torch.ops.compressor.pack_weight(codes, scale, zero, None, bits, group, ops.LAYOUT)
     call = getattr(torch.ops.compressor, operation)
-    kind = "int8" if operation == "linear_dynamic_int8" else "float32"
+    kind = "int8" if operation == "linear_dynamic_int8" else "float32" if x.dtype == torch.float32 else "bf16"
     return timed(
         name,
         lambda w: call(x, w, None, None, shape.out, bits, group, ops.LAYOUT),
@@ -354,6 +354,7 @@ def candidates(
         ours("ours W4A8 g128", dynamic, shape, 4, 128, x, rotation),
         ours("ours W8A8", dynamic, shape, 8, -1, x, rotation),
         ours("ours W4A16 g64", weight_only, shape, 4, 64, x, rotation),
+        ours("ours W4A16 g64, bf16 x", weight_only, shape, 4, 64, x.bfloat16(), rotation),
         torch_dense("torch float32", shape, x, torch.float32, rotation),
         torch_dense("torch bf16", shape, x, torch.bfloat16, rotation),
         torch_int4("torch int4pack", shape, x, rotation),
