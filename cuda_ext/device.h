@@ -115,9 +115,6 @@ DEVICE i32 dot4(u32 a, u32 b, i32 sum) {
   return sum;
 }
 
-// Asks the L2 cache for the line of an address, and goes on.
-DEVICE void prefetch_l2(const void* source) { asm volatile("prefetch.global.L2 [%0];" : : "l"(source)); }
-
 // Both halves of a word: a - b, rounded once.
 DEVICE u32 subtract_f16x2(u32 a, u32 b) {
   u32 r;

@@ -44,8 +44,6 @@ DEVICE i32 dot4(u32 a, u32 b, i32 sum) {
   return i32(total);
 }
 
-DEVICE void prefetch_l2(const void*) {}
-
 DEVICE u32 __ballot_sync(u32 mask, int predicate) {
   if (mask != 0xffffffffu) emulate::die("a ballot of a part of a warp");
   return emulate::collective<u32>("ballot", predicate, [](const int* given, u32* out) {
