@@ -160,6 +160,7 @@ def model(
         columns = columns.astype(np.int32)
         exact = weight[:, columns].astype(np.float32) * absmax[:, None] / byte
         column_weight = to_bits(exact, case.type)
+    assert column_weight is not None, "columns that are given have their weight"
     rest = x.copy()
     rest[:, columns] = 0
     codes, step = round_rows(rest)
