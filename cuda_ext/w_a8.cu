@@ -1,4 +1,4 @@
-// Products of 4- and 8-bit weights with inputs that are rounded to int8, row by row:
+// Products of 4- and 8-bit weights with inputs that quantize_rows.cu has rounded to int8:
 //
 //   x[m, k] ~ x_code[m, k] * x_scale[m]                W[n, k] = (code[n, k] - zero_point[j, n]) * scale[j, n], j = k / g
 //   y[m, n] = x_scale[m] * (sum over j of scale[j, n] * sum over k in j of x_code[m, k] * (code[n, k] - zero_point[j, n])) + bias[n]
@@ -51,66 +51,6 @@ struct Arguments {
   int scale_type, y_type;
 };
 
-// ---- rows of x ----
-constexpr int ROW_THREADS = 256;
-
-struct RowArguments {
-  const void* x;  // (M, K) of type
-  i8* codes;      // (M, padded)
-  float* scale;   // (M)
-  i32* sum;       // (M, groups), or null
-  int M, K, padded, columns_per_group, groups, type;
-};
-
-// A block has a row. A thread has 8 neighbours in each round.
-__global__ void __launch_bounds__(ROW_THREADS) quantize_rows(RowArguments args) {
-  SHARED(u32, tops, ROW_THREADS / 32);
-  const int m = blockIdx.x, thread = threadIdx.x, lane = thread % 32, end = args.K + (MUTANT == 40 ? 8 : 0);
-  const u64 start = u64(m) * args.K;
-  u32 top = 0;
-  for (int k = thread * 8; k < end - (MUTANT == 41 ? 8 : 0); k += ROW_THREADS * 8) {
-    float v[8];
-    load8(v, args.x, start + k, args.type);
-#pragma unroll
-    for (int i = 0; i < 8; i++) top = magnitude_bits(v[i]) > top ? magnitude_bits(v[i]) : top;
-  }
-  top = warp_max(top);
-  if (lane == 0) tops[thread / 32] = top;
-  if (args.sum)
-    for (int j = thread; j < args.groups; j += ROW_THREADS) args.sum[u64(m) * args.groups + j] = 0;
-  if (MUTANT != 42) __syncthreads();
-  top = warp_max(tops[lane % (ROW_THREADS / 32)]);
-  const RowRounding row = rounding_of(top);
-  if (thread == 0) args.scale[m] = row.step;
-
-  // all lanes of a warp make as many rounds, and 64 columns are 8 lanes: their sum is one addition to the group's
-  for (int first = 0; first < args.padded; first += ROW_THREADS * 8) {
-    const int k = first + thread * 8;
-    i32 code[8] = {}, sum = 0;
-    if (k < end) {
-      float v[8];
-      load8(v, args.x, start + k, args.type);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        code[i] = MUTANT == 43 ? (i32)__fmul_rn(v[i], row.inverse) : round_code(v[i], row);
-        sum += code[i];
-      }
-    }
-    if (k < (MUTANT == 44 ? args.K : args.padded)) {
-      u32* const place = (u32*)(args.codes + u64(m) * args.padded + k);
-      place[0] = pack_codes(code[0], code[1], code[2], code[3]);
-      place[1] = pack_codes(code[4], code[5], code[6], code[7]);
-    }
-    if (args.sum) {
-#pragma unroll
-      for (int bit = 1; bit < (MUTANT == 45 ? 4 : 8); bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-      // the order of these additions doesn't matter: integers
-      if (lane % 8 == 0 && k < args.padded) atomicAdd(args.sum + u64(m) * args.groups + k / args.columns_per_group, sum);
-    }
-  }
-}
-
-// ---- products ----
 // The registers of the left operand of two steps of 32 columns, of 16 outputs (`piece` of the tile's four).
 template <int BITS>
 DEVICE void load_weights(u32 (&a)[2][4], const u32* tile, int piece, int lane) {
@@ -485,22 +425,6 @@ int launch(const Arguments& args, void* stream) {
 }
 
 }  // namespace w_a8
-
-// Rounds rows of x (M, K) to int8: codes (M, K rounded up to 64), 0 beyond K, and scale (M) float32, the row's largest
-// magnitude over 127. A row with NaN or infinity has codes 0 and scale NaN. sum (M, groups), or null: the sums of each
-// group's codes, which zero points need. group_size as compressor_w_a8 has it.
-// 0, a cudaError, or -1 for a shape, a type or an address that the kernel doesn't take: K is a multiple of 8, x and codes
-// start at multiples of 16 bytes.
-extern "C" int compressor_quantize_rows(const void* x, void* codes, float* scale, i32* sum, int M, int K, int group_size,
-                                        int type, void* stream) {
-  if (M < 0 || K < 1 || K % 8 || K > w_a8::MAX_COLUMNS || !w_a8::group_is_right(group_size) || !w_a8::is_type(type)) return -1;
-  if (M == 0) return 0;
-  if (!x || !codes || !scale || !aligned16(x) || !aligned16(codes)) return -1;
-  const int padded = w_a8::tiles_of(K) * w_a8::TILE_K, columns = group_size == -1 ? padded : group_size;
-  const int groups = (padded + columns - 1) / columns;
-  const w_a8::RowArguments args{x, (i8*)codes, scale, sum, M, K, padded, columns, groups, type};
-  return LAUNCH(w_a8::quantize_rows, dim3(M), dim3(w_a8::ROW_THREADS), stream, args);
-}
 
 // y (M, N) of y_type from what compressor_quantize_rows wrote. bits 4 or 8; group_size a multiple of 64, or -1 for one
 // group; the last group may be short. x_sum is read with zero points alone. bias has y's type. Sums of a group fit 32 bits:

@@ -2,8 +2,8 @@
 
 W4A8 with groups of 128 and zero points, the rounding of x included, against torch's dense float16 product and
 torch._int_mm, which has neither rounding nor scales. LLM.int8() with 8 outlier columns against torch's float16 and
-bfloat16 products and, where it can be imported, bitsandbytes; that one waits for the GPU in each call, so both are timed
-without a graph, too.
+bfloat16 products and, where it can be imported, bitsandbytes; that one waits for the GPU in each call, so both are
+timed without a graph, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cuda_ext.cases import arrays, int8_outlier, w_a8
+from cuda_ext.cases import arrays, int8_outlier, quantize_rows, w_a8
 
 SHAPES = ((8192, 8192), (4096, 4096))  # N, K
 ROWS = (1, 16, 64, 256, 4096, 8192)
@@ -73,7 +73,7 @@ def w4_a8_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> Calls:
     x_scale = torch.empty(m, device=x.device)
     x_sum = torch.empty(m, groups, dtype=torch.int32, device=x.device)
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
-    rows, multiply = w_a8.rows_launcher(library), w_a8.launcher(library)
+    rows, multiply = quantize_rows.launcher(library), w_a8.launcher(library)
 
     def call_of(packed: torch.Tensor) -> Callable[[], object]:
         def call() -> None:  # addresses are taken in here, so that the tensors live as long as the call

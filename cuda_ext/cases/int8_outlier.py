@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, Memory, to_bits, to_float64
-from cuda_ext.cases.w_a8 import KINDS, assert_equal, round_rows
+from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
+from cuda_ext.cases.quantize_rows import round_rows
 
 THRESHOLD = 6.0  # of the paper
 

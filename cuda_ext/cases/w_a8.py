@@ -1,4 +1,4 @@
-"""Products of 4- and 8-bit weights with inputs rounded to int8: w_a8.cu. Codes and outputs are the model's bits."""
+"""Products of 4- and 8-bit weights with inputs rounded to int8: w_a8.cu. Outputs are the CPU library's bits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, Memory, to_bits, to_float64
+from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
+from cuda_ext.cases.quantize_rows import round_rows
 
 TILE = 64
 LANE = np.arange(32)
-SMALLEST_ABSMAX = 2.0**-120
-KINDS = ("f16", "bf16", "f32")
 
 
 def pack_mma8a1(codes: NDArray, bits: int) -> NDArray:
@@ -41,7 +40,7 @@ def pack_mma8a1(codes: NDArray, bits: int) -> NDArray:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of compressor_quantize_rows and of compressor_w_a8. group_size -1: one group."""
+    """One call of compressor_w_a8. group_size -1: one group."""
 
     M: int
     N: int
@@ -78,14 +77,6 @@ FAULTS = {
 MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
 MUTANTS[13] = "tiled: one place for the scales of two groups"
 MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {
-    40: "rows: elements after a row are read",
-    41: "rows: the last elements don't count for the largest magnitude",
-    42: "rows: no barrier before the warps' largest magnitudes are read",
-    43: "rows: codes are cut off instead of rounded",
-    44: "rows: columns beyond K aren't written",
-    45: "rows: half of the sums of codes are lost",
-}
 
 # Tails of M, N and K, two blocks in each dimension of the grid, groups cut short by K. Pipelines hold 3 tiles, up to 16
 # rows 4 stages of 4 (4 bits) or 2 tiles (8 bits). Groups of more than 128 columns convert their sums in another way.
@@ -141,18 +132,6 @@ def fma32(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
     towards_zero = np.where((error > 0) == (total > 0), 1, -1)
     bits += np.where((error != 0) & (bits & 1 == 0) & np.isfinite(total), towards_zero, 0)
     return bits.view(np.float64).astype(np.float32)
-
-
-def round_rows(x: NDArray) -> tuple[NDArray, NDArray]:
-    """x (M, K) float32 -> codes int8 (M, K) and the scale of each row, float32 (M): the CPU library's operations."""
-    x = x.astype(np.float32)
-    absmax = np.abs(x).max(axis=1)
-    finite = np.isfinite(absmax)
-    usable = finite & (absmax >= SMALLEST_ABSMAX)
-    safe = np.where(usable, absmax, np.float32(1))
-    inverse = np.float32(1) / safe * np.float32(127)
-    codes = np.rint(np.where(usable[:, None], x, 0) * inverse[:, None]).astype(np.int8)
-    return codes, np.where(usable, safe / np.float32(127), np.where(finite, np.float32(0), np.float32(np.nan)))
 
 
 @dataclass(frozen=True)
@@ -219,14 +198,6 @@ def make_operands(case: Case, seed: int) -> Operands:
     )
 
 
-def rows_launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_quantize_rows of the library, with its types: four addresses, four ints, a stream."""
-    function = library.compressor_quantize_rows
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
-
-
 def launcher(library: ctypes.CDLL) -> Callable[..., int]:
     """compressor_w_a8 of the library, with its types: eight addresses, seven ints, a stream."""
     function = library.compressor_w_a8
@@ -235,47 +206,21 @@ def launcher(library: ctypes.CDLL) -> Callable[..., int]:
     return function
 
 
-def assert_equal(what: str, stored: NDArray, expected: NDArray, kind: int | None = None) -> None:
-    """The same numbers, NaN where NaN is expected. `kind`: of stored floats; others are compared as they are."""
-    if kind is not None:
-        stored, expected = to_float64(stored, kind), to_float64(expected, kind)
-    right = (stored == expected) | ((stored != stored) & (expected != expected))
-    assert right.all(), f"{what}: {(~right).sum()} of {right.size} outputs are wrong"
-
-
 def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
-    """Run the case and compare; raises AssertionError. Outputs start as NaN or a pattern, so all has to be written.
+    """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, (M, N)
     """
     operands = make_operands(case, seed)
-    x = memory.place(operands.x)
-    x_codes = memory.place(np.full(operands.x_codes.shape, 0x55, np.int8))
-    x_scale = memory.place(np.full(case.M, np.nan, np.float32))
-    x_sum = memory.place(np.full(operands.x_sum.shape, 0x55555555, np.int32)) if case.zero_points else None
-    sum_address = x_sum.address if x_sum else None
-    code = rows_launcher(library)(
-        *(x.address, x_codes.address, x_scale.address, sum_address),
-        *(case.M, case.K, case.group_size, case.type, stream),
-    )
-    assert code == 0, f"{case}: quantize_rows returned {code}"
-    memory.wait()
-    name = f"{case}, seed {seed}"
-    assert_equal(f"{name}, codes", np.array(x_codes.read()), operands.x_codes)
-    assert_equal(f"{name}, scales of rows", np.array(x_scale.read()), operands.x_scale)
-    if x_sum:
-        assert_equal(f"{name}, sums of codes", np.array(x_sum.read()), operands.x_sum)
-
-    given = (operands.packed, operands.scale, operands.zero_point, operands.bias)
-    placed = [None if array is None else memory.place(array) for array in given]
+    x_sum = operands.x_sum if case.zero_points else None
+    given = (operands.x_codes, operands.x_scale, x_sum, operands.packed, operands.scale, operands.zero_point)
+    placed = [None if array is None else memory.place(array) for array in (*given, operands.bias)]
     y = memory.place(to_bits(np.full((case.M, case.N), np.nan), case.type))
-    code = launcher(library)(
-        *(x_codes.address, x_scale.address, sum_address),
-        *(p.address if p else None for p in [*placed, y]),
-        *(case.M, case.N, case.K, case.bits, case.group_size, case.scale_type, case.type, stream),
-    )
+    addresses = [p.address if p else None for p in [*placed, y]]
+    sizes = (case.M, case.N, case.K, case.bits, case.group_size, case.scale_type, case.type)
+    code = launcher(library)(*addresses, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     stored = np.array(y.read())
-    assert_equal(name, stored, operands.expected, case.type)
+    assert_equal(f"{case}, seed {seed}", stored, operands.expected, case.type)
     return stored
