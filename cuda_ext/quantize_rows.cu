@@ -5,7 +5,7 @@
 
 namespace quantize_rows {
 
-constexpr int THREADS = 256, TILE_K = 64;
+constexpr int THREADS = 256;
 
 struct Arguments {
   const void* x;  // (M, K) of type
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS) rows(Arguments args) {
 // and codes start at multiples of 16 bytes. Nothing is allocated and nothing waited for.
 extern "C" int compressor_quantize_rows(const void* x, void* codes, float* scale, i32* sum, int M, int K, int group_size,
                                         int type, void* stream) {
-  constexpr int MAX_COLUMNS = 1 << 24, TILE_K = quantize_rows::TILE_K;
+  constexpr int MAX_COLUMNS = 1 << 24, TILE_K = 64;
   if (M < 0 || K < 1 || K % 8 || K > MAX_COLUMNS || type < FLOAT16 || type > FLOAT32) return -1;
   if (group_size != -1 && (group_size < TILE_K || group_size % TILE_K || group_size > MAX_COLUMNS)) return -1;
   if (M == 0) return 0;

@@ -26,7 +26,6 @@
 namespace w_a8 {
 
 constexpr int TILE_N = 64, TILE_K = 64;
-constexpr int NARROW_TILES = 2;     // of a group of up to 128 columns
 constexpr i32 MAGIC = 0x4b400000;  // bits of float32 1.5 * 2^23; with a number below 2^22 added, those of their sum
 
 template <int BITS>
@@ -399,6 +398,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 namespace w_a8 {
 
 constexpr int MAX_COLUMNS = 1 << 24;
+constexpr int NARROW_TILES = 2;  // of a group of up to 128 columns
 constexpr int MAX_OUTPUTS = 65535 * TILE_N;
 
 inline int tiles_of(int K) { return (K + TILE_K - 1) / TILE_K; }

@@ -56,6 +56,25 @@ def test_the_model_of_an_fma_rounds_once():
     assert found[2] != found[3]  # the sign of 2^-80 decided
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_words_are_as_drawn(bits):
+    """Output by output and column by column, after the drawing in w_a8.cu."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (70, 136), dtype=np.uint8)
+    packed = w_a8.pack_mma8a1(codes, bits)
+    assert packed.shape == (2, 3, 128 * bits)
+    for n, k in np.ndindex(128, 192):
+        code = int(codes[n, k]) if n < 70 and k < 136 else 2 ** (bits - 1)
+        lane, piece = n % 8 * 4 + k % 16 // 4, n % 64 // 16
+        if bits == 4:
+            place, word = piece * 32 + lane, k % 64 // 16
+            shift = k % 4 * 8 + (4 if n % 16 >= 8 else 0)
+        else:
+            place, word = (k % 64 // 32 * 4 + piece) * 32 + lane, k % 32 // 16 * 2 + n % 16 // 8
+            shift = k % 4 * 8
+        found = int(packed[n // 64, k // 64, place * 4 + word]) >> shift & (2**bits - 1)
+        assert found == (code - 2 ** (bits - 1)) % 2**bits
+
+
 @needs_library
 @pytest.mark.parametrize("number", [1, 3, 8, 9, 11, 13, 16, 17])
 def test_outputs_are_those_of_the_cpu_library(emulated, number):
