@@ -119,10 +119,15 @@ DEVICE int turn_of(int row) { return row / 2 % 4; }
 
 DEVICE float in_half(float f) { return f16_to_float(float_to_f16(f)); }
 
-// `bias_times` is 1.
-DEVICE void store(const Arguments& args, int m, int n, float total, int x_row, float bias_times) {
-  float value = __fmul_rn(total, args.x_scale[x_row]);
-  if (args.bias) value = __fadd_rn(value, load_as_float(args.bias, n, args.y_type) * bias_times);
+DEVICE float bias_of(const Arguments& args, int n) {
+  return args.bias && n < args.N ? load_as_float(args.bias, n, args.y_type) : 0.f;
+}
+
+DEVICE float x_scale_of(const Arguments& args, int m) { return m < args.M ? args.x_scale[m] : 0.f; }
+
+DEVICE void store(const Arguments& args, int m, int n, float total, float x_scale, float bias) {
+  float value = __fmul_rn(total, x_scale);
+  if (args.bias) value = __fadd_rn(value, bias);  // without one, -0 stays what it is
   store_from_float(args.y, u64(m) * args.N + n, args.y_type, value);
 }
 
@@ -278,18 +283,21 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   };
   walk_tiles<STAGES, 1>(args, fetch, load_group, take_group, multiply, add_group);
 
+  float x_scale[PIECES * 2];  // read once: the compiler can't know that y isn't in between
 #pragma unroll
-  for (int p = 0; p < PIECES; p++)
+  for (int j = 0; j < PIECES * 2; j++) x_scale[j] = x_scale_of(args, m0 + ((first_row + j * 8) ^ (MUTANT == 15)));
 #pragma unroll
-    for (int q = 0; q < 4; q++)
+  for (int q = 0; q < 4; q++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int m = m0 + first_row + p * 16 + 8 * (i / 2), n = n0 + first_output + q * 8 + i % 2;
-        if (m < args.M + (MUTANT == 8) && n < args.N) {
-          const int x_row = MUTANT == 15 && m + 1 < args.M ? m + 1 : m;
-          store(args, m, n, total[p][q][i], x_row, MUTANT == 11 ? 2.f : 1.f);
-        }
+    for (int i = 0; i < 2; i++) {
+      const int n = n0 + first_output + q * 8 + i;
+      const float bias = bias_of(args, n) * (MUTANT == 11 ? 2.f : 1.f);
+#pragma unroll
+      for (int j = 0; j < PIECES * 2; j++) {
+        const int m = m0 + first_row + j * 8;
+        if (m < args.M + (MUTANT == 8) && n < args.N) store(args, m, n, total[j / 2][q][j % 2 * 2 + i], x_scale[j], bias);
       }
+    }
 }
 
 // Up to 16 rows of x: y^T = W x^T, so that the 16 rows of an mma are outputs and no more than HALVES * 8 rows of x are
@@ -384,10 +392,8 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = h * 8 + lane % 4 * 2 + i % 2, out = n + 8 * (i / 2);
-      if (m < args.M + (MUTANT == 28) && out < args.N) {
-        const int x_row = MUTANT == 35 && m + 1 < args.M ? m + 1 : m;
-        store(args, m, out, total[h][i], x_row, MUTANT == 31 ? 2.f : 1.f);
-      }
+      const float x_scale = x_scale_of(args, m ^ (MUTANT == 35)), bias = bias_of(args, out) * (MUTANT == 31 ? 2.f : 1.f);
+      if (m < args.M + (MUTANT == 28) && out < args.N) store(args, m, out, total[h][i], x_scale, bias);
     }
 }
 
