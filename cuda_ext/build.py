@@ -25,6 +25,7 @@ TARGETS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "
 # the host's part is plain C++, what the kernels use of it is in emulate.h; -fno-gnu-unique keeps two libraries in one
 # process apart
 EMULATION_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
+EMULATION_FLAGS += ["-ffp-contract=off"]  # no fma but those that are written out
 
 
 class BuildError(Exception):

@@ -98,6 +98,23 @@ DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c (16 x 8, int32) += a (16 x 32) times b (32 x 8), signed bytes, sums modulo 2^32. Lane l holds
+//   a[i]: row l / 4 + 8 * (i % 2), columns 4 * (l % 4) + 16 * (i / 2) and the next three
+//   b[i]: rows 4 * (l % 4) + 16 * i and the next three, column l / 4
+//   c[i]: as above
+DEVICE void mma_s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// sum + the four products of signed bytes.
+DEVICE i32 dot4(u32 a, u32 b, i32 sum) {
+  asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
 // Both halves of a word: a - b, rounded once.
 DEVICE u32 subtract_f16x2(u32 a, u32 b) {
   u32 r;
@@ -134,6 +151,7 @@ DEVICE u16 float_to_bf16(float f) {
 
 #else
 #include "emulate.h"
+#include "emulate_int8.h"
 #endif
 
 // Element `index` of an array whose type is known at run time.
@@ -141,6 +159,67 @@ DEVICE float load_as_float(const void* array, u64 index, int type) {
   if (type == FLOAT32) return ((const float*)array)[index];
   const u16 bits = ((const u16*)array)[index];
   return type == FLOAT16 ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+DEVICE void store_from_float(void* array, u64 index, int type, float value) {
+  if (type == FLOAT32)
+    ((float*)array)[index] = value;
+  else
+    ((u16*)array)[index] = type == FLOAT16 ? float_to_f16(value) : float_to_bf16(value);
+}
+
+// Elements `index` and the 7 after it, which start at a multiple of 16 bytes.
+DEVICE void load8(float (&v)[8], const void* array, u64 index, int type) {
+  if (type == FLOAT32) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Words4 words = load16((const float*)array + index + half * 4);
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[half * 4 + i] = __uint_as_float(words.word[i]);
+    }
+    return;
+  }
+  const Words4 words = load16((const u16*)array + index);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u16 bits = u16(words.word[i / 2] >> (16 * (i % 2)));
+    v[i] = type == FLOAT16 ? f16_to_float(bits) : bf16_to_float(bits);
+  }
+}
+
+// How a row is rounded to int8: code = x * inverse, half to even, and x is about code * step. The operations and their
+// roundings are those of the CPU library, so that codes and steps are the same bits.
+struct RowRounding {
+  float inverse, step;
+};
+
+// `top` has the bits of the row's largest magnitude, which order as magnitudes do, NaN above infinity. A row with either
+// has codes of 0 and a step of NaN; below 2^-120 all is 0, since 127 / top overflows not far below it.
+DEVICE RowRounding rounding_of(u32 top) {
+  if (top >= 0x7f800000u) return {0.f, __uint_as_float(0x7fc00000u)};
+  if (top < 0x03800000u) return {0.f, 0.f};  // 2^-120
+  const float absmax = __uint_as_float(top);
+  return {__fmul_rn(__frcp_rn(absmax), 127.f), __fdiv_rn(absmax, 127.f)};
+}
+
+// Where the inverse is 0, so is the code: the conversion makes 0 of NaN.
+DEVICE i32 round_code(float x, const RowRounding& row) { return __float2int_rn(__fmul_rn(x, row.inverse)); }
+
+// Four codes in the bytes of a word, the first in the lowest.
+DEVICE u32 pack_codes(i32 a, i32 b, i32 c, i32 d) {
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (u32)d << 24;
+}
+
+DEVICE u32 magnitude_bits(float f) { return __float_as_uint(f) & 0x7fffffffu; }
+
+// The largest of the lanes' numbers, in all of them.
+DEVICE u32 warp_max(u32 value) {
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) {
+    const u32 other = __shfl_xor_sync(0xffffffffu, value, bit);
+    value = other > value ? other : value;
+  }
+  return value;
 }
 
 #ifndef __CUDACC_RTC__  // for launchers: NVRTC refuses functions of the host

@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
 
+import gpu_int8  # noqa: E402
+
 from cuda_ext import build  # noqa: E402
 from cuda_ext.cases import KERNELS, arrays, hadamard, w_a16  # noqa: E402
 
@@ -117,7 +119,7 @@ def check(
     return found
 
 
-def seconds_of(calls: list[Callable[[], None]], graphed: bool) -> float:
+def seconds_of(calls: Sequence[Callable[[], object]], graphed: bool) -> float:
     """Median time of one of the calls, which are made one after another, in a CUDA graph or from Python."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -270,12 +272,15 @@ def main() -> int:
         rate = copy_bytes_per_second()
         rows = [time_shape(library, m, n, k, rate) for n, k in SHAPES for m in ROWS]
         record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
+        record["int8"] = gpu_int8.time_int8(library, seconds_of)
+        record["int8_goals"] = gpu_int8.judge_int8(record["int8"], device)
         record |= {"copy_bytes_per_second": rate, "rows": rows, "goals": judge(rows, device)}
         for row in rows:
             print("{M:5} x {N:5} x {K:5}".format(**row), f"{row['seconds'] * 1e6:9.1f} us", end="  ")
             print(f"{row['of_copy_bandwidth']:.2f} of copy, torch {row['torch_float16_seconds'] * 1e6:.1f} us")
         for row in record["hadamard"]:
             print(f"hadamard {row['n']:6} {row['of_copy']:.2f} of the time of a copy")
+        gpu_int8.print_int8(record["int8"], record["int8_goals"])
         for goal in record["goals"]:
             verdict = "holds" if goal["holds"] else "missed"
             print(f"{goal['goal']}: {goal['measured'] * 1e6:.1f} of {goal['seconds'] * 1e6} us, {verdict}")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import check_gpu
+import gpu_int8
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,26 @@ def test_check_gpu_judges_the_goals_of_its_device_alone():
     assert [g["holds"] for g in check_gpu.judge(rows, "NVIDIA H200")] == [False, True]
     assert [g["holds"] for g in check_gpu.judge(rows, "NVIDIA H100 80GB HBM3")] == [True]
     assert check_gpu.judge(rows, "NVIDIA A10") == []
+
+
+def test_the_goals_of_rounded_inputs_are_those_of_prefill_and_of_one_row():
+    times = {"torch_bfloat16_seconds": 3e-5, "bitsandbytes_call_seconds": 1e-4, "call_seconds": 2e-5}
+    shape = {"N": 8192, "K": 8192, "seconds": 2e-5, "tera_operations_per_second": 1300.0} | times
+    rows = [shape | {"kernel": kernel, "M": m} for kernel in ("w4_a8", "int8_outlier") for m in (1, 4096)]
+    found = gpu_int8.judge_int8(rows, "NVIDIA H200")
+    assert [(g["measured"], g["holds"]) for g in found] == [(1300, True), (pytest.approx(1.5), True), (5, False)]
+    assert gpu_int8.judge_int8(rows, "NVIDIA A10") == []
+
+
+def test_the_timed_calls_of_rounded_inputs_are_right_calls(emulated, monkeypatch):
+    """Their arguments, with the emulated library: a launcher that refuses them would raise."""
+    monkeypatch.setattr(gpu_int8, "stream", lambda: None)
+    monkeypatch.setattr(gpu_int8, "copies_of", lambda weight_bytes: 2)
+    x = torch.randn(2, 192).half()
+    calls = gpu_int8.w4_a8_calls(emulated, x, 8) + gpu_int8.outlier_calls(emulated, x, 8)
+    assert len(calls) == 4
+    for call in calls:
+        call()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -18,6 +18,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 PLANTED = [pytest.param(k, n, id=f"{k}: {name}") for k in KERNELS for n, name in KERNELS[k].MUTANTS.items()]
+# Cases of kernels whose threads meet in several ways.
+ORDERED = [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("w_a8", 7), ("w_a8", 9), ("hadamard", 6)]
+ORDERED += [("int8_outlier", 6), ("int8_outlier", 8)]
 # A child process: the library, then every case until one is wrong. It may crash, that is the point.
 CHILD = """
 import ctypes, sys
@@ -39,7 +42,7 @@ def test_a_kernel_is_within_the_bound_of_float64_on_odd_shapes(emulated, kernel,
     KERNELS[kernel].run(emulated, case, arrays.GuardedMemory(), seed=0)
 
 
-@pytest.mark.parametrize(("kernel", "number"), [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("hadamard", 6)])
+@pytest.mark.parametrize(("kernel", "number"), ORDERED)
 def test_the_order_of_threads_does_not_change_a_bit(emulated, kernel, number):
     operands_seed = 5
     results = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cuda_ext.cases import hadamard, w_a16
+from cuda_ext.cases import hadamard, int8_outlier, quantize_rows, w_a8, w_a16
 
 
 class Kernel(Protocol):
@@ -27,4 +27,10 @@ class Kernel(Protocol):
     run: Callable[..., Any]
 
 
-KERNELS: dict[str, Kernel] = {"hadamard": hadamard, "w_a16": w_a16}
+KERNELS: dict[str, Kernel] = {
+    "hadamard": hadamard,
+    "int8_outlier": int8_outlier,
+    "quantize_rows": quantize_rows,
+    "w_a8": w_a8,
+    "w_a16": w_a16,
+}

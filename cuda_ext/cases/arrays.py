@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOAT16, BFLOAT16, FLOAT32 = 0, 1, 2  # device.h: Type
+KINDS = ("f16", "bf16", "f32")  # their names
 UNIT = 2.0**-24  # rounding to nearest, float32
 OUTPUT_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
 SMALLEST = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}  # half of the smallest subnormal
@@ -88,3 +89,11 @@ def to_float64(stored: NDArray, kind: int) -> NDArray:
     if kind == BFLOAT16:
         return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return stored.astype(np.float64)
+
+
+def assert_equal(what: str, stored: NDArray, expected: NDArray, kind: int | None = None) -> None:
+    """The same numbers, NaN where NaN is expected. `kind`: of stored floats; others are compared as they are."""
+    if kind is not None:
+        stored, expected = to_float64(stored, kind), to_float64(expected, kind)
+    right = (stored == expected) | ((stored != stored) & (expected != expected))
+    assert right.all(), f"{what}: {(~right).sum()} of {right.size} outputs are wrong"
