@@ -1,7 +1,7 @@
 """Second moments of inputs, half of them: panels of columns times those from the panel on.
 
-torch has no symmetric product; this does (1 + 1 / panels) / 2 of the operations by its own matrix product. Importing this
-module registers torch.ops.compressor.hessian_add_, which needs no compiled library.
+torch has no symmetric product; this does (1 + 1 / panels) / 2 of the operations by its own matrix product. Importing
+this module registers torch.ops.compressor.hessian_add_, which needs no compiled library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows rounded to int8, and exact products of int8 matrices, by the compiled library.
 
-Importing this module registers torch.ops.compressor.quantize_rows and torch.ops.compressor.int8_matmul. The arithmetic in
-plain torch is in `compressor.kernels.int8_split`. Results don't depend on instructions or threads.
+Importing this module registers torch.ops.compressor.quantize_rows and torch.ops.compressor.int8_matmul. The arithmetic
+in plain torch is in `compressor.kernels.int8_split`. Results don't depend on instructions or threads.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def quantize_rows(x: Tensor, threshold: float, exclude_columns: bool) -> tuple[T
     threshold        columns in which any |x| >= threshold are outliers, whose codes are 0; 0 or less: there are none
     exclude_columns  True: absmax leaves out outlier columns. False: it leaves out only what is itself >= threshold, as
                      bitsandbytes does, so that the rest of an outlier column makes the steps of its row wider
-    returns          codes (..., in) int8 in [-127, 127] and absmax (...) float32, as `int8_split.round_rows` gives them:
-                     absmax below 2^-120 is 0 with codes 0; NaN with codes 0 in a row with NaN or Inf, outlier or not
+    returns          codes (..., in) int8 in [-127, 127] and absmax (...) float32, as `int8_split.round_rows` gives
+                     them: absmax below 2^-120 is 0 with codes 0; NaN with codes 0 in a row with NaN or Inf, outlier or not
     raises           ShapeError for another dtype or no dimension
     """
     check_call("quantize_rows", x=x)

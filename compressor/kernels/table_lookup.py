@@ -1,6 +1,7 @@
 """Functions read from a table, by the compiled library.
 
-Importing this module registers torch.ops.compressor.table_lookup. The same in plain torch: `compressor.kernels.tables.look_up`.
+Importing this module registers torch.ops.compressor.table_lookup. The same in plain torch:
+`compressor.kernels.tables.look_up`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ MOST_ENTRIES = 2**22  # a place is a float32, and half an entry has to be one
 def table_lookup(x: Tensor, table: Tensor, low: float, high: float, linear: bool) -> Tensor:
     """f(x) by the entries table[k] = f(low + k · step), step = (high - low) / (entries - 1).
 
-    The float32 operations of `look_up`, in its order: place = (x - low) / step, clamped; then the nearest entry (half to
-    even), or between two entries the line of torch.lerp, product and sum in one fma, which is how torch computes it
+    The float32 operations of `look_up`, in its order: place = (x - low) / step, clamped; then the nearest entry (half
+    to even), or between two entries the line of torch.lerp, product and sum in one fma, which is how torch computes it
     where the processor has AVX2. Rounded once to x's dtype. `high` of a stored table is low + (entries - 1) · step: its
     knots are exact, so that the division gives back the stored step.
 
