@@ -101,7 +101,7 @@ bool transforms(int64_t& calls) {
 
 bool factors(int64_t& calls) {
   const std::vector<std::vector<int64_t>> shapes{{1, 1, 1, 1, 1, 1}, {3, 70, 3, 37, 13, 5}, {17, 9, 2, 18, 32, 7},
-                                                 {70, 5, 2, 5, 16, 3},                                                 {6, 11, 1, 4, 8, 4}, {0, 3, 1, 4, 8, 2}, {3, 0, 1, 4, 8, 2}};
+                                                 {70, 5, 2, 5, 16, 3}, {6, 11, 1, 4, 8, 4}, {0, 3, 1, 4, 8, 2}, {3, 0, 1, 4, 8, 2}};
   for (const auto& s : shapes)
     for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
       const int64_t M = s[0], N = s[1], blocks = s[2], atoms = s[3], width = s[4], k = s[5];

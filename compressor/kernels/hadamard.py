@@ -26,8 +26,8 @@ def _base(m: int) -> Tensor:
 def hadamard(x: Tensor, scale: float) -> Tensor:
     """x (H_{2^p} ⊗ H_m) · scale for each row of x, n = 2^p · m with m of 1, 12, 20, 28 or 36; not padded.
 
-    With m = 1 it is Sylvester's matrix in its natural order, and scale 1 / sqrt(n) undoes itself. With u = 2^-24, to first
-    order and before the rounding to x's dtype: |y - exact| <= (p + m + 1) u · |scale| · sum |x|.
+    With m = 1 it is Sylvester's matrix in its natural order, and scale 1 / sqrt(n) undoes itself. With u = 2^-24, to
+    first order and before the rounding to x's dtype: |y - exact| <= (p + m + 1) u · |scale| · sum |x|.
 
     x        (..., n) float32, bfloat16 or float16
     returns  (..., n) in the dtype of x; results don't depend on instructions, threads or the other rows

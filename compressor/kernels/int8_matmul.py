@@ -25,7 +25,8 @@ def quantize_rows(x: Tensor, threshold: float, exclude_columns: bool) -> tuple[T
     exclude_columns  True: absmax leaves out outlier columns. False: it leaves out only what is itself >= threshold, as
                      bitsandbytes does, so that the rest of an outlier column makes the steps of its row wider
     returns          codes (..., in) int8 in [-127, 127] and absmax (...) float32, as `int8_split.round_rows` gives
-                     them: absmax below 2^-120 is 0 with codes 0; NaN with codes 0 in a row with NaN or Inf, outlier or not
+                     them: absmax below 2^-120 is 0 with codes 0; a row with NaN or Inf, be it an outlier, has codes 0
+                     and absmax NaN
     raises           ShapeError for another dtype or no dimension
     """
     check_call("quantize_rows", x=x)
