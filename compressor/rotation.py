@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compressor.errors import PassError
+from compressor.kernels.hadamard_matrix import sylvester
 from compressor.lazy import torch
 
 # eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); far above that is a failure
@@ -160,13 +161,13 @@ def randomized_hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
     """
     if n < 1:
         raise ValueError(f"a matrix of {n} dimensions")
-    odd = n
-    hadamard = torch.ones(1, 1, dtype=torch.float64, device=generator.device)
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device=generator.device) / 2**0.5
-    while odd % 2 == 0:
-        hadamard, odd = torch.kron(pair, hadamard), odd // 2
+    power = n & -n  # the largest power of two in n
+    length = 1.0
+    for _ in range(power.bit_length() - 1):
+        length *= 1.0 / 2**0.5
+    hadamard = sylvester(power).to(generator.device) * length
     signs = torch.randint(0, 2, (n, 1), generator=generator, device=generator.device).to(torch.float64) * 2 - 1
-    return signs * torch.kron(hadamard, _dct(odd).to(generator.device))
+    return signs * torch.kron(hadamard, _dct(n // power).to(generator.device))
 
 
 def _dct(m: int) -> torch.Tensor:

@@ -10,6 +10,8 @@
 
 using namespace compressor;
 
+int check_ops(int64_t& calls);  // kernels_check_ops.cpp
+
 // Another call in between, so that memory that is kept from call to call holds something else each time.
 static void disturb(std::mt19937& random) {
   static std::vector<float> x(size_t(8 * 4096));
@@ -78,6 +80,7 @@ int main() {
   float x[8] = {}, y[8];
   if (!linear_weight_only(0, 1, x, FLOAT32, short_one.data(), 63, nullptr, 0, y, 1, 8, 8, 4, 8)) return 8;
   if (!linear_weight_only(0, 1, x, FLOAT32, foreign.data(), int64_t(foreign.size()), nullptr, 0, y, 1, 8, 8, 4, 8)) return 9;
+  if (const int wrong = check_ops(calls)) return wrong;
   printf("%lld calls\n", (long long)calls);
   return 0;
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import mmap
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from guarded import guarded
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
@@ -194,20 +193,6 @@ def test_rows_are_rounded_as_the_reference_rounds_them(dtype):
         )
         assert torch.equal(found, codes) and torch.equal(largest.isnan(), absmax.isnan())
         assert torch.equal(largest.nan_to_num(), absmax.nan_to_num())
-
-
-def guarded(tensor):
-    """A copy between two unreadable pages that ends at the second: one element too far is a crash."""
-    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
-    inner = -(-size // page) * page
-    memory = mmap.mmap(-1, inner + 2 * page)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    assert protect(ctypes.c_void_p(base), page, 0) == 0
-    assert protect(ctypes.c_void_p(base + page + inner), page, 0) == 0
-    kept = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=page + inner - size)
-    kept.copy_(tensor.flatten())
-    return kept.view(tensor.shape)
 
 
 @pytest.mark.parametrize("name, bits", OPS)

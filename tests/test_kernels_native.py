@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "dynamic_int8", "weight_only", "int8_outlier")
+UNITS += ("int8_matmul", "hadamard", "dense_sparse", "table_lookup")
+CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 if "avx512_vnni" not in Path("/proc/cpuinfo").read_text():  # the bodies for it run all the same, in plain C++
     FLAGS += ["-include", str(ROOT / "tests" / "avx512_emulated.h")]
@@ -44,6 +46,27 @@ MUTANTS = [
     ("no carry to the next digit", "weight_only", "_mm512_set1_epi32(128)", "_mm512_set1_epi32(0)"),
     ("stale digits beyond K", "weight_only", "d < digits; d++) memset(codes", "d < 0; d++) memset(codes"),
     ("one output too many", "common", "min<int64_t>(TILE, w.", "min<int64_t>(TILE, 1 + w."),
+    ("tail of b not copied", "int8_matmul", "if (K - k < 16) memcpy", "if (K - k < 0) memcpy"),
+    ("sum of b kept", "int8_matmul", "= 128 * uint32_t(", "= 0 * uint32_t("),
+    (
+        "row of a beyond the last",
+        "int8_matmul",
+        "rows - m >= 4 ? 4 : 1;\n    for (int64_t n = 0; n < outputs; n += 2",
+        "4;\n    for (int64_t n = 0; n < outputs; n += 2",
+    ),
+    ("wrong lane in a register", "hadamard", "Lanes{(L ^ H)...}", "Lanes{(L ^ 1)...}"),
+    ("difference the wrong way", "hadamard", "v[j + apart] = low - high", "v[j + apart] = high - low"),
+    ("rows of the base in another order", "hadamard", "entry * x[b];", "entry * x[m - 1 - b];"),
+    (
+        "lanes added in another order",
+        "dense_sparse",
+        "add_ps(four[0], four[2]), _mm_add_ps(four[1],",
+        "add_ps(four[0], four[1]), _mm_add_ps(four[2],",
+    ),
+    ("output beyond the last", "dense_sparse", "std::min(n + i, count - 1)", "n + i"),
+    ("index not checked", "dense_sparse", ">= atoms) return BAD_INDEX", "> 65535) return BAD_INDEX"),
+    ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
+    ("line from the other end", "table_lookup", "near_left ? weight : weight - 1", "weight"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 
@@ -57,7 +80,7 @@ def compile_unit(source: Path, target: Path, *flags: str) -> None:
 def built(tmp_path_factory):
     """Objects with sanitizers, and the program that calls them."""
     folder = tmp_path_factory.mktemp("native")
-    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [ROOT / "tests" / "kernels_check.cpp"]:
+    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [ROOT / "tests" / f"{check}.cpp" for check in CHECKS]:
         compile_unit(source, folder / f"{source.stem}.o", "-O2", *SANITIZERS)
     return folder
 
@@ -69,7 +92,7 @@ def run(folder: Path, objects: list[Path]) -> subprocess.CompletedProcess[str]:
 
 
 def test_sanitizers_find_nothing_and_levels_agree(built):
-    done = run(built, [built / f"{unit}.o" for unit in (*UNITS, "kernels_check")])
+    done = run(built, [built / f"{unit}.o" for unit in (*UNITS, *CHECKS)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) > 400
 
@@ -81,5 +104,5 @@ def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
     source = tmp_path / f"{unit}.cpp"
     source.write_text(text.replace(old, new))
     compile_unit(source, tmp_path / f"{unit}.o", "-O2", *SANITIZERS)
-    others = [built / f"{other}.o" for other in (*UNITS, "kernels_check") if other != unit]
+    others = [built / f"{other}.o" for other in (*UNITS, *CHECKS) if other != unit]
     assert run(tmp_path, [tmp_path / f"{unit}.o", *others]).returncode != 0

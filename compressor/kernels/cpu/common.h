@@ -20,7 +20,7 @@ namespace compressor {
 
 enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2 };
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4 };
+enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, BAD_INDEX = -5 };
 
 bool level_is_there(int64_t level);
 

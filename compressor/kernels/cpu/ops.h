@@ -30,4 +30,16 @@ int64_t linear_int8_outlier(int64_t level, int64_t threads, const void* x, int64
 int64_t gptq_solve(int64_t level, int64_t threads, float* work, float* errors, float* codes, const float* upper, const float* scale,
                    const float* zero, const int64_t* group_of, int64_t rows, int64_t groups, int64_t begin, int64_t stop, int64_t end,
                    double low, double high);
+// c (M, N) = a (M, K) @ b (N, K).T, exact; K at most 65,536.
+int64_t int8_matmul(int64_t level, int64_t threads, const int8_t* a, const int8_t* b, int32_t* c, int64_t M, int64_t N, int64_t K);
+// y = x (H_{n/m} (x) base) * scale, row by row, x and y (M, n); n / m a power of two, base (m, m) of +1 and -1, none for m = 1.
+int64_t hadamard(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* base, void* y, int64_t M, int64_t n,
+                 int64_t m, double scale);
+// x (M, blocks * width), dense (blocks, atoms, width), index and value (N, blocks, k): see dense_sparse.cpp.
+int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const void* dense, int64_t dense_dtype,
+                            const uint16_t* index, const void* value, int64_t value_dtype, const void* bias, int64_t bias_dtype,
+                            void* y, int64_t M, int64_t N, int64_t blocks, int64_t atoms, int64_t width, int64_t k);
+// f(low + i * step) for i in [0, entries) is table[i]; between two, a line if linear, else the nearest.
+int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y, int64_t count,
+                     int64_t entries, double low, double step, int64_t linear);
 }

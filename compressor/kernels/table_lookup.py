@@ -1,0 +1,56 @@
+"""Functions read from a table, by the compiled library.
+
+Importing this module registers torch.ops.compressor.table_lookup. The same in plain torch:
+`compressor.kernels.tables.look_up`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ShapeError
+from compressor.kernels.checks import check_call, refuse, threads_for
+from compressor.kernels.ops import DTYPES, cpu_library
+from compressor.kernels.registry import register
+
+MOST_ENTRIES = 2**22  # a place is a float32, and half an entry has to be one
+
+
+def table_lookup(x: Tensor, table: Tensor, low: float, high: float, linear: bool) -> Tensor:
+    """f(x) by the entries table[k] = f(low + k · step), step = (high - low) / (entries - 1).
+
+    The float32 operations of `look_up`, in its order: place = (x - low) / step, clamped; then the nearest entry (half
+    to even), or between two entries the line of torch.lerp, product and sum in one fma, which is how torch computes it
+    where the processor has AVX2. Rounded once to x's dtype. `high` of a stored table is low + (entries - 1) · step: its
+    knots are exact, so that the division gives back the stored step.
+
+    x        (...) float32, bfloat16 or float16, computed on as float32
+    table    (entries,) float32, 2 to 2^22 entries
+    returns  (...) in the dtype of x; the first or last entry outside [low, high], NaN for NaN
+    raises   ShapeError for another dtype or shape, or high <= low
+    """
+    check_call("table_lookup", x=x, table=table)
+    kind = DTYPES.get(x.dtype)
+    fits = table.dtype == torch.float32 and table.dim() == 1 and 2 <= len(table) <= MOST_ENTRIES
+    if kind is None or not fits:
+        expected = f"a float x and a float32 table of 2 to {MOST_ENTRIES} entries"
+        raise refuse("table_lookup", expected, x=x, table=table)
+    step = (high - low) / (len(table) - 1)
+    x, table = x.contiguous(), table.contiguous()
+    y = torch.empty_like(x)
+    found = cpu_library()
+    error = found.functions.table_lookup(
+        found.level, threads_for(x.numel() * 4), x.data_ptr(), kind, table.data_ptr(), y.data_ptr(), x.numel(),
+        len(table), float(low), step, int(linear),
+    )  # fmt: skip
+    if error:
+        raise ShapeError(f"table_lookup: no table of {len(table)} entries from {low:g} to {high:g}")
+    return y
+
+
+def _fake(x: Tensor, table: Tensor, low: float, high: float, linear: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+register("table_lookup", "(Tensor x, Tensor table, float low, float high, bool linear) -> Tensor", table_lookup, _fake)

@@ -1,0 +1,188 @@
+// The operations beside the linear layers on odd shapes with buffers of exactly the right size: every level and number of
+// threads against the first, and that against an obvious version in double or int64. Part of the program of kernels_check.cpp.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "../compressor/kernels/cpu/common.h"
+#include "../compressor/kernels/cpu/ops.h"
+
+using namespace compressor;
+
+namespace {
+
+std::mt19937 draw(2);
+float number() { return float(int(draw() % 2001) - 1000) / 500; }
+std::vector<float> floats(int64_t count) {
+  std::vector<float> data(size_t(count), 0.f);
+  for (auto& v : data) v = number();
+  return data;
+}
+std::vector<uint8_t> stored(const std::vector<float>& values, int64_t dtype) {
+  std::vector<uint8_t> data(values.size() * size_t(dtype_bytes(dtype)));
+  for (size_t i = 0; i < values.size(); i++) store_number(data.data(), dtype, int64_t(i), values[i]);
+  return data;
+}
+std::vector<float> read_back(const std::vector<uint8_t>& data, int64_t dtype) {
+  std::vector<float> values(data.size() / size_t(dtype_bytes(dtype)));
+  for (size_t i = 0; i < values.size(); i++) values[i] = load_number(data.data(), dtype, int64_t(i));
+  return values;
+}
+// call(level, threads, y) at every level and with one thread and three; the outputs, empty if a call fails or they differ
+template <class F> bool agree(size_t bytes, std::vector<uint8_t>& y, int64_t& calls, F call) {
+  for (int64_t level = 0; level <= best_level(); level++)
+    for (const int64_t threads : {1, 3}) {
+      std::vector<uint8_t> here(bytes, 0xff);
+      if (call(level, threads, here.data())) return false;
+      if (!level && threads == 1) y = here;
+      if (here != y) return false;
+      calls++;
+    }
+  return true;
+}
+// What a value in y's type may differ from the exact one: `error` before it is rounded, and that rounding.
+bool close(double value, double exact, double error, int64_t dtype) {
+  const double unit = dtype == FLOAT32 ? 0 : dtype == FLOAT16 ? std::ldexp(1, -11) : std::ldexp(1, -8);
+  return std::fabs(value - exact) <= error + unit * (std::fabs(exact) + error) + 1e-7;
+}
+
+bool integers(int64_t& calls) {
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1, 1}, {5, 70, 13}, {131, 3, 64},
+                                                          {7, 65, 200}, {0, 4, 8}, {4, 0, 8}}) {
+    const int64_t M = s[0], N = s[1], K = s[2];
+    std::vector<int8_t> a(size_t(M * K)), b(size_t(N * K));
+    for (auto& v : a) v = int8_t(draw());
+    for (auto& v : b) v = int8_t(draw());
+    std::vector<uint8_t> y;
+    if (!agree(size_t(M * N) * 4, y, calls, [&](int64_t level, int64_t threads, void* c) {
+          return int8_matmul(level, threads, a.data(), b.data(), (int32_t*)c, M, N, K);
+        }))
+      return false;
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t n = 0; n < N; n++) {
+        int64_t sum = 0;
+        for (int64_t k = 0; k < K; k++) sum += int64_t(a[size_t(m * K + k)]) * b[size_t(n * K + k)];
+        if (((const int32_t*)y.data())[m * N + n] != sum) return false;
+      }
+  }
+  return int8_matmul(0, 1, nullptr, nullptr, nullptr, 1, 1, 65537) == BAD_SHAPE;
+}
+
+bool transforms(int64_t& calls) {
+  for (const int64_t m : {1, 4, 12, 20})
+    for (const int64_t blocks : {1, 2, 8, 16, 64})
+      for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
+        const int64_t n = m * blocks, M = 3;
+        std::vector<float> base(size_t(m * m));  // any signs will do: what makes a matrix Hadamard's is tested in Python
+        for (auto& v : base) v = draw() % 2 ? 1.f : -1.f;
+        const std::vector<uint8_t> x = stored(floats(M * n), dtype);
+        std::vector<uint8_t> y;
+        if (!agree(x.size(), y, calls, [&](int64_t level, int64_t threads, void* to) {
+              return hadamard(level, threads, x.data(), dtype, m == 1 ? nullptr : base.data(), to, M, n, m, 0.5);
+            }))
+          return false;
+        const std::vector<float> given = read_back(x, dtype), found = read_back(y, dtype);
+        for (int64_t r = 0; r < M; r++)
+          for (int64_t j = 0; j < n; j++) {
+            double sum = 0, size = 0;
+            for (int64_t i = 0; i < n; i++) {
+              const double sign = __builtin_parityll(uint64_t(i / m & j / m)) ? -1 : 1;
+              sum += given[size_t(r * n + i)] * sign * (m == 1 ? 1 : base[size_t(i % m * m + j % m)]) * 0.5;
+              size += std::fabs(given[size_t(r * n + i)]) * 0.5;
+            }
+            if (!close(found[size_t(r * n + j)], sum, double(m + 8) * std::ldexp(1, -24) * size, dtype)) return false;
+          }
+      }
+  const float x[6] = {};
+  float y[6], base[36] = {};
+  return hadamard(0, 1, x, FLOAT32, base, y, 1, 6, 1, 1) == BAD_SHAPE &&
+         hadamard(0, 1, x, FLOAT32, base, y, 1, 6, 6, 1) == BAD_SHAPE;
+}
+
+bool factors(int64_t& calls) {
+  const std::vector<std::vector<int64_t>> shapes{{1, 1, 1, 1, 1, 1}, {3, 70, 3, 37, 13, 5}, {17, 9, 2, 18, 32, 7},
+                                                 {70, 5, 2, 5, 16, 3}, {6, 11, 1, 4, 8, 4}, {0, 3, 1, 4, 8, 2}, {3, 0, 1, 4, 8, 2}};
+  for (const auto& s : shapes)
+    for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
+      const int64_t M = s[0], N = s[1], blocks = s[2], atoms = s[3], width = s[4], k = s[5];
+      const auto x = stored(floats(M * blocks * width), dtype), dense = stored(floats(blocks * atoms * width), dtype);
+      const auto value = stored(floats(N * blocks * k), dtype), bias = stored(floats(N), dtype);
+      std::vector<uint16_t> index(size_t(N * blocks * k));
+      for (auto& i : index) i = uint16_t(draw() % uint32_t(atoms));
+      const auto call = [&](int64_t level, int64_t threads, void* y) {
+        return linear_dense_sparse(level, threads, x.data(), dtype, dense.data(), dtype, index.data(), value.data(), dtype,
+                                   bias.data(), dtype, y, M, N, blocks, atoms, width, k);
+      };
+      std::vector<uint8_t> y;
+      if (!agree(size_t(M * N * dtype_bytes(dtype)), y, calls, call)) return false;
+      const auto xs = read_back(x, dtype), ds = read_back(dense, dtype), vs = read_back(value, dtype), bs = read_back(bias, dtype);
+      const auto found = read_back(y, dtype);
+      for (int64_t r = 0; r < M; r++)
+        for (int64_t n = 0; n < N; n++) {
+          double sum = bs[size_t(n)], size = std::fabs(sum);
+          for (int64_t b = 0; b < blocks; b++)
+            for (int64_t t = 0; t < k; t++) {
+              const int64_t at = (n * blocks + b) * k + t;
+              for (int64_t c = 0; c < width; c++) {
+                const double term = double(xs[size_t((r * blocks + b) * width + c)]) * vs[size_t(at)] *
+                                    ds[size_t((b * atoms + index[size_t(at)]) * width + c)];
+                sum += term, size += std::fabs(term);
+              }
+            }
+          const double count = double((width + 15) / 16 + 5 + blocks * k);
+          if (!close(found[size_t(r * N + n)], sum, count * std::ldexp(1, -24) * size, dtype)) return false;
+        }
+      if (index.empty()) continue;
+      index.back() = uint16_t(atoms);
+      std::vector<uint8_t> unused(size_t(M * N * dtype_bytes(dtype)) + 1);
+      for (int64_t level = 0; level <= best_level(); level++)
+        if (call(level, 1, unused.data()) != BAD_INDEX) return false;
+    }
+  return true;
+}
+
+bool tables(int64_t& calls) {
+  for (const int64_t entries : {2, 3, 256})
+    for (const int64_t linear : {0, 1})
+      for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
+        const std::vector<float> table = floats(entries);
+        const float low = -1, step = 0.125f;
+        std::vector<float> values(613);
+        for (auto& v : values) v = low + step * float(entries) * (number() + 1) / 2;
+        values[0] = NAN, values[1] = INFINITY, values[2] = -INFINITY, values.back() = low + step * float(entries - 1);
+        const std::vector<uint8_t> x = stored(values, dtype);
+        std::vector<uint8_t> y;
+        if (!agree(x.size(), y, calls, [&](int64_t level, int64_t threads, void* to) {
+              const int64_t count = int64_t(values.size());
+              return table_lookup(level, threads, x.data(), dtype, table.data(), to, count, entries, low, step, linear);
+            }))
+          return false;
+        const std::vector<float> given = read_back(x, dtype), found = read_back(y, dtype);
+        for (size_t i = 1; i < given.size(); i++) {
+          const double place = std::fmin(std::fmax((double(given[i]) - low) / step, 0), double(entries - 1));
+          const int64_t left = std::min(int64_t(place), entries - 2);
+          const double start = table[size_t(left)], end = table[size_t(left + 1)];
+          const double line = start + (place - double(left)) * (end - start);
+          const double exact = linear ? line : table[size_t(std::nearbyint(place))];
+          // (x - low) / step has two roundings, and an entry differs by 4 at most from its neighbour; then three of 2
+          const double error = linear ? (place * 2 * 4 + 6 + 8) * std::ldexp(1, -24) : 0;
+          const bool halfway = !linear && std::fabs(place - std::floor(place) - 0.5) < 1e-4;
+          if (!halfway && !close(found[i], exact, error, dtype)) return false;
+        }
+        if (!std::isnan(found[0])) return false;
+      }
+  float one[1] = {}, y[1];
+  return table_lookup(0, 1, one, FLOAT32, one, y, 1, 1, 0, 1, 1) == BAD_SHAPE &&
+         table_lookup(0, 1, one, FLOAT32, one, y, 1, 2, 0, 0, 1) == BAD_SHAPE;
+}
+
+}  // namespace
+
+// 0, or the number of the first that is wrong
+int check_ops(int64_t& calls) {
+  if (!integers(calls)) return 20;
+  if (!transforms(calls)) return 21;
+  if (!factors(calls)) return 22;
+  if (!tables(calls)) return 23;
+  return 0;
+}

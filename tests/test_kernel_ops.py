@@ -1,0 +1,426 @@
+"""Operations beside the linear layers: equal bits at all levels, within a derived bound of exact results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from guarded import guarded
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels import dense_sparse, hadamard, int8_matmul, table_lookup
+from compressor.kernels.cpu import Library, library
+from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
+from compressor.kernels.int8_split import round_rows
+from compressor.kernels.ops import DTYPES as CODES
+from compressor.kernels.tables import look_up
+from compressor.layers.sparse_factor_linear import SparseFactorLinear
+
+BUILT = isinstance(library(), Library)
+compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
+HERE = range(library().functions.best_level() + 1) if BUILT else range(0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = 2.0**-24  # half a unit in the last place of float32
+HALF_UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the rounding to y's type
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+SECOND_ORDER = 1 + 2.0**-10  # (1 + u)^n - 1 < n u (1 + 2^-10) for n < 2^13
+ROWS = [0, 1, 2, 3, 4, 5, 15, 16, 17, 33]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """problem  rows, shape, dtype -> the operation's arguments, x first
+    raw      level, threads, arguments, y -> the compiled function's answer
+    exact    arguments -> the result in float64 or int64, and how far from it the operation may be
+    """
+
+    name: str
+    module: ModuleType
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    problem: Callable
+    raw: Callable
+    exact: Callable
+
+    def __str__(self):
+        return self.name
+
+    def op(self, *arguments):
+        return getattr(self.module, self.name)(*arguments)
+
+
+def drawn(rows, *rest):
+    return torch.Generator().manual_seed(rows * 1000 + sum(rest))
+
+
+def at(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def int8_problem(rows, shape, dtype):
+    made = drawn(rows, *shape)
+    out, columns = shape
+    return tuple(torch.randint(-128, 128, (n, columns), generator=made, dtype=dtype) for n in (rows, out))
+
+
+def int8_raw(level, threads, arguments, y):
+    a, b = arguments
+    return library().functions.int8_matmul(level, threads, at(a), at(b), at(y), len(a), *b.shape)
+
+
+def int8_exact(arguments):
+    exact = arguments[0].long() @ arguments[1].long().t()
+    return exact, torch.zeros_like(exact)
+
+
+def hadamard_problem(rows, shape, dtype):
+    (n,) = shape
+    return torch.randn(rows, n, generator=drawn(rows, n)).to(dtype), n**-0.5
+
+
+def hadamard_raw(level, threads, arguments, y):
+    x, scale = arguments
+    base = base_matrix(base_of(x.shape[1])).float()
+    return library().functions.hadamard(
+        level, threads, at(x), CODES[x.dtype], at(base), at(y), *x.shape, len(base), scale
+    )
+
+
+def matrix(n):
+    return torch.kron(sylvester(n // base_of(n)), base_matrix(base_of(n)))
+
+
+def hadamard_exact(arguments):
+    x, scale = arguments
+    n, m = x.shape[1], base_of(x.shape[1])
+    # m - 1 sums of a block, one of each butterfly, the scale as a float32 and the product with it
+    count = m - 1 + (n // m).bit_length() - 1 + 2
+    allowed = count * UNIT * SECOND_ORDER * scale * x.double().abs().sum(1, keepdim=True)
+    return x.double() @ matrix(n) * scale, allowed
+
+
+def sparse_problem(rows, shape, dtype):
+    blocks, atoms, width, out, k = shape
+    made = drawn(rows, *shape)
+    x = torch.randn(rows, blocks * width, generator=made).to(dtype)
+    dense = torch.randn(blocks, atoms, width, generator=made).to(dtype)
+    index = torch.rand(out, blocks, atoms, generator=made).argsort(2)[..., :k].sort(2).values
+    value = torch.randn(out, blocks, k, generator=made).to(dtype)
+    return x, dense, index.to(torch.uint16), value, torch.randn(out, generator=made)
+
+
+def sparse_raw(level, threads, arguments, y):
+    x, dense, index, value, bias = arguments
+    kind = CODES[x.dtype]
+    return library().functions.linear_dense_sparse(
+        level, threads, at(x), kind, at(dense), kind, at(index), at(value), kind, at(bias), 0, at(y), len(x),
+        len(value), *dense.shape, value.shape[2],
+    )  # fmt: skip
+
+
+def sparse_exact(arguments):
+    x, dense, index, value, bias = arguments
+    blocks, _, width = dense.shape
+
+    def product(x, dense, value):
+        responses = torch.einsum("mbw,baw->mba", x.view(-1, blocks, width), dense)
+        chosen = responses[:, torch.arange(blocks)[:, None], index.to(torch.int64)]  # (rows, out, blocks, k)
+        return (chosen * value).sum((2, 3))
+
+    wide = [tensor.double() for tensor in (x, dense, value)]
+    exact, size = product(*wide) + bias.double(), product(*[tensor.abs() for tensor in wide])
+    # a column of each lane, four halvings, an fma for each entry; then the bias
+    count = -(-dense.shape[2] // 16) + 4 + value.shape[1] * value.shape[2]
+    allowed = count * UNIT * SECOND_ORDER * size
+    return exact, allowed + UNIT * (exact.abs() + allowed)
+
+
+def table_problem(rows, shape, dtype, linear):
+    (entries,) = shape
+    made = drawn(rows, entries)
+    low, step = -4.0, 2.0**-5
+    x = torch.randn(rows, 37, generator=made) * entries * step + low
+    if rows:
+        x[0, :5] = torch.tensor([low, low + step / 2, low + 1.5 * step, low + (entries - 1) * step, 1e30])
+    return x.to(dtype), torch.randn(entries, generator=made), low, low + (entries - 1) * step, linear
+
+
+def table_raw(level, threads, arguments, y):
+    x, table, low, high, linear = arguments
+    step = (high - low) / (len(table) - 1)
+    return library().functions.table_lookup(
+        level, threads, at(x), CODES[x.dtype], at(table), at(y), x.numel(), len(table), low, step, int(linear)
+    )
+
+
+def table_exact(arguments):
+    x, table, low, high, linear = arguments
+    place = ((x.double() - low) / (high - low) * (len(table) - 1)).clamp(0, len(table) - 1)
+    left = place.floor().clamp(max=len(table) - 2).long()
+    value = table.double()
+    if not linear:
+        return value[place.round().long()], torch.zeros_like(place)
+    rise = value[left + 1] - value[left]
+    # place has two roundings (x - low is rounded where x is far out; then it is clamped), the weight one more of 1, the
+    # rise one, the fma one; a weight that falls to the other side of 1/2 changes nothing but their order
+    size = table.abs().max().double()
+    return value[left] + (place - left) * rise, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size
+
+
+FAMILIES = [
+    Family("int8_matmul", int8_matmul, [(1, 1), (70, 13), (65, 64), (3, 200), (0, 8), (8, 0)], [torch.int8],
+           int8_problem, int8_raw, int8_exact),
+    Family("hadamard", hadamard, [(n,) for n in (1, 2, 8, 16, 64, 512, 12, 20, 28, 36, 40, 96, 224)], DTYPES,
+           hadamard_problem, hadamard_raw, hadamard_exact),
+    Family("linear_dense_sparse", dense_sparse,
+           [(1, 1, 1, 1, 1), (3, 37, 13, 70, 5), (2, 20, 32, 130, 9), (1, 4, 8, 0, 2), (2, 5, 16, 9, 0)], DTYPES,
+           sparse_problem, sparse_raw, sparse_exact),
+    *[
+        Family("table_lookup", table_lookup, [(2,), (3,), (256,), (1024,)], DTYPES,
+               lambda rows, shape, dtype, linear=linear: table_problem(rows, shape, dtype, linear), table_raw,
+               table_exact)
+        for linear in (True, False)
+    ],
+]  # fmt: skip
+CASES = [(family, shape) for family in FAMILIES for shape in family.shapes]
+each_case = pytest.mark.parametrize("family, shape", CASES, ids=[f"{f}-{s}" for f, s in CASES])
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f}-{FAMILIES.index(f)}")
+
+
+def bits(tensor):
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def filled(tensor):
+    """Of this shape, with what no result is: 0x55 in each byte of integers, NaN."""
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0x55555555)
+
+
+@compiled
+@each_case
+def test_levels_and_threads_give_the_same_bits_within_the_bound(family, shape):
+    for dtype in family.dtypes:
+        for rows in ROWS:
+            arguments = family.problem(rows, shape, dtype)
+            expected = family.op(*arguments)
+            for level in HERE:
+                for threads in (1, 2, 5):
+                    y = filled(expected)
+                    assert family.raw(level, threads, arguments, y) == 0
+                    assert torch.equal(bits(y), bits(expected)), (dtype, rows, level, threads)
+            exact, allowed = family.exact(arguments)
+            if expected.is_floating_point():
+                assert expected.dtype == dtype
+                allowed = allowed + HALF_UNIT[dtype] * (exact.abs() + allowed) + SMALLEST[dtype]
+            assert expected.shape == exact.shape and ((expected.to(exact.dtype) - exact).abs() <= allowed).all()
+
+
+@compiled
+@each_case
+def test_a_row_has_the_same_bits_alone_and_among_others(family, shape):
+    for dtype in family.dtypes:
+        x, *rest = family.problem(33, shape, dtype)
+        together = bits(family.op(x, *rest))
+        for size in (1, 7):
+            assert torch.equal(together, bits(torch.cat([family.op(part, *rest) for part in x.split(size)])))
+
+
+@compiled
+@each_case
+def test_strided_misaligned_and_expanded_inputs_give_the_bits_of_contiguous_ones(family, shape):
+    for dtype in family.dtypes:
+        x, *rest = family.problem(5, shape, dtype)
+        expected = bits(family.op(x, *rest))
+        offset = torch.empty(x.numel() + 1, dtype=dtype)[1:].view_as(x).copy_(x)
+        for other in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, : x.shape[1]], offset):
+            assert torch.equal(bits(family.op(other, *rest)), expected)
+        assert torch.equal(bits(family.op(x[:1].expand(4, -1), *rest)), expected[:1].expand(4, -1))
+        turned = [r.transpose(0, -1).contiguous().transpose(0, -1) if isinstance(r, torch.Tensor) else r for r in rest]
+        assert torch.equal(bits(family.op(x, *turned)), expected)
+        if family.name != "int8_matmul":
+            wide = x.view(5, 1, -1).expand(5, 2, -1)
+            assert torch.equal(bits(family.op(wide, *rest)), expected.view(5, 1, -1).expand(5, 2, -1))
+
+
+@compiled
+@each_case
+def test_nothing_is_read_or_written_beyond_the_tensors(family, shape):
+    for dtype in family.dtypes:
+        for rows in (1, 3, 17):
+            arguments = family.problem(rows, shape, dtype)
+            expected = family.op(*arguments)
+            if not expected.numel() or not all(a.numel() for a in arguments if isinstance(a, torch.Tensor)):
+                continue
+            kept = tuple(guarded(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            y = guarded(filled(expected))
+            for level in HERE:
+                y.copy_(filled(expected))
+                assert family.raw(level, 1, kept, y) == 0
+                assert torch.equal(bits(y), bits(expected))
+
+
+@compiled
+@pytest.mark.parametrize("family", FAMILIES[1:3], ids=str)
+def test_a_row_with_nan_or_inf_spoils_itself_alone(family):
+    for shape in family.shapes:
+        x, *rest = family.problem(20, shape, torch.float32)
+        clean = family.op(x, *rest)
+        for row, value in ((1, torch.nan), (7, torch.inf), (19, -torch.inf)):
+            x[row, -1] = value
+        spoilt = torch.tensor([1, 7, 19])
+        for level in HERE:
+            y = filled(clean)
+            assert family.raw(level, 1, (x, *rest), y) == 0
+            if family.name == "hadamard":
+                assert not y[spoilt].isfinite().any()
+            others = torch.ones(20, dtype=torch.bool)
+            others[spoilt] = False
+            assert torch.equal(bits(y[others]), bits(clean[others]))
+
+
+@compiled
+@each_family
+def test_operations_pass_the_checks_of_torch_and_compile_with_any_number_of_rows(family):
+    operation = getattr(torch.ops.compressor, family.name)
+    shape = family.shapes[2]
+    torch.compiler.reset()  # all families are traced through one lambda
+    traced = torch.compile(lambda *arguments: operation(*arguments), fullgraph=True, dynamic=True, backend="aot_eager")
+    for dtype in family.dtypes:
+        torch.library.opcheck(operation.default, family.problem(3, shape, dtype))
+        for rows in (3, 5, 9):
+            arguments = family.problem(rows, shape, dtype)
+            assert torch.equal(bits(traced(*arguments)), bits(family.op(*arguments)))
+
+
+@compiled
+def test_an_unknown_level_is_refused():
+    for family in FAMILIES:
+        arguments = family.problem(2, family.shapes[2], family.dtypes[0])
+        assert family.raw(7, 1, arguments, filled(family.op(*arguments))) != 0
+
+
+@compiled
+def test_integer_sums_hold_at_the_largest_width():
+    for a, b in ((-128, -128), (127, -128), (-128, 127)):
+        first, second = (torch.full((2, 65536), value, dtype=torch.int8) for value in (a, b))
+        for level in HERE:
+            y = torch.zeros(2, 2, dtype=torch.int32)
+            assert int8_raw(level, 1, (first, second), y) == 0 and (y == a * b * 65536).all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exclude", [True, False])
+def test_rows_are_rounded_without_their_outliers(exclude, dtype):
+    x = torch.randn(9, 77, generator=drawn(9)).to(dtype)
+    x[2, 5], x[3], x[4, 6], x[5, 5], x[6] = 20, 0, torch.nan, torch.inf, x[6] * 1e-4
+    codes, absmax = int8_matmul.quantize_rows(x, 6.0, exclude)
+    outliers = (x.abs() >= 6).any(0)
+    assert outliers.nonzero().tolist() == [[5]] and (codes[:, 5] == 0).all()
+    for row in range(9):
+        left_out = outliers if exclude else x[row].abs() >= 6
+        expected, largest = round_rows(torch.where(left_out, 0.0, x[row].float())[None])
+        if row in (4, 5):
+            assert absmax[row].isnan() and (codes[row] == 0).all()
+        else:
+            assert absmax[row] == largest and torch.equal(codes[row], torch.where(outliers, 0, expected[0]))
+    plain = int8_matmul.quantize_rows(x.view(3, 3, 77), 0.0, exclude)
+    expected = round_rows(x.float())
+    assert torch.equal(plain[0].view(9, 77), expected[0]) and plain[1].shape == (3, 3)
+    assert torch.equal(plain[1].flatten().nan_to_num(-1), expected[1].nan_to_num(-1))
+    torch.library.opcheck(torch.ops.compressor.quantize_rows.default, (x[:3], 6.0, exclude))
+
+
+@compiled
+def test_excluding_columns_makes_finer_steps_than_excluding_elements():
+    x = torch.tensor([[0.3, 2.0, 5.0, -1.5], [0.0, 0.0, 9.0, 0.0]])  # an outlier column because of another row
+    assert int8_matmul.quantize_rows(x, 6.0, True)[1][0] == 2
+    assert int8_matmul.quantize_rows(x, 6.0, False)[1][0] == 5
+
+
+@compiled
+def test_a_transform_of_a_power_of_two_undoes_itself():
+    for n in (4, 256, 4096):  # whole numbers below 2^24, scales that are powers of two: exact
+        x = torch.randint(-8, 9, (3, n), generator=drawn(n)).float()
+        assert torch.equal(hadamard.hadamard(hadamard.hadamard(x, 1.0), 1 / n), x)
+
+
+@pytest.mark.parametrize("n", [0, 3, 6, 10, 18, 44, 52, 100])
+def test_a_width_without_a_matrix_is_refused(n):
+    with pytest.raises(ShapeError, match=rf"no matrix of {n} for x \(2, {n}\)"):
+        hadamard.hadamard(torch.zeros(2, n), 1.0)
+
+
+@compiled
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("entries", [2, 256, 1024])
+def test_a_table_gives_the_bits_of_the_reference(entries, linear):
+    for span in (0.75, 12.0):
+        made = drawn(entries)
+        low, step = -span, 2.0**-6 * 3
+        table = torch.randn(entries, generator=made)
+        x = (torch.rand(20_003, generator=made) * 1.2 - 0.1) * (entries - 1) * step + low
+        knots = low + torch.arange(2 * entries) * step / 2  # entries, and halfway between them
+        x = torch.cat([x, knots, torch.tensor([torch.nan, torch.inf, -torch.inf])])
+        expected = look_up(x, table, low, step, linear)
+        for level in HERE:
+            y = filled(x)
+            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear), y) == 0
+            assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(9), expected.nan_to_num(9))
+
+
+@compiled
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "int8"])
+def test_a_stored_layer_multiplies_as_its_operation(values):
+    _, atoms, index, value, _ = sparse_problem(1, (3, 20, 16, 50, 4), torch.float32)
+    layer = SparseFactorLinear.pack(atoms, value, index.long(), values)
+    x = torch.randn(6, 48, generator=drawn(6))
+    dense, stored = layer.factors(torch.float32)
+    y = dense_sparse.linear_dense_sparse(x, dense, layer.index().to(torch.uint16), stored, None)
+    exact, allowed = sparse_exact((x, dense, layer.index(), stored, torch.zeros(50)))
+    assert ((y.double() - exact).abs() <= allowed).all()
+    if values != "int8":  # as stored, without a copy in float32
+        stored_as = (layer.weight_atoms, layer.index().to(torch.uint16), layer.weight_values)
+        assert torch.equal(dense_sparse.linear_dense_sparse(x, *stored_as, None), y)
+
+
+@compiled
+def test_bad_calls_name_what_they_got():
+    codes = torch.zeros(2, 8, dtype=torch.int8)
+    with pytest.raises(ShapeError, match=r"a torch.int8 \(2, 8\), b torch.int8 \(2, 7\)"):
+        int8_matmul.int8_matmul(codes, codes[:, :7])
+    with pytest.raises(ShapeError, match=r"torch\.float32"):
+        int8_matmul.int8_matmul(codes, codes.float())
+    with pytest.raises(ShapeError, match=r"\(1, 65537\).*65536"):
+        int8_matmul.int8_matmul(torch.zeros(1, 65537, dtype=torch.int8), torch.zeros(1, 65537, dtype=torch.int8))
+    with pytest.raises(ShapeError, match="float64"):
+        int8_matmul.quantize_rows(torch.zeros(2, 8).double(), 0.0, True)
+    with pytest.raises(ShapeError, match="float64"):
+        hadamard.hadamard(torch.zeros(2, 8).double(), 1.0)
+    x, dense, index, value, bias = sparse_problem(2, (3, 37, 13, 70, 5), torch.float32)
+    for wrong in (
+        (x[:, :38], dense, index, value, bias),
+        (x, dense, index.to(torch.int32), value, bias),
+        (x, dense, index[..., :4], value, bias),
+        (x, dense[:2], index, value, bias),
+        (x, dense, index, value, bias[:69]),
+        (x.double(), dense, index, value, bias),
+    ):
+        with pytest.raises(ShapeError, match=r"linear_dense_sparse: x torch.* bias .*expected"):
+            dense_sparse.linear_dense_sparse(*wrong)
+    beyond = index.to(torch.int32)
+    beyond[69, 2, 4] = 37
+    with pytest.raises(ShapeError, match=r"\(70, 3, 5\) names atom 37 of 37"):
+        dense_sparse.linear_dense_sparse(x, dense, beyond.to(torch.uint16), value, bias)
+    for table in (torch.zeros(1), torch.zeros(2, 2), torch.zeros(4).double()):
+        with pytest.raises(ShapeError, match=r"table_lookup: x .* table"):
+            table_lookup.table_lookup(x, table, 0.0, 1.0, True)
+    with pytest.raises(ShapeError, match="4 entries from 1 to 0"):
+        table_lookup.table_lookup(x, torch.zeros(4), 1.0, 0.0, True)
+    with pytest.raises(KernelError, match="x on meta"):
+        hadamard.hadamard(torch.zeros(2, 8, device="meta"), 1.0)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        hadamard.hadamard(torch.zeros(2, 8, requires_grad=True), 1.0)
