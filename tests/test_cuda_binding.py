@@ -203,6 +203,14 @@ def test_bad_calls_name_what_they_got(kernels, name):
         case.run(**changes)
 
 
+def test_sizes_that_an_int_would_cut_off_are_refused(kernels):
+    with pytest.raises(ShapeError, match="2147483648 rows"):
+        case = problem((1, 1, 8, 64))
+        case.run(torch.zeros(1, 8, dtype=torch.float16).expand(2**31, 8))
+    for out, columns in ((65535 * 64 + 1, 64), (64, (1 << 30) + 8)):
+        assert "is larger than" in cuda_ops.refusal("linear_weight_only", out, columns, 4, 64, None)
+
+
 def test_bad_weights_are_not_packed():
     case = problem((2, 70, 200, 64))
     for bits, group, said in ((3, 64, "these are 3"), (4, 40, "groups of 40"), (4, 64, "cpu1")):
