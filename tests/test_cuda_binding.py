@@ -399,6 +399,17 @@ def test_a_model_in_float32_gets_no_cuda_kernel_and_says_why(kernels):
     assert choice.skipped[0] == "cuda library (inputs are torch.float32, float16 or bfloat16 is wanted)"
 
 
+def test_q_k_and_v_are_not_shared_with_kernels_that_take_one_weight(kernels):
+    names = ("q_proj", "k_proj", "v_proj")
+    model = nn.ModuleDict({name: layer_of(seed=number) for number, name in enumerate(names)})
+    alone = [nn.Sequential(layer_of(seed=number)) for number in range(3)]
+    prepare(model)
+    x = torch.randn(2, 256).half()
+    for name, other in zip(names, alone):
+        prepare(other)
+        assert model[name].shared is None and torch.equal(model[name](x), other(x))
+
+
 def test_explain_names_the_cuda_library(kernels):
     model = nn.Sequential(layer_of())
     prepare(model)
