@@ -399,6 +399,13 @@ def test_a_model_in_float32_gets_no_cuda_kernel_and_says_why(kernels):
     assert choice.skipped[0] == "cuda library (inputs are torch.float32, float16 or bfloat16 is wanted)"
 
 
+def test_groups_of_unequal_size_get_no_cuda_kernel_and_say_why(kernels):
+    index = (torch.arange(256) >= 20).int() + (torch.arange(256) >= 100).int() + (torch.arange(256) >= 150).int()
+    with pytest.warns(UserWarning, match="20 to 106 columns a group"):
+        choice = prepare(nn.Sequential(layer_of(index=index)))["0"]
+    assert choice.is_fallback and "20 to 106 columns a group" in choice.skipped[0]
+
+
 def test_q_k_and_v_are_not_shared_with_kernels_that_take_one_weight(kernels):
     names = ("q_proj", "k_proj", "v_proj")
     model = nn.ModuleDict({name: layer_of(seed=number) for number, name in enumerate(names)})
