@@ -1,4 +1,5 @@
-"""Builds the CUDA library, runs the correctness cases of the emulation on this machine's GPU, then times the kernels.
+"""Builds the CUDA library, runs the correctness cases of the emulation on this machine's GPU, checks the kernels as
+torch operations (from the library, and compiled by NVRTC where it is), then times them.
 
     scripts/check_gpu [--json out/gpu.json] [--checks-only]
 
@@ -32,8 +33,10 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
 
+import gpu_binding  # noqa: E402
 import gpu_int8  # noqa: E402
 
+from compressor.kernels.cuda import devices  # noqa: E402
 from cuda_ext import build  # noqa: E402
 from cuda_ext.cases import KERNELS, arrays, hadamard, w_a16  # noqa: E402
 
@@ -259,6 +262,10 @@ def main() -> int:
     memory = DeviceMemory("cuda")
     checks = check(library, memory, {name: kernel.CASES for name, kernel in KERNELS.items()}, SEEDS)
     checks += check(library, memory, {name: kernel.LARGE_CASES for name, kernel in KERNELS.items()}, seeds=1)
+    bound = {way: gpu_binding.run(way, path) for way in devices.WAYS}
+    for way, outcome in bound.items():
+        checks += [{"kernel": way, "seed": 0, **c} for c in outcome.get("checks", ())]
+        print(f"torch operations, {way}: {outcome.get('skipped') or outcome['kernels']}")
     wrong = [c for c in checks if c["problem"]]
     record: dict[str, Any] = {
         "device": device,
@@ -267,6 +274,7 @@ def main() -> int:
         "cuda": torch.version.cuda,
         "kernels": [asdict(u) for u in usages],
         "checks": checks,
+        "binding": {way: outcome.get("skipped") or outcome["kernels"] for way, outcome in bound.items()},
     }
     if not wrong and not arguments.checks_only:
         rate = copy_bytes_per_second()
@@ -287,7 +295,7 @@ def main() -> int:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     for c in wrong:
-        print(f"error[verification-failed]: {c['problem']}", file=sys.stderr)
+        print(f"error[verification-failed]: {c['kernel']}, {c['case']}: {c['problem']}", file=sys.stderr)
     print(f"{device}: {len(checks) - len(wrong)} of {len(checks)} checks are right. {arguments.json}")
     return 4 if wrong else 0
 

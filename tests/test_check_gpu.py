@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import check_gpu
+import cuda_on_cpu
+import gpu_binding
 import gpu_int8
 import numpy as np
 import pytest
 import torch
 
+from compressor.errors import KernelError
 from cuda_ext.cases import hadamard, w_a16
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +30,42 @@ def test_check_gpu_places_operands_and_reports_each_case(emulated):
     expected = [(kernel, str(case)) for kernel, of_kernel in few.items() for case in of_kernel for _ in range(2)]
     assert [(f["kernel"], f["case"]) for f in found] == expected
     assert not any(f["problem"] for f in found)
+
+
+def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch):
+    """On the CPU, with the emulated library and fewer rows."""
+    monkeypatch.setattr(gpu_binding, "ROWS", (0, 3, 17))
+    kernels = cuda_on_cpu.emulated_kernels(emulated)
+    cuda_on_cpu.use(monkeypatch, kernels)
+    found = gpu_binding.result(torch.device("cpu"), "cuda library")
+    assert found["kernels"] == "cuda library" and len(found["checks"]) == 8 * 3 + 4
+    assert not any(check["problem"] for check in found["checks"])
+    assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
+
+
+def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
+    monkeypatch.setattr(gpu_binding, "ROWS", (3,))
+    kernels = cuda_on_cpu.emulated_kernels(emulated)
+
+    def without_bias(*arguments):
+        return kernels.functions["compressor_w4_a16"](*arguments[:4], 0, *arguments[5:])
+
+    broken = {**kernels.functions, "compressor_w4_a16": without_bias, "compressor_hadamard": lambda *a: 2}
+    cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
+    found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
+    assert all("outputs are wrong" in check["problem"] for check in found[:8])
+    assert len(found[8:]) == 4 and all(check["problem"].startswith("KernelError: hadamard") for check in found[8:])
+
+
+def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch, tmp_path):
+    def fails(device):
+        raise KernelError("the self-test fails")
+
+    monkeypatch.setattr(gpu_binding.devices, "WAYS", {"nvrtc": fails})
+    found = gpu_binding.result(torch.device("cpu"), "nvrtc")
+    assert found["checks"] == [{"case": "nvrtc", "problem": "the self-test fails"}]
+    monkeypatch.setattr(gpu_binding, "__file__", str(tmp_path / "missing.py"))
+    assert gpu_binding.run("nvrtc", tmp_path)["checks"][0]["problem"].startswith("ended with 2: ")
 
 
 def test_check_gpu_notices_bytes_written_around_an_array():

@@ -203,6 +203,14 @@ def test_bad_calls_name_what_they_got(kernels, name):
         case.run(**changes)
 
 
+def test_sizes_that_an_int_would_cut_off_are_refused(kernels):
+    with pytest.raises(ShapeError, match="2147483648 rows"):
+        case = problem((1, 1, 8, 64))
+        case.run(torch.zeros(1, 8, dtype=torch.float16).expand(2**31, 8))
+    for out, columns in ((65535 * 64 + 1, 64), (64, (1 << 30) + 8)):
+        assert "is larger than" in cuda_ops.refusal("linear_weight_only", out, columns, 4, 64, None)
+
+
 def test_bad_weights_are_not_packed():
     case = problem((2, 70, 200, 64))
     for bits, group, said in ((3, 64, "these are 3"), (4, 40, "groups of 40"), (4, 64, "cpu1")):
@@ -389,6 +397,24 @@ def test_a_model_in_float32_gets_no_cuda_kernel_and_says_why(kernels):
     choice = prepare(nn.Sequential(layer_of(dtype=torch.float32)))["0"]
     assert choice.layout != "mma1"  # on a GPU it would be the reference; here the CPU library takes over
     assert choice.skipped[0] == "cuda library (inputs are torch.float32, float16 or bfloat16 is wanted)"
+
+
+def test_groups_of_unequal_size_get_no_cuda_kernel_and_say_why(kernels):
+    index = (torch.arange(256) >= 20).int() + (torch.arange(256) >= 100).int() + (torch.arange(256) >= 150).int()
+    with pytest.warns(UserWarning, match="20 to 106 columns a group"):
+        choice = prepare(nn.Sequential(layer_of(index=index)))["0"]
+    assert choice.is_fallback and "20 to 106 columns a group" in choice.skipped[0]
+
+
+def test_q_k_and_v_are_not_shared_with_kernels_that_take_one_weight(kernels):
+    names = ("q_proj", "k_proj", "v_proj")
+    model = nn.ModuleDict({name: layer_of(seed=number) for number, name in enumerate(names)})
+    alone = [nn.Sequential(layer_of(seed=number)) for number in range(3)]
+    prepare(model)
+    x = torch.randn(2, 256).half()
+    for name, other in zip(names, alone):
+        prepare(other)
+        assert model[name].shared is None and torch.equal(model[name](x), other(x))
 
 
 def test_explain_names_the_cuda_library(kernels):

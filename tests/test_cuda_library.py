@@ -45,6 +45,11 @@ def test_the_environment_names_another_file(nothing_installed, monkeypatch, tmp_
     assert library.find() == tmp_path / "lib.so"
 
 
+def test_the_environment_can_leave_the_library_out(monkeypatch):
+    monkeypatch.setenv(library.VARIABLE, "nvrtc")
+    assert library.find() == "COMPRESSOR_CUDA asks for nvrtc"
+
+
 def test_a_library_of_another_release_is_refused(emulated):
     path = Path(emulated._name)
     with pytest.raises(KernelError, match=f"is the emulation for a CPU, ABI {ABI} expected"):

@@ -76,6 +76,7 @@ def launched(emulated):
 X, PACKED, SCALE, ZERO, BIAS, Y, WORK = range(4096, 4096 * 8, 4096)
 SIZES = [  # M, N, K, group: each kernel, one slice and many, all edges of the choice
     *itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 300), (1, 64, 130, 4096), (8, 64, 520, 1024, 4096), (64, -1)),
+    *((1, n, 64 * tiles, 64) for n in (64, 8192, 21846) for tiles in (7, 14, 15, 16, 17, 23, 24, 127, 128, 129)),
     (1, 65535 * 64, 64, 64), (4, 66000, 1 << 20, 128), (64, 8192, 28672, 128), (1, 64, 1 << 30, -1),
 ]  # fmt: skip
 

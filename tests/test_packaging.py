@@ -16,7 +16,7 @@ NEEDED = {
     "compressor/cli.py", "compressor/demo/model.safetensors", "compressor/demo/tokenizer.json",
     "compressor/text/train.txt.gz", "compressor/text/heldout.txt.gz", "compressor/templates/report.html.j2",
     "compressor/report.schema.json", "compressor/recipes/gptq-w4a16.yaml", "compressor/kernels/reference.py",
-    "compressor/py.typed",
+    "compressor/py.typed", "compressor/kernels/cuda/sources/w_a16.cu", "compressor/kernels/cuda/sources/device.h",
 }  # fmt: skip
 
 
@@ -49,9 +49,13 @@ def test_the_wheel_builds_installs_and_runs(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert names >= NEEDED, NEEDED - names
+    assert not any(name.startswith("compressor/kernels/cuda/sources/") and name.endswith(".py") for name in names)
     assert any(name.startswith("compressor/kernels/_cpu.") for name in names) or shutil.which("g++") is None
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-m", "compressor", "plan", "gptq-w4a16", "--model", "demo", "--format", "json"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert '"route"' in done.stdout
+    code = "from compressor.kernels.cuda import nvrtc; print(nvrtc.source_text('w_a16'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "enum Type {" in done.stdout and "__global__" in done.stdout

@@ -147,7 +147,8 @@ def _refusal_on_cuda(
     """Why no CUDA kernel takes this weight."""
     if not isinstance(weight, str) and devices.is_cuda(weight.codes.device):
         bits, group_size = (8, -1) if isinstance(weight, OutlierWeight) else (weight.bits, weight.group_size)
-        reason = cuda_ops.refusal(_op(weight, activations), weight.codes.shape[1], bits, group_size, inputs)
+        out, columns = weight.codes.shape
+        reason = cuda_ops.refusal(_op(weight, activations), out, columns, bits, group_size, inputs)
         return reason or (_unequal_groups(weight) if isinstance(weight, IntegerWeight) else None)
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -36,9 +36,9 @@ def library_on(device: torch.device) -> Kernels | str:
     raises KernelError if it is there and computes something wrong
     """
     found = library()
-    if isinstance(found, str) or (reason := _too_old(device)) is None:
-        return found if isinstance(found, str) else _tried(found, device)
-    return reason
+    if isinstance(found, str):
+        return found
+    return _too_old(device) or _tried(found, device)
 
 
 @cache

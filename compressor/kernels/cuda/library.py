@@ -1,4 +1,7 @@
-"""The built library of CUDA kernels: of the package compress-model-cuda, or the file that COMPRESSOR_CUDA names."""
+"""The built library of CUDA kernels: of the package compress-model-cuda, or the file that COMPRESSOR_CUDA names.
+
+COMPRESSOR_CUDA=nvrtc leaves the library out, so that the kernels are compiled by NVRTC.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ def find() -> Path | str:
     raises KernelError if COMPRESSOR_CUDA names a file that doesn't exist
     """
     named = os.environ.get(VARIABLE)
+    if named == "nvrtc":
+        return f"{VARIABLE} asks for nvrtc"
     if named is not None:
         if not Path(named).is_file():
             raise KernelError(f"{VARIABLE} is {named!r}, which is no file", where="environment", hint="Unset it.")

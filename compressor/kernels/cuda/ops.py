@@ -8,6 +8,7 @@ None of them has a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
 from compressor.kernels.registry import register_cuda
 
 INPUTS = (torch.float16, torch.bfloat16)
+# w_a16.cu: shape_is_right. Checked here too, since ctypes cuts longer ints off
+MOST_OUTPUTS, MOST_COLUMNS, MOST_ROWS = 65535 * 64, 1 << 30, 2**31 - 1
+HADAMARD_SIZES = tuple(2**power for power in range(3, 16))
 
 
-def refusal(op: str, in_features: int, bits: int, group_size: int, inputs: torch.dtype | None) -> str | None:
+def refusal(
+    op: str, out_features: int, in_features: int, bits: int, group_size: int, inputs: torch.dtype | None
+) -> str | None:
     """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known."""
     if op not in RUN:
         return f"{op} has no CUDA kernel in torch yet"
@@ -28,6 +34,8 @@ def refusal(op: str, in_features: int, bits: int, group_size: int, inputs: torch
         return reason
     if in_features == 0 or in_features % 8:
         return f"{in_features} inputs, a multiple of 8 is wanted"
+    if in_features > MOST_COLUMNS or out_features > MOST_OUTPUTS:
+        return f"{out_features} x {in_features} is larger than {MOST_OUTPUTS} x {MOST_COLUMNS}"
     if inputs is not None and inputs not in INPUTS:
         return f"inputs are {inputs}, float16 or bfloat16 is wanted"
     return None
@@ -37,19 +45,30 @@ def _check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
     """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: kernels read addresses"""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
-    places = {tensor.device for tensor in (x, *others) if tensor is not None}
-    if len(places) > 1 or not devices.is_cuda(x.device):
+    device = x.device
+    if not devices.is_cuda(device) or any(tensor is not None and tensor.device != device for tensor in others):
+        places = {tensor.device for tensor in (x, *others) if tensor is not None}
         raise KernelError(
             f"{name}: x and weight on {', '.join(sorted(map(str, places)))}",
             hint="All have to be on one CUDA device; a model that was moved is prepared anew.",
         )
 
 
-def _check_code(code: int, kernels: Kernels, what: str) -> None:
+def _error(code: int, kernels: Kernels, what: str) -> ShapeError | KernelError:
+    """What a launcher's code other than 0 means."""
     if code == BAD_CALL:
-        raise ShapeError(f"{what}: {kernels.name} takes no such shapes")
-    if code:
-        raise KernelError(f"{what}: {kernels.name} failed: {kernels.error_text(code)} ({code})")
+        return ShapeError(f"{what}: {kernels.name} takes no such shapes")
+    return KernelError(f"{what}: {kernels.name} failed: {kernels.error_text(code)} ({code})")
+
+
+@lru_cache(maxsize=4096)
+def _sections(
+    inputs: torch.dtype, columns: int, size: int, out: int, bits: int, group_size: int, layout: str
+) -> mma1.Sections | None:
+    """Where the parts of a packed weight are; None if the call doesn't fit it. Kept: it costs more than a launch."""
+    if layout != mma1.LAYOUT or refusal("linear_weight_only", out, columns, bits, group_size, inputs):
+        return None
+    return mma1.sections(size, out, columns, group_size)
 
 
 def _at_16_bytes(x: Tensor) -> Tensor:
@@ -80,10 +99,8 @@ def linear_weight_only(
     name = "linear_weight_only"
     _check_devices(name, x, packed, bias, permutation)
     columns = x.shape[-1] if x.dim() else 0
-    where = None
-    if layout == mma1.LAYOUT and packed.dtype == torch.uint8 and not refusal(name, columns, bits, group_size, x.dtype):
-        where = mma1.sections(packed.numel(), out_features, columns, group_size)
-    if where is None or packed.dim() != 1:
+    where = _sections(x.dtype, columns, packed.numel(), out_features, bits, group_size, layout)
+    if where is None or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise ShapeError(
             f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype} {tuple(packed.shape)}, layout {layout!r}; "
             f"float16 or bfloat16, a multiple of 8 columns, and a weight of {out_features} x {columns}, {bits} bits, "
@@ -91,6 +108,8 @@ def linear_weight_only(
         )
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
         raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected")
+    if (rows := x.numel() // columns) > MOST_ROWS:
+        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
     if permutation is not None:
         if tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64:
             raise ShapeError(f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)")
@@ -98,17 +117,20 @@ def linear_weight_only(
     x, packed = _at_16_bytes(x), _at_16_bytes(packed)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
-    rows, kernels = x.numel() // columns, devices.kernels_of(x.device)
+    kernels = devices.kernels_of(x.device)
     needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, out_features, columns)
-    workspace = x.new_empty((max(needed, 0),), dtype=torch.uint8)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed > 0 else None
     at = packed.data_ptr()
     with devices.current(x.device):
         code = kernels.functions["compressor_w4_a16"](
             x.data_ptr(), at, at + where.scale_at, at + where.zero_at if where.zero_at is not None else 0,
-            0 if bias is None else bias.data_ptr(), y.data_ptr(), workspace.data_ptr(), needed,
+            0 if bias is None else bias.data_ptr(), y.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(), needed,
             rows, out_features, columns, group_size, DTYPES[x.dtype], where.scale_type, devices.stream_of(x.device),
         )  # fmt: skip
-    _check_code(code, kernels, f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}")
+    if code:
+        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}"
+        raise _error(code, kernels, what)
     return y
 
 
@@ -119,16 +141,21 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
     raises   ShapeError, KernelError
     """
     _check_devices("hadamard", x)
-    if x.dtype not in DTYPES or not x.dim():
-        raise ShapeError(f"hadamard: x {x.dtype} {tuple(x.shape)}, rows of a 16- or 32-bit float expected")
-    x, n = _at_16_bytes(x), x.shape[-1]
+    n = x.shape[-1] if x.dim() else 0
+    if x.dtype not in DTYPES or n not in HADAMARD_SIZES:
+        raise ShapeError(
+            f"hadamard: x {x.dtype} {tuple(x.shape)}; rows of a 16- or 32-bit float expected, their length a power of "
+            f"two from {HADAMARD_SIZES[0]} to {HADAMARD_SIZES[-1]}"
+        )
+    x = _at_16_bytes(x)
     y = torch.empty_like(x)
     kernels = devices.kernels_of(x.device)
     with devices.current(x.device):
         code = kernels.functions["compressor_hadamard"](
-            x.data_ptr(), y.data_ptr(), x.numel() // max(n, 1), n, scale, DTYPES[x.dtype], devices.stream_of(x.device)
+            x.data_ptr(), y.data_ptr(), x.numel() // n, n, scale, DTYPES[x.dtype], devices.stream_of(x.device)
         )
-    _check_code(code, kernels, f"hadamard: x {x.dtype} {tuple(x.shape)}, a power of two from 8 to 32768 expected")
+    if code:
+        raise _error(code, kernels, f"hadamard: x {x.dtype} {tuple(x.shape)}")
     return y
 
 

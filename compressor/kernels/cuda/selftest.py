@@ -8,16 +8,17 @@ from compressor.kernels.cuda import mma1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
-OUT, COLUMNS, GROUP = 70, 1096, 128  # tails, two slices of K, a short last group
-ROWS = {"decode": 5, "tiled": 20, "tiled, K in one piece": 66}
+OUT, GROUP = 70, 128
+# rows, columns: tails of both, a short last group; 1096 columns are two slices up to 64 rows
+SHAPES = {"decode": (5, 1096), "tiled": (20, 1096), "tiled, K in one piece": (66, 200)}
 
 
 def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, str]:
     """ "kernel, dtype" -> "ok", or what was wrong"""
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
-        for name, rows in ROWS.items():
-            found[f"w4_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, rows)
+        for name, shape in SHAPES.items():
+            found[f"w4_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, *shape)
     for dtype in DTYPES:
         found[f"hadamard, {dtype}"] = _hadamard(kernels, device, stream, dtype)
     return found
@@ -34,34 +35,34 @@ def _judge(y: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, operations:
     return f"{int((~(off <= allowed)).sum())} of {off.numel()} outputs are wrong, by up to {float(off.max()):.3g}"
 
 
-def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int) -> str:
+def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int, columns: int) -> str:
     made = torch.Generator().manual_seed(rows)
-    groups = mma1.groups_of(COLUMNS, GROUP)
-    codes = torch.randint(0, 16, (OUT, COLUMNS), generator=made, dtype=torch.uint8)
+    groups = mma1.groups_of(columns, GROUP)
+    codes = torch.randint(0, 16, (OUT, columns), generator=made, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (OUT, groups), generator=made, dtype=torch.uint8)
     scale = (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype)
-    x, bias = (torch.randn(shape, generator=made).to(dtype) for shape in ((rows, COLUMNS), (OUT,)))
-    index = torch.arange(COLUMNS) // GROUP
+    x, bias = (torch.randn(shape, generator=made).to(dtype) for shape in ((rows, columns), (OUT,)))
+    index = torch.arange(columns) // GROUP
     weight = (codes.double() - zeros.double()[:, index]) * scale.double()[:, index]
     exact = x.double() @ weight.t() + bias.double()
     size = x.double().abs() @ weight.abs().t() + bias.double().abs()
 
     packed = mma1.pack(codes, scale, zeros, mma1.BITS, GROUP).to(device)
-    sections = mma1.sections(packed.numel(), OUT, COLUMNS, GROUP)
+    sections = mma1.sections(packed.numel(), OUT, columns, GROUP)
     assert sections is not None and sections.zero_at is not None
     x, bias = x.to(device), bias.to(device)
     y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
-    needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, OUT, COLUMNS)
+    needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, OUT, columns)
     workspace = torch.full((needed // 4,), torch.nan, device=device)
     at = packed.data_ptr()
     code = kernels.functions["compressor_w4_a16"](
         x.data_ptr(), at, at + sections.scale_at, at + sections.zero_at, bias.data_ptr(), y.data_ptr(),
-        workspace.data_ptr(), needed, rows, OUT, COLUMNS, GROUP, DTYPES[dtype], sections.scale_type, stream,
+        workspace.data_ptr(), needed, rows, OUT, columns, GROUP, DTYPES[dtype], sections.scale_type, stream,
     )  # fmt: skip
     if code:
         return f"error {code}: {kernels.error_text(code)}"
     # the mma's additions; a product and an addition for each group and slice; the bias
-    return _judge(y, exact, size, COLUMNS + 2 * groups + 5)
+    return _judge(y, exact, size, columns + 2 * groups + 5)
 
 
 def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype) -> str:

@@ -1,0 +1,176 @@
+"""Checks the CUDA kernels as torch operations on a GPU, by the way that COMPRESSOR_CUDA names; a part of check_gpu.py.
+
+A process of its own for each way, so that a crash of one is a result and not an end. Prints one line of JSON:
+{"skipped": reason} where the way isn't there, else {"kernels": name, "checks": [{"case", "problem"}, ...]}.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from compressor.errors import CompressError  # noqa: E402
+from compressor.kernels import ops, prepare  # noqa: E402
+from compressor.kernels.cuda import devices  # noqa: E402
+from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
+from compressor.layers.packed_linear import PackedLinear  # noqa: E402
+
+OUT, COLUMNS, GROUP = 70, 1088, 64  # a tail, two slices of K
+ROWS = (0, 1, 16, 20, 70)
+# twice 2^-24: tensor cores may cut off (see check_gpu.py); one rounding of y
+UNIT, OUTPUT_UNIT = 2.0**-23, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool) -> PackedLinear:
+    """4 bits, random."""
+    made = torch.Generator().manual_seed(0)
+    groups = COLUMNS // GROUP
+    index = torch.randperm(COLUMNS, generator=made) // GROUP if act_order else None
+    return PackedLinear.pack(
+        torch.randint(-8, 8, (OUT, COLUMNS), generator=made, dtype=torch.int8),
+        (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype),
+        None if symmetric else torch.randint(-8, 8, (OUT, groups), generator=made, dtype=torch.int8),
+        bits=4, group_size=GROUP, symmetric=symmetric, index=index,
+        bias=torch.randn(OUT, generator=made).to(dtype) if bias else None,
+    )  # fmt: skip
+
+
+def judge(y: Tensor, exact: Tensor, size: Tensor) -> str:
+    """What is wrong with y, "" for nothing: COLUMNS additions, for each group and slice two more, the bias."""
+    inside = (COLUMNS + 2 * (COLUMNS // GROUP) + 5) * UNIT * size
+    off = (y.cpu().double() - exact).abs()
+    right = off <= inside + OUTPUT_UNIT[y.dtype] * (exact.abs() + inside) + 2.0**-25
+    return "" if bool(right.all()) else f"{int((~right).sum())} of {right.numel()} outputs are wrong"
+
+
+def product(model: nn.Module, x: Tensor, device: torch.device, exact: Tensor, size: Tensor) -> str:
+    return judge(model(x.to(device)), exact, size)
+
+
+def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Prepared layers, strict, against float64."""
+    for dtype, symmetric, act_order in itertools.product(OUTPUT_UNIT, (True, False), (True, False)):
+        made = torch.Generator().manual_seed(1)
+        # rows of the identity give the weight, exact in float32; on the CPU by torch alone
+        plain = layer(dtype, symmetric, act_order, bias=False).float()
+        weight = plain(torch.eye(COLUMNS)).t().double()
+        stored = layer(dtype, symmetric, act_order, bias=True)
+        added = stored.bias.detach().double()
+        model = nn.Sequential(stored).to(device)
+        prepared = prepare(model, strict=True)
+        for rows in ROWS:
+            x = torch.randn(rows, COLUMNS, generator=made).to(dtype)
+            exact, size = x.double() @ weight.t() + added, x.double().abs() @ weight.abs().t() + added.abs()
+            kind = ("symmetric" if symmetric else "zero points") + (", act-order" if act_order else "")
+            yield (
+                f"{prepared['0'].kernel}, {dtype}, {kind}, {rows} rows",
+                partial(product, model, x, device, exact, size),
+            )
+
+
+def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What only a real device shows: torch's own checks, another stream, a CUDA graph."""
+    model = nn.Sequential(layer(torch.float16, False, True, bias=True)).to(device)
+    prepare(model, strict=True)
+    x = torch.randn(4, COLUMNS, device=device).half()
+    want = model(x)
+
+    def same(y: Tensor) -> str:
+        return "" if torch.equal(y, want) else "other bits than the plain call"
+
+    def opcheck() -> str:
+        inner: Any = model[0]
+        rest = (inner.permutation, OUT, 4, GROUP, inner.choice.layout)
+        torch.library.opcheck(
+            torch.ops.compressor.linear_weight_only.default, (x, inner.packed, inner.bias.detach(), *rest)
+        )
+        return ""
+
+    def stream() -> str:
+        other = torch.cuda.Stream(device)
+        other.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(other):
+            y = model(x)
+        other.synchronize()
+        return same(y)
+
+    def graph() -> str:
+        captured, inputs = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+        with torch.cuda.graph(captured):
+            y = model(inputs)
+        inputs.copy_(x)
+        captured.replay()
+        torch.cuda.synchronize(device)
+        return same(y)
+
+    def unpack() -> str:
+        codes, _, _ = ops.unpack_weight(model[0].packed, OUT, COLUMNS, 4, GROUP, "mma1")
+        return "" if codes.is_cuda and bool((codes < 16).all()) else "codes of the packed weight are wrong"
+
+    yield from {"opcheck": opcheck, "another stream": stream, "a CUDA graph": graph, "unpacking": unpack}.items()
+
+
+def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Twice the same transform with scale 1 / sqrt(n) is the identity."""
+
+    def case(n: int) -> str:
+        x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(device)
+        again = cuda_ops.hadamard(cuda_ops.hadamard(x, n**-0.5), n**-0.5)
+        # 2 log2(n) additions, each off by 2^-24 of the row's 1-norm / sqrt(n), which is at most its 2-norm
+        allowed = 2 * (n.bit_length() + 1) * 2.0**-24 * x.norm(dim=1, keepdim=True) * 2
+        return "" if bool(((again - x).abs() <= allowed).all()) else "twice isn't the identity"
+
+    for n in (8, 256, 4096, 32768):
+        yield f"hadamard, {n}", partial(case, n)
+
+
+def checks(device: torch.device) -> list[dict[str, str]]:
+    """Each case and its problem, "" for none. What CUDA, torch or we refuse is a problem of its case."""
+    found = []
+    parts = [products(device), transforms(device), *([of_torch(device)] if device.type == "cuda" else [])]
+    for name, case in itertools.chain(*parts):
+        try:
+            problem = case()
+        except (CompressError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        found.append({"case": name, "problem": problem})
+    return found
+
+
+def result(device: torch.device, way: str) -> dict[str, Any]:
+    """What main prints."""
+    try:
+        kernels = devices.WAYS[way](device)
+        if isinstance(kernels, str):
+            return {"skipped": kernels}
+        return {"kernels": kernels.name, "checks": checks(device)}
+    except CompressError as error:  # such as a self-test that fails
+        return {"kernels": way, "checks": [{"case": way, "problem": str(error)}]}
+
+
+def run(way: str, library: Path) -> dict[str, Any]:
+    """The result of a process that has this way alone; it may crash."""
+    environment = {**os.environ, "COMPRESSOR_CUDA": str(library) if way == "cuda library" else "nvrtc"}
+    command = [sys.executable, __file__, way]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        problem = f"ended with {done.returncode}: {done.stderr[-2000:]}"
+        return {"kernels": way, "checks": [{"case": way, "problem": problem}]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(result(torch.device("cuda", 0), sys.argv[1])))
