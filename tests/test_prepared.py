@@ -19,6 +19,7 @@ from compressor.kernels.int8_split import round_rows
 from compressor.kernels.prepared import PreparedLinear
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
+from compressor.layers.sparse_factor_linear import SparseFactorLinear
 
 pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason=f"{library()}")
 
@@ -148,6 +149,45 @@ def test_layers_of_bitsandbytes_get_the_kernel_of_llm_int8():
     expected = model(x).float()
     assert prepare(model, strict=True)["0"].op == "linear_int8_outlier" and set(model.state_dict()) == names
     assert (model(x).float() - expected).norm() < 0.01 * expected.norm()  # they round three times to bfloat16
+
+
+def factor_layer(values, dtype=torch.float32):
+    made = torch.Generator().manual_seed(7)
+    index = torch.rand(70, 3, 20, generator=made).topk(5, 2).indices.sort(2).values
+    atoms, kept = torch.randn(3, 20, 16, generator=made), torch.randn(70, 3, 5, generator=made)
+    layer = SparseFactorLinear.pack(atoms, kept, index, values)
+    layer.bias, layer.dtype = nn.Parameter(torch.randn(70, generator=made).to(dtype), requires_grad=False), dtype
+    return layer
+
+
+@pytest.mark.parametrize("values", ["float16", "bfloat16"])
+def test_factors_are_multiplied_as_their_stored_form(values):
+    model, other = nn.Sequential(factor_layer(values)), factor_layer(values)
+    names = list(model.state_dict())
+    assert prepare(model, strict=True)["0"].op == "linear_dense_sparse" and list(model.state_dict()) == names
+    assert "5 of 20 atoms" in explain(model)
+    for shape in ((1, 48), (2, 17, 48), (0, 48)):
+        x = torch.randn(shape)
+        assert torch.allclose(model(x), other(x), atol=1e-4, rtol=1e-4)
+    x = torch.randn(4, 48)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), model(x))
+    other.weight_values *= 2
+    model.load_state_dict({f"0.{name}": value for name, value in other.state_dict().items()})
+    assert torch.allclose(model(x), other(x), atol=1e-4, rtol=1e-4)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_int8_factors_stay_with_the_reason():
+    model = nn.Sequential(factor_layer("int8"))
+    with pytest.warns(UserWarning, match="its factors are int8"):
+        assert prepare(model)["0"].op is None
+
+
+def test_groups_whose_sums_overflow_int32_are_refused():
+    wide = dispatch.IntegerWeight(torch.zeros(1, 65800, dtype=torch.uint8), torch.ones(1, 1), None, 8, -1)
+    assert "int32 can't hold their sums" in dispatch.choose(wide, None).skipped[2]
 
 
 class Attention(nn.Module):

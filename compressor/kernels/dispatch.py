@@ -62,6 +62,34 @@ class OutlierWeight:
 
 
 @dataclass(frozen=True)
+class FactorWeight:
+    """A weight of few atoms for each block of inputs, of which every output combines k (`layers/sparse_factor_linear`).
+
+    atoms   (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16
+    index   (out, blocks, k) uint16, which atoms
+    """
+
+    atoms: Tensor
+    values: Tensor
+    index: Tensor
+
+
+Weight = IntegerWeight | OutlierWeight | FactorWeight
+FACTORS = "factors"  # the layout of a FactorWeight: as it is
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """(out, in)"""
+    if isinstance(weight, FactorWeight):
+        return weight.values.shape[0], weight.atoms.shape[0] * weight.atoms.shape[2]
+    return weight.codes.shape[0], weight.codes.shape[1]
+
+
+def device_of(weight: Weight) -> torch.device:
+    return weight.atoms.device if isinstance(weight, FactorWeight) else weight.codes.device
+
+
+@dataclass(frozen=True)
 class Choice:
     """kernel   what multiplies, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
@@ -80,9 +108,7 @@ class Choice:
         return self.kernel in FALLBACKS
 
 
-def choose(
-    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None = None
-) -> Choice:
+def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | None = None) -> Choice:
     """The best kernel here.
 
     weight       a str says why the stored form has no such numbers
@@ -95,7 +121,7 @@ def choose(
     for name, way in devices.WAYS.items():
         if refused is None:
             assert not isinstance(weight, str)
-            kernels = way(weight.codes.device)
+            kernels = way(device_of(weight))
             if not isinstance(kernels, str):
                 return Choice(kernels.name, _op(weight, activations), tuple(skipped), mma1.LAYOUT)
             skipped.append(f"{name} ({kernels})")
@@ -109,45 +135,44 @@ def choose(
         skipped.append(f"cpu library ({reason})")
     else:
         assert not isinstance(weight, str)  # it would be the reason
-        return Choice(f"cpu library, {LEVELS[found.level]}", _op(weight, activations), tuple(skipped), LAYOUT)
-    layout, why = _torch_layout(weight, activations, inputs)
-    if layout is not None:
+        layout = FACTORS if isinstance(weight, FactorWeight) else LAYOUT
+        return Choice(f"cpu library, {LEVELS[found.level]}", _op(weight, activations), tuple(skipped), layout)
+    of_torch, why = _torch_layout(weight, activations, inputs)
+    if of_torch is not None:
         assert not isinstance(weight, str)
-        return Choice(TORCH_OP, _op(weight, activations), tuple(skipped), layout)
+        return Choice(TORCH_OP, _op(weight, activations), tuple(skipped), of_torch)
     skipped.append(f"{TORCH_OP} ({why})")
     return Choice(REFERENCE, None, tuple(skipped))
 
 
-def _torch_layout(
-    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None
-) -> tuple[str | None, str]:
+def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:
     """The layout of a torch product of the same meaning, or None; and the reason."""
     if isinstance(weight, str):
         return None, weight
-    if weight.codes.device.type != "cpu":
-        return None, f"weights are on {weight.codes.device.type}"
-    if isinstance(weight, OutlierWeight):
-        return None, "the reference of LLM.int8() multiplies by torch's integer product already"
+    if device_of(weight).type != "cpu":
+        return None, f"weights are on {device_of(weight).type}"
+    if not isinstance(weight, IntegerWeight):
+        return None, "the reference is torch's products already"
     if unequal := _unequal_groups(weight):
         return None, unequal
     centred = weight.zero_point is None or bool((weight.zero_point == 2 ** (weight.bits - 1)).all())
-    shape = weight.codes.shape[0], weight.codes.shape[1]
-    return torch_ops.layout_for(_op(weight, activations), weight.bits, weight.group_size, shape, centred, inputs)
+    op = _op(weight, activations)
+    return torch_ops.layout_for(op, weight.bits, weight.group_size, shape_of(weight), centred, inputs)
 
 
-def _op(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str:
+def _op(weight: Weight, activations: str | None) -> str:
     if isinstance(weight, OutlierWeight):
         return "linear_int8_outlier"
+    if isinstance(weight, FactorWeight):
+        return "linear_dense_sparse"
     return "linear_dynamic_int8" if activations == DYNAMIC_INT8 else "linear_weight_only"
 
 
-def _refusal_on_cuda(
-    weight: IntegerWeight | OutlierWeight | str, activations: str | None, inputs: torch.dtype | None
-) -> str | None:
+def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> str | None:
     """Why no CUDA kernel takes this weight."""
-    if not isinstance(weight, str) and devices.is_cuda(weight.codes.device):
-        bits, group_size = (8, -1) if isinstance(weight, OutlierWeight) else (weight.bits, weight.group_size)
-        out, columns = weight.codes.shape
+    if not isinstance(weight, str) and devices.is_cuda(device_of(weight)):
+        bits, group_size = (weight.bits, weight.group_size) if isinstance(weight, IntegerWeight) else (8, -1)
+        out, columns = shape_of(weight)
         reason = cuda_ops.refusal(_op(weight, activations), out, columns, bits, group_size, inputs)
         return reason or (_unequal_groups(weight) if isinstance(weight, IntegerWeight) else None)
     if not torch.cuda.is_available():
@@ -155,13 +180,16 @@ def _refusal_on_cuda(
     return weight if isinstance(weight, str) else "weights are on the CPU"
 
 
-def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> str | None:
+def _refusal(weight: Weight, activations: str | None) -> str | None:
     """Why no kernel takes this weight."""
-    if weight.codes.device.type != "cpu":
-        return f"weights are on {weight.codes.device.type}"
+    if device_of(weight).type != "cpu":
+        return f"weights are on {device_of(weight).type}"
+    if isinstance(weight, FactorWeight):
+        kinds = [tensor.dtype for tensor in (weight.atoms, weight.values) if tensor.dtype not in DTYPES]
+        return f"factors are {kinds[0]}, 16- or 32-bit floats are wanted" if kinds else None
+    columns = shape_of(weight)[1]
     if isinstance(weight, OutlierWeight):
-        wide = weight.codes.shape[1] > MOST_INT8_INPUTS
-        return f"{weight.codes.shape[1]} inputs, at most {MOST_INT8_INPUTS}" if wide else None
+        return f"{columns} inputs, at most {MOST_INT8_INPUTS}" if columns > MOST_INT8_INPUTS else None
     op = _op(weight, activations)
     if weight.bits not in BITS[op]:
         return f"{op} takes {', '.join(map(str, BITS[op]))} bits, these are {weight.bits}"
@@ -169,6 +197,8 @@ def _refusal(weight: IntegerWeight | OutlierWeight, activations: str | None) -> 
         return f"scales are {weight.scale.dtype}"
     if weight.group_size != -1 and weight.group_size % 8:
         return f"groups of {weight.group_size} columns, a multiple of 8 is wanted"
+    if (columns if weight.group_size == -1 else weight.group_size) * 128 * (2**weight.bits - 1) >= 2**31:
+        return f"groups of {columns} columns of {weight.bits} bits: int32 can't hold their sums"
     return _unequal_groups(weight)
 
 

@@ -21,9 +21,19 @@ from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
 from compressor.kernels.cuda import mma1
 from compressor.kernels.cuda import ops as cuda_ops
-from compressor.kernels.dispatch import DYNAMIC_INT8, Choice, OutlierWeight, choose
+from compressor.kernels.dense_sparse import linear_dense_sparse
+from compressor.kernels.dispatch import (
+    DYNAMIC_INT8,
+    FACTORS,
+    Choice,
+    FactorWeight,
+    OutlierWeight,
+    Weight,
+    choose,
+    shape_of,
+)
 from compressor.kernels.shared_input import SharedInput, share_inputs
-from compressor.kernels.stock import StoredWeight, Weight, adopt
+from compressor.kernels.stock import StoredWeight, adopt
 
 # by layout, which says where it runs, and by name
 RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
@@ -32,6 +42,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
         "linear_dynamic_int8": ops.linear_dynamic_int8,
         "linear_int8_outlier": ops.linear_int8_outlier,
     },
+    FACTORS: {"linear_dense_sparse": linear_dense_sparse},
     mma1.LAYOUT: cuda_ops.RUN,
     **dict.fromkeys(torch_ops.LAYOUTS, torch_ops.RUN),
 }
@@ -39,6 +50,9 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
 
 class PreparedLinear(nn.Module):
     """A linear layer of a stored form that multiplies by a kernel.
+
+    packed  what the kernel reads of the weight: codes in its layout, or the index of factors
+    words   the format, for people
 
     Not for training: the product has no gradient.
     """
@@ -59,12 +73,15 @@ class PreparedLinear(nn.Module):
 
     def _take(self, weight: Weight) -> None:
         """What the kernel reads, and its other arguments, from the stored tensors."""
-        self.out_features, self.in_features = weight.codes.shape
+        self.out_features, self.in_features = shape_of(weight)
         more: dict[str, Tensor | None]
-        if isinstance(weight, OutlierWeight):
+        if isinstance(weight, FactorWeight):
+            packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
+            self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
+        elif isinstance(weight, OutlierWeight):
             packed = ops.pack_int8_rows(weight.codes, weight.absmax)
             more = {"absmax": weight.absmax, "columns": weight.columns, "columns_weight": weight.weight}
-            self.bits, self.group_size, self.threshold = 8, -1, weight.threshold
+            self.threshold, self.words = weight.threshold, "W8 rows"
         else:
             order, layout = weight.permutation(), self.choice.layout
             assert layout is not None
@@ -77,6 +94,7 @@ class PreparedLinear(nn.Module):
                 )
             more = {"permutation": order}
             self.bits, self.group_size = weight.bits, weight.group_size
+            self.words = f"W{weight.bits} " + ("rows" if weight.group_size == -1 else f"g{weight.group_size}")
         for name, tensor in {"packed": packed, **more}.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -85,7 +103,9 @@ class PreparedLinear(nn.Module):
         name = self.choice.op
         assert name is not None
         arguments: tuple[Any, ...]
-        if name == "linear_int8_outlier":
+        if name == "linear_dense_sparse":
+            arguments = (self.atoms, self.packed, self.values, self.bias)
+        elif name == "linear_int8_outlier":
             arguments = (self.packed, self.absmax, self.columns, self.columns_weight, self.bias, self.threshold)
         else:
             arguments = (
@@ -101,7 +121,7 @@ class PreparedLinear(nn.Module):
             return run(x.detach(), *arguments)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.bits} bits, {self.choice.kernel}"
+        return f"{self.in_features}, {self.out_features}, {self.words}, {self.choice.kernel}"
 
 
 def _take_again(layer: PreparedLinear, keys: Any) -> None:
@@ -161,11 +181,12 @@ def explain(model: nn.Module) -> str:
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
-            groups = "rows" if module.group_size == -1 else f"g{module.group_size}"
-            size = f"{8 * module.packed.numel() / (module.out_features * module.in_features):.2f} bits a weight"
+            read = [module.packed, *(() if choice.layout != FACTORS else (module.atoms, module.values))]
+            bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read)
+            size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
             shared = module.shared[0] if module.shared else None
             call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
-            lines.append(f"{name}   W{module.bits} {groups}   {choice.kernel}   {choice.op}   {size}{call}")
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   {size}{call}")
         else:
             lines.append(f"{name}   {form}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")

@@ -83,5 +83,6 @@ def share_inputs(model: nn.Module, is_prepared: type[PreparedLinear]) -> None:
 
 
 def _format(layer: PreparedLinear) -> tuple[Any, ...]:
-    alone = layer.choice.op not in OPS or layer.permutation is not None or layer.choice.layout != ops.LAYOUT
-    return layer.choice, layer.in_features, layer.bits, layer.group_size, id(layer) if alone else None
+    if layer.choice.op not in OPS or layer.choice.layout != ops.LAYOUT or layer.permutation is not None:
+        return (id(layer),)
+    return layer.choice, layer.in_features, layer.bits, layer.group_size

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels.blocks import power_of_two, unpack_rows
-from compressor.kernels.dispatch import IntegerWeight, OutlierWeight
+from compressor.kernels.dispatch import FactorWeight, IntegerWeight, OutlierWeight, Weight
 from compressor.kernels.reference import unpack_codes
+from compressor.kernels.sparse_factors import unpack_index
 
-Weight = IntegerWeight | OutlierWeight
 Reader = Callable[[dict[str, Tensor]], Weight | str]
 
 
@@ -107,6 +107,16 @@ def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight |
     return IntegerWeight(codes, scale, None, bits, -1 if width >= columns else width)
 
 
+def _factors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorWeight | str:
+    """sparse_factor_linear"""
+    atoms, values = tensors["weight_atoms"], tensors["weight_values"]
+    if spec["values"] == "int8":
+        return "its factors are int8, and the kernel takes floats"
+    out, blocks, k = values.shape
+    index = unpack_index(tensors["weight_index"], out * blocks, spec["atoms"], k).view(out, blocks, k)
+    return FactorWeight(atoms, values, index.to(torch.uint16))
+
+
 def _none(form: str, tensors: dict[str, Tensor]) -> str:
     return f"no kernel takes {form}"
 
@@ -127,4 +137,5 @@ READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Weight | str]] 
     "block_linear": _blocks,
     "byte_linear": _bytes,
     "int8_split_linear": _int8_rows,
+    "sparse_factor_linear": _factors,
 }

@@ -35,9 +35,7 @@ def layout_for(
     if bits == 8 and group_size == -1 and centred:
         if op == "linear_dynamic_int8":
             exact = int_mm_is_exact() and 1 < columns <= MOST_INPUTS  # torch 2.13 gives garbage for one column
-            return (
-                (INT8_ROWS, "") if exact else (None, f"torch's product isn't exact for {columns} inputs here")
-            )
+            return (INT8_ROWS, "") if exact else (None, f"torch's product isn't exact for {columns} inputs here")
         if inputs == torch.float32:
             return INT8, ""
         return None, f"torch's int8 product rounds sums of {inputs} inputs before the bias"
