@@ -46,12 +46,13 @@ ALWAYS_INLINE void look_up(const Table& t, const float* x, float* y, int64_t cou
   }
   for (int64_t i = 0; i < count; i++) left[i] = t.values[index[i]];
   for (int64_t i = 0; i < count; i++) right[i] = t.values[index[i] + 1];
-  // One choice a loop: gcc makes branches of two in one.
+  // One choice a loop, and nothing else with it: gcc makes branches of more.
   float* weight = place;
   for (int64_t i = 0; i < count; i++) weight[i] = place[i] - float(index[i]);
   for (int64_t i = 0; i < count; i++) rise[i] = right[i] - left[i];
   for (int64_t i = 0; i < count; i++) left[i] = std::fabs(weight[i]) < 0.5f ? left[i] : right[i];
-  for (int64_t i = 0; i < count; i++) weight[i] -= std::fabs(weight[i]) < 0.5f ? 0.f : 1.f;
+  for (int64_t i = 0; i < count; i++) right[i] = std::fabs(weight[i]) < 0.5f ? 0.f : 1.f;
+  for (int64_t i = 0; i < count; i++) weight[i] -= right[i];
   for (int64_t i = 0; i < count; i++) y[i] = __builtin_fmaf(weight[i], rise[i], left[i]);
 }
 void look_up_scalar(const Table& t, const float* x, float* y, int64_t count) { look_up(t, x, y, count); }
