@@ -19,6 +19,8 @@ times mean nothing, and no goal is judged.
 
 --decode adds tokens a second of a Llama of random weights and about 100 M parameters at 1 and 16 sequences: dense, and
 with its blocks' linear layers in 4 bits, prepared with and without int8 inputs. Activations elsewhere are float32.
+
+Hadamard transforms, dense x sparse products and tables follow, against torch's ways (scripts/kernel_operations.py).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_decode
+import kernel_operations
 import kernel_peers
 import torch
 from kernel_peers import Candidate, Ceilings, Shape
@@ -400,6 +403,10 @@ def run(
         f"{extra['by registry'] * 1e6:.1f} us), kernel {extra['kernel'] * 1e6:.1f} us, "
         f"beyond it {extra['overhead'] * 1e6:.1f} us"
     )
+    others = kernel_operations.operations(settings.seconds / 2, settings.quick)
+    for operation in others:
+        ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in operation.ratios.items())
+        console.print(f"{operation.name}: {operation.seconds * 1e6:.0f} us; {ratios}")
     decoding = kernel_decode.decode(settings.quick) if settings.decode else {}
     for sequences, speeds in decoding.items():
         listed = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
@@ -415,6 +422,7 @@ def run(
         "ceilings": limits,
         "rows": [asdict(row) for row in rows],
         "extra": extra,
+        "operations": [asdict(operation) for operation in others],
         "decoding": decoding,
         "goals": [asdict(goal) for goal in judged],
     }

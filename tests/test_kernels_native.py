@@ -66,7 +66,7 @@ MUTANTS = [
     ("output beyond the last", "dense_sparse", "std::min(n + i, count - 1)", "n + i"),
     ("index not checked", "dense_sparse", ">= atoms) return BAD_INDEX", "> 65535) return BAD_INDEX"),
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
-    ("line from the other end", "table_lookup", "near_left ? weight : weight - 1", "weight"),
+    ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 

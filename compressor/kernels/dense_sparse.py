@@ -22,7 +22,7 @@ def linear_dense_sparse(x: Tensor, dense: Tensor, index: Tensor, value: Tensor, 
     """y[n] = sum over b, t of (x_b · D_b[index[n, b, t]]) · value[n, b, t] + bias[n].
 
     Sums are float32, in an order that depends on the shape of the weight alone. With u = 2^-24, to first order and
-    before the rounding to x's dtype: |y - exact| <= (ceil(width / 16) + blocks · k + 4) u · sum |value| |D| |x| + u |exact|.
+    before y is rounded: |y - exact| <= (ceil(width / 16) + blocks · k + 4) u · sum |value| |D| |x| + u |exact|.
 
     x        (..., blocks · width) float32, bfloat16 or float16
     dense    (blocks, atoms, width), D, and value (out, blocks, k): each of these dtypes; atoms at most 65,536

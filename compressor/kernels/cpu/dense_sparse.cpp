@@ -153,6 +153,15 @@ void dots_at(int64_t level, const float* x, int64_t stride, int64_t rows, const 
 #endif
   for (int64_t r = 0; r < rows; r++) dots_scalar(x + r * stride, atoms, padded, out + r * ATOMS);
 }
+// Entries that are read after these, of the next block: outputs lie apart, which the processor doesn't foresee.
+void fetch(const Factors& f, const uint16_t* index, const float* value) {
+#ifdef COMPRESSOR_X86
+  for (int64_t t = 0; t < f.k; t += 16) _mm_prefetch((const char*)(value + f.k + t), _MM_HINT_T0);
+  for (int64_t t = 0; t < f.k; t += 32) _mm_prefetch((const char*)(index + f.k + t), _MM_HINT_T0);
+#else
+  (void)f, (void)index, (void)value;
+#endif
+}
 // A block's entries of `count` outputs; index and value begin at their first output's, total (count, LANES).
 void entries_at(int64_t level, const Factors& f, const float* z, int64_t lanes, const uint16_t* index, const float* value,
                 int64_t count, float* total) {
@@ -167,10 +176,12 @@ void entries_at(int64_t level, const Factors& f, const float* z, int64_t lanes, 
       for (int64_t i = 0; i < 8; i++) {
         const int64_t here = std::min(n + i, count - 1);
         indices[i] = index + here * apart, values[i] = value + here * apart;
+        if (lanes > 1 && n + i < count) fetch(f, indices[i], values[i]);
         totals[i] = n + i < count ? total + here * LANES : ignored[i];
       }
       if (lanes == 1) {
-        entries_of_a_row<8>(f.k, z, indices, values, totals);
+        entries_of_a_row<4>(f.k, z, indices, values, totals);
+        entries_of_a_row<4>(f.k, z, indices + 4, values + 4, totals + 4);
       } else if (level == AVX512VNNI) {
         entries_avx512<8>(f.k, z, indices, values, totals);
       } else {
@@ -244,9 +255,15 @@ extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const voi
       const float* wide_values = as_floats(level, value, value_dtype, n * entries, values, count * entries);
       for (int64_t p = 0; p < panels; p++) {
         float total[TILE * LANES] = {}, out[TILE];
-        for (int64_t b = 0; b < blocks; b++)
-          entries_at(level, f, z + (p * all + b * atoms) * lanes, lanes, index + n * entries + b * k, wide_values + b * k, count,
-                     total);
+        // A block's z stays in the first-level cache for all outputs of the tile. That of one row of x is small: then the
+        // entries of a few outputs are read from start to end.
+        const int64_t together = lanes == 1 ? 8 : TILE;
+        for (int64_t j = 0; j < count; j += together)
+          for (int64_t b = 0; b < blocks; b++) {
+            const int64_t at = j * entries + b * k;
+            entries_at(level, f, z + (p * all + b * atoms) * lanes, lanes, index + n * entries + at, wide_values + at,
+                       std::min(together, count - j), total + j * LANES);
+          }
         for (int64_t r = 0; r < std::min(lanes, rows - p * lanes); r++) {
           for (int64_t j = 0; j < count; j++) out[j] = total[j * LANES + r] + (bias ? load_number(bias, bias_dtype, n + j) : 0);
           from_float(level, out, y, x_dtype, (m + p * lanes + r) * N + n, count);

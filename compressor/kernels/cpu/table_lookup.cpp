@@ -22,7 +22,7 @@ struct Table {
 
 ALWAYS_INLINE void look_up(const Table& t, const float* x, float* y, int64_t count) {
   const float last = float(t.entries - 1);
-  float place[PART], left[PART], right[PART];
+  float place[PART], left[PART], right[PART], rise[PART];
   int32_t index[PART];
   for (int64_t i = 0; i < count; i++) place[i] = (x[i] - t.low) / t.step;
   for (int64_t i = 0; i < count; i++) {  // NaN stays, and reads entry 0
@@ -46,11 +46,14 @@ ALWAYS_INLINE void look_up(const Table& t, const float* x, float* y, int64_t cou
   }
   for (int64_t i = 0; i < count; i++) left[i] = t.values[index[i]];
   for (int64_t i = 0; i < count; i++) right[i] = t.values[index[i] + 1];
-  for (int64_t i = 0; i < count; i++) {
-    const float weight = place[i] - float(index[i]), rise = right[i] - left[i];
-    const bool near_left = std::fabs(weight) < 0.5f;
-    y[i] = __builtin_fmaf(near_left ? weight : weight - 1, rise, near_left ? left[i] : right[i]);
-  }
+  // One choice a loop, and nothing else with it: gcc makes branches of more.
+  float* weight = place;
+  for (int64_t i = 0; i < count; i++) weight[i] = place[i] - float(index[i]);
+  for (int64_t i = 0; i < count; i++) rise[i] = right[i] - left[i];
+  for (int64_t i = 0; i < count; i++) left[i] = std::fabs(weight[i]) < 0.5f ? left[i] : right[i];
+  for (int64_t i = 0; i < count; i++) right[i] = std::fabs(weight[i]) < 0.5f ? 0.f : 1.f;
+  for (int64_t i = 0; i < count; i++) weight[i] -= right[i];
+  for (int64_t i = 0; i < count; i++) y[i] = __builtin_fmaf(weight[i], rise[i], left[i]);
 }
 void look_up_scalar(const Table& t, const float* x, float* y, int64_t count) { look_up(t, x, y, count); }
 #ifdef COMPRESSOR_X86

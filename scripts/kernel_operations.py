@@ -1,0 +1,108 @@
+"""Operations beside the linear products against what torch offers for the same: Hadamard, dense x sparse, tables.
+
+Ours and torch's ways are called in turn, each turn in another order, and medians are compared. Each answer is first
+held to ours; a copy, a dense weight in place of the factors, and torch's own silu are there to compare times with alone.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.kernels.dense_sparse import linear_dense_sparse
+from compressor.kernels.hadamard import hadamard
+from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
+from compressor.kernels.sparse_factors import sparse_product
+from compressor.kernels.table_lookup import table_lookup
+from compressor.kernels.tables import look_up
+
+LEAST = 5  # calls of each
+
+
+@dataclass
+class Operation:
+    """seconds: median of ours; ratios: the time of each other way over it"""
+
+    name: str
+    seconds: float
+    calls: int
+    ratios: dict[str, float]
+
+
+def butterflies(x: Tensor, scale: float) -> Tensor:
+    """x (rows, n) times Sylvester's matrix, in log2 n passes of torch."""
+    n, y, apart = x.shape[1], x, 1
+    while apart < n:
+        pairs = y.view(-1, n // (2 * apart), 2, apart)
+        y = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
+        apart *= 2
+    return y.view(x.shape) * scale
+
+
+def compare(
+    name: str, ours: Callable[[], Tensor], others: dict[str, Callable[[], Tensor]], unlike: set[str], seconds: float
+) -> Operation:
+    """unlike: which of the others compute something else of the same shape
+
+    raises ArithmeticError if another answers differently
+    """
+    answer = ours()
+    for other, call in others.items():
+        far = float((call() - answer).abs().max() / answer.abs().max())
+        if other not in unlike and not far < 1e-4:  # float32 sums in other orders: a few hundred roundings
+            raise ArithmeticError(f"{name}: {other} is {far:.1e} of the largest away")
+    calls = [ours, *others.values()]
+    times: list[list[float]] = [[] for _ in calls]
+    order, shuffle, end = list(range(len(calls))), random.Random(0).shuffle, time.perf_counter() + seconds
+    while len(times[0]) < LEAST or time.perf_counter() < end:
+        shuffle(order)
+        for place in order:
+            start = time.perf_counter()
+            calls[place]()
+            times[place].append(time.perf_counter() - start)
+    medians = [statistics.median(spent[1:]) for spent in times]
+    ratios = {other: median / medians[0] for other, median in zip(others, medians[1:], strict=True)}
+    return Operation(name, medians[0], len(times[0]), ratios)
+
+
+def operations(seconds: float, quick: bool) -> list[Operation]:
+    """All of them for so long each; tiny if quick."""
+    made = torch.Generator().manual_seed(0)
+    found = []
+    for rows, n in ((1, 64), (16, 48)) if quick else ((1, 4096), (64, 4096), (64, 3584)):
+        x, m = torch.randn(rows, n, generator=made), base_of(n) or 0
+        whole = torch.kron(sylvester(n // m), base_matrix(m)).float() * n**-0.5
+        ways = {"matrix product": lambda x=x, whole=whole: x @ whole, "copy": x.clone}
+        if m == 1:
+            ways["butterflies"] = lambda x=x, n=n: butterflies(x, n**-0.5)
+        found.append(compare(f"hadamard {rows}x{n}", lambda x=x, n=n: hadamard(x, n**-0.5), ways, {"copy"}, seconds))
+    blocks, atoms, width, out, k = (2, 12, 16, 64, 4) if quick else (16, 128, 256, 4096, 45)
+    dense = torch.randn(blocks, atoms, width, generator=made)
+    value = torch.randn(out, blocks, k, generator=made)
+    index = torch.rand(out, blocks, atoms, generator=made).argsort(2)[..., :k].sort(2).values
+    short, weight = index.to(torch.uint16), torch.randn(out, blocks * width, generator=made)
+    for rows in (1, 16) if quick else (1, 16, 64):
+        x = torch.randn(rows, blocks * width, generator=made)
+        ways = {
+            "embedding bag": lambda x=x: sparse_product(x, dense, value, index),
+            "dense float32": lambda x=x: x @ weight.t(),
+        }
+        ours = lambda x=x: linear_dense_sparse(x, dense, short, value, None)  # noqa: E731
+        found.append(compare(f"dense x sparse {rows}x{out}x{blocks * width}", ours, ways, {"dense float32"}, seconds))
+    table, step = torch.randn(256, generator=made), 2.0**-5
+    x = torch.randn(4 if quick else 64, 11008, generator=made)
+    for linear in (True, False):
+        ways = {
+            "look_up": lambda linear=linear: look_up(x, table, -4.0, step, linear),
+            "silu": lambda: torch.nn.functional.silu(x),
+        }
+        ours = lambda linear=linear: table_lookup(x, table, -4.0, -4.0 + 255 * step, linear)  # noqa: E731
+        name = f"table {'lines' if linear else 'nearest'} {len(x)}x11008"
+        found.append(compare(name, ours, ways, {"silu"}, seconds))
+    return found
