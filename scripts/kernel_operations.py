@@ -1,7 +1,7 @@
 """Operations beside the linear products against what torch offers for the same: Hadamard, dense x sparse, tables.
 
 Ours and torch's ways are called in turn, each turn in another order, and medians are compared. Each answer is first
-held to ours; a copy, a dense weight in place of the factors, and torch's own silu are there to compare times with alone.
+held to ours; a copy, a dense weight in place of the factors, and silu are there to compare times with alone.
 """
 
 from __future__ import annotations
