@@ -24,7 +24,8 @@ LIBRARY = "libcompressor_cuda.so"
 TARGETS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100"), ("compute_90", "compute_90"))
 # the host's part is plain C++, what the kernels use of it is in emulate.h; -fno-gnu-unique keeps two libraries in one
 # process apart
-EMULATION_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
+EMULATION_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-ffp-contract=off"]
+EMULATION_FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 
 
 class BuildError(Exception):

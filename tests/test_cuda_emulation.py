@@ -39,7 +39,9 @@ def test_a_kernel_is_within_the_bound_of_float64_on_odd_shapes(emulated, kernel,
     KERNELS[kernel].run(emulated, case, arrays.GuardedMemory(), seed=0)
 
 
-@pytest.mark.parametrize(("kernel", "number"), [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("hadamard", 6)])
+@pytest.mark.parametrize(
+    ("kernel", "number"), [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("hadamard", 6), ("dense_sparse", 6)]
+)
 def test_the_order_of_threads_does_not_change_a_bit(emulated, kernel, number):
     operands_seed = 5
     results = []
