@@ -40,7 +40,8 @@ def test_a_kernel_is_within_the_bound_of_float64_on_odd_shapes(emulated, kernel,
 
 
 @pytest.mark.parametrize(
-    ("kernel", "number"), [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("hadamard", 6), ("dense_sparse", 6)]
+    ("kernel", "number"),
+    [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("hadamard", 6), ("dense_sparse", 6), ("gptq_solve", 2)],
 )
 def test_the_order_of_threads_does_not_change_a_bit(emulated, kernel, number):
     operands_seed = 5

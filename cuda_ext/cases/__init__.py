@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cuda_ext.cases import dense_sparse, hadamard, w_a16
+from cuda_ext.cases import dense_sparse, gptq_solve, hadamard, w_a16
 
 
 class Kernel(Protocol):
@@ -27,4 +27,9 @@ class Kernel(Protocol):
     run: Callable[..., Any]
 
 
-KERNELS: dict[str, Kernel] = {"dense_sparse": dense_sparse, "hadamard": hadamard, "w_a16": w_a16}
+KERNELS: dict[str, Kernel] = {
+    "dense_sparse": dense_sparse,
+    "gptq_solve": gptq_solve,
+    "hadamard": hadamard,
+    "w_a16": w_a16,
+}
