@@ -139,8 +139,8 @@ def launcher(library: ctypes.CDLL) -> Callable[..., int]:
 def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
     """Run the case and compare; raises AssertionError. Returns y as stored, (rows, n).
 
-    A sum passes m + log2(n / m) additions, each off by UNIT of what it adds at most; then the product with the scale, and one
-    rounding to the type of y. The scale itself is float32 on both sides.
+    A sum passes m + log2(n / m) additions, each off by UNIT of what it adds at most; then the product with the scale,
+    and one rounding to the type of y. The scale itself is float32 on both sides.
     """
     random = np.random.default_rng([seed, case.rows, case.n])
     stored = to_bits(random.standard_normal((case.rows, case.n)), case.type)
