@@ -176,11 +176,11 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
                 y.data_ptr(),
                 workspace.data_ptr(),
                 needed,
-                *(m, n, k, GROUP_SIZE, arrays.FLOAT16, arrays.FLOAT16),
+                *(m, n, k, 4, GROUP_SIZE, arrays.FLOAT16, arrays.FLOAT16),
                 torch.cuda.current_stream().cuda_stream,
             )
             if code:
-                raise RuntimeError(f"compressor_w4_a16 returned {code} for {m}x{n}x{k}")
+                raise RuntimeError(f"compressor_w_a16 returned {code} for {m}x{n}x{k}")
 
         return call
 
