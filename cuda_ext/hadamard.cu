@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
 
 // Bit j of row[i] is set where H_m has -1 at (i, j). With chi(a) the quadratic character of a modulo a prime q:
 //   Paley I, q = m - 1, 3 modulo 4 (m = 12, 20): H = I + S, S antisymmetric with first row (0, 1, ..., 1) and
-//     S[i, j] = chi(i - j) after it
+//     S[i, j] = chi(j - i) after it
 //   Paley II, q = m / 2 - 1, 1 modulo 4 (m = 28, 36): H = C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1], C symmetric with first
-//     row (0, 1, ..., 1) and C[i, j] = chi(i - j) after it
+//     row (0, 1, ..., 1) and C[i, j] = chi(j - i) after it
 template <int M>
 struct Signs {
   u64 row[M] = {};
@@ -173,7 +173,7 @@ DEVICE constexpr int character(int a, int q) {
 
 // S or C, but for S[i, 0] = -1.
 DEVICE constexpr int bordered(int i, int j, int q) {
-  return i == 0 || j == 0 ? (i != j) : character(i - j, q);
+  return i == 0 || j == 0 ? (i != j) : character(j - i, q);
 }
 
 DEVICE constexpr int entry(int m, int i, int j) {

@@ -96,7 +96,7 @@ def paley(m: int) -> NDArray:
     """H_m, float64 of 1 and -1, for m = 12, 20 (Paley's first construction) or 28, 36 (his second).
 
     With chi(a) 1 for a square modulo q, -1 for others, 0 for 0. First, q = m - 1: I + S, S antisymmetric, its first row
-    (0, 1, ..., 1) and S[i, j] = chi(i - j). Second, q = m / 2 - 1: C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1], C symmetric
+    (0, 1, ..., 1) and S[i, j] = chi(j - i). Second, q = m / 2 - 1: C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1], C symmetric
     with the same border. For m = 1 it is 1.
     """
     if m == 1:
@@ -108,7 +108,7 @@ def paley(m: int) -> NDArray:
     chi[0] = 0
     core = np.zeros((q + 1, q + 1))
     core[0, 1:], core[1:, 0] = 1, -1 if first else 1
-    core[1:, 1:] = chi[(np.arange(q)[:, None] - np.arange(q)) % q]
+    core[1:, 1:] = chi[(np.arange(q) - np.arange(q)[:, None]) % q]
     if first:
         return core + np.eye(m)
     turned = np.array([[1, 1], [1, -1]])
