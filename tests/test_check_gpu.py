@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import check_gpu
+import gpu_against_torch
 import numpy as np
 import pytest
 import torch
 
+from compressor.kernels.gptq_solve import round_columns
 from cuda_ext.cases import hadamard, w_a16
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,33 @@ def test_check_gpu_places_operands_and_reports_each_case(emulated):
     expected = [(kernel, str(case)) for kernel, of_kernel in few.items() for case in of_kernel for _ in range(2)]
     assert [(f["kernel"], f["case"]) for f in found] == expected
     assert not any(f["problem"] for f in found)
+
+
+def test_the_products_that_are_timed_are_those_of_torch(emulated):
+    """16 float32 sums and products apart and one rounding to float16: a few of its units."""
+    factors = gpu_against_torch.Factors(out=40, blocks=2, width=32, atoms=12, k=3)
+    calls = gpu_against_torch.product_calls(emulated, 5, factors, "cpu", copies=2)
+    (expected,) = [call() for call in calls.by_torch]
+    for call in calls.ours:
+        calls.y.fill_(torch.nan)
+        call()
+        assert torch.allclose(calls.y.float(), expected.float(), rtol=2.0**-10, atol=1e-5)
+
+
+def test_the_columns_that_are_timed_are_those_of_torch(emulated):
+    torch.manual_seed(0)
+    part = gpu_against_torch.solver_columns(70, "cpu")
+    gpu_against_torch.solver_call(emulated, part, "cpu")()
+    codes = part.codes.clone()
+    round_columns(part, 0, gpu_against_torch.SUB_BLOCK)
+    assert torch.equal(codes, part.codes)
+
+
+def test_the_timings_have_a_row_for_each_size(emulated, monkeypatch):
+    monkeypatch.setattr(gpu_against_torch, "SOLVER_ROWS", (3, 5))
+    rows = gpu_against_torch.time_solver(emulated, lambda calls, graphed: [call() for call in calls] and 1.0, "cpu")
+    assert [row["rows"] for row in rows] == [3, 5]
+    assert all(row["seconds"] == row["torch_call_seconds"] == 1.0 for row in rows)
 
 
 def test_check_gpu_notices_bytes_written_around_an_array():

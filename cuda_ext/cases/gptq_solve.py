@@ -129,8 +129,8 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     errors, codes = (memory.place(np.full_like(operands.work, np.nan)) for _ in range(2))
     zero = None if operands.zero is None else memory.place(operands.zero)
     upper, scale, group_of = (memory.place(a) for a in (operands.upper, operands.scale, operands.group_of))
-    addresses = [work.address, errors.address, codes.address, upper.address, scale.address]
-    addresses += [None if zero is None else zero.address, group_of.address]
+    placed = (work, errors, codes, upper, scale, zero, group_of)
+    addresses = [None if p is None else p.address for p in placed]
     sizes = (case.rows, len(operands.scale), case.begin, case.stop, case.end)
     code = launcher(library)(*addresses, *sizes, LOW, HIGH, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
