@@ -29,6 +29,7 @@ struct Arguments {
   int n;
   float scale;
   int type;
+  int runs;  // of m in a row; beside that, it leaves no gap in what a launch is given
 };
 
 template <int type>
@@ -250,7 +251,7 @@ DEVICE void store_quad(void* y, u64 index, const float (&v)[QUAD], int type) {
 template <int M, int CHUNKS>
 __global__ void __launch_bounds__(MAX_RUN_THREADS, 1) rows_of_runs(Arguments args) {
   SHARED(float, buffer, MAX_RUN_THREADS / 32 * (32 * QUAD + PADDING));
-  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, warp = thread / 32, runs = args.n / M;
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, warp = thread / 32, runs = args.runs;
   const u64 start = (u64(blockIdx.x) * threads * CHUNKS + thread) * M;
   float v[CHUNKS][M / QUAD][QUAD];
 #pragma unroll
@@ -316,8 +317,7 @@ int launch_rows(const Arguments& args, void* stream) {
 template <int M>
 int launch_runs(const Arguments& args, void* stream) {
   constexpr int MOST = M <= 20 ? 4 : 2;  // runs of a thread, by its registers
-  const int runs = args.n / M;
-  const int threads = runs <= 32 ? 128 : runs < MAX_RUN_THREADS ? runs : MAX_RUN_THREADS;
+  const int runs = args.runs, threads = runs <= 32 ? 128 : runs < MAX_RUN_THREADS ? runs : MAX_RUN_THREADS;
   const int chunks = runs > MAX_RUN_THREADS ? runs / MAX_RUN_THREADS : 1;
   const u64 elements = u64(threads) * M * chunks, blocks = (args.count + elements - 1) / elements;
   if (chunks > MOST || blocks >> 31) return -1;
@@ -357,7 +357,7 @@ extern "C" int compressor_hadamard(const void* x, void* y, i64 rows, int n, floa
   if (rows > (i64(1) << 40) || type < FLOAT16 || type > FLOAT32) return -1;
   if (rows == 0) return 0;
   if (!x || !y || !aligned16(x) || !aligned16(y)) return -1;
-  const hadamard::Arguments args{x, y, u64(rows) * u64(n), n, scale, type};
+  const hadamard::Arguments args{x, y, u64(rows) * u64(n), n, scale, type, n / hadamard::factor_of(n)};
   if (type == FLOAT16) return hadamard::launch<FLOAT16>(args, stream);
   if (type == BFLOAT16) return hadamard::launch<BFLOAT16>(args, stream);
   return hadamard::launch<FLOAT32>(args, stream);

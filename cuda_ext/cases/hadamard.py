@@ -119,7 +119,7 @@ def hadamard_product(x: NDArray) -> NDArray:
     """x (rows, n) times H_n, in x's type: runs of m times H_m, then log2(n / m) butterflies."""
     rows, n = x.shape
     m = factor(n)
-    width, x = m, (x.reshape(rows, -1, m) @ paley(m)).reshape(rows, n)
+    width, x = m, (x.reshape(rows, n // m, m) @ paley(m)).reshape(rows, n)
     while width < n:
         pairs = x.reshape(rows, n // (2 * width), 2, width)
         x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(rows, n)
