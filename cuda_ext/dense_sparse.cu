@@ -4,9 +4,10 @@
 // and values that are stored as int8 are exact in both types: they come as such, with their steps beside them.
 //
 // Two kernels. `responses` writes z to a workspace: one kernel for both steps would make z again for each block of
-// outputs, and with 4096 of them, 256 to a block, that is more work than the dense product that S saves. It is a
-// product with mma: atoms are as wide as hundreds of inputs, so for many rows of x it costs more than the sparse step,
-// and fma have an eighth of the rate. `combine` gathers: z of a few rows of x in shared memory, the values streamed.
+// outputs, and with 4096 of them, 256 to a block, and 256 atoms that is all of the dense product that S saves. It is a
+// product with mma: m * B * w multiply-adds for a row of x are about as many as the N * B * k of the sparse step, and fma
+// have a fifteenth of the rate (data sheets of A100 and H100). `combine` gathers: z of a few rows of x in shared memory,
+// the values streamed.
 //
 // Order of a sum, the same in every call of a shape: an output's values in order of b and then t, SPLIT apart, one fma
 // each; then the SPLIT parts; then the step of the values, the bias. No atomics.

@@ -12,8 +12,8 @@
 //
 // In shared memory the block's warps are turned into lanes: lane l then has 8 neighbours of warp l % warps.
 //
-// Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions for an
-// output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4 neighbours at a time.
+// Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions or half of
+// them for an output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4 neighbours at a time.
 #include "device.h"
 
 namespace hadamard {
@@ -103,6 +103,7 @@ DEVICE void butterfly_of_warps(float (&v)[WIDTH], float* buffer, int lane, int w
   float* const turned = buffer + lane % warps * WARP_FLOATS + warp * (32 * WIDTH / warps) + lane / warps * WIDTH;
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) v[i] = turned[i];
+#pragma unroll (WIDTH == QUAD ? 1 : 5)
   for (int bit = 1; bit < warps; bit *= 2) butterfly_of_lanes(v, lane, MUTANT == 3 ? bit ^ 1 : bit);
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) turned[i] = v[i];
@@ -155,63 +156,62 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
   }
 }
 
-// Bit j of row[i] is set where H_m has -1 at (i, j). With chi(a) the quadratic character of a modulo a prime q:
+// H_m of a run, with chi(a) the quadratic character of a modulo a prime q:
 //   Paley I, q = m - 1, 3 modulo 4 (m = 12, 20): H = I + S, S antisymmetric with first row (0, 1, ..., 1) and
 //     S[i, j] = chi(j - i) after it
 //   Paley II, q = m / 2 - 1, 1 modulo 4 (m = 28, 36): H = C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1], C symmetric with first
 //     row (0, 1, ..., 1) and C[i, j] = chi(j - i) after it
-template <int M>
+// Bit j of row[i] is set where S or C has -1 at (i, j), off the diagonal.
+template <int SIZE>
 struct Signs {
-  u64 row[M] = {};
+  u64 row[SIZE] = {};
 };
 
-DEVICE constexpr int character(int a, int q) {
-  if (a % q == 0) return 0;
+DEVICE constexpr bool is_square(int a, int q) {
   for (int x = 1; x < q; x++)
-    if ((x * x - a) % q == 0) return 1;
-  return -1;
+    if ((x * x - a) % q == 0) return true;
+  return false;
 }
 
-// S or C, but for S[i, 0] = -1.
-DEVICE constexpr int bordered(int i, int j, int q) {
-  return i == 0 || j == 0 ? (i != j) : character(j - i, q);
-}
-
-DEVICE constexpr int entry(int m, int i, int j) {
-  if (m == 28 || m == 36) {
-    const bool odd = i % 2 && j % 2;
-    if (i / 2 != j / 2) return bordered(i / 2, j / 2, m / 2 - 1) * (odd ? -1 : 1);
-    return (i % 2 || j % 2) ? -1 : 1;
-  }
-  if (i == j) return 1;
-  return j == 0 ? -1 : bordered(i, j, m - 1);
-}
-
-template <int M>
-DEVICE constexpr Signs<M> signs_of() {
-  Signs<M> signs;
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < M; j++)
-      if (entry(M, i, j) < 0) signs.row[i] |= u64(1) << j;
+template <int SIZE>
+DEVICE constexpr Signs<SIZE> signs_of(bool antisymmetric) {
+  Signs<SIZE> signs;
+  for (int i = 1; i < SIZE; i++)
+    for (int j = 0; j < SIZE; j++) {
+      const bool negative = j == 0 ? antisymmetric : i != j && !is_square(j - i, SIZE - 1);
+      if (negative) signs.row[i] |= u64(1) << j;
+    }
   return signs;
 }
 
 // v H_m, v as quads.
 template <int M>
 DEVICE void multiply_run(float (&v)[M / QUAD][QUAD]) {
-  constexpr Signs<M> signs = signs_of<M>();
+  // Paley II takes pairs of neighbours to their sum and difference, and each of those by C: half the additions
+  constexpr bool PAIRS = M == 28 || M == 36;
+  constexpr int WIDTH = PAIRS ? 2 : 1, SIZE = M / WIDTH;
+  constexpr Signs<SIZE> signs = signs_of<SIZE>(!PAIRS);
+  if (PAIRS) {
+#pragma unroll
+    for (int i = 0; i < M; i += 2) butterfly(v[i / QUAD][i % QUAD], v[i / QUAD][i % QUAD + 1]);
+  }
   float sum[M];
 #pragma unroll
-  for (int i = 0; i < M; i++)
+  for (int j = 0; j < M; j++) {  // the diagonal: I, or (difference, -sum) for (sum, difference)
+    const float value = PAIRS ? v[j / QUAD][j % QUAD ^ 1] : v[j / QUAD][j % QUAD];
+    sum[j] = (PAIRS && j % 2) != (MUTANT == 14) ? -value : value;
+  }
 #pragma unroll
-    for (int j = 0; j < M; j++) {
-      const float value = v[i / QUAD][i % QUAD];
-      bool negative = MUTANT == 9 ? signs.row[j] >> i & 1 : signs.row[i] >> j & 1;
-      if (MUTANT == 14 && i == j) negative = !negative;
-      if (i == 0) {
-        sum[j] = negative ? -value : value;
-      } else {
-        sum[j] = negative ? sum[j] - value : sum[j] + value;
+  for (int i = 0; i < SIZE; i++)
+#pragma unroll
+    for (int j = 0; j < SIZE; j++) {
+      if (i == j) continue;
+      const bool negative = MUTANT == 9 ? signs.row[j] >> i & 1 : signs.row[i] >> j & 1;
+#pragma unroll
+      for (int w = 0; w < WIDTH; w++) {
+        const float value = v[(i * WIDTH + w) / QUAD][(i * WIDTH + w) % QUAD];
+        float& to = sum[j * WIDTH + w];
+        to = negative ? to - value : to + value;
       }
     }
 #pragma unroll
@@ -269,6 +269,7 @@ __global__ void __launch_bounds__(MAX_RUN_THREADS, 1) rows_of_runs(Arguments arg
     if (MUTANT != 13 || c + 1 < CHUNKS || CHUNKS == 1) multiply_run<M>(v[c]);
 #pragma unroll
     for (int q = 0; q < M / QUAD; q++) {
+#pragma unroll 1
       for (int bit = 1; bit < 32 && bit < runs; bit *= 2) butterfly_of_lanes(v[c][q], lane, bit);
       if (runs > 32) butterfly_of_warps(v[c][q], buffer, lane, warp, threads / 32);
     }

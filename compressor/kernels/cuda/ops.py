@@ -117,7 +117,7 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
     """x H_n scale for each row, H_n Sylvester's matrix or H_(n / m) (x) H_m with one of Paley's: cuda_ext/hadamard.cu.
 
     x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768, or one times 12, 20, 28 or 36
-             up to 24576, 40960, 28672 or 36864
+             up to 24576, 40960, 28672 or 36864; through NVRTC a power of two alone
     raises   ShapeError, KernelError
     """
     _check_devices("hadamard", x)

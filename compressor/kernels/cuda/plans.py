@@ -32,7 +32,6 @@ class Launch:
 
 
 BITS = 4  # of layout "mma1" in torch; NVRTC compiles no kernel for others
-MOST_RUNS = {12: 4, 20: 4, 28: 2, 36: 2}  # hadamard.cu: m of n = 2^p m -> runs of m that a thread can hold
 
 # the kernels of each source that are ever launched
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -45,10 +44,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
             f"add_slices<{kind}>",
         )
     ),
-    "hadamard": (
-        *(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
-        *(f"hadamard::rows_of_runs<{m}, {n}>" for m, most in MOST_RUNS.items() for n in (1, 2, 4) if n <= most),
-    ),
+    # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
+    "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
 }
 
 
@@ -131,37 +128,21 @@ def w_a16(
     return launches
 
 
-def _factor(n: int) -> int | None:
-    """hadamard.cu: factor_of, None for its 0"""
-    if n < 8:
-        return None
-    odd = n // (n & -n)
-    if odd == 1:
-        return 1 if n <= 32768 else None
-    m = 4 * odd
-    return m if m in MOST_RUNS and n % m == 0 and n // m <= MOST_RUNS[m] * 512 else None
-
-
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None where the launcher returns -1."""
-    m = _factor(n)
-    if m is None or rows < 0 or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
+    """None where the launcher returns -1, and for n that are no power of two."""
+    if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if rows == 0:
         return []
     if not x or not y or x % 16 or y % 16:
         return None
-    if m == 1:
-        threads, chunks, run = min(n // 8, 1024) if n > 256 else 128, max(n // 8192, 1), 8
-        kernel = f"rows<{kind}, {chunks}>"
-    else:
-        threads, chunks, run = min(n // m, 512) if n // m > 32 else 128, max(n // m // 512, 1), m
-        kernel = f"rows_of_runs<{m}, {chunks}>"
-    blocks = _ceil(rows * n, threads * run * chunks)
+    threads = min(n // 8, 1024) if n > 256 else 128
+    chunks = n // 8192 if n > 8192 else 1
+    blocks = _ceil(rows * n, threads * 8 * chunks)
     if blocks >> 31:
         return None
-    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n // m)
-    return [Launch("hadamard", f"hadamard::{kernel}", (blocks, 1, 1), threads, argument)]
+    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n)
+    return [Launch("hadamard", f"hadamard::rows<{kind}, {chunks}>", (blocks, 1, 1), threads, argument)]
 
 
 # by the names of interface.SIGNATURES: those that launch, and those that only reckon
