@@ -12,8 +12,9 @@
 //
 // In shared memory the block's warps are turned into lanes: lane l then has 8 neighbours of warp l % warps.
 //
-// Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions or half of
-// them for an output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4 neighbours at a time.
+// Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions or half
+// of them for an output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4
+// neighbours at a time.
 #include "device.h"
 
 namespace hadamard {
