@@ -1,5 +1,8 @@
-// y = x H_n * scale for each row of x (rows, n), H_n Sylvester's matrix, n a power of two from 8 to 32768. One read, one
-// write; float32 inside, one rounding at the end. y may be x.
+// y = x H_n * scale for each row of x (rows, n). One read, one write; float32 inside, one rounding at the end. y may be x.
+// H_n is Sylvester's matrix for n a power of two from 8 to 32768, and H_(n / m) (x) H_m, Sylvester's factor outside, for
+// n / m a power of two and m one of 12, 20, 28, 36 (which m is told by n; 2^p * 40 is 2^(p + 1) * 20).
+//
+// Powers of two: `rows`.
 //
 // A thread has CHUNKS runs of 8 neighbours, `threads * 8` apart. A butterfly joins elements that differ in one bit of
 // their index, and where the bit is tells how they meet:
@@ -8,12 +11,17 @@
 //   bits 3 to 7    by shuffles in the warp     above threads * 8        among the runs of a thread
 //
 // In shared memory the block's warps are turned into lanes: lane l then has 8 neighbours of warp l % warps.
+//
+// Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions or half
+// of them for an output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4
+// neighbours at a time.
 #include "device.h"
 
 namespace hadamard {
 
 constexpr int RUN = 8, WARP_ELEMENTS = 256, MAX_THREADS = 1024;
-constexpr int WARP_FLOATS = WARP_ELEMENTS + 4;  // so that 8 lanes with the same place in 8 warps meet all banks
+constexpr int QUAD = 4, MAX_RUN_THREADS = 512;  // rows_of_runs: 36 numbers and their 36 sums need 128 registers
+constexpr int PADDING = 4;  // floats after a warp's: 8 lanes with the same place in 8 warps meet all banks
 
 struct Arguments {
   const void* x;
@@ -21,6 +29,8 @@ struct Arguments {
   u64 count;  // elements of x
   int n;
   float scale;
+  int type;
+  int runs;  // of m in a row; beside that, it leaves no gap in what a launch is given
 };
 
 template <int type>
@@ -74,36 +84,40 @@ DEVICE void butterfly(float& a, float& b) {
 }
 
 // Among lanes that differ in bit `bit` of their number.
-DEVICE void butterfly_of_lanes(float (&v)[RUN], int lane, int bit) {
+template <int WIDTH>
+DEVICE void butterfly_of_lanes(float (&v)[WIDTH], int lane, int bit) {
 #pragma unroll
-  for (int i = 0; i < RUN; i++) {
+  for (int i = 0; i < WIDTH; i++) {
     const float other = __shfl_xor_sync(0xffffffffu, v[i], bit);
     v[i] = lane & bit ? other - v[i] : v[i] + other;
   }
 }
 
 // Among the block's warps (a power of two, at most 32), through `buffer`.
-DEVICE void butterfly_of_warps(float (&v)[RUN], float* buffer, int lane, int warp, int warps) {
-  float* const mine = buffer + warp * WARP_FLOATS + lane * RUN;
+template <int WIDTH>
+DEVICE void butterfly_of_warps(float (&v)[WIDTH], float* buffer, int lane, int warp, int warps) {
+  constexpr int WARP_FLOATS = 32 * WIDTH + PADDING;
+  float* const mine = buffer + warp * WARP_FLOATS + lane * WIDTH;
 #pragma unroll
-  for (int i = 0; i < RUN; i++) mine[i] = v[i];
+  for (int i = 0; i < WIDTH; i++) mine[i] = v[i];
   if (MUTANT != 1) __syncthreads();
-  float* const turned = buffer + lane % warps * WARP_FLOATS + warp * (WARP_ELEMENTS / warps) + lane / warps * RUN;
+  float* const turned = buffer + lane % warps * WARP_FLOATS + warp * (32 * WIDTH / warps) + lane / warps * WIDTH;
 #pragma unroll
-  for (int i = 0; i < RUN; i++) v[i] = turned[i];
+  for (int i = 0; i < WIDTH; i++) v[i] = turned[i];
+#pragma unroll (WIDTH == QUAD ? 1 : 5)
   for (int bit = 1; bit < warps; bit *= 2) butterfly_of_lanes(v, lane, MUTANT == 3 ? bit ^ 1 : bit);
 #pragma unroll
-  for (int i = 0; i < RUN; i++) turned[i] = v[i];
+  for (int i = 0; i < WIDTH; i++) turned[i] = v[i];
   if (MUTANT != 2) __syncthreads();
   // what this thread writes next is what it reads here, so the next call needs no barrier before it
 #pragma unroll
-  for (int i = 0; i < RUN; i++) v[i] = mine[i];
+  for (int i = 0; i < WIDTH; i++) v[i] = mine[i];
 }
 
 // A block has one row, or for n below 256 several: `threads * 8 * CHUNKS` elements.
 template <int type, int CHUNKS>
 __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
-  SHARED(float, buffer, 32 * WARP_FLOATS);
+  SHARED(float, buffer, 32 * (WARP_ELEMENTS + PADDING));
   const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, warp = thread / 32;
   const u64 start = u64(blockIdx.x) * threads * RUN * CHUNKS + thread * RUN;
   float v[CHUNKS][RUN];
@@ -143,6 +157,146 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
   }
 }
 
+// H_m of a run, with chi(a) the quadratic character of a modulo a prime q:
+//   Paley I, q = m - 1, 3 modulo 4 (m = 12, 20): H = I + S, S antisymmetric with first row (0, 1, ..., 1) and
+//     S[i, j] = chi(j - i) after it
+//   Paley II, q = m / 2 - 1, 1 modulo 4 (m = 28, 36): H = C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1], C symmetric with first
+//     row (0, 1, ..., 1) and C[i, j] = chi(j - i) after it
+// Bit j of row[i] is set where S or C has -1 at (i, j), off the diagonal.
+template <int SIZE>
+struct Signs {
+  u64 row[SIZE] = {};
+};
+
+DEVICE constexpr bool is_square(int a, int q) {
+  for (int x = 1; x < q; x++)
+    if ((x * x - a) % q == 0) return true;
+  return false;
+}
+
+template <int SIZE>
+DEVICE constexpr Signs<SIZE> signs_of(bool antisymmetric) {
+  Signs<SIZE> signs;
+  for (int i = 1; i < SIZE; i++)
+    for (int j = 0; j < SIZE; j++) {
+      const bool negative = j == 0 ? antisymmetric : i != j && !is_square(j - i, SIZE - 1);
+      if (negative) signs.row[i] |= u64(1) << j;
+    }
+  return signs;
+}
+
+// v H_m, v as quads.
+template <int M>
+DEVICE void multiply_run(float (&v)[M / QUAD][QUAD]) {
+  // Paley II takes pairs of neighbours to their sum and difference, and each of those by C: half the additions
+  constexpr bool PAIRS = M == 28 || M == 36;
+  constexpr int WIDTH = PAIRS ? 2 : 1, SIZE = M / WIDTH;
+  constexpr Signs<SIZE> signs = signs_of<SIZE>(!PAIRS);
+  if (PAIRS) {
+#pragma unroll
+    for (int i = 0; i < M; i += 2) butterfly(v[i / QUAD][i % QUAD], v[i / QUAD][i % QUAD + 1]);
+  }
+  float sum[M];
+#pragma unroll
+  for (int j = 0; j < M; j++) {  // the diagonal: I, or (difference, -sum) for (sum, difference)
+    const float value = PAIRS ? v[j / QUAD][j % QUAD ^ 1] : v[j / QUAD][j % QUAD];
+    sum[j] = (PAIRS && j % 2) != (MUTANT == 14) ? -value : value;
+  }
+#pragma unroll
+  for (int i = 0; i < SIZE; i++)
+#pragma unroll
+    for (int j = 0; j < SIZE; j++) {
+      if (i == j) continue;
+      const bool negative = MUTANT == 9 ? signs.row[j] >> i & 1 : signs.row[i] >> j & 1;
+#pragma unroll
+      for (int w = 0; w < WIDTH; w++) {
+        const float value = v[(i * WIDTH + w) / QUAD][(i * WIDTH + w) % QUAD];
+        float& to = sum[j * WIDTH + w];
+        to = negative ? to - value : to + value;
+      }
+    }
+#pragma unroll
+  for (int j = 0; j < M; j++) v[j / QUAD][j % QUAD] = sum[j];
+}
+
+// The type is known at run time: a kernel for each would take minutes to compile, and all threads branch alike.
+DEVICE void load_quad(float (&v)[QUAD], const void* x, u64 index, int type) {
+  if (type == FLOAT32) {
+    const Words4 words = load16((const float*)x + index);
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) v[i] = __uint_as_float(words.word[i]);
+  } else {
+    const u64 bits = *(const u64*)((const u16*)x + index);
+#pragma unroll
+    for (int i = 0; i < QUAD; i++)
+      v[i] = type == FLOAT16 ? f16_to_float(u16(bits >> (16 * i))) : bf16_to_float(u16(bits >> (16 * i)));
+  }
+}
+
+DEVICE void store_quad(void* y, u64 index, const float (&v)[QUAD], int type) {
+  if (type == FLOAT32) {
+    Words4 words;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) words.word[i] = __float_as_uint(v[i]);
+    store16((float*)y + index, words);
+  } else {
+    u64 bits = 0;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++)
+      bits |= u64(type == FLOAT16 ? float_to_f16(v[i]) : float_to_bf16(v[i])) << (16 * i);
+    *(u64*)((u16*)y + index) = bits;
+  }
+}
+
+// A thread has CHUNKS runs of M neighbours, `threads` runs apart; a block has a row of n = M * runs, or several.
+template <int M, int CHUNKS>
+__global__ void __launch_bounds__(MAX_RUN_THREADS, 1) rows_of_runs(Arguments args) {
+  SHARED(float, buffer, MAX_RUN_THREADS / 32 * (32 * QUAD + PADDING));
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, warp = thread / 32, runs = args.runs;
+  const u64 start = (u64(blockIdx.x) * threads * CHUNKS + thread) * M;
+  float v[CHUNKS][M / QUAD][QUAD];
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const u64 index = start + u64(c) * threads * M;
+#pragma unroll
+    for (int q = 0; q < M / QUAD; q++) {
+      if (index < args.count + (MUTANT == 10 ? M : 0)) {
+        load_quad(v[c][q], args.x, index + q * QUAD, args.type);
+      } else {
+#pragma unroll
+        for (int i = 0; i < QUAD; i++) v[c][q][i] = 0;
+      }
+    }
+    if (MUTANT != 13 || c + 1 < CHUNKS || CHUNKS == 1) multiply_run<M>(v[c]);
+#pragma unroll
+    for (int q = 0; q < M / QUAD; q++) {
+#pragma unroll 1
+      for (int bit = 1; bit < 32 && bit < runs; bit *= 2) butterfly_of_lanes(v[c][q], lane, bit);
+      if (runs > 32) butterfly_of_warps(v[c][q], buffer, lane, warp, threads / 32);
+    }
+  }
+#pragma unroll
+  for (int bit = 1; bit < CHUNKS; bit *= 2)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (!(c & bit))
+#pragma unroll
+        for (int i = 0; i < M; i++) butterfly(v[c][i / QUAD][i % QUAD], v[c | bit][i / QUAD][i % QUAD]);
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const u64 index = start + u64(c) * threads * M;
+#pragma unroll
+    for (int q = 0; q < M / QUAD; q++) {
+#pragma unroll
+      for (int i = 0; i < QUAD; i++) {
+        if (MUTANT == 12) v[c][q][i] = f16_to_float(float_to_f16(v[c][q][i]));
+        v[c][q][i] *= args.scale;
+      }
+      if (index < args.count + (MUTANT == 11 ? M : 0)) store_quad(args.y, index + q * QUAD, v[c][q], args.type);
+    }
+  }
+}
+
 }  // namespace hadamard
 
 #ifndef __CUDACC_RTC__
@@ -150,7 +304,7 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
 namespace hadamard {
 
 template <int type>
-int launch(const Arguments& args, void* stream) {
+int launch_rows(const Arguments& args, void* stream) {
   int threads = 128;  // four warps with rows of their own, where a row needs no more than one
   if (args.n > WARP_ELEMENTS) threads = args.n / RUN < MAX_THREADS ? args.n / RUN : MAX_THREADS;
   const int chunks = args.n > MAX_THREADS * RUN ? args.n / (MAX_THREADS * RUN) : 1;
@@ -162,16 +316,50 @@ int launch(const Arguments& args, void* stream) {
   return LAUNCH((rows<type, 4>), grid, block, stream, args);
 }
 
+template <int M>
+int launch_runs(const Arguments& args, void* stream) {
+  constexpr int MOST = M <= 20 ? 4 : 2;  // runs of a thread, by its registers
+  const int runs = args.runs, threads = runs <= 32 ? 128 : runs < MAX_RUN_THREADS ? runs : MAX_RUN_THREADS;
+  const int chunks = runs > MAX_RUN_THREADS ? runs / MAX_RUN_THREADS : 1;
+  const u64 elements = u64(threads) * M * chunks, blocks = (args.count + elements - 1) / elements;
+  if (chunks > MOST || blocks >> 31) return -1;
+  const dim3 grid((unsigned)blocks), block((unsigned)threads);
+  if (chunks == 1) return LAUNCH((rows_of_runs<M, 1>), grid, block, stream, args);
+  if (chunks == 2) return LAUNCH((rows_of_runs<M, 2>), grid, block, stream, args);
+  return LAUNCH((rows_of_runs<M, MOST>), grid, block, stream, args);
+}
+
+// The m of n = 2^p * m, m = 1 for a power of two; 0 for an n that no kernel takes.
+inline int factor_of(int n) {
+  if (n < RUN) return 0;
+  const int odd = n / (n & -n);
+  if (odd == 1) return n <= 4 * MAX_THREADS * RUN ? 1 : 0;
+  if ((odd != 3 && odd != 5 && odd != 7 && odd != 9) || n % 4) return 0;
+  const int m = 4 * odd, most = (m <= 20 ? 4 : 2) * MAX_RUN_THREADS;
+  return n / m <= most ? m : 0;
+}
+
+template <int type>
+int launch(const Arguments& args, void* stream) {
+  switch (factor_of(args.n)) {
+    case 12: return launch_runs<12>(args, stream);
+    case 20: return launch_runs<20>(args, stream);
+    case 28: return launch_runs<28>(args, stream);
+    case 36: return launch_runs<36>(args, stream);
+    default: return launch_rows<type>(args, stream);
+  }
+}
+
 }  // namespace hadamard
 
-// 0, a cudaError, or -1 for a shape, a type or an address that the kernel doesn't take. x and y start at multiples of
-// 16 bytes.
+// 0, a cudaError, or -1 for a shape, a type or an address that no kernel takes: n is a power of two from 8 to 32768, or
+// 2^p * m with m = 12 or 20 and p at most 11, or m = 28 or 36 and p at most 10. x and y start at multiples of 16 bytes.
 extern "C" int compressor_hadamard(const void* x, void* y, i64 rows, int n, float scale, int type, void* stream) {
-  if (rows < 0 || n < hadamard::RUN || n > 4 * hadamard::MAX_THREADS * hadamard::RUN || (n & (n - 1))) return -1;
+  if (rows < 0 || !hadamard::factor_of(n)) return -1;
   if (rows > (i64(1) << 40) || type < FLOAT16 || type > FLOAT32) return -1;
   if (rows == 0) return 0;
   if (!x || !y || !aligned16(x) || !aligned16(y)) return -1;
-  const hadamard::Arguments args{x, y, u64(rows) * u64(n), n, scale};
+  const hadamard::Arguments args{x, y, u64(rows) * u64(n), n, scale, type, n / hadamard::factor_of(n)};
   if (type == FLOAT16) return hadamard::launch<FLOAT16>(args, stream);
   if (type == BFLOAT16) return hadamard::launch<BFLOAT16>(args, stream);
   return hadamard::launch<FLOAT32>(args, stream);

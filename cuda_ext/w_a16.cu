@@ -1,31 +1,26 @@
-// y (M, N) = x (M, K) W^T + bias with 4-bit weights: W[n, k] = (code[n, k] - zero_point[j, n]) * scale[j, n], j = k / g.
-// x, y and bias are float16 or bfloat16. Sums are float32; a scale acts on the sum of its group; one rounding at the end.
+// y (M, N) = x (M, K) W^T + bias: W[n, k] = (code[n, k] - zero_point[j, n]) * scale[j, n], j = k / g, with codes of 2, 3, 4
+// or 8 bits. x, y and bias are float16 or bfloat16. Sums are float32; a scale acts on the sum of its group; one rounding at
+// the end.
 //
 // Two kernels: `decode` for up to 16 rows of x, `tiled` for more. For up to 64 rows, K is cut into slices so
 // that there are blocks enough to keep the memory busy; their sums go to a workspace, and `add_slices` adds them in
 // the order of K. The number of slices depends on the shape alone, so the same call gives the same bits on every GPU.
 //
-// Layout "mma1" of the codes. K is padded to 64 and N to 64 (any code does: x is read as zero there, y isn't written).
-// Tiles of 64 outputs x 64 columns, in the order [N / 64][K / 64], have 512 words: word[k / 16][n / 16][lane]
-//
-//   bits of a word    31..28  27..24  23..20  19..16 | 15..12  11..8   7..4    3..0
-//   n of the 16       l/4+8   l/4     l/4+8   l/4    | l/4+8   l/4     l/4+8   l/4         l = lane
-//   k of the 16       c+9     c+9     c+1     c+1    | c+8     c+8     c       c           c = 2 * (l % 4)
-//
-// so one word holds what a lane of m16n8k16 needs of a 16 x 16 piece, both as the left operand (16 rows of W) and as
-// the right one (two times 8 columns of W^T), and (word >> 4 * i) & 0x000f000f is the pair of register i of the left one.
-#include "device.h"
+// Layout "mma1" of the codes and how they become numbers: codes.h.
+#include "codes.h"
 
-namespace w4_a16 {  // names of several sources meet in one library
+namespace w_a16 {  // names of several sources meet in one library
+
+using namespace codes;
 
 // Tiles of the packed codes and threads of a block.
-constexpr int TILE_N = 64, TILE_K = 64, TILE_WORDS = 512, THREADS = 128;
+constexpr int TILE_N = 64, TILE_K = 64, THREADS = 128;
 
 struct Arguments {
   const u16* x;          // (M, K), K a multiple of 8
-  const u32* packed;     // (N / 64, K / 64, 512), both rounded up
+  const u32* packed;     // (N / 64, K / 64, TILE_WORDS), both rounded up
   const void* scale;     // (groups, N) of scale_type
-  const u8* zero_point;  // (groups, N), or null: 8
+  const u8* zero_point;  // (groups, N), or null: half of the codes' range
   const u16* bias;       // (N), or null
   u16* y;                // (M, N)
   float* sums;           // (slices, M, N), or null with one slice
@@ -37,45 +32,27 @@ struct Arguments {
   int scale_type;
 };
 
-// float16 1024 + v and bfloat16 128 + v have v in their last bits, so a bit-wise or makes a number of a code, and
-// taking 1024 + z or 128 + z away is exact.
-template <int type>
-struct Element;
-
-template <>
-struct Element<FLOAT16> {
-  static constexpr u32 base = 0x64006400u;
-  static DEVICE u32 subtract(u32 a, u32 b) { return subtract_f16x2(a, b); }
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return f16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_f16(f); }
-};
-
-template <>
-struct Element<BFLOAT16> {
-  static constexpr u32 base = 0x43004300u;
-  static DEVICE u32 subtract(u32 a, u32 b) { return subtract_bf16x2(a, b); }
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return bf16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_bf16(f); }
-};
-
-// base + z twice, to be taken away from base + code.
-template <int type>
-DEVICE u32 offset_of(const Arguments& args, int group, int n) {
-  u32 z = 8;
+// The zero point of output n as numbers_of takes it.
+template <int bits, int type>
+DEVICE u32 zero_of(const Arguments& args, int group, int n) {
+  u32 z = MUTANT == 55 ? 8 : 1 << (bits - 1);
   if (args.zero_point) z = n < args.N ? args.zero_point[u64(group) * args.N + n] : 0;
-  return Element<type>::base + z * 0x00010001u;
+  return offset_of<bits, type>(z);
 }
 
 DEVICE float scale_of(const Arguments& args, int group, int n) {
   return n < args.N ? load_as_float(args.scale, u64(group) * args.N + n, args.scale_type) : 0.f;
 }
 
-// Register i of the left operand that the word stands for.
-template <int type>
-DEVICE u32 codes_of(u32 word, int i, u32 offset) {
-  return Element<type>::subtract(((word >> (4 * i)) & 0x000f000fu) | Element<type>::base, offset);
+// Copies the words of a tile, 16 bytes each time, by copy(to, from).
+template <int WORDS, class Copy>
+DEVICE void fetch_words(const Arguments& args, u32* stage, int tile, const Copy& copy) {
+  const u32* const from = args.packed + (u64(blockIdx.y) * args.tiles + tile) * WORDS;
+#pragma unroll
+  for (int first = 0; first < WORDS - 4 * THREADS * (MUTANT == 56 && WORDS > 512); first += 4 * THREADS) {
+    const int word = first + threadIdx.x * 4;
+    if (word < WORDS) copy(stage + word, from + word);
+  }
 }
 
 // Where 8 columns (16 bytes) of a row of a stage of x are; turned by the row, so that ldmatrix meets every bank.
@@ -129,11 +106,11 @@ DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGrou
 
 // A block computes ROWS rows of x (blockIdx.x) and 64 outputs (blockIdx.y) over one slice of K (blockIdx.z). x is the
 // left operand. Each of the 4 warps has 16 outputs.
-template <int type, int ROWS>
+template <int bits, int type, int ROWS>
 __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
-  constexpr int STAGES = 4, PIECES = ROWS / 16;
+  constexpr int STAGES = 4, ROW_PIECES = ROWS / 16, WORDS = Codes<bits>::TILE_WORDS;
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
-  SHARED(u32, shared_words, STAGES * TILE_WORDS);
+  SHARED(u32, shared_words, STAGES * WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int m0 = blockIdx.x * ROWS, n0 = blockIdx.y * TILE_N;
   const int readable = MUTANT == 4 ? args.M + 1 : args.M;
@@ -141,24 +118,24 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES;
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
+    for (int i = 0; i < ROW_PIECES; i++) {
       const int row = i * 16 + thread / 8, chunk = thread % 8, k = tile * TILE_K + chunk * 8;
       const bool inside = m0 + row < readable && k < args.K;
       cp_async16(shared_x + stage * ROWS * TILE_K + place_of(row, chunk, row & 7),
                  args.x + (inside ? u64(m0 + row) * args.K + k : 0), inside);
     }
-    cp_async16(shared_words + stage * TILE_WORDS + thread * 4,
-               args.packed + (u64(blockIdx.y) * args.tiles + tile) * TILE_WORDS + thread * 4, true);
+    fetch_words<WORDS>(args, shared_words + stage * WORDS, tile,
+                       [](u32* to, const u32* from) { cp_async16(to, from, true); });
   };
 
   // this lane's outputs: of its results (two neighbours in each half of 16) and of its right operands (one in each)
   const int n_result = n0 + warp * 16 + lane % 4 * 2, n_operand = n0 + warp * 16 + lane / 4;
-  float total[PIECES][2][4] = {}, part[PIECES][2][4] = {}, scale[2][2], next_scale[2][2];
+  float total[ROW_PIECES][2][4] = {}, part[ROW_PIECES][2][4] = {}, scale[2][2], next_scale[2][2];
   u32 offset[2], next_offset[2];
   auto load_group = [&](int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      next_offset[h] = offset_of<type>(args, group, (n_operand + 8 * h) ^ (MUTANT == 9));
+      next_offset[h] = zero_of<bits, type>(args, group, (n_operand + 8 * h) ^ (MUTANT == 9));
 #pragma unroll
       for (int i = 0; i < 2; i++)
         next_scale[h][i] = scale_of(args, group - (MUTANT == 6 && group), n_result + 8 * h + i);
@@ -176,18 +153,18 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 
   auto multiply = [&](int stage) {
     const u16* stage_x = shared_x + stage * ROWS * TILE_K;
-    const u32* stage_words = shared_words + stage * TILE_WORDS;
+    const u32* stage_words = shared_words + stage * WORDS;
 #pragma unroll
     for (int step = 0; step < TILE_K / 16; step++) {
-      const u32 word = stage_words[step * 128 + warp * 32 + (lane ^ (MUTANT == 3))];
+      const Codes<bits> piece(stage_words, step, warp, lane ^ (MUTANT == 3));
       u32 b[2][2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        b[h][0] = codes_of<type>(word, h, offset[h]);
-        b[h][1] = codes_of<type>(word, h + 2, offset[h]);
+        b[h][0] = numbers_of<bits, type>(piece.pair(h), offset[h]);
+        b[h][1] = numbers_of<bits, type>(piece.pair(h + 2), offset[h]);
       }
 #pragma unroll
-      for (int p = 0; p < PIECES; p++) {
+      for (int p = 0; p < ROW_PIECES; p++) {
         // lanes 0 to 15 name columns 0 to 7 of the 16 rows, lanes 16 to 31 columns 8 to 15
         const int row = p * 16 + lane % 16, chunk = step * 2 + lane / 16;
         u32 a[4];
@@ -199,7 +176,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   };
   auto add_group = [&] {
 #pragma unroll
-    for (int p = 0; p < PIECES; p++)
+    for (int p = 0; p < ROW_PIECES; p++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -212,7 +189,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   walk_tiles<STAGES, false>(args, fetch, load_group, take_group, multiply, add_group);
 
 #pragma unroll
-  for (int p = 0; p < PIECES; p++)
+  for (int p = 0; p < ROW_PIECES; p++)
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -224,12 +201,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 
 // Up to 16 rows of x: y^T = W x^T, so that the 16 rows of an mma are outputs and no more than HALVES * 8 rows of x are
 // multiplied. Bound by the memory, so many tiles are under way at once, and codes don't push x out of the L2 cache.
-// The numbers of MUTANT are those of the tiled kernel and 20.
-template <int type, int HALVES>
-__global__ void __launch_bounds__(THREADS) decode(Arguments args) {
-  constexpr int STAGES = 6, ROWS = HALVES * 8;
+// The numbers of MUTANT are those of the tiled kernel and 20. Asking for one block at least keeps nvcc 13.0 from holding
+// 2 bits within 64 registers, where they spill; 0 asks for nothing.
+template <int bits, int type, int HALVES>
+__global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
+  constexpr int STAGES = 6, ROWS = HALVES * 8, WORDS = Codes<bits>::TILE_WORDS;
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
-  SHARED(u32, shared_words, STAGES * TILE_WORDS);
+  SHARED(u32, shared_words, STAGES * WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.y * TILE_N;
   const int readable = MUTANT == 24 ? args.M + 1 : args.M;
   const u64 policy = evict_first_policy();
@@ -241,8 +219,8 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
       cp_async16(shared_x + stage * ROWS * TILE_K + place_of(row, chunk, row & 7),
                  args.x + (inside ? u64(row) * args.K + k : 0), inside);
     }
-    cp_async16_once(shared_words + stage * TILE_WORDS + thread * 4,
-                    args.packed + (u64(blockIdx.y) * args.tiles + tile) * TILE_WORDS + thread * 4, policy);
+    fetch_words<WORDS>(args, shared_words + stage * WORDS, tile,
+                       [&](u32* to, const u32* from) { cp_async16_once(to, from, policy); });
   };
 
   const int n = n0 + warp * 16 + lane / 4;  // and n + 8: of the left operands and of the results
@@ -251,7 +229,7 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
   auto load_group = [&](int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      next_offset[h] = offset_of<type>(args, group, (n + 8 * h) ^ (MUTANT == 29));
+      next_offset[h] = zero_of<bits, type>(args, group, (n + 8 * h) ^ (MUTANT == 29));
       next_scale[h] = scale_of(args, group - (MUTANT == 26 && group), n + 8 * h);
     }
   };
@@ -266,7 +244,7 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
 
   auto multiply = [&](int stage) {
     const u16* stage_x = shared_x + stage * ROWS * TILE_K;
-    const u32* stage_words = shared_words + stage * TILE_WORDS;
+    const u32* stage_words = shared_words + stage * WORDS;
 #pragma unroll
     for (int pair = 0; pair < TILE_K / 32; pair++) {
       u32 b[HALVES][4];  // of two steps
@@ -277,10 +255,10 @@ __global__ void __launch_bounds__(THREADS) decode(Arguments args) {
       }
 #pragma unroll
       for (int step = 0; step < 2; step++) {
-        const u32 word = stage_words[(pair * 2 + step) * 128 + warp * 32 + (lane ^ (MUTANT == 23))];
+        const Codes<bits> piece(stage_words, pair * 2 + step, warp, lane ^ (MUTANT == 23));
         u32 a[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = codes_of<type>(word, i, offset[i % 2]);
+        for (int i = 0; i < 4; i++) a[i] = numbers_of<bits, type>(piece.pair(i), offset[i % 2]);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) Element<type>::mma(part[h], a, b[h][step * 2], b[h][step * 2 + 1]);
       }
@@ -319,11 +297,11 @@ __global__ void __launch_bounds__(THREADS) add_slices(Arguments args) {
   args.y[place] = Element<type>::from_float(sum + (MUTANT == 41 ? 2 : 1) * bias);
 }
 
-}  // namespace w4_a16
+}  // namespace w_a16
 
 #ifndef __CUDACC_RTC__  // what compiles without a host launches without this, too
 
-namespace w4_a16 {
+namespace w_a16 {
 
 constexpr int SLICED_ROWS = 64;     // more rows have work enough for every multiprocessor
 constexpr int BLOCKS = 1024;        // our choice: about 8 blocks for each of the 132 multiprocessors of an H100
@@ -339,54 +317,61 @@ inline void choose_slices(Arguments& args) {
   args.slices = (args.tiles + args.tiles_per_slice - 1) / args.tiles_per_slice;
 }
 
-template <int type>
+template <int bits, int type>
 int launch(const Arguments& args, void* stream) {
   const unsigned blocks_n = (args.N + TILE_N - 1) / TILE_N, slices = args.slices;
   int code;
   if (args.M <= 8)
-    code = LAUNCH((decode<type, 1>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((decode<bits, type, 1>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else if (args.M <= 16)
-    code = LAUNCH((decode<type, 2>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((decode<bits, type, 2>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else if (args.M <= 32)
-    code = LAUNCH((tiled<type, 32>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((tiled<bits, type, 32>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
   else
-    code = LAUNCH((tiled<type, 64>), dim3((args.M + 63) / 64, blocks_n, slices), dim3(THREADS), stream, args);
+    code = LAUNCH((tiled<bits, type, 64>), dim3((args.M + 63) / 64, blocks_n, slices), dim3(THREADS), stream, args);
   if (code || slices == 1) return code;
   const unsigned blocks = unsigned((u64(args.M) * args.N + THREADS - 1) / THREADS);
   return LAUNCH(add_slices<type>, dim3(blocks), dim3(THREADS), stream, args);
+}
+
+template <int bits>
+int launch(const Arguments& args, int x_type, void* stream) {
+  return x_type == FLOAT16 ? launch<bits, FLOAT16>(args, stream) : launch<bits, BFLOAT16>(args, stream);
 }
 
 inline bool shape_is_right(int M, int N, int K) {
   return M >= 0 && N >= 0 && K >= 1 && K % 8 == 0 && K <= (1 << 30) && N <= 65535 * TILE_N;
 }
 
-}  // namespace w4_a16
+}  // namespace w_a16
 
-// Bytes of workspace that compressor_w4_a16 needs, 0 for none; -1 for a bad shape.
-extern "C" i64 compressor_w4_a16_workspace_bytes(int M, int N, int K) {
-  if (!w4_a16::shape_is_right(M, N, K)) return -1;
+// Bytes of workspace that compressor_w_a16 needs, 0 for none; -1 for a bad shape.
+extern "C" i64 compressor_w_a16_workspace_bytes(int M, int N, int K) {
+  if (!w_a16::shape_is_right(M, N, K)) return -1;
   if (M == 0 || N == 0) return 0;
-  w4_a16::Arguments args{};
-  args.M = M, args.N = N, args.tiles = (K + w4_a16::TILE_K - 1) / w4_a16::TILE_K;
-  w4_a16::choose_slices(args);
+  w_a16::Arguments args{};
+  args.M = M, args.N = N, args.tiles = (K + w_a16::TILE_K - 1) / w_a16::TILE_K;
+  w_a16::choose_slices(args);
   return args.slices == 1 ? 0 : i64(sizeof(float)) * args.slices * M * N;
 }
 
 // 0, a cudaError, or -1 for a shape, a type, an address or a workspace that no kernel takes. Nothing is allocated and
 // nothing waited for. group_size is a multiple of 64, or -1 for one group. x and packed start at multiples of 16 bytes,
-// and K is a multiple of 8: pad x with zeros otherwise. bias has x's type. The workspace need not be cleared.
-extern "C" int compressor_w4_a16(const void* x, const void* packed, const void* scale, const void* zero_point,
-                                 const void* bias, void* y, void* workspace, i64 workspace_bytes, int M, int N, int K,
-                                 int group_size, int x_type, int scale_type, void* stream) {
-  if (!w4_a16::shape_is_right(M, N, K)) return -1;
-  if (group_size != -1 && (group_size < w4_a16::TILE_K || group_size % w4_a16::TILE_K)) return -1;
+// and K is a multiple of 8: pad x with zeros otherwise. bias has x's type. Zero points are codes, too. The workspace need
+// not be cleared.
+extern "C" int compressor_w_a16(const void* x, const void* packed, const void* scale, const void* zero_point,
+                                const void* bias, void* y, void* workspace, i64 workspace_bytes, int M, int N, int K,
+                                int bits, int group_size, int x_type, int scale_type, void* stream) {
+  if (!w_a16::shape_is_right(M, N, K)) return -1;
+  if (group_size != -1 && (group_size < w_a16::TILE_K || group_size % w_a16::TILE_K)) return -1;
   if ((x_type != FLOAT16 && x_type != BFLOAT16) || scale_type < FLOAT16 || scale_type > FLOAT32) return -1;
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return -1;
   if (M == 0 || N == 0) return 0;
   if (!x || !packed || !scale || !y || !aligned16(x) || !aligned16(packed)) return -1;
-  const i64 needed = compressor_w4_a16_workspace_bytes(M, N, K);
+  const i64 needed = compressor_w_a16_workspace_bytes(M, N, K);
   if (needed > 0 && (!workspace || (u64)workspace % sizeof(float) || workspace_bytes < needed)) return -1;
 
-  w4_a16::Arguments args{};
+  w_a16::Arguments args{};
   args.x = (const u16*)x;
   args.packed = (const u32*)packed;
   args.scale = scale;
@@ -395,11 +380,16 @@ extern "C" int compressor_w4_a16(const void* x, const void* packed, const void* 
   args.y = (u16*)y;
   args.sums = needed > 0 ? (float*)workspace : nullptr;
   args.M = M, args.N = N, args.K = K;
-  args.tiles = (K + w4_a16::TILE_K - 1) / w4_a16::TILE_K;
-  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / w4_a16::TILE_K;
+  args.tiles = (K + w_a16::TILE_K - 1) / w_a16::TILE_K;
+  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / w_a16::TILE_K;
   args.scale_type = scale_type;
-  w4_a16::choose_slices(args);
-  return x_type == FLOAT16 ? w4_a16::launch<FLOAT16>(args, stream) : w4_a16::launch<BFLOAT16>(args, stream);
+  w_a16::choose_slices(args);
+  switch (bits) {
+    case 2: return w_a16::launch<2>(args, x_type, stream);
+    case 3: return w_a16::launch<3>(args, x_type, stream);
+    case 4: return w_a16::launch<4>(args, x_type, stream);
+    default: return w_a16::launch<8>(args, x_type, stream);
+  }
 }
 
 #endif

@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
 
+import gpu_against_torch  # noqa: E402
 import gpu_binding  # noqa: E402
 import gpu_int8  # noqa: E402
 
@@ -43,7 +45,7 @@ from cuda_ext.cases import KERNELS, arrays, hadamard, w_a16  # noqa: E402
 SEEDS = 3
 SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
 ROWS = (1, 4, 16, 64, 256, 4096)
-HADAMARD_SIZES = (256, 1024, 4096, 8192, 32768)
+HADAMARD_SIZES = (256, 1024, 4096, 8192, 32768, 3072, 5120, 14336, 36864)
 GROUP_SIZE = 128
 ROTATION_BYTES = 160_000_000
 REPLAYS = 20
@@ -181,11 +183,11 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
                 y.data_ptr(),
                 workspace.data_ptr(),
                 needed,
-                *(m, n, k, GROUP_SIZE, arrays.FLOAT16, arrays.FLOAT16),
+                *(m, n, k, 4, GROUP_SIZE, arrays.FLOAT16, arrays.FLOAT16),
                 torch.cuda.current_stream().cuda_stream,
             )
             if code:
-                raise RuntimeError(f"compressor_w4_a16 returned {code} for {m}x{n}x{k}")
+                raise RuntimeError(f"compressor_w_a16 returned {code} for {m}x{n}x{k}")
 
         return call
 
@@ -202,7 +204,7 @@ def time_shape(library: ctypes.CDLL, m: int, n: int, k: int, copy_rate: float) -
     dense_copies = max(2, -(-max(ROTATION_BYTES, 4 * torch.cuda.get_device_properties(0).L2_cache_size) // (2 * n * k)))
     dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(dense_copies)]
     ours = seconds_of(calls, graphed=True)
-    torch_seconds = seconds_of([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], graphed=True)
+    torch_seconds = seconds_of([partial(torch.nn.functional.linear, x, w) for w in dense], graphed=True)
     again = seconds_of(calls, graphed=True)
     return {
         "M": m,
@@ -282,6 +284,8 @@ def main() -> int:
         record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
         record["int8"] = gpu_int8.time_int8(library, seconds_of)
         record["int8_goals"] = gpu_int8.judge_int8(record["int8"], device)
+        record["dense_sparse"] = gpu_against_torch.time_products(library, seconds_of)
+        record["gptq_solve"] = gpu_against_torch.time_solver(library, seconds_of)
         record |= {"copy_bytes_per_second": rate, "rows": rows, "goals": judge(rows, device)}
         for row in rows:
             print("{M:5} x {N:5} x {K:5}".format(**row), f"{row['seconds'] * 1e6:9.1f} us", end="  ")
@@ -289,6 +293,12 @@ def main() -> int:
         for row in record["hadamard"]:
             print(f"hadamard {row['n']:6} {row['of_copy']:.2f} of the time of a copy")
         gpu_int8.print_int8(record["int8"], record["int8_goals"])
+        for name in ("dense_sparse", "gptq_solve"):
+            for row in record[name]:
+                times = f"{row['seconds'] * 1e6:.1f} us, {row['call_seconds'] * 1e6:.1f} us from Python"
+                print(
+                    f"{name} {row.get('M', row.get('rows')):6} {times}, torch {row['torch_call_seconds'] * 1e6:.1f} us"
+                )
         for goal in record["goals"]:
             verdict = "holds" if goal["holds"] else "missed"
             print(f"{goal['goal']}: {goal['measured'] * 1e6:.1f} of {goal['seconds'] * 1e6} us, {verdict}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import check_gpu
 import cuda_on_cpu
+import gpu_against_torch
 import gpu_binding
 import gpu_int8
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from compressor.errors import KernelError
+from compressor.kernels.gptq_solve import round_columns
 from cuda_ext.cases import hadamard, w_a16
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +50,9 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     kernels = cuda_on_cpu.emulated_kernels(emulated)
 
     def without_bias(*arguments):
-        return kernels.functions["compressor_w4_a16"](*arguments[:4], 0, *arguments[5:])
+        return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
 
-    broken = {**kernels.functions, "compressor_w4_a16": without_bias, "compressor_hadamard": lambda *a: 2}
+    broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
     found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
     assert all("outputs are wrong" in check["problem"] for check in found[:8])
@@ -66,6 +68,33 @@ def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch,
     assert found["checks"] == [{"case": "nvrtc", "problem": "the self-test fails"}]
     monkeypatch.setattr(gpu_binding, "__file__", str(tmp_path / "missing.py"))
     assert gpu_binding.run("nvrtc", tmp_path)["checks"][0]["problem"].startswith("ended with 2: ")
+
+
+def test_the_products_that_are_timed_are_those_of_torch(emulated):
+    """16 float32 sums and products apart and one rounding to float16: a few of its units."""
+    factors = gpu_against_torch.Factors(out=40, blocks=2, width=32, atoms=12, k=3)
+    calls = gpu_against_torch.product_calls(emulated, 5, factors, "cpu", copies=2)
+    (expected,) = [call() for call in calls.by_torch]
+    for call in calls.ours:
+        calls.y.fill_(torch.nan)
+        call()
+        assert torch.allclose(calls.y.float(), expected.float(), rtol=2.0**-10, atol=1e-5)
+
+
+def test_the_columns_that_are_timed_are_those_of_torch(emulated):
+    torch.manual_seed(0)
+    part = gpu_against_torch.solver_columns(70, "cpu")
+    gpu_against_torch.solver_call(emulated, part, "cpu")()
+    codes = part.codes.clone()
+    round_columns(part, 0, gpu_against_torch.SUB_BLOCK)
+    assert torch.equal(codes, part.codes)
+
+
+def test_the_timings_have_a_row_for_each_size(emulated, monkeypatch):
+    monkeypatch.setattr(gpu_against_torch, "SOLVER_ROWS", (3, 5))
+    rows = gpu_against_torch.time_solver(emulated, lambda calls, graphed: [call() for call in calls] and 1.0, "cpu")
+    assert [row["rows"] for row in rows] == [3, 5]
+    assert all(row["seconds"] == row["torch_call_seconds"] == 1.0 for row in rows)
 
 
 def test_check_gpu_notices_bytes_written_around_an_array():

@@ -94,7 +94,7 @@ def problem(shape, dtype=torch.float16, scale_dtype=torch.float16, zeros=True, s
 def test_torch_packs_the_words_that_the_kernels_cases_pack(out, columns):
     codes = torch.randint(0, 16, (out, columns), dtype=torch.uint8)
     words = mma1.pack_codes(codes).numpy().view(np.uint32)
-    assert np.array_equal(words, w_a16.pack_mma1(codes.numpy()).ravel())
+    assert np.array_equal(words, w_a16.pack_mma1(codes.numpy(), 4).ravel())
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -243,7 +243,7 @@ def test_what_a_launcher_returns_becomes_an_error_with_the_text(kernels, monkeyp
     case = problem((2, 70, 200, 64))
     failed = r"failed: no cudaError under emulation \(2\)"
     for code, error, said in ((2, KernelError, failed), (BAD_CALL, ShapeError, "takes no such shapes")):
-        broken = {**kernels.functions, "compressor_w4_a16": lambda *a, code=code: code}
+        broken = {**kernels.functions, "compressor_w_a16": lambda *a, code=code: code}
         cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
         with pytest.raises(error, match=said):
             case.run()
@@ -254,7 +254,7 @@ def test_what_a_launcher_returns_becomes_an_error_with_the_text(kernels, monkeyp
 def test_hadamard_is_within_the_bound_of_float64(kernels, rows, n, dtype):
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = cuda_ops.hadamard(x, n**-0.5)
-    exact = torch.from_numpy(hadamard.walsh_hadamard(x.double().numpy())) * np.float32(n**-0.5).item()
+    exact = torch.from_numpy(hadamard.hadamard_product(x.double().numpy())) * np.float32(n**-0.5).item()
     # log2(n) additions and the scale, each off by UNIT of what it adds at most; then the rounding
     inside = (n.bit_length() + 1) * UNIT * x.double().abs().sum(1, keepdim=True) * n**-0.5
     allowed = inside + OUTPUT_UNIT[dtype] * (exact.abs() + inside) + 2.0**-25
@@ -262,7 +262,7 @@ def test_hadamard_is_within_the_bound_of_float64(kernels, rows, n, dtype):
     assert torch.equal(cuda_ops.hadamard(x.t().contiguous().t(), n**-0.5), y)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 24), torch.zeros(2, 4), torch.zeros(2, 8).double(), torch.tensor(1.0)])
+@pytest.mark.parametrize("x", [torch.zeros(2, 44), torch.zeros(2, 4), torch.zeros(2, 8).double(), torch.tensor(1.0)])
 def test_hadamard_names_what_it_got(kernels, x):
     with pytest.raises(ShapeError, match=f"hadamard: x {x.dtype}"):
         cuda_ops.hadamard(x, 1.0)
@@ -292,9 +292,9 @@ def test_the_self_test_passes_on_sound_kernels_and_names_what_is_wrong(kernels):
     assert set(sound.values()) == {"ok"} and len(sound) == 9
 
     def without_bias(*arguments):
-        return kernels.functions["compressor_w4_a16"](*arguments[:4], 0, *arguments[5:])
+        return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
 
-    broken = {**kernels.functions, "compressor_w4_a16": without_bias, "compressor_hadamard": lambda *a: 2}
+    broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     found = self_test(dataclasses.replace(kernels, functions=broken), cpu, 0)
     assert all("outputs are wrong" in said for name, said in found.items() if name.startswith("w4"))
     assert all("error 2: no cudaError" in said for name, said in found.items() if name.startswith("hadamard"))

@@ -20,7 +20,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 PLANTED = [pytest.param(k, n, id=f"{k}: {name}") for k in KERNELS for n, name in KERNELS[k].MUTANTS.items()]
 # Cases of kernels whose threads meet in several ways.
 ORDERED = [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("w_a8", 7), ("w_a8", 9), ("hadamard", 6)]
-ORDERED += [("int8_outlier", 6), ("int8_outlier", 8)]
+ORDERED += [("int8_outlier", 6), ("int8_outlier", 8), ("dense_sparse", 4), ("gptq_solve", 2)]
 # A child process: the library, then every case until one is wrong. It may crash, that is the point.
 CHILD = """
 import ctypes, sys
@@ -57,7 +57,10 @@ def test_the_order_of_threads_does_not_change_a_bit(emulated, kernel, number):
 def test_every_mutant_has_its_place_in_the_source():
     assert {path.stem for path in build.SOURCES} == set(KERNELS)
     for path in build.SOURCES:
-        planted = {int(n) for n in re.findall(r"MUTANT [=!]= (\d+)", path.read_text())}
+        source = path.read_text()
+        headers = [path.parent / name for name in re.findall(r'#include "(\w+\.h)"', source)]
+        source += "".join(header.read_text() for header in headers)
+        planted = {int(n) for n in re.findall(r"MUTANT [=!]= (\d+)", source)}
         assert planted == set(KERNELS[path.stem].MUTANTS)
 
 

@@ -42,7 +42,7 @@ class Symbol(ctypes.Structure):
 
 
 def demangled(symbols):
-    """symbol of a kernel -> "w4_a16::decode<0, 1>"; what isn't of this form is left out"""
+    """symbol of a kernel -> "w_a16::decode<0, 1>"; what isn't of this form is left out"""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     lines = [re.fullmatch(r"void (.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
     return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
@@ -85,12 +85,12 @@ SIZES = [  # M, N, K, group: each kernel, one slice and many, all edges of the c
 def test_a_plan_of_a_product_is_what_the_launcher_launches(launched):
     names, compared = {}, 0
     for number, (m, n, k, group) in enumerate(SIZES):
-        needed = plans.w4_a16_workspace_bytes(m, n, k)
-        rest = (needed, m, n, k, group, number % 2, number % 3)
+        needed = plans.w_a16_workspace_bytes(m, n, k)
+        rest = (needed, m, n, k, 4, group, number % 2, number % 3)
         arguments = (X, PACKED, SCALE, ZERO if number % 5 else 0, BIAS if number % 7 else 0, Y, WORK, *rest)
-        code, found = launched("compressor_w4_a16", *arguments)
+        code, found = launched("compressor_w_a16", *arguments)
         assert code == 0
-        compared += compare(plans.w4_a16(*arguments), found, names)
+        compared += compare(plans.w_a16(*arguments), found, names)
     assert compared > 400  # launches
     used = set(names.values())
     assert used == set(plans.KERNELS["w_a16"])
@@ -107,6 +107,12 @@ def test_a_plan_of_a_transform_is_what_the_launcher_launches(launched):
     assert set(names.values()) == set(plans.KERNELS["hadamard"])
 
 
+def test_plans_leave_out_what_nvrtc_does_not_compile():
+    """Widths that torch's layout doesn't hold, and Hadamard sizes that are no power of two."""
+    assert all(plans.w_a16(*(GOOD | dict(bits=bits)).values()) is None for bits in (2, 3, 8))
+    assert plans.hadamard(X, Y, 1, 24, 1.0, 0) is None
+
+
 def compare(planned, found, names):
     """How many launches; a symbol's name is found out once."""
     if new := [symbol for symbol, *_ in found if symbol not in names]:
@@ -119,18 +125,19 @@ def compare(planned, found, names):
 
 @needs_compiler
 def test_the_workspace_of_a_plan_is_the_launchers(emulated):
-    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_w4_a16_workspace_bytes"]
+    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_w_a16_workspace_bytes"]
     shapes = [*(size[:3] for size in SIZES), (0, 8, 64), (8, 0, 64), (-1, 8, 64), (1, 8, 0), (1, 8, 12), (1, -8, 64)]
     shapes += [(1, 8, (1 << 30) + 8), (1, 65535 * 64 + 1, 64)]
-    assert all(plans.w4_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
+    assert all(plans.w_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
 
 
 GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
-GOOD |= dict(m=3, n=64, k=1024, group_size=64, x_type=0, scale_type=0)
+GOOD |= dict(m=3, n=64, k=1024, bits=4, group_size=64, x_type=0, scale_type=0)
 REFUSED = [
     dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=12), dict(k=(1 << 30) + 8), dict(group_size=96),
-    dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(x_type=2), dict(x_type=-1), dict(scale_type=3),
-    dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0), dict(packed=PACKED + 8), dict(scale=0), dict(y=0),
+    dict(bits=5), dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(x_type=2), dict(x_type=-1),
+    dict(scale_type=3), dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0),
+    dict(packed=PACKED + 8), dict(scale=0), dict(y=0),
     dict(workspace=0), dict(workspace=WORK + 2), dict(workspace_bytes=100),
 ]  # fmt: skip
 
@@ -139,15 +146,16 @@ REFUSED = [
 @pytest.mark.parametrize("changes", REFUSED, ids=str)
 def test_a_plan_refuses_what_the_launcher_refuses(launched, changes):
     arguments = (GOOD | changes).values()
-    assert launched("compressor_w4_a16", *arguments) == (BAD_CALL, [])
-    assert plans.w4_a16(*arguments) is None
+    assert launched("compressor_w_a16", *arguments) == (BAD_CALL, [])
+    assert plans.w_a16(*arguments) is None
 
 
 # x, y, rows, n, scale, type
 @needs_compiler
 @pytest.mark.parametrize(
     "bad",
-    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0), (X, Y, 1, 24, 1, 0), (X, Y, 1, 65536, 1, 0), (X, Y, 1, 8, 1, 3),
+    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0), (X, Y, 1, 44, 1, 0), (X, Y, 1, 18, 1, 0), (X, Y, 1, 36 << 11, 1, 0),
+     (X, Y, 1, 65536, 1, 0), (X, Y, 1, 8, 1, 3),
      (X, Y, (1 << 40) + 1, 8, 1, 0), (X, Y, 1 << 40, 32768, 1, 0), (X + 4, Y, 1, 8, 1, 0), (X, Y + 8, 1, 8, 1, 0),
      (0, Y, 1, 8, 1, 0), (X, 0, 1, 8, 1, 0)],
 )  # fmt: skip
@@ -159,7 +167,7 @@ def test_a_plan_of_a_transform_refuses_what_the_launcher_refuses(launched, bad):
 @needs_compiler
 def test_an_empty_call_launches_nothing_either_way(launched):
     empty = (GOOD | dict(m=0, x=0, y=0)).values()
-    assert launched("compressor_w4_a16", *empty) == (0, []) and plans.w4_a16(*empty) == []
+    assert launched("compressor_w_a16", *empty) == (0, []) and plans.w_a16(*empty) == []
     assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
 
 
@@ -209,7 +217,7 @@ def test_the_driver_s_errors_name_what_it_says(fake_driver):
         driver.load_code(opened, nvrtc.Code(b"", {}))
     broken = dataclasses.replace(opened, context=ctypes.c_void_p(5))
     kernels = driver.compiled_kernels(opened, code_from(names), "sm_80")
-    assert kernels.functions["compressor_hadamard"](X, Y, 1, 24, 1.0, 0, 0) == BAD_CALL
+    assert kernels.functions["compressor_hadamard"](X, Y, 1, 44, 1.0, 0, 0) == BAD_CALL
     handle = driver.load_code(opened, code_from(names)("hadamard", plans.KERNELS["hadamard"]))
     planned = plans.hadamard(X, Y, 1, 8, 1.0, 0)[0]
     assert driver.launch(broken, handle[planned.kernel], planned, 0) == 201

@@ -1,4 +1,4 @@
-"""The CUDA product of 4-bit weights with inputs as they are, emulated: exact decoding, hostile rows, bad calls."""
+"""The CUDA product of weights of few bits with inputs as they are, emulated: decoding, hostile rows, bad calls."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import pytest
 from cuda_ext.cases import arrays, w_a16
 
 
-def test_every_code_and_zero_point_is_decoded_exactly(emulated):
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_code_and_zero_point_is_decoded_exactly(emulated, bits):
     """x of one 1 per row, scale 1: y is the code less its zero point, and exact in both types."""
     n, k = 64, 64
-    codes = (np.arange(n)[:, None] * 7 + np.arange(k)[None] * 3) % 16
-    zero_point = (np.arange(n, dtype=np.uint8) % 16)[None]
+    codes = (np.arange(n)[:, None] * 7 + np.arange(k)[None] * 3) % 2**bits
+    zero_point = (np.arange(n) * (5 if bits == 8 else 1) % 2**bits).astype(np.uint8)[None]
+    zero_point[0, -1] = 2**bits - 1
     for kind, m in [(kind, m) for kind in (arrays.FLOAT16, arrays.BFLOAT16) for m in (8, 16, 32, 64)]:
         memory = arrays.GuardedMemory()
         given = [
             memory.place(arrays.to_bits(np.eye(k)[-m:], kind)),
-            memory.place(w_a16.pack_mma1(codes.astype(np.uint8))),
+            memory.place(w_a16.pack_mma1(codes.astype(np.uint8), bits)),
             memory.place(arrays.to_bits(np.ones((1, n)), arrays.FLOAT32)),
             memory.place(zero_point),
         ]
         y = memory.place(np.full((m, n), 0x7FFF, np.uint16))
         addresses = [p.address for p in given]
-        assert w_a16.launcher(emulated)(*addresses, None, y.address, None, 0, m, n, k, 64, kind, 2, None) == 0
+        assert w_a16.launcher(emulated)(*addresses, None, y.address, None, 0, m, n, k, bits, 64, kind, 2, None) == 0
         assert (arrays.to_float64(y.read(), kind) == codes.T[-m:] - zero_point.astype(float)).all()
 
 
@@ -37,14 +39,14 @@ def test_nan_and_infinity_stay_in_their_rows(emulated):
     given = [memory.place(a) for a in (operands.x, operands.packed, operands.scale)]
     y = memory.place(np.full((5, 8), 0x7FFF, np.uint16))
     addresses = [p.address for p in given]
-    assert w_a16.launcher(emulated)(*addresses, None, None, y.address, None, 0, 5, 8, 128, 64, 0, 0, None) == 0
+    assert w_a16.launcher(emulated)(*addresses, None, None, y.address, None, 0, 5, 8, 128, 4, 64, 0, 0, None) == 0
     result = arrays.to_float64(y.read(), arrays.FLOAT16)
     assert np.isnan(result[1]).all()
     assert not np.isfinite(result[3]).any()
     assert np.isfinite(result[[0, 2, 4]]).all()
 
 
-# what differs from a good call: M, N, K, group_size, x_type, scale_type
+# what differs from a good call: M, N, K, bits, group_size, x_type, scale_type
 BAD = {
     "negative M": dict(M=-1),
     "negative N": dict(N=-8),
@@ -54,6 +56,9 @@ BAD = {
     "group size below 64": dict(group_size=32),
     "group size of 0": dict(group_size=0),
     "group size of -2": dict(group_size=-2),
+    "5 bits": dict(bits=5),
+    "0 bits": dict(bits=0),
+    "16 bits": dict(bits=16),
     "x of float32": dict(x_type=2),
     "unknown type of x": dict(x_type=-1),
     "unknown type of scales": dict(scale_type=3),
@@ -61,7 +66,7 @@ BAD = {
 
 
 def call(emulated: ctypes.CDLL, addresses: list[int | None], **changes: int) -> int:
-    good = dict(M=1, N=8, K=64, group_size=64, x_type=0, scale_type=0)
+    good = dict(M=1, N=8, K=64, bits=4, group_size=64, x_type=0, scale_type=0)
     return w_a16.launcher(emulated)(*addresses, None, 0, *(good | changes).values(), None)
 
 
@@ -102,7 +107,7 @@ def test_a_workspace_that_is_too_small_returns_minus_one(emulated):
     addresses = [*(g.address for g in given), None, None, y.address]
     assert w_a16.workspace_bytes(emulated, 1, 8, 1024) == 64
     assert w_a16.workspace_bytes(emulated, 1, 8, 4) == -1
-    sizes = (1, 8, 1024, 64, 0, 0, None)
+    sizes = (1, 8, 1024, 4, 64, 0, 0, None)
     assert w_a16.launcher(emulated)(*addresses, workspace.address, 63, *sizes) == -1
     assert w_a16.launcher(emulated)(*addresses, None, 64, *sizes) == -1
     assert w_a16.launcher(emulated)(*addresses, workspace.address, 64, *sizes) == 0
@@ -120,6 +125,6 @@ def test_the_rows_of_a_call_do_not_see_each_other(emulated):
             arrays.GuardedArray(np.zeros(2 * 66 * m, np.float32)),
         )
         addresses = [*(g.address for g in given), None, None, y.address, sums.address]
-        assert w_a16.launcher(emulated)(*addresses, 8 * 66 * m, m, 66, 1032, 64, 0, 0, None) == 0
+        assert w_a16.launcher(emulated)(*addresses, 8 * 66 * m, m, 66, 1032, 4, 64, 0, 0, None) == 0
         results.append(y.read())
     assert (results[0][2] == results[1][0]).all()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cuda_ext.cases import hadamard, int8_outlier, quantize_rows, w_a8, w_a16
+from cuda_ext.cases import dense_sparse, gptq_solve, hadamard, int8_outlier, quantize_rows, w_a8, w_a16
 
 
 class Kernel(Protocol):
@@ -28,6 +28,8 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {
+    "dense_sparse": dense_sparse,
+    "gptq_solve": gptq_solve,
     "hadamard": hadamard,
     "int8_outlier": int8_outlier,
     "quantize_rows": quantize_rows,

@@ -1,4 +1,4 @@
-"""Products of 4-bit weights with inputs as they are: w_a16.cu."""
+"""Products of weights of 2, 3, 4 or 8 bits with inputs as they are: w_a16.cu."""
 
 from __future__ import annotations
 
@@ -25,24 +25,35 @@ TILE = 64
 LANE = np.arange(32)
 
 
-def pack_mma1(codes: NDArray) -> NDArray:
-    """Codes 0 to 15, uint8 (N, K) -> uint32 (N / 64, K / 64, 4, 4, 32), both rounded up; drawn in w_a16.cu."""
+def pack_mma1(codes: NDArray, bits: int) -> NDArray:
+    """Codes 0 to 2^bits - 1, uint8 (N, K) -> uint32 (N / 64, K / 64, words), both rounded up; drawn in codes.h."""
     n, k = codes.shape
-    padded = np.full((-(-n // TILE) * TILE, -(-k // TILE) * TILE), 8, np.uint32)
+    padded = np.full((-(-n // TILE) * TILE, -(-k // TILE) * TILE), 1 << (bits - 1), np.uint32)
     padded[:n, :k] = codes
     tiles = padded.reshape(len(padded) // TILE, 4, 16, -1, 4, 16)  # [tile n, n / 16, n % 16, tile k, k / 16, k % 16]
-    word = np.zeros((tiles.shape[0], tiles.shape[3], 4, 4, 32), np.uint32)
-    for nibble in range(8):
-        further_n, further_k, upper = nibble % 2, nibble // 2 % 2, nibble // 4
-        # indices of two axes at once put their common axis first: [lane, tile n, n / 16, tile k, k / 16]
-        part = tiles[:, :, LANE // 4 + 8 * further_n, :, :, LANE % 4 * 2 + 8 * further_k + upper]
-        word |= part.transpose(1, 3, 4, 2, 0) << np.uint32(4 * nibble)
-    return word
+    words = {2: 2, 3: 3, 4: 4, 8: 8}[bits]  # planes of 128 words
+    packed = np.zeros((tiles.shape[0], tiles.shape[3], words, 4, 32), np.uint32)
+    for i in range(4):
+        for upper in range(2):
+            # indices of two axes at once put their common axis first: [lane, tile n, n / 16, tile k, k / 16]
+            part = tiles[:, :, LANE // 4 + 8 * (i % 2), :, :, LANE % 4 * 2 + 8 * (i // 2) + upper]
+            part = part.transpose(1, 3, 4, 2, 0)  # [tile n, tile k, k / 16, n / 16, lane]
+            for piece in range(4):
+                code, half = part[:, :, piece], 16 * upper
+                if bits == 4:
+                    packed[:, :, piece] |= code << np.uint32(half + 4 * i)
+                elif bits == 8:
+                    packed[:, :, 2 * piece + i // 2] |= code << np.uint32(half + 8 * (i % 2))
+                else:
+                    packed[:, :, piece // 2] |= (code & 3) << np.uint32(half + 8 * (piece % 2) + 2 * i)
+                if bits == 3:
+                    packed[:, :, 2] |= code >> 2 << np.uint32(half + 4 * piece + i)
+    return packed.reshape(*packed.shape[:2], -1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of compressor_w4_a16. group_size -1: one group."""
+    """One call of compressor_w_a16. group_size -1: one group."""
 
     M: int
     N: int
@@ -53,12 +64,13 @@ class Case:
     zero_points: bool = False
     bias: bool = False
     positive: bool = False  # nothing cancels: x and W are positive
+    bits: int = 4
 
     def __str__(self) -> str:
         kind = ("f16", "bf16", "f32")
         extras = [name for name in ("zero_points", "bias", "positive") if getattr(self, name)]
         types = f"{kind[self.x_type]}-{kind[self.scale_type]}"
-        return "-".join([f"{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
+        return "-".join([f"w{self.bits}-{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
 
 FAULTS = {
@@ -81,6 +93,13 @@ MUTANTS |= {
     40: "slices: the last one is dropped",
     41: "slices: bias is added twice",
     42: "slices: one output too many",
+    50: "8 bits: the two words are exchanged",
+    51: "2 bits: both pieces are the first",
+    52: "3 bits: the third bit of the neighbouring lane",
+    53: "3 bits: the third bit of the first piece for all",
+    54: "8 bits: the zero point is 128 for every other bfloat16",
+    55: "without zero points, 8 for all widths",
+    56: "8 bits: the second half of a tile isn't copied",
 }
 
 # Tails of M, N and K; two blocks in each dimension of the grid; groups cut short by K and by a slice. Pipelines hold
@@ -106,6 +125,15 @@ CASES = (
     Case(33, 70, 320, group_size=-1, x_type=BFLOAT16, scale_type=FLOAT32),
     Case(65, 72, 456, group_size=192, x_type=BFLOAT16, scale_type=FLOAT16, zero_points=True, bias=True),
     Case(70, 8, 1032, positive=True),
+    # other widths, by each kernel
+    Case(3, 66, 456, bits=2, zero_points=True, bias=True),
+    Case(33, 20, 328, bits=2, x_type=BFLOAT16),
+    Case(2, 72, 520, bits=3, x_type=BFLOAT16, scale_type=BFLOAT16, zero_points=True),
+    Case(17, 66, 328, bits=3),
+    Case(9, 70, 712, bits=8, scale_type=FLOAT32, zero_points=True, bias=True),
+    Case(65, 40, 392, bits=8),
+    Case(1, 66, 584, bits=8, x_type=BFLOAT16),
+    Case(33, 24, 328, bits=8, x_type=BFLOAT16, zero_points=True),
 )
 
 
@@ -115,6 +143,10 @@ LARGE_CASES = (
     Case(16, 4096, 11008, group_size=128, x_type=BFLOAT16, scale_type=BFLOAT16),
     Case(64, 11008, 4096, group_size=64, bias=True),
     Case(300, 4096, 4096, group_size=-1, x_type=BFLOAT16, scale_type=FLOAT32, bias=True),
+    Case(1, 8192, 8192, group_size=128, bits=2, zero_points=True),
+    Case(16, 4096, 4096, group_size=128, bits=3, x_type=BFLOAT16),
+    Case(64, 4096, 4096, group_size=128, bits=8, x_type=BFLOAT16, zero_points=True),
+    Case(300, 4096, 4096, bits=8, bias=True),
 )
 
 
@@ -132,27 +164,28 @@ class Operands:
 
 
 def make_operands(case: Case, seed: int) -> Operands:
-    """Random operands; scales of 0 and zero points of 0 and 15 are among them."""
+    """Random operands; scales of 0 and zero points of both ends are among them."""
     random = np.random.default_rng([seed, case.M, case.N, case.K])
     group_size = case.group_size if case.group_size > 0 else -(-case.K // TILE) * TILE
     groups = -(-case.K // group_size)
-    codes = random.integers(8 if case.positive else 0, 16, (case.N, case.K), dtype=np.uint8)
+    middle = 1 << (case.bits - 1)
+    codes = random.integers(middle if case.positive else 0, 2 * middle, (case.N, case.K), dtype=np.uint8)
     scale = to_bits(random.random((groups, case.N)) * 0.02 + 0.01, case.scale_type)
     zero_point = None
     if case.zero_points:
-        zero_point = random.integers(0, 16, (groups, case.N), dtype=np.uint8)
+        zero_point = random.integers(0, 2 * middle, (groups, case.N), dtype=np.uint8)
         scale[0, 0] = 0
     x = random.standard_normal((case.M, case.K))
     x = to_bits(np.abs(x) if case.positive else x, case.x_type)
     bias = to_bits(random.standard_normal(case.N), case.x_type) if case.bias else None
 
     group = np.arange(case.K) // group_size
-    zero = np.full((groups, case.N), 8.0) if zero_point is None else zero_point.astype(np.float64)
+    zero = np.full((groups, case.N), float(middle)) if zero_point is None else zero_point.astype(np.float64)
     weight = (codes - zero.T[:, group]) * to_float64(scale, case.scale_type).T[:, group]
     x64, b64 = to_float64(x, case.x_type), 0.0 if bias is None else to_float64(bias, case.x_type)
     return Operands(
         x,
-        pack_mma1(codes),
+        pack_mma1(codes, case.bits),
         scale,
         zero_point,
         bias,
@@ -175,16 +208,16 @@ def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
 
 
 def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_w4_a16 of the library, with its types: seven addresses, bytes, six ints, a stream."""
-    function = library.compressor_w4_a16
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] + [ctypes.c_int] * 6 + [ctypes.c_void_p]
+    """compressor_w_a16 of the library, with its types: seven addresses, bytes, seven ints, a stream."""
+    function = library.compressor_w_a16
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] + [ctypes.c_int] * 7 + [ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function
 
 
 def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
     """What the call needs, or -1 for a bad shape."""
-    function = library.compressor_w4_a16_workspace_bytes
+    function = library.compressor_w_a16_workspace_bytes
     function.argtypes = [ctypes.c_int] * 3
     function.restype = ctypes.c_int64
     return function(m, n, k)
@@ -202,7 +235,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     needed = workspace_bytes(library, case.M, case.N, case.K)
     workspace = memory.place(np.full(needed // 4, np.nan, np.float32))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
-    sizes = (case.M, case.N, case.K, case.group_size, case.x_type, case.scale_type)
+    sizes = (case.M, case.N, case.K, case.bits, case.group_size, case.x_type, case.scale_type)
     code = launcher(library)(*addresses, needed, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()

@@ -118,15 +118,16 @@ def linear_weight_only(
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     kernels = devices.kernels_of(x.device)
-    needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, out_features, columns)
+    needed = kernels.functions["compressor_w_a16_workspace_bytes"](rows, out_features, columns)
     workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed > 0 else None
     at = packed.data_ptr()
     with devices.current(x.device):
-        code = kernels.functions["compressor_w4_a16"](
+        code = kernels.functions["compressor_w_a16"](
             x.data_ptr(), at, at + where.scale_at, at + where.zero_at if where.zero_at is not None else 0,
             0 if bias is None else bias.data_ptr(), y.data_ptr(),
             0 if workspace is None else workspace.data_ptr(), needed,
-            rows, out_features, columns, group_size, DTYPES[x.dtype], where.scale_type, devices.stream_of(x.device),
+            rows, out_features, columns, bits, group_size, DTYPES[x.dtype], where.scale_type,
+            devices.stream_of(x.device),
         )  # fmt: skip
     if code:
         what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}"
@@ -135,9 +136,10 @@ def linear_weight_only(
 
 
 def hadamard(x: Tensor, scale: float) -> Tensor:
-    """x H_n scale for each row, H_n Sylvester's matrix.
+    """x H_n scale for each row, H_n Sylvester's matrix or H_(n / m) (x) H_m with one of Paley's: cuda_ext/hadamard.cu.
 
-    x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768
+    x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768, or one times 12, 20, 28 or 36
+             up to 24576, 40960, 28672 or 36864; through NVRTC a power of two alone
     raises   ShapeError, KernelError
     """
     _check_devices("hadamard", x)

@@ -31,22 +31,25 @@ class Launch:
     argument: ctypes.Structure
 
 
+BITS = 4  # of layout "mma1" in torch; NVRTC compiles no kernel for others
+
 # the kernels of each source that are ever launched
 KERNELS: dict[str, tuple[str, ...]] = {
     "w_a16": tuple(
-        f"w4_a16::{kernel}"
+        f"w_a16::{kernel}"
         for kind in (FLOAT16, BFLOAT16)
         for kernel in (
-            *(f"decode<{kind}, {halves}>" for halves in (1, 2)),
-            *(f"tiled<{kind}, {rows}>" for rows in (32, 64)),
+            *(f"decode<{BITS}, {kind}, {halves}>" for halves in (1, 2)),
+            *(f"tiled<{BITS}, {kind}, {rows}>" for rows in (32, 64)),
             f"add_slices<{kind}>",
         )
     ),
+    # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
     "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
 }
 
 
-class W4A16Arguments(ctypes.Structure):
+class WA16Arguments(ctypes.Structure):
     """w_a16.cu: Arguments"""
 
     _fields_ = (
@@ -59,18 +62,21 @@ class W4A16Arguments(ctypes.Structure):
 class HadamardArguments(ctypes.Structure):
     """hadamard.cu: Arguments"""
 
-    _fields_ = (("x", c_void_p), ("y", c_void_p), ("count", c_uint64), ("n", c_int), ("scale", c_float))
+    _fields_ = (
+        *(("x", c_void_p), ("y", c_void_p), ("count", c_uint64)),
+        *(("n", c_int), ("scale", c_float), ("type", c_int), ("runs", c_int)),
+    )
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _w4_a16_fits(m: int, n: int, k: int) -> bool:
+def _w_a16_fits(m: int, n: int, k: int) -> bool:
     return m >= 0 and n >= 0 and k >= 1 and k % 8 == 0 and k <= 1 << 30 and n <= 65535 * 64
 
 
-def _w4_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
+def _w_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
     """w_a16.cu: choose_slices -> tiles of a slice, slices"""
     tiles = _ceil(k, 64)
     slices = 1 if m > 64 else 1024 // _ceil(n, 64)
@@ -79,21 +85,21 @@ def _w4_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
     return of_slice, _ceil(tiles, of_slice)
 
 
-def w4_a16_workspace_bytes(m: int, n: int, k: int) -> int:
-    if not _w4_a16_fits(m, n, k):
+def w_a16_workspace_bytes(m: int, n: int, k: int) -> int:
+    if not _w_a16_fits(m, n, k):
         return -1
     if m == 0 or n == 0:
         return 0
-    _, slices = _w4_a16_slices(m, n, k)
+    _, slices = _w_a16_slices(m, n, k)
     return 0 if slices == 1 else 4 * slices * m * n
 
 
-def w4_a16(
+def w_a16(
     x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
-    m: int, n: int, k: int, group_size: int, x_type: int, scale_type: int,
+    m: int, n: int, k: int, bits: int, group_size: int, x_type: int, scale_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
-    if not _w4_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
+    """None where the launcher returns -1, and for other bits than BITS."""
+    if bits != BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
         return None
     if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
@@ -101,29 +107,29 @@ def w4_a16(
         return []
     if not (x and packed and scale and y) or x % 16 or packed % 16:
         return None
-    needed = w4_a16_workspace_bytes(m, n, k)
+    needed = w_a16_workspace_bytes(m, n, k)
     if needed and (not workspace or workspace % 4 or workspace_bytes < needed):
         return None
-    tiles, (of_slice, slices) = _ceil(k, 64), _w4_a16_slices(m, n, k)
-    argument = W4A16Arguments(
+    tiles, (of_slice, slices) = _ceil(k, 64), _w_a16_slices(m, n, k)
+    argument = WA16Arguments(
         x, packed, scale, zero_point, bias, y, workspace if needed else 0, m, n, k, tiles,
         tiles if group_size == -1 else group_size // 64, of_slice, slices, scale_type,
     )  # fmt: skip
     across = 1
     if m <= 16:
-        kernel = f"decode<{x_type}, {1 if m <= 8 else 2}>"
+        kernel = f"decode<{bits}, {x_type}, {1 if m <= 8 else 2}>"
     elif m <= 32:
-        kernel = f"tiled<{x_type}, 32>"
+        kernel = f"tiled<{bits}, {x_type}, 32>"
     else:
-        kernel, across = f"tiled<{x_type}, 64>", _ceil(m, 64)
-    launches = [Launch("w_a16", f"w4_a16::{kernel}", (across, _ceil(n, 64), slices), 128, argument)]
+        kernel, across = f"tiled<{bits}, {x_type}, 64>", _ceil(m, 64)
+    launches = [Launch("w_a16", f"w_a16::{kernel}", (across, _ceil(n, 64), slices), 128, argument)]
     if slices > 1:
-        launches.append(Launch("w_a16", f"w4_a16::add_slices<{x_type}>", (_ceil(m * n, 128), 1, 1), 128, argument))
+        launches.append(Launch("w_a16", f"w_a16::add_slices<{x_type}>", (_ceil(m * n, 128), 1, 1), 128, argument))
     return launches
 
 
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None where the launcher returns -1."""
+    """None where the launcher returns -1, and for n that are no power of two."""
     if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if rows == 0:
@@ -135,10 +141,10 @@ def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list
     blocks = _ceil(rows * n, threads * 8 * chunks)
     if blocks >> 31:
         return None
-    argument = HadamardArguments(x, y, rows * n, n, scale)
+    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n)
     return [Launch("hadamard", f"hadamard::rows<{kind}, {chunks}>", (blocks, 1, 1), threads, argument)]
 
 
 # by the names of interface.SIGNATURES: those that launch, and those that only reckon
-PLANS: dict[str, Callable[..., list[Launch] | None]] = {"compressor_w4_a16": w4_a16, "compressor_hadamard": hadamard}
-SIZES: dict[str, Callable[..., int]] = {"compressor_w4_a16_workspace_bytes": w4_a16_workspace_bytes}
+PLANS: dict[str, Callable[..., list[Launch] | None]] = {"compressor_w_a16": w_a16, "compressor_hadamard": hadamard}
+SIZES: dict[str, Callable[..., int]] = {"compressor_w_a16_workspace_bytes": w_a16_workspace_bytes}

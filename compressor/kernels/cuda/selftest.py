@@ -52,12 +52,12 @@ def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.d
     assert sections is not None and sections.zero_at is not None
     x, bias = x.to(device), bias.to(device)
     y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
-    needed = kernels.functions["compressor_w4_a16_workspace_bytes"](rows, OUT, columns)
+    needed = kernels.functions["compressor_w_a16_workspace_bytes"](rows, OUT, columns)
     workspace = torch.full((needed // 4,), torch.nan, device=device)
     at = packed.data_ptr()
-    code = kernels.functions["compressor_w4_a16"](
+    code = kernels.functions["compressor_w_a16"](
         x.data_ptr(), at, at + sections.scale_at, at + sections.zero_at, bias.data_ptr(), y.data_ptr(),
-        workspace.data_ptr(), needed, rows, OUT, columns, GROUP, DTYPES[dtype], sections.scale_type, stream,
+        workspace.data_ptr(), needed, rows, OUT, columns, mma1.BITS, GROUP, DTYPES[dtype], sections.scale_type, stream,
     )  # fmt: skip
     if code:
         return f"error {code}: {kernels.error_text(code)}"

@@ -1,0 +1,143 @@
+"""Columns of a GPTQ sub-block, rounded one by one: gptq_solve.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuda_ext.cases.arrays import Memory
+
+MAX_COLUMNS = 128
+LOW, HIGH = -8.0, 7.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of compressor_gptq_solve: columns begin to stop - 1 are rounded, those to end - 1 updated."""
+
+    rows: int
+    begin: int
+    stop: int
+    end: int
+    zero_points: bool = False
+
+    def __str__(self) -> str:
+        kind = "zero_points" if self.zero_points else "symmetric"
+        return f"gptq_solve-{self.rows}x{self.begin}..{self.stop}..{self.end}-{kind}"
+
+
+MUTANTS = {
+    1: "factors are overwritten before all are done with them",
+    2: "no barrier between the load of factors and their use",
+    3: "group of the column before",
+    4: "a column misses the error of its neighbour",
+    5: "product and difference are rounded once",
+    6: "a product with the pivot's inverse",
+    7: "ties are rounded away from zero",
+    8: "a row too many is read",
+    9: "a row too many is written",
+    10: "the zero point is added after the clamp",
+    11: "the last column isn't updated",
+    12: "the first error is dropped",
+    13: "U is read by columns",
+}
+
+# Panels have 8 columns, blocks 64 rows: tails of both, a begin within a sub-block, later columns that are updated.
+CASES = (
+    Case(1, 0, 1, 1),
+    Case(5, 0, 32, 32),
+    Case(65, 0, 32, 32, zero_points=True),
+    Case(130, 7, 18, 32),
+    Case(64, 3, 30, 37, zero_points=True),
+    Case(67, 0, 128, 131),
+    Case(3, 5, 6, 70, zero_points=True),
+)
+# For a GPU only.
+LARGE_CASES = (
+    Case(4096, 0, 32, 32, zero_points=True),
+    Case(11008, 32, 64, 128),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arrays of a case as they are before the call; zero is None if symmetric."""
+
+    work: NDArray  # (end, rows) float32, as all but group_of
+    upper: NDArray  # (end, end)
+    scale: NDArray  # (groups, rows)
+    zero: NDArray | None
+    group_of: NDArray  # (end,) int32
+
+
+def make_operands(case: Case, seed: int) -> Operands:
+    """Random operands; in the first column to round every row is a tie, the only place where there can be many."""
+    random = np.random.default_rng([seed, case.rows, case.begin, case.end])
+    groups = 3
+    # all of U is filled, so that the part that isn't of U would be noticed
+    upper = (random.standard_normal((case.end, case.end)) * 0.3).astype(np.float32)
+    np.fill_diagonal(upper, (random.random(case.end) + 0.2).astype(np.float32))
+    scale = (random.random((groups, case.rows)) * 0.3 + 0.01).astype(np.float32)
+    zero = random.integers(-8, 8, (groups, case.rows)).astype(np.float32) if case.zero_points else None
+    work = random.standard_normal((case.end, case.rows)).astype(np.float32)
+    group_of = (np.arange(case.end) % groups).astype(np.int32)
+    ties = random.integers(-6, 6, case.rows).astype(np.float32) + np.float32(0.5)
+    scale[group_of[case.begin]] = np.float32(2.0) ** random.integers(-6, -2, case.rows)  # so that ties are exact
+    work[case.begin] = ties * scale[group_of[case.begin]]
+    return Operands(work, upper, scale, zero, group_of)
+
+
+def solve(case: Case, operands: Operands) -> tuple[NDArray, NDArray, NDArray]:
+    """work, errors, codes (end, rows) float32 after the call: each operation a rounding, column after column.
+
+    Errors and codes of columns that aren't rounded are NaN. The same as compressor.kernels.gptq_solve.round_columns,
+    which a test compares with the kernel too.
+    """
+    work = operands.work.copy()
+    errors, codes = np.full_like(work, np.nan), np.full_like(work, np.nan)
+    for j in range(case.begin, case.stop):
+        scale = operands.scale[operands.group_of[j]]
+        code = np.rint(work[j] / scale)
+        if operands.zero is None:
+            codes[j] = np.clip(code, np.float32(LOW), np.float32(HIGH))
+            level = codes[j]
+        else:
+            zero = operands.zero[operands.group_of[j]]
+            codes[j] = np.clip(code + zero, np.float32(LOW), np.float32(HIGH))
+            level = codes[j] - zero
+        errors[j] = (work[j] - level * scale) / operands.upper[j, j]
+        work[j + 1 :] -= operands.upper[j, j + 1 :, None] * errors[j]
+    return work, errors, codes
+
+
+def launcher(library: ctypes.CDLL) -> Callable[..., int]:
+    """compressor_gptq_solve of the library, with its types: seven addresses, five ints, low, high, a stream."""
+    function = library.compressor_gptq_solve
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float] * 2 + [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+    """Run the case and compare bit for bit; raises AssertionError. Returns work, errors and codes, (3, end, rows)."""
+    operands = make_operands(case, seed)
+    work = memory.place(operands.work)
+    errors, codes = (memory.place(np.full_like(operands.work, np.nan)) for _ in range(2))
+    zero = None if operands.zero is None else memory.place(operands.zero)
+    upper, scale, group_of = (memory.place(a) for a in (operands.upper, operands.scale, operands.group_of))
+    placed = (work, errors, codes, upper, scale, zero, group_of)
+    addresses = [None if p is None else p.address for p in placed]
+    sizes = (case.rows, len(operands.scale), case.begin, case.stop, case.end)
+    code = launcher(library)(*addresses, *sizes, LOW, HIGH, stream)
+    assert code == 0, f"{case}: the launcher returned {code}"
+    memory.wait()
+    result = np.stack([work.read(), errors.read(), codes.read()])
+    expected = np.stack(solve(case, operands))
+    expected[0, : case.stop] = operands.work[: case.stop]  # what is rounded needs no update in memory
+    right = result.view(np.uint32) == expected.view(np.uint32)
+    assert right.all(), f"{case}, seed {seed}: {(~right).sum()} of {right.size} outputs are wrong"
+    return result

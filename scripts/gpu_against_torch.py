@@ -1,0 +1,158 @@
+"""Times dense x sparse products and GPTQ columns on a GPU against the way that torch has for them: see check_gpu.py.
+
+The torch way of a product with sparse factors is the layer's (an embedding bag, float32), and the dense product in
+float16 is there to compare with; that of GPTQ columns is `round_columns`, a dozen calls for each column. Both are
+launched from Python, as a user would, so ours is timed from Python, too, beside the time in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor.kernels.gptq_solve import Columns, round_columns
+from compressor.kernels.sparse_factors import sparse_product
+from cuda_ext.cases import arrays, dense_sparse, gptq_solve
+
+Call = Callable[[], object]
+# median seconds of one of the calls, in a CUDA graph or from Python
+Timer = Callable[[list[Call], bool], float]
+
+ROTATION_BYTES = 160_000_000
+SUB_BLOCK = 32  # compressor.passes.gptq
+SOLVER_ROWS = (1024, 4096, 11008)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight (out, blocks * width) as atoms and k values a row and block."""
+
+    out: int = 4096
+    blocks: int = 16
+    width: int = 256
+    atoms: int = 160
+    k: int = 16
+
+
+ROWS = (1, 16, 64, 256, 4096)
+
+
+def stream_of(device: str) -> int | None:
+    return None if device == "cpu" else torch.cuda.current_stream().cuda_stream
+
+
+@dataclass(frozen=True)
+class Product:
+    """Calls that do the same, and what ours writes: y (M, out) float16."""
+
+    ours: list[Call]
+    by_torch: list[Call]
+    dense: list[Call]
+    y: torch.Tensor
+
+
+def product_calls(library: ctypes.CDLL, m: int, factors: Factors, device: str, copies: int) -> Product:
+    """Products of m random rows with copies of a random weight, one call for each copy."""
+    f = factors
+    index = torch.rand(f.out, f.blocks, f.atoms).argsort(2)[..., : f.k].sort(2).values
+    values = torch.randn(f.out, f.blocks, f.k).half()
+    entries = dense_sparse.pack_ds1(index.numpy(), values.numpy().view(np.uint16)).view(np.int32)
+    packed = [torch.from_numpy(entries.copy()).to(device) for _ in range(copies)]
+    atoms = (torch.randn(f.blocks, f.atoms, f.width) / f.width).half().to(device)
+    atom_copies = [atoms.clone() for _ in range(copies)]
+    x = torch.randn(m, f.blocks * f.width).half().to(device)
+    y = torch.empty(m, f.out, dtype=torch.float16, device=device)
+    shape = (m, f.out, f.blocks, f.atoms, f.width, f.k)
+    needed = dense_sparse.workspace_bytes(library, *shape)
+    workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device=device)
+    launch = dense_sparse.launcher(library)
+
+    def ours(copy: int) -> None:
+        code = launch(
+            *(x.data_ptr(), atom_copies[copy].data_ptr(), None, packed[copy].data_ptr(), None, None, y.data_ptr()),
+            *(workspace.data_ptr(), needed, *shape, arrays.FLOAT16, stream_of(device)),
+        )
+        if code:
+            raise RuntimeError(f"compressor_dense_sparse returned {code} for {shape}")
+
+    wide = [atoms.float(), values.float().to(device), index.to(device)]
+    dense = [torch.randn(f.out, f.blocks * f.width, device=device).half() for _ in range(2)]
+    return Product(
+        ours=[partial(ours, copy) for copy in range(copies)],
+        by_torch=[lambda: sparse_product(x.float(), wide[0], wide[1], wide[2]).half()],
+        dense=[partial(torch.nn.functional.linear, x, weight) for weight in dense],
+        y=y,
+    )
+
+
+def time_products(library: ctypes.CDLL, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
+    """A row for each number of rows of x."""
+    factors = Factors()
+    entry_bytes = 4 * factors.out * factors.blocks * factors.k
+    rows = []
+    for m in ROWS:
+        calls = product_calls(library, m, factors, device, copies=-(-ROTATION_BYTES // entry_bytes))
+        rows.append(
+            {
+                "M": m,
+                **vars(factors),
+                "seconds": seconds_of(calls.ours, True),
+                "call_seconds": seconds_of(calls.ours, False),
+                "torch_call_seconds": seconds_of(calls.by_torch, False),
+                "torch_dense_float16_seconds": seconds_of(calls.dense, True),
+            }
+        )
+    return rows
+
+
+def solver_columns(rows: int, device: str) -> Columns:
+    """A random sub-block of a weight with `rows` rows, one group, 4 bits with zero points."""
+    work = torch.randn(SUB_BLOCK, rows).to(device)
+    upper = (torch.randn(SUB_BLOCK, SUB_BLOCK) * 0.1).triu(1) + torch.eye(SUB_BLOCK)
+    scale = (torch.rand(1, rows) * 0.3 + 0.1).to(device)
+    zero = torch.full_like(scale, 8.0)
+    errors, codes = torch.empty_like(work), torch.empty_like(work)
+    return Columns(work, errors, codes, upper.to(device), [0] * SUB_BLOCK, scale, zero, 0, 15)
+
+
+def solver_call(library: ctypes.CDLL, part: Columns, device: str) -> Call:
+    """One call that rounds all columns of the part."""
+    if part.zero is None:
+        raise ValueError("the columns to time have zero points")
+    group_of = torch.tensor(part.group_of, dtype=torch.int32, device=device)
+    columns, rows = part.work.shape
+    tensors = (part.work, part.errors, part.codes, part.upper, part.scale, part.zero, group_of)
+    launch = gptq_solve.launcher(library)
+
+    def call() -> None:
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        sizes = (rows, len(part.scale), 0, columns, columns, float(part.low), float(part.high))
+        code = launch(*addresses, *sizes, stream_of(device))
+        if code:
+            raise RuntimeError(f"compressor_gptq_solve returned {code} for {rows} rows of {columns} columns")
+
+    return call
+
+
+def time_solver(library: ctypes.CDLL, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
+    """A row for each number of rows of the weight; the torch way waits for the pivots, so no graph can hold it."""
+    found = []
+    for rows in SOLVER_ROWS:
+        part = solver_columns(rows, device)
+        call = solver_call(library, part, device)
+        found.append(
+            {
+                "rows": rows,
+                "columns": SUB_BLOCK,
+                "seconds": seconds_of([call], True),
+                "call_seconds": seconds_of([call], False),
+                "torch_call_seconds": seconds_of([partial(round_columns, part, 0, SUB_BLOCK)], False),
+            }
+        )
+    return found
