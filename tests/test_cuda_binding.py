@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import io
 
 import cuda_on_cpu
@@ -282,7 +283,8 @@ def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros):
 
 
 def test_cuda_tensors_have_their_own_functions_in_the_registry():
-    for name in ("pack_weight", "unpack_weight", "linear_weight_only"):
+    importlib.import_module("compressor.kernels.hadamard")
+    for name in ("pack_weight", "unpack_weight", "linear_weight_only", "hadamard"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compressor::{name}", "CUDA")
 
 

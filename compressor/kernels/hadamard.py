@@ -12,9 +12,10 @@ from torch import Tensor
 
 from compressor.errors import ShapeError
 from compressor.kernels.checks import check_call, refuse, threads_for
+from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.hadamard_matrix import base_matrix, base_of
 from compressor.kernels.ops import DTYPES, cpu_library
-from compressor.kernels.registry import register
+from compressor.kernels.registry import register, register_cuda
 
 
 @cache
@@ -58,3 +59,4 @@ def _fake(x: Tensor, scale: float) -> Tensor:
 
 
 register("hadamard", "(Tensor x, float scale) -> Tensor", hadamard, _fake)
+register_cuda("hadamard", cuda_ops.hadamard)  # powers of two from 8 to 32768
