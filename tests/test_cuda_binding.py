@@ -282,14 +282,14 @@ def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros):
 
 
 def test_cuda_tensors_have_their_own_functions_in_the_registry():
-    for name in ("pack_weight", "unpack_weight", "linear_weight_only"):
+    for name in ("pack_weight", "unpack_weight", *cuda_ops.RUN):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compressor::{name}", "CUDA")
 
 
 def test_the_self_test_passes_on_sound_kernels_and_names_what_is_wrong(kernels):
     cpu = torch.device("cpu")
     sound = self_test(kernels, cpu, 0)
-    assert set(sound.values()) == {"ok"} and len(sound) == 9
+    assert set(sound.values()) == {"ok"} and len(sound) == 16
 
     def without_bias(*arguments):
         return kernels.functions["compressor_w4_a16"](*arguments[:4], 0, *arguments[5:])
@@ -313,7 +313,10 @@ REFUSED = {
     "other bits": (dict(bits=3), {}, "holds 4 bits, these are 3"),
     "small groups": (dict(group=32), {}, "groups of 32 columns, a multiple of 64 is wanted"),
     "odd columns": (dict(columns=260, group=-1), {}, "260 inputs, a multiple of 8 is wanted"),
-    "rounded inputs": ({}, dict(activations="int8"), "linear_dynamic_int8 has no CUDA kernel"),
+    "other bits for rounded inputs": (dict(bits=3), dict(activations="int8"), "holds 4 or 8 bits, these are 3"),
+    "small groups for rounded inputs": (dict(group=32), dict(activations="int8"), "groups of 32 columns"),
+    "odd columns for rounded inputs": (dict(columns=260, group=-1), dict(activations="int8"), "260 inputs"),
+    "sums beyond int32": (dict(bits=8, columns=65800, group=-1), dict(activations="int8"), "can't hold their sums"),
     "float32 inputs": ({}, dict(inputs=torch.float32), "inputs are torch.float32"),
 }
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
-from compressor.kernels.cuda import mma1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.dispatch import (
@@ -43,7 +42,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
         "linear_int8_outlier": ops.linear_int8_outlier,
     },
     FACTORS: {"linear_dense_sparse": linear_dense_sparse},
-    mma1.LAYOUT: cuda_ops.RUN,
+    **dict.fromkeys(cuda_ops.LAYOUTS.values(), cuda_ops.RUN),
     **dict.fromkeys(torch_ops.LAYOUTS, torch_ops.RUN),
 }
 
