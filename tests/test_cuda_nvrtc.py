@@ -140,6 +140,22 @@ def test_a_plan_of_an_int8_product_is_what_the_launcher_launches(launched, bits)
     assert set(names.values()) == {name for name in plans.KERNELS["w_a8"] if f"<{bits}," in name}
 
 
+@needs_compiler
+def test_a_plan_of_llm_int8_is_what_the_launcher_launches(launched):
+    names = {}
+    sizes = itertools.product((1, 2, 64, 65, 2048, 2049, 5000), (1, 64, 65, 4096), (16, 64, 80, 2064, 65536))
+    for number, ((m, n, k), (count, threshold)) in enumerate(
+        itertools.product(sizes, ((0, 6.0), (0, 0.0), (0, 1e-60), (7, 0.0), (7, 6.0)))
+    ):
+        columns = (SCALE, ZERO) if count else (0, 0)
+        needed = plans.int8_outlier_workspace_bytes(m, n, k)
+        rest = (BIAS if number % 2 else 0, Y, WORK if needed else 0, needed, m, n, k, count, threshold, number % 3)
+        arguments = (X, PACKED, SCALE, *columns, *rest)
+        code, found = launched("compressor_int8_outlier", *arguments)
+        assert code == 0 and compare(plans.int8_outlier(*arguments), found, names) == len(found) > 0
+    assert set(names.values()) == set(plans.KERNELS["int8_outlier"])
+
+
 def compare(planned, found, names):
     """How many launches; a symbol's name is found out once."""
     if new := [symbol for symbol, *_ in found if symbol not in names]:
@@ -156,6 +172,10 @@ def test_the_workspace_of_a_plan_is_the_launchers(emulated):
     shapes = [*(size[:3] for size in SIZES), (0, 8, 64), (8, 0, 64), (-1, 8, 64), (1, 8, 0), (1, 8, 12), (1, -8, 64)]
     shapes += [(1, 8, (1 << 30) + 8), (1, 65535 * 64 + 1, 64)]
     assert all(plans.w4_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
+    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_int8_outlier_workspace_bytes"]
+    shapes = [*itertools.product((-1, 0, 1, 2, 64, 65, 2049, 1 << 20), (-1, 0, 64, 65535 * 64 + 1), (0, 8, 16, 80))]
+    shapes += [(70, 70, 65536), (70, 70, 65552), (1 << 20, 65535 * 64, 65536)]
+    assert all(plans.int8_outlier_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
 
 
 GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
@@ -224,12 +244,34 @@ def test_a_plan_of_an_int8_product_refuses_what_the_launcher_refuses(launched, c
     assert plans.w_a8(*arguments) is None
 
 
+GOOD_OUTLIER = dict(x=X, weight=PACKED, absmax=SCALE, columns=ZERO, column_weight=ZERO, bias=0, y=Y, workspace=WORK)
+GOOD_OUTLIER |= dict(workspace_bytes=1 << 20, m=3, n=64, k=1024, column_count=7, threshold=0.0, type=0)
+REFUSED_OUTLIER = [
+    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=8), dict(k=65552), dict(type=3), dict(type=-1),
+    dict(threshold=-1.0), dict(threshold=float("nan")), dict(column_count=-1), dict(column_count=1025),
+    dict(columns=0), dict(column_weight=0), dict(columns=0, column_weight=0), dict(x=0), dict(x=X + 8), dict(weight=0),
+    dict(weight=PACKED + 4), dict(absmax=0), dict(y=0), dict(workspace=0), dict(workspace=WORK + 8),
+    dict(workspace_bytes=100),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED_OUTLIER, ids=str)
+def test_a_plan_of_llm_int8_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_OUTLIER | changes).values()
+    assert launched("compressor_int8_outlier", *arguments) == (BAD_CALL, [])
+    assert plans.int8_outlier(*arguments) is None
+
+
 @needs_compiler
 def test_an_empty_call_launches_nothing_either_way(launched):
     empty = (GOOD | dict(m=0, x=0, y=0)).values()
     assert launched("compressor_w4_a16", *empty) == (0, []) and plans.w4_a16(*empty) == []
     no_rows = (GOOD_ROWS | dict(m=0, x=0, codes=0)).values()
     assert launched("compressor_quantize_rows", *no_rows) == (0, []) and plans.quantize_rows(*no_rows) == []
+    for nothing in (dict(m=0, x=0), dict(n=0, weight=0)):
+        nothing = (GOOD_OUTLIER | nothing).values()
+        assert launched("compressor_int8_outlier", *nothing) == (0, []) and plans.int8_outlier(*nothing) == []
     for nothing in (dict(m=0, x=0), dict(n=0, packed=0)):
         nothing = (GOOD_INT8 | nothing).values()
         assert launched("compressor_w_a8", *nothing) == (0, []) and plans.w_a8(*nothing) == []

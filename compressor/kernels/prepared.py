@@ -78,8 +78,12 @@ class PreparedLinear(nn.Module):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
-            packed = ops.pack_int8_rows(weight.codes, weight.absmax)
-            more = {"absmax": weight.absmax, "columns": weight.columns, "columns_weight": weight.weight}
+            packed, columns = weight.codes, weight.columns
+            if self.choice.layout == ops.LAYOUT:
+                packed = ops.pack_int8_rows(weight.codes, weight.absmax)
+            elif columns is not None:
+                columns = columns.int()
+            more = {"absmax": weight.absmax, "columns": columns, "columns_weight": weight.weight}
             self.threshold, self.words = weight.threshold, "W8 rows"
         else:
             order, layout = weight.permutation(), self.choice.layout

@@ -23,6 +23,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "compressor_quantize_rows": (c_int, [*[c_void_p] * 4, *[c_int] * 4, c_void_p]),
     # x's codes, scale, sum; packed, scale, zero_point, bias, y; M, N, K, bits, group_size, scale_type, y_type; stream
     "compressor_w_a8": (c_int, [*[c_void_p] * 8, *[c_int] * 7, c_void_p]),
+    # x, weight, absmax, columns, column_weight, bias, y, workspace; its bytes; M, N, K, column_count; threshold; type;
+    # stream
+    "compressor_int8_outlier": (c_int, [*[c_void_p] * 8, c_int64, *[c_int] * 4, c_float, c_int, c_void_p]),
+    "compressor_int8_outlier_workspace_bytes": (c_int64, [c_int] * 3),  # M, N, K
     # x, y, rows, n, scale, type, stream
     "compressor_hadamard": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_float, c_int, c_void_p]),
 }

@@ -19,10 +19,16 @@ from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
 from compressor.kernels.registry import register_cuda
 
 # op -> the layout of its weights, the types of its inputs
-LAYOUTS = {"linear_weight_only": mma1.LAYOUT, "linear_dynamic_int8": mma8a1.LAYOUT}
-INPUTS = {"linear_weight_only": (torch.float16, torch.bfloat16), "linear_dynamic_int8": tuple(DTYPES)}
+LAYOUTS = {"linear_weight_only": mma1.LAYOUT, "linear_dynamic_int8": mma8a1.LAYOUT, "linear_int8_outlier": "int8_rows"}
+INPUTS = {
+    "linear_weight_only": (torch.float16, torch.bfloat16),
+    "linear_dynamic_int8": tuple(DTYPES),
+    "linear_int8_outlier": tuple(DTYPES),
+}
 # w_a16.cu: shape_is_right; w_a8.cu: MAX_OUTPUTS. Checked here too, since ctypes cuts longer ints off
-MOST_OUTPUTS, MOST_COLUMNS, MOST_ROWS = 65535 * 64, 1 << 30, 2**31 - 1
+MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
+MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
+MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
 HADAMARD_SIZES = tuple(2**power for power in range(3, 16))
 
 
@@ -34,14 +40,17 @@ def refusal(
         return f"{op} has no CUDA kernel in torch yet"
     if op == "linear_weight_only":
         reason = mma1.refusal(bits, group_size)
-    else:
+    elif op == "linear_dynamic_int8":
         reason = mma8a1.refusal(in_features, bits, group_size)
+    else:
+        reason = None  # rows of int8 as they are stored
     if reason is not None:
         return reason
-    if in_features == 0 or in_features % 8:
-        return f"{in_features} inputs, a multiple of 8 is wanted"
-    if in_features > MOST_COLUMNS or out_features > MOST_OUTPUTS:
-        return f"{out_features} x {in_features} is larger than {MOST_OUTPUTS} x {MOST_COLUMNS}"
+    multiple, most = (16, MOST_INT8_COLUMNS) if op == "linear_int8_outlier" else (8, MOST_COLUMNS)
+    if in_features == 0 or in_features % multiple:
+        return f"{in_features} inputs, a multiple of {multiple} is wanted"
+    if in_features > most or out_features > MOST_OUTPUTS:
+        return f"{out_features} x {in_features} is larger than {MOST_OUTPUTS} x {most}"
     if inputs is not None and inputs not in INPUTS[op]:
         return f"inputs are {inputs}, {_named(op)} is wanted"
     return None
@@ -214,6 +223,77 @@ def linear_dynamic_int8(
     return y
 
 
+def linear_int8_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    """LLM.int8() in one call, as `compressor.kernels.ops.linear_int8_outlier`, of the weight as it is stored.
+
+    The CPU library's bits.
+
+    x                (..., in) float16, bfloat16 or float32, in a multiple of 16 up to 65,536
+    packed           (out, in) int8, the codes: w = codes * weight_absmax / 127
+    weight_absmax    (out,) float32
+    outlier_columns  (k,) int32, ascending, without repetition; those outside of x are left out. None: columns with any
+                     |x| >= threshold, none for threshold 0
+    outlier_weight   (out, k) in the dtype of x; with outlier_columns
+    bias             (out,) in the dtype of x
+    raises           ShapeError, KernelError
+    """
+    name = "linear_int8_outlier"
+    _check_devices(name, x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    columns = x.shape[-1] if x.dim() else 0
+    out = weight_absmax.numel()
+    count = 0 if outlier_columns is None else outlier_columns.numel()
+    # of no columns it holds no numbers: any type will do
+    weight_dtype = x.dtype if outlier_weight is None or count else outlier_weight.dtype
+    wanted = [
+        (packed, torch.int8, (out, columns)),
+        (weight_absmax, torch.float32, (out,)),
+        (outlier_columns, torch.int32, (count,)),
+        (outlier_weight, weight_dtype, (out, count)),
+        (bias, x.dtype, (out,)),
+    ]
+    fits = all(t is None or (t.dtype == dtype and tuple(t.shape) == shape) for t, dtype, shape in wanted)
+    paired = (outlier_columns is None) == (outlier_weight is None) and count <= columns
+    refused = refusal(name, out, columns, 8, -1, x.dtype)
+    if not fits or not paired or refused is not None:
+        shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, *(given for given, *_ in wanted))]
+        expected = f"int8 (out, {columns}), float32 (out,), int32 (k,), (out, k) and (out,) of x's type expected"
+        raise ShapeError(
+            f"{name}: x, packed, absmax, columns, their weight and bias are {shapes}; {refused or expected}"
+        )
+    if not threshold >= 0:
+        raise ShapeError(f"{name}: threshold {threshold}, 0 or more expected")
+    if (rows := x.numel() // columns) > MOST_ROWS:
+        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
+    x, packed = _at_16_bytes(x), _at_16_bytes(packed)
+    y = x.new_empty((*x.shape[:-1], out))
+    if not y.numel():
+        return y
+    # without columns of its own threshold 0 says that none is one
+    others = [None if t is None or not t.numel() else t.contiguous() for t in (outlier_columns, outlier_weight, bias)]
+    columns_at, column_weight_at, bias_at = (0 if t is None else t.data_ptr() for t in others)
+    weight_absmax = weight_absmax.contiguous()
+    kernels = devices.kernels_of(x.device)
+    needed = kernels.functions["compressor_int8_outlier_workspace_bytes"](rows, out, columns)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed > 0 else None
+    with devices.current(x.device):
+        code = kernels.functions["compressor_int8_outlier"](
+            x.data_ptr(), packed.data_ptr(), weight_absmax.data_ptr(), columns_at, column_weight_at, bias_at,
+            y.data_ptr(), 0 if workspace is None else workspace.data_ptr(), needed, rows, out, columns, count,
+            threshold if outlier_columns is None else 0.0, DTYPES[x.dtype], devices.stream_of(x.device),
+        )  # fmt: skip
+    if code:
+        raise _error(code, kernels, f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {count} columns")
+    return y
+
+
 def hadamard(x: Tensor, scale: float) -> Tensor:
     """x H_n scale for each row, H_n Sylvester's matrix.
 
@@ -243,6 +323,7 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
 RUN: dict[str, Callable[..., Tensor]] = {
     "linear_weight_only": linear_weight_only,
     "linear_dynamic_int8": linear_dynamic_int8,
+    "linear_int8_outlier": linear_int8_outlier,
 }
 for _name, _run in RUN.items():
     register_cuda(_name, _run)

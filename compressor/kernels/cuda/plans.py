@@ -50,6 +50,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         for wide in ("false", "true")
         if (bits, rows) != (8, 128)
     ),
+    "int8_outlier": tuple(f"int8_outlier::{kernel}" for kernel in ("one_row", "flag_columns", "round_rows", "product")),
     "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
 }
 
@@ -79,6 +80,19 @@ class WA8Arguments(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "x_scale", "x_sum", "packed", "scale", "zero_point", "bias", "y")),
         *((name, c_int) for name in ("M", "N", "tiles", "tiles_per_group", "groups", "scale_type", "y_type")),
+    )
+
+
+class Int8OutlierArguments(ctypes.Structure):
+    """int8_outlier.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "absmax", "columns", "column_weight", "bias", "y")),
+        *((name, c_void_p) for name in ("codes", "step", "mask", "slices")),
+        *((name, c_int) for name in ("M", "N", "K", "padded", "words", "slice_count", "rows_per_slice")),
+        ("column_count", c_int),
+        ("threshold", c_float),
+        ("type", c_int),
     )
 
 
@@ -204,6 +218,65 @@ def w_a8(
     return [Launch("w_a8", f"w_a8::tiled<{bits}, {rows}, {wide}>", (_ceil(m, rows), _ceil(n, 128), 1), 256, argument)]
 
 
+def _int8_outlier_slices(m: int) -> tuple[int, int]:
+    """int8_outlier.cu: describe -> rows of a slice, slices"""
+    rows = max(64, _ceil(m, 32))
+    return rows, _ceil(m, rows)
+
+
+def int8_outlier_workspace_bytes(m: int, n: int, k: int) -> int:
+    if m < 0 or n < 0 or n > 65535 * 64 or k < 1 or k % 16 or k > 65536:
+        return -1
+    if m <= 1 or n == 0:
+        return 0
+    padded = _ceil(k, 64) * 64
+    return m * padded + padded // 8 * (1 + _int8_outlier_slices(m)[1]) + m * 4
+
+
+def int8_outlier(
+    x: int, weight: int, absmax: int, columns: int, column_weight: int, bias: int, y: int, workspace: int,
+    workspace_bytes: int, m: int, n: int, k: int, column_count: int, threshold: float, kind: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    needed = int8_outlier_workspace_bytes(m, n, k)
+    threshold = c_float(threshold).value
+    if needed < 0 or kind not in (FLOAT16, BFLOAT16, FLOAT32) or not threshold >= 0 or not 0 <= column_count <= k:
+        return None
+    if (columns == 0) != (column_weight == 0) or (not columns and column_count):
+        return None
+    if m == 0 or n == 0:
+        return []
+    if not (x and weight and absmax and y) or x % 16 or weight % 16:
+        return None
+    if needed and (not workspace or workspace % 16 or workspace_bytes < needed):
+        return None
+    padded = _ceil(k, 64) * 64
+    words = padded // 32
+    rows_per_slice, slices = _int8_outlier_slices(m)
+    codes = mask = flags = step = 0
+    if needed:
+        codes, mask = workspace, workspace + m * padded
+        flags = mask + 4 * words
+        step = flags + 4 * words * slices
+    if m > 1 and columns:
+        slices = 1
+    elif m > 1 and threshold == 0:
+        slices = 0
+    argument = Int8OutlierArguments(
+        x, weight, absmax, columns, column_weight, bias, y, codes, step, mask, flags,
+        m, n, k, padded, words, slices, rows_per_slice, column_count, threshold, kind,
+    )  # fmt: skip
+    across = _ceil(n, 64)
+    if m == 1:
+        return [Launch("int8_outlier", "int8_outlier::one_row", (across, 1, 1), 256, argument)]
+    flag = Launch("int8_outlier", "int8_outlier::flag_columns", (_ceil(words * 4, 256), slices, 1), 256, argument)
+    return [
+        *([flag] if slices else []),
+        Launch("int8_outlier", "int8_outlier::round_rows", (m, 1, 1), 256, argument),
+        Launch("int8_outlier", "int8_outlier::product", (_ceil(m, 64), across, 1), 128, argument),
+    ]
+
+
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
     """None where the launcher returns -1."""
     if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
@@ -226,6 +299,10 @@ PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_w4_a16": w4_a16,
     "compressor_quantize_rows": quantize_rows,
     "compressor_w_a8": w_a8,
+    "compressor_int8_outlier": int8_outlier,
     "compressor_hadamard": hadamard,
 }
-SIZES: dict[str, Callable[..., int]] = {"compressor_w4_a16_workspace_bytes": w4_a16_workspace_bytes}
+SIZES: dict[str, Callable[..., int]] = {
+    "compressor_w4_a16_workspace_bytes": w4_a16_workspace_bytes,
+    "compressor_int8_outlier_workspace_bytes": int8_outlier_workspace_bytes,
+}

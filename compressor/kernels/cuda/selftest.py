@@ -29,6 +29,12 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
             dtype = list(DTYPES)[(rows + number) % 3]
             outcome = int8_product(kernels, device, stream, dtype, bits, rows, columns, group)
             found[f"w{bits}_a8 {name}, {rows} rows, {dtype}"] = outcome
+    for rows, dtype in zip((1, 5, 66), DTYPES, strict=True):
+        for calibrated in (False, True):
+            kind = "columns that are given" if calibrated else "columns that are found"
+            found[f"int8_outlier {kind}, {rows} rows, {dtype}"] = outlier_product(
+                kernels, device, stream, dtype, rows, calibrated
+            )
     for dtype in DTYPES:
         found[f"hadamard, {dtype}"] = _hadamard(kernels, device, stream, dtype)
     return found
@@ -126,6 +132,49 @@ def int8_product(
         return f"{int((codes_of.cpu() != wanted).sum())} of {wanted.numel()} codes or some of {rows} steps are wrong"
     # a group's sum to float32, its fma; the row's step; the bias
     return _judge(y, exact, size, 2 * groups + 2)
+
+
+def outlier_product(
+    kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int, calibrated: bool
+) -> str:
+    """LLM.int8() of rows rounded by IEEE arithmetic, with three outlier columns, the last one among them."""
+    made = torch.Generator().manual_seed(rows)
+    columns, threshold = 336, 6.0
+    x, bias = (torch.randn(shape, generator=made) for shape in ((rows, columns), (OUT,)))
+    x, apart = x.clamp(-4, 4), torch.tensor([3, 70, columns - 1])
+    x[-1, apart] = torch.tensor([9.0, -20.0, 7.0])
+    x, bias = x.to(dtype), bias.to(dtype)
+    codes = torch.randint(-127, 128, (OUT, columns), generator=made, dtype=torch.int8)
+    absmax = torch.rand(OUT, generator=made) + 0.1
+    if calibrated:
+        column_weight = torch.randn(OUT, 3, generator=made).to(dtype)
+    else:
+        column_weight = (codes[:, apart].float() * absmax[:, None] / 127).to(dtype)
+    rest = x.float().index_fill(1, apart, 0)
+    largest = rest.abs().amax(1, keepdim=True)
+    rounded = (rest * (1 / largest * 127)).round().double() * (largest / 127).double()
+    inside = rounded @ (codes.double() * absmax.double()[:, None] / 127).t()
+    outside = x[:, apart].double() @ column_weight.double().t()
+    exact = inside + outside + bias.double()
+    size = inside.abs() + x[:, apart].double().abs() @ column_weight.double().abs().t() + bias.double().abs()
+
+    index = apart.int().to(device) if calibrated else None
+    of_index = column_weight.to(device) if calibrated else None
+    x, bias, codes, absmax = (tensor.to(device) for tensor in (x, bias, codes, absmax))
+    y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
+    needed = kernels.functions["compressor_int8_outlier_workspace_bytes"](rows, OUT, columns)
+    workspace = torch.full((needed,), 255, dtype=torch.uint8, device=device)
+    code = kernels.functions["compressor_int8_outlier"](
+        x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), 0 if index is None else index.data_ptr(),
+        0 if of_index is None else of_index.data_ptr(), bias.data_ptr(), y.data_ptr(),
+        workspace.data_ptr() if needed else 0, needed, rows, OUT, columns, 3 if calibrated else 0,
+        0.0 if calibrated else threshold, DTYPES[dtype], stream,
+    )  # fmt: skip
+    if code:
+        return f"error {code}: {kernels.error_text(code)}"
+    # the sum to float32, absmax / 127 and its product, that with the step; a product and a sum for each of three
+    # columns; the bias
+    return _judge(y, exact, size, 4 + 6 + 1)
 
 
 def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype) -> str:
