@@ -263,9 +263,9 @@ def linear_int8_outlier(
     """What layers of the form int8_split_linear compute (`compressor.layers.int8_split_linear`), in one call.
 
     x                (..., in)
-    packed           of pack_int8_rows
+    packed           of pack_int8_rows; on CUDA the codes, int8 (out, in)
     weight_absmax    (out,) float32
-    outlier_columns  (k,) int64, calibrated; None: columns with any |x| >= threshold, none for threshold 0
+    outlier_columns  (k,) int64 (on CUDA int32), calibrated; None: columns with any |x| >= threshold, none for threshold 0
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
     returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
     """
