@@ -265,7 +265,7 @@ def linear_int8_outlier(
     x                (..., in)
     packed           of pack_int8_rows; on CUDA the codes, int8 (out, in)
     weight_absmax    (out,) float32
-    outlier_columns  (k,) int64 (on CUDA int32), calibrated; None: columns with any |x| >= threshold, none for threshold 0
+    outlier_columns  (k,) int64, on CUDA int32, calibrated; None: columns with any |x| >= threshold, none for 0
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
     returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
     """
