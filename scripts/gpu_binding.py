@@ -81,6 +81,24 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             )
 
 
+def rounded_products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Prepared layers of inputs rounded to int8, strict, against float64 of rows rounded by IEEE arithmetic."""
+    for dtype in OUTPUT_UNIT:
+        made = torch.Generator().manual_seed(2)
+        weight = layer(dtype, False, True, bias=False).float()(torch.eye(COLUMNS)).t().double()
+        stored = layer(dtype, False, True, bias=True)
+        added = stored.bias.detach().double()
+        model = nn.Sequential(stored).to(device)
+        prepared = prepare(model, activations="int8", strict=True)
+        for rows in ROWS:
+            x = torch.randn(rows, COLUMNS, generator=made).to(dtype)
+            largest = x.float().abs().amax(1, keepdim=True)
+            rounded = (x.float() * (1 / largest * 127)).round().double() * (largest / 127).double()
+            exact, size = rounded @ weight.t() + added, rounded.abs() @ weight.abs().t() + added.abs()
+            name = f"{prepared['0'].kernel}, {dtype}, inputs rounded to int8, {rows} rows"
+            yield name, partial(product, model, x, device, exact, size)
+
+
 def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     """What only a real device shows: torch's own checks, another stream, a CUDA graph."""
     model = nn.Sequential(layer(torch.float16, False, True, bias=True)).to(device)
@@ -140,7 +158,12 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 def checks(device: torch.device) -> list[dict[str, str]]:
     """Each case and its problem, "" for none. What CUDA, torch or we refuse is a problem of its case."""
     found = []
-    parts = [products(device), transforms(device), *([of_torch(device)] if device.type == "cuda" else [])]
+    parts = [
+        products(device),
+        transforms(device),
+        rounded_products(device),
+        *([of_torch(device)] if device.type == "cuda" else []),
+    ]
     for name, case in itertools.chain(*parts):
         try:
             problem = case()

@@ -40,7 +40,7 @@ def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch)
     kernels = cuda_on_cpu.emulated_kernels(emulated)
     cuda_on_cpu.use(monkeypatch, kernels)
     found = gpu_binding.result(torch.device("cpu"), "cuda library")
-    assert found["kernels"] == "cuda library" and len(found["checks"]) == 8 * 3 + 4
+    assert found["kernels"] == "cuda library" and len(found["checks"]) == 8 * 3 + 4 + 2 * 3
     assert not any(check["problem"] for check in found["checks"])
     assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
 
@@ -52,11 +52,15 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     def without_bias(*arguments):
         return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
 
+    def without_zero_points(*arguments):
+        return kernels.functions["compressor_w_a8"](*arguments[:5], 0, *arguments[6:])
+
     broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
+    broken["compressor_w_a8"] = without_zero_points
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
     found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
-    assert all("outputs are wrong" in check["problem"] for check in found[:8])
-    assert len(found[8:]) == 4 and all(check["problem"].startswith("KernelError: hadamard") for check in found[8:])
+    assert all("outputs are wrong" in check["problem"] for check in found[:8] + found[12:]) and len(found) == 14
+    assert all(check["problem"].startswith("KernelError: hadamard") for check in found[8:12])
 
 
 def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch, tmp_path):

@@ -284,21 +284,21 @@ def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros):
 
 def test_cuda_tensors_have_their_own_functions_in_the_registry():
     importlib.import_module("compressor.kernels.hadamard")
-    for name in ("pack_weight", "unpack_weight", "linear_weight_only", "hadamard"):
+    for name in ("pack_weight", "unpack_weight", "hadamard", *cuda_ops.RUN):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compressor::{name}", "CUDA")
 
 
 def test_the_self_test_passes_on_sound_kernels_and_names_what_is_wrong(kernels):
     cpu = torch.device("cpu")
     sound = self_test(kernels, cpu, 0)
-    assert set(sound.values()) == {"ok"} and len(sound) == 9
+    assert set(sound.values()) == {"ok"} and len(sound) == 22
 
     def without_bias(*arguments):
         return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
 
     broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     found = self_test(dataclasses.replace(kernels, functions=broken), cpu, 0)
-    assert all("outputs are wrong" in said for name, said in found.items() if name.startswith("w4"))
+    assert all("outputs are wrong" in said for name, said in found.items() if name.startswith("w4_a16"))
     assert all("error 2: no cudaError" in said for name, said in found.items() if name.startswith("hadamard"))
     with pytest.raises(KernelError, match="cuda library fails its self-test on cpu: w4_a16 decode"):
         devices._tried(dataclasses.replace(kernels, functions=broken), cpu)
@@ -315,7 +315,10 @@ REFUSED = {
     "other bits": (dict(bits=3), {}, "holds 4 bits, these are 3"),
     "small groups": (dict(group=32), {}, "groups of 32 columns, a multiple of 64 is wanted"),
     "odd columns": (dict(columns=260, group=-1), {}, "260 inputs, a multiple of 8 is wanted"),
-    "rounded inputs": ({}, dict(activations="int8"), "linear_dynamic_int8 has no CUDA kernel"),
+    "other bits for rounded inputs": (dict(bits=3), dict(activations="int8"), "holds 4 or 8 bits, these are 3"),
+    "small groups for rounded inputs": (dict(group=32), dict(activations="int8"), "groups of 32 columns"),
+    "odd columns for rounded inputs": (dict(columns=260, group=-1), dict(activations="int8"), "260 inputs"),
+    "sums beyond int32": (dict(bits=8, columns=65800, group=-1), dict(activations="int8"), "can't hold their sums"),
     "float32 inputs": ({}, dict(inputs=torch.float32), "inputs are torch.float32"),
 }
 
@@ -331,11 +334,12 @@ def test_weights_that_no_cuda_kernel_takes_stay_with_the_reason(monkeypatch, nam
     assert all(said in text for text in choice.skipped[:2]) and "weights are on cuda" in choice.skipped[2]
 
 
-def test_llm_int8_on_a_gpu_stays_with_the_reason():
+@pytest.mark.parametrize("columns, said", [(72, "multiple of 16"), (65552, "is larger than")])
+def test_llm_int8_that_no_cuda_kernel_takes_stays_with_the_reason(columns, said):
     with FakeTensorMode():
-        codes = torch.zeros(70, 64, dtype=torch.int8, device="cuda")
+        codes = torch.zeros(70, columns, dtype=torch.int8, device="cuda")
         choice = choose(OutlierWeight(codes, torch.ones(70, device="cuda"), 6.0, None, None), None)
-    assert choice.is_fallback and "linear_int8_outlier has no CUDA kernel" in choice.skipped[0]
+    assert choice.is_fallback and said in choice.skipped[0]
 
 
 def test_the_library_comes_before_nvrtc_and_each_is_skipped_for_a_reason(emulated, monkeypatch):

@@ -44,7 +44,7 @@ class Symbol(ctypes.Structure):
 def demangled(symbols):
     """symbol of a kernel -> "w_a16::decode<0, 1>"; what isn't of this form is left out"""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    lines = [re.fullmatch(r"(?:void )?(.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
+    lines = [re.fullmatch(r"(?:void )?(\w+::.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
     return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
 
 
@@ -120,6 +120,55 @@ def test_plans_leave_out_what_nvrtc_does_not_compile():
     assert plans.hadamard(X, Y, 1, 24, 1.0, 0) is None
 
 
+@needs_compiler
+def test_a_plan_of_rounding_rows_is_what_the_launcher_launches(launched):
+    names = {}
+    for m, k, group, kind in itertools.product((1, 3, 70000), (8, 64, 200, 8192, 1 << 24), (-1, 64, 192), (0, 1, 2)):
+        arguments = (X, PACKED, SCALE, WORK if kind else 0, m, k, group, kind)
+        code, found = launched("compressor_quantize_rows", *arguments)
+        assert code == 0
+        assert compare(plans.quantize_rows(*arguments), found, names) == 1
+    assert set(names.values()) == set(plans.KERNELS["quantize_rows"])
+
+
+INT8_SIZES = [  # M, N, K, group: all edges of the choice, narrow and wide groups, also those that K makes narrow
+    *itertools.product(
+        (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300), (1, 64, 65, 128, 129, 4096), (1, 64, 128, 200, 4096),
+        (64, 128, 192, -1),
+    ),
+    (1, 65535 * 64, 64, 64), (300, 8192, 65792, -1), (3, 64, 1 << 24, 128), (3, 64, 128, 1 << 24),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_plan_of_an_int8_product_is_what_the_launcher_launches(launched, bits):
+    names = {}
+    for number, (m, n, k, group) in enumerate(INT8_SIZES):
+        zero, bias = ZERO if number % 5 else 0, BIAS if number % 7 else 0
+        operands = (X, SCALE, WORK if zero else 0, PACKED, SCALE, zero, bias, Y)
+        arguments = (*operands, m, n, k, bits, group, number % 3, number % 2 + 1)
+        code, found = launched("compressor_w_a8", *arguments)
+        assert code == 0 and compare(plans.w_a8(*arguments), found, names) == 1
+    assert set(names.values()) == {name for name in plans.KERNELS["w_a8"] if f"<{bits}," in name}
+
+
+@needs_compiler
+def test_a_plan_of_llm_int8_is_what_the_launcher_launches(launched):
+    names = {}
+    sizes = itertools.product((1, 2, 64, 65, 2048, 2049, 5000), (1, 64, 65, 4096), (16, 64, 80, 2064, 65536))
+    for number, ((m, n, k), (count, threshold)) in enumerate(
+        itertools.product(sizes, ((0, 6.0), (0, 0.0), (0, 1e-60), (7, 0.0), (7, 6.0)))
+    ):
+        columns = (SCALE, ZERO) if count else (0, 0)
+        needed = plans.int8_outlier_workspace_bytes(m, n, k)
+        rest = (BIAS if number % 2 else 0, Y, WORK if needed else 0, needed, m, n, k, count, threshold, number % 3)
+        arguments = (X, PACKED, SCALE, *columns, *rest)
+        code, found = launched("compressor_int8_outlier", *arguments)
+        assert code == 0 and compare(plans.int8_outlier(*arguments), found, names) == len(found) > 0
+    assert set(names.values()) == set(plans.KERNELS["int8_outlier"])
+
+
 def compare(planned, found, names):
     """How many launches; a symbol's name is found out once."""
     if new := [symbol for symbol, *_ in found if symbol not in names]:
@@ -136,6 +185,10 @@ def test_the_workspace_of_a_plan_is_the_launchers(emulated):
     shapes = [*(size[:3] for size in SIZES), (0, 8, 64), (8, 0, 64), (-1, 8, 64), (1, 8, 0), (1, 8, 12), (1, -8, 64)]
     shapes += [(1, 8, (1 << 30) + 8), (1, 65535 * 64 + 1, 64)]
     assert all(plans.w_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
+    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_int8_outlier_workspace_bytes"]
+    shapes = [*itertools.product((-1, 0, 1, 2, 64, 65, 2049, 1 << 20), (-1, 0, 64, 65535 * 64 + 1), (0, 8, 16, 80))]
+    shapes += [(70, 70, 65536), (70, 70, 65552), (1 << 20, 65535 * 64, 65536)]
+    assert all(plans.int8_outlier_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
 
 
 GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
@@ -171,10 +224,72 @@ def test_a_plan_of_a_transform_refuses_what_the_launcher_refuses(launched, bad):
     assert plans.hadamard(*bad) is None
 
 
+GOOD_ROWS = dict(x=X, codes=PACKED, scale=SCALE, sum=WORK, m=3, k=1024, group_size=64, type=0)
+REFUSED_ROWS = [
+    dict(m=-1), dict(k=0), dict(k=12), dict(k=(1 << 24) + 8), dict(type=3), dict(type=-1), dict(group_size=96),
+    dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(group_size=(1 << 24) + 64), dict(x=0),
+    dict(x=X + 2), dict(codes=0), dict(codes=PACKED + 8), dict(scale=0),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED_ROWS, ids=str)
+def test_a_plan_of_rounding_rows_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_ROWS | changes).values()
+    assert launched("compressor_quantize_rows", *arguments) == (BAD_CALL, [])
+    assert plans.quantize_rows(*arguments) is None
+
+
+GOOD_INT8 = dict(x=X, x_scale=SCALE, x_sum=WORK, packed=PACKED, scale=SCALE, zero_point=ZERO, bias=0, y=Y)
+GOOD_INT8 |= dict(m=3, n=64, k=1024, bits=8, group_size=64, scale_type=0, y_type=0)
+REFUSED_INT8 = [
+    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=(1 << 24) + 1), dict(bits=3), dict(group_size=96),
+    dict(group_size=0), dict(group_size=-2), dict(group_size=(1 << 24) + 64), dict(k=65793, group_size=-1),
+    dict(k=131072, bits=4, group_size=-1), dict(k=70000, group_size=65856), dict(scale_type=3), dict(scale_type=-1),
+    dict(y_type=3), dict(y_type=-1), dict(x=0), dict(x=X + 8), dict(x_scale=0), dict(x_sum=0), dict(packed=0),
+    dict(packed=PACKED + 4), dict(scale=0), dict(y=0),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED_INT8, ids=str)
+def test_a_plan_of_an_int8_product_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_INT8 | changes).values()
+    assert launched("compressor_w_a8", *arguments) == (BAD_CALL, [])
+    assert plans.w_a8(*arguments) is None
+
+
+GOOD_OUTLIER = dict(x=X, weight=PACKED, absmax=SCALE, columns=ZERO, column_weight=ZERO, bias=0, y=Y, workspace=WORK)
+GOOD_OUTLIER |= dict(workspace_bytes=1 << 20, m=3, n=64, k=1024, column_count=7, threshold=0.0, type=0)
+REFUSED_OUTLIER = [
+    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=8), dict(k=65552), dict(type=3), dict(type=-1),
+    dict(threshold=-1.0), dict(threshold=float("nan")), dict(column_count=-1), dict(column_count=1025),
+    dict(columns=0), dict(column_weight=0), dict(columns=0, column_weight=0), dict(x=0), dict(x=X + 8), dict(weight=0),
+    dict(weight=PACKED + 4), dict(absmax=0), dict(y=0), dict(workspace=0), dict(workspace=WORK + 8),
+    dict(workspace_bytes=100),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED_OUTLIER, ids=str)
+def test_a_plan_of_llm_int8_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_OUTLIER | changes).values()
+    assert launched("compressor_int8_outlier", *arguments) == (BAD_CALL, [])
+    assert plans.int8_outlier(*arguments) is None
+
+
 @needs_compiler
 def test_an_empty_call_launches_nothing_either_way(launched):
     empty = (GOOD | dict(m=0, x=0, y=0)).values()
     assert launched("compressor_w_a16", *empty) == (0, []) and plans.w_a16(*empty) == []
+    no_rows = (GOOD_ROWS | dict(m=0, x=0, codes=0)).values()
+    assert launched("compressor_quantize_rows", *no_rows) == (0, []) and plans.quantize_rows(*no_rows) == []
+    for nothing in (dict(m=0, x=0), dict(n=0, weight=0)):
+        nothing = (GOOD_OUTLIER | nothing).values()
+        assert launched("compressor_int8_outlier", *nothing) == (0, []) and plans.int8_outlier(*nothing) == []
+    for nothing in (dict(m=0, x=0), dict(n=0, packed=0)):
+        nothing = (GOOD_INT8 | nothing).values()
+        assert launched("compressor_w_a8", *nothing) == (0, []) and plans.w_a8(*nothing) == []
     assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compressor.kernels import torch_ops
 from compressor.kernels.cpu import LEVELS, library
-from compressor.kernels.cuda import devices, mma1
+from compressor.kernels.cuda import devices
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
 
@@ -113,7 +113,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
 
     weight       a str says why the stored form has no such numbers
     activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
-    inputs       dtype of x, None if it isn't known: CUDA kernels don't take float32
+    inputs       dtype of x, None if it isn't known: not every CUDA kernel takes float32
     raises       KernelError if CUDA kernels are there and fail their self-test
     """
     skipped: list[str] = []
@@ -123,7 +123,8 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
             assert not isinstance(weight, str)
             kernels = way(device_of(weight))
             if not isinstance(kernels, str):
-                return Choice(kernels.name, _op(weight, activations), tuple(skipped), mma1.LAYOUT)
+                op = _op(weight, activations)
+                return Choice(kernels.name, op, tuple(skipped), cuda_ops.LAYOUTS[op])
             skipped.append(f"{name} ({kernels})")
         else:
             skipped.append(f"{name} ({refused})")  # and nothing is compiled for a weight that isn't taken

@@ -11,7 +11,7 @@ the bias (out,) is added in float32, and y is rounded once. Results don't depend
 number of threads or the other rows of x. Layout "cpu2" is drawn in docs/kernels.md. None of them has a gradient.
 
 They run on the CPU by the compiled library; without it they raise KernelError with the reason. On CUDA devices
-`compressor.kernels.cuda.ops` runs them, in layout "mma1".
+`compressor.kernels.cuda.ops` runs them, in the layouts of CUDA_LAYOUTS.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
-from compressor.kernels.cuda import mma1
+from compressor.kernels.cuda import mma1, mma8a1
 from compressor.kernels.registry import register, register_cuda
 
 LAYOUT = "cpu2"
+CUDA_LAYOUTS = {mma1.LAYOUT: mma1, mma8a1.LAYOUT: mma8a1}  # linear_weight_only, linear_dynamic_int8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
@@ -44,9 +45,11 @@ def _columns(in_features: int, group_size: int) -> int:
 
 def _check_layout(layout: str, tensor: Tensor) -> None:
     if layout != LAYOUT:
-        raise ShapeError(f"packed layout {layout!r}, {LAYOUT!r} or {mma1.LAYOUT!r} expected")
+        raise ShapeError(f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected")
     if not tensor.is_cpu:
-        raise KernelError(f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {mma1.LAYOUT!r} there.")
+        raise KernelError(
+            f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {' or '.join(map(repr, CUDA_LAYOUTS))}."
+        )
 
 
 def pack_weight(
@@ -65,7 +68,8 @@ def pack_weight(
     zero_point   (out, groups) uint8; None: 2**(bits - 1)
     permutation  (in,) int64: columns in the order in which they form groups; None: as they are
     group_size   a multiple of 8, or -1 for whole rows; the last group may be short
-    layout       "cpu2" for the CPU library, "mma1" for CUDA kernels: 4 bits, group_size a multiple of 64 or -1
+    layout       "cpu2" for the CPU library. For CUDA kernels, with group_size a multiple of 64 or -1: "mma1" for
+                 linear_weight_only, 4 bits; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
     returns      uint8 (bytes,), on the device of the codes
     raises       ShapeError, KernelError for layout "cpu2" on another device
     """
@@ -87,8 +91,8 @@ def pack_weight(
         raise ShapeError(f"code {int(codes.max())} doesn't fit {bits} bits")
     if permutation is not None:
         codes = codes.index_select(1, permutation)
-    if layout == mma1.LAYOUT:
-        return mma1.pack(codes, scale, zero_point, bits, group_size)
+    if layout in CUDA_LAYOUTS:
+        return CUDA_LAYOUTS[layout].pack(codes, scale, zero_point, bits, group_size)
     _check_layout(layout, codes)
     functions = cpu_library().functions
     size = functions.packed_bytes(out, columns, bits, _columns(columns, group_size), DTYPES[scale.dtype])
@@ -112,8 +116,8 @@ def unpack_weight(
 
     raises ShapeError if the packed tensor is of another shape or layout
     """
-    if layout == mma1.LAYOUT:
-        if (found := mma1.unpack(packed, out_features, in_features, group_size)) is None or bits != mma1.BITS:
+    if layout in CUDA_LAYOUTS:
+        if (found := CUDA_LAYOUTS[layout].unpack(packed, out_features, in_features, bits, group_size)) is None:
             raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
         return found
     _check_layout(layout, packed)
@@ -259,9 +263,9 @@ def linear_int8_outlier(
     """What layers of the form int8_split_linear compute (`compressor.layers.int8_split_linear`), in one call.
 
     x                (..., in)
-    packed           of pack_int8_rows
+    packed           of pack_int8_rows; on CUDA the codes, int8 (out, in)
     weight_absmax    (out,) float32
-    outlier_columns  (k,) int64, calibrated; None: columns with any |x| >= threshold, none for threshold 0
+    outlier_columns  (k,) int64, on CUDA int32, calibrated; None: columns with any |x| >= threshold, none for 0
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
     returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
     """
@@ -348,8 +352,9 @@ def _fake_pack(
     layout: str,
 ) -> Tensor:
     out, columns = codes.shape
-    if layout == mma1.LAYOUT:
-        size = mma1.packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None)
+    if layout in CUDA_LAYOUTS:
+        packed_bytes = CUDA_LAYOUTS[layout].packed_bytes
+        size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None, bits)
         return codes.new_empty((size,))
     group = _columns(columns, group_size)
     block = group * 8 * bits + 64 * scale.element_size() + 64

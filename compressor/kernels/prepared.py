@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
-from compressor.kernels.cuda import mma1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.dispatch import (
@@ -43,7 +42,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
         "linear_int8_outlier": ops.linear_int8_outlier,
     },
     FACTORS: {"linear_dense_sparse": linear_dense_sparse},
-    mma1.LAYOUT: cuda_ops.RUN,
+    **dict.fromkeys(cuda_ops.LAYOUTS.values(), cuda_ops.RUN),
     **dict.fromkeys(torch_ops.LAYOUTS, torch_ops.RUN),
 }
 
@@ -79,8 +78,12 @@ class PreparedLinear(nn.Module):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
-            packed = ops.pack_int8_rows(weight.codes, weight.absmax)
-            more = {"absmax": weight.absmax, "columns": weight.columns, "columns_weight": weight.weight}
+            packed, columns = weight.codes, weight.columns
+            if self.choice.layout == ops.LAYOUT:
+                packed = ops.pack_int8_rows(weight.codes, weight.absmax)
+            elif columns is not None:
+                columns = columns.int()
+            more = {"absmax": weight.absmax, "columns": columns, "columns_weight": weight.weight}
             self.threshold, self.words = weight.threshold, "W8 rows"
         else:
             order, layout = weight.permutation(), self.choice.layout

@@ -74,8 +74,8 @@ def _int8_rows(spec: dict[str, Any], tensors: dict[str, Tensor]) -> OutlierWeigh
     columns, weight = None, None
     if spec["outliers"] == "calibrated":
         codes = tensors["weight"]
-        columns = tensors.get("outlier_columns", torch.zeros(0)).long()
-        weight = tensors.get("outlier_weight", torch.zeros(len(codes), 0))
+        columns = tensors.get("outlier_columns", codes.new_zeros(0)).long()
+        weight = tensors.get("outlier_weight", codes.new_zeros(len(codes), 0, dtype=torch.float32))
     return OutlierWeight(tensors["weight"], tensors["SCB"], spec["threshold"], columns, weight)
 
 

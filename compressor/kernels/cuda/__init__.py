@@ -6,7 +6,8 @@
     plans       what the launchers decide on the host (kernel, grid, argument), for way 2
     driver      way 2: loads that code and launches it
     devices     which of them a device has, or why not
-    mma1        the packed layout
+    mma1        the packed layout of weights that inputs are multiplied with as they are
+    mma8a1      that of weights for inputs rounded to int8
     ops         torch operations over the launchers
     selftest    small products on a device, held to float64
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI = 2  # cuda_ext/about.cpp: one more whenever a signature is added or changes
+ABI = 3  # cuda_ext/about.cpp: one more whenever a signature is added or changes
 BAD_CALL = -1  # what a launcher returns for a shape, a type, an address or a workspace that no kernel takes
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # device.h: Type
 LOWEST_CAPABILITY = (8, 0)
@@ -20,6 +20,14 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # scale_type; stream
     "compressor_w_a16": (c_int, [*[c_void_p] * 7, c_int64, *[c_int] * 7, c_void_p]),
     "compressor_w_a16_workspace_bytes": (c_int64, [c_int] * 3),  # M, N, K
+    # x, codes, scale, sum; M, K, group_size, type; stream
+    "compressor_quantize_rows": (c_int, [*[c_void_p] * 4, *[c_int] * 4, c_void_p]),
+    # x's codes, scale, sum; packed, scale, zero_point, bias, y; M, N, K, bits, group_size, scale_type, y_type; stream
+    "compressor_w_a8": (c_int, [*[c_void_p] * 8, *[c_int] * 7, c_void_p]),
+    # x, weight, absmax, columns, column_weight, bias, y, workspace; its bytes; M, N, K, column_count; threshold; type;
+    # stream
+    "compressor_int8_outlier": (c_int, [*[c_void_p] * 8, c_int64, *[c_int] * 4, c_float, c_int, c_void_p]),
+    "compressor_int8_outlier_workspace_bytes": (c_int64, [c_int] * 3),  # M, N, K
     # x, y, rows, n, scale, type, stream
     "compressor_hadamard": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_float, c_int, c_void_p]),
 }

@@ -6,7 +6,8 @@
 
 A call reads no memory of the device to find out what it was given, so the size has to tell: modulo 8 it is the variant,
 and two weights that differ in N alone, in K alone or in the number of groups alone differ in size. Tiles are drawn in
-docs/kernels-cuda.md: 512 words of 32 bits, each with eight codes of a 16 x 16 piece.
+docs/kernels-cuda.md: 512 words of 32 bits, each with eight codes of a 16 x 16 piece. The parts of layout "mma8a1" are
+laid out by the functions here, too; its tiles are another matter, and of `bits` bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from compressor.kernels.cuda.interface import DTYPES
 LAYOUT = "mma1"
 BITS = 4
 TILE = 64  # outputs and columns
-TILE_BYTES = TILE * TILE * BITS // 8
 TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
 
 
@@ -40,25 +40,27 @@ def groups_of(columns: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-columns // group_size)
 
 
-def _content(out: int, columns: int, group_size: int, scale_bytes: int, has_zeros: bool) -> tuple[int, int]:
+def _content(out: int, columns: int, group_size: int, scale_bytes: int, has_zeros: bool, bits: int) -> tuple[int, int]:
     """Bytes of the tiles, and of all that is before the filling."""
-    tiles = (-(-out // TILE)) * (-(-columns // TILE)) * TILE_BYTES
+    tiles = (-(-out // TILE)) * (-(-columns // TILE)) * (TILE * TILE * bits // 8)
     return tiles, tiles + groups_of(columns, group_size) * out * (scale_bytes + has_zeros)
 
 
-def packed_bytes(out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool) -> int:
+def packed_bytes(
+    out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool, bits: int = BITS
+) -> int:
     """The size of a packed tensor. Arithmetic alone, so that sizes may be symbols."""
-    _, content = _content(out, columns, group_size, scale_dtype.itemsize, has_zeros)
+    _, content = _content(out, columns, group_size, scale_dtype.itemsize, has_zeros, bits)
     return 8 * (-(-content // 8) + out % TILE + columns % TILE) + DTYPES[scale_dtype] + 3 * has_zeros
 
 
-def sections(size: int, out: int, columns: int, group_size: int) -> Sections | None:
+def sections(size: int, out: int, columns: int, group_size: int, bits: int = BITS) -> Sections | None:
     """The parts of a packed tensor of `size` bytes; None if no weight of this shape has this size."""
     has_zeros, kind = divmod(size % 8, 3)
-    if has_zeros > 1 or size != packed_bytes(out, columns, group_size, TORCH[kind], bool(has_zeros)):
+    if has_zeros > 1 or size != packed_bytes(out, columns, group_size, TORCH[kind], bool(has_zeros), bits):
         return None
     scale_bytes = TORCH[kind].itemsize
-    tiles, _ = _content(out, columns, group_size, scale_bytes, bool(has_zeros))
+    tiles, _ = _content(out, columns, group_size, scale_bytes, bool(has_zeros), bits)
     groups = groups_of(columns, group_size)
     return Sections(tiles, tiles + groups * out * scale_bytes if has_zeros else None, groups, kind)
 
@@ -79,12 +81,17 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     """
     if (reason := refusal(bits, group_size)) is not None:
         raise ShapeError(reason)
-    out, columns = codes.shape
-    size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None)
-    found = sections(size, out, columns, group_size)
+    return join(pack_codes(codes), codes.shape[1], scale, zero_point, bits, group_size)
+
+
+def join(tiles: Tensor, columns: int, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """The packed tensor (bytes,) of the bytes of its tiles, scale (out, groups) and zero_point (out, groups)."""
+    out = len(scale)
+    size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None, bits)
+    found = sections(size, out, columns, group_size, bits)
     assert found is not None
-    packed = torch.zeros(size, dtype=torch.uint8, device=codes.device)
-    packed[: found.scale_at] = pack_codes(codes)
+    packed = torch.zeros(size, dtype=torch.uint8, device=tiles.device)
+    packed[: found.scale_at] = tiles
     end = found.scale_at + scale.numel() * scale.element_size()
     packed[found.scale_at : end] = scale.t().contiguous().view(-1).view(torch.uint8)
     if zero_point is not None:
@@ -113,16 +120,22 @@ def unpack_codes(tiles: Tensor, out: int, columns: int) -> Tensor:
     return padded[:out, :columns].contiguous()
 
 
-def unpack(packed: Tensor, out: int, columns: int, group_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def unpack(packed: Tensor, out: int, columns: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """codes (out, in) uint8, scale (out, groups) float32, zero_point (out, groups) uint8; None as `sections`"""
-    found = sections(packed.numel(), out, columns, group_size)
+    parts = None if bits != BITS else split(packed, out, columns, bits, group_size)
+    return None if parts is None else (unpack_codes(parts[0], out, columns), *parts[1:])
+
+
+def split(packed: Tensor, out: int, columns: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The bytes of the tiles, scale (out, groups) float32, zero_point (out, groups) uint8; None as `sections`"""
+    found = sections(packed.numel(), out, columns, group_size, bits)
     if found is None or packed.dtype != torch.uint8:
         return None
-    codes = unpack_codes(packed[: found.scale_at], out, columns)
     dtype, entries = TORCH[found.scale_type], found.groups * out
     stored = packed[found.scale_at : found.scale_at + entries * dtype.itemsize].view(dtype)
     scale = stored.view(found.groups, out).t().float().contiguous()
     if found.zero_at is None:
-        return codes, scale, torch.full_like(scale, 8, dtype=torch.uint8)
-    zeros = packed[found.zero_at : found.zero_at + entries].view(found.groups, out)
-    return codes, scale, zeros.t().contiguous()
+        zeros = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zeros = packed[found.zero_at : found.zero_at + entries].view(found.groups, out).t().contiguous()
+    return packed[: found.scale_at], scale, zeros

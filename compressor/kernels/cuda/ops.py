@@ -1,8 +1,8 @@
 """Torch operations over the CUDA launchers, registered for CUDA devices where compressor.kernels.ops has them.
 
-x is float16 or bfloat16 and may be strided; y has its dtype. Sums are float32, the bias is added in float32, and y is
-rounded once. They allocate with torch, use torch's current stream and wait for nothing, so a CUDA graph can hold them.
-None of them has a gradient.
+x may be strided; y has its dtype. Sums are float32 or exact, the bias is added in float32, and y is rounded once. They
+allocate with torch, use torch's current stream and wait for nothing, so a CUDA graph can hold them. None of them has
+a gradient.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels.cuda import devices, mma1
+from compressor.kernels.cuda import devices, mma1, mma8a1
 from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
 from compressor.kernels.registry import register_cuda
 
-INPUTS = (torch.float16, torch.bfloat16)
-# w_a16.cu: shape_is_right. Checked here too, since ctypes cuts longer ints off
-MOST_OUTPUTS, MOST_COLUMNS, MOST_ROWS = 65535 * 64, 1 << 30, 2**31 - 1
+# op -> the layout of its weights, the types of its inputs
+LAYOUTS = {"linear_weight_only": mma1.LAYOUT, "linear_dynamic_int8": mma8a1.LAYOUT, "linear_int8_outlier": "int8_rows"}
+INPUTS = {
+    "linear_weight_only": (torch.float16, torch.bfloat16),
+    "linear_dynamic_int8": tuple(DTYPES),
+    "linear_int8_outlier": tuple(DTYPES),
+}
+# w_a16.cu: shape_is_right; w_a8.cu: MAX_OUTPUTS. Checked here too, since ctypes cuts longer ints off
+MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
+MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
+MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
 HADAMARD_SIZES = tuple(2**power for power in range(3, 16))
 
 
@@ -30,15 +38,28 @@ def refusal(
     """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known."""
     if op not in RUN:
         return f"{op} has no CUDA kernel in torch yet"
-    if (reason := mma1.refusal(bits, group_size)) is not None:
+    if op == "linear_weight_only":
+        reason = mma1.refusal(bits, group_size)
+    elif op == "linear_dynamic_int8":
+        reason = mma8a1.refusal(in_features, bits, group_size)
+    else:
+        reason = None  # rows of int8 as they are stored
+    if reason is not None:
         return reason
-    if in_features == 0 or in_features % 8:
-        return f"{in_features} inputs, a multiple of 8 is wanted"
-    if in_features > MOST_COLUMNS or out_features > MOST_OUTPUTS:
-        return f"{out_features} x {in_features} is larger than {MOST_OUTPUTS} x {MOST_COLUMNS}"
-    if inputs is not None and inputs not in INPUTS:
-        return f"inputs are {inputs}, float16 or bfloat16 is wanted"
+    multiple, most = (16, MOST_INT8_COLUMNS) if op == "linear_int8_outlier" else (8, MOST_COLUMNS)
+    if in_features == 0 or in_features % multiple:
+        return f"{in_features} inputs, a multiple of {multiple} is wanted"
+    if in_features > most or out_features > MOST_OUTPUTS:
+        return f"{out_features} x {in_features} is larger than {MOST_OUTPUTS} x {most}"
+    if inputs is not None and inputs not in INPUTS[op]:
+        return f"inputs are {inputs}, {_named(op)} is wanted"
     return None
+
+
+def _named(op: str) -> str:
+    """The types of its inputs, for people."""
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in INPUTS[op])
+    return f"{', '.join(others)} or {last}"
 
 
 def _check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
@@ -63,18 +84,53 @@ def _error(code: int, kernels: Kernels, what: str) -> ShapeError | KernelError:
 
 @lru_cache(maxsize=4096)
 def _sections(
-    inputs: torch.dtype, columns: int, size: int, out: int, bits: int, group_size: int, layout: str
+    op: str, inputs: torch.dtype, columns: int, size: int, out: int, bits: int, group_size: int, layout: str
 ) -> mma1.Sections | None:
     """Where the parts of a packed weight are; None if the call doesn't fit it. Kept: it costs more than a launch."""
-    if layout != mma1.LAYOUT or refusal("linear_weight_only", out, columns, bits, group_size, inputs):
+    if layout != LAYOUTS[op] or refusal(op, out, columns, bits, group_size, inputs):
         return None
-    return mma1.sections(size, out, columns, group_size)
+    return mma1.sections(size, out, columns, group_size, bits)
 
 
 def _at_16_bytes(x: Tensor) -> Tensor:
     """Contiguous, and where kernels read it 16 bytes at a time."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _taken(
+    name: str,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor | None, mma1.Sections, int]:
+    """x in packed order, packed and bias as kernels read them, where the parts of packed are, and the rows of x
+
+    raises ShapeError, KernelError
+    """
+    _check_devices(name, x, packed, bias, permutation)
+    columns = x.shape[-1] if x.dim() else 0
+    where = _sections(name, x.dtype, columns, packed.numel(), out_features, bits, group_size, layout)
+    if where is None or packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise ShapeError(
+            f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype} {tuple(packed.shape)}, layout {layout!r}; "
+            f"{_named(name)}, a multiple of 8 columns, and a weight of {out_features} x {columns}, {bits} bits, "
+            f"groups of {group_size} in {LAYOUTS[name]!r} expected"
+        )
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
+        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected")
+    if (rows := x.numel() // columns) > MOST_ROWS:
+        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
+    if permutation is not None:
+        if tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64:
+            raise ShapeError(f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)")
+        x = x.index_select(-1, permutation)
+    return _at_16_bytes(x), _at_16_bytes(packed), None if bias is None else bias.contiguous(), where, rows
 
 
 def linear_weight_only(
@@ -89,7 +145,7 @@ def linear_weight_only(
 ) -> Tensor:
     """y = x W^T + bias, W 4-bit in layout "mma1".
 
-    x            (..., in), in a multiple of 8
+    x            (..., in) float16 or bfloat16, in a multiple of 8
     packed       uint8, of ops.pack_weight
     bias         (out,) in the dtype of x
     permutation  (in,) int64: the columns in packed order
@@ -97,25 +153,8 @@ def linear_weight_only(
     raises       ShapeError, KernelError
     """
     name = "linear_weight_only"
-    _check_devices(name, x, packed, bias, permutation)
-    columns = x.shape[-1] if x.dim() else 0
-    where = _sections(x.dtype, columns, packed.numel(), out_features, bits, group_size, layout)
-    if where is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise ShapeError(
-            f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype} {tuple(packed.shape)}, layout {layout!r}; "
-            f"float16 or bfloat16, a multiple of 8 columns, and a weight of {out_features} x {columns}, {bits} bits, "
-            f"groups of {group_size} in {mma1.LAYOUT!r} expected"
-        )
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
-        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected")
-    if (rows := x.numel() // columns) > MOST_ROWS:
-        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
-    if permutation is not None:
-        if tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64:
-            raise ShapeError(f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)")
-        x = x.index_select(-1, permutation)
-    x, packed = _at_16_bytes(x), _at_16_bytes(packed)
-    bias = None if bias is None else bias.contiguous()
+    x, packed, bias, where, rows = _taken(name, x, packed, bias, permutation, out_features, bits, group_size, layout)
+    columns = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out_features))
     kernels = devices.kernels_of(x.device)
     needed = kernels.functions["compressor_w_a16_workspace_bytes"](rows, out_features, columns)
@@ -132,6 +171,127 @@ def linear_weight_only(
     if code:
         what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}"
         raise _error(code, kernels, what)
+    return y
+
+
+def linear_dynamic_int8(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """y = x' W^T + bias, each row of x' rounded to int8 by its largest magnitude; W 4- or 8-bit in layout "mma8a1".
+
+    The CPU library's bits.
+
+    x            (..., in) float16, bfloat16 or float32, in a multiple of 8
+    packed       uint8, of ops.pack_weight
+    bias         (out,) in the dtype of x
+    permutation  (in,) int64: the columns in packed order
+    group_size   a multiple of 64, or -1
+    raises       ShapeError, KernelError
+    """
+    name = "linear_dynamic_int8"
+    x, packed, bias, where, rows = _taken(name, x, packed, bias, permutation, out_features, bits, group_size, layout)
+    columns, device, kind = x.shape[-1], x.device, DTYPES[x.dtype]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    kernels = devices.kernels_of(device)
+    padded = -(-columns // mma8a1.TILE) * mma8a1.TILE
+    codes = torch.empty(rows, padded, dtype=torch.int8, device=device)
+    scale = torch.empty(rows, dtype=torch.float32, device=device)
+    # what zero points are multiplied with
+    sums = None if where.zero_at is None else torch.empty(rows, where.groups, dtype=torch.int32, device=device)
+    codes_at, scale_at, sums_at = codes.data_ptr(), scale.data_ptr(), 0 if sums is None else sums.data_ptr()
+    at = packed.data_ptr()
+    with devices.current(device):
+        stream = devices.stream_of(device)
+        code = kernels.functions["compressor_quantize_rows"](
+            x.data_ptr(), codes_at, scale_at, sums_at, rows, columns, group_size, kind, stream
+        )
+        code = code or kernels.functions["compressor_w_a8"](
+            codes_at, scale_at, sums_at,
+            at, at + where.scale_at, at + where.zero_at if where.zero_at is not None else 0,
+            0 if bias is None else bias.data_ptr(), y.data_ptr(),
+            rows, out_features, columns, bits, group_size, where.scale_type, kind, stream,
+        )  # fmt: skip
+    if code:
+        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, {bits} bits, groups of {group_size}"
+        raise _error(code, kernels, what)
+    return y
+
+
+def linear_int8_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    """LLM.int8() in one call, as `compressor.kernels.ops.linear_int8_outlier`, of the weight as it is stored.
+
+    The CPU library's bits.
+
+    x                (..., in) float16, bfloat16 or float32, in a multiple of 16 up to 65,536
+    packed           (out, in) int8, the codes: w = codes * weight_absmax / 127
+    weight_absmax    (out,) float32
+    outlier_columns  (k,) int32, ascending, without repetition; those outside of x are left out. None: columns with any
+                     |x| >= threshold, none for threshold 0
+    outlier_weight   (out, k) in the dtype of x; with outlier_columns
+    bias             (out,) in the dtype of x
+    raises           ShapeError, KernelError
+    """
+    name = "linear_int8_outlier"
+    _check_devices(name, x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    columns = x.shape[-1] if x.dim() else 0
+    out = weight_absmax.numel()
+    count = 0 if outlier_columns is None else outlier_columns.numel()
+    # of no columns it holds no numbers: any type will do
+    weight_dtype = x.dtype if outlier_weight is None or count else outlier_weight.dtype
+    wanted = [
+        (packed, torch.int8, (out, columns)),
+        (weight_absmax, torch.float32, (out,)),
+        (outlier_columns, torch.int32, (count,)),
+        (outlier_weight, weight_dtype, (out, count)),
+        (bias, x.dtype, (out,)),
+    ]
+    fits = all(t is None or (t.dtype == dtype and tuple(t.shape) == shape) for t, dtype, shape in wanted)
+    paired = (outlier_columns is None) == (outlier_weight is None) and count <= columns
+    refused = refusal(name, out, columns, 8, -1, x.dtype)
+    if not fits or not paired or refused is not None:
+        shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, *(given for given, *_ in wanted))]
+        expected = f"int8 (out, {columns}), float32 (out,), int32 (k,), (out, k) and (out,) of x's type expected"
+        raise ShapeError(
+            f"{name}: x, packed, absmax, columns, their weight and bias are {shapes}; {refused or expected}"
+        )
+    if not threshold >= 0:
+        raise ShapeError(f"{name}: threshold {threshold}, 0 or more expected")
+    if (rows := x.numel() // columns) > MOST_ROWS:
+        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
+    x, packed = _at_16_bytes(x), _at_16_bytes(packed)
+    y = x.new_empty((*x.shape[:-1], out))
+    if not y.numel():
+        return y
+    # without columns of its own threshold 0 says that none is one
+    others = [None if t is None or not t.numel() else t.contiguous() for t in (outlier_columns, outlier_weight, bias)]
+    columns_at, column_weight_at, bias_at = (0 if t is None else t.data_ptr() for t in others)
+    weight_absmax = weight_absmax.contiguous()
+    kernels = devices.kernels_of(x.device)
+    needed = kernels.functions["compressor_int8_outlier_workspace_bytes"](rows, out, columns)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed > 0 else None
+    with devices.current(x.device):
+        code = kernels.functions["compressor_int8_outlier"](
+            x.data_ptr(), packed.data_ptr(), weight_absmax.data_ptr(), columns_at, column_weight_at, bias_at,
+            y.data_ptr(), 0 if workspace is None else workspace.data_ptr(), needed, rows, out, columns, count,
+            threshold if outlier_columns is None else 0.0, DTYPES[x.dtype], devices.stream_of(x.device),
+        )  # fmt: skip
+    if code:
+        raise _error(code, kernels, f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {count} columns")
     return y
 
 
@@ -162,6 +322,10 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
 
 
 # by the names in torch.ops.compressor
-RUN: dict[str, Callable[..., Tensor]] = {"linear_weight_only": linear_weight_only}
+RUN: dict[str, Callable[..., Tensor]] = {
+    "linear_weight_only": linear_weight_only,
+    "linear_dynamic_int8": linear_dynamic_int8,
+    "linear_int8_outlier": linear_int8_outlier,
+}
 for _name, _run in RUN.items():
     register_cuda(_name, _run)

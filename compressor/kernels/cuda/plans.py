@@ -44,6 +44,15 @@ KERNELS: dict[str, tuple[str, ...]] = {
             f"add_slices<{kind}>",
         )
     ),
+    "quantize_rows": ("quantize_rows::rows",),
+    "w_a8": tuple(
+        f"w_a8::{kernel}<{bits}, {rows}, {wide}>"
+        for bits in (4, 8)
+        for kernel, rows in (("decode", 1), ("decode", 2), ("tiled", 32), ("tiled", 64), ("tiled", 128))
+        for wide in ("false", "true")
+        if (bits, rows) != (8, 128)
+    ),
+    "int8_outlier": tuple(f"int8_outlier::{kernel}" for kernel in ("one_row", "flag_columns", "round_rows", "product")),
     # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
     "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
 }
@@ -56,6 +65,37 @@ class WA16Arguments(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "packed", "scale", "zero_point", "bias", "y", "sums")),
         *((name, c_int) for name in ("M", "N", "K", "tiles")),
         *((name, c_int) for name in ("tiles_per_group", "tiles_per_slice", "slices", "scale_type")),
+    )
+
+
+class QuantizeRowsArguments(ctypes.Structure):
+    """quantize_rows.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "codes", "scale", "sum")),
+        *((name, c_int) for name in ("M", "K", "padded", "columns_per_group", "groups", "type")),
+    )
+
+
+class WA8Arguments(ctypes.Structure):
+    """w_a8.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "x_scale", "x_sum", "packed", "scale", "zero_point", "bias", "y")),
+        *((name, c_int) for name in ("M", "N", "tiles", "tiles_per_group", "groups", "scale_type", "y_type")),
+    )
+
+
+class Int8OutlierArguments(ctypes.Structure):
+    """int8_outlier.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "absmax", "columns", "column_weight", "bias", "y")),
+        *((name, c_void_p) for name in ("codes", "step", "mask", "slices")),
+        *((name, c_int) for name in ("M", "N", "K", "padded", "words", "slice_count", "rows_per_slice")),
+        ("column_count", c_int),
+        ("threshold", c_float),
+        ("type", c_int),
     )
 
 
@@ -128,6 +168,121 @@ def w_a16(
     return launches
 
 
+MOST_INT8_COLUMNS = 1 << 24  # quantize_rows.cu, w_a8.cu: MAX_COLUMNS
+
+
+def _int8_group_fits(group_size: int) -> bool:
+    return group_size == -1 or (group_size >= 64 and group_size % 64 == 0 and group_size <= MOST_INT8_COLUMNS)
+
+
+def quantize_rows(
+    x: int, codes: int, scale: int, sums: int, m: int, k: int, group_size: int, kind: int
+) -> list[Launch] | None:
+    """None where the launcher returns -1."""
+    if m < 0 or k < 1 or k % 8 or k > MOST_INT8_COLUMNS or kind not in (FLOAT16, BFLOAT16, FLOAT32):
+        return None
+    if not _int8_group_fits(group_size):
+        return None
+    if m == 0:
+        return []
+    if not (x and codes and scale) or x % 16 or codes % 16:
+        return None
+    padded = _ceil(k, 64) * 64
+    columns = padded if group_size == -1 else group_size
+    argument = QuantizeRowsArguments(x, codes, scale, sums, m, k, padded, columns, _ceil(padded, columns), kind)
+    return [Launch("quantize_rows", "quantize_rows::rows", (m, 1, 1), 256, argument)]
+
+
+def w_a8(
+    x: int, x_scale: int, x_sum: int, packed: int, scale: int, zero_point: int, bias: int, y: int,
+    m: int, n: int, k: int, bits: int, group_size: int, scale_type: int, y_type: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    if m < 0 or n < 0 or n > 65535 * 64 or k < 1 or k > MOST_INT8_COLUMNS or bits not in (4, 8):
+        return None
+    kinds = (FLOAT16, BFLOAT16, FLOAT32)
+    if not _int8_group_fits(group_size) or scale_type not in kinds or y_type not in kinds:
+        return None
+    tiles = _ceil(k, 64)
+    tiles_per_group = tiles if group_size == -1 else group_size // 64
+    widest = min(tiles, tiles_per_group)
+    if widest * 64 * (128 * 16 * 8 if bits == 4 else 128 * 255) >= 1 << 31:
+        return None
+    if m == 0 or n == 0:
+        return []
+    if not (x and x_scale and packed and scale and y) or x % 16 or packed % 16 or (zero_point and not x_sum):
+        return None
+    argument = WA8Arguments(
+        x, x_scale, x_sum, packed, scale, zero_point, bias, y, m, n, tiles, tiles_per_group,
+        _ceil(tiles, tiles_per_group), scale_type, y_type,
+    )  # fmt: skip
+    wide = "true" if widest > 2 else "false"
+    if m <= 16:
+        kernel = f"decode<{bits}, {1 if m <= 8 else 2}, {wide}>"
+        return [Launch("w_a8", f"w_a8::{kernel}", (_ceil(n, 64), 1, 1), 128, argument)]
+    rows = 32 if m <= 32 else 64 if bits == 8 or m <= 128 else 128
+    return [Launch("w_a8", f"w_a8::tiled<{bits}, {rows}, {wide}>", (_ceil(m, rows), _ceil(n, 128), 1), 256, argument)]
+
+
+def _int8_outlier_slices(m: int) -> tuple[int, int]:
+    """int8_outlier.cu: describe -> rows of a slice, slices"""
+    rows = max(64, _ceil(m, 32))
+    return rows, _ceil(m, rows)
+
+
+def int8_outlier_workspace_bytes(m: int, n: int, k: int) -> int:
+    if m < 0 or n < 0 or n > 65535 * 64 or k < 1 or k % 16 or k > 65536:
+        return -1
+    if m <= 1 or n == 0:
+        return 0
+    padded = _ceil(k, 64) * 64
+    return m * padded + padded // 8 * (1 + _int8_outlier_slices(m)[1]) + m * 4
+
+
+def int8_outlier(
+    x: int, weight: int, absmax: int, columns: int, column_weight: int, bias: int, y: int, workspace: int,
+    workspace_bytes: int, m: int, n: int, k: int, column_count: int, threshold: float, kind: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    needed = int8_outlier_workspace_bytes(m, n, k)
+    threshold = c_float(threshold).value
+    if needed < 0 or kind not in (FLOAT16, BFLOAT16, FLOAT32) or not threshold >= 0 or not 0 <= column_count <= k:
+        return None
+    if (columns == 0) != (column_weight == 0) or (not columns and column_count):
+        return None
+    if m == 0 or n == 0:
+        return []
+    if not (x and weight and absmax and y) or x % 16 or weight % 16:
+        return None
+    if needed and (not workspace or workspace % 16 or workspace_bytes < needed):
+        return None
+    padded = _ceil(k, 64) * 64
+    words = padded // 32
+    rows_per_slice, slices = _int8_outlier_slices(m)
+    codes = mask = flags = step = 0
+    if needed:
+        codes, mask = workspace, workspace + m * padded
+        flags = mask + 4 * words
+        step = flags + 4 * words * slices
+    if m > 1 and columns:
+        slices = 1
+    elif m > 1 and threshold == 0:
+        slices = 0
+    argument = Int8OutlierArguments(
+        x, weight, absmax, columns, column_weight, bias, y, codes, step, mask, flags,
+        m, n, k, padded, words, slices, rows_per_slice, column_count, threshold, kind,
+    )  # fmt: skip
+    across = _ceil(n, 64)
+    if m == 1:
+        return [Launch("int8_outlier", "int8_outlier::one_row", (across, 1, 1), 256, argument)]
+    flag = Launch("int8_outlier", "int8_outlier::flag_columns", (_ceil(words * 4, 256), slices, 1), 256, argument)
+    return [
+        *([flag] if slices else []),
+        Launch("int8_outlier", "int8_outlier::round_rows", (m, 1, 1), 256, argument),
+        Launch("int8_outlier", "int8_outlier::product", (_ceil(m, 64), across, 1), 128, argument),
+    ]
+
+
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
     """None where the launcher returns -1, and for n that are no power of two."""
     if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
@@ -146,5 +301,14 @@ def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list
 
 
 # by the names of interface.SIGNATURES: those that launch, and those that only reckon
-PLANS: dict[str, Callable[..., list[Launch] | None]] = {"compressor_w_a16": w_a16, "compressor_hadamard": hadamard}
-SIZES: dict[str, Callable[..., int]] = {"compressor_w_a16_workspace_bytes": w_a16_workspace_bytes}
+PLANS: dict[str, Callable[..., list[Launch] | None]] = {
+    "compressor_w_a16": w_a16,
+    "compressor_quantize_rows": quantize_rows,
+    "compressor_w_a8": w_a8,
+    "compressor_int8_outlier": int8_outlier,
+    "compressor_hadamard": hadamard,
+}
+SIZES: dict[str, Callable[..., int]] = {
+    "compressor_w_a16_workspace_bytes": w_a16_workspace_bytes,
+    "compressor_int8_outlier_workspace_bytes": int8_outlier_workspace_bytes,
+}
