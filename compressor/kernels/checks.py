@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels.ops import BYTES_A_THREAD
 
 
 def check_call(name: str, **tensors: Tensor | None) -> None:
@@ -27,8 +26,3 @@ def refuse(name: str, expected: str, **tensors: Tensor | None) -> ShapeError:
         for role, tensor in tensors.items()
     )
     return ShapeError(f"{name}: {found}; expected {expected}")
-
-
-def threads_for(size: int) -> int:
-    """How many share the work on so many bytes."""
-    return max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))

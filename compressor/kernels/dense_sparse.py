@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.checks import check_call, refuse, threads_for
-from compressor.kernels.ops import DTYPES, cpu_library
+from compressor.kernels.checks import check_call, refuse
+from compressor.kernels.ops import DTYPES, cpu_library, threads_for
 from compressor.kernels.registry import register
 
 BAD_INDEX = -5  # common.h

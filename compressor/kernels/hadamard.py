@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.checks import check_call, refuse, threads_for
+from compressor.kernels.checks import check_call, refuse
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.hadamard_matrix import base_matrix, base_of
-from compressor.kernels.ops import DTYPES, cpu_library
+from compressor.kernels.ops import DTYPES, cpu_library, threads_for
 from compressor.kernels.registry import register, register_cuda
 
 

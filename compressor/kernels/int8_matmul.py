@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.checks import check_call, refuse, threads_for
-from compressor.kernels.ops import DTYPES, cpu_library
+from compressor.kernels.checks import check_call, refuse
+from compressor.kernels.ops import DTYPES, cpu_library, threads_for
 from compressor.kernels.registry import register
 
 MOST_COLUMNS = 65536  # (a + 128) * b <= 255 * 128, and 255 * 128 * 65536 < 2^31

@@ -154,8 +154,8 @@ def _check_bias(name: str, bias: Tensor | None, out: int) -> None:
         raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected")
 
 
-def _threads(size: int) -> int:
-    """How many multiply by a packed weight of so many bytes."""
+def threads_for(size: int) -> int:
+    """How many threads share the work on so many bytes."""
     return max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
 
 
@@ -197,7 +197,7 @@ def _linear(name: str) -> Callable[..., Tensor]:
         run, level = compiled()
         size = packed.numel()
         error = run(
-            level, _threads(size), x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
+            level, threads_for(size), x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
             x.numel() // columns if columns else 0, out_features, columns, bits, _columns(columns, group_size),
         )  # fmt: skip
         if error:
@@ -235,7 +235,7 @@ def linear_parts(
         given.extend((packed.data_ptr(), packed.numel(), bias_at, bias_kind, out))
     found = cpu_library()
     error = getattr(found.functions, name + "_parts")(
-        found.level, _threads(size), x.data_ptr(), kind, given.buffer_info()[0], len(parts), y.data_ptr(), rows,
+        found.level, threads_for(size), x.data_ptr(), kind, given.buffer_info()[0], len(parts), y.data_ptr(), rows,
         columns, bits, _columns(columns, group_size),
     )  # fmt: skip
     if error:
@@ -295,7 +295,7 @@ def linear_int8_outlier(
     found = cpu_library()
     size = packed.numel()
     error = found.functions.linear_int8_outlier(
-        found.level, _threads(size), at[0], DTYPES[x.dtype], at[1], size,
+        found.level, threads_for(size), at[0], DTYPES[x.dtype], at[1], size,
         at[2], at[3], count, at[4], DTYPES[outlier_weight.dtype] if outlier_weight is not None else 0,
         at[5], DTYPES[bias.dtype] if bias is not None else 0, y.data_ptr(),
         x.numel() // columns if columns else 0, out, columns,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.checks import check_call, refuse, threads_for
-from compressor.kernels.ops import DTYPES, cpu_library
+from compressor.kernels.checks import check_call, refuse
+from compressor.kernels.ops import DTYPES, cpu_library, threads_for
 from compressor.kernels.registry import register
 
 MOST_ENTRIES = 2**22  # a place is a float32, and half an entry has to be one
