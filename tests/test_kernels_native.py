@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
-UNITS = ("common", "int8_product", "dynamic_int8", "weight_only", "int8_outlier")
+UNITS = ("common", "int8_product", "dynamic_int8", "weight_only", "float_product", "int8_outlier")
 UNITS += ("int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
@@ -45,6 +45,15 @@ MUTANTS = [
     ),
     ("no carry to the next digit", "weight_only", "_mm512_set1_epi32(128)", "_mm512_set1_epi32(0)"),
     ("stale digits beyond K", "weight_only", "d < digits; d++) memset(codes", "d < 0; d++) memset(codes"),
+    (
+        "sum of a chunk put down, not added",
+        "float_product",
+        "ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum",
+        "ps(to, (sum",
+    ),
+    ("lanes of the next outputs", "float_product", "c / 2 * count * LANES + c % 2 * 8", "c / 2 * count * LANES"),
+    ("stale inputs beyond K in floats", "float_product", "(padded - K) * PANEL_ROWS) * 4", "0) * 4"),
+    ("rows beyond the last", "float_product", "if (m + r < M) of[r]", "if (true) of[r]"),
     ("one output too many", "common", "min<int64_t>(TILE, w.", "min<int64_t>(TILE, 1 + w."),
     ("tail of b not copied", "int8_matmul", "if (K - k < 16) memcpy", "if (K - k < 0) memcpy"),
     ("sum of b kept", "int8_matmul", "= 128 * uint32_t(", "= 0 * uint32_t("),

@@ -15,6 +15,8 @@
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+// Before a loop over registers: gcc keeps an array in memory unless its loops are unrolled early.
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace compressor {
 
@@ -105,6 +107,18 @@ static inline uint8_t get_code(const uint8_t* row, int64_t bits, int n, int j) {
   return bits == 2 ? low : uint8_t(low | (row[128 + lane] >> (n / 16 * 2 + j / 4) & 1) << 2);
 }
 
+#ifdef COMPRESSOR_X86
+// Codes of outputs c*8 .. c*8+7, columns 4*half .. 4*half+3 of a row of 8, as bytes.
+template <int BITS> TARGET_AVX2 static ALWAYS_INLINE __m256i codes_avx2(const uint8_t* row, int c, int half) {
+  if (BITS == 8) return _mm256_loadu_si256((const __m256i*)(row + half * 256) + c);
+  if (BITS == 4) return _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)row + c), half * 4), _mm256_set1_epi8(15));
+  const __m256i both = _mm256_loadu_si256((const __m256i*)(row + c / 4 * 64) + c % 2);
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(both, c % 4 / 2 * 4 + half * 2), _mm256_set1_epi8(3));
+  if (BITS == 2) return low;
+  const __m256i high = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)(row + 128) + c % 2), c / 2 * 2 + half);
+  return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), 2));
+}
+#endif
 // 8 or 16 scales of a block, from c * 8 or c * 16 on
 #ifdef COMPRESSOR_X86
 TARGET_AVX2 static ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, int c) {

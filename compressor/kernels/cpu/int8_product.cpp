@@ -58,16 +58,6 @@ void tile_scalar(const Int8Rows& x, const Packed& w, int64_t m, int64_t tile, fl
 
 #ifdef COMPRESSOR_X86
 // ---- 8 outputs a register ----
-// Codes of outputs c*8 .. c*8+7, columns 4*half .. 4*half+3 of a row of 8, as bytes.
-template <int BITS> TARGET_AVX2 ALWAYS_INLINE __m256i eight(const uint8_t* row, int c, int half) {
-  if (BITS == 8) return _mm256_loadu_si256((const __m256i*)(row + half * 256) + c);
-  if (BITS == 4) return _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)row + c), half * 4), _mm256_set1_epi8(15));
-  const __m256i both = _mm256_loadu_si256((const __m256i*)(row + c / 4 * 64) + c % 2);
-  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(both, c % 4 / 2 * 4 + half * 2), _mm256_set1_epi8(3));
-  if (BITS == 2) return low;
-  const __m256i high = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)(row + 128) + c % 2), c / 2 * 2 + half);
-  return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), 2));
-}
 // Rows of digits that share what is unpacked: COUNT of them times AT_ONCE registers of outputs. Products of codes below 16
 // are added in 16 bits, four rows of 8 columns at most: 4 * 4 * 15 * 128 < 2^15. Those of 8 bits take 16 bits a factor.
 template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, const Packed& w, int64_t m0, int64_t tile, float* out) {
@@ -89,31 +79,37 @@ template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8R
       for (int64_t k = 0; k < w.group;) {
         const int64_t stop = std::min(w.group, k + 32);
         __m256i part[COUNT][AT_ONCE];
-        for (auto& r : part) for (auto& v : r) v = _mm256_setzero_si256();
+        UNROLL for (int i = 0; i < COUNT; i++)
+          UNROLL for (int c = 0; c < AT_ONCE; c++) part[i][c] = _mm256_setzero_si256();
         for (; k < stop; k += 8) {
           const uint8_t* codes = b + k / 8 * (TILE * BITS);
           if (fetch) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)codes + 6144 + c * 64, _MM_HINT_T0);
-          for (int half = 0; half < 2; half++) {
+          UNROLL for (int half = 0; half < 2; half++) {
             __m256i v[AT_ONCE];
-            for (int c = 0; c < AT_ONCE; c++) v[c] = eight<BITS>(codes, first + c, half);
-            for (int i = 0; i < COUNT; i++) {
+            UNROLL for (int c = 0; c < AT_ONCE; c++) v[c] = codes_avx2<BITS>(codes, first + c, half);
+            UNROLL for (int i = 0; i < COUNT; i++) {
               int32_t word;
               memcpy(&word, row.codes + i * stride + k + half * 4, 4);
               const __m256i xi = _mm256_set1_epi32(word);
               if (BITS < 8) {
-                for (int c = 0; c < AT_ONCE; c++) part[i][c] = _mm256_add_epi16(part[i][c], _mm256_maddubs_epi16(v[c], xi));
+                UNROLL for (int c = 0; c < AT_ONCE; c++) {
+                  part[i][c] = _mm256_add_epi16(part[i][c], _mm256_maddubs_epi16(v[c], xi));
+                  asm("" : "+x"(part[i][c]));  // or gcc adds the halves first, and spills
+                }
               } else {  // columns 0 and 2, then 1 and 3
                 const __m256i x02 = _mm256_srai_epi16(_mm256_slli_epi16(xi, 8), 8), x13 = _mm256_srai_epi16(xi, 8);
-                for (int c = 0; c < AT_ONCE; c++)
-                  sum[i][c] = _mm256_add_epi32(sum[i][c], _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(v[c], even), x02),
-                                                                           _mm256_madd_epi16(_mm256_srli_epi16(v[c], 8), x13)));
+                UNROLL for (int c = 0; c < AT_ONCE; c++) {
+                  part[i][c] = _mm256_add_epi32(part[i][c], _mm256_madd_epi16(_mm256_and_si256(v[c], even), x02));
+                  part[i][c] = _mm256_add_epi32(part[i][c], _mm256_madd_epi16(_mm256_srli_epi16(v[c], 8), x13));
+                  asm("" : "+x"(part[i][c]));
+                }
               }
             }
           }
         }
-        if (BITS < 8)
-          for (int i = 0; i < COUNT; i++)
-            for (int c = 0; c < AT_ONCE; c++) sum[i][c] = _mm256_add_epi32(sum[i][c], _mm256_madd_epi16(part[i][c], ones));
+        UNROLL for (int i = 0; i < COUNT; i++)
+          UNROLL for (int c = 0; c < AT_ONCE; c++)
+            sum[i][c] = _mm256_add_epi32(sum[i][c], BITS < 8 ? _mm256_madd_epi16(part[i][c], ones) : part[i][c]);
       }
       for (int c = 0; c < AT_ONCE; c++) {
         const __m256 scale = scales_avx2(b + w.scale_offset, w.scale_dtype, first + c);
