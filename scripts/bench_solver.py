@@ -3,10 +3,12 @@
     python scripts/bench_solver.py --output bench.json
 
 `solve` is a whole solve of one matrix, of which the products for later columns are the same torch call in both;
-`columns` is the inner loop alone over the same number of columns. Ratios are medians of torch over ours, and of panels
-over one product. `equal` says whether both solvers gave the same codes. A solve needs size^3 operations, nearly all of
-them in products, so it can't be faster than size^3 over the machine's peak of float32: `ours_of_peak` is our share of
-that, `most_over_ours` what a solve at the peak would gain on torch's.
+`plain` compares ours with the loop of the GPTQ paper's algorithm 1 as its authors' code has it: blocks of 128 columns,
+each column's update over the rest of its block. `columns` is the inner loop alone over the same number of columns.
+Ratios are medians of torch over ours, and of panels over one product. `equal` is the share of codes that both gave
+alike. A solve needs size^3 operations, nearly all of them in products, so it can't be faster than size^3 over the
+machine's peak of float32: `ours_of_peak` is our share of that, `most_over_ours` what a solve at the peak would gain on
+torch's, and `products_of_peak` the share of the peak at which the products for later columns run.
 """
 
 from __future__ import annotations
@@ -64,6 +66,17 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
         with mock.patch.object(gptq, "solves", lambda work: ours):
             return gptq.solve(weight, upper, hessian.diagonal(), order, chosen, 128, torch.bfloat16).codes
 
+    groups = weight.view(size, size // 128, 128)
+    grid = gptq.find_grid(groups, chosen.bits, chosen.symmetric, chosen.scale_search, torch.bfloat16, None)
+
+    def plain() -> torch.Tensor:
+        return plain_solve(weight[:, order], upper, grid.scale[:, order // 128], grid.low, grid.high)
+
+    def products() -> None:
+        for start in range(0, size - 128, 128):
+            stop = start + 128
+            work[stop:].addmm_(upper[start:stop, stop:].t(), errors[start:stop], alpha=-1)
+
     work, errors, codes = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
     scale = torch.ones(1, size)
 
@@ -78,20 +91,45 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
     for count in threads:
         torch.set_num_threads(count)
         ceilings = Ceilings(count, 1 << 20, quick=False)
-        equal = torch.equal(solve(True), solve(False))
+        ours = solve(True).view(size, size)
+        equal = {"solve": float((ours == solve(False).view(size, size)).float().mean())}
+        equal["plain"] = float((ours[:, order] == plain()).float().mean())
         for name, ours, theirs in (
             ("solve", lambda: solve(True), lambda: solve(False)),
+            ("plain", lambda: solve(True), plain),
             ("columns", lambda: columns(True), lambda: columns(False)),
             ("hessian", lambda: Gram.zeros(size, torch.float32, x.device).add(x), lambda: x.T @ x),
         ):
             a, b = in_turns(ours, theirs, repeats, lambda: work.copy_(weight))
             row = {"what": name, "threads": count, "ours_s": a, "other_s": b, "other_over_ours": b / a}
-            if name == "solve":
+            if name in equal:
                 peak = max(ceilings.peak("float") for _ in range(3))
-                row |= {"equal": equal, "float_peak": peak, "ours_of_peak": size**3 / a / peak}
+                row |= {"equal": equal[name], "float_peak": peak, "ours_of_peak": size**3 / a / peak}
                 row |= {"most_over_ours": b / (size**3 / peak)}  # what a solve at the peak would gain on torch's
+            if name == "solve":
+                seconds, _ = in_turns(products, lambda: None, repeats, lambda: work.copy_(weight))
+                row |= {"products_of_peak": size * size * (size - 128) / seconds / peak}
             rows.append(row | {"ours_over_other": a / b})
     return rows
+
+
+def plain_solve(
+    weight: torch.Tensor, upper: torch.Tensor, scale: torch.Tensor, low: int, high: int, block: int = 128
+) -> torch.Tensor:
+    """Codes (out, in) of weight (out, in) by the textbook loop; scale (out, in) is each column's."""
+    weight, codes = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        errors = torch.empty(len(weight), stop - start)
+        part = weight[:, start:stop].clone()
+        for i in range(stop - start):
+            row = upper[start + i, start + i : stop]
+            code = (part[:, i] / scale[:, start + i]).round().clamp(low, high)
+            errors[:, i] = (part[:, i] - code * scale[:, start + i]) / row[0]
+            part[:, i:] -= errors[:, i : i + 1] * row
+            codes[:, start + i] = code
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes
 
 
 def in_turns(

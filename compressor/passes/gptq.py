@@ -292,7 +292,7 @@ def solve(
     )
     fresh = settings.act_order in ("none", "group_aware", "group") and groups > 1
     scale, zero = grid.scale.t().contiguous().to(weight.dtype), grid.zero_point.t().contiguous().to(weight.dtype)
-    work = weight.t()[order].contiguous()  # (in, out): one column of the matrix is contiguous
+    work = weight.t().contiguous()[order]  # (in, out): a column of the matrix is contiguous; indexing first is slow
     errors = torch.empty_like(work)
     codes = torch.empty_like(work)
     of_column = (order // width).tolist()
