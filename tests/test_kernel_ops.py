@@ -16,7 +16,7 @@ from compressor.kernels.cpu import Library, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.ops import DTYPES as CODES
-from compressor.kernels.tables import look_up
+from compressor.kernels.tables import activate, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 
 BUILT = isinstance(library(), Library)
@@ -139,35 +139,38 @@ def sparse_exact(arguments):
 
 
 def table_problem(rows, shape, dtype, linear):
-    (entries,) = shape
+    entries, slopes = shape[0], shape[1:] or (0.0, 0.0)
     made = drawn(rows, entries)
     low, step = -4.0, 2.0**-5
     x = torch.randn(rows, 37, generator=made) * entries * step + low
-    if rows:
-        x[0, :5] = torch.tensor([low, low + step / 2, low + 1.5 * step, low + (entries - 1) * step, 1e30])
-    return x.to(dtype), torch.randn(entries, generator=made), low, low + (entries - 1) * step, linear
+    if rows:  # knots and halfway between them, and far out, though finite in float16
+        x[0, :5] = torch.tensor([low, low + step / 2, low + 1.5 * step, low + (entries - 1) * step, 6e4])
+    return x.to(dtype), torch.randn(entries, generator=made), low, low + (entries - 1) * step, linear, *slopes
 
 
 def table_raw(level, threads, arguments, y):
-    x, table, low, high, linear = arguments
+    x, table, low, high, linear, left_slope, right_slope = arguments
     step = (high - low) / (len(table) - 1)
     return library().functions.table_lookup(
-        level, threads, at(x), CODES[x.dtype], at(table), at(y), x.numel(), len(table), low, step, int(linear)
-    )
+        level, threads, at(x), CODES[x.dtype], at(table), at(y), x.numel(), len(table), low, step, int(linear),
+        left_slope, right_slope,
+    )  # fmt: skip
 
 
 def table_exact(arguments):
-    x, table, low, high, linear = arguments
+    x, table, low, high, linear, left_slope, right_slope = arguments
     place = ((x.double() - low) / (high - low) * (len(table) - 1)).clamp(0, len(table) - 1)
     left = place.floor().clamp(max=len(table) - 2).long()
     value = table.double()
+    straight = left_slope * (x.double() - low).clamp(max=0) + right_slope * (x.double() - high).clamp(min=0)
+    beyond = 3 * UNIT * (straight.abs() + table.abs().max().double())  # difference, product and sum are rounded
     if not linear:
-        return value[place.round().long()], torch.zeros_like(place)
+        return value[place.round().long()] + straight, torch.where(straight == 0, 0.0, beyond)
     rise = value[left + 1] - value[left]
     # place has two roundings (x - low is rounded where x is far out; then it is clamped), the weight one more of 1, the
     # rise one, the fma one; a weight that falls to the other side of 1/2 changes nothing but their order
     size = table.abs().max().double()
-    return value[left] + (place - left) * rise, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size
+    return value[left] + (place - left) * rise + straight, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size + beyond
 
 
 FAMILIES = [
@@ -179,7 +182,7 @@ FAMILIES = [
            [(1, 1, 1, 1, 1), (3, 37, 13, 70, 5), (2, 20, 32, 130, 9), (1, 4, 8, 0, 2), (2, 5, 16, 9, 0)], DTYPES,
            sparse_problem, sparse_raw, sparse_exact),
     *[
-        Family("table_lookup", table_lookup, [(2,), (3,), (256,), (1024,)], DTYPES,
+        Family("table_lookup", table_lookup, [(2,), (3, 1.0, 0.0), (256, 0.0, 1.0), (1024, -0.3, 0.7)], DTYPES,
                lambda rows, shape, dtype, linear=linear: table_problem(rows, shape, dtype, linear), table_raw,
                table_exact)
         for linear in (True, False)
@@ -368,8 +371,14 @@ def test_a_table_gives_the_bits_of_the_reference(entries, linear):
         expected = look_up(x, table, low, step, linear)
         for level in HERE:
             y = filled(x)
-            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear), y) == 0
+            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear, 0.0, 0.0), y) == 0
             assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(9), expected.nan_to_num(9))
+        slopes = (-0.3, 0.7)
+        expected = activate(x, table, low, step, linear, slopes)
+        for level in HERE:
+            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear, *slopes), y) == 0
+            assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y[:-3], expected[:-3])
+            assert y[-2:].tolist() == [torch.inf, torch.inf]
 
 
 @compiled

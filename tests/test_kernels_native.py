@@ -67,6 +67,8 @@ MUTANTS = [
     ("index not checked", "dense_sparse", ">= atoms) return BAD_INDEX", "> 65535) return BAD_INDEX"),
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
     ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
+    ("pairs in another order", "table_lookup", "j / 2 * 4 + j % 2 * 2", "j * 2"),
+    ("slope from the other end", "table_lookup", "end + t.right_slope", "first + t.right_slope"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 

@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a weight, and why not a better one. Decided once, when a layer is prepared.
+"""Which kernel multiplies by a weight or reads a table, and why not a better one. Decided once, at preparation.
 
 In order: the CUDA library, NVRTC, the CPU library, a torch operation of the same meaning, the reference (dequantize and
 multiply). What comes before the choice was not used for the reason that is kept with it.
@@ -16,9 +16,10 @@ from compressor.kernels.cpu import LEVELS, library
 from compressor.kernels.cuda import devices
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
+from compressor.kernels.table_lookup import MOST_ENTRIES
 
 DYNAMIC_INT8 = "int8"
-TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what multiplies where no kernel of ours does
+TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what computes where no kernel of ours does
 MOST_INT8_INPUTS = 65536  # 255 * 127 * 65536 < 2**31: int32 sums are exact
 
 
@@ -91,10 +92,10 @@ def device_of(weight: Weight) -> torch.device:
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel   what multiplies, such as "cpu library, avx512vnni"
+    """kernel   what multiplies or looks up, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
     skipped  what was not used, each with the reason
-    layout   of the packed weight; None with op None
+    layout   of the packed weight; None with op None, and of tables
     """
 
     kernel: str
@@ -104,7 +105,7 @@ class Choice:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether no kernel of ours multiplies: torch does, or the reference."""
+        """Whether no kernel of ours computes: torch does, or the reference."""
         return self.kernel in FALLBACKS
 
 
@@ -144,6 +145,25 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
         return Choice(TORCH_OP, _op(weight, activations), tuple(skipped), of_torch)
     skipped.append(f"{TORCH_OP} ({why})")
     return Choice(REFERENCE, None, tuple(skipped))
+
+
+def choose_table(table: Tensor) -> Choice:
+    """The best way to read a function from a table (entries,) here."""
+    if devices.is_cuda(table.device):
+        refused = "table_lookup has no CUDA kernel in torch yet"
+    else:
+        refused = "tables are on the CPU" if torch.cuda.is_available() else "no CUDA device"
+    skipped = [f"{name} ({refused})" for name in devices.WAYS]
+    found = library()
+    if isinstance(found, str):
+        skipped.append(f"cpu library ({found})")
+    elif table.device.type != "cpu":
+        skipped.append(f"cpu library (tables are on {table.device.type})")
+    elif table.dtype != torch.float32 or not 2 <= len(table) <= MOST_ENTRIES:
+        skipped.append(f"cpu library ({len(table)} entries of {table.dtype}, 2 to {MOST_ENTRIES} of float32 wanted)")
+    else:
+        return Choice(f"cpu library, {LEVELS[found.level]}", "table_lookup", tuple(skipped))
+    return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
 
 
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:

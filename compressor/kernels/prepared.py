@@ -1,6 +1,6 @@
 """Layers that multiply by a kernel, and the walk over a model that puts them in.
 
-    prepare(model)         the linear layers of stored forms multiply by the best kernel there is
+    prepare(model)         the linear layers of stored forms multiply by the best kernel there is, tables are read by it
     explain(model)         which kernel each layer got, and why not a better one
     chosen_kernels(model)  the same as rows of a report
 
@@ -29,8 +29,10 @@ from compressor.kernels.dispatch import (
     OutlierWeight,
     Weight,
     choose,
+    choose_table,
     shape_of,
 )
+from compressor.kernels.prepared_table import PreparedTable, reads_table
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, adopt
 
@@ -150,37 +152,45 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for name, module in list(model.named_modules()):
         stored = adopt(module)
-        if stored is None:
+        if stored is not None:
+            form, weight = stored.form, stored.read(stored.tensors)
+            choice = choose(weight, activations, inputs)
+        elif reads_table(module):
+            form, choice = module.form, choose_table(module.table)  # type: ignore[assignment,arg-type]
+        else:
             continue
-        weight = stored.read(stored.tensors)
-        choice = choose(weight, activations, inputs)
         choices[name] = choice
         if choice.is_fallback and strict:
             hint = f"Leave strict out to use the {choice.kernel}."
             raise KernelError("; ".join(choice.skipped), where=name, hint=hint)
         if choice.op is None:
-            module.kernel_choice = (stored.form, choice)  # type: ignore[assignment]
+            module.kernel_choice = (form, choice)  # type: ignore[assignment]
             continue
-        assert not isinstance(weight, str)
+        made: nn.Module
+        if stored is None:
+            made = PreparedTable(module, choice)
+        else:
+            assert not isinstance(weight, str)
+            made = PreparedLinear(stored, weight, choice)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
+        setattr(model.get_submodule(owner), leaf, made)
     share_inputs(model, PreparedLinear)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
-        warnings.warn(f"layers multiply by a torch op or the dequantized weight: {reason}", stacklevel=2)
+        warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
     return choices
 
 
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
     """Name, form, choice and module of each layer that `prepare` has looked at."""
     for name, module in model.named_modules():
-        if isinstance(module, PreparedLinear):
+        if isinstance(module, (PreparedLinear, PreparedTable)):
             yield name, module.form, module.choice, module
         elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
             yield name, *found, module
 
 
 def explain(model: nn.Module) -> str:
-    """One line for each layer of a stored form: what multiplies, and beneath it what was not used and why."""
+    """One line for each layer of a stored form: what computes, and beneath it what was not used and why."""
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
@@ -190,6 +200,8 @@ def explain(model: nn.Module) -> str:
             shared = module.shared[0] if module.shared else None
             call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   {size}{call}")
+        elif isinstance(module, PreparedTable):
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
         else:
             lines.append(f"{name}   {form}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")

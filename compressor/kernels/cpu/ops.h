@@ -39,7 +39,8 @@ int64_t hadamard(int64_t level, int64_t threads, const void* x, int64_t x_dtype,
 int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const void* dense, int64_t dense_dtype,
                             const uint16_t* index, const void* value, int64_t value_dtype, const void* bias, int64_t bias_dtype,
                             void* y, int64_t M, int64_t N, int64_t blocks, int64_t atoms, int64_t width, int64_t k);
-// f(low + i * step) for i in [0, entries) is table[i]; between two, a line if linear, else the nearest.
+// f(low + i * step) for i in [0, entries) is table[i]; between two, a line if linear, else the nearest. Beyond an end f goes on
+// with that slope.
 int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y, int64_t count,
-                     int64_t entries, double low, double step, int64_t linear);
+                     int64_t entries, double low, double step, int64_t linear, double left_slope, double right_slope);
 }
