@@ -111,7 +111,7 @@ bool factors(int64_t& calls) {
       for (auto& i : index) i = uint16_t(draw() % uint32_t(atoms));
       const auto call = [&](int64_t level, int64_t threads, void* y) {
         return linear_dense_sparse(level, threads, x.data(), dtype, dense.data(), dtype, index.data(), value.data(), dtype,
-                                   bias.data(), dtype, y, M, N, blocks, atoms, width, k);
+                                   bias.data(), dtype, y, M, N, blocks, atoms, width, k, nullptr, nullptr);
       };
       std::vector<uint8_t> y;
       if (!agree(size_t(M * N * dtype_bytes(dtype)), y, calls, call)) return false;
@@ -132,6 +132,25 @@ bool factors(int64_t& calls) {
           const double count = double((width + 15) / 16 + 5 + blocks * k);
           if (!close(found[size_t(r * N + n)], sum, count * std::ldexp(1, -24) * size, dtype)) return false;
         }
+      // int8 factors times their scales have the bits of those products in float32
+      std::vector<int8_t> atom_codes(ds.size()), value_codes(vs.size());
+      for (auto& c : atom_codes) c = int8_t(int(draw() % 255) - 127);
+      for (auto& c : value_codes) c = int8_t(int(draw() % 255) - 127);
+      const std::vector<float> atom_scale = floats(blocks * atoms), value_scale = floats(N);
+      std::vector<float> wide_atoms(ds.size()), wide_values(vs.size());
+      for (size_t i = 0; i < ds.size(); i++) wide_atoms[i] = float(atom_codes[i]) * atom_scale[i / size_t(width)];
+      for (size_t i = 0; i < vs.size(); i++) wide_values[i] = float(value_codes[i]) * value_scale[i / size_t(blocks * k)];
+      const auto scaled = [&](int64_t level, int64_t threads, void* y) {
+        return linear_dense_sparse(level, threads, x.data(), dtype, atom_codes.data(), FLOAT32, index.data(), value_codes.data(),
+                                   FLOAT32, nullptr, 0, y, M, N, blocks, atoms, width, k, atom_scale.data(), value_scale.data());
+      };
+      const auto dequantized = [&](int64_t level, int64_t threads, void* y) {
+        return linear_dense_sparse(level, threads, x.data(), dtype, wide_atoms.data(), FLOAT32, index.data(), wide_values.data(),
+                                   FLOAT32, nullptr, 0, y, M, N, blocks, atoms, width, k, nullptr, nullptr);
+      };
+      std::vector<uint8_t> of_codes, of_floats;
+      if (!agree(size_t(M * N * dtype_bytes(dtype)), of_codes, calls, scaled)) return false;
+      if (!agree(size_t(M * N * dtype_bytes(dtype)), of_floats, calls, dequantized) || of_codes != of_floats) return false;
       if (index.empty()) continue;
       index.back() = uint16_t(atoms);
       std::vector<uint8_t> unused(size_t(M * N * dtype_bytes(dtype)) + 1);

@@ -117,7 +117,7 @@ def sparse_raw(level, threads, arguments, y):
     kind = CODES[x.dtype]
     return library().functions.linear_dense_sparse(
         level, threads, at(x), kind, at(dense), kind, at(index), at(value), kind, at(bias), 0, at(y), len(x),
-        len(value), *dense.shape, value.shape[2],
+        len(value), *dense.shape, value.shape[2], 0, 0,
     )  # fmt: skip
 
 
@@ -388,12 +388,21 @@ def test_a_stored_layer_multiplies_as_its_operation(values):
     layer = SparseFactorLinear.pack(atoms, value, index.long(), values)
     x = torch.randn(6, 48, generator=drawn(6))
     dense, stored = layer.factors(torch.float32)
-    y = dense_sparse.linear_dense_sparse(x, dense, layer.index().to(torch.uint16), stored, None)
+    index = layer.index().to(torch.uint16)
+    y = dense_sparse.linear_dense_sparse(x, dense, index, stored, None)
     exact, allowed = sparse_exact((x, dense, layer.index(), stored, torch.zeros(50)))
     assert ((y.double() - exact).abs() <= allowed).all()
-    if values != "int8":  # as stored, without a copy in float32
-        stored_as = (layer.weight_atoms, layer.index().to(torch.uint16), layer.weight_values)
-        assert torch.equal(dense_sparse.linear_dense_sparse(x, *stored_as, None), y)
+    # as stored, without a copy in float32
+    scales = (layer.weight_atom_scale, layer.weight_value_scale) if values == "int8" else ()
+    stored_as = (layer.weight_atoms, index, layer.weight_values, None, *scales)
+    for rows in (x, x[:1], x[:0]):
+        assert torch.equal(dense_sparse.linear_dense_sparse(rows, *stored_as), y[: len(rows)])
+    torch.library.opcheck(torch.ops.compressor.linear_dense_sparse.default, (x, *stored_as))
+    if scales:
+        with pytest.raises(ShapeError, match=r"int8 factors with float32 scales"):
+            dense_sparse.linear_dense_sparse(x, *stored_as[:4])
+        with pytest.raises(ShapeError, match=r"value_scale torch.float32 \(49,\)"):
+            dense_sparse.linear_dense_sparse(x, *stored_as[:4], scales[0], scales[1][:49])
 
 
 @compiled

@@ -66,13 +66,16 @@ class OutlierWeight:
 class FactorWeight:
     """A weight of few atoms for each block of inputs, of which every output combines k (`layers/sparse_factor_linear`).
 
-    atoms   (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16
-    index   (out, blocks, k) uint16, which atoms
+    atoms        (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16; or int8, times their scales
+    index        (out, blocks, k) uint16, which atoms
+    atom_scale   (blocks, m), value_scale (out,) float32; or None
     """
 
     atoms: Tensor
     values: Tensor
     index: Tensor
+    atom_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 Weight = IntegerWeight | OutlierWeight | FactorWeight
@@ -192,6 +195,8 @@ def _op(weight: Weight, activations: str | None) -> str:
 def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> str | None:
     """Why no CUDA kernel takes this weight."""
     if not isinstance(weight, str) and devices.is_cuda(device_of(weight)):
+        if isinstance(weight, FactorWeight) and weight.value_scale is not None:
+            return "int8 factors have no CUDA kernel"
         bits, group_size = (weight.bits, weight.group_size) if isinstance(weight, IntegerWeight) else (8, -1)
         out, columns = shape_of(weight)
         reason = cuda_ops.refusal(_op(weight, activations), out, columns, bits, group_size, inputs)
@@ -206,8 +211,10 @@ def _refusal(weight: Weight, activations: str | None) -> str | None:
     if device_of(weight).type != "cpu":
         return f"weights are on {device_of(weight).type}"
     if isinstance(weight, FactorWeight):
-        kinds = [tensor.dtype for tensor in (weight.atoms, weight.values) if tensor.dtype not in DTYPES]
-        return f"factors are {kinds[0]}, 16- or 32-bit floats are wanted" if kinds else None
+        for kept, scale in ((weight.atoms, weight.atom_scale), (weight.values, weight.value_scale)):
+            if kept.dtype not in (DTYPES if scale is None else (torch.int8,)):
+                return f"factors are {kept.dtype}, floats of 16 or 32 bits or scaled int8 are wanted"
+        return None
     columns = shape_of(weight)[1]
     if isinstance(weight, OutlierWeight):
         return f"{columns} inputs, at most {MOST_INT8_INPUTS}" if columns > MOST_INT8_INPUTS else None

@@ -78,6 +78,7 @@ class PreparedLinear(nn.Module):
         more: dict[str, Tensor | None]
         if isinstance(weight, FactorWeight):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
+            more |= {"atom_scale": weight.atom_scale, "value_scale": weight.value_scale}
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
             packed, columns = weight.codes, weight.columns
@@ -109,7 +110,8 @@ class PreparedLinear(nn.Module):
         assert name is not None
         arguments: tuple[Any, ...]
         if name == "linear_dense_sparse":
-            arguments = (self.atoms, self.packed, self.values, self.bias)
+            scales = () if self.value_scale is None else (self.atom_scale, self.value_scale)
+            arguments = (self.atoms, self.packed, self.values, self.bias, *scales)
         elif name == "linear_int8_outlier":
             arguments = (self.packed, self.absmax, self.columns, self.columns_weight, self.bias, self.threshold)
         else:
@@ -194,8 +196,10 @@ def explain(model: nn.Module) -> str:
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
-            read = [module.packed, *(() if choice.layout != FACTORS else (module.atoms, module.values))]
-            bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read)
+            read: list[Any] = [module.packed]
+            if choice.layout == FACTORS:
+                read += [module.atoms, module.values, module.atom_scale, module.value_scale]
+            bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read if tensor is not None)
             size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
             shared = module.shared[0] if module.shared else None
             call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
