@@ -71,7 +71,7 @@ MUTANTS = [
     ("z of the block before", "dense_sparse", "z += f.atoms * WIDE;", "z += (f.atoms - 1) * WIDE;"),
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
     ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
-    ("pairs in another order", "table_lookup", "j / 2 * 4 + j % 2 * 2", "j * 2"),
+    ("pairs in another order", "table_lookup", "set_m128(two[2], two[0])", "set_m128(two[1], two[0])"),
     ("slope from the other end", "table_lookup", "end + t.right_slope", "first + t.right_slope"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]

@@ -81,7 +81,8 @@ def linear_dense_sparse(
     error = found.functions.linear_dense_sparse(
         found.level, threads_for(size), x.data_ptr(), DTYPES[x.dtype], dense.data_ptr(), DTYPES.get(dense.dtype, 0),
         index.data_ptr(), value.data_ptr(), DTYPES.get(value.dtype, 0), bias_at,
-        0 if bias is None else DTYPES[bias.dtype], y.data_ptr(), x.numel() // x.shape[-1], out, blocks, atoms, width, k, dense_scale_at, value_scale_at,
+        0 if bias is None else DTYPES[bias.dtype], y.data_ptr(), x.numel() // x.shape[-1], out, blocks, atoms, width, k,
+        dense_scale_at, value_scale_at,
     )  # fmt: skip
     if error == BAD_INDEX:
         largest = int(index.to(torch.int32).max())

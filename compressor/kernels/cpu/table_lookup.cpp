@@ -72,10 +72,8 @@ TARGET_AVX2 ALWAYS_INLINE void pairs_at(const float* values, __m256i index, __m2
   alignas(32) int32_t i[8];
   _mm256_store_si256((__m256i*)i, index);
   __m128 two[4];
-  for (int j = 0; j < 4; j++) {  // outputs j' and j' + 2 of each half, so that one shuffle puts all in order
-    const int first = j / 2 * 4 + j % 2 * 2;
-    two[j] = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd((const double*)(values + i[first])), (const double*)(values + i[first + 1])));
-  }
+  for (int j = 0; j < 4; j++)
+    two[j] = _mm_loadh_pi(_mm_castsi128_ps(_mm_loadu_si64(values + i[2 * j])), (const __m64*)(values + i[2 * j + 1]));
   const __m256 a = _mm256_set_m128(two[2], two[0]), b = _mm256_set_m128(two[3], two[1]);
   left = _mm256_shuffle_ps(a, b, 0x88), right = _mm256_shuffle_ps(a, b, 0xdd);
 }
