@@ -16,8 +16,9 @@ from compressor.kernels.cpu import Library, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.ops import DTYPES as CODES
-from compressor.kernels.tables import activate, look_up
+from compressor.kernels.tables import activate, inverse_root, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
+from compressor.tabulate import root_table
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
@@ -173,6 +174,28 @@ def table_exact(arguments):
     return value[left] + (place - left) * rise + straight, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size + beyond
 
 
+def root_problem(rows, shape, dtype, linear):
+    (entries,) = shape
+    made = drawn(rows, entries)
+    x = torch.randn(rows, 5, generator=made).abs() * torch.logspace(-12, 12, 5) + 1e-30
+    return x, torch.rand(entries, generator=made), 3 / (entries - 1), linear
+
+
+def root_raw(level, threads, arguments, y):
+    x, table, step, linear = arguments
+    return library().functions.table_inverse_root(
+        level, at(x), at(table), at(y), x.numel(), len(table), step, int(linear)
+    )
+
+
+def root_exact(arguments):
+    x, table, step, linear = arguments
+    power = torch.floor((torch.frexp(x.double())[1] - 1) / 2)
+    a = x.double() / 4.0**power
+    exact, allowed = table_exact((a, table, 1.0, 1 + (len(table) - 1) * step, linear, 0.0, 0.0))
+    return exact * 2.0**-power, allowed * 2.0**-power  # powers of two round nothing
+
+
 FAMILIES = [
     Family("int8_matmul", int8_matmul, [(1, 1), (70, 13), (65, 64), (3, 200), (0, 8), (8, 0)], [torch.int8],
            int8_problem, int8_raw, int8_exact),
@@ -185,6 +208,11 @@ FAMILIES = [
         Family("table_lookup", table_lookup, [(2,), (3, 1.0, 0.0), (256, 0.0, 1.0), (1024, -0.3, 0.7)], DTYPES,
                lambda rows, shape, dtype, linear=linear: table_problem(rows, shape, dtype, linear), table_raw,
                table_exact)
+        for linear in (True, False)
+    ],
+    *[
+        Family("table_inverse_root", table_lookup, [(2,), (33,), (257,)], [torch.float32],
+               lambda rows, shape, dtype, linear=linear: root_problem(rows, shape, dtype, linear), root_raw, root_exact)
         for linear in (True, False)
     ],
 ]  # fmt: skip
@@ -382,6 +410,20 @@ def test_a_table_gives_the_bits_of_the_reference(entries, linear):
 
 
 @compiled
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("entries", [256, 1024])
+def test_an_inverse_root_gives_the_bits_of_the_reference(entries, linear):
+    table = root_table(entries)
+    odd = torch.tensor([0.0, -0.0, -1.0, 1e-45, 2.0**-126, 1.0, 4.0, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([torch.randn(3001, generator=drawn(entries)).abs() * torch.logspace(-40, 38, 3001), odd])
+    expected = inverse_root(x, table.values, table.step, linear)
+    for level in HERE:
+        y = filled(x)
+        assert root_raw(level, 1, (x, table.values, table.step, linear), y) == 0
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(9), expected.nan_to_num(9))
+
+
+@compiled
 @pytest.mark.parametrize("values", ["float16", "bfloat16", "int8"])
 def test_a_stored_layer_multiplies_as_its_operation(values):
     _, atoms, index, value, _ = sparse_problem(1, (3, 20, 16, 50, 4), torch.float32)
@@ -438,6 +480,10 @@ def test_bad_calls_name_what_they_got():
             table_lookup.table_lookup(x, table, 0.0, 1.0, True)
     with pytest.raises(ShapeError, match="4 entries from 1 to 0"):
         table_lookup.table_lookup(x, torch.zeros(4), 1.0, 0.0, True)
+    with pytest.raises(ShapeError, match=r"table_inverse_root: x torch.float16 .*float32"):
+        table_lookup.table_inverse_root(x.half(), torch.zeros(4), 1.0, True)
+    with pytest.raises(ShapeError, match="4 entries in steps of 0"):
+        table_lookup.table_inverse_root(x, torch.zeros(4), 0.0, True)
     with pytest.raises(KernelError, match="x on meta"):
         hadamard.hadamard(torch.zeros(2, 8, device="meta"), 1.0)
     with pytest.raises(RuntimeError, match="no gradient"):

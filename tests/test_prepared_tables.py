@@ -75,7 +75,8 @@ def test_a_prepared_table_gives_the_bits_of_its_layer(build, settings, lookup):
     for entries in (256, 1024):
         layer = build(lookup=lookup, entries=entries, **settings)
         model = nn.Sequential(layer)
-        assert prepare(model, strict=True)["0"].op == "table_lookup" and type(model[0]) is PreparedTable
+        op = "table_inverse_root" if build is norm else "table_lookup"
+        assert prepare(model, strict=True)["0"].op == op and type(model[0]) is PreparedTable
         for dtype in DTYPES:
             for x in inputs(dtype):
                 y, expected = model(x), layer(x)
@@ -114,7 +115,8 @@ def test_explain_and_the_report_name_tables_with_their_kernel():
     assert len(lines) == 6 and all("cuda library (no CUDA device)" in line for line in lines[1::2])
     rows = chosen_kernels(model)
     assert [row["op"] for row in rows] == ["table_norm", "table_activation", "block_attention"]
-    assert all(row["chosen"] == f"cpu library, {level}: table_lookup" for row in rows)
+    ops = ["table_inverse_root", "table_lookup", "table_lookup"]
+    assert [row["chosen"] for row in rows] == [f"cpu library, {level}: {op}" for op in ops]
     assert prepare(model) == {}  # and it is not done twice
 
 
@@ -173,7 +175,7 @@ def test_tables_elsewhere_than_on_the_cpu_stay_with_the_reason():
 
 
 def test_a_table_of_one_entry_is_left_to_the_reference():
-    choice = dispatch.choose_table(torch.zeros(1))
+    choice = dispatch.choose_table(torch.zeros(1), "table_lookup")
     assert choice.is_fallback and "cpu library (1 entries of torch.float32" in choice.skipped[2]
 
 

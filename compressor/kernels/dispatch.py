@@ -150,10 +150,10 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     return Choice(REFERENCE, None, tuple(skipped))
 
 
-def choose_table(table: Tensor) -> Choice:
-    """The best way to read a function from a table (entries,) here."""
+def choose_table(table: Tensor, op: str) -> Choice:
+    """The best way to read a function from a table (entries,) here; op: the operation that does it."""
     if devices.is_cuda(table.device):
-        refused = "table_lookup has no CUDA kernel in torch yet"
+        refused = f"{op} has no CUDA kernel in torch yet"
     else:
         refused = "tables are on the CPU" if torch.cuda.is_available() else "no CUDA device"
     skipped = [f"{name} ({refused})" for name in devices.WAYS]
@@ -165,7 +165,7 @@ def choose_table(table: Tensor) -> Choice:
     elif table.dtype != torch.float32 or not 2 <= len(table) <= MOST_ENTRIES:
         skipped.append(f"cpu library ({len(table)} entries of {table.dtype}, 2 to {MOST_ENTRIES} of float32 wanted)")
     else:
-        return Choice(f"cpu library, {LEVELS[found.level]}", "table_lookup", tuple(skipped))
+        return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
     return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
 
 

@@ -32,7 +32,7 @@ from compressor.kernels.dispatch import (
     choose_table,
     shape_of,
 )
-from compressor.kernels.prepared_table import PreparedTable, reads_table
+from compressor.kernels.prepared_table import OPS, PreparedTable, reads_table
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, adopt
 
@@ -158,7 +158,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
             form, weight = stored.form, stored.read(stored.tensors)
             choice = choose(weight, activations, inputs)
         elif reads_table(module):
-            form, choice = module.form, choose_table(module.table)  # type: ignore[assignment,arg-type]
+            form = str(module.form)
+            choice = choose_table(module.table, OPS[form])  # type: ignore[arg-type]
         else:
             continue
         choices[name] = choice

@@ -1,7 +1,7 @@
 """Layers that read a function from a table by the CPU library: what `prepare` puts in their place.
 
-The arithmetic is that of `compressor.kernels.tables`, the entries are read by `table_lookup`, and the outputs have the
-bits of the layer that was there.
+The arithmetic is that of `compressor.kernels.tables`, the entries are read by `table_lookup` or `table_inverse_root`,
+and the outputs have the bits of the layer that was there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.kernels.blocks import round_to_shift
 from compressor.kernels.dispatch import Choice
-from compressor.kernels.table_lookup import table_lookup
+from compressor.kernels.table_lookup import table_inverse_root, table_lookup
 from compressor.kernels.tables import normalize, softmax
 
 STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
@@ -66,6 +66,12 @@ def _read(
     return run(x, table, low, high, linear, *slopes)
 
 
+def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
+    """`inverse_root`"""
+    run = torch.ops.compressor.table_inverse_root if torch.compiler.is_compiling() else table_inverse_root
+    return run(x, table, step, linear)
+
+
 def _activation(layer: PreparedTable, x: Tensor) -> Tensor:
     spec = layer.spec
     return _read(x, layer.table, spec["low"], spec["step"], spec["lookup"] == "linear", tuple(spec["slopes"]))
@@ -75,7 +81,7 @@ def _norm(layer: PreparedTable, x: Tensor) -> Tensor:
     spec = layer.spec
     return normalize(
         x, layer.weight, layer.bias, layer.table, spec["kind"] == "layer", spec["offset"], spec["eps"], spec["step"],
-        spec["lookup"] == "linear", _read,
+        spec["lookup"] == "linear", _root,
     )  # fmt: skip
 
 
@@ -84,6 +90,7 @@ def _attention(layer: PreparedTable, scores: Tensor) -> Tensor:
     return layer.round(softmax(scores, layer.table, spec["step"], spec["lookup"] == "linear", _read))
 
 
+OPS = {"table_activation": "table_lookup", "table_norm": "table_inverse_root", "block_attention": "table_lookup"}
 FUNCTIONS: dict[str, Callable[[PreparedTable, Tensor], Tensor]] = {
     "table_activation": _activation,
     "table_norm": _norm,

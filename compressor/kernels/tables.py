@@ -55,13 +55,16 @@ def softmax(scores: Tensor, table: Tensor, step: float, linear: bool, read: Read
     return parts / parts.sum(-1, keepdim=True)
 
 
-def inverse_root(x: Tensor, table: Tensor, step: float, linear: bool, read: Read = look_up) -> Tensor:
+def inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     """1 / sqrt(x) for x (...) float32 > 0, as x = a * 4**s with a in [1, 4): the table holds 1 / sqrt(a) from 1 on."""
     mantissa, power = torch.frexp(x)  # mantissa in [1/2, 1)
     half = torch.div(power - 1, 2, rounding_mode="floor")
     a = torch.ldexp(mantissa, power - 2 * half)
-    root = torch.ldexp(read(a, table, 1.0, step, linear), -half)
+    root = torch.ldexp(look_up(a, table, 1.0, step, linear), -half)
     return torch.where(torch.isfinite(x) & (x > 0), root, torch.rsqrt(x))
+
+
+Root = Callable[[Tensor, Tensor, float, bool], Tensor]  # inverse_root, or another that gives the same
 
 
 def normalize(
@@ -74,7 +77,7 @@ def normalize(
     eps: float,
     step: float,
     linear: bool,
-    read: Read = look_up,
+    root: Root = inverse_root,
 ) -> Tensor:
     """A norm of x (..., width) over its last dimension, in float32, with the table of `inverse_root`.
 
@@ -85,7 +88,7 @@ def normalize(
     if subtracts_mean:
         wide = wide - wide.mean(-1, keepdim=True)
     spread = wide.square().mean(-1, keepdim=True) + eps
-    wide = wide * inverse_root(spread, table, step, linear, read)
+    wide = wide * root(spread, table, step, linear)
     if weight is not None:
         wide = wide * (weight.to(torch.float32) + offset)
     if bias is not None:

@@ -45,4 +45,7 @@ int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64
 // with that slope.
 int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y, int64_t count,
                      int64_t entries, double low, double step, int64_t linear, double left_slope, double right_slope);
+// 1 / sqrt(x) for x = a * 4^s, a in [1, 4), where 1 / sqrt(1 + i * step) is table[i].
+int64_t table_inverse_root(int64_t level, const float* x, const float* table, float* y, int64_t count, int64_t entries, double step,
+                           int64_t linear);
 }

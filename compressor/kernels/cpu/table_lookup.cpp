@@ -1,6 +1,6 @@
 // f(x) from a table of equally spaced values, with the roundings of compressor.kernels.tables.look_up: place = (x - low) / step
 // in float32, clamped to the table; between two entries torch.lerp, whose product and sum are one fma. With slopes, those of
-// `activate`.
+// `activate`. An inverse root reads the root of x's mantissa alone, as inverse_root does.
 #include <algorithm>
 
 #include "common.h"
@@ -104,6 +104,22 @@ TARGET_AVX2 void look_up_avx2(const Table& t, const float* x, float* y, int64_t 
 TARGET_AVX2 void go_on_avx2(const Table& t, const float* x, float* y, int64_t count) { go_on(t, x, y, count); }
 #endif
 
+using Body = void (*)(const Table&, const float*, float*, int64_t);
+Body look_up_at(int64_t level) {
+#ifdef COMPRESSOR_X86
+  if (level > SCALAR) return look_up_avx2;
+#endif
+  (void)level;
+  return look_up_scalar;
+}
+Body go_on_at(int64_t level) {
+#ifdef COMPRESSOR_X86
+  if (level > SCALAR) return go_on_avx2;
+#endif
+  (void)level;
+  return go_on_scalar;
+}
+
 }  // namespace
 
 extern "C" int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y,
@@ -114,20 +130,42 @@ extern "C" int64_t table_lookup(int64_t level, int64_t threads, const void* x, i
   if (count < 0 || entries < 2 || entries > MOST_ENTRIES || !(float(step) > 0)) return BAD_SHAPE;
   const float high = float(low + double(entries - 1) * step);
   const Table t{table, entries, float(low), high, float(step), float(left_slope), float(right_slope), linear != 0};
-  auto f = look_up_scalar, beyond = go_on_scalar;
-#ifdef COMPRESSOR_X86
-  if (level > SCALAR) f = look_up_avx2, beyond = go_on_avx2;
-#endif
+  const Body inside = look_up_at(level), beyond = go_on_at(level);
   parallel(threads, (count + ELEMENTS_A_TASK - 1) / ELEMENTS_A_TASK, [&](int64_t task) {
     const int64_t end = std::min(count, (task + 1) * ELEMENTS_A_TASK);
     float values[PART], results[PART];
     for (int64_t i = task * ELEMENTS_A_TASK; i < end; i += PART) {
       const int64_t here = std::min(PART, end - i);
       const float* wide = as_floats(level, x, x_dtype, i, values, here);
-      f(t, wide, results, here);
+      inside(t, wide, results, here);
       beyond(t, wide, results, here);
       from_float(level, results, y, x_dtype, i, here);
     }
   });
+  return OK;
+}
+
+extern "C" int64_t table_inverse_root(int64_t level, const float* x, const float* table, float* y, int64_t count, int64_t entries,
+                                      double step, int64_t linear) {
+  if (!level_is_there(level)) return BAD_LEVEL;
+  if (count < 0 || entries < 2 || entries > MOST_ENTRIES || !(float(step) > 0)) return BAD_SHAPE;
+  const Table t{table, entries, 1, float(1 + double(entries - 1) * step), float(step), 0, 0, linear != 0};
+  const Body inside = look_up_at(level);
+  float parts[PART], roots[PART];
+  int halves[PART];
+  for (int64_t i = 0; i < count; i += PART) {
+    const int64_t here = std::min(PART, count - i);
+    for (int64_t j = 0; j < here; j++) {
+      int power = 0;
+      const float mantissa = std::frexp(x[i + j], &power);  // of what is no number or infinite, power may be anything
+      halves[j] = std::isfinite(x[i + j]) ? (power - 1) >> 1 : 0;
+      parts[j] = std::isfinite(x[i + j]) ? std::ldexp(mantissa, power - 2 * halves[j]) : 1;
+    }
+    inside(t, parts, roots, here);
+    for (int64_t j = 0; j < here; j++) {
+      const float value = x[i + j];
+      y[i + j] = value > 0 && std::isfinite(value) ? std::ldexp(roots[j], -halves[j]) : 1 / std::sqrt(value);
+    }
+  }
   return OK;
 }
