@@ -16,8 +16,9 @@ from compressor.kernels.cpu import Library, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.ops import DTYPES as CODES
-from compressor.kernels.tables import look_up
+from compressor.kernels.tables import activate, inverse_root, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
+from compressor.tabulate import root_table
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
@@ -117,7 +118,7 @@ def sparse_raw(level, threads, arguments, y):
     kind = CODES[x.dtype]
     return library().functions.linear_dense_sparse(
         level, threads, at(x), kind, at(dense), kind, at(index), at(value), kind, at(bias), 0, at(y), len(x),
-        len(value), *dense.shape, value.shape[2],
+        len(value), *dense.shape, value.shape[2], 0, 0,
     )  # fmt: skip
 
 
@@ -139,35 +140,60 @@ def sparse_exact(arguments):
 
 
 def table_problem(rows, shape, dtype, linear):
-    (entries,) = shape
+    entries, slopes = shape[0], shape[1:] or (0.0, 0.0)
     made = drawn(rows, entries)
     low, step = -4.0, 2.0**-5
     x = torch.randn(rows, 37, generator=made) * entries * step + low
-    if rows:
-        x[0, :5] = torch.tensor([low, low + step / 2, low + 1.5 * step, low + (entries - 1) * step, 1e30])
-    return x.to(dtype), torch.randn(entries, generator=made), low, low + (entries - 1) * step, linear
+    if rows:  # knots and halfway between them, and far out, though finite in float16
+        x[0, :5] = torch.tensor([low, low + step / 2, low + 1.5 * step, low + (entries - 1) * step, 6e4])
+    return x.to(dtype), torch.randn(entries, generator=made), low, low + (entries - 1) * step, linear, *slopes
 
 
 def table_raw(level, threads, arguments, y):
-    x, table, low, high, linear = arguments
+    x, table, low, high, linear, left_slope, right_slope = arguments
     step = (high - low) / (len(table) - 1)
     return library().functions.table_lookup(
-        level, threads, at(x), CODES[x.dtype], at(table), at(y), x.numel(), len(table), low, step, int(linear)
-    )
+        level, threads, at(x), CODES[x.dtype], at(table), at(y), x.numel(), len(table), low, step, int(linear),
+        left_slope, right_slope,
+    )  # fmt: skip
 
 
 def table_exact(arguments):
-    x, table, low, high, linear = arguments
+    x, table, low, high, linear, left_slope, right_slope = arguments
     place = ((x.double() - low) / (high - low) * (len(table) - 1)).clamp(0, len(table) - 1)
     left = place.floor().clamp(max=len(table) - 2).long()
     value = table.double()
+    straight = left_slope * (x.double() - low).clamp(max=0) + right_slope * (x.double() - high).clamp(min=0)
+    beyond = 3 * UNIT * (straight.abs() + table.abs().max().double())  # difference, product and sum are rounded
     if not linear:
-        return value[place.round().long()], torch.zeros_like(place)
+        return value[place.round().long()] + straight, torch.where(straight == 0, 0.0, beyond)
     rise = value[left + 1] - value[left]
     # place has two roundings (x - low is rounded where x is far out; then it is clamped), the weight one more of 1, the
     # rise one, the fma one; a weight that falls to the other side of 1/2 changes nothing but their order
     size = table.abs().max().double()
-    return value[left] + (place - left) * rise, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size
+    return value[left] + (place - left) * rise + straight, (2 * place + 3) * UNIT * 2 * size + 3 * UNIT * size + beyond
+
+
+def root_problem(rows, shape, dtype, linear):
+    (entries,) = shape
+    made = drawn(rows, entries)
+    x = torch.randn(rows, 5, generator=made).abs() * torch.logspace(-12, 12, 5) + 1e-30
+    return x, torch.rand(entries, generator=made), 3 / (entries - 1), linear
+
+
+def root_raw(level, threads, arguments, y):
+    x, table, step, linear = arguments
+    return library().functions.table_inverse_root(
+        level, at(x), at(table), at(y), x.numel(), len(table), step, int(linear)
+    )
+
+
+def root_exact(arguments):
+    x, table, step, linear = arguments
+    power = torch.floor((torch.frexp(x.double())[1] - 1) / 2)
+    a = x.double() / 4.0**power
+    exact, allowed = table_exact((a, table, 1.0, 1 + (len(table) - 1) * step, linear, 0.0, 0.0))
+    return exact * 2.0**-power, allowed * 2.0**-power  # powers of two round nothing
 
 
 FAMILIES = [
@@ -179,9 +205,14 @@ FAMILIES = [
            [(1, 1, 1, 1, 1), (3, 37, 13, 70, 5), (2, 20, 32, 130, 9), (1, 4, 8, 0, 2), (2, 5, 16, 9, 0)], DTYPES,
            sparse_problem, sparse_raw, sparse_exact),
     *[
-        Family("table_lookup", table_lookup, [(2,), (3,), (256,), (1024,)], DTYPES,
+        Family("table_lookup", table_lookup, [(2,), (3, 1.0, 0.0), (256, 0.0, 1.0), (1024, -0.3, 0.7)], DTYPES,
                lambda rows, shape, dtype, linear=linear: table_problem(rows, shape, dtype, linear), table_raw,
                table_exact)
+        for linear in (True, False)
+    ],
+    *[
+        Family("table_inverse_root", table_lookup, [(2,), (33,), (257,)], [torch.float32],
+               lambda rows, shape, dtype, linear=linear: root_problem(rows, shape, dtype, linear), root_raw, root_exact)
         for linear in (True, False)
     ],
 ]  # fmt: skip
@@ -368,8 +399,28 @@ def test_a_table_gives_the_bits_of_the_reference(entries, linear):
         expected = look_up(x, table, low, step, linear)
         for level in HERE:
             y = filled(x)
-            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear), y) == 0
+            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear, 0.0, 0.0), y) == 0
             assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(9), expected.nan_to_num(9))
+        slopes = (-0.3, 0.7)
+        expected = activate(x, table, low, step, linear, slopes)
+        for level in HERE:
+            assert table_raw(level, 2, (x, table, low, low + (entries - 1) * step, linear, *slopes), y) == 0
+            assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y[:-3], expected[:-3])
+            assert y[-2:].tolist() == [torch.inf, torch.inf]
+
+
+@compiled
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("entries", [256, 1024])
+def test_an_inverse_root_gives_the_bits_of_the_reference(entries, linear):
+    table = root_table(entries)
+    odd = torch.tensor([0.0, -0.0, -1.0, 1e-45, 2.0**-126, 1.0, 4.0, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([torch.randn(3001, generator=drawn(entries)).abs() * torch.logspace(-40, 38, 3001), odd])
+    expected = inverse_root(x, table.values, table.step, linear)
+    for level in HERE:
+        y = filled(x)
+        assert root_raw(level, 1, (x, table.values, table.step, linear), y) == 0
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(9), expected.nan_to_num(9))
 
 
 @compiled
@@ -379,12 +430,21 @@ def test_a_stored_layer_multiplies_as_its_operation(values):
     layer = SparseFactorLinear.pack(atoms, value, index.long(), values)
     x = torch.randn(6, 48, generator=drawn(6))
     dense, stored = layer.factors(torch.float32)
-    y = dense_sparse.linear_dense_sparse(x, dense, layer.index().to(torch.uint16), stored, None)
+    index = layer.index().to(torch.uint16)
+    y = dense_sparse.linear_dense_sparse(x, dense, index, stored, None)
     exact, allowed = sparse_exact((x, dense, layer.index(), stored, torch.zeros(50)))
     assert ((y.double() - exact).abs() <= allowed).all()
-    if values != "int8":  # as stored, without a copy in float32
-        stored_as = (layer.weight_atoms, layer.index().to(torch.uint16), layer.weight_values)
-        assert torch.equal(dense_sparse.linear_dense_sparse(x, *stored_as, None), y)
+    # as stored, without a copy in float32
+    scales = (layer.weight_atom_scale, layer.weight_value_scale) if values == "int8" else ()
+    stored_as = (layer.weight_atoms, index, layer.weight_values, None, *scales)
+    for rows in (x, x[:1], x[:0]):
+        assert torch.equal(dense_sparse.linear_dense_sparse(rows, *stored_as), y[: len(rows)])
+    torch.library.opcheck(torch.ops.compressor.linear_dense_sparse.default, (x, *stored_as))
+    if scales:
+        with pytest.raises(ShapeError, match=r"int8 factors with float32 scales"):
+            dense_sparse.linear_dense_sparse(x, *stored_as[:4])
+        with pytest.raises(ShapeError, match=r"value_scale torch.float32 \(49,\)"):
+            dense_sparse.linear_dense_sparse(x, *stored_as[:4], scales[0], scales[1][:49])
 
 
 @compiled
@@ -420,6 +480,10 @@ def test_bad_calls_name_what_they_got():
             table_lookup.table_lookup(x, table, 0.0, 1.0, True)
     with pytest.raises(ShapeError, match="4 entries from 1 to 0"):
         table_lookup.table_lookup(x, torch.zeros(4), 1.0, 0.0, True)
+    with pytest.raises(ShapeError, match=r"table_inverse_root: x torch.float16 .*float32"):
+        table_lookup.table_inverse_root(x.half(), torch.zeros(4), 1.0, True)
+    with pytest.raises(ShapeError, match="4 entries in steps of 0"):
+        table_lookup.table_inverse_root(x, torch.zeros(4), 0.0, True)
     with pytest.raises(KernelError, match="x on meta"):
         hadamard.hadamard(torch.zeros(2, 8, device="meta"), 1.0)
     with pytest.raises(RuntimeError, match="no gradient"):

@@ -73,9 +73,15 @@ MUTANTS = [
         "add_ps(four[0], four[1]), _mm_add_ps(four[2],",
     ),
     ("output beyond the last", "dense_sparse", "std::min(n + i, count - 1)", "n + i"),
-    ("index not checked", "dense_sparse", ">= atoms) return BAD_INDEX", "> 65535) return BAD_INDEX"),
+    ("index not checked", "dense_sparse", "* blocks * k) >= atoms;", "* blocks * k) > 65535;"),
+    ("index of few rows not checked", "dense_sparse", "is_few && is_bad(n + j, here)", "false"),
+    ("scale of another atom", "dense_sparse", "f.dense_scale[at / f.width + i]", "f.dense_scale[at / f.width]"),
+    ("scale of another output", "dense_sparse", "f.value_scale[first + n]", "f.value_scale[n]"),
+    ("z of the block before", "dense_sparse", "z += f.atoms * WIDE;", "z += (f.atoms - 1) * WIDE;"),
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
     ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
+    ("pairs in another order", "table_lookup", "set_m128(two[2], two[0])", "set_m128(two[1], two[0])"),
+    ("slope from the other end", "table_lookup", "end + t.right_slope", "first + t.right_slope"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 

@@ -15,6 +15,7 @@ from compressor.errors import KernelError
 from compressor.kernels import dispatch, explain, ops, prepare
 from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.prepared import PreparedLinear
 from compressor.layers.block_linear import BlockLinear
@@ -160,11 +161,11 @@ def factor_layer(values, dtype=torch.float32):
     return layer
 
 
-@pytest.mark.parametrize("values", ["float16", "bfloat16"])
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "int8"])
 def test_factors_are_multiplied_as_their_stored_form(values):
     model, other = nn.Sequential(factor_layer(values)), factor_layer(values)
-    names = list(model.state_dict())
-    assert prepare(model, strict=True)["0"].op == "linear_dense_sparse" and list(model.state_dict()) == names
+    names = set(model.state_dict())
+    assert prepare(model, strict=True)["0"].op == "linear_dense_sparse" and set(model.state_dict()) == names
     assert "5 of 20 atoms" in explain(model)
     for shape in ((1, 48), (2, 17, 48), (0, 48)):
         x = torch.randn(shape)
@@ -173,16 +174,26 @@ def test_factors_are_multiplied_as_their_stored_form(values):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), model(x))
-    other.weight_values *= 2
+    changed = other.weight_value_scale if values == "int8" else other.weight_values
+    changed *= 2
     model.load_state_dict({f"0.{name}": value for name, value in other.state_dict().items()})
     assert torch.allclose(model(x), other(x), atol=1e-4, rtol=1e-4)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-def test_int8_factors_stay_with_the_reason():
-    model = nn.Sequential(factor_layer("int8"))
-    with pytest.warns(UserWarning, match="its factors are int8"):
-        assert prepare(model)["0"].op is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_factors_have_the_bits_of_their_dequantized_values(dtype):
+    layer = factor_layer("int8", dtype)
+    model = nn.Sequential(layer)
+    prepare(model, strict=True)
+    atoms, values = layer.factors(torch.float32)
+    for rows in (1, 3, 9, 17):
+        x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        expected = linear_dense_sparse(x, atoms, layer.index().to(torch.uint16), values, layer.bias.detach())
+        assert torch.equal(model(x), expected)
+    # codes of 1 byte, indices of 2, scales of 4
+    stored = 3 * 20 * 16 + 70 * 3 * 5 + 2 * 70 * 3 * 5 + 4 * (3 * 20 + 70)
+    assert f"{8 * stored / (70 * 48):.2f} bits a weight" in explain(model)
 
 
 def test_groups_whose_sums_overflow_int32_are_refused():

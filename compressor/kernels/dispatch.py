@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a weight, and why not a better one. Decided once, when a layer is prepared.
+"""Which kernel multiplies by a weight or reads a table, and why not a better one. Decided once, at preparation.
 
 In order: the CUDA library, NVRTC, the CPU library, a torch operation of the same meaning, the reference (dequantize and
 multiply). What comes before the choice was not used for the reason that is kept with it.
@@ -16,9 +16,10 @@ from compressor.kernels.cpu import LEVELS, library
 from compressor.kernels.cuda import devices
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
+from compressor.kernels.table_lookup import MOST_ENTRIES
 
 DYNAMIC_INT8 = "int8"
-TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what multiplies where no kernel of ours does
+TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what computes where no kernel of ours does
 MOST_INT8_INPUTS = 65536  # 255 * 127 * 65536 < 2**31: int32 sums are exact
 
 
@@ -65,13 +66,16 @@ class OutlierWeight:
 class FactorWeight:
     """A weight of few atoms for each block of inputs, of which every output combines k (`layers/sparse_factor_linear`).
 
-    atoms   (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16
-    index   (out, blocks, k) uint16, which atoms
+    atoms        (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16; or int8, times their scales
+    index        (out, blocks, k) uint16, which atoms
+    atom_scale   (blocks, m), value_scale (out,) float32; or None
     """
 
     atoms: Tensor
     values: Tensor
     index: Tensor
+    atom_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 Weight = IntegerWeight | OutlierWeight | FactorWeight
@@ -91,10 +95,10 @@ def device_of(weight: Weight) -> torch.device:
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel   what multiplies, such as "cpu library, avx512vnni"
+    """kernel   what multiplies or looks up, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
     skipped  what was not used, each with the reason
-    layout   of the packed weight; None with op None
+    layout   of the packed weight; None with op None, and of tables
     """
 
     kernel: str
@@ -104,7 +108,7 @@ class Choice:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether no kernel of ours multiplies: torch does, or the reference."""
+        """Whether no kernel of ours computes: torch does, or the reference."""
         return self.kernel in FALLBACKS
 
 
@@ -146,6 +150,25 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     return Choice(REFERENCE, None, tuple(skipped))
 
 
+def choose_table(table: Tensor, op: str) -> Choice:
+    """The best way to read a function from a table (entries,) here; op: the operation that does it."""
+    if devices.is_cuda(table.device):
+        refused = f"{op} has no CUDA kernel in torch yet"
+    else:
+        refused = "tables are on the CPU" if torch.cuda.is_available() else "no CUDA device"
+    skipped = [f"{name} ({refused})" for name in devices.WAYS]
+    found = library()
+    if isinstance(found, str):
+        skipped.append(f"cpu library ({found})")
+    elif table.device.type != "cpu":
+        skipped.append(f"cpu library (tables are on {table.device.type})")
+    elif table.dtype != torch.float32 or not 2 <= len(table) <= MOST_ENTRIES:
+        skipped.append(f"cpu library ({len(table)} entries of {table.dtype}, 2 to {MOST_ENTRIES} of float32 wanted)")
+    else:
+        return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
+    return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
+
+
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:
     """The layout of a torch product of the same meaning, or None; and the reason."""
     if isinstance(weight, str):
@@ -172,6 +195,8 @@ def _op(weight: Weight, activations: str | None) -> str:
 def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> str | None:
     """Why no CUDA kernel takes this weight."""
     if not isinstance(weight, str) and devices.is_cuda(device_of(weight)):
+        if isinstance(weight, FactorWeight) and weight.value_scale is not None:
+            return "int8 factors have no CUDA kernel"
         bits, group_size = (weight.bits, weight.group_size) if isinstance(weight, IntegerWeight) else (8, -1)
         out, columns = shape_of(weight)
         reason = cuda_ops.refusal(_op(weight, activations), out, columns, bits, group_size, inputs)
@@ -186,8 +211,10 @@ def _refusal(weight: Weight, activations: str | None) -> str | None:
     if device_of(weight).type != "cpu":
         return f"weights are on {device_of(weight).type}"
     if isinstance(weight, FactorWeight):
-        kinds = [tensor.dtype for tensor in (weight.atoms, weight.values) if tensor.dtype not in DTYPES]
-        return f"factors are {kinds[0]}, 16- or 32-bit floats are wanted" if kinds else None
+        for kept, scale in ((weight.atoms, weight.atom_scale), (weight.values, weight.value_scale)):
+            if kept.dtype not in (DTYPES if scale is None else (torch.int8,)):
+                return f"factors are {kept.dtype}, floats of 16 or 32 bits or scaled int8 are wanted"
+        return None
     columns = shape_of(weight)[1]
     if isinstance(weight, OutlierWeight):
         return f"{columns} inputs, at most {MOST_INT8_INPUTS}" if columns > MOST_INT8_INPUTS else None

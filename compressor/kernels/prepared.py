@@ -1,6 +1,6 @@
 """Layers that multiply by a kernel, and the walk over a model that puts them in.
 
-    prepare(model)         the linear layers of stored forms multiply by the best kernel there is
+    prepare(model)         the linear layers of stored forms multiply by the best kernel there is, tables are read by it
     explain(model)         which kernel each layer got, and why not a better one
     chosen_kernels(model)  the same as rows of a report
 
@@ -29,8 +29,10 @@ from compressor.kernels.dispatch import (
     OutlierWeight,
     Weight,
     choose,
+    choose_table,
     shape_of,
 )
+from compressor.kernels.prepared_table import OPS, PreparedTable, reads_table
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, adopt
 
@@ -76,6 +78,7 @@ class PreparedLinear(nn.Module):
         more: dict[str, Tensor | None]
         if isinstance(weight, FactorWeight):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
+            more |= {"atom_scale": weight.atom_scale, "value_scale": weight.value_scale}
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
             packed, columns = weight.codes, weight.columns
@@ -107,7 +110,8 @@ class PreparedLinear(nn.Module):
         assert name is not None
         arguments: tuple[Any, ...]
         if name == "linear_dense_sparse":
-            arguments = (self.atoms, self.packed, self.values, self.bias)
+            scales = () if self.value_scale is None else (self.atom_scale, self.value_scale)
+            arguments = (self.atoms, self.packed, self.values, self.bias, *scales)
         elif name == "linear_int8_outlier":
             arguments = (self.packed, self.absmax, self.columns, self.columns_weight, self.bias, self.threshold)
         else:
@@ -150,46 +154,59 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for name, module in list(model.named_modules()):
         stored = adopt(module)
-        if stored is None:
+        if stored is not None:
+            form, weight = stored.form, stored.read(stored.tensors)
+            choice = choose(weight, activations, inputs)
+        elif reads_table(module):
+            form = str(module.form)
+            choice = choose_table(module.table, OPS[form])  # type: ignore[arg-type]
+        else:
             continue
-        weight = stored.read(stored.tensors)
-        choice = choose(weight, activations, inputs)
         choices[name] = choice
         if choice.is_fallback and strict:
             hint = f"Leave strict out to use the {choice.kernel}."
             raise KernelError("; ".join(choice.skipped), where=name, hint=hint)
         if choice.op is None:
-            module.kernel_choice = (stored.form, choice)  # type: ignore[assignment]
+            module.kernel_choice = (form, choice)  # type: ignore[assignment]
             continue
-        assert not isinstance(weight, str)
+        made: nn.Module
+        if stored is None:
+            made = PreparedTable(module, choice)
+        else:
+            assert not isinstance(weight, str)
+            made = PreparedLinear(stored, weight, choice)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, PreparedLinear(stored, weight, choice))
+        setattr(model.get_submodule(owner), leaf, made)
     share_inputs(model, PreparedLinear)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
-        warnings.warn(f"layers multiply by a torch op or the dequantized weight: {reason}", stacklevel=2)
+        warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
     return choices
 
 
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
     """Name, form, choice and module of each layer that `prepare` has looked at."""
     for name, module in model.named_modules():
-        if isinstance(module, PreparedLinear):
+        if isinstance(module, (PreparedLinear, PreparedTable)):
             yield name, module.form, module.choice, module
         elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
             yield name, *found, module
 
 
 def explain(model: nn.Module) -> str:
-    """One line for each layer of a stored form: what multiplies, and beneath it what was not used and why."""
+    """One line for each layer of a stored form: what computes, and beneath it what was not used and why."""
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
-            read = [module.packed, *(() if choice.layout != FACTORS else (module.atoms, module.values))]
-            bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read)
+            read: list[Any] = [module.packed]
+            if choice.layout == FACTORS:
+                read += [module.atoms, module.values, module.atom_scale, module.value_scale]
+            bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read if tensor is not None)
             size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
             shared = module.shared[0] if module.shared else None
             call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   {size}{call}")
+        elif isinstance(module, PreparedTable):
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
         else:
             lines.append(f"{name}   {form}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")

@@ -107,14 +107,13 @@ def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight |
     return IntegerWeight(codes, scale, None, bits, -1 if width >= columns else width)
 
 
-def _factors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorWeight | str:
-    """sparse_factor_linear"""
+def _factors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorWeight:
+    """sparse_factor_linear; its scales are there with int8 alone"""
     atoms, values = tensors["weight_atoms"], tensors["weight_values"]
-    if spec["values"] == "int8":
-        return "its factors are int8, and the kernel takes floats"
     out, blocks, k = values.shape
     index = unpack_index(tensors["weight_index"], out * blocks, spec["atoms"], k).view(out, blocks, k)
-    return FactorWeight(atoms, values, index.to(torch.uint16))
+    scales = tensors.get("weight_atom_scale"), tensors.get("weight_value_scale")
+    return FactorWeight(atoms, values, index.to(torch.uint16), *scales)
 
 
 def _none(form: str, tensors: dict[str, Tensor]) -> str:

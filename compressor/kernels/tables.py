@@ -6,10 +6,13 @@ low + k * step are exact in float32, so that dividing by it finds a knot's numbe
     linear   |error| <= step**2 / 8 * max |f''|
     nearest  |error| <= step / 2 * max |f'|
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone.
+These functions are copied by source into the modelling file of a custom artifact, so they use torch alone. A prepared
+model gives them what reads the table in place of `look_up` (`compressor.kernels.prepared_table`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +28,9 @@ def look_up(x: Tensor, table: Tensor, low: float, step: float, linear: bool) -> 
     return torch.lerp(table[left], table[left + 1], place - left)
 
 
+Read = Callable[[Tensor, Tensor, float, float, bool], Tensor]  # look_up, or another that gives the same
+
+
 def activate(x: Tensor, table: Tensor, low: float, step: float, linear: bool, slopes: tuple[float, float]) -> Tensor:
     """An activation of x (...), in float32; beyond the table it goes on from its ends with these slopes."""
     x = x.to(torch.float32)
@@ -37,7 +43,7 @@ def activate(x: Tensor, table: Tensor, low: float, step: float, linear: bool, sl
     return inside
 
 
-def softmax(scores: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
+def softmax(scores: Tensor, table: Tensor, step: float, linear: bool, read: Read = look_up) -> Tensor:
     """Softmax over the last dimension of scores (...), float32; the table holds exp up to 0.
 
     What lies further than the table below its row's largest score, as all that is masked, gets exactly 0.
@@ -45,7 +51,7 @@ def softmax(scores: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     scores = scores.to(torch.float32)
     below = scores - scores.amax(-1, keepdim=True)
     low = -(len(table) - 1) * step
-    parts = torch.where(below < low, 0.0, look_up(below, table, low, step, linear))
+    parts = torch.where(below < low, 0.0, read(below, table, low, step, linear))
     return parts / parts.sum(-1, keepdim=True)
 
 
@@ -56,3 +62,35 @@ def inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     a = torch.ldexp(mantissa, power - 2 * half)
     root = torch.ldexp(look_up(a, table, 1.0, step, linear), -half)
     return torch.where(torch.isfinite(x) & (x > 0), root, torch.rsqrt(x))
+
+
+Root = Callable[[Tensor, Tensor, float, bool], Tensor]  # inverse_root, or another that gives the same
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    subtracts_mean: bool,
+    offset: float,
+    eps: float,
+    step: float,
+    linear: bool,
+    root: Root = inverse_root,
+) -> Tensor:
+    """A norm of x (..., width) over its last dimension, in float32, with the table of `inverse_root`.
+
+    weight   (width,) or None; the gain is offset + weight. bias (width,) or None
+    returns  (..., width) in the dtype of x
+    """
+    wide = x.to(torch.float32)
+    if subtracts_mean:
+        wide = wide - wide.mean(-1, keepdim=True)
+    spread = wide.square().mean(-1, keepdim=True) + eps
+    wide = wide * root(spread, table, step, linear)
+    if weight is not None:
+        wide = wide * (weight.to(torch.float32) + offset)
+    if bias is not None:
+        wide = wide + bias.to(torch.float32)
+    return wide.to(x.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compressor.kernels.tables import inverse_root
+from compressor.kernels.tables import normalize
 from compressor.layers.base import Layer
 
 
@@ -57,16 +57,10 @@ class TableNorm(Layer):
         return cls(shape[0] if shape else None, **spec, dtype=dtype, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        if self.kind == "layer":
-            wide = wide - wide.mean(-1, keepdim=True)
-        spread = wide.square().mean(-1, keepdim=True) + self.eps
-        wide = wide * inverse_root(spread, self.table, self.step, self.lookup == "linear")
-        if self.weight is not None:
-            wide = wide * (self.weight.to(torch.float32) + self.offset)
-        if self.bias is not None:
-            wide = wide + self.bias.to(torch.float32)
-        return wide.to(x.dtype)
+        return normalize(
+            x, self.weight, self.bias, self.table, self.kind == "layer", self.offset, self.eps, self.step,
+            self.lookup == "linear",
+        )  # fmt: skip
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The gain (width,), as the dense model holds it."""

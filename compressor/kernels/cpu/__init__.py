@@ -16,7 +16,7 @@ from types import ModuleType
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avx512vnni")
-ABI = 3
+ABI = 4
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 

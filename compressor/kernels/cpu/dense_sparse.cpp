@@ -5,6 +5,7 @@
 // the order of b and t. So, before the bias and the rounding to y's type,
 //   |y - exact| <= (ceil(w / 16) + B k + 4) 2^-24 sum |value| |D| |x|     to first order
 #include <algorithm>
+#include <atomic>
 
 #include "common.h"
 #include "ops.h"
@@ -14,9 +15,10 @@ using namespace compressor;
 namespace {
 
 constexpr int LANES = 16;            // of a dot product, and rows of x that meet an entry together
+constexpr int FEW = 8;               // rows that do so in one register, with all blocks of an output at once
+constexpr int TOGETHER = 4;          // outputs of few rows, so that their sums don't wait for each other
 constexpr int ATOMS = 4;             // that read a row of x together
 constexpr int64_t PANELS = 4;        // of LANES rows: the factors are read once for so many
-constexpr int64_t LEAST_ROWS = 4;    // from which a panel that isn't full is faster than row by row
 constexpr int64_t ATOMS_A_TASK = 16;
 
 struct Factors {
@@ -25,6 +27,7 @@ struct Factors {
   const uint16_t* index;
   const void* value;
   int64_t value_dtype, outputs, blocks, atoms, width, k;
+  const float *dense_scale, *value_scale;  // of each atom and of each output, which are then int8; null: there is none
   int64_t padded() const { return (width + LANES - 1) / LANES * LANES; }
 };
 
@@ -126,16 +129,43 @@ TARGET_AVX512 void entries_avx512(int64_t k, const float* z, const uint16_t* con
       sum[n] = _mm512_fmadd_ps(_mm512_loadu_ps(z + int64_t(index[n][t]) * LANES), _mm512_set1_ps(value[n][t]), sum[n]);
   for (int n = 0; n < COUNT; n++) _mm512_storeu_ps(total[n], sum[n]);
 }
-// The same for one row of x: z stays in the first-level cache and one number is read for each entry.
-template <int COUNT>
-TARGET_AVX2 void entries_of_a_row(int64_t k, const float* z, const uint16_t* const* index, const float* const* value,
-                                  float* const* total) {
-  __m128 sum[COUNT];
-  for (int n = 0; n < COUNT; n++) sum[n] = _mm_load_ss(total[n]);
-  for (int64_t t = 0; t < k; t++)
-    for (int n = 0; n < COUNT; n++)
-      sum[n] = _mm_fmadd_ss(_mm_load_ss(z + index[n][t]), _mm_load_ss(value[n] + t), sum[n]);
-  for (int n = 0; n < COUNT; n++) _mm_store_ss(total[n], sum[n]);
+template <class T> void fetch(const T* from, int64_t count, _mm_hint hint) {
+  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) _mm_prefetch((const char*)(from + i), hint);
+}
+template <int WIDE> TARGET_AVX2 ALWAYS_INLINE auto nothing() {
+  if constexpr (WIDE == 1) return _mm_setzero_ps();
+  else return _mm256_setzero_ps();
+}
+// All entries of COUNT outputs that lie one after the other, for WIDE rows of x side by side, 1 or 8. What is read of z is small
+// then, and the entries are read from start to end.
+template <int WIDE, int COUNT>
+TARGET_AVX2 void entries_of_few(const Factors& f, const float* z, const uint16_t* index, const float* value, float* total) {
+  const int64_t apart = f.blocks * f.k, part = COUNT * f.k;
+  const bool in_place = !f.value_scale && f.value_dtype == FLOAT32;
+  const uint16_t* next_index = index + COUNT * apart;
+  const float* next_value = value + COUNT * apart;
+  decltype(nothing<WIDE>()) sum[COUNT];
+  for (auto& v : sum) v = nothing<WIDE>();
+  for (int64_t b = 0; b < f.blocks; b++) {
+    // of the next outputs, a part with each block: these are read at COUNT places in turn, which the processor doesn't foresee
+    fetch(next_index + b * part, part, _MM_HINT_T1);
+    if (in_place) fetch(next_value + b * part, part, _MM_HINT_T1);
+    for (int64_t t = 0; t < f.k; t++)
+      for (int n = 0; n < COUNT; n++) {
+        const float* row = z + int64_t(index[n * apart + t]) * WIDE;
+        const float* v = value + n * apart + t;
+        if constexpr (WIDE == 1) sum[n] = _mm_fmadd_ss(_mm_load_ss(row), _mm_load_ss(v), sum[n]);
+        else sum[n] = _mm256_fmadd_ps(_mm256_loadu_ps(row), _mm256_broadcast_ss(v), sum[n]);
+      }
+    index += f.k, value += f.k, z += f.atoms * WIDE;
+  }
+  for (int n = 0; n < COUNT; n++) {
+    if constexpr (WIDE == 1) _mm_store_ss(total + n * LANES, sum[n]);
+    else _mm256_storeu_ps(total + n * LANES, sum[n]);
+  }
+}
+TARGET_AVX2 void codes_to_float_avx2(const int8_t* codes, float scale, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = float(codes[i]) * scale;
 }
 #endif
 
@@ -153,18 +183,8 @@ void dots_at(int64_t level, const float* x, int64_t stride, int64_t rows, const 
 #endif
   for (int64_t r = 0; r < rows; r++) dots_scalar(x + r * stride, atoms, padded, out + r * ATOMS);
 }
-// Entries that are read after these, of the next block: outputs lie apart, which the processor doesn't foresee.
-void fetch(const Factors& f, const uint16_t* index, const float* value) {
-#ifdef COMPRESSOR_X86
-  for (int64_t t = 0; t < f.k; t += 16) _mm_prefetch((const char*)(value + f.k + t), _MM_HINT_T0);
-  for (int64_t t = 0; t < f.k; t += 32) _mm_prefetch((const char*)(index + f.k + t), _MM_HINT_T0);
-#else
-  (void)f, (void)index, (void)value;
-#endif
-}
-// A block's entries of `count` outputs; index and value begin at their first output's, total (count, LANES).
-void entries_at(int64_t level, const Factors& f, const float* z, int64_t lanes, const uint16_t* index, const float* value,
-                int64_t count, float* total) {
+// A block's entries of `count` outputs, for LANES rows; index and value begin at their first output's, total (count, LANES).
+void entries_at(int64_t level, const Factors& f, const float* z, const uint16_t* index, const float* value, int64_t count, float* total) {
   const int64_t apart = f.blocks * f.k;
 #ifdef COMPRESSOR_X86
   if (level > SCALAR) {
@@ -176,13 +196,13 @@ void entries_at(int64_t level, const Factors& f, const float* z, int64_t lanes, 
       for (int64_t i = 0; i < 8; i++) {
         const int64_t here = std::min(n + i, count - 1);
         indices[i] = index + here * apart, values[i] = value + here * apart;
-        if (lanes > 1 && n + i < count) fetch(f, indices[i], values[i]);
+        if (n + i < count) {  // the next block's: outputs lie apart, which the processor doesn't foresee
+          fetch(indices[i] + f.k, f.k, _MM_HINT_T0);
+          fetch(values[i] + f.k, f.k, _MM_HINT_T0);
+        }
         totals[i] = n + i < count ? total + here * LANES : ignored[i];
       }
-      if (lanes == 1) {
-        entries_of_a_row<4>(f.k, z, indices, values, totals);
-        entries_of_a_row<4>(f.k, z, indices + 4, values + 4, totals + 4);
-      } else if (level == AVX512VNNI) {
+      if (level == AVX512VNNI) {
         entries_avx512<8>(f.k, z, indices, values, totals);
       } else {
         entries_avx2<4>(f.k, z, indices, values, totals);
@@ -192,7 +212,37 @@ void entries_at(int64_t level, const Factors& f, const float* z, int64_t lanes, 
     return;
   }
 #endif
-  for (int64_t n = 0; n < count; n++) entries_scalar(f, z, lanes, index + n * apart, value + n * apart, total + n * LANES);
+  for (int64_t n = 0; n < count; n++) entries_scalar(f, z, LANES, index + n * apart, value + n * apart, total + n * LANES);
+}
+// All entries of `count` outputs, for few rows: lanes is 1 or FEW, total (count, LANES) and 0.
+void entries_of_few_at(int64_t level, const Factors& f, const float* z, int64_t lanes, const uint16_t* index, const float* value,
+                       int64_t count, float* total) {
+  const int64_t apart = f.blocks * f.k;
+#ifdef COMPRESSOR_X86
+  if (level > SCALAR) {
+    auto each = lanes == 1 ? entries_of_few<1, 1> : entries_of_few<FEW, 1>;
+    if (count == TOGETHER) return (lanes == 1 ? entries_of_few<1, TOGETHER> : entries_of_few<FEW, TOGETHER>)(f, z, index, value, total);
+    for (int64_t n = 0; n < count; n++) each(f, z, index + n * apart, value + n * apart, total + n * LANES);
+    return;
+  }
+#endif
+  for (int64_t n = 0; n < count; n++)
+    for (int64_t b = 0; b < f.blocks; b++)
+      entries_scalar(f, z + b * f.atoms * lanes, lanes, index + n * apart + b * f.k, value + n * apart + b * f.k, total + n * LANES);
+}
+void codes_to_float(int64_t level, const int8_t* codes, float scale, float* out, int64_t count) {
+#ifdef COMPRESSOR_X86
+  if (level > SCALAR) return codes_to_float_avx2(codes, scale, out, count);
+#endif
+  for (int64_t i = 0; i < count; i++) out[i] = float(codes[i]) * scale;
+}
+// All values of `count` outputs from the first on: as they are, or in `out`.
+const float* values_of(int64_t level, const Factors& f, int64_t first, int64_t count, float* out) {
+  const int64_t entries = f.blocks * f.k;
+  if (!f.value_scale) return as_floats(level, f.value, f.value_dtype, first * entries, out, count * entries);
+  for (int64_t n = 0; n < count; n++)
+    codes_to_float(level, (const int8_t*)f.value + (first + n) * entries, f.value_scale[first + n], out + n * entries, entries);
+  return out;
 }
 
 // z (panels, blocks * atoms, lanes) of rows of x (rows, blocks, padded), those atoms of a block.
@@ -203,10 +253,14 @@ void multiply_atoms(int64_t level, const Factors& f, const float* x, int64_t row
   for (int64_t a = first; a < end; a += ATOMS) {
     const int64_t here = std::min<int64_t>(ATOMS, end - a), at = (block * f.atoms + a) * f.width;
     const float* atoms = (const float*)f.dense + at;
-    if (f.dense_dtype != FLOAT32 || padded != f.width || here < ATOMS) {
+    if (f.dense_scale || f.dense_dtype != FLOAT32 || padded != f.width || here < ATOMS) {
       float* copy = (float*)scratch(2, size_t(ATOMS * padded) * 4);
       memset(copy, 0, size_t(ATOMS * padded) * 4);
-      for (int64_t i = 0; i < here; i++) to_float(level, f.dense, f.dense_dtype, at + i * f.width, copy + i * padded, f.width);
+      for (int64_t i = 0; i < here; i++) {
+        const int64_t from = at + i * f.width;
+        if (f.dense_scale) codes_to_float(level, (const int8_t*)f.dense + from, f.dense_scale[at / f.width + i], copy + i * padded, f.width);
+        else to_float(level, f.dense, f.dense_dtype, from, copy + i * padded, f.width);
+      }
       atoms = copy;
     }
     for (int64_t r = 0; r < rows; r += 2) {
@@ -225,16 +279,21 @@ void multiply_atoms(int64_t level, const Factors& f, const float* x, int64_t row
 extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const void* dense,
                                        int64_t dense_dtype, const uint16_t* index, const void* value, int64_t value_dtype,
                                        const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t blocks,
-                                       int64_t atoms, int64_t width, int64_t k) {
+                                       int64_t atoms, int64_t width, int64_t k, const float* dense_scale, const float* value_scale) {
   if (!level_is_there(level)) return BAD_LEVEL;
   for (const int64_t dtype : {x_dtype, dense_dtype, value_dtype, bias_dtype})
     if (dtype < FLOAT32 || dtype > FLOAT16) return BAD_DTYPE;
   if (M < 0 || N < 0 || blocks < 1 || atoms < 1 || atoms > 65536 || width < 1 || k < 0) return BAD_SHAPE;
-  if (largest_at(level, index, N * blocks * k) >= atoms) return BAD_INDEX;
-  const Factors f{dense, dense_dtype, index, value, value_dtype, N, blocks, atoms, width, k};
+  const auto is_bad = [&](int64_t first, int64_t count) {
+    return largest_at(level, index + first * blocks * k, count * blocks * k) >= atoms;
+  };
+  const bool is_few = M >= 1 && M <= FEW;  // then each output's entries are read once, and checked right before
+  if (!is_few && is_bad(0, N)) return BAD_INDEX;
+  std::atomic<bool> found_bad{false};
+  const Factors f{dense, dense_dtype, index, value, value_dtype, N, blocks, atoms, width, k, dense_scale, value_scale};
   const int64_t padded = f.padded(), all = blocks * atoms, entries = blocks * k;
   for (int64_t m = 0; m < M;) {
-    const int64_t lanes = M - m >= LEAST_ROWS ? LANES : 1, rows = std::min(M - m, lanes == 1 ? 1 : PANELS * LANES);
+    const int64_t lanes = M - m == 1 ? 1 : M - m <= FEW ? FEW : LANES, rows = std::min(M - m, PANELS * LANES);
     const int64_t panels = (rows + lanes - 1) / lanes;
     float* wide = (float*)scratch(0, size_t(rows * blocks * padded) * 4);
     float* z = (float*)scratch(1, size_t(panels * all * lanes) * 4);
@@ -251,19 +310,24 @@ extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const voi
     });
     parallel(threads, (N + TILE - 1) / TILE, [&](int64_t tile) {
       const int64_t n = tile * TILE, count = std::min<int64_t>(TILE, N - n);
-      float* values = (float*)scratch(3, size_t(count * entries) * 4);
-      const float* wide_values = as_floats(level, value, value_dtype, n * entries, values, count * entries);
+      const int64_t together = lanes < LANES ? TOGETHER : count;
+      float* values = (float*)scratch(3, size_t(together * entries) * 4);
+      const float* wide_values = lanes < LANES ? nullptr : values_of(level, f, n, count, values);
       for (int64_t p = 0; p < panels; p++) {
         float total[TILE * LANES] = {}, out[TILE];
-        // A block's z stays in the first-level cache for all outputs of the tile. That of one row of x is small: then the
-        // entries of a few outputs are read from start to end.
-        const int64_t together = lanes == 1 ? 8 : TILE;
-        for (int64_t j = 0; j < count; j += together)
-          for (int64_t b = 0; b < blocks; b++) {
-            const int64_t at = j * entries + b * k;
-            entries_at(level, f, z + (p * all + b * atoms) * lanes, lanes, index + n * entries + at, wide_values + at,
-                       std::min(together, count - j), total + j * LANES);
+        if (lanes < LANES) {
+          for (int64_t j = 0; j < count; j += together) {
+            const int64_t here = std::min(together, count - j);
+            if (is_few && is_bad(n + j, here)) {
+              found_bad = true;
+              return;
+            }
+            entries_of_few_at(level, f, z, lanes, index + (n + j) * entries, values_of(level, f, n + j, here, values), here, total + j * LANES);
           }
+        } else {  // a block's z stays in the first-level cache for all outputs of the tile
+          for (int64_t b = 0; b < blocks; b++)
+            entries_at(level, f, z + (p * all + b * atoms) * lanes, index + n * entries + b * k, wide_values + b * k, count, total);
+        }
         for (int64_t r = 0; r < std::min(lanes, rows - p * lanes); r++) {
           for (int64_t j = 0; j < count; j++) out[j] = total[j * LANES + r] + (bias ? load_number(bias, bias_dtype, n + j) : 0);
           from_float(level, out, y, x_dtype, (m + p * lanes + r) * N + n, count);
@@ -272,5 +336,5 @@ extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const voi
     });
     m += rows;
   }
-  return OK;
+  return found_bad ? BAD_INDEX : OK;
 }

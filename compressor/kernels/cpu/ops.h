@@ -35,11 +35,17 @@ int64_t int8_matmul(int64_t level, int64_t threads, const int8_t* a, const int8_
 // y = x (H_{n/m} (x) base) * scale, row by row, x and y (M, n); n / m a power of two, base (m, m) of +1 and -1, none for m = 1.
 int64_t hadamard(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* base, void* y, int64_t M, int64_t n,
                  int64_t m, double scale);
-// x (M, blocks * width), dense (blocks, atoms, width), index and value (N, blocks, k): see dense_sparse.cpp.
+// x (M, blocks * width), dense (blocks, atoms, width), index and value (N, blocks, k): see dense_sparse.cpp. With dense_scale
+// (blocks, atoms), or value_scale (N,), that factor is int8 and times its scale; null: it is of its dtype.
 int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const void* dense, int64_t dense_dtype,
                             const uint16_t* index, const void* value, int64_t value_dtype, const void* bias, int64_t bias_dtype,
-                            void* y, int64_t M, int64_t N, int64_t blocks, int64_t atoms, int64_t width, int64_t k);
-// f(low + i * step) for i in [0, entries) is table[i]; between two, a line if linear, else the nearest.
+                            void* y, int64_t M, int64_t N, int64_t blocks, int64_t atoms, int64_t width, int64_t k,
+                            const float* dense_scale, const float* value_scale);
+// f(low + i * step) for i in [0, entries) is table[i]; between two, a line if linear, else the nearest. Beyond an end f goes on
+// with that slope.
 int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y, int64_t count,
-                     int64_t entries, double low, double step, int64_t linear);
+                     int64_t entries, double low, double step, int64_t linear, double left_slope, double right_slope);
+// 1 / sqrt(x) for x = a * 4^s, a in [1, 4), where 1 / sqrt(1 + i * step) is table[i].
+int64_t table_inverse_root(int64_t level, const float* x, const float* table, float* y, int64_t count, int64_t entries, double step,
+                           int64_t linear);
 }
