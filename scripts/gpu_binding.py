@@ -34,16 +34,16 @@ ROWS = (0, 1, 16, 20, 70)
 UNIT, OUTPUT_UNIT = 2.0**-23, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool) -> PackedLinear:
-    """4 bits, random."""
+def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool, bits: int = 4) -> PackedLinear:
+    """A random weight."""
     made = torch.Generator().manual_seed(0)
-    groups = COLUMNS // GROUP
+    groups, half = COLUMNS // GROUP, 2 ** (bits - 1)
     index = torch.randperm(COLUMNS, generator=made) // GROUP if act_order else None
     return PackedLinear.pack(
-        torch.randint(-8, 8, (OUT, COLUMNS), generator=made, dtype=torch.int8),
+        torch.randint(-half, half, (OUT, COLUMNS), generator=made, dtype=torch.int8),
         (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype),
-        None if symmetric else torch.randint(-8, 8, (OUT, groups), generator=made, dtype=torch.int8),
-        bits=4, group_size=GROUP, symmetric=symmetric, index=index,
+        None if symmetric else torch.randint(-half, half, (OUT, groups), generator=made, dtype=torch.int8),
+        bits=bits, group_size=GROUP, symmetric=symmetric, index=index,
         bias=torch.randn(OUT, generator=made).to(dtype) if bias else None,
     )  # fmt: skip
 
@@ -62,12 +62,16 @@ def product(model: nn.Module, x: Tensor, device: torch.device, exact: Tensor, si
 
 def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     """Prepared layers, strict, against float64."""
-    for dtype, symmetric, act_order in itertools.product(OUTPUT_UNIT, (True, False), (True, False)):
+    cases = [
+        *itertools.product(OUTPUT_UNIT, (4,), (True, False), (True, False)),
+        *itertools.product(OUTPUT_UNIT, (2, 3, 8), (False,), (True,)),
+    ]
+    for dtype, bits, symmetric, act_order in cases:
         made = torch.Generator().manual_seed(1)
         # rows of the identity give the weight, exact in float32; on the CPU by torch alone
-        plain = layer(dtype, symmetric, act_order, bias=False).float()
+        plain = layer(dtype, symmetric, act_order, bias=False, bits=bits).float()
         weight = plain(torch.eye(COLUMNS)).t().double()
-        stored = layer(dtype, symmetric, act_order, bias=True)
+        stored = layer(dtype, symmetric, act_order, bias=True, bits=bits)
         added = stored.bias.detach().double()
         model = nn.Sequential(stored).to(device)
         prepared = prepare(model, strict=True)
@@ -76,7 +80,7 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             exact, size = x.double() @ weight.t() + added, x.double().abs() @ weight.abs().t() + added.abs()
             kind = ("symmetric" if symmetric else "zero points") + (", act-order" if act_order else "")
             yield (
-                f"{prepared['0'].kernel}, {dtype}, {kind}, {rows} rows",
+                f"{prepared['0'].kernel}, {bits} bits, {dtype}, {kind}, {rows} rows",
                 partial(product, model, x, device, exact, size),
             )
 

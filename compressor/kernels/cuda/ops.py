@@ -143,7 +143,7 @@ def linear_weight_only(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """y = x W^T + bias, W 4-bit in layout "mma1".
+    """y = x W^T + bias, W of 2, 3, 4 or 8 bits in layout "mma1".
 
     x            (..., in) float16 or bfloat16, in a multiple of 8
     packed       uint8, of ops.pack_weight
@@ -169,7 +169,7 @@ def linear_weight_only(
             devices.stream_of(x.device),
         )  # fmt: skip
     if code:
-        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}"
+        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, {bits} bits, groups of {group_size}"
         raise _error(code, kernels, what)
     return y
 

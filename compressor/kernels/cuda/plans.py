@@ -31,7 +31,7 @@ class Launch:
     argument: ctypes.Structure
 
 
-BITS = 4  # of layout "mma1" in torch; NVRTC compiles no kernel for others
+BITS = (2, 3, 4, 8)  # of w_a16.cu
 
 # the kernels of each source that are ever launched
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -39,8 +39,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
         f"w_a16::{kernel}"
         for kind in (FLOAT16, BFLOAT16)
         for kernel in (
-            *(f"decode<{BITS}, {kind}, {halves}>" for halves in (1, 2)),
-            *(f"tiled<{BITS}, {kind}, {rows}>" for rows in (32, 64)),
+            *(f"decode<{bits}, {kind}, {halves}>" for bits in BITS for halves in (1, 2)),
+            *(f"tiled<{bits}, {kind}, {rows}>" for bits in BITS for rows in (32, 64)),
             f"add_slices<{kind}>",
         )
     ),
@@ -138,8 +138,8 @@ def w_a16(
     x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
     m: int, n: int, k: int, bits: int, group_size: int, x_type: int, scale_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1, and for other bits than BITS."""
-    if bits != BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
+    """None where the launcher returns -1."""
+    if bits not in BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
         return None
     if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
         return None

@@ -10,7 +10,9 @@ from compressor.kernels.cuda.interface import DTYPES, Kernels
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 OUT, GROUP = 70, 128
 # rows, columns: tails of both, a short last group; 1096 columns are two slices up to 64 rows
-SHAPES = {"decode": (5, 1096), "tiled": (20, 1096), "tiled, K in one piece": (66, 200)}
+# by bits; the others differ from 4 in how a piece of a tile is decoded alone
+SHAPES = {4: {"decode": (5, 1096), "tiled": (20, 1096), "tiled, K in one piece": (66, 200)}}
+SHAPES |= {bits: {"decode": (5, 200), "tiled": (20, 200)} for bits in (2, 3, 8)}
 # bits, rows, columns, group: each kernel of w_a8.cu with narrow groups or wide ones, a short last group
 INT8_SHAPES = {
     "decode": ((4, 5, 200, 128), (8, 13, 328, -1)),
@@ -22,10 +24,11 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
     """ "kernel, dtype" -> "ok", or what was wrong"""
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
-        for name, shape in SHAPES.items():
-            found[f"w4_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, *shape)
-    for number, (name, shapes) in enumerate(INT8_SHAPES.items()):
-        for bits, rows, columns, group in shapes:
+        for bits, shapes in SHAPES.items():
+            for name, shape in shapes.items():
+                found[f"w{bits}_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, bits, *shape)
+    for number, (name, int8_shapes) in enumerate(INT8_SHAPES.items()):
+        for bits, rows, columns, group in int8_shapes:
             dtype = list(DTYPES)[(rows + number) % 3]
             outcome = int8_product(kernels, device, stream, dtype, bits, rows, columns, group)
             found[f"w{bits}_a8 {name}, {rows} rows, {dtype}"] = outcome
@@ -51,11 +54,13 @@ def _judge(y: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, operations:
     return f"{int((~(off <= allowed)).sum())} of {off.numel()} outputs are wrong, by up to {float(off.max()):.3g}"
 
 
-def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int, columns: int) -> str:
+def _product(
+    kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, bits: int, rows: int, columns: int
+) -> str:
     made = torch.Generator().manual_seed(rows)
     groups = mma1.groups_of(columns, GROUP)
-    codes = torch.randint(0, 16, (OUT, columns), generator=made, dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (OUT, groups), generator=made, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (OUT, columns), generator=made, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (OUT, groups), generator=made, dtype=torch.uint8)
     scale = (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype)
     x, bias = (torch.randn(shape, generator=made).to(dtype) for shape in ((rows, columns), (OUT,)))
     index = torch.arange(columns) // GROUP
@@ -63,8 +68,8 @@ def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.d
     exact = x.double() @ weight.t() + bias.double()
     size = x.double().abs() @ weight.abs().t() + bias.double().abs()
 
-    packed = mma1.pack(codes, scale, zeros, mma1.BITS, GROUP).to(device)
-    sections = mma1.sections(packed.numel(), OUT, columns, GROUP)
+    packed = mma1.pack(codes, scale, zeros, bits, GROUP).to(device)
+    sections = mma1.sections(packed.numel(), OUT, columns, GROUP, bits)
     assert sections is not None and sections.zero_at is not None
     x, bias = x.to(device), bias.to(device)
     y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
@@ -73,7 +78,7 @@ def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.d
     at = packed.data_ptr()
     code = kernels.functions["compressor_w_a16"](
         x.data_ptr(), at, at + sections.scale_at, at + sections.zero_at, bias.data_ptr(), y.data_ptr(),
-        workspace.data_ptr(), needed, rows, OUT, columns, mma1.BITS, GROUP, DTYPES[dtype], sections.scale_type, stream,
+        workspace.data_ptr(), needed, rows, OUT, columns, bits, GROUP, DTYPES[dtype], sections.scale_type, stream,
     )  # fmt: skip
     if code:
         return f"error {code}: {kernels.error_text(code)}"
