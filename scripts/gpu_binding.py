@@ -27,6 +27,7 @@ from compressor.kernels import ops, prepare  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
+from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
 
 OUT, COLUMNS, GROUP = 70, 1088, 64  # a tail, two slices of K
 ROWS = (0, 1, 16, 20, 70)
@@ -103,6 +104,31 @@ def rounded_products(device: torch.device) -> Iterator[tuple[str, Callable[[], s
             yield name, partial(product, model, x, device, exact, size)
 
 
+def factors(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Prepared layers of sparse combinations of atoms, strict, against float64."""
+    blocks, atoms, width, k = COLUMNS // 136, 70, 136, 6
+    for dtype in OUTPUT_UNIT:
+        made = torch.Generator().manual_seed(3)
+        index = torch.rand(OUT, blocks, atoms, generator=made).argsort(2)[..., :k].sort(2).values
+        dense, values = torch.randn(blocks, atoms, width, generator=made), torch.randn(OUT, blocks, k, generator=made)
+        layer = SparseFactorLinear.pack(dense, values, index, str(dtype).removeprefix("torch."))
+        layer.dtype, layer.bias = dtype, nn.Parameter(torch.randn(OUT, generator=made).to(dtype), requires_grad=False)
+        added = layer.bias.detach().double()
+        dense, values = layer.weight_atoms.double(), layer.weight_values.double()
+        spread = torch.zeros(OUT, blocks, atoms, dtype=torch.float64).scatter_(2, index, values)
+        weight, largest = (
+            torch.einsum("oba,baw->obw", *pair).flatten(1) for pair in ((spread, dense), (spread.abs(), dense.abs()))
+        )
+        model = nn.Sequential(layer).to(device)
+        prepared = prepare(model, strict=True)
+        for rows in ROWS:
+            x = torch.randn(rows, COLUMNS, generator=made).to(dtype)
+            exact, size = x.double() @ weight.t() + added, x.double().abs() @ largest.t() + added.abs()
+            name = f"{prepared['0'].kernel}, {dtype}, sparse factors, {rows} rows"
+            # fewer additions than COLUMNS: 192 inside the mma, one for each of 48 values and 8 parts
+            yield name, partial(product, model, x, device, exact, size)
+
+
 def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     """What only a real device shows: torch's own checks, another stream, a CUDA graph."""
     model = nn.Sequential(layer(torch.float16, False, True, bias=True)).to(device)
@@ -166,6 +192,7 @@ def checks(device: torch.device) -> list[dict[str, str]]:
         products(device),
         transforms(device),
         rounded_products(device),
+        factors(device),
         *([of_torch(device)] if device.type == "cuda" else []),
     ]
     for name, case in itertools.chain(*parts):

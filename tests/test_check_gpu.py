@@ -40,7 +40,7 @@ def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch)
     kernels = cuda_on_cpu.emulated_kernels(emulated)
     cuda_on_cpu.use(monkeypatch, kernels)
     found = gpu_binding.result(torch.device("cpu"), "cuda library")
-    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6) * 3 + 4 + 2 * 3
+    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6) * 3 + 4 + 2 * 3 + 2 * 3
     assert not any(check["problem"] for check in found["checks"])
     assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
 
@@ -55,13 +55,17 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     def without_zero_points(*arguments):
         return kernels.functions["compressor_w_a8"](*arguments[:5], 0, *arguments[6:])
 
+    def without_factor_bias(*arguments):
+        return kernels.functions["compressor_dense_sparse"](*arguments[:5], 0, *arguments[6:])
+
     broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     broken["compressor_w_a8"] = without_zero_points
+    broken["compressor_dense_sparse"] = without_factor_bias
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
     found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
     transforms = [check["problem"] for check in found if check["case"].startswith("hadamard")]
     products = [check["problem"] for check in found if not check["case"].startswith("hadamard")]
-    assert len(products) == 14 + 2 and all("outputs are wrong" in problem for problem in products)
+    assert len(products) == 14 + 2 + 2 and all("outputs are wrong" in problem for problem in products)
     assert len(transforms) == 4 and all(problem.startswith("KernelError: hadamard") for problem in transforms)
 
 

@@ -27,13 +27,6 @@ needs_cpu_library = pytest.mark.skipif(isinstance(cpu_library(), str), reason="t
 SHAPES = [(1, 64, 64, 64), (7, 70, 200, 64), (16, 8, 328, 192), (20, 66, 328, -1), (33, 130, 72, 64), (0, 8, 64, 64)]
 
 
-@pytest.fixture
-def kernels(emulated, monkeypatch):
-    found = cuda_on_cpu.emulated_kernels(emulated)
-    cuda_on_cpu.use(monkeypatch, found)
-    return found
-
-
 @dataclasses.dataclass
 class Problem:
     x: torch.Tensor

@@ -169,6 +169,26 @@ def test_a_plan_of_llm_int8_is_what_the_launcher_launches(launched):
     assert set(names.values()) == set(plans.KERNELS["int8_outlier"])
 
 
+FACTOR_SIZES = list(  # M, N; B; m, w, k: all edges of the choice
+    itertools.product(
+        (1, 2, 8, 9, 64, 65, 300), (1, 32, 33, 257, 4096), (1, 3), ((5, 8, 1), (130, 40, 21), (513, 264, 2))
+    )
+)
+
+
+@needs_compiler
+def test_a_plan_of_a_product_of_factors_is_what_the_launcher_launches(launched):
+    names = {}
+    for number, (m, n, blocks, factors) in enumerate(FACTOR_SIZES):
+        shape = (m, n, blocks, *factors)
+        needed = plans.dense_sparse_workspace_bytes(*shape)
+        steps, bias = (SCALE, ZERO) if number % 3 else (0, 0), BIAS if number % 7 else 0
+        arguments = (X, PACKED, steps[0], PACKED, steps[1], bias, Y, WORK, needed, *shape, number % 2)
+        code, found = launched("compressor_dense_sparse", *arguments)
+        assert code == 0 and compare(plans.dense_sparse(*arguments), found, names) == 2
+    assert set(names.values()) == set(plans.KERNELS["dense_sparse"])
+
+
 def compare(planned, found, names):
     """How many launches; a symbol's name is found out once."""
     if new := [symbol for symbol, *_ in found if symbol not in names]:
@@ -189,6 +209,11 @@ def test_the_workspace_of_a_plan_is_the_launchers(emulated):
     shapes = [*itertools.product((-1, 0, 1, 2, 64, 65, 2049, 1 << 20), (-1, 0, 64, 65535 * 64 + 1), (0, 8, 16, 80))]
     shapes += [(70, 70, 65536), (70, 70, 65552), (1 << 20, 65535 * 64, 65536)]
     assert all(plans.int8_outlier_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
+    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_dense_sparse_workspace_bytes"]
+    shapes = [(m, n, blocks, *factors) for m, n, blocks, factors in FACTOR_SIZES]
+    shapes += [tuple((GOOD_FACTORS | change)[name] for name in FACTOR_SHAPE) for change in REFUSED_FACTORS]
+    shapes += [(0, 8, 2, 9, 8, 1), (8, 0, 2, 9, 8, 1), (1 << 30, 65535 * 32, 65535, 4096, 8, 1)]
+    assert all(plans.dense_sparse_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
 
 
 GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
@@ -278,6 +303,27 @@ def test_a_plan_of_llm_int8_refuses_what_the_launcher_refuses(launched, changes)
     assert plans.int8_outlier(*arguments) is None
 
 
+FACTOR_SHAPE = ("rows", "n", "blocks", "m", "w", "k")
+GOOD_FACTORS = dict(x=X, atoms=PACKED, atom_step=0, entries=PACKED, step=0, bias=0, y=Y, workspace=WORK)
+GOOD_FACTORS |= dict(workspace_bytes=1 << 30, rows=3, n=64, blocks=4, m=20, w=16, k=5, kind=0)
+REFUSED_FACTORS = [
+    dict(rows=-1), dict(rows=(1 << 30) + 1), dict(n=-8), dict(n=65535 * 32 + 1), dict(blocks=0), dict(blocks=65536),
+    dict(m=0), dict(m=4097), dict(k=0), dict(k=21), dict(w=0), dict(w=12), dict(w=1 << 29), dict(blocks=65535, w=16392),
+]  # fmt: skip
+REFUSED_OPERANDS = [
+    dict(kind=2), dict(kind=-1), dict(x=0), dict(x=X + 8), dict(atoms=0), dict(atoms=PACKED + 2), dict(entries=0),
+    dict(y=0), dict(workspace=0), dict(workspace=WORK + 8), dict(workspace_bytes=100),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [*REFUSED_FACTORS, *REFUSED_OPERANDS], ids=str)
+def test_a_plan_of_factors_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_FACTORS | changes).values()
+    assert launched("compressor_dense_sparse", *arguments) == (BAD_CALL, [])
+    assert plans.dense_sparse(*arguments) is None
+
+
 @needs_compiler
 def test_an_empty_call_launches_nothing_either_way(launched):
     empty = (GOOD | dict(m=0, x=0, y=0)).values()
@@ -290,6 +336,9 @@ def test_an_empty_call_launches_nothing_either_way(launched):
     for nothing in (dict(m=0, x=0), dict(n=0, packed=0)):
         nothing = (GOOD_INT8 | nothing).values()
         assert launched("compressor_w_a8", *nothing) == (0, []) and plans.w_a8(*nothing) == []
+    for nothing in (dict(rows=0, x=0), dict(n=0, entries=0)):
+        nothing = (GOOD_FACTORS | nothing).values()
+        assert launched("compressor_dense_sparse", *nothing) == (0, []) and plans.dense_sparse(*nothing) == []
     assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
 
 

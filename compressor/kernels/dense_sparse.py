@@ -26,7 +26,8 @@ def linear_dense_sparse(x: Tensor, dense: Tensor, index: Tensor, value: Tensor, 
 
     x        (..., blocks · width) float32, bfloat16 or float16
     dense    (blocks, atoms, width), D, and value (out, blocks, k): each of these dtypes; atoms at most 65,536
-    index    (out, blocks, k) uint16, the atom of each value
+    index    (out, blocks, k) uint16, the atom of each value; on CUDA what `cuda.ds1.pack` makes of index and value, and
+             all of one 16-bit type
     bias     (out,) of these dtypes, added in float32
     returns  (..., out) in the dtype of x
     raises   ShapeError for other shapes or dtypes, or an index that names no atom

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
+from compressor.kernels.cuda import ds1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.dispatch import (
@@ -50,7 +51,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
 class PreparedLinear(nn.Module):
     """A linear layer of a stored form that multiplies by a kernel.
 
-    packed  what the kernel reads of the weight: codes in its layout, or the index of factors
+    packed  what the kernel reads of the weight: codes in its layout, or the index of factors (on CUDA with the values)
     words   the format, for people
 
     Not for training: the product has no gradient.
@@ -76,6 +77,8 @@ class PreparedLinear(nn.Module):
         more: dict[str, Tensor | None]
         if isinstance(weight, FactorWeight):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
+            if self.choice.layout == ds1.LAYOUT:
+                packed = ds1.pack(weight.index, weight.values, weight.atoms.shape[1])
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
             packed, columns = weight.codes, weight.columns
@@ -184,7 +187,9 @@ def explain(model: nn.Module) -> str:
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
-            read = [module.packed, *(() if choice.layout != FACTORS else (module.atoms, module.values))]
+            read: list[Any] = [module.packed]
+            if choice.op == "linear_dense_sparse":
+                read += [module.atoms, *((module.values,) if choice.layout == FACTORS else ())]
             bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read)
             size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
             shared = module.shared[0] if module.shared else None

@@ -8,6 +8,7 @@
     devices     which of them a device has, or why not
     mma1        the packed layout of weights that inputs are multiplied with as they are
     mma8a1      that of weights for inputs rounded to int8
+    ds1         that of sparse factors
     ops         torch operations over the launchers
     selftest    small products on a device, held to float64
 

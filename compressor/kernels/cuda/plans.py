@@ -53,6 +53,14 @@ KERNELS: dict[str, tuple[str, ...]] = {
         if (bits, rows) != (8, 128)
     ),
     "int8_outlier": tuple(f"int8_outlier::{kernel}" for kernel in ("one_row", "flag_columns", "round_rows", "product")),
+    "dense_sparse": tuple(
+        f"dense_sparse::{kernel}"
+        for kind in (FLOAT16, BFLOAT16)
+        for kernel in (
+            *(f"responses<{kind}, {halves}>" for halves in (1, 4)),
+            *(f"combine<{kind}, {rows}, {split}>" for rows in (1, 8) for split in (1, 8)),
+        )
+    ),
     # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
     "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
 }
@@ -96,6 +104,15 @@ class Int8OutlierArguments(ctypes.Structure):
         ("column_count", c_int),
         ("threshold", c_float),
         ("type", c_int),
+    )
+
+
+class DenseSparseArguments(ctypes.Structure):
+    """dense_sparse.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "atoms", "atom_step", "entries", "step", "bias", "y", "z")),
+        *((name, c_int) for name in ("M", "N", "B", "m", "w", "k", "rows", "padded")),
     )
 
 
@@ -283,6 +300,55 @@ def int8_outlier(
     ]
 
 
+def _factors_fit(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> bool:
+    """dense_sparse.cu: shape_is_right"""
+    if rows < 0 or rows > 1 << 30 or n < 0 or n > 65535 * 32 or not 1 <= blocks <= 65535 or not 1 <= k <= m <= 4096:
+        return False
+    return w >= 8 and w % 8 == 0 and blocks * w <= 1 << 30 and blocks * k <= 1 << 30
+
+
+def _rows_of_responses(rows: int, m: int) -> int:
+    """dense_sparse.cu: rows_of"""
+    return 1 if rows == 1 or _ceil(m, 4) * 4 * 8 > 4096 else 8
+
+
+def dense_sparse_workspace_bytes(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> int:
+    if not _factors_fit(rows, n, blocks, m, w, k):
+        return -1
+    if rows == 0 or n == 0:
+        return 0
+    at_once = _rows_of_responses(rows, m)
+    return 4 * _ceil(rows, at_once) * at_once * blocks * _ceil(m, 4) * 4
+
+
+def dense_sparse(
+    x: int, atoms: int, atom_step: int, entries: int, step: int, bias: int, y: int, workspace: int,
+    workspace_bytes: int, rows: int, n: int, blocks: int, m: int, w: int, k: int, kind: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    needed = dense_sparse_workspace_bytes(rows, n, blocks, m, w, k)
+    if needed < 0 or kind not in (FLOAT16, BFLOAT16):
+        return None
+    if rows == 0 or n == 0:
+        return []
+    if not (x and atoms and entries and y and workspace) or x % 16 or atoms % 16 or workspace % 16:
+        return None
+    if workspace_bytes < needed:
+        return None
+    at_once = _rows_of_responses(rows, m)
+    argument = DenseSparseArguments(
+        x, atoms, atom_step, entries, step, bias, y, workspace, rows, n, blocks, m, w, k, at_once, _ceil(m, 4) * 4
+    )
+    halves, split = 1 if rows <= 8 else 4, 8 if rows <= 64 else 1
+    across = (1 if rows <= 8 else _ceil(rows, 32), _ceil(m, 64), blocks)
+    outputs = _ceil(n, 32) if split == 8 else _ceil(_ceil(n, 32), 8)
+    combine = f"dense_sparse::combine<{kind}, {at_once}, {split}>"
+    return [
+        Launch("dense_sparse", f"dense_sparse::responses<{kind}, {halves}>", across, 128, argument),
+        Launch("dense_sparse", combine, (_ceil(rows, at_once), outputs, 1), 256, argument),
+    ]
+
+
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
     """None where the launcher returns -1, and for n that are no power of two."""
     if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
@@ -306,9 +372,11 @@ PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_quantize_rows": quantize_rows,
     "compressor_w_a8": w_a8,
     "compressor_int8_outlier": int8_outlier,
+    "compressor_dense_sparse": dense_sparse,
     "compressor_hadamard": hadamard,
 }
 SIZES: dict[str, Callable[..., int]] = {
     "compressor_w_a16_workspace_bytes": w_a16_workspace_bytes,
     "compressor_int8_outlier_workspace_bytes": int8_outlier_workspace_bytes,
+    "compressor_dense_sparse_workspace_bytes": dense_sparse_workspace_bytes,
 }

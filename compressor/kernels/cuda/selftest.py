@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
-from compressor.kernels.cuda import mma1, mma8a1
+from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -38,6 +40,8 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
             found[f"int8_outlier {kind}, {rows} rows, {dtype}"] = outlier_product(
                 kernels, device, stream, dtype, rows, calibrated
             )
+    for rows, dtype in itertools.product((1, 20, 66), ds1.DTYPES):
+        found[f"dense_sparse, {rows} rows, {dtype}"] = factor_product(kernels, device, stream, dtype, rows)
     for dtype in DTYPES:
         found[f"hadamard, {dtype}"] = _hadamard(kernels, device, stream, dtype)
     return found
@@ -180,6 +184,36 @@ def outlier_product(
     # the sum to float32, absmax / 127 and its product, that with the step; a product and a sum for each of three
     # columns; the bias
     return _judge(y, exact, size, 4 + 6 + 1)
+
+
+def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int) -> str:
+    """Three blocks of 72 inputs and 66 atoms, of which each output combines five."""
+    made = torch.Generator().manual_seed(rows)
+    blocks, atoms, width, k = 3, 66, 72, 5
+    x, dense, values, bias = (
+        torch.randn(shape, generator=made).to(dtype)
+        for shape in ((rows, blocks * width), (blocks, atoms, width), (OUT, blocks, k), (OUT,))
+    )
+    index = torch.rand(OUT, blocks, atoms, generator=made).argsort(2)[..., :k]
+    spread = torch.zeros(OUT, blocks, atoms, dtype=torch.float64).scatter_(2, index, values.double())
+    parts = x.double().view(rows, blocks, width)
+    exact = torch.einsum("rbw,baw,oba->ro", parts, dense.double(), spread) + bias.double()
+    size = torch.einsum("rbw,baw,oba->ro", parts.abs(), dense.double().abs(), spread.abs()) + bias.double().abs()
+
+    entries = ds1.pack(index.to(torch.uint16), values, atoms).to(device)
+    x, dense, bias = x.to(device), dense.to(device), bias.to(device)
+    y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
+    shape = (rows, OUT, blocks, atoms, width, k)
+    needed = kernels.functions["compressor_dense_sparse_workspace_bytes"](*shape)
+    workspace = torch.full((needed // 4,), torch.nan, device=device)
+    code = kernels.functions["compressor_dense_sparse"](
+        x.data_ptr(), dense.data_ptr(), 0, entries.data_ptr(), 0, bias.data_ptr(), y.data_ptr(), workspace.data_ptr(),
+        needed, *shape, DTYPES[dtype], stream,
+    )  # fmt: skip
+    if code:
+        return f"error {code}: {kernels.error_text(code)}"
+    # the mma's additions over whole tiles of 64; one for each value, seven of eight parts; step and bias
+    return _judge(y, exact, size, -(-width // 64) * 64 + blocks * k + 7 + 2)
 
 
 def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype) -> str:
