@@ -28,9 +28,11 @@ from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
 from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
+from cuda_ext.cases import hadamard  # noqa: E402
 
 OUT, COLUMNS, GROUP = 70, 1088, 64  # a tail, two slices of K
 ROWS = (0, 1, 16, 20, 70)
+HADAMARD_SIZES = (8, 256, 4096, 32768, 96, 5120, 14336, 36864)
 # twice 2^-24: tensor cores may cut off (see check_gpu.py); one rounding of y
 UNIT, OUTPUT_UNIT = 2.0**-23, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -172,16 +174,19 @@ def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Twice the same transform with scale 1 / sqrt(n) is the identity."""
+    """Hadamard transforms of float32 against float64."""
 
     def case(n: int) -> str:
-        x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(device)
-        again = cuda_ops.hadamard(cuda_ops.hadamard(x, n**-0.5), n**-0.5)
-        # 2 log2(n) additions, each off by 2^-24 of the row's 1-norm / sqrt(n), which is at most its 2-norm
-        allowed = 2 * (n.bit_length() + 1) * 2.0**-24 * x.norm(dim=1, keepdim=True) * 2
-        return "" if bool(((again - x).abs() <= allowed).all()) else "twice isn't the identity"
+        x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+        y = cuda_ops.hadamard(x.to(device), 2.0**-6).cpu().double()
+        exact = torch.from_numpy(hadamard.hadamard_product(x.double().numpy())) * 2.0**-6
+        m = hadamard.factor(n)
+        # m + log2(n / m) additions, the rounding of y; the scale is exact
+        allowed = (m + (n // m).bit_length() + 1) * 2.0**-24 * x.double().abs().sum(1, keepdim=True) * 2.0**-6
+        wrong = int((~((y - exact).abs() <= allowed)).sum())  # NaN is never right
+        return f"{wrong} of {y.numel()} outputs are wrong" if wrong else ""
 
-    for n in (8, 256, 4096, 32768):
+    for n in HADAMARD_SIZES:
         yield f"hadamard, {n}", partial(case, n)
 
 

@@ -40,7 +40,7 @@ def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch)
     kernels = cuda_on_cpu.emulated_kernels(emulated)
     cuda_on_cpu.use(monkeypatch, kernels)
     found = gpu_binding.result(torch.device("cpu"), "cuda library")
-    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6) * 3 + 4 + 2 * 3 + 2 * 3
+    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6 + 2 + 2) * 3 + 8
     assert not any(check["problem"] for check in found["checks"])
     assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
 
@@ -66,7 +66,7 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     transforms = [check["problem"] for check in found if check["case"].startswith("hadamard")]
     products = [check["problem"] for check in found if not check["case"].startswith("hadamard")]
     assert len(products) == 14 + 2 + 2 and all("outputs are wrong" in problem for problem in products)
-    assert len(transforms) == 4 and all(problem.startswith("KernelError: hadamard") for problem in transforms)
+    assert len(transforms) == 8 and all(problem.startswith("KernelError: hadamard") for problem in transforms)
 
 
 def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch, tmp_path):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
+from compressor.kernels.checks import check_cuda_call
 from compressor.kernels.cuda import devices, ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
+from compressor.kernels.cuda.plans import hadamard_factor
 from compressor.kernels.registry import register_cuda
 
 # op -> the layout of its weights, the types of its inputs
@@ -35,7 +37,6 @@ INPUTS = {
 MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
 MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
 MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
-HADAMARD_SIZES = tuple(2**power for power in range(3, 16))
 
 
 def refusal(
@@ -65,19 +66,6 @@ def _named(op: str) -> str:
     """The types of its inputs, for people."""
     *others, last = (str(dtype).removeprefix("torch.") for dtype in INPUTS[op])
     return f"{', '.join(others)} or {last}"
-
-
-def _check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
-    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: kernels read addresses"""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
-    device = x.device
-    if not devices.is_cuda(device) or any(tensor is not None and tensor.device != device for tensor in others):
-        places = {tensor.device for tensor in (x, *others) if tensor is not None}
-        raise KernelError(
-            f"{name}: x and weight on {', '.join(sorted(map(str, places)))}",
-            hint="All have to be on one CUDA device; a model that was moved is prepared anew.",
-        )
 
 
 def _error(code: int, kernels: Kernels, what: str) -> ShapeError | KernelError:
@@ -118,7 +106,7 @@ def _taken(
 
     raises ShapeError, KernelError
     """
-    _check_devices(name, x, packed, bias, permutation)
+    check_cuda_call(name, x=x, packed=packed, bias=bias, permutation=permutation)
     columns = x.shape[-1] if x.dim() else 0
     where = _sections(name, x.dtype, columns, packed.numel(), out_features, bits, group_size, layout)
     if where is None or packed.dtype != torch.uint8 or packed.dim() != 1:
@@ -252,7 +240,9 @@ def linear_int8_outlier(
     raises           ShapeError, KernelError
     """
     name = "linear_int8_outlier"
-    _check_devices(name, x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    check_cuda_call(
+        name, x=x, packed=packed, absmax=weight_absmax, columns=outlier_columns, weight=outlier_weight, bias=bias
+    )
     columns = x.shape[-1] if x.dim() else 0
     out = weight_absmax.numel()
     count = 0 if outlier_columns is None else outlier_columns.numel()
@@ -314,7 +304,7 @@ def linear_dense_sparse(x: Tensor, dense: Tensor, index: Tensor, value: Tensor, 
     raises   ShapeError, KernelError
     """
     name = "linear_dense_sparse"
-    _check_devices(name, x, dense, index, value, bias)
+    check_cuda_call(name, x=x, dense=dense, index=index, value=value, bias=bias)
     fits = (
         x.dim() > 0
         and dense.dim() == value.dim() == 3
@@ -354,15 +344,15 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
     """x H_n scale for each row, H_n Sylvester's matrix or H_(n / m) (x) H_m with one of Paley's: cuda_ext/hadamard.cu.
 
     x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768, or one times 12, 20, 28 or 36
-             up to 24576, 40960, 28672 or 36864; through NVRTC a power of two alone
+             up to 24576, 40960, 28672 or 36864
     raises   ShapeError, KernelError
     """
-    _check_devices("hadamard", x)
+    check_cuda_call("hadamard", x=x)
     n = x.shape[-1] if x.dim() else 0
-    if x.dtype not in DTYPES or n not in HADAMARD_SIZES:
+    if x.dtype not in DTYPES or not hadamard_factor(n):
         raise ShapeError(
             f"hadamard: x {x.dtype} {tuple(x.shape)}; rows of a 16- or 32-bit float expected, their length a power of "
-            f"two from {HADAMARD_SIZES[0]} to {HADAMARD_SIZES[-1]}"
+            "two from 8 to 32768, or one times 12, 20, 28 or 36 up to 24576, 40960, 28672 or 36864"
         )
     x = _at_16_bytes(x)
     y = torch.empty_like(x)

@@ -32,6 +32,7 @@ class Launch:
 
 
 BITS = (2, 3, 4, 8)  # of w_a16.cu
+RUNS = {12: 4, 20: 4, 28: 2, 36: 2}  # hadamard.cu: a factor of n -> the runs that a thread has at most
 
 # the kernels of each source that are ever launched
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -61,8 +62,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
             *(f"combine<{kind}, {rows}, {split}>" for rows in (1, 8) for split in (1, 8)),
         )
     ),
-    # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
-    "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
+    "hadamard": (
+        *(f"hadamard::rows<{kind}, {chunks}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for chunks in (1, 2, 4)),
+        *(f"hadamard::rows_of_runs<{m}, {runs}>" for m, most in RUNS.items() for runs in (1, 2, 4) if runs <= most),
+    ),
 }
 
 
@@ -349,21 +352,36 @@ def dense_sparse(
     ]
 
 
+def hadamard_factor(n: int) -> int:
+    """The m of n = 2^p m that hadamard.cu multiplies in registers, 1 for a power of two; 0 for an n that it refuses."""
+    if n < 8:
+        return 0
+    odd = n // (n & -n)
+    if odd == 1:
+        return 1 if n <= 32768 else 0
+    m = 4 * odd
+    return m if n % 4 == 0 and n // m <= 512 * RUNS.get(m, 0) else 0
+
+
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None where the launcher returns -1, and for n that are no power of two."""
-    if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
+    """None where the launcher returns -1."""
+    m = hadamard_factor(n)
+    if rows < 0 or m == 0 or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if rows == 0:
         return []
     if not x or not y or x % 16 or y % 16:
         return None
-    threads = min(n // 8, 1024) if n > 256 else 128
-    chunks = n // 8192 if n > 8192 else 1
-    blocks = _ceil(rows * n, threads * 8 * chunks)
+    run, most = (8, 1024) if m == 1 else (m, 512)  # neighbours of a thread, threads
+    runs = n // run
+    threads = min(runs, most) if runs > 32 else 128
+    chunks = max(1, runs // most)
+    blocks = _ceil(rows * n, threads * run * chunks)
     if blocks >> 31:
         return None
-    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n)
-    return [Launch("hadamard", f"hadamard::rows<{kind}, {chunks}>", (blocks, 1, 1), threads, argument)]
+    kernel = f"rows<{kind}, {chunks}>" if m == 1 else f"rows_of_runs<{m}, {chunks}>"
+    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n // m)
+    return [Launch("hadamard", f"hadamard::{kernel}", (blocks, 1, 1), threads, argument)]
 
 
 # by the names of interface.SIGNATURES: those that launch, and those that only reckon

@@ -8,6 +8,7 @@ import torch
 
 from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
+from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 OUT, GROUP = 70, 128
@@ -43,7 +44,9 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
     for rows, dtype in itertools.product((1, 20, 66), ds1.DTYPES):
         found[f"dense_sparse, {rows} rows, {dtype}"] = factor_product(kernels, device, stream, dtype, rows)
     for dtype in DTYPES:
-        found[f"hadamard, {dtype}"] = _hadamard(kernels, device, stream, dtype)
+        found[f"hadamard 1024, {dtype}"] = _hadamard(kernels, device, stream, dtype, 1024)
+    for n, dtype in zip((96, 640, 1792, 72), itertools.cycle(DTYPES)):
+        found[f"hadamard {n}, {dtype}"] = _hadamard(kernels, device, stream, dtype, n)
     return found
 
 
@@ -216,12 +219,11 @@ def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: t
     return _judge(y, exact, size, -(-width // 64) * 64 + blocks * k + 7 + 2)
 
 
-def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype) -> str:
-    n, rows = 1024, 3
+def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, n: int) -> str:
+    rows, m = 3, base_of(n)
+    assert m is not None
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(0)).to(dtype)
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < n:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    matrix = torch.kron(sylvester(n // m), base_matrix(m))
     scale = 2.0**-5
     exact, size = x.double() @ matrix * scale, (x.double().abs().sum(1, keepdim=True) * scale).expand(rows, n)
     x = x.to(device)
@@ -229,4 +231,4 @@ def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.
     code = kernels.functions["compressor_hadamard"](x.data_ptr(), y.data_ptr(), rows, n, scale, DTYPES[dtype], stream)
     if code:
         return f"error {code}: {kernels.error_text(code)}"
-    return _judge(y, exact, size, n.bit_length() + 1)
+    return _judge(y, exact, size, m + (n // m).bit_length() + 1)
