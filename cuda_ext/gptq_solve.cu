@@ -26,6 +26,7 @@ struct Arguments {
   const int* group_of;  // (end)
   int rows, groups, begin, stop, end;
   float low, high;
+  int nothing;  // 0: leaves no gap in what a launch is given
 };
 
 struct Rounded {
@@ -126,7 +127,7 @@ extern "C" int compressor_gptq_solve(void* work, void* errors, void* codes, cons
   const gptq_solve::Arguments args{(float*)work,       (float*)errors,     (float*)codes,        (const float*)upper,
                                    (const float*)scale, (const float*)zero, (const int*)group_of, rows,
                                    groups,             begin,              stop,                 end,
-                                   low,                high};
+                                   low,                high,               0};
   const unsigned blocks = (rows + gptq_solve::THREADS - 1) / gptq_solve::THREADS;
   return LAUNCH(gptq_solve::columns, dim3(blocks), dim3(gptq_solve::THREADS), stream, args);
 }

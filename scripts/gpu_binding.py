@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels import ops, prepare  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
+from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
 from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
 from cuda_ext.cases import hadamard  # noqa: E402
@@ -131,6 +133,31 @@ def factors(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             yield name, partial(product, model, x, device, exact, size)
 
 
+def columns(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Columns of a sub-block of GPTQ: the codes, errors and updates of torch on the CPU."""
+
+    def case(symmetric: bool) -> str:
+        made = torch.Generator().manual_seed(4)
+        upper = torch.randn(32, 32, generator=made).triu() * 0.3
+        upper.diagonal().copy_(torch.rand(32, generator=made) + 0.2)
+        scale = torch.rand(2, OUT, generator=made) * 0.3 + 0.01
+        zero = None if symmetric else torch.randint(-8, 8, (2, OUT), generator=made).float()
+        work = torch.randn(32, OUT, generator=made)
+        index = [0] * 16 + [1] * 16
+        part = Columns(work.clone(), work.clone(), work.clone(), upper, index, scale, zero, -8, 7)
+        there = {role: tensor.to(device) for role, tensor in vars(part).items() if isinstance(tensor, Tensor)}
+        ours = replace(part, **{role: tensor.clone() for role, tensor in there.items()})
+        round_columns(part, 0, 24)
+        round_compiled(ours, 0, 24)
+        pairs = {"updates": (ours.work[24:], part.work[24:]), "errors": (ours.errors, part.errors)}
+        pairs["codes"] = ours.codes, part.codes
+        wrong = [what for what, (got, want) in pairs.items() if not torch.equal(got.cpu()[:24], want[:24])]
+        return f"{', '.join(wrong)} are not those of torch on the CPU" if wrong else ""
+
+    for symmetric in (True, False):
+        yield f"gptq_solve, {'symmetric' if symmetric else 'zero points'}", partial(case, symmetric)
+
+
 def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     """What only a real device shows: torch's own checks, another stream, a CUDA graph."""
     model = nn.Sequential(layer(torch.float16, False, True, bias=True)).to(device)
@@ -198,6 +225,7 @@ def checks(device: torch.device) -> list[dict[str, str]]:
         transforms(device),
         rounded_products(device),
         factors(device),
+        columns(device),
         *([of_torch(device)] if device.type == "cuda" else []),
     ]
     for name, case in itertools.chain(*parts):

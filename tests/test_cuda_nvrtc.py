@@ -186,6 +186,18 @@ def test_a_plan_of_a_product_of_factors_is_what_the_launcher_launches(launched):
     assert set(names.values()) == set(plans.KERNELS["dense_sparse"])
 
 
+@needs_compiler
+def test_a_plan_of_columns_is_what_the_launcher_launches(launched):
+    names = {}
+    for rows, (begin, stop, end), zero in itertools.product(
+        (1, 64, 65, 11008), ((0, 32, 32), (7, 18, 32), (0, 128, 65536)), (ZERO, 0)
+    ):
+        arguments = (X, PACKED, SCALE, BIAS, SCALE, zero, WORK, rows, 3, begin, stop, end, -8.0, 7.0)
+        code, found = launched("compressor_gptq_solve", *arguments)
+        assert code == 0 and compare(plans.gptq_solve(*arguments), found, names) == 1
+    assert set(names.values()) == set(plans.KERNELS["gptq_solve"])
+
+
 def compare(planned, found, names):
     """How many launches; a symbol's name is found out once."""
     if new := [symbol for symbol, *_ in found if symbol not in names]:
@@ -322,6 +334,24 @@ def test_a_plan_of_factors_refuses_what_the_launcher_refuses(launched, changes):
     assert plans.dense_sparse(*arguments) is None
 
 
+GOOD_COLUMNS = dict(work=X, errors=PACKED, codes=Y, upper=BIAS, scale=SCALE, zero=ZERO, group_of=WORK)
+GOOD_COLUMNS |= dict(rows=66, groups=3, begin=2, stop=13, end=20, low=-8.0, high=7.0)
+REFUSED_COLUMNS = [
+    dict(rows=-1), dict(rows=2**31 - 1), dict(groups=0), dict(groups=-1), dict(begin=-1), dict(stop=1), dict(end=12),
+    dict(end=65537), dict(begin=0, stop=129, end=200), dict(low=8.0), dict(low=float("nan")),
+    *({name: address} for name in ("work", "errors", "codes", "upper", "scale", "group_of") for address in (0, X + 2)),
+    dict(zero=ZERO + 2),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", REFUSED_COLUMNS, ids=str)
+def test_a_plan_of_columns_refuses_what_the_launcher_refuses(launched, changes):
+    arguments = (GOOD_COLUMNS | changes).values()
+    assert launched("compressor_gptq_solve", *arguments) == (BAD_CALL, [])
+    assert plans.gptq_solve(*arguments) is None
+
+
 @needs_compiler
 def test_an_empty_call_launches_nothing_either_way(launched):
     empty = (GOOD | dict(m=0, x=0, y=0)).values()
@@ -337,6 +367,9 @@ def test_an_empty_call_launches_nothing_either_way(launched):
     for nothing in (dict(rows=0, x=0), dict(n=0, entries=0)):
         nothing = (GOOD_FACTORS | nothing).values()
         assert launched("compressor_dense_sparse", *nothing) == (0, []) and plans.dense_sparse(*nothing) == []
+    for nothing in (dict(rows=0, work=0), dict(stop=2, groups=0)):
+        nothing = (GOOD_COLUMNS | nothing).values()
+        assert launched("compressor_gptq_solve", *nothing) == (0, []) and plans.gptq_solve(*nothing) == []
     assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
 
 

@@ -10,6 +10,7 @@
     mma8a1      that of weights for inputs rounded to int8
     ds1         that of sparse factors
     ops         torch operations over the launchers
+    gptq_solve  GPTQ's columns, over their launcher
     selftest    small products on a device, held to float64
 
 Nothing here has run on a GPU: docs/kernels-cuda.md says what has been shown without one.

@@ -62,6 +62,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
             *(f"combine<{kind}, {rows}, {split}>" for rows in (1, 8) for split in (1, 8)),
         )
     ),
+    "gptq_solve": ("gptq_solve::columns",),
     "hadamard": (
         *(f"hadamard::rows<{kind}, {chunks}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for chunks in (1, 2, 4)),
         *(f"hadamard::rows_of_runs<{m}, {runs}>" for m, most in RUNS.items() for runs in (1, 2, 4) if runs <= most),
@@ -116,6 +117,16 @@ class DenseSparseArguments(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "atoms", "atom_step", "entries", "step", "bias", "y", "z")),
         *((name, c_int) for name in ("M", "N", "B", "m", "w", "k", "rows", "padded")),
+    )
+
+
+class GptqSolveArguments(ctypes.Structure):
+    """gptq_solve.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("work", "errors", "codes", "upper", "scale", "zero", "group_of")),
+        *((name, c_int) for name in ("rows", "groups", "begin", "stop", "end")),
+        *(("low", c_float), ("high", c_float), ("nothing", c_int)),
     )
 
 
@@ -352,6 +363,24 @@ def dense_sparse(
     ]
 
 
+def gptq_solve(
+    work: int, errors: int, codes: int, upper: int, scale: int, zero: int, group_of: int,
+    rows: int, groups: int, begin: int, stop: int, end: int, low: float, high: float,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    if rows < 0 or rows > 0x7FFFFFFF - 64 or groups < 0 or not 0 <= begin <= stop <= end <= 1 << 16:
+        return None
+    if stop - begin > 128 or not c_float(low).value <= c_float(high).value:
+        return None
+    if rows == 0 or begin == stop:
+        return []
+    arrays = (work, errors, codes, upper, scale, zero, group_of)
+    if not (work and errors and codes and upper and scale and group_of) or groups == 0 or any(a % 4 for a in arrays):
+        return None
+    argument = GptqSolveArguments(*arrays, rows, groups, begin, stop, end, low, high, 0)
+    return [Launch("gptq_solve", "gptq_solve::columns", (_ceil(rows, 64), 1, 1), 64, argument)]
+
+
 def hadamard_factor(n: int) -> int:
     """The m of n = 2^p m that hadamard.cu multiplies in registers, 1 for a power of two; 0 for an n that it refuses."""
     if n < 8:
@@ -391,6 +420,7 @@ PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_w_a8": w_a8,
     "compressor_int8_outlier": int8_outlier,
     "compressor_dense_sparse": dense_sparse,
+    "compressor_gptq_solve": gptq_solve,
     "compressor_hadamard": hadamard,
 }
 SIZES: dict[str, Callable[..., int]] = {

@@ -8,6 +8,7 @@ import torch
 
 from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
+from compressor.kernels.gptq_solve import Columns, round_columns
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -43,6 +44,9 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
             )
     for rows, dtype in itertools.product((1, 20, 66), ds1.DTYPES):
         found[f"dense_sparse, {rows} rows, {dtype}"] = factor_product(kernels, device, stream, dtype, rows)
+    for symmetric in (True, False):
+        grid = "symmetric" if symmetric else "zero points"
+        found[f"gptq_solve, {grid}"] = solved_columns(kernels, device, stream, symmetric)
     for dtype in DTYPES:
         found[f"hadamard 1024, {dtype}"] = _hadamard(kernels, device, stream, dtype, 1024)
     for n, dtype in zip((96, 640, 1792, 72), itertools.cycle(DTYPES)):
@@ -217,6 +221,34 @@ def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: t
         return f"error {code}: {kernels.error_text(code)}"
     # the mma's additions over whole tiles of 64; one for each value, seven of eight parts; step and bias
     return _judge(y, exact, size, -(-width // 64) * 64 + blocks * k + 7 + 2)
+
+
+def solved_columns(kernels: Kernels, device: torch.device, stream: int, symmetric: bool) -> str:
+    """Columns 3 to 16 of 20: codes, errors and updates have to be those of torch on the CPU."""
+    made = torch.Generator().manual_seed(0)
+    count, rows, groups, begin, stop, low, high = 20, 70, 2, 3, 17, -8, 7
+    upper = (torch.randn(count, count, generator=made) * 0.3).triu()
+    upper.diagonal().copy_(torch.rand(count, generator=made) + 0.2)
+    scale = torch.rand(groups, rows, generator=made) * 0.3 + 0.01
+    zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=made).float()
+    work = torch.randn(count, rows, generator=made)
+    group_of = [column % groups for column in range(count)]
+    ours = [work.to(device, copy=True), *(torch.full((count, rows), torch.nan, device=device) for _ in range(2))]
+    index = torch.tensor(group_of, dtype=torch.int32, device=device)
+    given = [None if tensor is None else tensor.to(device) for tensor in (upper, scale, zero, index)]
+    code = kernels.functions["compressor_gptq_solve"](
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*ours, *given)), rows, groups, begin, stop, count,
+        float(low), float(high), stream,
+    )  # fmt: skip
+    if code:
+        return f"error {code}: {kernels.error_text(code)}"
+    part = Columns(work, torch.empty_like(work), torch.empty_like(work), upper, group_of, scale, zero, low, high)
+    round_columns(part, begin, stop)
+    want = (part.work, part.errors, part.codes)
+    parts = (slice(stop, None), slice(begin, stop), slice(begin, stop))  # of work, errors, codes
+    pairs = zip(("updates", "errors", "codes"), ours, want, parts, strict=True)
+    wrong = [name for name, got, right, where in pairs if not torch.equal(got.cpu()[where], right[where])]
+    return f"{', '.join(wrong)} are not those of torch on the CPU" if wrong else "ok"
 
 
 def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, n: int) -> str:
