@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import cuda_on_cpu
@@ -402,6 +403,22 @@ def test_compiled_kernels_pass_the_self_test_through_the_driver(fake_driver):
     opened.functions.test_last_stream.restype = ctypes.c_void_p
     assert opened.functions.test_last_stream() == 77
     assert opened.functions.test_contexts_set() >= 6  # by each launch: its thread may have none
+
+
+def test_all_sources_are_compiled_at_once(fake_driver):
+    path, names = fake_driver
+    together = threading.Barrier(len(plans.KERNELS), timeout=30)  # breaks, and raises, if they come one by one
+    asked = []
+
+    def code_of(source, kernels):
+        together.wait()
+        asked.append(source)
+        return code_from(names)(source, kernels)
+
+    kernels = driver.compiled_kernels(driver.open_driver(0, str(path)), code_of, "sm_90a")
+    for _ in range(2):
+        assert kernels.functions["compressor_hadamard"](X, Y, 0, 8, 1.0, 0, 0) == 0
+    assert sorted(asked) == sorted(plans.KERNELS)
 
 
 def test_the_driver_s_errors_name_what_it_says(fake_driver):
