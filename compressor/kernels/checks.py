@@ -19,8 +19,8 @@ def check_call(name: str, **tensors: Tensor | None) -> None:
 def check_cuda_call(name: str, **tensors: Tensor | None) -> None:
     """The same, KernelError for tensors that aren't all on one CUDA device."""
     _check_gradients(name, tensors)
-    places = {tensor.device for tensor in tensors.values() if tensor is not None}
-    if len(places) != 1 or not devices.is_cuda(next(iter(places))):
+    places = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if not devices.is_cuda(places[0]) or places.count(places[0]) != len(places):
         hint = "All have to be on one CUDA device; a model that was moved is prepared anew."
         raise _elsewhere(name, hint, tensors)
 
