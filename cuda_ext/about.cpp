@@ -7,7 +7,7 @@
 // its arguments change. 0 for the emulation, which must not be given the addresses of a GPU.
 extern "C" int compressor_cuda_abi() {
 #ifdef COMPRESSOR_ON_GPU
-  return 3;
+  return 5;
 #else
   return 0;
 #endif

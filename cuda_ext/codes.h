@@ -76,22 +76,6 @@ struct Codes<3> {
 // float16 1024 + v and bfloat16 128 + v have v in their last bits, so a bit-wise or makes a number of a code, and taking
 // 1024 + z or 128 + z away is exact. A bfloat16 has no room for 8 bits there: its codes become float32 2^23 + v, and what is
 // left of the difference, 8 bits at most, is the upper half.
-template <int type>
-struct Element;
-
-template <>
-struct Element<FLOAT16> {
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return f16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_f16(f); }
-};
-
-template <>
-struct Element<BFLOAT16> {
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return bf16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_bf16(f); }
-};
 
 // What numbers_of takes away from codes with zero point z.
 template <int bits, int type>

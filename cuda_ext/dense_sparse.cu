@@ -41,23 +41,6 @@ struct Arguments {
   int padded;  // m, rounded up to 4
 };
 
-template <int type>
-struct Element;
-
-template <>
-struct Element<FLOAT16> {
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return f16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_f16(f); }
-};
-
-template <>
-struct Element<BFLOAT16> {
-  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
-  static DEVICE float to_float(u16 bits) { return bf16_to_float(bits); }
-  static DEVICE u16 from_float(float f) { return float_to_bf16(f); }
-};
-
 // Where 8 columns (16 bytes) of a row of a stage are; turned by the row, so that ldmatrix meets every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_W + (chunk ^ turn) * 8; }
 
@@ -189,7 +172,7 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
         const float* const row = stage + base + (known ? atom : 0) * ROWS;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-          sum[r] = fma_rn(row[r], value, sum[r]);
+          sum[r] = __fmaf_rn(row[r], value, sum[r]);
           if (MUTANT == 29) sum[r] = Element<type>::to_float(Element<type>::from_float(sum[r]));
         }
       }
@@ -223,7 +206,7 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const int row = blockIdx.x * ROWS + r;
-    if (row < args.M + (MUTANT == 28)) args.y[u64(row) * args.N + n] = Element<type>::from_float(fma_rn(sum[r], step, bias));
+    if (row < args.M + (MUTANT == 28)) args.y[u64(row) * args.N + n] = Element<type>::from_float(__fmaf_rn(sum[r], step, bias));
   }
 }
 

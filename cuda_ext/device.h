@@ -149,37 +149,6 @@ DEVICE u16 float_to_bf16(float f) {
   return bits;
 }
 
-// float32, each rounded to nearest, ties to even: .rn keeps the compiler from joining a product and a sum.
-DEVICE float fma_rn(float a, float b, float c) {
-  float r;
-  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
-  return r;
-}
-
-DEVICE float mul_rn(float a, float b) {
-  float r;
-  asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-
-DEVICE float add_rn(float a, float b) {
-  float r;
-  asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-
-DEVICE float sub_rn(float a, float b) {
-  float r;
-  asm("sub.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-
-DEVICE float div_rn(float a, float b) {
-  float r;
-  asm("div.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-
 // To a whole number, ties to even.
 DEVICE float round_half_even(float f) {
   float r;
@@ -191,6 +160,24 @@ DEVICE float round_half_even(float f) {
 #include "emulate.h"
 #include "emulate_int8.h"
 #endif
+
+// A 16-bit element type, known at compile time.
+template <int type>
+struct Element;
+
+template <>
+struct Element<FLOAT16> {
+  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
+  static DEVICE float to_float(u16 bits) { return f16_to_float(bits); }
+  static DEVICE u16 from_float(float f) { return float_to_f16(f); }
+};
+
+template <>
+struct Element<BFLOAT16> {
+  static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
+  static DEVICE float to_float(u16 bits) { return bf16_to_float(bits); }
+  static DEVICE u16 from_float(float f) { return float_to_bf16(f); }
+};
 
 // Element `index` of an array whose type is known at run time.
 DEVICE float load_as_float(const void* array, u64 index, int type) {

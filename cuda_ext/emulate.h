@@ -353,11 +353,6 @@ DEVICE u32 subtract_bf16x2(u32 a, u32 b) {
   return r;
 }
 
-DEVICE float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
-DEVICE float mul_rn(float a, float b) { return a * b; }  // build.py: -ffp-contract=off
-DEVICE float add_rn(float a, float b) { return a + b; }
-DEVICE float sub_rn(float a, float b) { return a - b; }
-DEVICE float div_rn(float a, float b) { return a / b; }
 DEVICE float round_half_even(float f) { return std::nearbyint(f); }
 
 DEVICE Words4 load16(const void* source) {

@@ -64,6 +64,7 @@ DEVICE i32 atomicAdd(i32* target, i32 value) {  // fibers change only where they
 // Built with -ffp-contract=off, so each of these rounds once.
 DEVICE float __fmul_rn(float a, float b) { return a * b; }
 DEVICE float __fadd_rn(float a, float b) { return a + b; }
+DEVICE float __fsub_rn(float a, float b) { return a - b; }
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
 DEVICE float __frcp_rn(float a) { return 1 / a; }
 DEVICE float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }

@@ -26,6 +26,7 @@ struct Arguments {
   const int* group_of;  // (end)
   int rows, groups, begin, stop, end;
   float low, high;
+  int nothing;  // 0: leaves no gap in what a launch is given
 };
 
 struct Rounded {
@@ -33,22 +34,22 @@ struct Rounded {
 };
 
 DEVICE Rounded round_one(const Arguments& args, float value, float scale, float zero, float pivot) {
-  float code = round_half_even(div_rn(value, scale));
+  float code = round_half_even(__fdiv_rn(value, scale));
   if (MUTANT == 7) {  // away from zero
-    const float quotient = div_rn(value, scale);
-    code = quotient < 0 ? -round_half_even(add_rn(-quotient, 0x1p-18f)) : round_half_even(add_rn(quotient, 0x1p-18f));
+    const float quotient = __fdiv_rn(value, scale);
+    code = quotient < 0 ? -round_half_even(__fadd_rn(-quotient, 0x1p-18f)) : round_half_even(__fadd_rn(quotient, 0x1p-18f));
   }
-  if (args.zero && MUTANT != 10) code = add_rn(code, zero);
+  if (args.zero && MUTANT != 10) code = __fadd_rn(code, zero);
   code = code < args.low ? args.low : code;  // NaN stays
   code = code > args.high ? args.high : code;
-  if (args.zero && MUTANT == 10) code = add_rn(code, zero);
-  const float level = args.zero ? sub_rn(code, zero) : code;
-  const float off = sub_rn(value, mul_rn(level, scale));
-  return {code, MUTANT == 6 ? mul_rn(off, div_rn(1.f, pivot)) : div_rn(off, pivot)};
+  if (args.zero && MUTANT == 10) code = __fadd_rn(code, zero);
+  const float level = args.zero ? __fsub_rn(code, zero) : code;
+  const float off = __fsub_rn(value, __fmul_rn(level, scale));
+  return {code, MUTANT == 6 ? __fmul_rn(off, __fdiv_rn(1.f, pivot)) : __fdiv_rn(off, pivot)};
 }
 
 DEVICE float take_error(float value, float factor, float error) {
-  return MUTANT == 5 ? fma_rn(-factor, error, value) : sub_rn(value, mul_rn(factor, error));
+  return MUTANT == 5 ? __fmaf_rn(-factor, error, value) : __fsub_rn(value, __fmul_rn(factor, error));
 }
 
 __global__ void __launch_bounds__(THREADS) columns(Arguments args) {
@@ -126,7 +127,7 @@ extern "C" int compressor_gptq_solve(void* work, void* errors, void* codes, cons
   const gptq_solve::Arguments args{(float*)work,       (float*)errors,     (float*)codes,        (const float*)upper,
                                    (const float*)scale, (const float*)zero, (const int*)group_of, rows,
                                    groups,             begin,              stop,                 end,
-                                   low,                high};
+                                   low,                high,               0};
   const unsigned blocks = (rows + gptq_solve::THREADS - 1) / gptq_solve::THREADS;
   return LAUNCH(gptq_solve::columns, dim3(blocks), dim3(gptq_solve::THREADS), stream, args);
 }

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,28 @@ from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels import ops, prepare  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
+from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
+from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
+from cuda_ext.cases import hadamard  # noqa: E402
 
 OUT, COLUMNS, GROUP = 70, 1088, 64  # a tail, two slices of K
 ROWS = (0, 1, 16, 20, 70)
+HADAMARD_SIZES = (8, 256, 4096, 32768, 96, 5120, 14336, 36864)
 # twice 2^-24: tensor cores may cut off (see check_gpu.py); one rounding of y
 UNIT, OUTPUT_UNIT = 2.0**-23, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool) -> PackedLinear:
-    """4 bits, random."""
+def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool, bits: int = 4) -> PackedLinear:
+    """A random weight."""
     made = torch.Generator().manual_seed(0)
-    groups = COLUMNS // GROUP
+    groups, half = COLUMNS // GROUP, 2 ** (bits - 1)
     index = torch.randperm(COLUMNS, generator=made) // GROUP if act_order else None
     return PackedLinear.pack(
-        torch.randint(-8, 8, (OUT, COLUMNS), generator=made, dtype=torch.int8),
+        torch.randint(-half, half, (OUT, COLUMNS), generator=made, dtype=torch.int8),
         (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype),
-        None if symmetric else torch.randint(-8, 8, (OUT, groups), generator=made, dtype=torch.int8),
-        bits=4, group_size=GROUP, symmetric=symmetric, index=index,
+        None if symmetric else torch.randint(-half, half, (OUT, groups), generator=made, dtype=torch.int8),
+        bits=bits, group_size=GROUP, symmetric=symmetric, index=index,
         bias=torch.randn(OUT, generator=made).to(dtype) if bias else None,
     )  # fmt: skip
 
@@ -62,12 +67,16 @@ def product(model: nn.Module, x: Tensor, device: torch.device, exact: Tensor, si
 
 def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     """Prepared layers, strict, against float64."""
-    for dtype, symmetric, act_order in itertools.product(OUTPUT_UNIT, (True, False), (True, False)):
+    cases = [
+        *itertools.product(OUTPUT_UNIT, (4,), (True, False), (True, False)),
+        *itertools.product(OUTPUT_UNIT, (2, 3, 8), (False,), (True,)),
+    ]
+    for dtype, bits, symmetric, act_order in cases:
         made = torch.Generator().manual_seed(1)
         # rows of the identity give the weight, exact in float32; on the CPU by torch alone
-        plain = layer(dtype, symmetric, act_order, bias=False).float()
+        plain = layer(dtype, symmetric, act_order, bias=False, bits=bits).float()
         weight = plain(torch.eye(COLUMNS)).t().double()
-        stored = layer(dtype, symmetric, act_order, bias=True)
+        stored = layer(dtype, symmetric, act_order, bias=True, bits=bits)
         added = stored.bias.detach().double()
         model = nn.Sequential(stored).to(device)
         prepared = prepare(model, strict=True)
@@ -76,7 +85,7 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             exact, size = x.double() @ weight.t() + added, x.double().abs() @ weight.abs().t() + added.abs()
             kind = ("symmetric" if symmetric else "zero points") + (", act-order" if act_order else "")
             yield (
-                f"{prepared['0'].kernel}, {dtype}, {kind}, {rows} rows",
+                f"{prepared['0'].kernel}, {bits} bits, {dtype}, {kind}, {rows} rows",
                 partial(product, model, x, device, exact, size),
             )
 
@@ -97,6 +106,56 @@ def rounded_products(device: torch.device) -> Iterator[tuple[str, Callable[[], s
             exact, size = rounded @ weight.t() + added, rounded.abs() @ weight.abs().t() + added.abs()
             name = f"{prepared['0'].kernel}, {dtype}, inputs rounded to int8, {rows} rows"
             yield name, partial(product, model, x, device, exact, size)
+
+
+def factors(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Prepared layers of sparse combinations of atoms, strict, against float64."""
+    blocks, atoms, width, k = COLUMNS // 136, 70, 136, 6
+    for dtype in OUTPUT_UNIT:
+        made = torch.Generator().manual_seed(3)
+        index = torch.rand(OUT, blocks, atoms, generator=made).argsort(2)[..., :k].sort(2).values
+        dense, values = torch.randn(blocks, atoms, width, generator=made), torch.randn(OUT, blocks, k, generator=made)
+        layer = SparseFactorLinear.pack(dense, values, index, str(dtype).removeprefix("torch."))
+        layer.dtype, layer.bias = dtype, nn.Parameter(torch.randn(OUT, generator=made).to(dtype), requires_grad=False)
+        added = layer.bias.detach().double()
+        dense, values = layer.weight_atoms.double(), layer.weight_values.double()
+        spread = torch.zeros(OUT, blocks, atoms, dtype=torch.float64).scatter_(2, index, values)
+        weight, largest = (
+            torch.einsum("oba,baw->obw", *pair).flatten(1) for pair in ((spread, dense), (spread.abs(), dense.abs()))
+        )
+        model = nn.Sequential(layer).to(device)
+        prepared = prepare(model, strict=True)
+        for rows in ROWS:
+            x = torch.randn(rows, COLUMNS, generator=made).to(dtype)
+            exact, size = x.double() @ weight.t() + added, x.double().abs() @ largest.t() + added.abs()
+            name = f"{prepared['0'].kernel}, {dtype}, sparse factors, {rows} rows"
+            # fewer additions than COLUMNS: 192 inside the mma, one for each of 48 values and 8 parts
+            yield name, partial(product, model, x, device, exact, size)
+
+
+def columns(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Columns of a sub-block of GPTQ: the codes, errors and updates of torch on the CPU."""
+
+    def case(symmetric: bool) -> str:
+        made = torch.Generator().manual_seed(4)
+        upper = torch.randn(32, 32, generator=made).triu() * 0.3
+        upper.diagonal().copy_(torch.rand(32, generator=made) + 0.2)
+        scale = torch.rand(2, OUT, generator=made) * 0.3 + 0.01
+        zero = None if symmetric else torch.randint(-8, 8, (2, OUT), generator=made).float()
+        work = torch.randn(32, OUT, generator=made)
+        index = [0] * 16 + [1] * 16
+        part = Columns(work.clone(), work.clone(), work.clone(), upper, index, scale, zero, -8, 7)
+        there = {role: tensor.to(device) for role, tensor in vars(part).items() if isinstance(tensor, Tensor)}
+        ours = replace(part, **{role: tensor.clone() for role, tensor in there.items()})
+        round_columns(part, 0, 24)
+        round_compiled(ours, 0, 24)
+        pairs = {"updates": (ours.work[24:], part.work[24:]), "errors": (ours.errors, part.errors)}
+        pairs["codes"] = ours.codes, part.codes
+        wrong = [what for what, (got, want) in pairs.items() if not torch.equal(got.cpu()[:24], want[:24])]
+        return f"{', '.join(wrong)} are not those of torch on the CPU" if wrong else ""
+
+    for symmetric in (True, False):
+        yield f"gptq_solve, {'symmetric' if symmetric else 'zero points'}", partial(case, symmetric)
 
 
 def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -142,16 +201,19 @@ def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Twice the same transform with scale 1 / sqrt(n) is the identity."""
+    """Hadamard transforms of float32 against float64."""
 
     def case(n: int) -> str:
-        x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(device)
-        again = cuda_ops.hadamard(cuda_ops.hadamard(x, n**-0.5), n**-0.5)
-        # 2 log2(n) additions, each off by 2^-24 of the row's 1-norm / sqrt(n), which is at most its 2-norm
-        allowed = 2 * (n.bit_length() + 1) * 2.0**-24 * x.norm(dim=1, keepdim=True) * 2
-        return "" if bool(((again - x).abs() <= allowed).all()) else "twice isn't the identity"
+        x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+        y = cuda_ops.hadamard(x.to(device), 2.0**-6).cpu().double()
+        exact = torch.from_numpy(hadamard.hadamard_product(x.double().numpy())) * 2.0**-6
+        m = hadamard.factor(n)
+        # m + log2(n / m) additions, the rounding of y; the scale is exact
+        allowed = (m + (n // m).bit_length() + 1) * 2.0**-24 * x.double().abs().sum(1, keepdim=True) * 2.0**-6
+        wrong = int((~((y - exact).abs() <= allowed)).sum())  # NaN is never right
+        return f"{wrong} of {y.numel()} outputs are wrong" if wrong else ""
 
-    for n in (8, 256, 4096, 32768):
+    for n in HADAMARD_SIZES:
         yield f"hadamard, {n}", partial(case, n)
 
 
@@ -162,6 +224,8 @@ def checks(device: torch.device) -> list[dict[str, str]]:
         products(device),
         transforms(device),
         rounded_products(device),
+        factors(device),
+        columns(device),
         *([of_torch(device)] if device.type == "cuda" else []),
     ]
     for name, case in itertools.chain(*parts):

@@ -1,6 +1,7 @@
 """Runs before anything imports torch."""
 
 import ctypes
+import importlib
 import os
 import shutil
 import sys
@@ -22,3 +23,12 @@ def emulated(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     return ctypes.CDLL(str(build.build_emulated(tmp_path_factory.mktemp("emulated") / "kernels.so")))
+
+
+@pytest.fixture
+def kernels(emulated, monkeypatch):
+    """The binding's launchers of that library; the CPU counts as a CUDA device that has them."""
+    cuda_on_cpu = importlib.import_module("cuda_on_cpu")  # only here, since it imports torch
+    found = cuda_on_cpu.emulated_kernels(emulated)
+    cuda_on_cpu.use(monkeypatch, found)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,3 +25,17 @@ def use(monkeypatch, kernels: Kernels) -> None:
     monkeypatch.setattr(devices, "stream_of", lambda device: 0)
     monkeypatch.setattr(devices, "current", lambda device: nullcontext())
     monkeypatch.setattr(devices, "WAYS", {"cuda library": lambda device: kernels, "nvrtc": lambda device: "not tried"})
+
+
+def demangled(symbols):
+    """symbol of a kernel -> "w_a16::decode<0, 1>"; what isn't of this form is left out"""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    lines = [re.fullmatch(r"(?:void )?(\w+::.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
+    return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
+
+
+def kernels_in(library):
+    """Name of every kernel of an emulated library -> its symbol"""
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines() if line.endswith("ArgumentsE")]
+    return {name: symbol for symbol, name in demangled(symbols).items()}

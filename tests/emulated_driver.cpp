@@ -1,6 +1,7 @@
 // The CUDA driver's functions that compressor/kernels/cuda/driver.py calls, over kernels that g++ compiled: "code" is
 // any non-empty text, a kernel is the emulated one of the same symbol, in the library that this file is linked into.
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include "../cuda_ext/device.h"
 
@@ -52,9 +53,12 @@ extern "C" int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned
   if (shared_bytes || extra || by != 1 || bz != 1 || bx > 1024) return 1;
   last_stream = stream;
   Argument argument{};
-  // a kernel's own struct is shorter; what is behind it, up to the end of its page, is copied and never used
+  // a kernel's own struct is shorter and may lie on two pages; what is behind it, unless that page is not there, is
+  // copied and never used
   const size_t on_page = 4096 - ((u64)arguments[0] & 4095);
-  memcpy(&argument, arguments[0], on_page < sizeof argument ? on_page : sizeof argument);
+  unsigned char resident;
+  const bool next_is_there = mincore((char*)arguments[0] + on_page, 1, &resident) == 0;
+  memcpy(&argument, arguments[0], on_page < sizeof argument && !next_is_there ? on_page : sizeof argument);
   return emulate::launch((void (*)(Argument))function, dim3(gx, gy, gz), dim3(bx), argument);
 }
 

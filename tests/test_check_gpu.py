@@ -40,7 +40,7 @@ def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch)
     kernels = cuda_on_cpu.emulated_kernels(emulated)
     cuda_on_cpu.use(monkeypatch, kernels)
     found = gpu_binding.result(torch.device("cpu"), "cuda library")
-    assert found["kernels"] == "cuda library" and len(found["checks"]) == 8 * 3 + 4 + 2 * 3
+    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6 + 2 + 2) * 3 + 8 + 2
     assert not any(check["problem"] for check in found["checks"])
     assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
 
@@ -55,12 +55,23 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     def without_zero_points(*arguments):
         return kernels.functions["compressor_w_a8"](*arguments[:5], 0, *arguments[6:])
 
+    def columns_for_scales(*arguments):
+        return kernels.functions["compressor_gptq_solve"](*arguments[:4], arguments[0], *arguments[5:])
+
+    def without_factor_bias(*arguments):
+        return kernels.functions["compressor_dense_sparse"](*arguments[:5], 0, *arguments[6:])
+
     broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     broken["compressor_w_a8"] = without_zero_points
+    broken["compressor_dense_sparse"] = without_factor_bias
+    broken["compressor_gptq_solve"] = columns_for_scales
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
     found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
-    assert all("outputs are wrong" in check["problem"] for check in found[:8] + found[12:]) and len(found) == 14
-    assert all(check["problem"].startswith("KernelError: hadamard") for check in found[8:12])
+    by_kind = {kind: [c["problem"] for c in found if c["case"].startswith(kind)] for kind in ("hadamard", "gptq_solve")}
+    products = [c["problem"] for c in found if not c["case"].startswith(tuple(by_kind))]
+    assert len(products) == 14 + 2 + 2 and all("outputs are wrong" in problem for problem in products)
+    assert len(by_kind["hadamard"]) == 8 and all(p.startswith("KernelError: hadamard") for p in by_kind["hadamard"])
+    assert by_kind["gptq_solve"] == ["updates, errors, codes are not those of torch on the CPU"] * 2
 
 
 def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import itertools
 
 import cuda_on_cpu
 import numpy as np
@@ -16,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels import explain, ops, prepare
-from compressor.kernels.cuda import devices, mma1
+from compressor.kernels.cuda import devices, mma1, plans
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL, SIGNATURES
 from compressor.kernels.cuda.selftest import self_test
@@ -28,15 +29,9 @@ UNIT = 2.0**-24  # half a unit in the last place of float32
 OUTPUT_UNIT = {torch.float32: UNIT, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 HALVES = (torch.float16, torch.bfloat16)
 SCALES = (*HALVES, torch.float32)
+BITS = (2, 3, 4, 8)
 # rows, outputs, inputs, group: tails, short last groups, whole rows, K in slices, each of the four kernels
 SHAPES = [(1, 64, 64, 64), (3, 70, 200, 64), (16, 8, 1096, 128), (20, 66, 328, -1), (33, 130, 72, 64), (0, 8, 64, 64)]
-
-
-@pytest.fixture
-def kernels(emulated, monkeypatch):
-    found = cuda_on_cpu.emulated_kernels(emulated)
-    cuda_on_cpu.use(monkeypatch, found)
-    return found
 
 
 @dataclasses.dataclass
@@ -47,12 +42,13 @@ class Problem:
     zero_point: torch.Tensor | None
     bias: torch.Tensor
     group: int
+    bits: int
 
     def packed(self, order=None):
-        return ops.pack_weight(self.codes, self.scale, self.zero_point, order, 4, self.group, "mma1")
+        return ops.pack_weight(self.codes, self.scale, self.zero_point, order, self.bits, self.group, "mma1")
 
     def run(self, x=None, bias=None, order=None, **changes):
-        rest = dict(out_features=len(self.codes), bits=4, group_size=self.group, layout="mma1") | changes
+        rest = dict(out_features=len(self.codes), bits=self.bits, group_size=self.group, layout="mma1") | changes
         packed = rest.pop("packed", None)
         packed = self.packed(order) if packed is None else packed
         return cuda_ops.linear_weight_only(self.x if x is None else x, packed, bias, order, **rest)
@@ -61,7 +57,8 @@ class Problem:
         """(out, in) float64, of columns as they are packed"""
         columns = self.codes.shape[1]
         index = torch.arange(columns) // (columns if self.group == -1 else self.group)
-        zeros = torch.full_like(self.scale, 8).double() if self.zero_point is None else self.zero_point.double()
+        middle = torch.full_like(self.scale, 2 ** (self.bits - 1))
+        zeros = (middle if self.zero_point is None else self.zero_point).double()
         return (self.codes.double() - zeros[:, index]) * self.scale.double()[:, index]
 
     def check(self, y, x, weight, bias=None):
@@ -77,61 +74,78 @@ class Problem:
         assert ((y.double() - exact).abs() <= allowed).all()  # NaN is never right
 
 
-def problem(shape, dtype=torch.float16, scale_dtype=torch.float16, zeros=True, seed=0):
+def problem(shape, dtype=torch.float16, scale_dtype=torch.float16, zeros=True, seed=0, bits=4):
     rows, out, columns, group = shape
     made = torch.Generator().manual_seed(seed)
     groups = ops.groups_of(columns, group)
     return Problem(
         torch.randn(rows, columns, generator=made).to(dtype),
-        torch.randint(0, 16, (out, columns), generator=made, dtype=torch.uint8),
+        torch.randint(0, 2**bits, (out, columns), generator=made, dtype=torch.uint8),
         (torch.rand(out, groups, generator=made) * 0.02 + 0.01).to(scale_dtype),
-        torch.randint(0, 16, (out, groups), generator=made, dtype=torch.uint8) if zeros else None,
+        torch.randint(0, 2**bits, (out, groups), generator=made, dtype=torch.uint8) if zeros else None,
         torch.randn(out, generator=made).to(dtype),
         group,
+        bits,
     )
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("out, columns", [(64, 64), (1, 8), (70, 200), (130, 65)])
-def test_torch_packs_the_words_that_the_kernels_cases_pack(out, columns):
-    codes = torch.randint(0, 16, (out, columns), dtype=torch.uint8)
-    words = mma1.pack_codes(codes).numpy().view(np.uint32)
-    assert np.array_equal(words, w_a16.pack_mma1(codes.numpy(), 4).ravel())
+def test_torch_packs_the_words_that_the_kernels_cases_pack(out, columns, bits):
+    made = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (out, columns), generator=made, dtype=torch.uint8)
+    words = mma1.pack_codes(codes, bits).numpy().view(np.uint32)
+    assert np.array_equal(words, w_a16.pack_mma1(codes.numpy(), bits).ravel())
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("scale_dtype", SCALES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_unpacking_undoes_packing(shape, scale_dtype, zeros):
-    case = problem(shape, scale_dtype=scale_dtype, zeros=zeros)
+def test_unpacking_undoes_packing(shape, scale_dtype, zeros, bits):
+    case = problem(shape, scale_dtype=scale_dtype, zeros=zeros, bits=bits)
     _, out, columns, group = shape
-    codes, scale, zero_point = torch.ops.compressor.unpack_weight(case.packed(), out, columns, 4, group, "mma1")
+    codes, scale, zero_point = torch.ops.compressor.unpack_weight(case.packed(), out, columns, bits, group, "mma1")
     assert torch.equal(codes, case.codes) and torch.equal(scale, case.scale.float())
-    assert torch.equal(zero_point, case.zero_point if zeros else torch.full_like(zero_point, 8))
+    assert torch.equal(zero_point, case.zero_point if zeros else torch.full_like(zero_point, 2 ** (bits - 1)))
 
 
-def test_weights_of_other_outputs_columns_or_groups_have_other_sizes():
-    for dtype in SCALES:
-        for zeros in (False, True):
-            outs = {mma1.packed_bytes(out, 1096, 64, dtype, zeros) for out in range(300)}
-            columns = {mma1.packed_bytes(70, k, 64, dtype, zeros) for k in range(1, 301)}
-            groups = {mma1.packed_bytes(70, 4096, 4096 // g, dtype, zeros) for g in (1, 2, 4, 8, 16, 32, 64)}
-            assert (len(outs), len(columns), len(groups)) == (300, 300, 7)
+def is_ascending(sizes):
+    return all(one < other for one, other in itertools.pairwise(sizes))
 
 
-def test_the_size_of_a_packed_weight_says_what_its_scales_are():
+@pytest.mark.parametrize("bits", BITS)
+def test_the_size_of_a_packed_weight_grows_with_its_outputs_columns_and_groups(bits):
+    for dtype, zeros in itertools.product(SCALES, (False, True)):
+        for columns, group in ((1096, 64), (256, 64), (8, -1)):
+            assert is_ascending(mma1.packed_bytes(out, columns, group, dtype, zeros, bits) for out in range(1, 300))
+        for out in (1, 3, 64, 70):
+            for group in (64, 192, -1):
+                assert is_ascending(mma1.packed_bytes(out, k, group, dtype, zeros, bits) for k in range(1, 301))
+            groups = (4096, 2048, 1024, 512, 256, 128, 64)
+            assert is_ascending(mma1.packed_bytes(out, 4096, group, dtype, zeros, bits) for group in groups)
+
+
+def test_the_size_of_a_packed_weight_grows_with_its_bits():
+    for shape in itertools.product((1, 64, 70), (8, 1096), (64, -1), SCALES, (False, True)):
+        assert is_ascending(mma1.packed_bytes(*shape, bits) for bits in BITS)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_size_of_a_packed_weight_says_what_its_scales_are(bits):
     for out, columns, group in [(n, k, g) for n in (1, 3, 64, 70) for k in (8, 64, 200, 1096) for g in (64, 128, -1)]:
         sizes = {}
         for dtype in SCALES:
             for zeros in (False, True):
-                size = mma1.packed_bytes(out, columns, group, dtype, zeros)
-                found = mma1.sections(size, out, columns, group)
+                size = mma1.packed_bytes(out, columns, group, dtype, zeros, bits)
+                found = mma1.sections(size, out, columns, group, bits)
                 assert mma1.TORCH[found.scale_type] == dtype and (found.zero_at is not None) == zeros
                 sizes[size] = (dtype, zeros)
         assert len(sizes) == 6
         other = {size + off for size in sizes for off in (8, -8)} | {
             size // 8 * 8 + end for size in sizes for end in (6, 7)
         }
-        assert all(mma1.sections(size, out, columns, group) is None for size in other - set(sizes))
+        assert all(mma1.sections(size, out, columns, group, bits) is None for size in other - set(sizes))
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -141,6 +155,15 @@ def test_a_product_is_within_the_bound_of_float64(kernels, shape, dtype, zeros):
     for scale_dtype in SCALES:
         case = problem(shape, dtype, scale_dtype, zeros)
         case.check(case.run(), case.x, case.weight())
+        case.check(case.run(bias=case.bias), case.x, case.weight(), case.bias)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_of_other_widths_is_within_the_bound_of_float64(kernels, shape, dtype, bits):
+    for zeros, scale_dtype in ((True, torch.float32), (False, dtype)):
+        case = problem(shape, dtype, scale_dtype, zeros, bits=bits)
         case.check(case.run(bias=case.bias), case.x, case.weight(), case.bias)
 
 
@@ -214,7 +237,7 @@ def test_sizes_that_an_int_would_cut_off_are_refused(kernels):
 
 def test_bad_weights_are_not_packed():
     case = problem((2, 70, 200, 64))
-    for bits, group, said in ((3, 64, "these are 3"), (4, 40, "groups of 40"), (4, 64, "cpu1")):
+    for bits, group, said in ((5, 64, "these are 5"), (4, 40, "groups of 40"), (4, 64, "cpu1")):
         codes = case.codes & 7
         scale = case.scale if group == 64 else torch.ones(70, 5)
         with pytest.raises(ShapeError, match=said):
@@ -225,9 +248,9 @@ def test_bad_weights_are_not_packed():
 
 def test_tensors_that_are_not_on_a_cuda_device_are_refused():
     case = problem((2, 70, 200, 64))
-    with pytest.raises(KernelError, match="x and weight on cpu"):
+    with pytest.raises(KernelError, match="x on cpu, packed on cpu"):
         case.run()
-    with pytest.raises(KernelError, match="x and weight on cpu"):
+    with pytest.raises(KernelError, match="x on cpu"):
         cuda_ops.hadamard(case.x, 1.0)
     with FakeTensorMode(), pytest.raises(KernelError, match="weight on cuda:0"):
         codes = torch.zeros(70, 200, dtype=torch.uint8, device="cuda")
@@ -236,7 +259,7 @@ def test_tensors_that_are_not_on_a_cuda_device_are_refused():
 
 def test_a_product_has_no_gradient(kernels):
     case = problem((2, 70, 200, 64))
-    with pytest.raises(RuntimeError, match="no gradient"):
+    with pytest.raises(RuntimeError, match=r"no gradient \(x wants one\)"):
         case.run(case.x.clone().requires_grad_())
 
 
@@ -251,16 +274,27 @@ def test_what_a_launcher_returns_becomes_an_error_with_the_text(kernels, monkeyp
 
 
 @pytest.mark.parametrize("dtype", SCALES)
-@pytest.mark.parametrize("rows, n", [(3, 8), (5, 256), (2, 8192), (0, 64)])
+@pytest.mark.parametrize("rows, n", [(3, 8), (5, 256), (2, 8192), (0, 64), (3, 12), (2, 640), (5, 112), (1, 4608)])
 def test_hadamard_is_within_the_bound_of_float64(kernels, rows, n, dtype):
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = cuda_ops.hadamard(x, n**-0.5)
     exact = torch.from_numpy(hadamard.hadamard_product(x.double().numpy())) * np.float32(n**-0.5).item()
-    # log2(n) additions and the scale, each off by UNIT of what it adds at most; then the rounding
-    inside = (n.bit_length() + 1) * UNIT * x.double().abs().sum(1, keepdim=True) * n**-0.5
+    # m + log2(n / m) additions and the scale, each off by UNIT of what it adds at most; then the rounding
+    m = hadamard.factor(n)
+    inside = (m + (n // m).bit_length() + 1) * UNIT * x.double().abs().sum(1, keepdim=True) * n**-0.5
     allowed = inside + OUTPUT_UNIT[dtype] * (exact.abs() + inside) + 2.0**-25
     assert y.dtype == dtype and ((y.double() - exact).abs() <= allowed).all()
     assert torch.equal(cuda_ops.hadamard(x.t().contiguous().t(), n**-0.5), y)
+
+
+def test_hadamard_takes_the_sizes_that_its_docstring_names(kernels):
+    taken = [n for n in range(1, 100_000) if plans.hadamard_factor(n)]
+    powers = {2**p for p in range(3, 16)}
+    most = {12: 11, 20: 11, 28: 10, 36: 10}
+    assert set(taken) == powers | {m << p for m, top in most.items() for p in range(top + 1)}
+    assert max(m << top for m, top in most.items()) == 40960
+    x = torch.zeros(1, 40960)
+    assert torch.equal(cuda_ops.hadamard(x, 1.0), x)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 44), torch.zeros(2, 4), torch.zeros(2, 8).double(), torch.tensor(1.0)])
@@ -269,16 +303,17 @@ def test_hadamard_names_what_it_got(kernels, x):
         cuda_ops.hadamard(x, 1.0)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("layout", ["cpu2", "mma1"])
 @pytest.mark.parametrize("zeros", [True, False])
-def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros):
-    case = problem((2, 70, 200, 64), zeros=zeros)
+def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros, bits):
+    case = problem((2, 70, 200, 64), zeros=zeros, bits=bits)
     arguments = (case.codes, case.scale, case.zero_point)
-    real = ops.pack_weight(*arguments, None, 4, 64, layout)
+    real = ops.pack_weight(*arguments, None, bits, 64, layout)
     shapes = [None if a is None else a.to("meta") for a in arguments]
-    packed = torch.ops.compressor.pack_weight(*shapes, None, 4, 64, layout)
+    packed = torch.ops.compressor.pack_weight(*shapes, None, bits, 64, layout)
     assert packed.shape == real.shape and packed.dtype == real.dtype
-    y = torch.ops.compressor.linear_weight_only(case.x.to("meta"), packed, None, None, 70, 4, 64, layout)
+    y = torch.ops.compressor.linear_weight_only(case.x.to("meta"), packed, None, None, 70, bits, 64, layout)
     assert y.shape == (2, 70) and y.dtype == torch.float16
 
 
@@ -291,14 +326,16 @@ def test_cuda_tensors_have_their_own_functions_in_the_registry():
 def test_the_self_test_passes_on_sound_kernels_and_names_what_is_wrong(kernels):
     cpu = torch.device("cpu")
     sound = self_test(kernels, cpu, 0)
-    assert set(sound.values()) == {"ok"} and len(sound) == 22
+    assert set(sound.values()) == {"ok"} and len(sound) == 46
 
     def without_bias(*arguments):
         return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
 
     broken = {**kernels.functions, "compressor_w_a16": without_bias, "compressor_hadamard": lambda *a: 2}
     found = self_test(dataclasses.replace(kernels, functions=broken), cpu, 0)
-    assert all("outputs are wrong" in said for name, said in found.items() if name.startswith("w4_a16"))
+    products = {name: said for name, said in found.items() if "_a16 " in name}
+    assert {name[:2] for name in products} == {f"w{bits}" for bits in BITS}
+    assert all("outputs are wrong" in said for said in products.values())
     assert all("error 2: no cudaError" in said for name, said in found.items() if name.startswith("hadamard"))
     with pytest.raises(KernelError, match="cuda library fails its self-test on cpu: w4_a16 decode"):
         devices._tried(dataclasses.replace(kernels, functions=broken), cpu)
@@ -312,7 +349,7 @@ def weight_on_cuda(bits=4, group=64, columns=256, **changes):
 
 
 REFUSED = {
-    "other bits": (dict(bits=3), {}, "holds 4 bits, these are 3"),
+    "other bits": (dict(bits=5), {}, "holds 2, 3, 4 or 8 bits, these are 5"),
     "small groups": (dict(group=32), {}, "groups of 32 columns, a multiple of 64 is wanted"),
     "odd columns": (dict(columns=260, group=-1), {}, "260 inputs, a multiple of 8 is wanted"),
     "other bits for rounded inputs": (dict(bits=3), dict(activations="int8"), "holds 4 or 8 bits, these are 3"),
@@ -371,26 +408,27 @@ def test_without_a_gpu_the_reason_is_that_there_is_none():
     assert choice.layout in ("cpu2", None)
 
 
-def layer_of(out=70, columns=256, dtype=torch.float16, symmetric=False, index=None, bias=True, seed=0):
+def layer_of(out=70, columns=256, dtype=torch.float16, symmetric=False, index=None, bias=True, seed=0, bits=4):
     made = torch.Generator().manual_seed(seed)
-    groups = columns // 64
+    groups, half = columns // 64, 2 ** (bits - 1)
     return PackedLinear.pack(
-        torch.randint(-8, 8, (out, columns), generator=made, dtype=torch.int8),
+        torch.randint(-half, half, (out, columns), generator=made, dtype=torch.int8),
         (torch.rand(out, groups, generator=made) * 0.02 + 0.01).to(dtype),
-        None if symmetric else torch.randint(-8, 8, (out, groups), generator=made, dtype=torch.int8),
-        bits=4, group_size=64, symmetric=symmetric, index=index,
+        None if symmetric else torch.randint(-half, half, (out, groups), generator=made, dtype=torch.int8),
+        bits=bits, group_size=64, symmetric=symmetric, index=index,
         bias=torch.randn(out, generator=made).to(dtype) if bias else None,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_prepared_layer_multiplies_as_its_stored_form(kernels, dtype, symmetric, act_order):
+def test_a_prepared_layer_multiplies_as_its_stored_form(kernels, dtype, symmetric, act_order, bits):
     index = torch.randperm(256, generator=torch.Generator().manual_seed(2)) // 64 if act_order else None
-    layer = layer_of(dtype=dtype, symmetric=symmetric, index=index)
+    layer = layer_of(dtype=dtype, symmetric=symmetric, index=index, bits=bits)
     # exact: rows of the identity, and the product of a code and a scale of 16 bits in float32
-    plain = layer_of(dtype=dtype, symmetric=symmetric, index=index, bias=False)
+    plain = layer_of(dtype=dtype, symmetric=symmetric, index=index, bias=False, bits=bits)
     weight = plain.float()(torch.eye(256)).t().double()
     model = nn.Sequential(layer)
     choice = prepare(model, strict=True)["0"]
@@ -426,8 +464,8 @@ def test_q_k_and_v_are_not_shared_with_kernels_that_take_one_weight(kernels):
 def test_explain_names_the_cuda_library(kernels):
     model = nn.Sequential(layer_of())
     prepare(model)
-    # 4 bits, 16 + 8 a group of 64; 70 outputs are packed as 128
-    assert explain(model).splitlines()[0].startswith("0   W4 g64   cuda library   linear_weight_only   7.71 bits")
+    # 4 bits of 128 outputs; 16 + 8 a group of 64; 8 (5 + 63 + 4) bytes more tell the shape
+    assert explain(model).splitlines()[0].startswith("0   W4 g64   cuda library   linear_weight_only   7.95 bits")
 
 
 def test_state_dict_deepcopy_and_pickle_keep_a_prepared_model(kernels):

@@ -1,14 +1,13 @@
-"""The second way to the CUDA kernels: launch plans in Python, NVRTC, its cache, the driver, as far as a CPU goes."""
+"""The second way to the CUDA kernels: NVRTC, its cache, the driver, as far as a CPU goes."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import itertools
 import json
 import re
 import shutil
-import subprocess
+import threading
 from pathlib import Path
 
 import cuda_on_cpu
@@ -17,284 +16,13 @@ import torch
 
 from compressor.errors import KernelError
 from compressor.kernels.cuda import driver, nvrtc, plans
-from compressor.kernels.cuda.interface import BAD_CALL, SIGNATURES
+from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.cuda.selftest import self_test
 from cuda_ext import build
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 needs_nvrtc = pytest.mark.skipif(isinstance(nvrtc.nvrtc(), str), reason=f"{nvrtc.nvrtc()}")
-RECORDER = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p,
-    ctypes.c_size_t,
-)  # fmt: skip
 CAPABILITIES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
-
-
-class Symbol(ctypes.Structure):
-    """Dl_info of dladdr"""
-
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("at", ctypes.c_void_p),
-    )
-
-
-def demangled(symbols):
-    """symbol of a kernel -> "w_a16::decode<0, 1>"; what isn't of this form is left out"""
-    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    lines = [re.fullmatch(r"(?:void )?(\w+::.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
-    return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
-
-
-def kernels_in(library):
-    """Name of every kernel of an emulated library -> its symbol"""
-    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
-    symbols = [line.split()[-1] for line in listed.stdout.splitlines() if line.endswith("ArgumentsE")]
-    return {name: symbol for symbol, name in demangled(symbols).items()}
-
-
-@pytest.fixture
-def launched(emulated):
-    """Runs a launcher of the emulated library whose launches are left out: what it returned, and
-    [symbol, grid, threads, bytes of the argument] of each."""
-    kernels = cuda_on_cpu.emulated_kernels(emulated)
-    library = ctypes.CDLL(emulated._name)
-    found = []
-
-    def record(kernel, grid, threads, argument, size):
-        symbol = Symbol()
-        assert ctypes.CDLL(None).dladdr(ctypes.c_void_p(kernel), ctypes.byref(symbol))
-        found.append([symbol.name.decode(), tuple(grid[:3]), tuple(threads[:3]), ctypes.string_at(argument, size)])
-        return 1
-
-    recorder = RECORDER(record)
-
-    def run(name, *arguments):
-        found.clear()
-        return kernels.functions[name](*arguments, 0), list(found)
-
-    library.compressor_emulate_record(recorder)
-    yield run
-    library.compressor_emulate_record(None)
-
-
-X, PACKED, SCALE, ZERO, BIAS, Y, WORK = range(4096, 4096 * 8, 4096)
-SIZES = [  # M, N, K, group: each kernel, one slice and many, all edges of the choice
-    *itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 300), (1, 64, 130, 4096), (8, 64, 520, 1024, 4096), (64, -1)),
-    *((1, n, 64 * tiles, 64) for n in (64, 8192, 21846) for tiles in (7, 14, 15, 16, 17, 23, 24, 127, 128, 129)),
-    (1, 65535 * 64, 64, 64), (4, 66000, 1 << 20, 128), (64, 8192, 28672, 128), (1, 64, 1 << 30, -1),
-]  # fmt: skip
-
-
-@needs_compiler
-def test_a_plan_of_a_product_is_what_the_launcher_launches(launched):
-    names, compared = {}, 0
-    for number, (m, n, k, group) in enumerate(SIZES):
-        needed = plans.w_a16_workspace_bytes(m, n, k)
-        rest = (needed, m, n, k, 4, group, number % 2, number % 3)
-        arguments = (X, PACKED, SCALE, ZERO if number % 5 else 0, BIAS if number % 7 else 0, Y, WORK, *rest)
-        code, found = launched("compressor_w_a16", *arguments)
-        assert code == 0
-        compared += compare(plans.w_a16(*arguments), found, names)
-    assert compared > 400  # launches
-    used = set(names.values())
-    assert used == set(plans.KERNELS["w_a16"])
-
-
-@needs_compiler
-def test_a_plan_of_a_transform_is_what_the_launcher_launches(launched):
-    names = {}
-    for exponent, rows, kind in itertools.product(range(3, 16), (1, 3, 1000), (0, 1, 2)):
-        arguments = (X, Y, rows, 2**exponent, 0.25 * exponent, kind)
-        code, found = launched("compressor_hadamard", *arguments)
-        assert code == 0
-        assert compare(plans.hadamard(*arguments), found, names) == 1
-    assert set(names.values()) == set(plans.KERNELS["hadamard"])
-
-
-def test_plans_leave_out_what_nvrtc_does_not_compile():
-    """Widths that torch's layout doesn't hold, and Hadamard sizes that are no power of two."""
-    assert all(plans.w_a16(*(GOOD | dict(bits=bits)).values()) is None for bits in (2, 3, 8))
-    assert plans.hadamard(X, Y, 1, 24, 1.0, 0) is None
-
-
-@needs_compiler
-def test_a_plan_of_rounding_rows_is_what_the_launcher_launches(launched):
-    names = {}
-    for m, k, group, kind in itertools.product((1, 3, 70000), (8, 64, 200, 8192, 1 << 24), (-1, 64, 192), (0, 1, 2)):
-        arguments = (X, PACKED, SCALE, WORK if kind else 0, m, k, group, kind)
-        code, found = launched("compressor_quantize_rows", *arguments)
-        assert code == 0
-        assert compare(plans.quantize_rows(*arguments), found, names) == 1
-    assert set(names.values()) == set(plans.KERNELS["quantize_rows"])
-
-
-INT8_SIZES = [  # M, N, K, group: all edges of the choice, narrow and wide groups, also those that K makes narrow
-    *itertools.product(
-        (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300), (1, 64, 65, 128, 129, 4096), (1, 64, 128, 200, 4096),
-        (64, 128, 192, -1),
-    ),
-    (1, 65535 * 64, 64, 64), (300, 8192, 65792, -1), (3, 64, 1 << 24, 128), (3, 64, 128, 1 << 24),
-]  # fmt: skip
-
-
-@needs_compiler
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_plan_of_an_int8_product_is_what_the_launcher_launches(launched, bits):
-    names = {}
-    for number, (m, n, k, group) in enumerate(INT8_SIZES):
-        zero, bias = ZERO if number % 5 else 0, BIAS if number % 7 else 0
-        operands = (X, SCALE, WORK if zero else 0, PACKED, SCALE, zero, bias, Y)
-        arguments = (*operands, m, n, k, bits, group, number % 3, number % 2 + 1)
-        code, found = launched("compressor_w_a8", *arguments)
-        assert code == 0 and compare(plans.w_a8(*arguments), found, names) == 1
-    assert set(names.values()) == {name for name in plans.KERNELS["w_a8"] if f"<{bits}," in name}
-
-
-@needs_compiler
-def test_a_plan_of_llm_int8_is_what_the_launcher_launches(launched):
-    names = {}
-    sizes = itertools.product((1, 2, 64, 65, 2048, 2049, 5000), (1, 64, 65, 4096), (16, 64, 80, 2064, 65536))
-    for number, ((m, n, k), (count, threshold)) in enumerate(
-        itertools.product(sizes, ((0, 6.0), (0, 0.0), (0, 1e-60), (7, 0.0), (7, 6.0)))
-    ):
-        columns = (SCALE, ZERO) if count else (0, 0)
-        needed = plans.int8_outlier_workspace_bytes(m, n, k)
-        rest = (BIAS if number % 2 else 0, Y, WORK if needed else 0, needed, m, n, k, count, threshold, number % 3)
-        arguments = (X, PACKED, SCALE, *columns, *rest)
-        code, found = launched("compressor_int8_outlier", *arguments)
-        assert code == 0 and compare(plans.int8_outlier(*arguments), found, names) == len(found) > 0
-    assert set(names.values()) == set(plans.KERNELS["int8_outlier"])
-
-
-def compare(planned, found, names):
-    """How many launches; a symbol's name is found out once."""
-    if new := [symbol for symbol, *_ in found if symbol not in names]:
-        names.update(demangled(new))
-    assert [(p.kernel, p.grid, (p.threads, 1, 1), bytes(p.argument)) for p in planned] == [
-        (names[symbol], *rest) for symbol, *rest in found
-    ]
-    return len(found)
-
-
-@needs_compiler
-def test_the_workspace_of_a_plan_is_the_launchers(emulated):
-    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_w_a16_workspace_bytes"]
-    shapes = [*(size[:3] for size in SIZES), (0, 8, 64), (8, 0, 64), (-1, 8, 64), (1, 8, 0), (1, 8, 12), (1, -8, 64)]
-    shapes += [(1, 8, (1 << 30) + 8), (1, 65535 * 64 + 1, 64)]
-    assert all(plans.w_a16_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
-    reckon = cuda_on_cpu.emulated_kernels(emulated).functions["compressor_int8_outlier_workspace_bytes"]
-    shapes = [*itertools.product((-1, 0, 1, 2, 64, 65, 2049, 1 << 20), (-1, 0, 64, 65535 * 64 + 1), (0, 8, 16, 80))]
-    shapes += [(70, 70, 65536), (70, 70, 65552), (1 << 20, 65535 * 64, 65536)]
-    assert all(plans.int8_outlier_workspace_bytes(*shape) == reckon(*shape) for shape in shapes)
-
-
-GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspace=WORK, workspace_bytes=1 << 30)
-GOOD |= dict(m=3, n=64, k=1024, bits=4, group_size=64, x_type=0, scale_type=0)
-REFUSED = [
-    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=12), dict(k=(1 << 30) + 8), dict(group_size=96),
-    dict(bits=5), dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(x_type=2), dict(x_type=-1),
-    dict(scale_type=3), dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0),
-    dict(packed=PACKED + 8), dict(scale=0), dict(y=0),
-    dict(workspace=0), dict(workspace=WORK + 2), dict(workspace_bytes=100),
-]  # fmt: skip
-
-
-@needs_compiler
-@pytest.mark.parametrize("changes", REFUSED, ids=str)
-def test_a_plan_refuses_what_the_launcher_refuses(launched, changes):
-    arguments = (GOOD | changes).values()
-    assert launched("compressor_w_a16", *arguments) == (BAD_CALL, [])
-    assert plans.w_a16(*arguments) is None
-
-
-# x, y, rows, n, scale, type
-@needs_compiler
-@pytest.mark.parametrize(
-    "bad",
-    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0), (X, Y, 1, 44, 1, 0), (X, Y, 1, 18, 1, 0), (X, Y, 1, 36 << 11, 1, 0),
-     (X, Y, 1, 65536, 1, 0), (X, Y, 1, 8, 1, 3),
-     (X, Y, (1 << 40) + 1, 8, 1, 0), (X, Y, 1 << 40, 32768, 1, 0), (X + 4, Y, 1, 8, 1, 0), (X, Y + 8, 1, 8, 1, 0),
-     (0, Y, 1, 8, 1, 0), (X, 0, 1, 8, 1, 0)],
-)  # fmt: skip
-def test_a_plan_of_a_transform_refuses_what_the_launcher_refuses(launched, bad):
-    assert launched("compressor_hadamard", *bad) == (BAD_CALL, [])
-    assert plans.hadamard(*bad) is None
-
-
-GOOD_ROWS = dict(x=X, codes=PACKED, scale=SCALE, sum=WORK, m=3, k=1024, group_size=64, type=0)
-REFUSED_ROWS = [
-    dict(m=-1), dict(k=0), dict(k=12), dict(k=(1 << 24) + 8), dict(type=3), dict(type=-1), dict(group_size=96),
-    dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(group_size=(1 << 24) + 64), dict(x=0),
-    dict(x=X + 2), dict(codes=0), dict(codes=PACKED + 8), dict(scale=0),
-]  # fmt: skip
-
-
-@needs_compiler
-@pytest.mark.parametrize("changes", REFUSED_ROWS, ids=str)
-def test_a_plan_of_rounding_rows_refuses_what_the_launcher_refuses(launched, changes):
-    arguments = (GOOD_ROWS | changes).values()
-    assert launched("compressor_quantize_rows", *arguments) == (BAD_CALL, [])
-    assert plans.quantize_rows(*arguments) is None
-
-
-GOOD_INT8 = dict(x=X, x_scale=SCALE, x_sum=WORK, packed=PACKED, scale=SCALE, zero_point=ZERO, bias=0, y=Y)
-GOOD_INT8 |= dict(m=3, n=64, k=1024, bits=8, group_size=64, scale_type=0, y_type=0)
-REFUSED_INT8 = [
-    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=(1 << 24) + 1), dict(bits=3), dict(group_size=96),
-    dict(group_size=0), dict(group_size=-2), dict(group_size=(1 << 24) + 64), dict(k=65793, group_size=-1),
-    dict(k=131072, bits=4, group_size=-1), dict(k=70000, group_size=65856), dict(scale_type=3), dict(scale_type=-1),
-    dict(y_type=3), dict(y_type=-1), dict(x=0), dict(x=X + 8), dict(x_scale=0), dict(x_sum=0), dict(packed=0),
-    dict(packed=PACKED + 4), dict(scale=0), dict(y=0),
-]  # fmt: skip
-
-
-@needs_compiler
-@pytest.mark.parametrize("changes", REFUSED_INT8, ids=str)
-def test_a_plan_of_an_int8_product_refuses_what_the_launcher_refuses(launched, changes):
-    arguments = (GOOD_INT8 | changes).values()
-    assert launched("compressor_w_a8", *arguments) == (BAD_CALL, [])
-    assert plans.w_a8(*arguments) is None
-
-
-GOOD_OUTLIER = dict(x=X, weight=PACKED, absmax=SCALE, columns=ZERO, column_weight=ZERO, bias=0, y=Y, workspace=WORK)
-GOOD_OUTLIER |= dict(workspace_bytes=1 << 20, m=3, n=64, k=1024, column_count=7, threshold=0.0, type=0)
-REFUSED_OUTLIER = [
-    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=8), dict(k=65552), dict(type=3), dict(type=-1),
-    dict(threshold=-1.0), dict(threshold=float("nan")), dict(column_count=-1), dict(column_count=1025),
-    dict(columns=0), dict(column_weight=0), dict(columns=0, column_weight=0), dict(x=0), dict(x=X + 8), dict(weight=0),
-    dict(weight=PACKED + 4), dict(absmax=0), dict(y=0), dict(workspace=0), dict(workspace=WORK + 8),
-    dict(workspace_bytes=100),
-]  # fmt: skip
-
-
-@needs_compiler
-@pytest.mark.parametrize("changes", REFUSED_OUTLIER, ids=str)
-def test_a_plan_of_llm_int8_refuses_what_the_launcher_refuses(launched, changes):
-    arguments = (GOOD_OUTLIER | changes).values()
-    assert launched("compressor_int8_outlier", *arguments) == (BAD_CALL, [])
-    assert plans.int8_outlier(*arguments) is None
-
-
-@needs_compiler
-def test_an_empty_call_launches_nothing_either_way(launched):
-    empty = (GOOD | dict(m=0, x=0, y=0)).values()
-    assert launched("compressor_w_a16", *empty) == (0, []) and plans.w_a16(*empty) == []
-    no_rows = (GOOD_ROWS | dict(m=0, x=0, codes=0)).values()
-    assert launched("compressor_quantize_rows", *no_rows) == (0, []) and plans.quantize_rows(*no_rows) == []
-    for nothing in (dict(m=0, x=0), dict(n=0, weight=0)):
-        nothing = (GOOD_OUTLIER | nothing).values()
-        assert launched("compressor_int8_outlier", *nothing) == (0, []) and plans.int8_outlier(*nothing) == []
-    for nothing in (dict(m=0, x=0), dict(n=0, packed=0)):
-        nothing = (GOOD_INT8 | nothing).values()
-        assert launched("compressor_w_a8", *nothing) == (0, []) and plans.w_a8(*nothing) == []
-    assert launched("compressor_hadamard", 0, 0, 0, 8, 1, 0) == (0, []) and plans.hadamard(0, 0, 0, 8, 1, 0) == []
-
-
-def test_every_launcher_of_the_interface_has_a_plan():
-    assert plans.PLANS.keys() | plans.SIZES.keys() == SIGNATURES.keys()
+X, Y = 4096, 8192  # addresses
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +32,7 @@ def fake_driver(tmp_path_factory):
         pytest.skip("g++ is not installed")
     path = tmp_path_factory.mktemp("driver") / "libcuda.so"
     build.build_emulated(path, [*build.SOURCES, Path(__file__).parent / "emulated_driver.cpp"])
-    return path, kernels_in(path)
+    return path, cuda_on_cpu.kernels_in(path)
 
 
 def code_from(names):
@@ -322,6 +50,22 @@ def test_compiled_kernels_pass_the_self_test_through_the_driver(fake_driver):
     opened.functions.test_last_stream.restype = ctypes.c_void_p
     assert opened.functions.test_last_stream() == 77
     assert opened.functions.test_contexts_set() >= 6  # by each launch: its thread may have none
+
+
+def test_all_sources_are_compiled_at_once(fake_driver):
+    path, names = fake_driver
+    together = threading.Barrier(len(plans.KERNELS), timeout=30)  # breaks, and raises, if they come one by one
+    asked = []
+
+    def code_of(source, kernels):
+        together.wait()
+        asked.append(source)
+        return code_from(names)(source, kernels)
+
+    kernels = driver.compiled_kernels(driver.open_driver(0, str(path)), code_of, "sm_90a")
+    for _ in range(2):
+        assert kernels.functions["compressor_hadamard"](X, Y, 0, 8, 1.0, 0, 0) == 0
+    assert sorted(asked) == sorted(plans.KERNELS)
 
 
 def test_the_driver_s_errors_name_what_it_says(fake_driver):
@@ -358,12 +102,12 @@ def test_a_source_is_one_string_without_includes():
 def test_nvrtc_makes_machine_code_that_holds_every_kernel(emulated, source, target):
     text = nvrtc.source_text(source)
     spaces = set(re.findall(r"^namespace (\w+) {", text, re.MULTILINE))
-    kernels = tuple(name for name in kernels_in(emulated._name) if name.partition("::")[0] in spaces)
+    kernels = tuple(name for name in cuda_on_cpu.kernels_in(emulated._name) if name.partition("::")[0] in spaces)
     assert kernels and set(plans.KERNELS.get(source, kernels)) == set(kernels)
     code = nvrtc.compile_source(nvrtc.nvrtc(), source, text, kernels, target)
     assert code.cubin[:4] == b"\x7fELF" and set(code.names) == set(kernels)
     assert all(symbol.encode() in code.cubin for symbol in code.names.values())
-    assert demangled(code.names.values()) == {symbol: name for name, symbol in code.names.items()}
+    assert cuda_on_cpu.demangled(code.names.values()) == {symbol: name for name, symbol in code.names.items()}
 
 
 @needs_nvrtc

@@ -6,17 +6,34 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
+from compressor.kernels.cuda import devices
 
 
 def check_call(name: str, **tensors: Tensor | None) -> None:
     """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere than on the CPU"""
+    _check_gradients(name, tensors)
+    if any(tensor is not None and not tensor.is_cpu for tensor in tensors.values()):
+        raise _elsewhere(name, "All tensors have to be on the CPU.", tensors)
+
+
+def check_cuda_call(name: str, **tensors: Tensor | None) -> None:
+    """The same, KernelError for tensors that aren't all on one CUDA device."""
+    _check_gradients(name, tensors)
+    places = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if not devices.is_cuda(places[0]) or places.count(places[0]) != len(places):
+        hint = "All have to be on one CUDA device; a model that was moved is prepared anew."
+        raise _elsewhere(name, hint, tensors)
+
+
+def _check_gradients(name: str, tensors: dict[str, Tensor | None]) -> None:
     for role, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} has no gradient ({role} wants one): call it under no_grad")
-        if not tensor.is_cpu:
-            raise KernelError(f"{name}: {role} on {tensor.device}", hint="All tensors have to be on the CPU.")
+
+
+def _elsewhere(name: str, hint: str, tensors: dict[str, Tensor | None]) -> KernelError:
+    found = ", ".join(f"{role} on {tensor.device}" for role, tensor in tensors.items() if tensor is not None)
+    return KernelError(f"{name}: {found}", hint=hint)
 
 
 def refuse(name: str, expected: str, **tensors: Tensor | None) -> ShapeError:

@@ -35,7 +35,8 @@ def linear_dense_sparse(
     x            (..., blocks · width) float32, bfloat16 or float16
     dense        (blocks, atoms, width), D, and value (out, blocks, k): each of these dtypes, or int8 with a scale;
                  atoms at most 65,536
-    index        (out, blocks, k) uint16, the atom of each value
+    index        (out, blocks, k) uint16, the atom of each value; on CUDA what `cuda.ds1.pack` makes of index and value,
+                 all of one 16-bit type and without scales
     bias         (out,) of these dtypes, added in float32
     dense_scale  (blocks, atoms) float32, of int8 atoms: their codes times it, rounded to float32
     value_scale  (out,) float32, of int8 values

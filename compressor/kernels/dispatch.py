@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compressor.kernels import torch_ops
 from compressor.kernels.cpu import LEVELS, library
-from compressor.kernels.cuda import devices
+from compressor.kernels.cuda import devices, ds1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
 from compressor.kernels.table_lookup import MOST_ENTRIES
@@ -195,8 +195,10 @@ def _op(weight: Weight, activations: str | None) -> str:
 def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> str | None:
     """Why no CUDA kernel takes this weight."""
     if not isinstance(weight, str) and devices.is_cuda(device_of(weight)):
-        if isinstance(weight, FactorWeight) and weight.value_scale is not None:
-            return "int8 factors have no CUDA kernel"
+        if isinstance(weight, FactorWeight):
+            if weight.atom_scale is not None or weight.value_scale is not None:
+                return "int8 factors have no CUDA kernel in torch yet"
+            return ds1.refusal(weight.atoms, weight.values, inputs)
         bits, group_size = (weight.bits, weight.group_size) if isinstance(weight, IntegerWeight) else (8, -1)
         out, columns = shape_of(weight)
         reason = cuda_ops.refusal(_op(weight, activations), out, columns, bits, group_size, inputs)

@@ -1,12 +1,15 @@
 """The inner loop of GPTQ: columns of a sub-block rounded one by one, in torch and by the compiled library.
 
 Both do the same operations on every element in the same order, each rounded to float32, so their codes are equal bit
-for bit. float64, other devices and installations without the library use torch.
+for bit. On a CUDA device a kernel does them (`compressor.kernels.cuda.gptq_solve`). float64, other devices and
+installations without the library or the kernels use torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from compressor.errors import KernelError
 from compressor.kernels.cpu import Library, library, required_library
@@ -35,8 +38,17 @@ class Columns:
     high: int
 
 
+def _on_cuda() -> Any:
+    return importlib.import_module("compressor.kernels.cuda.gptq_solve")  # not before torch is there
+
+
 def solves(work: torch.Tensor) -> bool:
-    """Whether the compiled library can take this matrix."""
+    """Whether the compiled library, or a CUDA kernel on its device, can take this matrix.
+
+    raises KernelError if CUDA kernels are there and fail their self-test
+    """
+    if _on_cuda().takes(work):
+        return bool(_on_cuda().solves(work))
     return work.dtype == torch.float32 and work.device.type == "cpu" and isinstance(library(), Library)
 
 
@@ -66,12 +78,15 @@ def round_columns(part: Columns, begin: int, stop: int) -> None:
 
 
 def round_compiled(part: Columns, begin: int, stop: int, level: int | None = None, threads: int | None = None) -> None:
-    """The same by the library.
+    """The same by the library, or by the kernel of a CUDA device.
 
     level    of instructions; None is the one in use
-    threads  None is torch's number
-    raises   KernelError if the library is missing or refuses the arguments
+    threads  None is torch's number; both of the library alone
+    raises   KernelError if the library is missing or refuses the arguments; on CUDA ShapeError for other shapes, too
     """
+    if _on_cuda().takes(part.work):
+        _on_cuda().round_columns(part, begin, stop)
+        return
     found = required_library()
     upper = part.upper.contiguous()
     group_of = torch.tensor(part.group_of, dtype=torch.int64)

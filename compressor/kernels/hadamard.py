@@ -59,4 +59,4 @@ def _fake(x: Tensor, scale: float) -> Tensor:
 
 
 register("hadamard", "(Tensor x, float scale) -> Tensor", hadamard, _fake)
-register_cuda("hadamard", cuda_ops.hadamard)  # powers of two from 8 to 32768
+register_cuda("hadamard", cuda_ops.hadamard)

@@ -69,7 +69,7 @@ def pack_weight(
     permutation  (in,) int64: columns in the order in which they form groups; None: as they are
     group_size   a multiple of 8, or -1 for whole rows; the last group may be short
     layout       "cpu2" for the CPU library. For CUDA kernels, with group_size a multiple of 64 or -1: "mma1" for
-                 linear_weight_only, 4 bits; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
+                 linear_weight_only; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
     returns      uint8 (bytes,), on the device of the codes
     raises       ShapeError, KernelError for layout "cpu2" on another device
     """

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
+from compressor.kernels.cuda import ds1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.dispatch import (
@@ -52,7 +53,7 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
 class PreparedLinear(nn.Module):
     """A linear layer of a stored form that multiplies by a kernel.
 
-    packed  what the kernel reads of the weight: codes in its layout, or the index of factors
+    packed  what the kernel reads of the weight: codes in its layout, or the index of factors (on CUDA with the values)
     words   the format, for people
 
     Not for training: the product has no gradient.
@@ -79,6 +80,8 @@ class PreparedLinear(nn.Module):
         if isinstance(weight, FactorWeight):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
             more |= {"atom_scale": weight.atom_scale, "value_scale": weight.value_scale}
+            if self.choice.layout == ds1.LAYOUT:
+                packed = ds1.pack(weight.index, weight.values, weight.atoms.shape[1])
             self.words = f"{weight.values.shape[2]} of {weight.atoms.shape[1]} atoms"
         elif isinstance(weight, OutlierWeight):
             packed, columns = weight.codes, weight.columns
@@ -198,8 +201,9 @@ def explain(model: nn.Module) -> str:
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
             read: list[Any] = [module.packed]
-            if choice.layout == FACTORS:
-                read += [module.atoms, module.values, module.atom_scale, module.value_scale]
+            if choice.op == "linear_dense_sparse":
+                read += [module.atoms, module.atom_scale, module.value_scale]
+                read += [module.values] if choice.layout == FACTORS else []
             bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in read if tensor is not None)
             size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
             shared = module.shared[0] if module.shared else None

@@ -8,7 +8,9 @@
     devices     which of them a device has, or why not
     mma1        the packed layout of weights that inputs are multiplied with as they are
     mma8a1      that of weights for inputs rounded to int8
+    ds1         that of sparse factors
     ops         torch operations over the launchers
+    gptq_solve  GPTQ's columns, over their launcher
     selftest    small products on a device, held to float64
 
 Nothing here has run on a GPU: docs/kernels-cuda.md says what has been shown without one.

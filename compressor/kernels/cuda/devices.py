@@ -82,18 +82,26 @@ def _tried(kernels: Kernels, device: torch.device) -> Kernels:
     return kernels
 
 
-def kernels_of(device: torch.device) -> Kernels:
-    """The launchers that calls on this device use.
-
-    raises KernelError with the reason for each way
-    """
+def found_on(device: torch.device) -> Kernels | str:
+    """The launchers that calls on this device use, or the reason for each way."""
     reasons = []
     for name, way in WAYS.items():
         found = way(device)
         if not isinstance(found, str):
             return found
         reasons.append(f"{name} ({found})")
-    raise KernelError(f"no CUDA kernels on {device}: {' | '.join(reasons)}", hint="Install compress-model-cuda.")
+    return " | ".join(reasons)
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    """The launchers that calls on this device use.
+
+    raises KernelError with the reason for each way
+    """
+    found = found_on(device)
+    if isinstance(found, str):
+        raise KernelError(f"no CUDA kernels on {device}: {found}", hint="Install compress-model-cuda.")
+    return found
 
 
 def report() -> dict[str, str]:

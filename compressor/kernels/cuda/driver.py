@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, byref, c_char_p, c_int, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
@@ -77,14 +78,17 @@ def launch(driver: Driver, handle: c_void_p, planned: Launch, stream: int) -> in
 
 
 def compiled_kernels(driver: Driver, code_of: Callable[[str, tuple[str, ...]], Code], target: str) -> Kernels:
-    """The launchers over code that is compiled when first wanted.
+    """The launchers over compiled code, of all sources at once: NVRTC leaves the interpreter free, and the self-test
+    wants every one of them.
 
-    code_of  source and the C++ names of its kernels -> machine code
+    code_of  source and the C++ names of its kernels -> machine code; called by several threads
     """
+    with ThreadPoolExecutor(len(KERNELS)) as pool:
+        codes = dict(zip(KERNELS, pool.map(code_of, KERNELS, KERNELS.values()), strict=True))
 
     @cache
     def handles(source: str) -> dict[str, c_void_p]:
-        return load_code(driver, code_of(source, KERNELS[source]))
+        return load_code(driver, codes[source])
 
     def run(plan: Callable[..., list[Launch] | None], *arguments: int | float) -> int:
         planned = plan(*arguments[:-1])

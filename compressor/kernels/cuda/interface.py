@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI = 3  # cuda_ext/about.cpp: one more whenever a signature is added or changes
+ABI = 5  # cuda_ext/about.cpp: one more whenever a signature is added or changes
 BAD_CALL = -1  # what a launcher returns for a shape, a type, an address or a workspace that no kernel takes
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # device.h: Type
 LOWEST_CAPABILITY = (8, 0)
@@ -28,6 +28,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     # stream
     "compressor_int8_outlier": (c_int, [*[c_void_p] * 8, c_int64, *[c_int] * 4, c_float, c_int, c_void_p]),
     "compressor_int8_outlier_workspace_bytes": (c_int64, [c_int] * 3),  # M, N, K
+    # x, atoms, their steps, entries, steps, bias, y, workspace; its bytes; M, N, B, m, w, k, type; stream
+    "compressor_dense_sparse": (c_int, [*[c_void_p] * 8, c_int64, *[c_int] * 7, c_void_p]),
+    "compressor_dense_sparse_workspace_bytes": (c_int64, [c_int] * 6),  # M, N, B, m, w, k
+    # work, errors, codes, upper, scale, zero, group_of; rows, groups, begin, stop, end; low, high; stream
+    "compressor_gptq_solve": (c_int, [*[c_void_p] * 7, *[c_int] * 5, c_float, c_float, c_void_p]),
     # x, y, rows, n, scale, type, stream
     "compressor_hadamard": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_float, c_int, c_void_p]),
 }

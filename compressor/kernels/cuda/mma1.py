@@ -1,13 +1,14 @@
-"""Layout "mma1" of 4-bit weights: codes, scales and zero points in one tensor, for tensor cores. Plain torch.
+"""Layout "mma1" of 2-, 3-, 4- and 8-bit weights: codes, scales and zero points in one tensor, for tensor cores.
 
-    packed = [ceil(N/64)][ceil(K/64)] tiles of 2048 bytes | scales (groups, N) | zero points (groups, N) uint8, if any |
-             zeros, up to a multiple of 8 | 8 * (N % 64 + K % 64) + variant more
+    packed = [ceil(N/64)][ceil(K/64)] tiles of 512 * bits bytes | scales (groups, N) | zero points (groups, N) uint8, if
+             any | zeros, up to a multiple of 8 | 8 * ((N - 1) % 64 + (K - 1) % 64 + groups) + variant more
     variant = 0 float16, 1 bfloat16, 2 float32 scales; 3 more with zero points
 
 A call reads no memory of the device to find out what it was given, so the size has to tell: modulo 8 it is the variant,
-and two weights that differ in N alone, in K alone or in the number of groups alone differ in size. Tiles are drawn in
-docs/kernels-cuda.md: 512 words of 32 bits, each with eight codes of a 16 x 16 piece. The parts of layout "mma8a1" are
-laid out by the functions here, too; its tiles are another matter, and of `bits` bits.
+and it grows with each of N, K, the number of groups and the bits, so that two weights which differ in one of them
+differ in size. (With a further tile, 8 * 63 bytes less of the filling at most, and 1024 or more of codes.) Tiles are
+drawn in docs/kernels-cuda.md. The parts of layout "mma8a1" are laid out by the functions here, too; its tiles are
+another matter. Plain torch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,35 @@ from compressor.errors import ShapeError
 from compressor.kernels.cuda.interface import DTYPES
 
 LAYOUT = "mma1"
-BITS = 4
 TILE = 64  # outputs and columns
 TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Words of a tile that hold some bits of each code.
+
+    low    the first of these bits
+    width  how many
+    order  where a code is among them, slowest first, by the axes of _view; 8 / width neighbours share a byte
+    """
+
+    low: int
+    width: int
+    order: tuple[int, ...]
+
+
+ROW_TILE, PIECE, N_HALF, ROW, COLUMN_TILE, STEP_PAIR, STEP, K_HALF, PAIR, UPPER = range(10)
+_LANE = (PIECE, ROW, PAIR)  # warp, l / 4, l % 4 of lane l: the word of a plane
+_TILE = (ROW_TILE, COLUMN_TILE)
+# cuda_ext/codes.h: register i of an mma is N_HALF + 2 K_HALF
+_LOW_TWO = Plane(0, 2, (*_TILE, STEP_PAIR, *_LANE, UPPER, STEP, K_HALF, N_HALF))
+PLANES = {
+    2: (_LOW_TWO,),
+    3: (_LOW_TWO, Plane(2, 1, (*_TILE, *_LANE, UPPER, STEP_PAIR, STEP, K_HALF, N_HALF))),
+    4: (Plane(0, 4, (*_TILE, STEP_PAIR, STEP, *_LANE, UPPER, K_HALF, N_HALF)),),
+    8: (Plane(0, 8, (*_TILE, STEP_PAIR, STEP, K_HALF, *_LANE, UPPER, N_HALF)),),
+}
 
 
 @dataclass(frozen=True)
@@ -46,15 +73,14 @@ def _content(out: int, columns: int, group_size: int, scale_bytes: int, has_zero
     return tiles, tiles + groups_of(columns, group_size) * out * (scale_bytes + has_zeros)
 
 
-def packed_bytes(
-    out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool, bits: int = BITS
-) -> int:
+def packed_bytes(out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool, bits: int) -> int:
     """The size of a packed tensor. Arithmetic alone, so that sizes may be symbols."""
     _, content = _content(out, columns, group_size, scale_dtype.itemsize, has_zeros, bits)
-    return 8 * (-(-content // 8) + out % TILE + columns % TILE) + DTYPES[scale_dtype] + 3 * has_zeros
+    filling = (out - 1) % TILE + (columns - 1) % TILE + groups_of(columns, group_size)
+    return 8 * (-(-content // 8) + filling) + DTYPES[scale_dtype] + 3 * has_zeros
 
 
-def sections(size: int, out: int, columns: int, group_size: int, bits: int = BITS) -> Sections | None:
+def sections(size: int, out: int, columns: int, group_size: int, bits: int) -> Sections | None:
     """The parts of a packed tensor of `size` bytes; None if no weight of this shape has this size."""
     has_zeros, kind = divmod(size % 8, 3)
     if has_zeros > 1 or size != packed_bytes(out, columns, group_size, TORCH[kind], bool(has_zeros), bits):
@@ -67,21 +93,22 @@ def sections(size: int, out: int, columns: int, group_size: int, bits: int = BIT
 
 def refusal(bits: int, group_size: int) -> str | None:
     """Why the layout doesn't hold such a weight."""
-    if bits != BITS:
-        return f"layout {LAYOUT} holds {BITS} bits, these are {bits}"
+    if bits not in PLANES:
+        *others, last = PLANES
+        return f"layout {LAYOUT} holds {', '.join(map(str, others))} or {last} bits, these are {bits}"
     if group_size != -1 and (group_size < TILE or group_size % TILE):
         return f"groups of {group_size} columns, a multiple of {TILE} is wanted"
     return None
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """codes (out, in) uint8 below 16, scale (out, groups), zero_point (out, groups) uint8 -> uint8 (bytes,)
+    """codes (out, in) uint8 below 2**bits, scale (out, groups), zero_point (out, groups) uint8 -> uint8 (bytes,)
 
     raises ShapeError for other bits or groups; shapes and dtypes are checked by ops.pack_weight
     """
     if (reason := refusal(bits, group_size)) is not None:
         raise ShapeError(reason)
-    return join(pack_codes(codes), codes.shape[1], scale, zero_point, bits, group_size)
+    return join(pack_codes(codes, bits), codes.shape[1], scale, zero_point, bits, group_size)
 
 
 def join(tiles: Tensor, columns: int, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -99,31 +126,47 @@ def join(tiles: Tensor, columns: int, scale: Tensor, zero_point: Tensor | None, 
     return packed
 
 
-def pack_codes(codes: Tensor) -> Tensor:
-    """(out, in) uint8 -> the bytes of the tiles; the last ones are filled up with code 8."""
+def _view(padded: Tensor) -> Tensor:
+    """(out, in), whole tiles, by what tells the place of a code: output 64 tile + 16 piece + 8 half + row, column
+    64 tile + 32 step pair + 16 step + 8 half + 2 pair + upper."""
+    return padded.view(len(padded) // TILE, 4, 2, 8, padded.shape[1] // TILE, 2, 2, 2, 4, 2)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(out, in) uint8 -> the bytes of the tiles; the last ones are filled up with code 2**(bits - 1)."""
     out, columns = codes.shape
     rows, across = -(-out // TILE), -(-columns // TILE)
-    padded = torch.full((rows * TILE, across * TILE), 8, dtype=torch.uint8, device=codes.device)
+    padded = torch.full((rows * TILE, across * TILE), 2 ** (bits - 1), dtype=torch.uint8, device=codes.device)
     padded[:out, :columns] = codes
-    # output: 64 tile + 16 piece + 8 further + row; column: 64 tile + 16 step + 8 further + 2 pair + upper. The lane is
-    # 4 row + pair, the nibble of its word further of the output + 2 further of the column + 4 upper
-    parts = padded.view(rows, 4, 2, 8, across, 4, 2, 4, 2).permute(0, 4, 5, 1, 3, 7, 8, 6, 2).reshape(-1, 2)
-    return parts[:, 0] | parts[:, 1] << 4
+    parts = []
+    for plane in PLANES[bits]:
+        fields = (padded >> plane.low) & 2**plane.width - 1
+        fields = _view(fields).permute(plane.order).reshape(-1, 8 // plane.width)
+        in_bytes = fields[:, 0]
+        for place in range(1, fields.shape[1]):
+            in_bytes = in_bytes | fields[:, place] << plane.width * place
+        parts.append(in_bytes.view(rows * across, TILE * TILE * plane.width // 8))
+    return torch.cat(parts, 1).view(-1)
 
 
-def unpack_codes(tiles: Tensor, out: int, columns: int) -> Tensor:
+def unpack_codes(tiles: Tensor, out: int, columns: int, bits: int) -> Tensor:
     """The inverse of pack_codes."""
     rows, across = -(-out // TILE), -(-columns // TILE)
-    nibbles = torch.stack((tiles & 15, tiles >> 4), 1).view(rows, across, 4, 4, 8, 4, 2, 2, 2)
-    # back to tile, piece, further, row of the output; tile, step, further, pair, upper of the column
-    padded = nibbles.permute(0, 3, 8, 4, 1, 2, 7, 5, 6).reshape(rows * TILE, across * TILE)
+    padded = torch.zeros(rows * TILE, across * TILE, dtype=torch.uint8, device=tiles.device)
+    planes = PLANES[bits]
+    parts = tiles.view(rows * across, -1).split([TILE * TILE * plane.width // 8 for plane in planes], 1)
+    for plane, part in zip(planes, parts, strict=True):
+        places = range(0, 8, plane.width)
+        fields = torch.stack([(part >> place) & 2**plane.width - 1 for place in places], -1) << plane.low
+        ordered = _view(padded).permute(plane.order)
+        ordered |= fields.view(ordered.shape)
     return padded[:out, :columns].contiguous()
 
 
 def unpack(packed: Tensor, out: int, columns: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """codes (out, in) uint8, scale (out, groups) float32, zero_point (out, groups) uint8; None as `sections`"""
-    parts = None if bits != BITS else split(packed, out, columns, bits, group_size)
-    return None if parts is None else (unpack_codes(parts[0], out, columns), *parts[1:])
+    parts = None if bits not in PLANES else split(packed, out, columns, bits, group_size)
+    return None if parts is None else (unpack_codes(parts[0], out, columns, bits), *parts[1:])
 
 
 def split(packed: Tensor, out: int, columns: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -14,30 +14,36 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels.cuda import devices, mma1, mma8a1
+from compressor.kernels.checks import check_cuda_call
+from compressor.kernels.cuda import devices, ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
+from compressor.kernels.cuda.plans import hadamard_factor
 from compressor.kernels.registry import register_cuda
 
 # op -> the layout of its weights, the types of its inputs
-LAYOUTS = {"linear_weight_only": mma1.LAYOUT, "linear_dynamic_int8": mma8a1.LAYOUT, "linear_int8_outlier": "int8_rows"}
+LAYOUTS = {
+    "linear_weight_only": mma1.LAYOUT,
+    "linear_dynamic_int8": mma8a1.LAYOUT,
+    "linear_int8_outlier": "int8_rows",
+    "linear_dense_sparse": ds1.LAYOUT,
+}
 INPUTS = {
     "linear_weight_only": (torch.float16, torch.bfloat16),
     "linear_dynamic_int8": tuple(DTYPES),
     "linear_int8_outlier": tuple(DTYPES),
+    "linear_dense_sparse": ds1.DTYPES,
 }
 # w_a16.cu: shape_is_right; w_a8.cu: MAX_OUTPUTS. Checked here too, since ctypes cuts longer ints off
 MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
 MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
 MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
-HADAMARD_SIZES = tuple(2**power for power in range(3, 16))
 
 
 def refusal(
     op: str, out_features: int, in_features: int, bits: int, group_size: int, inputs: torch.dtype | None
 ) -> str | None:
-    """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known."""
-    if op not in RUN:
-        return f"{op} has no CUDA kernel in torch yet"
+    """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known. Factors of
+    linear_dense_sparse: `ds1.refusal`."""
     if op == "linear_weight_only":
         reason = mma1.refusal(bits, group_size)
     elif op == "linear_dynamic_int8":
@@ -60,19 +66,6 @@ def _named(op: str) -> str:
     """The types of its inputs, for people."""
     *others, last = (str(dtype).removeprefix("torch.") for dtype in INPUTS[op])
     return f"{', '.join(others)} or {last}"
-
-
-def _check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
-    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: kernels read addresses"""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
-    device = x.device
-    if not devices.is_cuda(device) or any(tensor is not None and tensor.device != device for tensor in others):
-        places = {tensor.device for tensor in (x, *others) if tensor is not None}
-        raise KernelError(
-            f"{name}: x and weight on {', '.join(sorted(map(str, places)))}",
-            hint="All have to be on one CUDA device; a model that was moved is prepared anew.",
-        )
 
 
 def _error(code: int, kernels: Kernels, what: str) -> ShapeError | KernelError:
@@ -113,7 +106,7 @@ def _taken(
 
     raises ShapeError, KernelError
     """
-    _check_devices(name, x, packed, bias, permutation)
+    check_cuda_call(name, x=x, packed=packed, bias=bias, permutation=permutation)
     columns = x.shape[-1] if x.dim() else 0
     where = _sections(name, x.dtype, columns, packed.numel(), out_features, bits, group_size, layout)
     if where is None or packed.dtype != torch.uint8 or packed.dim() != 1:
@@ -143,7 +136,7 @@ def linear_weight_only(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """y = x W^T + bias, W 4-bit in layout "mma1".
+    """y = x W^T + bias, W of 2, 3, 4 or 8 bits in layout "mma1".
 
     x            (..., in) float16 or bfloat16, in a multiple of 8
     packed       uint8, of ops.pack_weight
@@ -169,7 +162,7 @@ def linear_weight_only(
             devices.stream_of(x.device),
         )  # fmt: skip
     if code:
-        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, groups of {group_size}"
+        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, {bits} bits, groups of {group_size}"
         raise _error(code, kernels, what)
     return y
 
@@ -247,7 +240,9 @@ def linear_int8_outlier(
     raises           ShapeError, KernelError
     """
     name = "linear_int8_outlier"
-    _check_devices(name, x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    check_cuda_call(
+        name, x=x, packed=packed, absmax=weight_absmax, columns=outlier_columns, weight=outlier_weight, bias=bias
+    )
     columns = x.shape[-1] if x.dim() else 0
     out = weight_absmax.numel()
     count = 0 if outlier_columns is None else outlier_columns.numel()
@@ -295,19 +290,80 @@ def linear_int8_outlier(
     return y
 
 
+def linear_dense_sparse(
+    x: Tensor,
+    dense: Tensor,
+    index: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    dense_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    """y[n] = sum over b, t of (x_b · D_b[index[n, b, t]]) · value[n, b, t] + bias[n]: `kernels.dense_sparse`.
+
+    Its z = x_b D_b^T and sums are float32, in an order that depends on the shape alone.
+
+    x        (..., blocks · width) float16 or bfloat16, width a multiple of 8
+    dense    (blocks, atoms, width) in the dtype of x, D; at most 4096 atoms
+    index    int32 (ceil(out / 32), blocks, k, 32), of ds1.pack: values and which they are. An output of a word that
+             names no atom is NaN
+    value    (out, blocks, k) in the dtype of x; its shape alone is read
+    bias     (out,) in the dtype of x
+    scales   None: int8 factors are not bound
+    raises   ShapeError, KernelError
+    """
+    name = "linear_dense_sparse"
+    check_cuda_call(name, x=x, dense=dense, index=index, value=value, bias=bias)
+    if dense_scale is not None or value_scale is not None:
+        raise KernelError(f"{name}: int8 factors have no CUDA kernel in torch yet", hint="Give them as 16-bit floats.")
+    fits = (
+        x.dim() > 0
+        and dense.dim() == value.dim() == 3
+        and value.shape[1] == dense.shape[0]
+        and x.shape[-1] == dense.shape[0] * dense.shape[2]
+        and index.dtype == torch.int32
+        and tuple(index.shape) == ds1.packed_shape(*value.shape)
+        and (bias is None or (tuple(bias.shape) == (len(value),) and bias.dtype == x.dtype))
+    )
+    reason = ds1.refusal(dense, value, x.dtype) if fits else None
+    if not fits or reason is not None:
+        shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, dense, index, value, bias)]
+        expected = "(..., blocks * width), (blocks, atoms, width), int32 of ds1.pack, (out, blocks, k), (out,) expected"
+        raise ShapeError(f"{name}: x, dense, index, value and bias are {shapes}; {reason or expected}")
+    (blocks, atoms, width), (out, _, k) = dense.shape, value.shape
+    if (rows := x.numel() // x.shape[-1]) > ds1.MOST_ROWS:
+        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {ds1.MOST_ROWS}")
+    x, dense, index = _at_16_bytes(x), _at_16_bytes(dense), index.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], out))
+    kernels = devices.kernels_of(x.device)
+    shape = (rows, out, blocks, atoms, width, k)
+    needed = kernels.functions["compressor_dense_sparse_workspace_bytes"](*shape)
+    workspace = torch.empty(max(needed, 0), dtype=torch.uint8, device=x.device)
+    with devices.current(x.device):
+        code = kernels.functions["compressor_dense_sparse"](
+            x.data_ptr(), dense.data_ptr(), 0, index.data_ptr(), 0, 0 if bias is None else bias.data_ptr(),
+            y.data_ptr(), workspace.data_ptr(), needed, *shape, DTYPES[x.dtype], devices.stream_of(x.device),
+        )  # fmt: skip
+    if code:
+        what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {k} of {atoms} atoms in {blocks} blocks"
+        raise _error(code, kernels, what)
+    return y
+
+
 def hadamard(x: Tensor, scale: float) -> Tensor:
     """x H_n scale for each row, H_n Sylvester's matrix or H_(n / m) (x) H_m with one of Paley's: cuda_ext/hadamard.cu.
 
     x        (..., n) float16, bfloat16 or float32, n a power of two from 8 to 32768, or one times 12, 20, 28 or 36
-             up to 24576, 40960, 28672 or 36864; through NVRTC a power of two alone
+             up to 24576, 40960, 28672 or 36864
     raises   ShapeError, KernelError
     """
-    _check_devices("hadamard", x)
+    check_cuda_call("hadamard", x=x)
     n = x.shape[-1] if x.dim() else 0
-    if x.dtype not in DTYPES or n not in HADAMARD_SIZES:
+    if x.dtype not in DTYPES or not hadamard_factor(n):
         raise ShapeError(
             f"hadamard: x {x.dtype} {tuple(x.shape)}; rows of a 16- or 32-bit float expected, their length a power of "
-            f"two from {HADAMARD_SIZES[0]} to {HADAMARD_SIZES[-1]}"
+            "two from 8 to 32768, or one times 12, 20, 28 or 36 up to 24576, 40960, 28672 or 36864"
         )
     x = _at_16_bytes(x)
     y = torch.empty_like(x)
@@ -326,6 +382,7 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "linear_weight_only": linear_weight_only,
     "linear_dynamic_int8": linear_dynamic_int8,
     "linear_int8_outlier": linear_int8_outlier,
+    "linear_dense_sparse": linear_dense_sparse,
 }
 for _name, _run in RUN.items():
     register_cuda(_name, _run)

@@ -31,7 +31,8 @@ class Launch:
     argument: ctypes.Structure
 
 
-BITS = 4  # of layout "mma1" in torch; NVRTC compiles no kernel for others
+BITS = (2, 3, 4, 8)  # of w_a16.cu
+RUNS = {12: 4, 20: 4, 28: 2, 36: 2}  # hadamard.cu: a factor of n -> the runs that a thread has at most
 
 # the kernels of each source that are ever launched
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -39,8 +40,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
         f"w_a16::{kernel}"
         for kind in (FLOAT16, BFLOAT16)
         for kernel in (
-            *(f"decode<{BITS}, {kind}, {halves}>" for halves in (1, 2)),
-            *(f"tiled<{BITS}, {kind}, {rows}>" for rows in (32, 64)),
+            *(f"decode<{bits}, {kind}, {halves}>" for bits in BITS for halves in (1, 2)),
+            *(f"tiled<{bits}, {kind}, {rows}>" for bits in BITS for rows in (32, 64)),
             f"add_slices<{kind}>",
         )
     ),
@@ -53,8 +54,19 @@ KERNELS: dict[str, tuple[str, ...]] = {
         if (bits, rows) != (8, 128)
     ),
     "int8_outlier": tuple(f"int8_outlier::{kernel}" for kernel in ("one_row", "flag_columns", "round_rows", "product")),
-    # those for n with an odd factor take NVRTC more than half a minute, and nothing here calls them yet
-    "hadamard": tuple(f"hadamard::rows<{kind}, {n}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for n in (1, 2, 4)),
+    "dense_sparse": tuple(
+        f"dense_sparse::{kernel}"
+        for kind in (FLOAT16, BFLOAT16)
+        for kernel in (
+            *(f"responses<{kind}, {halves}>" for halves in (1, 4)),
+            *(f"combine<{kind}, {rows}, {split}>" for rows in (1, 8) for split in (1, 8)),
+        )
+    ),
+    "gptq_solve": ("gptq_solve::columns",),
+    "hadamard": (
+        *(f"hadamard::rows<{kind}, {chunks}>" for kind in (FLOAT16, BFLOAT16, FLOAT32) for chunks in (1, 2, 4)),
+        *(f"hadamard::rows_of_runs<{m}, {runs}>" for m, most in RUNS.items() for runs in (1, 2, 4) if runs <= most),
+    ),
 }
 
 
@@ -99,6 +111,25 @@ class Int8OutlierArguments(ctypes.Structure):
     )
 
 
+class DenseSparseArguments(ctypes.Structure):
+    """dense_sparse.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "atoms", "atom_step", "entries", "step", "bias", "y", "z")),
+        *((name, c_int) for name in ("M", "N", "B", "m", "w", "k", "rows", "padded")),
+    )
+
+
+class GptqSolveArguments(ctypes.Structure):
+    """gptq_solve.cu: Arguments"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("work", "errors", "codes", "upper", "scale", "zero", "group_of")),
+        *((name, c_int) for name in ("rows", "groups", "begin", "stop", "end")),
+        *(("low", c_float), ("high", c_float), ("nothing", c_int)),
+    )
+
+
 class HadamardArguments(ctypes.Structure):
     """hadamard.cu: Arguments"""
 
@@ -138,8 +169,8 @@ def w_a16(
     x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
     m: int, n: int, k: int, bits: int, group_size: int, x_type: int, scale_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1, and for other bits than BITS."""
-    if bits != BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
+    """None where the launcher returns -1."""
+    if bits not in BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
         return None
     if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
@@ -283,21 +314,103 @@ def int8_outlier(
     ]
 
 
+def _factors_fit(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> bool:
+    """dense_sparse.cu: shape_is_right"""
+    if rows < 0 or rows > 1 << 30 or n < 0 or n > 65535 * 32 or not 1 <= blocks <= 65535 or not 1 <= k <= m <= 4096:
+        return False
+    return w >= 8 and w % 8 == 0 and blocks * w <= 1 << 30 and blocks * k <= 1 << 30
+
+
+def _rows_of_responses(rows: int, m: int) -> int:
+    """dense_sparse.cu: rows_of"""
+    return 1 if rows == 1 or _ceil(m, 4) * 4 * 8 > 4096 else 8
+
+
+def dense_sparse_workspace_bytes(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> int:
+    if not _factors_fit(rows, n, blocks, m, w, k):
+        return -1
+    if rows == 0 or n == 0:
+        return 0
+    at_once = _rows_of_responses(rows, m)
+    return 4 * _ceil(rows, at_once) * at_once * blocks * _ceil(m, 4) * 4
+
+
+def dense_sparse(
+    x: int, atoms: int, atom_step: int, entries: int, step: int, bias: int, y: int, workspace: int,
+    workspace_bytes: int, rows: int, n: int, blocks: int, m: int, w: int, k: int, kind: int,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    needed = dense_sparse_workspace_bytes(rows, n, blocks, m, w, k)
+    if needed < 0 or kind not in (FLOAT16, BFLOAT16):
+        return None
+    if rows == 0 or n == 0:
+        return []
+    if not (x and atoms and entries and y and workspace) or x % 16 or atoms % 16 or workspace % 16:
+        return None
+    if workspace_bytes < needed:
+        return None
+    at_once = _rows_of_responses(rows, m)
+    argument = DenseSparseArguments(
+        x, atoms, atom_step, entries, step, bias, y, workspace, rows, n, blocks, m, w, k, at_once, _ceil(m, 4) * 4
+    )
+    halves, split = 1 if rows <= 8 else 4, 8 if rows <= 64 else 1
+    across = (1 if rows <= 8 else _ceil(rows, 32), _ceil(m, 64), blocks)
+    outputs = _ceil(n, 32) if split == 8 else _ceil(_ceil(n, 32), 8)
+    combine = f"dense_sparse::combine<{kind}, {at_once}, {split}>"
+    return [
+        Launch("dense_sparse", f"dense_sparse::responses<{kind}, {halves}>", across, 128, argument),
+        Launch("dense_sparse", combine, (_ceil(rows, at_once), outputs, 1), 256, argument),
+    ]
+
+
+def gptq_solve(
+    work: int, errors: int, codes: int, upper: int, scale: int, zero: int, group_of: int,
+    rows: int, groups: int, begin: int, stop: int, end: int, low: float, high: float,
+) -> list[Launch] | None:  # fmt: skip
+    """None where the launcher returns -1."""
+    if rows < 0 or rows > 0x7FFFFFFF - 64 or groups < 0 or not 0 <= begin <= stop <= end <= 1 << 16:
+        return None
+    if stop - begin > 128 or not c_float(low).value <= c_float(high).value:
+        return None
+    if rows == 0 or begin == stop:
+        return []
+    arrays = (work, errors, codes, upper, scale, zero, group_of)
+    if not (work and errors and codes and upper and scale and group_of) or groups == 0 or any(a % 4 for a in arrays):
+        return None
+    argument = GptqSolveArguments(*arrays, rows, groups, begin, stop, end, low, high, 0)
+    return [Launch("gptq_solve", "gptq_solve::columns", (_ceil(rows, 64), 1, 1), 64, argument)]
+
+
+def hadamard_factor(n: int) -> int:
+    """The m of n = 2^p m that hadamard.cu multiplies in registers, 1 for a power of two; 0 for an n that it refuses."""
+    if n < 8:
+        return 0
+    odd = n // (n & -n)
+    if odd == 1:
+        return 1 if n <= 32768 else 0
+    m = 4 * odd
+    return m if n % 4 == 0 and n // m <= 512 * RUNS.get(m, 0) else 0
+
+
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None where the launcher returns -1, and for n that are no power of two."""
-    if rows < 0 or n < 8 or n > 32768 or n & (n - 1) or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
+    """None where the launcher returns -1."""
+    m = hadamard_factor(n)
+    if rows < 0 or m == 0 or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if rows == 0:
         return []
     if not x or not y or x % 16 or y % 16:
         return None
-    threads = min(n // 8, 1024) if n > 256 else 128
-    chunks = n // 8192 if n > 8192 else 1
-    blocks = _ceil(rows * n, threads * 8 * chunks)
+    run, most = (8, 1024) if m == 1 else (m, 512)  # neighbours of a thread, threads
+    runs = n // run
+    threads = min(runs, most) if runs > 32 else 128
+    chunks = max(1, runs // most)
+    blocks = _ceil(rows * n, threads * run * chunks)
     if blocks >> 31:
         return None
-    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n)
-    return [Launch("hadamard", f"hadamard::rows<{kind}, {chunks}>", (blocks, 1, 1), threads, argument)]
+    kernel = f"rows<{kind}, {chunks}>" if m == 1 else f"rows_of_runs<{m}, {chunks}>"
+    argument = HadamardArguments(x, y, rows * n, n, scale, kind, n // m)
+    return [Launch("hadamard", f"hadamard::{kernel}", (blocks, 1, 1), threads, argument)]
 
 
 # by the names of interface.SIGNATURES: those that launch, and those that only reckon
@@ -306,9 +419,12 @@ PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_quantize_rows": quantize_rows,
     "compressor_w_a8": w_a8,
     "compressor_int8_outlier": int8_outlier,
+    "compressor_dense_sparse": dense_sparse,
+    "compressor_gptq_solve": gptq_solve,
     "compressor_hadamard": hadamard,
 }
 SIZES: dict[str, Callable[..., int]] = {
     "compressor_w_a16_workspace_bytes": w_a16_workspace_bytes,
     "compressor_int8_outlier_workspace_bytes": int8_outlier_workspace_bytes,
+    "compressor_dense_sparse_workspace_bytes": dense_sparse_workspace_bytes,
 }

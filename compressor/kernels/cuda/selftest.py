@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
-from compressor.kernels.cuda import mma1, mma8a1
+from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
+from compressor.kernels.gptq_solve import Columns, round_columns
+from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 OUT, GROUP = 70, 128
 # rows, columns: tails of both, a short last group; 1096 columns are two slices up to 64 rows
-SHAPES = {"decode": (5, 1096), "tiled": (20, 1096), "tiled, K in one piece": (66, 200)}
+# by bits; the others differ from 4 in how a piece of a tile is decoded alone
+SHAPES = {4: {"decode": (5, 1096), "tiled": (20, 1096), "tiled, K in one piece": (66, 200)}}
+SHAPES |= {bits: {"decode": (5, 200), "tiled": (20, 200)} for bits in (2, 3, 8)}
 # bits, rows, columns, group: each kernel of w_a8.cu with narrow groups or wide ones, a short last group
 INT8_SHAPES = {
     "decode": ((4, 5, 200, 128), (8, 13, 328, -1)),
@@ -22,10 +28,11 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
     """ "kernel, dtype" -> "ok", or what was wrong"""
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
-        for name, shape in SHAPES.items():
-            found[f"w4_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, *shape)
-    for number, (name, shapes) in enumerate(INT8_SHAPES.items()):
-        for bits, rows, columns, group in shapes:
+        for bits, shapes in SHAPES.items():
+            for name, shape in shapes.items():
+                found[f"w{bits}_a16 {name}, {dtype}"] = _product(kernels, device, stream, dtype, bits, *shape)
+    for number, (name, int8_shapes) in enumerate(INT8_SHAPES.items()):
+        for bits, rows, columns, group in int8_shapes:
             dtype = list(DTYPES)[(rows + number) % 3]
             outcome = int8_product(kernels, device, stream, dtype, bits, rows, columns, group)
             found[f"w{bits}_a8 {name}, {rows} rows, {dtype}"] = outcome
@@ -35,8 +42,15 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
             found[f"int8_outlier {kind}, {rows} rows, {dtype}"] = outlier_product(
                 kernels, device, stream, dtype, rows, calibrated
             )
+    for rows, dtype in itertools.product((1, 20, 66), ds1.DTYPES):
+        found[f"dense_sparse, {rows} rows, {dtype}"] = factor_product(kernels, device, stream, dtype, rows)
+    for symmetric in (True, False):
+        grid = "symmetric" if symmetric else "zero points"
+        found[f"gptq_solve, {grid}"] = solved_columns(kernels, device, stream, symmetric)
     for dtype in DTYPES:
-        found[f"hadamard, {dtype}"] = _hadamard(kernels, device, stream, dtype)
+        found[f"hadamard 1024, {dtype}"] = _hadamard(kernels, device, stream, dtype, 1024)
+    for n, dtype in zip((96, 640, 1792, 72), itertools.cycle(DTYPES)):
+        found[f"hadamard {n}, {dtype}"] = _hadamard(kernels, device, stream, dtype, n)
     return found
 
 
@@ -51,11 +65,13 @@ def _judge(y: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, operations:
     return f"{int((~(off <= allowed)).sum())} of {off.numel()} outputs are wrong, by up to {float(off.max()):.3g}"
 
 
-def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int, columns: int) -> str:
+def _product(
+    kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, bits: int, rows: int, columns: int
+) -> str:
     made = torch.Generator().manual_seed(rows)
     groups = mma1.groups_of(columns, GROUP)
-    codes = torch.randint(0, 16, (OUT, columns), generator=made, dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (OUT, groups), generator=made, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (OUT, columns), generator=made, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (OUT, groups), generator=made, dtype=torch.uint8)
     scale = (torch.rand(OUT, groups, generator=made) * 0.02 + 0.01).to(dtype)
     x, bias = (torch.randn(shape, generator=made).to(dtype) for shape in ((rows, columns), (OUT,)))
     index = torch.arange(columns) // GROUP
@@ -63,8 +79,8 @@ def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.d
     exact = x.double() @ weight.t() + bias.double()
     size = x.double().abs() @ weight.abs().t() + bias.double().abs()
 
-    packed = mma1.pack(codes, scale, zeros, mma1.BITS, GROUP).to(device)
-    sections = mma1.sections(packed.numel(), OUT, columns, GROUP)
+    packed = mma1.pack(codes, scale, zeros, bits, GROUP).to(device)
+    sections = mma1.sections(packed.numel(), OUT, columns, GROUP, bits)
     assert sections is not None and sections.zero_at is not None
     x, bias = x.to(device), bias.to(device)
     y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
@@ -73,7 +89,7 @@ def _product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.d
     at = packed.data_ptr()
     code = kernels.functions["compressor_w_a16"](
         x.data_ptr(), at, at + sections.scale_at, at + sections.zero_at, bias.data_ptr(), y.data_ptr(),
-        workspace.data_ptr(), needed, rows, OUT, columns, mma1.BITS, GROUP, DTYPES[dtype], sections.scale_type, stream,
+        workspace.data_ptr(), needed, rows, OUT, columns, bits, GROUP, DTYPES[dtype], sections.scale_type, stream,
     )  # fmt: skip
     if code:
         return f"error {code}: {kernels.error_text(code)}"
@@ -177,12 +193,69 @@ def outlier_product(
     return _judge(y, exact, size, 4 + 6 + 1)
 
 
-def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype) -> str:
-    n, rows = 1024, 3
+def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int) -> str:
+    """Three blocks of 72 inputs and 66 atoms, of which each output combines five."""
+    made = torch.Generator().manual_seed(rows)
+    blocks, atoms, width, k = 3, 66, 72, 5
+    x, dense, values, bias = (
+        torch.randn(shape, generator=made).to(dtype)
+        for shape in ((rows, blocks * width), (blocks, atoms, width), (OUT, blocks, k), (OUT,))
+    )
+    index = torch.rand(OUT, blocks, atoms, generator=made).argsort(2)[..., :k]
+    spread = torch.zeros(OUT, blocks, atoms, dtype=torch.float64).scatter_(2, index, values.double())
+    parts = x.double().view(rows, blocks, width)
+    exact = torch.einsum("rbw,baw,oba->ro", parts, dense.double(), spread) + bias.double()
+    size = torch.einsum("rbw,baw,oba->ro", parts.abs(), dense.double().abs(), spread.abs()) + bias.double().abs()
+
+    entries = ds1.pack(index.to(torch.uint16), values, atoms).to(device)
+    x, dense, bias = x.to(device), dense.to(device), bias.to(device)
+    y = torch.full((rows, OUT), torch.nan, dtype=dtype, device=device)
+    shape = (rows, OUT, blocks, atoms, width, k)
+    needed = kernels.functions["compressor_dense_sparse_workspace_bytes"](*shape)
+    workspace = torch.full((needed // 4,), torch.nan, device=device)
+    code = kernels.functions["compressor_dense_sparse"](
+        x.data_ptr(), dense.data_ptr(), 0, entries.data_ptr(), 0, bias.data_ptr(), y.data_ptr(), workspace.data_ptr(),
+        needed, *shape, DTYPES[dtype], stream,
+    )  # fmt: skip
+    if code:
+        return f"error {code}: {kernels.error_text(code)}"
+    # the mma's additions over whole tiles of 64; one for each value, seven of eight parts; step and bias
+    return _judge(y, exact, size, -(-width // 64) * 64 + blocks * k + 7 + 2)
+
+
+def solved_columns(kernels: Kernels, device: torch.device, stream: int, symmetric: bool) -> str:
+    """Columns 3 to 16 of 20: codes, errors and updates have to be those of torch on the CPU."""
+    made = torch.Generator().manual_seed(0)
+    count, rows, groups, begin, stop, low, high = 20, 70, 2, 3, 17, -8, 7
+    upper = (torch.randn(count, count, generator=made) * 0.3).triu()
+    upper.diagonal().copy_(torch.rand(count, generator=made) + 0.2)
+    scale = torch.rand(groups, rows, generator=made) * 0.3 + 0.01
+    zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=made).float()
+    work = torch.randn(count, rows, generator=made)
+    group_of = [column % groups for column in range(count)]
+    ours = [work.to(device, copy=True), *(torch.full((count, rows), torch.nan, device=device) for _ in range(2))]
+    index = torch.tensor(group_of, dtype=torch.int32, device=device)
+    given = [None if tensor is None else tensor.to(device) for tensor in (upper, scale, zero, index)]
+    code = kernels.functions["compressor_gptq_solve"](
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*ours, *given)), rows, groups, begin, stop, count,
+        float(low), float(high), stream,
+    )  # fmt: skip
+    if code:
+        return f"error {code}: {kernels.error_text(code)}"
+    part = Columns(work, torch.empty_like(work), torch.empty_like(work), upper, group_of, scale, zero, low, high)
+    round_columns(part, begin, stop)
+    want = (part.work, part.errors, part.codes)
+    parts = (slice(stop, None), slice(begin, stop), slice(begin, stop))  # of work, errors, codes
+    pairs = zip(("updates", "errors", "codes"), ours, want, parts, strict=True)
+    wrong = [name for name, got, right, where in pairs if not torch.equal(got.cpu()[where], right[where])]
+    return f"{', '.join(wrong)} are not those of torch on the CPU" if wrong else "ok"
+
+
+def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, n: int) -> str:
+    rows, m = 3, base_of(n)
+    assert m is not None
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(0)).to(dtype)
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < n:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    matrix = torch.kron(sylvester(n // m), base_matrix(m))
     scale = 2.0**-5
     exact, size = x.double() @ matrix * scale, (x.double().abs().sum(1, keepdim=True) * scale).expand(rows, n)
     x = x.to(device)
@@ -190,4 +263,4 @@ def _hadamard(kernels: Kernels, device: torch.device, stream: int, dtype: torch.
     code = kernels.functions["compressor_hadamard"](x.data_ptr(), y.data_ptr(), rows, n, scale, DTYPES[dtype], stream)
     if code:
         return f"error {code}: {kernels.error_text(code)}"
-    return _judge(y, exact, size, n.bit_length() + 1)
+    return _judge(y, exact, size, m + (n // m).bit_length() + 1)

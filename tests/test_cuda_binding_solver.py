@@ -1,0 +1,130 @@
+"""GPTQ's columns on CUDA under the pass, with the emulated library on the CPU: the bits of torch there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cuda_on_cpu
+import pytest
+import torch
+from test_gptq_solve import columns, copied, matrix, same_bits
+from torch._subclasses import FakeTensorMode
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels.cuda import devices, selftest
+from compressor.kernels.gptq_solve import round_columns, round_compiled, solves
+from compressor.linalg import inverse_factor
+from compressor.passes import gptq
+from compressor.passes.gptq import GPTQ, column_order, solve
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 64, 70])
+@pytest.mark.parametrize(("count", "begin", "stop"), [(1, 0, 1), (32, 0, 32), (32, 7, 18), (131, 0, 128), (6, 5, 6)])
+def test_columns_have_the_bits_of_torch(kernels, symmetric, rows, count, begin, stop):
+    part = columns(rows + count, count, rows, symmetric)
+    mine = copied(part)
+    round_columns(part, begin, stop)
+    round_compiled(mine, begin, stop)
+    assert same_bits(part.codes[begin:stop], mine.codes[begin:stop])
+    assert same_bits(part.errors[begin:stop], mine.errors[begin:stop])
+    assert same_bits(part.work[stop:], mine.work[stop:])
+    assert mine.codes[:begin].isnan().all() and mine.codes[stop:].isnan().all()
+
+
+def test_a_part_of_a_larger_matrix_is_read_as_the_pass_cuts_it(kernels):
+    """U's part is a strided slice."""
+    part = columns(1, 48, 70, symmetric=False)
+    wide = torch.zeros(60, 60)
+    wide[5:53, 7:55] = part.upper
+    mine, other = copied(part), copied(part)
+    round_compiled(dataclasses.replace(mine, upper=wide[5:53, 7:55]), 0, 32)
+    round_compiled(other, 0, 32)
+    assert same_bits(mine.codes[:32], other.codes[:32]) and same_bits(mine.work[32:], other.work[32:])
+
+
+@pytest.mark.parametrize("order", ["none", "static", "group_aware"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "width", "block"), [(70, 192, 16, 32), (33, 330, 330, 128)])
+def test_a_solve_of_the_pass_has_the_same_codes_with_the_kernel_and_in_torch(
+    kernels, order, symmetric, rows, inputs, width, block, monkeypatch
+):
+    weight, hessian = matrix(rows, inputs)
+    settings = GPTQ(symmetric=symmetric, scale_search="minmax", act_order=order, block_size=block)
+    visiting = column_order(hessian.diagonal(), order, width)
+    upper = inverse_factor(hessian[visiting][:, visiting], 0.01, 1.0, "w").upper.float()
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return kernels.functions["compressor_gptq_solve"](*arguments)
+
+    functions = {**kernels.functions, "compressor_gptq_solve": counted}
+    cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=functions))
+    found = [solve(weight, upper, hessian.diagonal(), visiting, settings, width, torch.bfloat16)]
+    launched = len(calls)
+    monkeypatch.setattr(gptq, "solves", lambda work: False)
+    found.append(solve(weight, upper, hessian.diagonal(), visiting, settings, width, torch.bfloat16))
+    assert launched >= inputs // 32 and len(calls) == launched
+    for name in ("codes", "loss"):
+        assert same_bits(getattr(found[0], name), getattr(found[1], name))
+    assert same_bits(found[0].grid.scale, found[1].grid.scale)
+
+
+def test_float64_and_devices_without_kernels_are_left_to_torch(kernels, monkeypatch):
+    assert solves(torch.zeros(4, 4)) and not solves(torch.zeros(4, 4, dtype=torch.float64))
+    monkeypatch.setattr(devices, "WAYS", {"cuda library": lambda device: "not installed"})
+    assert not solves(torch.zeros(4, 4))
+
+
+BAD = {
+    "float64": (dict(work=torch.zeros(8, 5).double()), "work torch.float64"),
+    "U of another size": (dict(upper=torch.zeros(7, 7)), r"upper torch.float32 \(7, 7\)"),
+    "scales of other rows": (dict(scale=torch.ones(3, 4)), r"scale torch.float32 \(3, 4\)"),
+    "zero points of other groups": (dict(zero=torch.ones(2, 5)), r"zero torch.float32 \(2, 5\)"),
+    "errors of other columns": (dict(errors=torch.zeros(9, 5)), r"errors torch.float32 \(9, 5\)"),
+    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "contiguous float32"),
+    "one dimension": (dict(work=torch.zeros(8)), r"work torch.float32 \(8,\)"),
+    "groups of fewer columns": (dict(group_of=[0] * 7), r"n columns \(here 7\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_parts_name_what_they_got(kernels, name):
+    changes, said = BAD[name]
+    with pytest.raises(ShapeError, match=said):
+        round_compiled(dataclasses.replace(columns(0, 8, 5, symmetric=False), **changes), 0, 8)
+
+
+@pytest.mark.parametrize(("begin", "stop"), [(-1, 3), (4, 3), (0, 141), (0, 129)])
+def test_columns_that_are_not_there_or_too_many_are_refused(kernels, begin, stop):
+    with pytest.raises(ShapeError, match=f"here {begin} and {stop}"):
+        round_compiled(columns(0, 140, 5, symmetric=True), begin, stop)
+
+
+def test_parts_on_two_devices_are_refused(kernels):
+    part = columns(0, 8, 5, symmetric=True)
+    with FakeTensorMode():
+        upper = torch.zeros(8, 8, device="cuda")
+    with pytest.raises(KernelError, match=r"work on cpu.*upper on cuda:0"):
+        round_compiled(dataclasses.replace(part, upper=upper), 0, 8)
+
+
+def test_what_the_launcher_returns_becomes_an_error(kernels, monkeypatch):
+    broken = {**kernels.functions, "compressor_gptq_solve": lambda *arguments: 2}
+    cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
+    with pytest.raises(KernelError, match=r"5 rows, columns 0 to 7 of 8: cuda library failed: no cudaError .* \(2\)"):
+        round_compiled(columns(0, 8, 5, symmetric=True), 0, 8)
+
+
+def test_the_self_test_names_what_is_wrong(kernels):
+    def without_a_zero_point(*arguments):
+        return kernels.functions["compressor_gptq_solve"](*arguments[:5], 0, *arguments[6:])
+
+    broken = dataclasses.replace(
+        kernels, functions={**kernels.functions, "compressor_gptq_solve": without_a_zero_point}
+    )
+    cpu = torch.device("cpu")
+    assert selftest.solved_columns(kernels, cpu, 0, symmetric=False) == "ok"
+    said = selftest.solved_columns(broken, cpu, 0, symmetric=False)
+    assert said == "updates, errors, codes are not those of torch on the CPU"
