@@ -160,6 +160,33 @@ bool factors(int64_t& calls) {
   return true;
 }
 
+bool roots(int64_t& calls) {
+  for (const int64_t entries : {2, 257}) {
+    const double step = 3 / double(entries - 1);
+    std::vector<float> table(static_cast<size_t>(entries)), x(300);
+    for (size_t i = 0; i < table.size(); i++) table[i] = float(1 / std::sqrt(1 + double(i) * step));
+    for (size_t i = 0; i < x.size(); i++) x[i] = std::ldexp(number() + 3, int(i) - 150);
+    std::vector<uint8_t> y;
+    if (!agree(x.size() * 4, y, calls, [&](int64_t level, int64_t, void* to) {
+          return table_inverse_root(level, x.data(), table.data(), (float*)to, int64_t(x.size()), entries, step, 1);
+        }))
+      return false;
+    const std::vector<float> found = read_back(y, FLOAT32);
+    for (size_t i = 0; i < x.size(); i++) {
+      if (x[i] == 0) continue;
+      const double exact = 1 / std::sqrt(double(x[i]));
+      // a line between entries is above by step^2 / 8 * 3 / 4 of it at most; of two entries, by less than a half
+      const double error = std::fmin(0.5, step * step * 3 / 32) + 1e-6;
+      if (!(std::fabs(found[i] - exact) <= error * exact)) return false;
+    }
+  }
+  const float special[5] = {0, INFINITY, -1, NAN, 1}, one[2] = {1, 0.5f};
+  float y[5];
+  if (table_inverse_root(best_level(), special, one, y, 5, 2, 3, 1) != OK) return false;
+  return y[0] == INFINITY && y[1] == 0 && std::isnan(y[2]) && std::isnan(y[3]) && y[4] == 1 &&
+         table_inverse_root(0, special, one, y, 5, 1, 3, 1) == BAD_SHAPE;
+}
+
 bool tables(int64_t& calls) {
   for (const int64_t entries : {2, 3, 256})
     for (const int64_t linear : {0, 1})
@@ -210,5 +237,6 @@ int check_ops(int64_t& calls) {
   if (!transforms(calls)) return 21;
   if (!factors(calls)) return 22;
   if (!tables(calls)) return 23;
+  if (!roots(calls)) return 24;
   return 0;
 }

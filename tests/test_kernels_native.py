@@ -81,6 +81,7 @@ MUTANTS = [
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
     ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
     ("pairs in another order", "table_lookup", "set_m128(two[2], two[0])", "set_m128(two[1], two[0])"),
+    ("power of the wrong half", "table_lookup", "(power - 1) >> 1", "(power - 1) / 2"),
     ("slope from the other end", "table_lookup", "end + t.right_slope", "first + t.right_slope"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
