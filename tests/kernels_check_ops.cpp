@@ -209,7 +209,8 @@ bool tables(int64_t& calls) {
           const int64_t left = std::min(int64_t(place), entries - 2);
           const double start = table[size_t(left)], end = table[size_t(left + 1)];
           const double line = start + (place - double(left)) * (end - start);
-          const double high = low + step * double(entries - 1), beyond = std::fmax(low - double(given[i]), double(given[i]) - high);
+          const double high = low + step * double(entries - 1);
+          const double beyond = std::fmax(low - double(given[i]), double(given[i]) - high);
           const double straight = slope != 0 && beyond > 0 ? slope * beyond : 0;
           if (std::isinf(straight)) {
             if (found[i] != -straight) return false;

@@ -74,7 +74,7 @@ MUTANTS = [
     ),
     ("output beyond the last", "dense_sparse", "std::min(n + i, count - 1)", "n + i"),
     ("index not checked", "dense_sparse", "* blocks * k) >= atoms;", "* blocks * k) > 65535;"),
-    ("index of few rows not checked", "dense_sparse", "is_few && is_bad(n + j, here)", "false"),
+    ("index of few rows not checked", "dense_sparse", "is_few && is_bad(first, here)", "false"),
     ("scale of another atom", "dense_sparse", "f.dense_scale[at / f.width + i]", "f.dense_scale[at / f.width]"),
     ("scale of another output", "dense_sparse", "f.value_scale[first + n]", "f.value_scale[n]"),
     ("z of the block before", "dense_sparse", "z += f.atoms * WIDE;", "z += (f.atoms - 1) * WIDE;"),

@@ -184,7 +184,8 @@ void dots_at(int64_t level, const float* x, int64_t stride, int64_t rows, const 
   for (int64_t r = 0; r < rows; r++) dots_scalar(x + r * stride, atoms, padded, out + r * ATOMS);
 }
 // A block's entries of `count` outputs, for LANES rows; index and value begin at their first output's, total (count, LANES).
-void entries_at(int64_t level, const Factors& f, const float* z, const uint16_t* index, const float* value, int64_t count, float* total) {
+void entries_at(int64_t level, const Factors& f, const float* z, const uint16_t* index, const float* value, int64_t count,
+                float* total) {
   const int64_t apart = f.blocks * f.k;
 #ifdef COMPRESSOR_X86
   if (level > SCALAR) {
@@ -220,15 +221,18 @@ void entries_of_few_at(int64_t level, const Factors& f, const float* z, int64_t 
   const int64_t apart = f.blocks * f.k;
 #ifdef COMPRESSOR_X86
   if (level > SCALAR) {
-    auto each = lanes == 1 ? entries_of_few<1, 1> : entries_of_few<FEW, 1>;
-    if (count == TOGETHER) return (lanes == 1 ? entries_of_few<1, TOGETHER> : entries_of_few<FEW, TOGETHER>)(f, z, index, value, total);
-    for (int64_t n = 0; n < count; n++) each(f, z, index + n * apart, value + n * apart, total + n * LANES);
+    const auto all = lanes == 1 ? entries_of_few<1, TOGETHER> : entries_of_few<FEW, TOGETHER>;
+    const auto one = lanes == 1 ? entries_of_few<1, 1> : entries_of_few<FEW, 1>;
+    if (count == TOGETHER) return all(f, z, index, value, total);
+    for (int64_t n = 0; n < count; n++) one(f, z, index + n * apart, value + n * apart, total + n * LANES);
     return;
   }
 #endif
   for (int64_t n = 0; n < count; n++)
-    for (int64_t b = 0; b < f.blocks; b++)
-      entries_scalar(f, z + b * f.atoms * lanes, lanes, index + n * apart + b * f.k, value + n * apart + b * f.k, total + n * LANES);
+    for (int64_t b = 0; b < f.blocks; b++) {
+      const int64_t at = n * apart + b * f.k;
+      entries_scalar(f, z + b * f.atoms * lanes, lanes, index + at, value + at, total + n * LANES);
+    }
 }
 void codes_to_float(int64_t level, const int8_t* codes, float scale, float* out, int64_t count) {
 #ifdef COMPRESSOR_X86
@@ -258,8 +262,9 @@ void multiply_atoms(int64_t level, const Factors& f, const float* x, int64_t row
       memset(copy, 0, size_t(ATOMS * padded) * 4);
       for (int64_t i = 0; i < here; i++) {
         const int64_t from = at + i * f.width;
-        if (f.dense_scale) codes_to_float(level, (const int8_t*)f.dense + from, f.dense_scale[at / f.width + i], copy + i * padded, f.width);
-        else to_float(level, f.dense, f.dense_dtype, from, copy + i * padded, f.width);
+        float* to = copy + i * padded;
+        if (f.dense_scale) codes_to_float(level, (const int8_t*)f.dense + from, f.dense_scale[at / f.width + i], to, f.width);
+        else to_float(level, f.dense, f.dense_dtype, from, to, f.width);
       }
       atoms = copy;
     }
@@ -279,7 +284,8 @@ void multiply_atoms(int64_t level, const Factors& f, const float* x, int64_t row
 extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const void* dense,
                                        int64_t dense_dtype, const uint16_t* index, const void* value, int64_t value_dtype,
                                        const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t blocks,
-                                       int64_t atoms, int64_t width, int64_t k, const float* dense_scale, const float* value_scale) {
+                                       int64_t atoms, int64_t width, int64_t k, const float* dense_scale,
+                                       const float* value_scale) {
   if (!level_is_there(level)) return BAD_LEVEL;
   for (const int64_t dtype : {x_dtype, dense_dtype, value_dtype, bias_dtype})
     if (dtype < FLOAT32 || dtype > FLOAT16) return BAD_DTYPE;
@@ -312,21 +318,22 @@ extern "C" int64_t linear_dense_sparse(int64_t level, int64_t threads, const voi
       const int64_t n = tile * TILE, count = std::min<int64_t>(TILE, N - n);
       const int64_t together = lanes < LANES ? TOGETHER : count;
       float* values = (float*)scratch(3, size_t(together * entries) * 4);
-      const float* wide_values = lanes < LANES ? nullptr : values_of(level, f, n, count, values);
+      const float* of_tile = lanes < LANES ? nullptr : values_of(level, f, n, count, values);
       for (int64_t p = 0; p < panels; p++) {
         float total[TILE * LANES] = {}, out[TILE];
         if (lanes < LANES) {
           for (int64_t j = 0; j < count; j += together) {
-            const int64_t here = std::min(together, count - j);
-            if (is_few && is_bad(n + j, here)) {
+            const int64_t first = n + j, here = std::min(together, count - j);
+            if (is_few && is_bad(first, here)) {
               found_bad = true;
               return;
             }
-            entries_of_few_at(level, f, z, lanes, index + (n + j) * entries, values_of(level, f, n + j, here, values), here, total + j * LANES);
+            const float* those = values_of(level, f, first, here, values);
+            entries_of_few_at(level, f, z, lanes, index + first * entries, those, here, total + j * LANES);
           }
         } else {  // a block's z stays in the first-level cache for all outputs of the tile
           for (int64_t b = 0; b < blocks; b++)
-            entries_at(level, f, z + (p * all + b * atoms) * lanes, index + n * entries + b * k, wide_values + b * k, count, total);
+            entries_at(level, f, z + (p * all + b * atoms) * lanes, index + n * entries + b * k, of_tile + b * k, count, total);
         }
         for (int64_t r = 0; r < std::min(lanes, rows - p * lanes); r++) {
           for (int64_t j = 0; j < count; j++) out[j] = total[j * LANES + r] + (bias ? load_number(bias, bias_dtype, n + j) : 0);
