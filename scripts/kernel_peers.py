@@ -113,7 +113,7 @@ def integer_weight(shape: Shape, bits: int, group: int) -> tuple[Tensor, Tensor,
 def ours(name: str, operation: str, shape: Shape, bits: int, group: int, x: Tensor, rotation: int) -> Candidate:
     codes, scale, zero, weight = integer_weight(shape, bits, group)
     packed = torch.ops.compressor.pack_weight(codes, scale, zero, None, bits, group, ops.LAYOUT)
-    call = getattr(torch.ops.compressor, operation)
+    call = getattr(ops, operation)  # as prepared layers call it; in a compiled graph it is torch.ops.compressor's
     kind = "int8" if operation == "linear_dynamic_int8" else "float32" if x.dtype == torch.float32 else "bf16"
     return timed(
         name,
@@ -216,7 +216,7 @@ def ours_int8_outlier(name: str, shape: Shape, x: Tensor, rotation: int) -> Cand
     codes, absmax = round_rows(matrix)
     return timed(
         name,
-        lambda w: torch.ops.compressor.linear_int8_outlier(x, w, absmax, None, None, None, 6.0),
+        lambda w: ops.linear_int8_outlier(x, w, absmax, None, None, None, 6.0),
         ops.pack_int8_rows(codes, absmax),
         codes.numel(),
         x=x.float(),
