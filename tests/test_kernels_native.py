@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
 ]
-# name, file, what is there, what is put in its place
+# name, file (.cpp left out), what is there, what is put in its place
 MUTANTS = [
     ("nibbles swapped", "int8_product", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
     (
@@ -33,7 +33,7 @@ MUTANTS = [
     ("wrong columns of 8 bits", "int8_product", "_mm256_srli_epi16(v[c], 8), x13", "_mm256_srli_epi16(v[c], 8), x02"),
     ("sums of 16 bits too long", "int8_product", "std::min(w.group, k + 32)", "std::min(w.group, k + 320)"),
     ("high bit of 3 dropped", "int8_product", "low, high, _mm512_set1_epi8(4)", "low, high, _mm512_set1_epi8(0)"),
-    ("high bit of the wrong output", "int8_product", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
+    ("high bit of the wrong output", "common.h", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
     ("digit of a lower place", "int8_product", "_mm512_set1_ps(256)", "_mm512_set1_ps(128)"),
     ("scale of the group before", "int8_product", "scales_avx2(b + w.", "scales_avx2(b - (j > 0) * w.block_bytes + w."),
     ("tail of a row off by one", "dynamic_int8", "__mmask16((1u << (K - k)) - 1)", "__mmask16((1u << (K - k)) - 2)"),
@@ -115,10 +115,13 @@ def test_sanitizers_find_nothing_and_levels_agree(built):
 
 @pytest.mark.parametrize("name, unit, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
 def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
-    text = (SOURCES / f"{unit}.cpp").read_text()
+    file = unit if unit.endswith(".h") else f"{unit}.cpp"
+    unit = "int8_product" if unit.endswith(".h") else unit  # what a header's fault is planted into
+    for source in (*SOURCES.glob("*.h"), SOURCES / f"{unit}.cpp"):
+        shutil.copy(source, tmp_path)  # headers beside it are read before those of the folder it comes from
+    text = (SOURCES / file).read_text()
     assert text.count(old) >= 1, f"the place of {name!r} has changed"
-    source = tmp_path / f"{unit}.cpp"
-    source.write_text(text.replace(old, new))
-    compile_unit(source, tmp_path / f"{unit}.o", "-O2", *SANITIZERS)
+    (tmp_path / file).write_text(text.replace(old, new))
+    compile_unit(tmp_path / f"{unit}.cpp", tmp_path / f"{unit}.o", "-O2", *SANITIZERS)
     others = [built / f"{other}.o" for other in (*UNITS, *CHECKS) if other != unit]
     assert run(tmp_path, [tmp_path / f"{unit}.o", *others]).returncode != 0
