@@ -111,18 +111,14 @@ void float_products(int64_t level, int64_t threads, const void* x, int64_t x_dty
   const Packed& first = parts[0].w;
   const int64_t K = first.in_features, padded = first.padded();
   const Dequantize dequantize = dequantize_of(level, first.bits);
-  int64_t tasks = 0;
-  for (const Part& part : parts) tasks += part.w.tiles;
   for (int64_t m0 = 0; m0 < M; m0 += BLOCK_ROWS) {
     const int64_t here = std::min(BLOCK_ROWS, M - m0), panels = (here + PANEL_ROWS - 1) / PANEL_ROWS;
     float* a = (float*)scratch(0, size_t(panels * PANEL_ROWS * padded) * 4);
     parallel(threads, panels, [&](int64_t p) {
       take_panel(level, x, x_dtype, m0 + p * PANEL_ROWS, M, K, padded, a + p * PANEL_ROWS * padded);
     });
-    parallel(threads, tasks, [&](int64_t tile) {
-      size_t i = 0;
-      for (; tile >= parts[i].w.tiles; i++) tile -= parts[i].w.tiles;
-      const Packed& w = parts[i].w;
+    each_tile(threads, parts, [&](const Part& part, int64_t tile) {
+      const Packed& w = part.w;
       float* b = (float*)scratch(2, size_t(CHUNK * TILE) * 4);
       float* c = (float*)scratch(3, size_t(here * TILE) * 4);
       memset(c, 0, size_t(here * TILE) * 4);
@@ -136,7 +132,7 @@ void float_products(int64_t level, int64_t threads, const void* x, int64_t x_dty
               add(a + (p * padded + j * w.group + k) * PANEL_ROWS, b + s * count * LANES, count, c + p * PANEL_ROWS * TILE + s * LANES, TILE);
             }
         }
-      for (int64_t m = 0; m < here; m++) finish(parts[i], m0 + m, tile, c + m * TILE);
+      for (int64_t m = 0; m < here; m++) finish(part, m0 + m, tile, c + m * TILE);
     });
   }
 }

@@ -253,19 +253,25 @@ int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* giv
   return OK;
 }
 
-void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std::vector<Part>& parts, int64_t M,
-                   const std::function<void(const Part& part, int64_t m, int64_t tile, float* values)>& finish) {
-  if (parts.empty()) return;
-  const Kernel kernel = kernel_of(level, parts[0].w.bits);
+void each_tile(int64_t threads, const std::vector<Part>& parts, const std::function<void(const Part& part, int64_t tile)>& f) {
   int64_t tiles = 0;
   for (const Part& part : parts) tiles += part.w.tiles;
   parallel(threads, tiles, [&](int64_t tile) {
     size_t p = 0;
     for (; tile >= parts[p].w.tiles; p++) tile -= parts[p].w.tiles;
+    f(parts[p], tile);
+  });
+}
+
+void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std::vector<Part>& parts, int64_t M,
+                   const std::function<void(const Part& part, int64_t m, int64_t tile, float* values)>& finish) {
+  if (parts.empty()) return;
+  const Kernel kernel = kernel_of(level, parts[0].w.bits);
+  each_tile(threads, parts, [&](const Part& part, int64_t tile) {
     float out[4 * TILE];
     for (int64_t m = 0; m < M;) {
-      const int64_t done = kernel(x, parts[p].w, m, M, tile, out);
-      for (int64_t i = 0; i < done; i++) finish(parts[p], m + i, tile, out + i * TILE);
+      const int64_t done = kernel(x, part.w, m, M, tile, out);
+      for (int64_t i = 0; i < done; i++) finish(part, m + i, tile, out + i * TILE);
       m += done;
     }
   });

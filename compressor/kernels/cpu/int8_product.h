@@ -32,6 +32,9 @@ struct PartGiven {
 int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, void* y, int64_t y_dtype, int64_t M,
                    int64_t K, int64_t bits, int64_t group);
 
+// f(part, tile) for every tile of every part, each once, on any thread.
+void each_tile(int64_t threads, const std::vector<Part>& parts, const std::function<void(const Part& part, int64_t tile)>& f);
+
 // finish(part, m, tile, values) gets 64 outputs of row m, scaled, and may change them; each once, on any thread. A group's sums
 // become one float, digits joined from the highest by fma, and total = fma(that float, scale, total), in the order of K: every
 // level, number of threads and batch gives the same bits.

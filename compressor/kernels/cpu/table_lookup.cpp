@@ -64,8 +64,10 @@ ALWAYS_INLINE void go_on(const Table& t, const float* x, float* y, int64_t count
   if (t.right_slope != 0)
     for (int64_t i = 0; i < count; i++) y[i] = x[i] > t.high ? end + t.right_slope * (x[i] - t.high) : y[i];
 }
-void look_up_scalar(const Table& t, const float* x, float* y, int64_t count) { look_up(t, x, y, count); }
-void go_on_scalar(const Table& t, const float* x, float* y, int64_t count) { go_on(t, x, y, count); }
+void read_scalar(const Table& t, const float* x, float* y, int64_t count) {
+  look_up(t, x, y, count);
+  go_on(t, x, y, count);
+}
 #ifdef COMPRESSOR_X86
 // Eight entries and those after them, each two in one load: two gathers take twice as long on a Zen processor.
 TARGET_AVX2 ALWAYS_INLINE void pairs_at(const float* values, __m256i index, __m256& left, __m256& right) {
@@ -77,7 +79,7 @@ TARGET_AVX2 ALWAYS_INLINE void pairs_at(const float* values, __m256i index, __m2
   const __m256 a = _mm256_set_m128(two[2], two[0]), b = _mm256_set_m128(two[3], two[1]);
   left = _mm256_shuffle_ps(a, b, 0x88), right = _mm256_shuffle_ps(a, b, 0xdd);
 }
-TARGET_AVX2 void look_up_avx2(const Table& t, const float* x, float* y, int64_t count) {
+TARGET_AVX2 void read_avx2(const Table& t, const float* x, float* y, int64_t count) {
   const __m256 low = _mm256_set1_ps(t.low), step = _mm256_set1_ps(t.step), last = _mm256_set1_ps(float(t.entries - 1));
   const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1), half = _mm256_set1_ps(0.5f), sign = _mm256_set1_ps(-0.f);
   const __m256i before = _mm256_set1_epi32(int32_t(t.entries - 2));
@@ -100,24 +102,17 @@ TARGET_AVX2 void look_up_avx2(const Table& t, const float* x, float* y, int64_t 
     _mm256_storeu_ps(y + i, _mm256_fmadd_ps(w, _mm256_sub_ps(right, left), from));
   }
   if (i < count) look_up(t, x + i, y + i, count - i);
+  go_on(t, x, y, count);
 }
-TARGET_AVX2 void go_on_avx2(const Table& t, const float* x, float* y, int64_t count) { go_on(t, x, y, count); }
 #endif
 
 using Body = void (*)(const Table&, const float*, float*, int64_t);
-Body look_up_at(int64_t level) {
+Body body_of(int64_t level) {
 #ifdef COMPRESSOR_X86
-  if (level > SCALAR) return look_up_avx2;
+  if (level > SCALAR) return read_avx2;
 #endif
   (void)level;
-  return look_up_scalar;
-}
-Body go_on_at(int64_t level) {
-#ifdef COMPRESSOR_X86
-  if (level > SCALAR) return go_on_avx2;
-#endif
-  (void)level;
-  return go_on_scalar;
+  return read_scalar;
 }
 
 }  // namespace
@@ -130,15 +125,13 @@ extern "C" int64_t table_lookup(int64_t level, int64_t threads, const void* x, i
   if (count < 0 || entries < 2 || entries > MOST_ENTRIES || !(float(step) > 0)) return BAD_SHAPE;
   const float high = float(low + double(entries - 1) * step);
   const Table t{table, entries, float(low), high, float(step), float(left_slope), float(right_slope), linear != 0};
-  const Body inside = look_up_at(level), beyond = go_on_at(level);
+  const Body read = body_of(level);
   parallel(threads, (count + ELEMENTS_A_TASK - 1) / ELEMENTS_A_TASK, [&](int64_t task) {
     const int64_t end = std::min(count, (task + 1) * ELEMENTS_A_TASK);
     float values[PART], results[PART];
     for (int64_t i = task * ELEMENTS_A_TASK; i < end; i += PART) {
       const int64_t here = std::min(PART, end - i);
-      const float* wide = as_floats(level, x, x_dtype, i, values, here);
-      inside(t, wide, results, here);
-      beyond(t, wide, results, here);
+      read(t, as_floats(level, x, x_dtype, i, values, here), results, here);
       from_float(level, results, y, x_dtype, i, here);
     }
   });
@@ -150,7 +143,7 @@ extern "C" int64_t table_inverse_root(int64_t level, const float* x, const float
   if (!level_is_there(level)) return BAD_LEVEL;
   if (count < 0 || entries < 2 || entries > MOST_ENTRIES || !(float(step) > 0)) return BAD_SHAPE;
   const Table t{table, entries, 1, float(1 + double(entries - 1) * step), float(step), 0, 0, linear != 0};
-  const Body inside = look_up_at(level);
+  const Body read = body_of(level);
   float parts[PART], roots[PART];
   int halves[PART];
   for (int64_t i = 0; i < count; i += PART) {
@@ -161,7 +154,7 @@ extern "C" int64_t table_inverse_root(int64_t level, const float* x, const float
       halves[j] = std::isfinite(x[i + j]) ? (power - 1) >> 1 : 0;
       parts[j] = std::isfinite(x[i + j]) ? std::ldexp(mantissa, power - 2 * halves[j]) : 1;
     }
-    inside(t, parts, roots, here);
+    read(t, parts, roots, here);
     for (int64_t j = 0; j < here; j++) {
       const float value = x[i + j];
       y[i + j] = value > 0 && std::isfinite(value) ? std::ldexp(roots[j], -halves[j]) : 1 / std::sqrt(value);
