@@ -4,13 +4,15 @@
     python scripts/bench_kernels.py --quick
 
 Every row is y = x @ W.T with random float32 x (M, K) and W (N, K); quantizing activations is inside the timed region.
-Copies of a weight are used in turn, at least 160 MB and four times the last cache of each, so that they come from
-memory. All candidates and the reading of memory bandwidth are called in turn, and medians are reported;
+Copies of a weight are used in turn, at least 160 MB and the size of the last cache of each, so that they come from
+memory: between two uses of a copy those of a dozen candidates are read. All candidates and the reading of memory
+bandwidth are called in turn, and medians are reported;
 "/ W4A8" is a time over that of "ours W4A8 g64". "ours W4A8 g64"
 is there twice: what these two differ by is noise, and so is every smaller difference.
 
 Ceilings are of the same process and the same number of threads: reading memory (scripts/ceilings.cpp), and the peaks of
-int8 and float instructions. A row's fraction of the ceiling is of bandwidth for M < 16, of the int8 peak above.
+int8 and float instructions; the int8 peak that goals are of is that of vectors, whether or not the processor has
+tiles (AMX) too. A row's fraction of the ceiling is of bandwidth for M < 16, of the int8 peak above.
 
 Peers: torch's dense product in float32 and bfloat16, its int4pack and int8pack, oneDNN's W8A8, bitsandbytes'
 Linear8bitLt, and with --peers llama.cpp, from an environment of its own (scripts/peers/requirements-llama-cpp.txt).
@@ -354,7 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     console.width = max(100, console.width)
     cache = settings.cache_mb * 2**20 if settings.cache_mb else last_cache()
-    settings.rotation = 0 if settings.quick else max(ROTATION, 4 * cache)
+    settings.rotation = 0 if settings.quick else max(ROTATION, cache)
     shapes, counts = (QUICK_SHAPES, QUICK_ROWS) if settings.quick else (SHAPES, ROWS)
     shapes, counts = tuple(settings.shapes or shapes), tuple(settings.rows or counts)
     settings.seconds = 0.1 if settings.quick else settings.seconds
@@ -385,7 +387,7 @@ def run(
     limits = {
         "read bandwidth": statistics.median(ceilings.read() for _ in tries),
         "copy bandwidth": statistics.median(ceilings.copy() for _ in tries),
-        **{f"{kind} peak": statistics.median(ceilings.peak(kind) for _ in tries) for kind in ("int8", "float", "bf16")},
+        **{f"{kind} peak": statistics.median(ceilings.peak(kind) for _ in tries) for kind in kernel_peers.PEAKS},
     }
     console.print(f"{cpu_name()}, {settings.threads} thread(s), {level}, torch {torch.__version__}")
     for name, limit in limits.items():

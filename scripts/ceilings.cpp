@@ -1,7 +1,11 @@
 // What this machine can do at most: bandwidth and arithmetic peaks on a number of threads. Compiled by
 // bench_kernels.py at run time. Every function returns units per second; 0 means that the processor lacks it.
 
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstddef>
@@ -128,6 +132,37 @@ BF16 void bf16_512(int64_t rounds) {
 #undef STEP
 }
 
+#if defined(__linux__) && defined(SYS_arch_prctl)
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+bool has_amx() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) == 0 || (d >> 24 & 3) != 3) return false;
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // Linux gives the tiles to those who ask
+}
+// Twelve products as everywhere, on four tiles of sums.
+#define TILES(name, instruction)                                                                        \
+    void name(int64_t rounds) {                                                                         \
+        static const Shapes shapes;                                                                     \
+        asm volatile("ldtilecfg %0" ::"m"(shapes));                                                     \
+        for (int64_t r = 0; r < rounds; ++r)                                                            \
+            for (int i = 0; i < CHAINS / 4; ++i)                                                        \
+                asm volatile(instruction " %tmm6, %tmm4, %tmm0\n" instruction " %tmm7, %tmm4, %tmm1\n"  \
+                             instruction " %tmm6, %tmm5, %tmm2\n" instruction " %tmm7, %tmm5, %tmm3\n"); \
+        asm volatile("tilerelease");                                                                    \
+    }
+TILES(int8_tiles, "tdpbssd")
+TILES(bf16_tiles, "tdpbf16ps")
+#undef TILES
+#else
+bool has_amx() { return false; }
+void int8_tiles(int64_t) {}
+void bf16_tiles(int64_t) {}
+#endif
+
 double peak(int threads, int64_t rounds, double operations, void (*work)(int64_t)) {
     return operations * CHAINS * rounds * threads / seconds(threads, [=](int) { work(rounds); });
 }
@@ -137,6 +172,15 @@ double peak(int threads, int64_t rounds, double operations, void (*work)(int64_t
 extern "C" {
 
 int has_required() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// Memory that wasn't touched yet: large pages, as packed weights have.
+void use_large_pages(char* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t first = (uintptr_t(memory) + LARGE - 1) & ~(LARGE - 1), last = (uintptr_t(memory) + bytes) & ~(LARGE - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 double read_bandwidth(const char* from, size_t bytes, int threads) {
     const size_t part = bytes / threads / 256 * 256;
@@ -159,6 +203,10 @@ double int8_peak(int threads, int64_t rounds) {
     if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return peak(threads, rounds, 128, int8_512);
     return peak(threads, rounds, 64, int8_256);
 }
+
+// of tiles of 16 x 16 x 64 bytes
+double int8_tiles_peak(int threads, int64_t rounds) { return has_amx() ? peak(threads, rounds, 32768, int8_tiles) : 0; }
+double bf16_tiles_peak(int threads, int64_t rounds) { return has_amx() ? peak(threads, rounds, 16384, bf16_tiles) : 0; }
 
 double float_peak(int threads, int64_t rounds) {
     return has_avx512() ? peak(threads, rounds, 32, float_512) : peak(threads, rounds, 16, float_256);

@@ -26,6 +26,7 @@ from compressor.kernels import ops
 from compressor.kernels.int8_split import round_rows
 
 HERE = Path(__file__).parent
+PEAKS = ("int8", "float", "bf16", "int8_tiles", "bf16_tiles")
 PIECE = 16 * 2**20  # bytes of one reading of memory
 CHECKED = 128  # rows of the weight that are compared with float64
 # Relative error of the answer to the product that it stands for, on these weights: bfloat16 results have 8 bits,
@@ -327,10 +328,12 @@ class Ceilings:
         if not self._library.has_required():
             raise RuntimeError("the ceilings need a processor with AVX2 and FMA")
         self.threads, self.rounds = threads, 100_000 if quick else 1_000_000
-        self.buffer = torch.randint(0, 255, (4 * cache,), dtype=torch.uint8)
+        self.buffer = torch.empty(4 * cache, dtype=torch.uint8)
+        self._library.use_large_pages(ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_size_t(self.buffer.numel()))
+        self.buffer.random_(0, 255)
         self.target = torch.zeros_like(self.buffer)
         self._next = 0
-        for name in ("read_bandwidth", "copy_bandwidth", "int8_peak", "float_peak", "bf16_peak"):
+        for name in ("read_bandwidth", "copy_bandwidth", *(f"{kind}_peak" for kind in PEAKS)):
             getattr(self._library, name).restype = ctypes.c_double
 
     def read(self) -> float:
@@ -345,7 +348,7 @@ class Ceilings:
         return self._library.copy_bandwidth(*places, ctypes.c_size_t(self.buffer.numel()), self.threads)
 
     def peak(self, kind: str) -> float:
-        """kind: int8, float or bf16; operations per second, 0 if the processor has no such instruction"""
+        """kind: one of PEAKS; operations per second, 0 if the processor has no such instruction"""
         return getattr(self._library, f"{kind}_peak")(self.threads, ctypes.c_int64(self.rounds))
 
 

@@ -24,6 +24,7 @@ template <class F> Floats each_float(F f) { Floats r; for (int i = 0; i < 16; i+
 
 inline Ints load(const void* at) { Ints r; memcpy(r.bytes, at, 64); return r; }
 inline Floats load_ps(const void* at) { Floats r; memcpy(r.v, at, 64); return r; }
+inline void store(void* at, const Ints& a) { memcpy(at, a.bytes, 64); }
 inline void store_ps(void* at, const Floats& a) { memcpy(at, a.v, 64); }
 template <class T> Ints load_masked(uint64_t mask, const void* at) {
   return each<T>([&](int i) { T r = 0; if (mask >> i & 1) memcpy(&r, (const char*)at + i * sizeof(T), sizeof(T)); return r; });
@@ -37,6 +38,7 @@ inline Ints set1_epi8(int v) { return each<int8_t>([&](int) { return v; }); }
 inline Ints set1_epi32(int32_t v) { return each<int32_t>([&](int) { return v; }); }
 inline Floats set1_ps(float v) { return each_float([&](int) { return v; }); }
 inline Ints add32(const Ints& a, const Ints& b) { return each<uint32_t>([&](int i) { return a.get<uint32_t>(i) + b.get<uint32_t>(i); }); }
+template <class T> Ints sub(const Ints& a, const Ints& b) { return each<T>([&](int i) { return a.get<T>(i) - b.get<T>(i); }); }
 inline Ints max32(const Ints& a, const Ints& b) {
   return each<int32_t>([&](int i) { return a.get<int32_t>(i) > b.get<int32_t>(i) ? a.get<int32_t>(i) : b.get<int32_t>(i); });
 }
@@ -120,4 +122,6 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define _mm512_srai_epi32 emulated::right<int32_t>
 #define _mm512_srli_epi16 emulated::right<uint16_t>
 #define _mm512_storeu_ps emulated::store_ps
+#define _mm512_storeu_si512 emulated::store
+#define _mm512_sub_epi8 emulated::sub<uint8_t>
 #define _mm512_ternarylogic_epi32 emulated::ternary

@@ -10,12 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
-UNITS = ("common", "int8_product", "dynamic_int8", "weight_only", "float_product", "int8_outlier")
+UNITS = ("common", "int8_product", "int8_amx", "dynamic_int8", "weight_only", "float_product", "int8_outlier")
 UNITS += ("int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
-if "avx512_vnni" not in Path("/proc/cpuinfo").read_text():  # the bodies for it run all the same, in plain C++
-    FLAGS += ["-include", str(ROOT / "tests" / "avx512_emulated.h")]
+FEATURES = Path("/proc/cpuinfo").read_text()
+for feature, emulated in (("avx512_vnni", "avx512_emulated.h"), ("amx_int8", "amx_emulated.h")):
+    if feature not in FEATURES:  # the bodies for it run all the same, in plain C++
+        FLAGS += ["-include", str(ROOT / "tests" / emulated)]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +25,7 @@ pytestmark = [
 ]
 # name, file (.cpp left out), what is there, what is put in its place
 MUTANTS = [
-    ("nibbles swapped", "int8_product", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
+    ("nibbles swapped", "common.h", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
     (
         "sum of inputs dropped",
         "int8_product",
@@ -32,10 +34,28 @@ MUTANTS = [
     ),
     ("wrong columns of 8 bits", "int8_product", "_mm256_srli_epi16(v[c], 8), x13", "_mm256_srli_epi16(v[c], 8), x02"),
     ("sums of 16 bits too long", "int8_product", "std::min(w.group, k + 32)", "std::min(w.group, k + 320)"),
-    ("high bit of 3 dropped", "int8_product", "low, high, _mm512_set1_epi8(4)", "low, high, _mm512_set1_epi8(0)"),
+    ("high bit of 3 dropped", "common.h", "low, high, _mm512_set1_epi8(4)", "low, high, _mm512_set1_epi8(0)"),
     ("high bit of the wrong output", "common.h", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
     ("digit of a lower place", "int8_product", "_mm512_set1_ps(256)", "_mm512_set1_ps(128)"),
     ("scale of the group before", "int8_product", "scales_avx2(b + w.", "scales_avx2(b - (j > 0) * w.block_bytes + w."),
+    ("tiles of the block before", "int8_amx", "if (done) before = to;", "if (done && !before) before = to;"),
+    (
+        "zero point of 8 bits dropped",
+        "int8_amx",
+        "_mm512_mullo_epi32(zero, _mm512_set1_epi32(x.minus_sum[row",
+        "_mm512_mullo_epi32(zero, _mm512_set1_epi32(0 * x.minus_sum[row",
+    ),
+    ("zero point of 9 bits", "int8_amx", "w.largest_zero <= 128", "true"),
+    ("sums of a wide group begun again", "int8_amx", "const bool first = r.from == 0,", "const bool first = true,"),
+    ("columns of another output", "int8_amx", "tile_load<7>(b + 2 * codes.column", "tile_load<7>(b + 3 * codes.column"),
+    ("rows of the next input", "int8_amx", "from = block * rows * x.digits;", "from = block * TILE_ROWS;"),
+    (
+        "broken chunk read whole",
+        "int8_amx",
+        "codes + from * padded + j * w.group + k, size_t(count)",
+        "codes + from * padded + j * w.group + k, TILE_COLUMNS",
+    ),
+    ("rows beyond the last", "int8_amx", "(M + rows - 1) / rows, chunks_of(w)", "M / rows, chunks_of(w)"),
     ("tail of a row off by one", "dynamic_int8", "__mmask16((1u << (K - k)) - 1)", "__mmask16((1u << (K - k)) - 2)"),
     (
         "stale inputs beyond K",

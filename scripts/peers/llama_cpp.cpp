@@ -1,4 +1,4 @@
-// One product of llama.cpp's: ggml_mul_mat of a quantized weight (CPU_REPACK buffers where ggml has such a kernel)
+// One product of llama.cpp's: ggml_mul_mat of a quantized weight (in the kind of buffer that llama.cpp would choose)
 // and float32 activations, through ggml's public interface, against the library that llama-cpp-python ships.
 //
 //     llama_cpp TYPE OUT IN ROWS COPIES THREADS         TYPE: q4_0 | q8_0
@@ -37,15 +37,6 @@ ggml_context* context(size_t tensors, size_t graphs) {
     return ggml_init({tensors * ggml_tensor_overhead() + graphs * ggml_graph_overhead() + 4096, nullptr, true});
 }
 
-ggml_backend_buffer_type_t repack_buffers(ggml_backend_dev_t device) {
-    auto* extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
-    if (!extra) return nullptr;
-    for (auto* kind = extra(device); kind && *kind; ++kind)
-        if (std::string(ggml_backend_buft_name(*kind)) == "CPU_REPACK") return *kind;
-    return nullptr;
-}
-
 // as llama.cpp asks: the operation with its weight in an empty buffer of that kind
 bool supports(ggml_backend_dev_t device, ggml_backend_buffer_type_t kind, ggml_type type, int64_t out, int64_t in,
               int64_t rows) {
@@ -57,6 +48,15 @@ bool supports(ggml_backend_dev_t device, ggml_backend_buffer_type_t kind, ggml_t
     ggml_backend_buffer_free(weight->buffer);
     ggml_free(trial);
     return holds;
+}
+
+// The first kind of buffer that takes such a product, as llama.cpp chooses: tiles of AMX where ggml was built for them, repacked weights, or plain.
+ggml_backend_buffer_type_t buffers(ggml_backend_dev_t device, ggml_type type, int64_t out, int64_t in, int64_t rows) {
+    auto* extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+    for (auto* kind = extra ? extra(device) : nullptr; kind && *kind; ++kind)
+        if (supports(device, *kind, type, out, in, rows)) return *kind;
+    return ggml_backend_cpu_buffer_type();
 }
 
 }  // namespace
@@ -84,8 +84,7 @@ int main(int count, char** arguments) {
     ggml_quantize_chunk(type, weight.data(), codes.data(), 0, out, in, nullptr);
     ggml_get_type_traits(type)->to_float(codes.data(), rounded.data(), out * in);
 
-    ggml_backend_buffer_type_t kind = repack_buffers(device);
-    if (!kind || !supports(device, kind, type, out, in, rows)) kind = ggml_backend_cpu_buffer_type();
+    ggml_backend_buffer_type_t kind = buffers(device, type, out, in, rows);
     ggml_context *weights = context(copies, 0), *products = context(copies + 1, copies);
     std::vector<ggml_tensor*> packed(copies), results(copies);
     for (auto& tensor : packed) tensor = ggml_new_tensor_2d(weights, type, in, out);

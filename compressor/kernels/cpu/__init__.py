@@ -1,7 +1,8 @@
 """The library of CPU kernels, compiled from the C++ sources beside this file, if the installation has it.
 
-Levels of instructions: scalar, avx2 and avx512vnni; all give the same bits. The best one of the processor is used, or
-the one that the environment variable COMPRESSOR_CPU names.
+Levels of instructions: scalar, avx2, avx512vnni, and amx, which has the bodies of avx512vnni but for products that
+tiles do faster; all give the same bits. The best one of the processor is used, or the one that the environment
+variable COMPRESSOR_CPU names.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from types import ModuleType
 
 from compressor.errors import KernelError
 
-LEVELS = ("scalar", "avx2", "avx512vnni")
-ABI = 4
+LEVELS = ("scalar", "avx2", "avx512vnni", "amx")
+ABI = 5
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 

@@ -20,7 +20,7 @@
 
 namespace compressor {
 
-enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2 };
+enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2, AMX = 3 };
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, BAD_INDEX = -5 };
 
@@ -84,14 +84,14 @@ void from_float(int64_t level, const float* values, void* data, int64_t dtype, i
 // Outputs beyond N have scale 0; columns beyond K have code 0, and their inputs are taken as 0.
 struct Header {
   uint32_t magic, bits;
-  int64_t out_features, in_features, group, scale_dtype, reserved[3];
+  int64_t out_features, in_features, group, scale_dtype, largest_zero, reserved[2];
 };
 static_assert(sizeof(Header) == 64, "one line");
 constexpr uint32_t MAGIC = 0x32757063;  // "cpu2"
 
 struct Packed {
   const uint8_t* blocks;
-  int64_t out_features, in_features, bits, group, groups, tiles, scale_dtype, row_bytes, scale_offset, zero_offset, block_bytes;
+  int64_t out_features, in_features, bits, group, groups, tiles, scale_dtype, largest_zero, row_bytes, scale_offset, zero_offset, block_bytes;
   int64_t padded() const { return groups * group; }
   const uint8_t* block(int64_t tile, int64_t j) const { return blocks + (tile * groups + j) * block_bytes; }
 };
@@ -117,6 +117,20 @@ template <int BITS> TARGET_AVX2 static ALWAYS_INLINE __m256i codes_avx2(const ui
   if (BITS == 2) return low;
   const __m256i high = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i*)(row + 128) + c % 2), c / 2 * 2 + half);
   return _mm256_or_si256(low, _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), 2));
+}
+// Codes of outputs c*16 .. c*16+15, the same.
+template <int BITS> TARGET_AVX512 static ALWAYS_INLINE __m512i codes_avx512(const uint8_t* row, int c, int half) {
+  if (BITS == 8) return _mm512_loadu_si512((const __m512i*)(row + half * 256) + c);
+  if (BITS == 4) {
+    const __m512i both = _mm512_loadu_si512((const __m512i*)row + c);
+    return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+  }
+  const __m512i low = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512((const __m512i*)row + c / 2), c % 2 * 4 + half * 2), _mm512_set1_epi8(3));
+  if (BITS == 2) return low;
+  const __m512i bits = _mm512_loadu_si512((const __m512i*)row + 2);
+  const int at = c * 2 + half;  // bring this bit of each byte to bit 2
+  const __m512i high = at < 2 ? _mm512_slli_epi16(bits, 2 - at) : _mm512_srli_epi16(bits, at - 2);
+  return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xf8);  // low | (high & 4)
 }
 #endif
 // 8 or 16 scales of a block, from c * 8 or c * 16 on
@@ -146,6 +160,12 @@ TARGET_AVX512 static ALWAYS_INLINE void add_dot(__m512i& sum, __m512i codes, __m
 #endif
 
 constexpr int64_t ROWS_AT_ONCE = 128;  // of x: what is kept of them stays in the second-level cache beside a tile
+// Rows of int8, `padded` bytes each, that are multiplied at a time. With AMX, 2 MiB of cache and products as fast as memory, more where they are short.
+static inline int64_t rows_at_once(int64_t level, int64_t padded) {
+  if (level < AMX) return ROWS_AT_ONCE;
+  const int64_t fit = (int64_t(1) << 20) / padded / 16 * 16;
+  return fit < 64 ? 64 : fit > 256 ? 256 : fit;
+}
 
 struct Output {
   void* y;

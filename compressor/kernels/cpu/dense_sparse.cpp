@@ -178,7 +178,7 @@ uint16_t largest_at(int64_t level, const uint16_t* index, int64_t count) {
 // rows of x (1 or 2) times ATOMS atoms
 void dots_at(int64_t level, const float* x, int64_t stride, int64_t rows, const float* atoms, int64_t padded, float* out) {
 #ifdef COMPRESSOR_X86
-  if (level == AVX512VNNI) return (rows == 2 ? dots_avx512<2> : dots_avx512<1>)(x, stride, atoms, padded, out);
+  if (level >= AVX512VNNI) return (rows == 2 ? dots_avx512<2> : dots_avx512<1>)(x, stride, atoms, padded, out);
   if (level == AVX2) return (rows == 2 ? dots_avx2<2> : dots_avx2<1>)(x, stride, atoms, padded, out);
 #endif
   for (int64_t r = 0; r < rows; r++) dots_scalar(x + r * stride, atoms, padded, out + r * ATOMS);
@@ -203,7 +203,7 @@ void entries_at(int64_t level, const Factors& f, const float* z, const uint16_t*
         }
         totals[i] = n + i < count ? total + here * LANES : ignored[i];
       }
-      if (level == AVX512VNNI) {
+      if (level >= AVX512VNNI) {
         entries_avx512<8>(f.k, z, indices, values, totals);
       } else {
         entries_avx2<4>(f.k, z, indices, values, totals);

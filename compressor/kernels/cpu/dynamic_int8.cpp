@@ -64,7 +64,7 @@ TARGET_AVX512 float round_row_avx512(const float* x, int8_t* codes, int64_t K) {
 
 static float round_row_at(int64_t level, const float* x, int8_t* codes, int64_t K) {
 #ifdef COMPRESSOR_X86
-  if (level == AVX512VNNI) return round_row_avx512(x, codes, K);
+  if (level >= AVX512VNNI) return round_row_avx512(x, codes, K);
   if (level == AVX2) return round_row_avx2(x, codes, K);
 #endif
   return round_row_scalar(x, codes, K);
@@ -97,7 +97,7 @@ extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, con
   if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, y, x_dtype, M, K, bits, group)) return error;
   if (parts.empty()) return OK;
   const Packed& w = parts[0].w;
-  const int64_t rows = std::min(M, ROWS_AT_ONCE), padded = w.padded();
+  const int64_t padded = w.padded(), rows = std::min(M, rows_at_once(level, padded));
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * w.groups) * 4);

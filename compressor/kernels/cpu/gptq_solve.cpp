@@ -102,7 +102,7 @@ extern "C" int64_t gptq_solve(int64_t level, int64_t threads, float* work, float
   auto f = solve_scalar;
 #ifdef COMPRESSOR_X86
   if (level == AVX2) f = solve_avx2;
-  if (level == AVX512VNNI) f = solve_avx512;
+  if (level >= AVX512VNNI) f = solve_avx512;
 #endif
   parallel(threads, (rows + TILE - 1) / TILE, [&](int64_t tile) {
     f(task, tile * TILE, static_cast<float*>(scratch(0, size_t(stop - begin) * TILE * 4)));

@@ -135,7 +135,7 @@ extern "C" int64_t hadamard(int64_t level, int64_t threads, const void* x, int64
   auto f = transform_scalar;
 #ifdef COMPRESSOR_X86
   if (level == AVX2) f = transform_avx2;
-  if (level == AVX512VNNI) f = transform_avx512;
+  if (level >= AVX512VNNI) f = transform_avx512;
 #endif
   const int64_t rows = std::max<int64_t>(1, ELEMENTS_A_TASK / n);
   parallel(threads, (M + rows - 1) / rows, [&](int64_t task) {

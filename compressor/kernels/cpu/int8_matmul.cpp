@@ -104,7 +104,7 @@ TARGET_AVX512 void tile_avx512(const Rows& a, const int8_t* b, int32_t* c, int64
 }
 // Rows of a as the kernel of the level reads them, zeros of a behind each.
 Rows widen_rows(int64_t level, const int8_t* a, int64_t rows, int64_t K) {
-  if (level == AVX512VNNI) {
+  if (level >= AVX512VNNI) {
     const int64_t stride = (K + 63) / 64 * 64;
     uint8_t* out = (uint8_t*)scratch(0, size_t(rows * stride));
     for (int64_t m = 0; m < rows; m++) {
@@ -137,7 +137,7 @@ extern "C" int64_t int8_matmul(int64_t level, int64_t threads, const int8_t* a, 
     parallel(threads, (N + TILE - 1) / TILE, [&](int64_t tile) {
       const int64_t n = tile * TILE, outputs = std::min<int64_t>(TILE, N - n);
 #ifdef COMPRESSOR_X86
-      if (level == AVX512VNNI) return tile_avx512(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
+      if (level >= AVX512VNNI) return tile_avx512(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
       if (level == AVX2) return tile_avx2(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
 #endif
       tile_scalar(a + m * K, b + n * K, c + m * N + n, rows, outputs, N, K);
