@@ -6,7 +6,7 @@
 Every row is y = x @ W.T with random float32 x (M, K) and W (N, K); quantizing activations is inside the timed region.
 Copies of a weight are used in turn, at least 160 MB and the size of the last cache of each, so that they come from
 memory: between two uses of a copy those of a dozen candidates are read. All candidates and the reading of memory
-bandwidth are called in turn, and medians are reported;
+bandwidth are called in turn, each warmed by other copies first, and medians are reported;
 "/ W4A8" is a time over that of "ours W4A8 g64". "ours W4A8 g64"
 is there twice: what these two differ by is noise, and so is every smaller difference.
 
@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ ROWS = (1, 4, 16, 64, 256)
 QUICK_SHAPES, QUICK_ROWS = (Shape(256, 256),), (1, 16)
 ROTATION = 160_000_000
 FEW = 3  # calls of what is marked slow
+WARMING = 0.003  # seconds
 BY_PEAK = 16  # rows of x from which arithmetic, not memory, is the limit
 
 
@@ -98,23 +100,40 @@ def last_cache() -> int:
     return max(int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size) for size in found)
 
 
+def after_warming(call: Callable[[], float]) -> float:
+    end = time.perf_counter() + WARMING
+    call()
+    while time.perf_counter() < end:
+        call()
+    return call()
+
+
 def interleave(
     found: list[Candidate], ceilings: Ceilings, seconds: float, least: int
 ) -> tuple[list[list[float]], float]:
     """Times of each candidate, called in turn for so long, without their first; and the read bandwidth between them.
 
-    Each turn has another order: reading memory leaves empty caches to whoever comes next.
+    Each turn has another order: reading memory leaves empty caches to whoever comes next. And each candidate works for
+    some milliseconds, copy after copy, before it is timed, as in a model, where layer follows layer: otherwise its code
+    comes from memory, and the clock of the memory from where the one before it left it. One row took up to twice as
+    long then.
     """
     times: list[list[float]] = [[] for _ in found]
     order, shuffle = list(range(len(found) + 1)), random.Random(0).shuffle
+    used = [0] * len(found)
     read, turn, end = [], 0, time.perf_counter() + seconds
+
+    def timed(place: int) -> float:
+        used[place] += 1
+        return found[place].run(used[place] % found[place].copies)
+
     while turn <= least or time.perf_counter() < end:
         shuffle(order)
         for place in order:
             if place == len(found):
-                read.append(ceilings.read())
+                read.append(after_warming(ceilings.read))
             elif not found[place].slow or turn <= FEW:
-                times[place].append(found[place].run(turn % found[place].copies))
+                times[place].append(after_warming(partial(timed, place)))
         turn += 1
     return [spent[1:] for spent in times], statistics.median(read)
 
