@@ -20,7 +20,7 @@ QUICK_MODEL, QUICK_VOCABULARY = "llama:128,2", 64
 GROUP, PROMPT = 64, 16
 SEQUENCES = (1, 16)
 # Logits of a prepared model against those of the same codes, dequantized: float32 rounding, or inputs in int8.
-TOLERANCE = {"prepared W4A16": 1e-3, "prepared W4A8": 0.1}
+TOLERANCE = {"prepared W4A16": 1e-3, "prepared W4A8": 0.1, "prepared W4A8, bf16": 0.1}
 
 
 class Decoder:
@@ -66,9 +66,11 @@ def models(quick: bool) -> dict[str, LlamaForCausalLM]:
     found = {"dense float32": dense, "dense bf16": copy.deepcopy(dense).bfloat16()}
     tokens = torch.randint(0, vocabulary, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     wanted = stored(input_ids=tokens).logits.double()
-    for key, activations in (("prepared W4A16", None), ("prepared W4A8", "int8")):
+    for key in TOLERANCE:
         model = copy.deepcopy(stored)
-        prepare(model, activations=activations, strict=True)
+        if key.endswith("bf16"):  # all but the weights in 4 bits
+            model = model.bfloat16()
+        prepare(model, activations="int8" if "W4A8" in key else None, strict=True)
         error = float((model(input_ids=tokens).logits.double() - wanted).norm() / wanted.norm())
         if not error <= TOLERANCE[key]:
             raise ArithmeticError(f"{key}: logits differ by {error:.3g}, at most {TOLERANCE[key]} expected")

@@ -215,7 +215,7 @@ extern "C" int64_t best_level() {
   return level;
 }
 
-// A product reads its weight once from end to end. In pages of 4 KiB, looking up where they are takes a virtual machine a fifth of that time.
+// A product reads its weight once from end to end. In pages of 4 KiB, looking up where they are took a virtual machine up to a fifth of that time.
 // An advice: where the system doesn't take it, or has touched the memory before, nothing changes.
 static void ask_for_large_pages(uint8_t* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
