@@ -103,7 +103,6 @@ def last_cache() -> int:
 
 def after_warming(call: Callable[[], float]) -> float:
     end = time.perf_counter() + WARMING
-    call()
     while time.perf_counter() < end:
         call()
     return call()

@@ -160,12 +160,6 @@ TARGET_AVX512 static ALWAYS_INLINE void add_dot(__m512i& sum, __m512i codes, __m
 #endif
 
 constexpr int64_t ROWS_AT_ONCE = 128;  // of x: what is kept of them stays in the second-level cache beside a tile
-// Rows of int8, `padded` bytes each, that are multiplied at a time. Tiles of AMX take less time than the weight takes from memory, so more of them.
-static inline int64_t rows_at_once(int64_t level, int64_t padded) {
-  if (level < AMX) return ROWS_AT_ONCE;
-  const int64_t fit = (int64_t(3) << 20) / padded / 16 * 16;
-  return fit < 64 ? 64 : fit > 256 ? 256 : fit;
-}
 
 struct Output {
   void* y;

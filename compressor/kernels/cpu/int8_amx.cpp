@@ -29,11 +29,6 @@ template <class F> void each_range(const Packed& w, F f) {
 }
 
 // ---- codes of a weight, unpacked ----
-// Codes of outputs 16 c .. 16 c + 15, columns 4 half .. 4 half + 3 of a row of 8.
-template <int BITS> TARGET_AVX512 ALWAYS_INLINE __m512i codes_of(const uint8_t* row, int c, int half) {
-  if (BITS == 8) return _mm512_loadu_si512((const __m512i*)(row + half * 256) + c);
-  return codes_avx512<BITS>(row, c, half);
-}
 // `rows` rows of 8 columns of a block to (4, WIDE_CHUNKS, 16, 64): what they stand for, code - zero, or the codes of 8 bits.
 template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows, const uint8_t* zeros, uint8_t* panel) {
   __m512i zero[4];
@@ -43,7 +38,7 @@ template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows,
   for (int64_t r = 0; r < rows; r++, from += TILE * BITS, panel += 2 * TILE_COLUMNS) {
     UNROLL for (int c = 0; c < 4; c++)
       UNROLL for (int half = 0; half < 2; half++)
-        _mm512_storeu_si512(panel + c * WIDE_CHUNKS * TILE_BYTES + half * 64, _mm512_sub_epi8(codes_of<BITS>(from, c, half), zero[c]));
+        _mm512_storeu_si512(panel + c * WIDE_CHUNKS * TILE_BYTES + half * 64, _mm512_sub_epi8(codes_avx512<BITS>(from, c, half), zero[c]));
   }
 }
 

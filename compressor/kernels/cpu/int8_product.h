@@ -18,6 +18,12 @@ struct Part {
   Packed w;
   Output to;
 };
+// Rows of int8, `padded` bytes each, that are multiplied at a time. Tiles of AMX take less time than the weight takes from memory, so more of them.
+static inline int64_t rows_at_once(int64_t level, int64_t padded) {
+  if (level < AMX) return ROWS_AT_ONCE;
+  const int64_t fit = (int64_t(3) << 20) / padded / 16 * 16;
+  return fit < 64 ? 64 : fit > 256 ? 256 : fit;
+}
 // What int32 sums hold: |code| <= 128 times codes of the weight.
 static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.bits) - 1) < int64_t(1) << 31; }
 
