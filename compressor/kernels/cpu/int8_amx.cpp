@@ -6,31 +6,26 @@
 namespace compressor {
 namespace {
 
-// Chunks of 64 columns that are multiplied before the next ones, 4 KiB of codes each. Few of narrow groups, since their sums lie in the
-// first-level cache too, (16, 64) for each group.
-constexpr int64_t NARROW_CHUNKS = 2, WIDE_CHUNKS = 4, IN_PLACE_CHUNKS = 8;
+// Groups of up to so many chunks of 64 columns are narrow: their sums leave the tiles often, and become floats in registers.
+constexpr int64_t NARROW = 7;
+// Chunks whose codes are unpacked, or read where they are, before the rows are multiplied by them. Of narrow groups, four groups of one chunk,
+// two of two or one: 16 KiB of 64 outputs, which stay in the first-level cache. Those of wide ones stay in the second, their sums in tiles.
+constexpr int64_t NARROW_CHUNKS = 4, WIDE_CHUNKS = 64;
 constexpr int64_t FETCHED = 8192;             // bytes of a weight that are asked for before they are read
 constexpr int LANES = TILE_ROWS * TILE_ROWS;  // sums in a tile
 
 int64_t chunks_of(const Packed& w) { return (w.group + TILE_COLUMNS - 1) / TILE_COLUMNS; }
+bool narrow(const Packed& w) { return chunks_of(w) <= NARROW; }
+// Narrow groups that are multiplied at once.
+int64_t groups_of(const Packed& w) { return chunks_of(w) == 1 ? NARROW_CHUNKS : chunks_of(w) == 2 ? NARROW_CHUNKS / 2 : 1; }
+int64_t at_once(const Packed& w) { return narrow(w) ? groups_of(w) * chunks_of(w) : std::min(WIDE_CHUNKS, chunks_of(w)); }
 // Codes of 8 bits are read where they are, in groups of whole chunks.
 bool in_place(const Packed& w) { return w.bits == 8 && w.group % TILE_COLUMNS == 0; }
 
-// Whole groups first .. last - 1, or of one wide group the chunks from .. to - 1.
-struct Range {
-  int64_t first, last, from, to;
-  int64_t chunks() const { return (last - first) * (to - from); }
-};
-template <class F> void each_range(const Packed& w, F f) {
-  const int64_t chunks = chunks_of(w);
-  const int64_t groups = std::max<int64_t>(1, NARROW_CHUNKS / chunks), most = in_place(w) ? IN_PLACE_CHUNKS : WIDE_CHUNKS;
-  for (int64_t j = 0; j < w.groups; j += groups)
-    for (int64_t chunk = 0; chunk < chunks; chunk += most) f(Range{j, std::min(w.groups, j + groups), chunk, std::min(chunks, chunk + most)});
-}
-
 // ---- codes of a weight, unpacked ----
-// `rows` rows of 8 columns of a block to (4, WIDE_CHUNKS, 16, 64): what they stand for, code - zero, or the codes of 8 bits.
-template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows, const uint8_t* zeros, uint8_t* panel) {
+// `rows` rows of 8 columns of a block to (4, chunks, 16, 64), `column` bytes from 16 outputs to the next: what they stand for, code - zero, or
+// the codes of 8 bits.
+template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows, const uint8_t* zeros, uint8_t* panel, int64_t column) {
   __m512i zero[4];
   UNROLL for (int c = 0; c < 4; c++)
     zero[c] = BITS == 8 ? _mm512_setzero_si512()
@@ -38,7 +33,7 @@ template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows,
   for (int64_t r = 0; r < rows; r++, from += TILE * BITS, panel += 2 * TILE_COLUMNS) {
     UNROLL for (int c = 0; c < 4; c++)
       UNROLL for (int half = 0; half < 2; half++)
-        _mm512_storeu_si512(panel + c * WIDE_CHUNKS * TILE_BYTES + half * 64, _mm512_sub_epi8(codes_avx512<BITS>(from, c, half), zero[c]));
+        _mm512_storeu_si512(panel + c * column + half * 64, _mm512_sub_epi8(codes_avx512<BITS>(from, c, half), zero[c]));
   }
 }
 
@@ -47,11 +42,10 @@ template <int BITS, int C, int A, int B> ALWAYS_INLINE void dot() {
   if (BITS == 8) tile_dot_unsigned<C, A, B>();
   else tile_dot_signed<C, A, B>();
 }
-// One group's sums of 16 rows of codes and outputs 16 c on, added to total.
+// One group's sums of 16 rows of codes and 16 outputs, added to total.
 template <int BITS, int DIGITS>
-TARGET_AVX512 ALWAYS_INLINE void add_group(const AmxRows& x, const Packed& w, const uint8_t* block, const int32_t* sums, int64_t row, int c, __m512* total) {
-  const __m512 scale = scales_avx512(block + w.scale_offset, w.scale_dtype, c);
-  const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(block + w.zero_offset) + c));
+TARGET_AVX512 ALWAYS_INLINE void add_group(const AmxRows& x, __m512 scale, const uint8_t* zeros, const int32_t* sums, int64_t row, __m512* total) {
+  const __m512i zero = BITS == 8 ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros)) : _mm512_setzero_si512();
   UNROLL for (int i = 0; i < TILE_ROWS / DIGITS; i++) {
     __m512 value;
     UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
@@ -63,94 +57,187 @@ TARGET_AVX512 ALWAYS_INLINE void add_group(const AmxRows& x, const Packed& w, co
     total[i] = _mm512_fmadd_ps(value, scale, total[i]);
   }
 }
+template <int ROWS> TARGET_AVX512 ALWAYS_INLINE void load_totals(const float* from, __m512* total) {
+  UNROLL for (int i = 0; i < ROWS; i++) total[i] = _mm512_loadu_ps(from + i * TILE);
+}
+template <int ROWS> TARGET_AVX512 ALWAYS_INLINE void store_totals(float* to, const __m512* total) {
+  UNROLL for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(to + i * TILE, total[i]);
+}
 
 template <int BITS, int DIGITS> struct Tiles {
   static constexpr int ROWS = TILE_ROWS / DIGITS;
   const AmxRows& x;
   const Packed& w;
   const int64_t tile;
-  uint8_t* const panel;  // (4, WIDE_CHUNKS, 16, 64)
-  int32_t* const sums;   // (max(blocks, 2 NARROW_CHUNKS), 4, 16, 16)
+  uint8_t* const panel;  // (4, at_once, 16, 64)
+  int32_t* const sums;   // (blocks, 4, 16, 16) of wide groups, (2, 16, 16) of narrow ones
+  float* const scales;   // (NARROW_CHUNKS, 64)
   float* const out;      // (blocks * ROWS, 64)
 
-  // The codes of a range: of its chunk i and outputs 16 c on at + i * chunk + c * column, rows of 64 bytes `stride` apart; a group
-  // more is `group` further. 8 bits are read where they are, but for groups of broken chunks.
+  // Codes of some chunks: of chunk i and outputs 16 c on at + i * chunk + c * column, rows of 64 bytes `stride` apart. Of 8 bits they are read
+  // where they are, but for groups of broken chunks; there a group more is not `chunks` chunks further, but `group`.
   struct Codes {
     const uint8_t* at;
     int64_t chunk, group, column, stride;
   };
-  TARGET_AVX512 Codes codes(const Range& r) const {
-    const uint8_t* block = w.block(tile, r.first);
-    if (BITS == 8 && in_place(w)) return Codes{block + r.from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
-    uint8_t* to = panel;
-    for (int64_t j = r.first; j < r.last; j++, block += w.block_bytes)
-      for (int64_t chunk = r.from; chunk < r.to; chunk++, to += TILE_BYTES)
+  TARGET_AVX512 void take(Codes& to, int64_t first, int64_t last, int64_t from, int64_t until) const {  // chunks of whole groups, or of one
+    const uint8_t* block = w.block(tile, first);
+    if (BITS == 8 && in_place(w)) {
+      to = Codes{block + from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
+      return;
+    }
+    const int64_t column = at_once(w) * TILE_BYTES;
+    uint8_t* at = panel;
+    for (int64_t j = first; j < last; j++, block += w.block_bytes)
+      for (int64_t chunk = from; chunk < until; chunk++, at += TILE_BYTES)
         unpack<BITS>(block + chunk * (TILE_COLUMNS / 8) * w.row_bytes, std::min<int64_t>(TILE_COLUMNS, w.group - chunk * TILE_COLUMNS) / 8,
-                     block + w.zero_offset, to);
-    return Codes{panel, TILE_BYTES, TILE_BYTES * x.chunks, WIDE_CHUNKS * TILE_BYTES, 64};
+                     block + w.zero_offset, at, column);
+    to = Codes{panel, TILE_BYTES, TILE_BYTES * x.chunks, column, 64};
   }
-  // Products of a group's chunks and 64 outputs side by side, added to the sums at `to`, (4, 16, 16), or to none.
-  TARGET_AVX512 ALWAYS_INLINE void multiply(const int8_t* a, const uint8_t* b, int64_t chunks, const Codes& codes, bool fresh, int32_t* to) const {
-    if (fresh) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    else tile_load<0>(to, 64), tile_load<1>(to + LANES, 64), tile_load<2>(to + 2 * LANES, 64), tile_load<3>(to + 3 * LANES, 64);
-    for (int64_t chunk = 0; chunk < chunks; chunk++, a += TILE_BYTES, b += codes.chunk) {
-      tile_load<4>(a, TILE_COLUMNS);
-      tile_load<5>(b, codes.stride), dot<BITS, 0, 4, 5>();
-      tile_load<6>(b + codes.column, codes.stride), dot<BITS, 1, 4, 6>();
-      tile_load<7>(b + 2 * codes.column, codes.stride), dot<BITS, 2, 4, 7>();
-      tile_load<5>(b + 3 * codes.column, codes.stride), dot<BITS, 3, 4, 5>();
-    }
-    tile_store<0>(to, 64), tile_store<1>(to + LANES, 64), tile_store<2>(to + 2 * LANES, 64), tile_store<3>(to + 3 * LANES, 64);
+  const int8_t* rows(int64_t block, int64_t group, int64_t chunk) const {
+    return x.codes + ((block * w.groups + group) * x.chunks + chunk) * TILE_BYTES;
   }
-  // Sums of whole groups, (groups, 4, 16, 16), to the totals of outputs 16 c on.
-  TARGET_AVX512 ALWAYS_INLINE void add(const Range& r, int64_t block, int c, const int32_t* from) const {
-    float* to = out + block * ROWS * TILE + c * 16;
+  // `lines` of what is read next are asked for, a few at a time.
+  struct Fetch {
+    const char* at;
+    int64_t lines;
+    void some() { for (int64_t i = 0; i < lines; i++, at += 64) _mm_prefetch(at, _MM_HINT_T1); }
+  };
+  Fetch next(int64_t group, int64_t from, int64_t bytes, int64_t times) const {
+    const char* at = (const char*)w.block(tile, group) + from * (TILE_COLUMNS / 8) * w.row_bytes;
+    return Fetch{at + std::max(bytes, FETCHED), (bytes / 64 + times - 1) / times};
+  }
+
+  // ---- narrow groups: while one's products are made, the sums of the one before leave their tile, and earlier ones become floats ----
+  template <int C> TARGET_AVX512 static ALWAYS_INLINE void multiply(const int8_t* a, const uint8_t* b, int64_t chunks, int64_t chunk, int64_t stride) {
+    tile_zero<C>();
+    for (int64_t i = 0; i < chunks; i++)
+      tile_load<4 + 2 * C>(a + i * TILE_BYTES, TILE_COLUMNS), tile_load<5 + 2 * C>(b + i * chunk, stride), dot<BITS, C, 4 + 2 * C, 5 + 2 * C>();
+  }
+  // GROUPS groups from `first` on, of CHUNKS chunks, 0: any number.
+  template <int GROUPS, int CHUNKS> TARGET_AVX512 void narrow_range(int64_t first, const Codes& codes, Fetch fetch) const {
+    constexpr int LAG = GROUPS > 1 ? 2 : 1;  // a group's sums are added so many products later
+    const int64_t chunks = CHUNKS ? CHUNKS : x.chunks, chunk = BITS < 8 ? TILE_BYTES : codes.chunk, stride = BITS < 8 ? 64 : codes.stride;
+    const int64_t group = BITS < 8 ? chunks * TILE_BYTES : codes.group, column = codes.column, next_block = w.groups * chunks * TILE_BYTES;
+    int32_t* const sum = sums;
+    const float* const scale = scales;
+    const uint8_t* const zeros = w.block(tile, first) + w.zero_offset;
+    const int8_t* a = rows(0, first, 0);
+    float* to = out;
     __m512 total[ROWS];
-    UNROLL for (int i = 0; i < ROWS; i++) total[i] = _mm512_loadu_ps(to + i * TILE);
-    const uint8_t* at = w.block(tile, r.first);
-    for (int64_t j = r.first; j < r.last; j++, at += w.block_bytes)
-      add_group<BITS, DIGITS>(x, w, at, from + ((j - r.first) * 4 + c) * LANES, block * w.groups + j, c, total);
-    UNROLL for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(to + i * TILE, total[i]);
-  }
-  // The sums of a block are added while the next one's are made: tiles and registers then work at the same time.
-  TARGET_AVX512 void multiply(const Range& r, const Codes& codes, const int8_t* a) const {
-    const int64_t chunks = r.to - r.from, groups = r.last - r.first;
-    const bool first = r.from == 0, done = r.to == x.chunks;
-    // What will be unpacked is fetched meanwhile. What is read in place comes sooner without: to ask for it costs more than it saves.
-    const int64_t bytes = groups * (done ? w.block_bytes : chunks * (TILE_COLUMNS / 8) * w.row_bytes);
-    const int64_t lines = in_place(w) ? 0 : (bytes / 64 + 4 * x.blocks - 1) / (4 * x.blocks);
-    const char* fetch = (const char*)w.block(tile, r.first) + r.from * (TILE_COLUMNS / 8) * w.row_bytes + std::max(bytes, FETCHED);
-    int32_t* before = nullptr;
-    for (int64_t block = 0; block < x.blocks; block++) {
-      int32_t* to = sums + (first && done ? block % 2 * NARROW_CHUNKS : block) * 4 * LANES;
+    load_totals<ROWS>(to, total);
+    int64_t done_row = 0;  // of the block of rows and outputs whose sums are added: its first group's number,
+    int done = 0;          // and which 16 of the outputs
+    int64_t row = first;
+    const int64_t block_bytes = w.block_bytes, groups = w.groups;
+    for (int64_t block = 0; block < x.blocks; block++, a += next_block, row += groups) {
       for (int c = 0; c < 4; c++) {
-        for (int64_t line = 0; line < lines; line++, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T1);
-        for (int64_t j = groups * c / 4; j < groups * (c + 1) / 4; j++, a += chunks * TILE_BYTES)
-          multiply(a, codes.at + j * codes.group, chunks, codes, first, to + j * 4 * LANES);
-        if (before) add(r, block - 1, c, before);
+        const uint8_t* b = codes.at + c * column;
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+          const bool odd = (GROUPS > 1 ? g : c) % 2, begun = block || c;
+          if (odd) multiply<1>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride);
+          else multiply<0>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride);
+          if (odd) tile_store<0>(sum, 64);
+          else if (g || begun) tile_store<1>(sum + LANES, 64);
+          const int32_t* from = sum + (odd == (LAG == 2) ? LANES : 0);
+          if (g < LAG) {
+            constexpr int last = GROUPS - LAG;
+            if (begun) {
+              add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + (last + g) * TILE + done * 16), zeros + (last + g) * block_bytes + done * 16, from,
+                                      done_row + last + g, total);
+              if (g == LAG - 1) store_totals<ROWS>(to, total), to += c ? 16 : (ROWS - 1) * TILE + 16, load_totals<ROWS>(to, total);
+            }
+            if (g == LAG - 1) done = c, done_row = row;
+          } else {
+            add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + (g - LAG) * TILE + c * 16), zeros + (g - LAG) * block_bytes + c * 16, from, row + g - LAG, total);
+          }
+          fetch.some();
+        }
       }
-      if (done) before = to;
     }
-    if (before) for (int c = 0; c < 4; c++) add(r, x.blocks - 1, c, before);
+    tile_store<1>(sum + LANES, 64);
+    UNROLL for (int g = GROUPS - LAG; g < GROUPS; g++)
+      add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + g * TILE + done * 16), zeros + g * block_bytes + done * 16,
+                              sum + (GROUPS == 1 || g % 2 ? LANES : 0), done_row + g, total);
+    store_totals<ROWS>(to, total);
+  }
+  TARGET_AVX512 void narrow_groups() const {
+    int64_t groups = groups_of(w);
+    for (int64_t j = 0; j < w.groups; j += groups) {
+      if (j + groups > w.groups) groups = 1;
+      Codes codes;
+      take(codes, j, j + groups, 0, x.chunks);
+      for (int64_t g = 0; g < groups; g++)
+        for (int c = 0; c < 4; c++)
+          _mm512_storeu_ps(scales + g * TILE + c * 16, scales_avx512(w.block(tile, j + g) + w.scale_offset, w.scale_dtype, c));
+      const Fetch fetch = next(j, 0, groups * w.block_bytes, 4 * x.blocks * groups);
+      if (groups == 4) narrow_range<4, 1>(j, codes, fetch);
+      else if (groups == 2) narrow_range<2, 2>(j, codes, fetch);
+      else narrow_range<1, 0>(j, codes, fetch);
+    }
+  }
+
+  // ---- wide groups: R blocks of rows times 16 C outputs stay in four tiles ----
+  template <int R, int C>
+  TARGET_AVX512 ALWAYS_INLINE void wide_range(int64_t block, int c, int64_t j, int64_t from, int64_t until, const Codes& codes, Fetch& fetch) const {
+    int32_t* to = sums + (block * 4 + c) * LANES;
+    constexpr int64_t second = (R == 2 ? 4 : 1) * LANES, third = (R == 2 ? 1 : 2) * LANES, fourth = (R == 2 ? 5 : 3) * LANES;
+    if (from == 0) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    else tile_load<0>(to, 64), tile_load<1>(to + second, 64), tile_load<2>(to + third, 64), tile_load<3>(to + fourth, 64);
+    const int8_t *a = rows(block, j, from), *a2 = R == 2 ? rows(block + 1, j, from) : a;
+    const uint8_t* b = codes.at + c * codes.column;
+    for (int64_t chunk = from; chunk < until; chunk++, a += TILE_BYTES, a2 += TILE_BYTES, b += codes.chunk) {
+      tile_load<4>(a, TILE_COLUMNS), tile_load<5>(b, codes.stride), dot<BITS, 0, 4, 5>();
+      if (R == 2) {
+        tile_load<6>(a2, TILE_COLUMNS), dot<BITS, 1, 6, 5>();
+        tile_load<7>(b + codes.column, codes.stride), dot<BITS, 2, 4, 7>(), dot<BITS, 3, 6, 7>();
+      } else {
+        tile_load<6>(b + codes.column, codes.stride), dot<BITS, 1, 4, 6>();
+        tile_load<7>(b + 2 * codes.column, codes.stride), dot<BITS, 2, 4, 7>();
+        tile_load<5>(b + 3 * codes.column, codes.stride), dot<BITS, 3, 4, 5>();
+      }
+      fetch.some();
+    }
+    tile_store<0>(to, 64), tile_store<1>(to + second, 64), tile_store<2>(to + third, 64), tile_store<3>(to + fourth, 64);
+  }
+  TARGET_AVX512 void wide_groups() const {
+    for (int64_t j = 0; j < w.groups; j++) {
+      for (int64_t from = 0; from < x.chunks; from += WIDE_CHUNKS) {
+        const int64_t until = std::min(x.chunks, from + WIDE_CHUNKS), pairs = x.blocks / 2;
+        Codes codes;
+        take(codes, j, j + 1, from, until);
+        const int64_t bytes = (until - from) * (TILE_COLUMNS / 8) * w.row_bytes;
+        Fetch fetch = next(j, from, bytes, (2 * pairs + x.blocks % 2) * (until - from));
+        if (in_place(w) && x.blocks == 1) fetch.lines = 0;  // comes sooner without: to ask for it costs more than it saves
+        for (int64_t pair = 0; pair < pairs; pair++)
+          for (int c = 0; c < 4; c += 2) wide_range<2, 2>(pair * 2, c, j, from, until, codes, fetch);
+        if (x.blocks % 2) wide_range<1, 4>(pairs * 2, 0, j, from, until, codes, fetch);
+      }
+      const uint8_t* at = w.block(tile, j);
+      for (int64_t block = 0; block < x.blocks; block++)
+        for (int c = 0; c < 4; c++) {
+          float* to = out + block * ROWS * TILE + c * 16;
+          __m512 total[ROWS];
+          load_totals<ROWS>(to, total);
+          add_group<BITS, DIGITS>(x, scales_avx512(at + w.scale_offset, w.scale_dtype, c), at + w.zero_offset + c * 16, sums + (block * 4 + c) * LANES,
+                                  block * w.groups + j, total);
+          store_totals<ROWS>(to, total);
+        }
+    }
   }
   TARGET_AVX512 void run() const {
     memset(out, 0, size_t(x.blocks * ROWS * TILE) * 4);
     tiles_begin();
-    const int8_t* a = x.codes;
-    each_range(w, [&](const Range& r) {
-      const Codes found = codes(r);
-      multiply(r, found, a);
-      a += x.blocks * r.chunks() * TILE_BYTES;
-    });
+    narrow(w) ? narrow_groups() : wide_groups();
     tiles_end();
   }
 };
 
-template <int BITS, int DIGITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* out) {
-  Tiles<BITS, DIGITS>{x, w, tile, panel, sums, out}.run();
+template <int BITS, int DIGITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* scales, float* out) {
+  Tiles<BITS, DIGITS>{x, w, tile, panel, sums, scales, out}.run();
 }
-template <int BITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* out) {
-  (x.digits == 1 ? run<BITS, 1> : x.digits == 3 ? run<BITS, 3> : run<BITS, 4>)(x, w, tile, panel, sums, out);
+template <int BITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* scales, float* out) {
+  (x.digits == 1 ? run<BITS, 1> : x.digits == 3 ? run<BITS, 3> : run<BITS, 4>)(x, w, tile, panel, sums, scales, out);
 }
 
 }  // namespace
@@ -167,17 +254,17 @@ AmxRows amx_rows(const Int8Rows& x, const Packed& w, int64_t M) {
   int8_t* at = (int8_t*)scratch(4, size_t(bytes));
   int32_t* sum = (int32_t*)(at + codes);
   float* step = (float*)(sum + groups * TILE_ROWS);
-  memset(at, 0, size_t(bytes));
+  if (M % rows || TILE_ROWS % x.digits || w.group % TILE_COLUMNS) memset(at, 0, size_t(codes));
   to.codes = at, to.minus_sum = sum, to.step = step;
-  each_range(w, [&](const Range& r) {
-    for (int64_t block = 0; block < to.blocks; block++)
-      for (int64_t j = r.first; j < r.last; j++)
-        for (int64_t chunk = r.from; chunk < r.to; chunk++, at += TILE_BYTES) {
-          const int64_t k = chunk * TILE_COLUMNS, count = std::min<int64_t>(TILE_COLUMNS, w.group - k);
-          for (int64_t i = 0, from = block * rows * x.digits; i < rows * x.digits && from < M * x.digits; i++, from++)
-            memcpy(at + i * TILE_COLUMNS, x.codes + from * padded + j * w.group + k, size_t(count));
-        }
-  });
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t d = 0; d < x.digits; d++) {
+      const int64_t i = m % rows * x.digits + d;
+      const int8_t* row = x.codes + (m * x.digits + d) * padded;
+      int8_t* block = at + m / rows * G * to.chunks * TILE_BYTES + i * TILE_COLUMNS;
+      for (int64_t j = 0; j < G; j++, row += w.group)
+        for (int64_t k = 0; k < w.group; k += TILE_COLUMNS, block += TILE_BYTES) memcpy(block, row + k, size_t(std::min<int64_t>(TILE_COLUMNS, w.group - k)));
+    }
+  memset(sum, 0, size_t(groups * (TILE_ROWS + rows)) * 4);
   for (int64_t m = 0; m < M; m++)
     for (int64_t j = 0; j < G; j++) {
       const int64_t row = m / rows * G + j, i = m % rows;
@@ -188,13 +275,13 @@ AmxRows amx_rows(const Int8Rows& x, const Packed& w, int64_t M) {
 }
 
 float* amx_tile(const AmxRows& x, const Packed& w, int64_t tile) {
-  const int64_t panel = WIDE_CHUNKS * 4 * TILE_BYTES, sums = std::max(x.blocks, 2 * NARROW_CHUNKS) * 4 * TILE_BYTES;
+  const int64_t panel = at_once(w) * 4 * TILE_BYTES, sums = (narrow(w) ? 2 : x.blocks * 4) * TILE_BYTES, scales = NARROW_CHUNKS * TILE * 4;
   const int64_t out = x.blocks * (TILE_ROWS / x.digits) * TILE * 4;
-  uint8_t* memory = (uint8_t*)scratch(7, size_t(panel + sums + out));
-  float* to = (float*)(memory + panel + sums);
+  uint8_t* memory = (uint8_t*)scratch(7, size_t(panel + sums + scales + out));
+  float* to = (float*)(memory + panel + sums + scales);
   if (w.group % TILE_COLUMNS) memset(memory, 0, size_t(panel));  // what isn't unpacked is multiplied by 0, and never another call's
   const auto f = w.bits == 2 ? run<2> : w.bits == 3 ? run<3> : w.bits == 4 ? run<4> : run<8>;
-  f(x, w, tile, memory, (int32_t*)(memory + panel), to);
+  f(x, w, tile, memory, (int32_t*)(memory + panel), (float*)(memory + panel + sums), to);
   return to;
 }
 
