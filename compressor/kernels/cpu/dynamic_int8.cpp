@@ -97,7 +97,7 @@ extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, con
   if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, y, x_dtype, M, K, bits, group)) return error;
   if (parts.empty()) return OK;
   const Packed& w = parts[0].w;
-  const int64_t padded = w.padded(), rows = std::min(M, rows_at_once(level, padded));
+  const int64_t padded = w.padded(), rows = rows_at_once(level, padded, bits, M);
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * w.groups) * 4);

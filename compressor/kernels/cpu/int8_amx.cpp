@@ -8,17 +8,19 @@ namespace {
 
 // Groups of up to so many chunks of 64 columns are narrow: their sums leave the tiles often, and become floats in registers.
 constexpr int64_t NARROW = 7;
-// Chunks whose codes are unpacked, or read where they are, before the rows are multiplied by them. Of narrow groups, four groups of one chunk,
-// two of two or one: 16 KiB of 64 outputs, which stay in the first-level cache. Those of wide ones stay in the second, their sums in tiles.
-constexpr int64_t NARROW_CHUNKS = 4, WIDE_CHUNKS = 64;
+// Chunks whose codes are unpacked, or read where they are, before all rows are multiplied by them: 16 KiB of 64 outputs, which stay in the
+// first-level cache. Of narrow groups, four groups of one chunk, two of two or one; of wide ones all of 4096 columns if there is one block of rows.
+constexpr int64_t CHUNKS = 4, CHUNKS_OF_ONE = 64;
 constexpr int64_t FETCHED = 8192;             // bytes of a weight that are asked for before they are read
 constexpr int LANES = TILE_ROWS * TILE_ROWS;  // sums in a tile
 
 int64_t chunks_of(const Packed& w) { return (w.group + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 bool narrow(const Packed& w) { return chunks_of(w) <= NARROW; }
-// Narrow groups that are multiplied at once.
-int64_t groups_of(const Packed& w) { return chunks_of(w) == 1 ? NARROW_CHUNKS : chunks_of(w) == 2 ? NARROW_CHUNKS / 2 : 1; }
-int64_t at_once(const Packed& w) { return narrow(w) ? groups_of(w) * chunks_of(w) : std::min(WIDE_CHUNKS, chunks_of(w)); }
+// Narrow groups that are multiplied at once, and chunks.
+int64_t groups_of(const Packed& w) { return chunks_of(w) == 1 ? CHUNKS : chunks_of(w) == 2 ? CHUNKS / 2 : 1; }
+int64_t at_once(const AmxRows& x, const Packed& w) {
+  return narrow(w) ? groups_of(w) * x.chunks : std::min(x.blocks > 1 ? CHUNKS : CHUNKS_OF_ONE, x.chunks);
+}
 // Codes of 8 bits are read where they are, in groups of whole chunks.
 bool in_place(const Packed& w) { return w.bits == 8 && w.group % TILE_COLUMNS == 0; }
 
@@ -71,7 +73,7 @@ template <int BITS, int DIGITS> struct Tiles {
   const int64_t tile;
   uint8_t* const panel;  // (4, at_once, 16, 64)
   int32_t* const sums;   // (blocks, 4, 16, 16) of wide groups, (2, 16, 16) of narrow ones
-  float* const scales;   // (NARROW_CHUNKS, 64)
+  float* const scales;   // (CHUNKS, 64)
   float* const out;      // (blocks * ROWS, 64)
 
   // Codes of some chunks: of chunk i and outputs 16 c on at + i * chunk + c * column, rows of 64 bytes `stride` apart. Of 8 bits they are read
@@ -86,7 +88,7 @@ template <int BITS, int DIGITS> struct Tiles {
       to = Codes{block + from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
       return;
     }
-    const int64_t column = at_once(w) * TILE_BYTES;
+    const int64_t column = at_once(x, w) * TILE_BYTES;
     uint8_t* at = panel;
     for (int64_t j = first; j < last; j++, block += w.block_bytes)
       for (int64_t chunk = from; chunk < until; chunk++, at += TILE_BYTES)
@@ -114,10 +116,10 @@ template <int BITS, int DIGITS> struct Tiles {
     for (int64_t i = 0; i < chunks; i++)
       tile_load<4 + 2 * C>(a + i * TILE_BYTES, TILE_COLUMNS), tile_load<5 + 2 * C>(b + i * chunk, stride), dot<BITS, C, 4 + 2 * C, 5 + 2 * C>();
   }
-  // GROUPS groups from `first` on, of CHUNKS chunks, 0: any number.
-  template <int GROUPS, int CHUNKS> TARGET_AVX512 void narrow_range(int64_t first, const Codes& codes, Fetch fetch) const {
+  // GROUPS groups from `first` on, of WIDTH chunks, 0: any number.
+  template <int GROUPS, int WIDTH> TARGET_AVX512 void narrow_range(int64_t first, const Codes& codes, Fetch fetch) const {
     constexpr int LAG = GROUPS > 1 ? 2 : 1;  // a group's sums are added so many products later
-    const int64_t chunks = CHUNKS ? CHUNKS : x.chunks, chunk = BITS < 8 ? TILE_BYTES : codes.chunk, stride = BITS < 8 ? 64 : codes.stride;
+    const int64_t chunks = WIDTH ? WIDTH : x.chunks, chunk = BITS < 8 ? TILE_BYTES : codes.chunk, stride = BITS < 8 ? 64 : codes.stride;
     const int64_t group = BITS < 8 ? chunks * TILE_BYTES : codes.group, column = codes.column, next_block = w.groups * chunks * TILE_BYTES;
     int32_t* const sum = sums;
     const float* const scale = scales;
@@ -201,9 +203,10 @@ template <int BITS, int DIGITS> struct Tiles {
     tile_store<0>(to, 64), tile_store<1>(to + second, 64), tile_store<2>(to + third, 64), tile_store<3>(to + fourth, 64);
   }
   TARGET_AVX512 void wide_groups() const {
+    const int64_t chunks = at_once(x, w);
     for (int64_t j = 0; j < w.groups; j++) {
-      for (int64_t from = 0; from < x.chunks; from += WIDE_CHUNKS) {
-        const int64_t until = std::min(x.chunks, from + WIDE_CHUNKS), pairs = x.blocks / 2;
+      for (int64_t from = 0; from < x.chunks; from += chunks) {
+        const int64_t until = std::min(x.chunks, from + chunks), pairs = x.blocks / 2;
         Codes codes;
         take(codes, j, j + 1, from, until);
         const int64_t bytes = (until - from) * (TILE_COLUMNS / 8) * w.row_bytes;
@@ -244,7 +247,7 @@ template <int BITS> void run(const AmxRows& x, const Packed& w, int64_t tile, ui
 
 bool amx_pays(const Int8Rows& x, const Packed& w, int64_t M) {
   const bool fits = w.bits == 8 || w.largest_zero <= 128;  // code - zero has 8 bits
-  return fits && M * x.digits > 8 && w.group >= 32;
+  return fits && M * x.digits > 4 && w.group >= 32;
 }
 
 AmxRows amx_rows(const Int8Rows& x, const Packed& w, int64_t M) {
@@ -258,12 +261,15 @@ AmxRows amx_rows(const Int8Rows& x, const Packed& w, int64_t M) {
   to.codes = at, to.minus_sum = sum, to.step = step;
   for (int64_t m = 0; m < M; m++)
     for (int64_t d = 0; d < x.digits; d++) {
-      const int64_t i = m % rows * x.digits + d;
       const int8_t* row = x.codes + (m * x.digits + d) * padded;
-      int8_t* block = at + m / rows * G * to.chunks * TILE_BYTES + i * TILE_COLUMNS;
-      for (int64_t j = 0; j < G; j++, row += w.group)
-        for (int64_t k = 0; k < w.group; k += TILE_COLUMNS, block += TILE_BYTES) memcpy(block, row + k, size_t(std::min<int64_t>(TILE_COLUMNS, w.group - k)));
+      int8_t* chunk = at + m / rows * G * to.chunks * TILE_BYTES + (m % rows * x.digits + d) * TILE_COLUMNS;
+      for (int64_t j = 0; j < G; j++) {
+        int64_t left = w.group;
+        for (; left >= TILE_COLUMNS; left -= TILE_COLUMNS, row += TILE_COLUMNS, chunk += TILE_BYTES) memcpy(chunk, row, TILE_COLUMNS);
+        if (left) memcpy(chunk, row, size_t(left)), row += left, chunk += TILE_BYTES;
+      }
     }
+  if (w.bits < 8 && x.digits == 1) return to;  // neither sums nor steps are read
   memset(sum, 0, size_t(groups * (TILE_ROWS + rows)) * 4);
   for (int64_t m = 0; m < M; m++)
     for (int64_t j = 0; j < G; j++) {
@@ -275,7 +281,7 @@ AmxRows amx_rows(const Int8Rows& x, const Packed& w, int64_t M) {
 }
 
 float* amx_tile(const AmxRows& x, const Packed& w, int64_t tile) {
-  const int64_t panel = at_once(w) * 4 * TILE_BYTES, sums = (narrow(w) ? 2 : x.blocks * 4) * TILE_BYTES, scales = NARROW_CHUNKS * TILE * 4;
+  const int64_t panel = at_once(x, w) * 4 * TILE_BYTES, sums = (narrow(w) ? 2 : x.blocks * 4) * TILE_BYTES, scales = CHUNKS * TILE * 4;
   const int64_t out = x.blocks * (TILE_ROWS / x.digits) * TILE * 4;
   uint8_t* memory = (uint8_t*)scratch(7, size_t(panel + sums + scales + out));
   float* to = (float*)(memory + panel + sums + scales);

@@ -50,7 +50,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
   const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
   if (const int64_t error = open_parts(parts, level, &given, 1, y, x_dtype, M, K, 8, (K + 7) / 8 * 8)) return error;
   const Packed& w = parts[0].w;
-  const int64_t padded = w.padded(), rows = std::min(M, rows_at_once(level, padded));
+  const int64_t padded = w.padded(), rows = rows_at_once(level, padded, 8, M);
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows) * 4);

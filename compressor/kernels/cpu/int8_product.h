@@ -18,11 +18,13 @@ struct Part {
   Packed w;
   Output to;
 };
-// Rows of int8, `padded` bytes each, that are multiplied at a time. Tiles of AMX take less time than the weight takes from memory, so more of them.
-static inline int64_t rows_at_once(int64_t level, int64_t padded) {
-  if (level < AMX) return ROWS_AT_ONCE;
-  const int64_t fit = (int64_t(3) << 20) / padded / 16 * 16;
-  return fit < 64 ? 64 : fit > 256 ? 256 : fit;
+// How many of M rows, `bytes` of codes each, are multiplied at a time. Tiles of AMX read them again for every 64 outputs, from the second-level
+// cache if they fit; with weights of 8 bits, which come from memory once more for each share, more rows are faster.
+static inline int64_t rows_at_once(int64_t level, int64_t bytes, int64_t bits, int64_t M) {
+  if (level < AMX) return M < ROWS_AT_ONCE ? M : ROWS_AT_ONCE;
+  const int64_t fit = ((bits < 8 ? 3 : 6) << 19) / bytes, most = fit < 16 ? 16 : fit > 256 ? 256 : fit;
+  const int64_t shares = (M + most - 1) / most, rows = shares ? (M + shares - 1) / shares : 0;
+  return M < (rows + 15) / 16 * 16 ? M : (rows + 15) / 16 * 16;
 }
 // What int32 sums hold: |code| <= 128 times codes of the weight.
 static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.bits) - 1) < int64_t(1) << 31; }

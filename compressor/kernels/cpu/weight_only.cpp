@@ -110,7 +110,7 @@ extern "C" int64_t linear_weight_only_parts(int64_t level, int64_t threads, cons
     return OK;
   }
   const Packed& first = parts[0].w;
-  const int64_t digits = digits_of(x_dtype), padded = first.padded(), rows = std::min(M, rows_at_once(level, padded) / digits);
+  const int64_t digits = digits_of(x_dtype), padded = first.padded(), rows = rows_at_once(level, padded * digits, bits, M);
   float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * digits * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * digits * first.groups) * 4);
