@@ -229,7 +229,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors(name, bits, monkeypatch):
                 y = guarded(torch.full_like(expected, torch.nan))
                 assert not getattr(library().functions, name)(
                     level, 1, x.data_ptr(), ops.DTYPES[dtype], packed.data_ptr(), packed.numel(), bias.data_ptr(), 0,
-                    y.data_ptr(), rows, out, columns, bits, ops._columns(columns, group),
+                    y.data_ptr(), rows, out, columns, bits, ops.group_columns(columns, group),
                 )  # fmt: skip
                 assert torch.equal(y, expected)
 

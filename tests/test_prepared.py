@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressor.errors import KernelError
+from compressor.errors import KernelError, ShapeError
 from compressor.kernels import dispatch, explain, ops, prepare
 from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.int8_split import round_rows
+from compressor.kernels.linear_call import LinearCall
 from compressor.kernels.prepared import PreparedLinear
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
@@ -217,13 +218,13 @@ class Attention(nn.Module):
 @pytest.fixture
 def calls(monkeypatch):
     """The number of weights in each call that layers shared."""
-    found, linear_parts = [], ops.linear_parts
+    found, multiply = [], LinearCall.__call__
 
-    def counted(name, x, parts, *rest):
-        found.append(len(parts))
-        return linear_parts(name, x, parts, *rest)
+    def counted(call, x):
+        found.extend([len(call.layers)] * (len(call.layers) > 1))
+        return multiply(call, x)
 
-    monkeypatch.setattr(ops, "linear_parts", counted)
+    monkeypatch.setattr(LinearCall, "__call__", counted)
     return found
 
 
@@ -290,6 +291,47 @@ def test_threads_and_copies_do_not_see_each_others_outputs(calls):
     assert all(all(map(torch.equal, a, b)) for a, b in zip(results, expected, strict=True))
     assert calls == [3] * 100 and not model.q_proj.shared[0].waiting
     assert copied.q_proj.shared[0].layers[0] is copied.q_proj
+
+
+def test_what_is_looked_up_is_of_the_weights_that_a_layer_has_now():
+    model, other = Attention(), Attention(bits=4)
+    for layer in other.children():
+        layer.weight_scale.mul_(2)
+    prepare(model)
+    x = torch.randn(3, 64)
+    before = model(x)
+    copied = copy.deepcopy(model)
+    model.load_state_dict(other.state_dict())
+    prepare(other)
+    assert all(map(torch.equal, model(x), other(x))) and torch.equal(model.o_proj(x), other.o_proj(x))
+    assert all(map(torch.equal, copied(x), before))
+    packed = copied.q_proj.packed.data_ptr()
+    copied.bfloat16()
+    copied.q_proj.packed = copied.q_proj.packed.clone()  # as a move to another place makes it
+    copied._apply(lambda tensor: tensor)
+    assert copied.q_proj.packed.data_ptr() != packed and copied.q_proj.bias.dtype == torch.bfloat16
+    found = copied(x)
+    assert all(torch.allclose(a, b, atol=0.02) for a, b in zip(found, before, strict=True))  # biases were rounded
+    assert copied.q_proj.shared[0].call.bound.weights[0] is copied.q_proj.packed
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 63), torch.randn(64, 2), torch.randint(9, (2, 64)), torch.tensor(1.0)])
+def test_inputs_that_do_not_fit_are_refused_with_shape_and_dtype(x):
+    model = Attention()
+    prepare(model)
+    for layer in model.children():
+        with pytest.raises(ShapeError, match=rf"linear_weight_only: x {x.dtype} .*a float \(\.\.\., 64\) expected"):
+            layer(x)
+    with pytest.raises(KernelError, match="x on meta"):
+        model.o_proj(torch.randn(2, 64, device="meta"))
+
+
+def test_an_input_that_wants_gradients_is_multiplied_without():
+    model = Attention()
+    prepare(model)
+    x = torch.randn(64, 2, requires_grad=True)
+    for layer in model.children():
+        assert not layer(x.T).requires_grad
 
 
 def test_a_model_whose_layers_share_calls_compiles_to_the_same_bits():

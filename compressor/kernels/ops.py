@@ -16,8 +16,7 @@ They run on the CPU by the compiled library; without it they raise KernelError w
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -32,13 +31,14 @@ LAYOUT = "cpu2"
 CUDA_LAYOUTS = {mma1.LAYOUT: mma1, mma8a1.LAYOUT: mma8a1}  # linear_weight_only, linear_dynamic_int8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
+ON_CPU = "Both have to be on the CPU."
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
 
 
 groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
 
 
-def _columns(in_features: int, group_size: int) -> int:
+def group_columns(in_features: int, group_size: int) -> int:
     """Columns of a group as the kernels count them: a multiple of 8."""
     return -(-in_features // 8) * 8 if group_size == -1 else group_size
 
@@ -95,7 +95,7 @@ def pack_weight(
         return CUDA_LAYOUTS[layout].pack(codes, scale, zero_point, bits, group_size)
     _check_layout(layout, codes)
     functions = cpu_library().functions
-    size = functions.packed_bytes(out, columns, bits, _columns(columns, group_size), DTYPES[scale.dtype])
+    size = functions.packed_bytes(out, columns, bits, group_columns(columns, group_size), DTYPES[scale.dtype])
     if size < 0:
         raise ShapeError(f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}")
     packed = torch.empty(size, dtype=torch.uint8)
@@ -104,7 +104,7 @@ def pack_weight(
     zeros_at = 0 if zero_point is None else zero_point.data_ptr()
     functions.pack_weight(
         torch.get_num_threads(), codes.data_ptr(), scale.data_ptr(), zeros_at, packed.data_ptr(), out, columns, bits,
-        _columns(columns, group_size), DTYPES[scale.dtype],
+        group_columns(columns, group_size), DTYPES[scale.dtype],
     )  # fmt: skip
     return packed
 
@@ -124,7 +124,7 @@ def unpack_weight(
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     groups = groups_of(in_features, group_size)
     scale, zero_point = torch.empty(out_features, groups), torch.empty(out_features, groups, dtype=torch.uint8)
-    group = _columns(in_features, group_size)
+    group = group_columns(in_features, group_size)
     arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
     places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
     if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):
@@ -146,10 +146,10 @@ def _check_call(name: str, x: Tensor, packed: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
     if not (x.is_cpu and packed.is_cpu):
-        raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint="Both have to be on the CPU.")
+        raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint=ON_CPU)
 
 
-def _check_bias(name: str, bias: Tensor | None, out: int) -> None:
+def check_bias(name: str, bias: Tensor | None, out: int) -> None:
     if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype not in DTYPES or not bias.is_cpu):
         raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected")
 
@@ -191,58 +191,20 @@ def _linear(name: str) -> Callable[..., Tensor]:
         y = x.new_empty((*x.shape[:-1], out_features))
         bias_at, bias_kind = 0, 0
         if bias is not None:
-            _check_bias(name, bias, out_features)
+            check_bias(name, bias, out_features)
             bias = bias.contiguous()
             bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
         run, level = compiled()
         size = packed.numel()
         error = run(
             level, threads_for(size), x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
-            x.numel() // columns if columns else 0, out_features, columns, bits, _columns(columns, group_size),
+            x.numel() // columns if columns else 0, out_features, columns, bits, group_columns(columns, group_size),
         )  # fmt: skip
         if error:
             raise ShapeError(f"{name}: x {tuple(x.shape)}; " + _unlike(packed, out_features, columns, bits, group_size))
         return y
 
     return linear
-
-
-def linear_parts(
-    name: str, x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, int]], bits: int, group_size: int
-) -> list[Tensor]:
-    """An input times several weights of one width and group, in one call: the bits of a call for each.
-
-    name     linear_weight_only or linear_dynamic_int8
-    x        (..., in)
-    parts    each packed weight, its bias or None, and its outputs
-    returns  (..., out) for each part, in the dtype of x
-    """
-    kind = DTYPES.get(x.dtype)
-    if kind is None or not x.dim():
-        raise ShapeError(f"{name}: x {x.dtype} {tuple(x.shape)}, a float x expected")
-    x = x.contiguous()
-    columns = x.shape[-1]
-    rows = x.numel() // columns if columns else 0
-    y = x.new_empty(rows * sum(out for _, _, out in parts))
-    given, kept, size = array("q"), [], 0
-    for packed, bias, out in parts:
-        _check_call(name, x, packed)
-        _check_bias(name, bias, out)
-        bias = None if bias is None else bias.contiguous()
-        kept.append(bias)
-        size += packed.numel()
-        bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-        given.extend((packed.data_ptr(), packed.numel(), bias_at, bias_kind, out))
-    found = cpu_library()
-    error = getattr(found.functions, name + "_parts")(
-        found.level, threads_for(size), x.data_ptr(), kind, given.buffer_info()[0], len(parts), y.data_ptr(), rows,
-        columns, bits, _columns(columns, group_size),
-    )  # fmt: skip
-    if error:
-        unlike = "; ".join(_unlike(packed, out, columns, bits, group_size) for packed, _, out in parts)
-        raise ShapeError(f"{name}: x {tuple(x.shape)}; one of: {unlike}")
-    pieces = y.split([rows * out for _, _, out in parts])
-    return [piece.view(*x.shape[:-1], out) for piece, (_, _, out) in zip(pieces, parts, strict=True)]
 
 
 def pack_int8_rows(codes: Tensor, absmax: Tensor) -> Tensor:
@@ -356,7 +318,7 @@ def _fake_pack(
         packed_bytes = CUDA_LAYOUTS[layout].packed_bytes
         size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None, bits)
         return codes.new_empty((size,))
-    group = _columns(columns, group_size)
+    group = group_columns(columns, group_size)
     block = group * 8 * bits + 64 * scale.element_size() + 64
     return codes.new_empty((64 + -(-out // 64) * -(-columns // group) * block,))
 

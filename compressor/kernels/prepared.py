@@ -33,6 +33,7 @@ from compressor.kernels.dispatch import (
     choose_table,
     shape_of,
 )
+from compressor.kernels.linear_call import LinearCall
 from compressor.kernels.prepared_table import OPS, PreparedTable, reads_table
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, adopt
@@ -60,6 +61,8 @@ class PreparedLinear(nn.Module):
     """
 
     packed: Tensor
+    permutation: Tensor
+    call: LinearCall | None = None  # of this layer alone, with what is known of it looked up
     shared: tuple[SharedInput, int] | None = None  # the layers that it is multiplied with, and its number among them
 
     def __init__(self, stored: StoredWeight, weight: Weight, choice: Choice) -> None:
@@ -71,11 +74,14 @@ class PreparedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = stored.bias
         self._take(weight)
+        if choice.layout == ops.LAYOUT and choice.op in ops.BITS:
+            self.call = LinearCall([self])
         self.register_load_state_dict_post_hook(_take_again)
 
     def _take(self, weight: Weight) -> None:
         """What the kernel reads, and its other arguments, from the stored tensors."""
         self.out_features, self.in_features = shape_of(weight)
+        self.ordered = False
         more: dict[str, Tensor | None]
         if isinstance(weight, FactorWeight):
             packed, more = weight.index, {"atoms": weight.atoms, "values": weight.values}
@@ -102,13 +108,31 @@ class PreparedLinear(nn.Module):
                     weight.codes, weight.scale, weight.zero_point, order, weight.bits, weight.group_size, layout
                 )
             more = {"permutation": order}
+            self.ordered = order is not None
             self.bits, self.group_size = weight.bits, weight.group_size
             self.words = f"W{weight.bits} " + ("rows" if weight.group_size == -1 else f"g{weight.group_size}")
         for name, tensor in {"packed": packed, **more}.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._forget()
+
+    def _forget(self) -> None:
+        for call in (self.call, self.shared and self.shared[0].call):
+            if call is not None:
+                call.forget()
+
+    def _apply(self, *arguments: Any, **named: Any) -> PreparedLinear:
+        """`to` and its like: the packed weight may move."""
+        super()._apply(*arguments, **named)
+        self._forget()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x"""
+        compiling = torch.compiler.is_compiling()
+        if self.call is not None and not compiling:
+            if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
+                return y
+            return self.call(x.index_select(-1, self.permutation) if self.ordered else x)[0]
         name = self.choice.op
         assert name is not None
         arguments: tuple[Any, ...]
@@ -123,10 +147,8 @@ class PreparedLinear(nn.Module):
                 self.choice.layout,
             )  # fmt: skip
         run = RUN[self.choice.layout][name]
-        if torch.compiler.is_compiling() and self.choice.layout not in torch_ops.LAYOUTS:
+        if compiling and self.choice.layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *arguments)
-        if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
-            return y
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
             return run(x.detach(), *arguments)
 

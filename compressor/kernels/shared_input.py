@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from compressor.kernels import ops
+from compressor.kernels.linear_call import LinearCall
 
 if TYPE_CHECKING:
     from compressor.kernels.prepared import PreparedLinear
 
 # names that a module's children have in transformers where all of them are given the same tensor
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
-OPS = ("linear_weight_only", "linear_dynamic_int8")
 
 
 @dataclass
@@ -39,11 +38,12 @@ class SharedInput:
 
     def __init__(self, layers: list[PreparedLinear]) -> None:
         self.layers = layers
+        self.call = LinearCall(layers)
         self.together = True
         self.waiting: dict[int, Waiting] = {}  # by thread
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "together": self.together, "waiting": {}}
+        return {"layers": self.layers, "call": self.call, "together": self.together, "waiting": {}}
 
     def product(self, number: int, x: Tensor) -> Tensor | None:
         """x (..., in) -> (..., out) of the layer of this number; None where it has to multiply by itself."""
@@ -60,11 +60,7 @@ class SharedInput:
             self.together = False
             self.waiting.clear()
             return None
-        first = self.layers[0]
-        name = first.choice.op
-        assert name in OPS
-        given = [(layer.packed, layer.bias, layer.out_features) for layer in self.layers]
-        outputs = dict(enumerate(ops.linear_parts(name, x.detach(), given, first.bits, first.group_size)))
+        outputs = dict(enumerate(self.call(x)))
         y = outputs.pop(number)
         self.waiting[thread] = Waiting(x, x._version, outputs)
         return y
@@ -83,6 +79,6 @@ def share_inputs(model: nn.Module, is_prepared: type[PreparedLinear]) -> None:
 
 
 def _format(layer: PreparedLinear) -> tuple[Any, ...]:
-    if layer.choice.op not in OPS or layer.choice.layout != ops.LAYOUT or layer.permutation is not None:
+    if layer.call is None or layer.ordered:
         return (id(layer),)
     return layer.choice, layer.in_features, layer.bits, layer.group_size

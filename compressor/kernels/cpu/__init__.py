@@ -17,7 +17,7 @@ from types import ModuleType
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avx512vnni", "amx")
-ABI = 5
+ABI = 6
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 

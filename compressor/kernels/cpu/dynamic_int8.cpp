@@ -91,10 +91,10 @@ extern "C" int64_t quantize_rows(int64_t level, const void* x, int64_t x_dtype, 
 }
 
 extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const int64_t* given, int64_t count,
-                                       void* y, int64_t M, int64_t K, int64_t bits, int64_t group) {
+                                       int64_t M, int64_t K, int64_t bits, int64_t group) {
   if (!level_is_there(level)) return BAD_LEVEL;
   std::vector<Part> parts;
-  if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, y, x_dtype, M, K, bits, group)) return error;
+  if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, x_dtype, M, K, bits, group)) return error;
   if (parts.empty()) return OK;
   const Packed& w = parts[0].w;
   const int64_t padded = w.padded(), rows = rows_at_once(level, padded, bits, M);
@@ -117,6 +117,6 @@ extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, con
 
 extern "C" int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
                           const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int64_t bits, int64_t group) {
-  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
-  return linear_dynamic_int8_parts(level, threads, x, x_dtype, (const int64_t*)&given, 1, y, M, K, bits, group);
+  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N, int64_t(y)};
+  return linear_dynamic_int8_parts(level, threads, x, x_dtype, (const int64_t*)&given, 1, M, K, bits, group);
 }

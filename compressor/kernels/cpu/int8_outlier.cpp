@@ -47,8 +47,8 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
                                        const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, double threshold) {
   if (!level_is_there(level)) return BAD_LEVEL;
   std::vector<Part> parts;
-  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N};
-  if (const int64_t error = open_parts(parts, level, &given, 1, y, x_dtype, M, K, 8, (K + 7) / 8 * 8)) return error;
+  const PartGiven given{int64_t(packed), packed_size, int64_t(bias), bias_dtype, N, int64_t(y)};
+  if (const int64_t error = open_parts(parts, level, &given, 1, x_dtype, M, K, 8, (K + 7) / 8 * 8)) return error;
   const Packed& w = parts[0].w;
   const int64_t padded = w.padded(), rows = rows_at_once(level, padded, 8, M);
   float* row = (float*)scratch(0, size_t(K) * 4);

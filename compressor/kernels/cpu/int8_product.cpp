@@ -228,17 +228,15 @@ void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t 
   sums_scalar(codes, minus_sum, groups, group);
 }
 
-int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, void* y, int64_t y_dtype, int64_t M,
-                   int64_t K, int64_t bits, int64_t group) {
+int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, int64_t y_dtype, int64_t M, int64_t K,
+                   int64_t bits, int64_t group) {
   if (M < 0 || count < 0) return BAD_SHAPE;
-  char* at = static_cast<char*>(y);
   for (int64_t i = 0; i < count; i++) {
     const PartGiven& g = given[i];
     Part part;
     if (const int64_t error = open_packed(part.w, reinterpret_cast<const uint8_t*>(g.packed), g.bytes, g.out_features, K, bits, group)) return error;
     if (!sums_fit(part.w)) return BAD_SHAPE;
-    part.to = Output{at, y_dtype, level, reinterpret_cast<const void*>(g.bias), g.bias_dtype};
-    at += M * g.out_features * dtype_bytes(y_dtype);
+    part.to = Output{reinterpret_cast<void*>(g.y), y_dtype, level, reinterpret_cast<const void*>(g.bias), g.bias_dtype};
     parts.push_back(part);
   }
   return OK;

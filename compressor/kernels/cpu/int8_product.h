@@ -32,13 +32,14 @@ static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.b
 // minus_sum (groups,) of one row of codes (groups * group,)
 void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group);
 
-// What Python gives: for each part the address and bytes of its packed weight, address and type of its bias (0 for none), and
-// its outputs N. The outputs of the parts lie one after the other in y, (M, N) each. Checks that they are as the call says.
+// What Python gives: for each part the address and bytes of its packed weight, address and type of its bias (0 for none), its
+// outputs N, and the address of y (M, N).
 struct PartGiven {
-  int64_t packed, bytes, bias, bias_dtype, out_features;
+  int64_t packed, bytes, bias, bias_dtype, out_features, y;
 };
-int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, void* y, int64_t y_dtype, int64_t M,
-                   int64_t K, int64_t bits, int64_t group);
+// Checks that the weights are as the call says.
+int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, int64_t y_dtype, int64_t M, int64_t K,
+                   int64_t bits, int64_t group);
 
 // f(part, tile) for every tile of every part, each once, on any thread.
 void each_tile(int64_t threads, const std::vector<Part>& parts, const std::function<void(const Part& part, int64_t tile)>& f);

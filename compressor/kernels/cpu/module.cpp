@@ -54,6 +54,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 5)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 6)) { Py_DECREF(module); return nullptr; }
   return module;
 }

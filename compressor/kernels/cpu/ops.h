@@ -15,12 +15,12 @@ int64_t linear_dynamic_int8(int64_t level, int64_t threads, const void* x, int64
                             const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int64_t bits, int64_t group);
 int64_t linear_weight_only(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
                            const void* bias, int64_t bias_dtype, void* y, int64_t M, int64_t N, int64_t K, int64_t bits, int64_t group);
-// The same x times each of `count` weights of one width and group. given (count, 5): address and bytes of a packed weight,
-// address and type of its bias (address 0: none), its outputs N. y has their outputs one after the other, (M, N) each.
+// The same x times each of `count` weights of one width and group. given (count, 6): address and bytes of a packed weight, address
+// and type of its bias (address 0: none), its outputs N, address of y (M, N).
 int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const int64_t* given, int64_t count,
-                                  void* y, int64_t M, int64_t K, int64_t bits, int64_t group);
+                                  int64_t M, int64_t K, int64_t bits, int64_t group);
 int64_t linear_weight_only_parts(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const int64_t* given, int64_t count,
-                                 void* y, int64_t M, int64_t K, int64_t bits, int64_t group);
+                                 int64_t M, int64_t K, int64_t bits, int64_t group);
 // columns and stored (N, column_count) may be 0: outliers are then the columns with any |x| >= threshold, none for 0.
 int64_t linear_int8_outlier(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const uint8_t* packed, int64_t packed_size,
                             const float* absmax, const int64_t* columns, int64_t column_count, const void* stored, int64_t stored_dtype,

@@ -1,0 +1,114 @@
+"""Layers of one format that multiply one input in one call of the CPU library.
+
+What is known before the input comes is looked up once. Between two layers a model reads more than the caches hold, and
+then each name and each attribute of a tensor costs microseconds, where a small product takes some tens of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels import ops
+
+if TYPE_CHECKING:
+    from compressor.kernels.prepared import PreparedLinear
+
+FIELDS = 6  # of a weight in ops.h: packed, its bytes, bias, its type, outputs, y
+BIAS, BIAS_DTYPE, Y = 2, 3, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What doesn't depend on the input.
+
+    given    (weights, FIELDS) as ops.h has it; a call fills in biases and outputs
+    weights  the packed weights, whose addresses are in `given`
+    """
+
+    run: Callable[..., int]
+    level: int
+    most_threads: int
+    columns: int
+    bits: int
+    group: int
+    given: array[int]
+    outs: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+
+
+class LinearCall:
+    """layers  whose packed weights have layout cpu2, one width and one group"""
+
+    def __init__(self, layers: list[PreparedLinear]) -> None:
+        self.layers = layers
+        self.name = layers[0].choice.op
+        self.bound: Bound | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "name": self.name, "bound": None}  # a copy's weights lie elsewhere
+
+    def forget(self) -> None:
+        """The layers have other packed weights now."""
+        self.bound = None
+
+    def _bind(self) -> Bound:
+        first, library = self.layers[0], ops.cpu_library()
+        weights, given = tuple(layer.packed for layer in self.layers), array("q")
+        for packed, layer in zip(weights, self.layers, strict=True):
+            if not packed.is_cpu:
+                raise KernelError(f"{self.name}: weight on {packed.device}", hint=ops.ON_CPU)
+            given.extend((packed.data_ptr(), packed.numel(), 0, 0, layer.out_features, 0))
+        self.bound = Bound(
+            run=getattr(library.functions, f"{self.name}_parts"),
+            level=library.level,
+            most_threads=sum(packed.numel() for packed in weights) // ops.BYTES_A_THREAD,
+            columns=first.in_features,
+            bits=first.bits,
+            group=ops.group_columns(first.in_features, first.group_size),
+            given=given,
+            outs=tuple(layer.out_features for layer in self.layers),
+            weights=weights,
+        )
+        return self.bound
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (..., in) -> (..., out) for each layer, in the dtype of x, without gradients
+
+        raises ShapeError; KernelError if x isn't on the CPU
+        """
+        bound = self.bound or self._bind()
+        kind, shape = ops.DTYPES.get(x.dtype), x.shape
+        if kind is None or not shape or shape[-1] != bound.columns:
+            raise ShapeError(f"{self.name}: x {x.dtype} {tuple(shape)}, a float (..., {bound.columns}) expected")
+        if not x.is_cpu:
+            raise KernelError(f"{self.name}: x on {x.device}", hint=ops.ON_CPU)
+        lead = shape[:-1]
+        x = x.contiguous()
+        given = bound.given[:]
+        outputs: list[Tensor] = []
+        kept: list[Tensor] = []
+        for number, (layer, out) in enumerate(zip(self.layers, bound.outs, strict=True)):
+            y = x.new_empty((*lead, out))
+            given[number * FIELDS + Y] = y.data_ptr()
+            outputs.append(y)
+            if (bias := layer.bias) is not None:
+                ops.check_bias(str(self.name), bias, out)
+                kept.append(bias.contiguous())
+                given[number * FIELDS + BIAS] = kept[-1].data_ptr()
+                given[number * FIELDS + BIAS_DTYPE] = ops.DTYPES[bias.dtype]
+        threads = min(torch.get_num_threads(), bound.most_threads) if bound.most_threads > 1 else 1
+        error = bound.run(
+            bound.level, threads, x.data_ptr(), kind, given.buffer_info()[0], len(outputs), prod(lead), bound.columns,
+            bound.bits, bound.group,
+        )  # fmt: skip
+        if error:
+            raise ShapeError(f"{self.name}: a packed weight isn't of {bound.outs} x {bound.columns}, {bound.bits} bits")
+        return outputs
