@@ -24,7 +24,10 @@ from torch import Tensor
 
 from compressor.environment import cpu_features
 from compressor.kernels import ops
+from compressor.kernels.dispatch import DYNAMIC_INT8, IntegerWeight, choose
 from compressor.kernels.int8_split import round_rows
+from compressor.kernels.prepared import PreparedLinear
+from compressor.kernels.stock import StoredWeight
 
 HERE = Path(__file__).parent
 PEAKS = ("int8", "float", "bf16", "int8_tiles", "bf16_tiles")
@@ -112,23 +115,29 @@ def integer_weight(shape: Shape, bits: int, group: int) -> tuple[Tensor, Tensor,
     return codes, scale, zero, (codes[:CHECKED].double() - spread[1]) * spread[0]
 
 
-def ours(name: str, operation: str, shape: Shape, bits: int, group: int, x: Tensor, rotation: int) -> Candidate:
+def prepared_layer(weight: IntegerWeight, activations: str | None, dtype: torch.dtype) -> PreparedLinear:
+    """A layer of a prepared model, without the stored tensors, which its product doesn't read."""
+    stored = StoredWeight("packed_linear", {}, None, lambda tensors: weight)
+    return PreparedLinear(stored, weight, choose(weight, activations, dtype))
+
+
+def ours(
+    name: str, activations: str | None, shape: Shape, bits: int, group: int, x: Tensor, rotation: int
+) -> Candidate:
     codes, scale, zero, weight = integer_weight(shape, bits, group)
 
-    def pack(_: Any = None) -> Tensor:  # a clone's memory would lie in other pages
-        return torch.ops.compressor.pack_weight(codes, scale, zero, None, bits, group, ops.LAYOUT)
+    def pack(_: Any = None) -> PreparedLinear:  # a clone's memory would lie in other pages
+        return prepared_layer(IntegerWeight(codes, scale, zero, bits, group), activations, x.dtype)
 
-    packed = pack()
-    call = getattr(ops, operation)  # as prepared layers call it; in a compiled graph it is torch.ops.compressor's
-    kind = "int8" if operation == "linear_dynamic_int8" else "float32" if x.dtype == torch.float32 else "bf16"
+    layer = pack()
     return timed(
         name,
-        lambda w: call(x, w, None, None, shape.out, bits, group, ops.LAYOUT),
-        packed,
-        packed.numel(),
+        lambda layer: layer.call(x)[0],
+        layer,
+        layer.packed.numel(),
         x=x,
         weight=weight,
-        kind=kind,
+        kind="int8" if activations else "float32" if x.dtype == torch.float32 else "bf16",
         rotation=rotation,
         clone=pack,
     )
@@ -368,14 +377,13 @@ def candidates(
     shape: Shape, rows: int, rotation: int, threads: int, llama: Path | None, stack: ExitStack
 ) -> list[Candidate]:
     x = torch.randn(rows, shape.columns)
-    dynamic, weight_only = "linear_dynamic_int8", "linear_weight_only"
     found = [
-        ours("ours W4A8 g64", dynamic, shape, 4, 64, x, rotation),
-        ours("ours W4A8 g64 again", dynamic, shape, 4, 64, x, rotation),
-        ours("ours W4A8 g128", dynamic, shape, 4, 128, x, rotation),
-        ours("ours W8A8", dynamic, shape, 8, -1, x, rotation),
-        ours("ours W4A16 g64", weight_only, shape, 4, 64, x, rotation),
-        ours("ours W4A16 g64, bf16 x", weight_only, shape, 4, 64, x.bfloat16(), rotation),
+        ours("ours W4A8 g64", DYNAMIC_INT8, shape, 4, 64, x, rotation),
+        ours("ours W4A8 g64 again", DYNAMIC_INT8, shape, 4, 64, x, rotation),
+        ours("ours W4A8 g128", DYNAMIC_INT8, shape, 4, 128, x, rotation),
+        ours("ours W8A8", DYNAMIC_INT8, shape, 8, -1, x, rotation),
+        ours("ours W4A16 g64", None, shape, 4, 64, x, rotation),
+        ours("ours W4A16 g64, bf16 x", None, shape, 4, 64, x.bfloat16(), rotation),
         torch_dense("torch float32", shape, x, torch.float32, rotation),
         torch_dense("torch bf16", shape, x, torch.bfloat16, rotation),
         torch_int4("torch int4pack", shape, x, rotation),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
@@ -15,6 +16,7 @@ from compressor.kernels import dense_sparse, hadamard, int8_matmul, table_lookup
 from compressor.kernels.cpu import Library, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
+from compressor.kernels.large_pages import LARGE, empty_bytes
 from compressor.kernels.ops import DTYPES as CODES
 from compressor.kernels.tables import activate, inverse_root, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -488,3 +490,16 @@ def test_bad_calls_name_what_they_got():
         hadamard.hadamard(torch.zeros(2, 8, device="meta"), 1.0)
     with pytest.raises(RuntimeError, match="no gradient"):
         hadamard.hadamard(torch.zeros(2, 8, requires_grad=True), 1.0)
+
+
+@pytest.mark.parametrize("size", [0, 100, LARGE - 1, LARGE, 3 * LARGE + 5])
+def test_memory_for_a_weight_begins_with_a_large_page_and_is_a_tensors(size):
+    found = empty_bytes(size)
+    assert found.dtype == torch.uint8 and found.shape == (size,) and found.is_contiguous()
+    assert size < LARGE or found.data_ptr() % LARGE == 0
+    found.fill_(7)
+    copied = copy.deepcopy(found)
+    found[:1] = 3
+    last = found[-10:]
+    del found
+    assert int(copied.sum()) == 7 * size and (size < 11 or int(last.sum()) == 70)

@@ -25,6 +25,7 @@ from torch import Tensor
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
 from compressor.kernels.cuda import mma1, mma8a1
+from compressor.kernels.large_pages import empty_bytes
 from compressor.kernels.registry import register, register_cuda
 
 LAYOUT = "cpu2"
@@ -98,7 +99,7 @@ def pack_weight(
     size = functions.packed_bytes(out, columns, bits, group_columns(columns, group_size), DTYPES[scale.dtype])
     if size < 0:
         raise ShapeError(f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}")
-    packed = torch.empty(size, dtype=torch.uint8)
+    packed = empty_bytes(size)
     codes, scale = codes.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
     zeros_at = 0 if zero_point is None else zero_point.data_ptr()

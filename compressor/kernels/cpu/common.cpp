@@ -12,7 +12,6 @@
 #endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -215,18 +214,6 @@ extern "C" int64_t best_level() {
   return level;
 }
 
-// A product reads its weight once from end to end. In pages of 4 KiB, looking up where they are took a virtual machine up to a fifth of that time.
-// An advice: where the system doesn't take it, or has touched the memory before, nothing changes.
-static void ask_for_large_pages(uint8_t* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t LARGE = 2 << 20;
-  const uintptr_t first = (uintptr_t(memory) + LARGE - 1) & ~(LARGE - 1), last = (uintptr_t(memory) + bytes) & ~(LARGE - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
 extern "C" int64_t packed_bytes(int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype) {
   Packed w;
   const int64_t error = describe(w, nullptr, N, K, bits, group, scale_dtype);
@@ -241,7 +228,6 @@ extern "C" int64_t pack_weight(int64_t threads, const uint8_t* codes, const void
   if (zero) largest_zero = w.groups * N ? *std::max_element(zero, zero + w.groups * N) : 0;
   const Header header{MAGIC, uint32_t(bits), N, K, group, scale_dtype, largest_zero, {}};
   memcpy(out, &header, sizeof header);
-  ask_for_large_pages(out, sizeof header + size_t(w.tiles * w.groups * w.block_bytes));
   const int64_t bytes = dtype_bytes(scale_dtype);
   parallel(threads, w.tiles, [&](int64_t t) {
     for (int64_t j = 0; j < w.groups; j++) {
