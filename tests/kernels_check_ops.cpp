@@ -230,6 +230,30 @@ bool tables(int64_t& calls) {
          table_lookup(0, 1, one, FLOAT32, one, y, 1, 2, 0, 0, 1, 0, 0) == BAD_SHAPE;
 }
 
+// Numbers to 16 bits and back at every level: the bits of the scalar ones, NaN a NaN.
+bool conversions(int64_t& calls) {
+  std::vector<float> values;
+  for (const uint32_t high : {0x0000u, 0x0001u, 0x007fu, 0x0080u, 0x3f80u, 0x3f81u, 0x4780u, 0x7f7fu, 0x7f80u, 0x7fbfu, 0xff80u, 0xffc0u, 0xbf81u})
+    for (const uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) values.push_back(from_bits(high << 16 | low));
+  const int64_t count = int64_t(values.size());
+  for (int64_t level = 0; level <= best_level(); level++)
+    for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16})
+      for (int64_t from = 0; from < 9; from++, calls++) {
+        const std::vector<uint8_t> wanted = stored(values, dtype);
+        std::vector<uint8_t> found(wanted.size(), 0xff);
+        from_float(level, values.data(), found.data(), dtype, 0, from);
+        from_float(level, values.data() + from, found.data(), dtype, from, count - from);
+        std::vector<float> back(values.size());
+        to_float(level, found.data(), dtype, 0, back.data(), from);
+        to_float(level, found.data(), dtype, from, back.data() + from, count - from);
+        const std::vector<float> same = read_back(wanted, dtype);
+        for (int64_t i = 0; i < count; i++) {
+          if (std::isnan(values[size_t(i)]) ? !std::isnan(back[size_t(i)]) : to_bits(back[size_t(i)]) != to_bits(same[size_t(i)])) return false;
+        }
+      }
+  return true;
+}
+
 }  // namespace
 
 // 0, or the number of the first that is wrong
@@ -239,5 +263,6 @@ int check_ops(int64_t& calls) {
   if (!factors(calls)) return 22;
   if (!tables(calls)) return 23;
   if (!roots(calls)) return 24;
+  if (!conversions(calls)) return 25;
   return 0;
 }

@@ -66,15 +66,34 @@ TARGET_AVX2 static void floats_to_half(const float* in, uint16_t* out, int64_t c
   for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
   for (; i < count; i++) out[i] = float_to_half(in[i]);
 }
+TARGET_AVX2 static void bfloats_to_float(const uint16_t* in, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_si256((__m256i*)(out + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(in + i))), 16));
+  for (; i < count; i++) out[i] = bfloat16_to_float(in[i]);
+}
 TARGET_AVX2 static void floats_to_bfloat16(const float* in, uint16_t* out, int64_t count) {
-  for (int64_t i = 0; i < count; i++) out[i] = float_to_bfloat16(in[i]);
+  const __m256i below_half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 value = _mm256_loadu_ps(in + i);
+    const __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+    const __m256i even = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, below_half), _mm256_and_si256(high, one)), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i found = _mm256_blendv_epi8(even, _mm256_or_si256(high, quiet), nan);
+    _mm_storeu_si128((__m128i*)(out + i), _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1)));
+  }
+  for (; i < count; i++) out[i] = float_to_bfloat16(in[i]);
+}
+TARGET_AVX2 static void add_avx2(float* values, const float* more, int64_t count) {
+  for (int64_t i = 0; i < count; i++) values[i] += more[i];
 }
 #endif
 void to_float(int64_t level, const void* data, int64_t dtype, int64_t offset, float* out, int64_t count) {
   if (dtype == FLOAT32) { memcpy(out, (const float*)data + offset, size_t(count) * 4); return; }
   const uint16_t* in = (const uint16_t*)data + offset;
 #ifdef COMPRESSOR_X86
-  if (dtype == FLOAT16 && level > SCALAR) return halves_to_float(in, out, count);
+  if (level > SCALAR) return dtype == FLOAT16 ? halves_to_float(in, out, count) : bfloats_to_float(in, out, count);
 #endif
   for (int64_t i = 0; i < count; i++) out[i] = load_number(in, dtype, i);
 }
@@ -129,8 +148,15 @@ static void put_codes(uint8_t* row, int64_t bits, int n, const uint8_t* codes) {
 
 void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile) {
   const int64_t first = tile * TILE, count = std::min<int64_t>(TILE, w.out_features - first);
-  if (to.bias)
-    for (int64_t n = 0; n < count; n++) values[n] += load_number(to.bias, to.bias_dtype, first + n);
+  if (to.bias) {
+    float memory[TILE];
+    const float* bias = as_floats(to.level, to.bias, to.bias_dtype, first, memory, count);
+#ifdef COMPRESSOR_X86
+    if (to.level > SCALAR) add_avx2(values, bias, count);
+    else
+#endif
+    for (int64_t n = 0; n < count; n++) values[n] += bias[n];
+  }
   from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
 }
 

@@ -40,19 +40,20 @@ template <int BITS> TARGET_AVX512 void unpack(const uint8_t* from, int64_t rows,
 }
 
 // ---- products ----
-template <int BITS, int C, int A, int B> ALWAYS_INLINE void dot() {
-  if (BITS == 8) tile_dot_unsigned<C, A, B>();
+// CODES: of 8 bits, multiplied as they are, and their zero point taken off the sums. Otherwise what is multiplied has its zero point taken off.
+template <bool CODES, int C, int A, int B> ALWAYS_INLINE void dot() {
+  if (CODES) tile_dot_unsigned<C, A, B>();
   else tile_dot_signed<C, A, B>();
 }
 // One group's sums of 16 rows of codes and 16 outputs, added to total.
-template <int BITS, int DIGITS>
+template <bool CODES, int DIGITS>
 TARGET_AVX512 ALWAYS_INLINE void add_group(const AmxRows& x, __m512 scale, const uint8_t* zeros, const int32_t* sums, int64_t row, __m512* total) {
-  const __m512i zero = BITS == 8 ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros)) : _mm512_setzero_si512();
+  const __m512i zero = CODES ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros)) : _mm512_setzero_si512();
   UNROLL for (int i = 0; i < TILE_ROWS / DIGITS; i++) {
     __m512 value;
     UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
       __m512i sum = _mm512_loadu_si512(sums + (i * DIGITS + d) * TILE_ROWS);
-      if (BITS == 8) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.minus_sum[row * TILE_ROWS + i * DIGITS + d])));
+      if (CODES) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.minus_sum[row * TILE_ROWS + i * DIGITS + d])));
       value = d == DIGITS - 1 ? _mm512_cvtepi32_ps(sum) : _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum));
     }
     if (DIGITS > 1) value = _mm512_mul_ps(value, _mm512_set1_ps(x.step[row * (TILE_ROWS / DIGITS) + i]));
@@ -66,7 +67,7 @@ template <int ROWS> TARGET_AVX512 ALWAYS_INLINE void store_totals(float* to, con
   UNROLL for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(to + i * TILE, total[i]);
 }
 
-template <int BITS, int DIGITS> struct Tiles {
+template <bool CODES, int DIGITS> struct Tiles {
   static constexpr int ROWS = TILE_ROWS / DIGITS;
   const AmxRows& x;
   const Packed& w;
@@ -84,16 +85,17 @@ template <int BITS, int DIGITS> struct Tiles {
   };
   TARGET_AVX512 void take(Codes& to, int64_t first, int64_t last, int64_t from, int64_t until) const {  // chunks of whole groups, or of one
     const uint8_t* block = w.block(tile, first);
-    if (BITS == 8 && in_place(w)) {
+    if (CODES && in_place(w)) {
       to = Codes{block + from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
       return;
     }
     const int64_t column = at_once(x, w) * TILE_BYTES;
     uint8_t* at = panel;
+    const auto bring = w.bits == 2 ? unpack<2> : w.bits == 3 ? unpack<3> : w.bits == 4 ? unpack<4> : unpack<8>;
     for (int64_t j = first; j < last; j++, block += w.block_bytes)
       for (int64_t chunk = from; chunk < until; chunk++, at += TILE_BYTES)
-        unpack<BITS>(block + chunk * (TILE_COLUMNS / 8) * w.row_bytes, std::min<int64_t>(TILE_COLUMNS, w.group - chunk * TILE_COLUMNS) / 8,
-                     block + w.zero_offset, at, column);
+        bring(block + chunk * (TILE_COLUMNS / 8) * w.row_bytes, std::min<int64_t>(TILE_COLUMNS, w.group - chunk * TILE_COLUMNS) / 8,
+              block + w.zero_offset, at, column);
     to = Codes{panel, TILE_BYTES, TILE_BYTES * x.chunks, column, 64};
   }
   const int8_t* rows(int64_t block, int64_t group, int64_t chunk) const {
@@ -114,53 +116,48 @@ template <int BITS, int DIGITS> struct Tiles {
   template <int C> TARGET_AVX512 static ALWAYS_INLINE void multiply(const int8_t* a, const uint8_t* b, int64_t chunks, int64_t chunk, int64_t stride) {
     tile_zero<C>();
     for (int64_t i = 0; i < chunks; i++)
-      tile_load<4 + 2 * C>(a + i * TILE_BYTES, TILE_COLUMNS), tile_load<5 + 2 * C>(b + i * chunk, stride), dot<BITS, C, 4 + 2 * C, 5 + 2 * C>();
+      tile_load<4 + 2 * C>(a + i * TILE_BYTES, TILE_COLUMNS), tile_load<5 + 2 * C>(b + i * chunk, stride), dot<CODES, C, 4 + 2 * C, 5 + 2 * C>();
   }
-  // GROUPS groups from `first` on, of WIDTH chunks, 0: any number.
+  // The sums of group g of a range and outputs 16 c on; row is the range's first group in its block of rows.
+  TARGET_AVX512 ALWAYS_INLINE void add(const int32_t* from, int g, int c, int64_t row, const uint8_t* zeros, __m512* total) const {
+    add_group<CODES, DIGITS>(x, _mm512_loadu_ps(scales + g * TILE + c * 16), zeros + g * w.block_bytes + c * 16, from, row + g, total);
+  }
+  // GROUPS groups from `first` on, of WIDTH chunks, 0: any number. Blocks of rows, 16 outputs and groups come one after the other, and the sums
+  // of each product LAG products later, so that the first LAG products of a block and outputs meet the last sums of those before.
   template <int GROUPS, int WIDTH> TARGET_AVX512 void narrow_range(int64_t first, const Codes& codes, Fetch fetch) const {
-    constexpr int LAG = GROUPS > 1 ? 2 : 1;  // a group's sums are added so many products later
-    const int64_t chunks = WIDTH ? WIDTH : x.chunks, chunk = BITS < 8 ? TILE_BYTES : codes.chunk, stride = BITS < 8 ? 64 : codes.stride;
-    const int64_t group = BITS < 8 ? chunks * TILE_BYTES : codes.group, column = codes.column, next_block = w.groups * chunks * TILE_BYTES;
-    int32_t* const sum = sums;
-    const float* const scale = scales;
+    constexpr int LAG = GROUPS > 1 ? 2 : 1;
+    const int64_t chunks = WIDTH ? WIDTH : x.chunks, chunk = CODES ? codes.chunk : TILE_BYTES, stride = CODES ? codes.stride : 64;
+    const int64_t group = CODES ? codes.group : chunks * TILE_BYTES, column = codes.column, groups = w.groups;
+    int32_t* const sum = sums;  // copies stay in registers, whatever a tile stores
     const uint8_t* const zeros = w.block(tile, first) + w.zero_offset;
     const int8_t* a = rows(0, first, 0);
     float* to = out;
     __m512 total[ROWS];
     load_totals<ROWS>(to, total);
-    int64_t done_row = 0;  // of the block of rows and outputs whose sums are added: its first group's number,
-    int done = 0;          // and which 16 of the outputs
-    int64_t row = first;
-    const int64_t block_bytes = w.block_bytes, groups = w.groups;
-    for (int64_t block = 0; block < x.blocks; block++, a += next_block, row += groups) {
+    int64_t row = first, row_before = first;
+    int c_before = 0;
+    for (int64_t block = 0; block < x.blocks; block++, a += groups * chunks * TILE_BYTES, row += groups) {
       for (int c = 0; c < 4; c++) {
         const uint8_t* b = codes.at + c * column;
+        const bool begun = block || c;
         UNROLL for (int g = 0; g < GROUPS; g++) {
-          const bool odd = (GROUPS > 1 ? g : c) % 2, begun = block || c;
-          if (odd) multiply<1>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride);
+          const bool odd = (GROUPS > 1 ? g : c) % 2;
+          if (odd) multiply<1>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride), tile_store<0>(sum, 64);
           else multiply<0>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride);
-          if (odd) tile_store<0>(sum, 64);
-          else if (g || begun) tile_store<1>(sum + LANES, 64);
+          if (!odd && (g || begun)) tile_store<1>(sum + LANES, 64);
           const int32_t* from = sum + (odd == (LAG == 2) ? LANES : 0);
-          if (g < LAG) {
-            constexpr int last = GROUPS - LAG;
-            if (begun) {
-              add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + (last + g) * TILE + done * 16), zeros + (last + g) * block_bytes + done * 16, from,
-                                      done_row + last + g, total);
-              if (g == LAG - 1) store_totals<ROWS>(to, total), to += c ? 16 : (ROWS - 1) * TILE + 16, load_totals<ROWS>(to, total);
-            }
-            if (g == LAG - 1) done = c, done_row = row;
-          } else {
-            add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + (g - LAG) * TILE + c * 16), zeros + (g - LAG) * block_bytes + c * 16, from, row + g - LAG, total);
+          if (g >= LAG) add(from, g - LAG, c, row, zeros, total);
+          else if (begun) add(from, GROUPS - LAG + g, c_before, row_before, zeros, total);
+          if (g == LAG - 1) {
+            if (begun) store_totals<ROWS>(to, total), to += c ? 16 : (ROWS - 1) * TILE + 16, load_totals<ROWS>(to, total);
+            c_before = c, row_before = row;
           }
           fetch.some();
         }
       }
     }
     tile_store<1>(sum + LANES, 64);
-    UNROLL for (int g = GROUPS - LAG; g < GROUPS; g++)
-      add_group<BITS, DIGITS>(x, _mm512_loadu_ps(scale + g * TILE + done * 16), zeros + g * block_bytes + done * 16,
-                              sum + (GROUPS == 1 || g % 2 ? LANES : 0), done_row + g, total);
+    UNROLL for (int g = GROUPS - LAG; g < GROUPS; g++) add(sum + (GROUPS == 1 || g % 2 ? LANES : 0), g, c_before, row_before, zeros, total);
     store_totals<ROWS>(to, total);
   }
   TARGET_AVX512 void narrow_groups() const {
@@ -189,14 +186,14 @@ template <int BITS, int DIGITS> struct Tiles {
     const int8_t *a = rows(block, j, from), *a2 = R == 2 ? rows(block + 1, j, from) : a;
     const uint8_t* b = codes.at + c * codes.column;
     for (int64_t chunk = from; chunk < until; chunk++, a += TILE_BYTES, a2 += TILE_BYTES, b += codes.chunk) {
-      tile_load<4>(a, TILE_COLUMNS), tile_load<5>(b, codes.stride), dot<BITS, 0, 4, 5>();
+      tile_load<4>(a, TILE_COLUMNS), tile_load<5>(b, codes.stride), dot<CODES, 0, 4, 5>();
       if (R == 2) {
-        tile_load<6>(a2, TILE_COLUMNS), dot<BITS, 1, 6, 5>();
-        tile_load<7>(b + codes.column, codes.stride), dot<BITS, 2, 4, 7>(), dot<BITS, 3, 6, 7>();
+        tile_load<6>(a2, TILE_COLUMNS), dot<CODES, 1, 6, 5>();
+        tile_load<7>(b + codes.column, codes.stride), dot<CODES, 2, 4, 7>(), dot<CODES, 3, 6, 7>();
       } else {
-        tile_load<6>(b + codes.column, codes.stride), dot<BITS, 1, 4, 6>();
-        tile_load<7>(b + 2 * codes.column, codes.stride), dot<BITS, 2, 4, 7>();
-        tile_load<5>(b + 3 * codes.column, codes.stride), dot<BITS, 3, 4, 5>();
+        tile_load<6>(b + codes.column, codes.stride), dot<CODES, 1, 4, 6>();
+        tile_load<7>(b + 2 * codes.column, codes.stride), dot<CODES, 2, 4, 7>();
+        tile_load<5>(b + 3 * codes.column, codes.stride), dot<CODES, 3, 4, 5>();
       }
       fetch.some();
     }
@@ -222,7 +219,7 @@ template <int BITS, int DIGITS> struct Tiles {
           float* to = out + block * ROWS * TILE + c * 16;
           __m512 total[ROWS];
           load_totals<ROWS>(to, total);
-          add_group<BITS, DIGITS>(x, scales_avx512(at + w.scale_offset, w.scale_dtype, c), at + w.zero_offset + c * 16, sums + (block * 4 + c) * LANES,
+          add_group<CODES, DIGITS>(x, scales_avx512(at + w.scale_offset, w.scale_dtype, c), at + w.zero_offset + c * 16, sums + (block * 4 + c) * LANES,
                                   block * w.groups + j, total);
           store_totals<ROWS>(to, total);
         }
@@ -236,11 +233,8 @@ template <int BITS, int DIGITS> struct Tiles {
   }
 };
 
-template <int BITS, int DIGITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* scales, float* out) {
-  Tiles<BITS, DIGITS>{x, w, tile, panel, sums, scales, out}.run();
-}
-template <int BITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* scales, float* out) {
-  (x.digits == 1 ? run<BITS, 1> : x.digits == 3 ? run<BITS, 3> : run<BITS, 4>)(x, w, tile, panel, sums, scales, out);
+template <bool CODES, int DIGITS> void run(const AmxRows& x, const Packed& w, int64_t tile, uint8_t* panel, int32_t* sums, float* scales, float* out) {
+  Tiles<CODES, DIGITS>{x, w, tile, panel, sums, scales, out}.run();
 }
 
 }  // namespace
@@ -286,7 +280,8 @@ float* amx_tile(const AmxRows& x, const Packed& w, int64_t tile) {
   uint8_t* memory = (uint8_t*)scratch(7, size_t(panel + sums + scales + out));
   float* to = (float*)(memory + panel + sums + scales);
   if (w.group % TILE_COLUMNS) memset(memory, 0, size_t(panel));  // what isn't unpacked is multiplied by 0, and never another call's
-  const auto f = w.bits == 2 ? run<2> : w.bits == 3 ? run<3> : w.bits == 4 ? run<4> : run<8>;
+  const auto f = w.bits == 8 ? (x.digits == 1 ? run<true, 1> : x.digits == 3 ? run<true, 3> : run<true, 4>)
+                             : (x.digits == 1 ? run<false, 1> : x.digits == 3 ? run<false, 3> : run<false, 4>);
   f(x, w, tile, memory, (int32_t*)(memory + panel), (float*)(memory + panel + sums), to);
   return to;
 }

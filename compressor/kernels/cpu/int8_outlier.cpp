@@ -25,6 +25,32 @@ void mark_at(int64_t level, const float* x, uint8_t* flags, int64_t K, float thr
   mark_scalar(x, flags, K, threshold);
 }
 
+// values += x * weights for each outlier of a row, each product and sum rounded; weights (count, 64)
+ALWAYS_INLINE void add_columns(float* values, const float* x, const float* weights, int64_t count) {
+  for (int64_t c = 0; c < count; c++)
+    for (int n = 0; n < TILE; n++) values[n] = values[n] + x[c] * weights[c * TILE + n];
+}
+void add_columns_scalar(float* v, const float* x, const float* w, int64_t count) { add_columns(v, x, w, count); }
+#ifdef COMPRESSOR_X86
+TARGET_AVX2 void add_columns_avx2(float* v, const float* x, const float* w, int64_t count) { add_columns(v, x, w, count); }
+TARGET_AVX512 void add_columns_avx512(float* values, const float* x, const float* weights, int64_t count) {
+  __m512 sum[4];
+  UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm512_loadu_ps(values + i * 16);
+  for (int64_t c = 0; c < count; c++, weights += TILE) {
+    const __m512 value = _mm512_set1_ps(x[c]);
+    UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm512_add_ps(sum[i], _mm512_mul_ps(value, _mm512_loadu_ps(weights + i * 16)));
+  }
+  UNROLL for (int i = 0; i < 4; i++) _mm512_storeu_ps(values + i * 16, sum[i]);
+}
+#endif
+void add_columns_at(int64_t level, float* values, const float* x, const float* weights, int64_t count) {
+#ifdef COMPRESSOR_X86
+  if (level >= AVX512VNNI) return add_columns_avx512(values, x, weights, count);
+  if (level == AVX2) return add_columns_avx2(values, x, weights, count);
+#endif
+  add_columns_scalar(values, x, weights, count);
+}
+
 // 64 weights of one column: as stored beside the codes, or the codes times absmax over 127, rounded to x's type.
 void column(const Packed& w, const float* absmax, const void* stored, int64_t dtype, int64_t count, int64_t c, int64_t k, int64_t tile, float* out) {
   const int64_t first = tile * TILE, left = std::min<int64_t>(TILE, w.out_features - first);
@@ -85,10 +111,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
       if (m == 0)
         for (int64_t c = 0; c < count; c++)
           column(w, absmax, stored, stored ? stored_dtype : x_dtype, count, c, apart[size_t(c)], tile, weights + c * TILE);
-      for (int64_t c = 0; c < count; c++) {
-        const float xm = outliers[m * count + c];
-        for (int n = 0; n < TILE; n++) values[n] = values[n] + xm * weights[c * TILE + n];
-      }
+      add_columns_at(level, values, outliers + m * count, weights, count);
       store_outputs(part.to, w, values, m0 + m, tile);
     });
   }

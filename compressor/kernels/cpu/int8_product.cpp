@@ -28,6 +28,12 @@ TARGET_AVX512 void sums_avx512(const int8_t* codes, int32_t* minus_sum, int64_t 
 }
 #endif
 
+#ifdef COMPRESSOR_AMX
+TARGET_AVX512 void times_step(float* out, float step) {
+  for (int n = 0; n < TILE; n++) out[n] *= step;
+}
+#endif
+
 // What a tile's kernel reads of a row m of inputs in group j.
 struct Row {
   const int8_t* codes;
@@ -261,7 +267,7 @@ void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std:
     return each_tile(threads, parts, [&](const Part& part, int64_t tile) {
       float* out = amx_tile(rows, part.w, tile);
       for (int64_t m = 0; m < M; m++, out += TILE) {
-        if (x.digits == 1) for (int n = 0; n < TILE; n++) out[n] *= x.step[m];
+        if (x.digits == 1) times_step(out, x.step[m]);
         finish(part, m, tile, out);
       }
     });
