@@ -14,8 +14,8 @@ def empty_bytes(size: int) -> Tensor:
     """uint8 (size,) on the CPU, of any content.
 
     From 2 MiB on it begins with a large page, where the system lends such pages to those who ask: to look up where
-    pages of 4 KiB are takes a virtual machine up to a fifth of a product of one row. Memory that torch has had before is
-    touched already, too late to ask. What is returned goes back to the system when no tensor reads it any more.
+    pages of 4 KiB are takes a virtual machine up to a fifth of a product of one row. Memory that torch has had before
+    is touched already, too late to ask. What is returned goes back to the system when no tensor reads it any more.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if size < LARGE or advice is None:
