@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import mmap
 from collections.abc import Callable
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch
 from guarded import guarded
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dense_sparse, hadamard, int8_matmul, table_lookup
+from compressor.kernels import dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
 from compressor.kernels.cpu import Library, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
@@ -496,10 +497,19 @@ def test_bad_calls_name_what_they_got():
 def test_memory_for_a_weight_begins_with_a_large_page_and_is_a_tensors(size):
     found = empty_bytes(size)
     assert found.dtype == torch.uint8 and found.shape == (size,) and found.is_contiguous()
-    assert size < LARGE or found.data_ptr() % LARGE == 0
+    assert size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE") or found.data_ptr() % LARGE == 0
     found.fill_(7)
     copied = copy.deepcopy(found)
     found[:1] = 3
     last = found[-10:]
     del found
     assert int(copied.sum()) == 7 * size and (size < 11 or int(last.sum()) == 70)
+
+
+def test_a_system_without_large_pages_gives_memory_all_the_same(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(large_pages.mmap, "mmap", refuse)
+    found = empty_bytes(2 * LARGE)
+    assert found.dtype == torch.uint8 and found.shape == (2 * LARGE,)
