@@ -70,7 +70,6 @@ inline Ints dot(const Ints& sum, const Ints& a, const Ints& b) {  // vpdpbusd: b
 }
 inline int32_t sum_of(const Ints& a) { uint32_t r = 0; for (int i = 0; i < 16; i++) r += a.get<uint32_t>(i); return int32_t(r); }
 inline int32_t max_of(const Ints& a) { int32_t r = a.get<int32_t>(0); for (int i = 1; i < 16; i++) r = a.get<int32_t>(i) > r ? a.get<int32_t>(i) : r; return r; }
-inline Floats add(const Floats& a, const Floats& b) { return each_float([&](int i) { return a.v[i] + b.v[i]; }); }
 inline Floats mul(const Floats& a, const Floats& b) { return each_float([&](int i) { return a.v[i] * b.v[i]; }); }
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { return each_float([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
 inline Floats to_floats(const Ints& a) { return each_float([&](int i) { return float(a.get<int32_t>(i)); }); }
@@ -91,7 +90,6 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define __m512i emulated::Ints
 #define __m512 emulated::Floats
 #define _mm512_add_epi32 emulated::add32
-#define _mm512_add_ps emulated::add
 #define _mm512_and_si512 emulated::bit_and
 #define _mm512_castsi512_ps(a) emulated::load_ps((a).bytes)
 #define _mm512_cvtepi32_epi8 emulated::low_bytes

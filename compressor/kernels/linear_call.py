@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
@@ -29,13 +28,14 @@ BIAS, BIAS_DTYPE, Y = 2, 3, 5
 class Bound:
     """What doesn't depend on the input.
 
+    size     bytes of the packed weights together
     given    (weights, FIELDS) as ops.h has it; a call fills in biases and outputs
     weights  the packed weights, whose addresses are in `given`
     """
 
     run: Callable[..., int]
     level: int
-    most_threads: int
+    size: int
     columns: int
     bits: int
     group: int
@@ -53,7 +53,7 @@ class LinearCall:
         self.bound: Bound | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "name": self.name, "bound": None}  # a copy's weights lie elsewhere
+        return self.__dict__ | {"bound": None}  # a copy's weights lie elsewhere
 
     def forget(self) -> None:
         """The layers have other packed weights now."""
@@ -69,7 +69,7 @@ class LinearCall:
         self.bound = Bound(
             run=getattr(library.functions, f"{self.name}_parts"),
             level=library.level,
-            most_threads=sum(packed.numel() for packed in weights) // ops.BYTES_A_THREAD,
+            size=sum(packed.numel() for packed in weights),
             columns=first.in_features,
             bits=first.bits,
             group=ops.group_columns(first.in_features, first.group_size),
@@ -104,10 +104,9 @@ class LinearCall:
                 kept.append(bias.contiguous())
                 given[number * FIELDS + BIAS] = kept[-1].data_ptr()
                 given[number * FIELDS + BIAS_DTYPE] = ops.DTYPES[bias.dtype]
-        threads = min(torch.get_num_threads(), bound.most_threads) if bound.most_threads > 1 else 1
         error = bound.run(
-            bound.level, threads, x.data_ptr(), kind, given.buffer_info()[0], len(outputs), prod(lead), bound.columns,
-            bound.bits, bound.group,
+            bound.level, ops.threads_for(bound.size), x.data_ptr(), kind, given.buffer_info()[0], len(outputs),
+            prod(lead), bound.columns, bound.bits, bound.group,
         )  # fmt: skip
         if error:
             raise ShapeError(f"{self.name}: a packed weight isn't of {bound.outs} x {bound.columns}, {bound.bits} bits")

@@ -157,7 +157,8 @@ def check_bias(name: str, bias: Tensor | None, out: int) -> None:
 
 def threads_for(size: int) -> int:
     """How many threads share the work on so many bytes."""
-    return max(1, min(torch.get_num_threads(), size // BYTES_A_THREAD))
+    most = size // BYTES_A_THREAD
+    return min(torch.get_num_threads(), most) if most > 1 else 1
 
 
 def _linear(name: str) -> Callable[..., Tensor]:

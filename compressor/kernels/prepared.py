@@ -40,11 +40,7 @@ from compressor.kernels.stock import StoredWeight, adopt
 
 # by layout, which says where it runs, and by name
 RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
-    ops.LAYOUT: {
-        "linear_weight_only": ops.linear_weight_only,
-        "linear_dynamic_int8": ops.linear_dynamic_int8,
-        "linear_int8_outlier": ops.linear_int8_outlier,
-    },
+    ops.LAYOUT: {"linear_int8_outlier": ops.linear_int8_outlier},  # the others have a LinearCall
     FACTORS: {"linear_dense_sparse": linear_dense_sparse},
     **dict.fromkeys(cuda_ops.LAYOUTS.values(), cuda_ops.RUN),
     **dict.fromkeys(torch_ops.LAYOUTS, torch_ops.RUN),
@@ -146,11 +142,10 @@ class PreparedLinear(nn.Module):
                 self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size,
                 self.choice.layout,
             )  # fmt: skip
-        run = RUN[self.choice.layout][name]
         if compiling and self.choice.layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *arguments)
         with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
-            return run(x.detach(), *arguments)
+            return RUN[self.choice.layout][name](x.detach(), *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.words}, {self.choice.kernel}"

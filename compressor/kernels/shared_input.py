@@ -37,13 +37,16 @@ class SharedInput:
     """
 
     def __init__(self, layers: list[PreparedLinear]) -> None:
-        self.layers = layers
         self.call = LinearCall(layers)
         self.together = True
         self.waiting: dict[int, Waiting] = {}  # by thread
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "call": self.call, "together": self.together, "waiting": {}}
+        return self.__dict__ | {"waiting": {}}
+
+    @property
+    def layers(self) -> list[PreparedLinear]:
+        return self.call.layers
 
     def product(self, number: int, x: Tensor) -> Tensor | None:
         """x (..., in) -> (..., out) of the layer of this number; None where it has to multiply by itself."""

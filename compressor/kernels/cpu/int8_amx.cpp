@@ -83,12 +83,9 @@ template <bool CODES, int DIGITS> struct Tiles {
     const uint8_t* at;
     int64_t chunk, group, column, stride;
   };
-  TARGET_AVX512 void take(Codes& to, int64_t first, int64_t last, int64_t from, int64_t until) const {  // chunks of whole groups, or of one
+  TARGET_AVX512 Codes take(int64_t first, int64_t last, int64_t from, int64_t until) const {  // chunks of whole groups, or of one
     const uint8_t* block = w.block(tile, first);
-    if (CODES && in_place(w)) {
-      to = Codes{block + from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
-      return;
-    }
+    if (CODES && in_place(w)) return Codes{block + from * TILE_BYTES * 4, TILE_BYTES * 4, w.block_bytes, 64, 256};
     const int64_t column = at_once(x, w) * TILE_BYTES;
     uint8_t* at = panel;
     const auto bring = w.bits == 2 ? unpack<2> : w.bits == 3 ? unpack<3> : w.bits == 4 ? unpack<4> : unpack<8>;
@@ -96,7 +93,7 @@ template <bool CODES, int DIGITS> struct Tiles {
       for (int64_t chunk = from; chunk < until; chunk++, at += TILE_BYTES)
         bring(block + chunk * (TILE_COLUMNS / 8) * w.row_bytes, std::min<int64_t>(TILE_COLUMNS, w.group - chunk * TILE_COLUMNS) / 8,
               block + w.zero_offset, at, column);
-    to = Codes{panel, TILE_BYTES, TILE_BYTES * x.chunks, column, 64};
+    return Codes{panel, TILE_BYTES, TILE_BYTES * x.chunks, column, 64};
   }
   const int8_t* rows(int64_t block, int64_t group, int64_t chunk) const {
     return x.codes + ((block * w.groups + group) * x.chunks + chunk) * TILE_BYTES;
@@ -134,12 +131,13 @@ template <bool CODES, int DIGITS> struct Tiles {
     float* to = out;
     __m512 total[ROWS];
     load_totals<ROWS>(to, total);
-    int64_t row = first, row_before = first;
-    int c_before = 0;
+    int64_t row = first;
     for (int64_t block = 0; block < x.blocks; block++, a += groups * chunks * TILE_BYTES, row += groups) {
       for (int c = 0; c < 4; c++) {
         const uint8_t* b = codes.at + c * column;
         const bool begun = block || c;
+        const int c_before = (c + 3) % 4;
+        const int64_t row_before = c ? row : row - groups;
         UNROLL for (int g = 0; g < GROUPS; g++) {
           const bool odd = (GROUPS > 1 ? g : c) % 2;
           if (odd) multiply<1>(a + g * chunks * TILE_BYTES, b + g * group, chunks, chunk, stride), tile_store<0>(sum, 64);
@@ -148,24 +146,20 @@ template <bool CODES, int DIGITS> struct Tiles {
           const int32_t* from = sum + (odd == (LAG == 2) ? LANES : 0);
           if (g >= LAG) add(from, g - LAG, c, row, zeros, total);
           else if (begun) add(from, GROUPS - LAG + g, c_before, row_before, zeros, total);
-          if (g == LAG - 1) {
-            if (begun) store_totals<ROWS>(to, total), to += c ? 16 : (ROWS - 1) * TILE + 16, load_totals<ROWS>(to, total);
-            c_before = c, row_before = row;
-          }
+          if (g == LAG - 1 && begun) store_totals<ROWS>(to, total), to += c ? 16 : (ROWS - 1) * TILE + 16, load_totals<ROWS>(to, total);
           fetch.some();
         }
       }
     }
     tile_store<1>(sum + LANES, 64);
-    UNROLL for (int g = GROUPS - LAG; g < GROUPS; g++) add(sum + (GROUPS == 1 || g % 2 ? LANES : 0), g, c_before, row_before, zeros, total);
+    UNROLL for (int g = GROUPS - LAG; g < GROUPS; g++) add(sum + (GROUPS == 1 || g % 2 ? LANES : 0), g, 3, row - groups, zeros, total);
     store_totals<ROWS>(to, total);
   }
   TARGET_AVX512 void narrow_groups() const {
     int64_t groups = groups_of(w);
     for (int64_t j = 0; j < w.groups; j += groups) {
       if (j + groups > w.groups) groups = 1;
-      Codes codes;
-      take(codes, j, j + groups, 0, x.chunks);
+      const Codes codes = take(j, j + groups, 0, x.chunks);
       for (int64_t g = 0; g < groups; g++)
         for (int c = 0; c < 4; c++)
           _mm512_storeu_ps(scales + g * TILE + c * 16, scales_avx512(w.block(tile, j + g) + w.scale_offset, w.scale_dtype, c));
@@ -176,8 +170,8 @@ template <bool CODES, int DIGITS> struct Tiles {
     }
   }
 
-  // ---- wide groups: R blocks of rows times 16 C outputs stay in four tiles ----
-  template <int R, int C>
+  // ---- wide groups: the sums of two blocks of rows and 32 outputs, or of one (R) and 64, stay in four tiles ----
+  template <int R>
   TARGET_AVX512 ALWAYS_INLINE void wide_range(int64_t block, int c, int64_t j, int64_t from, int64_t until, const Codes& codes, Fetch& fetch) const {
     int32_t* to = sums + (block * 4 + c) * LANES;
     constexpr int64_t second = (R == 2 ? 4 : 1) * LANES, third = (R == 2 ? 1 : 2) * LANES, fourth = (R == 2 ? 5 : 3) * LANES;
@@ -204,14 +198,13 @@ template <bool CODES, int DIGITS> struct Tiles {
     for (int64_t j = 0; j < w.groups; j++) {
       for (int64_t from = 0; from < x.chunks; from += chunks) {
         const int64_t until = std::min(x.chunks, from + chunks), pairs = x.blocks / 2;
-        Codes codes;
-        take(codes, j, j + 1, from, until);
+        const Codes codes = take(j, j + 1, from, until);
         const int64_t bytes = (until - from) * (TILE_COLUMNS / 8) * w.row_bytes;
         Fetch fetch = next(j, from, bytes, (2 * pairs + x.blocks % 2) * (until - from));
         if (in_place(w) && x.blocks == 1) fetch.lines = 0;  // comes sooner without: to ask for it costs more than it saves
         for (int64_t pair = 0; pair < pairs; pair++)
-          for (int c = 0; c < 4; c += 2) wide_range<2, 2>(pair * 2, c, j, from, until, codes, fetch);
-        if (x.blocks % 2) wide_range<1, 4>(pairs * 2, 0, j, from, until, codes, fetch);
+          for (int c = 0; c < 4; c += 2) wide_range<2>(pair * 2, c, j, from, until, codes, fetch);
+        if (x.blocks % 2) wide_range<1>(pairs * 2, 0, j, from, until, codes, fetch);
       }
       const uint8_t* at = w.block(tile, j);
       for (int64_t block = 0; block < x.blocks; block++)

@@ -33,15 +33,7 @@ ALWAYS_INLINE void add_columns(float* values, const float* x, const float* weigh
 void add_columns_scalar(float* v, const float* x, const float* w, int64_t count) { add_columns(v, x, w, count); }
 #ifdef COMPRESSOR_X86
 TARGET_AVX2 void add_columns_avx2(float* v, const float* x, const float* w, int64_t count) { add_columns(v, x, w, count); }
-TARGET_AVX512 void add_columns_avx512(float* values, const float* x, const float* weights, int64_t count) {
-  __m512 sum[4];
-  UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm512_loadu_ps(values + i * 16);
-  for (int64_t c = 0; c < count; c++, weights += TILE) {
-    const __m512 value = _mm512_set1_ps(x[c]);
-    UNROLL for (int i = 0; i < 4; i++) sum[i] = _mm512_add_ps(sum[i], _mm512_mul_ps(value, _mm512_loadu_ps(weights + i * 16)));
-  }
-  UNROLL for (int i = 0; i < 4; i++) _mm512_storeu_ps(values + i * 16, sum[i]);
-}
+TARGET_AVX512 void add_columns_avx512(float* v, const float* x, const float* w, int64_t count) { add_columns(v, x, w, count); }
 #endif
 void add_columns_at(int64_t level, float* values, const float* x, const float* weights, int64_t count) {
 #ifdef COMPRESSOR_X86

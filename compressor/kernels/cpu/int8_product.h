@@ -23,8 +23,8 @@ struct Part {
 static inline int64_t rows_at_once(int64_t level, int64_t bytes, int64_t bits, int64_t M) {
   if (level < AMX) return M < ROWS_AT_ONCE ? M : ROWS_AT_ONCE;
   const int64_t fit = ((bits < 8 ? 3 : 6) << 19) / bytes, most = fit < 16 ? 16 : fit > 256 ? 256 : fit;
-  const int64_t shares = (M + most - 1) / most, rows = shares ? (M + shares - 1) / shares : 0;
-  return M < (rows + 15) / 16 * 16 ? M : (rows + 15) / 16 * 16;
+  const int64_t shares = M > most ? (M + most - 1) / most : 1, rows = ((M + shares - 1) / shares + 15) / 16 * 16;
+  return M < rows ? M : rows;
 }
 // What int32 sums hold: |code| <= 128 times codes of the weight.
 static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.bits) - 1) < int64_t(1) << 31; }
