@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "accelerate", "bitsandbytes")
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "neon", "asimd")
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "neon", "asimd")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,13 @@
 
 using namespace compressor;
 
+std::vector<int64_t> levels_here() {
+  std::vector<int64_t> levels;
+  for (int64_t level = SCALAR; level <= AMX; level++)
+    if (has_level(level)) levels.push_back(level);
+  return levels;
+}
+
 namespace {
 
 std::mt19937 draw(2);
@@ -30,7 +37,7 @@ std::vector<float> read_back(const std::vector<uint8_t>& data, int64_t dtype) {
 }
 // call(level, threads, y) at every level and with one thread and three; the outputs, empty if a call fails or they differ
 template <class F> bool agree(size_t bytes, std::vector<uint8_t>& y, int64_t& calls, F call) {
-  for (int64_t level = 0; level <= best_level(); level++)
+  for (const int64_t level : levels_here())
     for (const int64_t threads : {1, 3}) {
       std::vector<uint8_t> here(bytes, 0xff);
       if (call(level, threads, here.data())) return false;
@@ -154,7 +161,7 @@ bool factors(int64_t& calls) {
       if (index.empty()) continue;
       index.back() = uint16_t(atoms);
       std::vector<uint8_t> unused(size_t(M * N * dtype_bytes(dtype)) + 1);
-      for (int64_t level = 0; level <= best_level(); level++)
+      for (const int64_t level : levels_here())
         if (call(level, 1, unused.data()) != BAD_INDEX) return false;
     }
   return true;
@@ -182,7 +189,7 @@ bool roots(int64_t& calls) {
   }
   const float special[5] = {0, INFINITY, -1, NAN, 1}, one[2] = {1, 0.5f};
   float y[5];
-  if (table_inverse_root(best_level(), special, one, y, 5, 2, 3, 1) != OK) return false;
+  if (table_inverse_root(levels_here().back(), special, one, y, 5, 2, 3, 1) != OK) return false;
   return y[0] == INFINITY && y[1] == 0 && std::isnan(y[2]) && std::isnan(y[3]) && y[4] == 1 &&
          table_inverse_root(0, special, one, y, 5, 1, 3, 1) == BAD_SHAPE;
 }
@@ -236,7 +243,7 @@ bool conversions(int64_t& calls) {
   for (const uint32_t high : {0x0000u, 0x0001u, 0x007fu, 0x0080u, 0x3f80u, 0x3f81u, 0x4780u, 0x7f7fu, 0x7f80u, 0x7fbfu, 0xff80u, 0xffc0u, 0xbf81u})
     for (const uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) values.push_back(from_bits(high << 16 | low));
   const int64_t count = int64_t(values.size());
-  for (int64_t level = 0; level <= best_level(); level++)
+  for (const int64_t level : levels_here())
     for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16})
       for (int64_t from = 0; from < 9; from++, calls++) {
         const std::vector<uint8_t> wanted = stored(values, dtype);

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressor.errors import KernelError
-from compressor.kernels.cpu import Library, library
+from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled, solves
 from compressor.linalg import Gram, inverse_factor
 from compressor.passes import gptq
@@ -16,7 +16,7 @@ from compressor.passes.gptq import GPTQ, column_order, solve
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
-LEVELS_HERE = range(library().functions.best_level() + 1) if BUILT else range(0)
+LEVELS_HERE = levels_here(library().functions) if BUILT else []
 
 
 def columns(seed: int, count: int, rows: int, symmetric: bool, groups: int = 3) -> Columns:

@@ -14,7 +14,7 @@ from guarded import guarded
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels import dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
-from compressor.kernels.cpu import Library, library
+from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.large_pages import LARGE, empty_bytes
@@ -25,7 +25,7 @@ from compressor.tabulate import root_table
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
-HERE = range(library().functions.best_level() + 1) if BUILT else range(0)
+HERE = levels_here(library().functions) if BUILT else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = 2.0**-24  # half a unit in the last place of float32
 HALF_UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the rounding to y's type

@@ -10,34 +10,44 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
-UNITS = ("common", "int8_product", "int8_amx", "dynamic_int8", "weight_only", "float_product", "int8_outlier")
-UNITS += ("int8_matmul", "hadamard", "dense_sparse", "table_lookup")
+UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "dynamic_int8", "weight_only", "float_product")
+UNITS += ("int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
-for feature, emulated in (("avx512_vnni", "avx512_emulated.h"), ("amx_int8", "amx_emulated.h")):
+for feature in ("avx_vnni", "avx512_vnni", "amx_int8"):
     if feature not in FEATURES:  # the bodies for it run all the same, in plain C++
-        FLAGS += ["-include", str(ROOT / "tests" / emulated)]
+        FLAGS += ["-include", str(ROOT / "tests" / f"{feature}_emulated.h")]
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
 ]
-# name, file (.cpp left out), what is there, what is put in its place
+# name, unit or unit/header, what is there, what is put in its place
 MUTANTS = [
-    ("nibbles swapped", "common.h", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
+    ("nibbles swapped", "int8_product/common.h", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
     (
         "sum of inputs dropped",
         "int8_product",
         "int32_t sum = int32_t(b[w.zero_offset + n]) * row",
         "int32_t sum = 0 * row",
     ),
-    ("wrong columns of 8 bits", "int8_product", "_mm256_srli_epi16(v[c], 8), x13", "_mm256_srli_epi16(v[c], 8), x02"),
-    ("sums of 16 bits too long", "int8_product", "std::min(w.group, k + 32)", "std::min(w.group, k + 320)"),
-    ("high bit of 3 dropped", "common.h", "low, high, _mm512_set1_epi8(4)", "low, high, _mm512_set1_epi8(0)"),
-    ("high bit of the wrong output", "common.h", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
+    ("wrong columns of 8 bits", "int8_avx2", "= from[0], even[1] = from[2]", "= from[0], even[1] = from[1]"),
+    ("inputs of 8 bits without a sign", "int8_avx2", "odd[1] = from[3]", "odd[1] = uint8_t(from[3])"),
+    ("rows of another panel", "int8_avx2", "count = std::min(rows, M - m)", "count = std::min<int64_t>(5, M - m)"),
+    ("second half of a row twice", "int8_avx2", "first + c, half % 2)", "first + c, 1)"),
+    ("last columns of a group left out", "int8_avx2", "for (; k < w.group; k += 8) add", "if (false) add"),
+    ("bytes of the first row", "int8_avx2", "codes + i * padded + k, 4)", "codes + k, 4)"),
+    ("panel of the first group", "int8_avx2", "j++, p += w.group * BYTES", "j++"),
+    (
+        "high bit of 3 dropped",
+        "int8_product/common.h",
+        "low, high, _mm512_set1_epi8(4)",
+        "low, high, _mm512_set1_epi8(0)",
+    ),
+    ("high bit of the wrong output", "int8_avx2/common.h", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
     ("digit of a lower place", "int8_product", "_mm512_set1_ps(256)", "_mm512_set1_ps(128)"),
-    ("scale of the group before", "int8_product", "scales_avx2(b + w.", "scales_avx2(b - (j > 0) * w.block_bytes + w."),
+    ("scale of the group before", "int8_avx2", "scales_avx2(b + w.", "scales_avx2(b - (j > 0) * w.block_bytes + w."),
     ("sums of the next product", "int8_amx", "odd == (LAG == 2) ? LANES", "odd != (LAG == 2) ? LANES"),
     ("steps of the next rows", "int8_amx", "row_before = c ? row : row - groups", "row_before = row"),
     ("scales of the next outputs", "int8_amx", "c_before = (c + 3) % 4", "c_before = c"),
@@ -145,8 +155,8 @@ def test_sanitizers_find_nothing_and_levels_agree(built):
 
 @pytest.mark.parametrize("name, unit, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
 def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
-    file = unit if unit.endswith(".h") else f"{unit}.cpp"
-    unit = "int8_product" if unit.endswith(".h") else unit  # what a header's fault is planted into
+    unit, _, header = unit.partition("/")
+    file = header or f"{unit}.cpp"
     for source in (*SOURCES.glob("*.h"), SOURCES / f"{unit}.cpp"):
         shutil.copy(source, tmp_path)  # headers beside it are read before those of the folder it comes from
     text = (SOURCES / file).read_text()

@@ -1,7 +1,8 @@
 """The library of CPU kernels, compiled from the C++ sources beside this file, if the installation has it.
 
-Levels of instructions: scalar, avx2, avx512vnni, and amx, which has the bodies of avx512vnni but for products that
-tiles do faster; all give the same bits. The best one of the processor is used, or the one that the environment
+Levels of instructions: scalar; avx2; avxvnni, which has the bodies of avx2 but for products of integers; avx512vnni;
+and amx, which has those of avx512vnni but for products that tiles do faster. All give the same bits. A processor may
+have one of them and not one before it. The best one of the processor is used, or the one that the environment
 variable COMPRESSOR_CPU names.
 """
 
@@ -16,8 +17,8 @@ from types import ModuleType
 
 from compressor.errors import KernelError
 
-LEVELS = ("scalar", "avx2", "avx512vnni", "amx")
-ABI = 6
+LEVELS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
+ABI = 7
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 
@@ -59,12 +60,17 @@ def required_library() -> Library:
     return found
 
 
+def levels_here(functions: ModuleType) -> list[int]:
+    """indices into LEVELS of what this processor has, the best one last"""
+    return [level for level in range(len(LEVELS)) if functions.has_level(level)]
+
+
 def _level(functions: ModuleType) -> int:
-    best = functions.best_level()
+    here = levels_here(functions)
     wanted = os.environ.get("COMPRESSOR_CPU")
     if wanted is None:
-        return best
-    known = LEVELS[: best + 1]
+        return here[-1]
+    known = [LEVELS[level] for level in here]
     if wanted not in known:
         raise KernelError(
             f"COMPRESSOR_CPU is {wanted!r}, this processor offers {', '.join(known)}",

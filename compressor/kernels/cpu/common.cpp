@@ -10,8 +10,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,8 +22,18 @@
 
 namespace compressor {
 
+// What cpuid says is asked once: a virtual machine takes microseconds to say it.
+#if defined(COMPRESSOR_AVXVNNI) && !defined(AVXVNNI_EMULATED)
+static bool avxvnni_is_there() {
+  static const bool there = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }();
+  return there;
+}
+#endif
 #if defined(COMPRESSOR_AMX) && !defined(AMX_EMULATED)
-// The processor has it, and Linux lets this process use it. Asked once: a virtual machine takes microseconds to say what it has.
+// The processor has it, and Linux lets this process use it.
 static bool ask_for_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return false;  // amx-tile, amx-int8
@@ -39,6 +51,11 @@ bool level_is_there(int64_t level) {
 #ifdef COMPRESSOR_X86  // __builtin_cpu_supports also asks whether the operating system saves the registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (level == AVX2) return avx2;
+#ifdef AVXVNNI_EMULATED
+  if (level == AVXVNNI) return avx2;
+#elif defined(COMPRESSOR_AVXVNNI)
+  if (level == AVXVNNI) return avx2 && avxvnni_is_there();
+#endif
 #ifdef AVX512_EMULATED
   if (level == AVX512VNNI) return avx2;
 #endif
@@ -234,11 +251,7 @@ void* scratch(int slot, size_t bytes) {
 
 using namespace compressor;
 
-extern "C" int64_t best_level() {
-  int64_t level = AMX;
-  while (!level_is_there(level)) level--;
-  return level;
-}
+extern "C" int64_t has_level(int64_t level) { return level_is_there(level); }
 
 extern "C" int64_t packed_bytes(int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype) {
   Packed w;

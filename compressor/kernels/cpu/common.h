@@ -9,6 +9,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define COMPRESSOR_X86 1
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11  // which came with assemblers that know it
+#define COMPRESSOR_AVXVNNI 1
+#endif
 #ifndef AVX512_EMULATED  // tests do that, on machines without these instructions
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #endif
@@ -20,7 +23,7 @@
 
 namespace compressor {
 
-enum Level : int64_t { SCALAR = 0, AVX2 = 1, AVX512VNNI = 2, AMX = 3 };
+enum Level : int64_t { SCALAR, AVX2, AVXVNNI, AVX512VNNI, AMX };  // AVXVNNI has the bodies of AVX2 but for products of integers
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, BAD_INDEX = -5 };
 

@@ -179,7 +179,7 @@ uint16_t largest_at(int64_t level, const uint16_t* index, int64_t count) {
 void dots_at(int64_t level, const float* x, int64_t stride, int64_t rows, const float* atoms, int64_t padded, float* out) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return (rows == 2 ? dots_avx512<2> : dots_avx512<1>)(x, stride, atoms, padded, out);
-  if (level == AVX2) return (rows == 2 ? dots_avx2<2> : dots_avx2<1>)(x, stride, atoms, padded, out);
+  if (level >= AVX2) return (rows == 2 ? dots_avx2<2> : dots_avx2<1>)(x, stride, atoms, padded, out);
 #endif
   for (int64_t r = 0; r < rows; r++) dots_scalar(x + r * stride, atoms, padded, out + r * ATOMS);
 }

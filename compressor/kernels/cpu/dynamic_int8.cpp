@@ -65,7 +65,7 @@ TARGET_AVX512 float round_row_avx512(const float* x, int8_t* codes, int64_t K) {
 static float round_row_at(int64_t level, const float* x, int8_t* codes, int64_t K) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return round_row_avx512(x, codes, K);
-  if (level == AVX2) return round_row_avx2(x, codes, K);
+  if (level >= AVX2) return round_row_avx2(x, codes, K);
 #endif
   return round_row_scalar(x, codes, K);
 }

@@ -44,7 +44,7 @@ using FloatTile = void (*)(const float* a, const float* b, int64_t count, float*
 FloatTile tile_of(int64_t level, int64_t rows) {
 #ifdef COMPRESSOR_X86
   static const FloatTile avx2[] = {tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>, tile_avx2<5>, tile_avx2<6>};
-  if (level == AVX2) return avx2[rows - 1];
+  if (level >= AVX2) return avx2[rows - 1];
 #endif
   (void)level;
   static const FloatTile scalar[] = {tile_scalar<1>, tile_scalar<2>, tile_scalar<3>, tile_scalar<4>, tile_scalar<5>, tile_scalar<6>};
@@ -84,7 +84,7 @@ template <int BITS> TARGET_AVX2 void dequantize_avx2(const Packed& w, int64_t ti
 using Dequantize = void (*)(const Packed& w, int64_t tile, int64_t j, int64_t k, int64_t count, float* b);
 Dequantize dequantize_of(int64_t level, int64_t bits) {
 #ifdef COMPRESSOR_X86
-  if (level == AVX2) return bits == 2 ? dequantize_avx2<2> : bits == 3 ? dequantize_avx2<3> : bits == 4 ? dequantize_avx2<4> : dequantize_avx2<8>;
+  if (level >= AVX2) return bits == 2 ? dequantize_avx2<2> : bits == 3 ? dequantize_avx2<3> : bits == 4 ? dequantize_avx2<4> : dequantize_avx2<8>;
 #endif
   (void)level, (void)bits;
   return dequantize_scalar;

@@ -101,7 +101,7 @@ extern "C" int64_t gptq_solve(int64_t level, int64_t threads, float* work, float
   const Task task{work, errors, codes, upper, scale, zero, group_of, rows, begin, stop, end, float(low), float(high)};
   auto f = solve_scalar;
 #ifdef COMPRESSOR_X86
-  if (level == AVX2) f = solve_avx2;
+  if (level >= AVX2) f = solve_avx2;
   if (level >= AVX512VNNI) f = solve_avx512;
 #endif
   parallel(threads, (rows + TILE - 1) / TILE, [&](int64_t tile) {

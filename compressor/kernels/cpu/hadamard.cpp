@@ -134,7 +134,7 @@ extern "C" int64_t hadamard(int64_t level, int64_t threads, const void* x, int64
   if (n / m & (n / m - 1)) return BAD_SHAPE;
   auto f = transform_scalar;
 #ifdef COMPRESSOR_X86
-  if (level == AVX2) f = transform_avx2;
+  if (level >= AVX2) f = transform_avx2;
   if (level >= AVX512VNNI) f = transform_avx512;
 #endif
   const int64_t rows = std::max<int64_t>(1, ELEMENTS_A_TASK / n);

@@ -138,7 +138,7 @@ extern "C" int64_t int8_matmul(int64_t level, int64_t threads, const int8_t* a, 
       const int64_t n = tile * TILE, outputs = std::min<int64_t>(TILE, N - n);
 #ifdef COMPRESSOR_X86
       if (level >= AVX512VNNI) return tile_avx512(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
-      if (level == AVX2) return tile_avx2(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
+      if (level >= AVX2) return tile_avx2(wide, b + n * K, c + m * N + n, rows, outputs, N, K);
 #endif
       tile_scalar(a + m * K, b + n * K, c + m * N + n, rows, outputs, N, K);
     });

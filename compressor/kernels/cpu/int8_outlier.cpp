@@ -20,7 +20,7 @@ TARGET_AVX512 void mark_avx512(const float* x, uint8_t* flags, int64_t K, float 
 void mark_at(int64_t level, const float* x, uint8_t* flags, int64_t K, float threshold) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return mark_avx512(x, flags, K, threshold);
-  if (level == AVX2) return mark_avx2(x, flags, K, threshold);
+  if (level >= AVX2) return mark_avx2(x, flags, K, threshold);
 #endif
   mark_scalar(x, flags, K, threshold);
 }
@@ -38,7 +38,7 @@ TARGET_AVX512 void add_columns_avx512(float* v, const float* x, const float* w, 
 void add_columns_at(int64_t level, float* values, const float* x, const float* weights, int64_t count) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return add_columns_avx512(values, x, weights, count);
-  if (level == AVX2) return add_columns_avx2(values, x, weights, count);
+  if (level >= AVX2) return add_columns_avx2(values, x, weights, count);
 #endif
   add_columns_scalar(values, x, weights, count);
 }

@@ -1,4 +1,5 @@
 #include "int8_amx.h"
+#include "int8_avx2.h"
 
 #include <algorithm>
 
@@ -63,76 +64,6 @@ void tile_scalar(const Int8Rows& x, const Packed& w, int64_t m, int64_t tile, fl
 }
 
 #ifdef COMPRESSOR_X86
-// ---- 8 outputs a register ----
-// Rows of digits that share what is unpacked: COUNT of them times AT_ONCE registers of outputs. Products of codes below 16
-// are added in 16 bits, four rows of 8 columns at most: 4 * 4 * 15 * 128 < 2^15. Those of 8 bits take 16 bits a factor.
-template <int BITS, int ROWS, int DIGITS> TARGET_AVX2 void tile_avx2(const Int8Rows& x, const Packed& w, int64_t m0, int64_t tile, float* out) {
-  constexpr int COUNT = ROWS * DIGITS, AT_ONCE = COUNT == 3 ? 2 : 8 / COUNT;
-  const int64_t stride = w.padded();
-  const __m256i ones = _mm256_set1_epi16(1), even = _mm256_set1_epi16(255);
-  __m256 total[ROWS][8];
-  for (auto& r : total) for (auto& v : r) v = _mm256_setzero_ps();
-  for (int64_t j = 0; j < w.groups; j++) {
-    const uint8_t* b = w.block(tile, j);
-    const Row row(x, w, m0, j);
-    for (int first = 0; first < 8; first += AT_ONCE) {
-      const bool fetch = m0 == 0 && first == 0;  // later rows and outputs find the tile in the cache
-      __m256i sum[COUNT][AT_ONCE];
-      for (int c = 0; c < AT_ONCE; c++) {
-        const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(b + w.zero_offset + (first + c) * 8)));
-        for (int i = 0; i < COUNT; i++) sum[i][c] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(row.minus_sum[i * w.groups]));
-      }
-      for (int64_t k = 0; k < w.group;) {
-        const int64_t stop = std::min(w.group, k + 32);
-        __m256i part[COUNT][AT_ONCE];
-        UNROLL for (int i = 0; i < COUNT; i++)
-          UNROLL for (int c = 0; c < AT_ONCE; c++) part[i][c] = _mm256_setzero_si256();
-        for (; k < stop; k += 8) {
-          const uint8_t* codes = b + k / 8 * (TILE * BITS);
-          if (fetch) for (int c = 0; c < BITS; c++) _mm_prefetch((const char*)codes + 6144 + c * 64, _MM_HINT_T0);
-          UNROLL for (int half = 0; half < 2; half++) {
-            __m256i v[AT_ONCE];
-            UNROLL for (int c = 0; c < AT_ONCE; c++) v[c] = codes_avx2<BITS>(codes, first + c, half);
-            UNROLL for (int i = 0; i < COUNT; i++) {
-              int32_t word;
-              memcpy(&word, row.codes + i * stride + k + half * 4, 4);
-              const __m256i xi = _mm256_set1_epi32(word);
-              if (BITS < 8) {
-                UNROLL for (int c = 0; c < AT_ONCE; c++) {
-                  part[i][c] = _mm256_add_epi16(part[i][c], _mm256_maddubs_epi16(v[c], xi));
-                  asm("" : "+x"(part[i][c]));  // or gcc adds the halves first, and spills
-                }
-              } else {  // columns 0 and 2, then 1 and 3
-                const __m256i x02 = _mm256_srai_epi16(_mm256_slli_epi16(xi, 8), 8), x13 = _mm256_srai_epi16(xi, 8);
-                UNROLL for (int c = 0; c < AT_ONCE; c++) {
-                  part[i][c] = _mm256_add_epi32(part[i][c], _mm256_madd_epi16(_mm256_and_si256(v[c], even), x02));
-                  part[i][c] = _mm256_add_epi32(part[i][c], _mm256_madd_epi16(_mm256_srli_epi16(v[c], 8), x13));
-                  asm("" : "+x"(part[i][c]));
-                }
-              }
-            }
-          }
-        }
-        UNROLL for (int i = 0; i < COUNT; i++)
-          UNROLL for (int c = 0; c < AT_ONCE; c++)
-            sum[i][c] = _mm256_add_epi32(sum[i][c], BITS < 8 ? _mm256_madd_epi16(part[i][c], ones) : part[i][c]);
-      }
-      for (int c = 0; c < AT_ONCE; c++) {
-        const __m256 scale = scales_avx2(b + w.scale_offset, w.scale_dtype, first + c);
-        for (int m = 0; m < ROWS; m++) {
-          __m256 value = _mm256_cvtepi32_ps(sum[m * DIGITS + DIGITS - 1][c]);
-          for (int d = DIGITS - 2; d >= 0; d--) value = _mm256_fmadd_ps(value, _mm256_set1_ps(256), _mm256_cvtepi32_ps(sum[m * DIGITS + d][c]));
-          if (DIGITS > 1) value = _mm256_mul_ps(value, _mm256_set1_ps(x.step[(m0 + m) * w.groups + j]));
-          total[m][first + c] = _mm256_fmadd_ps(value, scale, total[m][first + c]);
-        }
-      }
-    }
-  }
-  for (int m = 0; m < ROWS; m++)
-    for (int c = 0; c < 8; c++)
-      _mm256_storeu_ps(out + m * TILE + c * 8, DIGITS > 1 ? total[m][c] : _mm256_mul_ps(total[m][c], _mm256_set1_ps(x.step[m0 + m])));
-}
-
 // ---- 16 outputs a register ----
 constexpr int64_t TWO_FIT = 400 << 10;  // bytes of a tile of which two stay in a second-level cache of 1 MiB, beside the inputs
 // ROWS * DIGITS * 4 integer sums in registers; columns 0 to 3 of a row of 8, then 4 to 7. 24 sums at once were slower.
@@ -195,13 +126,6 @@ TARGET_AVX512 void tile_avx512(const Int8Rows& x, const Packed& w, int64_t m0, i
 using Kernel = int64_t (*)(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out);
 int64_t scalar(const Int8Rows& x, const Packed& w, int64_t m, int64_t, int64_t tile, float* out) { return tile_scalar(x, w, m, tile, out), 1; }
 #ifdef COMPRESSOR_X86
-template <int BITS> int64_t avx2(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out) {
-  if (x.digits == 3) return tile_avx2<BITS, 1, 3>(x, w, m, tile, out), 1;
-  if (x.digits == 4) return tile_avx2<BITS, 1, 4>(x, w, m, tile, out), 1;
-  if (M - m >= 4) return tile_avx2<BITS, 4, 1>(x, w, m, tile, out), 4;
-  if (M - m >= 2) return tile_avx2<BITS, 2, 1>(x, w, m, tile, out), 2;
-  return tile_avx2<BITS, 1, 1>(x, w, m, tile, out), 1;
-}
 template <int BITS, bool NEAR> int64_t avx512(const Int8Rows& x, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out) {
   const int64_t rows = x.digits == 1 ? std::min<int64_t>(4, M - m) : 1, step = x.digits == 1 ? 4 : 1;
   const int64_t shares = std::max<int64_t>((M + step - 1) / step - 1, 1);
@@ -218,7 +142,6 @@ Kernel kernel_of(int64_t level, int64_t bits) {
 #ifdef COMPRESSOR_X86
   if (level == AMX) return bits == 2 ? avx512<2, false> : bits == 3 ? avx512<3, false> : bits == 4 ? avx512<4, false> : avx512<8, false>;
   if (level == AVX512VNNI) return bits == 2 ? avx512<2, true> : bits == 3 ? avx512<3, true> : bits == 4 ? avx512<4, true> : avx512<8, true>;
-  if (level == AVX2) return bits == 2 ? avx2<2> : bits == 3 ? avx2<3> : bits == 4 ? avx2<4> : avx2<8>;
 #endif
   (void)level, (void)bits;
   return scalar;
@@ -229,7 +152,7 @@ Kernel kernel_of(int64_t level, int64_t bits) {
 void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return sums_avx512(codes, minus_sum, groups, group);
-  if (level == AVX2) return sums_avx2(codes, minus_sum, groups, group);
+  if (level >= AVX2) return sums_avx2(codes, minus_sum, groups, group);
 #endif
   sums_scalar(codes, minus_sum, groups, group);
 }
@@ -273,15 +196,24 @@ void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std:
     });
   }
 #endif
+  const auto in_turn = [&](auto&& multiply) {
+    each_tile(threads, parts, [&](const Part& part, int64_t tile) {
+      float out[8 * TILE];
+      for (int64_t m = 0; m < M;) {
+        const int64_t done = multiply(part.w, m, tile, out);
+        for (int64_t i = 0; i < done; i++) finish(part, m + i, tile, out + i * TILE);
+        m += done;
+      }
+    });
+  };
+#ifdef COMPRESSOR_X86
+  if (level == AVX2 || level == AVXVNNI) {
+    const Avx2Rows rows = avx2_rows(x, parts[0].w, M, level == AVXVNNI);
+    return in_turn([&](const Packed& w, int64_t m, int64_t tile, float* out) { return avx2_tile(rows, w, m, M, tile, out); });
+  }
+#endif
   const Kernel kernel = kernel_of(level, parts[0].w.bits);
-  each_tile(threads, parts, [&](const Part& part, int64_t tile) {
-    float out[4 * TILE];
-    for (int64_t m = 0; m < M;) {
-      const int64_t done = kernel(x, part.w, m, M, tile, out);
-      for (int64_t i = 0; i < done; i++) finish(part, m + i, tile, out + i * TILE);
-      m += done;
-    }
-  });
+  in_turn([&](const Packed& w, int64_t m, int64_t tile, float* out) { return kernel(x, w, m, M, tile, out); });
 }
 
 }  // namespace compressor

@@ -65,14 +65,14 @@ TARGET_AVX512 void digits_avx512(const float* x, int64_t count, float factor, in
 uint32_t largest_at(int64_t level, const float* x, int64_t count) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return largest_avx512(x, count);
-  if (level == AVX2) return largest_avx2(x, count);
+  if (level >= AVX2) return largest_avx2(x, count);
 #endif
   return largest_scalar(x, count);
 }
 void digits_at(int64_t level, const float* x, int64_t count, float factor, int64_t digits, int8_t* codes, int64_t stride) {
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) return digits_avx512(x, count, factor, digits, codes, stride);
-  if (level == AVX2) return digits_avx2(x, count, factor, digits, codes, stride);
+  if (level >= AVX2) return digits_avx2(x, count, factor, digits, codes, stride);
 #endif
   digits_scalar(x, count, factor, digits, codes, stride);
 }
@@ -104,7 +104,7 @@ extern "C" int64_t linear_weight_only_parts(int64_t level, int64_t threads, cons
   std::vector<Part> parts;
   if (const int64_t error = open_parts(parts, level, (const PartGiven*)given, count, x_dtype, M, K, bits, group)) return error;
   if (parts.empty()) return OK;
-  if (level < AVX512VNNI && M >= (x_dtype == FLOAT32 ? FLOAT_ROWS : HALF_ROWS)) {
+  if (level < AVXVNNI && M >= (x_dtype == FLOAT32 ? FLOAT_ROWS : HALF_ROWS)) {
     float_products(level, threads, x, x_dtype, parts, M,
                    [&](const Part& part, int64_t m, int64_t tile, float* values) { store_outputs(part.to, part.w, values, m, tile); });
     return OK;
