@@ -13,7 +13,7 @@ from guarded import guarded
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import ops, prepare
+from compressor.kernels import cpu, ops, prepare
 from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.int8_split import round_rows
 from compressor.layers.int8_split_linear import Int8SplitLinear
@@ -317,6 +317,26 @@ def test_a_level_the_processor_lacks_is_refused(monkeypatch):
         library()
     monkeypatch.setenv("COMPRESSOR_CPU", "scalar")
     assert library().level == 0
+    monkeypatch.undo()
+    library.cache_clear()
+
+
+def test_a_processor_may_lack_a_level_below_its_best(monkeypatch):
+    class Functions:  # of a library on a processor with AVX-512, without AVX-VNNI
+        ABI = cpu.ABI
+
+        @staticmethod
+        def has_level(level: int) -> int:
+            return int(cpu.LEVELS[level] in ("scalar", "avx2", "avx512vnni"))
+
+    monkeypatch.setattr(cpu.importlib, "import_module", lambda name: Functions)
+    monkeypatch.delenv("COMPRESSOR_CPU", raising=False)
+    library.cache_clear()
+    assert cpu.LEVELS[library().level] == "avx512vnni"
+    monkeypatch.setenv("COMPRESSOR_CPU", "avxvnni")
+    library.cache_clear()
+    with pytest.raises(KernelError, match=r"'avxvnni'.*offers scalar, avx2, avx512vnni\."):
+        library()
     monkeypatch.undo()
     library.cache_clear()
 
