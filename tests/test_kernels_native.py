@@ -35,6 +35,12 @@ MUTANTS = [
     ("wrong columns of 8 bits", "int8_avx2", "= from[0], even[1] = from[2]", "= from[0], even[1] = from[1]"),
     ("inputs of 8 bits without a sign", "int8_avx2", "odd[1] = from[3]", "odd[1] = uint8_t(from[3])"),
     ("rows of another panel", "int8_avx2", "count = std::min(rows, M - m)", "count = std::min<int64_t>(5, M - m)"),
+    (
+        "sums of 16 bits too long",
+        "int8_avx2",
+        "k + 32 <= w.group; k += 32) add_columns<VNNI, BITS, COUNT, AT_ONCE, 4>",
+        "k + 320 <= w.group; k += 320) add_columns<VNNI, BITS, COUNT, AT_ONCE, 40>",
+    ),
     ("second half of a row twice", "int8_avx2", "first + c, half % 2)", "first + c, 1)"),
     ("last columns of a group left out", "int8_avx2", "for (; k < w.group; k += 8) add", "if (false) add"),
     ("bytes of the first row", "int8_avx2", "codes + i * padded + k, 4)", "codes + k, 4)"),

@@ -12,7 +12,7 @@ constexpr int64_t PANEL = 6;  // rows of codes that share what is unpacked; time
 struct Avx2Rows {
   const int8_t* panels;
   Int8Rows x;
-  bool words, vnni;
+  bool vnni;
 };
 // In memory of this thread, or x itself.
 Avx2Rows avx2_rows(const Int8Rows& x, const Packed& w, int64_t M, bool vnni);
