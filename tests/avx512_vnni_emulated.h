@@ -37,6 +37,11 @@ inline __m128i low_bytes(const Ints& a) { uint8_t r[16]; store_low_bytes(r, 0xff
 inline Ints set1_epi8(int v) { return each<int8_t>([&](int) { return v; }); }
 inline Ints set1_epi32(int32_t v) { return each<int32_t>([&](int) { return v; }); }
 inline Floats set1_ps(float v) { return each_float([&](int) { return v; }); }
+inline Ints add8(const Ints& a, const Ints& b) { return each<uint8_t>([&](int i) { return a.get<uint8_t>(i) + b.get<uint8_t>(i); }); }
+inline Ints four_times(__m128i a) { Ints r; for (int i = 0; i < 4; i++) _mm_storeu_si128((__m128i*)r.bytes + i, a); return r; }
+inline Ints shuffle8(const Ints& a, const Ints& at) {  // within lanes of 16 bytes
+  return each<uint8_t>([&](int i) { const uint8_t n = at.get<uint8_t>(i); return n & 0x80 ? 0 : a.get<uint8_t>(i / 16 * 16 + n % 16); });
+}
 inline Ints add32(const Ints& a, const Ints& b) { return each<uint32_t>([&](int i) { return a.get<uint32_t>(i) + b.get<uint32_t>(i); }); }
 template <class T> Ints sub(const Ints& a, const Ints& b) { return each<T>([&](int i) { return a.get<T>(i) - b.get<T>(i); }); }
 inline Ints max32(const Ints& a, const Ints& b) {
@@ -90,7 +95,9 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define __m512i emulated::Ints
 #define __m512 emulated::Floats
 #define _mm512_add_epi32 emulated::add32
+#define _mm512_add_epi8 emulated::add8
 #define _mm512_and_si512 emulated::bit_and
+#define _mm512_broadcast_i32x4 emulated::four_times
 #define _mm512_castsi512_ps(a) emulated::load_ps((a).bytes)
 #define _mm512_cvtepi32_epi8 emulated::low_bytes
 #define _mm512_cvtepi32_ps emulated::to_floats
@@ -117,6 +124,7 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_setzero_ps() emulated::set1_ps(0)
 #define _mm512_setzero_si512() emulated::set1_epi32(0)
+#define _mm512_shuffle_epi8 emulated::shuffle8
 #define _mm512_slli_epi16 emulated::left<uint16_t>
 #define _mm512_slli_epi32 emulated::left<uint32_t>
 #define _mm512_srai_epi32 emulated::right<int32_t>

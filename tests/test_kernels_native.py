@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
-UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "dynamic_int8", "weight_only", "float_product")
-UNITS += ("int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
+UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only")
+UNITS += ("float_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
@@ -25,12 +25,12 @@ pytestmark = [
 ]
 # name, unit or unit/header, what is there, what is put in its place
 MUTANTS = [
-    ("nibbles swapped", "int8_product/common.h", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
+    ("nibbles swapped", "int8_avx512/common.h", "half ? _mm512_srli_epi16(both, 4) : both", "both"),
     (
         "sum of inputs dropped",
         "int8_product",
-        "int32_t sum = int32_t(b[w.zero_offset + n]) * row",
-        "int32_t sum = 0 * row",
+        "int32_t sum = int32_t(b[w.zero_offset + n]) * x.minus_sum",
+        "int32_t sum = 0 * x.minus_sum",
     ),
     ("wrong columns of 8 bits", "int8_avx2", "= from[0], even[1] = from[2]", "= from[0], even[1] = from[1]"),
     ("inputs of 8 bits without a sign", "int8_avx2", "odd[1] = from[3]", "odd[1] = uint8_t(from[3])"),
@@ -47,12 +47,17 @@ MUTANTS = [
     ("panel of the first group", "int8_avx2", "j++, p += w.group * BYTES", "j++"),
     (
         "high bit of 3 dropped",
-        "int8_product/common.h",
+        "int8_avx512/common.h",
         "low, high, _mm512_set1_epi8(4)",
         "low, high, _mm512_set1_epi8(0)",
     ),
     ("high bit of the wrong output", "int8_avx2/common.h", "c / 2 * 2 + half);", "c / 4 * 2 + half);"),
-    ("digit of a lower place", "int8_product", "_mm512_set1_ps(256)", "_mm512_set1_ps(128)"),
+    ("digit of a lower place", "int8_avx512", "_mm512_set1_ps(256)", "_mm512_set1_ps(128)"),
+    ("codes not lifted", "int8_avx512", "if (LIFT) v[c] = _mm512_add_epi8(v[c], lift[c]);", ""),
+    ("lifted beyond 8 bits", "int8_avx512", "w.largest_zero < 256 - (1 << BITS)", "true"),
+    ("lifted by the zero point of the next", "int8_avx512", " 5, 5, 6, 6, 6, 6,", " 5, 5, 6, 6, 6, 7,"),
+    ("passes of one size", "int8_avx512", "M / count, M % count, near}", "M / count, 0, near}"),
+    ("sums of the first group", "int8_avx512", "j < w.groups; j++, minus_sum++)", "j < w.groups; j++)"),
     ("scale of the group before", "int8_avx2", "scales_avx2(b + w.", "scales_avx2(b - (j > 0) * w.block_bytes + w."),
     ("sums of the next product", "int8_amx", "odd == (LAG == 2) ? LANES", "odd != (LAG == 2) ? LANES"),
     ("steps of the next rows", "int8_amx", "row_before = c ? row : row - groups", "row_before = row"),

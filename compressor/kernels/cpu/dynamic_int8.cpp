@@ -108,7 +108,7 @@ extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, con
       const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, row, K);
       scale[m] = take_row(level, values, w, codes + m * padded, minus_sum + m * w.groups);
     }
-    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       store_outputs(part.to, part.w, values, m0 + m, tile);
     });
   }

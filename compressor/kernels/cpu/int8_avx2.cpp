@@ -87,7 +87,6 @@ TARGET_AVX2 void tile(const Int8Rows& x, const int8_t* p, const Packed& w, int64
       _mm256_storeu_ps(out + m * TILE + c * 8, DIGITS > 1 ? total[m][c] : _mm256_mul_ps(total[m][c], _mm256_set1_ps(x.step[m0 + m])));
 }
 
-int64_t rows_of_panel(int64_t digits) { return PANEL / digits; }
 bool takes_words(const Packed& w, bool vnni) { return w.bits == 8 && !vnni; }
 template <bool VNNI, int BITS> void run(const Avx2Rows& from, const int8_t* p, const Packed& w, int64_t m, int64_t rows, int64_t at, float* out) {
   using Tile = void (*)(const Int8Rows&, const int8_t*, const Packed&, int64_t, int64_t, float*);
@@ -114,7 +113,7 @@ TARGET_AVX2 void take_words(const int8_t* codes, int64_t count, int64_t padded, 
 }  // namespace
 
 Avx2Rows avx2_rows(const Int8Rows& x, const Packed& w, int64_t M, bool vnni) {
-  const int64_t padded = w.padded(), rows = rows_of_panel(x.digits);
+  const int64_t padded = w.padded(), rows = avx2_together(x);
   const bool words = takes_words(w, vnni);
   if (!words && M * x.digits == 1) return {x.codes, x, vnni};
   int8_t* panels = (int8_t*)scratch(4, size_t(M * x.digits * padded * (words ? 2 : 1)));
@@ -126,12 +125,10 @@ Avx2Rows avx2_rows(const Int8Rows& x, const Packed& w, int64_t M, bool vnni) {
   return {panels, x, vnni};
 }
 
-int64_t avx2_tile(const Avx2Rows& from, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out) {
-  const int64_t rows = std::min(rows_of_panel(from.x.digits), M - m);
+void avx2_tile(const Avx2Rows& from, const Packed& w, int64_t m, int64_t rows, int64_t tile, float* out) {
   const auto with = [&](auto two, auto three, auto four, auto eight) { return w.bits == 2 ? two : w.bits == 3 ? three : w.bits == 4 ? four : eight; };
   const auto f = from.vnni ? with(run<true, 2>, run<true, 3>, run<true, 4>, run<true, 8>) : with(run<false, 2>, run<false, 3>, run<false, 4>, run<false, 8>);
   f(from, from.panels + m * from.x.digits * w.padded() * (takes_words(w, from.vnni) ? 2 : 1), w, m, rows, tile, out);
-  return rows;
 }
 
 }  // namespace compressor

@@ -16,8 +16,9 @@ struct Avx2Rows {
 };
 // In memory of this thread, or x itself.
 Avx2Rows avx2_rows(const Int8Rows& x, const Packed& w, int64_t M, bool vnni);
-// Writes 64 outputs of rows m on, a panel of them at most, and says of how many.
-int64_t avx2_tile(const Avx2Rows& rows, const Packed& w, int64_t m, int64_t M, int64_t tile, float* out);
+static inline int64_t avx2_together(const Int8Rows& x) { return PANEL / x.digits; }  // rows of a panel
+// Writes 64 outputs of `rows` rows from m on: a panel.
+void avx2_tile(const Avx2Rows& from, const Packed& w, int64_t m, int64_t rows, int64_t tile, float* out);
 
 }  // namespace compressor
 #endif

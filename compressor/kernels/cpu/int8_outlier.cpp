@@ -98,7 +98,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
       if (broken) scale[m] = NAN;
     }
     // Weights of outlier columns are wanted for each row of a tile; a tile's rows come one after the other on one thread.
-    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       float* weights = (float*)scratch(6, size_t(count) * TILE * 4 + 4);
       if (m == 0)
         for (int64_t c = 0; c < count; c++)

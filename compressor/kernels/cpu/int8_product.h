@@ -11,6 +11,7 @@ struct Int8Rows {
   const int32_t* minus_sum;  // (M, digits, groups): -(sum of a row's codes in the group)
   const float* step;         // (M,) if digits is 1, (M, groups) powers of two otherwise
   int64_t digits;            // 1, 3 or 4
+  int64_t first;             // the row of outputs that the first of them makes
 };
 // A weight that the rows are multiplied by, and where its outputs go. All weights of a call are of one shape but for their
 // outputs, and of one width and group, so that the rows serve all of them.
@@ -21,13 +22,17 @@ struct Part {
 // How many of M rows, `bytes` of codes each, are multiplied at a time. Tiles of AMX read them again for every 64 outputs, from the second-level
 // cache if they fit; with weights of 8 bits, which come from memory once more for each share, more rows are faster.
 static inline int64_t rows_at_once(int64_t level, int64_t bytes, int64_t bits, int64_t M) {
-  if (level < AMX) return M < ROWS_AT_ONCE ? M : ROWS_AT_ONCE;
+  const int64_t many = level == AVX512VNNI && bytes <= 16 << 10 ? 2 * ROWS_AT_ONCE : ROWS_AT_ONCE;
+  if (level < AMX) return M < many ? M : many;
   const int64_t fit = ((bits < 8 ? 3 : 6) << 19) / bytes, most = fit < 16 ? 16 : fit > 256 ? 256 : fit;
   const int64_t shares = M > most ? (M + most - 1) / most : 1, rows = ((M + shares - 1) / shares + 15) / 16 * 16;
   return M < rows ? M : rows;
 }
-// What int32 sums hold: |code| <= 128 times codes of the weight.
-static inline bool sums_fit(const Packed& w) { return w.group * 128 * ((1 << w.bits) - 1) < int64_t(1) << 31; }
+// What int32 sums hold: |code of an input| <= 128 times a code of the weight, or the zero point, which may be larger.
+static inline bool sums_fit(const Packed& w) {
+  const int64_t largest = (1 << w.bits) - 1;
+  return w.group * 128 * (w.largest_zero > largest ? w.largest_zero : largest) < int64_t(1) << 31;
+}
 
 // minus_sum (groups,) of one row of codes (groups * group,)
 void minus_sums(int64_t level, const int8_t* codes, int32_t* minus_sum, int64_t groups, int64_t group);

@@ -129,7 +129,7 @@ extern "C" int64_t linear_weight_only_parts(int64_t level, int64_t threads, cons
       }
       take_digits(level, values, first, digits, codes + m * digits * padded, minus_sum + m * digits * first.groups, step + m * first.groups);
     }
-    int8_products(level, threads, Int8Rows{codes, minus_sum, step, digits}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
+    int8_products(level, threads, Int8Rows{codes, minus_sum, step, digits, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       const Packed& w = part.w;
       for (const Apart& a : apart) {
         const uint8_t* b = w.block(tile, a.k / w.group);
