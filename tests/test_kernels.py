@@ -183,7 +183,7 @@ def test_packing_is_undone_by_unpacking(shape, bits):
 @pytest.mark.parametrize("name, bits", [("linear_weight_only", 4), ("linear_dynamic_int8", 4)])
 def test_a_row_with_nan_or_inf_spoils_itself_alone(name, bits, monkeypatch):
     case = problem((6, 70, 64, 32), bits)
-    clean = [at_level(monkeypatch, level, name, case.x, *case.rest()) for level in HERE]
+    clean = {level: at_level(monkeypatch, level, name, case.x, *case.rest()) for level in HERE}
     for row, value in ((1, torch.nan), (3, torch.inf), (4, -torch.inf)):
         case.x[row, 7] = value
     for level in HERE:
