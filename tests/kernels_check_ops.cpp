@@ -167,6 +167,32 @@ bool factors(int64_t& calls) {
   return true;
 }
 
+bool products(int64_t& calls) {
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1, 1}, {4, 6, 16}, {5, 7, 13}, {67, 9, 33}, {3, 13, 1045}, {6, 65, 64}, {0, 3, 8}, {3, 0, 8}, {2, 3, 0}})
+    for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16})
+      for (const int64_t bias_dtype : {FLOAT32, FLOAT16}) {
+        const int64_t M = s[0], N = s[1], K = s[2];
+        const auto x = stored(floats(M * K), dtype), weight = stored(floats(N * K), dtype), bias = stored(floats(N), bias_dtype);
+        const bool biased = bias_dtype == FLOAT16 || K % 2;
+        std::vector<uint8_t> y;
+        if (!agree(size_t(M * N * dtype_bytes(dtype)), y, calls, [&](int64_t level, int64_t threads, void* to) {
+              return linear_dense(level, threads, x.data(), weight.data(), dtype, biased ? bias.data() : nullptr, bias_dtype, to, M, N, K);
+            }))
+          return false;
+        const auto xs = read_back(x, dtype), ws = read_back(weight, dtype), bs = read_back(bias, bias_dtype), found = read_back(y, dtype);
+        for (int64_t m = 0; m < M; m++)
+          for (int64_t n = 0; n < N; n++) {
+            double sum = biased ? bs[size_t(n)] : 0, size = std::fabs(sum);
+            for (int64_t k = 0; k < K; k++) {
+              const double term = double(xs[size_t(m * K + k)]) * ws[size_t(n * K + k)];
+              sum += term, size += std::fabs(term);
+            }
+            if (!close(found[size_t(m * N + n)], sum, double((K + 15) / 16 + 5) * std::ldexp(1, -24) * size, dtype)) return false;
+          }
+      }
+  return linear_dense(0, 1, nullptr, nullptr, FLOAT32, nullptr, 0, nullptr, 1, 1, -1) == BAD_SHAPE;
+}
+
 bool roots(int64_t& calls) {
   for (const int64_t entries : {2, 257}) {
     const double step = 3 / double(entries - 1);
@@ -271,5 +297,6 @@ int check_ops(int64_t& calls) {
   if (!tables(calls)) return 23;
   if (!roots(calls)) return 24;
   if (!conversions(calls)) return 25;
+  if (!products(calls)) return 26;
   return 0;
 }

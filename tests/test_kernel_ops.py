@@ -13,7 +13,7 @@ import torch
 from guarded import guarded
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
+from compressor.kernels import dense_product, dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
 from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 from compressor.kernels.int8_split import round_rows
@@ -31,7 +31,7 @@ UNIT = 2.0**-24  # half a unit in the last place of float32
 HALF_UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the rounding to y's type
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 SECOND_ORDER = 1 + 2.0**-10  # (1 + u)^n - 1 < n u (1 + 2^-10) for n < 2^13
-ROWS = [0, 1, 2, 3, 4, 5, 15, 16, 17, 33]
+ROWS = [0, 1, 2, 3, 4, 5, 15, 16, 17, 33, 66]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,28 @@ def sparse_exact(arguments):
     return exact, allowed + UNIT * (exact.abs() + allowed)
 
 
+def dense_problem(rows, shape, dtype):
+    out, columns = shape
+    made = drawn(rows, *shape)
+    x, weight = (torch.randn(n, columns, generator=made).to(dtype) for n in (rows, out))
+    return x, weight, torch.randn(out, generator=made)
+
+
+def dense_raw(level, threads, arguments, y):
+    x, weight, bias = arguments
+    out, columns = weight.shape
+    return library().functions.linear_dense(
+        level, threads, at(x), at(weight), CODES[x.dtype], at(bias), 0, at(y), len(x), out, columns
+    )
+
+
+def dense_exact(arguments):
+    x, weight, bias = (tensor.double() for tensor in arguments)
+    exact, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
+    allowed = (-(-x.shape[1] // 16) + 4) * UNIT * SECOND_ORDER * size  # an fma for each column of a lane, four halvings
+    return exact, allowed + UNIT * (exact.abs() + allowed)
+
+
 def table_problem(rows, shape, dtype, linear):
     entries, slopes = shape[0], shape[1:] or (0.0, 0.0)
     made = drawn(rows, entries)
@@ -207,6 +229,8 @@ FAMILIES = [
     Family("linear_dense_sparse", dense_sparse,
            [(1, 1, 1, 1, 1), (3, 37, 13, 70, 5), (2, 20, 32, 130, 9), (1, 4, 8, 0, 2), (2, 5, 16, 9, 0)], DTYPES,
            sparse_problem, sparse_raw, sparse_exact),
+    Family("linear_dense", dense_product, [(1, 1), (7, 13), (70, 33), (64, 1040), (0, 8), (5, 16)], DTYPES,
+           dense_problem, dense_raw, dense_exact),
     *[
         Family("table_lookup", table_lookup, [(2,), (3, 1.0, 0.0), (256, 0.0, 1.0), (1024, -0.3, 0.7)], DTYPES,
                lambda rows, shape, dtype, linear=linear: table_problem(rows, shape, dtype, linear), table_raw,
@@ -297,7 +321,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors(family, shape):
 
 
 @compiled
-@pytest.mark.parametrize("family", FAMILIES[1:3], ids=str)
+@pytest.mark.parametrize("family", FAMILIES[1:4], ids=str)
 def test_a_row_with_nan_or_inf_spoils_itself_alone(family):
     for shape in family.shapes:
         x, *rest = family.problem(20, shape, torch.float32)
@@ -308,7 +332,7 @@ def test_a_row_with_nan_or_inf_spoils_itself_alone(family):
         for level in HERE:
             y = filled(clean)
             assert family.raw(level, 1, (x, *rest), y) == 0
-            if family.name == "hadamard":
+            if family.name != "linear_dense_sparse":
                 assert not y[spoilt].isfinite().any()
             others = torch.ones(20, dtype=torch.bool)
             others[spoilt] = False

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only")
-UNITS += ("float_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
+UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
@@ -129,6 +129,17 @@ MUTANTS = [
     ("scale of another atom", "dense_sparse", "f.dense_scale[at / f.width + i]", "f.dense_scale[at / f.width]"),
     ("scale of another output", "dense_sparse", "f.value_scale[first + n]", "f.value_scale[n]"),
     ("z of the block before", "dense_sparse", "z += f.atoms * WIDE;", "z += (f.atoms - 1) * WIDE;"),
+    ("columns after whole registers left out", "dense_product", "add_rest(b, to);", ""),
+    ("columns of a row twice", "dense_product", "to = b.to - (b.to - b.from) % LANES;", "to = b.to;"),
+    ("sums of a chunk begun again", "dense_product", "sum[r][m] = b.from ? _mm512", "sum[r][m] = b.from < 0 ? _mm512"),
+    ("totals of another row", "dense_product", "_mm_movehl_ps(four[1], four[0])", "_mm_movehl_ps(four[0], four[1])"),
+    (
+        "output beyond the last of a dense product",
+        "dense_product",
+        "min<int64_t>(OUTPUTS, N - n)",
+        "min<int64_t>(OUTPUTS, N)",
+    ),
+    ("rows of the first lot", "dense_product", "(m0 + b * ROWS + m) * N", "(b * ROWS + m) * N"),
     ("entry after the last", "table_lookup", "floor > before ? before : floor", "floor"),
     ("line from the other end", "table_lookup", "0.5f ? 0.f : 1.f", "0.5f ? 0.f : 0.f"),
     ("pairs in another order", "table_lookup", "set_m128(two[2], two[0])", "set_m128(two[1], two[0])"),

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dispatch, explain, ops, prepare
+from compressor.kernels import dense_product, dispatch, explain, ops, prepare
 from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
+from compressor.kernels.dense_product import MOST_ROWS, linear_dense
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.int8_split import round_rows
 from compressor.kernels.linear_call import LinearCall
-from compressor.kernels.prepared import PreparedLinear
+from compressor.kernels.prepared import PreparedLinear, chosen_kernels
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -111,7 +112,73 @@ def test_a_prepared_model_compiles_with_any_number_of_rows():
             assert torch.equal(compiled(x), model(x))
 
 
-def test_a_dense_linear_is_left_alone():
+class Tied(nn.Module):
+    """An embedding, a layer in 4 bits and a head that has the embedding's weight."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        made = torch.Generator().manual_seed(7)
+        self.embedding = nn.Embedding(40, 64)
+        self.embedding.weight.data.copy_(torch.randn(40, 64, generator=made))
+        self.middle, self.head = packed_layer(out=64), nn.Linear(64, 40, bias=False)
+        self.head.weight = self.embedding.weight
+        self.to(dtype)
+
+    def forward(self, tokens):
+        return self.head(self.middle(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_that_stays_dense_multiplies_few_rows_by_the_library_and_stays_tied(dtype, monkeypatch):
+    products = []
+    monkeypatch.setattr(
+        dense_product, "linear_dense", lambda *given: products.append(len(given[0])) or linear_dense(*given)
+    )
+    model = Tied(dtype)
+    names, tokens = list(model.state_dict()), torch.arange(40)
+    hidden = torch.randn(MOST_ROWS[dtype] + 1, 64, generator=torch.Generator().manual_seed(8)).to(dtype)
+    assert set(prepare(model, strict=True)) == {"middle"}
+    assert isinstance(model.head, nn.Linear) and model.head.weight is model.embedding.weight
+    assert list(model.state_dict()) == names
+    line = next(line for line in explain(model).splitlines() if line.startswith("head"))
+    level = LEVELS[library().level]
+    assert line.split("   ")[1:4] == [f"dense {str(dtype)[6:]}", f"cpu library, {level}", "linear_dense"]
+    assert any(row["op"] == "dense" for row in chosen_kernels(model))
+    with torch.no_grad():
+        few, many = model.head(hidden[:-1]), model.head(hidden)
+    assert products == [len(hidden) - 1]
+    assert torch.equal(many, F.linear(hidden, model.embedding.weight))
+    assert torch.allclose(few.double(), hidden[:-1].double() @ model.head.weight.double().t(), rtol=0.01, atol=0.05)
+    copied = copy.deepcopy(model)
+    copied.embedding.weight.data *= 2
+    with torch.no_grad():
+        assert torch.equal(copied.head(hidden[:3]), 2 * model.head(hidden[:3]))
+        assert copied(tokens[:3]).shape == (3, 40)
+
+
+def test_a_dense_layer_keeps_its_gradient_and_compiles():
+    model = Tied()
+    prepare(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    model.head(x).sum().backward()
+    assert torch.allclose(x.grad, model.head.weight.sum(0).expand(2, 64), atol=1e-5)
+    compiled = torch.compile(model.head, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model.head(x), atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model.head(x).dtype == torch.bfloat16
+
+
+def test_a_dense_layer_with_hooks_is_left_alone():
+    model = Tied()
+    seen = []
+    model.head.register_forward_hook(lambda *_: seen.append(1))
+    prepare(model)
+    model(torch.arange(3))
+    assert type(model.head) is nn.Linear and seen == [1]
+
+
+def test_a_dense_linear_without_prepared_ones_is_left_alone():
     model = nn.Sequential(nn.Linear(4, 4))
     assert prepare(model, strict=True) == {} and explain(model) == ""
     assert torch.equal(model(torch.ones(1, 4)), F.linear(torch.ones(1, 4), model[0].weight, model[0].bias))

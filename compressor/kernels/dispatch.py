@@ -169,6 +169,18 @@ def choose_table(table: Tensor, op: str) -> Choice:
     return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
 
 
+def choose_dense(weight: Tensor) -> Choice | None:
+    """The library's product with a weight (out, in) that stays dense; None where torch's is used."""
+    found = library()
+    if isinstance(found, str) or LEVELS[found.level] == "scalar" or weight.device.type != "cpu":
+        return None
+    if weight.dtype not in DTYPES:
+        return None
+    reason = "weights are on the CPU" if torch.cuda.is_available() else "no CUDA device"
+    skipped = tuple(f"{name} ({reason})" for name in devices.WAYS)
+    return Choice(f"cpu library, {LEVELS[found.level]}", "linear_dense", skipped)
+
+
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:
     """The layout of a torch product of the same meaning, or None; and the reason."""
     if isinstance(weight, str):

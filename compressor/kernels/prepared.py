@@ -21,6 +21,7 @@ from compressor.errors import KernelError
 from compressor.kernels import ops, torch_ops
 from compressor.kernels.cuda import ds1
 from compressor.kernels.cuda import ops as cuda_ops
+from compressor.kernels.dense_product import MOST_ROWS, PreparedDense
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.dispatch import (
     DYNAMIC_INT8,
@@ -30,6 +31,7 @@ from compressor.kernels.dispatch import (
     OutlierWeight,
     Weight,
     choose,
+    choose_dense,
     choose_table,
     shape_of,
 )
@@ -161,7 +163,8 @@ def _take_again(layer: PreparedLinear, keys: Any) -> None:
 def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
     """Put kernels into a model, in place: its class, its other modules and its state_dict stay as they are.
 
-    model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them
+    model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them;
+                 where there are some, linear layers that stay dense multiply few rows by the CPU library too
     activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
                  "int8": inputs are rounded to int8, row by row: faster, and less exact
     strict       a layer that falls back to a torch op or the reference is an error
@@ -197,23 +200,35 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
             made = PreparedLinear(stored, weight, choice)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, made)
+    if any(isinstance(module, PreparedLinear) for module in model.modules()):
+        _prepare_dense(model)
     share_inputs(model, PreparedLinear)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
     return choices
 
 
+def _prepare_dense(model: nn.Module) -> None:
+    """Linear layers of torch without hooks, which might be about what they multiply by."""
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+            continue
+        if (choice := choose_dense(module.weight)) is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, PreparedDense(module, choice))
+
+
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
-    """Name, form, choice and module of each layer that `prepare` has looked at."""
+    """Name, form, choice and module of each layer that `prepare` has chosen for."""
     for name, module in model.named_modules():
-        if isinstance(module, (PreparedLinear, PreparedTable)):
+        if isinstance(module, (PreparedLinear, PreparedDense, PreparedTable)):
             yield name, module.form, module.choice, module
         elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
             yield name, *found, module
 
 
 def explain(model: nn.Module) -> str:
-    """One line for each layer of a stored form: what computes, and beneath it what was not used and why."""
+    """One line for each prepared layer: what computes, and beneath it what was not used and why."""
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
@@ -226,6 +241,9 @@ def explain(model: nn.Module) -> str:
             shared = module.shared[0] if module.shared else None
             call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   {size}{call}")
+        elif isinstance(module, PreparedDense):
+            most = MOST_ROWS[module.weight.dtype]
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   up to {most} rows")
         elif isinstance(module, PreparedTable):
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
         else:
@@ -235,7 +253,9 @@ def explain(model: nn.Module) -> str:
 
 
 def chosen_kernels(model: nn.Module) -> list[dict[str, str]]:
-    """The rows of a report: for each stored form (`op`) and kernel `chosen`, how many layers and calls, and `why`."""
+    """The rows of a report: for each stored form, or "dense" (`op`), and kernel `chosen`: how many layers and calls,
+    and `why`.
+    """
     layers: dict[tuple[str, Choice], list[nn.Module]] = {}
     for _, form, choice, module in _chosen(model):
         layers.setdefault((form, choice), []).append(module)

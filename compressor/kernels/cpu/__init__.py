@@ -18,7 +18,7 @@ from types import ModuleType
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
-ABI = 7
+ABI = 8
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 

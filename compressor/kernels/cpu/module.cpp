@@ -46,7 +46,7 @@ PyMethodDef methods[] = {
     BIND(linear_dynamic_int8), BIND(linear_weight_only), BIND(linear_dynamic_int8_parts),
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
     BIND(int8_matmul), BIND(hadamard), BIND(linear_dense_sparse), BIND(table_lookup),
-    BIND(table_inverse_root),
+    BIND(table_inverse_root), BIND(linear_dense),
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
@@ -54,6 +54,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 7)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 8)) { Py_DECREF(module); return nullptr; }
   return module;
 }

@@ -45,6 +45,9 @@ int64_t linear_dense_sparse(int64_t level, int64_t threads, const void* x, int64
 // with that slope.
 int64_t table_lookup(int64_t level, int64_t threads, const void* x, int64_t x_dtype, const float* table, void* y, int64_t count,
                      int64_t entries, double low, double step, int64_t linear, double left_slope, double right_slope);
+// y (M, N) = x (M, K) @ weight (N, K).T + bias, x, weight and y of one type; for few rows.
+int64_t linear_dense(int64_t level, int64_t threads, const void* x, const void* weight, int64_t dtype, const void* bias, int64_t bias_dtype,
+                     void* y, int64_t M, int64_t N, int64_t K);
 // 1 / sqrt(x) for x = a * 4^s, a in [1, 4), where 1 / sqrt(1 + i * step) is table[i].
 int64_t table_inverse_root(int64_t level, const float* x, const float* table, float* y, int64_t count, int64_t entries, double step,
                            int64_t linear);
