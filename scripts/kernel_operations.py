@@ -1,4 +1,5 @@
-"""Operations beside the linear products against what torch offers for the same: Hadamard, dense x sparse, tables.
+"""Operations beside the products with integers against what torch offers for the same: weights that stay dense, for few
+rows, Hadamard, dense x sparse, tables.
 
 Ours and torch's ways are called in turn, each turn in another order, and medians are compared. Each answer is first
 held to ours; a copy, a dense weight in place of the factors, and silu are there to compare times with alone.
@@ -11,10 +12,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.kernels.dense_product import linear_dense
 from compressor.kernels.dense_sparse import linear_dense_sparse
 from compressor.kernels.hadamard import hadamard
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
@@ -23,6 +27,7 @@ from compressor.kernels.table_lookup import table_lookup
 from compressor.kernels.tables import look_up
 
 LEAST = 5  # calls of each
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.01}  # of the largest: float32 sums in other orders, or 8 bits
 
 
 @dataclass
@@ -55,7 +60,7 @@ def compare(
     answer = ours()
     for other, call in others.items():
         far = float((call() - answer).abs().max() / answer.abs().max())
-        if other not in unlike and not far < 1e-4:  # float32 sums in other orders: a few hundred roundings
+        if other not in unlike and not far < NEAR[answer.dtype]:
             raise ArithmeticError(f"{name}: {other} is {far:.1e} of the largest away")
     calls = [ours, *others.values()]
     times: list[list[float]] = [[] for _ in calls]
@@ -71,10 +76,25 @@ def compare(
     return Operation(name, medians[0], len(times[0]), ratios)
 
 
+def dense_products(seconds: float, quick: bool) -> list[Operation]:
+    """A head of 8192 x 768, of which copies are used in turn, so that it comes from memory."""
+    made = torch.Generator().manual_seed(0)
+    out, columns, copies = (64, 48, 2) if quick else (8192, 768, 8)
+    found = []
+    for dtype, rows in ((torch.float32, 1), (torch.float32, 4), (torch.float32, 16), (torch.bfloat16, 4)):
+        weights = [torch.randn(out, columns, generator=made).to(dtype) for _ in range(copies)]
+        x, mine, theirs = torch.randn(rows, columns, generator=made).to(dtype), cycle(weights), cycle(weights)
+        ours = lambda x=x, mine=mine: linear_dense(x, next(mine), None)  # noqa: E731
+        ways = {"torch": lambda x=x, theirs=theirs: F.linear(x, next(theirs))}
+        name = f"dense {str(dtype).removeprefix('torch.')} {rows}x{out}x{columns}"
+        found.append(compare(name, ours, ways, set(), seconds))
+    return found
+
+
 def operations(seconds: float, quick: bool) -> list[Operation]:
     """All of them for so long each; tiny if quick."""
     made = torch.Generator().manual_seed(0)
-    found = []
+    found = dense_products(seconds, quick)
     for rows, n in ((1, 64), (16, 48)) if quick else ((1, 4096), (64, 4096), (64, 3584)):
         x, m = torch.randn(rows, n, generator=made), base_of(n) or 0
         whole = torch.kron(sylvester(n // m), base_matrix(m)).float() * n**-0.5

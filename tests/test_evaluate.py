@@ -226,11 +226,12 @@ def test_an_artifact_is_timed_as_compressor_load_gives_it_too(tmp_path):
         baseline=str(tmp_path / "model"),
     )
     validate_report(report)
-    speed, (row,) = report["run"]["speed"], report["kernels"]
+    speed, (row, head) = report["run"]["speed"], report["kernels"]
     for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
         assert speed[f"kernels_{name}"]["before"] == speed[name]["before"] and speed[f"kernels_{name}"]["after"] > 0
     assert row["op"] == "packed_linear" and row["chosen"].endswith("linear_weight_only")
     assert row["why"].startswith("14 layers in 8 calls; not used: ")  # q, k, v in one, gate and up in one
+    assert head["op"] == "dense" and head["chosen"].endswith("linear_dense")
 
 
 def test_strict_kernels_name_what_falls_back_to_the_reference(tmp_path):

@@ -105,10 +105,11 @@ void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std:
     });
   }
 #endif
-  // Rows from m on that `together` says go through a tile at once, by `multiply`.
-  const auto in_turn = [&](auto&& together, auto&& multiply) {
+  // After `begin`, rows from m on that `together` says go through a tile at once, by `multiply`.
+  const auto in_turn = [&](auto&& begin, auto&& together, auto&& multiply) {
     each_tile(threads, parts, [&](const Part& part, int64_t tile) {
       float out[8 * TILE];
+      begin(part.w, tile);
       for (int64_t m = 0; m < M;) {
         const int64_t rows = together(m);
         expect_outputs(part.to, part.w, x.first + m, rows, tile);
@@ -121,16 +122,16 @@ void int8_products(int64_t level, int64_t threads, const Int8Rows& x, const std:
 #ifdef COMPRESSOR_X86
   if (level >= AVX512VNNI) {
     const Avx512Passes passes = avx512_passes(x, parts[0].w, M, level == AVX512VNNI);
-    return in_turn([&](int64_t m) { return passes.rows(m); },
+    return in_turn([&](const Packed& w, int64_t tile) { avx512_begin(passes, w, tile); }, [&](int64_t m) { return passes.rows(m); },
                    [&](const Packed& w, int64_t m, int64_t rows, int64_t tile, float* out) { avx512_tile(passes, w, m, rows, tile, out); });
   }
   if (level >= AVX2) {
     const Avx2Rows panels = avx2_rows(x, parts[0].w, M, level == AVXVNNI);
-    return in_turn([&](int64_t m) { return std::min(avx2_together(x), M - m); },
+    return in_turn([](const Packed&, int64_t) {}, [&](int64_t m) { return std::min(avx2_together(x), M - m); },
                    [&](const Packed& w, int64_t m, int64_t rows, int64_t tile, float* out) { avx2_tile(panels, w, m, rows, tile, out); });
   }
 #endif
-  in_turn([](int64_t) { return int64_t(1); },
+  in_turn([](const Packed&, int64_t) {}, [](int64_t) { return int64_t(1); },
           [&](const Packed& w, int64_t m, int64_t, int64_t tile, float* out) { tile_scalar(x, w, m, tile, out); });
 }
 
