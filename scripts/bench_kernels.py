@@ -206,9 +206,8 @@ def overhead(quick: bool) -> dict[str, float]:
 def packing(shape: Shape) -> float:
     """seconds for a gigabyte of codes, as `pack_weight` takes them: one byte each"""
     codes, scale, zero, _ = kernel_peers.integer_weight(shape, 4, 64)
-    start = time.perf_counter()
-    torch.ops.compressor.pack_weight(codes, scale, zero, None, 4, 64, ops.LAYOUT)
-    return (time.perf_counter() - start) / codes.numel() * 1e9
+    call = partial(torch.ops.compressor.pack_weight, codes, scale, zero, None, 4, 64, ops.LAYOUT)
+    return median_time(call, 5) / codes.numel() * 1e9
 
 
 def noise(rows: list[Row]) -> float:

@@ -20,7 +20,7 @@ struct Stream {
   const char* next;
   int64_t due, pace, divisor;
   ALWAYS_INLINE void step() {
-    if ((due += pace) > 0) do _mm_prefetch(next, _MM_HINT_T1), next += 64; while ((due -= divisor) > 0);
+    if ((due += pace) > 0) do __builtin_prefetch(next, 0, 2), next += 64; while ((due -= divisor) > 0);
   }
 };
 // Columns [from, to) of `outputs` rows of the weight, `stride` bytes apart, and of `rows` rows of x (., K); sums (outputs, ROWS, LANES).
