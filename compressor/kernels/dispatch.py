@@ -150,12 +150,14 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     return Choice(REFERENCE, None, tuple(skipped))
 
 
+def _on_the_cpu(what: str) -> str:
+    """Why no CUDA kernel is used there."""
+    return f"{what} are on the CPU" if torch.cuda.is_available() else "no CUDA device"
+
+
 def choose_table(table: Tensor, op: str) -> Choice:
     """The best way to read a function from a table (entries,) here; op: the operation that does it."""
-    if devices.is_cuda(table.device):
-        refused = f"{op} has no CUDA kernel in torch yet"
-    else:
-        refused = "tables are on the CPU" if torch.cuda.is_available() else "no CUDA device"
+    refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
     skipped = [f"{name} ({refused})" for name in devices.WAYS]
     found = library()
     if isinstance(found, str):
@@ -176,8 +178,7 @@ def choose_dense(weight: Tensor) -> Choice | None:
         return None
     if weight.dtype not in DTYPES:
         return None
-    reason = "weights are on the CPU" if torch.cuda.is_available() else "no CUDA device"
-    skipped = tuple(f"{name} ({reason})" for name in devices.WAYS)
+    skipped = tuple(f"{name} ({_on_the_cpu('weights')})" for name in devices.WAYS)
     return Choice(f"cpu library, {LEVELS[found.level]}", "linear_dense", skipped)
 
 

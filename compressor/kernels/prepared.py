@@ -198,8 +198,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         else:
             assert not isinstance(weight, str)
             made = PreparedLinear(stored, weight, choice)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, made)
+        _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
         _prepare_dense(model)
     share_inputs(model, PreparedLinear)
@@ -208,14 +207,18 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     return choices
 
 
+def _put(model: nn.Module, name: str, made: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, made)
+
+
 def _prepare_dense(model: nn.Module) -> None:
     """Linear layers of torch without hooks, which might be about what they multiply by."""
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             continue
         if (choice := choose_dense(module.weight)) is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, PreparedDense(module, choice))
+            _put(model, name, PreparedDense(module, choice))
 
 
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:

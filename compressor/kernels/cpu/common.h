@@ -136,7 +136,7 @@ template <int BITS> TARGET_AVX512 static ALWAYS_INLINE __m512i codes_avx512(cons
   return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xf8);  // low | (high & 4)
 }
 #endif
-// 8 or 16 scales of a block, from c * 8 or c * 16 on
+// 8 or 16 numbers of a type, such as a block's scales, from c * 8 or c * 16 on
 #ifdef COMPRESSOR_X86
 TARGET_AVX2 static ALWAYS_INLINE __m256 scales_avx2(const uint8_t* at, int64_t dtype, int c) {
   if (dtype == FLOAT32) return _mm256_loadu_ps((const float*)at + c * 8);

@@ -32,14 +32,18 @@ struct Block {
   float* sums;
 };
 
-void add_scalar(const Block& b, Stream&) {
+// Columns [from, to), one after the other: all of them, or what is left of a row after whole registers.
+void add_rest(const Block& b, int64_t from) {
   for (int64_t r = 0; r < b.outputs; r++)
-    for (int64_t m = 0; m < b.rows; m++) {
-      float* sum = b.sums + (r * ROWS + m) * LANES;
-      if (b.from == 0) std::fill(sum, sum + LANES, 0.f);
-      for (int64_t k = b.from; k < b.to; k++)
-        sum[k % LANES] = std::fma(load_number(b.weight + r * b.stride, b.dtype, k), b.x[m * b.K + k], sum[k % LANES]);
-    }
+    for (int64_t m = 0; m < b.rows; m++)
+      for (int64_t k = from; k < b.to; k++) {
+        float& sum = b.sums[(r * ROWS + m) * LANES + k % LANES];
+        sum = std::fma(load_number(b.weight + r * b.stride, b.dtype, k), b.x[m * b.K + k], sum);
+      }
+}
+void add_scalar(const Block& b, Stream&) {
+  if (b.from == 0) std::fill(b.sums, b.sums + b.outputs * ROWS * LANES, 0.f);
+  add_rest(b, b.from);
 }
 float total_scalar(const float* sum) {
   float lanes[LANES];
@@ -53,11 +57,6 @@ void totals_scalar(const float* sums, float* out) {
 }
 
 #ifdef COMPRESSOR_X86
-template <int64_t DTYPE> TARGET_AVX2 ALWAYS_INLINE __m256 weights_avx2(const char* at) {
-  if (DTYPE == FLOAT32) return _mm256_loadu_ps((const float*)at);
-  const __m128i bits = _mm_loadu_si128((const __m128i*)at);
-  return DTYPE == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
 template <int64_t DTYPE, int R, int M> TARGET_AVX2 void add_avx2(const Block& b, int64_t r0, int64_t m0, int64_t to, Stream& stream) {
   constexpr int64_t SIZE = DTYPE == FLOAT32 ? 4 : 2;
   const char* w = b.weight + r0 * b.stride;
@@ -69,7 +68,7 @@ template <int64_t DTYPE, int R, int M> TARGET_AVX2 void add_avx2(const Block& b,
     stream.step();
     UNROLL for (int h = 0; h < 2; h++) {
       __m256 v[R];
-      UNROLL for (int r = 0; r < R; r++) v[r] = weights_avx2<DTYPE>(w + r * b.stride + (k + h * 8) * SIZE);
+      UNROLL for (int r = 0; r < R; r++) v[r] = scales_avx2((const uint8_t*)w + r * b.stride + (k + h * 8) * SIZE, DTYPE, 0);
       UNROLL for (int m = 0; m < M; m++) {
         const __m256 xm = _mm256_loadu_ps(x + m * b.K + k + h * 8);
         UNROLL for (int r = 0; r < R; r++) sum[r][m][h] = _mm256_fmadd_ps(v[r], xm, sum[r][m][h]);
@@ -78,15 +77,6 @@ template <int64_t DTYPE, int R, int M> TARGET_AVX2 void add_avx2(const Block& b,
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) UNROLL for (int h = 0; h < 2; h++)
     _mm256_storeu_ps(b.sums + ((r0 + r) * ROWS + m0 + m) * LANES + h * 8, sum[r][m][h]);
-}
-// What is left of a row after whole registers, in the order of its columns.
-void add_rest(const Block& b, int64_t from) {
-  for (int64_t r = 0; r < b.outputs; r++)
-    for (int64_t m = 0; m < b.rows; m++)
-      for (int64_t k = from; k < b.to; k++) {
-        float& sum = b.sums[(r * ROWS + m) * LANES + k % LANES];
-        sum = std::fma(load_number(b.weight + r * b.stride, b.dtype, k), b.x[m * b.K + k], sum);
-      }
 }
 template <int64_t DTYPE> void block_avx2(const Block& b, Stream& stream) {
   constexpr int R = 3, M = 2;
@@ -101,11 +91,6 @@ template <int64_t DTYPE> void block_avx2(const Block& b, Stream& stream) {
   add_rest(b, to);
 }
 
-template <int64_t DTYPE> TARGET_AVX512 ALWAYS_INLINE __m512 weights_avx512(const char* at) {
-  if (DTYPE == FLOAT32) return _mm512_loadu_ps((const float*)at);
-  const __m256i bits = _mm256_loadu_si256((const __m256i*)at);
-  return DTYPE == FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 template <int64_t DTYPE, int R, int M> TARGET_AVX512 void add_avx512(const Block& b, int64_t to, Stream& stream) {
   constexpr int64_t SIZE = DTYPE == FLOAT32 ? 4 : 2;
   const int64_t stride = b.stride, K = b.K;
@@ -118,7 +103,7 @@ template <int64_t DTYPE, int R, int M> TARGET_AVX512 void add_avx512(const Block
   for (; x < end; x += LANES, w += LANES * SIZE) {
     asked.step();
     __m512 v[R];
-    UNROLL for (int r = 0; r < R; r++) v[r] = weights_avx512<DTYPE>(w + r * stride);
+    UNROLL for (int r = 0; r < R; r++) v[r] = scales_avx512((const uint8_t*)w + r * stride, DTYPE, 0);
     UNROLL for (int m = 0; m < M; m++) {
       const __m512 xm = _mm512_loadu_ps(x + m * K);
       UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_fmadd_ps(v[r], xm, sum[r][m]);
@@ -194,10 +179,8 @@ extern "C" int64_t linear_dense(int64_t level, int64_t threads, const void* x, c
         float out[OUTPUTS][ROWS], row[OUTPUTS];
         for (int64_t r = 0; r < outputs; r++) totals(sums + (b * OUTPUTS + r) * ROWS * LANES, out[r]);
         for (int64_t m = 0; m < ROWS && b * ROWS + m < here; m++) {
-          const int64_t at = (m0 + b * ROWS + m) * N + n;
           for (int64_t r = 0; r < outputs; r++) row[r] = bias ? out[r][m] + added[r] : out[r][m];
-          if (dtype == FLOAT32) memcpy((float*)y + at, row, size_t(outputs) * 4);
-          else from_float(level, row, y, dtype, at, outputs);
+          from_float(level, row, y, dtype, (m0 + b * ROWS + m) * N + n, outputs);
         }
       }
     });

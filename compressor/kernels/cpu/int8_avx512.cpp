@@ -136,7 +136,7 @@ template <int BITS> void run(const Avx512Passes& from, const Packed& w, int64_t 
     fetch.first_level = !from.near ? 0 : !alone ? AHEAD : busy ? SHORTLY_AHEAD : wide ? WIDE_SHORTLY_AHEAD : AHEAD;
     fetch.second_level = !from.near ? AHEAD : !alone ? 0 : busy ? FAR_AHEAD : wide ? WIDE_FAR_AHEAD : 0;
   } else if (!alone) {
-    const uint8_t* next = columns.to < w.group && from.pieces > 1 ? w.block(at, 0) + columns.to * (TILE * BITS / 8) : w.block(at + 1, 0);
+    const uint8_t* next = columns.to < w.group ? w.block(at, 0) + columns.to * (TILE * BITS / 8) : w.block(at + 1, 0);
     fetch.next = next + bytes / 64 * (m - first) / (from.M - first) * 64;
     fetch.pace = w.block_bytes * 8 / w.group * rows, fetch.divisor = 64 * (from.M - first);
   }
