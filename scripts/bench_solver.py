@@ -26,8 +26,10 @@ import torch
 from kernel_peers import Ceilings
 
 from compressor.environment import cpu_name
+from compressor.kernels import gptq_solve
 from compressor.kernels.cpu import Library, library
-from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled
+from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.gptq_solve import round_compiled
 from compressor.linalg import Gram, inverse_factor
 from compressor.passes import gptq
 
@@ -63,7 +65,7 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
     upper, chosen = factor.upper, gptq.GPTQ(scale_search="minmax")
 
     def solve(ours: bool) -> torch.Tensor:
-        with mock.patch.object(gptq, "solves", lambda work: ours):
+        with mock.patch.object(gptq_solve, "solves", lambda work: ours):
             return gptq.solve(weight, upper, hessian.diagonal(), order, chosen, 128, torch.bfloat16).codes
 
     groups = weight.view(size, size // 128, 128)
@@ -78,13 +80,13 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
             work[stop:].addmm_(upper[start:stop, stop:].t(), errors[start:stop], alpha=-1)
 
     work, errors, codes = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
-    scale = torch.ones(1, size)
+    scale, index = torch.ones(1, size), torch.zeros(gptq.SUB_BLOCK, dtype=torch.int64)
 
     def columns(ours: bool) -> None:
         for start in range(0, size, gptq.SUB_BLOCK):
             rows = slice(start, min(start + gptq.SUB_BLOCK, size))
             count = rows.stop - start
-            part = Columns(work[rows], errors[rows], codes[rows], upper[rows, rows], [0] * count, scale, None, -8, 7)
+            part = Columns(work[rows], errors[rows], codes[rows], upper[rows, rows], index[:count], scale, None, -8, 7)
             (round_compiled if ours else round_columns)(part, 0, count)
 
     rows = []

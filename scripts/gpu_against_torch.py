@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressor.kernels.gptq_solve import Columns, round_columns
+from compressor.kernels.gptq_columns import Columns, round_columns
 from compressor.kernels.sparse_factors import sparse_product
 from cuda_ext.cases import arrays, dense_sparse, gptq_solve
 
@@ -118,16 +118,17 @@ def solver_columns(rows: int, device: str) -> Columns:
     scale = (torch.rand(1, rows) * 0.3 + 0.1).to(device)
     zero = torch.full_like(scale, 8.0)
     errors, codes = torch.empty_like(work), torch.empty_like(work)
-    return Columns(work, errors, codes, upper.to(device), [0] * SUB_BLOCK, scale, zero, 0, 15)
+    index = torch.zeros(SUB_BLOCK, dtype=torch.int64, device=device)
+    return Columns(work, errors, codes, upper.to(device), index, scale, zero, 0, 15)
 
 
 def solver_call(library: ctypes.CDLL, part: Columns, device: str) -> Call:
     """One call that rounds all columns of the part."""
-    if part.zero is None:
+    if part.zero_point is None:
         raise ValueError("the columns to time have zero points")
-    group_of = torch.tensor(part.group_of, dtype=torch.int32, device=device)
+    group_of = part.group_of.int()
     columns, rows = part.work.shape
-    tensors = (part.work, part.errors, part.codes, part.upper, part.scale, part.zero, group_of)
+    tensors = (part.work, part.errors, part.codes, part.upper, part.scale, part.zero_point, group_of)
     launch = gptq_solve.launcher(library)
 
     def call() -> None:

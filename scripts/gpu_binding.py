@@ -27,7 +27,8 @@ from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels import ops, prepare  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
-from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled  # noqa: E402
+from compressor.kernels.gptq_columns import Columns, round_columns  # noqa: E402
+from compressor.kernels.gptq_solve import round_compiled  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
 from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
 from cuda_ext.cases import hadamard  # noqa: E402
@@ -143,7 +144,7 @@ def columns(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
         scale = torch.rand(2, OUT, generator=made) * 0.3 + 0.01
         zero = None if symmetric else torch.randint(-8, 8, (2, OUT), generator=made).float()
         work = torch.randn(32, OUT, generator=made)
-        index = [0] * 16 + [1] * 16
+        index = torch.arange(32) // 16
         part = Columns(work.clone(), work.clone(), work.clone(), upper, index, scale, zero, -8, 7)
         there = {role: tensor.to(device) for role, tensor in vars(part).items() if isinstance(tensor, Tensor)}
         ours = replace(part, **{role: tensor.clone() for role, tensor in there.items()})

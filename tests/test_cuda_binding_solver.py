@@ -11,16 +11,19 @@ from test_gptq_solve import columns, copied, matrix, same_bits
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
+from compressor.kernels import gptq_solve
 from compressor.kernels.cuda import devices, selftest
-from compressor.kernels.gptq_solve import round_columns, round_compiled, solves
+from compressor.kernels.gptq_columns import round_columns
+from compressor.kernels.gptq_solve import round_compiled, solves
 from compressor.linalg import inverse_factor
-from compressor.passes import gptq
 from compressor.passes.gptq import GPTQ, column_order, solve
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows", [1, 64, 70])
-@pytest.mark.parametrize(("count", "begin", "stop"), [(1, 0, 1), (32, 0, 32), (32, 7, 18), (131, 0, 128), (6, 5, 6)])
+@pytest.mark.parametrize(
+    ("count", "begin", "stop"), [(1, 0, 1), (32, 0, 32), (32, 7, 18), (131, 0, 128), (300, 5, 290), (6, 5, 6)]
+)
 def test_columns_have_the_bits_of_torch(kernels, symmetric, rows, count, begin, stop):
     part = columns(rows + count, count, rows, symmetric)
     mine = copied(part)
@@ -63,7 +66,7 @@ def test_a_solve_of_the_pass_has_the_same_codes_with_the_kernel_and_in_torch(
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=functions))
     found = [solve(weight, upper, hessian.diagonal(), visiting, settings, width, torch.bfloat16)]
     launched = len(calls)
-    monkeypatch.setattr(gptq, "solves", lambda work: False)
+    monkeypatch.setattr(gptq_solve, "solves", lambda work: False)
     found.append(solve(weight, upper, hessian.diagonal(), visiting, settings, width, torch.bfloat16))
     assert launched >= inputs // 32 and len(calls) == launched
     for name in ("codes", "loss"):
@@ -81,11 +84,12 @@ BAD = {
     "float64": (dict(work=torch.zeros(8, 5).double()), "work torch.float64"),
     "U of another size": (dict(upper=torch.zeros(7, 7)), r"upper torch.float32 \(7, 7\)"),
     "scales of other rows": (dict(scale=torch.ones(3, 4)), r"scale torch.float32 \(3, 4\)"),
-    "zero points of other groups": (dict(zero=torch.ones(2, 5)), r"zero torch.float32 \(2, 5\)"),
+    "zero points of other groups": (dict(zero_point=torch.ones(2, 5)), r"zero_point torch.float32 \(2, 5\)"),
     "errors of other columns": (dict(errors=torch.zeros(9, 5)), r"errors torch.float32 \(9, 5\)"),
-    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "contiguous float32"),
+    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "codes .n, out., contiguous"),
     "one dimension": (dict(work=torch.zeros(8)), r"work torch.float32 \(8,\)"),
-    "groups of fewer columns": (dict(group_of=[0] * 7), r"n columns \(here 7\)"),
+    "groups of fewer columns": (dict(group_of=torch.zeros(7).long()), r"group_of torch.int64 \(7,\)"),
+    "groups of 32 bits": (dict(group_of=torch.zeros(8).int()), r"group_of torch.int32 \(8,\)"),
 }
 
 
@@ -96,8 +100,8 @@ def test_bad_parts_name_what_they_got(kernels, name):
         round_compiled(dataclasses.replace(columns(0, 8, 5, symmetric=False), **changes), 0, 8)
 
 
-@pytest.mark.parametrize(("begin", "stop"), [(-1, 3), (4, 3), (0, 141), (0, 129)])
-def test_columns_that_are_not_there_or_too_many_are_refused(kernels, begin, stop):
+@pytest.mark.parametrize(("begin", "stop"), [(-1, 3), (4, 3), (0, 141)])
+def test_columns_that_are_not_there_are_refused(kernels, begin, stop):
     with pytest.raises(ShapeError, match=f"here {begin} and {stop}"):
         round_compiled(columns(0, 140, 5, symmetric=True), begin, stop)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.kernels.gptq_solve import Columns, round_columns
+from compressor.kernels.gptq_columns import Columns, round_columns
 from cuda_ext.cases import arrays, gptq_solve
 from cuda_ext.cases.gptq_solve import HIGH, LOW, Case, Operands
 
@@ -35,7 +35,7 @@ def by_torch(case: Case, operands: Operands) -> list[np.ndarray]:
         errors.fill_(torch.nan),
         codes.fill_(torch.nan),
         torch.from_numpy(operands.upper),
-        operands.group_of.tolist(),
+        torch.from_numpy(operands.group_of).long(),
         torch.from_numpy(operands.scale),
         zero,
         int(LOW),

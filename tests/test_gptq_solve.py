@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from compressor.errors import KernelError
+from compressor.errors import ShapeError
+from compressor.kernels import gptq_solve
 from compressor.kernels.cpu import Library, levels_here, library
-from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled, solves
+from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.gptq_solve import round_compiled, solves
 from compressor.linalg import Gram, inverse_factor
-from compressor.passes import gptq
 from compressor.passes.gptq import GPTQ, column_order, solve
 
 BUILT = isinstance(library(), Library)
@@ -27,7 +28,7 @@ def columns(seed: int, count: int, rows: int, symmetric: bool, groups: int = 3) 
     zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=g).float()
     work = torch.randn(count, rows, generator=g)
     work[:, ::5] = (torch.randint(-9, 9, work[:, ::5].shape, generator=g) + 0.5) * scale[0, ::5]  # ties
-    group_of = torch.randint(0, groups, (count,), generator=g).tolist()
+    group_of = torch.randint(0, groups, (count,), generator=g)
     empty = torch.full_like(work, torch.nan)
     return Columns(work, empty, empty.clone(), upper, group_of, scale, zero, -8, 7)
 
@@ -79,7 +80,7 @@ def test_a_solve_has_the_same_codes_with_and_without_the_library(
     upper = inverse_factor(hessian[visiting][:, visiting], 0.01, 1.0, "w").upper
     found = []
     for ours in (True, False):
-        monkeypatch.setattr(gptq, "solves", lambda work, ours=ours: ours)
+        monkeypatch.setattr(gptq_solve, "solves", lambda work, ours=ours: ours)
         found.append(solve(weight, upper, hessian.diagonal(), visiting, settings, width, torch.bfloat16))
     assert same_bits(found[0].codes, found[1].codes)
     assert same_bits(found[0].loss, found[1].loss)
@@ -87,19 +88,104 @@ def test_a_solve_has_the_same_codes_with_and_without_the_library(
     assert same_bits(found[0].grid.zero_point, found[1].grid.zero_point)
 
 
+def arguments(part: Columns, begin: int, stop: int):
+    return *part.tensors().values(), begin, stop, part.low, part.high
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_operation_rounds_as_torch_does_and_is_one_that_torch_can_trace(dtype, symmetric):
+    part = columns(3, 24, 70, symmetric)
+    kept = {name: t.to(dtype) for name, t in part.tensors().items() if t is not None and t.is_floating_point()}
+    part = dataclasses.replace(part, **kept)
+    mine, traced = copied(part), copied(part)
+    round_columns(part, 3, 17)
+    torch.ops.compressor.gptq_solve_(*arguments(mine, 3, 17))
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled_call(*given):
+        torch.ops.compressor.gptq_solve_(*given)
+        return given[0][17:].sum()
+
+    assert compiled_call(*arguments(traced, 3, 17)) == part.work[17:].sum()
+    for found in (mine, traced):
+        assert torch.equal(found.codes[3:17], part.codes[3:17]) and torch.equal(found.errors[3:17], part.errors[3:17])
+        assert torch.equal(found.work[17:], part.work[17:])
+        assert found.codes[:3].isnan().all() and found.codes[17:].isnan().all()
+    torch.library.opcheck(torch.ops.compressor.gptq_solve_.default, arguments(finite(mine), 3, 17))
+
+
+def finite(part: Columns) -> Columns:
+    """opcheck compares what two calls leave behind, and NaN is never equal to itself."""
+    return dataclasses.replace(part, errors=torch.zeros_like(part.errors), codes=torch.zeros_like(part.codes))
+
+
+def test_rows_of_no_weight_and_columns_of_no_range_change_nothing():
+    part = columns(0, 8, 5, symmetric=True)
+    before = part.work.clone()
+    gptq_solve.gptq_solve_(*arguments(part, 4, 4))
+    assert torch.equal(part.work, before) and part.codes.isnan().all()
+    none = {
+        name: t[:, :0].contiguous()
+        for name, t in part.tensors().items()
+        if name in ("work", "errors", "codes", "scale")
+    }
+    gptq_solve.gptq_solve_(*arguments(dataclasses.replace(part, **none), 0, 8))
+
+
 def test_float64_is_solved_by_torch():
     assert not solves(torch.zeros(4, 4, dtype=torch.float64))
     assert solves(torch.zeros(4, 4)) == BUILT
 
 
+BAD = {
+    "bfloat16": (dict(work=torch.zeros(8, 5).bfloat16()), r"work torch.bfloat16 \(8, 5\)"),
+    "float64 among float32": (dict(upper=torch.zeros(8, 8).double()), r"upper torch.float64 \(8, 8\)"),
+    "U of another size": (dict(upper=torch.zeros(7, 7)), r"upper torch.float32 \(7, 7\)"),
+    "scales of fewer rows": (dict(scale=torch.ones(3, 4)), r"scale torch.float32 \(3, 4\)"),
+    "zero points of fewer groups": (dict(zero_point=torch.ones(2, 5)), r"zero_point torch.float32 \(2, 5\)"),
+    "errors of fewer columns": (dict(errors=torch.zeros(7, 5)), r"errors torch.float32 \(7, 5\)"),
+    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "contiguous"),
+    "one dimension": (dict(work=torch.zeros(8)), r"work torch.float32 \(8,\)"),
+    "groups beyond the scales": (dict(group_of=torch.full((8,), 3)), r"groups of 0 to 2, not \[3"),
+    "groups below 0": (dict(group_of=torch.full((8,), -1)), r"groups of 0 to 2, not \[-1"),
+    "groups of fewer columns": (dict(group_of=torch.zeros(7).long()), r"group_of torch.int64 \(7,\)"),
+}
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_parts_name_what_they_got(name, by_torch, monkeypatch):
+    if by_torch:
+        monkeypatch.setattr(gptq_solve, "solves", lambda work: False)
+    changes, said = BAD[name]
+    part = dataclasses.replace(columns(0, 8, 5, symmetric=False), **changes)
+    with pytest.raises(ShapeError, match=said):
+        gptq_solve.gptq_solve_(*arguments(part, 0, 8))
+
+
+@pytest.mark.parametrize(("begin", "stop"), [(-1, 3), (4, 3), (0, 9)])
+def test_columns_that_are_not_there_are_refused(begin, stop):
+    with pytest.raises(ShapeError, match=f"here {begin} and {stop}"):
+        gptq_solve.gptq_solve_(*arguments(columns(0, 8, 5, symmetric=True), begin, stop))
+
+
 @compiled
-def test_the_library_refuses_what_it_cannot_read():
+def test_the_library_takes_float32_without_gradients_on_the_cpu():
     part = columns(0, 8, 5, symmetric=True)
-    with pytest.raises(KernelError, match="refused"):
-        round_compiled(dataclasses.replace(part, group_of=[3] * 8), 0, 8)
-    with pytest.raises(KernelError, match="refused"):
-        round_compiled(part, 0, 9)
-    with pytest.raises(KernelError, match="contiguous float32"):
-        round_compiled(dataclasses.replace(part, work=part.work.double()), 0, 8)
-    with pytest.raises(KernelError, match="contiguous float32"):
-        round_compiled(dataclasses.replace(part, upper=part.upper.double()), 0, 8)
+    wide = {name: t.double() for name, t in part.tensors().items() if t is not None and t.is_floating_point()}
+    with pytest.raises(ShapeError, match="float32 in compiled code"):
+        round_compiled(dataclasses.replace(part, **wide), 0, 8)
+    with pytest.raises(RuntimeError, match="work wants one"):
+        round_compiled(dataclasses.replace(part, work=part.work.requires_grad_()), 0, 8)
+
+
+@compiled
+def test_a_strided_factor_is_read_as_it_lies():
+    part = columns(1, 8, 70, symmetric=False)
+    mine, wide = copied(part), torch.zeros(20, 20)
+    wide[5:13, 7:15] = part.upper
+    scale = part.scale.t().contiguous().t()
+    round_compiled(part, 0, 6)
+    round_compiled(dataclasses.replace(mine, upper=wide[5:13, 7:15], scale=scale), 0, 6)
+    assert same_bits(part.codes[:6], mine.codes[:6]) and same_bits(part.work[6:], mine.work[6:])

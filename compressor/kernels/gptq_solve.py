@@ -1,80 +1,84 @@
-"""The inner loop of GPTQ: columns of a sub-block rounded one by one, in torch and by the compiled library.
+"""The inner loop of GPTQ by whatever is there for it: compiled code, or torch (`compressor.kernels.gptq_columns`).
 
-Both do the same operations on every element in the same order, each rounded to float32, so their codes are equal bit
-for bit. On a CUDA device a kernel does them (`compressor.kernels.cuda.gptq_solve`). float64, other devices and
-installations without the library or the kernels use torch.
+All do the same operations on every element in the same order, each rounded to float32, so their codes are equal bit
+for bit (on a CUDA device: see `compressor.kernels.cuda.gptq_solve`). Importing this module registers
+torch.ops.compressor.gptq_solve_, which needs no compiled library: float64, other devices and installations without the
+library or the CUDA kernels use torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from typing import Any
+import torch
+from torch import Tensor
 
-from compressor.errors import KernelError
+from compressor.kernels.checks import check_call, check_cuda_call, refuse
 from compressor.kernels.cpu import Library, library, required_library
-from compressor.lazy import torch
+from compressor.kernels.cuda import gptq_solve as on_cuda
+from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.registry import register, register_cuda
+
+NAME = "gptq_solve_"
 
 
-@dataclass(frozen=True)
-class Columns:
-    """work      (n, out) the columns with all earlier updates; those not yet rounded are updated in place
-    errors    (n, out) written: errors over pivots
-    codes     (n, out) written: whole numbers
-    upper     (n, n) their part of U
-    group_of  the group of each column, an index into scale and zero
-    scale     (groups, out); zero the same, None if symmetric
-    low, high the codes' range
+def gptq_solve_(
+    work: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    upper: Tensor,
+    group_of: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    begin: int,
+    stop: int,
+    low: int,
+    high: int,
+) -> None:
+    """Round columns begin to stop - 1 and give their errors to all columns that follow, in place.
+
+    Column j: code = clamp(round(work[j] / scale) + zero_point), half to even; error = (work[j] - (code - zero_point) ·
+    scale) / upper[j, j]; work[i] -= upper[j, i] · error for i > j. What `work` then holds of rounded columns is
+    undefined. Frantar et al. 2022, arXiv 2210.17323, algorithm 1. Arguments: as in `Columns`, float32 or float64.
+
+    raises ShapeError for other shapes or dtypes, KernelError if a CUDA device reports one
     """
-
-    work: torch.Tensor
-    errors: torch.Tensor
-    codes: torch.Tensor
-    upper: torch.Tensor
-    group_of: list[int]
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    low: int
-    high: int
+    part = Columns(work, errors, codes, upper, group_of, scale, zero_point, low, high)
+    if solves(work):
+        round_compiled(part, begin, stop)
+    else:
+        check_columns(part, begin, stop)
+        round_columns(part, begin, stop)
 
 
-def _on_cuda() -> Any:
-    return importlib.import_module("compressor.kernels.cuda.gptq_solve")  # not before torch is there
-
-
-def solves(work: torch.Tensor) -> bool:
+def solves(work: Tensor) -> bool:
     """Whether the compiled library, or a CUDA kernel on its device, can take this matrix.
 
     raises KernelError if CUDA kernels are there and fail their self-test
     """
-    if _on_cuda().takes(work):
-        return bool(_on_cuda().solves(work))
+    if on_cuda.takes(work):
+        return on_cuda.solves(work)
     return work.dtype == torch.float32 and work.device.type == "cpu" and isinstance(library(), Library)
 
 
-def round_columns(part: Columns, begin: int, stop: int) -> None:
-    """Round columns begin to stop - 1 of the part and update all columns of it that follow, in torch.
-
-    Not by addr_: it contracts product and sum in full vectors but not in their tails, so its bits depend on the shape.
-    """
-    count = len(part.work)
-    pivots = part.upper.diagonal().tolist()
-    product = torch.empty_like(part.work)
-    for j in range(begin, stop):
-        column, code, error, scale = part.work[j], part.codes[j], part.errors[j], part.scale[part.group_of[j]]
-        torch.div(column, scale, out=code)
-        code.round_()
-        if part.zero is None:
-            code.clamp_(part.low, part.high)
-            torch.mul(code, scale, out=error)
-        else:
-            zero = part.zero[part.group_of[j]]
-            code.add_(zero).clamp_(part.low, part.high)
-            torch.sub(code, zero, out=error).mul_(scale)
-        torch.sub(column, error, out=error).div_(pivots[j])
-        if j + 1 < count:
-            later = part.work[j + 1 :]
-            later.sub_(torch.mul(part.upper[j, j + 1 :].unsqueeze(1), error, out=product[: len(later)]))
+def check_columns(part: Columns, begin: int, stop: int) -> None:
+    """raises ShapeError if a part isn't what `Columns` says; what groups a CUDA device holds isn't looked at"""
+    work, tensors = part.work, part.tensors()
+    count, out = work.shape if work.dim() == 2 else (-1, -1)
+    groups = len(part.scale) if part.scale.dim() == 2 else -1
+    shapes = {"upper": (count, count), "group_of": (count,), "scale": (groups, out), "zero_point": (groups, out)}
+    fits = work.dtype in (torch.float32, torch.float64) and 0 <= begin <= stop <= count
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            fits &= tuple(tensor.shape) == shapes.get(name, (count, out))
+            fits &= tensor.dtype == (torch.int64 if name == "group_of" else work.dtype)
+    if not fits or not all(tensor.is_contiguous() for tensor in (work, part.errors, part.codes)):
+        expected = (
+            "work, errors and codes (n, out), contiguous, upper (n, n), scale and zero_point (groups, out), all of "
+            f"float32 or all of float64, group_of (n,) int64, and 0 <= begin <= stop <= n (here {begin} and {stop})"
+        )
+        raise refuse(NAME, expected, **tensors)
+    of = part.group_of[begin:stop]
+    if of.is_cpu and ((of < 0) | (of >= groups)).any():
+        raise refuse(NAME, f"groups of 0 to {groups - 1}, not {of.tolist()}", **tensors)
 
 
 def round_compiled(part: Columns, begin: int, stop: int, level: int | None = None, threads: int | None = None) -> None:
@@ -82,17 +86,19 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
 
     level    of instructions; None is the one in use
     threads  None is torch's number; both of the library alone
-    raises   KernelError if the library is missing or refuses the arguments; on CUDA ShapeError for other shapes, too
+    raises   ShapeError; KernelError if the library is missing or tensors lie elsewhere
     """
-    if _on_cuda().takes(part.work):
-        _on_cuda().round_columns(part, begin, stop)
+    check_columns(part, begin, stop)
+    if part.work.dtype != torch.float32:
+        raise refuse(NAME, "float32 in compiled code", **part.tensors())
+    if on_cuda.takes(part.work):
+        check_cuda_call(NAME, **part.tensors())
+        on_cuda.round_columns(part, begin, stop)
         return
+    check_call(NAME, **part.tensors())
     found = required_library()
-    upper = part.upper.contiguous()
-    group_of = torch.tensor(part.group_of, dtype=torch.int64)
-    for tensor in (part.work, part.errors, part.codes, upper, part.scale, part.zero):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu):
-            raise KernelError("the compiled GPTQ solver takes contiguous float32 on the CPU", hint="Use round_columns.")
+    upper, group_of, scale = part.upper.contiguous(), part.group_of.contiguous(), part.scale.contiguous()
+    zero = None if part.zero_point is None else part.zero_point.contiguous()
     result = found.functions.gptq_solve(
         found.level if level is None else level,
         torch.get_num_threads() if threads is None else threads,
@@ -100,11 +106,11 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
         part.errors.data_ptr(),
         part.codes.data_ptr(),
         upper.data_ptr(),
-        part.scale.data_ptr(),
-        0 if part.zero is None else part.zero.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
         group_of.data_ptr(),
         part.work.shape[1],
-        len(part.scale),
+        len(scale),
         begin,
         stop,
         len(part.work),
@@ -112,4 +118,21 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
         float(part.high),
     )
     if result:
-        raise KernelError(f"the compiled GPTQ solver refused its arguments (code {result})", hint="Please report this.")
+        raise refuse(NAME, f"fewer columns, or a level that is there (code {result})", **part.tensors())
+
+
+def _fake(
+    work: Tensor, errors: Tensor, codes: Tensor, upper: Tensor, group_of: Tensor, scale: Tensor,
+    zero_point: Tensor | None, begin: int, stop: int, low: int, high: int,
+) -> None:  # fmt: skip
+    return None
+
+
+register(
+    NAME,
+    "(Tensor(a!) work, Tensor(b!) errors, Tensor(c!) codes, Tensor upper, Tensor group_of, Tensor scale, "
+    "Tensor? zero_point, int begin, int stop, int low, int high) -> ()",
+    gptq_solve_,
+    _fake,
+)
+register_cuda(NAME, gptq_solve_)

@@ -32,7 +32,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compressor.errors import PassError
 from compressor.grid import Grid, dequantize, find_grid, quantize
-from compressor.kernels.gptq_solve import Columns, round_columns, round_compiled, solves
 from compressor.lazy import torch
 from compressor.linalg import Factor, Gram, inverse_factor
 from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
@@ -284,6 +283,8 @@ def solve(
     updated by then; with static, or one group per row, it is found before the solve. act_order group is none on a
     weight and hessian that come permuted.
     """
+    from compressor.kernels.gptq_solve import gptq_solve_  # imports torch, for which settings must not wait
+
     out, columns = weight.shape
     groups = columns // width
     importance = diagonal.view(groups, width).to(weight.dtype)
@@ -295,21 +296,18 @@ def solve(
     work = weight.t().contiguous()[order]  # (in, out): a column of the matrix is contiguous; indexing first is slow
     errors = torch.empty_like(work)
     codes = torch.empty_like(work)
-    of_column = (order // width).tolist()
-    compiled = solves(work)
+    group_of = order // width
     block = settings.block_size
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         for sub in range(start, stop, SUB_BLOCK):
             end = min(sub + SUB_BLOCK, stop)
-            part = Columns(
-                work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], of_column[sub:end],
-                scale, None if settings.symmetric else zero, grid.low, grid.high,
-            )  # fmt: skip
+            part = (work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], group_of[sub:end])
+            grids = (scale, None if settings.symmetric else zero)
             starts = [j for j in range(sub, end) if fresh and j % width == 0]
             for begin, until in pairwise(sorted({sub, *starts, end})):
                 if begin in starts:
-                    group = of_column[begin]
+                    group = int(group_of[begin])
                     found = find_grid(
                         work[begin : begin + width].t().reshape(out, 1, width).float(),
                         settings.bits,
@@ -319,7 +317,7 @@ def solve(
                         importance[group : group + 1],
                     )
                     scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
-                (round_compiled if compiled else round_columns)(part, begin - sub, until - sub)
+                gptq_solve_(*part, *grids, begin - sub, until - sub, grid.low, grid.high)
             if end < stop:
                 work[end:stop].addmm_(upper[sub:end, end:stop].t(), errors[sub:end], alpha=-1)
         if stop < columns:

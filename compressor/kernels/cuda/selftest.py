@@ -8,7 +8,7 @@ import torch
 
 from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
-from compressor.kernels.gptq_solve import Columns, round_columns
+from compressor.kernels.gptq_columns import Columns, round_columns
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -232,10 +232,9 @@ def solved_columns(kernels: Kernels, device: torch.device, stream: int, symmetri
     scale = torch.rand(groups, rows, generator=made) * 0.3 + 0.01
     zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=made).float()
     work = torch.randn(count, rows, generator=made)
-    group_of = [column % groups for column in range(count)]
+    group_of = torch.arange(count) % groups
     ours = [work.to(device, copy=True), *(torch.full((count, rows), torch.nan, device=device) for _ in range(2))]
-    index = torch.tensor(group_of, dtype=torch.int32, device=device)
-    given = [None if tensor is None else tensor.to(device) for tensor in (upper, scale, zero, index)]
+    given = [None if tensor is None else tensor.to(device) for tensor in (upper, scale, zero, group_of.int())]
     code = kernels.functions["compressor_gptq_solve"](
         *(0 if tensor is None else tensor.data_ptr() for tensor in (*ours, *given)), rows, groups, begin, stop, count,
         float(low), float(high), stream,
