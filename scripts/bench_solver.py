@@ -1,11 +1,11 @@
-"""GPTQ's solve by the library and by torch, and the Hessian by panels and by one product, call by call in turns.
+"""GPTQ's solve by the library and by torch, and the Hessian by halves and by one product, call by call in turns.
 
     python scripts/bench_solver.py --output bench.json
 
 `solve` is a whole solve of one matrix, of which the products for later columns are the same torch call in both;
 `plain` compares ours with the loop of the GPTQ paper's algorithm 1 as its authors' code has it: blocks of 128 columns,
 each column's update over the rest of its block. `columns` is the inner loop alone over the same number of columns.
-Ratios are medians of torch over ours, and of panels over one product. `equal` is the share of codes that both gave
+Ratios are medians of torch over ours, and of halves over one product. `equal` is the share of codes that both gave
 alike. A solve needs size^3 operations, nearly all of them in products, so it can't be faster than size^3 over the
 machine's peak of float32: `ours_of_peak` is our share of that, `most_over_ours` what a solve at the peak would gain on
 torch's, and `products_of_peak` the share of the peak at which the products for later columns run.
