@@ -98,12 +98,16 @@ def test_codes_equal_the_textbook_column_by_column():
     assert torch.equal(solved.codes.flatten(1).double(), textbook(weight, hessian, solved.grid, 64))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("width", [8, 24, 32, 48, 80, 240])
 @pytest.mark.parametrize("block", [32, 64, 128, 256])
-def test_block_size_does_not_change_the_codes(block):
-    weight, hessian = problem(5, columns=256, tokens=1024)
-    base, _, _ = run(weight, hessian, act_order="static", block_size=512)
-    other, _, _ = run(weight, hessian, act_order="static", block_size=block)
+def test_block_size_does_not_change_the_codes(block, width, order):
+    """Nor where groups lie across blocks: a scale is searched on weights that have all errors before them."""
+    weight, hessian = problem(5, columns=480, tokens=1024)
+    base, _, _ = run(weight, hessian, width=width, act_order=order, block_size=512)
+    other, _, _ = run(weight, hessian, width=width, act_order=order, block_size=block)
     assert torch.equal(base.codes, other.codes)
+    torch.testing.assert_close(base.grid.scale, other.grid.scale, rtol=1e-6, atol=0)
 
 
 def test_static_order_equals_solving_the_permuted_problem():

@@ -280,8 +280,8 @@ def solve(
     stored    dtype of the scales on disk
 
     With act_order none or group_aware each group's grid is found when the group is reached, on the weights as
-    updated by then; with static, or one group per row, it is found before the solve. act_order group is none on a
-    weight and hessian that come permuted.
+    updated by all columns before it; with static, or one group per row, it is found before the solve. act_order group
+    is none on a weight and hessian that come permuted.
     """
     from compressor.kernels.gptq_solve import gptq_solve_  # imports torch, for which settings must not wait
 
@@ -297,11 +297,15 @@ def solve(
     errors = torch.empty_like(work)
     codes = torch.empty_like(work)
     group_of = order // width
-    block = settings.block_size
+    # A group whose scale is searched when it is reached lies in one block, and in one sub-block or in some of its own:
+    # only so all of its columns have the errors of all columns before it by then.
+    whole = width if fresh else 1
+    block = -(-settings.block_size // whole) * whole
+    own = whole if SUB_BLOCK % whole else SUB_BLOCK
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        for sub in range(start, stop, SUB_BLOCK):
-            end = min(sub + SUB_BLOCK, stop)
+        cuts = [sub for first in range(start, stop, own) for sub in range(first, min(first + own, stop), SUB_BLOCK)]
+        for sub, end in pairwise([*cuts, stop]):
             part = (work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], group_of[sub:end])
             grids = (scale, None if settings.symmetric else zero)
             starts = [j for j in range(sub, end) if fresh and j % width == 0]
