@@ -12,9 +12,8 @@ from torch import Tensor
 from compressor.errors import ShapeError
 from compressor.kernels.registry import register
 
-PANEL = (
-    128  # columns that aren't halved any more; of 64, 128, 192 and 256 best, or within 5 %, at 300 to 11,008 (AVX-512)
-)
+# Columns that aren't halved any more. Of 64, 128, 192 and 256 best, or within 5 %, at 300 to 11,008 columns (AVX-512).
+PANEL = 128
 
 
 def hessian_add_(hessian: Tensor, x: Tensor, keep: float, weight: float) -> None:
