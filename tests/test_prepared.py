@@ -423,7 +423,7 @@ class InFloat32(nn.Module):
 
 @pytest.fixture
 def without_library(monkeypatch):
-    monkeypatch.setattr(dispatch, "library", lambda: "cpu library not built: no compiler")
+    monkeypatch.setattr(dispatch, "tried_library", lambda: "cpu library not built: no compiler")
 
 
 TORCH_TAKES = [

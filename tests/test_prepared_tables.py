@@ -156,7 +156,7 @@ def test_prepared_tables_compile_with_any_number_of_rows():
 
 
 def test_without_the_library_tables_stay_with_the_reason_and_strict_refuses(monkeypatch):
-    monkeypatch.setattr(dispatch, "library", lambda: "cpu library not built: no compiler")
+    monkeypatch.setattr(dispatch, "tried_library", lambda: "cpu library not built: no compiler")
     model, layer = Block(), Block().act
     with pytest.warns(UserWarning, match="the reference: .*no compiler"):
         choices = prepare(model)

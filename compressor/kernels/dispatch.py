@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import torch_ops
-from compressor.kernels.cpu import LEVELS, library
+from compressor.kernels.cpu import LEVELS
 from compressor.kernels.cuda import devices, ds1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import BITS, DTYPES, LAYOUT
+from compressor.kernels.selftest import tried_library
 from compressor.kernels.table_lookup import MOST_ENTRIES
 
 DYNAMIC_INT8 = "int8"
@@ -118,7 +119,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     weight       a str says why the stored form has no such numbers
     activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
     inputs       dtype of x, None if it isn't known: not every CUDA kernel takes float32
-    raises       KernelError if CUDA kernels are there and fail their self-test
+    raises       KernelError if the CPU library or CUDA kernels are there and fail their self-test
     """
     skipped: list[str] = []
     refused = _refusal_on_cuda(weight, activations, inputs)
@@ -132,7 +133,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
             skipped.append(f"{name} ({kernels})")
         else:
             skipped.append(f"{name} ({refused})")  # and nothing is compiled for a weight that isn't taken
-    found = library()
+    found = tried_library()
     reason = weight if isinstance(weight, str) else _refusal(weight, activations)
     if isinstance(found, str):
         skipped.append(f"cpu library ({found})")
@@ -159,7 +160,7 @@ def choose_table(table: Tensor, op: str) -> Choice:
     """The best way to read a function from a table (entries,) here; op: the operation that does it."""
     refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
     skipped = [f"{name} ({refused})" for name in devices.WAYS]
-    found = library()
+    found = tried_library()
     if isinstance(found, str):
         skipped.append(f"cpu library ({found})")
     elif table.device.type != "cpu":
@@ -173,7 +174,7 @@ def choose_table(table: Tensor, op: str) -> Choice:
 
 def choose_dense(weight: Tensor) -> Choice | None:
     """The library's product with a weight (out, in) that stays dense; None where torch's is used."""
-    found = library()
+    found = tried_library()
     if isinstance(found, str) or LEVELS[found.level] == "scalar" or weight.device.type != "cpu":
         return None
     if weight.dtype not in DTYPES:
