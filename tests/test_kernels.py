@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from guarded import guarded
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import cpu, ops, prepare
+from compressor.kernels import cpu, hadamard, int8_matmul, ops, prepare
 from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.int8_split import round_rows
 from compressor.layers.int8_split_linear import Int8SplitLinear
@@ -381,9 +382,77 @@ def test_llm_int8_passes_the_checks_of_torch_and_refuses_bad_calls():
         (x, packed, layer.SCB, columns, weight, None, 0.0),
     ):
         torch.library.opcheck(torch.ops.compressor.linear_int8_outlier.default, arguments)
-    with pytest.raises(ShapeError, match=r"columns, their weight.*\(70, 1\)"):
+    with pytest.raises(ShapeError, match=r"columns and their weight.*\(70, 1\)"):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns, weight[:, :1], None, 6.0)
     with pytest.raises(ShapeError, match=r"x \(3, 63\)"):
         ops.linear_int8_outlier(x[:, :63], packed, layer.SCB, None, None, None, 6.0)
     with pytest.raises(ShapeError, match=r"x \(3, 64\)"):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns + 60, weight, None, 6.0)
+
+
+def small_weight(bits=4):
+    made = torch.Generator().manual_seed(11)
+    codes = torch.randint(0, 2**bits, (8, 64), generator=made, dtype=torch.uint8)
+    return codes, torch.rand(8, 2, generator=made), torch.zeros(8, 2, dtype=torch.uint8)
+
+
+META = torch.device("meta")
+BAD_PACKING = {
+    "a short permutation": (dict(permutation=torch.arange(8)), ShapeError, r"permutation .*\(8,\)\): int64 \(64,\)"),
+    "a permutation of 32 bits": (dict(permutation=torch.arange(64).int()), ShapeError, "int32"),
+    "no groups": (dict(group_size=0), ShapeError, r"codes \(8, 64\), groups of 0"),
+    "one dimension": (dict(codes=torch.zeros(64, dtype=torch.uint8)), ShapeError, r"codes \(64,\)"),
+    "a scale elsewhere": (dict(scale=torch.ones(8, 2, device=META)), KernelError, r"\['cpu', 'meta'\]"),
+    "zero points elsewhere": (dict(zero_point=torch.ones(8, 2, device=META).byte()), KernelError, r"\['cpu', 'meta'\]"),
+    "a permutation elsewhere": (dict(permutation=torch.arange(64, device=META)), KernelError, r"\['cpu', 'meta'\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PACKING)
+def test_packing_refuses_what_would_be_read_beyond_its_end(name):
+    changes, kind, said = BAD_PACKING[name]
+    codes, scale, zeros = small_weight()
+    given = dict(codes=codes, scale=scale, zero_point=zeros, permutation=None, bits=4, group_size=32, layout="cpu2")
+    with pytest.raises(kind, match=said):
+        ops.pack_weight(**{**given, **changes})
+
+
+def test_llm_int8_refuses_operands_elsewhere_and_of_other_dimensions():
+    layer = Int8SplitLinear.pack(torch.randn(70, 64), 6.0, torch.float32, torch.tensor([1, 9]))
+    packed, columns = ops.pack_int8_rows(layer.weight, layer.SCB), layer.outlier_columns.long()
+    given = [torch.randn(3, 64), packed, layer.SCB, columns, layer.outlier_weight]
+    for at in (2, 3, 4):
+        moved = [tensor.to(META) if at == n else tensor for n, tensor in enumerate(given)]
+        with pytest.raises(KernelError, match=r"others on .*meta"):
+            ops.linear_int8_outlier(*moved, None, 0.0)
+    for at, shape in ((2, (70, 1)), (2, ()), (3, (1, 2)), (3, ())):
+        other = [tensor.flatten()[: 1 if shape == () else None].reshape(shape) if at == n else tensor
+                 for n, tensor in enumerate(given)]  # fmt: skip
+        with pytest.raises(ShapeError, match="are .*" + re.escape(str(shape))):
+            ops.linear_int8_outlier(*other, None, 0.0)
+
+
+def test_results_lie_on_the_cpu_whatever_the_default_device_is():
+    codes, scale, zeros = small_weight()
+    x, a = torch.randn(3, 64), torch.ones(2, 64, dtype=torch.int8)
+    with torch.device("meta"):
+        hadamard._base.cache_clear()
+        packed = ops.pack_weight(codes, scale, zeros, None, 4, 32, "cpu2")
+        found = [
+            *ops.unpack_weight(packed, 8, 64, 4, 32, "cpu2"),
+            ops.linear_weight_only(x, packed, None, None, 8, 4, 32, "cpu2"),
+            *int8_matmul.quantize_rows(x, 0.0, False), int8_matmul.int8_matmul(a, a), hadamard.hadamard(x[:, :48], 1.0),
+        ]  # fmt: skip
+    assert all(tensor.is_cpu for tensor in found) and torch.equal(found[0], codes) and torch.equal(found[1], scale)
+    assert (found[6] == 64).all() and torch.equal(found[7], hadamard.hadamard(x[:, :48], 1.0))
+    hadamard._base.cache_clear()
+
+
+def test_a_packed_weight_is_unpacked_with_any_strides_and_refused_with_another_type():
+    codes, scale, zeros = small_weight()
+    packed = ops.pack_weight(codes, scale, zeros, None, 4, 32, "cpu2")
+    strided = torch.stack([packed, packed], 1)[:, 0]
+    assert torch.equal(ops.unpack_weight(strided, 8, 64, 4, 32, "cpu2")[0], codes)
+    for other, group in ((packed.view(torch.int8), 32), (packed, 0)):
+        with pytest.raises(ShapeError, match=f"groups of {group}"):
+            ops.unpack_weight(other, 8, 64, 4, group, "cpu2")

@@ -393,12 +393,17 @@ def test_inputs_that_do_not_fit_are_refused_with_shape_and_dtype(x):
         model.o_proj(torch.randn(2, 64, device="meta"))
 
 
-def test_an_input_that_wants_gradients_is_multiplied_without():
+def test_a_backward_pass_through_a_prepared_layer_is_an_error_not_a_gradient_that_lacks_it():
     model = Attention()
     prepare(model)
     x = torch.randn(64, 2, requires_grad=True)
     for layer in model.children():
-        assert not layer(x.T).requires_grad
+        y = layer(x.T)
+        with torch.no_grad():
+            assert torch.equal(y, layer(x.T)) and not layer(x.T).requires_grad
+        with pytest.raises(RuntimeError, match=r"linear_weight_only has no gradient.*kernels='reference'"):
+            (x.T[:, : y.shape[1]] + y[:, : x.shape[0]]).sum().backward()
+    assert x.grad is None
 
 
 def test_a_model_whose_layers_share_calls_compiles_to_the_same_bits():

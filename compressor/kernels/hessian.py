@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.registry import register
+from compressor.kernels.registry import register, register_cuda
 
 # Columns that aren't halved any more. Of 64, 128, 192 and 256 best, or within 5 %, at 300 to 11,008 columns (AVX-512).
 PANEL = 128
@@ -48,3 +48,4 @@ def _fake(hessian: Tensor, x: Tensor, keep: float, weight: float) -> None:
 
 
 register("hessian_add_", "(Tensor(a!) hessian, Tensor x, float keep, float weight) -> ()", hessian_add_, _fake)
+register_cuda("hessian_add_", hessian_add_)

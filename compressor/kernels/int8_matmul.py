@@ -42,8 +42,8 @@ def quantize_rows(x: Tensor, threshold: float, exclude_columns: bool) -> tuple[T
         broken = ~rows.isfinite().all(1)
         rows = rows.masked_fill(outliers if exclude_columns else large, 0)
     rows = rows.contiguous()
-    codes = torch.empty(rows.shape, dtype=torch.int8)
-    absmax = torch.empty(len(rows), dtype=torch.float32)
+    codes = rows.new_empty(rows.shape, dtype=torch.int8)
+    absmax = rows.new_empty(len(rows), dtype=torch.float32)
     found = cpu_library()
     error = found.functions.quantize_rows(
         found.level, rows.data_ptr(), kind, codes.data_ptr(), absmax.data_ptr(), len(rows), columns
@@ -70,7 +70,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     if columns > MOST_COLUMNS:
         raise refuse("int8_matmul", f"K of at most {MOST_COLUMNS}, whose sums fit int32", a=a, b=b)
     a, b = a.contiguous(), b.contiguous()
-    product = torch.empty(rows, len(b), dtype=torch.int32)
+    product = a.new_empty(rows, len(b), dtype=torch.int32)
     found = cpu_library()
     error = found.functions.int8_matmul(
         found.level, threads_for(b.numel()), a.data_ptr(), b.data_ptr(), product.data_ptr(), rows, len(b), columns

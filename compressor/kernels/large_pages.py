@@ -19,12 +19,12 @@ def empty_bytes(size: int) -> Tensor:
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if size < LARGE or advice is None:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     try:
         memory = mmap.mmap(-1, size + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(advice)
     except OSError:  # no such pages here, or no memory, which torch will say
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % LARGE
     return whole[first : first + size]

@@ -72,9 +72,20 @@ def pack_weight(
     layout       "cpu2" for the CPU library. For CUDA kernels, with group_size a multiple of 64 or -1: "mma1" for
                  linear_weight_only; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
     returns      uint8 (bytes,), on the device of the codes
-    raises       ShapeError, KernelError for layout "cpu2" on another device
+    raises       ShapeError, KernelError for layout "cpu2" on another device, or tensors on several
     """
+    if codes.dim() != 2 or (group_size < 1 and group_size != -1):
+        raise ShapeError(
+            f"codes {tuple(codes.shape)}, groups of {group_size}: (out, in), and 1 and more or -1 expected"
+        )
     out, columns = codes.shape
+    if permutation is not None and (tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64):
+        found = permutation.dtype, tuple(permutation.shape)
+        raise ShapeError(f"permutation {found}: int64 {(columns,)} expected for codes {(out, columns)}")
+    places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
+    if len(places) > 1:
+        hint = "All have to be on one device."
+        raise KernelError(f"codes, scale, zero point and permutation on {sorted(places)}", hint=hint)
     expected = (out, groups_of(columns, group_size))
     if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
         zeros = "none" if zero_point is None else tuple(zero_point.shape)
@@ -115,17 +126,22 @@ def unpack_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codes (out, in) uint8 in packed order, scale (out, groups) float32, zero_point (out, groups) uint8
 
-    raises ShapeError if the packed tensor is of another shape or layout
+    raises ShapeError if the packed tensor is of another shape, type or layout
     """
+    if packed.dtype != torch.uint8 or (group_size < 1 and group_size != -1) or min(out_features, in_features) < 0:
+        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
     if layout in CUDA_LAYOUTS:
         if (found := CUDA_LAYOUTS[layout].unpack(packed, out_features, in_features, bits, group_size)) is None:
             raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
         return found
     _check_layout(layout, packed)
-    codes = torch.empty(out_features, in_features, dtype=torch.uint8)
-    groups = groups_of(in_features, group_size)
-    scale, zero_point = torch.empty(out_features, groups), torch.empty(out_features, groups, dtype=torch.uint8)
-    group = group_columns(in_features, group_size)
+    packed = packed.contiguous()
+    groups, group = groups_of(in_features, group_size), group_columns(in_features, group_size)
+    codes = packed.new_empty(out_features, in_features)
+    scale, zero_point = (
+        packed.new_empty(out_features, groups, dtype=torch.float32),
+        packed.new_empty(out_features, groups),
+    )
     arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
     places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
     if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):
@@ -142,12 +158,15 @@ def _unlike(
     )
 
 
-def _check_call(name: str, x: Tensor, packed: Tensor) -> None:
+def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> None:
     """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: the library reads addresses"""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
     if not (x.is_cpu and packed.is_cpu):
         raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint=ON_CPU)
+    if more and not all(tensor is None or tensor.is_cpu for tensor in more):
+        elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
+        raise KernelError(f"{name}: x and weight on the CPU, others on {elsewhere}", hint="All have to be there.")
 
 
 def check_bias(name: str, bias: Tensor | None, out: int) -> None:
@@ -179,7 +198,7 @@ def _linear(name: str) -> Callable[..., Tensor]:
         group_size: int,
         layout: str,
     ) -> Tensor:
-        _check_call(name, x, packed)
+        _check_call(name, x, packed, permutation)
         kind = DTYPES.get(x.dtype)
         if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
             raise ShapeError(
@@ -233,24 +252,27 @@ def linear_int8_outlier(
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
     returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
     """
-    _check_call("linear_int8_outlier", x, packed)
-    out = weight_absmax.shape[0]
+    _check_call("linear_int8_outlier", x, packed, weight_absmax, outlier_columns, outlier_weight)
+    out = weight_absmax.numel()
     columns = x.shape[-1] if x.dim() else 0
-    count = 0 if outlier_columns is None else outlier_columns.shape[0]
+    count = 0 if outlier_columns is None else outlier_columns.numel()
     fits = (
         x.dtype in DTYPES
+        and x.dim() > 0
+        and packed.dtype == torch.uint8
         and weight_absmax.dtype == torch.float32
+        and weight_absmax.dim() == 1
         and (outlier_columns is None) == (outlier_weight is None)
-        and (outlier_columns is None or outlier_columns.dtype == torch.int64)
+        and (outlier_columns is None or (outlier_columns.dtype == torch.int64 and outlier_columns.dim() == 1))
         and (outlier_weight is None or (tuple(outlier_weight.shape) == (out, count) and outlier_weight.dtype in DTYPES))
-        and (bias is None or (tuple(bias.shape) == (out,) and bias.dtype in DTYPES))
     )
     if not fits:
         shapes = [
             None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            for tensor in (x, weight_absmax, outlier_columns, outlier_weight, bias)
+            for tensor in (x, packed, weight_absmax, outlier_columns, outlier_weight)
         ]
-        raise ShapeError(f"linear_int8_outlier: x, absmax, columns, their weight and bias are {shapes}")
+        raise ShapeError(f"linear_int8_outlier: x, packed, absmax, columns and their weight are {shapes}")
+    check_bias("linear_int8_outlier", bias, out)
     kept = [
         None if t is None else t.contiguous() for t in (x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
     ]

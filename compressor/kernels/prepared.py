@@ -39,6 +39,7 @@ from compressor.kernels.linear_call import LinearCall
 from compressor.kernels.prepared_table import OPS, PreparedTable, reads_table
 from compressor.kernels.shared_input import SharedInput, share_inputs
 from compressor.kernels.stock import StoredWeight, adopt
+from compressor.kernels.watched import is_watched, without_gradient
 
 # by layout, which says where it runs, and by name
 RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
@@ -49,13 +50,16 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
 }
 
 
+SCALES = ("absmax", "atom_scale", "value_scale")
+
+
 class PreparedLinear(nn.Module):
     """A linear layer of a stored form that multiplies by a kernel.
 
     packed  what the kernel reads of the weight: codes in its layout, or the index of factors (on CUDA with the values)
     words   the format, for people
 
-    Not for training: the product has no gradient.
+    Not for training: the product has no gradient, and a backward pass through it is an error.
     """
 
     packed: Tensor
@@ -113,6 +117,11 @@ class PreparedLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._forget()
 
+    def stored(self) -> StoredWeight:
+        """What it was made from."""
+        tensors = {name: getattr(self, name) for name in self.names}
+        return StoredWeight(self.form, tensors, self.bias, self.read)
+
     def _forget(self) -> None:
         for call in (self.call, self.shared and self.shared[0].call):
             if call is not None:
@@ -120,19 +129,23 @@ class PreparedLinear(nn.Module):
 
     def _apply(self, *arguments: Any, **named: Any) -> PreparedLinear:
         """`to` and its like: the packed weight may move."""
+        kept = {name: getattr(self, name, None) for name in SCALES}
         super()._apply(*arguments, **named)
+        for name, scale in kept.items():  # kernels read these as float32, whatever the model is cast to
+            if scale is not None and (now := getattr(self, name)).dtype != torch.float32:
+                setattr(self, name, scale.to(now.device))
         self._forget()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x"""
-        compiling = torch.compiler.is_compiling()
-        if self.call is not None and not compiling:
-            if self.shared is not None and (y := self.shared[0].product(self.shared[1], x)) is not None:
-                return y
-            return self.call(x.index_select(-1, self.permutation) if self.ordered else x)[0]
-        name = self.choice.op
+        watched, name = is_watched(x), self.choice.op
         assert name is not None
+        if self.call is not None and not watched:
+            y = None if self.shared is None else self.shared[0].product(self.shared[1], x)
+            if y is None:
+                y = self.call(x.index_select(-1, self.permutation) if self.ordered else x)[0]
+            return without_gradient(x, y, name)
         arguments: tuple[Any, ...]
         if name == "linear_dense_sparse":
             scales = () if self.value_scale is None else (self.atom_scale, self.value_scale)
@@ -144,10 +157,11 @@ class PreparedLinear(nn.Module):
                 self.packed, self.bias, self.permutation, self.out_features, self.bits, self.group_size,
                 self.choice.layout,
             )  # fmt: skip
-        if compiling and self.choice.layout not in torch_ops.LAYOUTS:
+        if watched and self.choice.layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *arguments)
-        with torch.no_grad():  # the registry costs as much as a small product, so it is for the compiler alone
-            return RUN[self.choice.layout][name](x.detach(), *arguments)
+        with torch.no_grad():  # the registry costs as much as a small product, so it is for those who watch
+            y = RUN[self.choice.layout][name](x.detach(), *arguments)
+        return without_gradient(x, y, name)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.words}, {self.choice.kernel}"
@@ -166,7 +180,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them;
                  where there are some, linear layers that stay dense multiply few rows by the CPU library too
     activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
-                 "int8": inputs are rounded to int8, row by row: faster, and less exact
+                 "int8": inputs are rounded to int8, row by row: faster, and less exact. A model that was prepared
+                 before is prepared anew where this or the machine asks for other kernels
     strict       a layer that falls back to a torch op or the reference is an error
     returns      what was chosen for each layer of a stored form, by name
     raises       KernelError with strict, or for other activations
@@ -176,10 +191,14 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     choices: dict[str, Choice] = {}
     inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for name, module in list(model.named_modules()):
-        stored = adopt(module)
+        stored = module.stored() if isinstance(module, PreparedLinear) else adopt(module)
         if stored is not None:
-            form, weight = stored.form, stored.read(stored.tensors)
+            form, theirs = stored.form, stored.form == "compressed-tensors"  # whose forward and hooks unpack weights
+            replaced = "forward" in vars(module) and not theirs
+            weight = "its forward was replaced" if replaced else stored.read(stored.tensors)
             choice = choose(weight, activations, inputs)
+        elif isinstance(module, PreparedTable):
+            form, choice = module.form, module.choice
         elif reads_table(module):
             form = str(module.form)
             choice = choose_table(module.table, OPS[form])  # type: ignore[arg-type]
@@ -189,6 +208,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         if choice.is_fallback and strict:
             hint = f"Leave strict out to use the {choice.kernel}."
             raise KernelError("; ".join(choice.skipped), where=name, hint=hint)
+        if isinstance(module, (PreparedLinear, PreparedTable)) and module.choice == choice:
+            continue
         if choice.op is None:
             module.kernel_choice = (form, choice)  # type: ignore[assignment]
             continue
@@ -198,6 +219,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         else:
             assert not isinstance(weight, str)
             made = PreparedLinear(stored, weight, choice)
+        if stored is None or not theirs:
+            _keep_hooks(module, made)
         _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
         _prepare_dense(model)
@@ -212,10 +235,26 @@ def _put(model: nn.Module, name: str, made: nn.Module) -> None:
     setattr(model.get_submodule(owner), leaf, made)
 
 
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def _keep_hooks(module: nn.Module, made: nn.Module) -> None:
+    """A hook's handle holds the very dictionary, so that it can still be removed."""
+    for name in HOOKS:
+        setattr(made, name, getattr(module, name))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer of torch without hooks and without another forward, which might be about what it multiplies by."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
+
+
 def _prepare_dense(model: nn.Module) -> None:
-    """Linear layers of torch without hooks, which might be about what they multiply by."""
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        if not isinstance(module, nn.Linear) or not _is_plain(module):
             continue
         if (choice := choose_dense(module.weight)) is not None:
             _put(model, name, PreparedDense(module, choice))

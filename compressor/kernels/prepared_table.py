@@ -16,6 +16,7 @@ from compressor.kernels.blocks import round_to_shift
 from compressor.kernels.dispatch import Choice
 from compressor.kernels.table_lookup import table_inverse_root, table_lookup
 from compressor.kernels.tables import normalize, softmax
+from compressor.kernels.watched import is_watched, without_gradient
 
 STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
 
@@ -28,7 +29,7 @@ def reads_table(module: nn.Module) -> bool:
 class PreparedTable(nn.Module):
     """An activation, a norm or the softmax of attention, from the table of a stored form.
 
-    It holds the tensors of that form under their names. Not for training: what it computes has no gradient.
+    It holds the tensors of that form under their names. Not for training: a backward pass through it is an error.
     """
 
     table: Tensor
@@ -45,7 +46,8 @@ class PreparedTable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return FUNCTIONS[self.form](self, x.detach())
+            y = FUNCTIONS[self.form](self, x.detach())
+        return without_gradient(x, y, self.form)
 
     def round(self, x: Tensor) -> Tensor:
         """Of attention: what is multiplied there, in blocks of 8 bits where its layer is stored so."""
@@ -61,14 +63,14 @@ def _read(
 ) -> Tensor:
     """`look_up`, or with slopes `activate`"""
     high = low + (len(table) - 1) * step
-    # the registry costs as much as a short look-up, so it is for the compiler alone
-    run = torch.ops.compressor.table_lookup if torch.compiler.is_compiling() else table_lookup
+    # the registry costs as much as a short look-up, so it is for those who watch
+    run = torch.ops.compressor.table_lookup if is_watched(x) else table_lookup
     return run(x, table, low, high, linear, *slopes)
 
 
 def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     """`inverse_root`"""
-    run = torch.ops.compressor.table_inverse_root if torch.compiler.is_compiling() else table_inverse_root
+    run = torch.ops.compressor.table_inverse_root if is_watched(x) else table_inverse_root
     return run(x, table, step, linear)
 
 

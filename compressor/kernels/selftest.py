@@ -74,7 +74,18 @@ def tried_library() -> Library | str:
     return found
 
 
-def problems() -> Iterator[Problem]:
+def problems() -> list[Problem]:
+    """Whatever the default device and dtype are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            return list(_problems())
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _problems() -> Iterator[Problem]:
     made = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, COLUMNS, generator=made)
     for name, widths in ops.BITS.items():
@@ -95,7 +106,7 @@ def _at(tensor: Tensor | None) -> int:
 
 def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """For a result: what no result is."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else 0x55, dtype=dtype)
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 0x55, dtype=dtype, device="cpu")
 
 
 def _product(name: str, bits: int, x: Tensor, made: torch.Generator) -> Problem:

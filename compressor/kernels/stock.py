@@ -60,6 +60,8 @@ def _packed(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
     if not spec["symmetric"]:
         zero_point = unpack_codes(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
     codes, index = unpack_codes(tensors["weight_packed"], bits, columns), tensors.get("weight_g_idx")
+    if index is not None and bool((index < 0).all()):  # compressed-tensors' word for columns in their own order
+        index = None
     return IntegerWeight(codes, tensors["weight_scale"], zero_point, bits, spec["group_size"], index)
 
 

@@ -299,8 +299,9 @@ def solve(
     group_of = order // width
     # A group whose scale is searched when it is reached lies in one block, and in one sub-block or in some of its own:
     # only so all of its columns have the errors of all columns before it by then.
-    whole = width if fresh else 1
-    block = -(-settings.block_size // whole) * whole
+    whole, block = width if fresh else 1, int(settings.block_size)
+    if whole % block:
+        block = -(-block // whole) * whole
     own = whole if SUB_BLOCK % whole else SUB_BLOCK
     for start in range(0, columns, block):
         stop = min(start + block, columns)

@@ -1,0 +1,42 @@
+"""Whether something follows a call, or wants its gradient: a compiled function reads addresses, and tells nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether a call has to go through torch's registry: a compiler or a tracer records it, or x has no memory of its
+    own (fake tensors, those within `torch.vmap`, subclasses)."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.name} has no gradient: load the model with kernels='reference' to train it, or what stands before it"
+        )
+
+
+def without_gradient(x: Tensor, y: Tensor, name: str) -> Tensor:
+    """y, of which a backward pass says that there is no gradient, where x wants one."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _NoGradient.apply(x, y, name)
+    return y
