@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+# Looked up once: each name costs as much as the question.
+_compiling, _modes, _tracing = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_watched(x: Tensor) -> bool:
     """Whether a call has to go through torch's registry: a compiler or a tracer records it, or x has no memory of its
     own (fake tensors, those within `torch.vmap`, subclasses)."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return _compiling() or type(x) not in _PLAIN or _modes() > 0 or _tracing() or _wrapped(x)
 
 
 class _NoGradient(torch.autograd.Function):
