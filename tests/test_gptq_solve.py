@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from guarded import guarded
 
 from compressor.errors import ShapeError
 from compressor.kernels import gptq_solve
@@ -55,6 +56,58 @@ def test_compiled_columns_have_the_bits_of_torch(symmetric, rows, count, begin, 
     assert same_bits(part.errors[begin:stop], mine.errors[begin:stop])
     assert same_bits(part.work[stop:], mine.work[stop:])
     assert mine.codes[:begin].isnan().all() and mine.codes[stop:].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 64, 65, 130])
+def test_no_byte_beyond_a_tensor_is_read_or_written(symmetric, rows):
+    for count, begin, stop in [(1, 0, 1), (5, 1, 3), (37, 0, 37), (37, 5, 30)]:
+        made = columns(rows + count, count, rows, symmetric)
+        expected = copied(made)
+        round_columns(expected, begin, stop)
+        for level in LEVELS_HERE:
+            part = dataclasses.replace(
+                made, **{name: guarded(t) for name, t in made.tensors().items() if t is not None}
+            )
+            at = {name: 0 if t is None else t.data_ptr() for name, t in part.tensors().items()}
+            assert not library().functions.gptq_solve(
+                level, 1, at["work"], at["errors"], at["codes"], at["upper"], at["scale"], at["zero_point"],
+                at["group_of"], rows, len(part.scale), begin, stop, count, float(part.low), float(part.high),
+            )  # fmt: skip
+            assert same_bits(part.codes[begin:stop], expected.codes[begin:stop])
+            assert same_bits(part.errors[begin:stop], expected.errors[begin:stop])
+            assert same_bits(part.work[:begin], made.work[:begin]) and same_bits(part.work[stop:], expected.work[stop:])
+            for written in (part.codes, part.errors):
+                assert written[:begin].isnan().all() and written[stop:].isnan().all()
+
+
+def same_but_for_kinds_of_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kept = ~a.isnan()
+    return torch.equal(kept, ~b.isnan()) and same_bits(a[kept], b[kept])
+
+
+@compiled
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [20, 70])
+@pytest.mark.parametrize("level", LEVELS_HERE)
+def test_nan_inf_and_a_scale_of_0_give_what_torch_gives_in_their_rows_alone(symmetric, rows, level):
+    clean = columns(rows, 32, rows, symmetric)
+    broken = dataclasses.replace(copied(clean), scale=clean.scale.clone())
+    broken.work[10, [1, 2, 6, 9]] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf])
+    broken.scale[:, [9, 11]] = 0
+    broken.work[3, 11] = 0  # 0 / 0
+    broken.scale[1, 17] = 0
+    mine, alone = copied(broken), copied(clean)
+    round_columns(broken, 3, 29)
+    round_compiled(mine, 3, 29, level, threads=2)
+    round_compiled(alone, 3, 29, level, threads=2)
+    kept = [row for row in range(rows) if row not in (1, 2, 6, 9, 11, 17)]
+    for name, there in (("codes", slice(3, 29)), ("errors", slice(3, 29)), ("work", slice(29, 32))):
+        found, expected, before = (getattr(part, name)[there] for part in (mine, broken, alone))
+        assert same_but_for_kinds_of_nan(found, expected)
+        assert same_bits(found[:, kept], before[:, kept])
+    assert not mine.errors[10:29, [1, 2, 6, 9, 11]].isfinite().any() and mine.work[29:, 17].isfinite().all()
 
 
 def matrix(rows: int, inputs: int):
