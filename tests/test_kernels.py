@@ -172,6 +172,56 @@ def test_rows_threads_and_strides_do_not_change_bits(name, bits):
         assert torch.equal(y, together)
 
 
+def row_by_row(run, x, *rest, times=1):
+    """Each row in a call of its own, in which it stands so many times."""
+    return torch.cat([run(row.expand(times, -1), *rest)[:1] for row in x.split(1)])
+
+
+@pytest.mark.parametrize("rows", [257, 300, 517])
+@pytest.mark.parametrize(
+    "name, bits, group", [("linear_dynamic_int8", 4, 32), ("linear_dynamic_int8", 8, -1), ("linear_weight_only", 4, 32)]
+)
+def test_rows_beyond_one_share_have_the_bits_of_calls_row_by_row(name, bits, group, rows, monkeypatch):
+    """Rows are multiplied in shares of 128 or 256 (int8_product.h); NaN in the first and the last stays there."""
+    case = problem((rows, 70, 64, group), bits)
+    broken = [5, rows - 1]
+    case.x[broken, 3] = torch.nan
+    kept = [row for row in range(rows) if row not in broken]
+    for level in HERE:
+        monkeypatch.setattr(ops, "cpu_library", lambda level=level: dataclasses.replace(library(), level=level))
+        linear, rest = ops._linear(name), case.rest(case.bias)
+        times = 6 if in_floats(name, level, rows, torch.float32) else 1  # or one row would be multiplied otherwise
+        together, alone = linear(case.x, *rest), row_by_row(linear, case.x, *rest, times=times)
+        assert together[broken].isnan().all() and torch.equal(together[kept], alone[kept])
+
+
+@pytest.mark.parametrize("rows", [257, 300, 517])
+def test_rows_of_llm_int8_beyond_one_share_have_the_bits_of_calls_row_by_row(rows, monkeypatch):
+    made = torch.Generator().manual_seed(rows)
+    layer = Int8SplitLinear.pack(torch.randn(70, 64, generator=made), 6.0, torch.float32, torch.tensor([3, 40]))
+    packed, columns = ops.pack_int8_rows(layer.weight, layer.SCB), layer.outlier_columns.long()
+    x, bias = torch.randn(rows, 64, generator=made), torch.randn(70, generator=made)
+    x[:, 3] *= 30
+    run, rest = ops.linear_int8_outlier, (packed, layer.SCB, columns, layer.outlier_weight, bias, 6.0)
+    for level in HERE:
+        monkeypatch.setattr(ops, "cpu_library", lambda level=level: dataclasses.replace(library(), level=level))
+        assert torch.equal(run(x, *rest), row_by_row(run, x, *rest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, bits", OPS)
+def test_a_permutation_is_the_product_with_permuted_columns(name, bits, dtype):
+    case = problem((3, 70, 72, 32), bits, dtype)
+    permutation = torch.randperm(72, generator=torch.Generator().manual_seed(bits))
+    inverse = permutation.argsort()
+    x, codes = case.x[:, inverse], case.codes[:, inverse]  # as the model has them
+    packed = ops.pack_weight(codes, case.scale, case.zero_point, permutation, bits, case.group, "cpu2")
+    assert torch.equal(packed, case.packed)
+    linear = getattr(torch.ops.compressor, name)
+    found = linear(x, packed, case.bias, permutation, 70, bits, case.group, "cpu2")
+    assert torch.equal(found, linear(case.x, case.packed, case.bias, None, 70, bits, case.group, "cpu2"))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packing_is_undone_by_unpacking(shape, bits):
@@ -181,16 +231,19 @@ def test_packing_is_undone_by_unpacking(shape, bits):
     assert torch.equal(zero_point, case.zero_point)
 
 
-@pytest.mark.parametrize("name, bits", [("linear_weight_only", 4), ("linear_dynamic_int8", 4)])
-def test_a_row_with_nan_or_inf_spoils_itself_alone(name, bits, monkeypatch):
-    case = problem((6, 70, 64, 32), bits)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [6, 13])
+@pytest.mark.parametrize("name, bits", [(name, bits) for name, bits in OPS if bits in (4, 8)])
+def test_a_row_with_nan_or_inf_spoils_itself_alone(name, bits, rows, dtype, monkeypatch):
+    case = problem((rows, 70, 64, 32), bits, dtype)
+    kept = [row for row in range(rows) if row not in (1, 3, 4)]
     clean = {level: at_level(monkeypatch, level, name, case.x, *case.rest()) for level in HERE}
     for row, value in ((1, torch.nan), (3, torch.inf), (4, -torch.inf)):
         case.x[row, 7] = value
     for level in HERE:
         found = at_level(monkeypatch, level, name, case.x, *case.rest())
         assert not torch.isfinite(found[[1, 3, 4]]).any()
-        assert torch.equal(found[[0, 2, 5]], clean[level][[0, 2, 5]])
+        assert torch.equal(found[kept], clean[level][kept])
 
 
 def test_rows_of_zeros_and_of_denormals_give_zero_when_rounded(monkeypatch):
@@ -266,7 +319,7 @@ def test_bad_calls_name_what_they_got():
         ops.linear_weight_only(case.x.requires_grad_(), packed, *rest)
 
 
-@pytest.mark.parametrize("name, bits", [("linear_weight_only", 3), ("linear_dynamic_int8", 8)])
+@pytest.mark.parametrize("name, bits", OPS)
 def test_ops_pass_the_checks_of_torch(name, bits):
     for dtype in DTYPES:
         case = problem((3, 70, 192, 32), bits, dtype)
