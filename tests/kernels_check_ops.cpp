@@ -1,5 +1,6 @@
 // The operations beside the linear layers on odd shapes with buffers of exactly the right size: every level and number of
-// threads against the first, and that against an obvious version in double or int64. Part of the program of kernels_check.cpp.
+// threads against the first, and that against an obvious version in double or int64, or of the same bits. Part of the program of kernels_check.cpp.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -35,10 +36,10 @@ std::vector<float> read_back(const std::vector<uint8_t>& data, int64_t dtype) {
   for (size_t i = 0; i < values.size(); i++) values[i] = load_number(data.data(), dtype, int64_t(i));
   return values;
 }
-// call(level, threads, y) at every level and with one thread and three; the outputs, empty if a call fails or they differ
-template <class F> bool agree(size_t bytes, std::vector<uint8_t>& y, int64_t& calls, F call) {
+// call(level, threads, y) at every level and number of threads; the outputs, empty if a call fails or they differ
+template <class F> bool agree(size_t bytes, std::vector<uint8_t>& y, int64_t& calls, F call, const std::vector<int64_t>& counts = {1, 3}) {
   for (const int64_t level : levels_here())
-    for (const int64_t threads : {1, 3}) {
+    for (const int64_t threads : counts) {
       std::vector<uint8_t> here(bytes, 0xff);
       if (call(level, threads, here.data())) return false;
       if (!level && threads == 1) y = here;
@@ -263,6 +264,64 @@ bool tables(int64_t& calls) {
          table_lookup(0, 1, one, FLOAT32, one, y, 1, 2, 0, 0, 1, 0, 0) == BAD_SHAPE;
 }
 
+// Columns of GPTQ have the bits of this loop, one row and column after the other. Nothing is read of the factor below its diagonal
+// and beyond the rows of [begin, stop), nor the groups of other columns; what work holds of rounded columns isn't compared.
+bool columns(int64_t& calls) {
+  const int64_t groups = 3;
+  const std::vector<std::vector<int64_t>> ranges{{0, 1, 1}, {0, 5, 5}, {2, 3, 5}, {4, 4, 5}, {0, 32, 32}, {7, 18, 32}, {0, 37, 37}, {5, 30, 37}, {36, 37, 37}};
+  for (const int64_t rows : {0, 1, 5, 63, 64, 65, 130})
+    for (const auto& range : ranges)
+      for (const bool symmetric : {true, false}) {
+        const int64_t begin = range[0], stop = range[1], end = range[2], count = rows * end;
+        const float low = symmetric ? -8 : 0, high = symmetric ? 7 : 15;
+        std::vector<float> work = floats(count), scale = floats(groups * rows), zero(scale.size()), upper(size_t(end * end), NAN);
+        std::vector<int64_t> group_of(size_t(end), groups);
+        for (auto& v : scale) v = 0.2f + 0.05f * v;
+        for (auto& v : zero) v = float(draw() % 16);
+        for (int64_t j = begin; j < stop; j++) {
+          for (int64_t i = j; i < end; i++) upper[size_t(j * end + i)] = i == j ? 1 + 0.25f * number() : 0.05f * number();
+          group_of[size_t(j)] = int64_t(draw() % groups);
+          for (int64_t r = 0; r < rows; r += 3)  // halfway between two codes
+            work[size_t(j * rows + r)] = (float(int(draw() % 16) - 8) + 0.5f) * scale[size_t(group_of[size_t(j)] * rows + r)];
+        }
+        std::vector<uint8_t> y;
+        if (!agree(size_t(3 * count) * 4, y, calls, [&](int64_t level, int64_t threads, void* to) {
+              std::vector<float> left = work, errors(work.size(), -1.f), codes(work.size(), -1.f);
+              const int64_t failed = gptq_solve(level, threads, left.data(), errors.data(), codes.data(), upper.data(), scale.data(),
+                                                symmetric ? nullptr : zero.data(), group_of.data(), rows, groups, begin, stop, end, low, high);
+              std::fill(left.begin() + begin * rows, left.begin() + stop * rows, 0.f);
+              float* at = std::copy(left.begin(), left.end(), (float*)to);
+              std::copy(codes.begin(), codes.end(), std::copy(errors.begin(), errors.end(), at));
+              return failed;
+            }, {1, 2, 5}))
+          return false;
+        std::vector<float> left = work, errors(work.size(), -1.f), codes(work.size(), -1.f);
+        for (int64_t j = begin; j < stop; j++)
+          for (int64_t r = 0; r < rows; r++) {
+            const size_t at = size_t(j * rows + r), of = size_t(group_of[size_t(j)] * rows + r);
+            float code = std::nearbyint(left[at] / scale[of]);
+            if (!symmetric) code += zero[of];
+            codes[at] = code < low ? low : code > high ? high : code;
+            const float value = (symmetric ? codes[at] : codes[at] - zero[of]) * scale[of];
+            errors[at] = (left[at] - value) / upper[size_t(j * end + j)];
+            for (int64_t i = j + 1; i < end; i++) left[size_t(i * rows + r)] -= errors[at] * upper[size_t(j * end + i)];
+          }
+        std::fill(left.begin() + begin * rows, left.begin() + stop * rows, 0.f);
+        std::vector<float> wanted = left;
+        wanted.insert(wanted.end(), errors.begin(), errors.end());
+        wanted.insert(wanted.end(), codes.begin(), codes.end());
+        if (y != stored(wanted, FLOAT32)) return false;
+      }
+  const std::vector<std::vector<int64_t>> bad{{-1, 0, 0, 2}, {1, -1, 1, 2}, {1, 2, 1, 2}, {1, 0, 3, 2}, {1, 3, 3, 2}, {1, 0, 0, 65537}};
+  for (const auto& b : bad)  // rows, begin, stop, end
+    if (gptq_solve(0, 1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, b[0], 1, b[1], b[2], b[3], 0, 1) != BAD_SHAPE) return false;
+  for (const int64_t group : {int64_t(-1), groups, INT64_MAX}) {
+    const int64_t group_of[2] = {0, group};
+    if (gptq_solve(0, 1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, group_of, 1, groups, 0, 2, 2, 0, 1) != BAD_SHAPE) return false;
+  }
+  return gptq_solve(AMX + 1, 1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 0, 0, 0, 0, 1) == BAD_LEVEL;
+}
+
 // Numbers to 16 bits and back at every level: the bits of the scalar ones, NaN a NaN.
 bool conversions(int64_t& calls) {
   std::vector<float> values;
@@ -298,5 +357,6 @@ int check_ops(int64_t& calls) {
   if (!roots(calls)) return 24;
   if (!conversions(calls)) return 25;
   if (!products(calls)) return 26;
+  if (!columns(calls)) return 27;
   return 0;
 }

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
-UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only")
+UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 CHECKS = ("kernels_check", "kernels_check_ops")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
@@ -147,6 +147,15 @@ MUTANTS = [
     ("pairs in another order", "table_lookup", "set_m128(two[2], two[0])", "set_m128(two[1], two[0])"),
     ("power of the wrong half", "table_lookup", "(power - 1) >> 1", "(power - 1) / 2"),
     ("slope from the other end", "table_lookup", "end + t.right_slope", "first + t.right_slope"),
+    ("updates of a narrow panel left out", "gptq_solve", "-= error[v] * t.upper[i * t.end + c + q]", "-= 0 * error[v]"),
+    ("updates within a panel left out", "gptq_solve", "p = q + 1; p < width", "p = q + 2; p < width"),
+    ("zero point not subtracted", "gptq_solve", "rounded - zero[l] : rounded", "rounded : rounded"),
+    ("pivot of the panel's first column", "gptq_solve", "t.upper[j * t.end + j]", "t.upper[c * t.end + c]"),
+    ("lane beyond the last row", "gptq_solve", "(LANES, t.rows - first)", "(LANES, t.rows - first + 1)"),
+    ("last row without a lane", "gptq_solve", "(LANES, t.rows - first)", "(LANES, t.rows - first - (first > 0))"),
+    ("half of a code rounded up", "gptq_solve", "rintf(value[l] / scale[l])", "floorf(value[l] / scale[l] + 0.5f)"),
+    ("one over the scale", "gptq_solve", "value[l] / scale[l]", "value[l] * (1 / scale[l])"),
+    ("group after the last", "gptq_solve", "group_of[j] >= groups", "group_of[j] > groups"),
     ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
 ]
 
