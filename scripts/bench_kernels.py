@@ -421,7 +421,9 @@ def run(
     limits = {
         "read bandwidth": statistics.median(ceilings.read() for _ in tries),
         "copy bandwidth": statistics.median(ceilings.copy() for _ in tries),
+        "triad bandwidth": statistics.median(ceilings.triad() for _ in tries),
         **{f"{kind} peak": statistics.median(ceilings.peak(kind) for _ in tries) for kind in kernel_peers.PEAKS},
+        **kernel_peers.product_rates(settings.quick),
     }
     console.print(f"{cpu_name()}, {settings.threads} thread(s), {level}, torch {torch.__version__}")
     for name, limit in limits.items():

@@ -202,6 +202,17 @@ double copy_bandwidth(const char* from, char* to, size_t bytes, int threads) {
     return 2.0 * part * threads / seconds(threads, [=](int t) { std::memcpy(to + t * part, from + t * part, part); });
 }
 
+// STREAM's triad, a = b + s c; bytes as STREAM counts them, three arrays, though writing a reads it first
+double triad_bandwidth(float* a, const float* b, const float* c, size_t count, int threads) {
+    const size_t part = count / threads / 16 * 16;
+    const double spent = seconds(threads, [=](int t) {
+        float* to = a + t * part;
+        const float *one = b + t * part, *other = c + t * part;
+        for (size_t i = 0; i < part; ++i) to[i] = one[i] + 3.0f * other[i];
+    });
+    return 12.0 * part * threads / spent;
+}
+
 double int8_peak(int threads, int64_t rounds) {
     if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return peak(threads, rounds, 128, int8_512);
     return peak(threads, rounds, 64, int8_256);

@@ -349,7 +349,7 @@ class Ceilings:
         self.buffer.random_(0, 255)
         self.target = torch.zeros_like(self.buffer)
         self._next, self.streams = 0, 4
-        for name in ("read_bandwidth", "copy_bandwidth", *(f"{kind}_peak" for kind in PEAKS)):
+        for name in ("read_bandwidth", "copy_bandwidth", "triad_bandwidth", *(f"{kind}_peak" for kind in PEAKS)):
             getattr(self._library, name).restype = ctypes.c_double
         found: dict[int, list[float]] = {1: [], 4: []}
         for _ in range(1 if quick else 20):
@@ -368,9 +368,26 @@ class Ceilings:
         places = ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_void_p(self.target.data_ptr())
         return self._library.copy_bandwidth(*places, ctypes.c_size_t(self.buffer.numel()), self.threads)
 
+    def triad(self) -> float:
+        a, b, c = torch.ones(3, self.buffer.numel() // 4)
+        places = (ctypes.c_void_p(array.data_ptr()) for array in (a, b, c))
+        return self._library.triad_bandwidth(*places, ctypes.c_size_t(a.numel()), self.threads)
+
     def peak(self, kind: str) -> float:
         """kind: one of PEAKS; operations per second, 0 if the processor has no such instruction"""
         return getattr(self._library, f"{kind}_peak")(self.threads, ctypes.c_int64(self.rounds))
+
+
+def product_rates(quick: bool) -> dict[str, float]:
+    """Operations per second of torch's products of many rows, the best of some calls: bfloat16, and oneDNN's int8."""
+    shape, rows = (Shape(256, 256), 64) if quick else (Shape(4096, 4096), 512)
+    x = torch.randn(rows, shape.columns)
+    made = {
+        "bf16 product": torch_dense("torch bf16", shape, x, torch.bfloat16, 0),
+        "int8 product": onednn_int8("oneDNN W8A8", shape, x, 0),
+    }
+    operations = 2 * rows * shape.out * shape.columns
+    return {name: operations / min(found.run(0) for _ in range(2 if quick else 8)) for name, found in made.items()}
 
 
 def candidates(
