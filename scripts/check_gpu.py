@@ -51,6 +51,7 @@ ROTATION_BYTES = 160_000_000
 REPLAYS = 20
 MARGIN = 256  # bytes of canary on both sides of an operand
 # docs/kernels-cuda.md: seconds for W4A16 8192 x 8192, by a word of the device's name and rows of x
+MOST_OF_COPY = {8192: 1.05, 32768: 1.15}  # of a Hadamard transform, for rows of up to so many
 GOALS = {("H200", 1): 12.5e-6, ("H200", 64): 18e-6, ("H100", 1): 16e-6}
 
 
@@ -249,6 +250,16 @@ def judge(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     ]
 
 
+def judge_hadamard(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    found = []
+    for row in rows if any(name in device for name in gpu_int8.GOAL_DEVICES) else ():
+        most = next((limit for n, limit in MOST_OF_COPY.items() if row["n"] <= n), None)
+        if most is not None:
+            goal = {"goal": f"Hadamard {row['n']}, of a copy", "most": most, "measured": row["of_copy"]}
+            found.append(goal | {"holds": row["of_copy"] <= most})
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "gpu.json")
@@ -282,6 +293,8 @@ def main() -> int:
         rate = copy_bytes_per_second()
         rows = [time_shape(library, m, n, k, rate) for n, k in SHAPES for m in ROWS]
         record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
+        record["hadamard_goals"] = judge_hadamard(record["hadamard"], device)
+        record["products"] = gpu_against_torch.product_rates(seconds_of)
         record["int8"] = gpu_int8.time_int8(library, seconds_of)
         record["int8_goals"] = gpu_int8.judge_int8(record["int8"], device)
         record["dense_sparse"] = gpu_against_torch.time_products(library, seconds_of)
@@ -292,6 +305,11 @@ def main() -> int:
             print(f"{row['of_copy_bandwidth']:.2f} of copy, torch {row['torch_float16_seconds'] * 1e6:.1f} us")
         for row in record["hadamard"]:
             print(f"hadamard {row['n']:6} {row['of_copy']:.2f} of the time of a copy")
+        for goal in record["hadamard_goals"]:
+            verdict = "holds" if goal["holds"] else "missed"
+            print(f"{goal['goal']}: {goal['measured']:.2f}, at most {goal['most']}, {verdict}")
+        for name, operations in record["products"].items():
+            print(f"{name}: {operations / 1e12:.0f} T operations a second")
         gpu_int8.print_int8(record["int8"], record["int8_goals"])
         for name in ("dense_sparse", "gptq_solve"):
             for row in record[name]:

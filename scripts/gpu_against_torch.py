@@ -157,3 +157,11 @@ def time_solver(library: ctypes.CDLL, seconds_of: Timer, device: str = "cuda") -
             }
         )
     return found
+
+
+def product_rates(seconds_of: Timer, device: str = "cuda", size: int = 8192) -> dict[str, float]:
+    """Operations per second of torch's largest products: what the device can do, beside its copy."""
+    a, b = (torch.randn(size, size).to(device, torch.bfloat16) for _ in range(2))
+    c, d = (torch.randint(-127, 128, (size, size), dtype=torch.int8).to(device) for _ in range(2))
+    products = {"torch bfloat16": lambda: a @ b.t(), "torch int8": lambda: torch._int_mm(c, d.t())}
+    return {name: 2 * size**3 / seconds_of([call], True) for name, call in products.items()}

@@ -160,3 +160,21 @@ def test_check_gpu_names_a_missing_nvcc_before_it_installs_anything(tmp_path):
     command = [str(tmp_path / "bash"), str(ROOT / "scripts" / "check_gpu")]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (done.returncode, "nvcc is not there" in done.stderr) == (6, True)
+
+
+def test_the_goals_of_transforms_depend_on_their_size():
+    rows = [{"n": n, "of_copy": 1.1} for n in (4096, 8192, 32768, 65536)]
+    found = check_gpu.judge_hadamard(rows, "NVIDIA H100 80GB HBM3")
+    assert [(g["most"], g["holds"]) for g in found] == [(1.05, False), (1.05, False), (1.15, True)]
+    assert check_gpu.judge_hadamard(rows, "NVIDIA A10") == []
+
+
+def test_the_products_of_torch_are_made_and_counted():
+    made = []
+
+    def seconds(calls, graphed):
+        made.extend(call() for call in calls)
+        return 2.0
+
+    assert gpu_against_torch.product_rates(seconds, "cpu", size=32) == {"torch bfloat16": 32**3, "torch int8": 32**3}
+    assert [y.dtype for y in made] == [torch.bfloat16, torch.int32] and all(y.shape == (32, 32) for y in made)
