@@ -45,7 +45,8 @@ import kernel_decode
 import kernel_operations
 import kernel_peers
 import torch
-from kernel_peers import Candidate, Ceilings, Shape
+from kernel_ceilings import PEAKS, Ceilings
+from kernel_peers import Candidate, Shape
 from rich.console import Console
 from rich.table import Table
 
@@ -422,7 +423,7 @@ def run(
         "read bandwidth": statistics.median(ceilings.read() for _ in tries),
         "copy bandwidth": statistics.median(ceilings.copy() for _ in tries),
         "triad bandwidth": statistics.median(ceilings.triad() for _ in tries),
-        **{f"{kind} peak": statistics.median(ceilings.peak(kind) for _ in tries) for kind in kernel_peers.PEAKS},
+        **{f"{kind} peak": statistics.median(ceilings.peak(kind) for _ in tries) for kind in PEAKS},
         **kernel_peers.product_rates(settings.quick),
     }
     console.print(f"{cpu_name()}, {settings.threads} thread(s), {level}, torch {torch.__version__}")

@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kernel_peers import Ceilings
+from kernel_ceilings import Ceilings
 
 from compressor.environment import cpu_name
 from compressor.kernels import gptq_solve

@@ -6,10 +6,7 @@ Its answer is checked against float64 once, when it is made.
 
 from __future__ import annotations
 
-import ctypes
-import statistics
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +27,6 @@ from compressor.kernels.prepared import PreparedLinear
 from compressor.kernels.stock import StoredWeight
 
 HERE = Path(__file__).parent
-PEAKS = ("int8", "float", "bf16", "int8_tiles", "bf16_tiles")
-PIECE = 16 * 2**20  # bytes of one reading of memory
 CHECKED = 128  # rows of the weight that are compared with float64
 # Relative error of the answer to the product that it stands for, on these weights: bfloat16 results have 8 bits,
 # int8 activations of normal inputs about 1 %, LLM.int8()'s int8 weights as much again.
@@ -115,9 +110,11 @@ def integer_weight(shape: Shape, bits: int, group: int) -> tuple[Tensor, Tensor,
     return codes, scale, zero, (codes[:CHECKED].double() - spread[1]) * spread[0]
 
 
-def prepared_layer(weight: IntegerWeight, activations: str | None, dtype: torch.dtype) -> PreparedLinear:
+def prepared_layer(
+    weight: IntegerWeight, activations: str | None, dtype: torch.dtype, bias: torch.nn.Parameter | None = None
+) -> PreparedLinear:
     """A layer of a prepared model, without the stored tensors, which its product doesn't read."""
-    stored = StoredWeight("packed_linear", {}, None, lambda tensors: weight)
+    stored = StoredWeight("packed_linear", {}, bias, lambda tensors: weight)
     return PreparedLinear(stored, weight, choose(weight, activations, dtype))
 
 
@@ -140,6 +137,22 @@ def ours(
         kind="int8" if activations else "float32" if x.dtype == torch.float32 else "bf16",
         rotation=rotation,
         clone=pack,
+    )
+
+
+def ours_ordered(name: str, shape: Shape, x: Tensor, rotation: int) -> Candidate:
+    """W4A8 in groups of 64 whose columns lie anywhere, as act-order leaves them, with a bias: a whole layer's call."""
+    codes, scale, zero, _ = integer_weight(shape, 4, 64)
+    index, bias = torch.randperm(shape.columns) // 64, torch.nn.Parameter(torch.zeros(shape.out), requires_grad=False)
+    weight = (codes[:CHECKED].double() - zero[:CHECKED].double()[:, index]) * scale[:CHECKED].double()[:, index]
+
+    def pack(_: Any = None) -> PreparedLinear:
+        return prepared_layer(IntegerWeight(codes, scale, zero, 4, 64, index), DYNAMIC_INT8, x.dtype, bias)
+
+    layer = pack()
+    size = layer.packed.numel()
+    return timed(
+        name, lambda layer: layer(x), layer, size, x=x, weight=weight, kind="int8", rotation=rotation, clone=pack
     )
 
 
@@ -327,57 +340,6 @@ def build_llama_cpp(root: Path, folder: Path) -> Path:
     return driver
 
 
-class Ceilings:
-    """This machine's limits on `threads`, by ceilings.cpp.
-
-    A buffer of four times the last cache is read in pieces of the size of a weight, one after the other: a longer
-    reading meets more of what else the machine does, and its median would lie below what a product can reach.
-    """
-
-    def __init__(self, threads: int, cache: int, quick: bool) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder, "ceilings.so")
-            source = str(HERE / "ceilings.cpp")
-            flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"]
-            subprocess.run(["g++", *flags, source, "-o", str(target)], check=True)
-            self._library = ctypes.CDLL(str(target))
-        if not self._library.has_required():
-            raise RuntimeError("the ceilings need a processor with AVX2 and FMA")
-        self.threads, self.rounds = threads, 100_000 if quick else 1_000_000
-        self.buffer = torch.empty(4 * cache, dtype=torch.uint8)
-        self._library.use_large_pages(ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_size_t(self.buffer.numel()))
-        self.buffer.random_(0, 255)
-        self.target = torch.zeros_like(self.buffer)
-        self._next, self.streams = 0, 4
-        for name in ("read_bandwidth", "copy_bandwidth", "triad_bandwidth", *(f"{kind}_peak" for kind in PEAKS)):
-            getattr(self._library, name).restype = ctypes.c_double
-        found: dict[int, list[float]] = {1: [], 4: []}
-        for _ in range(1 if quick else 20):
-            for self.streams, speeds in found.items():
-                speeds.append(self.read())
-        self.streams = max(found, key=lambda streams: statistics.median(found[streams]))
-
-    def read(self) -> float:
-        size = min(PIECE, self.buffer.numel())
-        self._next = self._next if self._next + size <= self.buffer.numel() else 0
-        place = self.buffer.data_ptr() + self._next
-        self._next += size
-        return self._library.read_bandwidth(ctypes.c_void_p(place), ctypes.c_size_t(size), self.threads, self.streams)
-
-    def copy(self) -> float:
-        places = ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_void_p(self.target.data_ptr())
-        return self._library.copy_bandwidth(*places, ctypes.c_size_t(self.buffer.numel()), self.threads)
-
-    def triad(self) -> float:
-        a, b, c = torch.ones(3, self.buffer.numel() // 4)
-        places = (ctypes.c_void_p(array.data_ptr()) for array in (a, b, c))
-        return self._library.triad_bandwidth(*places, ctypes.c_size_t(a.numel()), self.threads)
-
-    def peak(self, kind: str) -> float:
-        """kind: one of PEAKS; operations per second, 0 if the processor has no such instruction"""
-        return getattr(self._library, f"{kind}_peak")(self.threads, ctypes.c_int64(self.rounds))
-
-
 def product_rates(quick: bool) -> dict[str, float]:
     """Operations per second of torch's products of many rows, the best of some calls: bfloat16, and oneDNN's int8."""
     shape, rows = (Shape(256, 256), 64) if quick else (Shape(4096, 4096), 512)
@@ -397,6 +359,7 @@ def candidates(
     found = [
         ours("ours W4A8 g64", DYNAMIC_INT8, shape, 4, 64, x, rotation),
         ours("ours W4A8 g64 again", DYNAMIC_INT8, shape, 4, 64, x, rotation),
+        ours_ordered("ours W4A8 g64, order, bias", shape, x, rotation),
         ours("ours W4A8 g128", DYNAMIC_INT8, shape, 4, 128, x, rotation),
         ours("ours W8A8", DYNAMIC_INT8, shape, 8, -1, x, rotation),
         ours("ours W4A16 g64", None, shape, 4, 64, x, rotation),
