@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError
 from compressor.kernels import prepare, selftest
@@ -86,3 +87,8 @@ def test_a_library_that_computes_something_wrong_is_an_error_not_a_fallback(monk
 def test_a_library_that_is_not_there_is_no_error(monkeypatch):
     monkeypatch.setattr(selftest, "library", lambda: "cpu library not built: no compiler")
     assert tried_library() == "cpu library not built: no compiler"
+
+
+def test_who_asks_first_does_not_matter():
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert isinstance(tried_library(), Library)
