@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dense_product, dispatch, explain, ops, prepare
+from compressor.kernels import dense_product, dispatch, explain, ops, prepare, stock
 from compressor.kernels.blocks import block_counts
 from compressor.kernels.cpu import LEVELS, Library, library
 from compressor.kernels.dense_product import MOST_ROWS, linear_dense
@@ -66,6 +67,16 @@ def test_a_group_index_becomes_a_permutation():
     expected = layer(x)
     prepare(model, strict=True)
     assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_group_index_of_minus_one_is_the_columns_own_order_and_some_of_it_is_no_kernels():
+    layer = packed_layer()
+    no_order = torch.full((64,), -1, dtype=torch.int32)
+    weight = stock._packed(layer.spec(), layer.tensors() | {"weight_g_idx": no_order})
+    assert weight.group_index is None and dispatch.choose(weight, None).op == "linear_weight_only"
+    index = (torch.arange(64) // 32).index_fill(0, torch.tensor([3]), -1)
+    choice = dispatch.choose(dataclasses.replace(weight, group_index=index), None)
+    assert choice.op is None and any("columns of no group" in reason for reason in choice.skipped)
 
 
 def test_groups_of_unequal_size_are_left_to_the_reference_and_explained():
