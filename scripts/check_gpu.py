@@ -50,8 +50,8 @@ GROUP_SIZE = 128
 ROTATION_BYTES = 160_000_000
 REPLAYS = 20
 MARGIN = 256  # bytes of canary on both sides of an operand
+MOST_OF_COPY = {8192: 1.05, 32768: 1.15}  # docs/kernels-cuda.md: times of a transform over a copy, by the longest rows
 # docs/kernels-cuda.md: seconds for W4A16 8192 x 8192, by a word of the device's name and rows of x
-MOST_OF_COPY = {8192: 1.05, 32768: 1.15}  # of a Hadamard transform, for rows of up to so many
 GOALS = {("H200", 1): 12.5e-6, ("H200", 64): 18e-6, ("H100", 1): 16e-6}
 
 

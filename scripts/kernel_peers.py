@@ -99,14 +99,17 @@ def timed(
     return Candidate(name, run, len(weights), size, error, slow)
 
 
-def integer_weight(shape: Shape, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """codes, scale (bfloat16), zero point, and the first rows as float64"""
+def integer_weight(
+    shape: Shape, bits: int, group: int, index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """codes, scale (bfloat16), zero point, and the first rows as float64; index: the group of each column"""
     groups = ops.groups_of(shape.columns, group)
     codes = torch.randint(0, 2**bits, (shape.out, shape.columns), dtype=torch.uint8)
     scale = (torch.rand(shape.out, groups) * 0.02 + 0.01).bfloat16()
     zero = torch.randint(2 ** (bits - 1) - 2, 2 ** (bits - 1) + 3, (shape.out, groups), dtype=torch.uint8)
-    width = shape.columns if group == -1 else group
-    spread = [part[:CHECKED].double().repeat_interleave(width, 1)[:, : shape.columns] for part in (scale, zero)]
+    if index is None:
+        index = torch.arange(shape.columns) // (shape.columns if group == -1 else group)
+    spread = [part[:CHECKED].double()[:, index] for part in (scale, zero)]
     return codes, scale, zero, (codes[:CHECKED].double() - spread[1]) * spread[0]
 
 
@@ -119,17 +122,27 @@ def prepared_layer(
 
 
 def ours(
-    name: str, activations: str | None, shape: Shape, bits: int, group: int, x: Tensor, rotation: int
+    name: str,
+    activations: str | None,
+    shape: Shape,
+    bits: int,
+    group: int,
+    x: Tensor,
+    rotation: int,
+    whole: bool = False,
 ) -> Candidate:
-    codes, scale, zero, weight = integer_weight(shape, bits, group)
+    """whole: columns lie in any groups, as act-order leaves them, there is a bias, and the layer itself is called"""
+    index = torch.randperm(shape.columns) // group if whole else None
+    bias = torch.nn.Parameter(torch.zeros(shape.out), requires_grad=False) if whole else None
+    codes, scale, zero, weight = integer_weight(shape, bits, group, index)
 
     def pack(_: Any = None) -> PreparedLinear:  # a clone's memory would lie in other pages
-        return prepared_layer(IntegerWeight(codes, scale, zero, bits, group), activations, x.dtype)
+        return prepared_layer(IntegerWeight(codes, scale, zero, bits, group, index), activations, x.dtype, bias)
 
     layer = pack()
     return timed(
         name,
-        lambda layer: layer.call(x)[0],
+        lambda layer: layer(x) if whole else layer.call(x)[0],
         layer,
         layer.packed.numel(),
         x=x,
@@ -137,22 +150,6 @@ def ours(
         kind="int8" if activations else "float32" if x.dtype == torch.float32 else "bf16",
         rotation=rotation,
         clone=pack,
-    )
-
-
-def ours_ordered(name: str, shape: Shape, x: Tensor, rotation: int) -> Candidate:
-    """W4A8 in groups of 64 whose columns lie anywhere, as act-order leaves them, with a bias: a whole layer's call."""
-    codes, scale, zero, _ = integer_weight(shape, 4, 64)
-    index, bias = torch.randperm(shape.columns) // 64, torch.nn.Parameter(torch.zeros(shape.out), requires_grad=False)
-    weight = (codes[:CHECKED].double() - zero[:CHECKED].double()[:, index]) * scale[:CHECKED].double()[:, index]
-
-    def pack(_: Any = None) -> PreparedLinear:
-        return prepared_layer(IntegerWeight(codes, scale, zero, 4, 64, index), DYNAMIC_INT8, x.dtype, bias)
-
-    layer = pack()
-    size = layer.packed.numel()
-    return timed(
-        name, lambda layer: layer(x), layer, size, x=x, weight=weight, kind="int8", rotation=rotation, clone=pack
     )
 
 
@@ -359,7 +356,7 @@ def candidates(
     found = [
         ours("ours W4A8 g64", DYNAMIC_INT8, shape, 4, 64, x, rotation),
         ours("ours W4A8 g64 again", DYNAMIC_INT8, shape, 4, 64, x, rotation),
-        ours_ordered("ours W4A8 g64, order, bias", shape, x, rotation),
+        ours("ours W4A8 g64, order, bias", DYNAMIC_INT8, shape, 4, 64, x, rotation, whole=True),
         ours("ours W4A8 g128", DYNAMIC_INT8, shape, 4, 128, x, rotation),
         ours("ours W8A8", DYNAMIC_INT8, shape, 8, -1, x, rotation),
         ours("ours W4A16 g64", None, shape, 4, 64, x, rotation),

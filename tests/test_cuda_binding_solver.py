@@ -7,7 +7,7 @@ import dataclasses
 import cuda_on_cpu
 import pytest
 import torch
-from test_gptq_solve import columns, copied, matrix, same_bits
+from test_gptq_solve import BAD, columns, copied, matrix, same_bits
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
@@ -78,19 +78,6 @@ def test_float64_and_devices_without_kernels_are_left_to_torch(kernels, monkeypa
     assert solves(torch.zeros(4, 4)) and not solves(torch.zeros(4, 4, dtype=torch.float64))
     monkeypatch.setattr(devices, "WAYS", {"cuda library": lambda device: "not installed"})
     assert not solves(torch.zeros(4, 4))
-
-
-BAD = {
-    "float64": (dict(work=torch.zeros(8, 5).double()), "work torch.float64"),
-    "U of another size": (dict(upper=torch.zeros(7, 7)), r"upper torch.float32 \(7, 7\)"),
-    "scales of other rows": (dict(scale=torch.ones(3, 4)), r"scale torch.float32 \(3, 4\)"),
-    "zero points of other groups": (dict(zero_point=torch.ones(2, 5)), r"zero_point torch.float32 \(2, 5\)"),
-    "errors of other columns": (dict(errors=torch.zeros(9, 5)), r"errors torch.float32 \(9, 5\)"),
-    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "codes .n, out., contiguous"),
-    "one dimension": (dict(work=torch.zeros(8)), r"work torch.float32 \(8,\)"),
-    "groups of fewer columns": (dict(group_of=torch.zeros(7).long()), r"group_of torch.int64 \(7,\)"),
-    "groups of 32 bits": (dict(group_of=torch.zeros(8).int()), r"group_of torch.int32 \(8,\)"),
-}
 
 
 @pytest.mark.parametrize("name", BAD)

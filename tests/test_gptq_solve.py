@@ -192,16 +192,19 @@ def test_float64_is_solved_by_torch():
 
 
 BAD = {
+    "float64 alone": (dict(work=torch.zeros(8, 5).double()), "work torch.float64"),
     "bfloat16": (dict(work=torch.zeros(8, 5).bfloat16()), r"work torch.bfloat16 \(8, 5\)"),
     "float64 among float32": (dict(upper=torch.zeros(8, 8).double()), r"upper torch.float64 \(8, 8\)"),
     "U of another size": (dict(upper=torch.zeros(7, 7)), r"upper torch.float32 \(7, 7\)"),
     "scales of fewer rows": (dict(scale=torch.ones(3, 4)), r"scale torch.float32 \(3, 4\)"),
     "zero points of fewer groups": (dict(zero_point=torch.ones(2, 5)), r"zero_point torch.float32 \(2, 5\)"),
     "errors of fewer columns": (dict(errors=torch.zeros(7, 5)), r"errors torch.float32 \(7, 5\)"),
-    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "contiguous"),
+    "errors of more columns": (dict(errors=torch.zeros(9, 5)), r"errors torch.float32 \(9, 5\)"),
+    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), "codes .n, out., contiguous"),
     "one dimension": (dict(work=torch.zeros(8)), r"work torch.float32 \(8,\)"),
     "groups beyond the scales": (dict(group_of=torch.full((8,), 3)), r"groups of 0 to 2, not \[3"),
     "groups below 0": (dict(group_of=torch.full((8,), -1)), r"groups of 0 to 2, not \[-1"),
+    "groups of 32 bits": (dict(group_of=torch.zeros(8).int()), r"group_of torch.int32 \(8,\)"),
     "groups of fewer columns": (dict(group_of=torch.zeros(7).long()), r"group_of torch.int64 \(7,\)"),
 }
 

@@ -18,7 +18,7 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 
 BUILT = isinstance(library(), Library)
 pytestmark = pytest.mark.skipif(not BUILT, reason=f"{library()}")
-PROBLEMS = list(problems()) if BUILT else []
+PROBLEMS = problems() if BUILT else []
 NOT_TRIED = {"has_level", "packed_bytes", "pack_weight", "unpack_weight"}  # bytes moved alike at every level
 SHARED = {"linear_dynamic_int8_parts", "linear_weight_only_parts"}  # what runs the calls of one weight, too
 
@@ -28,13 +28,6 @@ def tried_anew():
     tried_library.cache_clear()
     yield
     tried_library.cache_clear()
-
-
-def broken(name, change):
-    """The library's functions with one that writes its outputs and then has them changed."""
-    functions = library().functions
-    kept = {key: getattr(functions, key) for key in dir(functions) if not key.startswith("__")}
-    return SimpleNamespace(**{**kept, name: change(kept[name]), "__file__": "there.so"})
 
 
 def test_every_operation_is_sound_at_every_level():
@@ -72,10 +65,10 @@ def test_results_that_are_off_or_missing_are_told(problem):
 
 
 def test_a_library_that_computes_something_wrong_is_an_error_not_a_fallback(monkeypatch):
-    def unmoved(function):  # says that it multiplied, and didn't
-        return lambda *arguments: 0
-
-    wrong = broken("int8_matmul", unmoved)
+    functions = library().functions
+    kept = {name: getattr(functions, name) for name in dir(functions) if not name.startswith("__")}
+    unmoved = {"int8_matmul": lambda *arguments: 0}  # says that it multiplied, and didn't
+    wrong = SimpleNamespace(**{**kept, **unmoved, "__file__": "there.so"})
     monkeypatch.setattr(selftest, "library", lambda: Library(wrong, library().level))
     monkeypatch.setattr(selftest.ops, "cpu_library", lambda: Library(wrong, library().level))
     model = nn.Sequential(Int8SplitLinear.pack(torch.randn(8, 16), 6.0, torch.float32, None))
@@ -92,3 +85,13 @@ def test_a_library_that_is_not_there_is_no_error(monkeypatch):
 def test_who_asks_first_does_not_matter():
     with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
         assert isinstance(tried_library(), Library)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter_and_stays(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert isinstance(tried_library(), Library) and torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)

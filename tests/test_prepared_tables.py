@@ -119,7 +119,7 @@ def test_explain_and_the_report_name_tables_with_their_kernel():
     assert [row["chosen"] for row in rows] == [f"cpu library, {level}: {op}" for op in ops]
     before = list(model.children())
     assert list(prepare(model, strict=True)) == ["norm", "act", "products"]
-    assert all(map(lambda a, b: a is b, before, model.children()))  # and it is not done twice
+    assert all(a is b for a, b in zip(before, model.children(), strict=True))  # and it is not done twice
 
 
 def test_a_state_dict_is_what_it_was_and_what_is_loaded_counts():

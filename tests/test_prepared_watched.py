@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason=f"{li
 OPS = ["linear_weight_only", "linear_int8_outlier", "linear_dense_sparse"]
 
 
-def each_kind(prepared=True, dtype=torch.float32):
+def each_kind(prepared=True):
     """64 -> 24 -> 64 -> 32 -> 8: layers that multiply in different ways, and one that stays dense."""
     made = torch.Generator().manual_seed(6)
     int8 = Int8SplitLinear.pack(torch.randn(64, 24, generator=made), 6.0, torch.float32, torch.tensor([3]))
@@ -31,7 +31,7 @@ def each_kind(prepared=True, dtype=torch.float32):
     dense = nn.Linear(32, 8, bias=False)
     dense.weight.data.normal_(generator=made)
     model = nn.Sequential(packed_layer(), int8, SparseFactorLinear.pack(atoms, values, index, "int8"), dense)
-    model = model.to(dtype).requires_grad_(False)
+    model.requires_grad_(False)
     if prepared:
         assert [choice.op for choice in prepare(model, strict=True).values()] == OPS
         assert type(model[3]) is PreparedDense
@@ -133,16 +133,3 @@ def test_a_dense_layer_with_a_backward_hook_is_left_alone():
     model[3].register_full_backward_hook(lambda *given: None)
     prepare(model)
     assert type(model[3]) is nn.Linear
-
-
-def test_preparing_does_not_depend_on_the_default_dtype():
-    before = torch.get_default_dtype()
-    from compressor.kernels.selftest import tried_library
-
-    try:
-        for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
-            tried_library.cache_clear()
-            assert isinstance(tried_library(), Library) and torch.get_default_dtype() == dtype
-    finally:
-        torch.set_default_dtype(before)

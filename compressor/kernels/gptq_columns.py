@@ -34,6 +34,20 @@ class Columns:
         return {name: value for name, value in vars(self).items() if name not in ("low", "high")}
 
 
+def trial_columns(symmetric: bool, rows: int) -> tuple[Columns, int, int]:
+    """A random part of 20 columns for a self-test, on the CPU, and which of them to round: 3 to 16."""
+    made = torch.Generator().manual_seed(0)
+    count, groups = 20, 2
+    upper = (torch.randn(count, count, generator=made) * 0.3).triu()
+    upper.diagonal().copy_(torch.rand(count, generator=made) + 0.2)
+    scale = torch.rand(groups, rows, generator=made) * 0.3 + 0.01
+    zero_point = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=made).float()
+    work = torch.randn(count, rows, generator=made)
+    empty = torch.full_like(work, torch.nan)
+    part = Columns(work, empty, empty.clone(), upper, torch.arange(count) % groups, scale, zero_point, -8, 7)
+    return part, 3, 17
+
+
 def round_columns(part: Columns, begin: int, stop: int) -> None:
     """Round columns begin to stop - 1 of the part and update all columns of it that follow, in torch.
 

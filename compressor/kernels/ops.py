@@ -138,10 +138,8 @@ def unpack_weight(
     packed = packed.contiguous()
     groups, group = groups_of(in_features, group_size), group_columns(in_features, group_size)
     codes = packed.new_empty(out_features, in_features)
-    scale, zero_point = (
-        packed.new_empty(out_features, groups, dtype=torch.float32),
-        packed.new_empty(out_features, groups),
-    )
+    scale = packed.new_empty(out_features, groups, dtype=torch.float32)
+    zero_point = packed.new_empty(out_features, groups)
     arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
     places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
     if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,8 @@ class PreparedLinear(nn.Module):
 
 def _take_again(layer: PreparedLinear, keys: Any) -> None:
     """After load_state_dict the kernel's copy is made again from what was loaded."""
-    weight = layer.read({name: getattr(layer, name) for name in layer.names})
+    stored = layer.stored()
+    weight = stored.read(stored.tensors)
     assert not isinstance(weight, str)  # the same form as before
     layer._take(weight)
 
@@ -193,8 +194,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     for name, module in list(model.named_modules()):
         stored = module.stored() if isinstance(module, PreparedLinear) else adopt(module)
         if stored is not None:
-            form, theirs = stored.form, stored.form == "compressed-tensors"  # whose forward and hooks unpack weights
-            replaced = "forward" in vars(module) and not theirs
+            form = stored.form
+            replaced = "forward" in vars(module) and form != UNPACKING
             weight = "its forward was replaced" if replaced else stored.read(stored.tensors)
             choice = choose(weight, activations, inputs)
         elif isinstance(module, PreparedTable):
@@ -219,7 +220,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         else:
             assert not isinstance(weight, str)
             made = PreparedLinear(stored, weight, choice)
-        if stored is None or not theirs:
+        if form != UNPACKING:
             _keep_hooks(module, made)
         _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
@@ -235,6 +236,7 @@ def _put(model: nn.Module, name: str, made: nn.Module) -> None:
     setattr(model.get_submodule(owner), leaf, made)
 
 
+UNPACKING = "compressed-tensors"  # the form whose layers have a forward and hooks of their own, which unpack weights
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
@@ -247,16 +249,14 @@ def _keep_hooks(module: nn.Module, made: nn.Module) -> None:
         setattr(made, name, getattr(module, name))
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer of torch without hooks and without another forward, which might be about what it multiplies by."""
     return type(module) is nn.Linear and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
 
 
 def _prepare_dense(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or not _is_plain(module):
-            continue
-        if (choice := choose_dense(module.weight)) is not None:
+        if _is_plain(module) and (choice := choose_dense(module.weight)) is not None:
             _put(model, name, PreparedDense(module, choice))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from compressor.errors import KernelError
 from compressor.kernels import ops
 from compressor.kernels.cpu import LEVELS, Library, levels_here, library
-from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.gptq_columns import round_columns, trial_columns
 from compressor.kernels.hadamard_matrix import base_matrix, sylvester
 from compressor.kernels.int8_split import columns_product, round_rows, rounded_product
 from compressor.kernels.tables import activate, inverse_root
@@ -99,7 +99,7 @@ def _problems() -> Iterator[Problem]:
     yield from _rows_of_int8(x, made)
     yield _hadamard(x)
     yield from _tables(x, made)
-    yield _columns(made)
+    yield _columns()
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -262,26 +262,22 @@ def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
         yield Problem(f"table_inverse_root {how}", root, expected, 2 * UNIT * expected.abs())
 
 
-def _columns(made: torch.Generator) -> Problem:
+def _columns() -> Problem:
     """Codes, errors and updates have to be those of torch, bit for bit."""
-    count, groups, begin, stop = 20, 2, 3, 17
-    upper = torch.triu(torch.randn(count, count, generator=made) * 0.3)
-    upper.diagonal().copy_(torch.rand(count, generator=made) + 0.2)
-    scale = torch.rand(groups, OUT, generator=made) * 0.3 + 0.01
-    zeros = torch.randint(-8, 8, (groups, OUT), generator=made).float()
-    start, group_of = torch.randn(count, OUT, generator=made), torch.arange(count) % groups
+    part, begin, stop = trial_columns(symmetric=False, rows=OUT)
+    start, expected = part.work, replace(part, work=part.work.clone())
+    round_columns(expected, begin, stop)
 
     def changed(work: Tensor, errors: Tensor, codes: Tensor) -> Tensor:
         return torch.cat([work[stop:], errors[begin:stop], codes[begin:stop]])
 
     def call(functions: ModuleType, level: int) -> tuple[int, Tensor]:
-        written = start.clone(), _nothing(count, OUT), _nothing(count, OUT)
+        written = start.clone(), _nothing(*start.shape), _nothing(*start.shape)
+        read = (part.upper, part.scale, part.zero_point, part.group_of)
         error = functions.gptq_solve(
-            level, 1, *map(_at, written), _at(upper), _at(scale), _at(zeros), _at(group_of), OUT, groups, begin, stop,
-            count, -8.0, 7.0,
+            level, 1, *map(_at, (*written, *read)), OUT, len(part.scale), begin, stop, len(start), float(part.low),
+            float(part.high),
         )  # fmt: skip
         return error, changed(*written)
 
-    part = Columns(start.clone(), _nothing(count, OUT), _nothing(count, OUT), upper, group_of, scale, zeros, -8, 7)
-    round_columns(part, begin, stop)
-    return Problem("gptq_solve", call, changed(part.work, part.errors, part.codes))
+    return Problem("gptq_solve", call, changed(expected.work, expected.errors, expected.codes))

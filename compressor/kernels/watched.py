@@ -34,6 +34,6 @@ class _NoGradient(torch.autograd.Function):
 
 def without_gradient(x: Tensor, y: Tensor, name: str) -> Tensor:
     """y, of which a backward pass says that there is no gradient, where x wants one."""
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if x.requires_grad and torch.is_grad_enabled() and not _compiling():
         return _NoGradient.apply(x, y, name)
     return y

@@ -303,12 +303,12 @@ def solve(
     if whole % block:
         block = -(-block // whole) * whole
     own = whole if SUB_BLOCK % whole else SUB_BLOCK
+    grids = (scale, None if settings.symmetric else zero)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         cuts = [sub for first in range(start, stop, own) for sub in range(first, min(first + own, stop), SUB_BLOCK)]
         for sub, end in pairwise([*cuts, stop]):
             part = (work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], group_of[sub:end])
-            grids = (scale, None if settings.symmetric else zero)
             starts = [j for j in range(sub, end) if fresh and j % width == 0]
             for begin, until in pairwise(sorted({sub, *starts, end})):
                 if begin in starts:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cuda import devices
-from compressor.kernels.cuda.interface import BAD_CALL, Kernels
+from compressor.kernels.cuda.interface import Kernels
 from compressor.kernels.gptq_columns import Columns
 
 MOST_COLUMNS = 128  # rounded in a launch; gptq_solve.cu: MAX_COLUMNS
@@ -51,8 +50,5 @@ def round_columns(part: Columns, begin: int, stop: int) -> None:
                 *written, *read, rows, len(part.scale), first, last, count, float(part.low), float(part.high),
                 devices.stream_of(device),
             )  # fmt: skip
-            if code == BAD_CALL:
-                raise ShapeError(f"gptq_solve: {kernels.name} takes no {rows} rows of {count} columns in a block")
             if code:
-                text = f"{kernels.name} failed: {kernels.error_text(code)} ({code})"
-                raise KernelError(f"gptq_solve: {rows} rows, columns {first} to {last - 1} of {count}: {text}")
+                raise kernels.error(code, f"gptq_solve: {rows} rows, columns {first} to {last - 1} of {count}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from compressor.errors import KernelError, ShapeError
+
 ABI = 5  # cuda_ext/about.cpp: one more whenever a signature is added or changes
 BAD_CALL = -1  # what a launcher returns for a shape, a type, an address or a workspace that no kernel takes
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # device.h: Type
@@ -50,3 +52,9 @@ class Kernels:
     name: str
     functions: Mapping[str, Callable[..., int]]
     error_text: Callable[[int], str]
+
+    def error(self, code: int, what: str) -> ShapeError | KernelError:
+        """What a launcher's code other than 0 means."""
+        if code == BAD_CALL:
+            return ShapeError(f"{what}: {self.name} takes no such shapes")
+        return KernelError(f"{what}: {self.name} failed: {self.error_text(code)} ({code})")

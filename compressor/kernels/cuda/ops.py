@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.checks import check_cuda_call
 from compressor.kernels.cuda import devices, ds1, mma1, mma8a1
-from compressor.kernels.cuda.interface import BAD_CALL, DTYPES, Kernels
+from compressor.kernels.cuda.interface import DTYPES
 from compressor.kernels.cuda.plans import hadamard_factor
 from compressor.kernels.registry import register_cuda
 
@@ -66,13 +66,6 @@ def _named(op: str) -> str:
     """The types of its inputs, for people."""
     *others, last = (str(dtype).removeprefix("torch.") for dtype in INPUTS[op])
     return f"{', '.join(others)} or {last}"
-
-
-def _error(code: int, kernels: Kernels, what: str) -> ShapeError | KernelError:
-    """What a launcher's code other than 0 means."""
-    if code == BAD_CALL:
-        return ShapeError(f"{what}: {kernels.name} takes no such shapes")
-    return KernelError(f"{what}: {kernels.name} failed: {kernels.error_text(code)} ({code})")
 
 
 @lru_cache(maxsize=4096)
@@ -163,7 +156,7 @@ def linear_weight_only(
         )  # fmt: skip
     if code:
         what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, {bits} bits, groups of {group_size}"
-        raise _error(code, kernels, what)
+        raise kernels.error(code, what)
     return y
 
 
@@ -213,7 +206,7 @@ def linear_dynamic_int8(
         )  # fmt: skip
     if code:
         what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out_features} outputs, {bits} bits, groups of {group_size}"
-        raise _error(code, kernels, what)
+        raise kernels.error(code, what)
     return y
 
 
@@ -286,7 +279,7 @@ def linear_int8_outlier(
             threshold if outlier_columns is None else 0.0, DTYPES[x.dtype], devices.stream_of(x.device),
         )  # fmt: skip
     if code:
-        raise _error(code, kernels, f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {count} columns")
+        raise kernels.error(code, f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {count} columns")
     return y
 
 
@@ -347,7 +340,7 @@ def linear_dense_sparse(
         )  # fmt: skip
     if code:
         what = f"{name}: x {x.dtype} {tuple(x.shape)}, {out} outputs, {k} of {atoms} atoms in {blocks} blocks"
-        raise _error(code, kernels, what)
+        raise kernels.error(code, what)
     return y
 
 
@@ -373,7 +366,7 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
             x.data_ptr(), y.data_ptr(), x.numel() // n, n, scale, DTYPES[x.dtype], devices.stream_of(x.device)
         )
     if code:
-        raise _error(code, kernels, f"hadamard: x {x.dtype} {tuple(x.shape)}")
+        raise kernels.error(code, f"hadamard: x {x.dtype} {tuple(x.shape)}")
     return y
 
 

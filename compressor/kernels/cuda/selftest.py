@@ -8,7 +8,7 @@ import torch
 
 from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
-from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.gptq_columns import round_columns, trial_columns
 from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -225,23 +225,19 @@ def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: t
 
 def solved_columns(kernels: Kernels, device: torch.device, stream: int, symmetric: bool) -> str:
     """Columns 3 to 16 of 20: codes, errors and updates have to be those of torch on the CPU."""
-    made = torch.Generator().manual_seed(0)
-    count, rows, groups, begin, stop, low, high = 20, 70, 2, 3, 17, -8, 7
-    upper = (torch.randn(count, count, generator=made) * 0.3).triu()
-    upper.diagonal().copy_(torch.rand(count, generator=made) + 0.2)
-    scale = torch.rand(groups, rows, generator=made) * 0.3 + 0.01
-    zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=made).float()
-    work = torch.randn(count, rows, generator=made)
-    group_of = torch.arange(count) % groups
-    ours = [work.to(device, copy=True), *(torch.full((count, rows), torch.nan, device=device) for _ in range(2))]
-    given = [None if tensor is None else tensor.to(device) for tensor in (upper, scale, zero, group_of.int())]
+    part, begin, stop = trial_columns(symmetric, rows=70)
+    ours = [tensor.to(device, copy=True) for tensor in (part.work, part.errors, part.codes)]
+    given = [
+        None if tensor is None else tensor.to(device)
+        for tensor in (part.upper, part.scale, part.zero_point, part.group_of.int())
+    ]
+    count, rows = part.work.shape
     code = kernels.functions["compressor_gptq_solve"](
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (*ours, *given)), rows, groups, begin, stop, count,
-        float(low), float(high), stream,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*ours, *given)), rows, len(part.scale), begin,
+        stop, count, float(part.low), float(part.high), stream,
     )  # fmt: skip
     if code:
         return f"error {code}: {kernels.error_text(code)}"
-    part = Columns(work, torch.empty_like(work), torch.empty_like(work), upper, group_of, scale, zero, low, high)
     round_columns(part, begin, stop)
     want = (part.work, part.errors, part.codes)
     parts = (slice(stop, None), slice(begin, stop), slice(begin, stop))  # of work, errors, codes
