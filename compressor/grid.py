@@ -88,17 +88,35 @@ def _grid_of_range(
     """Scale and zero point of ranges (out, groups) with low <= 0 <= high."""
     levels = 2**bits - 1
     spread = 2 * torch.maximum(-low, high) if symmetric else high - low
-    scale = spread / levels
     empty = spread == 0
-    smallest = torch.finfo(stored).tiny
-    scale = scale.to(stored).float().clamp_(min=smallest)  # a scale that underflows would divide by zero
+    scale = round_scale(spread / levels, stored)
     scale = torch.where(empty, torch.ones_like(scale), scale)
     half = 2 ** (bits - 1)
-    zero_point = torch.zeros_like(scale)
+    below = torch.full_like(scale, half)  # codes between zero and the lowest value
     if not symmetric:
-        zero_point = torch.round(-low / scale).clamp_(0, levels) - half
-        zero_point = torch.where(empty, torch.zeros_like(zero_point), zero_point)
-    return scale, zero_point
+        below = torch.round(-low / scale).clamp_(0, levels)
+        below = torch.where(empty, torch.full_like(below, half), below)
+    # The lowest or highest code times the scale must not overflow the stored type, as -8 * (65504 / 7.5) would.
+    most = torch.finfo(stored).max * (1 - torch.finfo(stored).eps) / torch.maximum(below, levels - below)
+    scale = torch.where(scale > most, most.to(stored).float(), scale)
+    return scale, below - half
+
+
+def round_scale(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Scales as they are stored, never 0.
+
+    scale    float32, not negative
+    stored   the type on disk
+    returns  float32, exactly representable in `stored`: rounded to nearest where that is a normal number. A subnormal
+             float16 scale is rounded up, since its steps are coarse and a scale too small cuts off the largest weights
+    """
+    rounded = scale.to(stored).float()
+    kind = torch.finfo(stored)
+    if stored == torch.float16:
+        step = kind.smallest_normal * kind.eps
+        rounded = torch.where(scale < kind.smallest_normal, torch.ceil(scale / step) * step, rounded).clamp_(min=step)
+    # Subnormal numbers of the other types are subnormal in float32 too, which some processors are set to treat as 0.
+    return rounded if stored == torch.float16 else rounded.clamp_(min=kind.smallest_normal)
 
 
 def _search(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.grid import dequantize, find_grid, quantize
+from compressor.grid import dequantize, find_grid, quantize, round_scale
 
 
 def weights(seed: int = 0, rows: int = 6, groups: int = 3, size: int = 32) -> torch.Tensor:
@@ -51,9 +51,46 @@ def test_scales_are_exactly_representable_in_their_stored_type(stored):
         assert torch.equal(grid.scale, grid.scale.to(stored).float())
 
 
-def test_a_scale_that_would_underflow_is_raised_to_the_smallest_normal():
-    grid = find_grid(torch.full((1, 1, 8), 1e-9), 4, True, "minmax", torch.float16)
-    assert float(grid.scale) == pytest.approx(torch.finfo(torch.float16).tiny)
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [3e-8, 6e-8, 5e-7, 5e-6, 7e-5, 6e-4, 5e-3])
+def test_small_float16_weights_keep_the_accuracy_of_their_grid(size, bits, symmetric, search):
+    """Scales from the least float16 number up: the error is that of float32 scales, or float16's own step."""
+    w = (weights(7, rows=8) * size).half().float()
+    half = find_grid(w, bits, symmetric, search, torch.float16)
+    exact = find_grid(w, bits, symmetric, search, torch.float32)
+    assert torch.equal(half.scale, half.scale.half().float()) and bool((half.scale > 0).all())
+    found, ideal = ((dequantize(quantize(w, grid), grid) - w).norm() for grid in (half, exact))
+    # rounding a scale to half a unit of 2**-24, or up by a whole one, moves each value by up to 2**(bits-1) of them
+    assert found <= 1.1 * ideal + 2.0 ** (bits - 25) * w.numel() ** 0.5
+    assert found <= w.norm() * 1.01
+
+
+def test_float16_scales_are_exact_where_the_weights_allow_it():
+    """Multiples of the least number by 8-bit codes need a scale of that number."""
+    w = torch.randint(-120, 121, (2, 1, 32), generator=torch.Generator().manual_seed(0)) * 2.0**-24
+    grid = find_grid(w, 8, True, "minmax", torch.float16)
+    assert (grid.scale == 2.0**-24).all() and torch.equal(dequantize(quantize(w, grid), grid), w)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_float16_weights_do_not_overflow_in_float16(bits, symmetric):
+    w = weights(8) / 3
+    w[0, 0, 0], w[1, 0, :2], w[2, 0, 0] = -65504.0, torch.tensor([65504.0, -65504.0]), 65504.0
+    grid = find_grid(w, bits, symmetric, "minmax", torch.float16)
+    rebuilt = (quantize(w, grid).half() - grid.zero_point.half().unsqueeze(-1)) * grid.scale.half().unsqueeze(-1)
+    assert bool(torch.isfinite(rebuilt).all())
+    allowed = 1.01 * grid.scale.unsqueeze(-1) + w.abs() * 2.0**-9  # a step, and float16 rounding of scale and product
+    assert bool(((rebuilt.float() - w).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_other_types_round_scales_to_nearest_and_stop_at_their_least_normal_number(stored):
+    scale = torch.tensor([0.0, 1e-42, 1e-9, 0.0123456, 7.7])
+    least = torch.tensor(torch.finfo(stored).smallest_normal)
+    assert torch.equal(round_scale(scale, stored), torch.maximum(scale.to(stored).float(), least))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -52,6 +52,35 @@ def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
     assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("form", ["packed", "blocks", "atoms"])
+@pytest.mark.parametrize("flushes", [False, True])
+def test_kernels_read_subnormal_float16_numbers(form, rows, flushes):
+    """Also where the process treats float32's own subnormals as zero: float16's aren't among those."""
+    made = torch.Generator().manual_seed(6)
+    codes = torch.randint(-8, 8, (24, 64), generator=made, dtype=torch.int8)
+    small = torch.randint(1, 900, (24, 2), generator=made) * 2.0**-24  # up to 5.4e-5, the least normal one is 6.1e-5
+    if form == "packed":
+        layer = PackedLinear.pack(codes, small.half(), None, bits=4, group_size=32, symmetric=True)
+    elif form == "blocks":
+        layer = BlockLinear.pack(codes, small.half(), bits=4, block=(1, 32))
+    else:
+        atoms, values = small.half().reshape(2, 3, 8), small.half().reshape(-1)[: 24 * 2].reshape(24, 2, 1)
+        index = torch.randint(0, 3, (24, 2, 1), generator=made)
+        layer = SparseFactorLinear.pack(atoms * 2048, values, index, "float16")
+    x = torch.randn(rows, layer.in_features, generator=made) * 1e4
+    expected = x.double() @ layer.matrix(torch.float32).double().t()
+    model = nn.Sequential(layer)
+    prepare(model, strict=True)
+    assert flushes is False or torch.set_flush_denormal(True)
+    try:
+        found = model(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert float(expected.abs().min()) > 0
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 def test_rounded_inputs_are_chosen_by_name():
     model = nn.ModuleDict({"four": packed_layer(bits=4), "three": packed_layer(bits=3)})
     assert {choice.op for choice in prepare(model, activations="int8").values()} == {"linear_dynamic_int8"}

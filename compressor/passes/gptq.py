@@ -350,7 +350,8 @@ def refine_scales(
         normal.diagonal().add_(1e-8 * normal.diagonal().mean() + 1e-300)
         right = torch.einsum("gih,gi->h", hb, weight[row].double().view(groups, width))
         found = torch.linalg.solve(normal, right).to(stored).float()
-        if bool((found > torch.finfo(stored).tiny).all()):
+        least = torch.finfo(stored).smallest_normal if stored != torch.float16 else 0.0  # see `grid.round_scale`
+        if bool((found > least).all()):
             losses = []
             for candidate in (scale[row], found):
                 d = weight[row].double() - (b * candidate.double().unsqueeze(-1)).flatten()
