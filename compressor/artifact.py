@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,23 +19,27 @@ import torch
 import transformers
 from torch import Tensor
 
+from compressor.artifact_files import REPORT_FILES as REPORT_FILES
+from compressor.artifact_files import check_files as check_files
+from compressor.artifact_files import owned_files as owned_files
+from compressor.artifact_files import remove_artifact as remove_artifact
 from compressor.binding import bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
-from compressor.errors import ArtifactError, UsageError
+from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.export import Route, artifact_config
 from compressor.files import file_sha256
 from compressor.kernels.prepared import prepare
 from compressor.layers import find_layer
+from compressor.manifest import FORMAT_VERSION, MANIFEST, model_class
+from compressor.manifest import read_manifest as read_manifest
 from compressor.modelling import VERSION, modelling_file
 from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
 from compressor.structure import Structure, skeleton
+from compressor.trusted_code import check_kernels
 from compressor.units import Form
 
-MANIFEST = "compress_manifest.json"
-FORMAT_VERSION = 1
 KERNELS = ("auto", "strict", "reference")
-REPORT_FILES = ("report.json", "report.md", "report.html", "junit.xml")
 
 
 @dataclass(frozen=True)
@@ -130,70 +135,6 @@ def seal(directory: Path, *, architecture: str, route: Route, forms: Sequence[Fo
     write_json(directory / MANIFEST, manifest)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """raises ArtifactError if there is none or it can't be read"""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"has no {MANIFEST}, so it is not a finished artifact", where=str(directory))
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise ArtifactError(
-                f"format version {manifest['format_version']}, this release reads {FORMAT_VERSION}",
-                where=directory.name,
-                hint="Update compress-model.",
-            )
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"is damaged ({error})", where=MANIFEST) from error
-
-
-def check_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """Every file as the manifest says, and none beside them; returns the problems."""
-    problems = []
-    for name, facts in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != facts["bytes"] or file_sha256(path) != facts["sha256"]:
-            problems.append(f"{name} is not what was written (its hash differs)")
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(manifest["files"]) - {MANIFEST})]
-    return problems
-
-
-def remove_artifact(directory: Path) -> None:
-    """Delete what the manifest lists. raises UsageError if anything else lies there, before deleting"""
-    for path in owned_files(directory):
-        path.unlink(missing_ok=True)
-    for folder in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
-        folder.rmdir()
-    directory.rmdir()
-
-
-def owned_files(directory: Path) -> list[Path]:
-    """Every file of an artifact. raises UsageError if it isn't one of ours, or holds anything else"""
-    try:
-        manifest = read_manifest(directory)
-    except ArtifactError as error:
-        raise UsageError(
-            "exists and is not an artifact of this tool", where=str(directory), hint="Choose another --output."
-        ) from error
-    listed = {*manifest["files"], MANIFEST}
-    foreign = sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if path.is_file() and path.relative_to(directory).as_posix() not in listed
-    )
-    if foreign:
-        raise UsageError(
-            f"holds files this tool did not write ({', '.join(foreign[:3])})",
-            where=str(directory),
-            hint="Move them away first.",
-        )
-    return [directory / name for name in sorted(listed)]
-
-
 def load(
     directory: str | Path,
     *,
@@ -218,9 +159,19 @@ def load(
     if check_hashes and (problems := check_files(directory, manifest)):
         raise ArtifactError("; ".join(problems[:4]), where=directory.name, hint="Copy or build the artifact again.")
     checkpoint = open_checkpoint(directory)
+    with _told_of(directory.name):
+        model = _filled_model(checkpoint, manifest)
+    model = model.to(torch.device(device))  # type: ignore[arg-type]
+    if kernels != "reference":
+        prepare(model, activations=activations, strict=kernels == "strict")
+    return model
+
+
+def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
+    """The model of an artifact on the CPU, with stored forms in place of weights."""
     forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
-    model = _empty_model(checkpoint, manifest)
-    dtype = getattr(torch, checkpoint.config["dtype"])
+    model = empty_model(checkpoint, manifest)
+    dtype = _dtype(checkpoint)
     layers = {name: _read_layer(checkpoint, form) for name, form in forms.items()}
 
     held = {form.bias: name for name, form in forms.items() if form.bias is not None}
@@ -255,9 +206,6 @@ def load(
             layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
-    model = model.to(torch.device(device))  # type: ignore[arg-type]
-    if kernels != "reference":
-        prepare(model, activations=activations, strict=kernels == "strict")
     return model
 
 
@@ -265,16 +213,42 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
-    cls = getattr(transformers, manifest["architecture"])
+def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
+    """The model of an artifact on the meta device. raises ArtifactError for a config that makes none"""
+    cls = model_class(manifest["architecture"], MANIFEST)
+    check_kernels(checkpoint.config)
     values = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "auto_map")}
-    values.pop("model_type")
+    values.pop("model_type", None)
     values.pop("compressed_weights", None)
-    config = cls.config_class(**values)
-    model = skeleton(class_for(cls, config), config, cached=True)
-    if model.can_generate() and (checkpoint.directory / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.directory)
+    with _told_of("config.json"):
+        config = cls.config_class(**values)
+        model = skeleton(class_for(cls, config), config, cached=True)
+        if model.can_generate() and (checkpoint.directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.directory)
     return model
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Whatever a class raises while it is built from what an artifact says, as an error that names the place."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"makes no model ({type(error).__name__}: {str(error)[:300]})",
+            where=where,
+            hint="Copy or build the artifact again.",
+        ) from error
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = checkpoint.config.get("dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"dtype {name!r} is none of torch's", where="config.json", hint="Build the artifact again.")
+    return dtype
 
 
 def _read_layer(checkpoint: Checkpoint, form: Form) -> Any:
@@ -284,10 +258,8 @@ def _read_layer(checkpoint: Checkpoint, form: Form) -> Any:
         for name in checkpoint.tensors
         if name.startswith(prefix) and name != form.weight.bias
     }
-    try:
+    with _told_of(form.weight.name):
         return find_layer(form.form).from_tensors(form.spec, tensors)
-    except (KeyError, AttributeError) as error:
-        raise ArtifactError(f"its stored tensors are incomplete ({error})", where=form.weight.name) from error
 
 
 def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form]) -> Checkpoint:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.files import file_sha256
+from compressor.model_files import check_directory, regular_file
 from compressor.safetensors_file import TensorInfo, read_bytes, read_header
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
@@ -92,7 +93,7 @@ class Checkpoint:
         """Tokenizer, templates, generation settings and licences that exist, relative to the directory, sorted."""
         found = {path for pattern in CARRIED for path in self.directory.glob(pattern) if path.is_file()}
         for path in found:
-            _inside(self.directory, path)
+            regular_file(self.directory, path)
         return sorted(path.relative_to(self.directory) for path in found)
 
     @property
@@ -114,13 +115,14 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
         raise ModelError(f"{kind} is there, a checkpoint directory is needed", where=str(directory))
-    config = _read_json(_inside(directory, directory / "config.json"))
+    check_directory(directory)
+    config = _read_json(regular_file(directory, directory / "config.json"))
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():
-        tensors = _sharded(directory, _read_json(_inside(directory, index)))
+        tensors = _sharded(directory, _read_json(regular_file(directory, index)))
     elif single.exists():
-        tensors = read_header(_inside(directory, single))
+        tensors = read_header(regular_file(directory, single))
     else:
         raise _no_weights(directory)
     if not tensors:
@@ -185,7 +187,7 @@ def _sharded(directory: Path, index: dict[str, Any]) -> dict[str, TensorInfo]:
         path = directory / shard
         if not path.is_file():
             raise ModelError("shard is missing", where=shard, hint="Download the model again; the index names it.")
-        held = read_header(_inside(directory, path))
+        held = read_header(regular_file(directory, path))
         wanted = {name for name, file in mapping.items() if file == shard}
         for problem, names in (("lacks", wanted - set(held)), ("holds unindexed", set(held) - wanted)):
             if names:
@@ -207,20 +209,6 @@ def _no_weights(directory: Path) -> ModelError:
             hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
         )
     return ModelError("no model.safetensors or index was found", where=directory.name, hint="Download the model again.")
-
-
-def _inside(directory: Path, path: Path) -> Path:
-    if not path.exists():
-        raise ModelError("file is missing", where=path.name, hint=f"A checkpoint directory has one ({directory.name}).")
-    root, target = directory.resolve(), path.resolve()
-    cache = root.parent.parent if root.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(cache / "blobs")):
-        raise ModelError(
-            "is a link that leads out of the model's directory",
-            where=path.name,
-            hint="Refused: copy the file into the directory if it belongs there.",
-        )
-    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from compressor.kept_patches import kept_patches
 from compressor.kernels.prepared import chosen_kernels
 from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
+from compressor.stock_loading import load_stock
 from compressor.structure import read_structure
-from compressor.verify import load_stock, run_child
+from compressor.verify import run_child
 
 BOOTSTRAP_DRAWS = 1000
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored

@@ -310,11 +310,15 @@ def artifact_config(
             module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
             for form in forms
         }
-        file = f"modeling_{kind}"
-        config["auto_map"] = {"AutoConfig": f"{file}.CompressedConfig"} | {
-            auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)
-        }
+        config["auto_map"] = custom_auto_map(kind, model)
     return config
+
+
+def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
+    """The `auto_map` of a custom artifact: Auto class -> class of its modeling file."""
+    file = f"modeling_{model_type}"
+    classes = {auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)}
+    return {"AutoConfig": f"{file}.CompressedConfig"} | classes
 
 
 def auto_classes(model: PreTrainedModel) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact import MANIFEST, _dense_view, _empty_model, read_manifest
+from compressor.artifact import MANIFEST, _dense_view, empty_model, read_manifest
 from compressor.checkpoint import open_checkpoint, resolve_model
 from compressor.structure import inspect_model, structure_of
 from compressor.units import Form
@@ -22,7 +22,7 @@ def inspect_path(path: str, trust_remote_code: bool = False) -> dict[str, Any]:
 def _inspect_artifact(directory: Path) -> dict[str, Any]:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
     forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
-    model = _empty_model(checkpoint, manifest)
+    model = empty_model(checkpoint, manifest)
     found = structure_of(_dense_view(checkpoint, forms), type(model), model.config).to_dict()
     for unit in found["units"]:
         for group in unit["groups"]:

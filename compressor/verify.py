@@ -82,6 +82,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
     from compressor.replay import without_cache
+    from compressor.stock_loading import load_stock
     from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
@@ -197,38 +198,6 @@ def _compare_layers(
             problems.append(f"stock loader: {name} differs by {share:.3g} times what its roundings allow")
         largest = max(largest, share)
     return {"compared": len(names), "largest_share_of_allowed": largest}, problems
-
-
-def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Load through transformers alone. Code in the directory runs only if it is what this release would write.
-
-    raises ArtifactError for a modelling file that isn't
-    """
-    import transformers
-
-    from compressor.artifact import _empty_model
-    from compressor.checkpoint import open_checkpoint
-    from compressor.export import FAMILIES, auto_classes
-    from compressor.modelling import modelling_file
-
-    custom = manifest["route"] == "custom"
-    empty = _empty_model(open_checkpoint(directory), manifest)
-    if custom:
-        file = next(directory.glob("modeling_*.py"))
-        if file.read_text() != modelling_file(empty, (entry["form"] for entry in manifest["weights"].values())):
-            raise ArtifactError(
-                "is not the modelling file this release writes",
-                where=file.name,
-                hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
-            )
-        cls: Any = getattr(transformers, auto_classes(empty)[0])
-    else:
-        cls = getattr(transformers, manifest["architecture"])
-    options: dict[str, Any] = {"trust_remote_code": True} if custom else {}
-    if not custom and FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
-        options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
-    model, info = cls.from_pretrained(directory, output_loading_info=True, local_files_only=True, **options)
-    return model.eval(), info
 
 
 def _example(model: Any) -> dict[str, Any]:

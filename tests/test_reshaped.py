@@ -29,9 +29,10 @@ from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.residual import read_residual, residual_twin
 from compressor.run import compress
+from compressor.stock_loading import load_stock
 from compressor.structure import prove_by_replay, read_structure
 from compressor.tracing import shallow_config
-from compressor.verify import load_stock, verify
+from compressor.verify import verify
 
 FAMILIES = ["llama", "opt", "gpt2", "vit", "phi"]
 WIDTHS = {"one width": 24, "a width for each site": None}

@@ -25,9 +25,9 @@ from compressor.protocol import BlockTokens, TokenFacts
 from compressor.recipe import parse_recipe
 from compressor.report import render_html
 from compressor.run import compress
+from compressor.stock_loading import load_stock
 from compressor.structure import find_blocks, read_structure
 from compressor.testing import check_pass
-from compressor.verify import load_stock
 
 GATES = {"pass": "zero_tprune", "keep": {1: 0.7, 2: 0.5}, "min_tokens": 4}
 TARGET = {"pass": "zero_tprune", "target_macs": 0.8, "min_tokens": 4}

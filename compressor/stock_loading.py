@@ -1,0 +1,87 @@
+"""Loads an artifact through transformers alone, without importing code of its directory.
+
+A stock artifact is loaded by its class of transformers. A custom artifact is loaded by the class of its modeling file,
+which runs only if its text is what this release generates (`compressor.trusted_code`). transformers gets the class
+itself and `trust_remote_code=False`: so it follows no `auto_map` and looks for no `custom_generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact import empty_model
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.classes import stock_class
+from compressor.errors import ArtifactError
+from compressor.export import FAMILIES, auto_classes, custom_auto_map
+from compressor.modelling import custom_type, modelling_file
+from compressor.trusted_code import (
+    CUSTOM_GENERATE,
+    auto_map,
+    code_files,
+    file_of,
+    is_model_entry,
+    read_generated,
+    run_generated,
+)
+
+OFFLINE = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+
+
+def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model in eval mode, and what transformers tells of its keys (`output_loading_info`).
+
+    raises ArtifactError for code that is not what this release would write, and for a config that asks for such
+    """
+    checkpoint = open_checkpoint(directory)
+    empty = empty_model(checkpoint, manifest)
+    if problems := code_problems(checkpoint, manifest, empty):
+        raise ArtifactError("; ".join(problems), where=directory.name, hint="Nothing of it was run.")
+    cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
+    options: dict[str, Any] = {}
+    if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
+        options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
+    model, info = cls.from_pretrained(directory, output_loading_info=True, **OFFLINE, **options)
+    return model.eval(), info
+
+
+def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:
+    """What code the artifact would bring to whoever loads it with trust_remote_code=True, beyond what it should.
+
+    empty  the model on the meta device, as `compressor.artifact.empty_model` makes it
+    """
+    problems = []
+    is_custom = manifest["route"] == "custom"
+    own = _modeling_name(empty) if is_custom else None
+    expected = custom_auto_map(custom_type(empty.config.model_type), empty) if is_custom else {}
+    named = auto_map(checkpoint.config, "config.json")
+    found = {name: references for name, references in named.items() if is_model_entry(name)}
+    for name in sorted({*expected, *found}):
+        references = found.get(name, [])
+        if references != ([expected[name]] if name in expected else []):
+            files = ", ".join(sorted({file_of(reference) for reference in references})) or "nothing"
+            should = file_of(expected[name]) if name in expected else "nothing"
+            problems.append(f"config.json: auto_map names {files} for {name}, and this tool writes {should}")
+    for name in code_files(checkpoint.directory):
+        if name == own:
+            continue
+        if name.partition("/")[0] == CUSTOM_GENERATE:
+            problems.append(f"{name} takes the place of the model's generate() where code is trusted")
+        elif name not in manifest["files"]:
+            problems.append(f"{name} is code that this tool did not write")
+    return problems
+
+
+def _generated_class(directory: Path, manifest: dict[str, Any], empty: Any) -> Any:
+    name = _modeling_name(empty)
+    expected = modelling_file(empty, (entry["form"] for entry in manifest["weights"].values()))
+    module = run_generated(read_generated(directory, name, expected), directory / name)
+    cls = getattr(module, f"Compressed{type(empty).__name__}")
+    cls.register_for_auto_class(auto_classes(empty)[0])  # as a class that came through auto_map is marked
+    return cls
+
+
+def _modeling_name(empty: Any) -> str:
+    return f"modeling_{custom_type(empty.config.model_type)}.py"
