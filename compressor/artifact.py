@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.artifact_files import REPORT_FILES as REPORT_FILES
 from compressor.artifact_files import check_files as check_files
+from compressor.artifact_files import file_facts
 from compressor.artifact_files import owned_files as owned_files
 from compressor.artifact_files import remove_artifact as remove_artifact
 from compressor.binding import bind, fill, read_parameter
@@ -28,7 +29,6 @@ from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
 from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.export import Route, artifact_config
-from compressor.files import file_sha256
 from compressor.kernels.prepared import prepare
 from compressor.layers import find_layer
 from compressor.manifest import FORMAT_VERSION, MANIFEST, model_class
@@ -116,11 +116,6 @@ def write_artifact(
 
 def seal(directory: Path, *, architecture: str, route: Route, forms: Sequence[Form], source: dict[str, Any]) -> None:
     """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
-    files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
     manifest = {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
@@ -130,7 +125,7 @@ def seal(directory: Path, *, architecture: str, route: Route, forms: Sequence[Fo
         "source": source,
         "weights": {form.weight.name: form.to_dict() for form in forms},
         "layers": {form.form: find_layer(form.form).__module__.partition(".")[0] for form in forms},
-        "files": files,
+        "files": file_facts(directory),
     }
     write_json(directory / MANIFEST, manifest)
 

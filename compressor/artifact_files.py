@@ -42,6 +42,15 @@ def matters(name: str) -> bool:
     return path.suffix in (".json", ".txt") and SETTINGS.search(path.name) is not None
 
 
+def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
+    """The `files` of a manifest: every file below the directory with its bytes and hash, except the manifest."""
+    return {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
 def compare_files(directory: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What isn't as the manifest says: (problems, changes of the documentation), each as a sentence."""
     problems: list[str] = []

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compressor.errors import DependencyError, RecipeError
+from compressor.errors import DependencyError, ModelError, RecipeError
 from compressor.lazy import torch
+from compressor.model_files import check_directory
+from compressor.trusted_code import FLAG, required_code, tokenizer_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,10 +105,13 @@ def demo_path() -> Path:
     return Path(__file__).parent / "demo"
 
 
-def load_samples(settings: Settings, model_directory: Path, *, seed: int, vocabulary: int | None) -> Samples:
+def load_samples(
+    settings: Settings, model_directory: Path, *, seed: int, vocabulary: int | None, trust_remote_code: bool = False
+) -> Samples:
     """Samples as `settings` describe them, tokenized by the model's own tokenizer.
 
     vocabulary  size, for `random`; None for models that read pixels
+    trust_remote_code  a tokenizer's own code may run
     raises      RecipeError for data that can't be used, DependencyError for a missing package
     """
     if settings.source == "random":
@@ -121,7 +126,7 @@ def load_samples(settings: Settings, model_directory: Path, *, seed: int, vocabu
         )
     documents, labels, digest = read_documents(settings)
     _check_hash(settings, digest)
-    tokenizer = load_tokenizer(model_directory)
+    tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
     if settings.pack:
         if labels is not None:
             labels = None  # packed text has no sample of its own for a label
@@ -129,18 +134,33 @@ def load_samples(settings: Settings, model_directory: Path, *, seed: int, vocabu
     return _one_per_document(documents, labels, tokenizer, settings, seed, digest)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """raises RecipeError if the model has none"""
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; code of the directory runs only where the user trusts it.
+
+    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
+    """
     from transformers import AutoTokenizer
 
+    check_directory(directory)
+    if not trust_remote_code and (references := tokenizer_code(directory)):
+        raise ModelError(
+            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
+            where="tokenizer_config.json",
+            hint=FLAG,
+        )
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
         raise RecipeError(
-            f"the model has no usable tokenizer ({str(error).splitlines()[0][:160]})",
+            f"the model has no usable tokenizer ({_first_line(error)})",
             where=directory.name,
             hint="Copy tokenizer.json beside config.json, or use data.source: random.",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:160]
 
 
 def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str]:

@@ -38,7 +38,7 @@ from compressor.kept_patches import kept_patches
 from compressor.kernels.prepared import chosen_kernels
 from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
-from compressor.stock_loading import load_stock
+from compressor.stock_loading import OFFLINE, load_stock
 from compressor.structure import read_structure
 from compressor.verify import run_child
 
@@ -179,8 +179,7 @@ def load_model(directory: Path, trust_remote_code: bool) -> Any:
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
     structure = read_structure(directory, trust_remote_code=trust_remote_code)
-    options: Any = {"trust_remote_code": True} if trust_remote_code else {}
-    return type(structure.model).from_pretrained(directory, local_files_only=True, **options).eval()
+    return type(structure.model).from_pretrained(directory, **OFFLINE).eval()
 
 
 def measure_quality(request: dict[str, Any]) -> dict[str, Any]:

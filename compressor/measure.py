@@ -136,7 +136,11 @@ def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples
     settings = asked.eval.data
     vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
     return load_samples(
-        settings, directory, seed=asked.seed if settings.seed is None else settings.seed, vocabulary=vocabulary
+        settings,
+        directory,
+        seed=asked.seed if settings.seed is None else settings.seed,
+        vocabulary=vocabulary,
+        trust_remote_code=trust_remote_code,
     )
 
 

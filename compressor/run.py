@@ -74,7 +74,7 @@ def compress(
         emit({"event": "stage", "name": "plan"})
         with clock.time("plan"):
             plan = _plan(recipe, model, output, trust_remote_code, emit)
-            calibration, held_out = _read_data(plan, measure)
+            calibration, held_out = _read_data(plan, measure, trust_remote_code)
         fingerprint = _fingerprint(plan, calibration, place)
         pinned = recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
@@ -411,17 +411,17 @@ def _room(work: Path) -> Iterator[None]:
         raise
 
 
-def _read_data(plan: Plan, measure: bool) -> tuple[Samples | None, Samples | None]:
+def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, Samples | None]:
     recipe, directory = plan.recipe, plan.structure.checkpoint.directory
     config = plan.structure.model.config.get_text_config()
     vocabulary = config.vocab_size if plan.structure.model.main_input_name == "input_ids" else None
     calibration = held_out = None
     if recipe.reads_data:
         seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-        calibration = load_samples(recipe.data, directory, seed=seed, vocabulary=vocabulary)
+        calibration = load_samples(recipe.data, directory, seed=seed, vocabulary=vocabulary, trust_remote_code=trust)
     if measure:
         seed = recipe.seed if recipe.eval.data.seed is None else recipe.eval.data.seed
-        held_out = load_samples(recipe.eval.data, directory, seed=seed, vocabulary=vocabulary)
+        held_out = load_samples(recipe.eval.data, directory, seed=seed, vocabulary=vocabulary, trust_remote_code=trust)
     for samples, key in ((calibration, "data"), (held_out, "eval.data")):
         if samples is not None and samples.is_text and vocabulary is not None:
             largest = max(int(sample.max()) for sample in samples.inputs)

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
@@ -29,6 +30,7 @@ from compressor.errors import ModelError
 from compressor.protocol import Group, Stage, Weight
 from compressor.replay import Batch, Pieces, output_of
 from compressor.tracing import Product, example_batch, make_twin, shallow_config, signature, trace, use_eager_experts
+from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
 
 
 @dataclass
@@ -323,30 +325,38 @@ def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bo
 
 
 def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The config and the class of transformers, or of the checkpoint's code where transformers has none of that name.
+
+    trust  code of the checkpoint may run, where it is needed
+    """
     where = checkpoint.directory.name
     name = checkpoint.architecture
     if name is None:
         raise ModelError("config.json names no `architectures`", where=where, hint="Add the model's class name.")
+    check_kernels(checkpoint.config)
+    named = auto_map(checkpoint.config, "config.json")
     cls = getattr(transformers, name, None)
-    if cls is None and not checkpoint.needs_remote_code:
+    references = _code_of(checkpoint, name, cls, named)
+    if references and not trust:
+        raise ModelError(
+            f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
+            where=where,
+            hint=FLAG,
+        )
+    if cls is None and not references:
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
             hint="Update transformers, or check `architectures` in config.json.",
         )
-    if checkpoint.needs_remote_code and cls is None and not trust:
-        raise ModelError(
-            f"{name} is code that comes with the checkpoint",
-            where=where,
-            hint="Read that code, then pass --trust-remote-code to run it.",
-        )
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust, local_files_only=True)
-        if cls is None:
-            auto = checkpoint.config["auto_map"]
-            reference = next(value for key, value in auto.items() if value.endswith("." + name))
-            cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        config = AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=bool(references), local_files_only=True
+        )
+        for reference in references:
+            if reference.endswith("." + name):
+                cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
             f"transformers can't read its config.json ({error})",
             where=where,
@@ -355,6 +365,19 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
     return config, class_for(cls, config)
+
+
+def _code_of(checkpoint: Checkpoint, name: str, cls: Any, named: dict[str, list[str]]) -> list[str]:
+    """The references of `auto_map` that have to be run, because transformers lacks the config's class or the model's.
+
+    [] where transformers has both: then its own are used, and the code isn't run
+    """
+    kind = checkpoint.config.get("model_type")
+    if cls is not None and isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return []
+    config = named.get("AutoConfig", [])
+    models = [ref for auto, refs in named.items() if is_model_entry(auto) for ref in refs if ref.endswith("." + name)]
+    return list(dict.fromkeys([*config, *models]))
 
 
 def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

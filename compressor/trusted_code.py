@@ -92,6 +92,33 @@ def files_behind(directory: Path, references: list[str]) -> set[str]:
     return found
 
 
+def required_code(directory: Path, references: list[str]) -> str:
+    """The files that have to run for a class that transformers doesn't have, for a message.
+
+    raises ModelError for a file that isn't there
+    """
+    names = sorted({file_of(reference) for reference in references})
+    for name in names:
+        if "--" not in name:
+            regular_file(directory, directory / name)
+    return ", ".join(names)
+
+
+def tokenizer_code(directory: Path) -> list[str]:
+    """References of a tokenizer's own code, of which transformers has no class; [] where it has one.
+
+    raises ModelError for a tokenizer_config.json that can't be read
+    """
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    settings = read_settings(directory, "tokenizer_config.json")
+    references = auto_map(settings, "tokenizer_config.json").get("AutoTokenizer", [])
+    stated = settings.get("tokenizer_class") or read_settings(directory, "config.json").get("tokenizer_class")
+    name = stated.removesuffix("Fast") if isinstance(stated, str) else ""
+    known = name and (tokenizer_class_from_name(name) or tokenizer_class_from_name(name + "Fast"))
+    return [] if known else references
+
+
 def check_kernels(config: Any, where: str = "config.json") -> None:
     """Attention of another repository (`"attn_implementation": "owner/kernel"`) is code too.
 

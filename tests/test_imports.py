@@ -16,7 +16,7 @@ PACKAGE = ROOT / "compressor"
 READING = {"recipe", "settings", "reference", "yaml_source"}
 ENGINE = {"plan", "sweep", "site", "run", "journal", "units", "remodel", "reshape"}
 TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
-STORING = {"artifact", "export", "modelling"}
+STORING = {"artifact", "artifact_files", "manifest", "export", "modelling", "stock_loading"}
 MODELS = {
     "structure",
     "tracing",
@@ -65,6 +65,12 @@ FORBIDDEN = {
     "reconstruction": ALL_OTHERS,
     "protocol": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "data"},
     "passes": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"data"},
+    "model_files": ALL_OTHERS,
+    "weight_files": ALL_OTHERS,
+    "trusted_code": ALL_OTHERS,
+    "manifest": ALL_OTHERS,
+    "artifact_files": (ALL_OTHERS - {"manifest"}) | {"export", "modelling"},
+    "stock_loading": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
     "data": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"},
     "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers", "residual"},
@@ -76,7 +82,7 @@ FORBIDDEN = {
     "prunable": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
     "finding_units": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
     "masking": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "data"},
-    "artifact": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
+    "artifact": READING | {"stock_loading"} | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "tracing": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "data"},
     "functions": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "data"},
     "tabulate": ALL_OTHERS,
