@@ -214,6 +214,8 @@ def _no_weights(directory: Path) -> ModelError:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"is not valid JSON ({error})", where=path.name, hint="Download it again.") from error
     if not isinstance(value, dict):

@@ -512,7 +512,7 @@ def _predict_memory(plan: Plan) -> None:
     streams = 1 + TAPE_SHARE
     if "gradients" in reads:  # a few batches keep one before each block, and all keep theirs before and after all
         streams = max(streams, 3)
-    activations = streams * tokens * config.hidden_size * structure.dtype.itemsize
+    activations = streams * tokens * _stream_width(structure) * structure.dtype.itemsize
     working = 0
     for form in plan.forms.values():
         if form.weight.is_function:
@@ -528,6 +528,14 @@ def _predict_memory(plan: Plan) -> None:
     logits = recipe.eval.batch_size * recipe.eval.data.length * (getattr(config, "vocab_size", 0) or 0) * 4
     children = INTERPRETER_BYTES + 2 * plan.source_bytes + plan.weight_bytes + 6 * logits
     plan.peak_memory_bytes = max(sweep, children)
+
+
+def _stream_width(structure: Structure) -> int:
+    """Values per token between blocks. Where the config has no such key, the widest that a block's weight reads."""
+    stated = getattr(structure.model.config.get_text_config(), "hidden_size", None)
+    if isinstance(stated, int):
+        return stated
+    return max((weight.shape[-1] for _, weight in structure.weights() if weight.role != "embedding"), default=0)
 
 
 def _check_limits(plan: Plan, output: Path | None) -> None:

@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,29 @@ from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
 from compressor.errors import ModelError
+from compressor.model_building import (
+    check_buffers,
+    check_values,
+    empty_on_meta,
+    guarded,
+    most_modules,
+    parse_config,
+    refusal,
+)
 from compressor.protocol import Group, Stage, Weight
 from compressor.replay import Batch, Pieces, output_of
-from compressor.tracing import Product, example_batch, make_twin, shallow_config, signature, trace, use_eager_experts
+from compressor.tracing import (
+    Product,
+    Traced,
+    check_output,
+    example_batch,
+    make_twin,
+    run_whole,
+    shallow_config,
+    signature,
+    trace,
+    use_eager_experts,
+)
 from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
 
 
@@ -199,6 +219,7 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
     raises ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be split
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    check_values(checkpoint)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method", "unknown")
         raise ModelError(
@@ -214,23 +235,43 @@ def structure_of(
     checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
 ) -> Structure:
     """The structure of an open checkpoint whose model class is known."""
-    model = skeleton(cls, config)
+    name, most = cls.__name__, most_modules(checkpoint)
+    empty = guarded(lambda config: empty_on_meta(cls, config, most), checkpoint, config, name, "it can't be built")
+    bindings = bind(empty, checkpoint)  # the sizes are those of the checkpoint from here on, so anything may be made
+    check_buffers(empty, checkpoint)
+    model = guarded(lambda config: skeleton(cls, config), checkpoint, config, name, "it can't be built")
     model_dtype = _run_dtype(dtype, config, checkpoint)
     pieces = Pieces(model, find_blocks(model))
-    twin_config = shallow_config(config, model, pieces)
-    groups, head, after, tables = trace(cls, twin_config, pieces.blocks_path, model_dtype)
-    return Structure(checkpoint, model, pieces, bind(model, checkpoint), groups, head, after, tables, model_dtype)
+
+    def traced(config: PretrainedConfig) -> Traced:
+        return trace(cls, shallow_config(config, model, pieces), pieces.blocks_path, model_dtype)
+
+    failed = "a small twin of it can't be run in pieces"
+    run = partial(_run_whole, model, pieces, model_dtype, checkpoint)
+    groups, head, after, tables = guarded(traced, checkpoint, config, name, failed, retry=run)
+    return Structure(checkpoint, model, pieces, bindings, groups, head, after, tables, model_dtype)
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a checkpoint, or of the model that an artifact stands for."""
     checkpoint = open_checkpoint(directory)
+    check_values(checkpoint)
     if "compressed_weights" in checkpoint.config:
-        return AutoConfig.for_model(
-            checkpoint.config["model_type"].removeprefix("compressed_"),
-            **{key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")},
-        )
+        values = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+        kind = checkpoint.config["model_type"].removeprefix("compressed_")
+        try:
+            return AutoConfig.for_model(kind, **values)
+        except Exception as error:  # any: it depends on the class and the value
+            raise refusal(error, checkpoint, f"the config class of {kind}", "it can't be made") from error
     return _config_and_class(checkpoint, trust_remote_code)[0]
+
+
+def _run_whole(
+    model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype, checkpoint: Checkpoint, config: PretrainedConfig
+) -> None:
+    """Run the model of a config that isn't `model`'s own, whole if it is small and else with few blocks."""
+    small = (lambda: config, lambda: shallow_config(config, model, pieces))
+    run_whole(type(model), (make() for make in small), dtype, checkpoint.nbytes)
 
 
 def prove_by_replay(structure: Structure) -> None:
@@ -238,9 +279,16 @@ def prove_by_replay(structure: Structure) -> None:
 
     raises ModelError naming the first block that differs
     """
-    config = shallow_config(structure.model.config, structure.model, structure.pieces)
-    twin = make_twin(type(structure.model), config, torch.device("cpu"), structure.dtype)
-    prove_equal(twin, structure.pieces.blocks_path, example_batch(twin, torch.device("cpu")))
+    cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
+
+    def prove(config: PretrainedConfig) -> None:
+        shallow = shallow_config(config, structure.model, pieces)
+        twin = make_twin(cls, shallow, torch.device("cpu"), structure.dtype)
+        prove_equal(twin, pieces.blocks_path, example_batch(twin, torch.device("cpu")))
+
+    run = partial(_run_whole, structure.model, pieces, structure.dtype, checkpoint)
+    failed = "a small twin of it can't be run on the CPU"
+    guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
 
 
 def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
@@ -259,6 +307,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
     try:
         with torch.no_grad():
             expected = output_of(model(**batch))
+        check_output(expected)
     except IndexError as error:  # a block called without positional hidden states
         raise ModelError(
             "its blocks don't take the hidden states first", where=blocks_path, hint="This model can't be split."
@@ -349,19 +398,13 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             where=where,
             hint="Update transformers, or check `architectures` in config.json.",
         )
-    try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.directory, trust_remote_code=bool(references), local_files_only=True
-        )
-        for reference in references:
-            if reference.endswith("." + name):
+    config = parse_config(checkpoint, trust_remote_code=bool(references))
+    for reference in references:
+        if reference.endswith("." + name):
+            try:
                 cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(
-            f"transformers can't read its config.json ({error})",
-            where=where,
-            hint="Check `model_type` and `architectures`.",
-        ) from error
+            except Exception as error:  # any: it runs the checkpoint's own file
+                raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
     return config, class_for(cls, config)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
 from compressor.errors import ModelError
-from compressor.replay import Batch, LinearCall, LinearCalls, Pieces
+from compressor.replay import Batch, LinearCall, LinearCalls, Pieces, output_of
 
 TWIN_TOKENS = 12
 TWIN_SEED = 0
+SMALL_BYTES = 1 << 26  # what a twin of other sizes may always take
 
 
 @dataclass(frozen=True)
@@ -33,32 +35,48 @@ class Product:
     fused_experts: bool
 
 
-def trace(
-    cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str], tuple[Product, ...]]:
+Groups = dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]]  # products of each kind of block, by signature
+Traced = tuple[Groups, tuple[Product, ...], set[str], tuple[Product, ...]]
+
+
+def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
     """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
 
     returns  products of each kind of block by signature, grouped by input in forward order; those of the head; the
              modules outside the blocks that the stem didn't use; and the tables that the stem looks rows up in
-    raises   ModelError for a model whose code fails when it is run in stem, blocks and head
+    raises   whatever the model's code raises when it is run in stem, blocks and head
     """
     try:
         return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         pass  # an operation that depends on values, or a model that can't be run so on the CPU either
-    try:
-        return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
-    except Exception as error:  # whatever the model's own code makes of being run in pieces
-        raise ModelError(
-            f"a small twin of it can't be run in pieces ({type(error).__name__}: {error})",
-            where=cls.__name__,
-            hint="This model can't be compressed block by block.",
-        ) from error
+    return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
 
 
-def _trace_twin(
-    twin: PreTrainedModel, path: str
-) -> tuple[dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]], tuple[Product, ...], set[str], tuple[Product, ...]]:
+def run_whole(
+    cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype, most_bytes: int
+) -> None:
+    """Run the first of some twins whose random weights are small enough as a whole, as anyone who loads it would.
+
+    raises  ValueError when the weights of each would take more than `most_bytes`, and whatever the model's code raises
+    """
+    for config in configs:
+        needed = sum(p.nbytes for p in make_twin(cls, config, torch.device("meta"), dtype).parameters())
+        if needed <= max(most_bytes, SMALL_BYTES):
+            twin = make_twin(cls, config, torch.device("cpu"), dtype)
+            with torch.no_grad():
+                check_output(output_of(twin(**example_batch(twin, torch.device("cpu")))))
+            return
+    raise ValueError(f"it would take {needed:,} bytes of weights")
+
+
+def check_output(output: Tensor) -> None:
+    """raises ValueError where a model with random weights computes something else than numbers"""
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError("its output with random weights is NaN or Inf")
+
+
+def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
     device = next(twin.parameters()).device
     pieces = Pieces(twin, path)
     batch = example_batch(twin, device)
@@ -73,7 +91,7 @@ def _trace_twin(
     try:
         hidden, calls = pieces.stem(batch)
         before = set(used)
-        groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]] = {}
+        groups: Groups = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
             found: list[LinearCall] = []
@@ -186,15 +204,26 @@ def make_twin(
 
 
 def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
-    """Seeded random inputs of the kind the model takes: token ids or pixels."""
+    """Seeded random inputs of the kind the model takes: token ids or pixels.
+
+    raises  ModelError for a model that reads something else, or both of them in two towers
+    """
+    refuse_two_towers(model)
     generator = torch.Generator().manual_seed(TWIN_SEED)
     config = model.config
     if model.main_input_name == "input_ids":
         ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
         return {"input_ids": ids.to(device)}
     if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        pixels = torch.randn(samples, config.num_channels, *size, generator=generator)
+        seen = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
+        if not hasattr(seen, "image_size"):
+            raise ModelError(
+                "its config.json doesn't say which size the images have",
+                where=type(model).__name__,
+                hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+            )
+        size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
+        pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
         return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
     raise ModelError(
         f"its main input is {model.main_input_name!r}",
@@ -203,11 +232,24 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
     )
 
 
+def refuse_two_towers(model: PreTrainedModel) -> None:
+    """raises ModelError for a model of a text tower and an image tower side by side, as CLIP is"""
+    parts = [name for name in ("text_config", "vision_config") if getattr(model.config, name, None) is not None]
+    towers = [name for name in ("text_model", "vision_model") if isinstance(getattr(model, name, None), nn.Module)]
+    if len(parts) == 2 and len(towers) == 2:
+        raise ModelError(
+            "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
+            where=type(model).__name__,
+            hint="Save the tower that is needed as a model of its own.",
+        )
+
+
 def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
     """Blocks of one signature do the same multiplications on the same shapes."""
     kinds = getattr(config.get_text_config(), "layer_types", None)
     shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
-    return (type(block).__name__, kinds[index] if kinds else None, shapes)
+    kind = kinds[index] if isinstance(kinds, (list, tuple)) and index < len(kinds) else None
+    return (type(block).__name__, kind, shapes)
 
 
 def use_eager_experts(config: PretrainedConfig) -> None:

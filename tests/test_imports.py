@@ -19,6 +19,7 @@ TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
 STORING = {"artifact", "artifact_files", "manifest", "export", "modelling", "stock_loading"}
 MODELS = {
     "structure",
+    "model_building",
     "tracing",
     "replay",
     "tape",
@@ -73,6 +74,12 @@ FORBIDDEN = {
     "stock_loading": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
     "data": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"},
+    "model_building": READING
+    | ENGINE
+    | TELLING
+    | STORING
+    | OUTER
+    | {"structure", "tracing", "replay", "passes", "layers", "protocol", "data"},
     "structure": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers", "residual"},
     "nudging": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
     "invariance": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers", "protocol", "data"},
