@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from compressor.artifact_files import REPORT_FILES as REPORT_FILES
 from compressor.artifact_files import check_files as check_files
 from compressor.artifact_files import file_facts
 from compressor.artifact_files import owned_files as owned_files
@@ -29,9 +28,11 @@ from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
 from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.export import Route, artifact_config
+from compressor.file_names import MANIFEST as MANIFEST
+from compressor.file_names import REPORT_FILES as REPORT_FILES
 from compressor.kernels.prepared import prepare
 from compressor.layers import find_layer
-from compressor.manifest import FORMAT_VERSION, MANIFEST, model_class
+from compressor.manifest import FORMAT_VERSION, model_class
 from compressor.manifest import read_manifest as read_manifest
 from compressor.modelling import VERSION, modelling_file
 from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
@@ -103,13 +104,13 @@ def write_artifact(
         }
         write_json(directory / "model.safetensors.index.json", index)
     dtype = str(structure.dtype).removeprefix("torch.")
-    config = artifact_config(structure.checkpoint.config, route, forms, structure.model, dtype, untied)
+    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, dtype, untied)
     write_json(directory / "config.json", config)
     if route.name == "custom":
         text = modelling_file(structure.model, (form.form for form in forms))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
-    for relative in structure.checkpoint.files_to_carry():
-        (directory / relative).parent.mkdir(exist_ok=True)
+    for relative in structure.checkpoint.side_files.carried:
+        (directory / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(structure.checkpoint.directory / relative, directory / relative)
     (directory / "recipe.yaml").write_text(recipe_yaml)
 
@@ -210,7 +211,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
     """The model of an artifact on the meta device. raises ArtifactError for a config that makes none"""
-    cls = model_class(manifest["architecture"], MANIFEST)
+    cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     values = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "auto_map")}
     values.pop("model_type", None)

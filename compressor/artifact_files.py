@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import ArtifactError, ModelError, UsageError
+from compressor.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_weight_file
 from compressor.files import file_sha256
-from compressor.manifest import MANIFEST, read_manifest
+from compressor.manifest import read_manifest
 from compressor.model_files import entries, is_hidden, regular_file
 from compressor.trusted_code import is_code
-from compressor.weight_files import is_weight_file
 
-REPORT_FILES = ("report.json", "report.md", "report.html", "junit.xml")
-DOCUMENTATION = {"README.md", "recipe.yaml", *REPORT_FILES}
+DOCUMENTATION = {CARD, RECIPE, *REPORT_FILES}
 # settings that loaders of models, tokenizers and processors read, by what their names are made of
 SETTINGS = re.compile(r"config|token|vocab|merges|template|process|index|modules|adapter|special|params", re.I)
 TOKENIZER = (".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".vocab")

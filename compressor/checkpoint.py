@@ -20,29 +20,13 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.files import file_sha256
+from compressor.model_card import Licence, read_licence
 from compressor.model_files import check_directory, regular_file
 from compressor.safetensors_file import TensorInfo, read_bytes, read_header
+from compressor.side_files import SideFiles, find_side_files
 
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor*.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 @dataclass(frozen=True)
@@ -89,22 +73,26 @@ class Checkpoint:
         lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def files_to_carry(self) -> list[Path]:
-        """Tokenizer, templates, generation settings and licences that exist, relative to the directory, sorted."""
-        found = {path for pattern in CARRIED for path in self.directory.glob(pattern) if path.is_file()}
-        for path in found:
-            regular_file(self.directory, path)
-        return sorted(path.relative_to(self.directory) for path in found)
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """The files that an artifact takes over beside the weights, and those that it doesn't, with the reason."""
+        return find_side_files(self.directory, self.config)
+
+    @property
+    def carried_config(self) -> dict[str, Any]:
+        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own."""
+        values = {key: value for key, value in self.config.items() if key != "auto_map"}
+        return {**values, "auto_map": self.side_files.auto_map} if self.side_files.auto_map else values
+
+    @cached_property
+    def licence(self) -> Licence:
+        """What the model card says."""
+        return read_licence(self.directory)
 
     @property
     def license(self) -> str | None:
-        """The licence that the model card's front matter states."""
-        card = self.directory / "README.md"
-        if not card.is_file():
-            return None
-        front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.S)
-        stated = re.search(r"^license:\s*(\S+)", front.group(1), re.M) if front else None
-        return stated.group(1) if stated else None
+        """Its identifiers in one line, for the report."""
+        return ", ".join(self.licence.identifiers) or None
 
 
 def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -136,22 +124,27 @@ def resolve_model(name: str) -> Path:
         from compressor.data import demo_path
 
         return demo_path()
-    path = Path(os.path.expanduser(name))
-    if path.exists():
+    if name and "\0" not in name and os.path.lexists(path := Path(os.path.expanduser(name))):
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise ModelError(
-                "is neither a directory nor in the local Hugging Face cache",
-                where=name,
-                hint=f"Download it first: hf download {name}",
-            ) from error
-    raise ModelError("no such directory", where=name, hint="Give a checkpoint directory, a cached hub name, or demo.")
+    try:
+        if not HUB_NAME.fullmatch(name):
+            raise HFValidationError
+        return Path(snapshot_download(name, local_files_only=True))
+    except HFValidationError as error:
+        raise ModelError(
+            "no such directory, and no name that a hub model can have",
+            where=repr(name[:200]),
+            hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            "is neither a directory nor in the local Hugging Face cache",
+            where=name,
+            hint=f"Download it first: hf download {name}",
+        ) from error
 
 
 def model_label(name: str) -> str:

@@ -310,7 +310,7 @@ def artifact_config(
             module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
             for form in forms
         }
-        config["auto_map"] = custom_auto_map(kind, model)
+        config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
     return config
 
 

@@ -15,9 +15,9 @@ import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from compressor.errors import ArtifactError
+from compressor.file_names import MANIFEST
 from compressor.model_files import regular_file
 
-MANIFEST = "compress_manifest.json"
 FORMAT_VERSION = 1
 MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
 MAX_SIZE = 2**40  # of one dimension, far above any weight's

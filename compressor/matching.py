@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from compressor.errors import RecipeError
+from compressor.glob import DOT, Glob
 from compressor.protocol import FUNCTION_ROLES, Weight
 
 ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
@@ -21,25 +22,29 @@ REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000
 
 
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """The glob as a regular expression over whole names. raises RecipeError for what isn't a glob"""
+def compile_pattern(pattern: str, where: str) -> Glob:
+    """The glob, ready to match whole names. raises RecipeError for what isn't a glob"""
     body = pattern.removesuffix("!")
     if REGEX_SIGNS.search(body):
         guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
         raise RecipeError(
-            f"pattern {pattern!r} looks like a regex", where=where, hint=f"Globs are used here: {guess!r}"
+            f"pattern {pattern[:200]!r} looks like a regex", where=where, hint=f"Globs are used here: {guess[:200]!r}"
         )
     if not body:
         raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
     depth = _plain(body)
     text = body if "." in depth or body == "**" else f"**.{body}"
     try:
-        expression = _translate(text)
-        if text.startswith("**."):
-            expression = f"(?:{_translate('**.')})?{_translate(text[3:])}"
-        return re.compile(expression)
-    except (ValueError, re.error) as error:
-        raise RecipeError(f"pattern {pattern!r} is malformed ({error})", where=where) from error
+        glob = Glob()
+        at = 0
+        if text.startswith("**."):  # or nothing
+            at = _translate("**.", glob, 0)
+            glob.skips[0].append(at)
+            text = text[3:]
+        glob.last = _translate(text, glob, at)
+        return glob
+    except ValueError as error:
+        raise RecipeError(f"pattern {pattern[:200]!r} is malformed ({error})", where=where) from error
 
 
 def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weight], where: str) -> list[Weight]:
@@ -108,41 +113,48 @@ def _plain(pattern: str) -> str:
     return re.sub(r"\{[^{}]*\}|\[[^\[\]]*\]", "", pattern)
 
 
-def _translate(glob: str) -> str:
-    result, at = "", 0
-    while at < len(glob):
-        sign = glob[at]
-        if glob.startswith("**", at):
-            result, at = result + ".*", at + 2
+def _translate(text: str, glob: Glob, start: int) -> int:
+    """Add what a glob matches to the places of another, from `start` on; returns the place behind it."""
+    place, at = start, 0
+    while at < len(text):
+        sign = text[at]
+        if text.startswith("**", at):
+            place, at = glob.run(place, lambda sign: True), at + 2
         elif sign == "*":
-            result, at = result + r"[^.]*", at + 1
+            place, at = glob.run(place, lambda sign: sign != DOT), at + 1
         elif sign == "?":
-            result, at = result + r"[^.]", at + 1
+            place, at = glob.sign(place, lambda sign: sign != DOT), at + 1
         elif sign == "{":
-            end = glob.find("}", at)
+            end = text.find("}", at)
             if end < 0:
                 raise ValueError("a brace is not closed")
-            result, at = result + _alternatives(glob[at + 1 : end]), end + 1
+            place, at = _alternatives(text[at + 1 : end], glob, place), end + 1
         elif sign == "[":
-            end = glob.find("]", at)
-            body = glob[at + 1 : end]
+            end = text.find("]", at)
+            body = text[at + 1 : end]
             if end < 0 or not re.fullmatch(r"!?(?:[\w](?:-[\w])?)+", body):
                 raise ValueError("a bracket is not a set of characters")
-            result, at = result + "[" + body.replace("!", "^") + "]", end + 1
+            members = re.compile("[" + body.replace("!", "^") + "]")
+            place, at = glob.sign(place, lambda sign, one=members: one.fullmatch(sign) is not None), end + 1  # type: ignore[misc]
         elif sign in "]}":
             raise ValueError(f"{sign!r} has no beginning")
         else:
-            result, at = result + re.escape(sign), at + 1
-    return result
+            place, at = glob.text(place, sign), at + 1
+    return place
 
 
-def _alternatives(body: str) -> str:
+def _alternatives(body: str, glob: Glob, start: int) -> int:
     span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", body)
     if span:
         first, last = int(span[1]), int(span[2])
         if last < first or last - first >= MAX_ALTERNATIVES:
             raise ValueError(f"range {body} must rise and hold at most {MAX_ALTERNATIVES} numbers")
-        return "(?:" + "|".join(str(number) for number in range(first, last + 1)) + ")"
-    if "{" in body:
+        ends = [glob.text(start, str(number)) for number in range(first, last + 1)]
+    elif "{" in body:
         raise ValueError("braces can't be nested")
-    return "(?:" + "|".join(_translate(part) for part in body.split(",")) + ")"
+    else:
+        ends = [_translate(part, glob, start) for part in body.split(",")]
+    behind = glob.place()
+    for end in ends:
+        glob.skips[end].append(behind)
+    return behind

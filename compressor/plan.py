@@ -18,7 +18,8 @@ import torch
 
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
-from compressor.errors import CompressError, PreflightError
+from compressor.classes import stock_class
+from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import DENSE, find_layer
@@ -29,6 +30,7 @@ from compressor.recipe import Recipe, Step
 from compressor.remodel import check_remodel, facts_of
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
+from compressor.trusted_code import auto_map, file_of, is_model_entry
 from compressor.units import Form
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
@@ -125,6 +127,7 @@ class Plan:
             "warnings": self.warnings,
             "route": None if self.route is None else {"name": self.route.name, "reason": self.route.reason},
             "untied_head": self.untied,
+            "side_files": self.source.checkpoint.side_files.to_dict(),
             "source_bytes": self.source_bytes,
             "predicted_weight_bytes": self.weight_bytes,
             "predicted_artifact_bytes": self.artifact_bytes,
@@ -141,13 +144,39 @@ def make_plan(
     raises ModelError when the model can't be read or taken apart; all other problems are collected in `problems`
     """
     source = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
+    _check_class(source)
     if prove:
         prove_by_replay(source)
     plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes)
+    _tell_of_code(plan)
     _follow_reshapes(plan)
     _complete(plan)
     _check_limits(plan, output)
     return plan
+
+
+def _check_class(source: Structure) -> None:
+    """raises ModelError for a model whose class is code of its checkpoint: no artifact of it could be checked"""
+    cls = stock_class(source.model)
+    if not cls.__module__.startswith("transformers."):
+        raise ModelError(
+            f"{cls.__name__} is code of the checkpoint. An artifact is loaded and verified with a class of "
+            "transformers, which has none of this name",
+            where=source.checkpoint.directory.name,
+            hint="`compress-model eval --trust-remote-code` measures such a model; compressing it isn't supported.",
+        )
+
+
+def _tell_of_code(plan: Plan) -> None:
+    """Say where config.json names code of a model class that isn't used."""
+    named = auto_map(plan.source.checkpoint.config, "config.json")
+    files = sorted({file_of(ref) for name, references in named.items() if is_model_entry(name) for ref in references})
+    if files:
+        message = (
+            f"config.json names code for {plan.source.architecture}. transformers has a class of this name, which is "
+            "used instead; the artifact doesn't hold the code"
+        )
+        plan.warnings.append({"code": "code-not-used", "where": ", ".join(files), "message": message})
 
 
 def plan_again(plan: Plan, step: Step, decision: Decision) -> Plan:
@@ -476,13 +505,14 @@ def _predict(plan: Plan) -> None:
     data = sum(tensor.nbytes for tensor in tensors)
     headers = sum(header_bytes((n, by_name[n].dtype, by_name[n].shape) for n in names) for names in shards.values())
     plan.weight_bytes = data + headers
-    config = artifact_config(structure.checkpoint.config, plan.route, forms, structure.model, "bfloat16", plan.untied)
+    carried = structure.checkpoint.carried_config
+    config = artifact_config(carried, plan.route, forms, structure.model, "bfloat16", plan.untied)
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
     if plan.route.name == "custom":
         side += len(modelling_file(structure.model, (form.form for form in forms)))
     side += sum(
-        (structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.files_to_carry()
+        (structure.checkpoint.directory / path).stat().st_size for path in structure.checkpoint.side_files.carried
     )
     plan.artifact_bytes = plan.weight_bytes + side
     _predict_memory(plan)

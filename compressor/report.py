@@ -90,6 +90,7 @@ def build_report(
             "blocks": structure.block_count,
             "dtype": str(structure.dtype).removeprefix("torch."),
             "license": structure.checkpoint.license,
+            "side_files": structure.checkpoint.side_files.to_dict(),
         },
         "route": {"name": plan.route.name, "reason": plan.route.reason},
         "seeds": {
@@ -250,7 +251,7 @@ def render_junit(report: dict[str, Any]) -> str:
 def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None:
     """The model card, README.md: front matter for the hub, and what was done, measured and should be known."""
     front = {
-        "license": report["model"]["license"] or "other",
+        **checkpoint.licence.front_matter(),
         "base_model": report["model"]["source"],
         "base_model_relation": "quantized",
         "library_name": "transformers",

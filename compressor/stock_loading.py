@@ -27,7 +27,7 @@ from compressor.trusted_code import (
     run_generated,
 )
 
-OFFLINE = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
 
 
 def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -93,15 +93,10 @@ def files_behind(directory: Path, references: list[str]) -> set[str]:
 
 
 def required_code(directory: Path, references: list[str]) -> str:
-    """The files that have to run for a class that transformers doesn't have, for a message.
-
-    raises ModelError for a file that isn't there
-    """
+    """The files that have to run for a class that transformers doesn't have, for a message."""
     names = sorted({file_of(reference) for reference in references})
-    for name in names:
-        if "--" not in name:
-            regular_file(directory, directory / name)
-    return ", ".join(names)
+    is_there = {name: "--" in name or (directory / name).is_file() for name in names}
+    return ", ".join(name if is_there[name] else f"{name} (which is missing)" for name in names)
 
 
 def tokenizer_code(directory: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -127,6 +128,51 @@ def test_no_weights_no_config_and_no_directory_are_told_apart(tmp_path):
     refuse(tmp_path / "b", "nothing is there")
     with pytest.raises(ModelError, match="no such directory"):
         resolve_model(str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def cache(model, tmp_path, monkeypatch):
+    """A Hugging Face cache with a model of each kind of name."""
+    hub = tmp_path / "hub"
+    for name in ("gpt2tiny", "owner--name", "bert-base.un_cased"):
+        snapshot = hub / f"models--{name}" / "snapshots" / ("a" * 40)
+        snapshot.mkdir(parents=True)
+        (hub / f"models--{name}" / "blobs").mkdir()
+        (hub / f"models--{name}" / "refs").mkdir()
+        (hub / f"models--{name}" / "refs" / "main").write_text("a" * 40)
+        for number, file in enumerate(sorted(model.iterdir())):
+            shutil.copy(file, hub / f"models--{name}" / "blobs" / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+@pytest.mark.parametrize("name", ["gpt2tiny", "owner/name", "bert-base.un_cased"])
+def test_a_model_in_the_cache_is_found_by_its_name(name, cache):
+    assert open_checkpoint(resolve_model(name)).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/other", "a.b-c_d", "x" * 96])
+def test_a_model_that_is_not_in_the_cache_is_told_how_to_get(name, cache):
+    with pytest.raises(ModelError, match=f"hf download {name}"):
+        resolve_model(name)
+
+
+BAD_NAMES = ["", " ", "../x", "models--gpt2tiny", "models--", "a/b/c", "a\\b", ".hidden", "a..b", "owner/", "-x",
+             "name.git", "a\0b", "gpt2tiny/../x", "https://huggingface.co/gpt2", "x" * 5000, "ä", "a b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_no_model_can_have_is_refused(name, cache):
+    with pytest.raises(ModelError) as failure:
+        resolve_model(name)
+    assert failure.value.exit_code == 5 and len(str(failure.value)) < 500
+
+
+def test_a_directory_goes_before_the_cache(cache, tmp_path):
+    (tmp_path / "gpt2tiny").mkdir()
+    assert resolve_model("gpt2tiny").name == "gpt2tiny" and "snapshots" not in str(resolve_model("gpt2tiny"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

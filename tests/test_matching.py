@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +50,7 @@ def names(only, excluded=()):
     ],
 )
 def test_patterns_mean_what_the_docs_say(pattern, name, expected):
-    assert (compile_pattern(pattern, "p").fullmatch(name) is not None) is expected
+    assert compile_pattern(pattern, "p").fullmatch(name) is expected
 
 
 def test_everything_leaves_out_head_and_router_unless_they_are_named():
@@ -108,7 +112,48 @@ def test_globs_agree_with_the_slow_matcher(pattern, name):
         return  # read as a regex and refused
     full = pattern if "." in pattern or pattern == "**" else f"**.{pattern}"
     expected = slow(full, name) or (full.startswith("**.") and slow(full[3:], name))
-    assert (compile_pattern(pattern, "p").fullmatch(name) is not None) == expected
+    assert compile_pattern(pattern, "p").fullmatch(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**a" * 150, False),
+        ("**.a" * 60 + "**", False),
+        ("*a**" * 150, False),
+        ("**{a,aa}" * 40 + "b", False),
+        ("**" * 2000 + "x", False),
+        ("**a" * 50 + "**", True),
+        ("?**" * 60, True),
+        ("[a-b]**" * 60, True),
+        ("{0..999}**" * 3, False),
+    ],
+)
+def test_a_pattern_of_many_stars_takes_linear_time(pattern, expected):
+    """With a regular expression each of these took longer than anybody waits."""
+    name = "model." + "a" * 52 + ".a" * 50
+    assert "a" * 52 in name
+    began = time.perf_counter()
+    assert compile_pattern(pattern, "p").fullmatch(name) is expected
+    assert time.perf_counter() - began < 5
+
+
+def test_a_pattern_of_too_many_places_is_refused():
+    with pytest.raises(RecipeError, match=r"malformed.*more than 20,000 places"):
+        compile_pattern("{0..999}" * 30, "p")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", ".", "*", "**", "?", "{a,bb}", "{1..12}", "[ab]", "[!a]"]), max_size=6),
+       st.text("ab.1", max_size=8))  # fmt: skip
+def test_globs_agree_with_a_regular_expression(parts, name):
+    pattern = "x." + "".join(parts)
+    if any(one[0] == two[0] == "*" for one, two in itertools.pairwise(parts)):
+        return  # a run of stars means something else
+    signs = {"*": "[^.]*", "**": ".*", "?": "[^.]", "{a,bb}": "(?:a|bb)", "[ab]": "[ab]", "[!a]": "[^a]", ".": r"\."}
+    signs["{1..12}"] = "(?:" + "|".join(map(str, range(1, 13))) + ")"
+    expression = r"x\." + "".join(signs.get(part, part) for part in parts)
+    assert compile_pattern(pattern, "p").fullmatch("x." + name) == bool(re.fullmatch(expression, "x." + name))
 
 
 def test_functions_are_selected_by_role_and_left_out_by_name():

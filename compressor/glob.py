@@ -1,0 +1,76 @@
+"""Matches globs in time linear in the name, whatever the pattern.
+
+A regular expression tries one split of a name after the other, and with many `**` there are too many. Here all places
+of the pattern that the name could have reached are followed at once. A set of places is met again and again by similar
+names, so what follows from it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+MAX_PLACES = 20_000  # of one pattern; a range of 1000 numbers has 4000
+DOT = "."
+Accepts = Callable[[str], bool]
+
+
+@dataclass
+class Glob:
+    """Places are numbered; the first is 0.
+
+    steps    place -> (which sign leads on, to which place)
+    skips    place -> places that are reached without a sign
+    last     where a whole name has to end
+    """
+
+    steps: list[list[tuple[Accepts, int]]] = field(default_factory=lambda: [[]])
+    skips: list[list[int]] = field(default_factory=lambda: [[]])
+    last: int = 0
+    _known: dict[tuple[frozenset[int], str], frozenset[int]] = field(default_factory=dict, repr=False)
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether the glob matches the whole name."""
+        places = self._with_skips({0})
+        for sign in name:
+            key = (places, sign)
+            if key not in self._known:
+                reached = {to for place in places for accepts, to in self.steps[place] if accepts(sign)}
+                self._known[key] = self._with_skips(reached)
+            places = self._known[key]
+        return self.last in places
+
+    def place(self) -> int:
+        """A new place. raises ValueError if there are too many"""
+        if len(self.steps) == MAX_PLACES:
+            raise ValueError(f"it has more than {MAX_PLACES:,} places to be in")
+        self.steps.append([])
+        self.skips.append([])
+        return len(self.steps) - 1
+
+    def sign(self, at: int, accepts: Accepts) -> int:
+        """One sign from a place on; returns the place behind it."""
+        to = self.place()
+        self.steps[at].append((accepts, to))
+        return to
+
+    def text(self, at: int, text: str) -> int:
+        for letter in text:
+            at = self.sign(at, lambda sign, letter=letter: sign == letter)  # type: ignore[misc]
+        return at
+
+    def run(self, at: int, accepts: Accepts) -> int:
+        """Any number of signs."""
+        to = self.place()
+        self.skips[at].append(to)
+        self.steps[to].append((accepts, to))
+        return to
+
+    def _with_skips(self, places: set[int]) -> frozenset[int]:
+        found, waiting = set(places), list(places)
+        while waiting:
+            for to in self.skips[waiting.pop()]:
+                if to not in found:
+                    found.add(to)
+                    waiting.append(to)
+        return frozenset(found)
