@@ -335,6 +335,8 @@ def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
     if found["problems"]:
         raise ArtifactError("; ".join(found["problems"]), where=str(directory))
     if not as_json:
+        for note in found["notes"]:
+            err.print(f"documentation: {note}", highlight=False, markup=False)
         out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
 
 

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +27,7 @@ class Journal:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self._lock = (work / LOCK).open("w")
+        self._lock = _open_lock(work)
         try:
             _lock(self._lock, work)
         except UsageError:
@@ -70,6 +71,10 @@ class Journal:
                 "the interrupted run differs: " + "; ".join(differences),
                 where=work.name,
                 hint="Restore what differs, or start again with --fresh.",
+            )
+        if links := _links(work):
+            raise ResumeError(
+                f"holds a link, which no run makes ({links[0]})", where=work.name, hint="Start again with --fresh."
             )
         (work / UNITS).mkdir(exist_ok=True)
         return cls(work)
@@ -138,6 +143,8 @@ class Journal:
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
+                if Path(line["file"]).name != line["file"]:
+                    raise ValueError("names a file elsewhere")
                 lines[line["key"]] = line
             except (ValueError, KeyError, TypeError) as error:
                 raise ResumeError(f"line {number} is damaged", where=LINES, hint="Start again with --fresh.") from error
@@ -154,10 +161,10 @@ def remove_work(work: Path) -> None:
 
     raises UsageError if it holds anything else, or a run is using it
     """
-    if not work.is_dir():
+    if work.is_symlink() or not work.is_dir():
         raise UsageError("is not a work directory of this tool", where=str(work), hint="Move it away first.")
     ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"} if has_begun(work) else {UNITS, Path(RUN).stem + ".tmp"}
-    foreign = sorted({path.name for path in work.iterdir()} - ours)
+    foreign = sorted({path.name for path in work.iterdir()} - ours) + _links(work)
     if foreign:
         raise UsageError(
             f"holds things this tool did not write ({', '.join(foreign[:3])})",
@@ -165,11 +172,26 @@ def remove_work(work: Path) -> None:
             hint="Move them away first.",
         )
     if (work / LOCK).exists():
-        with (work / LOCK).open("w") as lock:
+        with _open_lock(work) as lock:
             _lock(lock, work)
     for path in sorted(work.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        path.rmdir() if path.is_dir() else path.unlink()
     work.rmdir()
+
+
+def _links(work: Path) -> list[str]:
+    """What is neither a folder nor a regular file; a journal makes no such, and a link may lead anywhere."""
+    return sorted(
+        path.relative_to(work).as_posix()
+        for path in work.rglob("*")
+        if not (stat.S_ISREG(path.lstat().st_mode) or stat.S_ISDIR(path.lstat().st_mode))
+    )
+
+
+def _open_lock(work: Path) -> TextIO:
+    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off."""
+    handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(handle, "w")
 
 
 def _lock(file: TextIO, work: Path) -> None:

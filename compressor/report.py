@@ -35,7 +35,7 @@ NOT_VERIFIED: dict[str, Any] = {
     **dict.fromkeys(
         ("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens", "stock_layers")
     ),
-    **{key: [] for key in ("missing", "unexpected", "mismatched")},
+    **{key: [] for key in ("missing", "unexpected", "mismatched", "notes")},
 }
 
 

@@ -78,7 +78,8 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     from safetensors.torch import load_file
     from transformers.utils import logging
 
-    from compressor.artifact import check_files, load, read_manifest
+    from compressor.artifact import load, read_manifest
+    from compressor.artifact_files import compare_files
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
     from compressor.replay import without_cache
@@ -96,12 +97,14 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         "tolerance": None,
         "generated_tokens": None,
         "stock_layers": None,
+        "notes": [],
         "problems": [],
     }
     problems: list[str] = found["problems"]
     manifest = read_manifest(directory)
     if sealed:
-        problems += check_files(directory, manifest)
+        found_there, found["notes"] = compare_files(directory, manifest)
+        problems += found_there
     checkpoint = open_checkpoint(directory)
     for name in checkpoint.tensors:
         tensor = checkpoint.read(name)
