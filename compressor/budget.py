@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 STREAM = "hidden"  # name of the residual stream's own mask
@@ -27,6 +28,7 @@ class Part:
     rest                  what goes beside the units where none is left
     least                 fewest units it may keep
     align                 it keeps a multiple of this, or all
+    allowed               it keeps one of these numbers, or all; empty: any
     """
 
     name: str
@@ -38,11 +40,22 @@ class Part:
     rest: int = 0
     least: int = 1
     align: int = 1
+    allowed: tuple[int, ...] = ()
+
+    def may_keep(self, count: int) -> bool:
+        """Whether `least`, `align` and `allowed` let it keep so many of its units."""
+        fits = count >= self.least and count % self.align == 0 and (not self.allowed or count in self.allowed)
+        return fits or count == self.units
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of units that it may keep, from all of them down."""
+        return [count for count in range(self.units, -1, -1) if self.may_keep(count)]
 
     @property
     def floor(self) -> int:
-        """Fewest units that `least` and `align` allow together."""
-        return min(self.units, -(-self.least // self.align) * self.align)
+        """Fewest units that it may keep."""
+        return self.counts[-1]
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ def cut(
     state = _State(size, {part.name: set(range(part.units)) for part in size.parts}, set(range(size.width)))
     moves = _unit_moves(size, scores, uniform)
     if prunes_width:
-        chunks = _chunks(scores[STREAM], size.align_width, size.width - size.narrowest)
+        chunks = _chunks(scores[STREAM], _aligned(size.width, size.narrowest, size.align_width))
         moves += [_Move(score, ((STREAM, units),)) for score, units in chunks]
     moves += [
         _Move(score, tuple((name, ()) for name in names), whole=True) for names, score in (removable or {}).items()
@@ -144,7 +157,7 @@ def cut(
             heavy.append(move)  # later and lighter ones may come closer
         elif state.drop(move):
             done.append(move)
-    for move in heavy:
+    for move in [*heavy, *moves]:  # what had to wait for a heavy one comes last
         if state.size > target and state.drop(move):
             done.append(move)
     if state.size > target:
@@ -195,6 +208,10 @@ class _State:
         """Whether anything went."""
         if move.whole and self._is_last_of_its_kind(move):
             return False
+        if not move.whole and not self._may_keep(
+            {name: self.units.get(name, set()) - set(units) for name, units in move.drops}
+        ):
+            return False
         weight = self.weight(move)
         for name, units in move.drops:
             if name == STREAM:
@@ -205,6 +222,11 @@ class _State:
                     self._removed.add(name)
         self.size -= weight
         return weight > 0
+
+    def _may_keep(self, units: Mapping[str, set[int]]) -> bool:
+        """Whether parts may keep these units; of the stream and of removed parts nothing is asked."""
+        present = [name for name in units if name != STREAM and name not in self._removed]
+        return all(self._parts[name].may_keep(len(units[name])) for name in present)
 
     def _is_last_of_its_kind(self, move: _Move) -> bool:
         going = self._removed | {name for name, _ in move.drops}
@@ -220,7 +242,7 @@ class _State:
             return
         back = [(name, units) for name, units in move.drops if name not in self._removed]
         more = sum(len(units) * self._unit_weight(name) for name, units in back)
-        if self.size + more <= target:
+        if self.size + more <= target and self._may_keep({name: self.units[name] | set(units) for name, units in back}):
             for name, units in back:
                 self.units[name] = self.units[name] | set(units)
             self.size += more
@@ -231,13 +253,13 @@ def _unit_moves(size: Size, scores: Mapping[str, Sequence[float]], uniform: bool
         return [
             _Move(score, ((part.name, units),))
             for part in size.parts
-            for score, units in _chunks(scores[part.name], part.align, part.units - part.floor)
+            for score, units in _chunks(scores[part.name], part.counts)
         ]
     moves = []
     for kind in dict.fromkeys(part.kind for part in size.parts):
         parts = [part for part in size.parts if part.kind == kind]
-        assert len({(part.units, part.floor, part.align) for part in parts}) == 1, "uniform counts need equal parts"
-        rows = [_chunks(scores[part.name], part.align, part.units - part.floor) for part in parts]
+        assert len({tuple(part.counts) for part in parts}) == 1, "uniform counts need equal parts"
+        rows = [_chunks(scores[part.name], part.counts) for part in parts]
         for together in zip(*rows, strict=True):
             mean = sum(score for score, _ in together) / len(together)
             drops = tuple((part.name, units) for part, (_, units) in zip(parts, together, strict=True))
@@ -245,19 +267,19 @@ def _unit_moves(size: Size, scores: Mapping[str, Sequence[float]], uniform: bool
     return moves
 
 
-def _chunks(scores: Sequence[float], align: int, most: int) -> list[tuple[float, tuple[int, ...]]]:
-    """(mean score, units) of the lowest units by `align` at a time, `most` of them in all.
-
-    The first chunk is smaller where the number of units is no multiple of `align`.
-    """
+def _chunks(scores: Sequence[float], counts: Sequence[int]) -> list[tuple[float, tuple[int, ...]]]:
+    """(mean score, units) of the lowest units, as many at a time as lead from each of `counts` to the next."""
     order = sorted(range(len(scores)), key=lambda unit: scores[unit])
-    found, at = [], 0
-    step = len(scores) % align or align
-    while at + step <= most:
-        units = tuple(order[at : at + step])
-        found.append((sum(scores[unit] for unit in units) / step, units))
-        at, step = at + step, align
+    found = []
+    for before, after in pairwise(counts):
+        units = tuple(order[len(scores) - before : len(scores) - after])
+        found.append((sum(scores[unit] for unit in units) / len(units), units))
     return found
+
+
+def _aligned(count: int, least: int, align: int) -> list[int]:
+    """`count`, and the multiples of `align` below it down to `least`."""
+    return [count, *(n for n in range(count - 1, least - 1, -1) if n % align == 0)]
 
 
 def target_size(full: int, share: float) -> int:

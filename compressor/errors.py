@@ -84,6 +84,10 @@ class ShapeError(CompressError):
     exit_code, code_name = 5, "shape"
 
 
+class WidthError(ShapeError):
+    """A weight with a number of inputs that no group size divides; it may stay dense where no pattern names it."""
+
+
 class PreflightError(CompressError):
     """A run that can't end well: memory, disk, or an order of steps that can't work."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -214,9 +215,13 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
 
 def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> bool:
     """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
-    if not any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model)):
-        return False
-    rows = {name: value.shape[0] * value.shape[1] for name, value in model.named_parameters() if value.dim() == 3}
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
+    rows = {  # a convolution or a class token has three dimensions too, and no rule joins it
+        name: value.shape[0] * value.shape[1]
+        for name, value in model.named_parameters()
+        if value.dim() == 3 and any(pattern.search(name) for pattern in joined)
+    }
     for form in forms:
         if form.weight.expert is not None:
             rows[form.weight.parameter] -= form.weight.out_features

@@ -68,6 +68,17 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
     return [weight for weight in weights if weight.name in chosen - out]
 
 
+def names_it(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:
+    """Names of the weights that a pattern means, rather than takes along with all others.
+
+    `*`, `**` and the roles of most weights take along; a name, a part of one, or a role that `*` leaves out means.
+    """
+    most = {f"@{role}" for role in ROLES if role not in (*LEFT_OUT, "experts")}
+    meant = [pattern for pattern in patterns if re.search(r"\w", pattern) and pattern.removesuffix("!") not in most]
+    optional = [pattern.removesuffix("!") + "!" for pattern in meant]
+    return {weight.name for weight in select(optional, (), weights, where)} if meant else set()
+
+
 def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:
     result: set[str] = set()
     for pattern in patterns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from compressor.errors import ShapeError
+from compressor.errors import ShapeError, WidthError
 from compressor.grid import Grid
 from compressor.lazy import torch
 from compressor.protocol import Site, Weight
@@ -32,7 +32,8 @@ def packed_spec(
     if group_size != -1 and weight.in_features % group_size:
         usable = [str(size) for size in (128, 64, 32) if weight.in_features % size == 0]
         advice = " or ".join([*usable, "-1"])
-        raise ShapeError(
+        kind = ShapeError if usable else WidthError
+        raise kind(
             f"group_size {group_size} does not divide in_features {weight.in_features}.",
             where=weight.name,
             hint=f"Set group_size to {advice}, or leave this weight out with `except`.",

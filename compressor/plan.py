@@ -19,15 +19,16 @@ import torch
 from compressor.artifact import Named, assign_shards
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
-from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.errors import CompressError, ModelError, PreflightError, WidthError
 from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import DENSE, find_layer
-from compressor.matching import LEFT_OUT, select
+from compressor.matching import LEFT_OUT, names_it, select
 from compressor.modelling import modelling_file
 from compressor.protocol import FUNCTION_ROLES, Decision, Fact, ModelFacts, Remodel, Weight
 from compressor.recipe import Recipe, Step
 from compressor.remodel import check_remodel, facts_of
+from compressor.replaceable import why_not_replaceable
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.trusted_code import auto_map, file_of, is_model_entry
@@ -201,8 +202,9 @@ def _complete(plan: Plan) -> None:
     """What the storing steps make of the model that the reshaping ones leave, and what all of it weighs."""
     recipe, structure = plan.recipe, plan.structure
     weights = [weight for _, weight in structure.weights()]
+    whole = [weight for _, weight, _ in structure.whole]
     _find_functions(plan)
-    _select(plan, [*weights, *(function for _, function in plan.functions.all())])
+    _select(plan, [*weights, *whole, *(function for _, function in plan.functions.all())])
     _check_facts(plan)
     _follow_forms(plan)
     _predict(plan)
@@ -214,6 +216,7 @@ def _complete(plan: Plan) -> None:
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w, structure)} for w in weights if w.name not in touched]
+    plan.skipped += [{"name": weight.name, "reason": why} for _, weight, why in structure.whole]
     if structure.bindings.dropped:
         plan.warnings.append(
             {
@@ -310,6 +313,8 @@ def _find_functions(plan: Plan) -> None:
 
 
 def _select(plan: Plan, weights: list[Weight]) -> None:
+    whole = {weight.name: why for _, weight, why in plan.structure.whole}
+    known: dict[type, bool] = {}
     for step in plan.recipe.steps:
         where = ".".join(str(part) for part in step.path)
         if step.settings.reshapes:
@@ -320,7 +325,52 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
         except CompressError as problem:
             plan.problems.append(problem)
             chosen = []
-        plan.selected[step.path] = _without_shared_tables(plan, step, chosen, weights, where)
+        chosen = _without_shared_tables(plan, step, chosen, weights, where)
+        reasons = {
+            weight.name: why
+            for weight in chosen
+            if (why := whole.get(weight.name) or why_not_replaceable(plan.structure.model, weight, known))
+        }
+        plan.selected[step.path] = _without_unfit(plan, step, chosen, reasons)
+
+
+def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, str]) -> list[Weight]:
+    """What of a step's weights can be stored. One that a pattern means and can't be is a problem; those that a pattern
+    takes along stay dense, with a warning for each reason.
+
+    reasons  weight name -> why it can't be stored
+    """
+    if not reasons:
+        return chosen
+    where = ".".join(map(str, step.path))
+    meant = names_it(step.settings.only, chosen, where)
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        refused = [name for name in names if name in meant]
+        if refused:
+            count = f" ({len(refused)} weights)" if len(refused) > 1 else ""
+            plan.problems.append(
+                PreflightError(
+                    f"can't be stored by {step.name}{count}: {why}",
+                    where=refused[0],
+                    hint="Drop the pattern that names it, or leave it out with `except`; it then stays dense.",
+                )
+            )
+        if kept := [name for name in names if name not in meant]:
+            message = f"{len(kept)} weights stay dense, such as {kept[0]}: {why}"
+            plan.warnings.append({"code": "stays-dense", "where": kept[0], "message": message})
+    left = [weight for weight in chosen if weight.name not in reasons]
+    if not left and not any(weight.name in meant for weight in chosen):
+        plan.problems.append(
+            PreflightError(
+                f"no weight is left for {step.name}: {next(iter(reasons.values()))}",
+                where=where,
+                hint="Choose other settings or another pass for this model.",
+            )
+        )
+    return left
 
 
 def _without_shared_tables(
@@ -367,6 +417,7 @@ def _follow_forms(plan: Plan) -> None:
     for number, step in enumerate(plan.recipe.steps):
         traits = step.settings.traits
         refused: list[Weight] = []
+        plan.selected[step.path] = _without_odd_widths(plan, step, plan.selected[step.path])
         for weight in plan.selected[step.path]:
             found = forms.get(weight.name, DENSE)
             if found not in traits.accepts:
@@ -423,6 +474,22 @@ def _follow_forms(plan: Plan) -> None:
             PreflightError(text, where=".".join(map(str, step.path)))
             for text in step.settings.check(plan.selected[step.path])
         ]
+
+
+def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[Weight]:
+    """Without weights that no group size divides, where no pattern means them."""
+    reasons = {}
+    for weight in chosen:
+        try:
+            step.settings.spec(weight)
+        except WidthError:
+            reasons[weight.name] = f"no group size divides its {weight.in_features} inputs"
+        except CompressError:
+            pass  # `_follow_forms` asks again, and makes it a problem
+    meant = names_it(step.settings.only, chosen, "steps") if reasons else set()
+    if all(weight.name in reasons for weight in chosen):
+        return chosen  # nothing would be left: each is a problem
+    return _without_unfit(plan, step, chosen, {name: why for name, why in reasons.items() if name not in meant})
 
 
 def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:

@@ -288,6 +288,7 @@ class ModelFacts:
     fits      whether the model's own class holds what a Remodel asks for: None, or why not
     prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
     tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
+    accepts   whether the model's config class takes these values in place of its own: None, or why not
     """
 
     architecture: str
@@ -301,6 +302,7 @@ class ModelFacts:
     fits: Callable[[Remodel], str | None]
     prunable: Callable[..., tuple[PrunableSite, ...]]
     tokens: Callable[[], TokenFacts]
+    accepts: Callable[[dict[str, Any]], str | None]
 
     @property
     def residual(self) -> Residual:

@@ -66,7 +66,7 @@ class Seen:
 def look(structure: Structure) -> Seen:
     """What a twin of the model shows; `find_prunable` reads it."""
     twin = residual_twin(structure.model, structure.pieces)
-    return _find_in_twin(twin, structure.pieces.blocks_path, structure.groups)
+    return _find_in_twin(twin, structure.pieces.blocks_path, structure.traced.groups)
 
 
 def find_prunable(

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -31,6 +32,9 @@ from compressor.stream import Residual
 from compressor.structure import Structure, structure_of
 from compressor.token_sites import find_token_sites
 from compressor.tracing import signature
+
+# what transformers raises for a config whose numbers it doesn't take, and for a model that can't be made of one
+REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
@@ -63,6 +67,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         lambda remodel: _misfit(structure, remodel),
         prunable,
         cache(lambda: find_token_sites(structure)),
+        lambda changes: _config_misfit(structure, changes),
     )
 
 
@@ -177,18 +182,31 @@ def _config(values: dict[str, Any]) -> PretrainedConfig:
 def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     try:
         remodelled(structure, remodel)
-    except (CompressError, ValueError, TypeError, RuntimeError) as error:  # transformers' own checks raise the latter
-        return str(error.what if isinstance(error, CompressError) else error)
+    except (CompressError, *REFUSALS) as error:
+        return error.what if isinstance(error, CompressError) else _in_one_line(error)
     return None
+
+
+def _config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
+    try:
+        _config({**structure.checkpoint.config, **changes})
+    except REFUSALS as error:
+        return _in_one_line(error)
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: bool = True) -> Structure:
     """The reshaped structure. raises PreflightError saying what the model's class can't be"""
     try:
         return remodelled(structure, remodel) if rewrites else regated(structure, remodel)
-    except (ModelError, ValueError, TypeError, RuntimeError) as error:
+    except (ModelError, *REFUSALS) as error:
+        why = str(error) if isinstance(error, ModelError) else _in_one_line(error)
         raise PreflightError(
-            f"{structure.architecture} can't have the shapes this step makes ({error})",
+            f"{structure.architecture} can't have the shapes this step makes ({why})",
             where=where,
             hint="Choose other settings; docs/passes says which models each orientation fits.",
         ) from error

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]  # the model's own inputs: input_ids or pixel_values
@@ -29,6 +30,46 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """How a block gives the hidden states: bare, or as the first tensor of a tuple, list or mapping.
+
+    leaves  what else it gives, with None in place of every tensor: a model that needs one of those is no plain stack
+            of blocks, which the proof by replay finds out
+    hidden  number of the leaf that is the hidden states
+    """
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+    hidden: int
+
+    @classmethod
+    def of(cls, output: Any) -> Answer:
+        """raises TypeError for an output that holds no tensor"""
+        leaves, spec = tree_flatten(output)
+        at = next((number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        if at is None:
+            raise TypeError(f"a block gives {type(output).__name__} without a tensor")
+        return cls(spec, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves), at)
+
+    def around(self, hidden: Tensor) -> Any:
+        """What the block would have given, with these hidden states."""
+        return tree_unflatten([*self.leaves[: self.hidden], hidden, *self.leaves[self.hidden + 1 :]], self.spec)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block gives: the first tensor of it.
+
+    raises TypeError for an output that holds no tensor
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if found is None:
+        raise TypeError(f"a block gives {type(output).__name__} without a tensor")
+    return found
+
+
 class Stop(Exception):
     """Ends a forward pass early; raised by what watches it, and never left to a caller."""
 
@@ -36,12 +77,12 @@ class Stop(Exception):
 class Port(nn.Module):
     """Stands in for a block; anything else asked of it is answered by the block itself."""
 
-    def __init__(self, block: nn.Module, visit: Callable[[Tensor, Call], Tensor]) -> None:
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, Call], Any]) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)
         object.__setattr__(self, "_visit", visit)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._visit(hidden_states, Call(args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -54,29 +95,41 @@ class Port(nn.Module):
 class Pieces:
     """A model and the path of its block list; runs stem, one block, or head.
 
-    The blocks' weights may be on the meta device while stem or head run, and the other way round.
+    The blocks' weights may be on the meta device while stem or head run, and the other way round, once `answers` says
+    what each block gives. Where it isn't known, the first `stem` runs the blocks too and notes it.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks_path: str) -> None:
+    def __init__(self, model: PreTrainedModel, blocks_path: str, answers: Sequence[Answer] = ()) -> None:
         self.model = model
         self.blocks_path = blocks_path
         self.blocks: list[nn.Module] = list(model.get_submodule(blocks_path).children())
+        self.answers: list[Answer] = list(answers)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def stem(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Hidden states before block 0, and the arguments of every block."""
+        """Hidden states before block 0, and the arguments of every block.
+
+        raises ValueError if the model ends before it has called as many blocks as it has
+        """
         calls: list[Call] = []
         first: list[Tensor] = []
+        answers = self.answers if len(self.answers) == len(self.blocks) else []
+        learned: list[Answer] = []
 
-        def visit(hidden: Tensor, call: Call) -> Tensor:
+        def visit(hidden: Tensor, call: Call) -> Any:
+            at = len(calls)
             if not calls:
                 first.append(hidden)
             calls.append(call)
+            output = None
+            if not answers:
+                output = self.blocks[at](hidden, *call.args, **call.kwargs)
+                learned.append(Answer.of(output))
             if len(calls) == len(self.blocks):
                 raise Stop
-            return hidden
+            return answers[at].around(hidden) if answers else output
 
         with self._ports(visit), torch.no_grad():
             try:
@@ -85,22 +138,24 @@ class Pieces:
                 pass
         if len(calls) != len(self.blocks):
             raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
+        self.answers = answers or learned
         return first[0], calls
 
     def block(self, index: int, hidden: Tensor, call: Call, *, gradients: bool = False) -> Tensor:
         """Hidden states after one block."""
         with torch.set_grad_enabled(gradients):
-            out = self.blocks[index](hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+            return hidden_of(self.blocks[index](hidden, *call.args, **call.kwargs))
 
     def head(self, batch: Batch, hidden: Tensor, *, gradients: bool = False) -> Tensor:
-        """The model's output, given the hidden states after the last block."""
+        """The model's output, given the hidden states after the last block; after a `stem` or with known answers."""
+        assert len(self.answers) == len(self.blocks), "what the blocks give isn't known before a run of the stem"
         seen = 0
 
-        def visit(passing: Tensor, call: Call) -> Tensor:
+        def visit(passing: Tensor, call: Call) -> Any:
             nonlocal seen
             seen += 1
-            return hidden if seen == len(self.blocks) else passing
+            answer = self.answers[(seen - 1) % len(self.blocks)]
+            return answer.around(hidden if seen == len(self.blocks) else passing)
 
         with self._ports(visit), torch.set_grad_enabled(gradients):
             return output_of(self.model(**batch))

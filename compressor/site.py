@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -335,9 +335,21 @@ def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
 def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
     """The same, from where the batch waits; its tape is used up."""
     tape, stream.tape = stream.tape, None
-    if tape is None:
-        return run_unit(structure, unit, stream)
+    is_block = 1 <= unit <= structure.block_count
+    if tape is None or (is_block and holds_containers(stream.calls[unit - 1])):
+        return run_unit(structure, unit, stream)  # what a block puts there for later ones has to be computed, not taped
     try:
         return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
     except Diverged:
         return run_unit(structure, unit, stream)
+
+
+def holds_containers(call: Call) -> bool:
+    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
+    return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(_is_container(part) for part in value)
+    return isinstance(value, (MutableMapping, MutableSequence, MutableSet))

@@ -19,6 +19,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -37,18 +38,18 @@ from compressor.model_building import (
     refusal,
 )
 from compressor.protocol import Group, Stage, Weight
-from compressor.replay import Batch, Pieces, output_of
+from compressor.replay import Batch, Pieces, hidden_of, output_of
 from compressor.tracing import (
     Product,
     Traced,
     check_output,
     example_batch,
     make_twin,
+    run_in_pieces,
     run_whole,
     shallow_config,
     signature,
     trace,
-    use_eager_experts,
 )
 from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
 
@@ -57,20 +58,15 @@ from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entr
 class Structure:
     """A checkpoint, its model on the meta device, and what running it showed.
 
-    groups             signature of a block -> its products, grouped by input, in forward order
-    tables             what the stem looks rows up in, as plain nn.Embedding does
-    used_after_blocks  modules outside the blocks that the twin used only after the last block, or not at all
-    dtype              what stays dense
+    traced  what a run of its shallow twin showed
+    dtype   what stays dense
     """
 
     checkpoint: Checkpoint
     model: PreTrainedModel
     pieces: Pieces
     bindings: Bindings
-    groups: dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]]
-    head_products: tuple[Product, ...]
-    used_after_blocks: set[str]
-    tables: tuple[Product, ...]
+    traced: Traced
     dtype: torch.dtype
     _stages: dict[int, list[Stage]] = field(default_factory=dict, repr=False)
 
@@ -90,13 +86,13 @@ class Structure:
 
     def _find_stages(self, unit: int) -> list[Stage]:
         if unit == 0:
-            return [(group,) for table in self.tables for group in self._weights("", (table,), "embedding")]
+            return [(group,) for table in self.traced.tables for group in self._weights("", (table,), "embedding")]
         if unit == self.block_count + 1:
-            return [(group,) for product in self.head_products for group in self._weights("", (product,), "head")]
+            return [(group,) for product in self.traced.head for group in self._weights("", (product,), "head")]
         block = self.pieces.blocks[unit - 1]
         prefix = f"{self.pieces.blocks_path}.{unit - 1}."
         stages: list[Stage] = []
-        for products in self.groups[signature(self.model.config, block, unit - 1)]:
+        for products in self.traced.groups[signature(self.model.config, block, unit - 1)]:
             groups = tuple(self._weights(prefix, products, None))
             stages.append(groups)
         return stages
@@ -110,14 +106,34 @@ class Structure:
                         yield unit, weight
 
     @cached_property
+    def whole(self) -> list[tuple[int, Weight, str]]:
+        """(unit, weight, why) for tensors that hold several matrices, such as all experts of a block, and that can't
+        be stored in parts.
+        """
+        found = []
+        for index, block in enumerate(self.pieces.blocks):
+            kind, prefix = signature(self.model.config, block, index), f"{self.pieces.blocks_path}.{index}."
+            reasons = dict(self.traced.whole[kind])
+            for product in (product for group in self.traced.groups[kind] for product in group):
+                sources = self.bindings.sources.get(prefix + product.parameter, ())
+                if product.fused_experts and any(source.rows is None for source in sources):
+                    reasons[product.parameter] = "the checkpoint holds all experts of a block in one tensor"
+            for parameter, why in reasons.items():
+                for source in self.bindings.sources.get(prefix + parameter, ()):
+                    shape = tuple(self.checkpoint.tensors[source.tensor].shape)
+                    name = source.tensor.removesuffix(".weight")
+                    found.append((index + 1, Weight(name, source.tensor, prefix + parameter, shape, "experts"), why))
+        return found
+
+    @cached_property
     def unit_of(self) -> dict[str, int]:
         """Checkpoint tensor -> unit that stores it."""
-        head = {product.parameter for product in self.head_products}
+        head = {product.parameter for product in self.traced.head}
         units = {}
         for tensor, parameter in self.bindings.parameter_of().items():
             if parameter.startswith(self.pieces.blocks_path + "."):
                 units[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
-            elif parameter in head or parameter.rpartition(".")[0] in self.used_after_blocks:
+            elif parameter in head or parameter.rpartition(".")[0] in self.traced.after:
                 units[tensor] = self.block_count + 1
             else:
                 units[tensor] = 0
@@ -145,11 +161,7 @@ class Structure:
                 grouped.setdefault(None, []).append(weight)
                 continue
             if product.fused_experts and any(source.rows is None for source in sources):
-                raise ModelError(
-                    "its experts are stored fused in one tensor",
-                    where=sources[0].tensor,
-                    hint="Only checkpoints with one tensor per expert are supported.",
-                )
+                continue  # `whole` has it
             for source in sources:
                 weight = _weight(
                     source.tensor.removesuffix(".weight"), source.tensor, name, parameter, product, kind, bias
@@ -169,18 +181,15 @@ class Structure:
     def _role(self, product: Product, name: str, prefix: str) -> str:
         if product.fused_experts:
             return "experts"
+        if product.routes:
+            return "router"
         if re.fullmatch(r"shortcut_\d+", product.parameter):  # of a block that is a rotated_block
             return "shortcut"
-        owner, _, leaf = name.rpartition(".")
-        parts = owner.split(".")
+        parts = name.rpartition(".")[0].split(".")
         depth = len(prefix.rstrip(".").split("."))
         classes = [type(self.model.get_submodule(".".join(parts[:n]))).__name__ for n in range(depth, len(parts) + 1)]
         if any("attention" in found.lower() for found in classes[1:]):
             return "attention"
-        block = self.model.get_submodule(prefix.rstrip("."))
-        counts = {p.shape[0] for p in block.parameters() if p.dim() == 3}
-        if counts and self.model.get_parameter(name).shape[0] in counts | {1} and "gate" in owner.lower() + leaf:
-            return "router"
         return "mlp"
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,8 +213,10 @@ class Structure:
                     **units.get(unit, {"tensors": 0, "bytes": 0}),
                     "groups": [
                         [{"name": w.name, "shape": list(w.shape), "role": w.role, "form": "dense"} for w in group]
-                        for stage in self.stages(unit)
-                        for group in stage
+                        for group in [
+                            *(group for stage in self.stages(unit) for group in stage),
+                            *(Group((weight,)) for at, weight, _ in self.whole if at == unit),
+                        ]
                     ],
                 }
                 for unit in range(self.block_count + 2)
@@ -248,8 +259,9 @@ def structure_of(
 
     failed = "a small twin of it can't be run in pieces"
     run = partial(_run_whole, model, pieces, model_dtype, checkpoint)
-    groups, head, after, tables = guarded(traced, checkpoint, config, name, failed, retry=run)
-    return Structure(checkpoint, model, pieces, bindings, groups, head, after, tables, model_dtype)
+    shown = guarded(traced, checkpoint, config, name, failed, retry=run)
+    pieces.answers = [shown.answers[signature(model.config, block, n)] for n, block in enumerate(pieces.blocks)]
+    return Structure(checkpoint, model, pieces, bindings, shown, model_dtype)
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -292,23 +304,28 @@ def prove_by_replay(structure: Structure) -> None:
 
 
 def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
-    """Compare the model's own output on `batch` with stem -> blocks -> head."""
+    """Compare the model's own output on `batch` with stem -> blocks -> head, each block run twice.
+
+    raises  ModelError naming the first block that can't be run by itself, and what is in the way
+    """
     pieces = Pieces(model, blocks_path)
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
+    given: list[list[Any]] = []  # what else each block was called with
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+        given.append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _beside(args, kwargs)])
+
     hooks = []
     for block in pieces.blocks:
-        hooks.append(block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].clone())))
-        hooks.append(
-            block.register_forward_hook(
-                lambda _m, _a, out: outputs.append((out[0] if isinstance(out, tuple) else out).clone())
-            )
-        )
+        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda _m, _a, out: outputs.append(hidden_of(out).clone())))
     try:
         with torch.no_grad():
             expected = output_of(model(**batch))
         check_output(expected)
-    except IndexError as error:  # a block called without positional hidden states
+    except (IndexError, KeyError) as error:  # a block called without hidden states
         raise ModelError(
             "its blocks don't take the hidden states first", where=blocks_path, hint="This model can't be split."
         ) from error
@@ -322,22 +339,48 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             hint="A model that skips or repeats blocks can't be split.",
         )
     hidden, calls = pieces.stem(batch)
+    hint = "This model can't be compressed block by block."
     for index, call in enumerate(calls):
         name = f"{blocks_path}.{index}"
-        hint = "This model can't be compressed block by block."
         if not torch.equal(hidden, inputs[index]):
             raise ModelError("the replayed input of this block differs from the model's own", where=name, hint=hint)
+        is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
         before, hidden = hidden, pieces.block(index, hidden, call)
         if not torch.equal(before, inputs[index]):
             raise ModelError("this block writes into its input, so it can't be run twice", where=name, hint=hint)
         if not torch.equal(hidden, outputs[index]):
-            raise ModelError("the replayed output of this block differs from the model's own", where=name, hint=hint)
+            raise ModelError(
+                "earlier blocks hand this one more than hidden states, which can't be replayed"
+                if is_told_more
+                else "the replayed output of this block differs from the model's own",
+                where=name,
+                hint=hint,
+            )
+        if not torch.equal(pieces.block(index, before, call), hidden):
+            raise ModelError(
+                "this block changes what it is called with (a cache, say), so a second run of it gives something else",
+                where=name,
+                hint=hint,
+            )
     if not torch.equal(pieces.head(batch, hidden), expected):
-        raise ModelError("the replayed logits differ though every block agrees", where="head")
+        raise ModelError("the replayed logits differ though every block agrees", where="head", hint=hint)
+
+
+def _beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a block is called with beside the hidden states, flattened."""
+    return tree_leaves((args[1:], {name: kwargs[name] for name in sorted(kwargs) if name != "hidden_states"}))
+
+
+def _same_leaves(before: list[Any], after: list[Any]) -> bool:
+    """Whether two calls hold the same tensors; whatever else they hold says nothing."""
+    if len(before) != len(after):
+        return False
+    pairs = [(a, b) for a, b in zip(before, after) if isinstance(a, Tensor) or isinstance(b, Tensor)]
+    return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 def find_blocks(model: PreTrainedModel) -> str:
-    """Path of the module list whose equal members hold most of the parameters.
+    """Path of the module list whose members hold most of the parameters; they may be of several classes.
 
     raises ModelError for encoder-decoder models and models without such a list
     """
@@ -347,15 +390,13 @@ def find_blocks(model: PreTrainedModel) -> str:
             where=type(model).__name__,
             hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
         )
-    candidates = {}
-    for name, module in model.named_modules():
-        # a structural layer that stands for some of the blocks has a class of its own, of their class's name
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m).__name__ for m in module}) == 1:
-            candidates[name] = sum(p.numel() for p in module.parameters())
+    candidates = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     if not candidates:
-        raise ModelError(
-            "no list of equal blocks was found", where=type(model).__name__, hint="This model can't be split."
-        )
+        raise ModelError("it has no list of blocks", where=type(model).__name__, hint="This model can't be split.")
     return max(candidates, key=lambda name: (candidates[name], -len(name)))
 
 
@@ -364,10 +405,7 @@ def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bo
 
     cached  keep the key-value cache and the family's own expert kernels, as a user of the model wants them
     """
-    config = copy.deepcopy(config)
-    if not cached:
-        config.use_cache = False
-        use_eager_experts(config)
+    config = copy.deepcopy(config) if cached else run_in_pieces(config)
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     return model.eval().requires_grad_(False)

@@ -34,7 +34,7 @@ from compressor.replay import Batch, Call
 from compressor.reshape import Reshaper, run_reshape
 from compressor.safetensors_file import Entry, write_file
 from compressor.shaping import ShapingView
-from compressor.site import Needs, Stream, UnitSite, finish_unit, run_unit, watched_parameters
+from compressor.site import Needs, Stream, UnitSite, finish_unit, holds_containers, run_unit, watched_parameters
 from compressor.structure import Structure, example_batch
 from compressor.units import (
     Form,
@@ -463,7 +463,12 @@ def _embed(structure: Structure, streams: list[Stream]) -> None:
 
 
 def _equal(first: list[Call], second: list[Call]) -> bool:
-    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches."""
+    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches.
+
+    Never where blocks may put something into what they are called with: that is each batch's own.
+    """
+    if any(holds_containers(call) for calls in (first, second) for call in calls):
+        return False
     flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (first, second)]
     if len(flat[0]) != len(flat[1]):
         return False

@@ -19,32 +19,55 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
 from compressor.errors import ModelError
-from compressor.replay import Batch, LinearCall, LinearCalls, Pieces, output_of
+from compressor.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
+from compressor.routing import ChoiceTrace
 
 TWIN_TOKENS = 12
 TWIN_SEED = 0
 SMALL_BYTES = 1 << 26  # what a twin of other sizes may always take
 
 
+Kind = tuple[Any, ...]  # signature of a block
+
+
 @dataclass(frozen=True)
 class Product:
-    """One traced multiplication inside a block (names relative to it) or in the head (full names)."""
+    """One traced multiplication inside a block (names relative to it) or in the head (full names).
+
+    routes  its output chooses experts, or it is the one output of a gate in a block that has experts
+    """
 
     parameter: str
     transposed: bool
     fused_experts: bool
+    routes: bool = False
 
 
-Groups = dict[tuple[Any, ...], tuple[tuple[Product, ...], ...]]  # products of each kind of block, by signature
-Traced = tuple[Groups, tuple[Product, ...], set[str], tuple[Product, ...]]
+@dataclass(frozen=True)
+class Traced:
+    """What one run of a twin showed.
+
+    groups   kind of block -> its products, grouped by input, in forward order
+    whole    kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
+             they are multiplied
+    answers  kind of block -> how it gives the hidden states
+    head     products of the head
+    after    modules outside the blocks that were used only after the last block
+    tables   what the stem looks rows up in
+    """
+
+    groups: dict[Kind, tuple[tuple[Product, ...], ...]]
+    whole: dict[Kind, dict[str, str]]
+    answers: dict[Kind, Answer]
+    head: tuple[Product, ...]
+    after: set[str]
+    tables: tuple[Product, ...]
 
 
 def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
     """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
 
-    returns  products of each kind of block by signature, grouped by input in forward order; those of the head; the
-             modules outside the blocks that the stem didn't use; and the tables that the stem looks rows up in
-    raises   whatever the model's code raises when it is run in stem, blocks and head
+    raises  whatever the model's code raises when it is run in stem, blocks and head
     """
     try:
         return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
@@ -86,19 +109,21 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         for name, module in twin.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
     ]
-    outside = [name for name, module in twin.named_modules() if any(True for _ in module.parameters(recurse=False))]
-    outside = [name for name in outside if not name.startswith(path + ".")]
     try:
         hidden, calls = pieces.stem(batch)
         before = set(used)
-        groups: Groups = {}
+        groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
+        whole: dict[Kind, dict[str, str]] = {}
+        answers: dict[Kind, Answer] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
-            found: list[LinearCall] = []
-            with LinearCalls(dict(block.named_parameters()), found.append):
+            kind = signature(twin.config, block, index)
+            with ChoiceTrace(dict(block.named_parameters())) as traced:
                 hidden = pieces.block(index, hidden, call)
-            groups.setdefault(signature(twin.config, block, index), _grouped(found, dict(block.named_parameters())))
-        found = []
+            if kind not in groups:
+                groups[kind], whole[kind] = _grouped(traced, block), traced.whole
+                answers[kind] = pieces.answers[index]
+        found: list[LinearCall] = []
         watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
         with LinearCalls(watched, found.append):
             pieces.head(batch, hidden)
@@ -122,23 +147,36 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         name for name in dict.fromkeys(used) if name in before and type(twin.get_submodule(name)) is nn.Embedding
     ]
     tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
-    return groups, tuple(products), {name for name in outside if name not in before}, tables
+    return Traced(groups, whole, answers, tuple(products), set(used) - before, tables)
 
 
-def _grouped(calls: list[LinearCall], parameters: dict[str, nn.Parameter]) -> tuple[tuple[Product, ...], ...]:
+def _grouped(traced: ChoiceTrace, block: nn.Module) -> tuple[tuple[Product, ...], ...]:
     """Products by identity of what they read. Experts of one fused parameter form one entry."""
     groups: dict[Any, list[Product]] = {}
     numbers = itertools.count()
     seen: set[str] = set()
-    for call in calls:
-        if call.parameter in seen:
+    parameters = dict(block.named_parameters())
+    counts = traced.expert_counts | _list_lengths(block)
+    for call in traced.calls:
+        parameter = parameters[call.parameter]
+        if call.parameter in seen or call.parameter in traced.whole:
             continue
         seen.add(call.parameter)
-        fused = parameters[call.parameter].dim() == 3
+        fused = parameter.dim() == 3
+        outputs = parameter.shape[-1] if call.transposed else parameter.shape[-2]
+        routes = call.parameter in traced.chosen_by and outputs in counts
+        routes = routes or (outputs == 1 and bool(traced.expert_counts))
         x = call.input
         key = next(numbers) if fused else (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version)
-        groups.setdefault(key, []).append(Product(call.parameter, call.transposed, fused))
+        product = Product(call.parameter, call.transposed, fused, routes and not fused)
+        groups.setdefault(key, []).append(product)
     return tuple(tuple(group) for group in groups.values())
+
+
+def _list_lengths(block: nn.Module) -> set[int]:
+    """Lengths of the lists of equal modules in a block: experts that are modules lie in such a list."""
+    lists = (module for module in block.modules() if isinstance(module, nn.ModuleList) and len(module) > 1)
+    return {len(members) for members in lists if len({type(member) for member in members}) == 1}
 
 
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
@@ -168,7 +206,8 @@ def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: 
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(text, key, [value[index] for index in chosen])
-    text.num_hidden_layers = len(chosen)
+    passes = getattr(text, "num_hidden_layers", count)
+    text.num_hidden_layers = len(chosen) + passes - count  # more passes than blocks stay more
     if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
         old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
         for entries in reshaping(shallow):
@@ -192,9 +231,7 @@ def make_twin(
     cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model of `config`: parameters on the meta device, or seeded random ones elsewhere."""
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    use_eager_experts(config)
+    config = run_in_pieces(config)
     if device.type == "meta":
         with device:
             return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -252,8 +289,27 @@ def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[A
     return (type(block).__name__, kind, shapes)
 
 
+def run_in_pieces(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of the config for a model whose blocks are run one by one, and more than once on the same input.
+
+    No cache anywhere: the language model inside a model of images and text has a config of its own, and each replay of
+    a block would append to a cache. And one expert at a time, so that each expert's own tokens can be seen.
+    """
+    config = copy.deepcopy(config)
+    for part in _with_parts(config):
+        part.use_cache = False
+    use_eager_experts(config)
+    return config
+
+
+def _with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config and every config inside it."""
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return [config, *(part for value in inner for part in _with_parts(value))]
+
+
 def use_eager_experts(config: PretrainedConfig) -> None:
     """One expert at a time, so that each expert's own tokens can be seen."""
-    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+    for part in _with_parts(config):
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"

@@ -13,8 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.replay import Pieces, Stop
-from compressor.structure import example_batch, find_blocks, use_eager_experts
+from compressor.structure import example_batch, find_blocks
 from compressor.tape import Diverged, Forgotten, Tape, advance, needs, run_on
+from compressor.tracing import use_eager_experts
 
 
 class Counted(TorchFunctionMode):

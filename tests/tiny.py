@@ -141,6 +141,141 @@ def _vit(**kw: Any) -> hf.PreTrainedModel:
     )
 
 
+SMALL: dict[str, Any] = {key: value for key, value in COMMON.items() if not key.endswith("token_id")}
+TEXT: dict[str, Any] = {**COMMON, "num_key_value_heads": 2}
+MOE: dict[str, Any] = {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+HEADS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+# Families that are split, and whose weights are told apart, in one way of their own: blocks that give tuples, routers
+# of every kind, experts in one tensor, modules that a text run doesn't use, keys and values that blocks share
+FURTHER: dict[str, Callable[..., hf.PreTrainedModel]] = {
+    "falcon": lambda **kw: hf.FalconForCausalLM(
+        hf.FalconConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            bias=False,
+            **kw,
+        )
+    ),
+    "bloom": lambda **kw: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, **kw)),
+    "mpt": lambda **kw: hf.MptForCausalLM(
+        hf.MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=128, **kw)
+    ),
+    "gpt_neo": lambda **kw: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            max_position_embeddings=128,
+            intermediate_size=64,
+            **kw,
+        )
+    ),
+    "deberta_v2": lambda **kw: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(**{**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], **kw})
+    ),
+    "mpnet": lambda **kw: hf.MPNetForSequenceClassification(hf.MPNetConfig(**{**SMALL, **kw})),
+    "roformer": lambda **kw: hf.RoFormerForSequenceClassification(hf.RoFormerConfig(**{**SMALL, **kw})),
+    "data2vec_vision": lambda **kw: hf.Data2VecVisionForImageClassification(
+        hf.Data2VecVisionConfig(**{**VISION, "num_labels": 3, **kw})
+    ),
+    "phimoe": lambda **kw: hf.PhimoeForCausalLM(hf.PhimoeConfig(**{**MOE, **kw})),
+    "gpt_oss": lambda **kw: hf.GptOssForCausalLM(hf.GptOssConfig(**{**MOE, "head_dim": 8, **kw})),
+    "granitemoe": lambda **kw: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**{**MOE, **kw})),
+    "jamba": lambda **kw: hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **{
+                **TEXT,
+                "num_experts": 4,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+                "mamba_d_state": 8,
+                "mamba_dt_rank": 8,
+                **kw,
+            }
+        )
+    ),
+    "llama4": lambda **kw: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(**{**MOE, "intermediate_size_mlp": 64, "head_dim": 8, **kw})
+    ),
+    "dbrx": lambda **kw: hf.DbrxForCausalLM(
+        hf.DbrxConfig(
+            vocab_size=96,
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=128,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+            **kw,
+        )
+    ),
+    "qwen3_next": lambda **kw: hf.Qwen3NextForCausalLM(
+        hf.Qwen3NextConfig(
+            **{
+                **TEXT,
+                **HEADS,
+                "num_hidden_layers": 4,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+                **kw,
+            }
+        )
+    ),
+    "qwen3_5": lambda **kw: hf.Qwen3_5ForCausalLM(
+        hf.Qwen3_5TextConfig(**{**TEXT, **HEADS, "num_hidden_layers": 4, "head_dim": 8, **kw})
+    ),
+    "idefics3": lambda **kw: hf.Idefics3ForConditionalGeneration(
+        hf.Idefics3Config(text_config={"model_type": "llama", **COMMON}, vision_config=VISION, image_token_id=90, **kw)
+    ),
+    "llava": lambda **kw: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            text_config={"model_type": "llama", **TEXT},
+            vision_config={"model_type": "clip_vision_model", **VISION},
+            image_token_index=90,
+            **kw,
+        )
+    ),
+    "gemma4_shared": lambda **kw: hf.Gemma4ForCausalLM(
+        hf.Gemma4TextConfig(
+            **{
+                **TEXT,
+                "num_hidden_layers": 4,
+                "head_dim": 8,
+                "global_head_dim": 8,
+                "hidden_size_per_layer_input": 32,
+                "vocab_size_per_layer_input": 96,
+                "num_kv_shared_layers": 2,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                **kw,
+            }
+        )
+    ),
+    "albert": lambda **kw: hf.AlbertForSequenceClassification(
+        hf.AlbertConfig(**{**SMALL, "embedding_size": 32, "num_hidden_layers": 4, **kw})
+    ),
+}
+
 FAMILIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -165,7 +300,7 @@ FAMILIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> hf.PreTrainedModel:
     """A random model in eval mode; norms and biases are perturbed too, so that nothing is trivially 0 or 1."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](**config)
+    model = (FAMILIES | FURTHER)[family](**config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -132,10 +132,9 @@ class SliceGPT(Pass):
             found = global_remodel(model, widths[0]) if one else per_site_remodel(model, widths)
             return replace(found, notes=(*notes, *decision["notes"]), decision=decision)
         if self.orientation != "per_site":
-            remodel = global_remodel(model, kept)
-            if (why := model.fits(remodel)) is None:
+            if (why := _why_not_global(model, kept)) is None:
                 self._refuse_growth(model, lambda width: global_parameters(shape, width), shape.width)
-                return replace(remodel, notes=notes)
+                return replace(global_remodel(model, kept), notes=notes)
             notes += (f"{model.architecture} can't be narrower by its config alone ({why}): sliced per site",)
         self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
         return replace(per_site_remodel(model, uniform_widths(shape, kept)), notes=notes)
@@ -145,7 +144,7 @@ class SliceGPT(Pass):
         facts = model.facts
         shape, kept = stream_shape(facts.residual, facts.shapes), self._kept(facts.residual.width)
         budget, compares = per_site_parameters(shape, uniform_widths(shape, kept)), False
-        if self.orientation == "auto" and facts.fits(global_remodel(facts, kept)) is None:
+        if self.orientation == "auto" and _why_not_global(facts, kept) is None:
             budget, compares = global_parameters(shape, kept), True
         seen = self._look(model)
         widths, why_not = self._affordable(facts, shape, budget, seen["spectra"])
@@ -323,6 +322,14 @@ class SliceGPT(Pass):
                 carried["basis"] = self._axes(site, [])[1][:, : widths[0]]
             end = site.states()
         return end
+
+
+def _why_not_global(model: ModelFacts, kept: int) -> str | None:
+    """Why a model can't be narrower everywhere and stay one of its class; None if it can."""
+    gainless = next((tap.module for tap in model.residual.taps() if not tap.norm.has_weight), None)
+    if gainless is not None:  # a folded LayerNorm, or a class whose norms never had a gain
+        return f"{gainless} has no gain to make up for the width that it divides by"
+    return model.fits(global_remodel(model, kept))
 
 
 def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:

@@ -245,16 +245,31 @@ class VTrans(Pass):
             tokens=self.tokens,
             narrows="hidden" in self.sites,
         )
+        allowed = self._head_counts(facts, sites)
         parts = []
         for part in size.parts:
             if part.kind not in self.sites:
                 parts.append(replace(part, least=part.units))
             elif part.kind == "heads":
-                parts.append(replace(part, least=min(self.min_heads, part.units)))
+                least = min(self.min_heads, part.units)
+                parts.append(replace(part, least=least, allowed=allowed.get(part.units, ())))
             else:
                 parts.append(replace(part, least=_share(part.units, self.min_ffn), align=min(self.align, part.units)))
         bounds = {"least_width": _share(size.width, self.min_hidden), "align_width": min(self.align, size.width) or 1}
         return replace(size, parts=tuple(parts), **bounds)
+
+    def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> dict[int, tuple[int, ...]]:
+        """Heads of an attention -> how many of them a stock model of that class may keep: many want a divisor of the
+        width. Empty where the modelling file may say what the class can't.
+        """
+        found: dict[int, tuple[int, ...]] = {}
+        for site in sites if self.export == "stock" else ():
+            keys = site.layout["config"]
+            if site.kind == "heads" and keys is not None and site.units not in found:
+                counts = range(1, site.units + 1)
+                changes = {n: {key: each * n for key, each in keys["per_unit"].items()} | keys["fixed"] for n in counts}
+                found[site.units] = tuple(n for n in counts if facts.accepts(changes[n]) is None)
+        return found
 
     def _masks(
         self, facts: ModelFacts, sites: Sequence[PrunableSite]

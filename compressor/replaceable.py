@@ -1,0 +1,67 @@
+"""Whether a layer can take the place of the module that holds a weight.
+
+A stored form stands for a module that multiplies by its weight, adds its bias and does no more. A router that also
+picks experts, or a parameter that is no module's `weight`, has no such place: it can be quantized, but nothing that
+loads the artifact would compute with it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compressor.protocol import Weight
+
+SELF_EVIDENT = (nn.Linear.forward, Conv1D.forward)
+# Two orders of float32 sums over random values; a module that does more is off by far more than this
+TOLERANCE = 1e-3
+ROWS = 3  # of the input that a module is tried with
+
+
+def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type, bool]) -> str | None:
+    """What keeps a stored form from taking the place of a weight's module; None if nothing does.
+
+    Tables are looked up and experts are stored by their names in the checkpoint, so both have rules of their own.
+
+    known  class of module -> whether it multiplies and does no more; what is found out is added
+    """
+    if weight.expert is not None or weight.role in ("embedding", "shortcut") or weight.is_function:
+        return None
+    owner, _, leaf = weight.parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf != "weight":
+        return f"is a parameter of a {type(module).__name__}, which multiplies by it beside other work"
+    cls = type(module)
+    if cls not in known:
+        known[cls] = cls.forward in SELF_EVIDENT or _computes_product(module)
+    if known[cls]:
+        return None
+    return f"belongs to a {type(module).__name__}, which does more than multiply by it"
+
+
+def _computes_product(module: nn.Module) -> bool:
+    """Whether a copy of the module with random weights computes x W^T + b."""
+    made = copy.deepcopy(module).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*made.parameters(), *made.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(generator=generator)
+        weight, bias = made.weight, getattr(made, "bias", None)
+        assert isinstance(weight, Tensor)
+        x = torch.randn(ROWS, weight.shape[1], generator=generator)
+        try:
+            found = made(x)
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):  # it wants more than one input
+            return False
+        expected = F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
+    return isinstance(found, Tensor) and found.shape == expected.shape and _close(found, expected)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())

@@ -1,0 +1,174 @@
+"""Families that are split or told apart in one way of their own are planned whole, or refused with what is true."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from compressor.errors import CompressError
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.replay import Pieces
+from compressor.site import Stream, finish_unit, run_unit
+from compressor.structure import example_batch, find_blocks, read_structure
+from compressor.sweep import _equal
+from compressor.tracing import make_twin
+
+ROUTERS = {
+    "phimoe": "router",
+    "gpt_oss": "router",
+    "granitemoe": "router",
+    "jamba": "router",
+    "llama4": "router",
+    "dbrx": "router.layer",
+    "qwen3_next": "gate",
+}
+WHOLE = {"gpt_oss", "granitemoe", "llama4", "dbrx"}  # their experts lie in one tensor, or are multiplied as one
+REFUSED = {"albert": r"4 block calls were seen for 1 blocks. A model that skips or repeats blocks can't be split"}
+
+
+def planned(directory, **step):
+    tree = {"version": 1, "name": "t", "steps": [{"pass": "rtn", "bits": 8, "group_size": -1, **step}]}
+    return make_plan(parse_recipe(yaml.safe_dump(tree).encode(), "t.yaml"), str(directory))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def get(family, **config):
+        key = family + json.dumps(config)
+        if key not in made:
+            made[key] = tiny.save(family, tmp_path_factory.mktemp(family) / "m", **config)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.FURTHER) - set(REFUSED)))
+def test_the_family_is_planned(family, saved):
+    plan = planned(saved(family))
+    assert not plan.problems, plan.problems[0]
+    assert plan.forms
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_the_family_is_refused_by_plan_with_the_reason(family, saved):
+    with pytest.raises(CompressError, match=REFUSED[family]) as failure:
+        planned(saved(family))
+    assert failure.value.exit_code == 5
+
+
+@pytest.mark.parametrize("family", sorted(ROUTERS))
+def test_what_chooses_experts_is_a_router_and_stays_dense(family, saved):
+    plan = planned(saved(family))
+    routers = [w for _, w in plan.structure.weights() if w.role == "router"]
+    assert routers and any(ROUTERS[family] in weight.parameter for weight in routers)
+    assert not {weight.name for weight in routers} & set(plan.forms)
+    experts = [weight for _, weight, _ in plan.structure.whole]
+    assert bool(experts) == (family in WHOLE)
+    if experts:
+        assert "stays-dense" in [warning["code"] for warning in plan.warnings]
+        assert {weight.role for weight in experts} == {"experts"}
+
+
+def test_a_gate_projection_as_wide_as_a_convolution_is_no_router(saved):
+    """Its linear attention has a convolution of 128 channels: as many as the MLP has units here, and no experts."""
+    plan = planned(saved("qwen3_5", intermediate_size=128))
+    roles = {w.name.rpartition(".")[2]: w.role for _, w in plan.structure.weights() if "gate_proj" in w.name}
+    assert roles == {"gate_proj": "mlp"}
+    assert any("gate_proj" in name for name in plan.forms)
+
+
+@pytest.mark.parametrize(
+    ("family", "only", "reason"),
+    [
+        ("mixtral", "@router", r"belongs to a MixtralTopKRouter, which does more than multiply by it"),
+        ("phimoe", "@router", r"belongs to a PhimoeTopKRouter, which does more than multiply by it"),
+        ("gpt_oss", "@experts", r"the checkpoint holds all experts of a block in one tensor"),
+        ("llama4", "@experts", r"all experts are multiplied in one batched product"),
+        ("dbrx", "@experts", r"it holds several matrices, of which a product reads one"),
+    ],
+)
+def test_a_named_weight_that_cannot_be_stored_is_a_problem_of_the_plan(family, only, reason, saved):
+    plan = planned(saved(family), only=["*", only])
+    assert [p.exit_code for p in plan.problems] == [5]
+    with pytest.raises(CompressError, match=reason):
+        raise plan.problems[0]
+
+
+def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):
+    narrow = saved("llama", intermediate_size=72)
+    plan = planned(narrow, group_size=32)
+    assert not plan.problems and [w["code"] for w in plan.warnings] == ["stays-dense"]
+    assert not any("down_proj" in name for name in plan.forms)
+    named = planned(narrow, group_size=32, only=["*", "down_proj"])
+    assert "group_size 32 does not divide in_features 72" in str(named.problems[0])
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "gemma4_shared", "jamba", "falcon", "qwen3_next"])
+def test_every_stage_sees_what_a_plain_hook_on_the_model_sees(family, saved):
+    """Each block is replayed several times, as stages are; the inputs of its products stay those of one whole run."""
+    model = tiny.build(family)
+    twin = make_twin(type(model), model.config, torch.device("cpu"), torch.float32)
+    batch = example_batch(twin, torch.device("cpu"))
+    pieces = Pieces(twin, find_blocks(twin))
+    seen = {}
+    linears = {
+        name: module
+        for name, module in twin.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(pieces.blocks_path + ".")
+    }
+
+    def noting(table):
+        hooks = [
+            module.register_forward_pre_hook(lambda _m, args, name=name: table.__setitem__(name, args[0].clone()))
+            for name, module in linears.items()
+        ]
+        return lambda: [hook.remove() for hook in hooks]
+
+    expected = {}
+    done = noting(expected)
+    with torch.no_grad():
+        twin(**batch)
+    done()
+    hidden, calls = pieces.stem(batch)
+    done = noting(seen)
+    for index, call in enumerate(calls):
+        for _ in range(3):
+            following = pieces.block(index, hidden, call)
+        hidden = following
+    done()
+    assert expected.keys() == seen.keys()
+    for name, value in expected.items():
+        assert torch.equal(seen[name], value), name
+
+
+def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_share_it_between_batches(saved):
+    from functools import partial
+
+    from compressor.site import watched_parameters
+    from compressor.tape import Forgotten, Tape, advance, needs
+
+    structure = read_structure(saved("gemma4_shared"))
+    twin = tiny.build("gemma4_shared")
+    pieces = Pieces(twin, structure.pieces.blocks_path)
+    structure.model, structure.pieces = twin, pieces
+    streams = []
+    for seed in (0, 1):
+        ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
+        hidden, calls = pieces.stem({"input_ids": ids})
+        streams.append(Stream({"input_ids": ids}, hidden, calls))
+    assert not _equal(streams[0].calls, streams[1].calls)
+    stream, watched = streams[0], watched_parameters(structure, 1)
+    stream.tape = Tape()
+    work = partial(run_unit, structure, 1, stream)
+    advance(stream.tape, watched, work, lambda call: call.parameter.endswith("o_proj.weight"))
+    stream.tape.keep_only(needs(stream.tape, work))
+    stream.hidden = finish_unit(structure, 1, stream)
+    shared = next(value for value in stream.calls[0].kwargs.values() if hasattr(value, "keys"))
+    assert not any(isinstance(part, Forgotten) for pair in shared.values() for part in pair)
