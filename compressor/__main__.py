@@ -1,5 +1,23 @@
+"""The process of the command `compress-model`, and of `python -m compressor`."""
+
+from __future__ import annotations
+
+import os
 import sys
 
-from compressor.cli import main
+from compressor.search_path import leave_out_working_directory
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command of this process's arguments and return its exit code."""
+    leave_out_working_directory()  # before anything is imported that could lie there
+    from compressor.cli import INTERRUPTED, main
+
+    code = main()
+    if code == INTERRUPTED:  # a thread that is still at work, or a library's clean-up, must not hold up the end
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ from compressor.artifact_files import check_files as check_files
 from compressor.artifact_files import file_facts
 from compressor.artifact_files import owned_files as owned_files
 from compressor.artifact_files import remove_artifact as remove_artifact
+from compressor.attention import choose_plain
 from compressor.binding import bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
@@ -218,6 +219,7 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
     values.pop("compressed_weights", None)
     with _told_of("config.json"):
         config = cls.config_class(**values)
+        choose_plain(config, values)
         model = skeleton(class_for(cls, config), config, cached=True)
         if model.can_generate() and (checkpoint.directory / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.directory)

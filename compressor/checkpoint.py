@@ -54,6 +54,12 @@ class Checkpoint:
         return bool(self.config.get("auto_map"))
 
     @property
+    def is_compressed_artifact(self) -> bool:
+        """Whether this tool wrote it, and not as a plain checkpoint that can be compressed further."""
+        is_ours = (self.directory / "compress_manifest.json").is_file()
+        return "compressed_weights" in self.config or (is_ours and self.quantization_config is not None)
+
+    @property
     def quantization_config(self) -> dict[str, Any] | None:
         return self.config.get("quantization_config")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +17,37 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from compressor import __version__
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
 from compressor.progress import Mode, json_line, show
+from compressor.resources import ran_out
+from compressor.stopping import Stop, answered
+
+INTERRUPTED = Interrupted.exit_code
+
+
+class Raised(Exception):
+    """Carries what a verb raised past typer, which gives some exceptions a meaning of its own."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Verbs(TyperGroup):
+    """The verbs. typer would take an EOFError of a library for an abort, and a broken pipe for exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, KeyboardInterrupt, OSError) as error:
+            raise Raised(error) from None
+
 
 app = typer.Typer(
     name="compress-model",
+    cls=Verbs,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -81,6 +109,7 @@ def _main(
 
 @app.command()
 def run(
+    ctx: typer.Context,
     recipe: RecipeArg,
     model: ModelOpt,
     output: Annotated[Path, typer.Option(help="Directory to publish; must not exist.", show_default=False)],
@@ -120,7 +149,11 @@ def run(
                 measure=not no_eval,
                 trust_remote_code=trust_remote_code,
                 emit=keep,
+                stop=ctx.obj,
             )
+    except BrokenPipeError as error:
+        hint = "Continue with --resume, and read all of its standard output."
+        raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
             _summary(ended["report"], Path(ended["output"]))
@@ -322,14 +355,9 @@ def inspect(
 @app.command()
 def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
     """Hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
-    import tempfile
-
-    from compressor.artifact import read_manifest
     from compressor.verify import verify_in_child
 
-    read_manifest(directory)
-    with tempfile.TemporaryDirectory() as scratch:
-        found = verify_in_child(directory.absolute(), None, Path(scratch), sealed=True)
+    found = verify_in_child(directory.absolute(), None, sealed=True)
     if as_json:
         json_line({"event": "result", **found})
     if found["problems"]:
@@ -411,31 +439,57 @@ def doctor(as_json: JsonOpt = False) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return the exit code that docs/exit-codes.md lists. None takes the process's arguments."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        _quiet_libraries()
     as_json = "--json" in arguments
+    stop = Stop()
+
+    def tell() -> None:
+        given_up = "the part at work is given up. " if stop.has_begun else ""
+        message = f"stopping: {given_up}{stop.hint}"
+        if as_json:
+            json_line({"event": "stopping", "message": message})
+        err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def last_words() -> None:
+        if err.is_terminal:
+            err.show_cursor()  # that a progress display hid
+        _complain(_stopped(stop), as_json)
+
+    with answered(stop, tell, last_words, INTERRUPTED):
+        try:
+            return _run_verb(arguments, stop, as_json)
+        except KeyboardInterrupt:  # it came while an error was being told
+            _complain(_stopped(stop), as_json)
+            return INTERRUPTED
+
+
+def _run_verb(arguments: list[str], stop: Stop, as_json: bool) -> int:
     try:
-        return app(arguments, standalone_mode=False, prog_name="compress-model") or 0
-    except CompressError as error:
-        _complain(error, as_json)
-        return error.exit_code
-    except KeyboardInterrupt:
-        _complain(Interrupted("stopped"), as_json)
-        return Interrupted.exit_code
-    except Exception as error:
-        return _foreign(error, as_json)
+        code = app(arguments, standalone_mode=False, prog_name="compress-model", obj=stop) or 0
+        sys.stdout.flush()
+    except SystemExit as error:  # of the completion of a shell's command line
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        found = error.error if isinstance(error, Raised) else error
+        return _tell(found, stop, as_json)
+    if code == INTERRUPTED:  # typer's own way to say KeyboardInterrupt, while it reads the arguments
+        _complain(_stopped(stop), as_json)
+    return code
 
 
-def _foreign(error: Exception, as_json: bool) -> int:
-    """Usage errors of the argument parser are the user's; anything else is our bug and keeps its traceback."""
-    show_message = getattr(error, "format_message", None)
-    if show_message is not None:
-        if not show_message():  # no arguments: the help was shown
-            return UsageError.exit_code
-        _complain(UsageError(show_message(), hint="See compress-model --help."), as_json)
+def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
+    """One line for what a user can act on; anything else is our bug and keeps its traceback. Returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # `| head` has read what it wanted
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  flushed, in vain, as Python ends
+        return INTERRUPTED
+    known = _refusal(error, stop)
+    if known is not None:
+        _complain(known, as_json)
+        return known.exit_code
+    if getattr(error, "format_message", None) is not None:  # no arguments: the help was shown
         return UsageError.exit_code
-    if isinstance(error, typer.Abort):
-        _complain(Interrupted("stopped"), as_json)
-        return Interrupted.exit_code
     traceback.print_exception(error, file=sys.stderr)
     if as_json:
         json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
@@ -443,10 +497,43 @@ def _foreign(error: Exception, as_json: bool) -> int:
     return 1
 
 
+def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
+    """What a user can act on in this error, or None."""
+    if isinstance(error, CompressError):
+        return error
+    if stop.is_asked() or isinstance(error, KeyboardInterrupt):
+        return _stopped(stop)
+    show_message: Callable[[], str] | None = getattr(error, "format_message", None)
+    if show_message is not None:  # of the parser of arguments
+        message = show_message()
+        return UsageError(message, hint="See compress-model --help.") if message else None
+    if isinstance(error, RecursionError):
+        return PreflightError(
+            f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",
+            hint="Look for a file of the model, the recipe or the data that is nested very deeply.",
+        )
+    if (lack := ran_out(error)) is not None:
+        return PreflightError(lack.what, where=lack.where, hint="Free some room on this machine, then try again.")
+    return None
+
+
+def _stopped(stop: Stop) -> Interrupted:
+    return Interrupted("stopped", where="run", hint=stop.hint) if stop.work is not None else Interrupted("stopped")
+
+
+def _quiet_libraries() -> None:
+    """Let no warning of a library stand between a user and what this tool says, unless they asked for warnings."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
 def _complain(error: CompressError, as_json: bool) -> None:
     if as_json:
-        json_line(error.event())
-    err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(BrokenPipeError):  # the line on standard error says it too
+            json_line(error.event())
+    with contextlib.suppress(OSError):  # of a terminal that was closed: nobody is there to be told
+        err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(report: dict[str, Any], output: Path) -> None:

@@ -113,6 +113,23 @@ class PassError(CompressError):
 
 
 class Interrupted(CompressError):
-    """Ctrl-C or SIGTERM; what was done is kept and can be resumed."""
+    """Ctrl-C, SIGTERM or SIGHUP; what was done is kept and can be resumed."""
 
     exit_code, code_name = 130, "interrupted"
+
+
+def error_to_dict(error: CompressError) -> dict[str, Any]:
+    """JSON values that `error_from` makes the same error of, in another process."""
+    classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]
+    return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint}
+
+
+def error_from(told: dict[str, Any]) -> CompressError:
+    """The error of another process; of a class that isn't known here, its nearest base class that is."""
+    known = {cls.__name__: cls for cls in _with_subclasses(CompressError)}
+    cls = next(known[name] for name in told["classes"] if name in known)
+    return cls(told["what"], where=told["where"], hint=told["hint"])
+
+
+def _with_subclasses(cls: type[CompressError]) -> list[type[CompressError]]:
+    return [cls, *(found for subclass in cls.__subclasses__() for found in _with_subclasses(subclass))]

@@ -8,16 +8,12 @@ share of positions whose most likely token is the same. The interval is a 95 % b
 
 Layers that hold a range for their input, found on calibration data, are asked how many of the values they read while
 quality is measured lie outside of it (`Layer.outside`).
-
-    python -m compressor.evaluate REQUEST.json
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,18 +26,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.artifact import MANIFEST, load, read_manifest
-from compressor.checkpoint import Checkpoint
+from compressor.attention import plain_options
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.child import ask
 from compressor.data import Samples
 from compressor.environment import peak_rss_bytes
-from compressor.errors import PassError
+from compressor.errors import ModelError
 from compressor.kept_patches import kept_patches
 from compressor.kernels.prepared import chosen_kernels
 from compressor.replay import output_of, without_cache
 from compressor.safetensors_file import read_header
-from compressor.stock_loading import OFFLINE, load_stock
-from compressor.structure import read_structure
-from compressor.verify import run_child
+from compressor.stock_loading import OFFLINE, load_stock, stock_works
+from compressor.structure import class_of
 
+HERE = "compressor.evaluate"
 BOOTSTRAP_DRAWS = 1000
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
@@ -98,7 +96,7 @@ def evaluate(
     """Quality, speed and saturation.
 
     before  source checkpoint; None measures `after` alone
-    raises  PassError with the last words of a process that died
+    raises  what `load_model` raises, and what `child.ask` does
     """
     tokens = scratch / "eval-samples.safetensors"
     save_file({f"{number:06d}": sample.contiguous() for number, sample in enumerate(samples.inputs)}, tokens)
@@ -115,11 +113,11 @@ def evaluate(
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
     request = {"kind": "quality", "before": str(before) if before else None, "after": str(after), "metrics": wanted}
-    quality = _ask(scratch, "quality", {**common, **request}) if wanted else {}
+    quality = ask(HERE, {**common, **request}, "measures quality") if wanted else {}
     speed: dict[str, Any] = {}
     if {"speed", "memory"} & set(settings.metrics):
         answers = {
-            side: _ask(scratch, f"speed-{side}", {**common, "kind": "speed", "model": str(path)})
+            side: ask(HERE, {**common, "kind": "speed", "model": str(path)}, f"measures the speed {side}")
             for side, path in (("before", before), ("after", after))
             if path is not None
         }
@@ -127,7 +125,8 @@ def evaluate(
             speed[name] = {side: answer[name] for side, answer in answers.items()}
     kernels = None
     if "speed" in settings.metrics and (after / MANIFEST).is_file() and read_manifest(after)["weights"]:
-        found = _ask(scratch, "speed-kernels", {**common, "kind": "speed", "model": str(after), "kernels": True})
+        asked = {**common, "kind": "speed", "model": str(after), "kernels": True}
+        found = ask(HERE, asked, "measures the speed of the kernels")
         kernels = found["kernels"]
         for name in (name for name in RATES if name in found):
             dense = {"before": speed[name]["before"]} if before is not None else {}
@@ -178,8 +177,10 @@ def load_model(directory: Path, trust_remote_code: bool) -> Any:
     """A source checkpoint or an artifact through transformers, in its own dtype, in eval mode."""
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
-    structure = read_structure(directory, trust_remote_code=trust_remote_code)
-    return type(structure.model).from_pretrained(directory, **OFFLINE).eval()
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    cls: Any = class_of(checkpoint, trust_remote_code)
+    with stock_works(directory, ModelError):
+        return cls.from_pretrained(directory, **OFFLINE, **plain_options(checkpoint.config)).eval()
 
 
 def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
@@ -437,24 +438,11 @@ def _read_samples(request: dict[str, Any]) -> Samples:
     return Samples(tuple(stored[name] for name in sorted(stored)), "", "")
 
 
-def _ask(scratch: Path, name: str, request: dict[str, Any]) -> dict[str, Any]:
-    file, answer = scratch / f"{name}-request.json", scratch / f"{name}-answer.json"
-    answer.unlink(missing_ok=True)
-    file.write_text(json.dumps({**request, "answer": str(answer)}))
-    words = run_child("compressor.evaluate", file)
-    if not answer.is_file():
-        raise PassError(f"the evaluating process died ({words[-600:].strip()})", where=f"evaluate {name}")
-    return json.loads(answer.read_text())
-
-
-def main(request: dict[str, Any]) -> None:
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer `evaluate`, in a fresh process."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    result = measure_quality(request) if request["kind"] == "quality" else measure_speed(request)
-    Path(request["answer"]).write_text(json.dumps(result))
+    return measure_quality(request) if request["kind"] == "quality" else measure_speed(request)
 
 
 __all__ = ["evaluate", "load", "load_model", "measure_quality", "measure_speed", "weight_sizes"]
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

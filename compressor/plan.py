@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from compressor.artifact import Named, assign_shards
+from compressor.attention import replaced_implementations
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
 from compressor.errors import CompressError, ModelError, PreflightError, WidthError
@@ -153,6 +154,9 @@ def make_plan(
     _follow_reshapes(plan)
     _complete(plan)
     _check_limits(plan, output)
+    for name, asked in replaced_implementations(source.checkpoint.config).items():
+        message = f"{name} {asked} is not used while compressing; the model runs on what torch has"
+        plan.warnings.append({"code": "implementation-replaced", "where": "config.json", "message": message})
     return plan
 
 

@@ -5,36 +5,32 @@ The output directory appears only when all of it passed. Until then everything l
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from compressor import artifact, verify
 from compressor.checkpoint import model_label
 from compressor.data import Samples, load_samples
 from compressor.environment import environment, peak_rss_bytes
-from compressor.errors import ArtifactError, GateError, Interrupted, PassError, PreflightError, UsageError
+from compressor.errors import ArtifactError, GateError, Interrupted, PreflightError, UsageError
 from compressor.evaluate import Measured, evaluate, uncounted, unmeasured, weight_sizes
 from compressor.export import VERSION, Route
-from compressor.files import disk_full
 from compressor.gates import check_gates, failed_gates
 from compressor.journal import Journal, has_begun, remove_work
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe
 from compressor.report import build_report, check_summary, write_card, write_reports
+from compressor.resources import room
+from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.units import Form
 
@@ -54,19 +50,23 @@ def compress(
     measure: bool = True,
     trust_remote_code: bool = False,
     emit: Emit = lambda event: None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe` into `output` and return the report.
 
     resume   continue the interrupted run that left `OUTPUT.work`
     fresh    replace an earlier result or work directory of this tool
     measure  evaluate before and after; without it no gate can hold, so a recipe with gates is refused
+    stop     of a caller who handles signals; without it Ctrl-C, SIGTERM and SIGHUP stop the run while it lasts, if
+             this is the main thread
     raises   CompressError; its class says which kind (docs/exit-codes.md)
     """
     output = named_output(output)
     work = output.with_name(output.name + ".work")
     check_request(recipe, output, resume=resume, fresh=fresh, measure=measure)
     place = find_device(device)
-    with _interruptible(work) as stop, _folders_above(output):
+    with signals(Stop()) if stop is None else nullcontext(stop) as stop, _interruptible(stop), _folders_above(output):
+        stop.work = work
         clock = Clock()
         if work.exists() and (fresh or not has_begun(work)):
             remove_work(work)
@@ -92,11 +92,11 @@ def compress(
                 clock=clock,
                 emit=emit,
             )
-            with _room(work):
+            with room(work):
                 report = _carry_out(job, stop)
         finally:
             journal.close()
-        stop.is_allowed = False  # from here to the end a signal would only leave half of a finished thing
+        stop.close()
         target = _publish(job, report, output)
     emit({"event": "result", "status": report["status"], "output": str(target), "report": report})
     if report["status"] == "gate_failed":
@@ -219,10 +219,8 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
 
 def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
     """The unit files of the last sweep and the forms in them, by weight; leaves the probe in `scratch`."""
-    with job.clock.time("sweep"), stop.between_units():
-        sweeper = Sweeper(
-            job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.asked.is_set
-        )
+    with job.clock.time("sweep"):
+        sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
         units, forms = run_sweeps(sweeper)
         job.plan = replace(sweeper.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
     job.scratch.mkdir()
@@ -255,18 +253,11 @@ def _seal(job: Job, forms: dict[str, Form]) -> None:
 
 
 def _verify(job: Job) -> dict[str, Any]:
-    """What the fresh process found; if it died, that is the problem found."""
-    probe = job.scratch / "probe.safetensors"
+    """What the fresh process found; that the artifact does not load or run is a problem found, too."""
     try:
-        return verify.verify_in_child(job.built, probe, job.scratch, sealed=True)
+        return verify.verify_in_child(job.built, job.scratch / "probe.safetensors", sealed=True)
     except ArtifactError as error:
         return {"problems": [error.what]}
-    except json.JSONDecodeError as error:
-        raise PassError(
-            "the verifying process could not write its answer",
-            where=job.journal.work.name,
-            hint="Free some space, then run again with --resume; what is done is kept.",
-        ) from error
 
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
@@ -396,21 +387,6 @@ def _folders_above(output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-@contextmanager
-def _room(work: Path) -> Iterator[None]:
-    """A disk that fills up while working is the machine's failure, not ours. raises PassError"""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(Path(error.filename) if error.filename else work, None) from error
-        raise
-    except SafetensorError as error:  # carries the system's error as text only
-        if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
-            raise disk_full(work, None) from error
-        raise
-
-
 def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, Samples | None]:
     recipe, directory = plan.recipe, plan.structure.checkpoint.directory
     config = plan.structure.model.config.get_text_config()
@@ -457,42 +433,15 @@ def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) 
     }
 
 
-@dataclass
-class Stop:
-    """A request to stop, by Ctrl-C or SIGTERM. In a sweep it waits for the unit at work, elsewhere it acts at once."""
-
-    asked: threading.Event = field(default_factory=threading.Event)
-    waits: bool = False
-    is_allowed: bool = True
-
-    def ask(self, number: int, frame: Any) -> None:
-        if not self.is_allowed:
-            return
-        if self.asked.is_set() or not self.waits:
-            raise KeyboardInterrupt
-        self.asked.set()
-
-    @contextmanager
-    def between_units(self) -> Iterator[None]:
-        self.waits = True
-        yield
-        self.waits = False
-        if self.asked.is_set():  # the last unit was just committed
-            raise KeyboardInterrupt
-
-
 @contextmanager
-def _interruptible(work: Path) -> Iterator[Stop]:
-    """The first Ctrl-C or SIGTERM stops at the next safe point, the second at once. raises Interrupted"""
-    stop = Stop()
-    old: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        old = {sign: signal.signal(sign, stop.ask) for sign in (signal.SIGINT, signal.SIGTERM)}
+def _interruptible(stop: Stop) -> Iterator[None]:
+    """raises Interrupted for a stop that was asked for, also where a library made another error of it"""
     try:
-        yield stop
-    except KeyboardInterrupt:
-        hint = "Continue with --resume." if work.exists() else "Nothing was done yet; start again."
-        raise Interrupted("stopped", where="run", hint=hint) from None
-    finally:
-        for sign, handler in old.items():
-            signal.signal(sign, handler)
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if not (stop.is_asked() or isinstance(error, KeyboardInterrupt)):
+            raise
+        work = stop.work
+        if work is not None and work.is_dir() and not has_begun(work):
+            remove_work(work)
+        raise Interrupted("stopped", where="run", hint=stop.hint) from None

@@ -7,16 +7,19 @@ itself and `trust_remote_code=False`: so it follows no `auto_map` and looks for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compressor.artifact import empty_model
+from compressor.attention import plain_options
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import stock_class
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, CompressError, DependencyError
 from compressor.export import FAMILIES, auto_classes, custom_auto_map
 from compressor.modelling import custom_type, modelling_file
+from compressor.resources import ran_out
 from compressor.trusted_code import (
     CUSTOM_GENERATE,
     auto_map,
@@ -40,11 +43,32 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
     if problems := code_problems(checkpoint, manifest, empty):
         raise ArtifactError("; ".join(problems), where=directory.name, hint="Nothing of it was run.")
     cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {**plain_options(checkpoint.config)}
     if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
         options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
-    model, info = cls.from_pretrained(directory, output_loading_info=True, **OFFLINE, **options)
+    with stock_works(directory):
+        model, info = cls.from_pretrained(directory, output_loading_info=True, **OFFLINE, **options)
     return model.eval(), info
+
+
+@contextmanager
+def stock_works(directory: Path, refusal: type[CompressError] = ArtifactError) -> Iterator[None]:
+    """Whatever transformers raises while it loads or runs a model says that the model is not what it should be.
+
+    raises  `refusal` with its words, DependencyError if it lacks a package, PassError if memory or disk ran out
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except ImportError as error:
+        hint = "Install what it names."
+        raise DependencyError(f"stock transformers can't load it ({error})", where=directory.name, hint=hint) from error
+    except Exception as error:
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        told = f"{type(error).__name__}: {error}"[:600]
+        raise refusal(f"stock transformers fails on it ({told})", where=directory.name) from error
 
 
 def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from compressor.attention import choose_plain
 from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
@@ -231,6 +232,12 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     check_values(checkpoint)
+    if checkpoint.is_compressed_artifact:
+        raise ModelError(
+            "is an artifact of this tool already",
+            where=directory.name,
+            hint="Start from the checkpoint it was made from.",
+        )
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method", "unknown")
         raise ModelError(
@@ -284,6 +291,26 @@ def _run_whole(
     """Run the model of a config that isn't `model`'s own, whole if it is small and else with few blocks."""
     small = (lambda: config, lambda: shallow_config(config, model, pieces))
     run_whole(type(model), (make() for make in small), dtype, checkpoint.nbytes)
+
+
+def class_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that transformers loads a checkpoint with, in whatever form its weights are.
+
+    raises ModelError for an unknown architecture, and for encoder-decoder models
+    """
+    check_values(checkpoint)
+    config, cls = _config_and_class(checkpoint, trust_remote_code)
+    _refuse_two_stacks(config, cls)
+    return cls
+
+
+def _refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            "encoder-decoder models have two stacks of blocks",
+            where=cls.__name__,
+            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+        )
 
 
 def prove_by_replay(structure: Structure) -> None:
@@ -384,12 +411,7 @@ def find_blocks(model: PreTrainedModel) -> str:
 
     raises ModelError for encoder-decoder models and models without such a list
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(
-            "encoder-decoder models have two stacks of blocks",
-            where=type(model).__name__,
-            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
-        )
+    _refuse_two_stacks(model.config, type(model))
     candidates = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -437,6 +459,7 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             hint="Update transformers, or check `architectures` in config.json.",
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
+    choose_plain(config, checkpoint.config)
     for reference in references:
         if reference.endswith("." + name):
             try:

@@ -11,13 +11,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from compressor import child
 from compressor.artifact import MANIFEST, load, read_manifest
 from compressor.files import file_sha256
 from compressor.layers import DENSE
@@ -98,10 +98,12 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> int:
     """Run in a child that is killed at its `step`-th fsync or rename; returns the child's exit status."""
     text = output.with_name(output.name + ".yaml")
     text.write_text(recipe.to_yaml())
-    command = [sys.executable, "-c", KILLER, str(text), str(model), str(output), str(step)]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    command = child.command(KILLER, str(text), str(model), str(output), str(step))
+    return subprocess.run(command, env=_environment(), capture_output=True, check=False).returncode
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 
 def _check_forms(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
@@ -143,14 +145,7 @@ def _check_loads_without_passes(directory: Path) -> None:
         "import compressor\n"
         f"compressor.load({str(directory)!r})\n"
     )
-    root = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(child.command(code), env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the artifact needs the pass to load: {done.stderr[-400:]}"
 
 

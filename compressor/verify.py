@@ -1,7 +1,5 @@
 """Loads an artifact in a fresh process, as a user would, and compares what it computes with what was built.
 
-    python -m compressor.verify REQUEST.json
-
 Tolerance. Both loaders rebuild the same weights from the same codes in the same dtype, so logits may differ only by the
 order of sums (other kernels, fused experts). One rounding step per block and one at the head, each of half a unit in
 the last place of the largest activation, gives (blocks + 1) * eps(dtype) * max|logit| as a bound that a wrong code or
@@ -16,60 +14,28 @@ model equal bit for bit. How far the logits end up apart is reported and not jud
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import ArtifactError
+from compressor.child import ask
 
 GENERATED_TOKENS = 8
 
 
-def verify_in_child(
-    directory: Path, probe: Path | None, scratch: Path, *, sealed: bool, deep: bool = True
-) -> dict[str, Any]:
+def verify_in_child(directory: Path, probe: Path | None, *, sealed: bool, deep: bool = True) -> dict[str, Any]:
     """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
 
     probe   safetensors with the inputs and `output` of the in-memory result; None compares the two loaders only
     sealed  whether the manifest covers every file already
-    raises  ArtifactError if the process dies, DependencyError if loading needs a package that isn't there
+    raises  what `verify` raises, and what `child.ask` does
     """
     from compressor.artifact import read_manifest
     from compressor.export import check_loader
 
     check_loader(read_manifest(directory)["route"])
-    request, answer = scratch / "verify-request.json", scratch / "verify-answer.json"
-    answer.unlink(missing_ok=True)
-    request.write_text(
-        json.dumps(
-            {
-                "directory": str(directory),
-                "probe": str(probe) if probe else None,
-                "answer": str(answer),
-                "sealed": sealed,
-                "deep": deep,
-            }
-        )
-    )
-    done = run_child("compressor.verify", request)
-    if not answer.is_file():
-        raise ArtifactError(f"the verifying process died ({done[-400:].strip()})", where=directory.name)
-    return json.loads(answer.read_text())
-
-
-def run_child(module: str, request: Path) -> str:
-    """Run `python -m module request` offline, with this package importable; returns what it wrote to stderr."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": path}
-    command = [sys.executable, "-m", module, str(request)]
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    return done.stderr
+    request = {"directory": str(directory), "probe": str(probe) if probe else None, "sealed": sealed, "deep": deep}
+    found: dict[str, Any] = ask("compressor.verify", request, "verifies the artifact")
+    return found
 
 
 def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> dict[str, Any]:
@@ -83,7 +49,7 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
     from compressor.replay import without_cache
-    from compressor.stock_loading import load_stock
+    from compressor.stock_loading import load_stock, stock_works
     from compressor.tracing import use_eager_experts
 
     logging.disable_progress_bar()
@@ -125,11 +91,9 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
     inputs = load_file(probe) if probe else _example(stock)
     expected = inputs.pop("output", None)
     with torch.no_grad(), without_cache(stock, own):
-        outputs = {
-            "stock": _output(stock(**inputs)),
-            "stock, second run": _output(stock(**inputs)),
-            "own": _output(own(**inputs)),
-        }
+        with stock_works(directory):
+            outputs = {name: _output(stock(**inputs)) for name in ("stock", "stock, second run")}
+        outputs["own"] = _output(own(**inputs))
     forward = FAMILIES[manifest["route"]].forward if manifest["route"] in FAMILIES else None
     if forward is not None:
         layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
@@ -215,14 +179,7 @@ def _output(output: Any) -> Any:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-def main(request: dict[str, Any]) -> None:
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer `verify_in_child`, in the fresh process."""
     probe = Path(request["probe"]) if request["probe"] else None
-    try:
-        found = verify(Path(request["directory"]), probe, sealed=request["sealed"], deep=request["deep"])
-    except Exception as error:  # whatever stops a load is the finding
-        found = {"problems": [f"{type(error).__name__}: {error}"[:600]]}
-    Path(request["answer"]).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    return verify(Path(request["directory"]), probe, sealed=request["sealed"], deep=request["deep"])

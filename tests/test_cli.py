@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import compressor
+from compressor.child import ChildBug
 from compressor.cli import main
+from compressor.errors import DependencyError
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,6 +180,45 @@ def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeyp
     event = json.loads(shown.out)
     assert (event["event"], event["code"], event["name"]) == ("error", 1, "bug")
     assert "ZeroDivisionError" in shown.err and "error[bug]" in shown.err
+
+
+NOT_OURS = {
+    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "stopped"),
+    "an abort of typer": (typer.Abort(), 1, "bug", "Abort"),
+    "memory": (MemoryError(), 5, "preflight", "memory ran out"),
+    "memory, as torch says it": (RuntimeError("can't allocate memory: you tried 1 byte"), 5, "preflight", "1 byte"),
+    "disk": (OSError(errno.ENOSPC, "No space left on device"), 5, "preflight", "the disk is full"),
+    "nesting": (RecursionError("maximum recursion depth exceeded"), 5, "preflight", "nested very deeply"),
+    "a file": (OSError(errno.EIO, "Input/output error"), 1, "bug", "Input/output error"),
+    "a child": (ChildBug("ZeroDivisionError: in a child"), 1, "bug", "ZeroDivisionError"),
+    "a child that knew": (DependencyError("x is needed", where="export", hint="pip install x"), 6,
+                          "missing-dependency", "export: x is needed. pip install x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, capsys):
+    error, code, name, words = NOT_OURS[case]
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr("compressor.doctor.examine", fail)
+    assert main(["doctor", "--json"]) == code
+    shown = capsys.readouterr()
+    events = [json.loads(line) for line in shown.out.splitlines()]
+    assert [(event["event"], event["code"], event["name"]) for event in events] == [("error", code, name)]
+    assert words in shown.err and shown.err.splitlines()[-1].startswith(f"error[{name}]")
+    assert ("Traceback" in shown.err) == (code == 1)
+
+
+def test_a_reader_that_goes_away_is_no_bug():
+    command = [sys.executable, "-m", "compressor", "schema"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    assert (done.wait(60), done.stderr.read()) == (130, "")
 
 
 def test_the_version_and_bare_help_are_shown(capsys):

@@ -42,6 +42,11 @@ ALL_OTHERS = ALL_BUT_PROTOCOL | {"protocol"}
 # unit -> what it must not import
 FORBIDDEN = {
     "errors": ALL_OTHERS,
+    "search_path": ALL_OTHERS,
+    "attention": ALL_OTHERS,
+    "resources": ALL_OTHERS,
+    "child": ALL_OTHERS,
+    "stopping": ALL_OTHERS - {"journal"},
     "kernels": ALL_OTHERS,
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
     "blockwise": ALL_OTHERS,

@@ -317,7 +317,7 @@ def test_broken_inputs_stop_the_run():
 def test_verification_elsewhere_names_the_missing_package(stock, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"compress-model\[bitsandbytes\]"):
-        verify_in_child(stock[0], None, tmp_path, sealed=True)
+        verify_in_child(stock[0], None, sealed=True)
 
 
 def test_a_tied_head_is_left_alone_unless_named(tmp_path):

@@ -1,0 +1,68 @@
+"""What a child process may do instead of answering, for tests/test_child.py; imports nothing slow."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from compressor.errors import DependencyError, ModelError
+
+
+class UnknownElsewhere(ModelError):
+    """Known in the child only."""
+
+
+def lack_a_package(request):
+    raise DependencyError("needs the package x", where="export", hint="pip install x")
+
+
+def fail_in_a_class_of_its_own(request):
+    raise UnknownElsewhere("is damaged", where="config.json", hint="Download it again.")
+
+
+def run_out_of_memory(request):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+
+def fill_the_disk(request):
+    raise OSError(errno.ENOSPC, "No space left on device", str(Path(request["folder"]) / "file"))
+
+
+def hang(request):
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    note = Path(request["folder"]) / "pids"
+    note.with_suffix(".new").write_text(f"{os.getpid()} {grandchild.pid}")
+    note.with_suffix(".new").rename(note)
+    time.sleep(600)
+
+
+def talk(request):
+    print("words on standard output")
+    try:
+        return {"answered": input("run the custom code? [y/N] ")}
+    except EOFError:
+        return {"answered": None, "long": "x" * 300_000}
+
+
+KINDS = {
+    "lack a package": lack_a_package,
+    "fail in a class of its own": fail_in_a_class_of_its_own,
+    "run out of memory": run_out_of_memory,
+    "fill the disk": fill_the_disk,
+    "divide by zero": lambda request: 1 // 0,
+    "be killed": lambda request: os.kill(os.getpid(), signal.SIGKILL),
+    "crash": lambda request: os.kill(os.getpid(), signal.SIGSEGV),
+    "be asked to end": lambda request: os.kill(os.getpid(), signal.SIGTERM),
+    "end without a word": lambda request: os._exit(3),
+    "answer what is no JSON": lambda request: object(),
+    "tell its search path": lambda request: {"path": sys.path, "json": sys.modules["json"].__file__},
+    "hang": hang,
+    "talk": talk,
+}
+
+
+def main(request):
+    return KINDS[request["kind"]](request)

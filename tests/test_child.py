@@ -1,0 +1,129 @@
+"""A child process answers or fails as if its work were done here, and never outlives the process that asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from compressor import child
+from compressor.child import ChildBug, ask
+from compressor.errors import CompressError, DependencyError, ModelError, PassError
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+def answer(kind, folder="", **more):
+    return ask("answers", {"kind": kind, "folder": str(folder), **more}, "answers for a test")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "code", "words"),
+    [
+        ("lack a package", DependencyError, 6, r"^export: needs the package x\. pip install x$"),
+        ("fail in a class of its own", ModelError, 5, r"^config\.json: is damaged\. Download it again\.$"),
+        ("run out of memory", PassError, 7, r"memory ran out .*Free some memory"),
+        ("fill the disk", PassError, 7, r"the disk is full"),
+        ("be killed", PassError, 7, r"answers for a test: it was killed \(SIGKILL\).*memory"),
+        ("crash", PassError, 7, r"crashed in native code \(SIGSEGV\)"),
+        ("be asked to end", PassError, 7, r"was ended by SIGTERM"),
+    ],
+)
+def test_an_error_of_a_child_keeps_its_class_place_and_hint(kind, error, code, words, tmp_path):
+    with pytest.raises(error, match=words) as failure:
+        answer(kind, tmp_path)
+    assert type(failure.value) is error and failure.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "note"),
+    [
+        ("divide by zero", "ZeroDivisionError: ", "1 // 0"),
+        ("end without a word", "ended with 3 and no answer", "wrote nothing"),
+        ("answer what is no JSON", "no answer", "not JSON serializable"),
+    ],
+)
+def test_what_nobody_foresaw_in_a_child_is_a_bug_with_its_traceback(kind, told, note):
+    with pytest.raises(ChildBug) as failure:
+        answer(kind)
+    assert not isinstance(failure.value, CompressError)
+    assert told in str(failure.value) and note in "".join(failure.value.__notes__)
+
+
+def test_a_library_that_prints_or_asks_reaches_neither_the_answer_nor_the_user(capfd):
+    found = answer("talk", padding="y" * 300_000)  # more than a pipe holds, both ways
+    assert found["answered"] is None and len(found["long"]) == 300_000
+    assert capfd.readouterr() == ("", "")
+
+
+PLANTED = ("json", "torch", "safetensors", "transformers", "compressor", "typing", "importlib", "signal")
+
+
+@pytest.mark.parametrize("more", ["", ".", os.pathsep, f"{os.pathsep}.", "./"])
+def test_nothing_in_the_working_directory_is_imported(more, tmp_path, monkeypatch):
+    for name in PLANTED:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{more}")
+    found = answer("tell its search path")
+    assert found["json"] == json.__file__
+    assert str(tmp_path) not in found["path"] and "" not in found["path"] and str(TESTS) in found["path"]
+    assert str(TESTS.parent) not in found["path"]  # the package is found by its own path, its folder isn't searched
+    grandchild = child.command("import json, subprocess, sys; subprocess.run([sys.executable, '-c', 'import json'])")
+    subprocess.run(grandchild, env=child.environment(), check=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def wait_for_pids(folder):
+    deadline = time.monotonic() + 60
+    while not (folder / "pids").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [int(number) for number in (folder / "pids").read_text().split()]
+
+
+def all_end(pids):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_an_interrupted_wait_ends_the_child_and_what_it_started(tmp_path):
+    def interrupt(number, frame):
+        if (tmp_path / "pids").exists():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            answer("hang", tmp_path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all_end(wait_for_pids(tmp_path))
+
+
+def test_a_child_ends_when_the_process_that_asked_is_killed(tmp_path):
+    code = f"from compressor.child import ask; ask('answers', {{'kind': 'hang', 'folder': {str(tmp_path)!r}}}, 'hangs')"
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    pids = wait_for_pids(tmp_path)
+    parent.kill()
+    parent.wait()
+    assert all_end(pids)

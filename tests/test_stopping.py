@@ -1,0 +1,226 @@
+"""A stop is answered at once and ends the process, whatever the main thread is at; what was done can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+
+from compressor.stopping import SIGNALS, Stop, signals
+from compressor.testing import recipe_for, weight_hashes
+
+ROOT = Path(__file__).parent.parent
+BOUND_SECONDS = 10.0
+# One call of native code that no signal interrupts (minutes), and one that runs Python code all the time.
+HANG = {
+    "native": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1_000_000_000)",
+    "python": "import time\n        while True: time.sleep(0.01)",
+    "swallowed": (
+        "import time\n        while True:\n            try: time.sleep(0.01)\n            except BaseException: pass"
+    ),
+}
+ANSWERED = """
+import sys
+from compressor.stopping import Stop, answered
+def hang():
+        {hang}
+def say(words):
+    print(words, flush=True)
+try:
+    with answered(Stop(), lambda: say('stopping'), lambda: say('last words'), 130, grace=2.0):
+        say('ready')
+        hang()
+except KeyboardInterrupt:
+    say('stopped')
+    sys.exit(130)
+"""
+
+
+def start(program, *arguments, **options):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "300"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("sign", SIGNALS)
+@pytest.mark.parametrize(
+    ("hang", "last"), [("native", "last words"), ("swallowed", "last words"), ("python", "stopped")]
+)
+def test_a_signal_is_answered_at_once_and_ends_the_process(hang, last, sign):
+    child = start(ANSWERED.format(hang=HANG[hang]))
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    child.send_signal(sign)
+    began = time.monotonic()
+    assert child.stdout.readline() in ("stopping\n", "stopped\n") and time.monotonic() - began < 1.9  # of the grace
+    assert child.wait(60) == 130
+    assert last in child.stdout.read() or hang == "python"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    child = start(ANSWERED.format(hang=HANG["native"]).replace("grace=2.0", "grace=600.0"))
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "stopping\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 130
+
+
+def test_last_words_that_nobody_reads_do_not_hold_up_the_end():
+    program = ANSWERED.format(hang=HANG["native"]).replace("say('last words')", "__import__('time').sleep(600)")
+    child = start(program)
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+
+
+def test_a_stop_is_accepted_until_it_is_too_late_and_an_accepted_one_is_kept():
+    late, early = Stop(), Stop()
+    late.close()
+    assert not late.accept() and not late.is_asked()
+    assert early.accept() and early.accept()
+    with pytest.raises(KeyboardInterrupt):
+        early.close()
+
+
+def test_handlers_are_put_back_and_a_hang_up_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        kept = [signal.getsignal(sign) for sign in SIGNALS]
+        with signals(Stop()) as stop:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        assert stop.is_asked() and [signal.getsignal(sign) for sign in SIGNALS] == kept
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_changes_no_handler():
+    seen = []
+
+    def work():
+        with signals(Stop()):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+# The command with one function of a stage replaced by one that hangs, each time it is called.
+PROGRAM = """
+import importlib, sys
+module, name, hangs, note = sys.argv[1:5]
+def hang(*arguments, **options):
+    open(note, 'w').close()
+    for _ in [0]:
+        {hang}
+if module:
+    owner = importlib.import_module(module)
+    *path, leaf = name.split('.')
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, leaf, hang)
+sys.argv[1:] = sys.argv[5:]
+from compressor.__main__ import main
+sys.exit(main())
+"""
+STAGES = {
+    "plan": ("compressor.structure", "skeleton", "native"),
+    "data": ("compressor.data", "pack", "native"),
+    "sweep": ("compressor.passes.rtn", "RTN.block", "native"),
+    "sweep, Python": ("compressor.passes.rtn", "RTN.block", "swallowed"),
+    "write": ("compressor.artifact", "write_artifact", "native"),
+    "verify": ("", "", "verifies"),
+    "evaluate": ("", "", "measures"),
+}
+RECIPE = """
+version: 1
+name: test
+data: {source: stdlib, samples: 2, length: 16}
+steps: [{pass: rtn, group_size: 32}]
+eval: {metrics: [perplexity], data: {source: stdlib, samples: 2, length: 16}}
+report: {html: false}
+"""
+
+
+def a_child_that(doing, parent):
+    """Whether a process of the run that does this has started."""
+    module = {"verifies": "compressor.verify", "measures": "compressor.evaluate"}[doing]
+    try:
+        return any(module in process.cmdline() for process in psutil.Process(parent.pid).children())
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_bytes(stage, tmp_path):
+    module, name, hangs = STAGES[stage]
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    note, out = tmp_path / "reached", tmp_path / "out"
+    command = ["run", tmp_path / "r.yaml", "--model", "demo", "--output", out, "--json"]
+    child = start(PROGRAM.format(hang=HANG.get(hangs, "pass")), module, name, hangs, note, *command)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (note.exists() if module else a_child_that(hangs, child)):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    below = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    told, errors = child.communicate(timeout=120)
+    took = time.monotonic() - began
+    events = [json.loads(line) for line in told.splitlines()]
+    assert child.returncode == 130 and took < BOUND_SECONDS, (took, errors)
+    assert [event["event"] for event in events if event["event"] in ("stopping", "error")] == ["stopping", "error"]
+    assert "stopping: " in errors and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("error[interrupted]: run: stopped")
+    psutil.wait_procs(below, timeout=20)
+    assert not any(process.is_running() and process.status() != "zombie" for process in below)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name not in ("r.yaml", "reached"))
+    begun = (tmp_path / "out.work" / "run.json").exists()
+    assert left == (["out.work"] if begun else []) and begun == (stage not in ("plan", "data"))
+    again = start(PROGRAM, "", "", "", note, *command, *(["--resume"] if begun else []))
+    assert again.communicate(timeout=300) and again.returncode == 0
+    if begun:
+        whole = start(PROGRAM, "", "", "", note, *command[:-2], tmp_path / "whole", "--no-eval")
+        assert whole.communicate(timeout=300) and whole.returncode == 0
+        assert weight_hashes(out) == weight_hashes(tmp_path / "whole")
+
+
+def test_a_run_of_another_thread_works_and_leaves_the_signals_alone(tmp_path):
+    from compressor.passes.rtn import RTN
+    from compressor.run import compress
+
+    model, seen = tiny.save("llama", tmp_path / "model"), []
+
+    def work():
+        handlers = []
+        chosen = recipe_for("rtn", RTN(group_size=32))
+        options = {"measure": False, "emit": lambda event: handlers.append(signal.getsignal(signal.SIGTERM))}
+        seen.append((compress(chosen, str(model), tmp_path / "out", **options)["status"], set(handlers)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [("ok", {signal.getsignal(signal.SIGTERM)})]
