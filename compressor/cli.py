@@ -179,9 +179,11 @@ def plan(
     from compressor.recipe import read_recipe
     from compressor.report import human_bytes
     from compressor.run import check_request, find_device, named_output
+    from compressor.run_data import data_problems
 
     parsed = read_recipe(recipe, set_ or [])
     found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
+    found.problems += data_problems(parsed, found.source, measure=not no_eval)
     try:
         find_device(device)
         if output is not None:

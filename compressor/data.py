@@ -1,4 +1,4 @@
-"""Calibration and evaluation samples: read, tokenized, cut, and pinned by hash.
+"""Calibration and evaluation samples: tokenized, cut, drawn, and pinned by hash. `data_files` reads the sources.
 
 The built-in text `stdlib` is shipped, not read from the running interpreter: the standard library's sources change with
 every patch release and distributions strip parts of them, so figures would not be comparable. It is a fixed excerpt
@@ -8,18 +8,18 @@ model was trained on (`train`) and from files held out of its training (`heldout
 
 from __future__ import annotations
 
-import csv
-import difflib
 import gzip
 import hashlib
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compressor.errors import DependencyError, ModelError, RecipeError
+from compressor.data_files import check_rows, is_dataset, read_rows
+from compressor.data_images import check_images, normalised, read_images
+from compressor.data_parts import EVALUATION, part_of_texts, positions_of
+from compressor.data_rows import Rows, texts_of, whole_labels
+from compressor.errors import ModelError, RecipeError
 from compressor.lazy import torch
 from compressor.model_files import check_directory
 from compressor.trusted_code import FLAG, required_code, tokenizer_code
@@ -62,12 +62,14 @@ class Samples:
     inputs  one entry a sample: token ids (length,) int64, or pixels (channels, height, width) float32
     labels  (samples,) int64 when the data has them
     sha256  of the source's content; `digest` is that of the samples themselves
+    part    which part of a source that was divided: `name`, `documents` in it, `of` how many; None for all of it
     """
 
     inputs: tuple[torch.Tensor, ...]
     source: str
     sha256: str
     labels: torch.Tensor | None = None
+    part: dict[str, Any] | None = None
 
     @property
     def is_text(self) -> bool:
@@ -87,6 +89,8 @@ class Samples:
         for sample in self.inputs:
             total.update(str(tuple(sample.shape)).encode())
             total.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        if self.labels is not None:
+            total.update(self.labels.numpy().tobytes())
         return total.hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -105,6 +109,30 @@ def demo_path() -> Path:
     return Path(__file__).parent / "demo"
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What a source holds for a model: texts, or images (n, height, width, channels) uint8.
+
+    labels  a class number for each; None where there are none
+    has_special_tokens  the texts hold them already, as chats do that the model's template wrote
+    is_whole_text  one text that may be cut anywhere
+    part    as `Samples.part`
+    """
+
+    texts: list[str]
+    images: torch.Tensor | None
+    labels: list[int] | None
+    sha256: str
+    has_special_tokens: bool = False
+    is_whole_text: bool = False
+    part: dict[str, Any] | None = None
+
+    @property
+    def contents(self) -> list[str] | list[bytes]:
+        """What documents are told apart by."""
+        return self.texts if self.images is None else [image.numpy().tobytes() for image in self.images]
+
+
 def load_samples(
     settings: Settings, model_directory: Path, *, seed: int, vocabulary: int | None, trust_remote_code: bool = False
 ) -> Samples:
@@ -115,23 +143,94 @@ def load_samples(
     raises      RecipeError for data that can't be used, DependencyError for a missing package
     """
     if settings.source == "random":
-        return _random(settings, seed, vocabulary)
-    if settings.source.endswith(".npz"):
-        return _images(settings, model_directory, seed)
-    if vocabulary is None:
-        raise RecipeError(
-            "this model reads pixels, the data is text",
-            where=f"data.source {settings.source!r}",
-            hint="Give a .npz file with `images` and `labels`.",
-        )
-    documents, labels, digest = read_documents(settings)
+        return random_samples(settings, seed, vocabulary)
+    found = load_documents(settings, model_directory, vocabulary, trust_remote_code=trust_remote_code)
+    return draw_samples(found, settings, model_directory, seed, trust_remote_code=trust_remote_code)
+
+
+def load_documents(
+    settings: Settings, model_directory: Path, vocabulary: int | None, *, trust_remote_code: bool = False
+) -> Documents:
+    """All that the source holds, of the hash that the recipe pins. raises as `load_samples` does"""
+    _check_kind(settings, reads_pixels=vocabulary is None)
+    if _is_images(settings.source):
+        images, labels, content = read_images(settings.source)
+        found = Documents([], images, labels, hashlib.sha256(content).hexdigest())
+    else:
+        texts, has_special_tokens, rows = _read_texts(settings, model_directory, trust_remote_code)
+        # packed text has no sample of its own for a label
+        labels = None if settings.pack or rows.labels is None else whole_labels(rows.labels, rows.name)
+        found = Documents(texts, None, labels, rows.sha256, has_special_tokens, rows.is_whole_text)
+    _check_hash(settings, found.sha256)
+    return found
+
+
+def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
+    """One part of documents that calibration and evaluation share (`data_parts`).
+
+    pack  whether the texts may be cut, because samples don't stand for documents
+    """
+    if pack and documents.images is None:
+        texts = part_of_texts(documents.texts, part)
+        told = {"name": part, "documents": len(texts), "of": len(documents.texts)}
+        return replace(documents, texts=texts, labels=None, part=told)
+    numbers = positions_of(documents.contents, part)
+    return replace(
+        documents,
+        texts=[documents.texts[number] for number in numbers] if documents.images is None else [],
+        images=None if documents.images is None else documents.images[numbers],
+        labels=None if documents.labels is None else [documents.labels[number] for number in numbers],
+        part={"name": part, "documents": len(numbers), "of": len(documents.contents)},
+    )
+
+
+def draw_samples(
+    documents: Documents, settings: Settings, model_directory: Path, seed: int, *, trust_remote_code: bool = False
+) -> Samples:
+    """`samples` of the documents, drawn by seed. raises RecipeError if they are too few or too short"""
+    where = settings.source if documents.part is None else f"{settings.source}, its part for {documents.part['name']}"
+    if documents.images is not None:
+        numbers = _draw(len(documents.images), settings.samples, seed, where, "images")
+        pixels = normalised(documents.images[numbers], model_directory)
+        inputs = tuple(pixels.unbind())
+    else:
+        tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
+        if settings.pack:
+            packed = pack(documents.texts, tokenizer, settings, seed, where)
+            return Samples(packed, settings.source, documents.sha256, part=documents.part)
+        numbers = _draw(len(documents.texts), settings.samples, seed, where, "documents")
+        special = not documents.has_special_tokens
+        inputs = tuple(_tokens(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
+    labels = documents.labels
+    kept = None if labels is None else torch.tensor([labels[number] for number in numbers])
+    return Samples(inputs, settings.source, documents.sha256, kept, documents.part)
+
+
+def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: str = "") -> Samples:
+    """Random tokens (length,) in [0, vocabulary). Those of evaluation are never those of calibration."""
+    _check_kind(settings, reads_pixels=vocabulary is None)
+    assert vocabulary is not None  # or it reads pixels
+    drawn = seed if part != EVALUATION else int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4])
+    shape = (settings.samples, settings.length)
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(drawn))
+    digest = hashlib.sha256(f"random {vocabulary} {settings.samples} {settings.length} {drawn}".encode()).hexdigest()
     _check_hash(settings, digest)
-    tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
-    if settings.pack:
-        if labels is not None:
-            labels = None  # packed text has no sample of its own for a label
-        return Samples(pack(documents, tokenizer, settings, seed), settings.source, digest)
-    return _one_per_document(documents, labels, tokenizer, settings, seed, digest)
+    return Samples(tuple(ids.unbind()), "random", digest)
+
+
+def check_data(settings: Settings, *, reads_pixels: bool) -> None:
+    """What can be seen of the data without reading all of it: that it is there, of a kind that the model reads, and
+    that its first rows hold the field.
+
+    raises RecipeError, DependencyError for a missing package
+    """
+    _check_kind(settings, reads_pixels=reads_pixels)
+    if settings.source == "stdlib":
+        _stdlib(settings.split)
+    elif _is_images(settings.source):
+        check_images(settings.source)
+    elif settings.source != "random":
+        check_rows(settings)
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -163,42 +262,53 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160]
 
 
-def read_documents(settings: Settings) -> tuple[list[str], list[int] | None, str]:
-    """(texts, labels or None, sha256 of the content)."""
-    source = settings.source
-    if source == "stdlib":
-        return _stdlib(settings.split)
-    if source.startswith("dataset:") or Path(source).is_dir():
-        return _datasets(settings)
-    path = Path(os.path.expanduser(source))
-    if not path.is_file():
+def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
+    """(texts, labels as found or None, sha256 of the content). raises RecipeError, for chats too: they need a model"""
+    texts, _, rows = _read_texts(settings, None, False)
+    return texts, rows.labels, rows.sha256
+
+
+def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -> tuple[list[str], bool, Rows]:
+    """(texts, whether they are chats written by the model's template, rows that they come from)."""
+    if settings.source == "stdlib":
+        texts, _, digest = _stdlib(settings.split)
+        return texts, False, Rows([], None, digest, "stdlib")
+    rows = read_rows(settings)
+    render = None
+    if model_directory is not None and rows.values and not isinstance(rows.values[0], str):
+        tokenizer = load_tokenizer(model_directory, trust_remote_code=trust)
+
+        def render_chat(messages: list[dict[str, Any]]) -> Any:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+
+        render = render_chat if tokenizer.chat_template is not None else None
+    texts, is_rendered = texts_of(rows, settings.field, render)
+    return texts, is_rendered, rows
+
+
+def _is_images(source: str) -> bool:
+    return source.lower().endswith(".npz") and not is_dataset(source)
+
+
+def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
+    """raises RecipeError if the model reads text and the source holds images, or the other way round"""
+    if _is_images(settings.source) == reads_pixels:
+        return
+    if reads_pixels:
         raise RecipeError(
-            "no such data file", where=source, hint="Built in: stdlib, random. Else a path or dataset:NAME."
+            "this model reads pixels, the data is text",
+            where=f"data.source {settings.source!r}",
+            hint="Give a .npz file with `images` and `labels`.",
         )
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"is not UTF-8 (byte {error.start})", where=path.name, hint="Save it as UTF-8.") from error
-    if not text.strip():
-        raise RecipeError("is empty", where=path.name)
-    digest = hashlib.sha256(content).hexdigest()
-    if path.suffix == ".jsonl":
-        rows = [_json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    elif path.suffix in (".csv", ".tsv"):
-        rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
-    else:
-        return [text], None, digest
-    texts = [_field(row, settings.field, number, path.name) for number, row in enumerate(rows, 1)]
-    try:
-        labels = [int(row["label"]) for row in rows] if rows and "label" in rows[0] else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"a label is missing or not a whole number ({error})", where=path.name) from error
-    return texts, labels, digest
+    raise RecipeError(
+        "this model reads text, the data is images",
+        where=f"data.source {settings.source!r}",
+        hint="Give text: stdlib, a text file, rows of text, or dataset:NAME.",
+    )
 
 
 def pack(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
 ) -> tuple[torch.Tensor, ...]:
     """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
 
@@ -214,13 +324,13 @@ def pack(
     if windows == 0:
         raise RecipeError(
             f"the text has {len(ids)} tokens, one sample needs {settings.length}",
-            where=settings.source,
+            where=where,
             hint="Give more text or set a smaller length.",
         )
     if windows < settings.samples:
         raise RecipeError(
             f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
-            where=settings.source,
+            where=where,
             hint=f"Set samples to {windows} or less, or give more text.",
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
@@ -238,123 +348,24 @@ def _stdlib(split: str) -> tuple[list[str], None, str]:
     return content.decode().split(DOCUMENT_BREAK), None, digest
 
 
-def _datasets(settings: Settings) -> tuple[list[str], list[int] | None, str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DependencyError(
-            "needs the package `datasets`", where=settings.source, hint="pip install datasets"
-        ) from error
-    name = settings.source.removeprefix("dataset:")
-    try:
-        if Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(name)[settings.split]
-        elif Path(name).is_dir() and (Path(name) / "state.json").is_file():
-            table = datasets.load_from_disk(name)
-        else:
-            table = datasets.load_dataset(name, settings.config, split=settings.split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(f"can't be loaded ({str(error)[:200]})", where=settings.source) from error
-    if settings.field not in table.column_names:
+def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]:
+    """The numbers of the documents or images that are drawn, in order. raises RecipeError if there are too few"""
+    if count < samples:
+        hint = f"Set samples to {count} or less, or give more." if count else "Give more."
+        raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return chosen.sort().values.tolist()
+
+
+def _tokens(
+    text: str, number: int, tokenizer: PreTrainedTokenizerBase, settings: Settings, special_tokens: bool
+) -> torch.Tensor:
+    ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
+    if not ids:
         raise RecipeError(
-            f"has no column {settings.field!r}",
-            where=settings.source,
-            hint=f"Columns: {', '.join(table.column_names)}.",
+            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
         )
-    texts = [str(text) for text in table[settings.field]]
-    labels = [int(label) for label in table["label"]] if "label" in table.column_names else None
-    return texts, labels, hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def _one_per_document(
-    documents: list[str],
-    labels: list[int] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    seed: int,
-    digest: str,
-) -> Samples:
-    if len(documents) < settings.samples:
-        raise RecipeError(
-            f"{len(documents)} documents were found, {settings.samples} samples were asked for",
-            where=settings.source,
-            hint=f"Set samples to {len(documents)} or less.",
-        )
-    chosen = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[: settings.samples]
-    numbers = chosen.sort().values.tolist()
-    inputs = []
-    for number in numbers:
-        ids = tokenizer(documents[number], truncation=True, max_length=settings.length)["input_ids"]
-        if not ids:
-            raise RecipeError(f"document {number + 1} has no tokens", where=settings.source)
-        inputs.append(torch.tensor(ids))
-    kept = None if labels is None else torch.tensor([labels[number] for number in numbers])
-    return Samples(tuple(inputs), settings.source, digest, kept)
-
-
-def _random(settings: Settings, seed: int, vocabulary: int | None) -> Samples:
-    if vocabulary is None:
-        raise RecipeError(
-            "random data are tokens, this model reads pixels", where="data.source", hint="Give a .npz file."
-        )
-    ids = torch.randint(
-        0, vocabulary, (settings.samples, settings.length), generator=torch.Generator().manual_seed(seed)
-    )
-    digest = hashlib.sha256(f"random {vocabulary} {settings.samples} {settings.length} {seed}".encode()).hexdigest()
-    _check_hash(settings, digest)
-    return Samples(tuple(ids.unbind()), "random", digest)
-
-
-def _images(settings: Settings, model_directory: Path, seed: int) -> Samples:
-    """`images` (n, h, w) or (n, h, w, c) uint8 and `labels` (n,), normalised as preprocessor_config.json says."""
-    import numpy
-
-    path = Path(os.path.expanduser(settings.source))
-    if not path.is_file():
-        raise RecipeError("no such data file", where=settings.source)
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    _check_hash(settings, digest)
-    try:
-        with numpy.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"is not an .npz with `images` and `labels` ({error})", where=path.name) from error
-    images = images.unsqueeze(-1) if images.dim() == 3 else images
-    pixels = images.permute(0, 3, 1, 2).float() / 255
-    processor = model_directory / "preprocessor_config.json"
-    if processor.is_file():
-        stated = json.loads(processor.read_text())
-        mean, std = (
-            torch.tensor(stated.get(key, default)).view(1, -1, 1, 1)
-            for key, default in (("image_mean", [0.0]), ("image_std", [1.0]))
-        )
-        pixels = (pixels - mean) / std
-    if len(pixels) < settings.samples:
-        raise RecipeError(f"has {len(pixels)} images, {settings.samples} were asked for", where=path.name)
-    chosen = (
-        torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
-    )
-    return Samples(tuple(pixels[chosen].unbind()), settings.source, digest, labels[chosen])
-
-
-def _json_row(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"is not JSON ({error})", where=f"{path.name}:{number}") from error
-    if not isinstance(row, dict):
-        raise RecipeError("is not a JSON object", where=f"{path.name}:{number}")
-    return row
-
-
-def _field(row: dict[str, Any], field: str, number: int, name: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        near = difflib.get_close_matches(field, [str(key) for key in row], 1)
-        hint = f"Did you mean {near[0]!r}?" if near and value is None else f"Keys: {', '.join(map(str, row))}."
-        raise RecipeError(f"has no text in {field!r}", where=f"{name}, row {number}", hint=hint)
-    return value
+    return torch.tensor(ids)
 
 
 def _check_hash(settings: Settings, digest: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from compressor.artifact import MANIFEST, read_manifest
 from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
-from compressor.data import Samples, load_samples
+from compressor.data import Samples
 from compressor.environment import environment
 from compressor.errors import KernelError, UsageError
 from compressor.evaluate import evaluate
@@ -31,6 +31,7 @@ from compressor.report import (
     validate_report,
     write_reports,
 )
+from compressor.run_data import read_evaluation_data
 from compressor.structure import config_of
 
 EVALUATION_VERSION = 1
@@ -133,15 +134,8 @@ def check_kernels(kernels: list[dict[str, str]] | None) -> None:
 
 
 def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples:
-    settings = asked.eval.data
     vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
-    return load_samples(
-        settings,
-        directory,
-        seed=asked.seed if settings.seed is None else settings.seed,
-        vocabulary=vocabulary,
-        trust_remote_code=trust_remote_code,
-    )
+    return read_evaluation_data(asked, directory, vocabulary, trust_remote_code=trust_remote_code)
 
 
 def _settings(

@@ -20,6 +20,7 @@ from compressor.artifact import Named, assign_shards
 from compressor.attention import replaced_implementations
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
+from compressor.data_parts import same_source
 from compressor.errors import CompressError, ModelError, PreflightError, WidthError
 from compressor.export import Route, artifact_config, check_loader, choose_route
 from compressor.functions import Functions, find_functions
@@ -218,6 +219,12 @@ def _complete(plan: Plan) -> None:
             where = ".".join(map(str, step.path))
             message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
             plan.warnings.append({"code": "sizes-undecided", "where": where, "message": message})
+    if recipe.reads_data and same_source(recipe.data, recipe.eval.data):
+        message = (
+            "names the documents of data: three quarters of them, chosen by the hash of each, are calibrated on, and "
+            "the other quarter is measured on"
+        )
+        plan.warnings.append({"code": "data-divided", "where": "eval.data", "message": message})
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w, structure)} for w in weights if w.name not in touched]
     plan.skipped += [{"name": weight.name, "reason": why} for _, weight, why in structure.whole]

@@ -310,6 +310,7 @@ def data_facts(samples: Samples) -> dict[str, Any]:
         "tokens": samples.tokens,
         "distinct_tokens": samples.distinct_tokens,
         "digest": samples.digest,
+        "part": samples.part,
     }
 
 

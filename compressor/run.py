@@ -19,7 +19,7 @@ import transformers
 
 from compressor import artifact, verify
 from compressor.checkpoint import model_label
-from compressor.data import Samples, load_samples
+from compressor.data import Samples
 from compressor.environment import environment, peak_rss_bytes
 from compressor.errors import ArtifactError, GateError, Interrupted, PreflightError, UsageError
 from compressor.evaluate import Measured, evaluate, uncounted, unmeasured, weight_sizes
@@ -30,6 +30,7 @@ from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe
 from compressor.report import build_report, check_summary, write_card, write_reports
 from compressor.resources import room
+from compressor.run_data import check_samples, data_problems, read_data, vocabulary_of
 from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.units import Form
@@ -388,33 +389,15 @@ def _folders_above(output: Path) -> Iterator[None]:
 
 
 def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, Samples | None]:
-    recipe, directory = plan.recipe, plan.structure.checkpoint.directory
-    config = plan.structure.model.config.get_text_config()
-    vocabulary = config.vocab_size if plan.structure.model.main_input_name == "input_ids" else None
-    calibration = held_out = None
-    if recipe.reads_data:
-        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-        calibration = load_samples(recipe.data, directory, seed=seed, vocabulary=vocabulary, trust_remote_code=trust)
-    if measure:
-        seed = recipe.seed if recipe.eval.data.seed is None else recipe.eval.data.seed
-        held_out = load_samples(recipe.eval.data, directory, seed=seed, vocabulary=vocabulary, trust_remote_code=trust)
-    for samples, key in ((calibration, "data"), (held_out, "eval.data")):
-        if samples is not None and samples.is_text and vocabulary is not None:
-            largest = max(int(sample.max()) for sample in samples.inputs)
-            longest = max(len(sample) for sample in samples.inputs)
-            limit = getattr(config, "max_position_embeddings", None)
-            if largest >= vocabulary:
-                raise PreflightError(
-                    f"the tokenizer made token {largest}, the model knows {vocabulary}",
-                    where=key,
-                    hint="Tokenizer and model are not of one family.",
-                )
-            if limit and longest > limit:
-                raise PreflightError(
-                    f"samples of {longest} tokens, the model takes {limit}",
-                    where=f"{key}.length",
-                    hint=f"Set it to {limit}.",
-                )
+    """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
+    if problems := data_problems(plan.recipe, plan.source, measure=measure):
+        raise problems[0]
+    directory = plan.structure.checkpoint.directory
+    calibration, held_out = read_data(
+        plan.recipe, directory, vocabulary_of(plan.source), measure=measure, trust_remote_code=trust
+    )
+    check_samples(calibration, plan.source, "data")
+    check_samples(held_out, plan.source, "eval.data")
     return calibration, held_out
 
 

@@ -82,11 +82,11 @@ class DataSettings(Section):
     source: str = Field(
         "stdlib",
         min_length=1,
-        description="stdlib, random, a path (.txt, .jsonl, .csv, .tsv, .npz), or dataset:NAME.",
+        description="stdlib, random, the path of a file or of a saved data set, or dataset:NAME.",
     )
     config: str | None = Field(None, description="Configuration of dataset:NAME.")
     split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
-    field: str = Field("text", description="Column or JSON key that holds the text.")
+    field: str = Field("text", description="Column or JSON key that holds the text, or chats.")
     samples: PositiveInt = Field(128, description="How many samples are drawn.")
     length: int = Field(512, ge=2, description="Tokens per sample.")
     pack: bool = Field(True, description="Join documents and cut to exact length; false: one document a sample.")
@@ -97,7 +97,7 @@ class DataSettings(Section):
 class EvalDataSettings(DataSettings):
     """Text or images to measure on; the same keys as `data`."""
 
-    split: str = Field("heldout", description="Split of a data set; never the one calibrated on.")
+    split: str = Field("heldout", description="Split of a data set.")
     samples: PositiveInt = Field(64, description="How many samples are drawn.")
 
 
@@ -119,7 +119,7 @@ class EvalSettings(Section):
         ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"), description="What to measure."
     )
     data: EvalDataSettings = Field(
-        default_factory=lambda: EvalDataSettings(), description="Never the calibration samples."
+        default_factory=lambda: EvalDataSettings(), description="Never the calibration samples: one source is divided."
     )
     batch_size: PositiveInt = Field(8, description="Samples per forward pass.")
     gates: dict[str, FiniteFloat] = Field(

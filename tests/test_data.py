@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from types import SimpleNamespace
 
 import numpy
@@ -10,7 +12,19 @@ import pytest
 import tiny
 import torch
 
-from compressor.data import Samples, demo_path, load_samples, load_tokenizer, read_documents
+from compressor.data import (
+    Samples,
+    check_data,
+    demo_path,
+    draw_samples,
+    load_documents,
+    load_samples,
+    load_tokenizer,
+    part_of,
+    random_samples,
+    read_documents,
+)
+from compressor.data_parts import overlap, same_source
 from compressor.errors import RecipeError
 
 
@@ -124,3 +138,201 @@ def test_a_model_without_a_tokenizer_is_told_so(tmp_path):
     model = tiny.save("llama", tmp_path / "m")
     with pytest.raises(RecipeError, match="no usable tokenizer"):
         load_samples(ask(), model, seed=0, vocabulary=96)
+
+
+def divided(settings, part):
+    documents = load_documents(settings, demo_path(), 2048)
+    return draw_samples(part_of(documents, part, pack=settings.pack), settings, demo_path(), 0)
+
+
+def test_one_text_is_divided_without_overlap_and_a_part_does_not_depend_on_what_is_asked(tmp_path):
+    draw = random.Random(0)
+    words = [
+        " ".join(draw.choice(["alpha", "beta", "gamma", "self", "return", "import"]) for _ in range(9))
+        for _ in range(2000)
+    ]
+    for name, text in (("lines.txt", "\n".join(words)), ("line.txt", " ".join(words))):
+        (tmp_path / name).write_text(text)
+        documents = load_documents(ask(str(tmp_path / name)), demo_path(), 2048)
+        parts = {part: part_of(documents, part, pack=True) for part in ("calibration", "evaluation")}
+        sizes = {part: sum(map(len, found.texts)) for part, found in parts.items()}
+        assert sum(sizes.values()) == len(text) and 0.1 < sizes["evaluation"] / len(text) < 0.45
+        assert all(run in text for found in parts.values() for run in found.texts)
+        settings = ask(str(tmp_path / name), samples=8)
+        seen = {part: {tuple(s.tolist()) for s in divided(settings, part).inputs} for part in parts}
+        assert seen["calibration"].isdisjoint(seen["evaluation"])
+        assert divided(settings, "evaluation").part["name"] == "evaluation"
+
+
+def test_rows_are_divided_with_their_labels_and_equal_ones_stay_together(tmp_path):
+    rows = [{"text": f"text number {number % 150}", "label": number % 150 % 7} for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    documents = load_documents(ask(str(tmp_path / "a.jsonl"), pack=False), demo_path(), 2048)
+    parts = [part_of(documents, part, pack=False) for part in ("calibration", "evaluation")]
+    assert set(parts[0].texts).isdisjoint(parts[1].texts) and sum(len(part.texts) for part in parts) == 300
+    assert 40 < len(parts[1].texts) < 110
+    assert all(
+        int(t.split()[-1]) % 7 == label for part in parts for t, label in zip(part.texts, part.labels, strict=True)
+    )
+    with pytest.raises(RecipeError, match=r"its part for evaluation: has \d+ documents, 200 samples"):
+        divided(ask(str(tmp_path / "a.jsonl"), pack=False, samples=200), "evaluation")
+
+
+def test_images_are_divided_with_their_labels(tmp_path):
+    images = numpy.random.default_rng(0).integers(0, 256, (80, 4, 4), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "i.npz", images=images, labels=images[:, 0, 0] % 5)
+    documents = load_documents(ask(str(tmp_path / "i.npz")), tmp_path, None)
+    parts = [part_of(documents, part, pack=True) for part in ("calibration", "evaluation")]
+    assert set(parts[0].contents).isdisjoint(parts[1].contents) and sum(len(p.images) for p in parts) == 80
+    assert all(int(i[0, 0, 0]) % 5 == label for p in parts for i, label in zip(p.images, p.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"source": "a.txt"}, {"source": "./sub/../a.txt", "split": "heldout"}, True),
+        ({"source": "a.txt"}, {"source": "link.txt"}, True),
+        ({"source": "a.txt"}, {"source": "b.txt"}, False),
+        ({"source": "a.jsonl"}, {"source": "a.jsonl", "field": "body"}, False),
+        ({"source": "i.npz"}, {"source": "i.npz", "field": "body"}, True),
+        ({"source": "stdlib"}, {"source": "stdlib", "split": "heldout"}, False),
+        ({"source": "stdlib"}, {"source": "stdlib"}, True),
+        ({"source": "random"}, {"source": "random"}, False),
+        ({"source": "table"}, {"source": "dataset:table", "split": "heldout"}, True),
+        ({"source": "splits"}, {"source": "splits", "split": "heldout"}, False),
+        ({"source": "dataset:x/y"}, {"source": "dataset:x/y"}, True),
+        ({"source": "dataset:x/y"}, {"source": "dataset:x/y", "config": "c"}, False),
+        ({"source": "a\0b"}, {"source": "a\0b"}, True),
+    ],
+)
+def test_one_source_is_known_by_what_it_reads(one, other, is_same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "a.jsonl", "i.npz"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    for folder, file in (("sub", "x"), ("table", "state.json"), ("splits", "dataset_dict.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    assert same_source(ask(**one), ask(**other)) is is_same
+
+
+HEADINGS = [f"= Heading {number} =" for number in range(9)]
+LONG = [f"document {number} " * 20 for number in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "by_lines", "refused"),
+    [
+        (LONG[:100], LONG[100:], False, None),
+        (LONG[:100], LONG[99:], False, (1, "document 99")),
+        (LONG[:100], [" ".join(LONG[99].split()) + "\r\n"], False, (1, "document 99")),
+        (LONG[:100] + HEADINGS, LONG[100:] + HEADINGS, False, None),
+        (HEADINGS, HEADINGS, False, (1, "= Heading 0")),
+        (["", " "], ["", "\n"], False, None),
+        (["\n".join(LONG[:100])], ["\n".join(LONG[50:150])], True, (1, "document 50")),
+        (["\n".join(LONG[:100])], ["\n".join(LONG[90:190])], True, None),
+        ([b"image", b"other"], [b"new", b"image"], False, (2, b"image")),
+    ],
+)
+def test_documents_that_both_sources_hold_are_found(calibration, evaluation, by_lines, refused):
+    shared, is_too_much = overlap(calibration, evaluation, by_lines=by_lines)
+    assert is_too_much is (refused is not None)
+    if refused:
+        assert shared[0][0] == refused[0] and shared[0][1].startswith(refused[1])
+
+
+def test_the_built_in_texts_share_no_documents_and_few_lines():
+    texts = [read_documents(ask(split=split))[0] for split in ("train", "heldout")]
+    for by_lines in (False, True):
+        assert overlap(*texts, by_lines=by_lines)[1] is False
+
+
+CHATS = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "answer"}] for n in range(6)]
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A model directory whose tokenizer has a chat template."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_path() / name, folder)
+    refusal = "{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    template = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{refusal}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "set", "lists"])
+def test_chats_are_written_by_the_models_template(kind, chatty, tmp_path):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"chat": chat} for chat in CHATS]
+    path = tmp_path / f"c.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "set":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    else:
+        path = tmp_path / "c.jsonl"
+        turned = [{key: [message[key] for message in chat] for key in ("role", "content")} for chat in CHATS]
+        path.write_text("\n".join(json.dumps({"chat": chat}) for chat in turned))
+    settings = ask(str(path), field="chat", pack=False, samples=6)
+    samples = load_samples(settings, chatty, seed=0, vocabulary=2048)
+    text = load_tokenizer(chatty).decode(samples.inputs[3])
+    assert text == "<user>question 3<assistant>answer"
+    with pytest.raises(RecipeError, match="the model's tokenizer has no chat template"):
+        load(settings)
+    with pytest.raises(RecipeError, match="holds chat messages"):
+        read_documents(settings)
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([{"from": "human", "value": "hi"}], r"row 2: message 1 in 'chat' has no text in 'role'"),
+        ([{"role": "user", "content": None}], "message 1 in 'chat' has no text in 'content'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has no text in 'content'"),
+        ([{"role": "user", "content": "\ud800"}], "half a surrogate pair"),
+        ([{"role": "user", "content": "bad"}], "the model's chat template refuses it .*no"),
+        ("text", "has no chat in 'chat', as row 1 has"),
+        (None, "has no chat in 'chat'"),
+        ([], "has no chat in 'chat'"),
+    ],
+)
+def test_what_is_no_chat_is_refused_with_its_row(chat, message, chatty, tmp_path):
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"chat": value}) for value in (CHATS[0], chat)))
+    with pytest.raises(RecipeError, match=message):
+        load_samples(ask(str(tmp_path / "c.jsonl"), field="chat"), chatty, seed=0, vocabulary=2048)
+
+
+def test_random_tokens_of_evaluation_are_never_those_of_calibration():
+    settings = ask("random", samples=8, length=16)
+    both = [random_samples(settings, 0, 96, part) for part in ("calibration", "evaluation")]
+    seen = [{tuple(sample.tolist()) for sample in samples.inputs} for samples in both]
+    assert seen[0].isdisjoint(seen[1])
+    assert both[0].digest == load_samples(settings, demo_path(), seed=0, vocabulary=96).digest
+
+
+def test_other_labels_are_other_samples():
+    one, other = (Samples((torch.arange(3),), "x", "y", torch.tensor([label])) for label in (0, 1))
+    assert one.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("reads_pixels", "source", "message"),
+    [
+        (True, "stdlib", "this model reads pixels"),
+        (True, "random", "reads pixels"),
+        (False, "i.npz", "this model reads text"),
+    ],
+)
+def test_data_of_another_kind_than_the_model_reads_are_refused(reads_pixels, source, message):
+    with pytest.raises(RecipeError, match=message):
+        check_data(ask(source), reads_pixels=reads_pixels)
+    with pytest.raises(RecipeError, match=message):
+        load_samples(ask(source), demo_path(), seed=0, vocabulary=None if reads_pixels else 96)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "compressor"
 # layers of the tree, after docs/architecture.md; a unit is a module or a sub-package
 READING = {"recipe", "settings", "reference", "yaml_source"}
-ENGINE = {"plan", "sweep", "site", "run", "journal", "units", "remodel", "reshape"}
+ENGINE = {"plan", "sweep", "site", "run", "run_data", "journal", "units", "remodel", "reshape"}
 TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
 STORING = {"artifact", "artifact_files", "manifest", "export", "modelling", "stock_loading"}
 MODELS = {
@@ -28,6 +28,7 @@ MODELS = {
     "binding",
     "checkpoint",
     "inspection",
+    "token_limit",
     "residual",
     "invariance",
     "nudging",
@@ -36,8 +37,9 @@ MODELS = {
     "token_sites",
 }
 OUTER = {"cli", "testing", "progress", "doctor"}
+DATA = {"data", "data_files", "data_images", "data_parts", "data_rows"}
 # what a unit of arithmetic must not import, and one that also knows what a pass sees
-ALL_BUT_PROTOCOL = READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers", "data"}
+ALL_BUT_PROTOCOL = READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"} | DATA
 ALL_OTHERS = ALL_BUT_PROTOCOL | {"protocol"}
 # unit -> what it must not import
 FORBIDDEN = {
@@ -84,6 +86,10 @@ FORBIDDEN = {
     "stock_loading": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "checkpoint": READING | ENGINE | TELLING | STORING | OUTER | {"structure", "passes", "layers"},
     "data": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "layers"},
+    "data_files": ALL_OTHERS - {"data_rows"},
+    "data_images": ALL_OTHERS - {"data_files", "data_rows"},
+    "data_parts": ALL_OTHERS,
+    "data_rows": ALL_OTHERS,
     "model_building": READING
     | ENGINE
     | TELLING
@@ -114,7 +120,9 @@ FORBIDDEN = {
     "gates": READING | ENGINE | STORING | MODELS | OUTER | TELLING | {"passes", "layers", "protocol", "data"},
     "settings": ENGINE | STORING | MODELS | OUTER | TELLING - {"gates"} | {"recipe", "passes", "layers", "data"},
     "recipe": ENGINE | STORING | MODELS | OUTER | TELLING | {"layers", "data"},
-    "plan": TELLING | OUTER | {"sweep", "run", "journal", "data"},
+    "plan": TELLING | OUTER | {"sweep", "run", "run_data", "journal", "data", "data_files", "data_images"},
+    "run_data": TELLING | OUTER | STORING | ENGINE | {"passes", "layers"},
+    "token_limit": READING | ENGINE | TELLING | STORING | OUTER | {"passes", "layers", "protocol"} | DATA,
     "journal": READING | TELLING | STORING | MODELS | OUTER | {"plan", "sweep", "run", "units", "passes", "layers"},
     "site": TELLING | OUTER | {"sweep", "run", "journal", "passes", "artifact", "data"},
     "remodel": READING | TELLING | STORING | OUTER | ENGINE | {"passes", "layers", "data"},

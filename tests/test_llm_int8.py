@@ -139,8 +139,8 @@ def test_bitsandbytes_loads_attention_beside_dense_experts(tmp_path):
 def test_a_calibrated_vision_transformer_goes_the_whole_way(tmp_path):
     model = tiny.save("vit", tmp_path / "m", dtype=torch.bfloat16)
     draw = numpy.random.default_rng(0)
-    images = draw.integers(0, 256, (24, 16, 16), dtype=numpy.uint8)
-    numpy.savez(tmp_path / "images.npz", images=images, labels=draw.integers(0, 3, 24))
+    images = draw.integers(0, 256, (64, 16, 16), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "images.npz", images=images, labels=draw.integers(0, 3, 64))
     data = {"source": str(tmp_path / "images.npz"), "samples": 16}
     step = {"outliers": "calibrated", "threshold": 3.0}
     report = compress(

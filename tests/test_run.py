@@ -383,7 +383,7 @@ def test_a_failed_gate_keeps_the_result_aside_with_its_report(llama, tmp_path):
         ({}, {"limits": {"memory": "1MiB"}}, PreflightError, "bytes of memory are needed"),
         ({}, {"limits": {"disk": "1KiB"}}, PreflightError, "bytes of disk are needed"),
         ({"act_order": "group"}, {"export": {"stock_only": True}}, PreflightError, "stock transformers can't load"),
-        ({}, {"data": {"source": "stdlib", "samples": 2}}, RecipeError, "no usable tokenizer"),
+        ({}, {"data": {"source": "stdlib", "samples": 2, "length": 16}}, RecipeError, "no usable tokenizer"),
         ({}, {"data": {**SMALL, "length": 999}}, PreflightError, "the model takes 128"),
         ({}, {"data": {"source": "gone.txt"}}, RecipeError, "no such data file"),
     ],

@@ -39,8 +39,8 @@ def vit(tmp_path_factory):
     """A tiny ViT of 4 blocks and images for it."""
     folder = tmp_path_factory.mktemp("zt")
     tiny.save("vit", folder / "model", num_hidden_layers=4)
-    pixels = numpy.random.default_rng(0).integers(0, 255, (24, 16, 16), dtype=numpy.uint8)
-    numpy.savez(folder / "x.npz", images=pixels, labels=numpy.arange(24) % 3)
+    pixels = numpy.random.default_rng(0).integers(0, 255, (64, 16, 16), dtype=numpy.uint8)
+    numpy.savez(folder / "x.npz", images=pixels, labels=numpy.arange(64) % 3)
     return folder
 
 
@@ -89,6 +89,7 @@ def test_gates_after_int8_meet_a_target_and_the_report_shows_them(vit, tmp_path)
     assert gated["decision"]["keep"].keys() == {"1", "2", "3"}
     ours = compressor.load(tmp_path / "out", kernels="reference")
     pixels = torch.stack(load_samples(recipe(TARGET, source=vit / "x.npz").data, vit, seed=0, vocabulary=None).inputs)
+    assert [report["data"][key]["part"]["name"] for key in ("calibration", "eval")] == ["calibration", "evaluation"]
     assert kept_and_logits(ours, {"pixel_values": pixels})[0] == [row["left"] for row in tokens["blocks"]]
     assert report["run"]["speed"]["samples_per_second"]["before"] > 0
     picture = report["patches"]

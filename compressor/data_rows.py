@@ -1,0 +1,138 @@
+"""Rows of a source, as found, to texts and labels; a value that is no text or no class number is refused, with its row.
+
+A chat is a list of messages, objects with `role` and `content`, and becomes text by the model's own chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.errors import RecipeError
+
+LABEL = "label"  # the column that holds class numbers
+FOUND = {
+    type(None): "null",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    bytes: "bytes",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """values  one entry a document, as found: text, or what `texts_of` refuses, or a chat (list of messages)
+    labels  one a document, as found; None where there are none
+    sha256  of the file, or of a data set's texts
+    is_whole_text  one document that is the whole of a text file, and may be cut anywhere
+    """
+
+    values: list[Any]
+    labels: list[Any] | None
+    sha256: str
+    name: str
+    is_whole_text: bool = False
+
+
+def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], Any] | None) -> tuple[list[str], bool]:
+    """(texts, whether they are rendered chats).
+
+    render  writes a chat by the model's chat template; None where it has none
+    raises  RecipeError with the row whose value is no text
+    """
+    is_chat = bool(rows.values) and chat_of(rows.values[0]) is not None
+    if not is_chat:
+        return [text_of(value, field, rows.name, number) for number, value in enumerate(rows.values, 1)], False
+    texts = []
+    for number, value in enumerate(rows.values, 1):
+        messages = _messages(value, field, rows.name, number)
+        if render is None:
+            raise RecipeError(
+                f"holds chat messages in {field!r}, and the model's tokenizer has no chat template",
+                where=rows.name,
+                hint="Name a column of text with `field`, or add chat_template.jinja to the model.",
+            )
+        try:
+            text = render(messages)
+        except Exception as error:  # whatever the model's own template makes of these messages
+            raise RecipeError(
+                f"the model's chat template refuses it ({type(error).__name__}: {str(error)[:160]})",
+                where=f"{rows.name}, row {number}",
+                hint="Leave such rows out, or name a column of text with `field`.",
+            ) from error
+        texts.append(text_of(text, field, rows.name, number))
+    return texts, True
+
+
+def whole_labels(labels: list[Any], name: str) -> list[int]:
+    """Labels as class numbers. raises RecipeError with the first row that has none, or no whole number from 0 on"""
+    numbers = []
+    for row, label in enumerate(labels, 1):
+        is_number = isinstance(label, (int, float)) and not isinstance(label, bool)
+        if not is_number or (isinstance(label, float) and not label.is_integer()):
+            found = "no label" if label is None else f"the label {label!r:.60}"
+            raise RecipeError(
+                f"has {found}: a label is missing or not a whole number",
+                where=f"{name}, row {row}",
+                hint=f"Give each row a class number from 0 on in {LABEL!r}, or drop that column.",
+            )
+        if not 0 <= label < 2**31:
+            raise RecipeError(
+                f"has the label {int(label)}, which is no class number",
+                where=f"{name}, row {row}",
+                hint="Class numbers begin at 0; leave rows without a class out.",
+            )
+        numbers.append(int(label))
+    return numbers
+
+
+def text_of(value: Any, field: str, name: str, row: int) -> str:
+    where = f"{name}, row {row}"
+    if not isinstance(value, str):
+        found = FOUND.get(type(value), type(value).__name__)
+        hint = "Leave such rows out." if value is None else "Name a column of texts with `field`."
+        raise RecipeError(f"has {found} in {field!r}, not text", where=where, hint=hint)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"has half a surrogate pair in {field!r} (character {error.start + 1})",
+            where=where,
+            hint="Write that character as UTF-8.",
+        ) from error
+    return value
+
+
+def chat_of(value: Any) -> list[Any] | None:
+    """A chat is a list of objects; an old data set stores it as an object of lists."""
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return value
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        columns = {key: column for key, column in value.items() if isinstance(column, list)}
+        if {"role", "content"} <= columns.keys() and len({len(column) for column in columns.values()}) == 1:
+            return [dict(zip(columns, message, strict=True)) for message in zip(*columns.values(), strict=True)] or None
+    return None
+
+
+def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any]]:
+    where = f"{name}, row {row}"
+    found = chat_of(value)
+    if found is None:
+        raise RecipeError(f"has no chat in {field!r}, as row 1 has", where=where, hint="Leave such rows out.")
+    messages = []
+    for number, message in enumerate(found, 1):
+        told = {key: part for key, part in message.items() if part is not None}  # columns that other rows have
+        for key in ("role", "content"):
+            if not isinstance(told.get(key), str):
+                raise RecipeError(
+                    f"message {number} in {field!r} has no text in {key!r}",
+                    where=where,
+                    hint="A chat is a list of objects with `role` and `content`, both text.",
+                )
+            text_of(told[key], f"{field}.{key}", name, row)
+        messages.append(told)
+    return messages

@@ -1,0 +1,370 @@
+"""Files of every kind are read as they are; what is damaged, unknown or no text ends in a sentence with its place."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import socket
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+from test_data import ask
+
+from compressor import data_files
+from compressor.data import check_data, load_samples, read_documents
+from compressor.data_files import kind_of
+from compressor.errors import DependencyError, RecipeError
+
+ROWS = [{"text": f"alpha beta {i}", "label": i % 3} for i in range(5)]
+TEXTS, LABELS = [row["text"] for row in ROWS], [row["label"] for row in ROWS]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+CSV = ("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)).encode()
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def arrow_bytes(write, table=TABLE):
+    sink = io.BytesIO()
+    write(table, sink)
+    return sink.getvalue()
+
+
+def ipc_stream(table, sink):
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def packed(codec, content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+PARQUET = arrow_bytes(pa.parquet.write_table)
+FEATHER = arrow_bytes(pa.feather.write_feather)
+STREAM = arrow_bytes(ipc_stream)
+
+
+def read(tmp_path, name, content, **changes):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_documents(ask(str(tmp_path / name), **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("A.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.jsonl", LINES.replace(b"\n", b"\r\n\n \n")),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("a.jsonl", LINES.decode().encode("utf-16")),
+        ("a.jsonl", b"\xff\xfe\0\0" + LINES.decode().encode("utf-32-le")),
+        ("a.json", json.dumps(ROWS)),
+        ("a.JSON", json.dumps({"version": 1, "data": ROWS}, indent=2)),
+        ("a.json", json.dumps({"text": TEXTS, "label": LABELS})),
+        ("a.json", LINES),
+        ("a.csv", CSV),
+        ("a.CSV", CSV.replace(b"\n", b"\r\n\r\n")),
+        ("a.csv", b"\xef\xbb\xbf" + CSV),
+        ("a.tsv", CSV.replace(b",", b"\t")),
+        ("a.parquet", PARQUET),
+        ("a.pq", PARQUET),
+        ("a.feather", FEATHER),
+        ("a.arrow", FEATHER),
+        ("a.arrow", STREAM),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+        ("a.csv.bz2", bz2.compress(CSV)),
+        ("a.ndjson.XZ", lzma.compress(LINES)),
+        ("a.json.zst", packed("zstd", LINES)),
+        ("a.csv.lz4", packed("lz4", CSV)),
+        ("a.parquet.gz", gzip.compress(PARQUET)),
+    ],
+)
+def test_rows_are_the_same_in_every_kind_of_file(name, content, tmp_path):
+    texts, labels, _ = read(tmp_path, name, content)
+    assert (texts, labels) == (TEXTS, LABELS)
+    check_data(ask(str(tmp_path / name)), reads_pixels=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b\u0085c\x0bd\x0ce\x1cf", "line\nbreak", 'a "quote", and\r\nmore', "x" * 200_000, ""]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_text_may_hold_any_separator_and_be_of_any_length(kind, text, tmp_path):
+    rows, before = [{"text": text}, {"text": "next"}], csv.field_size_limit()
+    if kind in ("csv", "tsv"):
+        sink = io.StringIO(newline="")
+        writer = csv.writer(sink, delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL)
+        writer.writerows([["text"], *([row["text"]] for row in rows)])
+        content = sink.getvalue().encode()
+    elif kind == "parquet":
+        content = arrow_bytes(pa.parquet.write_table, pa.Table.from_pylist(rows))
+    else:
+        raw = [json.dumps(row, ensure_ascii=False) for row in rows]
+        content = ("\n".join(raw) if kind == "jsonl" else f"[{','.join(raw)}]").encode()
+    assert read(tmp_path, f"a.{kind}", content)[0] == [text, "next"]
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "a.py", "a.v1.2", "a.txt.gz", "README.GZ"])
+def test_other_endings_are_one_text_without_mark_and_carriage_returns(name, tmp_path):
+    content = b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n"
+    content = gzip.compress(content) if name.lower().endswith("gz") else content
+    assert read(tmp_path, name, content)[:2] == (["one\ntwo é\n"], None)
+
+
+MALFORMED = [
+    ("a.txt", b"", r"a\.txt: is empty"),
+    ("a.txt", b" \n\t\r\n", "is empty"),
+    ("a.txt", b"\xef\xbb\xbf", "is empty"),
+    ("a.txt", b"abc\xff", r"not UTF-8 \(byte 3\)"),
+    ("a.txt", b"one\ntw\0o", r"null character \(line 2\)"),
+    ("a.txt", "words".encode("utf-16-le"), r"null character.*byte order mark"),
+    ("a.txt", b"\xff\xfea", r"not UTF-16-LE \(byte 2\)"),
+    ("a.gz", b"no gzip", "can't be read"),
+    ("a.txt.gz", gzip.compress(b"words " * 99)[:-9], r"can't be read \(EOFError"),
+    ("a.txt.gz", gzip.compress(b""), "is empty"),
+    ("a.csv.bz2", bz2.compress(CSV)[:-5], "can't be read"),
+    ("a.csv.xz", lzma.compress(CSV)[:-5], "can't be read"),
+    ("a.csv.zst", packed("zstd", CSV)[:-5], "can't be read"),
+    ("a.jsonl", b'{"text": "a"}\n\n{oops\n', r"a\.jsonl:3: is not JSON"),
+    ("a.jsonl", b'["a"]\n', r"a\.jsonl:1: is not a JSON object"),
+    ("a.jsonl", b'{"text": "a", "text": "b"}', r"a\.jsonl:1: .*'text' comes twice"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"a\.jsonl:1: is not JSON"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: is not JSON"),
+    ("a.jsonl", b'{"txt": "a"}', "has no text in 'text'.*'txt'"),
+    ("a.jsonl", b'{"text": "a"}\n{"label": 1}', r"row 2: has no text in 'text'.*label"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}', r"row 2: has null in 'text'"),
+    ("a.jsonl", b'{"text": 1}', r"row 1: has a number in 'text'"),
+    ("a.jsonl", b'{"text": true}', "has a truth value in"),
+    ("a.jsonl", b'{"text": NaN}', "has a number in"),
+    ("a.jsonl", b'{"text": ["a"]}', "has a list in"),
+    ("a.jsonl", b'{"text": {"a": 1}}', "has an object in"),
+    ("a.jsonl", b'{"text": "\\ud800"}', "row 1: has half a surrogate pair"),
+    ("a.json", b"[]", "holds no rows"),
+    ("a.json", b"3", "holds no rows"),
+    ("a.json", b'["a", "b"]', "row 1: is not a JSON object"),
+    ("a.json", b'{"text": ["a", null]}', "row 2: has null"),
+    ("a.json", b'{"text": ["a", "b"], "label": [1]}', "differ in length"),
+    ("a.json", b'{"text": {"0": "a"}}', "has an object in 'text'"),
+    ("a.json", b"[" * 100_000, "is not JSON"),
+    ("a.json", b'[{"text": "a"}', "is not JSON"),
+    ("a.csv", b"text,label\n", "holds no rows"),
+    ("a.csv", b"txt\na\n", "has no column 'text'. Did you mean 'txt'"),
+    ("a.csv", b"a;text\n1;b\n", "has no column 'text'"),
+    ("a.csv", b"text,text\na,b\n", "has two columns 'text'"),
+    ("a.csv", b"text,label,label\na,1,2\n", "has two columns 'label'"),
+    ("a.csv", b"text,label\na\n", r"a\.csv:2: has 1 fields, the header has 2"),
+    ("a.csv", b"text\na\nb,c\n", r"a\.csv:3: has 2 fields, the header has 1"),
+    ("a.csv", b'text\n"a\nb\n', r"a\.csv:3: is no CSV \(unexpected end of data"),
+    ("a.csv", b'text\n"a"b\n', r"a\.csv:2: is no CSV"),
+    ("a.csv", b"text\na\0b\n", r"null character \(line 2\)"),
+    ("a.parquet", b"", "can't be read"),
+    ("a.parquet", b"PAR1" + b"x" * 40 + b"PAR1", "can't be read"),
+    ("a.parquet", PARQUET[:-20], "can't be read"),
+    ("a.parquet", arrow_bytes(pa.parquet.write_table, TABLE.slice(0, 0)), "holds no rows"),
+    ("a.parquet", arrow_bytes(pa.parquet.write_table, TABLE.rename_columns(["body", "label"])), "no column 'text'"),
+    ("a.parquet", arrow_bytes(pa.parquet.write_table, pa.table({"text": [b"a"]})), "has bytes in 'text'"),
+    ("a.parquet", arrow_bytes(pa.parquet.write_table, pa.table({"text": ["a", None]})), "row 2: has null"),
+    ("a.arrow", FEATHER[:50], "can't be read"),
+    ("a.arrow", b"\xff" * 64, "can't be read"),
+    ("a.arrow", arrow_bytes(ipc_stream, TABLE.rename_columns(["text", "text"])), "has two columns 'text'"),
+    ("a.pdf", b"%PDF-1.4", r"files that end in \.pdf are not read.*\.parquet"),
+    ("a.zip", b"PK", r"end in \.zip"),
+    ("a.tar.gz", b"x", r"end in \.tar"),
+    ("a.SAFETENSORS", b"x", r"end in \.safetensors"),
+    ("a.npz.gz", b"x", r"end in \.npz"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_data_end_in_a_sentence(name, content, message, tmp_path):
+    with pytest.raises(RecipeError, match=message) as caught:
+        read(tmp_path, name, content)
+    assert caught.value.hint or "is empty" in message or "no rows" in message
+
+
+def test_random_bytes_and_cut_files_are_read_or_refused(tmp_path):
+    draw = random.Random(0)
+    whole = {"jsonl": LINES, "json": json.dumps(ROWS).encode(), "csv": CSV, "txt": CSV, "parquet": PARQUET}
+    whole |= {"arrow": FEATHER, "feather": STREAM, "jsonl.gz": gzip.compress(LINES), "csv.zst": packed("zstd", CSV)}
+    for kind, content in whole.items():
+        for _ in range(40):
+            changed = bytearray(content if draw.random() < 0.8 else draw.randbytes(draw.randrange(80)))
+            for _ in range(draw.randrange(4)):
+                if changed:
+                    changed[draw.randrange(len(changed))] = draw.randrange(256)
+            path = tmp_path / f"a.{kind}"
+            path.write_bytes(changed[: draw.randrange(len(changed) + 1)] if draw.random() < 0.5 else changed)
+            for use in (read_documents, lambda settings: check_data(settings, reads_pixels=False)):
+                try:
+                    use(ask(str(path)))
+                except (RecipeError, DependencyError) as error:
+                    assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("0.7", r"row 2: has the label 0\.7: a label is missing or not a whole number"),
+        ("NaN", "row 2: has the label nan"),
+        ("1e999", "row 2: has the label inf"),
+        ("null", "row 2: has no label"),
+        ("true", "row 2: has the label True"),
+        ('"1"', "row 2: has the label '1'"),
+        ("[1]", "row 2: has the label"),
+        ("-1", "row 2: has the label -1, which is no class number"),
+        ("99999999999", "which is no class number"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused_where_they_are_used(label, message, tmp_path):
+    content = f'{{"text": "a", "label": 2.0}}\n{{"text": "b", "label": {label}}}'
+    settings = ask(str(tmp_path / "a.jsonl"), pack=False, samples=2)
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load(settings)
+    (tmp_path / "a.jsonl").write_text(content.replace(label, "1"))
+    assert load(settings).labels.tolist() == [2, 1]
+
+
+def test_a_row_without_a_label_among_others_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,\n")
+    with pytest.raises(RecipeError, match="row 2: has no label"):
+        load(ask(str(tmp_path / "a.csv"), pack=False, samples=2))
+
+
+def load(settings):
+    from compressor.data import demo_path
+
+    return load_samples(settings, demo_path(), seed=0, vocabulary=2048)
+
+
+def special(kind, tmp_path):
+    path = tmp_path / "special.jsonl"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            os.chdir(tmp_path)
+            made.bind(path.name)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "gone")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fifo", "is a FIFO, not a file"),
+        ("socket", "is a socket"),
+        ("device", "is a device"),
+        ("loop", "can't be looked up"),
+        ("dangling", "is a link that leads nowhere"),
+        ("gone", "no such data file"),
+    ],
+)
+def test_only_regular_files_are_opened(kind, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = special(kind, tmp_path)
+    for source in (str(path), str(path).replace(".jsonl", ".npz")):
+        if source != str(path) and os.path.lexists(path):
+            os.rename(path, source)
+        for use in (load, lambda settings: check_data(settings, reads_pixels=False)):
+            if source.endswith(".npz"):
+                with pytest.raises(RecipeError, match=message if kind != "loop" else "nowhere|no such|looked up"):
+                    load_samples(ask(source), tmp_path, seed=0, vocabulary=None)
+            else:
+                with pytest.raises(RecipeError, match=message):
+                    use(ask(source))
+
+
+@pytest.mark.parametrize("source", ["a\0b", "x" * 5000, "dataset:a\0b", "dataset:" + "x" * 5000])
+def test_a_path_that_cannot_be_is_refused(source):
+    with pytest.raises(RecipeError):
+        read_documents(ask(source))
+
+
+def test_a_fifo_in_the_folder_of_a_data_set_is_refused(tmp_path):
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    os.mkfifo(tmp_path / "set" / "inner" / "a.jsonl")
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set")
+    with pytest.raises(RecipeError, match=r"inner/a\.jsonl: is a FIFO"):
+        read_documents(ask(str(tmp_path / "set")))
+
+
+def test_more_than_memory_holds_is_refused_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "memory_share", lambda: 5000)
+    for name, content in (
+        ("a.txt", b"x" * 6000),
+        ("a.txt.gz", gzip.compress(b"x" * 6000)),
+        ("a.txt.zst", packed("zstd", b"x" * 6000)),
+        ("a.parquet", arrow_bytes(pa.parquet.write_table, pa.table({"text": ["x"] * 6000}))),
+    ):
+        with pytest.raises(RecipeError, match=r"bytes of data, and 5000 can be held"):
+            read(tmp_path, name, content)
+
+
+def test_a_home_folder_is_expanded_for_files_and_data_sets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for source in ("~/a.jsonl", "~/saved", "dataset:~/saved"):
+        assert read_documents(ask(source))[:2] == (TEXTS, LABELS)
+
+
+def test_a_saved_data_set_is_read_with_its_rows_chosen_and_its_damage_told(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    table.select([3, 1]).save_to_disk(tmp_path / "set")
+    assert read_documents(ask(str(tmp_path / "set")))[:2] == ([TEXTS[3], TEXTS[1]], [LABELS[3], LABELS[1]])
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    assert read_documents(ask(str(tmp_path / "splits")))[0] == TEXTS
+    with pytest.raises(RecipeError, match=r"has no split 'heldout'. It has: train"):
+        check_data(ask(str(tmp_path / "splits"), split="heldout"), reads_pixels=False)
+    with pytest.raises(RecipeError, match=r"has no column 'txt'\. Did you mean 'text'"):
+        check_data(ask(str(tmp_path / "set"), field="txt"), reads_pixels=False)
+    for name in ("state.json", "dataset_info.json"):
+        whole = (tmp_path / "set" / name).read_bytes()
+        for content in (b"", b"[]", b"{}", whole[:20], b"\xff"):
+            (tmp_path / "set" / name).write_bytes(content)
+            try:
+                read_documents(ask(str(tmp_path / "set")))
+            except RecipeError as error:
+                assert str(error)
+        (tmp_path / "set" / name).write_bytes(whole)
+
+
+def test_plan_looks_at_the_first_rows_of_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "HEAD_BYTES", 100)
+    long = {"a.jsonl": LINES * 9, "a.csv": CSV + b'"a\nb",1\n' * 50, "a.txt": "é".encode() * 99 + b"\xff",
+            "a.json": b"[" * 999, "a.csv.gz": gzip.compress(CSV * 9)}  # fmt: skip
+    for name, content in long.items():
+        (tmp_path / name).write_bytes(content)
+        check_data(ask(str(tmp_path / name)), reads_pixels=False)
+    (tmp_path / "a.csv").write_bytes(b"body,label\n" + b"a,1\n" * 90)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": 3}\n' * 90)
+    for name, message in (("a.csv", "no column 'text'"), ("a.jsonl", "has a number in")):
+        with pytest.raises(RecipeError, match=message):
+            check_data(ask(str(tmp_path / name)), reads_pixels=False)
+
+
+def test_every_kind_that_is_told_is_known(tmp_path):
+    for ending in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"):
+        assert ending in data_files.KNOWN and kind_of(tmp_path / f"a{ending}.gz") == (ending, ".gz")

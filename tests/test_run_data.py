@@ -1,0 +1,143 @@
+"""A run never measures on what it calibrated on, and what a model can't take is known before the sweep."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+import yaml
+
+from compressor.data import demo_path
+from compressor.errors import PreflightError, RecipeError
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.report import data_facts
+from compressor.run_data import check_samples, data_problems, is_divided, read_data, read_evaluation_data
+from compressor.structure import read_structure
+
+GPTQ = {"pass": "gptq", "bits": 8, "group_size": 32}
+ROWS = [f"a text with the number {number} and some words behind it" for number in range(200)]
+
+
+def recipe(data, held_out, step=GPTQ):
+    small = {"samples": 4, "length": 16}
+    evaluation = {"metrics": ["perplexity"], "data": {**small, **held_out}}
+    tree = {"version": 1, "name": "t", "data": {**small, **data}, "steps": [step], "eval": evaluation}
+    return parse_recipe(yaml.safe_dump(tree).encode())
+
+
+def write(path, texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return {"source": str(path)}
+
+
+def read(chosen, measure=True):
+    return read_data(chosen, demo_path(), 2048, measure=measure)
+
+
+def windows(samples):
+    return {tuple(sample.tolist()) for sample in samples.inputs}
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_one_file_for_both_is_divided_and_the_report_says_so(pack, tmp_path):
+    data = {**write(tmp_path / "a.jsonl", ROWS), "pack": pack}
+    chosen = recipe(data, data)
+    calibration, held_out = read(chosen)
+    assert windows(calibration).isdisjoint(windows(held_out)) and calibration.digest != held_out.digest
+    assert calibration.sha256 == held_out.sha256
+    parts = [data_facts(samples)["part"] for samples in (calibration, held_out)]
+    assert [part["name"] for part in parts] == ["calibration", "evaluation"]
+    assert sum(part["documents"] for part in parts) == 200 == parts[0]["of"]
+    assert read(chosen, measure=False)[0].digest == calibration.digest  # the same weights with --no-eval
+    assert read_evaluation_data(chosen, demo_path(), 2048).digest == held_out.digest
+
+
+def test_a_source_is_whole_where_nothing_is_calibrated_on(tmp_path):
+    data = write(tmp_path / "a.jsonl", ROWS)
+    chosen = recipe(data, data, {"pass": "rtn", "bits": 8, "group_size": 32})
+    assert not is_divided(chosen) and read(chosen)[0] is None and read(chosen)[1].part is None
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "message"),
+    [
+        (
+            ROWS[:150],
+            ROWS[140:],
+            r"10 of its documents are in data \(a\.jsonl\) too, the first of them number 1 \('a text",
+        ),
+        (ROWS, [*reversed(ROWS)], "200 of its documents"),
+        (ROWS[:100], ROWS[100:], None),
+    ],
+)
+def test_documents_of_two_files_that_are_the_same_are_refused(calibration, evaluation, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", calibration)
+    write(tmp_path / "b.jsonl", evaluation)
+    chosen = recipe({"source": "a.jsonl"}, {"source": "b.jsonl"})
+    if message is None:
+        assert all(samples.part is None for samples in read(chosen))
+        return
+    with pytest.raises(RecipeError, match=message):
+        read(chosen)
+
+
+def test_an_excerpt_of_a_text_file_is_refused(tmp_path):
+    for name, texts in (("a.txt", ROWS), ("b.txt", ROWS[50:120])):
+        (tmp_path / name).write_text("\r\n".join(texts))
+    with pytest.raises(RecipeError, match="70 of its lines are in data"):
+        read(recipe({"source": str(tmp_path / "a.txt")}, {"source": str(tmp_path / "b.txt")}))
+
+
+def test_the_built_in_text_and_random_tokens_are_disjoint_for_one_seed():
+    calibration, held_out = read(recipe({"source": "random"}, {"source": "random"}))
+    assert windows(calibration).isdisjoint(windows(held_out))
+    calibration, held_out = read(recipe({"source": "stdlib"}, {"source": "stdlib", "split": "train"}))
+    assert windows(calibration).isdisjoint(windows(held_out)) and held_out.part["of"] == calibration.part["of"]
+
+
+def test_plan_warns_of_a_divided_source_and_names_what_is_wrong_with_the_data(tmp_path):
+    data = write(tmp_path / "a.jsonl", ROWS)
+    codes = [warning["code"] for warning in make_plan(recipe(data, data), "demo", prove=False).warnings]
+    assert "data-divided" in codes
+    plan = make_plan(recipe({"source": "gone.txt"}, {"source": "random", "length": 99999}), "demo", prove=False)
+    assert "data-divided" not in [warning["code"] for warning in plan.warnings]
+    problems = data_problems(plan.recipe, plan.source, measure=True)
+    assert [type(problem) for problem in problems] == [RecipeError, PreflightError]
+    assert len(data_problems(plan.recipe, plan.source, measure=False)) == 1
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    torch.manual_seed(0)
+    config = hf.RobertaConfig(**{**tiny.COMMON, "max_position_embeddings": 66, "pad_token_id": 1})
+    hf.RobertaForSequenceClassification(config).save_pretrained(folder := tmp_path_factory.mktemp("r"))
+    return read_structure(folder)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(64, True), (65, False), (66, False), (67, False)])
+def test_samples_longer_than_the_positions_that_a_model_has_are_refused_with_the_length_to_set(length, fits, roberta):
+    chosen = recipe({"source": "random", "length": length}, {"source": "random"})
+    problems = data_problems(chosen, roberta, measure=True)
+    assert (problems == []) is fits
+    samples = read_data(chosen, demo_path(), 96, measure=False)[0]
+    if fits:
+        check_samples(samples, roberta, "data")
+        return
+    for problem in (lambda: check_samples(samples, roberta, "data"), lambda: _raise(problems[0])):
+        with pytest.raises(PreflightError, match=rf"samples of {length} tokens, the model takes 64\. Set it to 64"):
+            problem()
+
+
+def _raise(error):
+    raise error
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(roberta):
+    samples = read_data(recipe({"source": "stdlib"}, {"source": "random"}), demo_path(), 2048, measure=False)[0]
+    with pytest.raises(PreflightError, match="the model knows 96"):
+        check_samples(samples, roberta, "data")
