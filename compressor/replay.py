@@ -96,7 +96,7 @@ class Pieces:
     """A model and the path of its block list; runs stem, one block, or head.
 
     The blocks' weights may be on the meta device while stem or head run, and the other way round, once `answers` says
-    what each block gives. Where it isn't known, the first `stem` runs the blocks too and notes it.
+    what each block gives. Where it isn't known, the first `stem` runs the blocks beforehand and notes it.
     """
 
     def __init__(self, model: PreTrainedModel, blocks_path: str, answers: Sequence[Answer] = ()) -> None:
@@ -113,33 +113,47 @@ class Pieces:
 
         raises ValueError if the model ends before it has called as many blocks as it has
         """
+        if len(self.answers) != len(self.blocks):
+            self.answers = self._answers_in(batch)
         calls: list[Call] = []
         first: list[Tensor] = []
-        answers = self.answers if len(self.answers) == len(self.blocks) else []
-        learned: list[Answer] = []
 
         def visit(hidden: Tensor, call: Call) -> Any:
-            at = len(calls)
             if not calls:
                 first.append(hidden)
             calls.append(call)
-            output = None
-            if not answers:
-                output = self.blocks[at](hidden, *call.args, **call.kwargs)
-                learned.append(Answer.of(output))
             if len(calls) == len(self.blocks):
                 raise Stop
-            return answers[at].around(hidden) if answers else output
+            return self.answers[len(calls) - 1].around(hidden)
 
+        self._run_ports(visit, batch)
+        if len(calls) != len(self.blocks):
+            raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
+        return first[0], calls
+
+    def _answers_in(self, batch: Batch) -> list[Answer]:
+        """How each block gives the hidden states. A run of its own, since blocks may put into a cache what they see."""
+        answers: list[Answer] = []
+
+        def visit(hidden: Tensor, call: Call) -> Any:
+            output = self.blocks[len(answers)](hidden, *call.args, **call.kwargs)
+            answers.append(Answer.of(output))
+            if len(answers) == len(self.blocks):
+                raise Stop
+            return output
+
+        self._run_ports(visit, batch)
+        if len(answers) != len(self.blocks):
+            raise ValueError(f"{len(answers)} of {len(self.blocks)} blocks were reached")
+        return answers
+
+    def _run_ports(self, visit: Callable[[Tensor, Call], Any], batch: Batch) -> None:
+        """Run the model with ports until one of them stops it."""
         with self._ports(visit), torch.no_grad():
             try:
                 self.model(**batch)
             except Stop:
                 pass
-        if len(calls) != len(self.blocks):
-            raise ValueError(f"{len(calls)} of {len(self.blocks)} blocks were reached")
-        self.answers = answers or learned
-        return first[0], calls
 
     def block(self, index: int, hidden: Tensor, call: Call, *, gradients: bool = False) -> Tensor:
         """Hidden states after one block."""
