@@ -293,3 +293,12 @@ def test_any_module_that_holds_a_range_is_asked_what_lies_outside(tmp_path):
         "reason": "no layer holds a range for its input",
         "layers": [],
     }
+
+
+def test_a_quantized_checkpoint_of_another_tool_is_measured(two, tokens, tmp_path):
+    """Stock transformers loads it; that it can't be compressed again doesn't matter here."""
+    tree = {"version": 1, "steps": [{"pass": "rtn", "bits": 8, "group_size": -1}], "report": {"html": False}}
+    compress(parse_recipe(yaml.safe_dump(tree).encode()), str(two[0]), tmp_path / "out", measure=False)
+    (tmp_path / "out" / "compress_manifest.json").unlink()
+    row = quality(ask(tmp_path, two[0], tmp_path / "out", tokens, ["perplexity"]))["perplexity"]
+    assert row["after"] != row["before"] and row["after"] == pytest.approx(row["before"], rel=0.05)  # 8 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import transformers as hf
 
 from compressor.binding import read_parameter
+from compressor.checkpoint import open_checkpoint
 from compressor.errors import ModelError
 from compressor.replay import Pieces
-from compressor.structure import example_batch, find_blocks, prove_by_replay, prove_equal, read_structure
+from compressor.structure import class_of, example_batch, find_blocks, prove_by_replay, prove_equal, read_structure
 from compressor.units import UnitSource, load_unit
 
 GROUPS = {
@@ -121,6 +123,24 @@ def test_encoder_decoders_are_refused():
     config = hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50)
     with pytest.raises(ModelError, match="encoder-decoder"):
         find_blocks(hf.T5ForConditionalGeneration(config))
+
+
+def test_an_encoder_decoder_is_refused_before_it_is_measured(tmp_path):
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    hf.T5ForConditionalGeneration(hf.T5Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="two stacks of blocks"):
+        class_of(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("keys", [["compressed_weights"], ["quantization_config"]])
+def test_an_artifact_of_this_tool_is_no_source_with_the_flag_or_without(keys, trust, tmp_path):
+    directory = tiny.save("llama", tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **{key: {"quant_method": "x"} for key in keys}}))
+    (directory / "compress_manifest.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is an artifact of this tool already. Start from the checkpoint"):
+        read_structure(directory, trust_remote_code=trust)
 
 
 def test_a_block_that_writes_into_its_input_is_refused_by_name():
