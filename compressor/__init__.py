@@ -1,12 +1,15 @@
 """compress-model: smaller, faster models that load where you already work, with an honest report.
 
-Public names are imported at their first use, so that `import compressor` is instant.
+Public names are imported at their first use, so that `import compressor` is instant. One thing is done at once: torch's
+threads are told to sleep while they wait (`compressor.idle_threads`), since torch asks for that when it is imported.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from compressor.idle_threads import wait_asleep
 
 if TYPE_CHECKING:
     from compressor.artifact import load as load
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Pass", "compress", "load"]
 _HOMES = {"load": "compressor.artifact", "Pass": "compressor.protocol", "compress": "compressor.run"}
+
+wait_asleep()
 
 
 def __getattr__(name: str) -> Any:

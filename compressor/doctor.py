@@ -13,7 +13,8 @@ import torch
 
 from compressor import __version__
 from compressor.environment import PACKAGES, cpu_name, environment, package_version
-from compressor.kernels.cpu import LEVELS, RECORD, library
+from compressor.idle_threads import how_threads_wait
+from compressor.kernels.cpu import LEVELS, PARALLEL_FOR, RECORD, library
 from compressor.kernels.cuda import devices
 from compressor.kernels.selftest import self_test
 
@@ -31,6 +32,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "threads_wait": how_threads_wait(),
         "kernels": _kernels(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "memory_available_bytes": psutil.virtual_memory().available,
@@ -55,6 +57,7 @@ def _kernels() -> dict[str, Any]:
             "cpu_library": found,
             "cpu_build": record,
             "level": None,
+            "threads": None,
             "self_test": {},
             "cuda": devices.report(),
         }
@@ -62,6 +65,7 @@ def _kernels() -> dict[str, Any]:
         "cpu_library": "loaded",
         "cpu_build": record,
         "level": LEVELS[found.level],
+        "threads": f"torch's ({PARALLEL_FOR})" if found.has_torch_threads else f"one: torch has no {PARALLEL_FOR}",
         "self_test": self_test(),
         "cuda": devices.report(),
     }

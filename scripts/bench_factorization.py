@@ -14,6 +14,8 @@ where low_rank's curve, straight lines between its points on logarithmic scales,
 
 from __future__ import annotations
 
+import compressor  # isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import math
@@ -32,7 +34,6 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import compressor
 from compressor.data import Samples, load_samples
 from compressor.environment import cpu_name
 from compressor.files import file_sha256

@@ -14,6 +14,8 @@ size; --peer-observer repeats the peer with a searched range.
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import math
@@ -36,6 +38,7 @@ from transformers import AutoModelForCausalLM
 from compressor.checkpoint import resolve_model
 from compressor.data import demo_path, load_samples
 from compressor.environment import cpu_name
+from compressor.idle_threads import environment_of_user
 from compressor.structure import read_structure
 
 HERE = Path(__file__).parent
@@ -178,7 +181,7 @@ def run_peer(settings: argparse.Namespace, model: Path, bits: int, output: Path,
 
 def measured(command: list[str]) -> dict[str, Any]:
     """Wall seconds and peak resident bytes (of the largest process of the tree) of a command that must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+    environment = {**environment_of_user(), "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(command, env=environment, stdout=words, stderr=words)

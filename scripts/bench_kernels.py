@@ -28,6 +28,8 @@ Hadamard transforms, dense x sparse products and tables follow, against torch's 
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import random

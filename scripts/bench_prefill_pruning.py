@@ -18,6 +18,8 @@ and the first two for dropping as many tokens at random (`random`), and for the 
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import os

@@ -12,6 +12,8 @@ A .tsv with columns text and label is measured by accuracy, any other text by pe
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import math

@@ -28,6 +28,8 @@ the operations that were saved. Random weights do as well there, and `llama:HIDD
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import copy
 import hashlib
@@ -52,6 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compressor.environment import cpu_name
+from compressor.idle_threads import environment_of_user
 from compressor.invariance import fold_tap
 from compressor.nudging import answering
 from compressor.replay import Pieces
@@ -336,7 +339,7 @@ def run_peer(settings: argparse.Namespace, calibration: Tensor, test: Tensor) ->
         command += ["--report", report, "--threads", settings.threads, "--batch", BATCH, "--round-to", ROUND_TO]
         command += ["--sparsity", *settings.sparsity]
         source = str((settings.peer_source / "src").resolve())
-        child = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+        child = {**environment_of_user(), "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(part) for part in command], env=child, check=True)
         return json.loads(report.read_text())
 

@@ -13,6 +13,8 @@ torch's, and `products_of_peak` the share of the peak at which the products for 
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import statistics

@@ -15,6 +15,8 @@ other load on the machine matters little. DeiT-S is timed with random weights: i
 
 from __future__ import annotations
 
+import compressor  # isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import math
@@ -40,7 +42,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import compressor
 from compressor.layers.token_gate import TokenGate
 from compressor.passes.zero_tprune import ZeroTPrune
 from compressor.recipe import parse_recipe

@@ -15,6 +15,8 @@ copy from device to device is the ceiling of bandwidth.
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import ctypes
 import json

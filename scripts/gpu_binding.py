@@ -6,6 +6,8 @@ A process of its own for each way, so that a crash of one is a result and not an
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import itertools
 import json
 import os

@@ -9,6 +9,8 @@ interpreter. Only the sweep is measured; verification and evaluation load the wh
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
 import subprocess

@@ -13,6 +13,8 @@ that is fitted, the tokenizer and the unigram model included, sees a held-out do
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import ast
 import gzip

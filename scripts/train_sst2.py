@@ -11,6 +11,8 @@ one seed, one thread count and one set of library versions. Minutes on two CPU c
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import copy
 import json

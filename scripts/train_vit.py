@@ -12,6 +12,8 @@ and one set of library versions. Minutes on two CPU cores.
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import gzip
 import json

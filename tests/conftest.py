@@ -11,6 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent))  # cuda_ext is a folder beside the package, not a part of it
 
+import compressor  # noqa: F401 (torch's threads sleep while they wait, here and in child processes)
 from cuda_ext import build
 
 # Tiny models: a second thread costs more than it gives, most where the tests share the cores with each other.

@@ -11,6 +11,7 @@
 using namespace compressor;
 
 int check_ops(int64_t& calls);  // kernels_check_ops.cpp
+int check_threads();  // kernels_check_threads.cpp; gives the library the threads with which all else is checked
 std::vector<int64_t> levels_here();
 
 // Another call in between, so that memory that is kept from call to call holds something else each time.
@@ -28,6 +29,7 @@ static void disturb(std::mt19937& random) {
 }
 
 int main() {
+  if (const int wrong = check_threads()) return wrong;
   std::mt19937 random(1);
   const int64_t shapes[][4] = {{1, 64, 64, 64}, {3, 70, 192, 32}, {6, 130, 328, 64}, {2, 5, 13, 8}, {2, 1, 13, 16},
                                {9, 65, 320, 320}, {5, 8, 1, 8}, {0, 3, 8, 8}, {3, 0, 8, 8}, {130, 3, 24, 24}, {45, 66, 40, 24}, {4, 64, 600, 296},

@@ -84,8 +84,9 @@ def test_passes_lists_settings_with_their_defaults():
 def test_doctor_says_what_is_there():
     found = json.loads(run("doctor", "--json").stdout)
     assert found["packages"]["torch"] and set(found["kernels"]) == {
-        "cpu_library", "cpu_build", "level", "self_test", "cuda",
+        "cpu_library", "cpu_build", "level", "threads", "self_test", "cuda",
     }  # fmt: skip
+    assert found["threads_wait"].endswith("(environment)")  # of this process, which has said so
     assert set(found["kernels"]["self_test"].values()) <= {"ok"}
     assert isinstance(found["cache_writable"], bool) and found["memory_available_bytes"] > 0
 

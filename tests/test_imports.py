@@ -49,6 +49,7 @@ FORBIDDEN = {
     "resources": ALL_OTHERS,
     "child": ALL_OTHERS,
     "stopping": ALL_OTHERS - {"journal"},
+    "idle_threads": ALL_OTHERS | {"errors", "kernels"},
     "kernels": ALL_OTHERS,
     "layers": READING | ENGINE | TELLING | STORING | MODELS | OUTER | {"passes", "protocol", "data"},
     "blockwise": ALL_OTHERS,

@@ -388,6 +388,10 @@ def test_a_processor_may_lack_a_level_below_its_best(monkeypatch):
         def has_level(level: int) -> int:
             return int(cpu.LEVELS[level] in ("scalar", "avx2", "avx512vnni"))
 
+        @staticmethod
+        def use_parallel_for(address: int) -> int:
+            return 0
+
     monkeypatch.setattr(cpu.importlib, "import_module", lambda name: Functions)
     monkeypatch.delenv("COMPRESSOR_CPU", raising=False)
     library.cache_clear()

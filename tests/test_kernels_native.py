@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
-CHECKS = ("kernels_check", "kernels_check_ops")
+UNITS += ("threads",)
+CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
 for feature in ("avx_vnni", "avx512_vnni", "amx_int8"):
@@ -156,7 +157,11 @@ MUTANTS = [
     ("half of a code rounded up", "gptq_solve", "rintf(value[l] / scale[l])", "floorf(value[l] / scale[l] + 0.5f)"),
     ("one over the scale", "gptq_solve", "value[l] / scale[l]", "value[l] * (1 / scale[l])"),
     ("group after the last", "gptq_solve", "group_of[j] >= groups", "group_of[j] > groups"),
-    ("tile of another thread", "common", "tasks * (me + 1) / threads", "tasks * (me + 1) / threads - (me == 0)"),
+    ("first task of a run left out", "threads", "int64_t i = begin; i < end", "int64_t i = begin + 1; i < end"),
+    ("last task left out", "threads", "begin < count;", "begin < count - 1;"),
+    ("run of another thread again", "threads", "exchange_weak(begin, end)", "exchange_weak(begin, begin + 1)"),
+    ("exception of a task lost", "threads", "if (shared.error) std::rethrow_exception(shared.error);", ""),
+    ("error of the team lost", "threads", "if (error) throw", "if (false) throw"),
 ]
 
 
@@ -184,6 +189,14 @@ def test_sanitizers_find_nothing_and_levels_agree(built):
     done = run(built, [built / f"{unit}.o" for unit in (*UNITS, *CHECKS)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) > 400
+
+
+def test_threads_do_not_race(tmp_path):
+    program, sources = tmp_path / "check", [SOURCES / "threads.cpp", ROOT / "tests" / "kernels_check_threads.cpp"]
+    flags = [*FLAGS, "-O1", "-g1", "-fsanitize=thread", "-DALONE", "-I", str(SOURCES)]
+    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name, unit, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])

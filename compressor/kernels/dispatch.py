@@ -142,7 +142,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     else:
         assert not isinstance(weight, str)  # it would be the reason
         layout = FACTORS if isinstance(weight, FactorWeight) else LAYOUT
-        return Choice(f"cpu library, {LEVELS[found.level]}", _op(weight, activations), tuple(skipped), layout)
+        return Choice(found.kernel, _op(weight, activations), tuple(skipped), layout)
     of_torch, why = _torch_layout(weight, activations, inputs)
     if of_torch is not None:
         assert not isinstance(weight, str)
@@ -168,7 +168,7 @@ def choose_table(table: Tensor, op: str) -> Choice:
     elif table.dtype != torch.float32 or not 2 <= len(table) <= MOST_ENTRIES:
         skipped.append(f"cpu library ({len(table)} entries of {table.dtype}, 2 to {MOST_ENTRIES} of float32 wanted)")
     else:
-        return Choice(f"cpu library, {LEVELS[found.level]}", op, tuple(skipped))
+        return Choice(found.kernel, op, tuple(skipped))
     return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
 
 
@@ -180,7 +180,7 @@ def choose_dense(weight: Tensor) -> Choice | None:
     if weight.dtype not in DTYPES:
         return None
     skipped = tuple(f"{name} ({_on_the_cpu('weights')})" for name in devices.WAYS)
-    return Choice(f"cpu library, {LEVELS[found.level]}", "linear_dense", skipped)
+    return Choice(found.kernel, "linear_dense", skipped)
 
 
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:

@@ -4,10 +4,13 @@ Levels of instructions: scalar; avx2; avxvnni, which has the bodies of avx2 but 
 and amx, which has those of avx512vnni but for products that tiles do faster. All give the same bits. A processor may
 have one of them and not one before it. The best one of the processor is used, or the one that the environment
 variable COMPRESSOR_CPU names.
+
+It has no threads of its own: it shares its work out among those of torch, by torch's function torch_parallel_for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from dataclasses import dataclass
@@ -15,21 +18,31 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
-ABI = 8
+ABI = 9
+PARALLEL_FOR = "torch_parallel_for"  # of torch's stable ABI, torch/csrc/stable/c/shim.h
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 
 @dataclass(frozen=True)
 class Library:
-    """functions  the compiled module; its functions are declared in ops.h
-    level      index into LEVELS of the instructions in use
+    """functions          the compiled module; its functions are declared in ops.h
+    level              index into LEVELS of the instructions in use
+    has_torch_threads  whether it works on torch's threads; if not, in the calling thread alone
     """
 
     functions: ModuleType
     level: int
+    has_torch_threads: bool = True
+
+    @property
+    def kernel(self) -> str:
+        """What a choice calls it."""
+        return f"cpu library, {LEVELS[self.level]}" + ("" if self.has_torch_threads else ", one thread")
 
 
 @cache
@@ -49,7 +62,18 @@ def library() -> Library | str:
             where=str(functions.__file__),
             hint="Install compress-model again.",
         )
-    return Library(functions, _level(functions))
+    address = parallel_for_address()
+    functions.use_parallel_for(address)
+    return Library(functions, _level(functions), bool(address))
+
+
+def parallel_for_address() -> int:
+    """Where torch's function lies in memory by which it shares out a loop among its threads; 0 if it has none."""
+    try:
+        found = getattr(ctypes.CDLL(torch._C.__file__), PARALLEL_FOR)  # looked up in what torch._C depends on, too
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 def required_library() -> Library:

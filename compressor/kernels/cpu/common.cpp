@@ -1,15 +1,6 @@
 #include "common.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
-#include <thread>
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -175,76 +166,6 @@ void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, 
     for (int64_t n = 0; n < count; n++) values[n] += bias[n];
   }
   from_float(to.level, values, to.y, to.dtype, m * w.out_features + first, count);
-}
-
-// ---- threads ----
-namespace {
-thread_local bool inside = false;
-struct Pool {
-  std::mutex busy, sleep;
-  std::condition_variable wake;
-  std::vector<std::thread> workers;
-  std::atomic<uint64_t> round{0};  // counts calls; a worker waits for the next
-  std::atomic<int64_t> finished{0};
-  const std::function<void(int64_t)>* f = nullptr;
-  int64_t tasks = 0, threads = 0;
-
-  void share(int64_t me) {  // whole runs of tasks, fixed by the number of threads
-    for (int64_t i = tasks * me / threads; i < tasks * (me + 1) / threads; i++) (*f)(i);
-  }
-  void work(int64_t me, uint64_t seen) {
-    inside = true;
-    for (;;) {
-      const auto spin_end = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
-      while (round.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < spin_end) std::this_thread::yield();
-      if (round.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(sleep);
-        wake.wait(lock, [&] { return round.load(std::memory_order_acquire) != seen; });
-      }
-      seen = round.load(std::memory_order_acquire);
-      if (me < threads) share(me);
-      finished.fetch_add(1, std::memory_order_release);
-    }
-  }
-  void run(int64_t wanted, int64_t count, const std::function<void(int64_t)>& g) {
-    while (int64_t(workers.size()) < wanted - 1) {
-      const int64_t me = int64_t(workers.size()) + 1;
-      workers.emplace_back([this, me, seen = round.load()] { work(me, seen); });
-    }
-    f = &g, tasks = count, threads = wanted, finished.store(0);
-    { std::lock_guard<std::mutex> lock(sleep); round.fetch_add(1, std::memory_order_release); }
-    wake.notify_all();
-    inside = true;
-    share(0);
-    inside = false;
-    while (finished.load(std::memory_order_acquire) < int64_t(workers.size())) std::this_thread::yield();
-  }
-};
-// Never destroyed: its threads sleep until the process ends. After fork the child has none of them and starts anew.
-Pool* pool = new Pool;
-#if defined(__unix__) || defined(__APPLE__)
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; inside = false; });
-#endif
-}  // namespace
-
-void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f) {
-  threads = std::min(threads, tasks);
-  if (threads > 1 && !inside) {
-    std::unique_lock<std::mutex> mine(pool->busy, std::try_to_lock);
-    if (mine.owns_lock()) return pool->run(threads, tasks, f);
-  }
-  for (int64_t i = 0; i < tasks; i++) f(i);
-}
-
-void* scratch(int slot, size_t bytes) {
-  struct Buffer { std::unique_ptr<char[]> memory; size_t size = 0; };
-  static thread_local Buffer buffers[8];
-  Buffer& b = buffers[slot];
-  if (b.size < bytes) {
-    b.size = 0, b.memory.reset();
-    b.memory.reset(new char[bytes + 64]), b.size = bytes;
-  }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.memory.get()) + 63) & ~uintptr_t(63));
 }
 
 }  // namespace compressor

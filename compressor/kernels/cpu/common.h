@@ -181,9 +181,9 @@ static ALWAYS_INLINE void expect_outputs(const Output& to, const Packed& w, int6
 // 64 outputs of row m: the bias added in float32, rounded once to y's type.
 void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, int64_t tile);
 
-// ---- threads ----
-// f(i) for i in [0, tasks), each once, on at most `threads` threads, the caller among them. Which thread runs what never
-// changes a result. A call from within f, or while another caller uses the workers, runs here alone.
+// ---- threads (threads.cpp) ----
+// f(i) for i in [0, tasks), each once, by at most `threads` threads of torch, the caller among them; what f throws is thrown
+// here. Which thread runs what never changes a result. A call from within f, or from torch's own parallel loops, runs here alone.
 void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f);
 
 // Memory of this thread, kept for its next call; grows only. 64-byte aligned; contents undefined.

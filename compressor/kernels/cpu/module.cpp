@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <exception>
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -24,15 +25,23 @@ template <class... A, int64_t (*F)(A...)> struct Bound<F> {
     const std::tuple<A...> values{argument<A>(arguments[I])...};
     if (PyErr_Occurred()) return nullptr;
     int64_t result = 0;
-    bool failed = false;
+    std::exception_ptr failure;
     Py_BEGIN_ALLOW_THREADS
     try {
       result = std::apply(F, values);
-    } catch (const std::exception&) {  // out of memory, or of threads
-      failed = true;
+    } catch (...) {
+      failure = std::current_exception();
     }
     Py_END_ALLOW_THREADS
-    return failed ? PyErr_NoMemory() : PyLong_FromLongLong(result);
+    if (!failure) return PyLong_FromLongLong(result);
+    try {
+      std::rethrow_exception(failure);
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
   }
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (count != Py_ssize_t(sizeof...(A))) return PyErr_Format(PyExc_TypeError, "%zd arguments, %zu expected", count, sizeof...(A));
@@ -42,7 +51,7 @@ template <class... A, int64_t (*F)(A...)> struct Bound<F> {
 
 #define BIND(f) {#f, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<f>::call)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    BIND(has_level), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
+    BIND(has_level), BIND(use_parallel_for), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
     BIND(linear_dynamic_int8), BIND(linear_weight_only), BIND(linear_dynamic_int8_parts),
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
     BIND(int8_matmul), BIND(hadamard), BIND(linear_dense_sparse), BIND(table_lookup),
@@ -54,6 +63,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 8)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 9)) { Py_DECREF(module); return nullptr; }
   return module;
 }

@@ -1,0 +1,87 @@
+// Tasks shared out among torch's threads, and the memory that each thread keeps.
+//
+// The threads are those of torch's own operations: a pool of this library would compete with them for the cores, since
+// each lets its threads spin while the other works. This file knows torch by the address of one function of its stable
+// ABI, torch_parallel_for (torch/csrc/stable/c/shim.h), so that it is built without torch.
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#include "common.h"
+#include "ops.h"
+
+namespace compressor {
+namespace {
+
+// f is called with parts of [begin, end) on some threads of a team, at least once; returns 0, or an error of torch's
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
+std::atomic<ParallelFor> parallel_for{nullptr};
+
+// A forked child has none of its parent's threads, but the OpenMP runtime would wait for them in the thread that called fork.
+thread_local bool team_is_lost = false;
+#if defined(__unix__) || defined(__APPLE__)
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { team_is_lost = true; });
+#endif
+
+// Each thread takes half of its fair share of what is left, so that one which comes late, because another process has its
+// core, is not waited for, and the last ones to work end one task apart.
+struct Tasks {
+  const std::function<void(int64_t)>& f;
+  const int64_t count, threads;
+  std::atomic<int64_t> next{0};
+  std::atomic_flag has_failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;
+
+  Tasks(const std::function<void(int64_t)>& f, int64_t count, int64_t threads) : f(f), count(count), threads(threads) {}
+
+  void work() noexcept {  // exceptions must not leave through torch's C function
+    try {
+      for (int64_t begin = next.load(); begin < count;) {
+        const int64_t end = begin + std::max<int64_t>(1, (count - begin) / (2 * threads));
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        for (int64_t i = begin; i < end; i++) f(i);
+        begin = next.load();
+      }
+    } catch (...) {
+      if (!has_failed.test_and_set()) error = std::current_exception();
+      next.store(count);
+    }
+  }
+};
+
+}  // namespace
+
+void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f) {
+  threads = std::min(threads, tasks);
+  const ParallelFor run = threads > 1 && !team_is_lost ? parallel_for.load() : nullptr;
+  if (!run) {
+    for (int64_t i = 0; i < tasks; i++) f(i);
+    return;
+  }
+  Tasks shared(f, tasks, threads);
+  const int32_t error = run(0, threads, 1, [](int64_t, int64_t, void* context) { static_cast<Tasks*>(context)->work(); }, &shared);
+  if (shared.error) std::rethrow_exception(shared.error);
+  if (error) throw std::runtime_error("torch_parallel_for failed");
+}
+
+void* scratch(int slot, size_t bytes) {
+  struct Buffer { std::unique_ptr<char[]> memory; size_t size = 0; };
+  static thread_local Buffer buffers[8];
+  Buffer& b = buffers[slot];
+  if (b.size < bytes) {
+    b.size = 0, b.memory.reset();
+    b.memory.reset(new char[bytes + 64]), b.size = bytes;
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(b.memory.get()) + 63) & ~uintptr_t(63));
+}
+
+}  // namespace compressor
+
+extern "C" int64_t use_parallel_for(void* function) {
+  compressor::parallel_for.store(reinterpret_cast<compressor::ParallelFor>(function));
+  return compressor::OK;
+}
