@@ -1,6 +1,6 @@
 """What threads gain and cost with default settings, alone and beside a neighbour that keeps every core busy.
 
-    python scripts/bench_threads.py [--json OUT] [--rounds 9] [--model llama:2048,4] [--before PYTHON]
+    python scripts/bench_threads.py [--json OUT] [--rounds 5] [--model llama:2048,4] [--before PYTHON]
 
 Under five minutes on two cores. Ends with 1 if a goal is missed.
 
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,13 @@ class Worker:
             sys.exit(f"the process of {self.name!r} ended with {self.child.wait()}")
         return line
 
-    def seconds(self, sequences: int) -> float:
-        """Of a step, the median of a few, fewer if they take long."""
+    def seconds(self, sequences: int) -> tuple[float, float]:
+        """Of a step, the median of a few, fewer if they take long; and what processors work for one, all together."""
         assert self.child.stdin is not None
         self.child.stdin.write(f"{sequences} {STEPS} {LONGEST}\n")
         self.child.stdin.flush()
-        return statistics.median(json.loads(self._answer()))
+        steps, worked = json.loads(self._answer())
+        return statistics.median(steps), worked
 
     def end(self) -> None:
         self.child.kill()
@@ -145,19 +147,23 @@ class Neighbour:
 Times = dict[tuple[bool, int], dict[str, list[float]]]  # beside the neighbour, sequences -> candidate -> each round
 
 
-def decode(workers: list[Worker], neighbour: Neighbour, rounds: int) -> Times:
+def decode(workers: list[Worker], neighbour: Neighbour, rounds: int) -> tuple[Times, Times]:
+    """Seconds that steps take, and seconds that processors work for one."""
     times: Times = {}
+    work: Times = {}
     order = random.Random(0)
     for number in range(rounds + 1):
         for beside in (False, True):
             for sequences in SEQUENCES:
                 found = times.setdefault((beside, sequences), {worker.name: [] for worker in workers})
+                worked = work.setdefault((beside, sequences), {worker.name: [] for worker in workers})
                 with neighbour.present(beside):
                     for worker in order.sample(workers, len(workers)):
-                        spent = worker.seconds(sequences)
+                        spent, cpu = worker.seconds(sequences)
                         if number:  # the first round warms up
                             found[worker.name].append(spent)
-    return times
+                            worked[worker.name].append(cpu)
+    return times, work
 
 
 def sweep_seconds(checkpoint: Path, output: Path) -> float:
@@ -212,10 +218,9 @@ def judged(times: Times, sweeps: dict[bool, list[float]]) -> list[dict[str, Any]
     return goals
 
 
-def show(console: Console, times: Times, goals: list[dict[str, Any]]) -> None:
+def times_table(title: str, times: Times) -> Table:
     names = list(next(iter(times.values())))
-    table = Table(title="Milliseconds of a decoding step (how many times as fast the default is)")
-    table.add_column("")
+    table = Table("", title=title)
     for name in names:
         table.add_column(name, justify="right")
     for (beside, sequences), found in times.items():
@@ -224,7 +229,12 @@ def show(console: Console, times: Times, goals: list[dict[str, Any]]) -> None:
             cell = f"{statistics.median(found[name]) * 1e3:.1f}"
             cells.append(cell if name == "default" else f"{cell} ({ratio(found, name):.2f})")
         table.add_row(f"{sequences} sequence(s){', neighbour' if beside else ''}", *cells)
-    console.print(table)
+    return table
+
+
+def show(console: Console, times: Times, work: Times, goals: list[dict[str, Any]]) -> None:
+    console.print(times_table("Milliseconds of a decoding step (so many times as long as the default's)", times))
+    console.print(times_table("Milliseconds that processors work for a step, all threads together", work))
     table = Table(title="Goals")
     for column in ("goal", "where", "wanted", "measured", "holds"):
         table.add_column(column)
@@ -238,7 +248,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time decoding and gptq with default threads, with a busy neighbour.")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--model", default="llama:2048,4", help="llama:WIDTH,BLOCKS")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", metavar="PYTHON", help="an interpreter with another version of the package")
     parser.add_argument("--no-gptq", action="store_true", help="decoding alone")
     settings = parser.parse_args(arguments)
@@ -258,23 +268,26 @@ def main(arguments: list[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         neighbour = Neighbour()
         stack.callback(neighbour.end)
-        workers = []
-        for candidate in candidates:  # one after the other: each needs memory to begin with
-            workers.append(Worker(candidate, settings.model))
-            stack.callback(workers[-1].end)
+        with ThreadPoolExecutor(2) as pool:  # not all at once: each needs most memory to begin with
+            workers = list(pool.map(lambda candidate: Worker(candidate, settings.model), candidates))
+        for worker in workers:
+            stack.callback(worker.end)
         threads = {worker.name: worker.threads for worker in workers}
         console.print(f"{cpu_name()}, threads: {threads}")
-        times = decode(workers, neighbour, settings.rounds)
+        times, work = decode(workers, neighbour, settings.rounds)
         for worker in workers:
             worker.end()
         rounds = 0 if settings.no_gptq else GPTQ_ROUNDS
         sweeps = gptq(settings.model, neighbour, scratch, rounds) if rounds else {False: [], True: []}
     goals = judged(times, sweeps)
-    show(console, times, goals)
+    show(console, times, work, goals)
     if rounds:
         console.print(f"seconds of gptq's sweep alone {sweeps[False]}, beside the neighbour {sweeps[True]}")
     if settings.json:
-        rows = [{"beside": beside, "sequences": n, "seconds": found} for (beside, n), found in times.items()]
+        rows = [
+            {"beside": key[0], "sequences": key[1], "seconds": found, "processor_seconds": work[key]}
+            for key, found in times.items()
+        ]
         report = {"cpu": cpu_name(), "threads": threads, "model": settings.model, "decoding": rows, "goals": goals}
         report["gptq"] = {"alone": sweeps[False], "beside": sweeps[True]}
         settings.json.write_text(json.dumps(report, indent=1) + "\n")
