@@ -79,7 +79,8 @@ def plain_environment() -> dict[str, str]:
     """Nothing said about threads."""
     said = {*VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in said}
-    return kept | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return kept | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
 
 
 class Worker:

@@ -10,6 +10,7 @@ import bench_factorization
 import bench_kernels
 import bench_pruning
 import bench_slicegpt
+import bench_threads
 import bench_zero_tprune
 import pytest
 import shaping
@@ -167,3 +168,16 @@ def test_a_goal_is_judged_by_its_worst_case_and_left_open_without_a_peer():
     assert found["W4A8 M=1, against llama.cpp Q4_0"].holds is None
     assert found["operation beyond its kernel, M=1"].holds is True
     assert found["packing a GB of codes"].holds is False
+
+
+def test_a_default_slower_than_one_thread_or_beyond_its_share_misses_its_goal():
+    times = {
+        (False, 1): {"default": [2.0, 2.0, 9.0], "one thread": [1.0, 4.0, 9.1], "passive": [2.0, 2.0, 9.0]},
+        (True, 4): {"default": [3.0, 3.0], "one thread": [2.0, 2.0], "passive": [3.0, 2.9]},
+    }
+    found = bench_threads.judged(times, {False: [10.0, 10.0], True: [20.0, 25.0]})
+    assert [(goal["measured"], goal["holds"]) for goal in found] == [
+        (pytest.approx(9.1 / 9), True), (1, True), (pytest.approx(2 / 3), False), (pytest.approx(5.9 / 6), True),
+        (0.45, True),
+    ]  # fmt: skip
+    assert not bench_threads.judged(times, {False: [10.0], True: [30.0]})[-1]["holds"]
