@@ -18,6 +18,7 @@ from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import stock_class
 from compressor.errors import ArtifactError, CompressError, DependencyError
 from compressor.export import FAMILIES, auto_classes, custom_auto_map
+from compressor.file_names import MANIFEST
 from compressor.modelling import custom_type, modelling_file
 from compressor.resources import ran_out
 from compressor.trusted_code import (
@@ -40,6 +41,7 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
     """
     checkpoint = open_checkpoint(directory)
     empty = empty_model(checkpoint, manifest)
+    _check_route(checkpoint, manifest["route"])
     if problems := code_problems(checkpoint, manifest, empty):
         raise ArtifactError("; ".join(problems), where=directory.name, hint="Nothing of it was run.")
     cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
@@ -69,6 +71,22 @@ def stock_works(directory: Path, refusal: type[CompressError] = ArtifactError) -
             raise lack from error
         told = f"{type(error).__name__}: {error}"[:600]
         raise refusal(f"stock transformers fails on it ({told})", where=directory.name) from error
+
+
+def _check_route(checkpoint: Checkpoint, route: str) -> None:
+    """raises ArtifactError for a route that this release doesn't write, or a config.json that asks for another"""
+    if route not in ("dense", "custom", *FAMILIES):
+        raise ArtifactError(
+            f"route {route!r} is none that this release writes", where=MANIFEST, hint="Update compress-model."
+        )
+    asked = checkpoint.quantization_config
+    method = asked.get("quant_method") if isinstance(asked, dict) else asked
+    if method != (route if route in FAMILIES else None):
+        raise ArtifactError(
+            f"quantization_config asks for {method!r}, and the manifest says {route}",
+            where="config.json",
+            hint="Copy or build the artifact again.",
+        )
 
 
 def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:

@@ -17,8 +17,9 @@ import compressor
 from compressor.artifact import read_manifest
 from compressor.artifact_files import file_facts
 from compressor.data import load_tokenizer
-from compressor.errors import ArtifactError, ModelError
+from compressor.errors import ArtifactError, CompressError, ModelError
 from compressor.evaluate import load_model
+from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
 from compressor.stock_loading import load_stock
@@ -207,6 +208,85 @@ def test_attention_of_another_repository_is_refused(tmp_path):
     edit(model / "config.json", attn_implementation="someone/kernel")
     with pytest.raises(ModelError, match=r"someone/kernel.*another repository"):
         read_structure(model)
+
+
+def test_a_class_of_the_checkpoint_is_measured_and_not_compressed(with_own_code):
+    recipe = parse_recipe(RTN8, "t")
+    with pytest.raises(ModelError, match="OwnForCausalLM is code of the checkpoint") as failure:
+        make_plan(recipe, str(with_own_code), trust_remote_code=True)
+    assert failure.value.exit_code == 5
+    assert type(load_model(with_own_code, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+
+
+def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
+    model = tiny.save("llama", tmp_path / "m")
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.M", "AutoProcessor": "gone.P"})
+    plan = make_plan(parse_recipe(RTN8, "t"), str(model), prove=False)
+    assert [(row["code"], row["where"]) for row in plan.warnings] == [("code-not-used", "modeling_x.py")]
+    assert "auto_map" not in plan.source.checkpoint.carried_config
+
+
+@pytest.mark.parametrize(
+    ("route", "config"),
+    [
+        ("of another release", {}),
+        ("dense", {"quantization_config": {"quant_method": "gptq"}}),
+        ("custom", {"quantization_config": {"quant_method": "compressed-tensors"}}),
+        ("compressed-tensors", {"quantization_config": {"quant_method": "torchao"}}),
+        ("bitsandbytes", {}),
+        ("dense", {"quantization_config": "x"}),
+    ],
+)
+def test_a_route_and_a_loader_that_do_not_agree_are_refused(route, config, artifact):
+    edit(artifact / "config.json", **config)
+    edit(artifact / "compress_manifest.json", route=route)
+    with pytest.raises(ArtifactError, match=r"route|quantization_config"):
+        load_stock(artifact, read_manifest(artifact))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_embd": "32"},
+        {"n_head": 0},
+        {"n_layer": -1},
+        {"dtype": "load"},
+        {"dtype": None},
+        {"activation_function": "no such"},
+        {"compressed_shapes": 3},
+        {"compressed_modules": {"transformer.h.0": {"form": "os", "spec": {}, "shape": []}}},
+        {"attn_implementation": "someone/kernel"},
+        {"vocab_size": 10**9},
+    ],
+)
+def test_a_config_that_makes_no_model_is_an_error_of_the_artifact(change, artifact):
+    edit(artifact / "config.json", **change)
+    with pytest.raises((ArtifactError, ModelError)):
+        compressor.load(artifact, check_hashes=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spec": {}},
+        {"spec": {"bits": 8, "group_size": 10**9, "symmetric": True}},
+        {"spec": {"bits": "x"}},
+        {"form": "nothing"},
+        {"form": "table_activation"},
+        {"parameter": "transformer.nowhere.weight"},
+        {"shape": [2**40, 2**40]},
+        {"bias": "nothing"},
+        {"tensor": "nothing"},
+    ],
+)
+def test_a_weight_that_the_manifest_describes_wrongly_is_an_error_of_the_artifact(change, artifact):
+    manifest = read_manifest(artifact)
+    name = sorted(manifest["weights"])[1]
+    manifest["weights"][name].update(change)
+    (artifact / "compress_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CompressError):
+        load_stock(artifact, read_manifest(artifact))
+        compressor.load(artifact, check_hashes=False)
 
 
 @pytest.fixture
