@@ -216,10 +216,11 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
     """The model of an artifact on the meta device. raises ArtifactError for a config that makes none"""
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
-    values = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "auto_map")}
-    values.pop("model_type", None)
-    values.pop("compressed_weights", None)
+    left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
     with _told_of("config.json"):
+        # as transformers reads config.json, where infinite numbers may be written as {"__float__": "Infinity"}
+        read, _ = cls.config_class.get_config_dict(checkpoint.directory, local_files_only=True)
+        values = {key: value for key, value in read.items() if key not in left_out}
         config = cls.config_class(**values)
         choose_plain(config, values)
         model = skeleton(class_for(cls, config), config, cached=True)

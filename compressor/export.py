@@ -30,7 +30,7 @@ from compressor.kernels.bitsandbytes import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
 from compressor.modelling import VERSION as VERSION
-from compressor.modelling import custom_type
+from compressor.modelling import custom_type, find_backbone
 from compressor.units import Form
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
@@ -323,6 +323,8 @@ def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
     """The `auto_map` of a custom artifact: Auto class -> class of its modeling file."""
     file = f"modeling_{model_type}"
     classes = {auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)}
+    if (backbone := find_backbone(model)) is not None:
+        classes["AutoModel"] = f"{file}.Compressed{backbone.__name__}"
     return {"AutoConfig": f"{file}.CompressedConfig"} | classes
 
 

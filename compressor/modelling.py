@@ -15,17 +15,18 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import resolve_name
 
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from compressor import __version__ as VERSION
-from compressor.classes import is_reshaped, structural_forms
+from compressor.classes import MODULES, SHAPES, is_reshaped, structural_forms
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 
@@ -59,25 +60,62 @@ class CompressedConfig({config}):
     model_type = "{model_type}"
 
 
+def store_weights(model: Any, config: Any, prefix: str = "") -> None:
+    """Give a fresh model what its config says; `prefix` is where it stands in the model that the names are of."""
+    modules = {{n.removeprefix(prefix): e for n, e in config.compressed_weights.items() if n.startswith(prefix)}}
+{reshaping}    for name, entry in modules.items():
+        owner, _, leaf = name.rpartition(".")
+        bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None) is not None
+        layer = STORED_FORMS[entry["form"]]
+        layer.prepare(model)
+        made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), bias)
+        setattr(model.get_submodule(owner), leaf, made)
+
+
 class Compressed{base}({base}):
     config_class = CompressedConfig
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+{making}        store_weights(self, config)
+{backbone}{conversions}'''
+
+MAKING = """        super().__init__(config, *args, **kwargs)
+"""
+
+# A class with a head may make its backbone by AutoModel, which then gives the class below. It has to come without
+# stored forms, since the whole model puts them in, under its own names.
+MAKING_AROUND_BACKBONE = """        kept = {{key: getattr(config, key) for key in {keys}}}
+        for key in kept:
+            setattr(config, key, {{}})
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            for key, value in kept.items():
+                setattr(config, key, value)
+"""
+
+BACKBONE = """
+
+class Compressed{backbone}({backbone}):
+    config_class = CompressedConfig
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-{reshaping}        for name, entry in config.compressed_weights.items():
-            owner, _, leaf = name.rpartition(".")
-            bias = getattr(getattr(self.get_submodule(owner), leaf, None), "bias", None) is not None
-            layer = STORED_FORMS[entry["form"]]
-            layer.prepare(self)
-            made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), bias)
-            setattr(self.get_submodule(owner), leaf, made)
-{conversions}'''
+        store_weights(self, config, "{prefix}")
+
+
+AutoModel.register(CompressedConfig, Compressed{backbone}, exist_ok=True)
+"""
 
 DESCRIPTION = "some weights in stored forms, rebuilt at each multiplication: {forms}"
 RESHAPED = "parameters of other shapes than its own, and {forms}"
 
 # before anything is put into a stored form
-RESHAPING = """        reshape(self, config.compressed_shapes, config.compressed_modules, STORED_FORMS)
+RESHAPING = """    shapes, parts = (
+        {n.removeprefix(prefix): e for n, e in changed.items() if n.startswith(prefix)}
+        for changed in (config.compressed_shapes, config.compressed_modules)
+    )
+    reshape(model, shapes, parts, STORED_FORMS)
 """
 
 # transformers renames and joins tensors of its own classes while loading, not those of others, unless told to
@@ -124,12 +162,20 @@ def modelling_file(model: PreTrainedModel, forms: Iterable[str]) -> str:
     if key is not None:
         names = {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"}
         parts.names["transformers.conversion_mapping"] = names
+    kept = ["compressed_weights", *([SHAPES, MODULES] if is_reshaped(model.config) else [])]
+    making, backbone = MAKING, ""
+    if (inner := find_backbone(model)) is not None:
+        making = MAKING_AROUND_BACKBONE.format(keys=json.dumps(kept))
+        backbone = BACKBONE.format(backbone=inner.__name__, prefix=f"{model.base_model_prefix}.")
+        parts.names["transformers"] |= {"AutoModel", inner.__name__}
     body = [ERROR_CLASS.format(name=name) for name in sorted(parts.errors)] + parts.body
     found = (f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(parts.names.items()))
     return FILE.format(
         version=VERSION,
         base=base,
         reshaping=RESHAPING if is_reshaped(model.config) else "",
+        making=making,
+        backbone=backbone,
         description=(RESHAPED if is_reshaped(model.config) else DESCRIPTION).format(
             forms=", ".join(layers) or "nothing else"
         ),
@@ -140,6 +186,15 @@ def modelling_file(model: PreTrainedModel, forms: Iterable[str]) -> str:
         model_type=custom_type(model.config.model_type),
         conversions="" if key is None else CONVERSIONS.format(key=key),
     )
+
+
+def find_backbone(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """The class that AutoModel makes for this model's config, where such a model is the part below the heads."""
+    inner = getattr(model, model.base_model_prefix, None)
+    known = MODEL_MAPPING.get(type(model.config), ())
+    if inner is None or inner is model or type(inner) not in (known if isinstance(known, tuple) else (known,)):
+        return None
+    return type(inner)
 
 
 def custom_type(model_type: str) -> str:

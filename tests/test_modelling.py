@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,14 +13,19 @@ from importlib.metadata import EntryPoint
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
+from test_stock_formats import store_as_planned
 
 import compressor
 from compressor import layers
+from compressor.artifact import empty_model
+from compressor.checkpoint import open_checkpoint
 from compressor.errors import ArtifactError, PreflightError
 from compressor.export import FAMILIES, Family, artifact_config, choose_route
 from compressor.layers.base import Stock
 from compressor.modelling import modelling_file
+from compressor.plan import make_plan
 from compressor.protocol import Weight
 from compressor.recipe import parse_recipe
 from compressor.run import compress
@@ -283,3 +289,70 @@ def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other()
     assert "register_checkpoint_conversion_mapping" not in modelling_file(LLAMA, ["packed_linear"])
     text = modelling_file(tiny.build("mixtral"), ["packed_linear"])
     assert 'get_checkpoint_conversion_mapping("mixtral"), overwrite=True' in text
+
+
+def import_file(path):
+    specification = importlib.util.spec_from_file_location(f"made_{path.stem}_{abs(hash(path))}", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    specification.loader.exec_module(module)
+    return module
+
+
+def custom_artifact(model, source, output):
+    """An artifact of a saved model in the custom format, every weight in 8 bits, without a run."""
+    model.save_pretrained(source)
+    steps = [{"pass": "rtn", "bits": 8, "group_size": 32}]
+    tree = {"version": 1, "steps": steps, "export": {"format": "custom"}}
+    plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode()), str(source), prove=False)
+    assert plan.route.name == "custom" and not plan.problems
+    layers = store_as_planned(plan, output)
+    (path,) = {
+        value.partition(".")[0] for value in json.loads((output / "config.json").read_text())["auto_map"].values()
+    }
+    (output / f"{path}.py").write_text(
+        modelling_file(plan.structure.model, [form.form for form in plan.forms.values()])
+    )
+    for module, layer in layers.items():
+        model.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
+    return import_file(output / f"{path}.py")
+
+
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForCausalLM")
+DECODERS = {"Llama": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}, "Qwen2": {}, "Phi3": {}}
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [(family, head) for family in DECODERS for head in HEADS if hasattr(transformers, family + head)],
+)
+def test_a_head_whose_backbone_automodel_makes_loads_by_the_modelling_file(family, head, tmp_path):
+    sizes = {**tiny.COMMON, "num_key_value_heads": 2, "num_labels": 3, **DECODERS[family]}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, family + head)._from_config(config, dtype=torch.bfloat16).eval()
+    made = custom_artifact(model, tmp_path / "m", tmp_path / "out")
+    loaded, info = getattr(made, f"Compressed{family}{head}").from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ids = torch.arange(8).view(1, 8) + 3
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids)[0], loaded.eval()(input_ids=ids)[0])
+        backbone = getattr(made, f"Compressed{family}Model").from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(model.base_model(input_ids=ids)[0], backbone(input_ids=ids)[0])
+        assert isinstance(transformers.AutoModel.from_config(backbone.config), type(backbone))
+
+
+@pytest.mark.parametrize("value", [{"__float__": "Infinity"}, float("inf")])
+def test_a_config_with_infinite_numbers_is_read_as_transformers_reads_it(value, tmp_path):
+    model = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=96, hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, n_groups=1, state_size=16
+        )
+    )
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, value]}))
+    empty = empty_model(open_checkpoint(tmp_path), {"architecture": "Mamba2ForCausalLM"})
+    assert list(empty.config.time_step_limit) == [0.0, float("inf")]
