@@ -355,11 +355,23 @@ def inspect(
 
 
 @app.command()
-def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
-    """Hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
+def verify(
+    directory: DirArg,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="Compare with the checkpoint that it was made of.", show_default=False),
+    ] = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
+    from compressor.checkpoint import resolve_model
     from compressor.verify import verify_in_child
 
-    found = verify_in_child(directory.absolute(), None, sealed=True)
+    original = None if source is None else resolve_model(source).absolute()
+    found = verify_in_child(
+        directory.absolute(), None, sealed=True, source=original, trust_remote_code=trust_remote_code
+    )
     if as_json:
         json_line({"event": "result", **found})
     if found["problems"]:
@@ -368,6 +380,9 @@ def verify(directory: DirArg, as_json: JsonOpt = False) -> None:
         for note in found["notes"]:
             err.print(f"documentation: {note}", highlight=False, markup=False)
         out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
+        if found["not_compared"]:
+            how = "" if original else " Give it with --source MODEL."
+            out.print(f"not compared with its source: {found['not_compared']}.{how}", highlight=False)
 
 
 @app.command()

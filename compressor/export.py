@@ -40,10 +40,12 @@ STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layo
 class Route:
     """name    dense | custom | a family of FAMILIES
     reason  one sentence for the report and the card
+    dequantize  the loader of compressed-tensors rebuilds dense weights while loading, not at the first forward pass
     """
 
     name: str
     reason: str
+    dequantize: bool = False
 
 
 Described = tuple[Form, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
@@ -110,6 +112,27 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
             else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
+
+
+def next_route(route: Route, why: str, forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
+    """What to try after a format whose loader fails with this class.
+
+    why     what the loader said, as the end of a sentence
+    raises  PreflightError when nothing is left
+    """
+    schemes = {str(settings) for _, settings in _described(forms)}
+    if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
+        reason = f"{route.reason}, with dequantize: true, since otherwise {why}"
+        return Route(route.name, reason, dequantize=True)
+    is_expert = any(form.weight.expert is not None for form in forms)
+    if route.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
+        reason = f"plain transformers can't load {route.name} into this class: {why}"
+        return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
+    raise PreflightError(
+        f"an artifact of this model in the format {route.name} can't be loaded: {why}",
+        where="export",
+        hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
+    )
 
 
 def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
@@ -305,6 +328,8 @@ def artifact_config(
         config["tie_word_embeddings"] = False
     if route.name in FAMILIES:
         config["quantization_config"] = FAMILIES[route.name].config(_described(forms), model)
+        if route.dequantize:
+            config["quantization_config"]["dequantize"] = True
     elif route.name == "custom":
         kind = custom_type(source["model_type"])
         config["model_type"] = kind

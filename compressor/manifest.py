@@ -82,9 +82,18 @@ class _Tool(_Part):
     version: str
 
 
+class _Change(_Part):
+    """A step that changed the model itself, under its key `pass`."""
+
+    rewrites: bool
+    keeps_function: bool
+
+
 class _Source(_Part):
     name: str
     sha256: str
+    changes: list[_Change] | None = None
+    relative_errors: dict[str, float | None] = {}
 
 
 class _Manifest(_Part):

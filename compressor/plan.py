@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
 from compressor.data_parts import same_source
 from compressor.errors import CompressError, ModelError, PreflightError, WidthError
-from compressor.export import Route, artifact_config, check_loader, choose_route
+from compressor.export import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import DENSE, find_layer
 from compressor.matching import LEFT_OUT, names_it, select
@@ -33,6 +34,7 @@ from compressor.remodel import check_remodel, facts_of
 from compressor.replaceable import why_not_replaceable
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
+from compressor.trial import try_loaders
 from compressor.trusted_code import auto_map, file_of, is_model_entry
 from compressor.units import Form
 
@@ -87,6 +89,7 @@ class Plan:
     counted_dense  of these the ones that may stay dense (`Pass.alternatives`) and would be larger for it
     functions activations, norms and softmax, if any step selects such
     sizes     all in bytes; artifact_bytes counts what loading needs, not reports
+    tries_loaders  whether the export format is tried on a small twin of the model
     """
 
     recipe: Recipe
@@ -108,6 +111,7 @@ class Plan:
     artifact_bytes: int = 0
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
+    tries_loaders: bool = True
 
     def functions_of(self, step: Step, unit: int) -> tuple[Weight, ...]:
         """The functions of a unit that a step selects."""
@@ -150,7 +154,7 @@ def make_plan(
     _check_class(source)
     if prove:
         prove_by_replay(source)
-    plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes)
+    plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes, tries_loaders=prove)
     _tell_of_code(plan)
     _follow_reshapes(plan)
     _complete(plan)
@@ -195,7 +199,9 @@ def plan_again(plan: Plan, step: Step, decision: Decision) -> Plan:
     where = ".".join(map(str, step.path))
     after = check_remodel(planned.before, remodel, where, step.settings.rewrites)
     known = [*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, remodel=remodel, after=after)]
-    again = Plan(plan.recipe, plan.source, after, known, source_bytes=plan.source_bytes)
+    again = Plan(
+        plan.recipe, plan.source, after, known, source_bytes=plan.source_bytes, tries_loaders=plan.tries_loaders
+    )
     _follow_reshapes(again)
     _complete(again)
     if again.problems:
@@ -569,7 +575,7 @@ def _predict(plan: Plan) -> None:
         plan.warnings.append({"code": "untied-head", "where": next(iter(tied)), "message": message})
     try:
         forms = list(plan.forms.values())
-        plan.route = choose_route(forms, recipe.export.format, recipe.export.stock_only, structure.model)
+        plan.route = _tried_route(plan, forms)
     except CompressError as problem:
         plan.problems.append(problem)
         return
@@ -577,6 +583,15 @@ def _predict(plan: Plan) -> None:
         check_loader(plan.route.name)
     except CompressError as problem:
         plan.problems.append(problem)
+    if plan.route.name == "compressed-tensors" and (bytes_ := [f for f in forms if f.form == "byte_linear"]):
+        plan.warnings.append(
+            {
+                "code": "vllm-asymmetric-8-bits",
+                "where": bytes_[0].weight.name,
+                "message": f"{len(bytes_)} weights have asymmetric 8-bit codes, which transformers reads and vLLM "
+                "doesn't; for vLLM set symmetric: true, or 4 bits",
+            }
+        )
     tensors = planned_tensors(plan)
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = assign_shards(tensors, recipe.export.shard_bytes)
@@ -595,6 +610,18 @@ def _predict(plan: Plan) -> None:
     plan.artifact_bytes = plan.weight_bytes + side
     _predict_memory(plan)
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
+
+
+def _tried_route(plan: Plan, forms: list[Form]) -> Route:
+    """The export format that fits the forms, tried with the model's class. raises PreflightError if there is none"""
+    structure, export = plan.structure, plan.recipe.export
+    route = choose_route(forms, export.format, export.stock_only, structure.model)
+    package = FAMILIES[route.name].package if route.name in FAMILIES else None
+    if not plan.tries_loaders or not forms or (package is not None and find_spec(package) is None):
+        return route
+    while (why := try_loaders(structure, forms, route)) is not None:
+        route = next_route(route, why, forms, export.format, export.stock_only)
+    return route
 
 
 def _sharer(weight: Weight, tied: dict[str, str]) -> str | None:

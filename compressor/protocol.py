@@ -455,6 +455,7 @@ class Pass(BaseModel):
 
     title: ClassVar[str] = ""  # one line for `compress-model passes`
     paper: ClassVar[str] = ""  # authors, year, arXiv id
+    keeps_function: ClassVar[bool] = False  # of a pass that rewrites: the model computes what it did, but for rounding
 
     only: tuple[str, ...] = Field(("*",), description="Globs over weight names that this step may touch.")
     except_: tuple[str, ...] = Field((), alias="except", description="Globs that are left out; wins over `only`.")

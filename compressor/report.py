@@ -33,7 +33,16 @@ WORST = 5
 # what the verifying process could not find out before it stopped
 NOT_VERIFIED: dict[str, Any] = {
     **dict.fromkeys(
-        ("stock_load", "own_load", "max_logit_difference", "tolerance", "generated_tokens", "stock_layers")
+        (
+            "stock_load",
+            "own_load",
+            "max_logit_difference",
+            "tolerance",
+            "generated_tokens",
+            "stock_layers",
+            "source",
+            "not_compared",
+        )
     ),
     **{key: [] for key in ("missing", "unexpected", "mismatched", "notes")},
 }

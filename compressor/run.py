@@ -247,7 +247,19 @@ def _write(job: Job, units: list[Path], forms: dict[str, Form]) -> None:
 
 def _seal(job: Job, forms: dict[str, Form]) -> None:
     structure = job.plan.structure
-    source = {"name": job.source, "sha256": job.fingerprint["model"]}
+    errors: dict[str, float | None] = {}
+    for line in job.journal.lines.values():
+        errors.update(line.get("relative_errors", {}))
+    source = {
+        "name": job.source,
+        "sha256": job.fingerprint["model"],
+        "changes": [
+            {"pass": step.name, "rewrites": step.settings.rewrites, "keeps_function": step.settings.keeps_function}
+            for step in job.recipe.steps
+            if step.settings.reshapes
+        ],
+        "relative_errors": {name: errors.get(name) for name in forms},
+    }
     artifact.seal(
         job.built, architecture=structure.architecture, route=job.route, forms=list(forms.values()), source=source
     )
@@ -256,7 +268,13 @@ def _seal(job: Job, forms: dict[str, Form]) -> None:
 def _verify(job: Job) -> dict[str, Any]:
     """What the fresh process found; that the artifact does not load or run is a problem found, too."""
     try:
-        return verify.verify_in_child(job.built, job.scratch / "probe.safetensors", sealed=True)
+        return verify.verify_in_child(
+            job.built,
+            job.scratch / "probe.safetensors",
+            sealed=True,
+            source=job.plan.source.checkpoint.directory,
+            trust_remote_code=job.trust_remote_code,
+        )
     except ArtifactError as error:
         return {"problems": [error.what]}
 

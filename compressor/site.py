@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
+from compressor.linalg import relative_distance
 from compressor.plan import TAPE_SHARE
 from compressor.protocol import Group, Stage, State, Weight
 from compressor.replay import Batch, Call, LinearCall, Stop
@@ -61,6 +62,7 @@ class UnitSite:
     selected_functions: tuple[Weight, ...] = ()
     is_open: bool = True
     put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, str]] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
@@ -121,7 +123,11 @@ class UnitSite:
                 stream.tape = None
         if not weight.is_function:
             target = view(self.structure, weight)
-            target.copy_(layer.matrix(self.dtype).to(target.device))
+            rebuilt = layer.matrix(self.dtype).to(target.device)
+            # of a weight that is put again the first value is gone
+            again = weight.name in self.errors
+            self.errors[weight.name] = None if again else relative_distance(rebuilt, target)
+            target.copy_(rebuilt)
         if form.bias is not None:
             parameter = self.structure.bindings.parameter_of()[form.bias]
             self.structure.model.get_parameter(parameter).data.copy_(layer.vector(self.dtype))

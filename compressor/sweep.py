@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,18 +235,21 @@ def _run_sweep(
         kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
         after.update(kept)
         _read_back(installed, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
+        entered = streams[-1].hidden
         if unit == 0:
             _embed(structure, streams)
         elif unit < units - 1:
             for stream in streams:
                 stream.hidden = finish_unit(structure, unit, stream)
             installed.remove()
+            _check_probe(sweeper, unit, source, streams[-1], streams[-1].hidden, entered)
             if not resident:
                 free_unit(structure, unit)
         else:
             last = streams[-1]
             sweeper.probe = structure.pieces.head(last.batch, last.hidden)
             installed.remove()
+            _check_probe(sweeper, unit, source, last, sweeper.probe, entered)
         sweeper.emit(
             {
                 "event": "unit",
@@ -259,6 +262,34 @@ def _run_sweep(
         )
     free_all(structure)
     return files, after
+
+
+def _check_probe(
+    sweeper: Sweeper, unit: int, source: UnitSource, stream: Stream, output: torch.Tensor, entered: torch.Tensor
+) -> None:
+    """Stop where the probe, of which the artifact has to give the outputs again, overflows.
+
+    source   the unit as it was before this sweep, to tell whose fault it is
+    output   what the unit as it is stored makes of `entered`
+    raises   PassError naming the unit
+    """
+    if bool(torch.isfinite(output).all()):
+        return
+    structure = sweeper.structure
+    load_unit(structure, unit, source, sweeper.device)
+    before = run_unit(structure, unit, replace(stream, hidden=entered, tape=None))
+    dtype = str(structure.dtype).removeprefix("torch.")
+    if bool(torch.isfinite(before).all()):
+        raise PassError(
+            f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
+            where=unit_name(structure, unit),
+            hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+        )
+    raise PassError(
+        f"the model itself gives NaN or Inf for random tokens in {dtype}",
+        where=unit_name(structure, unit),
+        hint="Set model.dtype: bfloat16 or float32 in the recipe.",
+    )
 
 
 def _read_back(
@@ -294,6 +325,7 @@ def _transform(
     records: list[dict[str, Any]] = []
     warnings: list[dict[str, str]] = []
     put: dict[str, tuple[Form, Layer]] = {}
+    errors: dict[str, float | None] = {}
     for position, step in enumerate(steps):
         site = _site(sweeper, step, unit, streams, installed, _seed(sweeper.seed, number, position, unit))
         site.decision = decisions[position]
@@ -309,6 +341,7 @@ def _transform(
         records += [{"step": step_number, "pass": step.name, **record} for record in site.records]
         warnings += site.warnings
         put.update(site.put_layers)
+        errors.update(site.errors)
     forms = unit_forms(source, unit) | {name: form for name, (form, _) in put.items()}
     tensors = dict(unit_tensors(unit, source, put))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
@@ -316,6 +349,7 @@ def _transform(
         "forms": {name: form.to_dict() for name, form in forms.items()},
         "records": records,
         "warnings": warnings,
+        "relative_errors": errors,
     }
     journal = sweeper.journal
     journal.commit(key, f"s{number:02d}-{unit:05d}.safetensors", lambda path: write_file(path, entries), facts)

@@ -1,4 +1,8 @@
-"""Loads an artifact in a fresh process, as a user would, and compares what it computes with what was built.
+"""Loads an artifact in a fresh process, as a user would, and compares it with what was built and with its source.
+
+Three models come one after the other: the artifact by its stock loader, the artifact by `compressor.load`, and the
+source by stock transformers (`compressor.against_source`), which gets the artifact's stored layers. All three have to
+compute the same, and what was computed in memory while the artifact was built.
 
 Tolerance. Both loaders rebuild the same weights from the same codes in the same dtype, so logits may differ only by the
 order of sums (other kernels, fused experts). One rounding step per block and one at the head, each of half a unit in
@@ -14,6 +18,8 @@ model equal bit for bit. How far the logits end up apart is reported and not jud
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +28,57 @@ from compressor.child import ask
 GENERATED_TOKENS = 8
 
 
-def verify_in_child(directory: Path, probe: Path | None, *, sealed: bool, deep: bool = True) -> dict[str, Any]:
+def verify_in_child(
+    directory: Path,
+    probe: Path | None,
+    *,
+    sealed: bool,
+    deep: bool = True,
+    source: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
 
-    probe   safetensors with the inputs and `output` of the in-memory result; None compares the two loaders only
+    probe   safetensors with the inputs and `output` of the in-memory result; None compares the loaders only
     sealed  whether the manifest covers every file already
+    source  directory of the checkpoint that the artifact was made of; None: `not_compared` says that it wasn't there
     raises  what `verify` raises, and what `child.ask` does
     """
     from compressor.artifact import read_manifest
     from compressor.export import check_loader
 
     check_loader(read_manifest(directory)["route"])
-    request = {"directory": str(directory), "probe": str(probe) if probe else None, "sealed": sealed, "deep": deep}
+    request = {
+        "directory": str(directory),
+        "probe": str(probe) if probe else None,
+        "sealed": sealed,
+        "deep": deep,
+        "source": str(source) if source else None,
+        "trust_remote_code": trust_remote_code,
+    }
     found: dict[str, Any] = ask("compressor.verify", request, "verifies the artifact")
     return found
 
 
-def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> dict[str, Any]:
-    """All checks, in this process. See verify_in_child."""
+def verify(
+    directory: Path,
+    probe: Path | None,
+    *,
+    sealed: bool,
+    deep: bool,
+    source: Path | None = None,
+    trust_remote_code: bool = False,
+    source_limit: int | None = None,
+) -> dict[str, Any]:
+    """All checks, in this process. See verify_in_child.
+
+    source_limit  bytes that the source's model may take in memory; None: most of what is available
+    """
     import torch
     from safetensors.torch import load_file
     from transformers.utils import logging
 
+    from compressor.against_source import prints_of, ties_of
     from compressor.artifact import load, read_manifest
     from compressor.artifact_files import compare_files
     from compressor.checkpoint import open_checkpoint
@@ -64,6 +99,8 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         "generated_tokens": None,
         "stock_layers": None,
         "notes": [],
+        "source": None,
+        "not_compared": None,
         "problems": [],
     }
     problems: list[str] = found["problems"]
@@ -84,46 +121,143 @@ def verify(directory: Path, probe: Path | None, *, sealed: bool, deep: bool) -> 
         found[key] = sorted(str(name) for name in info[f"{key}_keys"])
         if found[key]:
             problems.append(f"stock loading reports {len(found[key])} {key} tensors, such as {found[key][0]}")
-    own: Any = load(directory, check_hashes=False, kernels="reference")
-    found["own_load"] = True
-    for model in (stock, own):
-        use_eager_experts(model.config)
+    use_eager_experts(stock.config)
     inputs = load_file(probe) if probe else _example(stock)
     expected = inputs.pop("output", None)
-    with torch.no_grad(), without_cache(stock, own):
-        with stock_works(directory):
-            outputs = {name: _output(stock(**inputs)) for name in ("stock", "stock, second run")}
-        outputs["own"] = _output(own(**inputs))
+    with torch.no_grad(), without_cache(stock), stock_works(directory):
+        outputs = {name: _output(stock(**inputs)) for name in ("stock loader", "stock loader, second run")}
+    prints, ties = prints_of(stock), ties_of(stock)
+    blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
+    eps, can_generate = torch.finfo(stock.dtype).eps, stock.can_generate()
     forward = FAMILIES[manifest["route"]].forward if manifest["route"] in FAMILIES else None
+    if forward is None:
+        stock = None  # its memory is free for the next model
+    own: Any = load(directory, check_hashes=False, kernels="reference")
+    found["own_load"] = True
+    use_eager_experts(own.config)
+    with torch.no_grad(), without_cache(own):
+        outputs["own loader"] = _output(own(**inputs))
     if forward is not None:
         layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
-        layers["max_logit_difference"] = float((outputs["stock"].float() - outputs["own"].float()).abs().max())
+        by_stock = outputs.pop("stock loader")
+        layers["max_logit_difference"] = float((by_stock.float() - outputs["own loader"].float()).abs().max())
         found["stock_layers"] = layers
         problems += found_there
-        if not torch.equal(outputs.pop("stock, second run"), outputs.pop("stock")):
+        if not torch.equal(outputs.pop("stock loader, second run"), by_stock):
             problems.append("stock loader: a second run gives other outputs")
+        stock = None
+    if can_generate and "input_ids" in inputs:
+        found["generated_tokens"] = _generate(own, inputs["input_ids"][:1, :8])
+        if found["generated_tokens"] != GENERATED_TOKENS:
+            problems.append(f"generate made {found['generated_tokens']} of {GENERATED_TOKENS} tokens")
+    if source is None:
+        found["not_compared"] = "the source wasn't at hand"
+    else:
+        request = SourceRequest(source, trust_remote_code, source_limit)
+        _compare_source(request, own, checkpoint, manifest, prints, ties, inputs, outputs, found)
     reference = expected if expected is not None else next(iter(outputs.values())).float()
-    blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
-    eps = torch.finfo(stock.dtype).eps
     found["tolerance"] = float((blocks + 1) * eps * reference.abs().max())
     differences = {name: float((value.float() - reference).abs().max()) for name, value in outputs.items()}
     found["max_logit_difference"] = max(differences.values())
     for name, difference in differences.items():
-        if not difference <= found["tolerance"]:  # NaN fails too
-            problems.append(f"{name} loader: outputs differ by {difference:.3g}, {found['tolerance']:.3g} is allowed")
-    if stock.can_generate() and "input_ids" in inputs:
-        prompt = inputs["input_ids"][:1, :8]
-        made = own.generate(
-            prompt,
-            max_new_tokens=GENERATED_TOKENS,
-            min_new_tokens=GENERATED_TOKENS,
-            do_sample=False,
-            attention_mask=torch.ones_like(prompt),
-        )
-        found["generated_tokens"] = made.shape[1] - prompt.shape[1]
-        if found["generated_tokens"] != GENERATED_TOKENS:
-            problems.append(f"generate made {found['generated_tokens']} of {GENERATED_TOKENS} tokens")
+        if not bool(torch.isfinite(outputs[name]).all()):
+            problems.append(f"{name}: outputs hold NaN or Inf")
+        elif not difference <= found["tolerance"]:  # NaN fails too
+            problems.append(f"{name}: outputs differ by {difference:.3g}, {found['tolerance']:.3g} is allowed")
     return found
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """The checkpoint that an artifact is compared with; `limit` as `verify` has it."""
+
+    directory: Path
+    trust_remote_code: bool
+    limit: int | None
+
+
+def _compare_source(
+    request: SourceRequest,
+    own: Any,
+    artifact: Any,
+    manifest: dict[str, Any],
+    prints: dict[str, Any],
+    ties: set[frozenset[str]],
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    found: dict[str, Any],
+) -> None:
+    """Compare with the source, as `compressor.against_source` has it; adds to `found` and, to be judged, to `outputs`.
+
+    own       the artifact by `compressor.load`; its layers go into the source's model
+    artifact  its checkpoint
+    """
+    import tempfile
+
+    import torch
+
+    from compressor import against_source
+    from compressor.checkpoint import open_checkpoint
+    from compressor.errors import ModelError
+    from compressor.replay import without_cache
+    from compressor.stock_loading import stock_works
+    from compressor.tracing import use_eager_experts
+
+    problems = found["problems"]
+    changes, _ = against_source.read_changes(manifest)
+    checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
+    if (reason := against_source.why_not_comparable(checkpoint)) is not None:
+        found["not_compared"] = reason
+        return
+    dtype = getattr(torch, artifact.config["dtype"])
+    rewritten = [change for change in changes if change["rewrites"]]
+    offload = against_source.does_not_fit(checkpoint, dtype, request.limit)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-model-"))) if offload else None
+        stack.enter_context(stock_works(request.directory, ModelError))
+        source = against_source.load_source(
+            request.directory, checkpoint, dtype, trust_remote_code=request.trust_remote_code, offload=scratch
+        )
+        use_eager_experts(source.config)
+        with torch.no_grad(), without_cache(source):
+            plain = _output(source(**inputs))
+        distance = against_source.compare_outputs(outputs["own loader"], plain)
+        compared = {"loaded_to": "disk" if offload else "memory", "output_distance": distance}
+        if not bool(torch.isfinite(plain).all()):
+            problems.append("the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype")
+        if rewritten:
+            problems += against_source.compare_reading(source, request.directory, dtype, request.trust_remote_code)
+            kept = not manifest["weights"] and all(change["keeps_function"] for change in changes)
+            blocks = getattr(source.config.get_text_config(), "num_hidden_layers", 1)
+            allowed = against_source.ROUNDING_UNITS * (blocks + 1) * torch.finfo(dtype).eps
+            if kept and not (distance is not None and distance <= allowed):  # NaN fails too
+                problems.append(
+                    f"outputs differ from the source's by {distance} of their size, {allowed:.3g} is allowed: "
+                    f"{', '.join(change['pass'] for change in rewritten)} should keep them"
+                )
+        else:
+            numbers, found_there = against_source.compare_tensors(source, own, dtype, prints, ties, manifest)
+            compared |= numbers
+            problems += found_there
+            if not changes and not found_there:
+                against_source.put_layers(source, own, manifest)
+                with torch.no_grad(), without_cache(source):
+                    outputs["source with the artifact's layers"] = _output(source(**inputs))
+        found["source"] = compared
+
+
+def _generate(model: Any, prompt: Any) -> int:
+    """How many new tokens `generate` makes of a prompt."""
+    import torch
+
+    made = model.generate(
+        prompt,
+        max_new_tokens=GENERATED_TOKENS,
+        min_new_tokens=GENERATED_TOKENS,
+        do_sample=False,
+        attention_mask=torch.ones_like(prompt),
+    )
+    return int(made.shape[1] - prompt.shape[1])
 
 
 def _compare_layers(
@@ -182,4 +316,11 @@ def _output(output: Any) -> Any:
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Answer `verify_in_child`, in the fresh process."""
     probe = Path(request["probe"]) if request["probe"] else None
-    return verify(Path(request["directory"]), probe, sealed=request["sealed"], deep=request["deep"])
+    return verify(
+        Path(request["directory"]),
+        probe,
+        sealed=request["sealed"],
+        deep=request["deep"],
+        source=Path(request["source"]) if request["source"] else None,
+        trust_remote_code=request["trust_remote_code"],
+    )

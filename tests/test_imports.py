@@ -15,8 +15,8 @@ PACKAGE = ROOT / "compressor"
 # layers of the tree, after docs/architecture.md; a unit is a module or a sub-package
 READING = {"recipe", "settings", "reference", "yaml_source"}
 ENGINE = {"plan", "sweep", "site", "run", "run_data", "journal", "units", "remodel", "reshape"}
-TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify"}
-STORING = {"artifact", "artifact_files", "manifest", "export", "modelling", "stock_loading"}
+TELLING = {"evaluate", "measure", "report", "compare", "gates", "verify", "against_source"}
+STORING = {"artifact", "artifact_files", "manifest", "export", "modelling", "stock_loading", "trial"}
 MODELS = {
     "structure",
     "model_building",
@@ -117,6 +117,7 @@ FORBIDDEN = {
     "export": READING | TELLING | OUTER | ENGINE - {"units"} | {"passes", "data"},
     "units": READING | TELLING | OUTER | ENGINE | {"passes", "data"},
     "verify": READING | OUTER | ENGINE - {"units"} | {"passes", "data", "evaluate", "measure", "report", "compare"},
+    "against_source": READING | OUTER | ENGINE - {"units"} | TELLING | {"passes", "data"},
     "evaluate": READING | OUTER | ENGINE - {"units"} | {"passes", "measure", "report", "compare"},
     "gates": READING | ENGINE | STORING | MODELS | OUTER | TELLING | {"passes", "layers", "protocol", "data"},
     "settings": ENGINE | STORING | MODELS | OUTER | TELLING - {"gates"} | {"recipe", "passes", "layers", "data"},

@@ -32,6 +32,7 @@ class FuseNorms(Pass):
 
     title: ClassVar[str] = "Norms folded into the weights around them; logits stay"
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024, section 3.2"
+    keeps_function: ClassVar[bool] = True
 
     @property
     def traits(self) -> Traits:

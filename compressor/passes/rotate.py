@@ -29,6 +29,7 @@ class Rotate(Pass):
 
     title: ClassVar[str] = "Residual stream rotated, so that rounding weights costs less; logits stay"
     paper: ClassVar[str] = "Ashkboos et al. 2024 (QuaRot), arXiv 2404.00456"
+    keeps_function: ClassVar[bool] = True
 
     rotation: Literal["hadamard", "random", "pca"] = Field(
         "hadamard", description="Randomized Hadamard, random orthogonal, or principal axes of calibration signals."

@@ -1,0 +1,121 @@
+"""The export format is tried with the model's class before any work."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+import yaml
+from test_stock_formats import assert_plain_transformers_computes_what_the_codes_stand_for
+
+from compressor import plan as planning
+from compressor import trial
+from compressor.errors import PreflightError
+from compressor.export import Route, next_route
+from compressor.plan import make_plan
+from compressor.recipe import parse_recipe
+from compressor.structure import read_structure
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+PATCHES = {**SIZES, "image_size": 32, "patch_size": 8}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# classes whose initialization reads `weight` of a Linear, which a packed module hasn't
+INITIALIZED = {
+    "modernbert": lambda: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(vocab_size=96, **SIZES, max_position_embeddings=128, **IDS, cls_token_id=1, sep_token_id=2)
+    ),
+    "modernbert decoder": lambda: hf.ModernBertDecoderForCausalLM(
+        hf.ModernBertDecoderConfig(vocab_size=96, **SIZES, max_position_embeddings=128, **IDS)
+    ),
+    "siglip vision": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**PATCHES)),
+    "ijepa": lambda: hf.IJepaModel(hf.IJepaConfig(**PATCHES)),
+    "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PATCHES)),
+    "gpt_bigcode": lambda: hf.GPTBigCodeForCausalLM(
+        hf.GPTBigCodeConfig(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=128, **IDS)
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, time_step_rank=32, **IDS)
+    ),
+}
+
+
+def recipe(bits=8, group_size=-1, **export):
+    steps = [{"pass": "rtn", "bits": bits, "group_size": group_size}]
+    return parse_recipe(yaml.safe_dump({"version": 1, "steps": steps, "export": export}).encode())
+
+
+@pytest.mark.parametrize("kind", INITIALIZED)
+def test_a_class_that_initializes_packed_weights_gets_dense_ones_while_loading(kind, tmp_path):
+    torch.manual_seed(0)
+    INITIALIZED[kind]().to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    plan = make_plan(recipe(), str(tmp_path / "m"))
+    assert not plan.problems and plan.route.name == "compressed-tensors" and plan.route.dequantize
+    assert "since otherwise the loader stops (AttributeError" in plan.route.reason
+    assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral", "bert", "vit", "phi3", "gemma3"])
+def test_a_class_without_such_rules_keeps_its_format(family, tmp_path):
+    plan = make_plan(recipe(), str(tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)))
+    assert not plan.problems and not plan.route.dequantize
+    assert plan.route.name == ("custom" if family == "gpt2" else "compressed-tensors")
+
+
+def test_two_schemes_take_the_modeling_file_since_the_loader_would_use_one_for_all(tmp_path):
+    INITIALIZED["modernbert"]().to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    steps = [
+        {"pass": "rtn", "bits": 8, "group_size": 32, "only": ["@attention"]},
+        {"pass": "rtn", "bits": 4, "group_size": 32, "except": ["@attention"]},
+    ]
+    plan = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": steps}).encode()), str(tmp_path / "m"))
+    assert not plan.problems and plan.route.name == "custom"
+    assert "plain transformers can't load compressed-tensors into this class" in plan.route.reason
+
+
+def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "try_loaders", lambda *_: "the loader stops (KeyError: 'x')")
+    (problem,) = make_plan(recipe(), str(tiny.save("llama", tmp_path / "m"))).problems
+    assert isinstance(problem, PreflightError) and "the format custom can't be loaded: the loader stops" in str(problem)
+    with pytest.raises(PreflightError, match="format custom"):
+        next_route(Route("custom", ""), "why", [], "custom", False)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "told"),
+    [
+        (lambda model: model.lm_head.weight.data.mul_(2), "computes something else"),
+        (lambda model: model.lm_head.weight.data.fill_(torch.nan), "computes something else"),
+        (lambda model: setattr(model, "forward", lambda **_: 1 / 0), "can't run (ZeroDivisionError"),
+    ],
+)
+def test_a_loader_whose_model_computes_something_else_is_found(break_it, told, tmp_path, monkeypatch):
+    plan = make_plan(recipe(), str(tiny.save("llama", tmp_path / "m")), prove=False)
+    load_stock = trial.load_stock
+
+    def broken(*arguments):
+        model, info = load_stock(*arguments)
+        break_it(model)
+        return model, info
+
+    assert trial.try_loaders(plan.structure, list(plan.forms.values()), plan.route) is None
+    monkeypatch.setattr(trial, "load_stock", broken)
+    assert told in trial.try_loaders(plan.structure, list(plan.forms.values()), plan.route)
+
+
+def test_the_twin_of_a_large_model_is_small(tmp_path):
+    """At the widths of Llama 3 8B: what is saved and loaded has a few hundred thousand parameters."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    structure = read_structure(tiny.save("llama", tmp_path / "m"))
+    config = hf.LlamaConfig(**sizes, **heads, bos_token_id=128000, eos_token_id=128001)
+    with torch.device("meta"):
+        structure.model = hf.LlamaForCausalLM(config)
+    plan = make_plan(recipe(), str(tmp_path / "m"), prove=False)
+    forms = [form for form in plan.forms.values()]
+    for form in forms:
+        object.__setattr__(form.weight, "shape", (4096, 14336) if "down" in form.weight.name else (4096, 4096))
+    change = next(trial._narrowings(config, structure, forms))
+    narrow = change()
+    assert (narrow.hidden_size, narrow.intermediate_size, narrow.head_dim, narrow.vocab_size) == (64, 224, 2, 512)
+    assert sum(p.numel() for p in hf.LlamaForCausalLM(narrow).parameters()) < 500_000

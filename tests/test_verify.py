@@ -1,0 +1,210 @@
+"""Verification against the source as stock transformers loads it: each planted fault is found, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from compressor import run as running
+from compressor.errors import ModelError
+from compressor.recipe import parse_recipe
+from compressor.run import compress
+from compressor.verify import verify
+
+RTN = {"pass": "rtn", "bits": 4, "group_size": 32}
+NONE = {"max_logit_difference": 0.0, "tolerance": 1.0, "generated_tokens": 8, "problems": [], "not_compared": None}
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Runs a recipe without the fresh process, which takes seconds; what it would check is checked in the test."""
+    monkeypatch.setattr(running.verify, "verify_in_child", lambda *args, **options: dict(NONE))
+
+    def build(model, output, *steps, **sections):
+        tree = {"version": 1, "steps": list(steps), "report": {"html": False}, **sections}
+        compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), output, measure=False)
+        return output
+
+    return build
+
+
+def found(artifact, source, **options):
+    return verify(artifact, None, sealed=False, deep=True, source=source, **options)
+
+
+CASES = {
+    "llama": ("llama", [RTN]),
+    "a custom format": ("llama", [{**RTN, "only": ["*", "@head"]}]),
+    "conv1d": ("gpt2", [RTN]),
+    "tied": ("qwen3", [RTN]),
+    "untied head": ("qwen3", [{**RTN, "only": ["*", "@head"]}]),
+    "experts": ("mixtral", [RTN]),
+    "dense experts": ("qwen3_moe", [{**RTN, "only": ["@attention"]}]),
+    "biases": ("bert", [{**RTN, "bits": 8, "symmetric": False}]),
+    "patches": ("vit", [{**RTN, "bits": 3}]),
+    "tables and rounded inputs": ("bert", [{"pass": "bct", "activations": "dynamic", "only": ["*", "@norm"]}]),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_sound_artifact_equals_its_source_in_memory_and_from_disk(kind, built, tmp_path):
+    family, steps = CASES[kind]
+    options = {"export": {"format": "custom"}} if kind == "a custom format" else {}
+    model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
+    artifact = built(model, tmp_path / "out", *steps, **options)
+    near, far = found(artifact, model), found(artifact, model, source_limit=0)
+    assert near["problems"] == [] and near["max_logit_difference"] == 0.0
+    assert near["source"]["weights"] > 0 and near["source"]["tensors"] > 0 and near["source"]["output_distance"] > 0
+    assert (near["source"].pop("loaded_to"), far["source"].pop("loaded_to")) == ("memory", "disk")
+    assert near == far
+
+
+def edit_tensors(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DOWN, NORM = "model.layers.0.mlp.down_proj", "model.layers.1.input_layernorm.weight"
+
+
+def rounded(tensors):
+    tensors[NORM] = tensors[NORM].bfloat16()
+
+
+def nudged(tensors):
+    tensors[NORM] = tensors[NORM].bfloat16().to(tensors[NORM].dtype)
+
+
+def swapped(tensors):
+    tensors[f"{DOWN}.weight"] = tensors[f"{DOWN}.weight"].flip(0)
+
+
+def scaled(tensors):
+    tensors[f"{DOWN}.weight"][:4] *= 0.5
+
+
+def swapped_dense(tensors):
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+
+
+# how the source was misread, as a checkpoint that reads so -> what verification says of the artifact made of that
+MISREAD = {
+    "another file": (lambda t: t.update({k: v + 0.01 * torch.randn_like(v) for k, v in t.items()}), "relative error"),
+    "rows swapped": (swapped, f"{DOWN} has a relative error of .* against the source"),
+    "scales of another size": (scaled, f"{DOWN} has a relative error of"),
+    "integer codes taken for weights": (
+        lambda t: t.update({f"{DOWN}.weight": (t[f"{DOWN}.weight"] * 300).round()}),
+        f"{DOWN} has a relative error of",
+    ),
+    "a parameter rounded": (nudged, f"{NORM} is not what the source holds, and no step touched it"),
+    "rows of what stays dense swapped": (swapped_dense, "embed_tokens.weight is not what the source holds"),
+}
+
+
+@pytest.mark.parametrize("fault", MISREAD)
+def test_an_artifact_of_a_misread_source_is_found(fault, built, tmp_path):
+    change, message = MISREAD[fault]
+    source = tiny.save("llama", tmp_path / "m")
+    shutil.copytree(source, tmp_path / "misread")
+    torch.manual_seed(1)
+    edit_tensors(tmp_path / "misread", change)
+    artifact = built(tmp_path / "misread", tmp_path / "out", {**RTN, "bits": 8})
+    assert found(artifact, tmp_path / "misread")["problems"] == []
+    problems = found(artifact, source)["problems"]
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+def router_packed(artifact):
+    """A dense router of which the artifact holds what 4 bits make of it."""
+    name = "model.layers.0.mlp.gate.weight"
+    edit_tensors(artifact, lambda t: t.update({name: (t[name] * 8).round() / 8}))
+
+
+def tied_head(artifact):
+    edit_tensors(artifact, lambda t: t.pop("lm_head.weight"))
+    edit_config(artifact, tie_word_embeddings=True)
+
+
+# what is done to a sound artifact -> what verification says
+DAMAGED = {
+    "rounded in another dtype": (lambda a: edit_tensors(a, rounded), f"{NORM} is not what the source holds"),
+    "a step's scales raised": (
+        lambda a: edit_tensors(a, lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"] * 1.25})),
+        f"{DOWN} has a relative error of",
+    ),
+    "tied": (tied_head, "lm_head.weight is not what the source holds"),
+    "another rope": (
+        lambda a: edit_config(a, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        "inv_freq is not what the source holds",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_a_damaged_artifact_is_found(fault, built, tmp_path):
+    change, message = DAMAGED[fault]
+    source = tiny.save("llama", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", {**RTN, "bits": 8})
+    change(artifact)
+    problems = found(artifact, source)["problems"]
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_dropped_tensor_is_found(built, tmp_path):
+    source = tiny.save("llama", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", RTN)
+    edit_tensors(artifact, lambda t: t.pop(NORM))
+    with pytest.raises(ModelError, match=f"has no tensor for {NORM}"):
+        found(artifact, source)
+
+
+def test_a_router_that_was_packed_is_found(built, tmp_path):
+    source = tiny.save("qwen3_moe", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", {**RTN, "bits": 8})
+    router_packed(artifact)
+    assert any("mlp.gate.weight is not what the source" in problem for problem in found(artifact, source)["problems"])
+
+
+def test_a_rotation_keeps_the_outputs_and_a_wrong_one_is_found(built, tmp_path):
+    source = tiny.save("llama", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", {"pass": "fuse_norms"}, {"pass": "rotate"})
+    sound = found(artifact, source)
+    assert sound["problems"] == [] and sound["source"]["output_distance"] < 1e-4
+    edit_tensors(artifact, lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].flip(0)}))
+    assert any("rotate should keep them" in problem for problem in found(artifact, source)["problems"])
+
+
+def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path, monkeypatch):
+    from compressor import against_source
+
+    source = tiny.save("llama", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", {"pass": "fuse_norms"})
+    read = against_source.read_parameter
+
+    def misread(name, *rest):
+        value = read(name, *rest)
+        return value.bfloat16() if name == NORM else value
+
+    monkeypatch.setattr(against_source, "read_parameter", misread)
+    (problem,) = found(artifact, source)["problems"]
+    assert problem == f"{NORM} was read from the source as something else than stock transformers reads"
+
+
+def test_without_its_source_verification_says_what_was_not_compared(built, tmp_path):
+    artifact = built(tiny.save("llama", tmp_path / "m"), tmp_path / "out", RTN)
+    sound = found(artifact, None)
+    assert sound["problems"] == [] and sound["source"] is None and "at hand" in sound["not_compared"]
