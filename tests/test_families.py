@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny
@@ -172,3 +173,32 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
     stream.hidden = finish_unit(structure, 1, stream)
     shared = next(value for value in stream.calls[0].kwargs.values() if hasattr(value, "keys"))
     assert not any(isinstance(part, Forgotten) for pair in shared.values() for part in pair)
+
+
+def reshaped(directory, *steps):
+    data = {"source": "random", "samples": 4, "length": 16}
+    tree = {"version": 1, "name": "t", "data": data, "steps": list(steps)}
+    plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode(), "t.yaml"), str(directory))
+    assert not plan.problems, plan.problems[0]
+    return plan.reshapes[-1]
+
+
+def test_a_stock_model_keeps_a_number_of_heads_that_its_config_takes(saved):
+    """Of 8 heads of 4 values 5 to 7 are no divisor of the width, which Llama's config refuses."""
+    step = {"pass": "vtrans", "target": 0.1, "sites": ["heads"], "export": "stock"}
+    config = reshaped(saved("llama", num_attention_heads=8, num_key_value_heads=8), step).after.model.config
+    assert config.num_attention_heads in (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "sparsity", "why"),
+    [
+        ("phi", {}, 0.25, r"has no gain to make up for the width"),
+        ("llama", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}, 0.3, r"not a multiple"),
+    ],
+)
+def test_what_cannot_be_narrower_everywhere_is_sliced_per_site(family, config, sparsity, why, saved):
+    step = {"pass": "slicegpt", "sparsity": sparsity, "orientation": "global", "round_to": 1}
+    found = reshaped(saved(family, **config), {"pass": "fuse_norms"}, step)
+    assert "compressed_modules" in found.remodel.config
+    assert any(re.search(why, note) for note in found.remodel.notes), found.remodel.notes
