@@ -36,10 +36,11 @@ from compressor.layers import find_layer
 from compressor.manifest import FORMAT_VERSION, model_class
 from compressor.manifest import read_manifest as read_manifest
 from compressor.modelling import VERSION, modelling_file
-from compressor.safetensors_file import Entry, TensorInfo, read_bytes, read_header, write_file
+from compressor.safetensors_file import NAMES, Entry, TensorInfo, read_bytes, read_header, write_file
 from compressor.structure import Structure, skeleton
 from compressor.trusted_code import check_kernels
 from compressor.units import Form
+from compressor.unused_tensors import Unused
 
 KERNELS = ("auto", "strict", "reference")
 
@@ -52,6 +53,11 @@ class Named:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    small: str | None = None  # as in TensorInfo
+
+    @property
+    def stored_as(self) -> str:
+        return self.small or NAMES[self.dtype]
 
 
 def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[str]]:
@@ -73,6 +79,24 @@ def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
+def carried(structure: Structure) -> list[Unused]:
+    """Tensors of the source that fill nothing in the model and go into the artifact as they are, bit for bit."""
+    return [unused for unused in structure.bindings.unused if unused.is_carried]
+
+
+def carried_tensors(structure: Structure) -> dict[str, TensorInfo]:
+    """Where the carried tensors lie, by name."""
+    return {unused.tensor: structure.checkpoint.tensors[unused.tensor] for unused in carried(structure)}
+
+
+def untied_copies(structure: Structure, forms: Sequence[Form], untied: bool) -> dict[str, str]:
+    """Parameter -> the tensor that it shared and has a copy of, where config.json comes to say that nothing is tied."""
+    own = {form.weight.parameter for form in forms}
+    bindings = structure.bindings
+    shared = {} if not untied else {name: source for name, source in bindings.tied.items() if name not in own}
+    return {name: bindings.sources[source][0].tensor for name, source in shared.items()}
+
+
 def write_artifact(
     directory: Path,
     structure: Structure,
@@ -91,11 +115,14 @@ def write_artifact(
     infos: dict[str, TensorInfo] = {}
     for unit in units:
         infos.update(read_header(unit))
-    named = [Named(name, info.dtype, info.shape, info.nbytes) for name, info in infos.items()]
+    infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, forms, untied).items()}
+    infos |= carried_tensors(structure)
+    named = [Named(name, info.dtype, info.shape, info.nbytes, info.small) for name, info in infos.items()]
     shards = assign_shards(named, shard_bytes)
     for file, names in shards.items():
         entries = [
-            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name])) for name in names
+            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name]), infos[name].small)
+            for name in names
         ]
         write_file(directory / file, entries)
     if len(shards) > 1:
@@ -116,7 +143,15 @@ def write_artifact(
     (directory / "recipe.yaml").write_text(recipe_yaml)
 
 
-def seal(directory: Path, *, architecture: str, route: Route, forms: Sequence[Form], source: dict[str, Any]) -> None:
+def seal(
+    directory: Path,
+    *,
+    architecture: str,
+    route: Route,
+    forms: Sequence[Form],
+    source: dict[str, Any],
+    carried: Sequence[Unused] = (),
+) -> None:
     """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -126,6 +161,7 @@ def seal(directory: Path, *, architecture: str, route: Route, forms: Sequence[Fo
         "reason": route.reason,
         "source": source,
         "weights": {form.weight.name: form.to_dict() for form in forms},
+        "carried": {unused.tensor: list(unused.reported) for unused in carried},
         "layers": {form.form: find_layer(form.form).__module__.partition(".")[0] for form in forms},
         "files": file_facts(directory),
     }
@@ -166,6 +202,9 @@ def load(
 
 def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
     """The model of an artifact on the CPU, with stored forms in place of weights."""
+    beside = manifest.get("carried", {})  # tensors that are nothing of this model's
+    own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
+    checkpoint = replace(checkpoint, tensors=own)
     forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
     dtype = _dtype(checkpoint)
@@ -182,7 +221,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
         matrix = layers[form.weight.name].matrix(dtype)
         return matrix.t() if form.weight.transposed else matrix
 
-    bindings = bind(model, _dense_view(checkpoint, forms))
+    bindings = bind(model, _dense_view(checkpoint, forms, dtype), dtype)
     modules = {
         form.weight.parameter.removesuffix(".weight"): name
         for name, form in forms.items()
@@ -191,7 +230,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
     for name in bindings.sources:
         if name.removesuffix(".weight") not in modules or not name.endswith(".weight"):
             value = read_parameter(name, bindings, read, model)
-            fill(name, value.to(dtype) if value.is_floating_point() else value, model)
+            fill(name, value.to(bindings.dtypes[name]), model)
     for target, origin in bindings.tied.items():
         owner, _, leaf = target.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
@@ -223,7 +262,7 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
         values = {key: value for key, value in read.items() if key not in left_out}
         config = cls.config_class(**values)
         choose_plain(config, values)
-        model = skeleton(class_for(cls, config), config, cached=True)
+        model = skeleton(class_for(cls, config), config, _dtype(checkpoint), cached=True)
         if model.can_generate() and (checkpoint.directory / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.directory)
     return model
@@ -254,25 +293,28 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _read_layer(checkpoint: Checkpoint, form: Form) -> Any:
     prefix = form.weight.name + "."
-    tensors = {
-        name.removeprefix(prefix): checkpoint.read(name)
-        for name in checkpoint.tensors
-        if name.startswith(prefix) and name != form.weight.bias
-    }
+    tensors = {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, form)}
     with _told_of(form.weight.name):
         return find_layer(form.form).from_tensors(form.spec, tensors)
 
 
-def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form]) -> Checkpoint:
+def _stored_names(checkpoint: Checkpoint, form: Form) -> list[str]:
+    """Tensors of a weight's stored form. A dense bias beside it, which may have been tied before, is none of them."""
+    prefix = form.weight.name + "."
+    has_dense_bias = not (form.weight.is_function or find_layer(form.form).holds_bias(form.spec))
+    dense = {form.weight.bias, f"{prefix}bias" if has_dense_bias else None}
+    return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
+
+
+def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form], dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with each stored weight under its dense name and shape, for translating names."""
     tensors = dict(checkpoint.tensors)
     for form in forms.values():
-        prefix = form.weight.name + "."
-        stored = [name for name in tensors if name.startswith(prefix) and name != form.weight.bias]
+        stored = _stored_names(checkpoint, form)
         if not stored:
             raise ArtifactError("none of its stored tensors is there", where=form.weight.name)
         shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
-        dense = replace(tensors[stored[0]], shape=shape)
+        dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:
             del tensors[name]
         if form.weight.tensor:

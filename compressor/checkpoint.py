@@ -1,5 +1,7 @@
 """Reads a Hugging Face checkpoint directory: headers first, tensors one at a time, never a pickle.
 
+Of several weight files it reads those that transformers' from_pretrained reads, and says which it leaves.
+
 Nothing outside the directory is touched: an index that names `../x`, or a link that leads out, is refused. The one
 exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
 """
@@ -10,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from compressor.safetensors_file import TensorInfo, read_bytes, read_header
 from compressor.side_files import SideFiles, find_side_files
 
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers' own name for its parts
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -34,11 +38,15 @@ class Checkpoint:
     """directory  the model's folder
     config     config.json, parsed
     tensors    checkpoint name -> where it lies
+    metadata   what the index of a sharded checkpoint says beside its files
+    unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype; a private copy."""
@@ -110,18 +118,23 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         kind = "a file" if directory.exists() else "nothing"
         raise ModelError(f"{kind} is there, a checkpoint directory is needed", where=str(directory))
     check_directory(directory)
+    _refuse_adapter(directory)
     config = _read_json(regular_file(directory, directory / "config.json"))
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.exists():
-        tensors = _sharded(directory, _read_json(regular_file(directory, index)))
-    elif single.exists():
-        tensors = read_header(regular_file(directory, single))
+    name = _weights_file(directory, config)
+    metadata: dict[str, Any] = {}
+    unread: list[str] = []
+    if name.endswith(".index.json"):
+        index = _read_json(regular_file(directory, directory / name))
+        tensors, files, unread = _sharded(directory, name, index)
+        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
     else:
-        raise _no_weights(directory)
+        tensors, files = read_header(regular_file(directory, directory / name)), {name}
     if not tensors:
         raise ModelError("the checkpoint holds no tensors", where=directory.name, hint="Download the model again.")
-    return Checkpoint(directory, config, tensors)
+    if others := _other_weights(directory, files):
+        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        unread.append(f"{name} is read, as transformers does; {shown} hold weights too, and are not read")
+    return Checkpoint(directory, config, tensors, metadata, tuple(unread))
 
 
 def resolve_model(name: str) -> Path:
@@ -171,32 +184,81 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _sharded(directory: Path, index: dict[str, Any]) -> dict[str, TensorInfo]:
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            "holds an adapter, which transformers adds to the weights where peft is installed",
+            where=f"{directory.name}/adapter_config.json",
+            hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
+            "or give a directory without it.",
+        )
+
+
+def _weights_file(directory: Path, config: dict[str, Any]) -> str:
+    """The file that transformers' from_pretrained starts with. raises ModelError if there is none to read"""
+    if parts := sorted(path.name for path in directory.glob("shard-*.safetensors") if DISTRIBUTED.match(path.name)):
+        raise ModelError(
+            f"the weights lie in parts of a distributed run ({parts[0]})",
+            where=directory.name,
+            hint="Load the model with transformers and save it with save_pretrained(DIR).",
+        )
+    stated = config.get("transformers_weights")
+    if stated is not None:
+        plain = isinstance(stated, str) and Path(stated).name == stated
+        if not plain or not stated.endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(
+                f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
+                where="config.json",
+                hint="Correct it, or remove it to read model.safetensors.",
+            )
+        return str(stated)
+    for name in (SINGLE, INDEX):
+        if (directory / name).is_file():
+            return name
+    raise _no_weights(directory)
+
+
+def _other_weights(directory: Path, read: set[str]) -> list[str]:
+    """Names of weight files that a torch user could take for the model's, beside those that are read; sorted."""
+    found = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern)}
+    return sorted(found - read)
+
+
+def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+    """Every tensor of the files that the index names, the files, and a sentence if tensors lie in more than one.
+
+    As in transformers the last file, by name, wins, and what the index says of single tensors is not looked at.
+    """
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
-        raise ModelError("has no usable `weight_map`", where="model.safetensors.index.json", hint="Download it again.")
+        raise ModelError("has no usable `weight_map`", where=where, hint="Download it again.")
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(mapping.values())):
+    files = sorted(set(mapping.values()))
+    twice: list[str] = []
+    for shard in files:
         if "/" in shard or "\\" in shard or shard in ("", ".", ".."):
             raise ModelError(
                 f"names the file {shard!r}, which is not a plain name in this directory",
-                where="model.safetensors.index.json",
+                where=where,
                 hint="Refused: a checkpoint must not reach outside its directory.",
             )
         path = directory / shard
         if not path.is_file():
             raise ModelError("shard is missing", where=shard, hint="Download the model again; the index names it.")
         held = read_header(regular_file(directory, path))
-        wanted = {name for name, file in mapping.items() if file == shard}
-        for problem, names in (("lacks", wanted - set(held)), ("holds unindexed", set(held) - wanted)):
-            if names:
-                raise ModelError(
-                    f"{problem} {len(names)} tensors, such as {min(names)}",
-                    where=shard,
-                    hint="Index and shards are not of one model.",
-                )
+        twice += sorted(held.keys() & tensors.keys())
         tensors.update(held)
-    return tensors
+    if lost := [name for name in mapping if name not in tensors]:
+        raise ModelError(
+            f"lacks {len(lost)} tensors, such as {min(lost)}",
+            where=mapping[min(lost)],
+            hint="Index and shards are not of one model.",
+        )
+    if not twice:
+        return tensors, set(files), []
+    last = tensors[twice[0]].file.name
+    told = f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
+    return tensors, set(files), [told]
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -23,7 +23,7 @@ def _inspect_artifact(directory: Path) -> dict[str, Any]:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
     forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    found = structure_of(_dense_view(checkpoint, forms), type(model), model.config).to_dict()
+    found = structure_of(_dense_view(checkpoint, forms, model.dtype), type(model), model.config).to_dict()
     for unit in found["units"]:
         for group in unit["groups"]:
             for weight in group:

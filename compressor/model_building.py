@@ -170,13 +170,15 @@ def refusal(
     )
 
 
-def empty_on_meta(cls: type[PreTrainedModel], config: PretrainedConfig, most_modules: int) -> PreTrainedModel:
-    """The model with parameters and buffers on the meta device; it costs no memory whatever the sizes are.
+def empty_on_meta(
+    cls: type[PreTrainedModel], config: PretrainedConfig, most_modules: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model made with `dtype`, all of it on the meta device; it costs no memory whatever the sizes are.
 
     raises  ValueError when it would have more than `most_modules` modules, and whatever the class raises
     """
     with torch.device("meta"), init.meta_device_safe_creation_ops(), _at_most(most_modules):
-        return cls._from_config(copy.deepcopy(config)) if hasattr(cls, "_from_config") else cls(config)
+        return cls._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

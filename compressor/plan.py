@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from compressor.artifact import Named, assign_shards
+from compressor.artifact import Named, assign_shards, carried_tensors, untied_copies
 from compressor.attention import replaced_implementations
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
@@ -37,6 +37,7 @@ from compressor.structure import Structure, prove_by_replay, read_structure
 from compressor.trial import try_loaders
 from compressor.trusted_code import auto_map, file_of, is_model_entry
 from compressor.units import Form
+from compressor.unused_tensors import TELLS
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
 # What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
@@ -88,6 +89,7 @@ class Plan:
     forms     weight name -> the form it will have (only those that change)
     counted_dense  of these the ones that may stay dense (`Pass.alternatives`) and would be larger for it
     functions activations, norms and softmax, if any step selects such
+    unused    tensors of the source that fill nothing in the model: name, bytes, reason, whether they are carried
     sizes     all in bytes; artifact_bytes counts what loading needs, not reports
     tries_loaders  whether the export format is tried on a small twin of the model
     """
@@ -106,6 +108,7 @@ class Plan:
     warnings: list[dict[str, str]] = field(default_factory=list)
     route: Route | None = None
     untied: bool = False
+    unused: list[dict[str, Any]] = field(default_factory=list)
     source_bytes: int = 0
     weight_bytes: int = 0
     artifact_bytes: int = 0
@@ -135,6 +138,7 @@ class Plan:
             "route": None if self.route is None else {"name": self.route.name, "reason": self.route.reason},
             "untied_head": self.untied,
             "side_files": self.source.checkpoint.side_files.to_dict(),
+            "unused_tensors": self.unused,
             "source_bytes": self.source_bytes,
             "predicted_weight_bytes": self.weight_bytes,
             "predicted_artifact_bytes": self.artifact_bytes,
@@ -234,14 +238,49 @@ def _complete(plan: Plan) -> None:
     touched = {weight.name for chosen in plan.selected.values() for weight in chosen}
     plan.skipped = [{"name": w.name, "reason": _why_skipped(w, structure)} for w in weights if w.name not in touched]
     plan.skipped += [{"name": weight.name, "reason": why} for _, weight, why in structure.whole]
-    if structure.bindings.dropped:
-        plan.warnings.append(
-            {
-                "code": "unused-tensors",
-                "where": ", ".join(structure.bindings.dropped[:4]),
-                "message": f"{len(structure.bindings.dropped)} tensors are unknown to {structure.architecture}",
-            }
+    plan.skipped += [{"name": name, "reason": f"stays dense: it {why}"} for name, why in structure.left_dense.items()]
+    _tell_of_the_checkpoint(plan)
+
+
+def _tell_of_the_checkpoint(plan: Plan) -> None:
+    """What lies in the source's directory and isn't part of the model that is compressed, as warnings."""
+    checkpoint, bindings = plan.source.checkpoint, plan.source.bindings
+    where = checkpoint.directory.name
+    plan.warnings += [{"code": "second-weights", "where": where, "message": told} for told in checkpoint.unread]
+    for name in bindings.apart:
+        message = (
+            "config.json ties it to a tensor that differs from its own, so it stays on its own, as in transformers"
         )
+        plan.warnings.append({"code": "not-tied", "where": name, "message": message})
+    carried = carried_tensors(plan.structure)
+    rows = [(unused, unused.is_carried and unused.tensor in carried) for unused in bindings.unused]
+    plan.unused = [
+        {
+            "name": unused.tensor,
+            "bytes": checkpoint.tensors[unused.tensor].nbytes,
+            "reason": TELLS[unused.reason],
+            "carried": is_carried,
+        }
+        for unused, is_carried in rows
+    ]
+    kept = [row for row in plan.unused if row["carried"]]
+    lost = [row for row, (unused, _) in zip(plan.unused, rows) if unused.is_carried and not row["carried"]]
+    architecture = plan.source.architecture
+    if kept:
+        message = f"{_count(kept)} that {architecture} doesn't use are carried into the artifact as they are"
+        plan.warnings.append({"code": "unused-tensors", "where": _some(kept), "message": message})
+    if lost:
+        changer = next(reshape.step.name for reshape in plan.reshapes if reshape.step.settings.rewrites)
+        message = f"{_count(lost)} that {architecture} doesn't use are left out: {changer} changes the model they fit"
+        plan.warnings.append({"code": "left-out-tensors", "where": _some(lost), "message": message})
+
+
+def _count(rows: list[dict[str, Any]]) -> str:
+    return f"{len(rows)} tensors ({sum(row['bytes'] for row in rows):,} bytes)"
+
+
+def _some(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(row["name"] for row in rows[:4])
 
 
 def parameter_count(structure: Structure) -> int:
@@ -547,14 +586,19 @@ def planned_tensors(plan: Plan) -> list[Named]:
     for tensor, unit in structure.unit_of.items():
         if tensor not in replaced:
             info = structure.checkpoint.tensors[tensor]
-            kind = structure.dtype if info.dtype.is_floating_point else info.dtype
+            kind = structure.bindings.dtype_of(tensor)
             size = info.nbytes // info.dtype.itemsize * kind.itemsize
             by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
     for unit, weight in [*structure.weights(), *plan.functions.all()]:
         if weight.name in stored:
             for name, kind, shape, size in _planned(stored[weight.name], structure.dtype):
                 by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
-    return [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
+    tensors = [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    copies = untied_copies(structure, list(stored.values()), plan.untied)
+    tensors += [replace(by_name[tensor], name=name) for name, tensor in copies.items()]
+    carried = carried_tensors(structure)
+    return tensors + [Named(name, i.dtype, i.shape, i.nbytes, i.small) for name, i in carried.items()]
 
 
 def _predict(plan: Plan) -> None:
@@ -569,10 +613,11 @@ def _predict(plan: Plan) -> None:
                     hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
                 )
             )
-    plan.untied = any(form.weight.parameter in tied for form in plan.forms.values())
-    if plan.untied:
+    shared = [form.weight.parameter for form in plan.forms.values() if form.weight.parameter in tied]
+    plan.untied = bool(shared or structure.bindings.apart)
+    if shared:
         message = "the head shares the embedding's weights; it gets its own and config.json says so"
-        plan.warnings.append({"code": "untied-head", "where": next(iter(tied)), "message": message})
+        plan.warnings.append({"code": "untied-head", "where": shared[0], "message": message})
     try:
         forms = list(plan.forms.values())
         plan.route = _tried_route(plan, forms)
@@ -596,7 +641,10 @@ def _predict(plan: Plan) -> None:
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = assign_shards(tensors, recipe.export.shard_bytes)
     data = sum(tensor.nbytes for tensor in tensors)
-    headers = sum(header_bytes((n, by_name[n].dtype, by_name[n].shape) for n in names) for names in shards.values())
+    headers = sum(
+        header_bytes((name, by_name[name].stored_as, by_name[name].shape) for name in names)
+        for names in shards.values()
+    )
     plan.weight_bytes = data + headers
     carried = structure.checkpoint.carried_config
     config = artifact_config(carried, plan.route, forms, structure.model, "bfloat16", plan.untied)

@@ -32,6 +32,7 @@ from compressor.stream import Residual
 from compressor.structure import Structure, structure_of
 from compressor.token_sites import find_token_sites
 from compressor.tracing import signature
+from compressor.unused_tensors import without_announcements
 
 # what transformers raises for a config whose numbers it doesn't take, and for a model that can't be made of one
 REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
@@ -90,6 +91,8 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
     raises ModelError if the model's class makes other shapes of that config
     """
     config = _config_after(structure, remodel)
+    if any(unused.is_carried for unused in structure.bindings.unused):  # they fit the model as it was, and stay behind
+        config = without_announcements(config, structure.model.config)
     tensors: dict[str, TensorInfo] = {}
     held = structure.model.state_dict()
     for name in structure.bindings.sources:
@@ -100,7 +103,11 @@ def remodelled(structure: Structure, remodel: Remodel) -> Structure:
             tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
     for name, shape in remodel.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[renumbered(name, structure, remodel)] = _info(structure, shape, None)
+            tensors[renumbered(name, structure, remodel)] = _info(structure, name, shape)
+    if not config.get("tie_word_embeddings", True):  # what shared more than a table has a tensor of its own then
+        for name, origin in structure.bindings.tied.items():
+            shape = remodel.shapes.get(name) or remodel.shapes.get(origin) or tuple(held[origin].shape)
+            tensors.setdefault(renumbered(name, structure, remodel), _info(structure, name, shape))
     return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
 
 
@@ -137,8 +144,9 @@ def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
     """A parameter as the checkpoint tensors that make it up: the inverse of `binding.read_parameter`."""
     sources = structure.bindings.sources[name]
-    if name not in structure.bindings.converters:
+    if name not in structure.bindings.rules:
         return {sources[0].tensor: value}
+    assert name not in structure.bindings.joined  # it got a tensor of its own (`_tensor_infos`)
     parts = {}
     for source in sources:
         assert source.rows is not None  # joined by rows, or the model was refused (`binding._placed`)
@@ -150,11 +158,12 @@ def _tensor_infos(
     structure: Structure, name: str, before: tuple[int, ...], shape: tuple[int, ...]
 ) -> dict[str, TensorInfo]:
     """The tensors that will make up a parameter that had one shape and gets another."""
-    infos = {}
+    infos: dict[str, TensorInfo] = {}
+    if name in structure.bindings.joined:  # its own name is right too, and then no rule has to be undone
+        return {name: _info(structure, name, shape)}
     for source in structure.bindings.sources[name]:
-        old = structure.checkpoint.tensors[source.tensor]
-        if name not in structure.bindings.converters:
-            infos[source.tensor] = _info(structure, shape, old)
+        if name not in structure.bindings.rules:
+            infos[source.tensor] = _info(structure, name, shape)
             continue
         assert source.rows is not None
         whole = source.rows == (0, before[1])
@@ -165,12 +174,14 @@ def _tensor_infos(
                 where=name,
                 hint="This model can't be reshaped.",
             )
-        infos[source.tensor] = _info(structure, (rows, *shape[2:]), old)
+        infos[source.tensor] = _info(structure, name, (rows, *shape[2:]))
     return infos
 
 
-def _info(structure: Structure, shape: tuple[int, ...], old: TensorInfo | None) -> TensorInfo:
-    dtype = structure.dtype if old is None or old.dtype.is_floating_point else old.dtype
+def _info(structure: Structure, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """Of a parameter that is or comes to be; one that was tied is held as what it shared."""
+    bindings = structure.bindings
+    dtype = bindings.dtypes.get(bindings.tied.get(name, name), structure.dtype)
     return TensorInfo(Path(), dtype, tuple(shape), 0, math.prod(shape) * dtype.itemsize)
 
 

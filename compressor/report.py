@@ -126,6 +126,7 @@ def build_report(
         ],
         "weights": weights,
         "skipped": plan.skipped,
+        "unused_tensors": plan.unused,
         "warnings": warnings,
         "verification": {**NOT_VERIFIED, **verification},
         "kernels": [

@@ -290,13 +290,12 @@ def _sites(work: Reshaper, embed: Embed, warnings: list[dict[str, str]]) -> Iter
 
 
 def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Tensor]:
-    """Every tensor that the new model keeps in this unit, by checkpoint name, in the model's dtype."""
+    """Every tensor that the new model keeps in this unit, by checkpoint name, in the dtype it is held in."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
     for name, now in _parameters_of(work, unit).items():
         value = site.written[name] if name in site.written else _value(work.structure, name)
-        if value.is_floating_point():
-            value = value.to(work.structure.dtype)
+        value = value.to(planned.bindings.dtypes[now])
         parts = split_parameter(planned, now, value)
         tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
     for tensor, part in tensors.items():

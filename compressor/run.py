@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from compressor import artifact, verify
 from compressor.checkpoint import model_label
 from compressor.data import Samples
 from compressor.environment import environment, peak_rss_bytes
-from compressor.errors import ArtifactError, GateError, Interrupted, PreflightError, UsageError
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
 from compressor.evaluate import Measured, evaluate, uncounted, unmeasured, weight_sizes
 from compressor.export import VERSION, Route
 from compressor.gates import check_gates, failed_gates
@@ -36,6 +36,7 @@ from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.units import Form
 
 Emit = Callable[[dict[str, Any]], None]
+REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
 LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
 
 
@@ -79,7 +80,7 @@ def compress(
         fingerprint = _fingerprint(plan, calibration, place)
         pinned = recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
-        try:
+        with _left_as_found(work, resume), closing(journal):
             job = Job(
                 source=model_label(model),
                 plan=replace(plan, recipe=pinned),
@@ -95,8 +96,6 @@ def compress(
             )
             with room(work):
                 report = _carry_out(job, stop)
-        finally:
-            journal.close()
         stop.close()
         target = _publish(job, report, output)
     emit({"event": "result", "status": report["status"], "output": str(target), "report": report})
@@ -261,7 +260,12 @@ def _seal(job: Job, forms: dict[str, Form]) -> None:
         "relative_errors": {name: errors.get(name) for name in forms},
     }
     artifact.seal(
-        job.built, architecture=structure.architecture, route=job.route, forms=list(forms.values()), source=source
+        job.built,
+        architecture=structure.architecture,
+        route=job.route,
+        forms=list(forms.values()),
+        source=source,
+        carried=artifact.carried(structure),
     )
 
 
@@ -385,6 +389,18 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
         raise UsageError(
             "an interrupted run lies there", where=str(work), hint="Continue it with --resume, or drop it with --fresh."
         )
+
+
+@contextmanager
+def _left_as_found(work: Path, resumed: bool) -> Iterator[None]:
+    """A refusal leaves nothing behind (docs/exit-codes.md), but for what an interrupted run had done before."""
+    try:
+        yield
+    except CompressError as error:
+        if error.exit_code in REFUSALS and not resumed:
+            with suppress(UsageError):  # someone put files of his own there: they stay, and the refusal is what is told
+                remove_work(work)
+        raise
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
 from compressor.errors import ModelError
+from compressor.load_dtypes import hold, load_dtype
 from compressor.model_building import (
     check_buffers,
     check_values,
@@ -38,6 +39,7 @@ from compressor.model_building import (
     parse_config,
     refusal,
 )
+from compressor.prequantized import refuse_stated
 from compressor.protocol import Group, Stage, Weight
 from compressor.replay import Batch, Pieces, hidden_of, output_of
 from compressor.tracing import (
@@ -53,14 +55,16 @@ from compressor.tracing import (
     trace,
 )
 from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
+from compressor.tying import part
 
 
 @dataclass
 class Structure:
     """A checkpoint, its model on the meta device, and what running it showed.
 
-    traced  what a run of its shallow twin showed
-    dtype   what stays dense
+    traced      what a run of its shallow twin showed
+    dtype       the model's; single parameters may be held in another (`bindings.dtypes`)
+    left_dense  parameter that is multiplied -> why it can't be compressed, as far as stages were asked for
     """
 
     checkpoint: Checkpoint
@@ -69,6 +73,7 @@ class Structure:
     bindings: Bindings
     traced: Traced
     dtype: torch.dtype
+    left_dense: dict[str, str] = field(default_factory=dict, repr=False)
     _stages: dict[int, list[Stage]] = field(default_factory=dict, repr=False)
 
     @property
@@ -131,7 +136,7 @@ class Structure:
         """Checkpoint tensor -> unit that stores it."""
         head = {product.parameter for product in self.traced.head}
         units = {}
-        for tensor, parameter in self.bindings.parameter_of().items():
+        for tensor, parameter in self.bindings.parameters_by_tensor.items():
             if parameter.startswith(self.pieces.blocks_path + "."):
                 units[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
             elif parameter in head or parameter.rpartition(".")[0] in self.traced.after:
@@ -146,13 +151,16 @@ class Structure:
 
     def parameters_of(self, unit: int) -> list[str]:
         """Parameter and buffer names that this unit's tensors fill."""
-        names = self.bindings.parameter_of()
-        return sorted({names[tensor] for tensor, at in self.unit_of.items() if at == unit})
+        units = self.unit_of
+        return sorted(name for name, sources in self.bindings.sources.items() if units[sources[0].tensor] == unit)
 
     def _weights(self, prefix: str, products: tuple[Product, ...], role: str | None) -> Iterator[Group]:
         grouped: dict[int | None, list[Weight]] = {}
         for product in products:
             name = prefix + product.parameter
+            if name in self.bindings.joined and not product.fused_experts:
+                self.left_dense[name] = self.bindings.joined[name]
+                continue
             parameter = self.model.get_parameter(name)
             kind = role or self._role(product, name, prefix)
             bias = self._bias(name)
@@ -207,7 +215,10 @@ class Structure:
             "blocks": self.pieces.blocks_path,
             "block_count": self.block_count,
             "tied": dict(self.bindings.tied),
-            "dropped": list(self.bindings.dropped),
+            "unused": [
+                {"name": unused.tensor, "reason": unused.reason, "bytes": self.checkpoint.tensors[unused.tensor].nbytes}
+                for unused in self.bindings.unused
+            ],
             "units": [
                 {
                     "name": names[unit],
@@ -231,20 +242,14 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
     raises ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be split
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    check_values(checkpoint)
     if checkpoint.is_compressed_artifact:
         raise ModelError(
             "is an artifact of this tool already",
             where=directory.name,
             hint="Start from the checkpoint it was made from.",
         )
-    if checkpoint.quantization_config is not None:
-        method = checkpoint.quantization_config.get("quant_method", "unknown")
-        raise ModelError(
-            f"the model is already quantized ({method})",
-            where=directory.name,
-            hint="Start from the original 16-bit or 32-bit checkpoint.",
-        )
+    check_values(checkpoint)
+    refuse_stated(checkpoint)
     config, cls = _config_and_class(checkpoint, trust_remote_code)
     return structure_of(checkpoint, cls, config, dtype)
 
@@ -253,12 +258,7 @@ def structure_of(
     checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
 ) -> Structure:
     """The structure of an open checkpoint whose model class is known."""
-    name, most = cls.__name__, most_modules(checkpoint)
-    empty = guarded(lambda config: empty_on_meta(cls, config, most), checkpoint, config, name, "it can't be built")
-    bindings = bind(empty, checkpoint)  # the sizes are those of the checkpoint from here on, so anything may be made
-    check_buffers(empty, checkpoint)
-    model = guarded(lambda config: skeleton(cls, config), checkpoint, config, name, "it can't be built")
-    model_dtype = _run_dtype(dtype, config, checkpoint)
+    checkpoint, model, bindings, model_dtype = bound_model(checkpoint, cls, config, dtype)
     pieces = Pieces(model, find_blocks(model))
 
     def traced(config: PretrainedConfig) -> Traced:
@@ -266,9 +266,36 @@ def structure_of(
 
     failed = "a small twin of it can't be run in pieces"
     run = partial(_run_whole, model, pieces, model_dtype, checkpoint)
-    shown = guarded(traced, checkpoint, config, name, failed, retry=run)
+    shown = guarded(traced, checkpoint, config, cls.__name__, failed, retry=run)
     pieces.answers = [shown.answers[signature(model.config, block, n)] for n, block in enumerate(pieces.blocks)]
     return Structure(checkpoint, model, pieces, bindings, shown, model_dtype)
+
+
+def bound_model(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
+) -> tuple[Checkpoint, PreTrainedModel, Bindings, torch.dtype]:
+    """A checkpoint's model on the meta device, each parameter in the dtype it is held in, and what fills it.
+
+    returns  the checkpoint as it is read (a shared tensor under its owner's name, ties as they are); model; bindings;
+             the model's dtype
+    """
+    model_dtype = load_dtype(dtype, config, checkpoint)
+    name, most, failed = cls.__name__, most_modules(checkpoint), "it can't be built"
+    empty = guarded(lambda config: empty_on_meta(cls, config, most, model_dtype), checkpoint, config, name, failed)
+    # the sizes are those of the checkpoint from here on, so anything may be made
+    bindings = bind(empty, checkpoint, model_dtype)
+    check_buffers(empty, checkpoint)
+    model = guarded(lambda config: skeleton(cls, config, model_dtype), checkpoint, config, name, failed)
+    if bindings.owned:  # from here on, and in the artifact, under the name that most checkpoints give it
+        tensors = {bindings.owned.get(name, name): info for name, info in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=tensors)
+        bindings = bind(empty, checkpoint, model_dtype)
+    if bindings.apart:
+        part(model, bindings.apart)
+        model.config.tie_word_embeddings = False  # what it stands for, also when it is read again
+        checkpoint = replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False})
+    hold(model, bindings.dtypes)
+    return checkpoint, model, bindings, model_dtype
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -422,15 +449,33 @@ def find_blocks(model: PreTrainedModel) -> str:
     return max(candidates, key=lambda name: (candidates[name], -len(name)))
 
 
-def skeleton(cls: type[PreTrainedModel], config: PretrainedConfig, *, cached: bool = False) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers, in eval mode.
+def skeleton(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, *, cached: bool = False
+) -> PreTrainedModel:
+    """The model made with `dtype`, parameters on the meta device and buffers real, in eval mode.
 
     cached  keep the key-value cache and the family's own expert kernels, as a user of the model wants them
     """
     config = copy.deepcopy(config) if cached else run_in_pieces(config)
     with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+        model = cls._from_config(config, dtype=dtype)
+    _compute_buffers(model)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute what the class computes once more, in float32: so from_pretrained does, which makes the model empty.
+
+    The constructor computes it in the model's dtype, and a 16-bit table of positions is another one.
+    """
+    models = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for path, module in model.named_modules():
+        if any(buffer is not None for buffer in module._buffers.values()):
+            owner = path
+            while owner not in models:
+                owner = owner.rpartition(".")[0]
+            models[owner]._init_weights(module)
 
 
 def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
@@ -482,16 +527,6 @@ def _code_of(checkpoint: Checkpoint, name: str, cls: Any, named: dict[str, list[
     config = named.get("AutoConfig", [])
     models = [ref for auto, refs in named.items() if is_model_entry(auto) for ref in refs if ref.endswith("." + name)]
     return list(dict.fromkeys([*config, *models]))
-
-
-def _run_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    if asked != "source":
-        return getattr(torch, asked)
-    stated = config.dtype
-    if isinstance(stated, torch.dtype):
-        return stated
-    floating = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
-    return max(set(floating), key=floating.count) if floating else torch.float32
 
 
 def _weight(

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
 from compressor.errors import ModelError
+from compressor.load_dtypes import hold_as_loaded
 from compressor.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
 from compressor.routing import ChoiceTrace
 
@@ -234,10 +235,13 @@ def make_twin(
     config = run_in_pieces(config)
     if device.type == "meta":
         with device:
-            return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TWIN_SEED)
-        return cls._from_config(config, dtype=dtype).eval().requires_grad_(False)
+            twin = cls._from_config(config, dtype=dtype)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(TWIN_SEED)
+            twin = cls._from_config(config, dtype=dtype)
+    hold_as_loaded(twin, dtype)
+    return twin.eval().requires_grad_(False)
 
 
 def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:

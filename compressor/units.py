@@ -73,7 +73,7 @@ class UnitSource:
         return sorted(tensor for tensor, at in self.structure.unit_of.items() if at == unit)
 
     def read(self, tensor: str) -> Tensor:
-        """A dense tensor by checkpoint name, floating ones in the model's dtype; stored weights are rebuilt.
+        """A dense tensor by checkpoint name, in the dtype that transformers holds it in; stored weights are rebuilt.
 
         raises ModelError for a source tensor that holds NaN or Inf
         """
@@ -82,8 +82,7 @@ class UnitSource:
             value = self.structure.checkpoint.read(tensor)
             if value.is_floating_point():
                 check_finite(tensor, value)
-                value = value.to(dtype)
-            return value
+            return value.to(self.structure.bindings.dtype_of(tensor))
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
@@ -166,7 +165,7 @@ def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch
     """Fill the model's parameters of one unit; everything else stays where it is."""
     for name in structure.parameters_of(unit):
         value = read_parameter(name, structure.bindings, source.read, structure.model)
-        fill(name, value.to(device), structure.model)
+        fill(name, value.to(device, structure.bindings.dtypes[name]), structure.model)
     for form in source.forms.values():
         if form.weight.parameter in structure.bindings.tied:  # an untied head has no tensor in the source
             fill(form.weight.parameter, source.read(form.weight.tensor).to(device), structure.model)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint import check_finite, open_checkpoint, resolve_model
 from compressor.errors import ModelError, PassError
-from compressor.safetensors_file import Entry, header_bytes, read_bytes, read_header, write_file
+from compressor.safetensors_file import NAMES, Entry, header_bytes, read_bytes, read_header, write_file
 from compressor.structure import read_structure
 from compressor.units import UnitSource
 
@@ -221,7 +221,7 @@ def test_files_are_written_as_the_library_writes_them(tmp_path):
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    predicted = header_bytes((name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
+    predicted = header_bytes((name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
     assert (tmp_path / "ours.safetensors").stat().st_size == size + predicted
     for name, info in read_header(tmp_path / "ours.safetensors").items():
         assert torch.equal(read_bytes(info), tensors[name])

@@ -135,7 +135,7 @@ def test_a_config_that_is_a_directory_is_refused(models, tmp_path):
 def test_buffers_larger_than_any_model_has_are_refused_with_the_key_that_makes_them(models):
     checkpoint = open_checkpoint(models["bert"])
     config = hf.BertConfig(**{**tiny.COMMON, "max_position_embeddings": 10**8})
-    huge = empty_on_meta(hf.BertForSequenceClassification, config, 1000)
+    huge = empty_on_meta(hf.BertForSequenceClassification, config, 1000, torch.float32)
     checkpoint.config["max_position_embeddings"] = 10**8
     with pytest.raises(ModelError, match=r"bytes of buffers.*\(1, 100000000\), after max_position_embeddings"):
         check_buffers(huge, checkpoint)
@@ -144,7 +144,7 @@ def test_buffers_larger_than_any_model_has_are_refused_with_the_key_that_makes_t
 def test_a_class_that_makes_ever_more_modules_is_ended():
     config = hf.LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 10**6})
     with pytest.raises(ValueError, match="more than 500 modules"):
-        empty_on_meta(hf.LlamaForCausalLM, config, 500)
+        empty_on_meta(hf.LlamaForCausalLM, config, 500, torch.float32)
 
 
 def test_no_key_is_blamed_where_the_model_runs_as_a_whole(models):

@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 import tiny
+import torch
 import transformers as hf
 
 from compressor.replay import Pieces
@@ -72,7 +73,7 @@ def residual_at(width, family, blocks):
 
 # both published by the authors' regression tests (microsoft/TransformerCompression), at 20 %
 def test_opt_125m_has_the_published_size():
-    model = skeleton(hf.OPTForCausalLM, hf.OPTConfig())  # its defaults are this model's
+    model = skeleton(hf.OPTForCausalLM, hf.OPTConfig(), torch.float32)  # its defaults are this model's
     shape = stream_shape(residual_at(768, "opt", 12), shapes_of(model))
     blocks = (SiteShape(3 * 768, 768 + 1), SiteShape(3072, 3072 + 1)) * 12
     kept = 12 * (3 * 768 + 3072) + 50272  # biases of readers, and the head's, made from the last norm's shift
@@ -91,6 +92,7 @@ def test_phi_2_has_the_published_size():
             num_attention_heads=32,
             partial_rotary_factor=0.4,
         ),
+        torch.float32,
     )
     shape = stream_shape(residual_at(2560, "phi", 32), shapes_of(model))
     assert per_site_parameters(shape, uniform_widths(shape, kept_width(2560, 0.2, 8))) == 2_391_772_160
