@@ -2,7 +2,7 @@
 
     python scripts/bench_threads.py [--json OUT] [--rounds 5] [--model llama:2048,4] [--before PYTHON]
 
-Under five minutes on two cores. Ends with 1 if a goal is missed.
+Ends with 1 if a goal is missed.
 
 Decoding: steps of a Llama with MLPs of four times its width, 4 bits in groups of 64, activations="int8", bfloat16, by
 processes that differ in settings alone: default ones; passive waiting asked for by name, which should be the same;
