@@ -70,7 +70,8 @@ def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) 
     try:
         stock, info = load_stock(directory, manifest)
     except Exception as error:  # whatever it makes of the class is the answer
-        return f"the loader stops ({type(error).__name__}: {str(error)[:200]})"
+        cause = error.__cause__ or error
+        return f"the loader stops ({type(cause).__name__}: {str(cause)[:200]})"
     for key in ("missing", "unexpected", "mismatched"):
         if info[f"{key}_keys"]:
             name = min(map(str, info[f"{key}_keys"]))
