@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -81,7 +82,9 @@ SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: steps.0.bits=3.")
 ]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads; results depend on it.", show_default=False)]
+ThreadsOpt = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="CPU threads; results depend on it.", show_default=False)
+]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
 NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]
@@ -524,6 +527,9 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
     if show_message is not None:  # of the parser of arguments
         message = show_message()
         return UsageError(message, hint="See compress-model --help.") if message else None
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return UsageError(f"a name of {len(name):,} signs is too long for a file", where=f"{name[:60]}...")
     if isinstance(error, RecursionError):
         return PreflightError(
             f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",

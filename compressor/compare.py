@@ -9,7 +9,9 @@ from typing import Any
 from compressor.checkpoint import open_checkpoint, resolve_model
 from compressor.errors import UsageError
 from compressor.gates import CHANGE, check_gates, split_gate
+from compressor.report import validate_report
 
+BAD_REPORT = "Copy the report again, or measure again with `compress-model eval`."
 VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
 
 
@@ -65,20 +67,27 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[st
 
 
 def _read_report(file: Path) -> dict[str, Any]:
+    import jsonschema
+
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text("utf-8"))
         kind = next((key for key in VERSIONS if key in report), None)
         if kind is None:
             raise UsageError("is not a report of this tool", where=str(file))
         if report[kind] != VERSIONS[kind]:
             raise UsageError(
-                f"{kind} {report[kind]} is unknown, this release reads {VERSIONS[kind]}",
+                f"{kind} {str(report[kind])[:40]} is unknown, this release reads {VERSIONS[kind]}",
                 where=str(file),
                 hint="Update compress-model.",
             )
+        validate_report(report)
         return report
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"is not a report ({error})", where=str(file)) from error
+    except jsonschema.ValidationError as error:
+        raise UsageError(f"{error.json_path}: {error.message[:160]}", where=str(file), hint=BAD_REPORT) from error
+    except OSError as error:
+        raise UsageError(f"can't be read ({error.strerror})", where=str(file), hint="Check the file.") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"is not a report ({str(error)[:160]})", where=str(file), hint=BAD_REPORT) from error
 
 
 def _name(path: Path, subject: dict[str, Any]) -> str:

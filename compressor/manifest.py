@@ -57,6 +57,8 @@ class _FileFacts(_Part):
 
 
 class _WeightEntry(_Part):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")  # a weight is made of all of it
+
     form: Identifier
     spec: dict[str, Any]
     name: str

@@ -232,3 +232,15 @@ def test_the_version_and_bare_help_are_shown(capsys):
 def test_passes_can_be_printed_for_a_page(capsys):
     assert main(["passes", "rtn", "--format", "markdown"]) == 0
     assert "| bits | 2 \\| 3 \\| 4 \\| 8 | 4 | Bits per weight. |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["plan", "NAME", "--model", "demo"], ["verify", "NAME"], ["report", "NAME"]])
+def test_a_name_too_long_for_a_file_is_a_users_mistake(arguments, capsys):
+    assert main([word.replace("NAME", "x" * 5000) for word in arguments]) == 2
+    said = capsys.readouterr().err
+    assert "is too long for a file" in said and "Traceback" not in said and len(said) < 300
+
+
+def test_more_threads_than_any_machine_has_are_a_users_mistake(capsys):
+    assert main(["run", "gptq-w4", "--model", "demo", "--output", "out", "--threads", str(10**20)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
