@@ -40,9 +40,9 @@ def _largest(runs: Runs, good: int, bad: int) -> int:
 
 
 def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
-    model = skeleton(cls, config)
+    model = skeleton(cls, config, torch.float32)
     shallow = shallow_config(config, model, Pieces(model, find_blocks(model)))
-    start = skeleton(cls, shallow)
+    start = skeleton(cls, shallow, torch.float32)
     for module in start.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # one number, as often as needed
