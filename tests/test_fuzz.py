@@ -230,7 +230,7 @@ def data(folder):
         writer.writeheader()
         writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), made / "a.parquet")
-    (made / "a.jsonl.gz").write_bytes(gzip.compress((made / "a.jsonl").read_bytes()))
+    (made / "a.jsonl.gz").write_bytes(gzip.compress((made / "a.jsonl").read_bytes(), mtime=0))
     return {path.name: path.read_bytes() for path in made.iterdir()}
 
 
