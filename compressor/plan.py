@@ -34,7 +34,7 @@ from compressor.remodel import check_remodel, facts_of
 from compressor.replaceable import why_not_replaceable
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
-from compressor.trial import try_loaders
+from compressor.trial import NoTwin, try_loaders
 from compressor.trusted_code import auto_map, file_of, is_model_entry
 from compressor.units import Form
 from compressor.unused_tensors import TELLS
@@ -667,8 +667,12 @@ def _tried_route(plan: Plan, forms: list[Form]) -> Route:
     package = FAMILIES[route.name].package if route.name in FAMILIES else None
     if not plan.tries_loaders or not forms or (package is not None and find_spec(package) is None):
         return route
-    while (why := try_loaders(structure, forms, route)) is not None:
-        route = next_route(route, why, forms, export.format, export.stock_only)
+    try:
+        while (why := try_loaders(structure, forms, route)) is not None:
+            route = next_route(route, why, forms, export.format, export.stock_only)
+    except NoTwin as reason:
+        message = f"whether {route.name} can be loaded was not tried: {reason}. The run finds out after its sweep."
+        plan.warnings.append({"code": "format-untried", "where": structure.architecture, "message": message})
     return route
 
 

@@ -42,17 +42,21 @@ VOCABULARY = 512
 MOST_PARAMETERS = 1 << 26  # of a twin that is tried; 128 MiB in 16 bits
 
 
+class NoTwin(Exception):
+    """No twin of the class could be made, or none is small enough; says why for the last one."""
+
+
 def try_loaders(structure: Structure, forms: Sequence[Form], route: Route) -> str | None:
     """Why an artifact of these forms and this format would not load or compute what it should; None if it would.
 
-    Tried are the formats of `EXAMPLES`, where a twin of the class is small enough.
+    Tried are the formats of `EXAMPLES`. raises NoTwin where there is nothing to try them on
     """
     if not {form.form for form in forms} <= EXAMPLES.keys():
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch:
             twin = _save_twin(structure, forms, Path(scratch) / "twin")
-            return None if twin is None else _try(twin, forms, route, Path(scratch) / "artifact")
+            return _try(twin, forms, route, Path(scratch) / "artifact")
     finally:
         logging.enable_progress_bar()
 
@@ -94,9 +98,10 @@ def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) 
     return None
 
 
-def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> Structure | None:
-    """A small checkpoint of the model's class; None if none of its twins is small enough."""
+def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> Structure:
+    """A small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
+    obstacle = ""
     cls = type(structure.model)
     shallow = shallow_config(structure.model.config, structure.model, structure.pieces)
     for change in _narrowings(shallow, structure, forms):
@@ -104,14 +109,15 @@ def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> 
             config = change()
             size = sum(p.numel() for p in make_twin(cls, config, torch.device("meta"), structure.dtype).parameters())
             if size > MOST_PARAMETERS:
+                obstacle = f"its smallest twin has {size:,} parameters, and up to {MOST_PARAMETERS:,} are tried"
                 continue
             twin = make_twin(cls, config, torch.device("cpu"), structure.dtype)
             twin.config.architectures = [structure.architecture]
             twin.save_pretrained(directory)
             return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
-        except Exception:  # the class or its config has rules for its sizes; the next one is nearer to the model's own
-            continue
-    return None
+        except Exception as error:  # rules for sizes, of the class or its config; the next is nearer to the model's own
+            obstacle = f"no small twin can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    raise NoTwin(obstacle)
 
 
 def _narrowings(

@@ -81,6 +81,16 @@ def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
         next_route(Route("custom", ""), "why", [], "custom", False)
 
 
+def test_a_format_that_was_not_tried_is_a_warning(tmp_path, monkeypatch):
+    model = str(tiny.save("llama", tmp_path / "m"))
+    monkeypatch.setattr(trial, "MOST_PARAMETERS", 10)
+    (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
+    assert "parameters, and up to 10 are tried" in warning["message"]
+    monkeypatch.setattr(trial, "_narrowings", lambda *_: [lambda: 1 / 0])
+    (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
+    assert "no small twin can be made (ZeroDivisionError: division by zero)" in warning["message"]
+
+
 @pytest.mark.parametrize(
     ("break_it", "told"),
     [
