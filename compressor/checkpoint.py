@@ -155,7 +155,7 @@ def resolve_model(name: str) -> Path:
     except HFValidationError as error:
         raise ModelError(
             "no such directory, and no name that a hub model can have",
-            where=repr(name[:200]),
+            where=name[:200] if name.isprintable() and name else repr(name[:200]),
             hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
         ) from error
     except LocalEntryNotFoundError as error:

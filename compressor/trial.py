@@ -10,8 +10,10 @@ two models have to compute the same. What a loader can't do with this class is f
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +56,8 @@ def try_loaders(structure: Structure, forms: Sequence[Form], route: Route) -> st
     if not {form.form for form in forms} <= EXAMPLES.keys():
         return None
     try:
-        with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch:
+        bars = io.StringIO()  # progress of libraries, whose user asked for the plan of a larger model
+        with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
             twin = _save_twin(structure, forms, Path(scratch) / "twin")
             return _try(twin, forms, route, Path(scratch) / "artifact")
     finally:
