@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../compressor/kernels/cpu/common.h"
@@ -10,7 +11,7 @@
 
 using namespace compressor;
 
-int check_ops(int64_t& calls);  // kernels_check_ops.cpp
+int check_ops(int64_t& calls, const std::string& name);  // kernels_check_ops.cpp
 int check_threads();  // kernels_check_threads.cpp; gives the library the threads with which all else is checked
 std::vector<int64_t> levels_here();
 
@@ -28,7 +29,12 @@ static void disturb(std::mt19937& random) {
   linear_weight_only(level_is_there(AVX2), 1, x.data(), FLOAT32, packed.data(), bytes, nullptr, 0, y, 8, 1, 512, 4, 512);  // as floats
 }
 
-int main() {
+// Without an argument everything is checked, with one the operations of that name alone (kernels_check_ops.cpp).
+int main(int count, char** arguments) {
+  if (count > 1) {
+    int64_t calls = 0;
+    return check_ops(calls, arguments[1]);
+  }
   if (const int wrong = check_threads()) return wrong;
   std::mt19937 random(1);
   const int64_t shapes[][4] = {{1, 64, 64, 64}, {3, 70, 192, 32}, {6, 130, 328, 64}, {2, 5, 13, 8}, {2, 1, 13, 16},
@@ -93,7 +99,7 @@ int main() {
   float x[8] = {}, y[8];
   if (!linear_weight_only(0, 1, x, FLOAT32, short_one.data(), 63, nullptr, 0, y, 1, 8, 8, 4, 8)) return 8;
   if (!linear_weight_only(0, 1, x, FLOAT32, foreign.data(), int64_t(foreign.size()), nullptr, 0, y, 1, 8, 8, 4, 8)) return 9;
-  if (const int wrong = check_ops(calls)) return wrong;
+  if (const int wrong = check_ops(calls, "")) return wrong;
   printf("%lld calls\n", (long long)calls);
   return 0;
 }
