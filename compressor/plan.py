@@ -536,6 +536,8 @@ def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[We
     """Without weights that no group size divides, where no pattern means them."""
     reasons = {}
     for weight in chosen:
+        if step.settings.stored(weight) in (None, DENSE):
+            continue
         try:
             step.settings.spec(weight)
         except WidthError:

@@ -68,7 +68,8 @@ def test_a_scripted_trace_computes_what_the_model_does():
 def test_a_batched_call_computes_what_the_model_does():
     model = each_kind()
     x = torch.stack([some(seed=seed) for seed in range(4)])
-    assert torch.allclose(torch.vmap(model)(x), model(x), atol=1e-4)
+    meant = model(x)  # all rows at once, which some levels sum in another order than a few
+    assert torch.allclose(torch.vmap(model)(x), meant, rtol=0, atol=1e-6 * float(meant.abs().max()))
 
 
 def test_casting_a_prepared_model_leaves_what_kernels_read_as_float32():
