@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from many_models import tiny_model
 from safetensors.torch import load_file, save_file
+from same_model import differences
 
 from compressor import artifact, verify
 from compressor.artifact import load
@@ -20,7 +21,6 @@ from compressor.errors import ModelError, UsageError
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.run import compress
-from compressor.same_model import differences
 from compressor.structure import _config_and_class, bound_model, read_structure
 from compressor.units import UnitSource, load_unit
 
