@@ -203,7 +203,7 @@ class Eights:
 @pytest.fixture
 def eights(monkeypatch):
     point = EntryPoint("eights", "test_modelling:Eights", "compressor.layers")
-    monkeypatch.setattr(layers, "entry_points", lambda group: (point,))
+    monkeypatch.setattr(layers, "_plugins", lambda path: (point,))
     return form("eights", {}, "m.0.eights")
 
 

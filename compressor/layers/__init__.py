@@ -7,7 +7,9 @@ the entry point group `compressor.layers`.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from compressor.errors import ArtifactError
@@ -40,7 +42,7 @@ BUILTIN = {
 def find_layer(form: str) -> type[Layer]:
     """The class of a stored form. Raises ArtifactError naming the known forms."""
     found = [BUILTIN[form]] if form in BUILTIN else []
-    plugins = [point for point in entry_points(group="compressor.layers") if point.name == form]
+    plugins = [point for point in _plugins(tuple(sys.path)) if point.name == form]
     if len(found) + len(plugins) > 1:
         raise ArtifactError(
             f"stored form {form!r} is defined {len(found) + len(plugins)} times",
@@ -52,3 +54,9 @@ def find_layer(form: str) -> type[Layer]:
         raise ArtifactError(f"unknown stored form {form!r}", hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)))
     module, _, name = found[0].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+@cache
+def _plugins(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Forms of other packages on this search path. Looking through all packages takes 20 ms, a plan asks 150 times."""
+    return tuple(entry_points(group="compressor.layers"))
