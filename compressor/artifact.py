@@ -313,6 +313,8 @@ def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form], dtype: torch.dty
         stored = _stored_names(checkpoint, form)
         if not stored:
             raise ArtifactError("none of its stored tensors is there", where=form.weight.name)
+        if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
+            raise ArtifactError(f"its bias {form.weight.bias!r} is not there", where=form.weight.name)
         shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:

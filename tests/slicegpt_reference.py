@@ -138,6 +138,7 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
         end = sliced.residual.end
         last = {end.module: sliced.whole.model.get_submodule(end.module)}
         with answering(last, {end.module: lambda h: normed(h, width, end.norm.eps)}):
+            sliced.whole.answers = sliced.pieces.answers  # the head runs alone
             return x, sliced.whole.head(batch, x)
 
 

@@ -459,7 +459,7 @@ def test_exit_code_5_for_a_model_or_plan_that_cannot_work(llama, tmp_path):
 
 def test_exit_code_6_for_a_missing_package(llama, tmp_path):
     """`datasets` made unimportable, as on a machine without it."""
-    path = write_recipe(tmp_path, data={"source": "dataset:some/name", "samples": 1})
+    path = write_recipe(tmp_path, data={**SMALL, "source": "dataset:some/name"})
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "datasets.py").write_text("raise ImportError('not installed')")
     command = [
