@@ -232,7 +232,7 @@ def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remo
     structure = read_structure(directory, dtype=str(dtype).removeprefix("torch."), trust_remote_code=trust_remote_code)
     read = UnitSource(structure).read
     problems = []
-    meant = dict(_source_names(source))
+    meant = dict(_tensors(source))
     for name in structure.bindings.sources:
         value = read_parameter(name, structure.bindings, read, structure.model)
         if name not in meant:
@@ -287,12 +287,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _source_names(source: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from _tensors(source)
-
-
 def _source_tensors(source: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, _ in _source_names(source):
+    for name, _ in _tensors(source):
         with _held(source, name) as value:
             yield name, value
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compressor.data_files import check_rows, is_dataset, read_rows
+from compressor.data_files import Columns, check_rows, is_dataset, read_rows
 from compressor.data_images import check_images, normalised, read_images
 from compressor.data_parts import EVALUATION, part_of_texts, positions_of
 from compressor.data_rows import Rows, texts_of, whole_labels
@@ -34,17 +34,9 @@ STDLIB_SHA256 = {
 DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
 
 
-class Settings(Protocol):
+class Settings(Columns, Protocol):
     """The `data` section of a recipe (`recipe.DataSettings`)."""
 
-    @property
-    def source(self) -> str: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def field(self) -> str: ...
     @property
     def samples(self) -> int: ...
     @property
