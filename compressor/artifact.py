@@ -238,8 +238,8 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
         find_layer(form).prepare(model)
     for module, name in modules.items():
         owner, _, leaf = module.rpartition(".")
-        if not forms[name].weight.is_function:
-            model.get_submodule(module)  # a matrix takes the place of a module; what is none is an error
+        if not (forms[name].weight.is_function or forms[name].weight.role == "shortcut"):
+            model.get_submodule(module)  # a matrix takes the place of a module, a shortcut's that of a parameter
         if forms[name].bias is None:
             layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype

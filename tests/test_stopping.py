@@ -34,7 +34,8 @@ from compressor.stopping import Stop, answered
 def hang():
         {hang}
 def say(words):
-    print(words, flush=True)
+    sys.stdout.write(words + '\\n')  # in one piece: two threads say theirs at once
+    sys.stdout.flush()
 try:
     with answered(Stop(), lambda: say('stopping'), lambda: say('last words'), 130, grace=2.0):
         say('ready')
