@@ -43,6 +43,7 @@ HERE = "compressor.evaluate"
 BOOTSTRAP_DRAWS = 1000
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS = 128, 32, 5
+SPEED_TOKENS = PREFILL_TOKENS + DECODE_TOKENS
 SPEED_BATCH = 32  # samples at once, of a model that answers for samples
 QUALITY = ("perplexity", "kl_divergence", "top1_agreement", "hidden_cosine", "accuracy")
 DIRECTION = {
@@ -91,11 +92,13 @@ def evaluate(
     *,
     threads: int,
     seed: int,
+    most_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Measured:
     """Quality, speed and saturation.
 
-    before  source checkpoint; None measures `after` alone
+    before       source checkpoint; None measures `after` alone
+    most_tokens  that the model takes at once, if they are less than `SPEED_TOKENS`
     raises  what `load_model` raises, and what `child.ask` does
     """
     tokens = scratch / "eval-samples.safetensors"
@@ -109,6 +112,7 @@ def evaluate(
         "batch_size": settings.batch_size,
         "seed": seed,
         "confidence": settings.confidence,
+        "most_tokens": most_tokens,
         "trust_remote_code": trust_remote_code,
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
@@ -198,7 +202,8 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
                 outputs.append(None)
                 continue
             value = stacked if samples.is_text else stacked.to(after.dtype)
-            with torch.no_grad(), without_cache(model):
+            directory = Path(request["before" if model is before else "after"])
+            with torch.no_grad(), without_cache(model), stock_works(directory, ModelError):
                 outputs.append(output_of(model(**{model.main_input_name: value})).float())
         wanted = None if labels is None else labels[numbers]
         for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
@@ -395,22 +400,25 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     load_seconds = time.perf_counter() - began
     samples = _read_samples(request)
     result: dict[str, Any] = {"load_seconds": load_seconds}
-    sample = samples.inputs[0][:PREFILL_TOKENS] if samples.is_text else samples.inputs[0].to(model.dtype)
+    most = request["most_tokens"] or SPEED_TOKENS
+    taken = min(PREFILL_TOKENS, most)
+    sample = samples.inputs[0][:taken] if samples.is_text else samples.inputs[0].to(model.dtype)
     inputs = {model.main_input_name: sample.unsqueeze(0)}
-    with torch.no_grad():
+    with torch.no_grad(), stock_works(directory, ModelError):
         model(**inputs)
         times = [_timed(lambda: model(**inputs)) for _ in range(SPEED_RUNS)]
         result["prefill_tokens_per_second"] = len(sample) / sorted(times)[SPEED_RUNS // 2] if samples.is_text else None
         result["decode_tokens_per_second"] = None
-        if model.can_generate() and _is_causal(model):
+        if _is_causal(model) and most > DECODE_TOKENS:
+            prompt = sample[: most - DECODE_TOKENS].unsqueeze(0)
             options = {
                 "max_new_tokens": DECODE_TOKENS,
                 "min_new_tokens": DECODE_TOKENS,
                 "do_sample": False,
-                "attention_mask": torch.ones_like(inputs["input_ids"]),
+                "attention_mask": torch.ones_like(prompt),
             }
-            model.generate(**inputs, **options)
-            times = [_timed(lambda: model.generate(**inputs, **options)) for _ in range(3)]
+            model.generate(prompt, **options)
+            times = [_timed(lambda: model.generate(prompt, **options)) for _ in range(3)]
             result["decode_tokens_per_second"] = DECODE_TOKENS / sorted(times)[1]
         if not _is_causal(model):
             many = {name: value.expand(SPEED_BATCH, *value.shape[1:]).contiguous() for name, value in inputs.items()}

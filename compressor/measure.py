@@ -14,13 +14,15 @@ import torch
 
 from compressor.artifact import MANIFEST, read_manifest
 from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.classes import class_for
 from compressor.data import Samples
 from compressor.environment import environment
-from compressor.errors import KernelError, UsageError
-from compressor.evaluate import evaluate
+from compressor.errors import KernelError, ModelError, UsageError
+from compressor.evaluate import SPEED_TOKENS, evaluate
 from compressor.export import VERSION, check_loader
 from compressor.gates import check_gates, compares_models, read_gates
 from compressor.kernels.dispatch import FALLBACKS
+from compressor.manifest import model_class
 from compressor.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.report import (
     append_summary,
@@ -31,8 +33,9 @@ from compressor.report import (
     validate_report,
     write_reports,
 )
-from compressor.run_data import read_evaluation_data
-from compressor.structure import config_of
+from compressor.run_data import check_length, read_evaluation_data
+from compressor.structure import class_of, config_of
+from compressor.token_limit import Limit, token_limit
 
 EVALUATION_VERSION = 1
 BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone
@@ -77,7 +80,9 @@ def measure_model(
         for place in (after.directory, before.directory if before else None):
             if place is not None and (place / MANIFEST).is_file():
                 check_loader(read_manifest(place)["route"])
-        samples = _samples(asked, directory, trust_remote_code)
+        limit = _token_limit(after, trust_remote_code)
+        asked = asked.fit_lengths(limit)
+        samples = _samples(asked, directory, limit, trust_remote_code)
         torch.set_num_threads(threads or torch.get_num_threads())
         with tempfile.TemporaryDirectory() as scratch:
             found = evaluate(
@@ -88,6 +93,7 @@ def measure_model(
                 Path(scratch),
                 threads=torch.get_num_threads(),
                 seed=asked.seed,
+                most_tokens=limit(SPEED_TOKENS),
                 trust_remote_code=trust_remote_code,
             )
         sizes = _sizes(before, after)
@@ -133,9 +139,30 @@ def check_kernels(kernels: list[dict[str, str]] | None) -> None:
         raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.")
 
 
-def _samples(asked: Recipe, directory: Path, trust_remote_code: bool) -> Samples:
+def _samples(asked: Recipe, directory: Path, limit: Limit, trust_remote_code: bool) -> Samples:
+    """raises PreflightError for samples that are longer than the model takes"""
     vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
-    return read_evaluation_data(asked, directory, vocabulary, trust_remote_code=trust_remote_code)
+    samples = read_evaluation_data(asked, directory, vocabulary, trust_remote_code=trust_remote_code)
+    if samples.is_text:
+        check_length(max(len(sample) for sample in samples.inputs), limit, "eval.data")
+    return samples
+
+
+def _token_limit(model: Checkpoint, trust_remote_code: bool) -> Limit:
+    """How many tokens the model of a checkpoint or artifact takes: its own blocks tell, as `plan` asks them."""
+    config = config_of(model.directory, trust_remote_code)
+    if (model.directory / MANIFEST).is_file():
+        cls = class_for(model_class(read_manifest(model.directory)["architecture"], MANIFEST), config)
+    else:
+        cls = class_of(model, trust_remote_code)
+
+    def limit(length: int) -> int | None:
+        try:
+            return token_limit(cls, config, length) if cls.main_input_name == "input_ids" else None
+        except ModelError:  # a class without a list of blocks, which can be measured all the same
+            return None
+
+    return limit
 
 
 def _settings(

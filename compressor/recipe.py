@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -33,6 +33,8 @@ from compressor.settings import (
 )
 from compressor.yaml_source import Path as KeyPath
 from compressor.yaml_source import Source, dotted, read_yaml
+
+Data = TypeVar("Data", bound=DataSettings)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,22 @@ class Recipe:
 
         measured = self.eval.model_copy(update={"data": pin(self.eval.data, held_out)})
         return replace(self, data=pin(self.data, calibration), eval=measured)
+
+    def fit_lengths(self, limit: Callable[[int], int | None]) -> Recipe:
+        """The recipe with each `length` that nobody set brought down to what a model takes.
+
+        limit  number of tokens -> None if the model takes them in one sample, else how many it takes
+        """
+        unset = [part.length for part in (self.data, self.eval.data) if "length" not in part.model_fields_set]
+        most = limit(max(unset)) if unset else None
+        if most is None:
+            return self
+
+        def fit(data: Data) -> Data:
+            is_free = "length" not in data.model_fields_set and data.length > most
+            return data.model_copy(update={"length": most}) if is_free else data
+
+        return replace(self, data=fit(self.data), eval=self.eval.model_copy(update={"data": fit(self.eval.data)}))
 
     def resolved(self) -> dict[str, Any]:
         """Every default filled in; reading it again gives the same recipe."""

@@ -22,7 +22,7 @@ from compressor.checkpoint import model_label
 from compressor.data import Samples
 from compressor.environment import environment, peak_rss_bytes
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
-from compressor.evaluate import Measured, evaluate, uncounted, unmeasured, weight_sizes
+from compressor.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
 from compressor.export import VERSION, Route
 from compressor.gates import check_gates, failed_gates
 from compressor.journal import Journal, has_begun, remove_work
@@ -33,6 +33,7 @@ from compressor.resources import room
 from compressor.run_data import check_samples, data_problems, read_data, vocabulary_of
 from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
+from compressor.token_limit import token_limit
 from compressor.units import Form
 
 Emit = Callable[[dict[str, Any]], None]
@@ -78,7 +79,7 @@ def compress(
             plan = _plan(recipe, model, output, trust_remote_code, emit)
             calibration, held_out = _read_data(plan, measure, trust_remote_code)
         fingerprint = _fingerprint(plan, calibration, place)
-        pinned = recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
+        pinned = plan.recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
         with _left_as_found(work, resume), closing(journal):
             job = Job(
@@ -284,6 +285,8 @@ def _verify(job: Job) -> dict[str, Any]:
 
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
+    model = job.plan.source.model
+    reads_tokens = vocabulary_of(job.plan.source) is not None
     return evaluate(
         job.plan.source.checkpoint.directory,
         job.built,
@@ -292,6 +295,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
         job.scratch,
         threads=torch.get_num_threads(),
         seed=job.recipe.seed,
+        most_tokens=token_limit(type(model), model.config, SPEED_TOKENS) if reads_tokens else None,
         trust_remote_code=job.trust_remote_code,
     )
 

@@ -6,6 +6,7 @@ documents, the run is refused. An evaluation alone reads the same samples as the
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from compressor.data import (
@@ -22,7 +23,7 @@ from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.recipe import Recipe
 from compressor.settings import DataSettings
 from compressor.structure import Structure
-from compressor.token_limit import token_limit
+from compressor.token_limit import Limit, token_limit
 
 
 def is_divided(recipe: Recipe) -> bool:
@@ -65,7 +66,7 @@ def data_problems(recipe: Recipe, structure: Structure, *, measure: bool) -> lis
         try:
             check_data(section, reads_pixels=reads_pixels)
             if not reads_pixels and (section.pack or section.source == "random"):  # samples of exactly this length
-                _check_length(section.length, structure, key)
+                check_length(section.length, _limit_of(structure), key)
         except CompressError as problem:
             problems.append(problem)
     return problems
@@ -89,15 +90,21 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
             where=key,
             hint="Tokenizer and model are not of one family.",
         )
-    _check_length(max(len(sample) for sample in samples.inputs), structure, key)
+    longest = max(len(sample) for sample in samples.inputs)
+    check_length(longest, _limit_of(structure), key)
 
 
-def _check_length(length: int, structure: Structure, key: str) -> None:
-    limit = token_limit(type(structure.model), structure.model.config, length)
-    if limit is not None:
+def check_length(length: int, limit: Limit, key: str) -> None:
+    """raises PreflightError for samples of more tokens than a model takes"""
+    most = limit(length)
+    if most is not None:
         raise PreflightError(
-            f"samples of {length} tokens, the model takes {limit}", where=f"{key}.length", hint=f"Set it to {limit}."
+            f"samples of {length} tokens, the model takes {most}", where=f"{key}.length", hint=f"Set it to {most}."
         )
+
+
+def _limit_of(structure: Structure) -> Limit:
+    return partial(token_limit, type(structure.model), structure.model.config)
 
 
 def _samples(

@@ -88,7 +88,7 @@ class DataSettings(Section):
     split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
     field: str = Field("text", description="Column or JSON key that holds the text, or chats.")
     samples: PositiveInt = Field(128, description="How many samples are drawn.")
-    length: int = Field(512, ge=2, description="Tokens per sample.")
+    length: int = Field(512, ge=2, description="Tokens per sample. Unset: 512, or what the model takes if it is less.")
     pack: bool = Field(True, description="Join documents and cut to exact length; false: one document a sample.")
     seed: int | None = Field(None, ge=0, lt=2**32, description="Choice of samples; null is the recipe's seed.")
     sha256: str | None = Field(None, pattern=SHA256, description="Hash that the data must have.")

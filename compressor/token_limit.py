@@ -19,6 +19,9 @@ from compressor.structure import find_blocks, skeleton
 from compressor.tracing import TWIN_TOKENS, make_twin, shallow_config
 
 Runs = Callable[[int], bool]
+Limit = Callable[
+    [int], int | None
+]  # number of tokens -> None if a model takes them in one sample, else how many it takes
 
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import junitparser
 import pytest
 import tiny
 import torch
+import transformers as hf
 import yaml
 from safetensors.torch import save_file
 
 from compressor.compare import read_subject
-from compressor.errors import KernelError, RecipeError, UsageError
+from compressor.data import demo_path
+from compressor.errors import KernelError, PreflightError, RecipeError, UsageError
 from compressor.evaluate import measure_quality, measure_speed, saturation, watch_ranges
 from compressor.gates import (
     GATE_NAMES,
@@ -41,6 +44,7 @@ def ask(tmp_path, before, after, inputs, metrics, labels=None):
         "metrics": metrics,
         "batch_size": 3,
         "seed": 0,
+        "most_tokens": None,
         "trust_remote_code": False,
     }
 
@@ -205,6 +209,31 @@ def test_an_evaluation_against_a_baseline_is_written_for_a_job_to_keep(two, tmp_
     assert read_subject(tmp_path / "eval")["metrics"] == report["metrics"]
     again = measure_model(str(two[1]), output=tmp_path / "eval", **options)  # its own directory is written again
     assert again["metrics"] == report["metrics"] and again["status"] == "ok"
+
+
+SHORT = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, n_positions=48)),
+    "gpt2 shorter than a measurement": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, n_positions=20)
+    ),
+    "roberta": lambda: hf.RobertaForMaskedLM(
+        hf.RobertaConfig(**{**tiny.COMMON, "vocab_size": 2048, "max_position_embeddings": 50, "pad_token_id": 1})
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_model_of_few_positions_is_measured_on_as_many(kind, tmp_path):
+    SHORT[kind]().save_pretrained(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_path() / name, tmp_path / "m")
+    path, few = str(tmp_path / "m"), ["eval.data.samples=4"]
+    report = measure_model(path, metrics="perplexity,speed", overrides=few)
+    length = 20 if "shorter" in kind else 48
+    assert report["settings"]["data"]["length"] == length and report["run"]["speed"]["prefill_tokens_per_second"]
+    assert (report["run"]["speed"]["decode_tokens_per_second"]["after"] is not None) is (kind == "gpt2")
+    with pytest.raises(PreflightError, match=f"samples of {length + 1} tokens, the model takes {length}"):
+        measure_model(path, metrics="speed", overrides=[*few, f"eval.data.length={length + 1}"])
 
 
 def built(folder, step):

@@ -133,6 +133,19 @@ def test_samples_longer_than_the_positions_that_a_model_has_are_refused_with_the
             problem()
 
 
+def test_a_length_that_nobody_set_is_what_the_model_takes(roberta, tmp_path):
+    step = {"pass": "gptq", "bits": 8, "group_size": 32}
+    tree = {"version": 1, "steps": [step], "data": {"source": "random"}, "eval": {"data": {"length": 65}}}
+    plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode()), str(roberta.checkpoint.directory), prove=False)
+    assert (plan.recipe.data.length, plan.recipe.eval.data.length) == (
+        64,
+        65,
+    )  # one that was set is refused, not changed
+    assert [problem.where for problem in data_problems(plan.recipe, roberta, measure=True)] == ["eval.data.length"]
+    fitting = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": [step]}).encode()), "demo", prove=False)
+    assert (fitting.recipe.data.length, fitting.recipe.eval.data.length) == (512, 512)
+
+
 def _raise(error):
     raise error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -60,6 +62,17 @@ def test_a_class_without_such_rules_keeps_its_format(family, tmp_path):
     plan = make_plan(recipe(), str(tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)))
     assert not plan.problems and not plan.route.dequantize
     assert plan.route.name == ("custom" if family == "gpt2" else "compressed-tensors")
+
+
+@pytest.mark.parametrize("route", ["auto", "custom"])
+def test_a_twin_needs_no_code_that_the_config_of_the_model_names(route, tmp_path):
+    """Checkpoints of classes that transformers has by now (Phi-3, Qwen) still name the files they began with."""
+    path = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    values = json.loads((path / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (path / "config.json").write_text(json.dumps(values))
+    plan = make_plan(recipe(format=route), str(path))
+    assert not plan.problems and not [found for found in plan.warnings if found["code"] == "format-untried"]
 
 
 def test_two_schemes_take_the_modeling_file_since_the_loader_would_use_one_for_all(tmp_path):
