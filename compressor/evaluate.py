@@ -142,7 +142,7 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
     """Bytes of the weight files before and after, by class of tensor. Headers are counted in the totals."""
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure
-    table = getattr(structure.model.get_input_embeddings(), "weight", None)  # a ViT's is a module of modules
+    table = _input_table(structure.model)
     embedded = {name for name, parameter in structure.model.named_parameters() if parameter is table}
     head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
     parameter = structure.bindings.parameter_of()
@@ -175,6 +175,14 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any],
         "predicted_artifact_bytes": plan.artifact_bytes,
         "parameters": parameters,
     }
+
+
+def _input_table(model: Any) -> Tensor | None:
+    """The table that a model looks tokens up in; None where it has none, as of images."""
+    try:
+        return getattr(model.get_input_embeddings(), "weight", None)  # a ViT's is a module of modules
+    except NotImplementedError:  # so transformers answers for SwiftFormer, a network of convolutions
+        return None
 
 
 def load_model(directory: Path, trust_remote_code: bool) -> Any:

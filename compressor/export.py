@@ -240,10 +240,10 @@ def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> b
     """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
-    rows = {  # a convolution or a class token has three dimensions too, and no rule joins it
+    rows = {  # a class token has three dimensions too, and no rule joins it; a depthwise convolution holds no matrices
         name: value.shape[0] * value.shape[1]
         for name, value in model.named_parameters()
-        if value.dim() == 3 and any(pattern.search(name) for pattern in joined)
+        if value.dim() == 3 and min(value.shape[1:]) > 1 and any(pattern.search(name) for pattern in joined)
     }
     for form in forms:
         if form.weight.expert is not None:

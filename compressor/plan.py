@@ -386,11 +386,12 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
             plan.problems.append(problem)
             chosen = []
         chosen = _without_shared_tables(plan, step, chosen, weights, where)
-        reasons = {
-            weight.name: why
-            for weight in chosen
-            if (why := whole.get(weight.name) or why_not_replaceable(plan.structure.model, weight, known))
-        }
+        reasons = {}
+        for weight in chosen:
+            is_read = plan.structure.is_read_elsewhere(weight)
+            why = whole.get(weight.name) or why_not_replaceable(plan.structure.model, weight, known, is_read)
+            if why is not None:
+                reasons[weight.name] = why
         plan.selected[step.path] = _without_unfit(plan, step, chosen, reasons)
 
 

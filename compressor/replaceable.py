@@ -2,12 +2,16 @@
 
 A stored form stands for a module that multiplies by its weight, adds its bias and does no more. A router that also
 picks experts, or a parameter that is no module's `weight`, has no such place: it can be quantized, but nothing that
-loads the artifact would compute with it.
+loads the artifact would compute with it. Nor has a module whose `weight` other code reads, be it for its dtype: a
+stored form has none.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +27,16 @@ TOLERANCE = 1e-3
 ROWS = 3  # of the input that a module is tried with
 
 
-def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type, bool]) -> str | None:
+def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type, bool], is_read: bool) -> str | None:
     """What keeps a stored form from taking the place of a weight's module; None if nothing does.
 
     Tables are looked up and experts are stored by their names in the checkpoint, so both have rules of their own.
 
-    known  class of module -> whether it multiplies and does no more; what is found out is added
+    known    class of module -> whether it multiplies and does no more; what is found out is added
+    is_read  code reads the weight that isn't its module's own (`watch_reads`)
     """
+    if is_read:
+        return "is read by other code than its module's own, where a stored form has no such tensor"
     if weight.expert is not None or weight.role in ("embedding", "shortcut") or weight.is_function:
         return None
     owner, _, leaf = weight.parameter.rpartition(".")
@@ -42,6 +49,38 @@ def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type
     if known[cls]:
         return None
     return f"belongs to a {type(module).__name__}, which does more than multiply by it"
+
+
+@contextmanager
+def watch_reads(model: nn.Module) -> Iterator[set[str]]:
+    """The parameters called `weight` that are read while no module's own forward that holds them runs."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules() if "weight" in module._parameters}
+    running: dict[nn.Module, int] = dict.fromkeys(names, 0)
+    read: set[str] = set()
+    plain = nn.Module.__getattr__
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        running[module] += 1
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        running[module] -= 1
+
+    def watched(module: nn.Module, name: str) -> Any:
+        if name == "weight" and running.get(module) == 0:
+            read.add(names[module])
+        return plain(module, name)
+
+    handles: list[Any] = []
+    for module in names:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    nn.Module.__getattr__ = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield read
+    finally:
+        nn.Module.__getattr__ = plain  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
 
 
 def _computes_product(module: nn.Module) -> bool:

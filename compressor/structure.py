@@ -131,6 +131,16 @@ class Structure:
                     found.append((index + 1, Weight(name, source.tensor, prefix + parameter, shape, "experts"), why))
         return found
 
+    def is_read_elsewhere(self, weight: Weight) -> bool:
+        """Whether code reads this weight that isn't its module's own (`compressor.replaceable.watch_reads`)."""
+        prefix = self.pieces.blocks_path + "."
+        if not weight.parameter.startswith(prefix):
+            return weight.parameter in self.traced.read[None]
+        number, _, name = weight.parameter.removeprefix(prefix).partition(".")
+        block = self.pieces.blocks[int(number)]
+        kind = signature(self.model.config, block, int(number))
+        return name in self.traced.read[kind] or f"{prefix}*.{name}" in self.traced.read[None]
+
     @cached_property
     def unit_of(self) -> dict[str, int]:
         """Checkpoint tensor -> unit that stores it."""

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.classes import is_reshaped, reshaping
 from compressor.errors import ModelError
 from compressor.load_dtypes import hold_as_loaded
+from compressor.replaceable import watch_reads
 from compressor.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
 from compressor.routing import ChoiceTrace
 
@@ -55,6 +56,7 @@ class Traced:
     head     products of the head
     after    modules outside the blocks that were used only after the last block
     tables   what the stem looks rows up in
+    read     kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
@@ -63,6 +65,7 @@ class Traced:
     head: tuple[Product, ...]
     after: set[str]
     tables: tuple[Product, ...]
+    read: dict[Kind | None, frozenset[str]]
 
 
 def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
@@ -111,23 +114,27 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
     ]
     try:
-        hidden, calls = pieces.stem(batch)
+        with watch_reads(twin) as stem_read:
+            hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
         whole: dict[Kind, dict[str, str]] = {}
         answers: dict[Kind, Answer] = {}
+        read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
             kind = signature(twin.config, block, index)
-            with ChoiceTrace(dict(block.named_parameters())) as traced:
+            with ChoiceTrace(dict(block.named_parameters())) as traced, watch_reads(block) as seen:
                 hidden = pieces.block(index, hidden, call)
             if kind not in groups:
+                read[kind] = frozenset(seen)
                 groups[kind], whole[kind] = _grouped(traced, block), traced.whole
                 answers[kind] = pieces.answers[index]
         found: list[LinearCall] = []
         watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
-        with LinearCalls(watched, found.append):
+        with LinearCalls(watched, found.append), watch_reads(twin) as seen:
             pieces.head(batch, hidden)
+        read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
     finally:
         for handle in handles:
             handle.remove()
@@ -148,7 +155,13 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         name for name in dict.fromkeys(used) if name in before and type(twin.get_submodule(name)) is nn.Embedding
     ]
     tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
-    return Traced(groups, whole, answers, tuple(products), set(used) - before, tables)
+    return Traced(groups, whole, answers, tuple(products), set(used) - before, tables, read)
+
+
+def _of_any_block(name: str, path: str) -> str:
+    """A parameter's name, with a star for the number of its block."""
+    inside = name.removeprefix(path + ".")
+    return name if inside == name else f"{path}.*.{inside.partition('.')[2]}"
 
 
 def _grouped(traced: ChoiceTrace, block: nn.Module) -> tuple[tuple[Product, ...], ...]:

@@ -94,7 +94,8 @@ def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) 
         return f"the loaded model can't run ({type(error).__name__}: {str(error)[:200]})"
     if route.name in FAMILIES and FAMILIES[route.name].forward is not None:
         return None  # layers with roundings of their own
-    allowed = (len(twin.pieces) + 1) * torch.finfo(stock.dtype).eps * float(expected.abs().max())
+    numbers = torch.finfo(stock.dtype)
+    allowed = max((len(twin.pieces) + 1) * numbers.eps * float(expected.abs().max()), numbers.tiny)
     difference = float((found - expected).abs().max())
     if not difference <= allowed:  # NaN fails too
         return f"the loader's model computes something else (outputs differ by {difference:.3g})"

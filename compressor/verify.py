@@ -148,15 +148,18 @@ def verify(
         if not torch.equal(outputs.pop("stock loader, second run"), by_stock):
             problems.append("stock loader: a second run gives other outputs")
         stock = None
+    failure = theirs = None
     if can_generate and "input_ids" in inputs:
-        found["generated_tokens"] = _generate(own, inputs["input_ids"][:1, :8])
-        if found["generated_tokens"] != GENERATED_TOKENS:
-            problems.append(f"generate made {found['generated_tokens']} of {GENERATED_TOKENS} tokens")
+        found["generated_tokens"], failure = _generate(own, inputs)
     if source is None:
         found["not_compared"] = "the source wasn't at hand"
     else:
-        request = SourceRequest(source, trust_remote_code, source_limit)
-        _compare_source(request, own, checkpoint, manifest, prints, ties, inputs, outputs, found)
+        request = SourceRequest(source, trust_remote_code, source_limit, generates=failure is None)
+        theirs = _compare_source(request, own, checkpoint, manifest, prints, ties, inputs, outputs, found)
+    if failure is not None and failure == theirs:
+        found["notes"].append(f"no tokens were generated, since the source can't either: {failure}")
+    elif failure is not None:
+        problems.append(f"generate fails: {failure}")
     reference = expected if expected is not None else next(iter(outputs.values())).float()
     found["tolerance"] = float((blocks + 1) * eps * reference.abs().max())
     differences = {name: float((value.float() - reference).abs().max()) for name, value in outputs.items()}
@@ -171,11 +174,15 @@ def verify(
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """The checkpoint that an artifact is compared with; `limit` as `verify` has it."""
+    """The checkpoint that an artifact is compared with; `limit` as `verify` has it.
+
+    generates  the artifact's model can generate; where it can't the source is asked, too
+    """
 
     directory: Path
     trust_remote_code: bool
     limit: int | None
+    generates: bool
 
 
 def _compare_source(
@@ -188,11 +195,12 @@ def _compare_source(
     inputs: dict[str, Any],
     outputs: dict[str, Any],
     found: dict[str, Any],
-) -> None:
+) -> str | None:
     """Compare with the source, as `compressor.against_source` has it; adds to `found` and, to be judged, to `outputs`.
 
     own       the artifact by `compressor.load`; its layers go into the source's model
     artifact  its checkpoint
+    returns   why the source can't generate either, if it was asked
     """
     import tempfile
 
@@ -210,7 +218,7 @@ def _compare_source(
     checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
     if (reason := against_source.why_not_comparable(checkpoint)) is not None:
         found["not_compared"] = reason
-        return
+        return None
     dtype = getattr(torch, artifact.config["dtype"])
     rewritten = [change for change in changes if change["rewrites"]]
     offload = against_source.does_not_fit(checkpoint, dtype, request.limit)
@@ -223,6 +231,7 @@ def _compare_source(
         use_eager_experts(source.config)
         with torch.no_grad(), without_cache(source):
             plain = _output(source(**inputs))
+        failure = None if request.generates else _generate(source, inputs)[1]
         distance = against_source.compare_outputs(outputs["own loader"], plain)
         compared = {"loaded_to": "disk" if offload else "memory", "output_distance": distance}
         if not bool(torch.isfinite(plain).all()):
@@ -246,20 +255,30 @@ def _compare_source(
                 with torch.no_grad(), without_cache(source):
                     outputs["source with the artifact's layers"] = _output(source(**inputs))
         found["source"] = compared
+    return failure
 
 
-def _generate(model: Any, prompt: Any) -> int:
-    """How many new tokens `generate` makes of a prompt."""
+def _generate(model: Any, inputs: dict[str, Any]) -> tuple[int | None, str | None]:
+    """How many new tokens `generate` makes of a prompt, or why it makes another number than it should."""
     import torch
 
-    made = model.generate(
-        prompt,
-        max_new_tokens=GENERATED_TOKENS,
-        min_new_tokens=GENERATED_TOKENS,
-        do_sample=False,
-        attention_mask=torch.ones_like(prompt),
-    )
-    return int(made.shape[1] - prompt.shape[1])
+    from compressor.resources import ran_out
+
+    prompt = inputs["input_ids"][:1, :8]
+    try:
+        made = model.generate(
+            prompt,
+            max_new_tokens=GENERATED_TOKENS,
+            min_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            attention_mask=torch.ones_like(prompt),
+        )
+    except Exception as error:  # any: what a class makes of a cache, or of few blocks, is its own
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+    count = int(made.shape[1] - prompt.shape[1])
+    return count, None if count == GENERATED_TOKENS else f"it makes {count} of {GENERATED_TOKENS} tokens"
 
 
 def _compare_layers(

@@ -8,7 +8,9 @@ import re
 import pytest
 import tiny
 import torch
+import transformers as hf
 import yaml
+from many_models import tiny_config
 
 from compressor.errors import CompressError
 from compressor.plan import make_plan
@@ -100,6 +102,30 @@ def test_a_named_weight_that_cannot_be_stored_is_a_problem_of_the_plan(family, o
     assert [p.exit_code for p in plan.problems] == [5]
     with pytest.raises(CompressError, match=reason):
         raise plan.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("RwkvForCausalLM", "attention.output"),  # rescaled by the model, before any block runs
+        ("HYV4ForCausalLM", "indexer.weights_proj"),  # asked for its dtype
+    ],
+)
+def test_a_weight_that_other_code_reads_stays_dense(kind, name, tmp_path):
+    cls = getattr(hf, kind)
+    cls._from_config(tiny_config(cls)).save_pretrained(tmp_path / "m")
+    plan = planned(tmp_path / "m")
+    assert not plan.problems and plan.forms
+    read = {weight.name for _, weight in plan.structure.weights() if plan.structure.is_read_elsewhere(weight)}
+    assert read and not read & set(plan.forms)
+    told = [warning["message"] for warning in plan.warnings if warning["code"] == "stays-dense"]
+    assert any(name in message and "is read by other code" in message for message in told)
+
+
+def test_a_weight_that_its_own_module_reads_alone_is_not_among_them(saved):
+    for family in ("llama", "mixtral", "bert", "gpt2"):
+        structure = planned(saved(family)).structure
+        assert not any(structure.is_read_elsewhere(weight) for _, weight in structure.weights())
 
 
 def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):

@@ -9,10 +9,12 @@ import shutil
 import pytest
 import tiny
 import torch
+import transformers as hf
 import yaml
 from safetensors.torch import load_file, save_file
 
 from compressor import run as running
+from compressor import verify as verifying
 from compressor.errors import ModelError
 from compressor.recipe import parse_recipe
 from compressor.run import compress
@@ -208,3 +210,22 @@ def test_without_its_source_verification_says_what_was_not_compared(built, tmp_p
     artifact = built(tiny.save("llama", tmp_path / "m"), tmp_path / "out", RTN)
     sound = found(artifact, None)
     assert sound["problems"] == [] and sound["source"] is None and "at hand" in sound["not_compared"]
+
+
+def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(built, tmp_path, monkeypatch):
+    """As transformers 5.24 has no cache for a Jamba without attention; and one that alone can't is a fault."""
+    source = tiny.save("llama", tmp_path / "m")
+    artifact = built(source, tmp_path / "out", RTN)
+
+    def refuse(self, *_, **__):
+        raise ValueError("no cache")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hf.LlamaForCausalLM, "generate", refuse)
+        sound = found(artifact, source)
+        assert sound["problems"] == [] and sound["generated_tokens"] is None
+        assert sound["notes"] == ["no tokens were generated, since the source can't either: ValueError: no cache"]
+        assert found(artifact, None)["problems"] == ["generate fails: ValueError: no cache"]
+    answers = iter([(7, "it makes 7"), (8, None)])  # of the artifact, of its source
+    monkeypatch.setattr(verifying, "_generate", lambda *_: next(answers))
+    assert found(artifact, source)["problems"] == ["generate fails: it makes 7"]
