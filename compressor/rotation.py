@@ -78,7 +78,8 @@ class Covariance:
 
         x           (..., D)
         mask        (...), true or 1 where a token counts
-        normalised  divide each token by its root mean square first, so that a few huge ones don't decide alone
+        normalised  divide each token by its root mean square first, so that a few huge ones don't decide alone; one of
+                    zeros (a padding token that was looked up) stays zeros, as in a norm
         where       what gives the signal, for the error
         raises      PassError if a token that counts is not finite
         """
@@ -93,7 +94,8 @@ class Covariance:
                 hint="Run in float32 (model.dtype) or check the model.",
             )
         if normalised:
-            rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True))
+            squares = rows.square().mean(-1, keepdim=True)
+            rows = rows * torch.where(squares > 0, torch.rsqrt(squares), 0.0)
         self.matrix.addmm_(rows.t(), rows)
         self.tokens += rows.shape[0]
         return self

@@ -61,10 +61,15 @@ def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> 
     for site in sites:
         for tap in taps_of(site):
             covariance = tap_covariance(site, tap, normalised)
-            scaled = covariance.matrix / covariance.matrix.trace()
+            scaled = of_trace_one(covariance.matrix)
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head
     return total, tokens
+
+
+def of_trace_one(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix of second moments over its trace; signals that are zeros alone leave zeros."""
+    return matrix / (float(matrix.trace()) or 1.0)
 
 
 def taps_of(site: StreamSite) -> list[Tap]:

@@ -189,6 +189,15 @@ def test_normalised_tokens_count_alike_however_large(randn):
     close(Covariance.zeros(8).add(large, normalised=True).matrix, Covariance.zeros(8).add(x, normalised=True).matrix)
 
 
+def test_a_token_of_zeros_adds_nothing_also_where_tokens_are_normalised():
+    """As nn.Embedding looks up for a padding token."""
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([x, torch.zeros(2, 8, dtype=torch.float64)])
+    for normalised in (False, True):
+        found = Covariance.zeros(8).add(padded, normalised=normalised)
+        assert torch.equal(found.matrix, Covariance.zeros(8).add(x, normalised=normalised).matrix) and found.tokens == 7
+
+
 def test_a_token_that_is_not_finite_is_an_error_unless_masked(randn):
     x = randn(3, 8)
     x[1, 2] = torch.inf

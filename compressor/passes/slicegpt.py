@@ -59,7 +59,15 @@ from compressor.slicing import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.turning import pooled_covariance, tap_covariance, taps_of, turn, turn_readers, turn_writers
+from compressor.turning import (
+    of_trace_one,
+    pooled_covariance,
+    tap_covariance,
+    taps_of,
+    turn,
+    turn_readers,
+    turn_writers,
+)
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %
@@ -275,7 +283,7 @@ class SliceGPT(Pass):
                     spectra.append(pca(raw.matrix)[0])
                 if self.orientation == "auto":
                     shared = tap_covariance(site, tap, self._normalises(per_site=False)).matrix
-                    pooled = shared / shared.trace() + (0 if pooled is None else pooled)
+                    pooled = of_trace_one(shared) + (0 if pooled is None else pooled)
             end = site.states()
         return {"spectra": spectra, "pooled": pooled, "end": end}
 
