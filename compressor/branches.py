@@ -190,7 +190,7 @@ def _run_stem(pieces: Pieces) -> tuple[Tensor, list[Call]]:
         mask[0, :2] = 0
         try:
             return pieces.stem({**batch, "attention_mask": mask, "use_cache": True})  # type: ignore[dict-item]
-        except TypeError:  # it knows no cache
+        except (TypeError, ValueError):  # it knows no cache, or one of attention alone
             pass
     return pieces.stem(batch)
 

@@ -186,7 +186,9 @@ def plan(
 
     parsed = read_recipe(recipe, set_ or [])
     found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
-    found.problems += data_problems(found.recipe, found.source, measure=not no_eval)
+    found.problems += data_problems(
+        found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code
+    )
     try:
         find_device(device)
         if output is not None:

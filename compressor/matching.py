@@ -71,11 +71,12 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
 def names_it(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:
     """Names of the weights that a pattern means, rather than takes along with all others.
 
-    `*`, `**` and the roles of most weights take along; a name, a part of one, or a role that `*` leaves out means.
+    `*`, `**`, the roles of most weights and patterns with a `!` take along; a name, a part of one, or a role that `*`
+    leaves out means.
     """
     most = {f"@{role}" for role in ROLES if role not in (*LEFT_OUT, "experts")}
-    meant = [pattern for pattern in patterns if re.search(r"\w", pattern) and pattern.removesuffix("!") not in most]
-    optional = [pattern.removesuffix("!") + "!" for pattern in meant]
+    meant = [p for p in patterns if re.search(r"\w", p) and p not in most and not p.endswith("!")]
+    optional = [pattern + "!" for pattern in meant]
     return {weight.name for weight in select(optional, (), weights, where)} if meant else set()
 
 

@@ -309,8 +309,21 @@ def _follow_reshapes(plan: Plan) -> None:
             except CompressError as problem:
                 plan.problems.append(problem)
                 return
+            except Exception as error:  # any: a pass runs the model's own code in ways of its own
+                plan.problems.append(_cannot_reshape(step, plan.structure, error))
+                return
             plan.reshapes.append(Reshape(step, plan.structure, facts, remodel, after))
             plan.structure = after
+
+
+def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> ModelError:
+    refusal = ModelError(
+        f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+        where=structure.architecture,
+        hint="Use another pass; if transformers runs the model as it is, please report this.",
+    )
+    refusal.__cause__ = error
+    return refusal
 
 
 def _check_place(recipe: Recipe, number: int, step: Step) -> None:

@@ -171,9 +171,10 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
         models = [make_twin(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
-    groups = (
-        getattr(plain.get_text_config(), "num_key_value_heads", None) or plain.get_text_config().num_attention_heads
-    )
+    heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
+    groups = next((count for count in heads if count), None)
+    if groups is None:
+        raise ModelError("its config tells no number of attention heads", where=cls.__name__, hint=HINT)
     found: dict[str, dict[str, int]] = {}
     for name, module in models[0].get_submodule(path).named_modules():
         other = vars(models[1].get_submodule(f"{path}.{name}" if name else path))

@@ -428,7 +428,7 @@ def _folders_above(output: Path) -> Iterator[None]:
 
 def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, Samples | None]:
     """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
-    if problems := data_problems(plan.recipe, plan.source, measure=measure):
+    if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust):
         raise problems[0]
     directory = plan.structure.checkpoint.directory
     calibration, held_out = read_data(

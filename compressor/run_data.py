@@ -15,6 +15,7 @@ from compressor.data import (
     check_data,
     draw_samples,
     load_documents,
+    load_tokenizer,
     part_of,
     random_samples,
 )
@@ -56,10 +57,13 @@ def read_evaluation_data(
     return _samples(recipe, EVALUATION, directory, vocabulary, {}, trust_remote_code)
 
 
-def data_problems(recipe: Recipe, structure: Structure, *, measure: bool) -> list[CompressError]:
+def data_problems(
+    recipe: Recipe, structure: Structure, *, measure: bool, trust_remote_code: bool = False
+) -> list[CompressError]:
     """What is wrong with the data for this model, as far as it is seen without reading all of the data."""
     problems: list[CompressError] = []
     reads_pixels = vocabulary_of(structure) is None
+    reads_text = False
     for key, section, is_read in (("data", recipe.data, recipe.reads_data), ("eval.data", recipe.eval.data, measure)):
         if not is_read:
             continue
@@ -67,6 +71,12 @@ def data_problems(recipe: Recipe, structure: Structure, *, measure: bool) -> lis
             check_data(section, reads_pixels=reads_pixels)
             if not reads_pixels and (section.pack or section.source == "random"):  # samples of exactly this length
                 check_length(section.length, _limit_of(structure), key)
+        except CompressError as problem:
+            problems.append(problem)
+        reads_text |= not reads_pixels and section.source != "random"
+    if reads_text:
+        try:
+            load_tokenizer(structure.checkpoint.directory, trust_remote_code=trust_remote_code)
         except CompressError as problem:
             problems.append(problem)
     return problems

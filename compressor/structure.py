@@ -46,6 +46,7 @@ from compressor.tracing import (
     Product,
     Traced,
     check_output,
+    checked,
     example_batch,
     make_twin,
     run_in_pieces,
@@ -261,7 +262,25 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
     check_values(checkpoint)
     refuse_stated(checkpoint)
     config, cls = _config_and_class(checkpoint, trust_remote_code)
-    return structure_of(checkpoint, cls, config, dtype)
+    structure = structure_of(checkpoint, cls, config, dtype)
+    if structure.model.can_generate():
+        _check_generation(checkpoint)
+    return structure
+
+
+def _check_generation(checkpoint: Checkpoint) -> None:
+    """raises ModelError for settings of generation that can't be read; stock transformers would make up others"""
+    name = transformers.utils.GENERATION_CONFIG_NAME
+    if not (checkpoint.directory / name).is_file():
+        return
+    try:
+        transformers.GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    except Exception as error:  # any: it depends on the value
+        raise ModelError(
+            f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            where=name,
+            hint="Correct it, download it again, or take it away.",
+        ) from error
 
 
 def structure_of(
@@ -386,7 +405,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _m, _a, out: outputs.append(hidden_of(out).clone())))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), checked(model):
             expected = output_of(model(**batch))
         check_output(expected)
     except (IndexError, KeyError) as error:  # a block called without hidden states

@@ -97,7 +97,7 @@ def weight_hashes(directory: Path) -> dict[str, str]:
 def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> int:
     """Run in a child that is killed at its `step`-th fsync or rename; returns the child's exit status."""
     text = output.with_name(output.name + ".yaml")
-    text.write_text(recipe.to_yaml())
+    text.write_text(make_plan(recipe, str(model), prove=False).recipe.to_yaml())  # written, no length is unset any more
     command = child.command(KILLER, str(text), str(model), str(output), str(step))
     return subprocess.run(command, env=_environment(), capture_output=True, check=False).returncode
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
@@ -91,7 +93,7 @@ def run_whole(
         needed = sum(p.nbytes for p in make_twin(cls, config, torch.device("meta"), dtype).parameters())
         if needed <= max(most_bytes, SMALL_BYTES):
             twin = make_twin(cls, config, torch.device("cpu"), dtype)
-            with torch.no_grad():
+            with torch.no_grad(), checked(twin):
                 check_output(output_of(twin(**example_batch(twin, torch.device("cpu")))))
             return
     raise ValueError(f"it would take {needed:,} bytes of weights")
@@ -101,6 +103,29 @@ def check_output(output: Tensor) -> None:
     """raises ValueError where a model with random weights computes something else than numbers"""
     if not bool(torch.isfinite(output).all()):
         raise ValueError("its output with random weights is NaN or Inf")
+
+
+@contextmanager
+def checked(model: nn.Module) -> Iterator[None]:
+    """While the model runs: raises ValueError where one of its modules gives NaN, which later ones may hide.
+
+    As seen with torch 2.13 and AVX-512: attention over scores that are all NaN gives numbers.
+    """
+
+    def check(name: str, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
+                raise ValueError(f"with random weights {name or 'it'} gives NaN or Inf")
+
+    handles = [
+        module.register_forward_hook(lambda _m, _a, output, name=name: check(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:

@@ -122,6 +122,25 @@ def test_a_weight_that_other_code_reads_stays_dense(kind, name, tmp_path):
     assert any(name in message and "is read by other code" in message for message in told)
 
 
+@pytest.mark.parametrize(
+    ("kind", "step", "reason"),
+    [
+        ("MambaForCausalLM", {"pass": "vtrans"}, r"its config tells no number of attention heads"),
+        ("XGLMForCausalLM", {"pass": "fuse_norms"}, r"fuse_norms can't take this model apart \(RuntimeError: value"),
+        ("DebertaV2ForSequenceClassification", {"pass": "zero_tprune"}, r"its attention is not the same for all"),
+        ("Qwen3NextForCausalLM", {"pass": "slicegpt", "sparsity": 0.25}, r"its branches can't take \(24, 24\) values"),
+        ("MptForCausalLM", {"pass": "vtrans"}, r"its heads can't be pruned"),
+    ],
+)
+def test_what_a_pass_makes_of_a_class_that_it_cannot_change_is_a_problem_of_the_plan(kind, step, reason, tmp_path):
+    cls = getattr(hf, kind)
+    cls._from_config(tiny_config(cls)).save_pretrained(tmp_path / "m")
+    fused = [{"pass": "fuse_norms"}] if step["pass"] == "slicegpt" else []
+    tree = {"version": 1, "data": {"source": "random"}, "steps": [*fused, step]}
+    problems = make_plan(parse_recipe(yaml.safe_dump(tree).encode(), "t.yaml"), str(tmp_path / "m")).problems
+    assert [problem.exit_code for problem in problems] == [5] and re.search(reason, str(problems[0]))
+
+
 def test_a_weight_that_its_own_module_reads_alone_is_not_among_them(saved):
     for family in ("llama", "mixtral", "bert", "gpt2"):
         structure = planned(saved(family)).structure

@@ -124,6 +124,14 @@ def test_a_config_that_is_no_json_object_is_refused(content, models, tmp_path):
         read_structure(path)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"max_new_tokens": -1}'])
+def test_settings_of_generation_that_cannot_be_read_are_refused(content, models, tmp_path):
+    path = changed(models["llama"], tmp_path / "model", "a", 1)
+    (path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"generation_config\.json: can't be read"):
+        read_structure(path)
+
+
 def test_a_config_that_is_a_directory_is_refused(models, tmp_path):
     path = changed(models["llama"], tmp_path / "model", "a", 1)
     (path / "config.json").unlink()

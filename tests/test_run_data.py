@@ -111,6 +111,16 @@ def test_plan_warns_of_a_divided_source_and_names_what_is_wrong_with_the_data(tm
     assert len(data_problems(plan.recipe, plan.source, measure=False)) == 1
 
 
+def test_a_tokenizer_that_cannot_be_used_is_known_in_plan_where_text_is_read(tmp_path):
+    structure = read_structure(tiny.save("llama", tmp_path / "m"))
+    (tmp_path / "m" / "tokenizer.json").write_text("[]")
+    drawn, text = {"source": "random"}, {"source": "stdlib", "split": "heldout"}
+    assert data_problems(recipe(drawn, drawn), structure, measure=True) == []
+    assert data_problems(recipe(drawn, text), structure, measure=False) == []
+    (problem,) = data_problems(recipe(drawn, text), structure, measure=True)
+    assert isinstance(problem, RecipeError) and "no usable tokenizer" in problem.what
+
+
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
     torch.manual_seed(0)

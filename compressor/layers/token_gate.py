@@ -223,7 +223,7 @@ class _Passage:
 def attended(mask: Any, samples: int) -> Tensor:
     """Which tokens are attended to, (b, n) bool, by a mask as transformers hands it to blocks.
 
-    mask    (b, 1, queries, n) bool, or added to scores; or (b, n)
+    mask    (b, 1, queries, n) bool or whole numbers, which are true where not 0, or added to scores; or (b, n)
     raises  ModelError for another kind
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
@@ -234,7 +234,8 @@ def attended(mask: Any, samples: int) -> Tensor:
         )
     found = mask if mask.dim() == 2 else mask[:, 0, 0, :]
     if found.dtype != torch.bool:
-        found = found > 0 if mask.dim() == 2 else found > torch.finfo(found.dtype).min / 2
+        is_added = mask.dim() == 4 and found.is_floating_point()
+        found = found > torch.finfo(found.dtype).min / 2 if is_added else found > 0
     return found.expand(samples, -1)
 
 
@@ -244,8 +245,8 @@ def shortened(mask: Tensor, valid: Tensor, tokens: int) -> Tensor:
         return valid.to(mask.dtype)
     rows = 1 if mask.shape[2] == 1 else tokens
     shown = valid[:, None, None, :].expand(-1, 1, rows, -1)
-    if mask.dtype == torch.bool:
-        return shown
+    if not mask.is_floating_point():
+        return shown.to(mask.dtype)
     return torch.zeros(shown.shape, dtype=mask.dtype, device=mask.device).masked_fill(
         ~shown, torch.finfo(mask.dtype).min
     )

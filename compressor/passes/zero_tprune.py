@@ -52,6 +52,7 @@ from compressor.token_counts import block_macs, gate_macs, kept_tokens, split_re
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known
+REACH = "Give more or earlier `blocks`, a smaller min_tokens, or a larger target."
 STEP = 0.05  # of a keep rate in the search
 POLISHING = 8  # rounds at most, after the target is met
 PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
@@ -139,13 +140,16 @@ class ZeroTPrune(Pass):
         return "exact"
 
     def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
-        """raises PreflightError for a block that isn't there, is wrapped already, or would leave too few tokens"""
+        """raises PreflightError for a block that isn't there, is wrapped already or would leave too few tokens, and for
+        a target that can't be reached
+        """
         facts = model.tokens()
         modules = dict(model.config.get("compressed_modules") or {})
         depth = len(facts.blocks)
         rates = self._rates(depth) if decision is None else {int(b): k for b, k in decision["keep"].items()}
         if decision is None and self.target_macs is not None:
             rates = self._alike(facts, depth)
+            self._check_target(facts, tuple(rates))
         elif decision is None:
             self._check(facts, rates)
         for block, gate in self.gates(facts, rates).items():
@@ -254,7 +258,7 @@ class ZeroTPrune(Pass):
                     f"{100 * now / dense:.1f} % of the multiply-accumulates is the least that gates in blocks "
                     f"{', '.join(map(str, rates))} can reach, {100 * self.target_macs:g} % was asked for",
                     where="zero_tprune.target_macs",
-                    hint="Give more or earlier `blocks`, a smaller min_tokens, or a larger target.",
+                    hint=REACH,
                 )
             _, block, rates = min(((d - divergence) / (now - search.macs(r)), b, r) for d, b, r in found)
             divergence = search.divergence(rates, block, settle=True)
@@ -355,6 +359,21 @@ class ZeroTPrune(Pass):
             if found["macs_after"] <= self.target_macs * found["macs_before"]:
                 break
         return dict.fromkeys(places, rate)
+
+    def _check_target(self, facts: TokenFacts, places: tuple[int, ...]) -> None:
+        """raises PreflightError for a target out of reach of gates that cost nothing, for samples of a known length"""
+        assert self.target_macs is not None
+        if facts.tokens is None:
+            return
+        least = self.account(facts, dict.fromkeys(places, STEP), facts.tokens)
+        share = (least["macs_after"] - least["macs_of_gates"]) / least["macs_before"]
+        if share > self.target_macs:
+            raise PreflightError(
+                f"gates in blocks {', '.join(map(str, places))} leave {100 * share:.1f} % of the multiply-accumulates "
+                f"or more, {100 * self.target_macs:g} % was asked for",
+                where="zero_tprune.target_macs",
+                hint=REACH,
+            )
 
     def _votes(self, block: int, depth: int) -> int:
         first, middle, last = self.iterations
