@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from transformers.models.auto import modeling_auto
 
 # size, layer and head counts under the names that configs give them
 SIZES: dict[str, Any] = {
@@ -48,6 +49,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+def classes_of(*tasks: str) -> list[str]:
+    """Names of all classes that transformers has for some tasks, such as CAUSAL_LM."""
+    found: set[str] = set()
+    for task in tasks:
+        for names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+            found |= {names} if isinstance(names, str) else set(names)
+    return sorted(name for name in found if hasattr(hf, name))
+
+
 def tiny_config(cls: type[hf.PreTrainedModel], **more: Any) -> Any:
     """The class's config with whatever sizes it has made small."""
     default = cls.config_class()
@@ -72,3 +82,13 @@ def tiny_model(cls: type[hf.PreTrainedModel], dtype: torch.dtype, **more: Any) -
                 tensor.data = tensor.data.float()
             tensor.copy_(torch.randn(tensor.shape) * 0.3 + 0.1)
     return model
+
+
+def is_small(cls: type[hf.PreTrainedModel], parameters: int = 1 << 25) -> bool:
+    """Whether the table of sizes makes a small model of this class; others need sizes of their own."""
+    try:
+        with torch.device("meta"):
+            model = cls._from_config(tiny_config(cls))
+    except Exception:  # any: rules of sizes are the class's own
+        return False
+    return sum(value.numel() for value in model.parameters()) <= parameters
