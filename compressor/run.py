@@ -30,7 +30,7 @@ from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe
 from compressor.report import build_report, check_summary, write_card, write_reports
 from compressor.resources import room
-from compressor.run_data import check_samples, data_problems, read_data, vocabulary_of
+from compressor.run_data import check_labels, check_samples, data_problems, read_data, vocabulary_of
 from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.token_limit import token_limit
@@ -436,6 +436,8 @@ def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, 
     )
     check_samples(calibration, plan.source, "data")
     check_samples(held_out, plan.source, "eval.data")
+    if held_out is not None and "accuracy" in plan.recipe.eval.metrics:
+        check_labels(held_out, plan.source, "eval.data")
     return calibration, held_out
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from compressor.data import (
     Documents,
     Samples,
@@ -22,9 +24,11 @@ from compressor.data import (
 from compressor.data_parts import CALIBRATION, EVALUATION, overlap, same_source
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.recipe import Recipe
+from compressor.replay import output_of
 from compressor.settings import DataSettings
 from compressor.structure import Structure
 from compressor.token_limit import Limit, token_limit
+from compressor.tracing import make_twin, shallow_config
 
 
 def is_divided(recipe: Recipe) -> bool:
@@ -89,9 +93,14 @@ def vocabulary_of(structure: Structure) -> int | None:
 
 
 def check_samples(samples: Samples | None, structure: Structure, key: str) -> None:
-    """raises PreflightError for samples that the model doesn't take: of tokens that it doesn't know, or too long"""
+    """raises PreflightError for samples that the model doesn't take: tokens that it doesn't know or too many of them,
+    images of another size
+    """
     vocabulary = vocabulary_of(structure)
-    if samples is None or not samples.is_text or vocabulary is None:
+    if samples is None:
+        return
+    if not samples.is_text or vocabulary is None:
+        _answer_shape(samples, structure, key)
         return
     largest = max(int(sample.max()) for sample in samples.inputs)
     if largest >= vocabulary:
@@ -102,6 +111,38 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
         )
     longest = max(len(sample) for sample in samples.inputs)
     check_length(longest, _limit_of(structure), key)
+
+
+def check_labels(samples: Samples, structure: Structure, key: str) -> None:
+    """raises PreflightError for labels that an accuracy can't be of: the model has fewer classes"""
+    shape = None if samples.labels is None else _answer_shape(samples, structure, key)
+    if samples.labels is None or shape is None or len(shape) != 2 or int(samples.labels.max()) < shape[1]:
+        return
+    raise PreflightError(
+        f"has the label {int(samples.labels.max())}, the model's classes are 0 to {shape[1] - 1}",
+        where=key,
+        hint="Use the data that the model was trained for, or leave accuracy out of eval.metrics.",
+    )
+
+
+def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Size:
+    """The shape of what the model answers for one sample, by a shallow twin. raises PreflightError if it can't"""
+    model, sample = structure.model, samples.inputs[0].unsqueeze(0)
+    config = shallow_config(model.config, model, structure.pieces)
+    failure: Exception | None = None
+    for device in (torch.device("meta"), torch.device("cpu")):  # some models look at values
+        try:
+            twin = make_twin(type(model), config, device, torch.float32)
+            with torch.no_grad():
+                return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
+        except Exception as error:  # any: it is the model's own code that says so
+            failure = error
+    shape, asked = tuple(sample.shape[1:]), "Give images of the size and with the channels that the model is made for."
+    raise PreflightError(
+        f"samples of shape {shape} can't be read by the model ({' '.join(str(failure).split())[:200]})",
+        where=key,
+        hint="Choose other data." if samples.is_text else asked,
+    ) from failure
 
 
 def check_length(length: int, limit: Limit, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -15,7 +16,14 @@ from compressor.errors import PreflightError, RecipeError
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.report import data_facts
-from compressor.run_data import check_samples, data_problems, is_divided, read_data, read_evaluation_data
+from compressor.run_data import (
+    check_labels,
+    check_samples,
+    data_problems,
+    is_divided,
+    read_data,
+    read_evaluation_data,
+)
 from compressor.structure import read_structure
 
 GPTQ = {"pass": "gptq", "bits": 8, "group_size": 32}
@@ -119,6 +127,33 @@ def test_a_tokenizer_that_cannot_be_used_is_known_in_plan_where_text_is_read(tmp
     assert data_problems(recipe(drawn, text), structure, measure=False) == []
     (problem,) = data_problems(recipe(drawn, text), structure, measure=True)
     assert isinstance(problem, RecipeError) and "no usable tokenizer" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((24, 24), r"samples of shape \(1, 24, 24\) can't be read by the model \(Input image size"),
+        ((16, 8), r"samples of shape \(1, 16, 8\) can't be read by the model \(Input image size"),
+        ((16, 16, 4), r"samples of shape \(4, 16, 16\) can't be read by the model \(.*channel dimension"),
+        ((16, 16), None),
+    ],
+)
+def test_images_that_the_model_does_not_read_are_refused_before_the_sweep(shape, message, tmp_path):
+    structure = read_structure(tiny.save("vit", tmp_path / "m"))
+    pixels = numpy.random.default_rng(0).integers(0, 255, (40, *shape), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "x.npz", images=pixels, labels=numpy.arange(40) % 3 + 1)
+    chosen = recipe({"source": str(tmp_path / "x.npz")}, {"source": str(tmp_path / "x.npz")})
+    _, held_out = read_data(chosen, structure.checkpoint.directory, None, measure=True)
+    if message is not None:
+        with pytest.raises(PreflightError, match=message):
+            check_samples(held_out, structure, "eval.data")
+        return
+    check_samples(held_out, structure, "eval.data")
+    held_out.labels[:] = 2
+    check_labels(held_out, structure, "eval.data")
+    held_out.labels[-1] = 3
+    with pytest.raises(PreflightError, match=r"has the label 3, the model's classes are 0 to 2"):
+        check_labels(held_out, structure, "eval.data")
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,17 @@ import hashlib
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
+from compressor import plan as planning
 from compressor import site, sweep
 from compressor.data import load_samples
+from compressor.errors import PassError
 from compressor.journal import Journal
+from compressor.layers.packed_linear import PackedLinear
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
+from compressor.run import compress
 
 RECIPE = b"""version: 1
 data: {source: random, samples: 12, length: 16}
@@ -62,3 +67,22 @@ def test_a_forward_that_can_not_be_taped_is_run_from_its_start(tmp_path, monkeyp
     monkeypatch.setattr(site, "run_on", lambda *a: refuse(run_on, *a))
     assert swept(model, tmp_path / "w2", monkeypatch, 100) == expected
     assert set(diverged) == {advance, run_on}
+
+
+@pytest.mark.parametrize("whose", ["the model's", "the step's"])
+def test_a_block_that_overflows_ends_the_run_and_says_whose_fault_it_is(whose, tmp_path, monkeypatch):
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.float16)
+    if whose == "the model's":
+        tensors = load_file(model / "model.safetensors")
+        for name in ("up", "gate"):
+            tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 60_000
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    else:
+        monkeypatch.setattr(planning, "try_loaders", lambda *_: None)  # which would have found it
+        restored = PackedLinear.matrix
+        monkeypatch.setattr(PackedLinear, "matrix", lambda *a, **k: restored(*a, **k) * float("inf"))
+    recipe = parse_recipe(b"version: 1\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n")
+    message = "the model itself gives NaN" if whose == "the model's" else "once its weights are stored, and not before"
+    with pytest.raises(PassError, match=message) as failure:
+        compress(recipe, str(model), tmp_path / "out", measure=False)
+    assert failure.value.exit_code == 7 and "block 0" in str(failure.value) and not (tmp_path / "out").exists()
