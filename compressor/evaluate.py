@@ -214,6 +214,12 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
             with torch.no_grad(), without_cache(model), stock_works(directory, ModelError):
                 outputs.append(output_of(model(**{model.main_input_name: value})).float())
         wanted = None if labels is None else labels[numbers]
+        if wanted is not None and outputs[1].dim() == 2 and int(wanted.max()) >= outputs[1].shape[1]:
+            raise ModelError(
+                f"the data has the label {int(wanted.max())}, the model's classes are 0 to {outputs[1].shape[1] - 1}",
+                where=Path(request["after"]).name,
+                hint="Use the data that the model was trained for.",
+            )
         for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
             totals.setdefault(key, []).append(value)
     joined = {key: torch.cat(values).double() for key, values in totals.items()}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from compressor.compare import read_subject
 from compressor.data import demo_path
-from compressor.errors import KernelError, PreflightError, RecipeError, UsageError
+from compressor.errors import KernelError, ModelError, PreflightError, RecipeError, UsageError
 from compressor.evaluate import measure_quality, measure_speed, saturation, watch_ranges
 from compressor.gates import (
     GATE_NAMES,
@@ -209,6 +209,14 @@ def test_an_evaluation_against_a_baseline_is_written_for_a_job_to_keep(two, tmp_
     assert read_subject(tmp_path / "eval")["metrics"] == report["metrics"]
     again = measure_model(str(two[1]), output=tmp_path / "eval", **options)  # its own directory is written again
     assert again["metrics"] == report["metrics"] and again["status"] == "ok"
+
+
+def test_labels_that_are_no_class_of_the_model_are_refused(tmp_path):
+    model = tiny.save("vit", tmp_path / "m")
+    images = [torch.zeros(1, 16, 16)] * 4
+    asked = ask(tmp_path, None, model, images, ["accuracy"], labels=torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ModelError, match="has the label 3, the model's classes are 0 to 2"):
+        measure_quality(asked)
 
 
 SHORT = {
