@@ -213,7 +213,7 @@ def test_an_evaluation_against_a_baseline_is_written_for_a_job_to_keep(two, tmp_
 
 def test_labels_that_are_no_class_of_the_model_are_refused(tmp_path):
     model = tiny.save("vit", tmp_path / "m")
-    images = [torch.zeros(1, 16, 16)] * 4
+    images = [torch.zeros(1, 16, 16) for _ in range(4)]
     asked = ask(tmp_path, None, model, images, ["accuracy"], labels=torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ModelError, match="has the label 3, the model's classes are 0 to 2"):
         measure_quality(asked)
