@@ -16,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from compressor.errors import ModelError
 from compressor.kept_patches import kept_patches
 from compressor.kernels.prepared import chosen_kernels
 from compressor.replay import output_of, without_cache
+from compressor.resources import ran_out
 from compressor.safetensors_file import read_header
 from compressor.stock_loading import OFFLINE, load_stock, stock_works
 from compressor.structure import class_of
@@ -418,22 +420,13 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     taken = min(PREFILL_TOKENS, most)
     sample = samples.inputs[0][:taken] if samples.is_text else samples.inputs[0].to(model.dtype)
     inputs = {model.main_input_name: sample.unsqueeze(0)}
-    with torch.no_grad(), stock_works(directory, ModelError):
+    with torch.no_grad(), stock_works(directory, ModelError), _cache_if_any(model, inputs):
         model(**inputs)
         times = [_timed(lambda: model(**inputs)) for _ in range(SPEED_RUNS)]
         result["prefill_tokens_per_second"] = len(sample) / sorted(times)[SPEED_RUNS // 2] if samples.is_text else None
         result["decode_tokens_per_second"] = None
         if _is_causal(model) and most > DECODE_TOKENS:
-            prompt = sample[: most - DECODE_TOKENS].unsqueeze(0)
-            options = {
-                "max_new_tokens": DECODE_TOKENS,
-                "min_new_tokens": DECODE_TOKENS,
-                "do_sample": False,
-                "attention_mask": torch.ones_like(prompt),
-            }
-            model.generate(prompt, **options)
-            times = [_timed(lambda: model.generate(prompt, **options)) for _ in range(3)]
-            result["decode_tokens_per_second"] = DECODE_TOKENS / sorted(times)[1]
+            result["decode_tokens_per_second"] = _decode_rate(model, sample[: most - DECODE_TOKENS].unsqueeze(0))
         if not _is_causal(model):
             many = {name: value.expand(SPEED_BATCH, *value.shape[1:]).contiguous() for name, value in inputs.items()}
             model(**many)
@@ -443,6 +436,33 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("kernels"):
         result["kernels"] = chosen_kernels(model)
     return result
+
+
+def _cache_if_any(model: Any, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Prompts are read with a cache, as servers do, but by a class that has none for what it is made of."""
+    try:
+        model(**inputs)
+    except ValueError:  # so transformers refuses: a Jamba without attention
+        return without_cache(model)
+    return nullcontext()
+
+
+def _decode_rate(model: Any, prompt: Tensor) -> float | None:
+    """Tokens a second; None for a model that can't generate, which `verify` tells apart from one that no longer can."""
+    options = {
+        "max_new_tokens": DECODE_TOKENS,
+        "min_new_tokens": DECODE_TOKENS,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+    }
+    try:
+        model.generate(prompt, **options)
+    except Exception as error:  # any: such as of a class without a cache for what it is made of
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        return None
+    times = [_timed(lambda: model.generate(prompt, **options)) for _ in range(3)]
+    return DECODE_TOKENS / sorted(times)[1]
 
 
 def _timed(work: Any) -> float:
