@@ -28,7 +28,6 @@ DOCUMENTATION = {CARD, RECIPE, *REPORT_FILES}
 # settings that loaders of models, tokenizers and processors read, by what their names are made of
 SETTINGS = re.compile(r"config|token|vocab|merges|template|process|index|modules|adapter|special|params", re.I)
 TOKENIZER = (".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".vocab")
-SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def matters(name: str) -> bool:
@@ -94,9 +93,11 @@ def remove_artifact(directory: Path) -> None:
 def owned_files(directory: Path) -> list[Path]:
     """Every file of an artifact, each as this tool wrote it.
 
-    raises UsageError if the directory is no artifact, or holds a link, a file that isn't listed, or one that was
-    changed since it was written: it could be somebody's only copy
+    raises UsageError if the directory is a link or no artifact, or holds a link, a file that isn't listed, or one that
+    was changed since it was written: it could be somebody's only copy
     """
+    if directory.is_symlink():
+        raise UsageError("is a link", where=str(directory), hint="Move it away first, or choose another --output.")
     try:
         manifest = read_manifest(directory)
     except (ArtifactError, ModelError) as error:
@@ -128,9 +129,7 @@ def owned_files(directory: Path) -> list[Path]:
 
 
 def _is_as_written(path: Path, facts: dict[str, Any] | None) -> bool:
-    """Whether a file is what the manifest says. Of our own weight files the size is enough: nobody edits those."""
+    """Whether a file is what the manifest says, byte for byte; a size says nothing of weights."""
     if facts is None:  # the manifest itself
         return True
-    if path.stat().st_size != facts["bytes"]:
-        return False
-    return SHARD.fullmatch(path.name) is not None or file_sha256(path) == facts["sha256"]
+    return path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]

@@ -330,7 +330,7 @@ def _report(job: Job, forms: dict[str, Form], checked: dict[str, Any], measured:
 def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
     """Move the built artifact to where it belongs, and drop the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         artifact.remove_artifact(target)
     os.replace(job.built, target)
     remove_work(job.journal.work)
@@ -387,7 +387,7 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
             f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
         )
     for earlier in (output, *([rejected] if recipe.eval.gates else [])):
-        if earlier.exists():
+        if earlier.exists() or earlier.is_symlink():
             artifact.owned_files(earlier)  # it is removed only when its successor is complete
     if work.exists() and has_begun(work) and not (resume or fresh):
         raise UsageError(

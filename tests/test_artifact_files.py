@@ -12,6 +12,8 @@ from compressor.artifact_files import check_files, compare_files, file_facts, ma
 from compressor.errors import ArtifactError, ModelError, UsageError
 from compressor.journal import Journal, remove_work
 from compressor.manifest import MANIFEST, read_manifest
+from compressor.recipe import parse_recipe
+from compressor.run import check_request
 
 FILES = {
     "model.safetensors": "weights",
@@ -103,6 +105,11 @@ def replace_weights(artifact, outside):
     (artifact / "model.safetensors").write_text("other weights")
 
 
+def edit_weights(artifact, outside):
+    file = artifact / "model.safetensors"
+    file.write_text(file.read_text().swapcase())
+
+
 def link_listed_file(artifact, outside):
     (artifact / "config.json").unlink()
     (artifact / "config.json").symlink_to(outside / "config.json")
@@ -132,6 +139,7 @@ FOREIGN = [
     add_deep_file,
     edit_card,
     replace_weights,
+    edit_weights,
     link_listed_file,
     link_listed_folder,
     link_folder,
@@ -150,6 +158,22 @@ def test_what_could_be_somebodys_only_copy_keeps_all(change, artifact, tmp_path)
     with pytest.raises(UsageError, match=r"Choose another --output|Move them away first"):
         remove_artifact(artifact)
     assert sorted(artifact.rglob("*")) == before and (outside / "config.json").read_text() == "{}"
+
+
+def test_a_link_to_an_artifact_is_none(artifact, tmp_path):
+    (tmp_path / "link").symlink_to(artifact)
+    before = sorted(artifact.rglob("*"))
+    with pytest.raises(UsageError, match="is a link"):
+        remove_artifact(tmp_path / "link")
+    assert sorted(artifact.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", ["artifact", "nowhere"])
+def test_a_link_where_a_rejected_result_would_go_is_refused_before_the_work(there, artifact, tmp_path):
+    (tmp_path / "out.rejected").symlink_to(tmp_path / there)
+    gated = parse_recipe(b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size_ratio: 0.01}}\n")
+    with pytest.raises(UsageError, match="is a link"):
+        check_request(gated, tmp_path / "out", resume=False, fresh=False, measure=True)
 
 
 def test_an_unfinished_removal_can_go_on(artifact):
