@@ -304,14 +304,19 @@ def pack(
 ) -> tuple[torch.Tensor, ...]:
     """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
 
-    Windows never overlap. raises RecipeError when the text is too short
+    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            ids.append(end)
+        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [*made, end] if made and end is not None else made
+    if not ids and any(document.strip() for document in documents):
+        raise RecipeError(
+            "the model's tokenizer makes no tokens of its text",
+            where=where,
+            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+        )
     windows = len(ids) // settings.length
     if windows == 0:
         raise RecipeError(

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+import yaml
 
 from compressor.data_rows import LABEL, Rows, chat_of, text_of
 from compressor.errors import CompressError, DependencyError, RecipeError
@@ -60,6 +61,8 @@ MARKS = (  # the mark of UTF-32 begins with that of UTF-16
 )
 HEAD_BYTES = 1 << 20  # what `plan` looks at of a file
 MOST_FILES = 100_000  # in the folder of a data set
+CARD = "README.md"
+NAMING = ("splits", "filename", "data_files", "data_dir")  # keys of what describes a data set
 ROW_BYTES = 64  # least memory that a row takes as a Python string
 NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.0*)?")
 
@@ -363,7 +366,7 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
     place = label = 0
     for line, row in _csv_rows(text, delimiter, name, is_cut):
         if header is None:
-            header = row
+            header = [name.strip() for name in row]  # `text, label`
             if header.count(field) != 1:
                 raise (
                     _no_field(field, header, name, "has no column", "Columns")
@@ -477,6 +480,7 @@ def _open_dataset(settings: Columns) -> Any:
     folder = _folder_of(settings.source)
     if folder is not None:
         _check_folder(folder, settings.source)
+        _check_named(folder, settings.source)
     name = settings.source.removeprefix("dataset:") if folder is None else str(folder)
     with reading(settings.source):
         if folder is not None and (folder / "dataset_dict.json").is_file():
@@ -515,6 +519,39 @@ def _check_folder(folder: Path, source: str) -> None:
             ) from error
         if count > MOST_FILES:
             raise RecipeError(f"holds more than {MOST_FILES} files", where=source, hint="Give a smaller folder.")
+
+
+def _check_named(folder: Path, source: str) -> None:
+    """raises RecipeError if what describes a data set names files that lie elsewhere than in its folder"""
+    described_by = [folder / CARD, *folder.rglob("state.json"), *folder.rglob("dataset_dict.json")]
+    for path in (path for path in described_by if path.is_file()):
+        at = os.path.join(source, path.relative_to(folder).as_posix())
+        with reading(at):
+            text = path.read_text(encoding="utf-8")
+            if path.name == CARD:
+                parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.M)
+                described = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+            else:
+                described = json.loads(text)
+        for name in _named_files(described):
+            if "://" in name or os.path.isabs(name) or ".." in Path(name).parts:
+                raise RecipeError(
+                    f"names {name!r}, which lies outside of the data set's folder",
+                    where=at,
+                    hint="Keep all files of a data set in one folder.",
+                )
+
+
+def _named_files(value: Any, is_named: bool = False) -> Iterator[str]:
+    """What stands under `splits`, `filename`, `data_files` or `data_dir`, at any depth."""
+    if isinstance(value, str) and is_named:
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named_files(item, is_named)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _named_files(item, key in NAMING or (is_named and key != "split"))
 
 
 def _no_field(field: str, keys: list[Any], where: str, what: str, known: str) -> RecipeError:

@@ -22,7 +22,7 @@ from compressor.trusted_code import CUSTOM_GENERATE, auto_map, file_of, files_be
 MODULES = "modules.json"  # of sentence-transformers: the folders of its modules
 OWN_MODELING = re.compile(r"modeling_compressed_\w+\.py")
 HIDDEN = "hidden: of git, a download or an editor"
-WEIGHTS = "weights; the artifact has its own"
+WEIGHTS = "weights, or tensors for another program; copy by hand what another program needs"
 OTHER_WEIGHTS = "a folder with weights in another format, or of another model"
 ADAPTER = "settings of an adapter, whose weights aren't compressed"
 OWN = "the artifact has its own file of this name"

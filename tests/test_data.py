@@ -65,6 +65,27 @@ def test_packed_samples_do_not_overlap_and_lie_in_the_text(tmp_path):
     assert len(set(starts)) == 20
 
 
+def test_documents_without_tokens_add_none(tmp_path, monkeypatch):
+    """An end-of-text token behind each of them would make samples of nothing else."""
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ["", *["some words of a text " * 20, ""] * 40]))
+    packed = load(ask(str(path), samples=4))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ["some words of a text " * 20] * 40))
+    assert load(ask(str(path), samples=4)).digest == packed.digest
+    path.write_text("\n".join(json.dumps({"text": ""}) for _ in range(4000)))
+    with pytest.raises(RecipeError, match="the text has 0 tokens"):
+        load(ask(str(path), samples=4))
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_is_told_so(tmp_path):
+    """So transformers loads a tokenizer_config.json alone: a vocabulary of three, which knows no word."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "t.txt").write_text("some words of a text " * 400)
+    with pytest.raises(RecipeError, match="makes no tokens of its text"):
+        load_samples(ask(str(tmp_path / "t.txt"), samples=4), tmp_path / "m", seed=0, vocabulary=2048)
+
+
 def test_a_text_shorter_than_one_sample_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("too short")
     with pytest.raises(RecipeError, match=r"the text has \d+ tokens, one sample needs 512"):

@@ -71,6 +71,7 @@ def read(tmp_path, name, content, **changes):
         ("a.json", json.dumps(ROWS)),
         ("a.JSON", json.dumps({"version": 1, "data": ROWS}, indent=2)),
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS})),
+        ("a.csv", CSV.replace(b"text,label", b"text, label ")),
         ("a.json", LINES),
         ("a.csv", CSV),
         ("a.CSV", CSV.replace(b"\n", b"\r\n\r\n")),
@@ -305,6 +306,25 @@ def test_a_fifo_in_the_folder_of_a_data_set_is_refused(tmp_path):
     (tmp_path / "set" / "again").symlink_to(tmp_path / "set")
     with pytest.raises(RecipeError, match=r"inner/a\.jsonl: is a FIFO"):
         read_documents(ask(str(tmp_path / "set")))
+
+
+@pytest.mark.parametrize("name", ["../ff.arrow", "/abs/ff.arrow", "a/../../ff.arrow"])
+def test_a_data_set_that_names_files_elsewhere_is_refused(name, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    os.mkfifo(tmp_path / "ff.arrow")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {name}\n---\n"
+    )
+    for folder in ("saved", "splits", "card"):
+        with pytest.raises(RecipeError, match="which lies outside of the data set's folder"):
+            read_documents(ask(str(tmp_path / folder)))
 
 
 def test_more_than_memory_holds_is_refused_by_size(tmp_path, monkeypatch):
