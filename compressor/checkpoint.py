@@ -94,8 +94,11 @@ class Checkpoint:
 
     @property
     def carried_config(self) -> dict[str, Any]:
-        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own."""
-        values = {key: value for key, value in self.config.items() if key != "auto_map"}
+        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own.
+
+        Without the name of the source's weight file: the artifact's have other names.
+        """
+        values = {key: value for key, value in self.config.items() if key not in ("auto_map", "transformers_weights")}
         return {**values, "auto_map": self.side_files.auto_map} if self.side_files.auto_map else values
 
     @cached_property

@@ -43,8 +43,9 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             "file is missing", where=name, hint=f"A checkpoint directory has one ({directory.name})."
         ) from error
-    except OSError as error:  # a link in a circle, a name too long, no permission
-        raise ModelError(f"can't be read ({error.strerror})", where=name, hint="Download the model again.") from error
+    except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
+        said = getattr(error, "strerror", None) or error
+        raise ModelError(f"can't be read ({said})", where=name, hint="Download the model again.") from error
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         raise ModelError(

@@ -117,7 +117,11 @@ def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> 
                 continue
             twin = make_twin(cls, config, torch.device("cpu"), structure.dtype)
             twin.config.architectures = [structure.architecture]
-            vars(twin.config).pop("auto_map", None)  # names files that lie beside the model, and none beside its twin
+            for key in (
+                "auto_map",
+                "transformers_weights",
+            ):  # name files that lie beside the model, none beside its twin
+                vars(twin.config).pop(key, None)
             twin.save_pretrained(directory)
             return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
         except Exception as error:  # rules for sizes, of the class or its config; the next is nearer to the model's own

@@ -187,11 +187,24 @@ def test_the_file_that_config_json_names_is_read(name, tmp_path):
     assert differences(stock(model), read_whole(model)) == []
 
 
-@pytest.mark.parametrize("name", ["../n/model.safetensors", "/etc/passwd", "weights.bin", 3, ["model.safetensors"]])
+def test_an_artifact_does_not_name_the_file_that_its_source_was_read_from(tmp_path, in_process):
+    model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
+    (model / "model.safetensors").rename(model / "foo.safetensors")
+    edit_config(model, transformers_weights="foo.safetensors")
+    recipe = parse_recipe(RTN.encode(), "t.yaml")
+    assert not [found for found in make_plan(recipe, str(model)).warnings if found["code"] == "format-untried"]
+    compress(recipe, str(model), tmp_path / "out", measure=False)
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stock(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["../n/model.safetensors", "/etc/passwd", "weights.bin", 3, ["model.safetensors"], "a\0.safetensors"]
+)
 def test_a_name_of_weights_that_leads_elsewhere_is_refused(name, tmp_path):
     tiny.save("llama", tmp_path)
     edit_config(tmp_path, transformers_weights=name)
-    with pytest.raises(ModelError, match="transformers_weights is"):
+    with pytest.raises(ModelError, match=r"transformers_weights is|can't be read"):
         open_checkpoint(tmp_path)
 
 
