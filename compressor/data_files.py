@@ -100,6 +100,7 @@ def check_rows(settings: Columns) -> None:
     A data set by name is not looked up, because that may download it. raises as `read_rows` does
     """
     if is_dataset(settings.source):
+        _package("datasets")
         if _folder_of(settings.source) is not None:
             _columns_of(_open_dataset(settings), settings.field, settings.source)
         return

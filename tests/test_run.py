@@ -36,6 +36,7 @@ from compressor.errors import (
 from compressor.files import file_sha256
 from compressor.kernels import explain
 from compressor.kernels.cpu import library
+from compressor.plan import make_plan
 from compressor.recipe import parse_recipe, read_recipe
 from compressor.report import finite, validate_report
 from compressor.run import compress
@@ -142,7 +143,7 @@ def test_side_files_are_carried_byte_for_byte(llama, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (llama / name).read_bytes()
     assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
     rerun = parse_recipe((tmp_path / "out" / "recipe.yaml").read_bytes())
-    assert rerun.resolved() == recipe().resolved()
+    assert rerun.resolved() == make_plan(recipe(), str(llama), prove=False).recipe.resolved()  # its lengths are chosen
 
 
 def test_shards_split_and_load(llama, tmp_path):
