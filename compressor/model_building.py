@@ -28,6 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError, DependencyError, ModelError
+from compressor.resources import ran_out
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # what transformers can make a model in
 # Above these no model has a size or a count of anything: the largest known have 10^7 positions and 1536 experts.
@@ -121,13 +122,16 @@ def guarded(
     subject, failed  what did not work, such as "LlamaForCausalLM" and "it can't be built"
     retry            does what any loader of the model does. If that works the config isn't to blame, and no key is
                      looked for; else it is what is tried with other values. `work` unless given
-    raises           ModelError; DependencyError where a package is missing and no key of config.json asks for it
+    raises           ModelError; DependencyError where a package is missing and no key of config.json asks for it;
+                     PassError where memory ran out
     """
     try:
         return work(config)
     except CompressError:
         raise
     except Exception as error:  # any: the model's own code fails in its own ways
+        if (lack := ran_out(error)) is not None:  # no key of config.json is to blame
+            raise lack from error
         if retry is not None and _works(retry, config):
             raise ModelError(
                 f"{failed} ({_said(error)})", where=subject, hint="This model can't be compressed block by block."

@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 
 from compressor.checkpoint import open_checkpoint
-from compressor.errors import ModelError
-from compressor.model_building import check_buffers, empty_on_meta, guarded
+from compressor.errors import ModelError, PassError
+from compressor.model_building import check_buffers, empty_on_meta, guarded, parse_config
 from compressor.plan import make_plan
 from compressor.recipe import parse_recipe
 from compressor.structure import prove_by_replay, read_structure
@@ -209,3 +209,14 @@ def test_images_of_a_size_that_is_not_told_are_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="doesn't say which size the images have"):
         read_structure(tmp_path)
+
+
+def test_memory_that_runs_out_is_blamed_on_no_key(models):
+    """As for fused experts of hundreds of gigabytes, whose config.json is right."""
+    checkpoint = open_checkpoint(models["llama"])
+
+    def build(_config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 30064771072 bytes")
+
+    with pytest.raises(PassError, match="memory ran out"):
+        guarded(build, checkpoint, parse_config(checkpoint), "LlamaForCausalLM", "it can't be built")
