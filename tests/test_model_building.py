@@ -219,4 +219,4 @@ def test_memory_that_runs_out_is_blamed_on_no_key(models):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 30064771072 bytes")
 
     with pytest.raises(PassError, match="memory ran out"):
-        guarded(build, checkpoint, parse_config(checkpoint), "LlamaForCausalLM", "it can't be built")
+        guarded(build, checkpoint, parse_config(checkpoint, False), "LlamaForCausalLM", "it can't be built")
