@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
-from compressor.errors import ModelError
+from compressor.errors import ModelError, PreflightError
 from compressor.load_dtypes import hold_as_loaded
 from compressor.replaceable import watch_reads
 from compressor.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
@@ -269,17 +270,37 @@ def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
 def make_twin(
     cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere."""
+    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere.
+
+    raises  PreflightError where memory can't hold those
+    """
     config = run_in_pieces(config)
     if device.type == "meta":
         with device:
             twin = cls._from_config(config, dtype=dtype)
     else:
+        _check_room(cls, config, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(TWIN_SEED)
             twin = cls._from_config(config, dtype=dtype)
     hold_as_loaded(twin, dtype)
     return twin.eval().requires_grad_(False)
+
+
+def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """raises PreflightError for parameters that memory can't hold, before the system ends the process for it"""
+    try:
+        with torch.device("meta"):
+            empty = cls._from_config(config, dtype=dtype)
+    except Exception:  # a class that reads values while it is made; what is wrong with it shows when it is made
+        return
+    needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
+    if needed > there:
+        raise PreflightError(
+            f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
+            where=cls.__name__,
+            hint="Use a machine with more memory.",
+        )
 
 
 def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:

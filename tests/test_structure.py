@@ -12,9 +12,10 @@ import transformers as hf
 
 from compressor.binding import read_parameter
 from compressor.checkpoint import open_checkpoint
-from compressor.errors import ModelError
+from compressor.errors import ModelError, PreflightError
 from compressor.replay import Pieces
 from compressor.structure import class_of, example_batch, find_blocks, prove_by_replay, prove_equal, read_structure
+from compressor.tracing import make_twin
 from compressor.units import UnitSource, load_unit
 
 GROUPS = {
@@ -182,3 +183,10 @@ def test_a_table_that_is_scaled_or_shifted_when_looked_up_is_no_weight(tmp_path)
     assert read_structure(tiny.save("gemma3", tmp_path / "scaled")).stages(0) == []
     names = [g.name for stage in read_structure(tiny.save("opt", tmp_path / "shifted")).stages(0) for g in stage]
     assert names == ["model.decoder.embed_tokens"]
+
+
+def test_a_twin_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
+    """As of two blocks of 256 experts each, which the system would end the process for."""
+    config = hf.LlamaConfig(**{**tiny.COMMON, "intermediate_size": 1 << 40})
+    with pytest.raises(PreflightError, match=r"takes [\d,]+ bytes of memory, [\d,]+ are available"):
+        make_twin(hf.LlamaForCausalLM, config, torch.device("cpu"), torch.float32)
