@@ -251,8 +251,17 @@ BROKEN = {
     "a matrix of one dimension": {"weights": {"a.b": {**WEIGHT, "shape": [4]}}},
     "rows of three": {"weights": {"a.b": {**WEIGHT, "rows": [1, 2, 3]}}},
     "a parameter that is no path": {"weights": {"a.b": {**WEIGHT, "parameter": "a.__class__"}}},
+    "a role that none has": {"weights": {"a.b": {**WEIGHT, "role": "x"}}},
+    "an expert without rows": {"weights": {"a.b": {**WEIGHT, "expert": 1, "rows": None}}},
+    "rows without an expert": {"weights": {"a.b": {**WEIGHT, "expert": None, "rows": [0, 4]}}},
+    "rows that end before they begin": {"weights": {"a.b": {**WEIGHT, "expert": 1, "rows": [4, 4]}}},
     "layers as a list": {"layers": ["os"]},
     "a source without a name": {"source": {}},
+    "a change without its step": {"source": {"name": "m", "sha256": "", "changes": [{"rewrites": True}]}},
+    "carried as a list": {"carried": ["x"]},
+    "carried as null": {"carried": None},
+    "carried that reports a number": {"carried": {"x": 5}},
+    "carried that reports a list": {"carried": {"x": [[]]}},
 }
 
 

@@ -280,6 +280,12 @@ def test_a_config_that_makes_no_model_is_an_error_of_the_artifact(change, artifa
         {"shape": [2**40, 2**40]},
         {"bias": "nothing"},
         {"tensor": "nothing"},
+        {"parameter": "transformer.wte.weight"},
+        {"parameter": "transformer.wte.weight", "role": "norm"},
+        {"parameter": "lm_head"},
+        {"parameter": "transformer.h.1.attn.c_attn.weight"},
+        {"tensor": "transformer.h.1.attn.c_attn.weight"},
+        {"expert": 0, "rows": [0, 1]},
     ],
 )
 def test_a_weight_that_the_manifest_describes_wrongly_is_an_error_of_the_artifact(change, artifact):
