@@ -15,7 +15,7 @@ import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from compressor.errors import ArtifactError
-from compressor.file_names import MANIFEST
+from compressor.file_names import MANIFEST, is_plain
 from compressor.matching import ROLES
 from compressor.model_files import regular_file
 
@@ -30,7 +30,7 @@ def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
         raise ValueError("leads out of the directory or isn't a plain relative path")
-    if any(ord(sign) < 32 for sign in name) or "\\" in name:
+    if not is_plain(name):
         raise ValueError("holds signs that no file name here has")
     return name
 

@@ -75,6 +75,16 @@ def test_an_artifact_as_written_is_removed(artifact):
 ELSEWHERE = ["../thesis", "/abs", "a/../../thesis", "..", "./thesis", "a//b", "", ".", "a\\b", "a\n"]
 
 
+def test_a_file_of_the_manifests_name_in_a_folder_is_listed_and_removed(artifact):
+    (artifact / "sub").mkdir()
+    (artifact / "sub" / MANIFEST).write_text("{}")
+    assert "sub/compress_manifest.json" in compare_files(artifact, read_manifest(artifact))[1][0]
+    write_manifest(artifact)
+    assert compare_files(artifact, read_manifest(artifact)) == ([], [])
+    remove_artifact(artifact)
+    assert not artifact.exists()
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_manifest_that_lists_what_lies_elsewhere_removes_nothing(name, artifact, tmp_path):
     thesis = tmp_path / "thesis"
