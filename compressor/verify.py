@@ -85,8 +85,10 @@ def verify(
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
     from compressor.replay import without_cache
+    from compressor.side_files import OWN_MODELING
     from compressor.stock_loading import load_stock, stock_works
     from compressor.tracing import use_eager_experts
+    from compressor.trusted_code import carried_code_problems
 
     logging.disable_progress_bar()
     found: dict[str, Any] = {
@@ -114,6 +116,7 @@ def verify(
         tensor = checkpoint.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             problems.append(f"{name} holds NaN or Inf")
+    problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if problems or not deep:
         return found
     stock, info = load_stock(directory, manifest)
