@@ -61,7 +61,9 @@ class Journal:
             raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.")
         if links := _links(work):
             raise ResumeError(
-                f"holds a link, a pipe or the like, which no run makes ({links[0]})", where=work.name, hint=AGAIN
+                f"holds a link, a pipe or the like, which no run makes ({links[0]})",
+                where=work.name,
+                hint="Move it away first, then start again with --fresh.",
             )
         stored = _read_run(work)
         names = sorted({*stored, *fingerprint})
@@ -216,8 +218,18 @@ def _links(work: Path) -> list[str]:
 
 
 def _open_lock(work: Path) -> TextIO:
-    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off."""
-    handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off.
+
+    raises UsageError for what can't be opened, such as a folder
+    """
+    try:
+        handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UsageError(
+            f"can't be opened ({error.strerror})", where=f"{work.name}/{LOCK}", hint="Move the work directory away."
+        ) from error
     return os.fdopen(handle, "w")
 
 

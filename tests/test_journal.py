@@ -143,8 +143,13 @@ def test_only_a_regular_file_is_opened(name, make, tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
     (tmp_path / "w" / name).unlink(missing_ok=True)
     make(tmp_path / "w" / name)
-    with pytest.raises(ResumeError, match=re.escape(name)):
+    with pytest.raises((ResumeError, UsageError), match=re.escape(name)):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
+    if make is os.mkfifo or name == LOCK:
+        with pytest.raises(UsageError, match=re.escape(name)):
+            remove_work(tmp_path / "w")
+    else:
+        remove_work(tmp_path / "w")
 
 
 def test_every_difference_is_named_on_resume(tmp_path):
