@@ -292,7 +292,7 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
-    with _told_of("config.json"):
+    with _told_of("config.json", holds_values=False):
         # as transformers reads config.json, where infinite numbers may be written as {"__float__": "Infinity"}
         read, _ = cls.config_class.get_config_dict(checkpoint.directory, local_files_only=True)
         values = {key: value for key, value in read.items() if key not in left_out}
@@ -305,14 +305,19 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
 
 
 @contextmanager
-def _told_of(where: str) -> Iterator[None]:
-    """Whatever a class raises while it is built from what an artifact says, as an error that names the place."""
+def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
+    """Whatever a class raises while it is built from what an artifact says, as an error that names the place.
+
+    holds_values  what is built takes memory; where it is empty, running out says that the sizes are absurd
+
+    raises  ArtifactError, PassError if memory ran out
+    """
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
-        if (lack := ran_out(error)) is not None:
+        if holds_values and (lack := ran_out(error)) is not None:
             raise lack from error
         raise ArtifactError(
             f"makes no model ({type(error).__name__}: {str(error)[:300]})",
