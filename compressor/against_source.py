@@ -78,13 +78,13 @@ def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[s
     raises ArtifactError for an artifact whose manifest doesn't say it
     """
     source = manifest["source"]
-    if "changes" not in source:
+    if source.get("changes") is None:
         raise ArtifactError(
             "doesn't say how the artifact and its source compare",
             where=MANIFEST,
             hint="It is of an earlier release: verify without --source, or build the artifact again.",
         )
-    return source["changes"], source["relative_errors"]
+    return source["changes"], source.get("relative_errors", {})
 
 
 def why_not_comparable(checkpoint: Checkpoint) -> str | None:

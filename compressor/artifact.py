@@ -24,7 +24,7 @@ from compressor.artifact_files import file_facts
 from compressor.artifact_files import owned_files as owned_files
 from compressor.artifact_files import remove_artifact as remove_artifact
 from compressor.attention import choose_plain
-from compressor.binding import bind, fill, read_parameter
+from compressor.binding import Bindings, bind, fill, read_parameter
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
 from compressor.errors import ArtifactError, CompressError, UsageError
@@ -33,9 +33,10 @@ from compressor.file_names import MANIFEST as MANIFEST
 from compressor.file_names import REPORT_FILES as REPORT_FILES
 from compressor.kernels.prepared import prepare
 from compressor.layers import find_layer
-from compressor.manifest import FORMAT_VERSION, model_class
+from compressor.manifest import BAD_HINT, FORMAT_VERSION, model_class
 from compressor.manifest import read_manifest as read_manifest
 from compressor.modelling import VERSION, modelling_file
+from compressor.resources import ran_out
 from compressor.safetensors_file import NAMES, Entry, TensorInfo, read_bytes, read_header, write_file
 from compressor.structure import Structure, skeleton
 from compressor.trusted_code import check_kernels
@@ -222,6 +223,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
         return matrix.t() if form.weight.transposed else matrix
 
     bindings = bind(model, _dense_view(checkpoint, forms, dtype), dtype)
+    _check_places(forms, bindings)
     modules = {
         form.weight.parameter.removesuffix(".weight"): name
         for name, form in forms.items()
@@ -244,7 +246,41 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
             layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
         layers[name].dtype = dtype
         setattr(model.get_submodule(owner), leaf, layers[name])
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if (left := next((name for name, value in tensors if value.is_meta), None)) is not None:
+        raise ArtifactError(f"the manifest leaves {left} without a value", where=MANIFEST, hint=BAD_HINT)
     return model
+
+
+def _check_places(forms: dict[str, Form], bindings: Bindings) -> None:
+    """A stored matrix fills what transformers fills with its tensor, and nothing else.
+
+    raises ArtifactError for a weight whose manifest entry says another parameter, or another part of it
+    """
+    placed = {
+        source.tensor: (name, source.expert, source.rows)
+        for name, sources in bindings.sources.items()
+        for source in sources
+    }
+    for name, form in forms.items():
+        weight = form.weight
+        if weight.is_function or weight.role == "shortcut":
+            continue
+        filled, expert, rows = placed.get(weight.tensor, (None, None, None))
+        names = [bindings.tied.get(parameter, parameter) for parameter in (filled, weight.parameter) if parameter]
+        if len(set(names)) != 1 or filled is None or (expert, rows) != (weight.expert, weight.rows):
+            raise ArtifactError(
+                f"the manifest puts {weight.tensor!r} into {_part(weight.parameter, weight.expert, weight.rows)}, "
+                f"and transformers into {_part(filled, expert, rows)}",
+                where=name,
+                hint=BAD_HINT,
+            )
+
+
+def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | None) -> str:
+    """A parameter or a part of one, for a message."""
+    within = "" if expert is None and rows is None else f" (expert {expert}, rows {rows})"
+    return f"{parameter or 'nothing'}{within}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -256,7 +292,7 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
-    with _told_of("config.json"):
+    with _told_of("config.json", holds_values=False):
         # as transformers reads config.json, where infinite numbers may be written as {"__float__": "Infinity"}
         read, _ = cls.config_class.get_config_dict(checkpoint.directory, local_files_only=True)
         values = {key: value for key, value in read.items() if key not in left_out}
@@ -269,13 +305,20 @@ def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformer
 
 
 @contextmanager
-def _told_of(where: str) -> Iterator[None]:
-    """Whatever a class raises while it is built from what an artifact says, as an error that names the place."""
+def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
+    """Whatever a class raises while it is built from what an artifact says, as an error that names the place.
+
+    holds_values  what is built takes memory; where it is empty, running out says that the sizes are absurd
+
+    raises  ArtifactError, PassError if memory ran out
+    """
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
+        if holds_values and (lack := ran_out(error)) is not None:
+            raise lack from error
         raise ArtifactError(
             f"makes no model ({type(error).__name__}: {str(error)[:300]})",
             where=where,

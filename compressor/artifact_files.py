@@ -45,7 +45,7 @@ def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != directory / MANIFEST
     }
 
 

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from compressor.data_files import Columns, check_rows, is_dataset, read_rows
 from compressor.data_images import check_images, normalised, read_images
@@ -231,15 +231,20 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
     """
     from transformers import AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     check_directory(directory)
-    if not trust_remote_code and (references := tokenizer_code(directory)):
+    where, references = tokenizer_code(directory)
+    if references and not trust_remote_code:
         raise ModelError(
             f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
-            where="tokenizer_config.json",
+            where=where,
             hint=FLAG,
         )
     try:
+        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
+            cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
+            return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
         raise RecipeError(

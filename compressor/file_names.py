@@ -1,8 +1,9 @@
-"""Names of files: which hold weights, whatever program wrote them, and which an artifact has of its own."""
+"""Names of files: which hold weights, whatever program wrote them, which an artifact may have and has of its own."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 MANIFEST = "compress_manifest.json"
@@ -15,6 +16,15 @@ WEIGHT_SUFFIXES = {
     *(".onnx", ".onnx_data", ".gguf", ".ggml", ".mlmodel", ".engine", ".nemo", ".llamafile"),  # for deployment
 }
 INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.\w+)?\.json$")
+
+
+def is_plain(name: str) -> bool:
+    """Whether an artifact may hold a file of this name: the manifest lists it, and any system can write it as it is.
+
+    No control characters, which a terminal or a report would obey, no backslash, which is a separator on Windows, and
+    nothing that isn't text, as bytes that aren't UTF-8.
+    """
+    return not any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign == "\\" for sign in name)
 
 
 def is_weight_file(path: Path) -> bool:

@@ -1,13 +1,15 @@
 """What is durably done. One commit per unit: temporary file, sync, rename, one appended line.
 
 The journal knows nothing of models. There is no moment without a valid state: a file counts once its line is
-appended, a torn last line is ignored, and a file without a line is written again.
+appended, a torn last line is ignored, and a file without a line is written again. A line says its own hash, so one that
+anything else changed is found when the journal is reopened, whatever its facts are.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -15,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from compressor.errors import PassError, ResumeError, UsageError
+from compressor.errors import CompressError, PassError, ResumeError, UsageError
 from compressor.files import disk_full, file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AGAIN = "Start again with --fresh."
 
 
 class Journal:
@@ -30,10 +33,10 @@ class Journal:
         self._lock = _open_lock(work)
         try:
             _lock(self._lock, work)
-        except UsageError:
+            self.lines = self._read_lines()
+        except (CompressError, OSError):
             self._lock.close()
             raise
-        self.lines = self._read_lines()
 
     @classmethod
     def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
@@ -53,13 +56,16 @@ class Journal:
 
     @classmethod
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """Continue. raises ResumeError naming everything that differs from the interrupted run"""
-        try:
-            stored = json.loads((work / RUN).read_text())
-        except (OSError, ValueError) as error:
+        """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
+        if not has_begun(work):
+            raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.")
+        if links := _links(work):
             raise ResumeError(
-                "there is no interrupted run here", where=work.name, hint="Start without --resume."
-            ) from error
+                f"holds a link, a pipe or the like, which no run makes ({links[0]})",
+                where=work.name,
+                hint="Move it away first, then start again with --fresh.",
+            )
+        stored = _read_run(work)
         names = sorted({*stored, *fingerprint})
         differences = [
             f"{name}: was {stored.get(name)!r}, is {fingerprint.get(name)!r}"
@@ -72,12 +78,14 @@ class Journal:
                 where=work.name,
                 hint="Restore what differs, or start again with --fresh.",
             )
-        if links := _links(work):
-            raise ResumeError(
-                f"holds a link, which no run makes ({links[0]})", where=work.name, hint="Start again with --fresh."
-            )
-        (work / UNITS).mkdir(exist_ok=True)
-        return cls(work)
+        try:
+            (work / UNITS).mkdir(exist_ok=True)
+            return cls(work)
+        except OSError as error:  # no permission, or a folder in place of a file
+            if error.errno in FULL:
+                raise disk_full(work, None) from error
+            named = Path(error.filename).name if isinstance(error.filename, str) else work.name
+            raise ResumeError(f"can't be opened ({error.strerror})", where=named, hint=AGAIN) from error
 
     def close(self) -> None:
         self._lock.close()
@@ -91,7 +99,7 @@ class Journal:
                 raise ResumeError(
                     "the file is missing or changed since it was committed",
                     where=line["file"],
-                    hint="Start again with --fresh.",
+                    hint=AGAIN,
                 )
             line["checked"] = True
         return line
@@ -112,7 +120,7 @@ class Journal:
             line = {"key": key, "file": file, "sha256": file_sha256(temporary), **facts}
             os.replace(temporary, path)
             _sync_directory(path.parent)
-            self._append(json.dumps(line, sort_keys=True).encode() + b"\n")
+            self._append(json.dumps({**line, "line_sha256": _line_sha256(line)}, sort_keys=True).encode() + b"\n")
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in FULL:
@@ -143,12 +151,33 @@ class Journal:
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
+                if line.pop("line_sha256") != _line_sha256(line):
+                    raise ValueError("isn't what was committed")
                 if Path(line["file"]).name != line["file"]:
                     raise ValueError("names a file elsewhere")
                 lines[line["key"]] = line
-            except (ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"line {number} is damaged", where=LINES, hint="Start again with --fresh.") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ResumeError(f"line {number} is damaged", where=LINES, hint=AGAIN) from error
         return lines
+
+
+def _read_run(work: Path) -> dict[str, Any]:
+    """What the interrupted run was. raises ResumeError for what no run wrote"""
+    try:
+        stored = json.loads((work / RUN).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ResumeError(f"is damaged ({error})", where=RUN, hint=AGAIN) from error
+    except OSError as error:
+        raise ResumeError(f"can't be read ({error.strerror})", where=RUN, hint=AGAIN) from error
+    if not isinstance(stored, dict):
+        raise ResumeError("is damaged (not a JSON object)", where=RUN, hint=AGAIN)
+    return stored
+
+
+def _line_sha256(line: dict[str, Any]) -> str:
+    """The hash of a line's values, as they are when JSON is read again: there a key is text, and sorted as such."""
+    values = json.loads(json.dumps(line))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def has_begun(work: Path) -> bool:
@@ -189,8 +218,18 @@ def _links(work: Path) -> list[str]:
 
 
 def _open_lock(work: Path) -> TextIO:
-    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off."""
-    handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off.
+
+    raises UsageError for what can't be opened, such as a folder
+    """
+    try:
+        handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UsageError(
+            f"can't be opened ({error.strerror})", where=f"{work.name}/{LOCK}", hint="Move the work directory away."
+        ) from error
     return os.fdopen(handle, "w")
 
 

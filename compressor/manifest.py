@@ -15,7 +15,8 @@ import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from compressor.errors import ArtifactError
-from compressor.file_names import MANIFEST
+from compressor.file_names import MANIFEST, is_plain
+from compressor.matching import ROLES
 from compressor.model_files import regular_file
 
 FORMAT_VERSION = 1
@@ -29,7 +30,7 @@ def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
         raise ValueError("leads out of the directory or isn't a plain relative path")
-    if any(ord(sign) < 32 for sign in name) or "\\" in name:
+    if not is_plain(name):
         raise ValueError("holds signs that no file name here has")
     return name
 
@@ -41,9 +42,16 @@ def _module_path(name: str) -> str:
     return name
 
 
+def _known_role(role: str) -> str:
+    if role not in ROLES:
+        raise ValueError(f"is none of {', '.join(ROLES)}")
+    return role
+
+
 FileName = Annotated[str, Field(max_length=4096), AfterValidator(_inside)]
 ModulePath = Annotated[str, Field(max_length=4096), AfterValidator(_module_path)]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$", max_length=200)]
+Role = Annotated[str, AfterValidator(_known_role)]
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 
 
@@ -65,7 +73,7 @@ class _WeightEntry(_Part):
     tensor: str
     parameter: ModulePath
     shape: Annotated[list[Size], Field(max_length=4)]
-    role: str
+    role: Role
     transposed: bool = False
     expert: Size | None = None
     rows: Annotated[list[Size], Field(min_length=2, max_length=2)] | None = None
@@ -76,6 +84,8 @@ class _WeightEntry(_Part):
     def _fits(self) -> _WeightEntry:
         if len(self.shape) < 2 and self.role in ("attention", "mlp", "experts", "router", "head", "embedding"):
             raise ValueError(f"shape {self.shape} is not that of a matrix")
+        if (self.rows is None) != (self.expert is None) or (self.rows is not None and self.rows[0] >= self.rows[1]):
+            raise ValueError(f"rows {self.rows} of expert {self.expert} are no part of a parameter")
         return self
 
 
@@ -85,8 +95,9 @@ class _Tool(_Part):
 
 
 class _Change(_Part):
-    """A step that changed the model itself, under its key `pass`."""
+    """A step that changed the model itself."""
 
+    step: str = Field(alias="pass")
     rewrites: bool
     keeps_function: bool
 
@@ -106,6 +117,7 @@ class _Manifest(_Part):
     reason: str
     source: _Source
     weights: dict[str, _WeightEntry]
+    carried: dict[str, list[str]] = {}
     layers: dict[Identifier, str]
     files: dict[FileName, _FileFacts]
 

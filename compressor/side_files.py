@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import ModelError
-from compressor.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_weight_file, is_weight_index
+from compressor.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_plain, is_weight_file, is_weight_index
 from compressor.model_files import entries, regular_file
 from compressor.trusted_code import CUSTOM_GENERATE, auto_map, file_of, files_behind, is_model_entry, read_settings
 
@@ -29,6 +29,7 @@ OWN = "the artifact has its own file of this name"
 MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
 GENERATE = "code that takes the place of the model's generate()"
 CACHE = "compiled Python"
+ODD_NAME = "control characters or a backslash in the name, which not every system can write"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
             carried.append(path)
         else:
             whole = len(path.parts) > 1 and reason in (OTHER_WEIGHTS, GENERATE)
-            reasons.setdefault(reason, set()).add(f"{path.parts[0]}/" if whole else path.as_posix())
-    hidden = {name for name in os.listdir(directory) if name.startswith(".")}
+            reasons.setdefault(reason, set()).add(_shown(f"{path.parts[0]}/" if whole else path.as_posix()))
+    hidden = {_shown(name) for name in os.listdir(directory) if name.startswith(".")}
     if hidden:
         reasons[HIDDEN] = hidden
     return SideFiles(carried, {reason: sorted(names) for reason, names in sorted(reasons.items())}, kept_map)
@@ -79,6 +80,8 @@ def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
 
 def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str]) -> str | None:
     name, top = path.as_posix(), path.parts[0]
+    if not is_plain(name):
+        return ODD_NAME
     if len(path.parts) > 1 and top in modules:
         return None  # with its weights: they are no part of the model that is compressed
     if len(path.parts) > 1 and top in folders:
@@ -94,6 +97,11 @@ def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str])
     if "__pycache__" in path.parts or path.suffix == ".pyc":
         return CACHE
     return MODEL_CODE if name in unused else None
+
+
+def _shown(name: str) -> str:
+    """A name for plan and report, which may be none that they could hold as it is."""
+    return name if is_plain(name) else name.encode("unicode_escape").decode("ascii")
 
 
 def _module_folders(directory: Path) -> set[str]:

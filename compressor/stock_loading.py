@@ -54,9 +54,12 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
 
 
 @contextmanager
-def stock_works(directory: Path, refusal: type[CompressError] = ArtifactError) -> Iterator[None]:
+def stock_works(
+    directory: Path, refusal: type[CompressError] = ArtifactError, who: str = "stock transformers"
+) -> Iterator[None]:
     """Whatever transformers raises while it loads or runs a model says that the model is not what it should be.
 
+    who     what loads or runs it, for the message
     raises  `refusal` with its words, DependencyError if it lacks a package, PassError if memory or disk ran out
     """
     try:
@@ -65,12 +68,12 @@ def stock_works(directory: Path, refusal: type[CompressError] = ArtifactError) -
         raise
     except ImportError as error:
         hint = "Install what it names."
-        raise DependencyError(f"stock transformers can't load it ({error})", where=directory.name, hint=hint) from error
+        raise DependencyError(f"{who} can't load it ({error})", where=directory.name, hint=hint) from error
     except Exception as error:
         if (lack := ran_out(error)) is not None:
             raise lack from error
         told = f"{type(error).__name__}: {error}"[:600]
-        raise refusal(f"stock transformers fails on it ({told})", where=directory.name) from error
+        raise refusal(f"{who} fails on it ({told})", where=directory.name) from error
 
 
 def _check_route(checkpoint: Checkpoint, route: str) -> None:

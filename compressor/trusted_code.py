@@ -15,6 +15,7 @@ import ast
 import hashlib
 import json
 import linecache
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,19 +100,52 @@ def required_code(directory: Path, references: list[str]) -> str:
     return ", ".join(name if is_there[name] else f"{name} (which is missing)" for name in names)
 
 
-def tokenizer_code(directory: Path) -> list[str]:
-    """References of a tokenizer's own code, of which transformers has no class; [] where it has one.
+def tokenizer_code(directory: Path) -> tuple[str, list[str]]:
+    """(file that names them, references of a tokenizer's own code), of which transformers has no class; [] if it has.
 
-    raises ModelError for a tokenizer_config.json that can't be read
+    transformers reads only the `auto_map` of tokenizer_config.json. That of config.json counts where a class is stated
+    that nothing else says where to find.
+
+    raises ModelError for a tokenizer_config.json or config.json that can't be read
     """
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    settings = read_settings(directory, "tokenizer_config.json")
-    references = auto_map(settings, "tokenizer_config.json").get("AutoTokenizer", [])
-    stated = settings.get("tokenizer_class") or read_settings(directory, "config.json").get("tokenizer_class")
+    settings, config = (read_settings(directory, name) for name in ("tokenizer_config.json", "config.json"))
+    where, references = "tokenizer_config.json", auto_map(settings, "tokenizer_config.json").get("AutoTokenizer", [])
+    stated = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if not references and stated:
+        where, references = "config.json", auto_map(config, "config.json").get("AutoTokenizer", [])
     name = stated.removesuffix("Fast") if isinstance(stated, str) else ""
     known = name and (tokenizer_class_from_name(name) or tokenizer_class_from_name(name + "Fast"))
-    return [] if known else references
+    return where, [] if known else references
+
+
+def carried_code_problems(directory: Path, source: Path | None, trust: bool, own: re.Pattern[str]) -> list[str]:
+    """Code of an artifact, beside its model's, that `run` can't have carried over, or that nobody has vouched for.
+
+    source  the checkpoint that it was made of: its code is what is carried, byte for byte. None: it isn't at hand
+    trust   the user has read the code
+    own     names of modeling files, which are judged by what this release writes
+    """
+    if source is not None:
+        carried = [name for name in code_files(directory) if not own.fullmatch(name)]
+        return [
+            f"{name} is code that the source doesn't have" for name in carried if not _same(name, directory, source)
+        ]
+    where, references = tokenizer_code(directory)
+    if trust or not references:
+        return []
+    code = required_code(directory, references)
+    return [f"{where} names code for the tokenizer, {code}. Compare it with its --source, or: {FLAG}"]
+
+
+def _same(name: str, directory: Path, source: Path) -> bool:
+    """Whether two directories hold the same file of a name."""
+    both = (directory / name, source / name)
+    if not all(path.is_file() for path in both):
+        return False
+    here, there = (regular_file(folder, path).read_bytes() for folder, path in zip((directory, source), both))
+    return here == there
 
 
 def check_kernels(config: Any, where: str = "config.json") -> None:

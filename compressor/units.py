@@ -53,7 +53,7 @@ class Form:
     def from_dict(cls, entry: dict[str, Any]) -> Form:
         values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
         values["shape"] = tuple(values["shape"])
-        values["rows"] = tuple(values["rows"]) if values["rows"] else None
+        values["rows"] = tuple(values["rows"]) if values.get("rows") else None
         return cls(entry["form"], entry["spec"], Weight(**values))
 
 

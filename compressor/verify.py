@@ -26,6 +26,7 @@ from typing import Any
 from compressor.child import ask
 
 GENERATED_TOKENS = 8
+OURS = "compressor.load"  # in messages
 
 
 def verify_in_child(
@@ -84,8 +85,10 @@ def verify(
     from compressor.checkpoint import open_checkpoint
     from compressor.export import FAMILIES
     from compressor.replay import without_cache
+    from compressor.side_files import OWN_MODELING
     from compressor.stock_loading import load_stock, stock_works
     from compressor.tracing import use_eager_experts
+    from compressor.trusted_code import carried_code_problems
 
     logging.disable_progress_bar()
     found: dict[str, Any] = {
@@ -113,6 +116,7 @@ def verify(
         tensor = checkpoint.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             problems.append(f"{name} holds NaN or Inf")
+    problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if problems or not deep:
         return found
     stock, info = load_stock(directory, manifest)
@@ -124,9 +128,9 @@ def verify(
         if found[key]:
             problems.append(f"stock loading reports {len(found[key])} {key} tensors, such as {found[key][0]}")
     use_eager_experts(stock.config)
-    inputs = load_file(probe) if probe else _example(stock)
-    expected = inputs.pop("output", None)
     with torch.no_grad(), without_cache(stock), stock_works(directory):
+        inputs = load_file(probe) if probe else _example(stock)
+        expected = inputs.pop("output", None)
         outputs = {name: _output(stock(**inputs)) for name in ("stock loader", "stock loader, second run")}
     prints, ties = prints_of(stock), ties_of(stock)
     blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
@@ -137,10 +141,17 @@ def verify(
     own: Any = load(directory, check_hashes=False, kernels="reference")
     found["own_load"] = True
     use_eager_experts(own.config)
-    with torch.no_grad(), without_cache(own):
+    with torch.no_grad(), without_cache(own), stock_works(directory, who=OURS):
         outputs["own loader"] = _output(own(**inputs))
+    reference = expected if expected is not None else next(iter(outputs.values())).float()
+    for name, value in outputs.items():
+        if value.shape != reference.shape:
+            problems.append(f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is right")
+    if problems:
+        return found
     if forward is not None:
-        layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
+        with stock_works(directory, who="the comparison of its layers"):
+            layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
         by_stock = outputs.pop("stock loader")
         layers["max_logit_difference"] = float((by_stock.float() - outputs["own loader"].float()).abs().max())
         found["stock_layers"] = layers
@@ -251,8 +262,12 @@ def _compare_source(
             compared |= numbers
             problems += found_there
             if not changes and not found_there:
-                against_source.put_layers(source, own, manifest)
-                with torch.no_grad(), without_cache(source):
+                with (
+                    torch.no_grad(),
+                    without_cache(source),
+                    stock_works(artifact.directory, who="the source with its layers"),
+                ):
+                    against_source.put_layers(source, own, manifest)
                     outputs["source with the artifact's layers"] = _output(source(**inputs))
         found["source"] = compared
     return failure

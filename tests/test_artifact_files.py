@@ -77,6 +77,16 @@ def test_an_artifact_as_written_is_removed(artifact):
 ELSEWHERE = ["../thesis", "/abs", "a/../../thesis", "..", "./thesis", "a//b", "", ".", "a\\b", "a\n"]
 
 
+def test_a_file_of_the_manifests_name_in_a_folder_is_listed_and_removed(artifact):
+    (artifact / "sub").mkdir()
+    (artifact / "sub" / MANIFEST).write_text("{}")
+    assert "sub/compress_manifest.json" in compare_files(artifact, read_manifest(artifact))[1][0]
+    write_manifest(artifact)
+    assert compare_files(artifact, read_manifest(artifact)) == ([], [])
+    remove_artifact(artifact)
+    assert not artifact.exists()
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_manifest_that_lists_what_lies_elsewhere_removes_nothing(name, artifact, tmp_path):
     thesis = tmp_path / "thesis"
@@ -275,8 +285,17 @@ BROKEN = {
     "a matrix of one dimension": {"weights": {"a.b": {**WEIGHT, "shape": [4]}}},
     "rows of three": {"weights": {"a.b": {**WEIGHT, "rows": [1, 2, 3]}}},
     "a parameter that is no path": {"weights": {"a.b": {**WEIGHT, "parameter": "a.__class__"}}},
+    "a role that none has": {"weights": {"a.b": {**WEIGHT, "role": "x"}}},
+    "an expert without rows": {"weights": {"a.b": {**WEIGHT, "expert": 1, "rows": None}}},
+    "rows without an expert": {"weights": {"a.b": {**WEIGHT, "expert": None, "rows": [0, 4]}}},
+    "rows that end before they begin": {"weights": {"a.b": {**WEIGHT, "expert": 1, "rows": [4, 4]}}},
     "layers as a list": {"layers": ["os"]},
     "a source without a name": {"source": {}},
+    "a change without its step": {"source": {"name": "m", "sha256": "", "changes": [{"rewrites": True}]}},
+    "carried as a list": {"carried": ["x"]},
+    "carried as null": {"carried": None},
+    "carried that reports a number": {"carried": {"x": 5}},
+    "carried that reports a list": {"carried": {"x": [[]]}},
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import sys
 import pytest
 
 from compressor.errors import PassError, ResumeError, UsageError
-from compressor.journal import LINES, RUN, UNITS, Journal, has_begun, remove_work
+from compressor.journal import LINES, LOCK, RUN, UNITS, Journal, has_begun, remove_work
 
 FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
@@ -86,6 +88,68 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
     (tmp_path / "w" / LINES).write_bytes(b"nonsense\n{}\n")
     with pytest.raises(ResumeError, match="line 1 is damaged"):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
+
+
+EDITS = {
+    "a fact removed": lambda line: line.pop("forms"),
+    "a fact of another kind": lambda line: line.update(forms=5),
+    "a fact that is null": lambda line: line.update(relative_errors=None),
+    "an item of another kind": lambda line: line.update(warnings=[5]),
+    "a value deep inside": lambda line: line["records"][0].pop("name"),
+    "a fact added": lambda line: line.update(checked=True),
+    "no hash of the file": lambda line: line.pop("sha256"),
+    "no hash of the line": lambda line: line.pop("line_sha256"),
+    "another file": lambda line: line.update(file="../run.json"),
+    "another key": lambda line: line.update(key=[]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_line_that_was_edited_is_refused(edit, tmp_path):
+    facts = {"forms": {}, "records": [{"name": "x"}], "warnings": [], "relative_errors": {"x": 1e-3}}
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    for key in ("0/0", "0/1"):
+        journal.commit(key, f"{key[-1]}.bin", lambda path: path.write_bytes(b"x"), facts)
+    journal.close()
+    first, second = (tmp_path / "w" / LINES).read_text().splitlines()
+    line = json.loads(first)
+    EDITS[edit](line)
+    (tmp_path / "w" / LINES).write_text(f"{json.dumps(line)}\n{second}\n")
+    with pytest.raises(ResumeError, match=r"line 1 is damaged.*--fresh"):
+        Journal.reopen(tmp_path / "w", FINGERPRINT)
+
+
+def test_facts_of_any_kind_are_read_again(tmp_path):
+    facts = {"numbers": {10: (1.5, None), 9: float("inf")}, "text": "ä\u2028"}
+    journal = Journal.create(tmp_path / "w", FINGERPRINT)
+    journal.commit("0/0", "a.bin", lambda path: path.write_bytes(b"x"), facts)
+    journal.close()
+    again = Journal.reopen(tmp_path / "w", FINGERPRINT)
+    assert again.done("0/0")["numbers"] == {"10": [1.5, None], "9": float("inf")}
+
+
+@pytest.mark.parametrize("text", ["3", "null", "[1]", '"a"', "{", "[" * 100_000])
+@pytest.mark.parametrize("name", [RUN, LINES])
+def test_what_is_no_object_is_damaged(name, text, tmp_path):
+    Journal.create(tmp_path / "w", FINGERPRINT).close()
+    (tmp_path / "w" / name).write_text(f"{text}\n")
+    with pytest.raises(ResumeError, match=r"damaged.*--fresh"):
+        Journal.reopen(tmp_path / "w", FINGERPRINT)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", [RUN, LINES, LOCK])
+def test_only_a_regular_file_is_opened(name, make, tmp_path):
+    Journal.create(tmp_path / "w", FINGERPRINT).close()
+    (tmp_path / "w" / name).unlink(missing_ok=True)
+    make(tmp_path / "w" / name)
+    with pytest.raises((ResumeError, UsageError), match=re.escape(name)):
+        Journal.reopen(tmp_path / "w", FINGERPRINT)
+    if make is os.mkfifo or name == LOCK:
+        with pytest.raises(UsageError, match=re.escape(name)):
+            remove_work(tmp_path / "w")
+    else:
+        remove_work(tmp_path / "w")
 
 
 def test_every_difference_is_named_on_resume(tmp_path):

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import ModelError
+from compressor.manifest import FileName
 from compressor.side_files import (
     ADAPTER,
     GENERATE,
     HIDDEN,
     MODEL_CODE,
+    ODD_NAME,
     OTHER_WEIGHTS,
     OWN,
     WEIGHTS,
@@ -47,6 +50,8 @@ CARRIED = [
     "speaker_embeddings/one.npy",
     "mel_filters.npz",
     "a/b/c/settings.json",
+    "sub/compress_manifest.json",
+    "übersicht für alle.txt",
     "what.ever",
 ]
 LEFT_OUT = {
@@ -74,6 +79,14 @@ LEFT_OUT = {
     "modeling_compressed_llama.py": (OWN, "modeling_compressed_llama.py"),
     "adapter_config.json": (ADAPTER, "adapter_config.json"),
     "custom_generate/generate.py": (GENERATE, "custom_generate/"),
+    "a\\b.txt": (ODD_NAME, "a\\\\b.txt"),
+    "tab\t.txt": (ODD_NAME, "tab\\t.txt"),
+    "new\nline/notes.txt": (ODD_NAME, "new\\nline/notes.txt"),
+    "delete\x7f": (ODD_NAME, "delete\\x7f"),
+    "terminal\x9b31m": (ODD_NAME, "terminal\\x9b31m"),
+    "line\u2028": (ODD_NAME, "line\\u2028"),
+    "latin\udce4.txt": (ODD_NAME, "latin\\udce4.txt"),  # a byte that isn't UTF-8, as Python has it
+    ".\t": (HIDDEN, ".\\t"),
     ".gitattributes": (HIDDEN, ".gitattributes"),
     ".git/config": (HIDDEN, ".git"),
     ".cache/huggingface/x": (HIDDEN, ".cache"),
@@ -85,6 +98,18 @@ def test_a_file_that_no_rule_names_is_carried(name, tmp_path):
     write(tmp_path, name)
     found = find_side_files(tmp_path, {})
     assert [path.as_posix() for path in found.carried] == [name] and not found.left_out
+    assert TypeAdapter(FileName).validate_python(name) == name  # so the manifest that lists it can be read
+
+
+@pytest.mark.parametrize("name", [name for name, (reason, _) in LEFT_OUT.items() if reason == ODD_NAME])
+def test_a_name_that_the_manifest_refuses_is_not_carried_with_its_folder_either(name, tmp_path):
+    write(tmp_path, f"1_Dense/{name}", "1_Dense/model.safetensors", "1_Dense/config.json")
+    write(tmp_path, "modules.json", content='[{"path": "1_Dense"}]')
+    found = find_side_files(tmp_path, {})
+    assert [str(path) for path in found.carried] == ["1_Dense/config.json", "1_Dense/model.safetensors", "modules.json"]
+    assert list(found.left_out) == [ODD_NAME]
+    with pytest.raises(ValidationError):
+        TypeAdapter(FileName).validate_python(name)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -25,8 +25,9 @@ from compressor.run import compress
 from compressor.stock_loading import load_stock
 from compressor.structure import config_of, read_structure
 from compressor.trusted_code import auto_map, files_behind
-from compressor.verify import main
+from compressor.verify import main, verify
 
+OWN = "tokenization_own.OwnTokenizer"
 RTN8 = b"version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n"
 
 
@@ -280,6 +281,12 @@ def test_a_config_that_makes_no_model_is_an_error_of_the_artifact(change, artifa
         {"shape": [2**40, 2**40]},
         {"bias": "nothing"},
         {"tensor": "nothing"},
+        {"parameter": "transformer.wte.weight"},
+        {"parameter": "transformer.wte.weight", "role": "norm"},
+        {"parameter": "lm_head"},
+        {"parameter": "transformer.h.1.attn.c_attn.weight"},
+        {"tensor": "transformer.h.1.attn.c_attn.weight"},
+        {"expert": 0, "rows": [0, 1]},
     ],
 )
 def test_a_weight_that_the_manifest_describes_wrongly_is_an_error_of_the_artifact(change, artifact):
@@ -303,6 +310,45 @@ def with_own_tokenizer(tmp_path, marker):
     auto = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
     edit(model / "tokenizer_config.json", auto_map=auto, tokenizer_class="OwnTokenizer")
     return model
+
+
+def named_in_config(model, value, stated):
+    """Another place for what names the tokenizer's code; the class is stated in `stated`."""
+    (model / "tokenizer_config.json").write_text("{}")
+    edit(model / "config.json", auto_map={"AutoTokenizer": value})
+    edit(model / stated, tokenizer_class="OwnTokenizer")
+
+
+@pytest.mark.parametrize("stated", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("value", [[OWN, None], [None, OWN], OWN])
+def test_a_tokenizer_whose_code_config_json_names_needs_the_flag_and_runs_with_it(
+    value, stated, with_own_tokenizer, marker
+):
+    named_in_config(with_own_tokenizer, value, stated)
+    with pytest.raises(ModelError, match=r"^config\.json: .*tokenization_own\.py.*--trust-remote-code"):
+        load_tokenizer(with_own_tokenizer)
+    assert not marker.exists()
+    assert type(load_tokenizer(with_own_tokenizer, trust_remote_code=True)).__name__ == "OwnTokenizer"
+
+
+@pytest.mark.parametrize("names", [None, "config.json", "tokenizer_config.json"])
+def test_verify_names_code_of_a_tokenizer_that_is_not_the_sources(names, with_own_tokenizer, tmp_path, marker):
+    if names is not None:
+        named_in_config(with_own_tokenizer, [OWN, None], names)
+    output = tmp_path / "out"
+    compress(parse_recipe(RTN8, "t"), str(with_own_tokenizer), output, measure=False)  # it was verified with its source
+
+    def problems(source=None, trust=False):
+        return verify(output, None, sealed=True, deep=False, source=source, trust_remote_code=trust)["problems"]
+
+    assert problems(with_own_tokenizer) == [] and problems(trust=True) == []
+    assert "tokenization_own.py" in problems()[0] and "--trust-remote-code" in problems()[0]
+    (output / "evil.py").write_text(planted(marker))
+    edit(output / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")
+    seal_again(output)
+    assert problems(with_own_tokenizer) == ["evil.py is code that the source doesn't have"]
+    assert "evil.py" in problems()[0] and len(problems()) == 1
+    assert not marker.exists()
 
 
 def test_a_tokenizer_with_code_needs_the_flag_and_its_file_is_named(with_own_tokenizer, marker):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from compressor import run as running
 from compressor import verify as verifying
-from compressor.errors import ModelError
+from compressor.errors import ArtifactError, ModelError, PassError
+from compressor.layers import find_layer
 from compressor.recipe import parse_recipe
 from compressor.run import compress
 from compressor.verify import verify
@@ -229,3 +230,48 @@ def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(buil
     answers = iter([(7, "it makes 7"), (8, None)])  # of the artifact, of its source
     monkeypatch.setattr(verifying, "_generate", lambda *_: next(answers))
     assert found(artifact, source)["problems"] == ["generate fails: it makes 7"]
+
+
+def moved(weights, name):
+    weights[name]["parameter"] = "model.embed_tokens.weight"
+
+
+def swapped_places(weights, name):
+    other = name.replace("k_proj", "q_proj")
+    for key in ("tensor", "parameter"):
+        weights[name][key], weights[other][key] = weights[other][key], weights[name][key]
+
+
+def called_a_norm(weights, name):
+    weights[name] |= {"role": "norm", "parameter": "model.norm", "tensor": ""}
+
+
+@pytest.mark.parametrize("change", [moved, swapped_places, called_a_norm])
+def test_a_manifest_whose_layers_cannot_run_is_an_error_of_the_artifact(change, built, tmp_path):
+    """No rule of the manifest alone can say that, since the model runs where a layer stands."""
+    artifact = built(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16), tmp_path / "out", RTN)
+    manifest = json.loads((artifact / "compress_manifest.json").read_text())
+    change(manifest["weights"], "model.layers.0.self_attn.k_proj")
+    (artifact / "compress_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises((ArtifactError, ModelError)):
+        found(artifact, None)
+
+
+@pytest.mark.parametrize(("fault", "error"), [(ValueError("x"), ArtifactError), (MemoryError(), PassError)])
+def test_what_fails_in_our_own_loader_is_told_apart_from_too_little_memory(fault, error, built, tmp_path, monkeypatch):
+    artifact = built(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16), tmp_path / "out", RTN)
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(find_layer("packed_linear"), "forward", fail)
+    with pytest.raises(error):
+        found(artifact, None)
+
+
+def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
+    artifact = built(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16), tmp_path / "out", RTN)
+    shapes = iter((slice(None), slice(None), slice(1, None)))
+    plain = verifying._output
+    monkeypatch.setattr(verifying, "_output", lambda output: plain(output)[next(shapes)])
+    assert found(artifact, None)["problems"] == ["own loader: outputs have shape (1, 32, 96), (2, 32, 96) is right"]
