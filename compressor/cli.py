@@ -25,6 +25,7 @@ from compressor.errors import ArtifactError, CompressError, GateError, Interrupt
 from compressor.progress import Mode, json_line, show
 from compressor.resources import ran_out
 from compressor.stopping import Stop, answered
+from compressor.utf8 import check_utf8
 
 INTERRUPTED = Interrupted.exit_code
 
@@ -489,6 +490,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_verb(arguments: list[str], stop: Stop, as_json: bool) -> int:
     try:
+        for argument in arguments:
+            check_utf8(argument, "Rename the file, or give the text as UTF-8.")
         code = app(arguments, standalone_mode=False, prog_name="compress-model", obj=stop) or 0
         sys.stdout.flush()
     except SystemExit as error:  # of the completion of a shell's command line

@@ -7,7 +7,6 @@ reported with its reason.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from compressor.errors import ModelError
 from compressor.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_weight_file, is_weight_index
 from compressor.model_files import entries, regular_file
 from compressor.trusted_code import CUSTOM_GENERATE, auto_map, file_of, files_behind, is_model_entry, read_settings
+from compressor.utf8 import is_utf8, parse_json, printable
 
 MODULES = "modules.json"  # of sentence-transformers: the folders of its modules
 OWN_MODELING = re.compile(r"modeling_compressed_\w+\.py")
@@ -29,6 +29,7 @@ OWN = "the artifact has its own file of this name"
 MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
 GENERATE = "code that takes the place of the model's generate()"
 CACHE = "compiled Python"
+NOT_UTF8 = "the name holds bytes that are not UTF-8"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,15 @@ def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
     hidden = {name for name in os.listdir(directory) if name.startswith(".")}
     if hidden:
         reasons[HIDDEN] = hidden
-    return SideFiles(carried, {reason: sorted(names) for reason, names in sorted(reasons.items())}, kept_map)
+    return SideFiles(
+        carried, {reason: sorted(map(printable, names)) for reason, names in sorted(reasons.items())}, kept_map
+    )
 
 
 def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str]) -> str | None:
     name, top = path.as_posix(), path.parts[0]
+    if not is_utf8(name):
+        return NOT_UTF8
     if len(path.parts) > 1 and top in modules:
         return None  # with its weights: they are no part of the model that is compressed
     if len(path.parts) > 1 and top in folders:
@@ -102,7 +107,7 @@ def _module_folders(directory: Path) -> set[str]:
     if not path.is_symlink() and not path.exists():
         return set()
     try:
-        modules = json.loads(regular_file(directory, path).read_text("utf-8"))
+        modules = parse_json(regular_file(directory, path).read_text("utf-8"))
         return {Path(module["path"]).parts[0] for module in modules if module["path"]}
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ModelError(

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from compressor.errors import RecipeError
+from compressor.utf8 import is_utf8
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000
@@ -83,6 +84,8 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
             key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, (str, int)) or isinstance(key, bool) or key_node.tag.endswith(":merge"):
                 raise RecipeError("a key must be a plain word", where=at)
+            if isinstance(key, str) and not is_utf8(key):
+                raise RecipeError(f"the key {key!r} holds half of a surrogate pair", where=at)
             if key in result:
                 raise RecipeError(f"key {key!r} appears twice", where=at, hint="Keep one of them.")
             source.positions[(*path, key)] = at
@@ -99,6 +102,8 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         "bool",
         "null",
     ):
+        if not is_utf8(node.value):
+            raise RecipeError(f"{node.value!r} holds half of a surrogate pair", where=place)
         try:
             return loader.construct_object(node)
         except (ValueError, OverflowError) as error:

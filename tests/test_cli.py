@@ -166,6 +166,33 @@ def test_a_run_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(mistake,
     assert shown.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
+NOT_UTF8 = {
+    "a setting": ["plan", "rtn-w8", "--model", "demo", "--set", "steps.0.bits=\udcff"],
+    "a model": ["plan", "rtn-w8", "--model", "x\udcff"],
+    "an output": ["run", "rtn-w8", "--model", "demo", "--output", "x\udcff"],
+    "a recipe": ["plan", "x\udcff.yaml", "--model", "demo"],
+    "a comparison": ["compare", "demo", "x\udcff", "--output", "out.md"],
+    "data": ["eval", "demo", "--data", "x\udcff.txt"],
+}
+
+
+@pytest.mark.parametrize("case", NOT_UTF8)
+def test_an_argument_that_is_not_utf8_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x\udcff").mkdir()
+    assert main(NOT_UTF8[case]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\\xff" in said and "holds bytes that are not UTF-8" in said
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_below_a_folder_whose_name_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "x\udcff")
+    assert main(["run", "rtn-w8", "--model", "demo", "--output", "o"]) == 2
+    assert "x\\xff/o: holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
 def test_plan_takes_the_arguments_of_run_and_lists_what_is_wrong_with_them(tmp_path, capsys):
     (tmp_path / "o").mkdir()
     output = ["--output", str(tmp_path / "o")]

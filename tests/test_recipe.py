@@ -119,6 +119,9 @@ def test_set_changes_a_value_with_the_same_validation():
         ("data.sha256=abc", "pattern"),
         ("limits.memory=1..5GiB", "KiB, MiB, GiB"),
         ("data.0=1", "Keys should be strings"),
+        ("steps.0.bits=\udcff", r"--set steps.0.bits=\\xff: holds bytes that are not UTF-8"),
+        ('data.source="\\ud800"', r"'\\ud800' holds half of a surrogate pair"),
+        ('eval.gates={"\\ud800": 1}', r"the key '\\ud800' holds half"),
     ],
 )
 def test_a_bad_set_is_refused_by_name(override, message):

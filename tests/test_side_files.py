@@ -13,6 +13,7 @@ from compressor.side_files import (
     GENERATE,
     HIDDEN,
     MODEL_CODE,
+    NOT_UTF8,
     OTHER_WEIGHTS,
     OWN,
     WEIGHTS,
@@ -95,6 +96,20 @@ def test_a_file_that_a_rule_names_is_left_out_with_the_reason(name, tmp_path):
         "carried": [],
         "left_out": [{"reason": reason, "files": [shown]}],
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "shown"),
+    [
+        ("x\udcff.txt", NOT_UTF8, "x\\xff.txt"),
+        ("f\udcff/x.txt", NOT_UTF8, "f\\xff/x.txt"),
+        (".h\udcff", HIDDEN, ".h\\xff"),
+    ],
+    ids=["file", "folder", "hidden"],
+)
+def test_a_name_that_is_not_utf8_is_left_out_and_shown_so_that_it_can_be_written(name, reason, shown, tmp_path):
+    write(tmp_path, name)
+    assert find_side_files(tmp_path, {}).to_dict()["left_out"] == [{"reason": reason, "files": [shown]}]
 
 
 def test_a_folder_of_other_weights_is_left_out_as_a_whole(tmp_path):
