@@ -90,7 +90,7 @@ class DataSettings(Section):
     config: str | None = Field(None, description="Configuration of dataset:NAME.")
     split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
     field: str = Field("text", description="Column or JSON key that holds the text, or chats.")
-    samples: Count = Field(128, le=MOST_SAMPLES, description="How many samples are drawn.")
+    samples: int = Field(128, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
     length: int = Field(
         512, ge=2, le=MOST, description="Tokens per sample. Unset: 512, or what the model takes if it is less."
     )
@@ -103,7 +103,7 @@ class EvalDataSettings(DataSettings):
     """Text or images to measure on; the same keys as `data`."""
 
     split: str = Field("heldout", description="Split of a data set.")
-    samples: Count = Field(64, le=MOST_SAMPLES, description="How many samples are drawn.")
+    samples: int = Field(64, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
 
 
 class ExportSettings(Section):

@@ -46,6 +46,7 @@ FORBIDDEN = {
     "errors": ALL_OTHERS,
     "search_path": ALL_OTHERS,
     "utf8": ALL_OTHERS,
+    "streams": ALL_OTHERS,
     "bounds": ALL_OTHERS,
     "attention": ALL_OTHERS,
     "resources": ALL_OTHERS,
