@@ -110,6 +110,10 @@ def _main(
     ] = False,
 ) -> None:
     """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
+    try:
+        os.getcwd()
+    except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
+        raise UsageError("the working directory is gone", hint="Change to a directory that exists.") from error
 
 
 @app.command()

@@ -306,6 +306,17 @@ def test_a_run_tells_standard_output_that_is_full_from_its_disk(lost, tmp_path):
     assert ("standard output: can't be written" in told) == lost and "--resume" in told
 
 
+@pytest.mark.parametrize("verb", [["plan", "rtn-w8", "--model", "demo"], ["verify", "x"], ["passes", "--json"]])
+def test_a_working_directory_that_is_gone_is_told_before_torch_is_imported(verb, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(verb) == 2
+    assert (
+        capsys.readouterr().err == "error[usage]: the working directory is gone. Change to a directory that exists.\n"
+    )
+
+
 def test_the_version_and_bare_help_are_shown(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"compress-model {compressor.__version__}\n"
     assert main([]) == 2
