@@ -6,11 +6,13 @@ import os
 import sys
 
 from compressor.search_path import leave_out_working_directory
+from compressor.streams import mend_streams
 
 
 def main() -> int:
     """Run the command of this process's arguments and return its exit code."""
     leave_out_working_directory()  # before anything is imported that could lie there
+    mend_streams()
     from compressor.cli import INTERRUPTED, main
 
     code = main()

@@ -9,7 +9,6 @@ exception is the Hugging Face cache, whose snapshots are links into `blobs/` of 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from compressor.model_card import Licence, read_licence
 from compressor.model_files import check_directory, regular_file
 from compressor.safetensors_file import TensorInfo, read_bytes, read_header
 from compressor.side_files import SideFiles, find_side_files
+from compressor.utf8 import parse_json, printable
 
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -224,7 +224,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
 def _other_weights(directory: Path, read: set[str]) -> list[str]:
     """Names of weight files that a torch user could take for the model's, beside those that are read; sorted."""
     found = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern)}
-    return sorted(found - read)
+    return sorted(map(printable, found - read))
 
 
 def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
@@ -277,7 +277,7 @@ def _no_weights(directory: Path) -> ModelError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_text("utf-8"))
     except OSError as error:
         raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
     except (ValueError, RecursionError) as error:

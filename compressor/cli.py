@@ -25,6 +25,8 @@ from compressor.errors import ArtifactError, CompressError, GateError, Interrupt
 from compressor.progress import Mode, json_line, show
 from compressor.resources import ran_out
 from compressor.stopping import Stop, answered
+from compressor.streams import LostStream, let_go_of_lost
+from compressor.utf8 import check_utf8
 
 INTERRUPTED = Interrupted.exit_code
 
@@ -108,6 +110,10 @@ def _main(
     ] = False,
 ) -> None:
     """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
+    try:
+        os.getcwd()
+    except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
+        raise UsageError("the working directory is gone", hint="Change to a directory that exists.") from error
 
 
 @app.command()
@@ -470,9 +476,11 @@ def main(arguments: list[str] | None = None) -> int:
     def tell() -> None:
         given_up = "the part at work is given up. " if stop.has_begun else ""
         message = f"stopping: {given_up}{stop.hint}"
-        if as_json:
-            json_line({"event": "stopping", "message": message})
-        err.print(message, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # of a stream that can't be written: the stop goes on
+            if as_json:
+                json_line({"event": "stopping", "message": message})
+        with contextlib.suppress(OSError):
+            err.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def last_words() -> None:
         if err.is_terminal:
@@ -485,13 +493,19 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:  # it came while an error was being told
             _complain(_stopped(stop), as_json)
             return INTERRUPTED
+        finally:
+            let_go_of_lost()
 
 
 def _run_verb(arguments: list[str], stop: Stop, as_json: bool) -> int:
     try:
+        for argument in arguments:
+            check_utf8(argument, "Rename the file, or give the text as UTF-8.")
         code = app(arguments, standalone_mode=False, prog_name="compress-model", obj=stop) or 0
         sys.stdout.flush()
     except SystemExit as error:  # of the completion of a shell's command line
+        if isinstance(error.__context__, BrokenPipeError):  # which rich ends the process for
+            return INTERRUPTED
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         found = error.error if isinstance(error, Raised) else error
@@ -512,10 +526,13 @@ def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
         return known.exit_code
     if getattr(error, "format_message", None) is not None:  # no arguments: the help was shown
         return UsageError.exit_code
-    traceback.print_exception(error, file=sys.stderr)
-    if as_json:
-        json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
-    err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        if as_json:
+            json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
+    with contextlib.suppress(OSError):
+        err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
     return 1
 
 
@@ -537,6 +554,9 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
             f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",
             hint="Look for a file of the model, the recipe or the data that is nested very deeply.",
         )
+    if isinstance(error, LostStream):
+        what = f"can't be written ({error.strerror})"
+        return PreflightError(what, where=error.filename, hint="Free some room for it, or send it elsewhere.")
     if (lack := ran_out(error)) is not None:
         return PreflightError(lack.what, where=lack.where, hint="Free some room on this machine, then try again.")
     return None
@@ -555,7 +575,7 @@ def _quiet_libraries() -> None:
 
 def _complain(error: CompressError, as_json: bool) -> None:
     if as_json:
-        with contextlib.suppress(BrokenPipeError):  # the line on standard error says it too
+        with contextlib.suppress(OSError):  # the line on standard error says it too
             json_line(error.event())
     with contextlib.suppress(OSError):  # of a terminal that was closed: nobody is there to be told
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from compressor.checkpoint import open_checkpoint, resolve_model
 from compressor.errors import UsageError
 from compressor.gates import CHANGE, check_gates, split_gate
 from compressor.report import validate_report
+from compressor.utf8 import parse_json
 
 BAD_REPORT = "Copy the report again, or measure again with `compress-model eval`."
 VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
@@ -70,7 +70,7 @@ def _read_report(file: Path) -> dict[str, Any]:
     import jsonschema
 
     try:
-        report = json.loads(file.read_text("utf-8"))
+        report = parse_json(file.read_text("utf-8"))
         kind = next((key for key in VERSIONS if key in report), None)
         if kind is None:
             raise UsageError("is not a report of this tool", where=str(file))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from compressor.data_files import Columns, check_rows, is_dataset, read_rows
+from compressor.data_files import Columns, check_rows, is_dataset, memory_share, read_rows
 from compressor.data_images import check_images, normalised, read_images
 from compressor.data_parts import EVALUATION, part_of_texts, positions_of
 from compressor.data_rows import Rows, texts_of, whole_labels
@@ -31,6 +31,7 @@ STDLIB_SHA256 = {
     "train": "524556d663c685d48ab3b115447846fa96792538a641d1a0e9e3bfef28d34167",
     "heldout": "152d374f58f298a159562eb9d5d85eff78123e29b095796fd278843ddd8704ed",
 }
+TOKEN_BYTES = 8
 DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
 
 
@@ -202,6 +203,7 @@ def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: 
     """Random tokens (length,) in [0, vocabulary). Those of evaluation are never those of calibration."""
     _check_kind(settings, reads_pixels=vocabulary is None)
     assert vocabulary is not None  # or it reads pixels
+    _check_room(settings)
     drawn = seed if part != EVALUATION else int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4])
     shape = (settings.samples, settings.length)
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(drawn))
@@ -221,8 +223,22 @@ def check_data(settings: Settings, *, reads_pixels: bool) -> None:
         _stdlib(settings.split)
     elif _is_images(settings.source):
         check_images(settings.source)
-    elif settings.source != "random":
+    elif settings.source == "random":
+        _check_room(settings)
+    else:
         check_rows(settings)
+
+
+def _check_room(settings: Settings) -> None:
+    """raises RecipeError for more random tokens than memory may hold"""
+    asked = f"{settings.samples} samples of {settings.length} tokens"
+    size, most = settings.samples * settings.length * TOKEN_BYTES, memory_share()
+    if size > most:
+        raise RecipeError(
+            f"{asked} are {size} bytes, {most} can be held in memory here",
+            where="random",
+            hint="Ask for fewer samples, or shorter ones.",
+        )
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

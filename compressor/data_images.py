@@ -6,7 +6,6 @@ A file may claim any size and hold any type: its headers are read first, and not
 from __future__ import annotations
 
 import io
-import json
 import math
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from compressor.data_files import check_size, find_file, read_regular, reading
 from compressor.data_rows import whole_labels
 from compressor.errors import ModelError, RecipeError
 from compressor.lazy import torch
+from compressor.utf8 import parse_json
 
 PROCESSOR = "preprocessor_config.json"
 FORM = "Give `images` as uint8 of shape (n, height, width) or (n, height, width, channels), and `labels` as (n,)."
@@ -117,7 +117,7 @@ def _processor(model_directory: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        stated = json.loads(read_regular(file))
+        stated = parse_json(read_regular(file))
     except (ValueError, RecursionError, RecipeError) as error:
         raise ModelError(f"can't be read ({error})", where=PROCESSOR, hint="Download it again.") from error
     if not isinstance(stated, dict):

@@ -6,7 +6,6 @@ the directory, a class is a model class of transformers, a form is one that this
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from compressor.errors import ArtifactError
 from compressor.file_names import MANIFEST, is_plain
 from compressor.matching import ROLES
 from compressor.model_files import regular_file
+from compressor.utf8 import parse_json
 
 FORMAT_VERSION = 1
 MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
@@ -139,7 +139,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if regular_file(directory, path).stat().st_size > MAX_BYTES:
         raise ArtifactError(f"is larger than {MAX_BYTES:,} bytes", where=MANIFEST, hint=BAD_HINT)
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"is damaged ({error})", where=MANIFEST, hint=BAD_HINT) from error
     if not isinstance(manifest, dict):

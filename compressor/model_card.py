@@ -11,6 +11,7 @@ import yaml
 
 from compressor.file_names import CARD
 from compressor.model_files import regular_file
+from compressor.utf8 import is_utf8
 
 MAX_BYTES = 1 << 20  # of what is read of a card; front matter is short
 MAX_LENGTH = 300  # of one value
@@ -84,4 +85,4 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
     text = " ".join(str(value).split())
-    return text[:MAX_LENGTH] or None
+    return text[:MAX_LENGTH] or None if is_utf8(text) else None

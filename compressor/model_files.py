@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compressor.errors import ModelError
+from compressor.utf8 import check_utf8
 
 MAX_ENTRIES = 10_000  # of one directory, with its folders; a model's directory holds a few dozen
 MAX_DEPTH = 8  # folders below the directory
@@ -57,10 +58,12 @@ def regular_file(directory: Path, path: Path) -> Path:
 
 
 def check_directory(directory: Path) -> None:
-    """Every entry, except hidden ones, is a folder or a file that may be opened.
+    """The directory has a name that can be written, and every entry, except hidden ones, may be opened, or is a folder.
 
-    raises ModelError naming the first that isn't, or for a directory that is too large or too deep to be a model's
+    raises UsageError for such a name, ModelError naming the first entry that isn't so, or for a directory that is too
+           large or too deep to be a model's
     """
+    check_utf8(directory.absolute(), "Rename the directory, or the folder that it lies in.")
     for path in entries(directory):
         if path.is_symlink() or not path.is_dir():
             regular_file(directory, path)

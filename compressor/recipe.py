@@ -31,6 +31,7 @@ from compressor.settings import (
     ReportSettings,
     bare_source,
 )
+from compressor.utf8 import is_utf8, printable
 from compressor.yaml_source import Path as KeyPath
 from compressor.yaml_source import Source, dotted, read_yaml
 
@@ -337,6 +338,8 @@ def _apply(source: Source, override: str) -> None:
     """One `a.b.0.c=VALUE` of --set; VALUE is YAML."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
+    if not is_utf8(override):
+        raise RecipeError("holds bytes that are not UTF-8", where=printable(place), hint="Give the value as UTF-8.")
     if not equals or not key:
         raise RecipeError("KEY=VALUE is needed", where=place, hint="For example --set steps.0.bits=3")
     path: KeyPath = tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in key.split("."))

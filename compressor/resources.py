@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compressor.errors import PassError
 from compressor.files import disk_full
+from compressor.streams import LostStream
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's RuntimeErrors say so
@@ -19,6 +20,9 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
 
     folder  where the work was done, if the error names no file
     """
+    if isinstance(error, LostStream):
+        hint = "Free some room for it, or send it elsewhere, then continue with --resume."
+        return PassError(f"can't be written ({error.strerror})", where=error.filename, hint=hint)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         named = Path(error.filename) if isinstance(error.filename, str) else folder
         return disk_full(named or folder or Path.cwd(), None)

@@ -35,6 +35,7 @@ from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
 from compressor.token_limit import token_limit
 from compressor.units import Form
+from compressor.utf8 import check_utf8
 
 Emit = Callable[[dict[str, Any]], None]
 REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
@@ -357,6 +358,7 @@ def find_device(asked: str) -> torch.device:
 
 def named_output(output: Path) -> Path:
     """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
+    check_utf8(output.absolute(), "Choose another --output.")
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     if not named.name or "\0" in str(named):
         raise UsageError("can't be an output", where=repr(str(output)), hint="Name a directory to make.")

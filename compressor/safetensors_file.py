@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.files import disk_full
+from compressor.utf8 import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 COPY_BYTES = 1 << 24
@@ -215,7 +216,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _bad(path, "its header is not JSON")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = parse_json(text, unique)
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"its header is not valid JSON ({error})") from error
     return header

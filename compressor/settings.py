@@ -16,11 +16,11 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
+from compressor.bounds import MOST, MOST_BYTES, MOST_SAMPLES, Count
 from compressor.gates import unknown_gate, unmeasured_gates
 
 UNITS = {
@@ -48,10 +48,13 @@ def parse_bytes(value: Any) -> Any:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", value)
     if not found or found[2].upper() not in UNITS:
         raise ValueError("give bytes as a number with KiB, MiB, GiB (1024) or KB, MB, GB (1000)")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    size = float(found[1]) * UNITS[found[2].upper()]
+    if size > MOST_BYTES:  # infinite, too
+        raise ValueError("no machine has more than 1 EiB (2^60 bytes)")
+    return int(size)
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, le=MOST_BYTES)]
 
 
 def bare_source(source: str) -> str:
@@ -87,8 +90,10 @@ class DataSettings(Section):
     config: str | None = Field(None, description="Configuration of dataset:NAME.")
     split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
     field: str = Field("text", description="Column or JSON key that holds the text, or chats.")
-    samples: PositiveInt = Field(128, description="How many samples are drawn.")
-    length: int = Field(512, ge=2, description="Tokens per sample. Unset: 512, or what the model takes if it is less.")
+    samples: int = Field(128, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
+    length: int = Field(
+        512, ge=2, le=MOST, description="Tokens per sample. Unset: 512, or what the model takes if it is less."
+    )
     pack: bool = Field(True, description="Join documents and cut to exact length; false: one document a sample.")
     seed: int | None = Field(None, ge=0, lt=2**32, description="Choice of samples; null is the recipe's seed.")
     sha256: str | None = Field(None, pattern=SHA256, description="Hash that the data must have.")
@@ -98,7 +103,7 @@ class EvalDataSettings(DataSettings):
     """Text or images to measure on; the same keys as `data`."""
 
     split: str = Field("heldout", description="Split of a data set.")
-    samples: PositiveInt = Field(64, description="How many samples are drawn.")
+    samples: int = Field(64, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
 
 
 class ExportSettings(Section):
@@ -121,7 +126,7 @@ class EvalSettings(Section):
     data: EvalDataSettings = Field(
         default_factory=lambda: EvalDataSettings(), description="Never the calibration samples: one source is divided."
     )
-    batch_size: PositiveInt = Field(8, description="Samples per forward pass.")
+    batch_size: Count = Field(8, description="Samples per forward pass.")
     gates: dict[str, FiniteFloat] = Field(
         {}, description="NAME: upper bound; NAME_min; NAME_increase_percent; NAME_drop_points."
     )

@@ -7,7 +7,6 @@ reported with its reason.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from compressor.errors import ModelError
 from compressor.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_plain, is_weight_file, is_weight_index
 from compressor.model_files import entries, regular_file
 from compressor.trusted_code import CUSTOM_GENERATE, auto_map, file_of, files_behind, is_model_entry, read_settings
+from compressor.utf8 import is_utf8, parse_json, printable
 
 MODULES = "modules.json"  # of sentence-transformers: the folders of its modules
 OWN_MODELING = re.compile(r"modeling_compressed_\w+\.py")
@@ -29,6 +29,7 @@ OWN = "the artifact has its own file of this name"
 MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
 GENERATE = "code that takes the place of the model's generate()"
 CACHE = "compiled Python"
+NOT_UTF8 = "the name holds bytes that are not UTF-8"
 ODD_NAME = "control characters or a backslash in the name, which not every system can write"
 
 
@@ -80,6 +81,8 @@ def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
 
 def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str]) -> str | None:
     name, top = path.as_posix(), path.parts[0]
+    if not is_utf8(name):
+        return NOT_UTF8
     if not is_plain(name):
         return ODD_NAME
     if len(path.parts) > 1 and top in modules:
@@ -101,7 +104,9 @@ def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str])
 
 def _shown(name: str) -> str:
     """A name for plan and report, which may be none that they could hold as it is."""
-    return name if is_plain(name) else name.encode("unicode_escape").decode("ascii")
+    if is_plain(name):
+        return name
+    return name.encode("unicode_escape").decode("ascii") if is_utf8(name) else printable(name)
 
 
 def _module_folders(directory: Path) -> set[str]:
@@ -110,7 +115,7 @@ def _module_folders(directory: Path) -> set[str]:
     if not path.is_symlink() and not path.exists():
         return set()
     try:
-        modules = json.loads(regular_file(directory, path).read_text("utf-8"))
+        modules = parse_json(regular_file(directory, path).read_text("utf-8"))
         return {Path(module["path"]).parts[0] for module in modules if module["path"]}
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ModelError(

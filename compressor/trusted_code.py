@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import linecache
 import re
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 from compressor.errors import ArtifactError, ModelError
 from compressor.model_files import entries, regular_file
+from compressor.utf8 import parse_json
 
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 CUSTOM_GENERATE = "custom_generate"  # folder whose generate.py takes the place of a model's `generate`
@@ -175,7 +175,7 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
     if regular_file(directory, path).stat().st_size > MAX_JSON_BYTES:
         raise ModelError(f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download it again.")
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"is not valid JSON ({error})", where=name, hint="Download it again.") from error
     if not isinstance(value, dict):

@@ -8,10 +8,13 @@ from typing import Any
 import yaml
 
 from compressor.errors import RecipeError
+from compressor.utf8 import is_utf8
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000
 MAX_DEPTH = 50
+LARGEST = 2**63  # whole numbers stay below it: libraries hold them in 64 bits
+SCALARS = ("str", "int", "float", "bool", "null")
 Path = tuple[str | int, ...]
 
 
@@ -80,8 +83,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             at = f"{source.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-            key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, (str, int)) or isinstance(key, bool) or key_node.tag.endswith(":merge"):
+            is_word = isinstance(key_node, yaml.ScalarNode) and not key_node.tag.endswith(":merge")
+            key = _scalar(loader, key_node, at) if is_word else None
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise RecipeError("a key must be a plain word", where=at)
             if key in result:
                 raise RecipeError(f"key {key!r} appears twice", where=at, hint="Keep one of them.")
@@ -92,17 +96,26 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         if node.tag != "tag:yaml.org,2002:seq":
             raise RecipeError(f"tag {node.tag} is not allowed", where=place)
         return [_value(loader, child, (*path, number), source, count) for number, child in enumerate(node.value)]
-    if node.tag.startswith("tag:yaml.org,2002:") and node.tag.rpartition(":")[2] in (
-        "str",
-        "int",
-        "float",
-        "bool",
-        "null",
-    ):
-        try:
-            return loader.construct_object(node)
-        except (ValueError, OverflowError) as error:
-            raise RecipeError(f"{node.value!r} can't be read ({error})", where=place) from error
+    return _scalar(loader, node, place)
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
+    """A text, number, boolean or null. raises RecipeError for any other, and for one that nothing could use"""
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
-    raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint="Use plain text, numbers, lists and maps.")
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
+        hint = "Use plain text, numbers, lists and maps."
+        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint)
+    if not is_utf8(node.value):
+        raise RecipeError(f"{_shown(node)} holds half of a surrogate pair", where=place)
+    try:
+        value = loader.construct_object(node)
+    except (ValueError, OverflowError, LookupError) as error:  # what a tag such as !!bool makes of a text that is none
+        raise RecipeError(f"{_shown(node)} can't be read ({error})", where=place) from error
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise RecipeError(f"{_shown(node)} is larger than any setting, 2^63 - 1 at most", where=place)
+    return value
+
+
+def _shown(node: yaml.Node) -> str:
+    return f"{node.value!r}" if len(node.value) <= 80 else f"{node.value[:60]!r}... ({len(node.value):,} signs)"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint import check_finite, open_checkpoint, resolve_model
-from compressor.errors import ModelError, PassError
+from compressor.errors import ModelError, PassError, UsageError
 from compressor.safetensors_file import NAMES, Entry, header_bytes, read_bytes, read_header, write_file
 from compressor.structure import read_structure
 from compressor.units import UnitSource
@@ -205,6 +205,46 @@ def test_models_that_cannot_be_read_say_why(change, message, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         read_structure(path)
+
+
+HALF = "a\ud800b"
+HALVES = {
+    "a value": ("config.json", {"note": HALF}),
+    "a key": ("config.json", {HALF: 1}),
+    "a label": ("config.json", {"id2label": {"0": HALF}}),
+    "where it came from": ("config.json", {"_name_or_path": HALF}),
+    "the index": ("model.safetensors.index.json", {"metadata": {"note": HALF}}),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_half_a_surrogate_pair_in_a_json_file_is_refused(case, model):
+    name, change = HALVES[case]
+    (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | change))
+    refuse(model, rf"{name}: .*a string holds \\ud800, half of a surrogate pair")
+
+
+def test_half_a_surrogate_pair_in_the_name_of_a_tensor_is_refused(tmp_path):
+    model = tiny.save("llama", tmp_path / "m")
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b'"lm_head.weight"', b'"lm_h\\ud800.weight"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    refuse(model, r"model.safetensors: .*half of a surrogate pair")
+
+
+def test_both_halves_of_a_surrogate_pair_are_a_character(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "note": "\U0001f600"}))
+    assert open_checkpoint(model).config["note"] == "\U0001f600"
+
+
+def test_a_directory_whose_name_is_not_utf8_is_refused(model, tmp_path):
+    named = tmp_path / "m\udcff"
+    model.rename(named)
+    with pytest.raises(UsageError, match=r"m\\xff: holds bytes that are not UTF-8"):
+        open_checkpoint(named)
 
 
 def test_files_are_written_as_the_library_writes_them(tmp_path):

@@ -17,6 +17,8 @@ import compressor
 from compressor.child import ChildBug
 from compressor.cli import main
 from compressor.errors import DependencyError
+from compressor.resources import ran_out
+from compressor.streams import LostStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,6 +168,33 @@ def test_a_run_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(mistake,
     assert shown.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
+NOT_UTF8 = {
+    "a setting": ["plan", "rtn-w8", "--model", "demo", "--set", "steps.0.bits=\udcff"],
+    "a model": ["plan", "rtn-w8", "--model", "x\udcff"],
+    "an output": ["run", "rtn-w8", "--model", "demo", "--output", "x\udcff"],
+    "a recipe": ["plan", "x\udcff.yaml", "--model", "demo"],
+    "a comparison": ["compare", "demo", "x\udcff", "--output", "out.md"],
+    "data": ["eval", "demo", "--data", "x\udcff.txt"],
+}
+
+
+@pytest.mark.parametrize("case", NOT_UTF8)
+def test_an_argument_that_is_not_utf8_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x\udcff").mkdir()
+    assert main(NOT_UTF8[case]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\\xff" in said and "holds bytes that are not UTF-8" in said
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_below_a_folder_whose_name_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "x\udcff")
+    assert main(["run", "rtn-w8", "--model", "demo", "--output", "o"]) == 2
+    assert "x\\xff/o: holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
 def test_plan_takes_the_arguments_of_run_and_lists_what_is_wrong_with_them(tmp_path, capsys):
     (tmp_path / "o").mkdir()
     output = ["--output", str(tmp_path / "o")]
@@ -214,12 +243,78 @@ def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, caps
     assert ("Traceback" in shown.err) == (code == 1)
 
 
-def test_a_reader_that_goes_away_is_no_bug():
-    command = [sys.executable, "-m", "compressor", "schema"]
+@pytest.mark.parametrize("arguments", [["schema"], ["passes"], ["--help"]], ids=" ".join)
+def test_a_reader_that_goes_away_is_no_bug(arguments):
+    command = [sys.executable, "-m", "compressor", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     done = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done.stdout.close()
     assert (done.wait(60), done.stderr.read()) == (130, "")
+
+
+NO_ROOM = "error[preflight]: standard output: can't be written (No space left on device). "
+STREAMS = {
+    "closed": ("passes >&-", 0, ""),
+    "all closed": ("passes <&- >&- 2>&-", 0, ""),
+    "full, a table": ("passes > /dev/full", 5, NO_ROOM),
+    "full, JSON": ("schema > /dev/full", 5, NO_ROOM),
+    "full, help": ("--help > /dev/full", 5, NO_ROOM),
+    "full, an error in JSON": ("plan nope --model demo --json > /dev/full", 2, "error[recipe]: nope: no such recipe"),
+    "standard error is full": ("plan nope --model demo 2> /dev/full", 2, ""),
+    "open for reading": ("schema 1< /dev/null", 5, "error[preflight]: standard output: can't be written (Bad file"),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_stream_that_cannot_be_written_ends_in_one_line_at_most(case):
+    arguments, code, words = STREAMS[case]
+    command = f'"{sys.executable}" -m compressor {arguments}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout == ""
+    assert done.stderr.startswith(words) and done.stderr.count("\n") == bool(words)
+
+
+def test_a_closed_stream_is_taken_by_no_file():
+    """The next file to be opened would get its number, also in a process that this one starts."""
+    code = (
+        "import os, subprocess, sys; from compressor.streams import mend_streams; mend_streams(); "
+        "file = open('/dev/null'); assert file.fileno() > 2; print('x', flush=True); "
+        "sys.exit(subprocess.run(['bash', '-c', 'echo x']).returncode)"
+    )
+    command = ["bash", "-c", f'"{sys.executable}" -c "{code}" <&- >&-']
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
+    done = run("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 5 and done.stderr.startswith("error[model]: no/such/\\xf6: ")
+    code = (
+        "from compressor.streams import mend_streams; mend_streams(); from compressor.cli import out; "
+        "out.print('\\u2192 \\u00f6', highlight=False)"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "\\u2192 \\xf6\n"
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["which this tool prints to", "of a library"])
+def test_a_run_tells_standard_output_that_is_full_from_its_disk(lost, tmp_path):
+    error = (LostStream if lost else OSError)(errno.ENOSPC, "No space left on device", "standard output")
+    told = str(ran_out(error, tmp_path))
+    assert ("standard output: can't be written" in told) == lost and "--resume" in told
+
+
+@pytest.mark.parametrize("verb", [["plan", "rtn-w8", "--model", "demo"], ["verify", "x"], ["passes", "--json"]])
+def test_a_working_directory_that_is_gone_is_told_before_torch_is_imported(verb, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(verb) == 2
+    assert (
+        capsys.readouterr().err == "error[usage]: the working directory is gone. Change to a directory that exists.\n"
+    )
 
 
 def test_the_version_and_bare_help_are_shown(capsys):

@@ -331,6 +331,14 @@ def test_what_is_no_chat_is_refused_with_its_row(chat, message, chatty, tmp_path
         load_samples(ask(str(tmp_path / "c.jsonl"), field="chat"), chatty, seed=0, vocabulary=2048)
 
 
+def test_random_tokens_that_memory_cannot_hold_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr("compressor.data.memory_share", lambda: 8 * 16 * 8 - 1)
+    settings = ask("random", samples=8, length=16)
+    for make in (lambda: random_samples(settings, 0, 96), lambda: check_data(settings, reads_pixels=False)):
+        with pytest.raises(RecipeError, match="8 samples of 16 tokens are 1024 bytes, 1023 can be held"):
+            make()
+
+
 def test_random_tokens_of_evaluation_are_never_those_of_calibration():
     settings = ask("random", samples=8, length=16)
     both = [random_samples(settings, 0, 96, part) for part in ("calibration", "evaluation")]

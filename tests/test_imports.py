@@ -45,6 +45,9 @@ ALL_OTHERS = ALL_BUT_PROTOCOL | {"protocol"}
 FORBIDDEN = {
     "errors": ALL_OTHERS,
     "search_path": ALL_OTHERS,
+    "utf8": ALL_OTHERS,
+    "streams": ALL_OTHERS,
+    "bounds": ALL_OTHERS,
     "attention": ALL_OTHERS,
     "resources": ALL_OTHERS,
     "child": ALL_OTHERS,

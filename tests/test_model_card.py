@@ -37,6 +37,9 @@ FRONT = {
     "!!python/object/apply:os.system [ls]\n": {"license": "other"},
     "[" * 5000: {"license": "other"},
     "- a\n- b": {"license": "other"},
+    'license: "\\ud800"': {"license": "other"},
+    'x: "\\ud800"\nlicense: mit': {"license": "mit"},
+    'license: [mit, "\\ud800"]': {"license": "mit"},
     "license: " + "x" * 1000: {"license": "x" * 300},
 }
 

@@ -15,6 +15,7 @@ from compressor.side_files import (
     GENERATE,
     HIDDEN,
     MODEL_CODE,
+    NOT_UTF8,
     ODD_NAME,
     OTHER_WEIGHTS,
     OWN,
@@ -85,7 +86,6 @@ LEFT_OUT = {
     "delete\x7f": (ODD_NAME, "delete\\x7f"),
     "terminal\x9b31m": (ODD_NAME, "terminal\\x9b31m"),
     "line\u2028": (ODD_NAME, "line\\u2028"),
-    "latin\udce4.txt": (ODD_NAME, "latin\\udce4.txt"),  # a byte that isn't UTF-8, as Python has it
     ".\t": (HIDDEN, ".\\t"),
     ".gitattributes": (HIDDEN, ".gitattributes"),
     ".git/config": (HIDDEN, ".git"),
@@ -120,6 +120,20 @@ def test_a_file_that_a_rule_names_is_left_out_with_the_reason(name, tmp_path):
         "carried": [],
         "left_out": [{"reason": reason, "files": [shown]}],
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "shown"),
+    [
+        ("x\udcff.txt", NOT_UTF8, "x\\xff.txt"),
+        ("f\udcff/x.txt", NOT_UTF8, "f\\xff/x.txt"),
+        (".h\udcff", HIDDEN, ".h\\xff"),
+    ],
+    ids=["file", "folder", "hidden"],
+)
+def test_a_name_that_is_not_utf8_is_left_out_and_shown_so_that_it_can_be_written(name, reason, shown, tmp_path):
+    write(tmp_path, name)
+    assert find_side_files(tmp_path, {}).to_dict()["left_out"] == [{"reason": reason, "files": [shown]}]
 
 
 def test_a_folder_of_other_weights_is_left_out_as_a_whole(tmp_path):

@@ -42,8 +42,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.factorization import Metric, dense_bytes, largest_rank, shrinks, spectrum, stage_metrics
 from compressor.lazy import torch
@@ -121,11 +122,11 @@ class DSFormer(Pass):
     density: float | None = Field(
         None, gt=0, le=1, description="With ratio: k / atoms as near to it as bytes allow. Null tries 0.35 and 0.7."
     )
-    block_size: PositiveInt | None = Field(
+    block_size: Count | None = Field(
         None, description="Inputs that share atoms; null is the largest divisor of a weight's inputs up to 384."
     )
-    atoms: PositiveInt | None = Field(None, le=4096, description="Atoms a block, in place of ratio.")
-    k: PositiveInt | None = Field(None, description="Atoms that each output combines, of each block.")
+    atoms: Count | None = Field(None, le=4096, description="Atoms a block, in place of ratio.")
+    k: Count | None = Field(None, description="Atoms that each output combines, of each block.")
     values: Literal["float16", "bfloat16", "int8"] = Field("float16", description="Stored type of all numbers.")
     metric: Literal["output", "weight"] = Field(
         "output", description="Least error of the outputs on calibration data, or of the weights (needs no data)."

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.grid import Grid, dequantize, find_grid, quantize
 from compressor.lazy import torch
@@ -69,8 +70,8 @@ class GPTQ(Pass):
     hessian_dtype: Literal["float32", "float64"] = Field(
         "float32", description="Type that H is summed and factored in."
     )
-    min_tokens: PositiveInt | Literal["auto"] = Field("auto", description="Warn below it; auto is in_features.")
-    min_tokens_per_expert: PositiveInt | Literal["auto"] = Field(
+    min_tokens: Count | Literal["auto"] = Field("auto", description="Warn below it; auto is in_features.")
+    min_tokens_per_expert: Count | Literal["auto"] = Field(
         "auto", description="Below it `sparse_expert` applies; auto is max(64, in_features / 32)."
     )
     sparse_expert: Literal["blend", "rtn", "error"] = Field(

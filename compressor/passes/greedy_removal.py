@@ -28,8 +28,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
+from compressor.bounds import Count
 from compressor.errors import PassError, PreflightError
 from compressor.lazy import torch
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
@@ -83,14 +84,14 @@ class GreedyRemoval(Pass):
         "loss", description="Try what adds least loss first, or the last block first without ranking."
     )
     target: float | None = Field(None, gt=0, le=0.9, description="Stop once this share of the blocks' parameters went.")
-    max_evaluations: PositiveInt = Field(200, description="Losses measured at most.")
+    max_evaluations: Count = Field(200, description="Losses measured at most.")
     confirm: float = Field(0.3, gt=0, lt=1, description="Share of the samples that only confirms.")
     retry: bool = Field(False, description="Try what failed again at the end of its tier.")
     export: Literal["auto", "stock", "custom"] = Field(
         "auto", description="stock: a model of its own class or an error; auto: the modelling file where it must be."
     )
     protect_layers: tuple[int, ...] = Field((), description="Blocks of which nothing goes; -1 is the last.")
-    save_every: PositiveInt = Field(16, description="Evaluations between two states that a resume can start from.")
+    save_every: Count = Field(16, description="Evaluations between two states that a resume can start from.")
 
     @property
     def traits(self) -> Traits:

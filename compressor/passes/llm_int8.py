@@ -32,8 +32,9 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.protocol import Carry, Group, Pass, Site, Traits, Weight
@@ -58,7 +59,7 @@ class LLMInt8(Pass):
         "they were (needs the modelling file).",
     )
     min_frequency: float = Field(0.0, ge=0, le=1, description="Calibrated: least share of tokens that reach threshold.")
-    max_outlier_columns: PositiveInt = Field(
+    max_outlier_columns: Count = Field(
         MOST_COLUMNS, description="Calibrated: most columns of a weight; the largest are kept."
     )
     outlier_report: bool = Field(

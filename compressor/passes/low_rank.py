@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from compressor.bounds import Count
 from compressor.factorization import (
     Metric,
     Spectrum,
@@ -56,7 +57,7 @@ class LowRank(Pass):
         lt=1,
         description="Bytes kept, of each weight in 16 bits. Null is 0.5 if nothing else says the rank.",
     )
-    rank: PositiveInt | None = Field(None, description="The same rank for all.")
+    rank: Count | None = Field(None, description="The same rank for all.")
     energy: float | None = Field(
         None, gt=0, lt=1, description="Least rank that keeps this share of the squared output."
     )

@@ -21,8 +21,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 
+from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError
 from compressor.protocol import Decision, ModelFacts, Pass, Remodel, Traits
 
@@ -44,8 +45,8 @@ class PrefillPruning(Pass):
         description="Block number -> share of its tokens that go on behind it; null: 0.9, 0.7 and 0.5 at a quarter, "
         "half and three quarters of the depth.",
     )
-    sink: NonNegativeInt = Field(4, description="So many tokens at the start always go on.")
-    min_prompt: PositiveInt = Field(256, description="Shorter prompts are left alone.")
+    sink: NonNegativeInt = Field(4, le=MOST, description="So many tokens at the start always go on.")
+    min_prompt: Count = Field(256, description="Shorter prompts are left alone.")
     revive: bool = Field(True, description="Whether later words may take tokens back.")
 
     @property

@@ -41,8 +41,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
 from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
@@ -82,7 +83,7 @@ class SliceGPT(Pass):
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024"
 
     sparsity: float = Field(0.25, ge=0, le=0.5, description="Share of the stream's width that goes; not of parameters.")
-    round_to: PositiveInt = Field(8, description="Widths are rounded down to a multiple, for fast products.")
+    round_to: Count = Field(8, description="Widths are rounded down to a multiple, for fast products.")
     orientation: Literal["per_site", "global", "auto"] = Field(
         "per_site",
         description="A rotation at each site and matrices beside the branches, or one for the whole stream (per_site "

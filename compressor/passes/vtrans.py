@@ -34,8 +34,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
+from compressor.bounds import Count
 from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.errors import PreflightError
 from compressor.mask_training import Course, train_masks
@@ -66,7 +67,7 @@ class VTrans(Pass):
     of: Literal["blocks", "model"] = Field(
         "blocks", description="Of all blocks (norms and biases too), or of the whole model with embeddings and head."
     )
-    tokens: PositiveInt = Field(512, description="Keys that a query meets, for measure: flops.")
+    tokens: Count = Field(512, description="Keys that a query meets, for measure: flops.")
     sites: tuple[Literal["heads", "ffn", "hidden", "layers"], ...] = Field(
         ("heads", "ffn"), min_length=1, description="What may go: hidden is the residual stream, layers sub-blocks."
     )
@@ -77,8 +78,8 @@ class VTrans(Pass):
     loss: Literal["distill", "task"] = Field(
         "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
     )
-    steps: PositiveInt = Field(400, description="Of mask training.")
-    samples: PositiveInt = Field(
+    steps: Count = Field(400, description="Of mask training.")
+    samples: Count = Field(
         16, description="Calibration samples of a batch at most, and of a step of training at least."
     )
     mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks; falls to 0 in a straight line.")
@@ -86,19 +87,15 @@ class VTrans(Pass):
     warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
     kl_factor: NonNegativeFloat = Field(1e-6, description="Weight of the bottleneck's term.")
     heads_charge: PositiveFloat = Field(256.0, description="What that term of heads is multiplied with.")
-    align: PositiveInt = Field(
-        8, description="MLP units and channels are kept by a multiple of this; heads one by one."
-    )
+    align: Count = Field(8, description="MLP units and channels are kept by a multiple of this; heads one by one.")
     reconstruct: bool = Field(True, description="Repair readers by least squares, instead of folding the masks' means.")
-    min_heads: PositiveInt = Field(1, description="Key-value heads that every attention keeps.")
+    min_heads: Count = Field(1, description="Key-value heads that every attention keeps.")
     min_ffn: float = Field(0.1, gt=0, le=1, description="Share of its units that every MLP keeps.")
     min_hidden: float = Field(0.5, gt=0, le=1, description="Share of the residual stream that stays.")
     protect_layers: tuple[int, ...] = Field(
         (0, -1), description="Blocks whose sub-blocks stay, where sites name layers; -1 is the last."
     )
-    save_every: PositiveInt = Field(
-        50, description="Steps of training between two states that a resume can start from."
-    )
+    save_every: Count = Field(50, description="Steps of training between two states that a resume can start from.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> VTrans:

@@ -32,8 +32,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
 from compressor.lazy import torch
 from compressor.protocol import (
@@ -84,7 +85,7 @@ class ZeroTPrune(Pass):
     order: Literal["ISI", "IS", "SI"] = Field(
         "ISI", description="I'-S-I; importance first; or similarity first, its halves not guided by importance."
     )
-    iterations: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+    iterations: tuple[Count, Count, Count] = Field(
         (30, 5, 1), description="Votes at most, in the first quarter of blocks, the middle, and the last quarter."
     )
     tolerance: float = Field(
@@ -94,7 +95,7 @@ class ZeroTPrune(Pass):
         None, description="Bounds of a head's variance of n s; heads outside don't count. null: all heads count."
     )
     head_aggregation: Literal["rms", "mean"] = Field("rms", description="How heads are combined.")
-    min_tokens: int = Field(8, ge=FEWEST, description="Tokens of a sample that a gate leaves at least.")
+    min_tokens: int = Field(8, ge=FEWEST, le=MOST, description="Tokens of a sample that a gate leaves at least.")
     seed: int = Field(0, description="Of the random partition.")
 
     @model_validator(mode="after")

@@ -1,0 +1,56 @@
+"""Text that UTF-8 can hold. Every file and library that a run writes with needs it.
+
+Python keeps bytes of a name that are not UTF-8 as lone halves of surrogate pairs, and an escape such as `\\ud800` in
+JSON or YAML makes one too. Such a text fails only where it is written, so it is refused where it comes in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from compressor.errors import UsageError
+
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # without one, JSON that was UTF-8 holds no surrogate
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """The text with `\\xff` in place of a byte, and `\\ud800` in place of half a pair, that can't be written."""
+    bytes_shown = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+    return bytes_shown.encode(errors="backslashreplace").decode()
+
+
+def check_utf8(name: str | os.PathLike[str], hint: str) -> None:
+    """raises UsageError for the name of a file, or another word of a user, that can't be written"""
+    text = os.fspath(name)
+    if not is_utf8(text):
+        raise UsageError("holds bytes that are not UTF-8", where=printable(text), hint=hint)
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """`json.loads`, for a file of anybody's.
+
+    pairs   what is made of an object, in place of a dict
+    raises  ValueError, also for a string with half a surrogate pair; RecursionError for what is nested too deeply
+    """
+    whole = text.decode("utf-8") if isinstance(text, bytes) else text
+    value = json.loads(whole, object_pairs_hook=pairs)
+    if SURROGATE_ESCAPE.search(whole):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = printable(error.object[error.start])
+            raise ValueError(f"a string holds {half}, half of a surrogate pair") from error
+    return value
