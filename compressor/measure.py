@@ -158,7 +158,7 @@ def _token_limit(model: Checkpoint, trust_remote_code: bool) -> Limit:
 
     def limit(length: int) -> int | None:
         try:
-            return token_limit(cls, config, length) if cls.main_input_name == "input_ids" else None
+            return token_limit(cls, config, length)
         except ModelError:  # a class without a list of blocks, which can be measured all the same
             return None
 

@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from compressor.remodel import check_remodel, facts_of
 from compressor.replaceable import why_not_replaceable
 from compressor.safetensors_file import header_bytes
 from compressor.structure import Structure, prove_by_replay, read_structure
-from compressor.token_limit import token_limit
+from compressor.token_limit import limit_of
 from compressor.trial import NoTwin, try_loaders
 from compressor.trusted_code import auto_map, file_of, is_model_entry
 from compressor.units import Form
@@ -160,8 +159,7 @@ def make_plan(
     _check_class(source)
     if prove:
         prove_by_replay(source)
-    if source.model.main_input_name == "input_ids":
-        recipe = recipe.fit_lengths(partial(token_limit, type(source.model), source.model.config))
+    recipe = recipe.fit_lengths(limit_of(source.model))
     plan = Plan(recipe, source, source, source_bytes=source.checkpoint.nbytes, tries_loaders=prove)
     _tell_of_code(plan)
     _follow_reshapes(plan)

@@ -33,7 +33,7 @@ from compressor.resources import room
 from compressor.run_data import check_labels, check_samples, data_problems, read_data, vocabulary_of
 from compressor.stopping import Stop, signals
 from compressor.sweep import Sweeper, run_sweeps, save_probe
-from compressor.token_limit import token_limit
+from compressor.token_limit import limit_of
 from compressor.units import Form
 from compressor.utf8 import check_utf8
 
@@ -286,8 +286,6 @@ def _verify(job: Job) -> dict[str, Any]:
 
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
-    model = job.plan.source.model
-    reads_tokens = vocabulary_of(job.plan.source) is not None
     return evaluate(
         job.plan.source.checkpoint.directory,
         job.built,
@@ -296,7 +294,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
         job.scratch,
         threads=torch.get_num_threads(),
         seed=job.recipe.seed,
-        most_tokens=token_limit(type(model), model.config, SPEED_TOKENS) if reads_tokens else None,
+        most_tokens=limit_of(job.plan.source.model)(SPEED_TOKENS),
         trust_remote_code=job.trust_remote_code,
     )
 

@@ -6,7 +6,6 @@ documents, the run is refused. An evaluation alone reads the same samples as the
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from compressor.recipe import Recipe
 from compressor.replay import output_of
 from compressor.settings import DataSettings
 from compressor.structure import Structure
-from compressor.token_limit import Limit, token_limit
+from compressor.token_limit import Limit, limit_of
 from compressor.tracing import make_twin, shallow_config
 
 
@@ -74,7 +73,7 @@ def data_problems(
         try:
             check_data(section, reads_pixels=reads_pixels)
             if not reads_pixels and (section.pack or section.source == "random"):  # samples of exactly this length
-                check_length(section.length, _limit_of(structure), key)
+                check_length(section.length, limit_of(structure.model), key)
         except CompressError as problem:
             problems.append(problem)
         reads_text |= not reads_pixels and section.source != "random"
@@ -110,7 +109,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
             hint="Tokenizer and model are not of one family.",
         )
     longest = max(len(sample) for sample in samples.inputs)
-    check_length(longest, _limit_of(structure), key)
+    check_length(longest, limit_of(structure.model), key)
 
 
 def check_labels(samples: Samples, structure: Structure, key: str) -> None:
@@ -135,6 +134,8 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
             twin = make_twin(type(model), config, device, torch.float32)
             with torch.no_grad():
                 return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
+        except CompressError:  # of the twin, such as memory that can't hold it
+            raise
         except Exception as error:  # any: it is the model's own code that says so
             failure = error
     shape, asked = tuple(sample.shape[1:]), "Give images of the size and with the channels that the model is made for."
@@ -152,10 +153,6 @@ def check_length(length: int, limit: Limit, key: str) -> None:
         raise PreflightError(
             f"samples of {length} tokens, the model takes {most}", where=f"{key}.length", hint=f"Set it to {most}."
         )
-
-
-def _limit_of(structure: Structure) -> Limit:
-    return partial(token_limit, type(structure.model), structure.model.config)
 
 
 def _samples(

@@ -9,6 +9,7 @@ a mask or bias of another size is one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,13 +26,20 @@ Limit = Callable[
 
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
-    """None if a model of this class takes samples of `length` tokens; else the most that it takes."""
+    """None if a model of this class takes samples of `length` tokens, or reads none; else the most that it takes."""
+    if cls.main_input_name != "input_ids":
+        return None
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
     for runs in _probes(cls, config):
         if runs(min(TWIN_TOKENS, most)) and not runs(most):  # one that can't be run on few tokens tells nothing
             most = _largest(runs, min(TWIN_TOKENS, most), most)
     return None if most == length else most
+
+
+def limit_of(model: PreTrainedModel) -> Limit:
+    """`token_limit` of a model's class and config."""
+    return partial(token_limit, type(model), model.config)
 
 
 def _largest(runs: Runs, good: int, bad: int) -> int:
