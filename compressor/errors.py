@@ -6,6 +6,7 @@ The exit codes are documented in docs/exit-codes.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -15,13 +16,17 @@ class CompressError(Exception):
     what   what was found, with the real values
     where  the weight, file, recipe position or setting it was found at
     hint   what to do about it
+    data   the values of the message by name, for programs: {"reachable": 0.42}. JSON values. Where the class and the
+           place don't tell two errors apart, "reason" does
     """
 
     exit_code: ClassVar[int] = 1
     code_name: ClassVar[str] = "error"
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        self.what, self.where, self.hint = what, where, hint
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, data: Mapping[str, Any] | None = None
+    ) -> None:
+        self.what, self.where, self.hint, self.data = what, where, hint, dict(data or {})
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -39,6 +44,7 @@ class CompressError(Exception):
             "message": self.what,
             "where": self.where,
             "hint": self.hint,
+            "data": self.data,
         }
 
 
@@ -121,14 +127,14 @@ class Interrupted(CompressError):
 def error_to_dict(error: CompressError) -> dict[str, Any]:
     """JSON values that `error_from` makes the same error of, in another process."""
     classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]
-    return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint}
+    return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint, "data": error.data}
 
 
 def error_from(told: dict[str, Any]) -> CompressError:
     """The error of another process; of a class that isn't known here, its nearest base class that is."""
     known = {cls.__name__: cls for cls in _with_subclasses(CompressError)}
     cls = next(known[name] for name in told["classes"] if name in known)
-    return cls(told["what"], where=told["where"], hint=told["hint"])
+    return cls(told["what"], where=told["where"], hint=told["hint"], data=told["data"])
 
 
 def _with_subclasses(cls: type[CompressError]) -> list[type[CompressError]]:

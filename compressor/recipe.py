@@ -243,7 +243,7 @@ def _step(entry: Any, source: Source, path: KeyPath) -> Step:
     try:
         cls = find_pass(entry["pass"])
     except RecipeError as error:
-        raise RecipeError(error.what, where=source.where((*path, "pass")), hint=error.hint) from error
+        raise RecipeError(error.what, where=source.where((*path, "pass")), hint=error.hint, data=error.data) from error
     settings = {key: value for key, value in entry.items() if key != "pass"}
     return Step(path, entry["pass"], _validated(cls, settings, source, path))
 

@@ -215,7 +215,7 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     if plan.problems:
         first = plan.problems[0]
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""
-        raise type(first)(first.what + more, where=first.where, hint=first.hint)
+        raise type(first)(first.what + more, where=first.where, hint=first.hint, data=first.data)
     return plan
 
 
