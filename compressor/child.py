@@ -15,15 +15,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressError, PassError, PreflightError, error_from, error_to_dict
+from compressor.fork_server import Forked, ForkServer
 from compressor.resources import ran_out
 from compressor.search_path import named_entries
 
@@ -41,8 +45,32 @@ LAST_WORDS = 600  # characters of standard error that are shown of a child that 
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
 
 
+Process = subprocess.Popen[bytes] | Forked
+
+
 class ChildBug(Exception):
     """An error that nobody foresaw, in a child; a note holds the child's traceback."""
+
+
+_server: ForkServer | None = None
+
+
+@contextmanager
+def started_early() -> Iterator[None]:
+    """Within it, `ask` is quick: a server imports torch and transformers now, and forks the processes (`fork_server`).
+
+    Within another one it does nothing.
+    """
+    global _server
+    if _server is not None:
+        yield
+        return
+    server = _server = ForkServer(_interpreter(), environment())
+    try:
+        yield
+    finally:
+        _server = None
+        server.close()
 
 
 def ask(module: str, request: dict[str, Any], doing: str) -> Any:
@@ -52,18 +80,20 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
     doing    what the process does, for messages: "verifies the artifact"
     raises   the CompressError that the child raised; PassError if it was killed or crashed; ChildBug
     """
+    program_arguments = (str(Path(__file__).resolve().parent), module)
     request_end, closes_with_us = os.pipe()
     try:
-        with _start(module, request_end) as child:
-            try:
-                _send(closes_with_us, request)
-                answer, words = child.communicate()
-            finally:
-                _end(child)
+        child, answers, words_end = start(PROGRAM, program_arguments, request_end)
+        try:
+            _send(closes_with_us, request)
+            answer, words = read_both(answers, words_end)
+            status = child.wait()
+        finally:
+            end(child)
     finally:
         os.close(closes_with_us)
     if not answer.endswith(b"\n"):
-        raise _died(child.returncode, words.decode(errors="replace").strip(), doing)
+        raise _died(status, words.decode(errors="replace").strip(), doing)
     told = json.loads(answer)
     if "error" in told:
         raise error_from(told["error"])
@@ -74,8 +104,57 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
     return told["result"]
 
 
+def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Process, int, int]:
+    """A fresh process of this program: forked if a server runs that has this process's environment, else started.
+
+    request_end  its standard input; closed here
+    returns      the process, and the ends to read of its standard output and error
+    """
+    answers, answers_end = os.pipe()
+    words, words_end = os.pipe()
+    streams, variables = (request_end, answers_end, words_end), environment()
+    process: Process | None = None
+    try:
+        if _server is not None and _server.environment == variables:
+            process = _server.fork(program, arguments, streams, variables)
+        if process is None:  # no server, or it has ended
+            process = subprocess.Popen(
+                command(program, *arguments), env=variables, stdin=request_end, stdout=answers_end, stderr=words_end,
+                process_group=0,
+            )  # fmt: skip
+    except BaseException:
+        os.close(answers)
+        os.close(words)
+        raise
+    finally:
+        for stream in streams:
+            os.close(stream)
+    return process, answers, words
+
+
+def read_both(first: int, second: int) -> tuple[bytes, bytes]:
+    """Everything that comes out of two pipes, until both are closed; closes them."""
+    found: dict[int, bytearray] = {first: bytearray(), second: bytearray()}
+    with open(first, "rb", 0), open(second, "rb", 0), selectors.DefaultSelector() as selector:
+        for pipe in found:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                part = os.read(key.fd, 1 << 16)
+                if part:
+                    found[key.fd] += part
+                else:
+                    selector.unregister(key.fd)
+    return bytes(found[first]), bytes(found[second])
+
+
 def command(program: str, *arguments: str) -> list[str]:
-    """A Python that runs this program without the working directory on its search path.
+    """A Python that runs this program without the working directory on its search path. raises PreflightError"""
+    return [*_interpreter(), "-c", program, *arguments]
+
+
+def _interpreter() -> list[str]:
+    """The command of this Python, without the working directory on its search path.
 
     raises  PreflightError where Python is embedded, and there is no interpreter to start
     """
@@ -86,7 +165,7 @@ def command(program: str, *arguments: str) -> list[str]:
             hint="Run it from an ordinary Python interpreter.",
         )
     flags = ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
-    return [sys.executable, "-P", *flags, "-c", program, *arguments]
+    return [sys.executable, "-P", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -124,21 +203,6 @@ def serve(module: str) -> None:
         file.write(json.dumps(told).encode() + b"\n")
 
 
-def _start(module: str, request_end: int) -> subprocess.Popen[bytes]:
-    package = str(Path(__file__).resolve().parent)
-    try:
-        return subprocess.Popen(
-            command(PROGRAM, package, module),
-            env=environment(),
-            stdin=request_end,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,
-        )
-    finally:
-        os.close(request_end)
-
-
 def _send(pipe: int, request: dict[str, Any]) -> None:
     line = json.dumps(request).encode() + b"\n"
     try:
@@ -148,10 +212,11 @@ def _send(pipe: int, request: dict[str, Any]) -> None:
         pass
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end(child: Process) -> None:
     """End the child, and whatever it started, if it hasn't ended."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _end_with_parent(asked: int) -> None:
@@ -176,6 +241,7 @@ def _died(status: int, words: str, doing: str) -> Exception:
             "it was killed (SIGKILL), as the system does when memory runs out",
             where=where,
             hint="Free some memory, then try again (a run: with --resume).",
+            data={"signal": name},
         )
     if name in CRASHES:
         told = f"; its last words: {words[-LAST_WORDS:]}" if words else ""
@@ -183,5 +249,8 @@ def _died(status: int, words: str, doing: str) -> Exception:
             f"it crashed in native code ({name}){told}",
             where=where,
             hint="Check the installation with compress-model doctor, and report it if that is sound.",
+            data={"signal": name, "last_words": words[-LAST_WORDS:]},
         )
-    return PassError(f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).")
+    return PassError(
+        f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).", data={"signal": name}
+    )

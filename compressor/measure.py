@@ -14,6 +14,7 @@ import torch
 
 from compressor.artifact import MANIFEST, read_manifest
 from compressor.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.child import started_early
 from compressor.classes import class_for
 from compressor.data import Samples
 from compressor.environment import environment
@@ -73,7 +74,7 @@ def measure_model(
             hint="Pass --baseline MODEL, or drop them.",
         )
     check_summary(asked.report)
-    with _kept_if_written(output):
+    with _kept_if_written(output), started_early():
         directory = resolve_model(model)
         after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None

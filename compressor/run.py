@@ -19,6 +19,7 @@ import transformers
 
 from compressor import artifact, verify
 from compressor.checkpoint import model_label
+from compressor.child import started_early
 from compressor.data import Samples
 from compressor.environment import environment, peak_rss_bytes
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
@@ -78,7 +79,7 @@ def compress(
         emit({"event": "stage", "name": "plan"})
         with clock.time("plan"):
             plan = _plan(recipe, model, output, trust_remote_code, emit)
-            calibration, held_out = _read_data(plan, measure, trust_remote_code)
+            calibration, held_out = read_samples(plan, measure=measure, trust_remote_code=trust_remote_code)
         fingerprint = _fingerprint(plan, calibration, place)
         pinned = plan.recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
@@ -96,7 +97,7 @@ def compress(
                 clock=clock,
                 emit=emit,
             )
-            with room(work):
+            with room(work), started_early():
                 report = _carry_out(job, stop)
         stop.close()
         target = _publish(job, report, output)
@@ -426,13 +427,13 @@ def _folders_above(output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _read_data(plan: Plan, measure: bool, trust: bool) -> tuple[Samples | None, Samples | None]:
+def read_samples(plan: Plan, *, measure: bool, trust_remote_code: bool) -> tuple[Samples | None, Samples | None]:
     """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
-    if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust):
+    if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust_remote_code):
         raise problems[0]
     directory = plan.structure.checkpoint.directory
     calibration, held_out = read_data(
-        plan.recipe, directory, vocabulary_of(plan.source), measure=measure, trust_remote_code=trust
+        plan.recipe, directory, vocabulary_of(plan.source), measure=measure, trust_remote_code=trust_remote_code
     )
     check_samples(calibration, plan.source, "data")
     check_samples(held_out, plan.source, "eval.data")

@@ -7,42 +7,28 @@ def test_contract(tmp_path):
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from compressor import child
-from compressor.artifact import MANIFEST, load, read_manifest
+from compressor.artifact import MANIFEST, carried_tensors, load, read_manifest
+from compressor.errors import PassError
 from compressor.files import file_sha256
+from compressor.journal import Journal
 from compressor.layers import DENSE
 from compressor.plan import Plan, make_plan
 from compressor.protocol import Pass
 from compressor.recipe import Recipe, parse_recipe
-from compressor.run import compress
+from compressor.run import compress, read_samples
 from compressor.safetensors_file import read_bytes, read_header
-
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-from compressor.recipe import parse_recipe
-from compressor.run import compress
-left = [int(sys.argv[4])]
-def deadly(call):
-    def wrapped(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return wrapped
-os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-compress(parse_recipe(Path(sys.argv[1]).read_bytes(), "contract"), sys.argv[2], Path(sys.argv[3]), measure=False)
-"""
+from compressor.sweep import Sweeper, run_sweeps
+from compressor.units import Form
 
 
 def recipe_for(
@@ -75,17 +61,43 @@ def check_pass(
     assert parse_recipe(whole.to_yaml().encode(), "again").resolved() == whole.resolved(), "recipe is not a fixed point"
     plan = make_plan(whole, str(model))
     assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
-    report = compress(whole, str(model), scratch / "first", measure=False)
+    first = sweep(whole, model, scratch / "first")
     assert whole.steps[-1].settings == settings, "settings were changed while it ran"
-    _check_forms(settings, plan, report)
-    _check_sizes(settings, plan, report)
-    compress(whole, str(model), scratch / "second", measure=False)
-    assert weight_hashes(scratch / "first") == weight_hashes(scratch / "second"), "a second run writes other bytes"
-    _check_loads_without_passes(scratch / "first")
+    again = sweep(whole, model, scratch / "again")
+    assert [file_sha256(file) for file in first.files] == [file_sha256(file) for file in again.files], (
+        "a second run writes other bytes"
+    )
+    _check_forms(settings, plan, first)
     if not settings.reshapes:
         _check_untouched(name, settings, model, scratch / "part", only, before)
-    _check_resume(whole, model, scratch / "killed", weight_hashes(scratch / "first"))
+    report = _check_resume(whole, model, scratch / "killed", first)
+    _check_sizes(settings, plan, report)
+    _check_loads_without_passes(scratch / "killed")
     return report
+
+
+@dataclass
+class Swept:
+    """What the sweeps of a recipe leave, before an artifact is made of it.
+
+    files  part files: embeddings, blocks, output head
+    """
+
+    plan: Plan
+    files: list[Path]
+    forms: dict[str, Form]
+
+
+def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
+    """Run the sweeps of a recipe on the CPU, in this process, into this directory."""
+    plan = make_plan(recipe, str(model), prove=False)
+    calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
+    with closing(Journal.create(work, {})) as journal:
+        sweeper = Sweeper(
+            plan, journal, calibration, torch.device("cpu"), recipe.seed, lambda event: None, lambda: False
+        )
+        files, forms = run_sweeps(sweeper)
+    return Swept(plan, files, forms)
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
@@ -94,25 +106,25 @@ def weight_hashes(directory: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in told}
 
 
-def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> int:
-    """Run in a child that is killed at its `step`-th fsync or rename; returns the child's exit status."""
-    text = output.with_name(output.name + ".yaml")
-    text.write_text(make_plan(recipe, str(model), prove=False).recipe.to_yaml())  # written, no length is unset any more
-    command = child.command(KILLER, str(text), str(model), str(output), str(step))
-    return subprocess.run(command, env=_environment(), capture_output=True, check=False).returncode
+def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> bool:
+    """Run in a fresh process that is killed at its `step`-th fsync or rename; False if the run ended before."""
+    text = make_plan(recipe, str(model), prove=False).recipe.to_yaml()  # written, no length is unset any more
+    request = {"step": step, "recipe": text, "model": str(model), "output": str(output)}
+    try:
+        child.ask("compressor.contract", request, "is killed")
+    except PassError as error:
+        if error.data.get("signal") != "SIGKILL":
+            raise
+        return True
+    return False
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-
-
-def _check_forms(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
-    stored = {row["name"]: row["form"] for row in report["weights"]}
+def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
     selected = plan.selected[plan.recipe.steps[-1].path]
-    assert set(stored) == {weight.name for weight in selected}, "weights were left out"
+    assert set(swept.forms) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
         promised = (settings.stored(weight) or DENSE, *settings.alternatives(weight))
-        found = stored[weight.name]
+        found = swept.forms[weight.name].form
         assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
 
 
@@ -136,42 +148,37 @@ def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
 
 
 def _check_loads_without_passes(directory: Path) -> None:
-    code = (
-        "import sys, json\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.startswith('compressor.passes'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "import compressor\n"
-        f"compressor.load({str(directory)!r})\n"
-    )
-    done = subprocess.run(child.command(code), env=_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"the artifact needs the pass to load: {done.stderr[-400:]}"
+    try:
+        child.ask("compressor.contract", {"load": str(directory)}, "loads the artifact")
+    except child.ChildBug as bug:
+        raise AssertionError(f"the artifact needs the pass to load: {bug}") from bug
 
 
 def _check_untouched(
-    name: str, settings: Pass, model: Path, output: Path, only: str, before: Sequence[dict[str, Any]]
+    name: str, settings: Pass, model: Path, work: Path, only: str, before: Sequence[dict[str, Any]]
 ) -> None:
     part = settings.model_copy(update={"only": (only,)})
-    report = compress(recipe_for(name, part, before=before), str(model), output, measure=False)
-    touched = {weight["name"] for weight in report["weights"]}
-    assert len(touched) > 0, f"{only} selects nothing"
-    given, after = _tensors(model), _tensors(output)
-    for tensor, info in given.items():
-        if tensor.rpartition(".")[0] not in touched:
+    swept = sweep(recipe_for(name, part, before=before), model, work)
+    assert swept.forms, f"{only} selects nothing"
+    after, aside = _tensors(swept.files), carried_tensors(swept.plan.structure)
+    for tensor, info in _tensors(model.glob("*.safetensors")).items():
+        if tensor.rpartition(".")[0] not in swept.forms and tensor not in aside:
             same = read_bytes(info).equal(read_bytes(after[tensor]))
             assert same, f"{tensor} changed though {only} doesn't select it"
 
 
-def _check_resume(recipe: Recipe, model: Path, output: Path, expected: dict[str, str]) -> None:
-    assert kill_at(7, recipe, model, output) == -signal.SIGKILL, "the run ended before it could be killed"
-    compress(recipe, str(model), output, measure=False, resume=True)
-    assert weight_hashes(output) == expected, "a killed and resumed run writes other bytes"
-    assert json.loads((output / "report.json").read_text())["run"]["resumed"], "the report doesn't say it was resumed"
+def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> dict[str, Any]:
+    assert kill_at(7, recipe, model, output), "the run ended before it could be killed"
+    report = compress(recipe, str(model), output, measure=False, resume=True)
+    written = _tensors(output.glob("*.safetensors"))
+    for tensor, info in _tensors(expected.files).items():
+        assert read_bytes(info).equal(read_bytes(written[tensor])), f"a killed and resumed run writes another {tensor}"
+    assert report["run"]["resumed"], "the report doesn't say it was resumed"
+    return report
 
 
-def _tensors(directory: Path) -> dict[str, Any]:
-    return {name: info for file in directory.glob("*.safetensors") for name, info in read_header(file).items()}
+def _tensors(files: Iterable[Path]) -> dict[str, Any]:
+    return {name: info for file in files for name, info in read_header(file).items()}
 
 
 __all__ = ["check_pass", "kill_at", "load", "read_manifest", "recipe_for", "weight_hashes"]

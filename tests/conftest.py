@@ -18,6 +18,20 @@ from cuda_ext import build
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def started_early():
+    """The processes that verify and measure are forked from one server, which has imported torch and transformers.
+
+    Those of a test that changes an environment variable are started anew.
+    """
+    from compressor import child
+
+    variables = child.environment
+    child.environment = lambda: {name: value for name, value in variables().items() if name != "PYTEST_CURRENT_TEST"}
+    with child.started_early():
+        yield
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """The CUDA library for the CPU."""

@@ -1,0 +1,171 @@
+"""A process that has imported torch and transformers, and forks a fresh process whenever it is asked for one.
+
+The two imports take seconds. A run starts this server before its sweep, so that they happen meanwhile, and each check
+of the artifact then begins at once. A forked process is as fresh as one that was just started and has imported both:
+nothing of `compressor` is imported here, and no model, no operation of torch and no random number was ever made.
+
+This file is run by its path, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+# What a process that loads a model imports first; the others come with these.
+IMPORTS = ("torch", "transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+NUMBER_BYTES = 8
+LOST = 255  # the exit code of a process whose server ended before it
+
+
+class Forked:
+    """A process that the server forked, with the members of `subprocess.Popen` that are needed of it."""
+
+    returncode: int | None = None
+
+    def __init__(self, link: socket.socket, pid: int, busy: threading.Lock) -> None:
+        self.pid, self._link, self._busy = pid, link, busy
+
+    def poll(self) -> int | None:
+        """The exit code as Popen has it, None while it runs."""
+        return self._read(socket.MSG_DONTWAIT)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        code = self._read(socket.MSG_WAITALL)
+        assert code is not None
+        return code
+
+    def _read(self, flags: int) -> int | None:
+        if self.returncode is None:
+            try:
+                said = self._link.recv(NUMBER_BYTES, flags)
+            except BlockingIOError:
+                return None
+            self.returncode = int.from_bytes(said, "big", signed=True) if said else LOST
+            self._busy.release()
+        return self.returncode
+
+
+class ForkServer:
+    """The asking side. It forks one process at a time.
+
+    environment  the variables that the server starts with; a process may have others, but what Python, torch and
+                 libraries read when they are imported stays as it was here
+    """
+
+    def __init__(self, interpreter: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        self._busy = threading.Lock()  # while a process runs; its exit code comes over the same link
+        self._link, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*interpreter, os.path.abspath(__file__), str(theirs.fileno())],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
+            )
+
+    def fork(
+        self, program: str, arguments: Sequence[str], streams: Sequence[int], environment: Mapping[str, str]
+    ) -> Forked | None:
+        """A process that runs this program in this working directory; None if the server has ended or is busy.
+
+        streams  file descriptors for its standard input, output and error
+        """
+        asked = {"program": program, "arguments": list(arguments), "environment": dict(environment)}
+        if not self._busy.acquire(blocking=False):
+            return None
+        try:
+            pid = self._ask(json.dumps(asked).encode(), streams)
+        except OSError:  # the other end is closed, or this one is, by the next lines
+            pid = None
+        except BaseException:  # such as Ctrl-C: what comes next over the link isn't known any more
+            self._link.close()
+            raise
+        if pid is None:
+            self._busy.release()
+            return None
+        return Forked(self._link, pid, self._busy)
+
+    def _ask(self, message: bytes, streams: Sequence[int]) -> int | None:
+        here = os.open(".", os.O_RDONLY)
+        try:
+            socket.send_fds(self._link, [len(message).to_bytes(NUMBER_BYTES, "big")], [*streams, here])
+        finally:
+            os.close(here)
+        self._link.sendall(message)
+        said = self._link.recv(NUMBER_BYTES, socket.MSG_WAITALL)
+        return int.from_bytes(said, "big") if said else None
+
+    def close(self) -> None:
+        """End the server; processes that it forked go on."""
+        self._link.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve(link: socket.socket) -> str | None:
+    """In the server: fork a process for each request. Returns its program in a forked one, None in the server."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    while True:
+        length, descriptors, _, _ = socket.recv_fds(link, NUMBER_BYTES, 4)
+        if not length:
+            return None
+        asked = json.loads(link.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            link.close()
+            _take_on(asked["arguments"], asked["environment"], descriptors)
+            program: str = asked["program"]
+            return program
+        for descriptor in descriptors:
+            os.close(descriptor)
+        try:
+            os.setpgid(pid, pid)  # whoever comes first: the one that asked may end the group at once
+        except (PermissionError, ProcessLookupError):
+            pass
+        try:
+            link.sendall(pid.to_bytes(NUMBER_BYTES, "big"))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            link.sendall(code.to_bytes(NUMBER_BYTES, "big", signed=True))
+        except BrokenPipeError:  # nobody asks any more
+            return None
+
+
+def _take_on(arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> None:
+    """Make a forked process what the request says: streams, working directory, variables, arguments."""
+    *streams, here = descriptors
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.fchdir(here)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+
+
+def _run(program: str) -> None:
+    """As `python -c` does it."""
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    exec(compile(program, "<string>", "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as asking:
+        to_run = _serve(asking)
+    if to_run is not None:
+        _run(to_run)
