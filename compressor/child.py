@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,16 @@ from compressor.fork_server import Forked, ForkServer
 from compressor.resources import ran_out
 from compressor.search_path import named_entries
 
-PROGRAM = """
+PACKAGE = str(Path(__file__).resolve().parent)
+LOADER = """
 import importlib.util, sys
-folder, module = sys.argv[1:]
+folder = sys.argv.pop(1)
 options = {"submodule_search_locations": [folder]}
 spec = importlib.util.spec_from_file_location("compressor", folder + "/__init__.py", **options)
 sys.modules["compressor"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["compressor"])
-from compressor.child import serve
-serve(module)
-"""
+"""  # the package in the folder that is the program's first argument
+PROGRAM = LOADER + "from compressor.child import serve\nserve(sys.argv[1])\n"
 LAST_WORDS = 600  # characters of standard error that are shown of a child that ended without an answer
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
 
@@ -80,10 +80,9 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
     doing    what the process does, for messages: "verifies the artifact"
     raises   the CompressError that the child raised; PassError if it was killed or crashed; ChildBug
     """
-    program_arguments = (str(Path(__file__).resolve().parent), module)
     request_end, closes_with_us = os.pipe()
     try:
-        child, answers, words_end = start(PROGRAM, program_arguments, request_end)
+        child, answers, words_end = start(PROGRAM, [PACKAGE, module], request_end)
         try:
             _send(closes_with_us, request)
             answer, words = read_both(answers, words_end)
@@ -104,18 +103,22 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
     return told["result"]
 
 
-def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Process, int, int]:
+def start(
+    program: str, arguments: Sequence[str], request_end: int, added: Mapping[str, str] | None = None
+) -> tuple[Process, int, int]:
     """A fresh process of this program: forked if a server runs that has this process's environment, else started.
 
     request_end  its standard input; closed here
+    added        variables besides; none that something reads when it is imported
     returns      the process, and the ends to read of its standard output and error
     """
     answers, answers_end = os.pipe()
     words, words_end = os.pipe()
-    streams, variables = (request_end, answers_end, words_end), environment()
+    streams, inherited = (request_end, answers_end, words_end), environment()
+    variables = {**inherited, **(added or {})}
     process: Process | None = None
     try:
-        if _server is not None and _server.environment == variables:
+        if _server is not None and _server.environment == inherited:
             process = _server.fork(program, arguments, streams, variables)
         if process is None:  # no server, or it has ended
             process = subprocess.Popen(
@@ -201,6 +204,8 @@ def serve(module: str) -> None:
             told = {"bug": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     with os.fdopen(answers, "wb") as file:
         file.write(json.dumps(told).encode() + b"\n")
+    sys.stderr.flush()
+    os._exit(0)  # to take an interpreter with torch apart takes a second, and nobody needs it
 
 
 def _send(pipe: int, request: dict[str, Any]) -> None:

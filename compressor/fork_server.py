@@ -9,6 +9,7 @@ This file is run by its path, so it imports the standard library alone.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -119,6 +120,7 @@ def _serve(link: socket.socket) -> str | None:
     """In the server: fork a process for each request. Returns its program in a forked one, None in the server."""
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # the collector of a forked process needn't look at, and so copy, what was imported here
     while True:
         length, descriptors, _, _ = socket.recv_fds(link, NUMBER_BYTES, 4)
         if not length:
@@ -153,6 +155,9 @@ def _take_on(arguments: Sequence[str], environment: Mapping[str, str], descripto
     os.fchdir(here)
     for descriptor in descriptors:
         os.close(descriptor)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (they were made for other files)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]

@@ -47,7 +47,22 @@ def talk(request):
         return {"answered": None, "long": "x" * 300_000}
 
 
+def tell_what_it_is(request):
+    told = {
+        "pid": os.getpid(),
+        "group": os.getpgid(0),
+        "parent is here": os.getppid() == request["here"],
+        "folder": os.getcwd(),
+        "torch": "torch" in sys.modules,
+        "was used before": hasattr(sys, "was_used"),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+    sys.was_used = True
+    return told
+
+
 KINDS = {
+    "tell what it is": tell_what_it_is,
     "lack a package": lack_a_package,
     "fail in a class of its own": fail_in_a_class_of_its_own,
     "run out of memory": run_out_of_memory,

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cuda_ext import build
 
 # Tiny models: a second thread costs more than it gives, most where the tests share the cores with each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="compress-model-hf-")  # where transformers copies code that it loads
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +32,7 @@ def started_early():
     child.environment = lambda: {name: value for name, value in variables().items() if name != "PYTEST_CURRENT_TEST"}
     with child.started_early():
         yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")

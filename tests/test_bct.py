@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from fresh import stranger
 from safetensors.torch import load_file, save_file
 
 import compressor
@@ -267,11 +265,6 @@ def test_settings_name_the_form_that_is_stored():
 
 
 STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'compressor': raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForSequenceClassification as Auto
 model, info = Auto.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
@@ -305,10 +298,7 @@ def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtyp
     assert report["verification"]["max_logit_difference"] == 0.0
     forms = {weight["form"] for weight in report["weights"]}
     assert forms == {"block_activation_linear", "block_embedding"}
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(STRANGER, tmp_path / "out", tmp_path / "logits.pt")
     ours = compressor.load(tmp_path / "out", kernels="reference")
     assert torch.load(tmp_path / "logits.pt").equal(ours(input_ids=torch.arange(8).view(1, 8)).logits)
 

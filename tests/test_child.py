@@ -13,20 +13,32 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compressor import child
+from compressor import child, fork_server
 from compressor.child import ChildBug, ask
 from compressor.errors import CompressError, DependencyError, ModelError, PassError
 
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def found(monkeypatch):
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setattr(child, "_server", None)
+        with child.started_early():
+            yield child._server
+
+
+@pytest.fixture(autouse=True, params=["started", "forked"])
+def way(request, monkeypatch, server):
+    """Both ways to a fresh process, which finds `answers`."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(child, "_server", server if request.param == "forked" else None)
+    return request.param
 
 
 def answer(kind, folder="", **more):
-    return ask("answers", {"kind": kind, "folder": str(folder), **more}, "answers for a test")
+    return ask("answers", {"kind": kind, "folder": str(folder), "here": os.getpid(), **more}, "answers for a test")
 
 
 @pytest.mark.parametrize(
@@ -127,3 +139,28 @@ def test_a_child_ends_when_the_process_that_asked_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     assert all_end(pids)
+
+
+def test_a_forked_process_is_fresh_and_is_what_was_asked_for(way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [answer("tell what it is") for _ in range(2)]
+    assert found[0]["pid"] != found[1]["pid"] and {told["folder"] for told in found} == {str(tmp_path)}
+    assert {told["parent is here"] for told in found} == {way == "started"}
+    for told in found:
+        assert told["torch"] == (way == "forked") and not told["was used before"]
+        assert told["group"] == told["pid"] and told["files"] <= 7  # streams, and what the request came through
+
+
+def test_a_second_process_at_the_same_time_or_after_the_server_ended_is_started(way, monkeypatch):
+    if way == "started":
+        return
+    request, sends = os.pipe()
+    first, *pipes = child.start("import sys; sys.stdin.read()", [], request)
+    assert isinstance(first, fork_server.Forked) and not answer("tell what it is")["torch"]
+    os.close(sends)
+    assert child.read_both(*pipes) == (b"", b"") and first.wait() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "_server", None)
+        with child.started_early():
+            child._server.close()
+            assert not answer("tell what it is")["torch"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from fresh import command
 
 import compressor
 from compressor.child import ChildBug
@@ -24,9 +25,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, "-m", "compressor", *map(str, arguments)]
+    return command(*arguments, COLUMNS="160", **environment)
+
+
+def started(*arguments, **environment):
+    """With an interpreter of its own."""
     full = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "160", **environment}
-    return subprocess.run(command, env=full, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "compressor", *map(str, arguments)]
+    return subprocess.run(words, env=full, capture_output=True, text=True, check=False)
 
 
 def python(code):
@@ -84,7 +90,7 @@ def test_passes_lists_settings_with_their_defaults():
 
 
 def test_doctor_says_what_is_there():
-    found = json.loads(run("doctor", "--json").stdout)
+    found = json.loads(started("doctor", "--json").stdout)
     assert found["packages"]["torch"] and set(found["kernels"]) == {
         "cpu_library", "cpu_build", "level", "threads", "self_test", "cuda",
     }  # fmt: skip
@@ -245,9 +251,9 @@ def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, caps
 
 @pytest.mark.parametrize("arguments", [["schema"], ["passes"], ["--help"]], ids=" ".join)
 def test_a_reader_that_goes_away_is_no_bug(arguments):
-    command = [sys.executable, "-m", "compressor", *arguments]
+    words = [sys.executable, "-m", "compressor", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    done = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done.stdout.close()
     assert (done.wait(60), done.stderr.read()) == (130, "")
 
@@ -268,9 +274,9 @@ STREAMS = {
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_stream_that_cannot_be_written_ends_in_one_line_at_most(case):
     arguments, code, words = STREAMS[case]
-    command = f'"{sys.executable}" -m compressor {arguments}'
+    line = f'"{sys.executable}" -m compressor {arguments}'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code and done.stdout == ""
     assert done.stderr.startswith(words) and done.stderr.count("\n") == bool(words)
 
@@ -282,21 +288,21 @@ def test_a_closed_stream_is_taken_by_no_file():
         "file = open('/dev/null'); assert file.fileno() > 2; print('x', flush=True); "
         "sys.exit(subprocess.run(['bash', '-c', 'echo x']).returncode)"
     )
-    command = ["bash", "-c", f'"{sys.executable}" -c "{code}" <&- >&-']
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    words = ["bash", "-c", f'"{sys.executable}" -c "{code}" <&- >&-']
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
-    done = run("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
+    done = started("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 5 and done.stderr.startswith("error[model]: no/such/\\xf6: ")
     code = (
         "from compressor.streams import mend_streams; mend_streams(); from compressor.cli import out; "
         "out.print('\\u2192 \\u00f6', highlight=False)"
     )
-    command = [sys.executable, "-c", code]
+    words = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "\\u2192 \\xf6\n"
+    assert subprocess.run(words, env=environment, capture_output=True, text=True).stdout == "\\u2192 \\xf6\n"
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["which this tool prints to", "of a library"])

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
@@ -15,6 +14,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from fresh import stranger
 from test_stock_formats import store_as_planned
 
 import compressor
@@ -135,11 +135,6 @@ class Signs(Pass):
         return carry
 '''
 PROGRAM = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in ('compressor', 'other_package'): raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
@@ -150,10 +145,7 @@ torch.save(model(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
 
 def logits_without_this_package(artifact, scratch):
     """What a stranger's interpreter computes: torch and transformers, nothing of ours."""
-    environment = {**os.environ, "HF_HOME": str(scratch / "hf"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", PROGRAM, str(artifact), str(scratch / "logits.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(PROGRAM, artifact, scratch / "logits.pt", without=("compressor", "other_package"))
     return torch.load(scratch / "logits.pt", weights_only=True)
 
 

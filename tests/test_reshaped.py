@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from fresh import stranger
 from safetensors.torch import load_file, save_file
 
 import compressor
@@ -39,11 +37,6 @@ WIDTHS = {"one width": 24, "a width for each site": None}
 # float32 norms and weights of tiny models, whatever their logits are; a wrong divisor is off by a hundredth
 TOLERANCE = 1e-5
 STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'compressor': raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
 import torch, transformers
 for line in sys.stdin.read().splitlines():
     auto, directory = line.split()
@@ -140,16 +133,7 @@ def test_what_is_written_as_an_artifact_loads_here_and_where_this_package_is_not
         torch.save(batch, f"{directory}.batch")
         auto = "AutoModelForImageClassification" if family == "vit" else "AutoModelForCausalLM"
         lines.append(f"{auto} {directory}")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER],
-        env=environment,
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(STRANGER, input="\n".join(lines))
     for directory, written in cases.items():
         ours, theirs = compressor.load(directory, kernels="reference"), torch.load(f"{directory}.found")
         config = json.loads((directory / "config.json").read_text())

@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from fresh import command, stranger
 
 import compressor
 from compressor import artifact
@@ -58,12 +59,6 @@ def llama(tmp_path):
     return tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
 
 
-def cli(*arguments, cwd=None, **options):
-    command = [sys.executable, "-m", "compressor", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "NO_COLOR": "1", "COLUMNS": "200"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd, check=False, **options)
-
-
 DENSE = ["qwen3", "opt", "phi3", "gemma3", "gpt_neox"]
 
 
@@ -84,11 +79,6 @@ def test_a_gpt2_artifact_loads_where_this_package_is_not_installed(tmp_path):
     report = compress(recipe(), str(model), tmp_path / "out", measure=False)
     assert report["route"]["name"] == "custom" and "Conv1D" in report["route"]["reason"]
     code = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'compressor': raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM
 options = dict(trust_remote_code=True, output_loading_info=True)
@@ -99,9 +89,7 @@ out = model(input_ids=torch.arange(8).view(1, 8)).logits
 again = model.generate(torch.arange(8).view(1, 8), max_new_tokens=4, do_sample=False, min_new_tokens=4)
 torch.save((out, again), {str(tmp_path / "logits.pt")!r})
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(code)
     logits, made = torch.load(tmp_path / "logits.pt", weights_only=True)
     own = compressor.load(tmp_path / "out", kernels="reference")
     assert torch.equal(own(input_ids=torch.arange(8).view(1, 8)).logits, logits)
@@ -421,7 +409,7 @@ def write_recipe(tmp_path, **sections):
 
 
 def test_exit_code_0_and_one_json_event_a_line(llama, tmp_path):
-    done = cli("run", write_recipe(tmp_path), "--model", llama, "--output", tmp_path / "out", "--no-eval", "--json")
+    done = command("run", write_recipe(tmp_path), "--model", llama, "--output", tmp_path / "out", "--no-eval", "--json")
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[-1]["event"] == "result" and events[-1]["status"] == "ok"
@@ -429,18 +417,18 @@ def test_exit_code_0_and_one_json_event_a_line(llama, tmp_path):
 
 
 def test_exit_code_2_for_usage_and_recipe(llama, tmp_path):
-    assert cli("run").returncode == 2
-    assert cli("run", "--no-such-flag").returncode == 2
+    assert command("run").returncode == 2
+    assert command("run", "--no-such-flag").returncode == 2
     path = write_recipe(tmp_path, evil=1)
-    done = cli("run", path, "--model", llama, "--output", tmp_path / "out")
+    done = command("run", path, "--model", llama, "--output", tmp_path / "out")
     assert done.returncode == 2 and "error[recipe]: r.yaml:" in done.stderr and "Traceback" not in done.stderr
-    done = cli("run", write_recipe(tmp_path), "--model", llama, "--output", "/proc/nope/out")
+    done = command("run", write_recipe(tmp_path), "--model", llama, "--output", "/proc/nope/out")
     assert done.returncode == 2 and "error[usage]" in done.stderr
 
 
 def test_exit_code_3_for_a_failed_gate(llama, tmp_path):
     path = write_recipe(tmp_path, eval={"metrics": ["size"], "data": SMALL, "gates": {"size_ratio": 0.01}})
-    done = cli("run", path, "--model", llama, "--output", tmp_path / "out", "--quiet")
+    done = command("run", path, "--model", llama, "--output", tmp_path / "out", "--quiet")
     assert done.returncode == 3 and "error[gate-failed]" in done.stderr and (tmp_path / "out.rejected").is_dir()
 
 
@@ -448,13 +436,13 @@ def test_exit_code_4_for_an_artifact_that_is_not_what_it_says(llama, tmp_path):
     compress(recipe(), str(llama), tmp_path / "out", measure=False)
     config = tmp_path / "out" / "config.json"
     config.write_text(config.read_text().replace('"silu"', '"gelu"'))
-    done = cli("verify", tmp_path / "out")
+    done = command("verify", tmp_path / "out")
     assert done.returncode == 4 and "error[verification-failed]" in done.stderr and "config.json" in done.stderr
 
 
 def test_exit_code_5_for_a_model_or_plan_that_cannot_work(llama, tmp_path):
     (llama / "model.safetensors").write_bytes(b"torn")
-    done = cli("plan", write_recipe(tmp_path), "--model", llama)
+    done = command("plan", write_recipe(tmp_path), "--model", llama)
     assert done.returncode == 5 and "error[model]: model.safetensors" in done.stderr
 
 
@@ -485,7 +473,7 @@ def test_exit_code_6_for_a_missing_package(llama, tmp_path):
 
 def test_exit_code_7_when_a_pass_fails_and_the_journal_is_kept(llama, tmp_path):
     path = write_recipe(tmp_path, data={**SMALL, "samples": 1, "length": 2})
-    done = cli("run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval")
+    done = command("run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval")
     assert done.returncode == 7, done.stderr
     assert "too few" in done.stderr and (tmp_path / "out.work" / "journal.jsonl").exists()
 
@@ -514,7 +502,7 @@ def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
     child.send_signal(sign)
     assert child.wait(60) == 130, child.stderr.read()
     assert not (tmp_path / "out").exists()
-    done = cli("run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval", "--resume")
+    done = command("run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval", "--resume")
     assert done.returncode == 0, done.stderr
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 import transformers as hf
 import yaml
+from fresh import stranger
 from transformers.activations import ACT2FN
 
 import compressor
@@ -228,11 +226,6 @@ def recipe(**step):
 
 EVERYTHING = ["*", "@activation!", "@norm", "@softmax"]
 STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'compressor': raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
 import torch, transformers
 model, info = getattr(transformers, sys.argv[2]).from_pretrained(
     sys.argv[1], trust_remote_code=True, output_loading_info=True)
@@ -262,10 +255,7 @@ def test_a_model_of_tables_loads_where_this_package_is_not(family, dtype, auto, 
     assert all(row["bytes_after"] == 4 * 256 for row in tables if row["role"] != "norm")
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
     assert abs(predicted - actual) <= 0.02 * actual
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "out"), auto, str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1500:]
+    stranger(STRANGER, tmp_path / "out", auto, tmp_path / "logits.pt")
     ours = compressor.load(tmp_path / "out", kernels="reference")
     with torch.no_grad():
         assert torch.load(tmp_path / "logits.pt").equal(ours(input_ids=torch.arange(8).view(1, 8)).logits)

@@ -1,0 +1,42 @@
+"""Fresh processes for tests, forked from the server of the session (`compressor.fork_server`): none imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+
+from compressor import child
+
+COMMAND = child.LOADER + "from compressor.__main__ import main\nsys.exit(main())\n"
+REFUSE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {names}: raise ImportError(name)
+assert not {names} & set(sys.modules)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def command(*arguments, cwd=".", **environment):
+    """What `compress-model` does with these arguments, in this directory and with these variables besides."""
+    return run(COMMAND, child.PACKAGE, *arguments, cwd=cwd, **{"NO_COLOR": "1", "COLUMNS": "200", **environment})
+
+
+def stranger(program, *arguments, without=("compressor",), input="", **environment):
+    """What a program prints where these packages are not installed; it has to end with 0."""
+    done = run(REFUSE.format(names=set(without)) + program, *arguments, input=input, **environment)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout
+
+
+def run(program, *arguments, input="", cwd=".", **environment):
+    """A `subprocess.CompletedProcess` of this program, with text."""
+    request, sends = os.pipe()
+    with contextlib.chdir(cwd):
+        process, answers, words = child.start(program, [str(value) for value in arguments], request, environment)
+    with os.fdopen(sends, "w") as file, contextlib.suppress(BrokenPipeError):
+        file.write(input)
+    said = [part.decode() for part in child.read_both(answers, words)]
+    return subprocess.CompletedProcess([program, *arguments], process.wait(), *said)
