@@ -13,7 +13,8 @@ import pytest
 from compressor import child, idle_threads
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
+PROGRAMS = [path for pattern in ("*.py", "bench/*.py", "train/*.py") for path in (ROOT / "scripts").glob(pattern)]
+SCRIPTS = sorted(path for path in PROGRAMS if "__main__" in path.read_text())
 # a torch that says at its import what the true one's threads would be told, and whether the package was there before
 TORCH = """
 import os

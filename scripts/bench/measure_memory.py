@@ -1,7 +1,7 @@
 """Peak memory of a streamed sweep at several depths, each in a child process; JSON on standard output.
 
-    python scripts/measure_memory.py --depths 12 48
-    python scripts/measure_memory.py --steps "[{pass: fuse_norms}, {pass: slicegpt, sparsity: 0.25}]"
+    python scripts/bench/measure_memory.py --depths 12 48
+    python scripts/bench/measure_memory.py --steps "[{pass: fuse_norms}, {pass: slicegpt, sparsity: 0.25}]"
 
 The model has random weights, so many that they dominate: at depth 48 they are several times the size of the
 interpreter. Only the sweep is measured; verification and evaluation load the whole model, as any user would.

@@ -1,8 +1,8 @@
 """GPTQ side by side with llm-compressor: same model, tokens, samples and threads, each in a process of its own.
 
-    python scripts/bench_gptq.py --model demo --output bench.json
+    python scripts/bench/gptq.py --model demo
 
-The peer gets an environment of its own, .venv-llm-compressor, made once from scripts/peers/requirements-*.txt;
+The peer gets an environment of its own, .venv-llm-compressor, made once from scripts/bench/peers/requirements-*.txt;
 --peer-python names another. Measured per side: wall time of the whole process, wall time of the core
 (their `oneshot`, our sweep; no imports, loading, saving or verifying), peak resident bytes, and perplexity of the dense
 model and both results under one evaluator, loaded through plain transformers. Our process also verifies its result in
@@ -29,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import result_file
 import torch
 import yaml
 from random_models import is_random, random_llama
@@ -42,6 +43,7 @@ from compressor.idle_threads import environment_of_user
 from compressor.structure import read_structure
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def main() -> None:
@@ -55,21 +57,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-observer", help="for instance memoryless_mse")
-    parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+    result_file.add_output(parser, "gptq")
     settings = parser.parse_args()
     settings.peer_python = settings.peer_python or peer_environment()
     with tempfile.TemporaryDirectory() as scratch:
         result = bench(settings, Path(scratch))
-    text = json.dumps(result, indent=1) + "\n"
-    if settings.output:
-        settings.output.write_text(text)
-    else:
-        print(text)
+    result_file.write(result, settings.output)
 
 
 def peer_environment() -> Path:
     """The interpreter of the peer's environment, made on first use: torch as pinned for this package, then the peer."""
-    home = HERE.parent / ".venv-llm-compressor"
+    home = ROOT / ".venv-llm-compressor"
     python = home / "bin" / "python"
     installed = home / ".installed"
     if not installed.exists():
@@ -181,7 +179,7 @@ def run_peer(settings: argparse.Namespace, model: Path, bits: int, output: Path,
 
 def measured(command: list[str]) -> dict[str, Any]:
     """Wall seconds and peak resident bytes (of the largest process of the tree) of a command that must succeed."""
-    environment = {**environment_of_user(), "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+    environment = {**environment_of_user(), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(command, env=environment, stdout=words, stderr=words)

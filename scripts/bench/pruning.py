@@ -1,7 +1,7 @@
 """Trained masks beside magnitude and random structured pruning, at the same sizes, with and without the repair.
 
-    scripts/bench_pruning.py --model MODEL --calibrate train.txt --test test.txt --output docs/bench/pruning-lm.json
-    scripts/bench_pruning.py --model MODEL --calibrate train.tsv --test test.tsv --output docs/bench/pruning-sst2.json
+    scripts/bench/pruning.py --model MODEL --calibrate train.txt --test test.txt
+    scripts/bench/pruning.py --model MODEL --calibrate train.tsv --test test.tsv
 
 A .tsv with columns text and label is measured by accuracy, any other text by perplexity. Every row is an artifact that
 `compress` wrote through the same pass, vtrans; the rivals differ in nothing but the scores of units:
@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import result_file
 import torch
 import transformers
 import yaml
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    result_file.add_output(parser, "pruning")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.3])
     parser.add_argument("--methods", nargs="+", default=METHODS, help="vtrans, magnitude, random SEED")
     parser.add_argument("--calibration-samples", type=int, default=64)
@@ -105,7 +106,6 @@ def main() -> None:
     parser.add_argument("--kl-factor", type=float, default=1e-6)
     parser.add_argument("--heads-charge", type=float, default=256.0)
     parser.add_argument("--loss", choices=["distill", "task"], default="distill")
-    parser.add_argument("--plot", type=Path)
     settings = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(settings)
@@ -113,9 +113,7 @@ def main() -> None:
     for row in bench.rows():
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
-        settings.output.write_text(json.dumps(bench.result(rows), indent=1) + "\n")
-    if settings.plot:
-        plot(rows, bench.metric, settings.plot)
+        result_file.write(bench.result(rows), settings.output)
 
 
 class Bench:
@@ -240,30 +238,6 @@ def perplexity(model: Any, samples: Samples) -> float:
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
         count += wanted.numel()
     return math.exp(total / count)
-
-
-def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pruning"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    dense = rows[0]
-    for method in dict.fromkeys(row["method"] for row in rows[1:]):
-        for repaired, style in ((True, "o-"), (False, "x:")):
-            points = [row for row in rows[1:] if row["method"] == method and row["repaired"] == repaired]
-            points = sorted([dense, *points], key=lambda row: row["parameters"])
-            axes.plot(
-                [point["parameters"] / 1e6 for point in points],
-                [point[metric] for point in points],
-                style,
-                label=f"{method}{', repaired' if repaired else ''}",
-            )
-    axes.set(xlabel="parameters, millions", ylabel=metric)
-    axes.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """SliceGPT side by side with simpler ways to a narrower model, and what a narrower model saves in time.
 
-    python scripts/bench_slicegpt.py quality --model CHECKPOINT --calibration TEXT --test TEXT --output quality.json
-    python scripts/bench_slicegpt.py speed --model llama:1024,4 --output speed.json
+    python scripts/bench/slicegpt.py quality --model CHECKPOINT --calibration TEXT --test TEXT
+    python scripts/bench/slicegpt.py speed --model llama:1024,4
 
 `quality` is perplexity of a causal language model whose residual stream was narrowed, by method:
 
@@ -20,7 +20,7 @@ pca_per_site is measured at the same width, as the paper counts, and at the wide
 
 With --peer-source, a checkout of github.com/microsoft/TransformerCompression, its own code slices the same model with
 the same tokens in an environment of its own, .venv-transformer-compression, made once from the requirements beside
-scripts/peers/transformer_compression.py, which says more; --peer-python names another.
+scripts/bench/peers/transformer_compression.py, which says more; --peer-python names another.
 
 `speed` compares seconds of prefill and of decoding one token, dense against narrowed, in turn in one process, with
 the operations that were saved. Random weights do as well there, and `llama:HIDDEN,BLOCKS` makes some.
@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 import transformers
 from random_models import is_random, random_llama
@@ -73,7 +74,8 @@ from compressor.stream import Residual
 from compressor.structure import find_blocks
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 import slicegpt_reference as reference  # noqa: E402
 
 RANDOM_SEEDS = (0, 1, 2)
@@ -94,7 +96,6 @@ def main() -> None:
     quality_parser.add_argument("--seed", type=int, default=0)
     quality_parser.add_argument("--peer-source", type=Path, help="checkout of microsoft/TransformerCompression")
     quality_parser.add_argument("--peer-python", type=Path, help="left out: made in .venv-transformer-compression")
-    quality_parser.add_argument("--plot", type=Path, help="SVG of perplexity over parameters")
     speed_parser = commands.add_parser("speed")
     speed_parser.add_argument("--model", default="llama:1024,4", help="a checkpoint, or llama:HIDDEN,BLOCKS (random)")
     speed_parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
@@ -104,7 +105,7 @@ def main() -> None:
     for subparser in (quality_parser, speed_parser):
         subparser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.25, 0.3])
         subparser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-        subparser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+        result_file.add_output(subparser, f"slicegpt-{subparser.prog.split()[-1]}")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.set_grad_enabled(False)
@@ -115,11 +116,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **(quality(settings) if settings.command == "quality" else speed(settings)),
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if settings.output:
-        settings.output.write_text(text)
-    else:
-        print(text)
+    result_file.write(result, settings.output)
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
@@ -164,8 +161,6 @@ def quality(settings: argparse.Namespace) -> dict[str, Any]:
     if settings.peer_source:
         result["peer"] = run_peer(settings, calibration, test)
         rows += result["peer"].pop("rows")
-    if settings.plot:
-        plot(rows, settings.plot)
     return result
 
 
@@ -346,7 +341,7 @@ def run_peer(settings: argparse.Namespace, calibration: Tensor, test: Tensor) ->
 
 def peer_environment() -> Path:
     """The interpreter of the peer's environment, made on first use."""
-    home = HERE.parent / ".venv-transformer-compression"
+    home = ROOT / ".venv-transformer-compression"
     python = home / "bin" / "python"
     installed = home / ".installed"
     if not installed.exists():
@@ -355,31 +350,6 @@ def peer_environment() -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         installed.touch()
     return python
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "slicegpt"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    dense = rows[0]
-    for method in dict.fromkeys(row["method"] for row in rows if row["sparsity"]):
-        if method == "pca_per_site_equal":
-            continue  # other widths of the same curve
-        points = [dense, *(row for row in rows if row["method"] == method)]
-        points.sort(key=lambda row: row["parameters"])
-        axes.plot(
-            [point["parameters"] / 1e6 for point in points],
-            [point["perplexity"] for point in points],
-            "o-",
-            label=method,
-        )
-    axes.set(xlabel="parameters, millions", ylabel="perplexity")
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What threads gain and cost with default settings, alone and beside a neighbour that keeps every core busy.
 
-    python scripts/bench_threads.py [--json OUT] [--rounds 5] [--model llama:2048,4] [--before PYTHON]
+    python scripts/bench/threads.py [--output FILE] [--rounds 5] [--model llama:2048,4] [--before PYTHON]
 
 Ends with 1 if a goal is missed.
 
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import result_file
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +41,7 @@ from compressor.environment import cpu_name
 from compressor.idle_threads import VARIABLES
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SEQUENCES = (1, 4, 16)
 STEPS, LONGEST = 6, 1.0  # in a row: so many, or what begins within so many seconds
 NEIGHBOUR = """
@@ -79,7 +81,7 @@ def plain_environment() -> dict[str, str]:
     """Nothing said about threads."""
     said = {*VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in said}
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    paths = os.pathsep.join([str(ROOT), str(HERE)])
     return kept | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
 
 
@@ -247,7 +249,7 @@ def show(console: Console, times: Times, work: Times, goals: list[dict[str, Any]
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time decoding and gptq with default threads, with a busy neighbour.")
-    parser.add_argument("--json", type=Path, help="write everything that was measured")
+    result_file.add_output(parser, "threads")
     parser.add_argument("--model", default="llama:2048,4", help="llama:WIDTH,BLOCKS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", metavar="PYTHON", help="an interpreter with another version of the package")
@@ -284,14 +286,13 @@ def main(arguments: list[str] | None = None) -> int:
     show(console, times, work, goals)
     if rounds:
         console.print(f"seconds of gptq's sweep alone {sweeps[False]}, beside the neighbour {sweeps[True]}")
-    if settings.json:
-        rows = [
-            {"beside": key[0], "sequences": key[1], "seconds": found, "processor_seconds": work[key]}
-            for key, found in times.items()
-        ]
-        report = {"cpu": cpu_name(), "threads": threads, "model": settings.model, "decoding": rows, "goals": goals}
-        report["gptq"] = {"alone": sweeps[False], "beside": sweeps[True]}
-        settings.json.write_text(json.dumps(report, indent=1) + "\n")
+    rows = [
+        {"beside": key[0], "sequences": key[1], "seconds": found, "processor_seconds": work[key]}
+        for key, found in times.items()
+    ]
+    report = {"cpu": cpu_name(), "threads": threads, "model": settings.model, "decoding": rows, "goals": goals}
+    report["gptq"] = {"alone": sweeps[False], "beside": sweeps[True]}
+    result_file.write(report, settings.output)
     return 0 if all(goal["holds"] for goal in goals) else 1
 
 

@@ -1,6 +1,6 @@
 """GPTQ's solve by the library and by torch, and the Hessian by halves and by one product, call by call in turns.
 
-    python scripts/bench_solver.py --output bench.json
+    python scripts/bench/solver.py
 
 `solve` is a whole solve of one matrix, of which the products for later columns are the same torch call in both;
 `plain` compares ours with the loop of the GPTQ paper's algorithm 1 as its authors' code has it: blocks of 128 columns,
@@ -16,14 +16,13 @@ from __future__ import annotations
 import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import result_file
 import torch
 from kernel_ceilings import Ceilings
 
@@ -42,17 +41,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+    result_file.add_output(parser, "solver")
     settings = parser.parse_args()
     if not isinstance(library(), Library):
         parser.error(f"{library()}")
     result = {"cpu": cpu_name(), "torch": torch.__version__, "size": settings.size, "tokens": settings.tokens}
     result["rows"] = bench(settings.size, settings.tokens, settings.repeats, settings.threads)
-    text = json.dumps(result, indent=1) + "\n"
-    if settings.output:
-        settings.output.write_text(text)
-    else:
-        print(text)
+    result_file.write(result, settings.output)
 
 
 def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict[str, Any]]:

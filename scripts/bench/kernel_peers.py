@@ -1,4 +1,4 @@
-"""What bench_kernels.py times: our operations, torch's, bitsandbytes' and llama.cpp's, on weights of one shape.
+"""What cpu_kernels.py times: our operations, torch's, bitsandbytes' and llama.cpp's, on weights of one shape.
 
 A `Candidate` holds enough copies of its weight that no cache has it when its turn comes, and multiplies by one of them.
 Its answer is checked against float64 once, when it is made.
@@ -329,7 +329,7 @@ def build_llama_cpp(root: Path, folder: Path) -> Path:
     if not headers or not libraries:
         raise FileNotFoundError(
             f"no ggml-cpu.h and libggml-cpu*.so under {root}: name an environment with llama-cpp-python built from "
-            "source (scripts/peers/requirements-llama-cpp.txt)"
+            "source (scripts/bench/peers/requirements-llama-cpp.txt)"
         )
     at, driver = libraries[0].parent, folder / "llama_cpp"
     command = ["g++", "-O2", "-std=c++17", str(HERE / "peers" / "llama_cpp.cpp"), f"-I{headers[0].parent}", f"-L{at}"]

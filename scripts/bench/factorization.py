@@ -1,12 +1,12 @@
 """Quality against bytes of dsformer, low_rank and gptq on one model.
 
-    python scripts/bench_factorization.py measure --model CHECKPOINT --calibration DATA --test DATA --output rows.json
-    python scripts/bench_factorization.py plot rows.json more.json --output plot.svg
+    python scripts/bench/factorization.py --model CHECKPOINT --calibration DATA --test DATA --output FILE
 
 Each point is a run of the pass on the matrices of all blocks (embeddings and head stay), with the artifact loaded as
 `compressor.load` does and measured in this process: perplexity of a causal model on packed text, accuracy of a
 classifier on single samples (a .tsv with text and label), and for both the KL divergence from the dense model's
-outputs. Bytes are those of the stored matrices alone, without biases and everything dense.
+outputs. Points that FILE already has are kept. Bytes are those of the stored matrices alone, without biases and
+everything dense.
 
 `bytes_saved` is how many bytes fewer dsformer takes than low_rank with the same stored type at the same KL divergence,
 where low_rank's curve, straight lines between its points on logarithmic scales, has that divergence.
@@ -28,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 import transformers
 import yaml
@@ -48,30 +49,21 @@ BITS = (4, 3, 2)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--model", required=True, help="a checkpoint directory: a causal model, or a classifier")
-    measuring.add_argument("--calibration", type=Path, required=True)
-    measuring.add_argument("--test", type=Path, required=True)
-    measuring.add_argument("--samples", type=int, default=256, help="calibration samples")
-    measuring.add_argument("--test-samples", type=int, default=2000)
-    measuring.add_argument("--length", type=int, default=64)
-    measuring.add_argument("--seed", type=int, default=0)
-    measuring.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of dsformer and low_rank")
-    measuring.add_argument("--values", nargs="*", default=["float16", "int8"], help="stored types of both")
-    measuring.add_argument("--bits", type=int, nargs="*", default=BITS, help="of gptq")
-    measuring.add_argument("--group-size", type=int, default=64, help="of gptq")
-    measuring.add_argument("--refine-steps", type=int, default=0, help="adds dsformer float16 refined by so many steps")
-    measuring.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    measuring.add_argument("--output", type=Path, required=True, help="JSON; points that it already has are kept")
-    plotting = commands.add_parser("plot")
-    plotting.add_argument("rows", type=Path, nargs="+", help="what `measure` has written")
-    plotting.add_argument("--output", type=Path, required=True, help="SVG")
-    settings = parser.parse_args()
-    if settings.command == "plot":
-        plot([json.loads(path.read_text()) for path in settings.rows], settings.output)
-    else:
-        measure(settings)
+    parser.add_argument("--model", required=True, help="a checkpoint directory: a causal model, or a classifier")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=256, help="calibration samples")
+    parser.add_argument("--test-samples", type=int, default=2000)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of dsformer and low_rank")
+    parser.add_argument("--values", nargs="*", default=["float16", "int8"], help="stored types of both")
+    parser.add_argument("--bits", type=int, nargs="*", default=BITS, help="of gptq")
+    parser.add_argument("--group-size", type=int, default=64, help="of gptq")
+    parser.add_argument("--refine-steps", type=int, default=0, help="adds dsformer float16 refined by so many steps")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    result_file.add_output(parser, "factorization")
+    measure(parser.parse_args())
 
 
 def steps(settings: argparse.Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
@@ -122,7 +114,11 @@ def measure(settings: argparse.Namespace) -> None:
         "rows": [],
     }
     if settings.output.exists():
-        result["rows"] = json.loads(settings.output.read_text())["rows"]
+        before = json.loads(settings.output.read_text())
+        same = ("sha256", "calibration_samples", "test_samples", "length", "seed")
+        if any(before[key] != result[key] for key in same):
+            raise SystemExit(f"{settings.output} has points of another model, data or samples. Name another --output.")
+        result["rows"] = before["rows"]
     done = {(row["method"], row["asked"]) for row in result["rows"]}
     for method, asked, step in steps(settings):
         if (method, asked) in done:
@@ -152,7 +148,7 @@ def measure(settings: argparse.Namespace) -> None:
         result["rows"].append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
         result["bytes_saved"] = bytes_saved(result["rows"])
-        settings.output.write_text(json.dumps(result, indent=1) + "\n")
+        result_file.write(result, settings.output)
 
 
 def outputs(model: PreTrainedModel, samples: Samples) -> list[Tensor]:
@@ -196,27 +192,6 @@ def bytes_saved(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     {"method": row["method"], "asked": row["asked"], "bytes_saved": round(1 - row["bytes"] / same, 4)}
                 )
     return saved
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "factorization"
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), 4), layout="constrained", squeeze=False)
-    for axes, result in zip(panels[0], results, strict=True):
-        task = result["task"]
-        for method in dict.fromkeys(row["method"] for row in result["rows"]):
-            points = sorted((r["bytes"] / 1e6, r[task]) for r in result["rows"] if r["method"] == method)
-            axes.plot(*zip(*points, strict=True), "o-", label=method)
-        axes.axhline(result["dense"][task], color="grey", linestyle=":", label="dense")
-        axes.set(xlabel="stored matrices, MB", ylabel=task, title=result["model"], xscale="log")
-        if task == "perplexity":
-            axes.set(yscale="log")
-        axes.legend()
-    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

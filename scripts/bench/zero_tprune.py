@@ -1,8 +1,8 @@
 """The tables of docs/passes/zero_tprune.md: tokens pruned with no training, five ways at equal work.
 
-    python scripts/bench_zero_tprune.py --vit VIT_DIRECTORY --text SST2_DIRECTORY --out RESULT.json
+    python scripts/bench/zero_tprune.py --vit VIT_DIRECTORY --text SST2_DIRECTORY
 
---vit is what scripts/train_vit.py writes, --text what scripts/train_sst2.py writes; either may be left out. The pass
+--vit is what scripts/train/vit.py writes, --text what scripts/train/sst2.py writes; either may be left out. The pass
 runs as a user runs it, by a recipe with `target_macs`, and its artifact is measured. Against it stand, with the gates
 and counts that it chose: random tokens, those that the class token attends to most, and the same ranking without
 similarity; and ToMe (Bolya et al. 2023, arXiv 2210.09461): in every block the r most alike tokens of two alternate
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import result_file
 import torch
 import torch.nn.functional as F
 import transformers
@@ -374,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vit", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    result_file.add_output(parser, "zero-tprune")
     parser.add_argument("--target", type=float, default=0.65, help="share of the ViT's work to end with")
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument("--runs", type=int, default=5, help="of each timing")
@@ -397,7 +398,7 @@ def main() -> None:
     if options.text:
         result["text"] = bench_text(options.text, 0.7, options.samples)
     result["time"] = bench_time(options.vit, options.text, options.runs)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result_file.write(result, options.output)
 
 
 if __name__ == "__main__":

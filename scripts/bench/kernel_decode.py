@@ -1,4 +1,4 @@
-"""Decoding with a Llama of random weights, dense against prepared, for bench_kernels.py --decode."""
+"""Decoding with a Llama of random weights, dense against prepared, for cpu_kernels.py --decode."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Train a Llama of 7 million parameters on encyclopedia text, so that a compressed model has something to lose.
 
-    python scripts/train_lm.py --text ../shared/data/wiki-train/wiki.txt \\
-        --valid ../shared/data/wikitext-2/valid.txt --out CHECKPOINT_DIRECTORY
+    python scripts/train/lm.py --text TEXT_FILE --valid TEXT_FILE --out CHECKPOINT_DIRECTORY
 
 --text is any UTF-8 text. Lines `<doc ... title="T">` and `</doc>` split it into articles, as WikiExtractor writes them;
 without any it is one article. With --wikitext the articles are first written the way WikiText-2 is (`wikitext_style`),
@@ -35,8 +34,8 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from demo import batches, learning_rate, loss_and_backward, perplexity, windows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from train_demo import batches, learning_rate, loss_and_backward, perplexity, windows
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.environment import cpu_name

@@ -1,7 +1,7 @@
 """Time to the first word against agreement with the model unchanged, for dropping prompt tokens (prefill_pruning).
 
-    python scripts/bench_prefill_pruning.py --model CHECKPOINT --test TEXT --output prefill.json
-    python scripts/bench_prefill_pruning.py --model llama:1024,8 --prompt 1024 --time-only --output speed.json
+    python scripts/bench/prefill_pruning.py --model CHECKPOINT --test TEXT
+    python scripts/bench/prefill_pruning.py --model llama:1024,8 --prompt 1024 --time-only --output FILE
 
 Prompts are windows of the text; each is followed by `--words` words that the model unchanged makes (greedy). For each
 schedule:
@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 import transformers
 from random_models import hidden_and_blocks, is_random, random_llama
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="JSON; left out: standard output")
+    result_file.add_output(parser, "prefill-pruning")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.set_grad_enabled(False)
@@ -84,11 +85,7 @@ def main() -> None:
             row |= quality(dense, shares, prompts, settings.words)
         found["schedules"][name] = row
         print(name, json.dumps(row), flush=True)
-    text = json.dumps(found, indent=1) + "\n"
-    if settings.output:
-        settings.output.write_text(text)
-    else:
-        print(text)
+    result_file.write(found, settings.output)
 
 
 def load(name: str) -> PreTrainedModel:

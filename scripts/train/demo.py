@@ -1,6 +1,6 @@
 """Train the demo model and cut the built-in text, both from the Python standard library's own sources.
 
-    python scripts/train_demo.py --out compressor/demo --text compressor/text
+    python scripts/train/demo.py --out compressor/demo --text compressor/text
 
 Writes the model (config.json, generation_config.json, model.safetensors in bfloat16), its tokenizer, and
 training_log.json into --out, and train.txt.gz and heldout.txt.gz into --text. The figures in docs/demo.md are those

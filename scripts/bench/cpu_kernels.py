@@ -1,7 +1,7 @@
 """CPU kernels against this machine's ceilings and against other libraries, in one run.
 
-    python scripts/bench_kernels.py --json OUT [--plot OUT.svg] [--threads 1] [--peers llama.cpp=ENVIRONMENT]
-    python scripts/bench_kernels.py --quick
+    python scripts/bench/cpu_kernels.py [--output FILE] [--threads 1] [--peers llama.cpp=ENVIRONMENT]
+    python scripts/bench/cpu_kernels.py --quick
 
 Every row is y = x @ W.T with random float32 x (M, K) and W (N, K); quantizing activations is inside the timed region.
 Copies of a weight are used in turn, at least 160 MB and the size of the last cache of each, so that they come from
@@ -10,20 +10,20 @@ bandwidth are called in turn, each warmed by other copies first, and medians are
 "/ W4A8" is a time over that of "ours W4A8 g64". "ours W4A8 g64"
 is there twice: what these two differ by is noise, and so is every smaller difference.
 
-Ceilings are of the same process and the same number of threads: reading memory (scripts/ceilings.cpp), and the peaks of
-int8 and float instructions; the int8 peak that goals are of is that of vectors, whether or not the processor has
-tiles (AMX) too. A row's fraction of the ceiling is of bandwidth for M < 16, of the int8 peak above.
+Ceilings are of the same process and the same number of threads: reading memory (ceilings.cpp), and the peaks of int8
+and float instructions; the int8 peak that goals are of is that of vectors, whether or not the processor has tiles (AMX)
+too. A row's fraction of the ceiling is of bandwidth for M < 16, of the int8 peak above.
 
 Peers: torch's dense product in float32 and bfloat16, its int4pack and int8pack, oneDNN's W8A8, bitsandbytes'
-Linear8bitLt, and with --peers llama.cpp, from an environment of its own (scripts/peers/requirements-llama-cpp.txt).
+Linear8bitLt, and with --peers llama.cpp, from an environment of its own (peers/requirements-llama-cpp.txt).
 Each answer is checked against float64 before it is timed. --quick runs tiny shapes to see that all of it works; its
-times mean nothing, and no goal is judged.
+times mean nothing, no goal is judged, and figures are written only to a file that --output names.
 
 --decode adds tokens a second of a Llama of random weights and about 100 M parameters at 1 and 16 sequences: dense, and
 with its blocks' linear layers in 4 bits, prepared with and without int8 inputs. What isn't in 4 bits is float32, or
 bfloat16 where that is said; the goal is for the faster of each side.
 
-Hadamard transforms, dense x sparse products and tables follow, against torch's ways (scripts/kernel_operations.py).
+Hadamard transforms, dense x sparse products and tables follow, against torch's ways (kernel_operations.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from __future__ import annotations
 import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -46,6 +45,7 @@ from typing import Any
 import kernel_decode
 import kernel_operations
 import kernel_peers
+import result_file
 import torch
 from kernel_ceilings import PEAKS, Ceilings
 from kernel_peers import Candidate, Shape
@@ -329,29 +329,6 @@ def show_goals(console: Console, found: list[Goal]) -> None:
     console.print(table)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Time of each candidate over M, a panel for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys(row.shape for row in rows))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4.5), sharey=True, squeeze=False)
-    for panel, shape in zip(panels[0], shapes, strict=True):
-        for name in dict.fromkeys(row.name for row in rows if not row.name.endswith("again")):
-            line = [row for row in rows if row.shape == shape and row.name == name]
-            style = "-" if name.startswith("ours") else "--"
-            panel.plot([row.rows for row in line], [row.seconds * 1e6 for row in line], style, marker=".", label=name)
-        panel.set(title=shape, xlabel="rows of x", xscale="log", yscale="log")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("microseconds")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def shape_of(text: str) -> Shape:
     out, _, columns = text.partition("x")
     if not (out.isdecimal() and columns.isdecimal() and int(out) % 128 == 0 and int(columns) % 128 == 0):
@@ -370,8 +347,7 @@ def peers_of(text: str) -> Path:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the CPU kernels against ceilings and peers.")
-    parser.add_argument("--json", type=Path, help="write everything that was measured")
-    parser.add_argument("--plot", type=Path, help="draw the times, an .svg")
+    result_file.add_output(parser, "cpu-kernels")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=4, help="for each shape and M, shared by all candidates")
     parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="OUTxIN", help="others than the usual")
@@ -406,10 +382,8 @@ def main(arguments: list[str] | None = None) -> None:
             report = run(settings, shapes, counts, Ceilings(settings.threads, cache, settings.quick), console)
     finally:
         torch.set_num_threads(before)
-    if settings.json:
-        settings.json.write_text(json.dumps(report, indent=1) + "\n")
-    if settings.plot:
-        plot([Row(**row) for row in report["rows"]], settings.plot)
+    if not settings.quick or settings.output != result_file.default_path("cpu-kernels"):
+        result_file.write(report, settings.output)
 
 
 def run(

@@ -5,7 +5,7 @@
 //
 // Writes `ready BUFFER ERROR ROUNDING BYTES` once: the kind of buffer, the relative error against float64 of the given
 // and of the rounded weight, and the bytes of one weight. Then for every line with the number of a copy it writes the
-// nanoseconds of one product. bench_kernels.py compiles and drives it.
+// nanoseconds of one product. cpu_kernels.py compiles and drives it.
 
 #include <chrono>
 #include <cmath>

@@ -1,4 +1,4 @@
-"""One process of bench_threads.py: a Llama of real widths and random weights that decodes when it is told to.
+"""One process of threads.py: a Llama of real widths and random weights that decodes when it is told to.
 
     python -c "import compressor, decode_worker; decode_worker.main()" prepared|dense|write MODEL [DIR]
 

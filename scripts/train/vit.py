@@ -1,7 +1,7 @@
 """Train a small ViT on handwritten digits, so that a token pruner has an accuracy to lose.
 
-    python scripts/train_vit.py --data MNIST_DIRECTORY --out CHECKPOINT_DIRECTORY
-    python scripts/train_vit.py --out CHECKPOINT_DIRECTORY            (scikit-learn's digits, which it ships)
+    python scripts/train/vit.py --data MNIST_DIRECTORY --out CHECKPOINT_DIRECTORY
+    python scripts/train/vit.py --out CHECKPOINT_DIRECTORY            (scikit-learn's digits, which it ships)
 
 --data holds t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, 10,000 digits of MNIST: the first 8,000 train, the
 last 2,000 test. Without it, scikit-learn's 1,797 digits of 8x8 pixels (pip install scikit-learn), the first 1,437 of

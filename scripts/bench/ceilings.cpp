@@ -1,5 +1,5 @@
 // What this machine can do at most: bandwidth and arithmetic peaks on a number of threads. Compiled by
-// bench_kernels.py at run time. Every function returns units per second; 0 means that the processor lacks it.
+// cpu_kernels.py at run time. Every function returns units per second; 0 means that the processor lacks it.
 
 #include <cpuid.h>
 #include <immintrin.h>
