@@ -82,6 +82,8 @@ def test_a_script_imports_the_package_before_anything_that_might_be_torch(script
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names += [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
     others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    if all(name.partition(".")[0] == "matplotlib" for name in others):
+        return  # it computes nothing
     assert others[0].partition(".")[0] == "compressor" or "compressor.idle_threads" in others
 
 

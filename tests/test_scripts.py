@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import shaping
 import tiny
 import torch
-from bench import cpu_kernels, factorization, pruning, slicegpt, threads, zero_tprune
+from bench import cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
 from train import lm, vit
 
 from compressor.kernels import cpu
@@ -174,3 +176,44 @@ def test_a_default_slower_than_one_thread_or_beyond_its_share_misses_its_goal():
         (0.45, True),
     ]  # fmt: skip
     assert not threads.judged(times, {False: [10.0], True: [30.0]})[-1]["holds"]
+
+
+def test_plots_are_drawn_from_what_the_benchmarks_wrote(tmp_path):
+    pruned = {"method": "vtrans", "parameters": 2, "accuracy": 1.0}
+    sliced = {"method": "energy", "parameters": 2, "perplexity": 2.0}
+    factored = {"method": "gptq", "bytes": 2, "perplexity": 2.0}
+    steps = {name: [1.0, 2.0] for name in draw.STEPS}
+    solves = [{"what": what, "threads": count, "other_over_ours": 2.0} for what in draw.SOLVER for count in (1, 2)]
+    kernels = {name for pair in draw.KERNELS.values() for name in pair}
+    results = {
+        "kernels": {
+            "cpu": "a",
+            "level": "amx",
+            "rows": [{"name": name, "rows": 1, "shape": draw.SHAPE, "seconds": 1.0} for name in kernels],
+        },
+        "pruning": {"rows": [{**pruned, "method": "dense"}, {**pruned, "repaired": True}]},
+        "slicing": {"rows": [{**sliced, "method": "dense"}, sliced]},
+        "factorization": {"dense": factored, "rows": [factored]},
+        "decoding": {"decoding": [{"beside": beside, "sequences": 1, "seconds": steps} for beside in (False, True)]},
+        "solver": {"cpu": "a", "rows": solves},
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
+    def drawn(command: str, **files: str) -> str:
+        given = [part for option, name in files.items() for part in (f"--{option}", str(tmp_path / f"{name}.json"))]
+        draw.main([command, *given, "--output", str(tmp_path / "plots" / "plot.svg")])
+        return (tmp_path / "plots" / "plot.svg").read_text()
+
+    assert ">W8A8, oneDNN<" in drawn("kernels", files="kernels")
+    quality = drawn("quality", pruning="pruning", slicing="slicing", factorization="factorization")
+    assert all(f">{label}<" in quality for label in ("vtrans, repaired", "by signal, no rotation", "gptq"))
+    assert ">one thread<" in drawn("threads", decoding="decoding", solver="solver")
+
+
+def test_figures_go_out_of_the_tree_or_to_a_file_that_is_named(tmp_path):
+    parser = argparse.ArgumentParser()
+    result_file.add_output(parser, "some")
+    assert parser.parse_args([]).output == Path("out/bench/some.json")
+    result_file.write({"rows": []}, tmp_path / "new" / "some.json")
+    assert json.loads((tmp_path / "new" / "some.json").read_text()) == {"rows": []}
