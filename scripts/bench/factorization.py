@@ -2,8 +2,8 @@
 
     python scripts/bench/factorization.py --model CHECKPOINT --calibration DATA --test DATA --output FILE
 
-Each point is a run of the pass on the matrices of all blocks (embeddings and head stay), with the artifact loaded as
-`compressor.load` does and measured in this process: perplexity of a causal model on packed text, accuracy of a
+Each point is a run of the pass on the matrices of all blocks; embeddings and output head stay. The artifact is loaded
+as `compressor.load` does and measured in this process: perplexity of a causal model on packed text, accuracy of a
 classifier on single samples (a .tsv with text and label), and for both the KL divergence from the dense model's
 outputs. Points that FILE already has are kept. Bytes are those of the stored matrices alone, without biases and
 everything dense.

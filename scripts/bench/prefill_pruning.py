@@ -1,19 +1,19 @@
-"""Time to the first word against agreement with the model unchanged, for dropping prompt tokens (prefill_pruning).
+"""Time to the first token against agreement with the model unchanged, for dropping prompt tokens (prefill_pruning).
 
     python scripts/bench/prefill_pruning.py --model CHECKPOINT --test TEXT
     python scripts/bench/prefill_pruning.py --model llama:1024,8 --prompt 1024 --time-only --output FILE
 
-Prompts are windows of the text; each is followed by `--words` words that the model unchanged makes (greedy). For each
+Prompts are windows of the text; each is followed by `--tokens` tokens that the model unchanged makes (greedy). For each
 schedule:
 
-  agreement     share of prompts whose first word is the unchanged model's
-  divergence    mean KL divergence of the first word's distribution from the unchanged model's, nats
-  later         the same two over the words after the first, fed the unchanged model's words, with tokens coming back
+  agreement     share of prompts whose first token is the unchanged model's
+  divergence    mean KL divergence of the first token's distribution from the unchanged model's, nats
+  later         the same two over the tokens after the first, fed the unchanged model's tokens, with tokens coming back
                 (revive) and without
   time          seconds of the prompt, as a ratio to the unchanged model in turn; median of ratios of neighbours
   operations    those of the blocks left, as a ratio
 
-and the first two for dropping as many tokens at random (`random`), and for the words nearest to the end (`recent`).
+and the first two for dropping as many tokens at random (`random`), and for the tokens nearest to the end (`recent`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="a text file")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--words", type=int, default=8, help="made after each prompt")
+    parser.add_argument("--tokens", type=int, default=8, help="made after each prompt")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -82,7 +82,7 @@ def main() -> None:
             "time": seconds(dense, lazy, prompts[:1], settings),
         }
         if not settings.time_only:
-            row |= quality(dense, shares, prompts, settings.words)
+            row |= quality(dense, shares, prompts, settings.tokens)
         found["schedules"][name] = row
         print(name, json.dumps(row), flush=True)
     result_file.write(found, settings.output)
@@ -161,29 +161,29 @@ def seconds(
     }
 
 
-def quality(dense: PreTrainedModel, shares: tuple[float, ...], prompts: Tensor, words: int) -> dict[str, Any]:
-    wanted = [run(dense, prompt, None, words) for prompt in prompts]
+def quality(dense: PreTrainedModel, shares: tuple[float, ...], prompts: Tensor, tokens: int) -> dict[str, Any]:
+    wanted = [run(dense, prompt, None, tokens) for prompt in prompts]
     found: dict[str, Any] = {}
     for name in ("attention", "random", "recent"):
         with choosing(name):
-            rows = [run(gated(dense, shares), prompt, made, words) for prompt, (_, made) in zip(prompts, wanted)]
+            rows = [run(gated(dense, shares), prompt, made, tokens) for prompt, (_, made) in zip(prompts, wanted)]
         found[name] = compared(wanted, rows, slice(0, 1))
         if name == "attention":
             found["later"] = compared(wanted, rows, slice(1, None))
             still = gated(dense, shares, revive=False)
-            rows = [run(still, prompt, made, words) for prompt, (_, made) in zip(prompts, wanted)]
+            rows = [run(still, prompt, made, tokens) for prompt, (_, made) in zip(prompts, wanted)]
             found["later_without_revival"] = compared(wanted, rows, slice(1, None))
     return found
 
 
-def run(model: PreTrainedModel, prompt: Tensor, made: Tensor | None, words: int) -> tuple[Tensor, Tensor]:
-    """(log probabilities (words, vocabulary), the words that were fed); its own words where `made` is None."""
+def run(model: PreTrainedModel, prompt: Tensor, made: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """(log probabilities (tokens, vocabulary), the tokens that were fed); its own tokens where `made` is None."""
     out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
     told, fed = [], []
-    for number in range(words):
+    for number in range(tokens):
         told.append(out.logits[0, -1].double().log_softmax(-1))
         fed.append(told[-1].argmax() if made is None else made[number])
-        if number < words - 1:
+        if number < tokens - 1:
             name = "cache" if "cache" in out else "past_key_values"  # by release of transformers
             out = model(input_ids=fed[-1].view(1, 1), use_cache=True, **{name: out[name]})
     return torch.stack(told), torch.stack(fed)

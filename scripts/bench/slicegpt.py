@@ -7,7 +7,7 @@
 
   magnitude      drop the channels of the residual stream with the smallest weights (`channel_weight`); no rotation
   energy         drop the channels with the least signal on the calibration text; no rotation
-  random         turn the stream by a random orthogonal matrix, then drop channels; mean of three seeds
+  random         rotate the stream by a random orthogonal matrix, then drop channels; mean of three seeds
   pca_global     SliceGPT with one rotation for the whole stream, from the covariances of all norms' inputs, summed
   pca_global_rms the same, each token divided by its root mean square first
   pca_per_site   SliceGPT as published (tests/slicegpt_reference.py): a rotation for each norm, and matrices between
@@ -165,7 +165,7 @@ def quality(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give a tied head a matrix of its own: head and table are turned differently."""
+    """Give a tied output head a matrix of its own: it and the embedding are rotated differently."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.clone())

@@ -9,7 +9,7 @@ has. Writes the checkpoint in float32 with its tokenizer, train.txt (the text as
 training_log.json. Every --evaluate-every steps the first windows of --valid are scored, and the best weights so far
 are what is written.
 
-Most parameters are in the blocks: the byte-level BPE has 3072 tokens, and head and table are two matrices.
+Most parameters are in the blocks: the byte-level BPE has 3072 tokens, and output head and embedding are two matrices.
 Deterministic for one seed, one thread count and one set of library versions, which the log names. Half an hour on a
 CPU core of its own with AVX512-BF16, where bfloat16 autocast makes a step 1.45 times as fast as float32.
 """
