@@ -2,7 +2,7 @@
 
 The built-in text `stdlib` is shipped, not read from the running interpreter: the standard library's sources change with
 every patch release and distributions strip parts of them, so figures would not be comparable. It is a fixed excerpt
-of CPython 3.11's library (PSF licence, compressor/demo/LICENSE), cut by scripts/train_demo.py from files that the demo
+of CPython 3.11's library (PSF licence, compressor/demo/LICENSE), cut by scripts/train/demo.py from files that the demo
 model was trained on (`train`) and from files held out of its training (`heldout`).
 """
 

@@ -13,7 +13,8 @@ import pytest
 from compressor import child, idle_threads
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text())
+PROGRAMS = [path for pattern in ("*.py", "bench/*.py", "train/*.py") for path in (ROOT / "scripts").glob(pattern)]
+SCRIPTS = sorted(path for path in PROGRAMS if "__main__" in path.read_text())
 # a torch that says at its import what the true one's threads would be told, and whether the package was there before
 TORCH = """
 import os
@@ -81,6 +82,8 @@ def test_a_script_imports_the_package_before_anything_that_might_be_torch(script
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names += [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
     others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    if all(name.partition(".")[0] == "matplotlib" for name in others):
+        return  # it computes nothing
     assert others[0].partition(".")[0] == "compressor" or "compressor.idle_threads" in others
 
 

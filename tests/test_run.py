@@ -508,7 +508,7 @@ def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_of_a_streamed_sweep_does_not_grow_with_depth(tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "measure_memory.py"
+    script = Path(__file__).parent.parent / "scripts" / "bench" / "measure_memory.py"
     done = subprocess.run(
         [sys.executable, str(script), "--depths", "12", "48", "--scratch", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},

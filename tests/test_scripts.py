@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import shutil
+from pathlib import Path
 
-import bench_factorization
-import bench_kernels
-import bench_pruning
-import bench_slicegpt
-import bench_threads
-import bench_zero_tprune
 import pytest
 import shaping
 import tiny
 import torch
-import train_lm
-import train_vit
+from bench import cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
+from train import lm, vit
 
 from compressor.kernels import cpu
 from compressor.remodel import facts_of
@@ -30,14 +26,14 @@ from compressor.structure import find_blocks, read_structure
 @torch.no_grad()
 def test_a_model_turned_at_its_whole_width_keeps_its_logits():
     model = tiny.build("llama")
-    bench_slicegpt.untie(model)
+    slicegpt.untie(model)
     residual = residual_of(model, Pieces(model, find_blocks(model)))
     tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=tokens).logits
     q = random_orthogonal(residual.width, torch.Generator().manual_seed(0))
     for found in (
-        bench_slicegpt.narrow(model, residual, q, residual.width)(input_ids=tokens).logits,
-        bench_slicegpt.slice_per_site(model, residual, tokens, residual.width)(tokens, use_cache=False).logits,
+        slicegpt.narrow(model, residual, q, residual.width)(input_ids=tokens).logits,
+        slicegpt.slice_per_site(model, residual, tokens, residual.width)(tokens, use_cache=False).logits,
     ):
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()  # float32 through a few dozen products
 
@@ -45,7 +41,7 @@ def test_a_model_turned_at_its_whole_width_keeps_its_logits():
 @torch.no_grad()
 def test_channels_that_carry_nothing_are_dropped_first_and_without_loss():
     model = tiny.build("llama")
-    bench_slicegpt.untie(model)
+    slicegpt.untie(model)
     residual = residual_of(model, Pieces(model, find_blocks(model)))
     idle = [3, 4, 11, 17, 18, 20, 25, 30]
     for writer in residual.writers():
@@ -55,10 +51,10 @@ def test_channels_that_carry_nothing_are_dropped_first_and_without_loss():
             model.get_parameter(reader.parameter).movedim(reader.axis, 0)[idle] = 0
     tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=tokens).logits
-    bases = bench_slicegpt.find_bases(model, residual, tokens)
+    bases = slicegpt.find_bases(model, residual, tokens)
     for method in ("magnitude", "energy", "pca_global", "pca_global_rms"):
         columns = bases[method][0][:, : residual.width - len(idle)]
-        found = bench_slicegpt.narrow(model, residual, columns, residual.width)(input_ids=tokens).logits
+        found = slicegpt.narrow(model, residual, columns, residual.width)(input_ids=tokens).logits
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), method
 
 
@@ -68,7 +64,7 @@ def test_text_is_written_as_wikitext_is():
         "Ada\n\nAda's well-known U.S. prize was 1,000.5 dollars.\n",
         "Ada\n\nAda's well-known U.S. prize was 1,000.5 dollars.\n",
     ]
-    written = train_lm.wikitext_style(articles)
+    written = lm.wikitext_style(articles)
     line = " Ada 's well @-@ known U.S. prize was 1 @,@ 000 @.@ 5 dollars {}. \n"
     assert written[0] == " \n = Ada = \n \n \n = = <unk> = = \n \n" + line.format("<unk> <unk> ")
     assert written[1] == " \n = Ada = \n \n" + line.format("")
@@ -77,9 +73,9 @@ def test_text_is_written_as_wikitext_is():
 def test_articles_are_split_at_their_marks_and_empty_ones_dropped(tmp_path):
     file = tmp_path / "wiki.txt"
     file.write_text('<doc id="1" title="A">\nA\n\nText of A.\n\n</doc>\n<doc id="2" title="B">\nB\n\n\n</doc>\n')
-    assert train_lm.read_articles(file) == ["A\n\nText of A.\n"]
+    assert lm.read_articles(file) == ["A\n\nText of A.\n"]
     file.write_text("One line\n")
-    assert train_lm.read_articles(file) == ["One line\n"]
+    assert lm.read_articles(file) == ["One line\n"]
 
 
 def test_bytes_saved_are_read_off_the_rivals_curve_at_equal_divergence():
@@ -87,7 +83,7 @@ def test_bytes_saved_are_read_off_the_rivals_curve_at_equal_divergence():
     curve = [("low_rank float16", 100, 0.4), ("low_rank float16", 400, 0.1)]
     points = [("dsformer float16", 150, 0.2), ("dsformer float16", 500, 0.05), ("dsformer int8", 150, 0.2)]
     rows = [{"method": m, "asked": n, "bytes": n, "kl_divergence": kl} for m, n, kl in curve + points]
-    (saved,) = bench_factorization.bytes_saved(rows)
+    (saved,) = factorization.bytes_saved(rows)
     assert saved == {"method": "dsformer float16", "asked": 150, "bytes_saved": pytest.approx(0.25)}
 
 
@@ -99,7 +95,7 @@ def test_magnitude_of_a_unit_is_the_mean_square_of_all_that_goes_with_it(tmp_pat
         layer.mlp.gate_proj.weight[5] *= 3
         layer.mlp.down_proj.weight[:, 9] = 0
     facts = facts_of(read_structure(directory), 0)
-    found = bench_pruning.magnitudes(shaping.Whole(model, [], facts=facts), facts.prunable())
+    found = pruning.magnitudes(shaping.Whole(model, [], facts=facts), facts.prunable())
     mlp, attention = (found[f"model.layers.1.{name}"] for name in ("mlp", "self_attn"))
     own = [layer.mlp.gate_proj.weight[5], layer.mlp.up_proj.weight[5], layer.mlp.down_proj.weight[:, 5]]
     less = [layer.mlp.gate_proj.weight[9], layer.mlp.up_proj.weight[9]]
@@ -115,7 +111,7 @@ def test_merging_keeps_what_tokens_stand_for():
     x, metric = (torch.randn(2, 9, width, generator=generator) for width in (6, 4))
     metric[:, 2] = metric[:, 5]  # the pair most alike
     size = torch.ones(2, 9, 1)
-    fewer, larger = bench_zero_tprune.merge(x, size, metric, 1)
+    fewer, larger = zero_tprune.merge(x, size, metric, 1)
     assert fewer.shape == (2, 8, 6) and torch.equal(fewer[:, 0], x[:, 0])
     assert torch.equal(larger.sum(1), size.sum(1)) and torch.allclose((fewer * larger).sum(1), x.sum(1), atol=1e-5)
     assert torch.allclose(fewer[:, 6], (x[:, 2] + x[:, 5]) / 2)  # even ones that stay, then odd ones
@@ -124,17 +120,17 @@ def test_merging_keeps_what_tokens_stand_for():
 def test_digits_are_read_from_idx_files(tmp_path):
     file = tmp_path / "images.gz"
     file.write_bytes(gzip.compress(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9])))
-    assert train_vit.read_idx(file).tolist() == [[7, 8, 9]]
+    assert vit.read_idx(file).tolist() == [[7, 8, 9]]
     file.write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
     with pytest.raises(ValueError, match="not an IDX file of bytes"):
-        train_vit.read_idx(file)
+        vit.read_idx(file)
 
 
 @pytest.mark.skipif(isinstance(cpu.library(), str) or not shutil.which("g++"), reason="no compiled kernels or no g++")
 def test_kernels_are_timed_beside_their_peers_and_all_answers_are_right(tmp_path):
     pytest.importorskip("bitsandbytes")
-    target, drawing = tmp_path / "kernels.json", tmp_path / "kernels.svg"
-    bench_kernels.main(["--quick", "--decode", "--cache-mb", "1", "--json", str(target), "--plot", str(drawing)])
+    target = tmp_path / "results" / "kernels.json"
+    cpu_kernels.main(["--quick", "--decode", "--cache-mb", "1", "--output", str(target)])
     report = json.loads(target.read_text())
     names = {row["name"] for row in report["rows"]}
     assert {
@@ -145,23 +141,22 @@ def test_kernels_are_timed_beside_their_peers_and_all_answers_are_right(tmp_path
         "oneDNN W8A8",
         "bitsandbytes int8",
     } <= names
-    assert len(report["rows"]) == len(names) * len(bench_kernels.QUICK_ROWS)
+    assert len(report["rows"]) == len(names) * len(cpu_kernels.QUICK_ROWS)
     assert all(row["seconds"] > 0 and 0 < row["error"] < 0.03 for row in report["rows"])
     measured = ("read bandwidth", "triad bandwidth", "int8 peak", "float peak", "bf16 product", "int8 product")
     assert min(report["ceilings"][name] for name in measured) > 1e9
     assert {operation["name"].split()[0] for operation in report["operations"]} == {"hadamard", "dense", "table"}
     assert all(min(operation["ratios"].values()) > 0 for operation in report["operations"])
     assert report["decoding"].keys() == {"1", "16"} and min(report["decoding"]["16"].values()) > 0
-    assert drawing.read_text().count("<path") > len(names)
 
 
 def test_a_goal_is_judged_by_its_worst_case_and_left_open_without_a_peer():
-    def row(shape: str, name: str, seconds: float) -> bench_kernels.Row:
-        return bench_kernels.Row(shape, 1, name, seconds, 5, 1.0, 1.0, 0.9, 0.1, 0.01, "")
+    def row(shape: str, name: str, seconds: float) -> cpu_kernels.Row:
+        return cpu_kernels.Row(shape, 1, name, seconds, 5, 1.0, 1.0, 0.9, 0.1, 0.01, "")
 
     rows = [row("a", "ours W4A8 g64", 1), row("a", "torch float32", 9), row("a", "torch bf16", 6)]
     rows += [row("b", "ours W4A8 g64", 1), row("b", "torch float32", 4), row("b", "torch bf16", 8)]
-    found = {goal.name: goal for goal in bench_kernels.goals(rows, 1, {"overhead": 4e-6, "packing": 2.0}, {})}
+    found = {goal.name: goal for goal in cpu_kernels.goals(rows, 1, {"overhead": 4e-6, "packing": 2.0}, {})}
     dense = found["W4A8 M=1, against the faster dense"]
     assert (dense.measured, dense.holds, dense.where) == (4, False, "b M=1")
     assert found["W4A8 M=1, of read bandwidth"].holds is True
@@ -175,9 +170,50 @@ def test_a_default_slower_than_one_thread_or_beyond_its_share_misses_its_goal():
         (False, 1): {"default": [2.0, 2.0, 9.0], "one thread": [1.0, 4.0, 9.1], "passive": [2.0, 2.0, 9.0]},
         (True, 4): {"default": [3.0, 3.0], "one thread": [2.0, 2.0], "passive": [3.0, 2.9]},
     }
-    found = bench_threads.judged(times, {False: [10.0, 10.0], True: [20.0, 25.0]})
+    found = threads.judged(times, {False: [10.0, 10.0], True: [20.0, 25.0]})
     assert [(goal["measured"], goal["holds"]) for goal in found] == [
         (pytest.approx(9.1 / 9), True), (1, True), (pytest.approx(2 / 3), False), (pytest.approx(5.9 / 6), True),
         (0.45, True),
     ]  # fmt: skip
-    assert not bench_threads.judged(times, {False: [10.0], True: [30.0]})[-1]["holds"]
+    assert not threads.judged(times, {False: [10.0], True: [30.0]})[-1]["holds"]
+
+
+def test_plots_are_drawn_from_what_the_benchmarks_wrote(tmp_path):
+    pruned = {"method": "vtrans", "parameters": 2, "accuracy": 1.0}
+    sliced = {"method": "energy", "parameters": 2, "perplexity": 2.0}
+    factored = {"method": "gptq", "bytes": 2, "perplexity": 2.0}
+    steps = {name: [1.0, 2.0] for name in draw.STEPS}
+    solves = [{"what": what, "threads": count, "other_over_ours": 2.0} for what in draw.SOLVER for count in (1, 2)]
+    kernels = {name for pair in draw.KERNELS.values() for name in pair}
+    results = {
+        "kernels": {
+            "cpu": "a",
+            "level": "amx",
+            "rows": [{"name": name, "rows": 1, "shape": draw.SHAPE, "seconds": 1.0} for name in kernels],
+        },
+        "pruning": {"rows": [{**pruned, "method": "dense"}, {**pruned, "repaired": True}]},
+        "slicing": {"rows": [{**sliced, "method": "dense"}, sliced]},
+        "factorization": {"dense": factored, "rows": [factored]},
+        "decoding": {"decoding": [{"beside": beside, "sequences": 1, "seconds": steps} for beside in (False, True)]},
+        "solver": {"cpu": "a", "rows": solves},
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
+    def drawn(command: str, **files: str) -> str:
+        given = [part for option, name in files.items() for part in (f"--{option}", str(tmp_path / f"{name}.json"))]
+        draw.main([command, *given, "--output", str(tmp_path / "plots" / "plot.svg")])
+        return (tmp_path / "plots" / "plot.svg").read_text()
+
+    assert ">W8A8, oneDNN<" in drawn("kernels", files="kernels")
+    quality = drawn("quality", pruning="pruning", slicing="slicing", factorization="factorization")
+    assert all(f">{label}<" in quality for label in ("vtrans, repaired", "by signal, no rotation", "gptq"))
+    assert ">one thread<" in drawn("threads", decoding="decoding", solver="solver")
+
+
+def test_figures_go_out_of_the_tree_or_to_a_file_that_is_named(tmp_path):
+    parser = argparse.ArgumentParser()
+    result_file.add_output(parser, "some")
+    assert parser.parse_args([]).output == Path("out/bench/some.json")
+    result_file.write({"rows": []}, tmp_path / "new" / "some.json")
+    assert json.loads((tmp_path / "new" / "some.json").read_text()) == {"rows": []}
