@@ -1,7 +1,7 @@
 """compress-model: smaller, faster models that load where you already work, with an honest report.
 
 Public names are imported at their first use, so that `import compressor` is instant. One thing is done at once: torch's
-threads are told to sleep while they wait (`compressor.idle_threads`), since torch asks for that when it is imported.
+threads are told to sleep while they wait (`idle_threads`), since torch asks for that when it is imported.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from compressor.idle_threads import wait_asleep
+from compressor.process.idle_threads import wait_asleep
 
 if TYPE_CHECKING:
-    from compressor.artifact import load as load
+    from compressor.artifact.artifact import load as load
     from compressor.protocol import Pass as Pass
     from compressor.run import compress as compress
 
 __version__ = "0.1.0"
 __all__ = ["Pass", "compress", "load"]
-_HOMES = {"load": "compressor.artifact", "Pass": "compressor.protocol", "compress": "compressor.run"}
+_HOMES = {"load": "compressor.artifact.artifact", "Pass": "compressor.protocol", "compress": "compressor.run"}
 
 wait_asleep()
 

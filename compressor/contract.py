@@ -35,7 +35,7 @@ def _load_without_passes(directory: str) -> None:
 def _end_at(step: int, recipe: str, model: str, output: Path) -> None:
     """Compress, and be killed instead of the `step`-th fsync or rename."""
     from compressor import run
-    from compressor.recipe import parse_recipe
+    from compressor.recipe.recipe import parse_recipe
 
     left = [step]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers import Layer
-    from compressor.pruning import PrunableSite
-    from compressor.stream import Residual, ResidualSite, Tap
+    from compressor.methods.pruning.pruned_shapes import PrunableSite
+    from compressor.model.residual_records import Residual, ResidualSite, Tap
 
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start

@@ -17,26 +17,26 @@ from typing import Any
 import torch
 import transformers
 
-from compressor import artifact, verify
-from compressor.checkpoint import model_label
-from compressor.child import started_early
-from compressor.data import Samples
-from compressor.environment import environment, peak_rss_bytes
+from compressor.artifact import artifact, verify
+from compressor.artifact.stock_formats import VERSION, Route
+from compressor.data.samples import Samples
+from compressor.engine.block_io import Form
+from compressor.engine.interrupt import Stop, signals
+from compressor.engine.plan import Plan, make_plan
+from compressor.engine.run_samples import check_labels, check_samples, data_problems, read_data, vocabulary_of
+from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
-from compressor.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
-from compressor.export import VERSION, Route
-from compressor.gates import check_gates, failed_gates
-from compressor.journal import Journal, has_begun, remove_work
-from compressor.plan import Plan, make_plan
-from compressor.recipe import Recipe
-from compressor.report import build_report, check_summary, write_card, write_reports
-from compressor.resources import room
-from compressor.run_data import check_labels, check_samples, data_problems, read_data, vocabulary_of
-from compressor.stopping import Stop, signals
-from compressor.sweep import Sweeper, run_sweeps, save_probe
-from compressor.token_limit import limit_of
-from compressor.units import Form
-from compressor.utf8 import check_utf8
+from compressor.evaluation.environment import environment, peak_rss_bytes
+from compressor.evaluation.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
+from compressor.evaluation.report import build_report, check_summary, write_card, write_reports
+from compressor.model.checkpoint import model_label
+from compressor.model.token_limit import limit_of
+from compressor.process.child import started_early
+from compressor.process.resources import room
+from compressor.process.utf8 import check_utf8
+from compressor.recipe.gates import check_gates, failed_gates
+from compressor.recipe.recipe import Recipe
+from compressor.storage.journal import Journal, has_begun, remove_work
 
 Emit = Callable[[dict[str, Any]], None]
 REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 import yaml
 
-from compressor import child
-from compressor.artifact import MANIFEST, carried_tensors, load, read_manifest
+from compressor.artifact.artifact import MANIFEST, carried_tensors, load, read_manifest
+from compressor.engine.block_io import Form
+from compressor.engine.plan import Plan, make_plan
+from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
-from compressor.files import file_sha256
-from compressor.journal import Journal
 from compressor.layers import DENSE
-from compressor.plan import Plan, make_plan
+from compressor.process import child
 from compressor.protocol import Pass
-from compressor.recipe import Recipe, parse_recipe
+from compressor.recipe.recipe import Recipe, parse_recipe
 from compressor.run import compress, read_samples
-from compressor.safetensors_file import read_bytes, read_header
-from compressor.sweep import Sweeper, run_sweeps
-from compressor.units import Form
+from compressor.storage.files import file_sha256
+from compressor.storage.journal import Journal
+from compressor.storage.safetensors_file import read_bytes, read_header
 
 
 def recipe_for(

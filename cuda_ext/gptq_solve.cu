@@ -1,5 +1,5 @@
 // GPTQ: columns begin to stop - 1 of a block are rounded one by one, and every later column of the block, to end - 1, takes
-// their errors. Each element sees the operations of compressor/kernels/gptq_columns.py in their order, each rounded to
+// their errors. Each element sees the operations of compressor/kernels/ops/gptq_columns.py in their order, each rounded to
 // float32: product and difference apart, true division, half to even. So the codes are those of torch on a CPU, bit for
 // bit. (Not those of torch on a GPU: it divides by a number by multiplying with the inverse.)
 //

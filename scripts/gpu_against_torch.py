@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressor.kernels.gptq_columns import Columns, round_columns
-from compressor.kernels.sparse_factors import sparse_product
+from compressor.kernels.ops.gptq_columns import Columns, round_columns
+from compressor.kernels.ops.sparse_factors import sparse_product
 from cuda_ext.cases import arrays, dense_sparse, gptq_solve
 
 Call = Callable[[], object]

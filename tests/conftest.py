@@ -26,7 +26,7 @@ def started_early():
 
     Those of a test that changes an environment variable are started anew.
     """
-    from compressor import child
+    from compressor.process import child
 
     variables = child.environment
     child.environment = lambda: {name: value for name, value in variables().items() if name != "PYTEST_CURRENT_TEST"}

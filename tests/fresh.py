@@ -1,4 +1,4 @@
-"""Fresh processes for tests, forked from the server of the session (`compressor.fork_server`): none imports torch."""
+"""Fresh processes for tests, forked from the server of the session (`fork_server`): none imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 
-from compressor import child
+from compressor.process import child
 
 COMMAND = child.LOADER + "from compressor.__main__ import main\nsys.exit(main())\n"
 REFUSE = """

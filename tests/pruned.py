@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from compressor.journal import Journal
-from compressor.masking import masked
+from compressor.analysis.pruning_proof import masked
+from compressor.engine.block_view import Stream
+from compressor.engine.rewrite_sweep import Reshaper, run_reshape
+from compressor.methods.pruning.pruned_parameters import prune
+from compressor.methods.pruning.pruned_shapes import PrunableSite, pruned_remodel
+from compressor.model.remodel import check_remodel, facts_of
+from compressor.model.structure import Structure, read_structure
+from compressor.model.tracing import example_batch
 from compressor.protocol import Pass, Traits
-from compressor.pruned_parameters import prune
-from compressor.pruning import PrunableSite, pruned_remodel
-from compressor.recipe import Step
-from compressor.remodel import check_remodel, facts_of
-from compressor.reshape import Reshaper, run_reshape
-from compressor.site import Stream
-from compressor.structure import Structure, read_structure
-from compressor.tracing import example_batch
+from compressor.recipe.recipe import Step
+from compressor.storage.journal import Journal
 
 
 class Fixed(Pass):

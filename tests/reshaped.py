@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.branches import branches_of
-from compressor.replay import Batch, Pieces
-from compressor.residual import residual_of, residual_twin
-from compressor.stream import Residual
-from compressor.structure import find_blocks
-from compressor.tracing import example_batch, signature
+from compressor.analysis.branch_calls import branches_of
+from compressor.analysis.residual_stream import residual_of, residual_twin
+from compressor.model.replay import Batch, Pieces
+from compressor.model.residual_records import Residual
+from compressor.model.structure import find_blocks
+from compressor.model.tracing import example_batch, signature
 
 UNEVEN = [31, 24, 17, 8, 29, 20]
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compressor.replay import Pieces
-from compressor.structure import find_blocks
-from compressor.unit_masks import Places, Reader
+from compressor.methods.pruning.masked_forward import Places, Reader
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks
 
 
 class Whole:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compressor.invariance import center_writers, fold_tap
-from compressor.nudging import InDouble, answering
-from compressor.replay import Batch, Call, Pieces
-from compressor.rotation import Covariance, pca, rotate
-from compressor.stream import Residual, ResidualSite
+from compressor.analysis.perturbation import InDouble, answering
+from compressor.analysis.rotation_proof import center_writers, fold_tap
+from compressor.methods.rotation.rotation import Covariance, pca, rotate
+from compressor.model.replay import Batch, Call, Pieces
+from compressor.model.residual_records import Residual, ResidualSite
 
 Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D, D)
 

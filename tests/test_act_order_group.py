@@ -14,14 +14,14 @@ from test_gptq import problem
 from test_modelling import logits_without_this_package
 
 import compressor
-from compressor import verify
+from compressor.artifact import verify
+from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, PreflightError
-from compressor.grid import dequantize
-from compressor.linalg import Gram, inverse_factor
+from compressor.methods.quantization.hessian import Gram, inverse_factor
+from compressor.methods.quantization.uniform_grid import dequantize
 from compressor.passes.gptq import GPTQ, column_order, solve
-from compressor.plan import make_plan
 from compressor.protocol import Group, Weight
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import weight_hashes
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from compressor.artifact_files import check_files, compare_files, file_facts, matters, owned_files, remove_artifact
+from compressor.artifact.files import check_files, compare_files, file_facts, matters, owned_files, remove_artifact
+from compressor.artifact.manifest import MANIFEST, read_manifest
 from compressor.errors import ArtifactError, ModelError, UsageError
-from compressor.journal import Journal, remove_work
-from compressor.manifest import MANIFEST, read_manifest
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import check_request
+from compressor.storage.journal import Journal, remove_work
 
 FILES = {
     "model.safetensors": "weights",

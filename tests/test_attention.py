@@ -8,10 +8,10 @@ import pytest
 import tiny
 import transformers as hf
 
-from compressor.attention import choose_plain, plain_options, replaced_implementations
-from compressor.checkpoint import open_checkpoint
-from compressor.evaluate import load_model
-from compressor.structure import class_of, config_of
+from compressor.evaluation.evaluate import load_model
+from compressor.model.attention import choose_plain, plain_options, replaced_implementations
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.structure import class_of, config_of
 
 ASKED = {
     "absent": ({}, {}),

@@ -16,16 +16,16 @@ from fresh import stranger
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.blockwise import quantize_blocks
+from compressor.engine.plan import make_plan, planned_tensors
 from compressor.errors import PreflightError, RecipeError, ShapeError
-from compressor.evaluate import measure_quality
-from compressor.kernels.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
+from compressor.evaluation.evaluate import measure_quality
+from compressor.kernels.ops.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
 from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding
 from compressor.layers.block_linear import BlockLinear
+from compressor.methods.quantization.block_grid import quantize_blocks
 from compressor.passes.bct import BCT, Seen, choose_bits, output_error, stored_bytes
-from compressor.plan import make_plan, planned_tensors
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import kill_at, weight_hashes
 

@@ -8,11 +8,11 @@ import pytest
 import tiny
 from torch import nn
 
-from compressor.branches import branches_of, check_widths, find_branches
+from compressor.analysis.branch_calls import branches_of, check_widths, find_branches
+from compressor.analysis.residual_stream import find_residual, read_residual, residual_twin
 from compressor.errors import ModelError
-from compressor.replay import Pieces
-from compressor.residual import find_residual, read_residual, residual_twin
-from compressor.structure import find_blocks, read_structure
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks, read_structure
 
 # family -> of each site, the rows of modules that its branches are
 ROWS = {

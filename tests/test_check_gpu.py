@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from compressor.errors import KernelError
-from compressor.kernels.gptq_columns import round_columns
+from compressor.kernels.ops.gptq_columns import round_columns
 from cuda_ext.cases import hadamard, w_a16
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import check_finite, open_checkpoint, resolve_model
+from compressor.engine.block_io import UnitSource
 from compressor.errors import ModelError, PassError, UsageError
-from compressor.safetensors_file import NAMES, Entry, header_bytes, read_bytes, read_header, write_file
-from compressor.structure import read_structure
-from compressor.units import UnitSource
+from compressor.model.checkpoint import check_finite, open_checkpoint, resolve_model
+from compressor.model.structure import read_structure
+from compressor.storage.safetensors_file import NAMES, Entry, header_bytes, read_bytes, read_header, write_file
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compressor import child, fork_server
-from compressor.child import ChildBug, ask
 from compressor.errors import CompressError, DependencyError, ModelError, PassError
+from compressor.process import child, fork_server
+from compressor.process.child import ChildBug, ask
 
 TESTS = Path(__file__).parent
 
@@ -132,7 +132,7 @@ def test_an_interrupted_wait_ends_the_child_and_what_it_started(tmp_path):
 
 
 def test_a_child_ends_when_the_process_that_asked_is_killed(tmp_path):
-    code = f"from compressor.child import ask; ask('answers', {{'kind': 'hang', 'folder': {str(tmp_path)!r}}}, 'hangs')"
+    code = f"from compressor.process.child import ask; ask('answers', {{'kind': 'hang', 'folder': {str(tmp_path)!r}}}, 'hangs')"
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
     pids = wait_for_pids(tmp_path)

@@ -15,11 +15,11 @@ import typer
 from fresh import command
 
 import compressor
-from compressor.child import ChildBug
 from compressor.cli import main
 from compressor.errors import DependencyError
-from compressor.resources import ran_out
-from compressor.streams import LostStream
+from compressor.process.child import ChildBug
+from compressor.process.resources import ran_out
+from compressor.process.streams import LostStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def python(code):
 def test_help_schema_and_passes_do_not_wait_for_torch(arguments):
     code = (
         f"import sys; sys.argv = ['compress-model', *{arguments!r}]\n"
-        "from compressor.cli import main\n"
+        "from compressor.cli.main import main\n"
         "import io, contextlib\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
         "    assert main() == 0\n"
@@ -61,7 +61,7 @@ def test_help_imports_no_package_that_typer_and_rich_do_not_need_themselves():
     """Imports are what makes a command line slow to start."""
     show = "\nimport sys\nprint(sorted({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names))"
     code = (
-        "import contextlib, io, sys; sys.argv = ['x', '--help']\nfrom compressor.cli import app\n"
+        "import contextlib, io, sys; sys.argv = ['x', '--help']\nfrom compressor.cli.main import app\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app()"
     )
     bare = "import typer, rich.console, rich.markdown, rich.syntax, rich.table, rich.panel, rich.pretty"
@@ -210,7 +210,7 @@ def test_plan_takes_the_arguments_of_run_and_lists_what_is_wrong_with_them(tmp_p
 
 
 def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeypatch, capsys):
-    monkeypatch.setattr("compressor.doctor.examine", lambda: 1 / 0)
+    monkeypatch.setattr("compressor.cli.doctor.examine", lambda: 1 / 0)
     assert main(["doctor", "--json"]) == 1
     shown = capsys.readouterr()
     event = json.loads(shown.out)
@@ -240,7 +240,7 @@ def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, caps
     def fail():
         raise error
 
-    monkeypatch.setattr("compressor.doctor.examine", fail)
+    monkeypatch.setattr("compressor.cli.doctor.examine", fail)
     assert main(["doctor", "--json"]) == code
     shown = capsys.readouterr()
     events = [json.loads(line) for line in shown.out.splitlines()]
@@ -284,7 +284,7 @@ def test_a_stream_that_cannot_be_written_ends_in_one_line_at_most(case):
 def test_a_closed_stream_is_taken_by_no_file():
     """The next file to be opened would get its number, also in a process that this one starts."""
     code = (
-        "import os, subprocess, sys; from compressor.streams import mend_streams; mend_streams(); "
+        "import os, subprocess, sys; from compressor.process.streams import mend_streams; mend_streams(); "
         "file = open('/dev/null'); assert file.fileno() > 2; print('x', flush=True); "
         "sys.exit(subprocess.run(['bash', '-c', 'echo x']).returncode)"
     )
@@ -297,7 +297,7 @@ def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
     done = started("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 5 and done.stderr.startswith("error[model]: no/such/\\xf6: ")
     code = (
-        "from compressor.streams import mend_streams; mend_streams(); from compressor.cli import out; "
+        "from compressor.process.streams import mend_streams; mend_streams(); from compressor.cli.main import out; "
         "out.print('\\u2192 \\u00f6', highlight=False)"
     )
     words = [sys.executable, "-c", code]

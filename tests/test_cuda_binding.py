@@ -16,12 +16,13 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import explain, ops, prepare
+from compressor.kernels import explain, prepare
 from compressor.kernels.cuda import devices, mma1, plans
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL, SIGNATURES
 from compressor.kernels.cuda.selftest import self_test
-from compressor.kernels.dispatch import IntegerWeight, OutlierWeight, choose
+from compressor.kernels.ops import linear as ops
+from compressor.kernels.prepare.dispatch import IntegerWeight, OutlierWeight, choose
 from compressor.layers.packed_linear import PackedLinear
 from cuda_ext.cases import hadamard, w_a16
 
@@ -318,7 +319,7 @@ def test_shapes_for_tracing_are_those_of_either_layout(layout, zeros, bits):
 
 
 def test_cuda_tensors_have_their_own_functions_in_the_registry():
-    importlib.import_module("compressor.kernels.hadamard")
+    importlib.import_module("compressor.kernels.ops.hadamard")
     for name in ("pack_weight", "unpack_weight", "hadamard", *cuda_ops.RUN):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compressor::{name}", "CUDA")
 

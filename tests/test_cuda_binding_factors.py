@@ -16,7 +16,7 @@ from compressor.kernels import explain, prepare
 from compressor.kernels.cuda import ds1, selftest
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL
-from compressor.kernels.dispatch import FactorWeight, choose
+from compressor.kernels.prepare.dispatch import FactorWeight, choose
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 from cuda_ext.cases import dense_sparse
 

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import ops, prepare
+from compressor.kernels import prepare
 from compressor.kernels.cpu import library as cpu_library
 from compressor.kernels.cuda import mma1, mma8a1, selftest
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL
+from compressor.kernels.ops import linear as ops
 from compressor.layers.packed_linear import PackedLinear
 from cuda_ext.cases import w_a8
 

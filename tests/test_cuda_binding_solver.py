@@ -11,11 +11,11 @@ from test_gptq_solve import BAD, columns, copied, matrix, same_bits
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import gptq_solve
 from compressor.kernels.cuda import devices, selftest
-from compressor.kernels.gptq_columns import round_columns
-from compressor.kernels.gptq_solve import round_compiled, solves
-from compressor.linalg import inverse_factor
+from compressor.kernels.ops import gptq_solve
+from compressor.kernels.ops.gptq_columns import round_columns
+from compressor.kernels.ops.gptq_solve import round_compiled, solves
+from compressor.methods.quantization.hessian import inverse_factor
 from compressor.passes.gptq import GPTQ, column_order, solve
 
 

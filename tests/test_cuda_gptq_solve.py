@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.kernels.gptq_columns import Columns, round_columns
+from compressor.kernels.ops.gptq_columns import Columns, round_columns
 from cuda_ext.cases import arrays, gptq_solve
 from cuda_ext.cases.gptq_solve import HIGH, LOW, Case, Operands
 

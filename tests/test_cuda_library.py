@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.doctor import examine
+from compressor.cli.doctor import examine
 from compressor.errors import KernelError
 from compressor.kernels.cuda import devices, library
 from compressor.kernels.cuda.interface import ABI

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.kernels import cpu, ops
+from compressor.kernels import cpu
+from compressor.kernels.ops import linear as ops
 from cuda_ext.cases import arrays, quantize_rows, w_a8
 
 TORCH_TYPES = {arrays.FLOAT16: torch.float16, arrays.BFLOAT16: torch.bfloat16, arrays.FLOAT32: torch.float32}

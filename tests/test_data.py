@@ -12,7 +12,8 @@ import pytest
 import tiny
 import torch
 
-from compressor.data import (
+from compressor.data.parts import overlap, same_source
+from compressor.data.samples import (
     Samples,
     check_data,
     demo_path,
@@ -24,7 +25,6 @@ from compressor.data import (
     random_samples,
     read_documents,
 )
-from compressor.data_parts import overlap, same_source
 from compressor.errors import RecipeError
 
 
@@ -332,7 +332,7 @@ def test_what_is_no_chat_is_refused_with_its_row(chat, message, chatty, tmp_path
 
 
 def test_random_tokens_that_memory_cannot_hold_are_refused_before_they_are_made(monkeypatch):
-    monkeypatch.setattr("compressor.data.memory_share", lambda: 8 * 16 * 8 - 1)
+    monkeypatch.setattr("compressor.data.samples.memory_share", lambda: 8 * 16 * 8 - 1)
     settings = ask("random", samples=8, length=16)
     for make in (lambda: random_samples(settings, 0, 96), lambda: check_data(settings, reads_pixels=False)):
         with pytest.raises(RecipeError, match="8 samples of 16 tokens are 1024 bytes, 1023 can be held"):

@@ -18,9 +18,9 @@ import pyarrow.parquet
 import pytest
 from test_data import ask
 
-from compressor import data_files
-from compressor.data import check_data, load_samples, read_documents
-from compressor.data_files import kind_of
+from compressor.data import sources as data_files
+from compressor.data.samples import check_data, load_samples, read_documents
+from compressor.data.sources import kind_of
 from compressor.errors import DependencyError, RecipeError
 
 ROWS = [{"text": f"alpha beta {i}", "label": i % 3} for i in range(5)]
@@ -246,7 +246,7 @@ def test_a_row_without_a_label_among_others_is_named(tmp_path):
 
 
 def load(settings):
-    from compressor.data import demo_path
+    from compressor.model.model_files import demo_path
 
     return load_samples(settings, demo_path(), seed=0, vocabulary=2048)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_data import ask
 
-from compressor import data_files
-from compressor.data import check_data, load_samples
-from compressor.data_images import check_images, normalised, read_images
+from compressor.data import sources as data_files
+from compressor.data.images import check_images, normalised, read_images
+from compressor.data.samples import check_data, load_samples
 from compressor.errors import ModelError, RecipeError
 
 IMAGES = numpy.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=numpy.uint8)

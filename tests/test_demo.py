@@ -9,7 +9,8 @@ import torch
 from test_data import ask
 from transformers import AutoModelForCausalLM
 
-from compressor.data import demo_path, load_samples
+from compressor.data.samples import load_samples
+from compressor.model.model_files import demo_path
 
 
 def test_it_is_small_and_loads_with_plain_transformers():

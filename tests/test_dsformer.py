@@ -9,15 +9,15 @@ import yaml
 from safetensors.torch import load_file
 
 import compressor
+from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.factorization import dense_bytes
+from compressor.methods.factorization.joint_training import StraightThrough, train
+from compressor.methods.factorization.low_rank import dense_bytes
+from compressor.methods.factorization.sparse_coding import pursue
 from compressor.passes.dsformer import DSFormer
 from compressor.passes.low_rank import LowRank
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe, recipe_folders
+from compressor.recipe.recipe import parse_recipe, recipe_folders
 from compressor.run import compress
-from compressor.sparse_coding import pursue
-from compressor.straight_through import StraightThrough, train
 from compressor.testing import check_pass
 
 SMALL = {"source": "random", "samples": 16, "length": 32}

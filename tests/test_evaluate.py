@@ -14,21 +14,14 @@ import transformers as hf
 import yaml
 from safetensors.torch import save_file
 
-from compressor.compare import read_subject
-from compressor.data import demo_path
 from compressor.errors import KernelError, ModelError, PreflightError, RecipeError, UsageError
-from compressor.evaluate import measure_quality, measure_speed, saturation, watch_ranges
-from compressor.gates import (
-    GATE_NAMES,
-    check_gates,
-    compares_models,
-    read_gates,
-    unknown_gate,
-    unmeasured_gates,
-)
-from compressor.measure import measure_model
-from compressor.recipe import parse_recipe
-from compressor.report import validate_report
+from compressor.evaluation.compare import read_subject
+from compressor.evaluation.eval_command import measure_model
+from compressor.evaluation.evaluate import measure_quality, measure_speed, saturation, watch_ranges
+from compressor.evaluation.report import validate_report
+from compressor.model.model_files import demo_path
+from compressor.recipe.gates import GATE_NAMES, check_gates, compares_models, read_gates, unknown_gate, unmeasured_gates
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 
 

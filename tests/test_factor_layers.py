@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor.errors import ShapeError
-from compressor.kernels.sparse_factors import pack_index, row_bits, unpack_index
+from compressor.kernels.ops.sparse_factors import pack_index, row_bits, unpack_index
 from compressor.layers.low_rank_linear import LowRankLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from compressor.errors import PassError
-from compressor.factorization import dense_bytes, largest_rank, low_rank_bytes, metric_of, spectrum
 from compressor.layers.low_rank_linear import LowRankLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
-from compressor.passes.low_rank import share_out
-from compressor.sparse_coding import (
+from compressor.methods.factorization.low_rank import dense_bytes, largest_rank, low_rank_bytes, metric_of, spectrum
+from compressor.methods.factorization.sparse_coding import (
     SparseFactors,
     balance,
     block_bytes,
@@ -25,6 +24,7 @@ from compressor.sparse_coding import (
     refit_values,
     spread,
 )
+from compressor.passes.low_rank import share_out
 
 # six rows that three atoms represent exactly, one each; singular values 5.202986 and 3.595682
 EXAMPLE = torch.tensor([[2.0, 0], [0, 3], [1, 1], [-2, -2], [0, -1], [4, 0]], dtype=torch.float64)

@@ -13,14 +13,14 @@ import transformers as hf
 import yaml
 from many_models import classes_of, is_small, tiny_config
 
+from compressor.engine.block_view import Stream, finish_unit, run_unit
+from compressor.engine.plan import make_plan
+from compressor.engine.sweep import _equal
 from compressor.errors import CompressError
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.replay import Pieces
-from compressor.site import Stream, finish_unit, run_unit
-from compressor.structure import example_batch, find_blocks, read_structure
-from compressor.sweep import _equal
-from compressor.tracing import make_twin
+from compressor.model.replay import Pieces
+from compressor.model.structure import example_batch, find_blocks, read_structure
+from compressor.model.tracing import make_twin
+from compressor.recipe.recipe import parse_recipe
 
 ROUTERS = {
     "phimoe": "router",
@@ -222,8 +222,8 @@ def test_every_stage_sees_what_a_plain_hook_on_the_model_sees(family, saved):
 def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_share_it_between_batches(saved):
     from functools import partial
 
-    from compressor.site import watched_parameters
-    from compressor.tape import Forgotten, Tape, advance, needs
+    from compressor.engine.block_view import watched_parameters
+    from compressor.engine.resumable_forward import Forgotten, Tape, advance, needs
 
     structure = read_structure(saved("gemma4_shared"))
     twin = tiny.build("gemma4_shared")

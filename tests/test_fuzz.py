@@ -16,18 +16,18 @@ import tiny
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-import compressor.data
-from compressor import model_building
-from compressor.artifact import load
-from compressor.checkpoint import open_checkpoint
-from compressor.compare import compare, is_report, read_subject
+import compressor.data.samples
+from compressor.artifact.artifact import load
+from compressor.artifact.inspection import inspect_path
+from compressor.engine.plan import make_plan
 from compressor.errors import CompressError
-from compressor.inspection import inspect_path
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe, recipe_folders
-from compressor.report import render_html, render_markdown
+from compressor.evaluation.compare import compare, is_report, read_subject
+from compressor.evaluation.report import render_html, render_markdown
+from compressor.model import model_building
+from compressor.model.checkpoint import open_checkpoint
+from compressor.recipe.recipe import parse_recipe, recipe_folders
 from compressor.run import compress
-from compressor.safetensors_file import read_header
+from compressor.storage.safetensors_file import read_header
 
 RTN = parse_recipe(b"version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n")
 FAMILIES = ("llama", "gpt2", "bert", "vit", "gemma3", "qwen3_moe")
@@ -236,7 +236,7 @@ def data(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return compressor.data.load_tokenizer(compressor.data.demo_path())
+    return compressor.data.samples.load_tokenizer(compressor.data.samples.demo_path())
 
 
 @inputs(40)
@@ -244,11 +244,11 @@ def tokenizer():
 def test_data_files(folder, data, tokenizer, monkeypatch, name, pack, changes):
     path = folder / "data" / name
     path.write_bytes(cut(data[name], changes))
-    monkeypatch.setattr(compressor.data, "load_tokenizer", lambda *args, **kwargs: tokenizer)
+    monkeypatch.setattr(compressor.data.samples, "load_tokenizer", lambda *args, **kwargs: tokenizer)
     sizes = {"source": str(path), "samples": 2, "length": 16, "pack": pack}
     asked = RTN.data.model_copy(update=sizes)
-    demo = compressor.data.demo_path()
-    answered(lambda: compressor.data.load_samples(asked, demo, seed=0, vocabulary=2048), {2, 6}, folder)
+    demo = compressor.data.samples.demo_path()
+    answered(lambda: compressor.data.samples.load_samples(asked, demo, seed=0, vocabulary=2048), {2, 6}, folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compressor.errors import PassError
-from compressor.grid import dequantize, find_grid, quantize
-from compressor.linalg import Gram, inverse_factor
+from compressor.methods.quantization.hessian import Gram, inverse_factor
+from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.passes.gptq import GPTQ, _check_identity, blend, column_order, refine_scales, revive_dead, solve
 
 ORDERS = ("none", "static", "group_aware")

@@ -9,11 +9,11 @@ import torch
 from guarded import guarded
 
 from compressor.errors import ShapeError
-from compressor.kernels import gptq_solve
 from compressor.kernels.cpu import Library, levels_here, library
-from compressor.kernels.gptq_columns import Columns, round_columns
-from compressor.kernels.gptq_solve import round_compiled, solves
-from compressor.linalg import Gram, inverse_factor
+from compressor.kernels.ops import gptq_solve
+from compressor.kernels.ops.gptq_columns import Columns, round_columns
+from compressor.kernels.ops.gptq_solve import round_compiled, solves
+from compressor.methods.quantization.hessian import Gram, inverse_factor
 from compressor.passes.gptq import GPTQ, column_order, solve
 
 BUILT = isinstance(library(), Library)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.grid import dequantize, find_grid, quantize, round_scale
+from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize, round_scale
 
 
 def weights(seed: int = 0, rows: int = 6, groups: int = 3, size: int = 32) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.kernels.hadamard_matrix import BASES, base_matrix, base_of, sylvester
+from compressor.kernels.ops.hadamard_matrix import BASES, base_matrix, base_of, sylvester
 
 
 @pytest.mark.parametrize("m", BASES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor import child, idle_threads
+from compressor.process import child, idle_threads
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [path for pattern in ("*.py", "bench/*.py", "train/*.py") for path in (ROOT / "scripts").glob(pattern)]
@@ -54,7 +54,7 @@ def told(tmp_path):
         ("-c", "from compressor.kernels import prepare"),
         ("-m", "compressor", "doctor"),
         ("-m", "compressor", "plan", "gptq-w4a16", "--model", "demo"),
-        ("-c", "from compressor.cli import main; main(['doctor'])"),
+        ("-c", "from compressor.cli.main import main; main(['doctor'])"),
         ("-m", "pytest", "-c", ROOT / "pyproject.toml", ROOT / "tests" / "test_packed_linear.py"),
     ],
     ids=lambda command: " ".join(map(str, command[1:3])),
@@ -63,7 +63,7 @@ def test_a_process_of_ours_waits_asleep(command, told):
     assert told(*command) == "OMP_WAIT_POLICY=passive"
 
 
-@pytest.mark.parametrize("module", ["compressor.verify", "compressor.evaluate"])
+@pytest.mark.parametrize("module", ["compressor.artifact.verify", "compressor.evaluation.evaluate"])
 def test_a_child_of_ours_waits_asleep(module, tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -84,7 +84,7 @@ def test_a_script_imports_the_package_before_anything_that_might_be_torch(script
     others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
     if all(name.partition(".")[0] == "matplotlib" for name in others):
         return  # it computes nothing
-    assert others[0].partition(".")[0] == "compressor" or "compressor.idle_threads" in others
+    assert others[0].partition(".")[0] == "compressor" or "compressor.process.idle_threads" in others
 
 
 @pytest.mark.parametrize(
@@ -92,22 +92,18 @@ def test_a_script_imports_the_package_before_anything_that_might_be_torch(script
 )
 def test_what_a_user_says_stays(name, value, told):
     assert told("-c", "import compressor, torch", **{name: value}) == f"{name}={value}"
-    said = (
-        "from compressor.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
-    )
+    said = "from compressor.process.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
     assert told("-c", said, **{name: value}) == f"{name}={value} (environment) {name == 'OMP_WAIT_POLICY'}"
 
 
 def test_programs_of_others_are_told_nothing(told):
-    said = (
-        "from compressor.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
-    )
+    said = "from compressor.process.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
     assert told("-c", said) == "OMP_WAIT_POLICY=passive (set by compressor) False"
 
 
 def test_the_runtime_of_torch_obeys_and_a_torch_that_came_first_is_told():
     """By what GNU's runtime, if it is the one, writes when it is loaded."""
-    code = "import torch, compressor.idle_threads as t, os; print(t.how_threads_wait(), os.environ['OMP_WAIT_POLICY'])"
+    code = "import torch, compressor.process.idle_threads as t, os; print(t.how_threads_wait(), os.environ['OMP_WAIT_POLICY'])"
     unset = {name: value for name, value in os.environ.items() if name not in idle_threads.VARIABLES}
     for first in ("", "import compressor; "):
         done = subprocess.run(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compressor.errors import ShapeError
-from compressor.kernels import int8_split
-from compressor.kernels.int8_split import dequantize_rows, float32_matmul, int8_matmul, round_rows
+from compressor.kernels.ops import int8_split
+from compressor.kernels.ops.int8_split import dequantize_rows, float32_matmul, int8_matmul, round_rows
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 # the worked example: 0.3, -0.4 and the like are their nearest float16

@@ -12,13 +12,13 @@ import sys
 import pytest
 
 from compressor.errors import PassError, ResumeError, UsageError
-from compressor.journal import LINES, LOCK, RUN, UNITS, Journal, has_begun, remove_work
+from compressor.storage.journal import LINES, LOCK, RUN, UNITS, Journal, has_begun, remove_work
 
 FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from compressor.journal import Journal
+from compressor.storage.journal import Journal
 left = [int(sys.argv[2])]
 def deadly(call):
     def wrapped(*args, **kwargs):

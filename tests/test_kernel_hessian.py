@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compressor.errors import ShapeError
-from compressor.kernels import hessian
-from compressor.linalg import Gram
+from compressor.kernels.ops import hessian
+from compressor.methods.quantization.hessian import Gram
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = 2.0**-24  # half a unit in the last place of float32

@@ -13,15 +13,15 @@ import torch
 from guarded import guarded
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dense_product, dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
 from compressor.kernels.cpu import Library, levels_here, library
-from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
-from compressor.kernels.int8_split import round_rows
-from compressor.kernels.large_pages import LARGE, empty_bytes
-from compressor.kernels.ops import DTYPES as CODES
-from compressor.kernels.tables import activate, inverse_root, look_up
+from compressor.kernels.ops import dense_product, dense_sparse, hadamard, int8_matmul, large_pages, table_lookup
+from compressor.kernels.ops.hadamard_matrix import base_matrix, base_of, sylvester
+from compressor.kernels.ops.int8_split import round_rows
+from compressor.kernels.ops.large_pages import LARGE, empty_bytes
+from compressor.kernels.ops.linear import DTYPES as CODES
+from compressor.kernels.ops.tables import activate, inverse_root, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
-from compressor.tabulate import root_table
+from compressor.methods.quantization.lookup_tables import root_table
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")

@@ -14,9 +14,11 @@ from guarded import guarded
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import cpu, hadamard, int8_matmul, ops, prepare
+from compressor.kernels import cpu, prepare
 from compressor.kernels.cpu import Library, levels_here, library
-from compressor.kernels.int8_split import round_rows
+from compressor.kernels.ops import hadamard, int8_matmul
+from compressor.kernels.ops import linear as ops
+from compressor.kernels.ops.int8_split import round_rows
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 BUILT = isinstance(library(), Library)

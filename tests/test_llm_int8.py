@@ -17,20 +17,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import compressor
-from compressor import export
-from compressor.data import demo_path, load_samples
+from compressor.artifact import stock_formats as export
+from compressor.artifact.verify import verify, verify_in_child
+from compressor.data.samples import load_samples
+from compressor.engine.plan import make_plan
 from compressor.errors import DependencyError, PassError, PreflightError, RecipeError
-from compressor.kernels.bitsandbytes import bitsandbytes_forward
+from compressor.evaluation.report import outlier_inputs, render_html, render_markdown
+from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
+from compressor.model.model_files import demo_path
 from compressor.passes.llm_int8 import LLMInt8, Outliers, choose_columns
-from compressor.plan import make_plan
 from compressor.protocol import Group, Weight
-from compressor.recipe import parse_recipe, read_recipe
-from compressor.report import outlier_inputs, render_html, render_markdown
+from compressor.recipe.recipe import parse_recipe, read_recipe
+from compressor.recipe.schema import DataSettings, EvalDataSettings
 from compressor.run import compress
-from compressor.settings import DataSettings, EvalDataSettings
-from compressor.verify import verify, verify_in_child
 
 SMALL = {"source": "random", "samples": 8, "length": 16}
 
@@ -229,7 +230,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
         ("SCB", lambda layer: layer.SCB.mul_(1.05)),
         ("weight", lambda layer: layer.weight[0, :1].add_(1)),
     ):
-        load = compressor.artifact.load
+        load = compressor.artifact.artifact.load
 
         def spoiled(*args, change=change, load=load, **kwargs):
             model = load(*args, **kwargs)
@@ -237,7 +238,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
             return model
 
         with monkeypatch.context() as patched:
-            patched.setattr(compressor.artifact, "load", spoiled)
+            patched.setattr(compressor.artifact.artifact, "load", spoiled)
             problems = verify(directory, None, sealed=True, deep=True)["problems"]
         assert any("layers.1.mlp.down_proj" in problem for problem in problems), (name, problems)
 

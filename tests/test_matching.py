@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
-from compressor.matching import compile_pattern, select
 from compressor.protocol import Weight
+from compressor.recipe.weight_patterns import compile_pattern, select
 
 
 def weight(name: str, role: str = "mlp") -> Weight:

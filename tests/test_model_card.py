@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compressor.model_card import Licence, read_licence
+from compressor.model.model_card import Licence, read_licence
 
 FRONT = {
     "license: mit": {"license": "mit"},

@@ -8,12 +8,12 @@ import socket
 import pytest
 import tiny
 
-from compressor import model_files
-from compressor.checkpoint import open_checkpoint
-from compressor.data import load_tokenizer
+from compressor.data.samples import load_tokenizer
 from compressor.errors import ModelError
-from compressor.model_files import check_directory, regular_file
-from compressor.structure import read_structure
+from compressor.model import model_files
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.model_files import check_directory, regular_file
+from compressor.model.structure import read_structure
 
 
 @pytest.fixture(scope="module")

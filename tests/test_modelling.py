@@ -19,17 +19,17 @@ from test_stock_formats import store_as_planned
 
 import compressor
 from compressor import layers
-from compressor.artifact import empty_model
-from compressor.checkpoint import open_checkpoint
+from compressor.artifact.artifact import empty_model
+from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.stock_formats import FAMILIES, Family, artifact_config, choose_route
+from compressor.engine.block_io import Form
+from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, PreflightError
-from compressor.export import FAMILIES, Family, artifact_config, choose_route
 from compressor.layers.base import Stock
-from compressor.modelling import modelling_file
-from compressor.plan import make_plan
+from compressor.model.checkpoint import open_checkpoint
 from compressor.protocol import Weight
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.units import Form
 
 HALVES = '''
 """Arithmetic of the other package."""
@@ -237,7 +237,7 @@ def test_the_file_holds_the_forms_it_needs_and_no_other(other_package):
         ("import numpy", "imports numpy as a whole"),
         ("from numpy import array", "imports array from numpy"),
         ("from other_package.halves import double as twice", "imports double under another name"),
-        ("def pack_codes(): pass", "defines pack_codes, which compressor.kernels.reference defines too"),
+        ("def pack_codes(): pass", "defines pack_codes, which compressor.kernels.ops.packed_codes defines too"),
         ("def late():\n    import numpy", "imports numpy inside a function"),
         ("print('loaded')", "is neither an import, a definition nor a constant"),
     ],

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from compressor.norms import Norm, apply_norm, describe_norm
+from compressor.model.norms import Norm, apply_norm, describe_norm
 
 # kind, offset and eps of every norm of a family, all modules alike
 RMS = ("rms", 0.0, 1e-6)

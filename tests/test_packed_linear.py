@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from compressor.errors import ShapeError
-from compressor.kernels.reference import pack_codes, unpack_codes
+from compressor.kernels.ops.packed_codes import pack_codes, unpack_codes
 from compressor.layers.packed_linear import PackedLinear
 
 WORKED = [

@@ -16,7 +16,7 @@ from compressor.layers.removed import Removed
 from compressor.layers.resized import Resized
 from compressor.layers.rms_norm import RmsNorm
 from compressor.layers.rotated_block import RotatedBlock
-from compressor.norms import Norm, apply_norm, describe_norm
+from compressor.model.norms import Norm, apply_norm, describe_norm
 
 FORMS = {form: find_layer(form) for form in ("rms_norm", "rotated_block")}
 SPEC = {

@@ -12,14 +12,14 @@ import yaml
 from transformers import DynamicCache
 
 import compressor
-from compressor.classes import reshaped_class
+from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
 from compressor.layers.lazy_block import LazyBlock, LazyTokens
+from compressor.model.reshaped_class import reshaped_class
+from compressor.model.structure import find_blocks
 from compressor.passes.prefill_pruning import PrefillPruning
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.structure import find_blocks
 from compressor.testing import check_pass
 
 FAMILIES = ["llama", "qwen3", "opt", "gpt2", "gpt_neox", "phi", "mixtral"]

@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import dense_product, dispatch, explain, ops, prepare, stock
-from compressor.kernels.blocks import block_counts
+from compressor.kernels import explain, prepare
 from compressor.kernels.cpu import LEVELS, Library, library
-from compressor.kernels.dense_product import MOST_ROWS, linear_dense
-from compressor.kernels.dense_sparse import linear_dense_sparse
-from compressor.kernels.int8_split import round_rows
-from compressor.kernels.linear_call import LinearCall
-from compressor.kernels.prepared import PreparedLinear, chosen_kernels
+from compressor.kernels.ops import dense_product
+from compressor.kernels.ops import linear as ops
+from compressor.kernels.ops.blocks import block_counts
+from compressor.kernels.ops.dense_product import MOST_ROWS, linear_dense
+from compressor.kernels.ops.dense_sparse import linear_dense_sparse
+from compressor.kernels.ops.int8_split import round_rows
+from compressor.kernels.prepare import dispatch, stock
+from compressor.kernels.prepare.linear_call import LinearCall
+from compressor.kernels.prepare.prepared import PreparedLinear, chosen_kernels
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear

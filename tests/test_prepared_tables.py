@@ -13,15 +13,16 @@ from torch import nn
 
 import compressor
 from compressor.errors import KernelError
-from compressor.kernels import dispatch, explain, prepare
+from compressor.kernels import explain, prepare
 from compressor.kernels.cpu import LEVELS, Library, library
-from compressor.kernels.prepared import chosen_kernels
-from compressor.kernels.prepared_table import PreparedTable
+from compressor.kernels.prepare import dispatch
+from compressor.kernels.prepare.prepared import chosen_kernels
+from compressor.kernels.prepare.prepared_table import PreparedTable
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.recipe import parse_recipe
+from compressor.methods.quantization.lookup_tables import KNOWN, activation_table, exp_table, root_table
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.tabulate import KNOWN, activation_table, exp_table, root_table
 
 pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason=f"{library()}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

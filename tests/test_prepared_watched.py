@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from compressor.errors import KernelError
 from compressor.kernels import explain, prepare
 from compressor.kernels.cpu import Library, library
-from compressor.kernels.dense_product import PreparedDense
-from compressor.kernels.prepared import PreparedLinear
+from compressor.kernels.ops.dense_product import PreparedDense
+from compressor.kernels.prepare.prepared import PreparedLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear

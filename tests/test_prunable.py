@@ -7,9 +7,9 @@ from math import prod
 import pytest
 import tiny
 
+from compressor.analysis.prunable_units import find_prunable
 from compressor.errors import ModelError
-from compressor.prunable import find_prunable
-from compressor.structure import read_structure
+from compressor.model.structure import read_structure
 
 # family -> (heads, query heads of each, parameters of one, its reader), (parameters of an MLP unit, its reader)
 FOUND = {

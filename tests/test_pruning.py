@@ -14,15 +14,15 @@ import yaml
 from safetensors.torch import load_file
 
 import compressor
+from compressor.analysis.perturbation import InDouble
+from compressor.artifact.stock_formats import choose_route
 from compressor.errors import ModelError, PreflightError
-from compressor.export import choose_route
-from compressor.norms import Norm, apply_norm
-from compressor.nudging import InDouble
-from compressor.pruning import check_decision, parameters_left, pruned_remodel
-from compressor.recipe import Step, parse_recipe
-from compressor.remodel import facts_of
+from compressor.methods.pruning.pruned_shapes import check_decision, parameters_left, pruned_remodel
+from compressor.model.norms import Norm, apply_norm
+from compressor.model.remodel import facts_of
+from compressor.model.structure import prove_by_replay, read_structure
+from compressor.recipe.recipe import Step, parse_recipe
 from compressor.run import compress
-from compressor.structure import prove_by_replay, read_structure
 
 GONE = (2, 6, 7, 19)
 HIDDEN = [index for index in range(32) if index not in GONE]

@@ -13,16 +13,16 @@ from many_models import classes_of, is_small, tiny_model
 from safetensors.torch import load_file, save_file
 from same_model import differences
 
-from compressor import artifact, verify
-from compressor.artifact import load
-from compressor.binding import fill, read_parameter
-from compressor.checkpoint import open_checkpoint
+from compressor.artifact import artifact, verify
+from compressor.artifact.artifact import load
+from compressor.engine.block_io import UnitSource, load_unit
+from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, UsageError
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.structure import _config_and_class, bound_model, read_structure
+from compressor.model.weight_names import fill, read_parameter
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.structure import _config_and_class, bound_model, read_structure
-from compressor.units import UnitSource, load_unit
 
 RTN = "version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: 32}]\n"
 RTN_AND_HEAD = RTN.replace("group_size: 32", "group_size: 32, only: ['*', '@head']")

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.plan import make_plan
-from compressor.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
-from compressor.settings import bare_source
+from compressor.recipe.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
+from compressor.recipe.schema import bare_source
 
 SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))
 GOOD = b"version: 1\nsteps: [{pass: rtn}]\n"
@@ -244,7 +244,7 @@ def test_the_schema_accepts_what_the_reader_accepts(step):
 
 
 def test_the_recipe_reference_in_the_docs_is_what_the_code_says():
-    from compressor.reference import recipe_reference
+    from compressor.recipe.reference_docs import recipe_reference
 
     page = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text()
     assert recipe_reference() in page, "run scripts/gen_reference.py"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.reconstruction import Batches, Moments, output_error, repair, solve
+from compressor.methods.pruning.reconstruction import Batches, Moments, output_error, repair, solve
 
 KEPT = [0, 1, 3, 4, 7, 8]
 

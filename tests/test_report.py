@@ -14,10 +14,9 @@ import torch
 import yaml
 
 from compressor.cli import main
-from compressor.compare import compare
 from compressor.errors import UsageError
-from compressor.recipe import parse_recipe, read_recipe
-from compressor.report import (
+from compressor.evaluation.compare import compare
+from compressor.evaluation.report import (
     NOT_VERIFIED,
     finite,
     human_bytes,
@@ -27,6 +26,7 @@ from compressor.report import (
     render_markdown,
     validate_report,
 )
+from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
 
 ROOT = Path(__file__).parent.parent

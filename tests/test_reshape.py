@@ -14,17 +14,17 @@ import yaml
 from safetensors.torch import load_file
 
 import compressor
-from compressor.data import load_samples
+from compressor.analysis.residual_stream import residual_of
+from compressor.data.samples import load_samples
+from compressor.engine.plan import make_plan, parameter_count
 from compressor.errors import PreflightError, RecipeError
+from compressor.methods.rotation.sliced_shapes import global_parameters, kept_width, per_site_parameters, stream_shape
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks
 from compressor.passes.rotate import Rotate
 from compressor.passes.slicegpt import SliceGPT
-from compressor.plan import make_plan, parameter_count
-from compressor.recipe import parse_recipe
-from compressor.replay import Pieces
-from compressor.residual import residual_of
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.slicing import global_parameters, kept_width, per_site_parameters, stream_shape
-from compressor.structure import find_blocks
 from compressor.testing import check_pass, kill_at, weight_hashes
 
 FUSED = {"pass": "fuse_norms"}

@@ -15,22 +15,22 @@ from fresh import stranger
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor import artifact
-from compressor.classes import class_for, is_reshaped, reshaped_class, stock_class
+from compressor.analysis.residual_stream import read_residual, residual_twin
+from compressor.artifact import artifact
+from compressor.artifact.inspection import inspect_path
+from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.stock_formats import auto_classes, choose_route
+from compressor.artifact.stock_loading import load_stock
+from compressor.artifact.verify import verify
+from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PreflightError
-from compressor.export import auto_classes, choose_route
-from compressor.functions import find_functions
-from compressor.inspection import inspect_path
 from compressor.layers.rotated_block import RotatedBlock
-from compressor.modelling import modelling_file
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.residual import read_residual, residual_twin
+from compressor.model.functions import find_functions
+from compressor.model.reshaped_class import class_for, is_reshaped, reshaped_class, stock_class
+from compressor.model.structure import prove_by_replay, read_structure
+from compressor.model.tracing import shallow_config
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.stock_loading import load_stock
-from compressor.structure import prove_by_replay, read_structure
-from compressor.tracing import shallow_config
-from compressor.verify import verify
 
 FAMILIES = ["llama", "opt", "gpt2", "vit", "phi"]
 WIDTHS = {"one width": 24, "a width for each site": None}

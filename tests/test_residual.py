@@ -10,16 +10,16 @@ import tiny
 import torch
 import transformers as hf
 
+from compressor.analysis.perturbation import answering
+from compressor.analysis.residual_stream import fill, find_residual, read_residual, residual_of, residual_twin
+from compressor.analysis.rotation_proof import center_writers, fold_tap, gainless_norm, prove_invariance
 from compressor.errors import ModelError
-from compressor.invariance import center_writers, fold_tap, gainless_norm, prove_invariance
-from compressor.norms import describe_norm
-from compressor.nudging import answering
-from compressor.replay import Pieces, output_of
-from compressor.residual import fill, find_residual, read_residual, residual_of, residual_twin
-from compressor.rotation import pca, random_orthogonal, rotate
-from compressor.stream import Reader, Tap, Writer
-from compressor.structure import example_batch, find_blocks, read_structure
-from compressor.tracing import make_twin
+from compressor.methods.rotation.rotation import pca, random_orthogonal, rotate
+from compressor.model.norms import describe_norm
+from compressor.model.replay import Pieces, output_of
+from compressor.model.residual_records import Reader, Tap, Writer
+from compressor.model.structure import example_batch, find_blocks, read_structure
+from compressor.model.tracing import make_twin
 
 QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
 QKV_BIASED = ["q_proj 1 +", "k_proj 1 +", "v_proj 1 +"]

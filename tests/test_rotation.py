@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import PassError
-from compressor.norms import Norm, apply_norm
-from compressor.rotation import (
+from compressor.methods.rotation.rotation import (
     Covariance,
     center,
     fold_gain,
@@ -20,6 +19,7 @@ from compressor.rotation import (
     randomized_hadamard,
     rotate,
 )
+from compressor.model.norms import Norm, apply_norm
 
 SIGNAL = [[2, 1, 0, 1], [1, 2, 1, 0], [3, 2, 1, 1], [0, 1, -1, 0.5], [1, 1, 0.5, 0.2], [-1, -2, 0, -0.3]]
 

@@ -21,8 +21,8 @@ import yaml
 from fresh import command, stranger
 
 import compressor
-from compressor import artifact
-from compressor.data import demo_path
+from compressor.artifact import artifact
+from compressor.engine.plan import make_plan
 from compressor.errors import (
     ArtifactError,
     GateError,
@@ -34,14 +34,14 @@ from compressor.errors import (
     ShapeError,
     UsageError,
 )
-from compressor.files import file_sha256
+from compressor.evaluation.report import finite, validate_report
 from compressor.kernels import explain
 from compressor.kernels.cpu import library
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe, read_recipe
-from compressor.report import finite, validate_report
+from compressor.model.model_files import demo_path
+from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
-from compressor.safetensors_file import read_header
+from compressor.storage.files import file_sha256
+from compressor.storage.safetensors_file import read_header
 from compressor.testing import kill_at, weight_hashes
 
 SMALL = {"source": "random", "samples": 8, "length": 16}

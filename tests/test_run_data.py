@@ -11,12 +11,8 @@ import torch
 import transformers as hf
 import yaml
 
-from compressor.data import demo_path
-from compressor.errors import PreflightError, RecipeError
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.report import data_facts
-from compressor.run_data import (
+from compressor.engine.plan import make_plan
+from compressor.engine.run_samples import (
     check_labels,
     check_samples,
     data_problems,
@@ -24,7 +20,11 @@ from compressor.run_data import (
     read_data,
     read_evaluation_data,
 )
-from compressor.structure import read_structure
+from compressor.errors import PreflightError, RecipeError
+from compressor.evaluation.report import data_facts
+from compressor.model.model_files import demo_path
+from compressor.model.structure import read_structure
+from compressor.recipe.recipe import parse_recipe
 
 GPTQ = {"pass": "gptq", "bits": 8, "group_size": 32}
 ROWS = [f"a text with the number {number} and some words behind it" for number in range(200)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from compressor.search_path import named_entries
+from compressor.process.search_path import named_entries
 
 ROOT = Path(__file__).parent.parent
 PLANTED = ("json", "torch", "safetensors", "transformers", "numpy", "datasets", "yaml", "pydantic", "rich", "typer")

@@ -12,19 +12,25 @@ import transformers as hf
 import yaml
 
 import compressor
-from compressor.data import load_samples
+from compressor.data.samples import load_samples
+from compressor.engine.block_view import Stream
+from compressor.engine.choice_view import ShapingView
+from compressor.engine.plan import make_plan
+from compressor.engine.sweep import _embed
 from compressor.errors import Interrupted
-from compressor.journal import Journal
+from compressor.methods.rotation.sliced_shapes import (
+    SiteShape,
+    StreamShape,
+    per_site_parameters,
+    scheduled_widths,
+    uniform_widths,
+)
+from compressor.model.replay import Batch
+from compressor.model.structure import read_structure
 from compressor.passes.slicegpt import SliceGPT
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.replay import Batch
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.shaping import ShapingView
-from compressor.site import Stream
-from compressor.slicing import SiteShape, StreamShape, per_site_parameters, scheduled_widths, uniform_widths
-from compressor.structure import read_structure
-from compressor.sweep import _embed
+from compressor.storage.journal import Journal
 from compressor.testing import kill_at, weight_hashes
 
 FUSED = {"pass": "fuse_norms"}

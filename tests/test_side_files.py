@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from compressor.artifact.manifest import FileName
 from compressor.errors import ModelError
-from compressor.manifest import FileName
-from compressor.side_files import (
+from compressor.model.side_files import (
     ADAPTER,
     GENERATE,
     HIDDEN,

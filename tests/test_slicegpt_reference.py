@@ -10,11 +10,11 @@ import slicegpt_reference as reference
 import tiny
 import torch
 
-from compressor.replay import Pieces, output_of
-from compressor.residual import find_residual, residual_twin
-from compressor.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
-from compressor.slicing import per_site_parameters, stream_shape
-from compressor.structure import example_batch, find_blocks
+from compressor.analysis.residual_stream import find_residual, residual_twin
+from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
+from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
+from compressor.model.replay import Pieces, output_of
+from compressor.model.structure import example_batch, find_blocks
 
 FAMILIES = ["llama", "qwen3", "gemma", "mixtral", "opt", "phi"]
 EPS = {"opt": {}, "phi": {"layer_norm_eps": 0.1}}  # so large that a wrong one would show; OPT's is fixed

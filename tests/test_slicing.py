@@ -10,9 +10,8 @@ import tiny
 import torch
 import transformers as hf
 
-from compressor.replay import Pieces
-from compressor.residual import read_residual, residual_of
-from compressor.slicing import (
+from compressor.analysis.residual_stream import read_residual, residual_of
+from compressor.methods.rotation.sliced_shapes import (
     SiteShape,
     StreamShape,
     global_parameters,
@@ -22,7 +21,8 @@ from compressor.slicing import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.structure import find_blocks, read_structure, skeleton
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks, read_structure, skeleton
 
 
 def llama_like(width, ffn, blocks, vocabulary, heads, kv_heads, head_dim):

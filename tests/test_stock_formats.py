@@ -12,18 +12,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.blockwise import quantize_blocks
+from compressor.artifact.stock_formats import artifact_config, module_of
+from compressor.engine.plan import make_plan
 from compressor.errors import PreflightError, RecipeError, ShapeError
-from compressor.export import artifact_config, module_of
-from compressor.grid import find_grid, quantize
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.byte_linear import ByteLinear
-from compressor.packing import store
+from compressor.methods.quantization.block_grid import quantize_blocks
+from compressor.methods.quantization.packed_codes import store
+from compressor.methods.quantization.uniform_grid import find_grid, quantize
+from compressor.model.tracing import example_batch
 from compressor.passes.bct import stock_layer
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.tracing import example_batch
 
 
 def recipe(*steps, **export):

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import tiny
 
+from compressor.engine.interrupt import SIGNALS, Stop, signals
 from compressor.passes.rtn import RTN
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.stopping import SIGNALS, Stop, signals
 from compressor.testing import recipe_for, weight_hashes
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ HANG = {
 }
 ANSWERED = """
 import sys
-from compressor.stopping import Stop, answered
+from compressor.engine.interrupt import Stop, answered
 def hang():
         {hang}
 def say(words):
@@ -152,20 +152,20 @@ if name:
         owner = getattr(owner, part)
     setattr(owner, leaf, hang)
 else:
-    from compressor import child
+    from compressor.process import child
     begin, child.start = child.start, start
 sys.argv[1:] = sys.argv[4:]
 from compressor.__main__ import main
 sys.exit(main())
 """
 STAGES = {
-    "plan": ("compressor.structure", "skeleton", "native"),
-    "data": ("compressor.data", "pack", "native"),
+    "plan": ("compressor.model.structure", "skeleton", "native"),
+    "data": ("compressor.data.samples", "pack", "native"),
     "sweep": ("compressor.passes.rtn", "RTN.block", "native"),
     "sweep, Python": ("compressor.passes.rtn", "RTN.block", "swallowed"),
-    "write": ("compressor.artifact", "write_artifact", "native"),
-    "verify": ("compressor.verify", "", ""),
-    "evaluate": ("compressor.evaluate", "", ""),
+    "write": ("compressor.artifact.artifact", "write_artifact", "native"),
+    "verify": ("compressor.artifact.verify", "", ""),
+    "evaluate": ("compressor.evaluation.evaluate", "", ""),
 }
 RECIPE = """
 version: 1

@@ -10,13 +10,20 @@ import tiny
 import torch
 import transformers as hf
 
-from compressor.binding import read_parameter
-from compressor.checkpoint import open_checkpoint
+from compressor.engine.block_io import UnitSource, load_unit
 from compressor.errors import ModelError, PreflightError
-from compressor.replay import Pieces
-from compressor.structure import class_of, example_batch, find_blocks, prove_by_replay, prove_equal, read_structure
-from compressor.tracing import make_twin
-from compressor.units import UnitSource, load_unit
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.replay import Pieces
+from compressor.model.structure import (
+    class_of,
+    example_batch,
+    find_blocks,
+    prove_by_replay,
+    prove_equal,
+    read_structure,
+)
+from compressor.model.tracing import make_twin
+from compressor.model.weight_names import read_parameter
 
 GROUPS = {
     "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],

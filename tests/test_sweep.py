@@ -9,15 +9,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import plan as planning
-from compressor import site, sweep
-from compressor.data import load_samples
+from compressor.data.samples import load_samples
+from compressor.engine import block_view as site
+from compressor.engine import plan as planning
+from compressor.engine import sweep
+from compressor.engine.plan import make_plan
 from compressor.errors import PassError
-from compressor.journal import Journal
 from compressor.layers.packed_linear import PackedLinear
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
+from compressor.storage.journal import Journal
 
 RECIPE = b"""version: 1
 data: {source: random, samples: 12, length: 16}

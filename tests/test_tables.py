@@ -13,19 +13,27 @@ from fresh import stranger
 from transformers.activations import ACT2FN
 
 import compressor
+from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.functions import find_functions
-from compressor.kernels.tables import activate, inverse_root, look_up, softmax
+from compressor.kernels.ops.tables import activate, inverse_root, look_up, softmax
 from compressor.layers import find_layer
 from compressor.layers.block_attention import attend
-from compressor.norms import describe_norm
+from compressor.methods.quantization.lookup_tables import (
+    KNOWN,
+    NARROWEST,
+    activation_table,
+    exp_table,
+    recognize,
+    root_table,
+    tabulate,
+)
+from compressor.model.functions import find_functions
+from compressor.model.norms import describe_norm
+from compressor.model.structure import read_structure
 from compressor.passes.bct import BCT, EXP_LOW, Range
-from compressor.plan import make_plan
 from compressor.protocol import Weight
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.structure import read_structure
-from compressor.tabulate import KNOWN, NARROWEST, activation_table, exp_table, recognize, root_table, tabulate
 
 MILLION = 1_000_001
 # float32 keeps a value to 2**-24 of itself; a few such roundings of numbers below 32 lie below this
@@ -207,7 +215,7 @@ def test_attention_that_does_not_ask_for_an_implementation_is_refused(tmp_path, 
 
 
 def test_attention_that_computes_something_else_is_refused_with_the_difference(tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.functions.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k))
+    monkeypatch.setattr("compressor.model.functions.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k))
     model = tiny.save("llama", tmp_path / "model")
     problems = make_plan(recipe(only=["@softmax"]), str(model), prove=False).problems
     assert "its attention is not the plain one: outputs differ by" in problems[0].what

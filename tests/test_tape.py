@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from compressor.replay import Pieces, Stop
-from compressor.structure import example_batch, find_blocks
-from compressor.tape import Diverged, Forgotten, Tape, advance, needs, run_on
-from compressor.tracing import use_eager_experts
+from compressor.engine.resumable_forward import Diverged, Forgotten, Tape, advance, needs, run_on
+from compressor.model.replay import Pieces, Stop
+from compressor.model.structure import example_batch, find_blocks
+from compressor.model.tracing import use_eager_experts
 
 
 class Counted(TorchFunctionMode):

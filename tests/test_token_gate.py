@@ -12,13 +12,13 @@ import torch
 import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressor.analysis.token_gates import find_token_sites
 from compressor.errors import ModelError
 from compressor.layers.placing import reshape
+from compressor.layers.token_counts import kept_tokens
 from compressor.layers.token_gate import TokenGate, noting_choices
+from compressor.model.structure import find_blocks, read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
-from compressor.structure import find_blocks, read_structure
-from compressor.token_counts import kept_tokens
-from compressor.token_sites import find_token_sites
 
 TOLERANCE = 1e-5  # float32 of outputs about 1, summed over 32 to 64 values in another order
 OTHERS = {

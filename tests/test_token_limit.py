@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from compressor.token_limit import token_limit
+from compressor.model.token_limit import token_limit
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 GPT = {"vocab_size": 96, "n_positions": 66, "n_embd": 32, "n_layer": 1, "n_head": 4}

@@ -11,13 +11,13 @@ import transformers as hf
 import yaml
 from test_stock_formats import assert_plain_transformers_computes_what_the_codes_stand_for
 
-from compressor import plan as planning
-from compressor import trial
+from compressor.artifact.stock_formats import Route, next_route
+from compressor.engine import plan as planning
+from compressor.engine import trial
+from compressor.engine.plan import make_plan
 from compressor.errors import PreflightError
-from compressor.export import Route, next_route
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.structure import read_structure
+from compressor.model.structure import read_structure
+from compressor.recipe.recipe import parse_recipe
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCHES = {**SIZES, "image_size": 32, "patch_size": 8}

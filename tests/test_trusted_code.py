@@ -14,18 +14,18 @@ import pytest
 import tiny
 
 import compressor
-from compressor.artifact import read_manifest
-from compressor.artifact_files import file_facts
-from compressor.data import load_tokenizer
+from compressor.artifact.artifact import read_manifest
+from compressor.artifact.files import file_facts
+from compressor.artifact.stock_loading import load_stock
+from compressor.artifact.verify import main, verify
+from compressor.data.samples import load_tokenizer
+from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, CompressError, ModelError
-from compressor.evaluate import load_model
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
+from compressor.evaluation.evaluate import load_model
+from compressor.model.structure import config_of, read_structure
+from compressor.model.trusted_code import auto_map, files_behind
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.stock_loading import load_stock
-from compressor.structure import config_of, read_structure
-from compressor.trusted_code import auto_map, files_behind
-from compressor.verify import main, verify
 
 OWN = "tokenization_own.OwnTokenizer"
 RTN8 = b"version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n"
@@ -137,7 +137,7 @@ def test_verify_names_planted_code(plant, artifact, marker):
 
 def test_the_modeling_file_that_was_compared_is_the_one_that_runs(artifact, marker, monkeypatch):
     """The file is swapped after it was read, as a rival process would."""
-    from compressor import stock_loading
+    from compressor.artifact import stock_loading
 
     read = stock_loading.read_generated
 

@@ -9,14 +9,23 @@ import shaping
 import tiny
 import torch
 
-from compressor.budget import STREAM, Part, Size
+from compressor.analysis.residual_stream import residual_of
 from compressor.errors import PassError
-from compressor.mask_training import Course, train_masks
-from compressor.norms import Norm, apply_norm
-from compressor.replay import Pieces
-from compressor.residual import residual_of
-from compressor.structure import find_blocks
-from compressor.unit_masks import Dense, Draw, Places, StreamNorm, distilled, gradients, labelled, masked_norm
+from compressor.methods.pruning.mask_training import Course, train_masks
+from compressor.methods.pruning.masked_forward import (
+    Dense,
+    Draw,
+    Places,
+    StreamNorm,
+    distilled,
+    gradients,
+    labelled,
+    masked_norm,
+)
+from compressor.methods.pruning.size_budget import STREAM, Part, Size
+from compressor.model.norms import Norm, apply_norm
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks
 
 
 def whole_gradients(model, placed, batch, masks, loss_of):

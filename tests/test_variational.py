@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from compressor.budget import STREAM, Part, Size, Unreachable, cut, target_size
-from compressor.variational import (
+from compressor.methods.pruning.size_budget import STREAM, Part, Size, Unreachable, cut, target_size
+from compressor.methods.pruning.variational_masks import (
     Masks,
     kl_divergence,
     kl_gradients,

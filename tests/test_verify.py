@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from compressor import run as running
-from compressor import verify as verifying
+from compressor.artifact import verify as verifying
+from compressor.artifact.verify import verify
 from compressor.errors import ArtifactError, ModelError, PassError
 from compressor.layers import find_layer
-from compressor.recipe import parse_recipe
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.verify import verify
 
 RTN = {"pass": "rtn", "bits": 4, "group_size": 32}
 NONE = {"max_logit_difference": 0.0, "tolerance": 1.0, "generated_tokens": 8, "problems": [], "not_compared": None}
@@ -192,7 +192,7 @@ def test_a_rotation_keeps_the_outputs_and_a_wrong_one_is_found(built, tmp_path):
 
 
 def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path, monkeypatch):
-    from compressor import against_source
+    from compressor.artifact import against_source
 
     source = tiny.save("llama", tmp_path / "m")
     artifact = built(source, tmp_path / "out", {"pass": "fuse_norms"})

@@ -12,17 +12,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from compressor.analysis.pruning_proof import masked
+from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PassError, PreflightError, RecipeError
-from compressor.masking import masked
+from compressor.methods.pruning.model_size import model_size
+from compressor.methods.pruning.pruned_shapes import parameters_left
+from compressor.model.remodel import facts_of
+from compressor.model.structure import read_structure
 from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
-from compressor.plan import make_plan
-from compressor.pruning import parameters_left
-from compressor.recipe import parse_recipe
-from compressor.remodel import facts_of
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.structure import read_structure
 from compressor.testing import check_pass, kill_at, weight_hashes
-from compressor.weighing import model_size
 
 # few and long steps; tiny models have 64 MLP units
 FAST = {"pass": "vtrans", "target": 0.3, "steps": 6, "mask_rate": 0.3, "samples": 4, "align": 4, "save_every": 2}

@@ -14,20 +14,20 @@ import yaml
 from transformers import AutoModelForImageClassification
 
 import compressor
-from compressor.artifact import read_manifest
-from compressor.data import load_samples
+from compressor.artifact.artifact import read_manifest
+from compressor.artifact.stock_loading import load_stock
+from compressor.data.samples import load_samples
+from compressor.engine.plan import make_plan
 from compressor.errors import PassError, RecipeError
-from compressor.evaluate import _batch_sums
-from compressor.kept_patches import kept_patches
+from compressor.evaluation.evaluate import _batch_sums
+from compressor.evaluation.kept_patches import kept_patches
+from compressor.evaluation.report import render_html
 from compressor.layers.token_gate import TokenGate
+from compressor.model.structure import find_blocks, read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
-from compressor.plan import make_plan
 from compressor.protocol import BlockTokens, TokenFacts
-from compressor.recipe import parse_recipe
-from compressor.report import render_html
+from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
-from compressor.stock_loading import load_stock
-from compressor.structure import find_blocks, read_structure
 from compressor.testing import check_pass
 
 GATES = {"pass": "zero_tprune", "keep": {1: 0.7, 2: 0.5}, "min_tokens": 4}

@@ -16,7 +16,7 @@ from compressor.errors import ShapeError
 class Stock:
     """What config.json has to say so that stock transformers reads a form's tensors as they are.
 
-    family    the quant_method of config.json: compressed-tensors | bitsandbytes (see `compressor.export`)
+    family    the quant_method of config.json: compressed-tensors | bitsandbytes (see `stock_formats`)
     settings  how that family describes one weight; weights of equal settings are described once
     """
 

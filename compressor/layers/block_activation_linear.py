@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.kernels.blocks import power_of_two, round_to_shift
+from compressor.kernels.ops.blocks import power_of_two, round_to_shift
 from compressor.layers.block_linear import BlockLinear
 
 
@@ -26,7 +26,7 @@ class BlockActivationLinear(BlockLinear):
 
     form = "block_activation_linear"
     weight_only = False
-    helpers = ("compressor.kernels.blocks", "compressor.layers.block_linear")
+    helpers = ("compressor.kernels.ops.blocks", "compressor.layers.block_linear")
     input_exponent: Tensor
 
     def __init__(

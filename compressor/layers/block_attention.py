@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from compressor.kernels.blocks import round_to_shift
-from compressor.kernels.tables import softmax
+from compressor.kernels.ops.blocks import round_to_shift
+from compressor.kernels.ops.tables import softmax
 from compressor.layers.base import Layer
 
 IMPLEMENTATION = "table_softmax"
@@ -37,7 +37,7 @@ class BlockAttention(Layer):
     form = "block_attention"
     stands_for = "attention"
     weight_only = False
-    helpers = ("compressor.kernels.blocks", "compressor.kernels.tables")
+    helpers = ("compressor.kernels.ops.blocks", "compressor.kernels.ops.tables")
     table: Tensor
 
     def __init__(self, entries: int, step: float, lookup: str, bits: int | None, block: int | None) -> None:

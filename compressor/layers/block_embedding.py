@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressor.kernels.blocks import expand_blocks, power_of_two, unpack_rows
+from compressor.kernels.ops.blocks import expand_blocks, power_of_two, unpack_rows
 from compressor.layers.block_linear import BlockLinear
 
 
@@ -14,7 +14,7 @@ class BlockEmbedding(BlockLinear):
 
     form = "block_embedding"
     stands_for = "embedding"
-    helpers = ("compressor.kernels.blocks", "compressor.layers.block_linear")
+    helpers = ("compressor.kernels.ops.blocks", "compressor.layers.block_linear")
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)

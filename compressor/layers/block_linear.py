@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.kernels.blocks import block_counts, expand_blocks, pack_rows, power_of_two, unpack_rows
+from compressor.kernels.ops.blocks import block_counts, expand_blocks, pack_rows, power_of_two, unpack_rows
 from compressor.layers.base import Layer
 
 BIAS_BLOCK = 64
@@ -33,7 +33,7 @@ class BlockLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "block_linear"
-    helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.blocks",)
+    helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.ops.blocks",)
     weight_packed: Tensor
     weight_exponent: Tensor
     weight_scale: Tensor

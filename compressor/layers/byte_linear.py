@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.kernels.reference import dequantize
+from compressor.kernels.ops.packed_codes import dequantize
 from compressor.layers.base import Layer, Stock, integer_scheme
 
 
@@ -23,7 +23,7 @@ class ByteLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "byte_linear"
-    helpers = ("compressor.kernels.reference",)
+    helpers = ("compressor.kernels.ops.packed_codes",)
     bits, symmetric = 8, False
     weight: Tensor
     weight_scale: Tensor

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ShapeError
-from compressor.kernels.int8_split import (
+from compressor.kernels.ops.int8_split import (
     MOST_INPUTS,
     columns_product,
     dequantize_rows,
@@ -42,7 +42,7 @@ class Int8SplitLinear(Layer):
 
     form = "int8_split_linear"
     weight_only = False
-    helpers = ("compressor.kernels.int8_split",)
+    helpers = ("compressor.kernels.ops.int8_split",)
     weight: Tensor
     SCB: Tensor
     weight_format: Tensor

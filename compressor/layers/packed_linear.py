@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import ShapeError
-from compressor.kernels.reference import dequantize, pack_codes, unpack_codes
+from compressor.kernels.ops.packed_codes import dequantize, pack_codes, unpack_codes
 from compressor.layers.base import Layer, Stock, integer_scheme
 
 
@@ -25,7 +25,7 @@ class PackedLinear(Layer):
     """Drop-in for nn.Linear that multiplies by the dequantized weight."""
 
     form = "packed_linear"
-    helpers = ("compressor.kernels.reference",)
+    helpers = ("compressor.kernels.ops.packed_codes",)
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor

@@ -1,7 +1,7 @@
 """The model's own module with other numbers in its attributes, as one of fewer heads needs them.
 
 Modules that hold their count of heads, or the width of all heads, as a number of their own compute with it. Which
-attributes these are, `compressor.prunable` found by making the model twice. No tensors.
+attributes these are, `compressor.analysis.prunable_units` found by making the model twice. No tensors.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Ashkboos et al. 2024, arXiv 2401.15024, figure 4. Tensors
                                  would lie transposed
 
 beside those of the block itself, whose names stay as they are. What the branches of a block are, and with which of the
-block's own arguments they are called, `compressor.branches` found by running it.
+block's own arguments they are called, `compressor.analysis.branch_calls` found by running it.
 """
 
 from __future__ import annotations

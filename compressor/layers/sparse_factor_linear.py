@@ -6,7 +6,7 @@ entries stored a row. Tensors (docs/format.md):
     weight_atom_scale   float32 (n, m), int8 only
     weight_values       (out, n, k), the stored entries of S, of the same type
     weight_value_scale  float32 (out,), int8 only
-    weight_index        uint8 (ceil(out * n * bits / 8),), which entries they are (`compressor.kernels.sparse_factors`)
+    weight_index        uint8 (ceil(out * n * bits / 8),), which entries they are (`sparse_factors`)
 
     bytes = v · m · in + v · out · n · k + ceil(out · n · min(k · ceil(log2 m), m) / 8), and 4 · (n · m + out) with int8
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ShapeError
-from compressor.kernels.sparse_factors import pack_index, row_bits, sparse_product, unpack_index
+from compressor.kernels.ops.sparse_factors import pack_index, row_bits, sparse_product, unpack_index
 from compressor.layers.base import Layer
 
 
@@ -30,7 +30,7 @@ class SparseFactorLinear(Layer):
 
     form = "sparse_factor_linear"
     weight_only = False
-    helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.sparse_factors",)
+    helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.ops.sparse_factors",)
     weight_atoms: Tensor
     weight_atom_scale: Tensor
     weight_values: Tensor

@@ -2,7 +2,7 @@
 
 Wang, Dedhia, Jha 2023/24, arXiv 2305.17328. A gate has no tensors; the block keeps its own forward and weights. When
 the first module after the attention residual is called, the gate ranks the tokens by the queries and keys that the
-attention got (`compressor.token_ranking`), and this module and those after it get the kept ones alone. What comes back
+attention got (`token_ranking`), and this module and those after it get the kept ones alone. What comes back
 is spread over all tokens only where the block's own code adds it to something, and the block gives the kept tokens.
 
 How many of a sample's tokens stay is a function of how many it has, so samples of one length stay a rectangle. With
@@ -11,7 +11,7 @@ to say then follows from the mask as the model made it, so every block after a g
 where it drops nothing). The output of a model carries the mask of what is left as `kept_mask`.
 
 Attention goes on as it was (sdpa, eager, ...); a gate computes scores of its own. Which modules stand where,
-`compressor.token_sites` found by running the block.
+`compressor.analysis.token_gates` found by running the block.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
-from compressor.token_counts import tokens_after
-from compressor.token_ranking import attention_graph, choose_tokens
-from compressor.watched_attention import last_seen, register_watching, watching
+from compressor.layers.observed_attention import last_seen, register_watching, watching
+from compressor.layers.token_counts import tokens_after
+from compressor.layers.token_ranking import attention_graph, choose_tokens
 
 KEPT_MASK = "kept_mask"
 
@@ -51,7 +51,11 @@ class TokenGate(Layer):
     form = "token_gate"
     stands_for = "block"
     weight_only = False
-    helpers = ("compressor.watched_attention", "compressor.token_counts", "compressor.token_ranking")
+    helpers = (
+        "compressor.layers.observed_attention",
+        "compressor.layers.token_counts",
+        "compressor.layers.token_ranking",
+    )
 
     token_gate: dict[str, Any]
     _names: tuple[str, ...]  # of the block's own arguments after the stream, in order

@@ -33,7 +33,7 @@ Where the paper is ambiguous, and what we chose
 - Look-up tables, for what `only` names: @activation (GELU, SiLU and the like, over the range of their inputs on
   calibration data; beyond it they go on along the asymptote), @softmax (exp from -16 to 0, below which a term is 0;
   sums and division in float32) and @norm (1 / sqrt of a mantissa in [1, 4), shifted; sums in float32). Entries are
-  float32. ReLU is exact and needs none. What a table costs is bounded (`compressor.tabulate`); with lines between 256
+  float32. ReLU is exact and needs none. What a table costs is bounded (`lookup_tables`); with lines between 256
   entries: GELU 4.0e-4, SiLU 1.0e-3 over their whole range, exp 5.0e-4, 1 / sqrt 1.3e-5 of itself. The nearest entry is
   some 80 times worse.
 - `stock` writes blocks of one row as symmetric groups of compressed-tensors, which plain transformers loads. A shift is
@@ -54,12 +54,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from compressor.blockwise import quantize_blocks
 from compressor.errors import PassError, ShapeError
 from compressor.lazy import torch
-from compressor.linalg import Gram
+from compressor.methods.quantization.block_grid import quantize_blocks
+from compressor.methods.quantization.hessian import Gram
+from compressor.methods.quantization.lookup_tables import KNOWN, Table, activation_table, exp_table, root_table
 from compressor.protocol import Carry, Decision, Group, Pass, Site, Stage, Traits, Weight, WholeModel
-from compressor.tabulate import KNOWN, Table, activation_table, exp_table, root_table
 
 if TYPE_CHECKING:
     from compressor.layers.base import Layer
@@ -317,7 +317,7 @@ class BCT(Pass):
         return [*seen]
 
     def _input_exponent(self, weight: Weight, seen: Seen | None) -> torch.Tensor:
-        from compressor.kernels.blocks import shift_exponent
+        from compressor.kernels.ops.blocks import shift_exponent
 
         if seen is None or not seen.tokens:
             raise PassError(
@@ -410,7 +410,7 @@ def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any
     A float16 model's values are multiples of 2^-24, its least number. A block that asks for a smaller shift gets that
     one, and codes that stand for the same values.
     """
-    from compressor.kernels.blocks import power_of_two
+    from compressor.kernels.ops.blocks import power_of_two
     from compressor.layers.packed_linear import PackedLinear
 
     if dtype == torch.float16:

@@ -15,11 +15,11 @@ With one block and k = m this is a product of two thin matrices: low rank is a s
 
 Solver [ours]. Minimised is E = tr((W - W') H (W - W')ᵀ), H the damped second moments of the inputs in the model as
 compressed so far. Blocks in turn, `sweeps` times; in a block `pursuits` times the rows of S_b by batched orthogonal
-matching pursuit, then D_b in closed form (`compressor.sparse_coding`). A change is taken only where E falls. Atoms
+matching pursuit, then D_b in closed form (`sparse_coding`). A change is taken only where E falls. Atoms
 start as the directions of the block's SVD: by our measurement (MiniLM on SST-2, a small Llama) 3 to 40 % less error in
 the end than from rows chosen by k-means++, which remains for more atoms than directions.
 
-Its rival. At no more bytes the best product of two thin matrices (`compressor.factorization`) is computed too. Both are
+Its rival. At no more bytes the best product of two thin matrices (`low_rank`) is computed too. Both are
 rounded to their stored type, and the one with the smaller E is stored; a tie goes to the thin ones, which run faster.
 
 Sizes [ours]. `ratio` is bytes kept, of the weight in 16 bits, whatever dtype the model has. Of the pairs (m, k) that
@@ -46,10 +46,16 @@ from pydantic import Field, model_validator
 
 from compressor.bounds import Count
 from compressor.errors import ShapeError
-from compressor.factorization import Metric, dense_bytes, largest_rank, shrinks, spectrum, stage_metrics
 from compressor.lazy import torch
-from compressor.protocol import Carry, Pass, Site, Traits, Weight
-from compressor.sparse_coding import (
+from compressor.methods.factorization.low_rank import (
+    Metric,
+    dense_bytes,
+    largest_rank,
+    shrinks,
+    spectrum,
+    stage_metrics,
+)
+from compressor.methods.factorization.sparse_coding import (
     SparseFactors,
     balance,
     block_bytes,
@@ -57,6 +63,7 @@ from compressor.sparse_coding import (
     factorize,
     refit_values,
 )
+from compressor.protocol import Carry, Pass, Site, Traits, Weight
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear
@@ -246,7 +253,7 @@ class DSFormer(Pass):
 
     def _refine(self, site: Site, solved: list[Solved], wanted: list[torch.Tensor]) -> None:
         """Train all factors of the block; store them again if they, as rounded, are better on held-out batches."""
-        from compressor.straight_through import StraightThrough, mean_loss, split, train
+        from compressor.methods.factorization.joint_training import StraightThrough, mean_loss, split, train
 
         def stand_in(one: Solved) -> StraightThrough:
             return StraightThrough(*one.factors(), one.lower(), site.bias(one.weight))

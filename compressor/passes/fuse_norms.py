@@ -21,10 +21,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from compressor.lazy import torch
+from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
+from compressor.methods.rotation.turning import untied_head
+from compressor.model.residual_records import Tap
 from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
-from compressor.rotation import center, fold_gain, fold_shift
-from compressor.stream import Tap
-from compressor.turning import untied_head
 
 
 class FuseNorms(Pass):

@@ -32,10 +32,10 @@ from pydantic import Field, model_validator
 
 from compressor.bounds import Count
 from compressor.errors import PassError
-from compressor.grid import Grid, dequantize, find_grid, quantize
 from compressor.lazy import torch
-from compressor.linalg import Factor, Gram, inverse_factor
-from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor
+from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.protocol import Carry, Group, Pass, Site, Stage, Traits, Weight
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
@@ -284,7 +284,7 @@ def solve(
     updated by all columns before it; with static, or one group per row, it is found before the solve. act_order group
     is none on a weight and hessian that come permuted.
     """
-    from compressor.kernels.gptq_solve import gptq_solve_  # imports torch, for which settings must not wait
+    from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, for which settings must not wait
 
     out, columns = weight.shape
     groups = columns // width

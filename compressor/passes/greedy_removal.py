@@ -33,10 +33,7 @@ from pydantic import Field, NonNegativeFloat
 from compressor.bounds import Count
 from compressor.errors import PassError, PreflightError
 from compressor.lazy import torch
-from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
-from compressor.pruned_parameters import prune
-from compressor.pruning import PrunableSite, pruned_remodel
-from compressor.unit_masks import (
+from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
     Places,
@@ -48,7 +45,10 @@ from compressor.unit_masks import (
     predictions,
     reader_columns,
 )
-from compressor.weighing import model_size
+from compressor.methods.pruning.model_size import model_size
+from compressor.methods.pruning.pruned_parameters import prune
+from compressor.methods.pruning.pruned_shapes import PrunableSite, pruned_remodel
+from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 
 KINDS = ("heads", "ffn")
 Losses = tuple[float, float]  # on the search part and on the confirming part

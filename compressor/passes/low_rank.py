@@ -28,7 +28,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compressor.bounds import Count
-from compressor.factorization import (
+from compressor.lazy import torch
+from compressor.methods.factorization.low_rank import (
     Metric,
     Spectrum,
     dense_bytes,
@@ -38,7 +39,6 @@ from compressor.factorization import (
     spectrum,
     stage_metrics,
 )
-from compressor.lazy import torch
 from compressor.protocol import Carry, Decision, Pass, Site, Traits, Weight, WholeModel
 
 FORM, DENSE = "low_rank_linear", "dense"

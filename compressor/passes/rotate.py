@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compressor.lazy import torch
+from compressor.methods.rotation.rotation import pca, random_orthogonal, randomized_hadamard
+from compressor.methods.rotation.turning import pooled_covariance, turn
 from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
-from compressor.rotation import pca, random_orthogonal, randomized_hadamard
-from compressor.turning import pooled_covariance, turn
 
 
 class Rotate(Pass):

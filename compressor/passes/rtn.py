@@ -1,7 +1,7 @@
 """Round to nearest: each weight to the nearest point of its grid, no calibration.
 
 The baseline that every other quantizer has to beat, and GPTQ's fallback. Its grid (range, scale, zero point, searched
-range) is the same as GPTQ's, see `compressor.grid`, so a comparison of the two shows the error feedback alone.
+range) is the same as GPTQ's, see `uniform_grid`, so a comparison of the two shows the error feedback alone.
 Cost: one pass over the weights, times about sixteen when the range is searched; no memory beyond one weight.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.grid import dequantize, find_grid, quantize
-from compressor.packing import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.protocol import Carry, Pass, Site, Traits, Weight
 
 

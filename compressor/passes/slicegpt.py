@@ -46,9 +46,8 @@ from pydantic import Field, model_validator
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
-from compressor.rotation import Covariance, pca, random_orthogonal
-from compressor.slicing import (
+from compressor.methods.rotation.rotation import Covariance, pca, random_orthogonal
+from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
     global_parameters,
     global_remodel,
@@ -60,7 +59,7 @@ from compressor.slicing import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.turning import (
+from compressor.methods.rotation.turning import (
     of_trace_one,
     pooled_covariance,
     tap_covariance,
@@ -69,6 +68,7 @@ from compressor.turning import (
     turn_readers,
     turn_writers,
 )
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %

@@ -22,7 +22,7 @@ behind them.
 
 What is a unit: a key-value head with its query heads; a column of the matrix after an MLP's activation; with `hidden` a
 channel of the residual stream, where that is read by norms alone; with `layers` a whole attention or MLP, of which its
-bias stays. They are found by running the model (`compressor.prunable`).
+bias stays. They are found by running the model (`compressor.analysis.prunable_units`).
 
 Cost: three runs of the model a step (forward, and forward and backward block by block), one Gram matrix of a reader's
 inputs. Memory: one block, its activations, and one stream a block; masks themselves are a few numbers a unit.
@@ -37,15 +37,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from compressor.bounds import Count
-from compressor.budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.errors import PreflightError
-from compressor.mask_training import Course, train_masks
+from compressor.methods.pruning.mask_training import Course, train_masks
+from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
+from compressor.methods.pruning.model_size import model_size
+from compressor.methods.pruning.pruned_parameters import prune
+from compressor.methods.pruning.pruned_shapes import PrunableSite, pruned_remodel
+from compressor.methods.pruning.reconstruction import RIDGE
+from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
-from compressor.pruned_parameters import prune
-from compressor.pruning import PrunableSite, pruned_remodel
-from compressor.reconstruction import RIDGE
-from compressor.unit_masks import Places, Reader, StreamNorm, reader_columns
-from compressor.weighing import model_size
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"

@@ -36,6 +36,7 @@ from pydantic import Field, model_validator
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
+from compressor.layers.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
 from compressor.protocol import (
     Carry,
@@ -49,7 +50,6 @@ from compressor.protocol import (
     TokenFacts,
     Traits,
 )
-from compressor.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known

@@ -52,9 +52,10 @@ from kernel_peers import Candidate, Shape
 from rich.console import Console
 from rich.table import Table
 
-from compressor.environment import cpu_name
-from compressor.kernels import cpu, ops
-from compressor.kernels.dispatch import DYNAMIC_INT8, IntegerWeight
+from compressor.evaluation.environment import cpu_name
+from compressor.kernels import cpu
+from compressor.kernels.ops import linear as ops
+from compressor.kernels.prepare.dispatch import DYNAMIC_INT8, IntegerWeight
 
 SHAPES = (Shape(4096, 4096), Shape(11008, 4096), Shape(4096, 11008))
 ROWS = (1, 4, 16, 64, 256)

@@ -17,8 +17,8 @@ from kernel_decode import PROMPT, Decoder, packed
 from random_models import random_llama
 from transformers import LlamaForCausalLM
 
-from compressor.data import demo_path
 from compressor.kernels import prepare
+from compressor.model.model_files import demo_path
 
 VOCABULARY = 2048
 

@@ -35,12 +35,12 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from compressor.data import Samples, load_samples
-from compressor.environment import cpu_name
-from compressor.files import file_sha256
-from compressor.recipe import parse_recipe
+from compressor.data.samples import Samples, load_samples
+from compressor.evaluation.environment import cpu_name
+from compressor.recipe.recipe import parse_recipe
+from compressor.recipe.schema import EvalDataSettings
 from compressor.run import compress
-from compressor.settings import EvalDataSettings
+from compressor.storage.files import file_sha256
 
 BATCH = 16
 RATIOS = (0.25, 0.5, 0.15)

@@ -36,11 +36,12 @@ from random_models import is_random, random_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint import resolve_model
-from compressor.data import demo_path, load_samples
-from compressor.environment import cpu_name
-from compressor.idle_threads import environment_of_user
-from compressor.structure import read_structure
+from compressor.data.samples import load_samples
+from compressor.evaluation.environment import cpu_name
+from compressor.model.checkpoint import resolve_model
+from compressor.model.model_files import demo_path
+from compressor.model.structure import read_structure
+from compressor.process.idle_threads import environment_of_user
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

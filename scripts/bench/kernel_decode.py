@@ -11,9 +11,9 @@ from random_models import random_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from compressor.grid import find_grid, quantize
 from compressor.kernels import prepare
 from compressor.layers.packed_linear import PackedLinear
+from compressor.methods.quantization.uniform_grid import find_grid, quantize
 
 MODEL, VOCABULARY = "llama:768,12", 8192  # 98 M parameters; the head stays dense, and should not rule
 QUICK_MODEL, QUICK_VOCABULARY = "llama:128,2", 64

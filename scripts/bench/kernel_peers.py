@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.environment import cpu_features
-from compressor.kernels import ops
-from compressor.kernels.dispatch import DYNAMIC_INT8, IntegerWeight, choose
-from compressor.kernels.int8_split import round_rows
-from compressor.kernels.prepared import PreparedLinear
-from compressor.kernels.stock import StoredWeight
+from compressor.evaluation.environment import cpu_features
+from compressor.kernels.ops import linear as ops
+from compressor.kernels.ops.int8_split import round_rows
+from compressor.kernels.prepare.dispatch import DYNAMIC_INT8, IntegerWeight, choose
+from compressor.kernels.prepare.prepared import PreparedLinear
+from compressor.kernels.prepare.stock import StoredWeight
 
 HERE = Path(__file__).parent
 CHECKED = 128  # rows of the weight that are compared with float64

@@ -23,12 +23,12 @@ STEPS = "[{pass: rtn, group_size: 128, scale_search: minmax}]"
 CHILD = """
 import sys, torch
 from pathlib import Path
-from compressor.environment import peak_rss_bytes
-from compressor.journal import Journal
-from compressor.plan import make_plan
-from compressor.recipe import parse_recipe
-from compressor.data import load_samples
-from compressor.sweep import Sweeper, run_sweeps
+from compressor.evaluation.environment import peak_rss_bytes
+from compressor.storage.journal import Journal
+from compressor.engine.plan import make_plan
+from compressor.recipe.recipe import parse_recipe
+from compressor.data.samples import load_samples
+from compressor.engine.sweep import Sweeper, run_sweeps
 torch.set_num_threads(2)
 data = "data: {source: random, samples: 32, length: 64}\\n"
 recipe = parse_recipe(f"version: 1\\n{data}steps: {sys.argv[3]}\\n".encode())

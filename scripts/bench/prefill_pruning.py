@@ -35,10 +35,10 @@ from random_models import hidden_and_blocks, is_random, random_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compressor.classes import reshaped_class
-from compressor.environment import cpu_name
+from compressor.evaluation.environment import cpu_name
 from compressor.layers import lazy_block
-from compressor.structure import find_blocks
+from compressor.model.reshaped_class import reshaped_class
+from compressor.model.structure import find_blocks
 
 SCHEDULES = {"mild": (0.95, 0.85, 0.7), "default": (0.9, 0.7, 0.5), "strong": (0.7, 0.5, 0.3)}
 DEPTHS = (0.25, 0.5, 0.75)

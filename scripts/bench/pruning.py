@@ -34,12 +34,12 @@ from pydantic import Field
 from torch import Tensor
 
 from compressor import load
-from compressor.data import Samples, load_samples
-from compressor.evaluate import load_model
+from compressor.data.samples import Samples, load_samples
+from compressor.evaluation.evaluate import load_model
+from compressor.methods.pruning.pruned_shapes import PrunableSite
 from compressor.passes.vtrans import VTrans
 from compressor.protocol import Decision, ShapingModel
-from compressor.pruning import PrunableSite
-from compressor.recipe import Recipe, Step, parse_recipe
+from compressor.recipe.recipe import Recipe, Step, parse_recipe
 from compressor.run import compress
 
 METHODS = ("vtrans", "magnitude", "random 0", "random 1")

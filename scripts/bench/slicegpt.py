@@ -54,14 +54,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compressor.environment import cpu_name
-from compressor.idle_threads import environment_of_user
-from compressor.invariance import fold_tap
-from compressor.nudging import answering
-from compressor.replay import Pieces
-from compressor.residual import residual_of
-from compressor.rotation import Covariance, pca, random_orthogonal, rotate
-from compressor.slicing import (
+from compressor.analysis.perturbation import answering
+from compressor.analysis.residual_stream import residual_of
+from compressor.analysis.rotation_proof import fold_tap
+from compressor.evaluation.environment import cpu_name
+from compressor.methods.rotation.rotation import Covariance, pca, random_orthogonal, rotate
+from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
     global_parameters,
     kept_width,
@@ -70,8 +68,10 @@ from compressor.slicing import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.stream import Residual
-from compressor.structure import find_blocks
+from compressor.model.replay import Pieces
+from compressor.model.residual_records import Residual
+from compressor.model.structure import find_blocks
+from compressor.process.idle_threads import environment_of_user
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -26,12 +26,12 @@ import result_file
 import torch
 from kernel_ceilings import Ceilings
 
-from compressor.environment import cpu_name
-from compressor.kernels import gptq_solve
+from compressor.evaluation.environment import cpu_name
 from compressor.kernels.cpu import Library, library
-from compressor.kernels.gptq_columns import Columns, round_columns
-from compressor.kernels.gptq_solve import round_compiled
-from compressor.linalg import Gram, inverse_factor
+from compressor.kernels.ops import gptq_solve
+from compressor.kernels.ops.gptq_columns import Columns, round_columns
+from compressor.kernels.ops.gptq_solve import round_compiled
+from compressor.methods.quantization.hessian import Gram, inverse_factor
 from compressor.passes import gptq
 
 

@@ -37,8 +37,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from compressor.environment import cpu_name
-from compressor.idle_threads import VARIABLES
+from compressor.evaluation.environment import cpu_name
+from compressor.process.idle_threads import VARIABLES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -38,7 +38,7 @@ from demo import batches, learning_rate, loss_and_backward, perplexity, windows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compressor.environment import cpu_name
+from compressor.evaluation.environment import cpu_name
 
 SEPARATOR, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "<unk>"
 VOCABULARY = 3072

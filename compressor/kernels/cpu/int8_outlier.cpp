@@ -1,5 +1,5 @@
 // LLM.int8(): y = (x without its outlier columns, rounded to int8) @ W.T + (those columns of x) @ (those of W).T + bias.
-// The same steps and roundings as compressor.kernels.int8_split, but that a token's outlier columns add up one after the
+// The same steps and roundings as compressor.kernels.ops.int8_split, but that a token's outlier columns add up one after the
 // other, each product and sum rounded, so that its result doesn't depend on the number of tokens.
 #include <algorithm>
 

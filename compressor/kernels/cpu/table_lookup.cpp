@@ -1,4 +1,4 @@
-// f(x) from a table of equally spaced values, with the roundings of compressor.kernels.tables.look_up: place = (x - low) / step
+// f(x) from a table of equally spaced values, with the roundings of compressor.kernels.ops.tables.look_up: place = (x - low) / step
 // in float32, clamped to the table; between two entries torch.lerp, whose product and sum are one fma. With slopes, those of
 // `activate`. An inverse root reads the root of x's mantissa alone, as inverse_root does.
 #include <algorithm>

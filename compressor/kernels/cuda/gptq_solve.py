@@ -10,7 +10,7 @@ import torch
 
 from compressor.kernels.cuda import devices
 from compressor.kernels.cuda.interface import Kernels
-from compressor.kernels.gptq_columns import Columns
+from compressor.kernels.ops.gptq_columns import Columns
 
 MOST_COLUMNS = 128  # rounded in a launch; gptq_solve.cu: MAX_COLUMNS
 

@@ -1,4 +1,4 @@
-"""Torch operations over the CUDA launchers, registered for CUDA devices where compressor.kernels.ops has them.
+"""Torch operations over the CUDA launchers, registered for CUDA devices where compressor.kernels.ops.linear has them.
 
 x may be strided; y has its dtype. Sums are float32 or exact, the bias is added in float32, and y is rounded once. They
 allocate with torch, use torch's current stream and wait for nothing, so a CUDA graph can hold them. None of them has
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels.checks import check_cuda_call
 from compressor.kernels.cuda import devices, ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES
 from compressor.kernels.cuda.plans import hadamard_factor
-from compressor.kernels.registry import register_cuda
+from compressor.kernels.ops.checks import check_cuda_call
+from compressor.kernels.ops.registry import register_cuda
 
 # op -> the layout of its weights, the types of its inputs
 LAYOUTS = {
@@ -219,7 +219,7 @@ def linear_int8_outlier(
     bias: Tensor | None,
     threshold: float,
 ) -> Tensor:
-    """LLM.int8() in one call, as `compressor.kernels.ops.linear_int8_outlier`, of the weight as it is stored.
+    """LLM.int8() in one call, as `compressor.kernels.ops.linear.linear_int8_outlier`, of the weight as it is stored.
 
     The CPU library's bits.
 

@@ -8,8 +8,8 @@ import torch
 
 from compressor.kernels.cuda import ds1, mma1, mma8a1
 from compressor.kernels.cuda.interface import DTYPES, Kernels
-from compressor.kernels.gptq_columns import round_columns, trial_columns
-from compressor.kernels.hadamard_matrix import base_matrix, base_of, sylvester
+from compressor.kernels.ops.gptq_columns import round_columns, trial_columns
+from compressor.kernels.ops.hadamard_matrix import base_matrix, base_of, sylvester
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 OUT, GROUP = 70, 128

@@ -1,0 +1,339 @@
+"""How the branches of a block are called, found by running it: what `compressor.layers.rotated_block` needs to know.
+
+A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
+Which modules these are, and what else they are called with, is seen when a random twin runs: a value that a module gets
+is the norm's output, one of the block's own arguments (the very same object, or the same value under the same name), or
+a constant. That nothing was missed is then proven: with each block running as it was found, beside matrices that
+change nothing, the twin's logits must stay.
+
+Time: a few forward passes of each kind of block in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.analysis.perturbation import TOLERANCE, InDouble, size
+from compressor.analysis.residual_stream import residual_twin
+from compressor.errors import ModelError
+from compressor.layers.placing import reshape
+from compressor.layers.rms_norm import RmsNorm
+from compressor.layers.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
+from compressor.model.replay import Batch, Call, Pieces, output_of, own_calls
+from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
+from compressor.model.structure import Structure
+from compressor.model.tracing import example_batch, signature
+
+HINT = "No matrix can be put beside its branches."
+PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
+CONSTANTS = (type(None), bool, int, float, str)
+BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+Kind = tuple[Any, ...]
+Spec = dict[str, Any]
+_Edges = list[tuple[Reader | Writer | Tap, int]]  # what touches the stream, and how many of its values are left there
+
+
+@dataclass
+class _Seen:
+    """One call of a module that a block made itself.
+
+    parameters  what its forward calls its arguments, in order
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class _Record:
+    """What a block did when it ran.
+
+    known  its arguments by name, as its forward declares them
+    rest   those it doesn't declare
+    calls  in the order of their beginnings; everything they hold stays alive, so addresses tell tensors apart
+    """
+
+    known: dict[str, Any]
+    rest: dict[str, Any]
+    calls: list[_Seen] = field(default_factory=list)
+    output: Any = None
+
+
+def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
+    """Settings of a rotated_block for each kind of block, by `compressor.model.tracing.signature`.
+
+    residual  what `read_residual` found in this structure
+    raises    ModelError naming the block and what is in the way
+    """
+    return branches_of(residual_twin(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
+
+
+def branches_of(twin: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
+    """The same, given a float64 twin with random weights that has the first blocks of the model, at `path`."""
+    pieces = Pieces(twin, path)
+    found: dict[Kind, Spec] = {}
+    with InDouble(), torch.no_grad():
+        hidden, calls = _run_stem(pieces)
+        for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
+            kind = signature(twin.config, block, index)
+            if kind not in found:
+                record = _record(block, hidden, call)
+                found[kind] = _spec(block, record, residual.blocks[index], f"{path}.{index}")
+        _prove(twin, path, found)
+    return found
+
+
+def check_widths(
+    structure: Structure,
+    residual: Residual,
+    specs: Mapping[Kind, Spec],
+    widths: Sequence[Sequence[int]],
+    stem: int | None = None,
+) -> None:
+    """Run every kind of block, and stem and head, at other widths, on random weights.
+
+    Some experts give as many values as they take and nothing else, and GPT-2 wants to end with the width that it began
+    with.
+
+    widths  of each block: before each of its sites, and after the last
+    stem    width of the embeddings, where a site without branches stands between them and the first of these
+    raises  ModelError naming the block and its widths, or the model's ends
+    """
+    twin = residual_twin(structure.model, structure.pieces)
+    path = structure.pieces.blocks_path
+    pieces = Pieces(twin, path)
+    done: set[Any] = set()
+    with InDouble(), torch.no_grad():
+        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))  # without a cache that would grow
+        kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+        for number, block in enumerate(structure.pieces.blocks):
+            kind = signature(structure.model.config, block, number)
+            index, shape = kinds.index(kind), tuple(widths[number])
+            if (kind, shape) in done:
+                continue
+            done.add((kind, shape))
+            narrow = copy.deepcopy(pieces.blocks[index])
+            _narrow(narrow, _block_edges(residual.blocks[index], shape), f"{path}.{index}.", residual.width)
+            RotatedBlock.wrap(narrow, shape, specs[kind])
+            try:
+                narrow(hidden[..., : shape[0]], *calls[index].args, **calls[index].kwargs)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise ModelError(
+                    f"its branches can't take {shape[:-1]} values and give {shape[1:]} back ({error})",
+                    where=f"{path}.{number}",
+                    hint="Keep the stream's width the same there.",
+                ) from error
+        _check_ends(twin, path, residual, stem or widths[0][0], widths[-1][-1])
+
+
+def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
+    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the twin.
+
+    raises  ModelError if it can't run
+    """
+    edges: _Edges = [(writer, first) for writer in residual.stem]
+    edges += [(residual.end, last), *((reader, last) for reader in residual.end.readers)]
+    _narrow(twin, edges, "", residual.width)
+    for block in Pieces(twin, path).blocks:
+        block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], last)
+    try:
+        twin(**example_batch(twin, torch.device("cpu")))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"a stream that begins with {first} values can't end with {last} ({error})",
+            where=type(twin).__name__,
+            hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
+        ) from error
+
+
+def _block_edges(sites: Sequence[ResidualSite], widths: Sequence[int]) -> _Edges:
+    edges: _Edges = []
+    for site, before, after in zip(sites, widths, widths[1:]):
+        edges += [(tap, before) for tap in site.taps]
+        edges += [(reader, before) for tap in site.taps for reader in tap.readers]
+        edges += [(writer, after) for writer in site.writers]
+    return edges
+
+
+def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
+    """Cut matrices to so many values along the stream, and give norms for what is left; all of it random."""
+    shapes: dict[str, list[int]] = {}
+    norms: dict[str, dict[str, Any]] = {}
+    for edge, kept in edges:
+        if isinstance(edge, Tap):
+            spec = {"width": width, "eps": edge.norm.eps}
+            norms[edge.module.removeprefix(prefix)] = {"form": RmsNorm.form, "spec": spec, "shape": [kept]}
+            continue
+        name = edge.parameter.removeprefix(prefix)
+        shapes.setdefault(name, list(module.get_parameter(name).shape))[edge.axis] = kept
+    reshape(module, shapes, norms, {RmsNorm.form: RmsNorm})
+
+
+def _run_stem(pieces: Pieces) -> tuple[Tensor, list[Call]]:
+    """What the blocks are called with, with a cache and padding where the model knows them: None says nothing."""
+    batch = example_batch(pieces.model, torch.device("cpu"))
+    if "input_ids" in batch:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0, :2] = 0
+        try:
+            return pieces.stem({**batch, "attention_mask": mask, "use_cache": True})  # type: ignore[dict-item]
+        except (TypeError, ValueError):  # it knows no cache, or one of attention alone
+            pass
+    return pieces.stem(batch)
+
+
+def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
+    """Run a block and note the calls that it makes itself, not those that its modules make."""
+    parameters = inspect.signature(block.forward).parameters
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kwargs = {**call.kwargs, PROBE: object()} if takes_more else dict(call.kwargs)
+    bound = inspect.signature(block.forward).bind(hidden, *call.args, **kwargs)
+    bound.apply_defaults()
+    known = dict(list(bound.arguments.items())[1:])
+    rest: dict[str, Any] = {}
+    for parameter in parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            rest = known.pop(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
+            raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in BY_POSITION]
+        return _Seen(name, (*names, *("",) * len(args)), args, kwargs)  # "": of *args
+
+    with own_calls(block, note) as calls:
+        try:
+            output = block(hidden, *call.args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"can't be run on its own ({error})", where=type(block).__name__, hint=HINT) from error
+    return _Record(known, rest, calls, output)
+
+
+def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], where: str) -> Spec:
+    found = []
+    for site in sites:
+        names = [tap.module.removeprefix(where + ".") for tap in site.taps]
+        ways = []
+        for name in names:
+            norm = next((call for call in record.calls if call.name == name), None)
+            if norm is None:
+                raise ModelError("this norm is not called by its block itself", where=f"{where}.{name}", hint=HINT)
+            ways += [
+                {"norm": name, "steps": _steps(first, norm.output, record, where)}
+                for first in _readers(norm, norm.output, record)
+            ]
+        if not ways:
+            raise ModelError(
+                "no module takes the whole of what this norm gives", where=f"{where}.{names[0]}", hint=HINT
+            )
+        found.append({"norm": names, "shortcut": True, "branches": ways})
+    output = record.output
+    if isinstance(output, tuple) and any(part is not None for part in output[1:]):
+        raise ModelError("it returns more than the residual stream", where=where, hint=HINT)
+    return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
+
+
+def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
+    """The modules in a row that `x` goes through, beginning with `call`."""
+    steps = []
+    while True:
+        output, take = call.output, None
+        if isinstance(output, tuple):
+            output, take = output[0], 0
+        if not isinstance(output, Tensor):
+            raise ModelError(f"returns a {type(output).__name__}", where=f"{where}.{call.name}", hint=HINT)
+        place = f"{where}.{call.name}"
+        args = [_reference(name, value, x, record, place) for name, value in zip(call.parameters, call.args)]
+        hands_on = PROBE in call.kwargs
+        own = {k: v for k, v in call.kwargs.items() if not (hands_on and k in record.rest and v is record.rest[k])}
+        kwargs = {name: _reference(name, value, x, record, place) for name, value in own.items()}
+        steps.append({"call": call.name, "args": args, "kwargs": kwargs, "rest": hands_on, "take": take})
+        following = _readers(call, output, record)
+        if not following:
+            return steps
+        if len(following) > 1:
+            names = " and ".join(other.name for other in following)
+            raise ModelError(f"what it gives goes to {names}, so no row of modules is left", where=place, hint=HINT)
+        call, x = following[0], output
+
+
+def _readers(source: _Seen, value: Any, record: _Record) -> list[_Seen]:
+    """Calls after `source` that are given its output `value`, under whatever shape."""
+    found = []
+    for call in record.calls[next(i for i, call in enumerate(record.calls) if call is source) + 1 :]:
+        if any(_same(other, value) for other in [*call.args, *call.kwargs.values()]):
+            found.append(call)
+            if _same(call.output, value):  # dropout out of training: later ones read what it gave
+                break
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are one tensor, or views of all of one."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
+
+
+def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) -> list[Any]:
+    """Where an argument of a module comes from."""
+    if _same(value, x):
+        return [INPUT]
+    if name in record.known and record.known[name] is value:
+        return [ARGUMENT, name]
+    if isinstance(value, CONSTANTS):
+        return [CONSTANT, value]
+    for other, given in record.known.items():
+        if given is value:
+            return [ARGUMENT, other]
+    shown = f"the argument {name!r}" if name else "an argument"
+    raise ModelError(
+        f"gets {shown}, which is neither its norm's output nor an argument of its block", where=where, hint=HINT
+    )
+
+
+def _prove(twin: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
+    """raises ModelError naming the first block that computes something else when it runs by its spec"""
+    batch = example_batch(twin, torch.device("cpu"))
+    rotated = copy.deepcopy(twin)
+    for index, block in enumerate(Pieces(rotated, path).blocks):
+        spec = specs[signature(twin.config, block, index)]
+        width = _stream(twin, path, batch)[0].shape[-1]
+        RotatedBlock.wrap(block, (width,) * (len(spec["sites"]) + 1), spec)
+    found: list[Tensor] = []
+    expected = _stream(twin, path, batch)
+    names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "head"]
+    try:
+        _stream(rotated, path, batch, found)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(f"it can't run branch by branch ({error})", where=names[len(found)], hint=HINT) from error
+    for name, before, after in zip(names, expected, found):
+        if before.shape != after.shape or not size(before - after) <= TOLERANCE * size(before):
+            raise ModelError("run branch by branch, it computes something else", where=name, hint=HINT)
+
+
+def _stream(model: PreTrainedModel, path: str, batch: Batch, outputs: list[Tensor] | None = None) -> list[Tensor]:
+    """What each block of a run gave, and the model's output; put into `outputs` as they come."""
+    outputs = [] if outputs is None else outputs
+
+    def keep(_module: nn.Module, _args: Any, out: Any) -> None:
+        outputs.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    with ExitStack() as stack:
+        for block in Pieces(model, path).blocks:
+            stack.callback(block.register_forward_hook(keep).remove)
+        outputs.append(output_of(model(**batch)))
+    return outputs

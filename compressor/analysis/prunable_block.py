@@ -1,0 +1,400 @@
+"""Finds the units of one block by pushing and differentiating it; `prunable_units` says how, and of what model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from compressor.analysis.perturbation import TOLERANCE, size
+from compressor.errors import ModelError
+from compressor.layers.block_attention import attend
+from compressor.methods.pruning.pruned_shapes import Cut, PrunableSite
+from compressor.model.norms import describe_norm
+from compressor.model.replay import Call, LinearCall, LinearCalls
+from compressor.model.tracing import TWIN_SEED, Product
+
+OBSERVER = "observed_heads"
+FAINT = 1e-6  # of the largest gradient of a matrix: below, its rounding may hide whose it is
+SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two codes up to a million units
+ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU sleep on a token
+
+
+# the attention interface
+
+
+@dataclass
+class Observer:
+    """seen  (module, query heads, key-value heads, width of a value) of each call
+    change  what is made of an attention's output (samples, tokens, heads, head_dim)
+    """
+
+    seen: list[tuple[nn.Module, int, int, int]]
+    change: Callable[[Tensor], Tensor] | None = None
+
+
+@contextmanager
+def observing(twin: PreTrainedModel) -> Iterator[Observer]:
+    """Attention that can be watched and pushed, in place of the model's own, while inside."""
+    observer, before = Observer([]), twin.config._attn_implementation
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        observer.seen.append((module, query.shape[1], key.shape[1], value.shape[-1]))
+        output, weights = attend(module, query, key, value, *args, **kwargs)
+        return (observer.change(output) if observer.change else output), weights
+
+    AttentionInterface.register(OBSERVER, observe)
+    AttentionMaskInterface.register(OBSERVER, eager_mask)
+    twin.set_attn_implementation(OBSERVER)
+    try:
+        yield observer
+    finally:
+        twin.set_attn_implementation("eager" if before == OBSERVER else before)
+
+
+# one block
+
+
+class Finder:
+    """Finds the sites of one block of the twin."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        call: Call,
+        shape: torch.Size,
+        products: Sequence[Product],
+        where: str,
+        index: int,
+        observer: Observer,
+    ) -> None:
+        self.block, self.call, self.where, self.index, self.observer = block, call, where, index, observer
+        self.parameters = dict(block.named_parameters())
+        self.products = {product.parameter: product for product in products}
+        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.inputs = [self._random(shape) for _ in range(ROUNDS)]
+        self.attention_readers: list[str] = []
+
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
+
+    def _run(self, x: Tensor) -> list[LinearCall]:
+        """The block's products, in forward order."""
+        self.observer.seen.clear()
+        calls: list[LinearCall] = []
+        with LinearCalls(self.parameters, calls.append):
+            self.block(x, *self.call.args, **self.call.kwargs)
+        return calls
+
+    def heads(self, attributes: Mapping[str, Mapping[str, int]]) -> PrunableSite:
+        with torch.no_grad():
+            before = self._run(self.inputs[0])
+        if len(self.observer.seen) != 1:
+            what = f"calls it {len(self.observer.seen)} times" if self.observer.seen else "doesn't call it"
+            raise ModelError(
+                f"attention is found by transformers' AttentionInterface, and this block {what}", where=self.where
+            )
+        module, query_heads, groups, head_dim = self.observer.seen[0]
+        caller = next(name for name, other in self.block.named_modules() if other is module)
+        per_group = query_heads // groups
+        unit_of_head = torch.arange(query_heads) // per_group
+        reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
+        self.attention_readers.append(reader)
+        columns = _columns(units, groups)
+        cuts, shared = self._cuts(reader, units, groups)
+        made = {
+            "head_dim": head_dim,
+            "query_heads": per_group,
+            "shared": [name for name in shared if _common([name, caller]) == caller],
+            "attributes": {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
+        }
+        return self._site("heads", groups, reader, columns, cuts, caller, made)
+
+    def _read_by_heads(
+        self, before: list[LinearCall], unit_of_head: Tensor, groups: int, heads: int, head_dim: int
+    ) -> tuple[str, Tensor]:
+        """The product that reads what attention returns, and the unit of each of its input columns."""
+        where = self.where
+        push = self._random((*self.inputs[0].shape[:-1], heads, head_dim))
+        changes = []
+        for codes in [torch.ones(groups, dtype=torch.float64), *_codes(groups)]:
+            weighted = push * codes[unit_of_head].view(heads, 1)
+            self.observer.change = lambda output, weighted=weighted: output + weighted.view(output.shape)  # type: ignore[misc]
+            with torch.no_grad():
+                after = self._run(self.inputs[0])
+            self.observer.change = None
+            changes.append(after)
+        for number, call in enumerate(before):
+            moved = [after[number].input - call.input for after in changes]
+            if size(moved[0]) > TOLERANCE * size(call.input):
+                units = _decoded([m.reshape(-1, m.shape[-1]) for m in moved], 1, groups)
+                if bool((units < 0).any()):
+                    raise ModelError(
+                        "what its heads give is mixed before a matrix reads it",
+                        where=f"{where}.{_owner(call.parameter)}",
+                    )
+                return call.parameter, units
+        raise ModelError("no matrix reads what its heads give", where=where)
+
+    def ffn(self) -> PrunableSite:
+        if fused := [name for name, product in self.products.items() if product.fused_experts]:
+            raise ModelError(
+                "its experts are parts of one tensor, of which each sees other tokens",
+                where=f"{self.where}.{_owner(fused[0])}",
+            )
+        readers = [
+            name for name in self.products if name not in self.attention_readers and self._is_column_by_column(name)
+        ]
+        if not readers:
+            raise ModelError("no matrix reads what another of its matrices makes column by column", where=self.where)
+        sites = []
+        for reader in readers:
+            width = self._width(reader)
+            cuts, _ = self._cuts(reader, torch.arange(width), width)
+            made: dict[str, Any] = {"attributes": {}, "shared": []}
+            columns = tuple((column,) for column in range(width))
+            sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
+        if len(sites) > 1:
+            names = " and ".join(site.reader for site in sites)
+            raise ModelError(f"{names} both read units, and one can be pruned", where=self.where)
+        return sites[0]
+
+    def _width(self, name: str) -> int:
+        """Input columns of a product."""
+        return self.parameters[name].shape[0 if self.products[name].transposed else 1]
+
+    def _output_axis(self, name: str) -> int:
+        return 1 if name in self.products and self.products[name].transposed else 0
+
+    def _is_column_by_column(self, reader: str) -> bool:
+        """Whether one column of a product's input comes, token by token, from few rows of some other matrix."""
+        x = self.inputs[0].clone().requires_grad_(True)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                calls = self._run(x)
+                read = next((call.input for call in calls if call.parameter == reader), None)
+                if read is None:
+                    return False
+                others = [call for call in calls if call.parameter != reader]
+                weights = [self.parameters[call.parameter] for call in others]
+                for column in range(min(8, self._width(reader))):  # a ReLU may sleep on some
+                    last = read.view(*x.shape[:-1], -1)[:, -1, column].sum()
+                    found = torch.autograd.grad(last, weights, retain_graph=True, allow_unused=True)
+                    for call, gradient in zip(others, found):
+                        if gradient is None or gradient.dim() != 2:
+                            continue
+                        axis = self._output_axis(call.parameter)
+                        rows = int((gradient != 0).any(1 - axis).sum())
+                        if 0 < rows <= max(2, gradient.shape[axis] // self._width(reader)):
+                            (given,) = torch.autograd.grad(last, [call.input], retain_graph=True)
+                            given = given.view(*x.shape[:-1], -1)
+                            return not bool((given[:, :-1] != 0).any())  # attention's values are of other tokens too
+                return False
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(False)
+
+    def _gradients(self, reader: str, x: Tensor, sums: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Tensor]]:
+        """Gradients of what `sums` makes of a product's input, by parameter."""
+        wanted = {name: p for name, p in self.parameters.items() if p.dim() <= 2 and name != reader}
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                read = next(call.input for call in self._run(x) if call.parameter == reader)
+                results = []
+                for total in sums(read):
+                    found = torch.autograd.grad(total, list(wanted.values()), retain_graph=True, allow_unused=True)
+                    results.append({name: g for name, g in zip(wanted, found) if g is not None})
+                return results
+        finally:
+            for parameter in wanted.values():
+                parameter.requires_grad_(False)
+
+    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[tuple[Cut, ...], list[str]]:
+        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is.
+
+        Also the matrices whose rows act on more than one of them.
+        """
+        codes = [torch.ones(count, dtype=torch.float64), *_codes(count)]
+        owned: dict[str, Tensor] = {}
+        for x in self.inputs:
+            weights = self._random((*x.shape[:-1], len(units)))
+
+            def sums(read: Tensor, weights: Tensor = weights) -> list[Tensor]:
+                flat = weights.view(read.shape)
+                return [(read * flat * code[units]).sum() for code in codes]
+
+            gradients = self._gradients(reader, x, sums)
+            for name in gradients[0]:
+                # with one unit all that comes before it would be its own, so only matrices are asked
+                if name not in self.products and (count == 1 or self.parameters[name].dim() != 1):
+                    continue
+                found = _decoded([g[name] for g in gradients], self._output_axis(name), count)
+                owned[name] = torch.where(owned[name] < 0, found, owned[name]) if name in owned else found
+            if all(bool((found >= 0).all()) for found in owned.values() if bool((found >= 0).any())):
+                break
+        shared = [name for name, found in owned.items() if name in self.products and not bool((found >= 0).any())]
+        cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, _columns(units, count))]
+        made: set[str] = set()
+        for name, found in sorted(owned.items(), key=lambda item: item[0] not in self.products):  # biases after weights
+            if not bool((found >= 0).any()) or name in made:
+                continue
+            rows = _columns(found, count)
+            cuts.append(Cut(name, self._output_axis(name), rows))
+            bias = self._bias(name, len(found))
+            if bias is not None and bias not in made:
+                cuts.append(Cut(bias, 0, rows))
+                made.add(bias)
+        if len(cuts) == 1:
+            raise ModelError("no matrix makes its units one by one", where=f"{self.where}.{_owner(reader)}")
+        return tuple(cuts), shared
+
+    def _bias(self, weight: str, length: int) -> str | None:
+        """The bias beside a weight: attention takes no notice of a shift of its keys, so no gradient would show it."""
+        owner = _owner(weight)
+        name = f"{owner}.bias" if owner else "bias"
+        found = self.parameters.get(name)
+        return name if found is not None and tuple(found.shape) == (length,) else None
+
+    def _site(
+        self,
+        kind: str,
+        units: int,
+        reader: str,
+        columns: tuple[tuple[int, ...], ...],
+        cuts: tuple[Cut, ...],
+        caller: str | None,
+        layout: dict[str, Any],
+    ) -> PrunableSite:
+        inside = [_owner(cut.parameter) for cut in cuts] + ([caller] if caller is not None else [])
+        common = _common(inside)
+        bias = self._bias(reader, self.parameters[reader].shape[self._output_axis(reader)])
+        removal = self._removal(_owner(reader), inside, caller)
+        name = common or (caller if caller is not None else _owner(reader))
+        prefix = self.where + "."
+        cost = sum(
+            len(cut.rows[0])
+            * prod(n for axis, n in enumerate(self.parameters[cut.parameter].shape) if axis != cut.axis)
+            for cut in cuts
+        )
+        return PrunableSite(
+            prefix + name,
+            self.index,
+            kind,  # type: ignore[arg-type]
+            units,
+            prefix + _owner(reader),
+            columns,
+            tuple(replace(cut, parameter=prefix + cut.parameter) for cut in cuts),
+            prefix + bias if bias else None,
+            cost,
+            {**layout, "has_norms": self._has_other_norms(), "per_layer": None, "config": None, "removal": removal},
+        )
+
+    def _has_other_norms(self) -> bool:
+        norms = [describe_norm(module) for module in self.block.modules()]
+        return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
+
+    def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> list[dict[str, Any]]:
+        """Modules that go when no unit stays: the one that holds all of them if it gives what the reader gives, else
+        the reader, and those that make its input.
+        """
+        layer = getattr(self.block.get_submodule(caller), "layer_idx", None) if caller is not None else None
+
+        def entry(path: str, returns: int | None, adds: bool, layer: int | None = None) -> dict[str, Any]:
+            return {"path": f"{self.where}.{path}", "returns": returns, "layer": layer, "adds": adds}
+
+        common = _common(inside)
+        paths = [path for path in {reader, common, *inside} if path]
+        outputs = self._outputs(paths)
+        whole = outputs.get(common) if common else None
+        if (
+            whole is not None
+            and whole[0].shape == outputs[reader][0].shape
+            and torch.equal(whole[0], outputs[reader][0])
+        ):
+            return [entry(common, whole[1], True, layer)]
+        makers = [path for path in dict.fromkeys(inside) if path != reader]
+        holder = _common(makers)
+        if caller is not None:
+            makers = [holder] if holder else []
+        elif holder and not (reader + ".").startswith(holder + "."):
+            makers = [holder]
+        outputs |= self._outputs([path for path in makers if path not in outputs])
+        return [
+            entry(reader, outputs[reader][1], True),
+            *(entry(path, outputs[path][1], False, layer) for path in makers),
+        ]
+
+    def _outputs(self, paths: Sequence[str]) -> dict[str, tuple[Tensor, int | None]]:
+        """What modules give: the tensor, or the first of a tuple, and the length of the tuple."""
+        found: dict[str, tuple[Tensor, int | None]] = {}
+
+        def hook(path: str) -> Callable[..., None]:
+            def keep(_module: nn.Module, _args: Any, out: Any) -> None:
+                found[path] = (out[0], len(out)) if isinstance(out, tuple) else (out, None)
+
+            return keep
+
+        handles = [self.block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        with torch.no_grad():
+            self._run(self.inputs[0])
+        for handle in handles:
+            handle.remove()
+        return found
+
+
+def _codes(count: int) -> list[Tensor]:
+    """Two sets of numbers that tell units apart."""
+    generator = torch.Generator().manual_seed(TWIN_SEED)
+    even = torch.arange(count, dtype=torch.float64)
+    return [1 + (even + 1) / count, 1 + (torch.randperm(count, generator=generator).double() + 1) / count]
+
+
+def _decoded(values: Sequence[Tensor], axis: int, count: int) -> Tensor:
+    """The unit of each index along `axis`, or -1: values are what all units together do, and with the codes' weights.
+
+    An index belongs to a unit if both weighted values are the unweighted one times that unit's codes.
+    """
+    plain, *weighted = (value.movedim(axis, 0).reshape(value.shape[axis], -1) for value in values)
+    norms = plain.square().sum(1)
+    alive = norms.sqrt() > FAINT * norms.max().sqrt()
+    shares = (weighted[0] * plain).sum(1) / norms.clamp(min=torch.finfo(torch.float64).tiny)
+    units = ((shares - 1) * count - 1).round().clamp(0, count - 1).nan_to_num(0).long()
+    for value, codes in zip(weighted, _codes(count)):
+        apart = (value - codes[units].unsqueeze(1) * plain).square().sum(1).sqrt()
+        alive &= apart <= SAME * norms.sqrt()
+    return torch.where(alive, units, -1)
+
+
+def _columns(units: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
+    """The indices of each unit."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for index, unit in enumerate(units.tolist()):
+        if unit >= 0:
+            rows[unit].append(index)
+    return tuple(tuple(indices) for indices in rows)
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of them, or is the only one; "" is the block itself."""
+    parts = [path.split(".") for path in paths]
+    common = []
+    for names in zip(*parts):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)

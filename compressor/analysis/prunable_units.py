@@ -1,0 +1,210 @@
+"""What of a model can be pruned: heads and MLP units, found by running a twin, and proven by taking some away.
+
+No family is named anywhere. In a float64 twin with random weights:
+
+1. Attention is whatever calls transformers' attention interface. What it returns is pushed, head by head in different
+   shares, and the first product whose input moves is its reader; the share says whose each column is.
+2. An MLP's reader is a product whose input a matrix of the same block makes column by column.
+3. A row of a matrix belongs to the unit whose columns of the reader's input it can change. That is asked of all rows
+   and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that feeds one
+   unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it. So fused
+   and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a norm
+   over head_dim) belongs to none and stays.
+4. That nothing was missed is then proven: the twin with some units taken away, and with all of them, has to compute
+   what it computes with the reader's input set to 0 there. The same with the stock class and a config of fewer units.
+
+What attention modules say of their number of heads is found by making the model twice, once twice as wide with twice
+the heads: an attribute that doubles counts heads.
+
+Time: some tens of forward and backward passes of each kind of block; memory: the twin in float64, with gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.analysis.perturbation import InDouble
+from compressor.analysis.prunable_block import Finder, observing
+from compressor.analysis.pruning_proof import Refused, prove_sites
+from compressor.analysis.residual_stream import residual_twin
+from compressor.errors import ModelError
+from compressor.layers.removed import Removed
+from compressor.methods.pruning.pruned_shapes import KINDS, PrunableSite
+from compressor.model.replay import Pieces
+from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
+from compressor.model.structure import Structure
+from compressor.model.tracing import Product, example_batch, make_twin, signature
+
+HINT = "It can't be pruned."
+
+Kind = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a twin shows.
+
+    sites    of its blocks
+    refused  (block, kind) -> where and why, of those that have none
+    first    kind of block -> the first such block of the twin
+    """
+
+    sites: list[PrunableSite]
+    refused: Refused
+    first: dict[Kind, int]
+
+
+def look(structure: Structure) -> Seen:
+    """What a twin of the model shows; `find_prunable` reads it."""
+    twin = residual_twin(structure.model, structure.pieces)
+    return _find_in_twin(twin, structure.pieces.blocks_path, structure.traced.groups)
+
+
+def find_prunable(
+    structure: Structure, kinds: Sequence[str] = KINDS, seen: Seen | None = None
+) -> tuple[PrunableSite, ...]:
+    """The sites of these kinds in every block, in forward order of the blocks.
+
+    seen    what `look` returned, to spare another look
+    raises  ModelError naming the module and what is in the way, if a block has none of some kind. What a `removed`
+            layer has replaced is no site and not missed
+    """
+    model, path = structure.model, structure.pieces.blocks_path
+    seen = seen or look(structure)
+    sites = []
+    for index, block in enumerate(structure.pieces.blocks):
+        at = seen.first[signature(model.config, block, index)]
+        for kind in kinds:
+            here = [site for site in seen.sites if site.block == at and site.kind == kind]
+            sites += [_renamed(site, f"{path}.{at}.", f"{path}.{index}.", index, model) for site in here]
+            if not here and not _is_removed(model.config, f"{path}.{index}", kind):
+                where, why = seen.refused[at, kind]
+                raise ModelError(
+                    f"its {kind} can't be pruned: {why}",
+                    where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
+                    hint="Leave this kind of site out, or choose another model.",
+                )
+    return tuple(sites)
+
+
+def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
+    """Whether a block has lost its sub-block of a kind."""
+    return any(
+        entry["form"] == Removed.form and name.startswith(block + ".") and (entry["spec"]["of"] == kind)
+        for name, entry in reshaping(config)[1].items()
+    )
+
+
+def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
+    refused: Refused = {}
+    found: list[PrunableSite] = []
+    attributes = _attributes_of_heads(twin, path)
+    with InDouble(), observing(twin) as observer:
+        pieces = Pieces(twin, path)
+        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))
+        firsts: dict[Kind, int] = {}
+        for index, block in enumerate(pieces.blocks):
+            kind = signature(twin.config, block, index)
+            if kind in firsts:
+                at = firsts[kind]
+                old, new = f"{path}.{at}.", f"{path}.{index}."
+                found += [_renamed(site, old, new, index, twin) for site in found if site.block == at]
+                refused |= {
+                    (index, k): (w.replace(old.rstrip("."), new.rstrip("."), 1), y)
+                    for (b, k), (w, y) in list(refused.items())
+                    if b == at
+                }
+                continue
+            firsts[kind] = index
+            products = [product for group in groups[kind] for product in group]
+            finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, observer)
+            for name in KINDS:
+                try:
+                    found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
+                except ModelError as error:
+                    refused[index, name] = error.where or finder.where, error.what
+                except (
+                    RuntimeError,
+                    ValueError,
+                    TypeError,
+                    IndexError,
+                    AttributeError,
+                ) as error:  # the model's own code
+                    refused[index, name] = finder.where, f"it can't be run with its parts pushed ({error})"
+    return Seen(prove_sites(twin, path, found, refused), refused, firsts)
+
+
+# what attention modules say of their heads
+
+
+def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
+    """Module path inside a block -> integer attributes that double when heads and width do, with their values."""
+    cls = stock_class(twin)
+    plain = copy.deepcopy(twin.config)
+    for key in (SHAPES, MODULES):
+        if hasattr(plain, key):
+            delattr(plain, key)
+    wide = copy.deepcopy(plain)
+    text = wide.get_text_config()
+    values = vars(text)
+    counts = {
+        getattr(text, "attribute_map", {}).get(key, key) for key in ("num_attention_heads", "num_key_value_heads")
+    }
+    width = text.hidden_size
+    for key, value in list(values.items()):
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and (key in counts or (value == width and "head" not in key))
+        ):
+            setattr(text, key, 2 * value)
+    try:
+        models = [make_twin(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
+    heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
+    groups = next((count for count in heads if count), None)
+    if groups is None:
+        raise ModelError("its config tells no number of attention heads", where=cls.__name__, hint=HINT)
+    found: dict[str, dict[str, int]] = {}
+    for name, module in models[0].get_submodule(path).named_modules():
+        other = vars(models[1].get_submodule(f"{path}.{name}" if name else path))
+        for attribute, value in vars(module).items():
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if is_number and other.get(attribute) == 2 * value and value % groups == 0:
+                found.setdefault(name, {})[attribute] = value // groups
+    return found
+
+
+# the same in every block of a kind
+
+
+def _renamed(site: PrunableSite, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableSite:
+    """The same site of another block: `old` in front of every name becomes `new`."""
+
+    def name(full: str) -> str:
+        return new + full.removeprefix(old)
+
+    attributes = {name(path): numbers for path, numbers in site.layout["attributes"].items()}
+    removal = site.layout["removal"]
+    if removal is not None:
+        layers = [getattr(model.get_submodule(path), "layer_idx", None) for path in attributes] or [None]
+        removal = [
+            {**entry, "path": name(entry["path"]), "layer": None if entry["layer"] is None else layers[0]}
+            for entry in removal
+        ]
+    return replace(
+        site,
+        name=name(site.name),
+        block=block,
+        reader=name(site.reader),
+        cuts=tuple(replace(cut, parameter=name(cut.parameter)) for cut in site.cuts),
+        bias=name(site.bias) if site.bias else None,
+        layout={**site.layout, "attributes": attributes, "removal": removal},
+    )

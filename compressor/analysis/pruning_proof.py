@@ -1,0 +1,253 @@
+"""The proof that units of a model can go as it was found, on a float64 twin with random weights.
+
+The twin with some units taken away, other ones in each block, has to compute what it computes with the readers' inputs
+at 0 there; and so with all of them taken away. Once as the modelling file makes it, and once as the model's own class
+does with other numbers in its config. What neither can do is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.analysis.perturbation import TOLERANCE, InDouble, size
+from compressor.errors import CompressError, ModelError
+from compressor.layers.placing import reshape
+from compressor.layers.removed import Removed
+from compressor.layers.resized import Resized
+from compressor.methods.pruning.pruned_parameters import narrowed
+from compressor.methods.pruning.pruned_shapes import (
+    KINDS,
+    PrunableSite,
+    kept_slices,
+    kept_units,
+    removed_modules,
+    resized_modules,
+)
+from compressor.model.replay import Pieces, output_of
+from compressor.model.reshaped_class import is_reshaped
+from compressor.model.tracing import TWIN_SEED, example_batch, make_twin
+from compressor.protocol import Decision
+
+FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
+FORMS = {Removed.form: Removed, Resized.form: Resized}
+
+Refused = dict[tuple[int, str], tuple[str, str]]  # (block, kind) -> where, and why
+
+
+def prove_sites(
+    twin: PreTrainedModel, path: str, found: Sequence[PrunableSite], refused: Refused
+) -> list[PrunableSite]:
+    """The sites that hold, with what is known of them from here on; the others go to `refused`."""
+    proven: list[PrunableSite] = []
+    for kind in KINDS:
+        sites = [site for site in found if site.kind == kind]
+        if not sites:
+            continue
+        some = _drop_some(sites)
+        per_layer = _difference(twin, sites, some, _pruned)
+        config = _config_keys(twin, sites)
+        if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
+            config = None
+        if per_layer is not None and config is None:
+            refused |= {(site.block, kind): (site.name, per_layer + _shared(site)) for site in sites}
+            continue
+        stays = _difference(twin, sites, _nothing(sites), _pruned)
+        for site in sites:
+            removal = None if stays else site.layout["removal"]
+            layout = {**site.layout, "per_layer": per_layer, "config": config, "removal": removal}
+            del layout["shared"]
+            proven.append(replace(site, layout=layout))
+    return _vanishing(twin, path, proven)
+
+
+def _shared(site: PrunableSite) -> str:
+    """What may stand in the way: matrices whose rows act on more than one unit, as before a norm over all heads."""
+    names = ", ".join(site.layout["shared"])
+    return f"; rows of {names} act on more than one of them" if names else ""
+
+
+def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> list[PrunableSite]:
+    """The same, in forward order, with `vanishes` where a block without units can be left out."""
+    pieces = Pieces(twin, path)
+    batch = example_batch(twin, torch.device("cpu"))
+    blocks: dict[int, list[PrunableSite]] = {index: [] for index in range(len(pieces))}
+    for site in sorted(sites, key=lambda site: (site.block, KINDS.index(site.kind))):
+        blocks[site.block].append(site)
+    empty = {index for index, here in blocks.items() if len(here) == len(KINDS)}
+    with InDouble(), torch.no_grad():
+        hidden, calls = pieces.stem(batch)
+        for index in sorted(empty):
+            with masked(twin, blocks[index], _nothing(blocks[index])):
+                if not torch.equal(pieces.block(index, hidden, calls[index]), hidden):
+                    empty.remove(index)
+        if empty and len(pieces) > 1 and not _counts_on(twin, path, blocks[min(empty)]):
+            empty = set()
+    return [
+        replace(site, layout={**site.layout, "vanishes": index in empty})
+        for index, here in blocks.items()
+        for site in here
+    ]
+
+
+def _nothing(sites: Sequence[PrunableSite]) -> Decision:
+    return {"sites": {site.name: [] for site in sites}}
+
+
+def _counts_on(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> bool:
+    """Whether the class makes a model without one block in which those after it compute what they did."""
+    gone, count = sites[0].block, len(Pieces(twin, path))
+    text = twin.config.get_text_config()
+    if is_reshaped(twin.config) or text is not twin.config:
+        return False
+    config = copy.deepcopy(twin.config)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, key, [entry for index, entry in enumerate(value) if index != gone])
+    config.num_hidden_layers = count - 1
+
+    def shorter(*_: Any) -> PreTrainedModel:
+        made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
+        values = {}
+        for name, value in twin.named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{path}.{gone}."):
+                values[_renumbered(name, path, gone)] = value
+        return _filled(made, values)
+
+    return _difference(twin, sites, _nothing(sites), shorter) is None
+
+
+def _renumbered(name: str, path: str, gone: int) -> str:
+    if not name.startswith(path + "."):
+        return name
+    number, _, rest = name.removeprefix(path + ".").partition(".")
+    return f"{path}.{int(number) - (int(number) > gone)}.{rest}"
+
+
+def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model with these parameters, each under its own name. raises ModelError if it has others"""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(shapes.keys() | values.keys()):
+        if name not in shapes or name not in values or shapes[name] != values[name].shape:
+            raise ModelError(f"{name} is of another shape then", where=type(model).__name__)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(values[name], requires_grad=False))
+    return model
+
+
+def _drop_some(sites: Sequence[PrunableSite]) -> Decision:
+    """As many units of every site, but others in each: those in the middle among them."""
+    chosen = {}
+    for number, site in enumerate(sites):
+        generator = torch.Generator().manual_seed(TWIN_SEED + number)
+        order = torch.randperm(site.units, generator=generator).tolist()
+        chosen[site.name] = sorted(order[: max(1, site.units - max(1, site.units // 4))])
+    return {"sites": chosen}
+
+
+def _difference(
+    twin: PreTrainedModel,
+    sites: Sequence[PrunableSite],
+    decision: Decision,
+    make: Callable[[PreTrainedModel, Sequence[PrunableSite], Decision], PreTrainedModel],
+) -> str | None:
+    """What tells the pruned twin from the masked one; None if nothing does."""
+    batch = example_batch(twin, torch.device("cpu"))
+    share = "some" if any(decision["sites"].values()) else "all"
+    with InDouble(), torch.no_grad():
+        with masked(twin, sites, decision):
+            expected = output_of(twin(**batch))
+        try:
+            output = output_of(make(twin, sites, decision)(**batch))
+        except (CompressError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            return f"with {share} of them gone it can't run ({error})"
+    if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
+        return f"with {share} of them gone it computes something else than with their inputs at 0"
+    return None
+
+
+@contextmanager
+def masked(model: nn.Module, sites: Sequence[PrunableSite], decision: Decision) -> Iterator[None]:
+    """The model with the inputs of readers at 0 where units are gone: what a pruned model has to compute."""
+    handles = []
+    for site in sites:
+        gone = set(range(site.units)) - set(kept_units(site, decision))
+        columns = torch.tensor([column for unit in gone for column in site.columns[unit]], dtype=torch.int64)
+        hook = partial(_zeroed, columns)
+        handles.append(model.get_submodule(site.reader).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].index_fill(-1, columns, 0.0), *args[1:]
+
+
+def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableSite], decision: Decision) -> PreTrainedModel:
+    """The twin without what goes, as the modelling file would make it."""
+    values = {name: parameter for name, parameter in twin.named_parameters(remove_duplicate=False)}
+    kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
+    modules: dict[str, Any] = {}
+    for site in sites:
+        units = len(kept_units(site, decision))
+        if not units:
+            width = values[site.cuts[0].parameter].shape[1 - site.cuts[0].axis]
+            modules |= removed_modules(site, width)
+        elif units < site.units:
+            modules |= resized_modules(site, units)
+    made = copy.deepcopy(twin)
+    narrow = {name: narrowed(values[name], axes) for name, axes in kept.items()}
+    reshape(made, {name: value.shape for name, value in narrow.items()}, modules, FORMS)
+    for name, value in narrow.items():
+        made.get_parameter(name).copy_(value)
+    for site in sites:
+        if not kept_units(site, decision) and site.bias is not None:
+            home = next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+            made.get_parameter(f"{home}.bias").copy_(values[site.bias])
+    return made
+
+
+def _config_keys(twin: PreTrainedModel, sites: Sequence[PrunableSite]) -> dict[str, Any] | None:
+    """Keys of config.json that might say how many units every block has; whether they do is for a proof."""
+    if is_reshaped(twin.config) or len({site.units for site in sites}) > 1:
+        return None
+    text = twin.config.get_text_config()
+    if text is not twin.config:  # a config inside another
+        return None
+    held = vars(text)
+    if sites[0].kind == "ffn":
+        names = [key for key in FFN_KEYS if key in held and held[key] in (sites[0].units, None)]
+        return {"per_unit": {names[0]: 1}, "fixed": {}} if names else None
+    layout, names_of = sites[0].layout, getattr(text, "attribute_map", {})
+    per_unit = {names_of.get("num_attention_heads", "num_attention_heads"): layout["query_heads"]}
+    key = names_of.get("num_key_value_heads", "num_key_value_heads")
+    if key in held:
+        per_unit[key] = 1
+    return {"per_unit": per_unit, "fixed": {"head_dim": layout["head_dim"]}}
+
+
+def _of_stock_class(
+    keys: Mapping[str, Any], twin: PreTrainedModel, sites: Sequence[PrunableSite], decision: Decision
+) -> PreTrainedModel:
+    """The twin without what goes, as its own class makes it of a config."""
+    units = len(kept_units(sites[0], decision))
+    config = copy.deepcopy(twin.config)
+    for key, number in keys["per_unit"].items():
+        setattr(config, key, number * units)
+    for key, value in keys["fixed"].items():
+        setattr(config, key, value)
+    made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
+    values = dict(twin.named_parameters(remove_duplicate=False))
+    kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
+    return _filled(made, {name: narrowed(value, kept.get(name, {})) for name, value in values.items()})

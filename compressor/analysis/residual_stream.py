@@ -1,0 +1,366 @@
+"""What reads a model's residual stream and what writes to it: found by running a twin, and proven by turning it.
+
+Per block: the norms on the stream, the matrices that read each norm, and every parameter that adds to the stream. The
+same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing
+was missed is then proven: with the norms folded and everything that touches the stream turned by one random orthogonal
+matrix, the twin's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for which
+they don't is refused.
+
+Time: some tens of forward passes of each kind of block in float64; memory: the twin in float64, two blocks or a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.analysis.perturbation import (
+    TOLERANCE,
+    Answer,
+    InDouble,
+    Plane,
+    answering,
+    axes,
+    factor_along,
+    nudged,
+    points_along,
+    reads,
+    size,
+    unit,
+)
+from compressor.analysis.rotation_proof import HINT, prove_invariance
+from compressor.errors import ModelError
+from compressor.layers.rotated_block import RotatedBlock
+from compressor.model.norms import Norm, describe_norm
+from compressor.model.replay import Pieces
+from compressor.model.reshaped_class import reshaping
+from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer, renamed
+from compressor.model.structure import Structure
+from compressor.model.tracing import TWIN_SEED, example_batch, make_twin, shallow_config, signature
+
+TWIN_VOCABULARY = 256  # the twin's; rows of tables and heads are all alike
+
+Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSite, ...]]]  # signature -> first such block, and its sites
+
+
+def read_residual(structure: Structure) -> Residual:
+    """Find what touches the residual stream, and prove on a random twin that it is all.
+
+    raises  ModelError naming the module, if the stream of this model can't be rotated
+    """
+    return residual_of(structure.model, structure.pieces)
+
+
+def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
+    """The same for a model that may be on the meta device, and its pieces; its weights are not looked at."""
+    for name, entry in reshaping(model.config)[1].items():
+        if entry["form"] == RotatedBlock.form:
+            raise ModelError("has matrices beside its branches already, as a sliced model has", where=name, hint=HINT)
+    twin, path = residual_twin(model, pieces), pieces.blocks_path
+    residual, kinds = find_residual(twin, path)
+    prove_invariance(twin, path, residual)
+    return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
+
+
+def residual_twin(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
+    """A shallow twin in float64, untied, with a small vocabulary.
+
+    Its weights are random, its gains not one and its biases not zero, which would hide what is wrong with a fold.
+    """
+    config = shallow_config(model.config, model, pieces)
+    text = config.get_text_config()
+    if (vocabulary := getattr(text, "vocab_size", 0)) > TWIN_VOCABULARY:
+        text.vocab_size = TWIN_VOCABULARY
+        if (getattr(text, "pad_token_id", None) or 0) >= TWIN_VOCABULARY:
+            text.pad_token_id = None
+        _shorten_tables(config, vocabulary, pieces.blocks_path)
+    twin = make_twin(type(model), config, torch.device("cpu"), torch.float64)
+    fill(twin)
+    return twin
+
+
+def _shorten_tables(config: PretrainedConfig, vocabulary: int, path: str) -> None:
+    """Tables and heads that a reshaped model's config gives the vocabulary's rows get the twin's."""
+    shapes = reshaping(config)[0]
+    for name, shape in shapes.items():
+        if shape and shape[0] == vocabulary and not name.startswith(path + "."):
+            shapes[name] = [TWIN_VOCABULARY, *shape[1:]]
+
+
+def fill(model: nn.Module) -> None:
+    """Give a float64 model seeded random parameters of its own under each name, so that head and table are two."""
+    generator = torch.Generator().manual_seed(TWIN_SEED)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.dim() < 2:
+            value = parameter + 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        else:
+            value = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / parameter.shape[-1] ** 0.5
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
+    """Readers and writers of a float64 model with random weights; `path` is that of its block list.
+
+    raises  ModelError naming the module that stands in the way
+    """
+    pieces = Pieces(twin, path)
+    batch = example_batch(twin, torch.device("cpu"))
+    outside = {name: p for name, p in twin.named_parameters() if not name.startswith(path + ".")}
+    modules = {name: module for name, module in twin.named_modules() if not name.startswith(path + ".")}
+    kinds: Kinds = {}
+    with InDouble():
+        hidden, calls = pieces.stem(batch)
+        for index, call in enumerate(calls):
+            block, prefix = pieces.blocks[index], f"{path}.{index}."
+            kind = signature(twin.config, block, index)
+            if kind in kinds:
+                continue
+            runner = _Runner(
+                partial(pieces.block, index, call=call),
+                {prefix + name: module for name, module in block.named_modules() if name},
+                {prefix + name: parameter for name, parameter in block.named_parameters()},
+                hidden,
+            )
+            kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
+        stem = _find_stem(lambda: pieces.stem(batch)[0], modules, outside, hidden.shape[-1])
+        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), twin)
+    residual = Residual(
+        hidden.shape[-1], end.norm.kind, stem, _every_block(kinds, twin.config, pieces.blocks, path), end
+    )
+    for tap in residual.taps():
+        if tap.norm.kind != residual.kind:
+            raise ModelError("LayerNorm and RMSNorm stand on one residual stream", where=tap.module, hint=HINT)
+    return residual, kinds
+
+
+def _every_block(
+    kinds: Kinds, config: PretrainedConfig, blocks: Sequence[nn.Module], path: str
+) -> tuple[tuple[ResidualSite, ...], ...]:
+    """The sites of each block, after the first block of its kind."""
+    found = []
+    for index, block in enumerate(blocks):
+        first, sites = kinds[signature(config, block, index)]
+        found.append(tuple(renamed(site, f"{path}.{first}.", f"{path}.{index}.") for site in sites))
+    return tuple(found)
+
+
+class _Runner:
+    """A block, or the head, as a function of the stream that enters it, with its norms of the stream's width.
+
+    `states` runs it with some of those norms held to their planes.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        modules: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        example: Tensor,
+    ) -> None:
+        self.run = run
+        self.parameters = parameters
+        self.width = example.shape[-1]
+        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.x = torch.randn(example.shape, dtype=torch.float64, generator=self.generator)
+        self.direction = unit(self.width, self.generator)
+        self.norms = _norms(modules, self.width)
+        self.modules = {name: modules[name] for name in self.norms}
+        self.planes = {name: Plane(self.width, self.generator) for name in self.norms}
+
+    def states(self, held: Mapping[str, Answer], x: Tensor | None = None) -> dict[str, Tensor]:
+        """What each norm got, in forward order, and last, under "", the output; each as (tokens, features).
+
+        raises  ModelError if a norm runs twice
+        """
+        with answering(self.modules, held) as calls:
+            output = self.run(self.x if x is None else x)
+        states: dict[str, Tensor] = {}
+        for name, seen in calls:
+            if name in states:
+                raise ModelError("this norm runs more than once", where=name, hint=HINT)
+            states[name] = _rows(seen)
+        return {**states, "": _rows(output)}
+
+    def pushed(self) -> Tensor:
+        """The input moved along the direction, by a different amount at each token."""
+        rest = torch.randn(*self.x.shape[:-1], 1, dtype=torch.float64, generator=self.generator)
+        return self.x + rest * self.direction
+
+    def rest(self, parameter: Tensor, axis: int) -> Tensor:
+        shape = [n for i, n in enumerate(parameter.shape) if i != axis]
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # some families flatten the tokens of all samples on the way
+
+
+def _norms(modules: Mapping[str, nn.Module], width: int) -> dict[str, Norm]:
+    described = {name: describe_norm(module) for name, module in modules.items()}
+    return {name: norm for name, norm in described.items() if norm is not None and norm.width == width}
+
+
+def _find_stem(
+    run: Callable[[], Tensor], modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], width: int
+) -> tuple[Writer, ...]:
+    norms = _norms(modules, width)
+    with answering({name: modules[name] for name in norms}, {}) as calls:
+        before = run()
+    if calls:
+        raise ModelError("the embeddings pass this norm before the first block", where=calls[0][0], hint=HINT)
+    direction = unit(width, torch.Generator().manual_seed(TWIN_SEED))
+    writers = []
+    for name, parameter in parameters.items():
+        for axis in axes(parameter, width):
+            with nudged(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
+                change = run() - before
+            if size(change) > TOLERANCE and points_along(change, direction):
+                writers.append(Writer(name, axis, factor_along(change, direction)))
+    return tuple(writers)
+
+
+def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
+    """The sites of one block in forward order."""
+    on_stream = _norms_on_stream(runner, where)
+    held = {name: runner.planes[name] for name in on_stream}
+    pushed = runner.pushed()
+    before, moved = runner.states(held), runner.states(held, pushed)
+    for name in (*on_stream, ""):
+        if not _same(moved[name] - before[name], _rows(pushed - runner.x)):
+            raise ModelError(
+                "something reads the residual stream past its norms, or scales it", where=name or where, hint=HINT
+            )
+    groups: list[list[str]] = []  # norms that see the same stream
+    for name in on_stream:
+        if groups and torch.equal(before[groups[-1][0]], before[name]):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    writers = _find_writers(runner, held, [group[0] for group in groups])
+    sites = []
+    for group, written in zip(groups, writers):
+        taps = tuple(_find_tap(runner, name, held) for name in group)
+        if not written:
+            raise ModelError(
+                "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
+                where=group[0],
+                hint=HINT,
+            )
+        sites.append(ResidualSite(taps, written))
+    return tuple(sites)
+
+
+def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
+    """Norms of the block that see the stream itself, in forward order."""
+    before, moved = runner.states(runner.planes), runner.states(runner.planes, runner.pushed())
+    for name in before:
+        if not name:
+            continue
+        answers: dict[str, Answer] = {**runner.planes, name: runner.planes[name].moved(runner.direction)}
+        change = runner.states(answers)[""] - before[""]
+        if size(change) > TOLERANCE * size(before[""]) and points_along(change, runner.direction):
+            passes = size(moved[""] - before[""]) <= TOLERANCE * size(before[""])
+            raise ModelError(
+                "the residual stream passes through this norm (post-norm)"
+                if passes
+                else "this norm stands on a branch's output, so its gain acts on the residual stream itself",
+                where=name,
+                hint=HINT,
+            )
+    names = [
+        name
+        for name in before
+        if name
+        and size(moved[name] - before[name]) > TOLERANCE * size(before[name])
+        and points_along(moved[name] - before[name], runner.direction)
+    ]
+    if not names:
+        raise ModelError("no LayerNorm or RMSNorm reads the residual stream in this block", where=where, hint=HINT)
+    return names
+
+
+def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[Writer, ...]]:
+    """What adds to the stream between one site's norm and the next one's. `firsts` names a norm of each site."""
+    before = runner.states(held)
+    found: list[list[Writer]] = [[] for _ in firsts]
+    for name, parameter in runner.parameters.items():
+        for axis in axes(parameter, runner.width):
+            with nudged(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
+                after = runner.states(held)
+            changes = [after[state] - before[state] for state in (*firsts, "")]
+            moved = [index for index, change in enumerate(changes) if size(change) > TOLERANCE]
+            if not moved or not points_along(changes[moved[0]], runner.direction):
+                continue
+            if moved[0] == 0:
+                raise ModelError("this is added to the residual stream before the first norm", where=name, hint=HINT)
+            if not all(_same(change, changes[moved[0]]) for change in changes[moved[0] :]):
+                raise ModelError("what this adds doesn't stay on the residual stream", where=name, hint=HINT)
+            found[moved[0] - 1].append(Writer(name, axis, factor_along(changes[moved[0]], runner.direction)))
+    return [tuple(writers) for writers in found]
+
+
+def _same(change: Tensor, wanted: Tensor) -> bool:
+    """Whether two changes are equal up to rounding."""
+    return size(change - wanted) <= TOLERANCE * size(wanted)
+
+
+def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
+    """What reads a norm; raises ModelError if nothing does."""
+    plane = held[name]
+
+    def run() -> Tensor:
+        return runner.states(held)[""]
+
+    before = run()
+    readers = []
+    for parameter_name, parameter in runner.parameters.items():
+        for axis in axes(parameter, runner.width):
+            rest = runner.rest(parameter, axis)
+            if reads(run, before, parameter, axis, plane, rest):
+                bias = _bias(runner, run, parameter_name, axis, plane, rest)
+                readers.append(Reader(parameter_name, axis, bias))
+    if not readers:
+        raise ModelError("no matrix reads the output of this norm", where=name, hint=HINT)
+    return Tap(name, runner.norms[name], tuple(readers))
+
+
+def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plane: Plane, rest: Tensor) -> str | None:
+    """The parameter beside `name` that acts as its bias: a push of it does what one of W along plane.base does."""
+    owner = name.rpartition(".")[0]
+    parameter = runner.parameters[name]
+    for other, candidate in runner.parameters.items():
+        if other == name or other.rpartition(".")[0] != owner or candidate.shape != rest.shape:
+            continue
+        with nudged(parameter, axis, plane.base / runner.width**0.5, rest):
+            through_weight = run()
+        before = candidate.clone()
+        candidate.add_(rest)
+        through_bias = run()
+        candidate.copy_(before)
+        if _same(through_weight, through_bias):
+            return other
+    return None
+
+
+def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
+    where = type(twin).__name__
+    seen = [name for name in runner.states({}) if name]
+    if len(seen) != 1:
+        found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
+        raise ModelError(
+            f"{found} of the stream's width after the last block; it has to be one", where=where, hint=HINT
+        )
+    held = {seen[0]: runner.planes[seen[0]]}
+    before, moved = runner.states(held), runner.states(held, runner.pushed())
+    if size(moved[""] - before[""]) > TOLERANCE * size(before[""]):
+        raise ModelError("the head reads the residual stream past its norm", where=where, hint=HINT)
+    if not points_along(moved[seen[0]] - before[seen[0]], runner.direction):
+        raise ModelError("this norm doesn't see the residual stream itself", where=seen[0], hint=HINT)
+    return _find_tap(runner, seen[0], held)

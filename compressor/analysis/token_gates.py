@@ -1,0 +1,423 @@
+"""Where a gate can stand in each block of a model, found by running it: what `compressor.layers.token_gate` needs.
+
+A gate stands after the attention residual and before the MLP. On a random twin: the module that calls transformers'
+attention interface is the attention; the first later module whose output can be made zero while the block's output
+still depends on the attention reads the residual stream, so the gate stands before it. What a later module gives either
+goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That nothing was missed
+is proven: everything after attention works on one token at a time, so a gated block must give what the block itself
+gives for the tokens that were kept.
+
+Time: a few forward passes of a twin.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.errors import ModelError
+from compressor.layers.observed_attention import register_watching, watching
+from compressor.layers.token_gate import TokenGate, attended, noting_choices
+from compressor.model.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of, own_calls
+from compressor.model.structure import Structure
+from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
+from compressor.protocol import BlockTokens, TokenFacts
+
+HINT = "Tokens of this model can't be pruned."
+CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
+TOKENS = 13  # of the text a twin reads
+PADDED = 3  # of them, in the second sample
+TOLERANCE = 1e-5  # relative, of float32
+UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # what attention may get and a gate doesn't compute
+PROOF = {
+    "keep": 0.5,
+    "similar": 0.3,
+    "partition": "sequential",
+    "order": "ISI",
+    "iterations": 5,
+    "tolerance": 0.0,
+    "filter": None,
+    "heads": "rms",
+    "seed": 0,
+    "minimum": 4,
+}
+
+
+@dataclass
+class _Seen:
+    """One call of a module that a block made itself."""
+
+    name: str
+    nth: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+    @property
+    def given(self) -> list[Any]:
+        return [*self.args, *self.kwargs.values()]
+
+
+def find_token_sites(structure: Structure) -> TokenFacts:
+    """What a token pruner has to know of a model.
+
+    raises  ModelError naming the block, or the model, and what is in the way
+    """
+    model, path = structure.model, structure.pieces.blocks_path
+    config = shallow_config(model.config, model, structure.pieces)
+    twin = make_twin(type(model), config, torch.device("cpu"), torch.float32)
+    _refuse_outputs(model)
+    with torch.no_grad():
+        return _find(structure, twin, path)
+
+
+def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
+    pieces = Pieces(twin, path)
+    batch = _batch(twin)
+    hidden, calls = pieces.stem(batch)
+    if hidden.dim() != 3:
+        raise ModelError(
+            f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
+            where=type(twin).__name__,
+            hint=HINT,
+        )
+    is_text = "input_ids" in batch
+    patches = None if is_text else _patches(twin, hidden.shape[1])
+    protect = (1, 1)
+    if patches is not None:
+        protect = (hidden.shape[1] - patches[0] * patches[1], 0)
+    kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+    mask = _mask_argument(pieces, calls, hidden, batch)
+    register_watching()
+    found: dict[Any, BlockTokens] = {}
+    for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
+        if kinds[index] not in found:
+            found[kinds[index]] = _of_block(block, hidden, call, mask, f"{path}.{index}")
+        following = pieces.block(index, hidden, call)
+        if following.shape != hidden.shape:
+            raise ModelError(
+                f"gives {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
+            )
+        hidden = following
+    everywhere = [
+        found[signature(structure.model.config, block, index)] for index, block in enumerate(structure.pieces.blocks)
+    ]
+    tokens = None if is_text else hidden.shape[1]
+    facts = TokenFacts(tokens, hidden.shape[2], protect, patches, tuple(everywhere), _outside(structure, patches))
+    _prove(pieces, replace(facts, blocks=tuple(found[kind] for kind in kinds)), batch)
+    return facts
+
+
+def _refuse_outputs(model: PreTrainedModel) -> None:
+    for key in ("output_attentions",):
+        if getattr(model.config, key, False):
+            raise ModelError(
+                f"config.json asks for {key}, which would be of another size after each gate",
+                where=type(model).__name__,
+                hint=f"Set {key} to false.",
+            )
+
+
+def _batch(twin: PreTrainedModel) -> Batch:
+    """Two samples; of text the second has padding."""
+    batch = example_batch(twin, torch.device("cpu"), samples=2, tokens=TOKENS)
+    if "input_ids" in batch:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[1, -PADDED:] = 0
+        batch["attention_mask"] = mask
+    return batch
+
+
+def _patches(twin: PreTrainedModel, tokens: int) -> tuple[int, int]:
+    """Rows and columns of the image's patches, which are its last tokens. raises ModelError if the tokens are others"""
+    sizes = []
+    for key in ("image_size", "patch_size"):
+        value = getattr(twin.config, key, None)
+        if value is None:
+            raise ModelError(f"its config has no {key}", where=type(twin).__name__, hint=HINT)
+        sizes.append((value, value) if isinstance(value, int) else tuple(value))
+    rows, columns = (side // patch for side, patch in zip(*sizes))
+    if not 0 <= tokens - rows * columns <= 8:  # one for the class, one for distillation, a few registers
+        raise ModelError(
+            f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
+            where=type(twin).__name__,
+            hint=HINT,
+        )
+    return rows, columns
+
+
+def _arguments(block: nn.Module, hidden: Tensor, call: Call) -> dict[str, Any]:
+    """What a block is called with, by name; beside the stream."""
+    signature_ = inspect.signature(block.forward)
+    bound = signature_.bind(hidden, *call.args, **call.kwargs)
+    found = dict(list(bound.arguments.items())[1:])
+    for parameter in signature_.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(parameter.name, {})
+    return found
+
+
+def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Batch) -> str | None:
+    """Name of the argument that tells blocks which tokens are padding. raises ModelError for anything else of tokens"""
+    names = set()
+    n = hidden.shape[1]
+    for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
+        where = f"{pieces.blocks_path}.{index}"
+        for name, value in _arguments(block, hidden, call).items():
+            parts = [part for part in (value if isinstance(value, (tuple, list)) else [value]) if _is_of(part, n)]
+            if not parts:
+                continue
+            if name != "attention_mask" or not isinstance(value, Tensor):
+                raise ModelError(
+                    f"its blocks get {name}, which belongs to tokens and can't be narrowed with them",
+                    where=where,
+                    hint=HINT,
+                )
+            wanted = batch.get("attention_mask", torch.ones(hidden.shape[:2])).bool()
+            rows = value if value.dim() == 2 else value[:, :1]
+            if not attended(value, len(hidden)).equal(wanted) or (value.dim() == 4 and not _same_rows(rows)):
+                raise ModelError(
+                    "its attention is not the same for all queries (causal, or within a window)",
+                    where=where,
+                    hint=CAUSAL_HINT,
+                )
+            names.add(name)
+        if "attention_mask" in inspect.signature(block.forward).parameters:
+            names.add("attention_mask")
+    return "attention_mask" if names else None
+
+
+def _is_of(value: Any, tokens: int) -> bool:
+    return isinstance(value, Tensor) and tokens in value.shape
+
+
+def _same_rows(mask: Tensor) -> bool:
+    return bool((mask == mask[:, :, :1]).all())
+
+
+def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, where: str) -> BlockTokens:
+    attention, query = _attention(block, hidden, call, where)
+    _refuse_order(block, hidden, call, where)
+    seen, output = _record(block, hidden, call)
+    first = next((i for i, one in enumerate(seen) if _holds(one.name, attention)), None)
+    if first is None:
+        raise ModelError("its attention is not called by the block itself", where=where, hint=HINT)
+    at = next(
+        (i for i in range(first + 1, len(seen)) if _reads_stream(block, hidden, call, seen[first], seen[i])), None
+    )
+    if at is None:
+        raise ModelError(
+            "no module after its attention reads the residual stream, so there is no place between them",
+            where=where,
+            hint=HINT,
+        )
+    behind = seen[at:]
+    result = output[0] if isinstance(output, tuple) else output
+    after = []
+    for number, one in enumerate(behind):
+        entering = next((value for value in one.given if isinstance(value, Tensor)), None)
+        if entering is None or entering.shape[:2] != hidden.shape[:2]:
+            raise ModelError(
+                "does not get the tokens themselves, so it can't be given fewer", where=f"{where}.{one.name}", hint=HINT
+            )
+        given = one.output[0] if isinstance(one.output, tuple) else one.output
+        goes_on = any(_same(given, value) for other in behind[number + 1 :] for value in other.given)
+        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not _same(given, result)})
+    entries = _entries(block, hidden, call, {one.name for one in behind})
+    return BlockTokens(
+        attention, tuple(after), mask, entries[0], entries[1], query.shape[1] * query.shape[3], query.shape[1]
+    )
+
+
+def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tuple[str, Tensor]:
+    """The module that calls transformers' attention interface, and the queries it hands on."""
+    notes: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    others: list[dict[str, Any]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        others.append(kwargs)
+
+    with ExitStack() as stack:
+        for name, module in block.named_modules():
+            if name and hasattr(getattr(module, "config", None), "_attn_implementation"):
+                stack.enter_context(watching(module, notes.setdefault(name, [])))
+                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        block(hidden, *call.args, **call.kwargs)
+    used = [name for name, found in notes.items() if found]
+    if len(used) != 1 or len(notes[used[0]]) != 1:
+        raise ModelError(
+            "its attention isn't called through transformers' attention interface, so queries and keys aren't seen"
+            if not used
+            else f"it has {len(used)} attentions, of which a gate can follow one",
+            where=where,
+            hint=HINT,
+        )
+    query, key, _ = notes[used[0]][0]
+    if query.dim() != 4 or query.shape[2] != hidden.shape[1] or key.shape[2] != hidden.shape[1]:
+        raise ModelError(
+            f"its attention gets queries {tuple(query.shape)} and keys {tuple(key.shape)} for {hidden.shape[1]} tokens",
+            where=where,
+            hint=HINT,
+        )
+    for given in others:
+        if strange := [name for name in UNKNOWN if given.get(name) is not None]:
+            raise ModelError(f"its attention gets {strange[0]}, which a gate doesn't compute", where=where, hint=HINT)
+    return used[0], query
+
+
+def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> None:
+    """A causal model's first token sees itself alone, and votes all go to it; and generation needs every key."""
+    changed = hidden.clone()
+    changed[0, -1] += 1  # the first sample has no padding
+    before, after = (_stream(block(x, *call.args, **call.kwargs)) for x in (hidden, changed))
+    if torch.equal(before[0, 0], after[0, 0]):
+        raise ModelError(
+            "its first token doesn't see its last: it is causal, or attends within a window",
+            where=where,
+            hint=CAUSAL_HINT,
+        )
+
+
+def _record(block: nn.Module, hidden: Tensor, call: Call) -> tuple[list[_Seen], Any]:
+    """Run a block and note the calls that it makes itself, not those that its modules make."""
+    count: dict[str, int] = {}
+
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
+        nth = count.get(name, 0)
+        count[name] = nth + 1
+        return _Seen(name, nth, args, kwargs)
+
+    with own_calls(block, note) as calls:
+        return calls, block(hidden, *call.args, **call.kwargs)
+
+
+def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: _Seen, candidate: _Seen) -> bool:
+    """Whether the block's output depends on the attention also past this module."""
+    outputs = []
+    for other in (lambda x: x, lambda x: x.flip(-1)):  # not a multiple, which a norm would undo
+        with _answering(block, attention, other), _answering(block, candidate, torch.zeros_like):
+            outputs.append(_stream(block(hidden, *call.args, **call.kwargs)))
+    return not torch.equal(*outputs)
+
+
+@contextmanager
+def _answering(block: nn.Module, call: _Seen, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """One call of a module gives something else, made of what it would give."""
+    count = -1
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count != call.nth:
+            return None
+        return (answer(output[0]), *output[1:]) if isinstance(output, tuple) else answer(output)
+
+    handle = block.get_submodule(call.name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> tuple[int, int]:
+    """Entries of the matrices that multiply every token, before and after the gate."""
+    found: list[LinearCall] = []
+    with LinearCalls(dict(block.named_parameters()), found.append):
+        block(hidden, *call.args, **call.kwargs)
+    sizes = [0, 0]
+    for seen in found:
+        sizes[any(_holds(part, seen.parameter) for part in after)] += seen.elements
+    return sizes[0], sizes[1]
+
+
+def _outside(structure: Structure, patches: tuple[int, int] | None) -> int:
+    """Multiply-accumulates of a sample in stem and head, which don't depend on how many tokens are left.
+
+    The head's matrices multiply one token: with per-token heads no gate is built.
+    """
+    total = sum(weight.out_features * weight.in_features for weight in _head_weights(structure))
+    if patches is not None:
+        prefix = structure.pieces.blocks_path + "."
+        kernels = [p for n, p in structure.model.named_parameters() if p.dim() == 4 and not n.startswith(prefix)]
+        total += patches[0] * patches[1] * sum(kernel.numel() for kernel in kernels)
+    return total
+
+
+def _head_weights(structure: Structure) -> Iterator[Any]:
+    for stage in structure.stages(structure.block_count + 1):
+        for group in stage:
+            yield from group
+
+
+def _prove(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
+    """Gated blocks give what they would for the tokens kept, and the model bears it; a sample alone gives the same.
+
+    raises  ModelError naming the block, or the model
+    """
+    twin = pieces.model
+    hidden, calls = pieces.stem(batch)
+    for index, block in enumerate(pieces.blocks):
+        whole = pieces.block(index, hidden, calls[index])
+        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:
+            fewer = pieces.block(index, hidden, calls[index])
+        if not choices or not _are_of(fewer, whole, choices[0]):
+            raise ModelError(
+                "with fewer tokens after its attention, it computes something else for them",
+                where=f"{pieces.blocks_path}.{index}",
+                hint=HINT,
+            )
+        hidden = whole
+    with ExitStack() as stack:
+        for number, block in enumerate(pieces.blocks):
+            spec = facts.gate(number, [0.5] * number, PROOF)
+            stack.enter_context(TokenGate.wrapped(block, spec))
+        try:
+            output = output_of(twin(**batch))
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise ModelError(
+                f"its head needs every token ({str(error)[:200]})", where=type(twin).__name__, hint=HINT
+            ) from error
+        _check_output(twin, output, hidden.shape[1])
+        if "attention_mask" in batch and output.dim() == 2:
+            alone = {name: value[1:, :-PADDED] for name, value in batch.items()}
+            other = output_of(twin(**alone))
+            if not torch.allclose(output[1:], other, rtol=0, atol=TOLERANCE * float(output.abs().max())):
+                raise ModelError("what it makes of a sample depends on padding", where=type(twin).__name__, hint=HINT)
+
+
+def _check_output(twin: PreTrainedModel, output: Tensor, tokens: int) -> None:
+    """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
+    has_head = twin.base_model is not twin
+    if output.dim() != 2 and has_head:
+        raise ModelError(
+            f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
+            where=type(twin).__name__,
+            hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
+        )
+
+
+def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
+    """Whether (b, left, d) are the chosen (b, left) tokens of (b, n, d)."""
+    wanted = whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2]))
+    return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
+
+
+def _holds(module: str, name: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
+
+
+def _stream(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,1 @@
+"""Artifacts: written, loaded, verified and inspected."""

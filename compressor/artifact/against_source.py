@@ -1,0 +1,308 @@
+"""Compares an artifact with its source, where the source is what stock transformers loads of it.
+
+Nothing of the source is read by this package's own reader here, so a mistake of the reader (another file, rounded
+parameters, codes taken for weights, a dropped tensor) is found and not repeated. What can be compared depends on the
+steps that made the artifact (`source.changes` in the manifest):
+
+- no step changed the model itself: every tensor that no step touched equals the source's bit for bit; every stored
+  weight is as far from the source's as the run recorded it; and the source's model with the stored layers in it
+  computes what the artifact computes
+- a step rewrote parameters: this package's reading of the source equals stock transformers' bit for bit, and the
+  distance of the outputs is reported; it is judged where the steps keep the function (fuse_norms, rotate) and nothing
+  was quantized
+
+A source that doesn't fit into memory is loaded to disk by transformers itself, and run and compared part by part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from torch import Tensor
+
+from compressor.artifact.artifact import MANIFEST
+from compressor.artifact.stock_loading import OFFLINE
+from compressor.engine.block_io import Form, UnitSource
+from compressor.errors import ArtifactError
+from compressor.layers import find_layer
+from compressor.methods.quantization.hessian import relative_distance
+from compressor.model.attention import plain_options
+from compressor.model.checkpoint import Checkpoint
+from compressor.model.reshaped_class import is_reshaped
+from compressor.model.structure import class_of, read_structure
+from compressor.model.weight_names import read_parameter
+from compressor.protocol import Weight
+
+MEMORY_SHARE = 0.8  # of the available memory that a source may take before it goes to disk
+ERROR_TOLERANCE = 1e-3  # of a recorded error: the same numbers, summed in another order
+# Rounding each parameter to its dtype once moves outputs by about a unit in the last place a block, and a rotation adds
+# sums of its own; a wrong rotation moves them by about their own size.
+ROUNDING_UNITS = 8
+
+Print = tuple[str, str]  # dtype and shape of a tensor, SHA-256 of its bytes
+
+
+def load_source(
+    directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, offload: Path | None
+) -> Any:
+    """The source by `from_pretrained`, in eval mode.
+
+    dtype    of the artifact; transformers keeps some parameters in float32 all the same
+    offload  an empty folder: parameters stay on disk until a module runs. None: all are in memory
+    raises   ModelError where its class is code of the checkpoint, and that isn't trusted
+    """
+    cls: Any = class_of(checkpoint, trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, **OFFLINE, **plain_options(checkpoint.config)}
+    if offload is not None:
+        options |= {"device_map": {"": "disk"}, "offload_folder": str(offload)}
+    return cls.from_pretrained(directory, **options).eval()
+
+
+def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) -> bool:
+    """Whether the source in `dtype` is larger than `limit` bytes, or than most of the memory that is available now."""
+    size = sum(info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values()) * dtype.itemsize
+    return size > (MEMORY_SHARE * psutil.virtual_memory().available if limit is None else limit)
+
+
+def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """The steps that changed the model itself, and the recorded error of each stored weight.
+
+    raises ArtifactError for an artifact whose manifest doesn't say it
+    """
+    source = manifest["source"]
+    if source.get("changes") is None:
+        raise ArtifactError(
+            "doesn't say how the artifact and its source compare",
+            where=MANIFEST,
+            hint="It is of an earlier release: verify without --source, or build the artifact again.",
+        )
+    return source["changes"], source.get("relative_errors", {})
+
+
+def why_not_comparable(checkpoint: Checkpoint) -> str | None:
+    """Why stock transformers can't load this source at all."""
+    if is_reshaped(checkpoint.config):
+        return "the source's config.json asks for shapes or layers that stock transformers doesn't know"
+    return None
+
+
+def prints_of(model: Any) -> dict[str, Print]:
+    """The print of every parameter and buffer that isn't on the meta device, under each of its names."""
+    prints: dict[str, Print] = {}
+    known: dict[int, Print] = {}
+    for name, value in _tensors(model):
+        if value.is_meta or value.device.type != "cpu":
+            continue
+        if id(value) not in known:
+            known[id(value)] = _print(value)
+        prints[name] = known[id(value)]
+    return prints
+
+
+def ties_of(model: Any) -> set[frozenset[str]]:
+    """Names of parameters that share one storage; of a model on disk, those that transformers tied."""
+    if any(value.is_meta for value in model.parameters()):
+        tied: dict[str, set[str]] = {}
+        for target, origin in model.all_tied_weights_keys.items():
+            tied.setdefault(origin, {origin}).add(target)
+        return {frozenset(group) for group in tied.values()}
+    names: dict[int, set[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def compare_tensors(
+    source: Any,
+    own: Any,
+    dtype: torch.dtype,
+    prints: dict[str, Print],
+    ties: set[frozenset[str]],
+    manifest: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Hold every tensor of an artifact to the source's.
+
+    source  the source's model, by stock transformers
+    own     the artifact, by `compressor.load`
+    dtype   of the artifact, in which errors were recorded
+    prints  of the artifact's model by its stock loader, and `ties` of the same
+    returns how many were compared, with the largest difference of an error from its record; the problems
+    """
+    _, errors = read_changes(manifest)
+    forms = [Form.from_dict(entry) for entry in manifest["weights"].values()]
+    touched: set[str] = set()
+    functions: list[str] = []
+    experts: dict[str, list[Weight]] = {}
+    for form in forms:
+        if form.weight.is_function:
+            functions.append(_module(form.weight) + ".")
+            continue
+        touched.add(form.weight.parameter)
+        if form.weight.expert is not None:
+            experts.setdefault(form.weight.parameter, []).append(form.weight)
+        if form.bias is not None:
+            touched.add(_module(form.weight) + ".bias")
+    problems: list[str] = []
+    equal = 0
+    for name, meant in _source_tensors(source):
+        if name in touched or name.startswith(tuple(functions)):
+            continue
+        found = prints.get(name)
+        expected = _print(meant)
+        equal += found == expected
+        if found is None:
+            problems.append(f"{name} of the source is not in the artifact")
+        elif found[0] != expected[0]:
+            problems.append(f"{name} is {found[0]}, and {expected[0]} in the source")
+        elif found != expected:
+            problems.append(f"{name} is not what the source holds, and no step touched it")
+    own_modules = tuple(f"{_module(form.weight)}." for form in forms)  # a head of its own has a bias of its own too
+    for group in sorted(map(sorted, ties_of(source))):
+        is_parted = any(name in touched or name.startswith(own_modules) for name in group)
+        if not is_parted and frozenset(group) not in ties:
+            problems.append(f"{' and '.join(group)} share one tensor in the source, and not in the artifact")
+    for group in sorted(map(sorted, ties)):
+        if frozenset(group) not in ties_of(source):
+            problems.append(f"{' and '.join(group)} share one tensor in the artifact, and not in the source")
+    largest = 0.0
+    for form in forms:
+        weight = form.weight
+        if weight.is_function:
+            continue
+        with _held(source, weight.parameter) as whole:
+            meant = part_of(whole, weight)
+            if weight.expert is None:
+                built = own.get_submodule(_module(weight)).matrix(dtype)
+            else:
+                built = part_of(own.get_parameter(weight.parameter), weight)
+            error = relative_distance(built, meant) if built.shape == meant.shape else float("inf")
+        recorded = errors.get(weight.name)
+        if recorded is None:
+            if not error < 1:  # as far from it as zeros would be; NaN fails too
+                problems.append(f"{weight.name} doesn't resemble the source's weight (relative error {error:.3g})")
+            continue
+        difference = abs(error - recorded)
+        largest = max(largest, difference)
+        if not difference <= ERROR_TOLERANCE * recorded + 1e-5:
+            problems.append(
+                f"{weight.name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
+            )
+    for name, members in experts.items():
+        with _held(source, name) as whole:
+            if not _equal_elsewhere(whole, own.get_parameter(name), members):
+                problems.append(f"{name} is not what the source holds in the experts that no step touched")
+    return {"tensors": equal, "weights": len(forms), "largest_error_difference": largest}, problems
+
+
+def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
+    """Put the artifact's stored layers and experts into the source's model, in place."""
+    forms = [Form.from_dict(entry) for entry in manifest["weights"].values()]
+    for kind in sorted({form.form for form in forms}):
+        find_layer(kind).prepare(source)
+    for path in sorted({f.weight.parameter.rpartition(".")[0] for f in forms if f.weight.expert is not None}):
+        _fetch(source.get_submodule(path))
+    for form in forms:
+        owner, _, leaf = _module(form.weight).rpartition(".")
+        if form.weight.expert is not None:
+            part_of(source.get_parameter(form.weight.parameter).data, form.weight).copy_(
+                part_of(own.get_parameter(form.weight.parameter), form.weight)
+            )
+            continue
+        layer, parent = own.get_submodule(_module(form.weight)), source.get_submodule(owner)
+        before = getattr(parent, leaf, None)
+        if form.bias is None:
+            if before is not None and getattr(before, "bias", None) is not None:
+                with align_module_device(before):
+                    layer.bias = torch.nn.Parameter(before.bias.detach().clone(), requires_grad=False)
+            else:
+                layer.bias = None
+        setattr(parent, leaf, layer)
+
+
+def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> list[str]:
+    """Hold what this package reads of a checkpoint to what stock transformers put into the model; the problems."""
+    structure = read_structure(directory, dtype=str(dtype).removeprefix("torch."), trust_remote_code=trust_remote_code)
+    read = UnitSource(structure).read
+    problems = []
+    meant = dict(_tensors(source))
+    for name in structure.bindings.sources:
+        value = read_parameter(name, structure.bindings, read, structure.model)
+        if name not in meant:
+            problems.append(f"{name} was read from the source, and stock transformers has no such tensor")
+            continue
+        with _held(source, name) as expected:
+            if _print(value) != _print(expected):
+                problems.append(f"{name} was read from the source as something else than stock transformers reads")
+    tied = {name for group in ties_of(source) for name in group}
+    known = {*structure.bindings.sources, *structure.bindings.tied, *tied}
+    problems += [f"{name} of the source was not read" for name, _ in source.named_parameters() if name not in known]
+    return problems
+
+
+def compare_outputs(found: Tensor, meant: Tensor) -> float | None:
+    """Relative distance of two models' outputs; None where they have other shapes, as after dropping tokens."""
+    return relative_distance(found, meant) if found.shape == meant.shape else None
+
+
+def part_of(value: Tensor, weight: Weight) -> Tensor:
+    """The part of a parameter that a weight is, as (out_features, in_features)."""
+    if weight.expert is not None:
+        value = value[weight.expert]
+    if weight.transposed:
+        value = value.t()
+    return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
+
+
+def _equal_elsewhere(meant: Tensor, found: Tensor, members: list[Weight]) -> bool:
+    """Whether two parameters are equal outside the parts that these weights are."""
+    outside = torch.ones(meant.shape, dtype=torch.bool)
+    for weight in members:
+        part_of(outside, weight).fill_(False)
+    return meant.dtype == found.dtype and bool((meant.eq(found) | ~outside).all())
+
+
+def _fetch(module: torch.nn.Module) -> None:
+    """Bring a module's own parameters from disk into memory for good; does nothing to one that is there."""
+    with align_module_device(module):
+        values = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
+    remove_hook_from_module(module)
+    for name, value in values.items():
+        setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+
+
+def _module(weight: Weight) -> str:
+    return weight.parameter.removesuffix(".weight")
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _source_tensors(source: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, _ in _tensors(source):
+        with _held(source, name) as value:
+            yield name, value
+
+
+@contextmanager
+def _held(source: Any, name: str) -> Iterator[Tensor]:
+    """A parameter or buffer of the source, fetched from disk where it lies there."""
+    path, _, leaf = name.rpartition(".")
+    owner = source.get_submodule(path)
+    with align_module_device(owner):
+        yield getattr(owner, leaf).detach()
+
+
+def _print(value: Tensor) -> Print:
+    described = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return described, hashlib.sha256(raw.data).hexdigest()

@@ -1,0 +1,135 @@
+"""Which files an artifact has, which of them matter, and which may be removed.
+
+An artifact that was in a hub repository or a git clone holds more files than were written, and its card may have been
+edited. Neither changes what a loader makes of it. So files are of two kinds:
+
+- Those that matter: weights, settings and code, that is, what a loader of models or tokenizers opens. Each has to be
+  exactly as the manifest says, and none may lie there that the manifest doesn't list.
+- Documentation: everything else, such as the model card, licences, reports, images, and every name that starts with a
+  dot. A change of it is reported and stops nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact.manifest import read_manifest
+from compressor.errors import ArtifactError, ModelError, UsageError
+from compressor.model.model_files import entries, is_hidden, regular_file
+from compressor.model.trusted_code import is_code
+from compressor.storage.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_weight_file
+from compressor.storage.files import file_sha256
+
+DOCUMENTATION = {CARD, RECIPE, *REPORT_FILES}
+# settings that loaders of models, tokenizers and processors read, by what their names are made of
+SETTINGS = re.compile(r"config|token|vocab|merges|template|process|index|modules|adapter|special|params", re.I)
+TOKENIZER = (".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".vocab")
+
+
+def matters(name: str) -> bool:
+    """Whether a loader of models or tokenizers may open a file of this name, relative to the artifact."""
+    path = Path(name)
+    if is_hidden(path) or name in DOCUMENTATION:
+        return False
+    if is_weight_file(path) or is_code(path) or path.suffix in TOKENIZER:
+        return True
+    return path.suffix in (".json", ".txt") and SETTINGS.search(path.name) is not None
+
+
+def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
+    """The `files` of a manifest: every file below the directory with its bytes and hash, except the manifest."""
+    return {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
+
+
+def compare_files(directory: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What isn't as the manifest says: (problems, changes of the documentation), each as a sentence."""
+    problems: list[str] = []
+    notes: list[str] = []
+    for name, facts in manifest["files"].items():
+        told = problems if matters(name) else notes
+        path = directory / name
+        if not path.is_symlink() and not path.exists():
+            told.append(f"{name} is missing")
+            continue
+        try:
+            regular_file(directory, path)
+        except ModelError as error:
+            problems.append(str(error))
+            continue
+        if path.stat().st_size != facts["bytes"] or file_sha256(path) != facts["sha256"]:
+            told.append(f"{name} is not what was written (its hash differs)")
+    try:
+        present = [path for path in entries(directory) if path.is_symlink() or not path.is_dir()]
+    except ModelError as error:
+        return [*problems, str(error)], notes
+    for path in present:
+        name = path.relative_to(directory).as_posix()
+        if name not in manifest["files"] and name != MANIFEST:
+            (problems if matters(name) else notes).append(f"{name} is not in the manifest")
+    return problems, notes
+
+
+def check_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with the files that matter; documentation may differ from the manifest."""
+    return compare_files(directory, manifest)[0]
+
+
+def remove_artifact(directory: Path) -> None:
+    """Delete an artifact. raises UsageError, before deleting, if anything lies there that this tool didn't write"""
+    for path in owned_files(directory):
+        path.unlink(missing_ok=True)
+    for folder, _, _ in os.walk(directory, topdown=False):
+        os.rmdir(folder)
+
+
+def owned_files(directory: Path) -> list[Path]:
+    """Every file of an artifact, each as this tool wrote it.
+
+    raises UsageError if the directory is a link or no artifact, or holds a link, a file that isn't listed, or one that
+    was changed since it was written: it could be somebody's only copy
+    """
+    if directory.is_symlink():
+        raise UsageError("is a link", where=str(directory), hint="Move it away first, or choose another --output.")
+    try:
+        manifest = read_manifest(directory)
+    except (ArtifactError, ModelError) as error:
+        raise UsageError(
+            f"exists and is not an artifact of this tool ({error})",
+            where=str(directory),
+            hint="Choose another --output.",
+        ) from error
+    listed = {**manifest["files"], MANIFEST: None}
+    owned, foreign, changed = [], [], []
+    for folder, folders, files in os.walk(directory):
+        for name in [*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]:
+            path = Path(folder, name)
+            relative = path.relative_to(directory).as_posix()
+            if relative not in listed or not stat.S_ISREG(path.lstat().st_mode):
+                foreign.append(relative)
+            elif not _is_as_written(path, listed[relative]):
+                changed.append(relative)
+            else:
+                owned.append(path)
+    for names, what in ((foreign, "holds files this tool did not write"), (changed, "holds files that were changed")):
+        if names:
+            raise UsageError(
+                f"{what} ({', '.join(sorted(names)[:3])})",
+                where=str(directory),
+                hint="Move them away first, or choose another --output.",
+            )
+    return sorted(owned)
+
+
+def _is_as_written(path: Path, facts: dict[str, Any] | None) -> bool:
+    """Whether a file is what the manifest says, byte for byte; a size says nothing of weights."""
+    if facts is None:  # the manifest itself
+        return True
+    return path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]

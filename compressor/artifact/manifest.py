@@ -1,0 +1,174 @@
+"""The manifest of an artifact: what it says, and the check that it says nothing else. Format: docs/format.md.
+
+An artifact may come from anywhere. So every field is checked when the manifest is read: a file's name can't lead out of
+the directory, a class is a model class of transformers, a form is one that this installation has.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import transformers
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from compressor.errors import ArtifactError
+from compressor.model.model_files import regular_file
+from compressor.process.utf8 import parse_json
+from compressor.recipe.weight_patterns import ROLES
+from compressor.storage.file_names import MANIFEST, is_plain
+
+FORMAT_VERSION = 1
+MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
+MAX_SIZE = 2**40  # of one dimension, far above any weight's
+BAD_HINT = "Copy or build the artifact again."
+
+
+def _inside(name: str) -> str:
+    """A relative path in its plainest form; it names nothing outside the directory."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
+        raise ValueError("leads out of the directory or isn't a plain relative path")
+    if not is_plain(name):
+        raise ValueError("holds signs that no file name here has")
+    return name
+
+
+def _module_path(name: str) -> str:
+    """Names joined by dots, as those of a model's modules and parameters are."""
+    if not re.fullmatch(r"\w+(\.\w+)*", name) or "__" in name:
+        raise ValueError("is not a path of modules")
+    return name
+
+
+def _known_role(role: str) -> str:
+    if role not in ROLES:
+        raise ValueError(f"is none of {', '.join(ROLES)}")
+    return role
+
+
+FileName = Annotated[str, Field(max_length=4096), AfterValidator(_inside)]
+ModulePath = Annotated[str, Field(max_length=4096), AfterValidator(_module_path)]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$", max_length=200)]
+Role = Annotated[str, AfterValidator(_known_role)]
+Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _FileFacts(_Part):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _WeightEntry(_Part):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")  # a weight is made of all of it
+
+    form: Identifier
+    spec: dict[str, Any]
+    name: str
+    tensor: str
+    parameter: ModulePath
+    shape: Annotated[list[Size], Field(max_length=4)]
+    role: Role
+    transposed: bool = False
+    expert: Size | None = None
+    rows: Annotated[list[Size], Field(min_length=2, max_length=2)] | None = None
+    bias: str | None = None
+    facts: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> _WeightEntry:
+        if len(self.shape) < 2 and self.role in ("attention", "mlp", "experts", "router", "head", "embedding"):
+            raise ValueError(f"shape {self.shape} is not that of a matrix")
+        if (self.rows is None) != (self.expert is None) or (self.rows is not None and self.rows[0] >= self.rows[1]):
+            raise ValueError(f"rows {self.rows} of expert {self.expert} are no part of a parameter")
+        return self
+
+
+class _Tool(_Part):
+    name: str
+    version: str
+
+
+class _Change(_Part):
+    """A step that changed the model itself."""
+
+    step: str = Field(alias="pass")
+    rewrites: bool
+    keeps_function: bool
+
+
+class _Source(_Part):
+    name: str
+    sha256: str
+    changes: list[_Change] | None = None
+    relative_errors: dict[str, float | None] = {}
+
+
+class _Manifest(_Part):
+    format_version: Literal[1]
+    tool: _Tool
+    architecture: Identifier
+    route: str
+    reason: str
+    source: _Source
+    weights: dict[str, _WeightEntry]
+    carried: dict[str, list[str]] = {}
+    layers: dict[Identifier, str]
+    files: dict[FileName, _FileFacts]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Manifest:
+        for name, entry in self.weights.items():
+            if name != entry.name:
+                raise ValueError(f"the weight {name!r} calls itself {entry.name!r}")
+        if MANIFEST in self.files:
+            raise ValueError("the manifest lists itself")
+        return self
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """raises ArtifactError if there is none, or it isn't one that this release reads"""
+    path = directory / MANIFEST
+    if not path.is_symlink() and not path.exists():
+        raise ArtifactError(f"has no {MANIFEST}, so it is not a finished artifact", where=str(directory))
+    if regular_file(directory, path).stat().st_size > MAX_BYTES:
+        raise ArtifactError(f"is larger than {MAX_BYTES:,} bytes", where=MANIFEST, hint=BAD_HINT)
+    try:
+        manifest = parse_json(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"is damaged ({error})", where=MANIFEST, hint=BAD_HINT) from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError("is not a JSON object", where=MANIFEST, hint=BAD_HINT)
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
+        raise ArtifactError(
+            f"format version {version!r}, this release reads {FORMAT_VERSION}",
+            where=directory.name,
+            hint="Update compress-model.",
+        )
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        value = repr(first["input"])
+        shown = f", found {value[:80]}" if not isinstance(first["input"], dict) else ""
+        raise ArtifactError(f"{place}: {first['msg']}{shown}", where=MANIFEST, hint=BAD_HINT) from error
+    model_class(manifest["architecture"], MANIFEST)
+    return manifest
+
+
+def model_class(name: str, where: str) -> type[transformers.PreTrainedModel]:
+    """The model class of transformers that an artifact names. raises ArtifactError for any other name"""
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is not None):
+        raise ArtifactError(
+            f"architecture {name!r} is not a model class of transformers {transformers.__version__}",
+            where=where,
+            hint="Update transformers, or build the artifact again.",
+        )
+    return cls

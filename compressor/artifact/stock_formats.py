@@ -1,0 +1,379 @@
+"""Which format an artifact takes, and what config.json has to say for it.
+
+A layer says which family of stock loaders reads its tensors (`Layer.stock`), if any. Where one family of `FAMILIES`
+reads all of them, plain transformers loads the artifact; else the route is `custom`: one modelling file generated from
+the layers (`modeling_file`), loaded with trust_remote_code=True and needing torch and transformers only. What
+stock loaders can hold was established by loading (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.models.auto import auto_factory, modeling_auto
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from compressor.artifact.modeling_file import VERSION as VERSION
+from compressor.artifact.modeling_file import custom_type, find_backbone
+from compressor.engine.block_io import Form
+from compressor.errors import DependencyError, PreflightError
+from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
+from compressor.layers import find_layer
+from compressor.layers.base import Layer, Stock
+from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
+
+STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
+
+
+@dataclass(frozen=True)
+class Route:
+    """name    dense | custom | a family of FAMILIES
+    reason  one sentence for the report and the card
+    dequantize  the loader of compressed-tensors rebuilds dense weights while loading, not at the first forward pass
+    """
+
+    name: str
+    reason: str
+    dequantize: bool = False
+
+
+Described = tuple[Form, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of stock loader.
+
+    refuses  (weight name, why) for each weight that it can't read although the weight's form is of this family
+    config   the `quantization_config` of config.json
+    package  what has to be installed to load it, beside what this package needs anyway; also the extra's name
+    forward  None: the loader rebuilds weights, so its model computes what ours does. Else layers of its own multiply,
+             with roundings of their own: (layer, x) -> what they make of x, and how far from it they may be
+    """
+
+    refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, str]]]
+    config: Callable[[Sequence[Described], PreTrainedModel], dict[str, Any]]
+    package: str | None = None
+    forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
+    """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
+    shaped = is_reshaped(model.config)
+    if not forms and not shaped:
+        return Route("dense", "no weight changed its form")
+    experts = {form.form: form.weight.name for form in forms if form.weight.expert is not None}
+    for kind, name in experts.items():
+        if not find_layer(kind).weight_only:
+            raise PreflightError(
+                f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
+                where=name,
+                hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+            )
+    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
+    if len(expert_specs) > 1:
+        raise PreflightError(
+            "experts are stored in more than one scheme",
+            where="steps",
+            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
+        )
+    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
+    if family is not None and asked in ("auto", family):
+        return Route(family, f"every weight fits {family}; plain transformers loads it")
+    if stock_only and asked == "custom":
+        raise PreflightError(
+            "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
+        )
+    reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
+    if stock_only or asked not in ("auto", "custom"):
+        raise PreflightError(
+            f"stock transformers can't load {'this model' if shaped else f'{len(foreign)} weights'}; {reason}",
+            where="export",
+            hint="Set export.stock_only: false and export.format: auto"
+            + (" (or custom)." if shaped else ", or leave these weights out."),
+        )
+    if experts:
+        raise PreflightError(
+            f"the modelling file can't hold experts, and the stock format won't do: {reason}",
+            where=next(iter(experts.values())),
+            hint="Leave the experts out with `except`."
+            if shaped
+            else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+        )
+    return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
+
+
+def next_route(route: Route, why: str, forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
+    """What to try after a format whose loader fails with this class.
+
+    why     what the loader said, as the end of a sentence
+    raises  PreflightError when nothing is left
+    """
+    schemes = {str(settings) for _, settings in _described(forms)}
+    if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
+        reason = f"{route.reason}, with dequantize: true, since otherwise {why}"
+        return Route(route.name, reason, dequantize=True)
+    is_expert = any(form.weight.expert is not None for form in forms)
+    if route.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
+        reason = f"plain transformers can't load {route.name} into this class: {why}"
+        return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
+    raise PreflightError(
+        f"an artifact of this model in the format {route.name} can't be loaded: {why}",
+        where="export",
+        hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
+    )
+
+
+def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
+    """What of the model its stock class hasn't, and why that matters."""
+    shapes, modules = reshaping(model.config)
+    name = next(iter(modules or shapes))
+    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
+    form = modules[name]["form"] if modules else None
+    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    return name, f"{what}, which {type(model).__name__} of stock transformers doesn't have"
+
+
+def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
+    """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
+    stocks = _stocks(forms)
+    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, str)]
+    if foreign:
+        return None, foreign
+    families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
+    first = families[0][1]
+    foreign = [
+        (form.weight.name, f"is stored for {family} and others for {first}, and a checkpoint has one loader")
+        for form, family in families
+        if family != first
+    ]
+    if foreign or (foreign := FAMILIES[first].refuses(_described(forms), model)):
+        return None, foreign
+    return first, []
+
+
+def _stocks(forms: Sequence[Form]) -> list[tuple[Form, Stock | str]]:
+    known: dict[tuple[str, str], Stock | str] = {}
+    for form in forms:
+        key = (form.form, str(sorted_spec(form)))
+        if key not in known:
+            stock = find_layer(form.form).stock(sorted_spec(form))
+            if isinstance(stock, Stock) and stock.family not in FAMILIES:
+                stock = f"is stored for {stock.family}, for which this release can't write a config"
+            known[key] = stock
+    return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
+
+
+def _described(forms: Sequence[Form]) -> list[Described]:
+    return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
+
+
+def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
+    schemes = len({str(settings) for _, settings in described})
+    refused = []
+    for form, settings in described:
+        packed = settings["format"] == "pack-quantized"
+        why = None
+        if form.weight.transposed:
+            why = "is a Conv1D, which compressed-tensors can't target"
+        elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
+            why = "is an expert, of which stock loaders read packed symmetric codes only"
+        elif _has_packed_zeros(settings) and schemes > 1:
+            why = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+        elif dense_experts:
+            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+        if why is not None:
+            refused.append((form.weight.name, why))
+    return refused
+
+
+def compressed_tensors_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors: exact module names, every other Linear ignored by name.
+
+    Packed zero points are read only by the loader that rebuilds dense weights while loading (`dequantize`); without
+    them the loader keeps the packed tensors until the first forward pass.
+    """
+    groups: dict[str, Any] = {}
+    by_settings: dict[tuple[Any, ...], list[Described]] = {}
+    for form, settings in described:
+        weights, expert = settings["weights"], form.weight.expert is not None
+        key = (weights["num_bits"], weights["group_size"] or -1, expert, str(settings))
+        by_settings.setdefault(key, []).append((form, settings))
+    for number, ((_, _, expert, _), members) in enumerate(sorted(by_settings.items(), key=lambda item: item[0])):
+        targets = sorted({module_of(form) for form, _ in members})
+        if expert:  # not modules of the running model; the loader looks for a regex that says experts
+            targets = ["re:.*experts.*"]
+        settings = members[0][1]
+        activations = {key: settings.get(key) for key in ("input_activations", "output_activations")}
+        groups[f"group_{number}"] = {"targets": targets, **settings, **activations}
+    stored = {module_of(form) for form, _ in described}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    formats = sorted({group["format"] for group in groups.values()})
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": [name for name in linears if name not in stored],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": STOCK_TENSORS_VERSION,
+        "config_groups": groups,
+    }
+    if any(_has_packed_zeros(settings) for _, settings in described):
+        config["dequantize"] = True
+    return config
+
+
+def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> bool:
+    """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
+    rows = {  # a class token has three dimensions too, and no rule joins it; a depthwise convolution holds no matrices
+        name: value.shape[0] * value.shape[1]
+        for name, value in model.named_parameters()
+        if value.dim() == 3 and min(value.shape[1:]) > 1 and any(pattern.search(name) for pattern in joined)
+    }
+    for form in forms:
+        if form.weight.expert is not None:
+            rows[form.weight.parameter] -= form.weight.out_features
+    return any(rows.values())
+
+
+def _has_packed_zeros(settings: dict[str, Any]) -> bool:
+    return settings["format"] == "pack-quantized" and not settings["weights"]["symmetric"]
+
+
+def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Dense experts are no hindrance: as seen with transformers 5.24, this loader joins them."""
+    thresholds = sorted({settings["threshold"] for _, settings in described})
+    skipped = _dense_modules(described, model)
+    modules = dict(model.named_modules())
+    refused = []
+    for form, _ in described:
+        module = modules[module_of(form)]
+        why = None
+        if not _bitsandbytes_replaces(module):
+            why = f"is a {type(module).__name__}, and bitsandbytes replaces plain Linear and Conv1D only"
+        elif len(thresholds) > 1:
+            why = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
+        elif not should_convert_module(module_of(form), skipped):
+            why = "has a name that bitsandbytes can't tell from that of a dense module"
+        if why is not None:
+            refused.append((form.weight.name, why))
+    return refused
+
+
+def bitsandbytes_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
+    """The `quantization_config` of bitsandbytes' 8 bits; every dense module that it would replace is named."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": float(described[0][1]["threshold"]),  # an int is refused
+        "llm_int8_skip_modules": _dense_modules(described, model),
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def _dense_modules(described: Sequence[Described], model: PreTrainedModel) -> list[str]:
+    stored = {module_of(form) for form, _ in described}
+    names = [name for name, module in model.named_modules() if _bitsandbytes_replaces(module)]
+    return [name for name in names if name not in stored]
+
+
+def _bitsandbytes_replaces(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+FAMILIES = {
+    "compressed-tensors": Family(_compressed_tensors_refuses, compressed_tensors_config),
+    "bitsandbytes": Family(
+        _bitsandbytes_refuses, bitsandbytes_config, package="bitsandbytes", forward=bitsandbytes_forward
+    ),
+}
+
+
+def check_loader(route: str) -> None:
+    """raises DependencyError if loading an artifact of this route needs a package that isn't installed"""
+    package = FAMILIES[route].package if route in FAMILIES else None
+    if package is not None and find_spec(package) is None:
+        raise DependencyError(
+            f"loading what {route} reads needs the package {package}, which isn't installed",
+            where="export",
+            hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
+        )
+
+
+def artifact_config(
+    source: dict[str, Any], route: Route, forms: Sequence[Form], model: PreTrainedModel, dtype: str, untied: bool
+) -> dict[str, Any]:
+    """The artifact's config.json: the source's own keys, and what the route needs."""
+    config = copy.deepcopy(source)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    if untied:
+        config["tie_word_embeddings"] = False
+    if route.name in FAMILIES:
+        config["quantization_config"] = FAMILIES[route.name].config(_described(forms), model)
+        if route.dequantize:
+            config["quantization_config"]["dequantize"] = True
+    elif route.name == "custom":
+        kind = custom_type(source["model_type"])
+        config["model_type"] = kind
+        config["architectures"] = [f"Compressed{type(model).__name__}"]
+        if is_reshaped(config):
+            config[SHAPES], config[MODULES] = reshaping(config)
+        config["compressed_weights"] = {
+            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
+            for form in forms
+        }
+        config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
+    return config
+
+
+def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
+    """The `auto_map` of a custom artifact: Auto class -> class of its modeling file."""
+    file = f"modeling_{model_type}"
+    classes = {auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)}
+    if (backbone := find_backbone(model)) is not None:
+        classes["AutoModel"] = f"{file}.Compressed{backbone.__name__}"
+    return {"AutoConfig": f"{file}.CompressedConfig"} | classes
+
+
+def auto_classes(model: PreTrainedModel) -> list[str]:
+    """The Auto classes that transformers would load this architecture with."""
+    found = []
+    for name in dir(modeling_auto):
+        cls = getattr(modeling_auto, name)
+        if not (isinstance(cls, type) and issubclass(cls, auto_factory._BaseAutoModelClass)):
+            continue
+        mapping = getattr(cls, "_model_mapping", None)
+        classes = mapping.get(type(model.config), None) if mapping is not None else None
+        if classes is not None and stock_class(model) in (classes if isinstance(classes, tuple) else (classes,)):
+            found.append(name)
+    if not found:
+        raise PreflightError("no Auto class loads this architecture", where=type(model).__name__)
+    return sorted(found)
+
+
+def module_of(form: Form) -> str:
+    """The module of the running model that a stored form stands for."""
+    return form.weight.parameter.removesuffix(".weight")
+
+
+def sorted_spec(form: Form) -> dict[str, Any]:
+    """The spec with keys in one order, whether it comes from a layer or from the journal of a resumed run."""
+    return json.loads(json.dumps(form.spec, sort_keys=True))

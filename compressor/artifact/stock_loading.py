@@ -1,0 +1,132 @@
+"""Loads an artifact through transformers alone, without importing code of its directory.
+
+A stock artifact is loaded by its class of transformers. A custom artifact is loaded by the class of its modeling file,
+which runs only if its text is what this release generates (`trusted_code`). transformers gets the class
+itself and `trust_remote_code=False`: so it follows no `auto_map` and looks for no `custom_generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact.artifact import empty_model
+from compressor.artifact.modeling_file import custom_type, modelling_file
+from compressor.artifact.stock_formats import FAMILIES, auto_classes, custom_auto_map
+from compressor.errors import ArtifactError, CompressError, DependencyError
+from compressor.model.attention import plain_options
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.reshaped_class import stock_class
+from compressor.model.trusted_code import (
+    CUSTOM_GENERATE,
+    auto_map,
+    code_files,
+    file_of,
+    is_model_entry,
+    read_generated,
+    run_generated,
+)
+from compressor.process.resources import ran_out
+from compressor.storage.file_names import MANIFEST
+
+OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+
+
+def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model in eval mode, and what transformers tells of its keys (`output_loading_info`).
+
+    raises ArtifactError for code that is not what this release would write, and for a config that asks for such
+    """
+    checkpoint = open_checkpoint(directory)
+    empty = empty_model(checkpoint, manifest)
+    _check_route(checkpoint, manifest["route"])
+    if problems := code_problems(checkpoint, manifest, empty):
+        raise ArtifactError("; ".join(problems), where=directory.name, hint="Nothing of it was run.")
+    cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
+    options: dict[str, Any] = {**plain_options(checkpoint.config)}
+    if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
+        options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
+    with stock_works(directory):
+        model, info = cls.from_pretrained(directory, output_loading_info=True, **OFFLINE, **options)
+    return model.eval(), info
+
+
+@contextmanager
+def stock_works(
+    directory: Path, refusal: type[CompressError] = ArtifactError, who: str = "stock transformers"
+) -> Iterator[None]:
+    """Whatever transformers raises while it loads or runs a model says that the model is not what it should be.
+
+    who     what loads or runs it, for the message
+    raises  `refusal` with its words, DependencyError if it lacks a package, PassError if memory or disk ran out
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except ImportError as error:
+        hint = "Install what it names."
+        raise DependencyError(f"{who} can't load it ({error})", where=directory.name, hint=hint) from error
+    except Exception as error:
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        told = f"{type(error).__name__}: {error}"[:600]
+        raise refusal(f"{who} fails on it ({told})", where=directory.name) from error
+
+
+def _check_route(checkpoint: Checkpoint, route: str) -> None:
+    """raises ArtifactError for a route that this release doesn't write, or a config.json that asks for another"""
+    if route not in ("dense", "custom", *FAMILIES):
+        raise ArtifactError(
+            f"route {route!r} is none that this release writes", where=MANIFEST, hint="Update compress-model."
+        )
+    asked = checkpoint.quantization_config
+    method = asked.get("quant_method") if isinstance(asked, dict) else asked
+    if method != (route if route in FAMILIES else None):
+        raise ArtifactError(
+            f"quantization_config asks for {method!r}, and the manifest says {route}",
+            where="config.json",
+            hint="Copy or build the artifact again.",
+        )
+
+
+def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:
+    """What code the artifact would bring to whoever loads it with trust_remote_code=True, beyond what it should.
+
+    empty  the model on the meta device, as `compressor.artifact.artifact.empty_model` makes it
+    """
+    problems = []
+    is_custom = manifest["route"] == "custom"
+    own = _modeling_name(empty) if is_custom else None
+    expected = custom_auto_map(custom_type(empty.config.model_type), empty) if is_custom else {}
+    named = auto_map(checkpoint.config, "config.json")
+    found = {name: references for name, references in named.items() if is_model_entry(name)}
+    for name in sorted({*expected, *found}):
+        references = found.get(name, [])
+        if references != ([expected[name]] if name in expected else []):
+            files = ", ".join(sorted({file_of(reference) for reference in references})) or "nothing"
+            should = file_of(expected[name]) if name in expected else "nothing"
+            problems.append(f"config.json: auto_map names {files} for {name}, and this tool writes {should}")
+    for name in code_files(checkpoint.directory):
+        if name == own:
+            continue
+        if name.partition("/")[0] == CUSTOM_GENERATE:
+            problems.append(f"{name} takes the place of the model's generate() where code is trusted")
+        elif name not in manifest["files"]:
+            problems.append(f"{name} is code that this tool did not write")
+    return problems
+
+
+def _generated_class(directory: Path, manifest: dict[str, Any], empty: Any) -> Any:
+    name = _modeling_name(empty)
+    expected = modelling_file(empty, (entry["form"] for entry in manifest["weights"].values()))
+    module = run_generated(read_generated(directory, name, expected), directory / name)
+    cls = getattr(module, f"Compressed{type(empty).__name__}")
+    cls.register_for_auto_class(auto_classes(empty)[0])  # as a class that came through auto_map is marked
+    return cls
+
+
+def _modeling_name(empty: Any) -> str:
+    return f"modeling_{custom_type(empty.config.model_type)}.py"

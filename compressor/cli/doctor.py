@@ -1,0 +1,81 @@
+"""What this machine and installation offer, for `compress-model doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from compressor import __version__
+from compressor.evaluation.environment import PACKAGES, cpu_name, environment, package_version
+from compressor.kernels.cpu import LEVELS, PARALLEL_FOR, RECORD, library
+from compressor.kernels.cuda import devices
+from compressor.kernels.prepare.selftest import self_test
+from compressor.process.idle_threads import how_threads_wait
+
+EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
+
+
+def examine() -> dict[str, Any]:
+    """JSON facts: versions, CPU, kernels with the reason for each, GPU, memory, disk, cache, missing extras."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return {
+        "compress_model": __version__,
+        "packages": {name: package_version(name) for name in (*PACKAGES, "datasets")},
+        **{key: value for key, value in environment(device).items() if key in ("python", "os", "cpu_features")},
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "threads_wait": how_threads_wait(),
+        "kernels": _kernels(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "cache": str(cache),
+        "cache_writable": _writable(cache),
+        "missing_extras": [
+            f"{name}: pip install compress-model[{extra}]" if extra else f"{name}: pip install {name}"
+            for name, extra in EXTRAS.items()
+            if package_version(name) is None
+        ],
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """The CPU library: whether it is there, the instructions in use, and each op tried at each level. The two ways to
+    CUDA kernels: whether they are there, and tried on each GPU, or why not."""
+    found = library()
+    record = RECORD.read_text().strip() if RECORD.is_file() else "no record of a build"
+    if isinstance(found, str):
+        return {
+            "cpu_library": found,
+            "cpu_build": record,
+            "level": None,
+            "threads": None,
+            "self_test": {},
+            "cuda": devices.report(),
+        }
+    return {
+        "cpu_library": "loaded",
+        "cpu_build": record,
+        "level": LEVELS[found.level],
+        "threads": f"torch's ({PARALLEL_FOR})" if found.has_torch_threads else f"one: torch has no {PARALLEL_FOR}",
+        "self_test": self_test(),
+        "cuda": devices.report(),
+    }
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

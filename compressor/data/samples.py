@@ -1,0 +1,390 @@
+"""Calibration and evaluation samples: tokenized, cut, drawn, and pinned by hash. `data_files` reads the sources.
+
+The built-in text `stdlib` is shipped, not read from the running interpreter: the standard library's sources change with
+every patch release and distributions strip parts of them, so figures would not be comparable. It is a fixed excerpt
+of CPython 3.11's library (PSF licence, compressor/demo/LICENSE), cut by scripts/train/demo.py from files that the demo
+model was trained on (`train`) and from files held out of its training (`heldout`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from compressor.data.images import check_images, normalised, read_images
+from compressor.data.parts import EVALUATION, part_of_texts, positions_of
+from compressor.data.rows import Rows, texts_of, whole_labels
+from compressor.data.sources import Columns, check_rows, is_dataset, memory_share, read_rows
+from compressor.errors import ModelError, RecipeError
+from compressor.lazy import torch
+from compressor.model.model_files import check_directory
+from compressor.model.trusted_code import FLAG, required_code, tokenizer_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STDLIB_SHA256 = {
+    "train": "524556d663c685d48ab3b115447846fa96792538a641d1a0e9e3bfef28d34167",
+    "heldout": "152d374f58f298a159562eb9d5d85eff78123e29b095796fd278843ddd8704ed",
+}
+TOKEN_BYTES = 8
+DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
+
+
+class Settings(Columns, Protocol):
+    """The `data` section of a recipe (`recipe.DataSettings`)."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def pack(self) -> bool: ...
+    @property
+    def sha256(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the model reads, without padding: samples of unequal length stay apart.
+
+    inputs  one entry a sample: token ids (length,) int64, or pixels (channels, height, width) float32
+    labels  (samples,) int64 when the data has them
+    sha256  of the source's content; `digest` is that of the samples themselves
+    part    which part of a source that was divided: `name`, `documents` in it, `of` how many; None for all of it
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    source: str
+    sha256: str
+    labels: torch.Tensor | None = None
+    part: dict[str, Any] | None = None
+
+    @property
+    def is_text(self) -> bool:
+        return self.inputs[0].dim() == 1
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample) for sample in self.inputs) if self.is_text else 0
+
+    @property
+    def distinct_tokens(self) -> int:
+        return len(torch.cat(self.inputs).unique()) if self.is_text else 0
+
+    @property
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for sample in self.inputs:
+            total.update(str(tuple(sample.shape)).encode())
+            total.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        if self.labels is not None:
+            total.update(self.labels.numpy().tobytes())
+        return total.hexdigest()
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(sample numbers, stacked samples) of at most `size` samples of one length; no padding ever."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, sample in enumerate(self.inputs):
+            by_shape.setdefault(tuple(sample.shape), []).append(number)
+        for numbers in by_shape.values():
+            for start in range(0, len(numbers), size):
+                chosen = numbers[start : start + size]
+                yield chosen, torch.stack([self.inputs[number] for number in chosen])
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a source holds for a model: texts, or images (n, height, width, channels) uint8.
+
+    labels  a class number for each; None where there are none
+    has_special_tokens  the texts hold them already, as chats do that the model's template wrote
+    is_whole_text  one text that may be cut anywhere
+    part    as `Samples.part`
+    """
+
+    texts: list[str]
+    images: torch.Tensor | None
+    labels: list[int] | None
+    sha256: str
+    has_special_tokens: bool = False
+    is_whole_text: bool = False
+    part: dict[str, Any] | None = None
+
+    @property
+    def contents(self) -> list[str] | list[bytes]:
+        """What documents are told apart by."""
+        return self.texts if self.images is None else [image.numpy().tobytes() for image in self.images]
+
+
+def load_samples(
+    settings: Settings, model_directory: Path, *, seed: int, vocabulary: int | None, trust_remote_code: bool = False
+) -> Samples:
+    """Samples as `settings` describe them, tokenized by the model's own tokenizer.
+
+    vocabulary  size, for `random`; None for models that read pixels
+    trust_remote_code  a tokenizer's own code may run
+    raises      RecipeError for data that can't be used, DependencyError for a missing package
+    """
+    if settings.source == "random":
+        return random_samples(settings, seed, vocabulary)
+    found = load_documents(settings, model_directory, vocabulary, trust_remote_code=trust_remote_code)
+    return draw_samples(found, settings, model_directory, seed, trust_remote_code=trust_remote_code)
+
+
+def load_documents(
+    settings: Settings, model_directory: Path, vocabulary: int | None, *, trust_remote_code: bool = False
+) -> Documents:
+    """All that the source holds, of the hash that the recipe pins. raises as `load_samples` does"""
+    _check_kind(settings, reads_pixels=vocabulary is None)
+    if _is_images(settings.source):
+        images, labels, content = read_images(settings.source)
+        found = Documents([], images, labels, hashlib.sha256(content).hexdigest())
+    else:
+        texts, has_special_tokens, rows = _read_texts(settings, model_directory, trust_remote_code)
+        # packed text has no sample of its own for a label
+        labels = None if settings.pack or rows.labels is None else whole_labels(rows.labels, rows.name)
+        found = Documents(texts, None, labels, rows.sha256, has_special_tokens, rows.is_whole_text)
+    _check_hash(settings, found.sha256)
+    return found
+
+
+def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
+    """One part of documents that calibration and evaluation share (`data_parts`).
+
+    pack  whether the texts may be cut, because samples don't stand for documents
+    """
+    if pack and documents.images is None:
+        texts = part_of_texts(documents.texts, part)
+        told = {"name": part, "documents": len(texts), "of": len(documents.texts)}
+        return replace(documents, texts=texts, labels=None, part=told)
+    numbers = positions_of(documents.contents, part)
+    return replace(
+        documents,
+        texts=[documents.texts[number] for number in numbers] if documents.images is None else [],
+        images=None if documents.images is None else documents.images[numbers],
+        labels=None if documents.labels is None else [documents.labels[number] for number in numbers],
+        part={"name": part, "documents": len(numbers), "of": len(documents.contents)},
+    )
+
+
+def draw_samples(
+    documents: Documents, settings: Settings, model_directory: Path, seed: int, *, trust_remote_code: bool = False
+) -> Samples:
+    """`samples` of the documents, drawn by seed. raises RecipeError if they are too few or too short"""
+    where = settings.source if documents.part is None else f"{settings.source}, its part for {documents.part['name']}"
+    if documents.images is not None:
+        numbers = _draw(len(documents.images), settings.samples, seed, where, "images")
+        pixels = normalised(documents.images[numbers], model_directory)
+        inputs = tuple(pixels.unbind())
+    else:
+        tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
+        if settings.pack:
+            packed = pack(documents.texts, tokenizer, settings, seed, where)
+            return Samples(packed, settings.source, documents.sha256, part=documents.part)
+        numbers = _draw(len(documents.texts), settings.samples, seed, where, "documents")
+        special = not documents.has_special_tokens
+        inputs = tuple(_tokens(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
+    labels = documents.labels
+    kept = None if labels is None else torch.tensor([labels[number] for number in numbers])
+    return Samples(inputs, settings.source, documents.sha256, kept, documents.part)
+
+
+def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: str = "") -> Samples:
+    """Random tokens (length,) in [0, vocabulary). Those of evaluation are never those of calibration."""
+    _check_kind(settings, reads_pixels=vocabulary is None)
+    assert vocabulary is not None  # or it reads pixels
+    _check_room(settings)
+    drawn = seed if part != EVALUATION else int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4])
+    shape = (settings.samples, settings.length)
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(drawn))
+    digest = hashlib.sha256(f"random {vocabulary} {settings.samples} {settings.length} {drawn}".encode()).hexdigest()
+    _check_hash(settings, digest)
+    return Samples(tuple(ids.unbind()), "random", digest)
+
+
+def check_data(settings: Settings, *, reads_pixels: bool) -> None:
+    """What can be seen of the data without reading all of it: that it is there, of a kind that the model reads, and
+    that its first rows hold the field.
+
+    raises RecipeError, DependencyError for a missing package
+    """
+    _check_kind(settings, reads_pixels=reads_pixels)
+    if settings.source == "stdlib":
+        _stdlib(settings.split)
+    elif _is_images(settings.source):
+        check_images(settings.source)
+    elif settings.source == "random":
+        _check_room(settings)
+    else:
+        check_rows(settings)
+
+
+def _check_room(settings: Settings) -> None:
+    """raises RecipeError for more random tokens than memory may hold"""
+    asked = f"{settings.samples} samples of {settings.length} tokens"
+    size, most = settings.samples * settings.length * TOKEN_BYTES, memory_share()
+    if size > most:
+        raise RecipeError(
+            f"{asked} are {size} bytes, {most} can be held in memory here",
+            where="random",
+            hint="Ask for fewer samples, or shorter ones.",
+        )
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; code of the directory runs only where the user trusts it.
+
+    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
+    """
+    from transformers import AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    check_directory(directory)
+    where, references = tokenizer_code(directory)
+    if references and not trust_remote_code:
+        raise ModelError(
+            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
+            where=where,
+            hint=FLAG,
+        )
+    try:
+        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
+            cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
+            return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
+        raise RecipeError(
+            f"the model has no usable tokenizer ({_first_line(error)})",
+            where=directory.name,
+            hint="Copy tokenizer.json beside config.json, or use data.source: random.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
+    """(texts, labels as found or None, sha256 of the content). raises RecipeError, for chats too: they need a model"""
+    texts, _, rows = _read_texts(settings, None, False)
+    return texts, rows.labels, rows.sha256
+
+
+def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -> tuple[list[str], bool, Rows]:
+    """(texts, whether they are chats written by the model's template, rows that they come from)."""
+    if settings.source == "stdlib":
+        texts, _, digest = _stdlib(settings.split)
+        return texts, False, Rows([], None, digest, "stdlib")
+    rows = read_rows(settings)
+    render = None
+    if model_directory is not None and rows.values and not isinstance(rows.values[0], str):
+        tokenizer = load_tokenizer(model_directory, trust_remote_code=trust)
+
+        def render_chat(messages: list[dict[str, Any]]) -> Any:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+
+        render = render_chat if tokenizer.chat_template is not None else None
+    texts, is_rendered = texts_of(rows, settings.field, render)
+    return texts, is_rendered, rows
+
+
+def _is_images(source: str) -> bool:
+    return source.lower().endswith(".npz") and not is_dataset(source)
+
+
+def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
+    """raises RecipeError if the model reads text and the source holds images, or the other way round"""
+    if _is_images(settings.source) == reads_pixels:
+        return
+    if reads_pixels:
+        raise RecipeError(
+            "this model reads pixels, the data is text",
+            where=f"data.source {settings.source!r}",
+            hint="Give a .npz file with `images` and `labels`.",
+        )
+    raise RecipeError(
+        "this model reads text, the data is images",
+        where=f"data.source {settings.source!r}",
+        hint="Give text: stdlib, a text file, rows of text, or dataset:NAME.",
+    )
+
+
+def pack(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
+) -> tuple[torch.Tensor, ...]:
+    """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
+
+    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids: list[int] = []
+    for document in documents:
+        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [*made, end] if made and end is not None else made
+    if not ids and any(document.strip() for document in documents):
+        raise RecipeError(
+            "the model's tokenizer makes no tokens of its text",
+            where=where,
+            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+        )
+    windows = len(ids) // settings.length
+    if windows == 0:
+        raise RecipeError(
+            f"the text has {len(ids)} tokens, one sample needs {settings.length}",
+            where=where,
+            hint="Give more text or set a smaller length.",
+        )
+    if windows < settings.samples:
+        raise RecipeError(
+            f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
+            where=where,
+            hint=f"Set samples to {windows} or less, or give more text.",
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
+    stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
+    return tuple(stream[chosen].unbind())
+
+
+def _stdlib(split: str) -> tuple[list[str], None, str]:
+    if split not in STDLIB_SHA256:
+        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="It has train and heldout.")
+    content = gzip.decompress((Path(__file__).parent.parent / "text" / f"{split}.txt.gz").read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != STDLIB_SHA256[split]:
+        raise RecipeError(f"the shipped text has hash {digest}", where=f"stdlib {split}", hint="Reinstall the package.")
+    return content.decode().split(DOCUMENT_BREAK), None, digest
+
+
+def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]:
+    """The numbers of the documents or images that are drawn, in order. raises RecipeError if there are too few"""
+    if count < samples:
+        hint = f"Set samples to {count} or less, or give more." if count else "Give more."
+        raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return chosen.sort().values.tolist()
+
+
+def _tokens(
+    text: str, number: int, tokenizer: PreTrainedTokenizerBase, settings: Settings, special_tokens: bool
+) -> torch.Tensor:
+    ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
+    if not ids:
+        raise RecipeError(
+            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
+        )
+    return torch.tensor(ids)
+
+
+def _check_hash(settings: Settings, digest: str) -> None:
+    if settings.sha256 is not None and settings.sha256 != digest:
+        raise RecipeError(
+            f"has sha256 {digest}, the recipe pins {settings.sha256}",
+            where=settings.source,
+            hint="Use the pinned data, or update data.sha256.",
+        )

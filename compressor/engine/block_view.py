@@ -1,0 +1,361 @@
+"""A unit as a pass sees it, and the calibration batches on their way through it.
+
+A batch that has given the inputs of one stage waits before that stage's products (`resumable_forward`) and goes on from
+there when the next stage is asked for, as far as memory allows; what a pass sees never depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.engine.block_io import Form, Installed, view
+from compressor.engine.plan import TAPE_SHARE
+from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
+from compressor.layers import DENSE
+from compressor.layers.base import Layer
+from compressor.methods.quantization.hessian import relative_distance
+from compressor.model.replay import Batch, Call, LinearCall, Stop
+from compressor.model.structure import Structure, signature
+from compressor.protocol import Group, Stage, State, Weight
+
+# kind of block, product and batch -> what is called before that product, and which results are read after it
+Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the model: hidden states, what each block is called with beside them, and the tape
+    of the block it waits in, if it does.
+    """
+
+    batch: Batch
+    hidden: Tensor
+    calls: list[Call]
+    tape: Tape | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.tape is None else self.tape.nbytes
+
+
+@dataclass
+class UnitSite:
+    """A unit as a pass may see it (`protocol.Site`)."""
+
+    structure: Structure
+    unit: int
+    selected: frozenset[str]
+    streams: list[Stream]
+    device: torch.device
+    generator: torch.Generator
+    needs: Needs
+    installed: Installed
+    decision: dict[str, Any] | None = None
+    selected_functions: tuple[Weight, ...] = ()
+    is_open: bool = True
+    put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def index(self) -> int:
+        return self.unit - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.structure.dtype
+
+    def stages(self, sequential: bool = True) -> list[Stage]:
+        stages = []
+        for stage in self.structure.stages(self.unit):
+            groups = (Group(tuple(w for w in group if w.name in self.selected)) for group in stage)
+            if kept := tuple(group for group in groups if group.weights):
+                stages.append(kept)
+        if sequential or not stages:
+            return stages
+        return [tuple(group for stage in stages for group in stage)]
+
+    def functions(self) -> list[Weight]:
+        return list(self.selected_functions)
+
+    def fold(
+        self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, Tensor], State]
+    ) -> list[State]:
+        states = [start(group) for group in stage]
+        for numbered in self._inputs(stage):
+            states[numbered[0]] = step(states[numbered[0]], numbered[1])
+        return states
+
+    def inputs(self, group: Group) -> Iterator[Tensor]:
+        for _, x in self._inputs((group,)):
+            yield x
+
+    def matrix(self, weight: Weight) -> Tensor:
+        return view(self.structure, weight).to(torch.float32, copy=True).contiguous()
+
+    def bias(self, weight: Weight) -> Tensor | None:
+        if weight.bias is None:
+            return None
+        parameter = self.structure.bindings.parameter_of()[weight.bias]
+        return self.structure.model.get_parameter(parameter).data
+
+    def gain(self, function: Weight) -> Tensor:
+        return self.structure.model.get_parameter(f"{function.parameter}.weight").data.clone()
+
+    def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
+        assert self.is_open, "nothing can be put while a pass decides"
+        form = Form(layer.form, layer.spec(), weight)
+        if weight.name in self.put_layers:
+            self.installed.take_back(weight)
+        self._untie(weight)
+        for stream in self.streams:  # whoever has multiplied by the weight has to do it again
+            if stream.tape is not None and (weight.is_function or weight.parameter in stream.tape.passed):
+                stream.tape = None
+        if not weight.is_function:
+            target = view(self.structure, weight)
+            rebuilt = layer.matrix(self.dtype).to(target.device)
+            # of a weight that is put again the first value is gone
+            again = weight.name in self.errors
+            self.errors[weight.name] = None if again else relative_distance(rebuilt, target)
+            target.copy_(rebuilt)
+        if form.bias is not None:
+            parameter = self.structure.bindings.parameter_of()[form.bias]
+            self.structure.model.get_parameter(parameter).data.copy_(layer.vector(self.dtype))
+        if not layer.weight_only:
+            self.installed.install(weight, layer.to(self.device))
+        self.put_layers[weight.name] = (form, layer)
+        stored = sum(tensor.nbytes for tensor in layer.tensors().values())
+        self._record(weight, layer.form, layer.spec(), stored, record)
+
+    def keep(self, weight: Weight, **record: Any) -> None:
+        assert self.is_open and weight.name not in self.put_layers, "what was put can't be kept as it was"
+        self._record(weight, DENSE, {}, math.prod(weight.shape) * self.dtype.itemsize, record)
+
+    @property
+    def batches(self) -> int:
+        return len(self.streams)
+
+    def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
+        assert 1 <= self.unit <= self.structure.block_count, "stem and head have no output of their own"
+        stream, index = self.streams[batch], self.unit - 1
+        placed = Installed(self.structure)
+        try:
+            for weight, module in (stand_ins or {}).items():
+                placed.place(weight, module)
+            return self.structure.pieces.block(index, stream.hidden, stream.calls[index], gradients=bool(stand_ins))
+        finally:
+            placed.remove()
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        self.records = [known for known in self.records if known["name"] != weight.name]  # it may be put again
+        self.records.append(
+            {
+                "name": weight.name,
+                "unit": self.unit,
+                "form": form,
+                "spec": spec,
+                "shape": list(weight.shape),
+                "role": weight.role,
+                "bytes_after": size,
+                "seconds": now - self.began,
+                **more,
+            }
+        )
+        self.began = now
+
+    def _untie(self, weight: Weight) -> None:
+        """A tied head that is changed gets storage of its own."""
+        source = self.structure.bindings.tied.get(weight.parameter)
+        if source is not None:
+            owner, _, leaf = weight.parameter.rpartition(".")
+            module = self.structure.model.get_submodule(owner)
+            if module._parameters[leaf] is self.structure.model.get_parameter(source):
+                module._parameters[leaf] = torch.nn.Parameter(
+                    self.structure.model.get_parameter(source).data.clone(), requires_grad=False
+                )
+
+    def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
+        """(group number, (tokens, in) input) for each batch, in order; of tables in the stem, (tokens,) row numbers.
+
+        Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
+        takes; the others look ahead from where they are, or start again.
+        """
+        if self.unit == 0 or stage[0].weights[0].is_function:
+            yield from self._module_inputs(stage)
+            return
+        numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
+        watched = watched_parameters(self.structure, self.unit)
+
+        def number_of(call: LinearCall) -> int | None:
+            expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
+            return numbers.get((call.parameter, expert))
+
+        wanted = {name for name, _ in numbers}
+        limit = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
+        kept = sum(stream.kept_bytes for stream in self.streams)
+        here = 0  # what one batch keeps at this stage
+        for stream in self.streams:
+            before = stream.kept_bytes
+            waits = stream.tape is not None and not stream.tape.passed & wanted
+            if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
+                yield from self._ahead(stream, watched, number_of, stage)
+            else:
+                first = self._halt(stream, watched, lambda call: number_of(call) is not None, wanted)
+                if first is not None:
+                    self._forget_unread(stream, first.parameter)
+                here = stream.kept_bytes
+                if first is None:  # no token of this batch was routed to these experts
+                    pass
+                elif len(stage) == 1:
+                    yield 0, first.input.reshape(-1, first.input.shape[-1])
+                else:
+                    yield from self._ahead(stream, watched, number_of, stage)
+            if kept - before + stream.kept_bytes > limit:
+                stream.tape = None
+            kept += stream.kept_bytes - before
+
+    def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
+        """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that a table
+        of the stem looks up, or inputs (tokens, width) of a function.
+        """
+        found: list[tuple[int, Tensor]] = []
+        handles = []
+        for number, group in enumerate(stage):
+            weight = group.weights[0]
+            module = self.structure.model.get_submodule(weight.parameter.removesuffix(".weight"))
+
+            def note(_module: Any, args: tuple[Any, ...], number: int = number, weight: Weight = weight) -> None:
+                x = args[0]
+                found.append((number, x.reshape(-1, x.shape[-1]) if weight.is_function else x.reshape(-1)))
+
+            handles.append(module.register_forward_pre_hook(note))
+        try:
+            for stream in self.streams:
+                found.clear()
+                if self.unit == 0:
+                    self.structure.pieces.stem(stream.batch)
+                else:
+                    run_unit(self.structure, self.unit, stream)
+                yield from found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forget_unread(self, stream: Stream, parameter: str) -> None:
+        """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
+        tape = stream.tape
+        assert tape is not None
+        if not 1 <= self.unit <= self.structure.block_count:
+            return
+        block = self.structure.pieces.blocks[self.unit - 1]
+        relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.unit - 1}.")
+        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(stream.hidden.shape))
+        if kind not in self.needs:
+            calls = tape.calls
+            try:
+                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, stream)))
+            except Diverged:
+                self.needs[kind] = ([], frozenset())
+                tape.is_spent = True
+        calls, leaves = self.needs[kind]
+        if tape.is_spent:
+            stream.tape = None
+        elif calls == tape.calls:
+            tape.keep_only(leaves)
+
+    def _halt(
+        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[LinearCall], bool], wanted: set[str]
+    ) -> LinearCall | None:
+        """Take the batch to the first product of the stage, from where it waits if that lies before it."""
+        work = partial(run_unit, self.structure, self.unit, stream)
+        if stream.tape is not None and not stream.tape.passed & wanted:
+            try:
+                return advance(stream.tape, watched, work, halts)
+            except Diverged:
+                pass  # some forwards can't be taped; from the start it goes always
+        stream.tape = Tape()
+        first = advance(stream.tape, watched, work, halts)
+        if first is None:
+            stream.tape = None
+        return first
+
+    def _ahead(
+        self,
+        stream: Stream,
+        watched: dict[str, Tensor],
+        number_of: Callable[[LinearCall], int | None],
+        stage: Stage,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Inputs of the stage's groups, seen by running on past the halt; the batch stays where it waits."""
+        caught: dict[int, Tensor] = {}
+        all_come = all(group.expert is None for group in stage)
+
+        def visit(call: LinearCall) -> None:
+            number = number_of(call)
+            if number is not None and number not in caught:
+                caught[number] = call.input.reshape(-1, call.input.shape[-1])
+            if all_come and len(caught) == len(stage):
+                raise Stop
+
+        work = partial(run_unit, self.structure, self.unit, stream)
+        stream.tape = stream.tape or Tape()
+        try:
+            run_on(stream.tape, watched, work, visit)
+        except Diverged:
+            caught.clear()
+            stream.tape = Tape()
+            run_on(stream.tape, watched, work, visit)
+        if stream.tape.is_spent:
+            stream.tape = None
+        yield from caught.items()
+
+
+def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
+    """Parameters of a unit that multiply something, by name; without those that a layer stands in for."""
+    names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
+    held = dict(structure.model.named_parameters(remove_duplicate=False))
+    return {name: held[name] for name in sorted(names) if name in held}
+
+
+def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+    """What a block makes of the batch's hidden states, or the head of them."""
+    if unit == structure.block_count + 1:
+        return structure.pieces.head(stream.batch, stream.hidden)
+    return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+
+
+def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+    """The same, from where the batch waits; its tape is used up."""
+    tape, stream.tape = stream.tape, None
+    is_block = 1 <= unit <= structure.block_count
+    if tape is None or (is_block and holds_containers(stream.calls[unit - 1])):
+        return run_unit(structure, unit, stream)  # what a block puts there for later ones has to be computed, not taped
+    try:
+        return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
+    except Diverged:
+        return run_unit(structure, unit, stream)
+
+
+def holds_containers(call: Call) -> bool:
+    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
+    return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(_is_container(part) for part in value)
+    return isinstance(value, (MutableMapping, MutableSequence, MutableSet))

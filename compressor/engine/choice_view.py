@@ -1,0 +1,155 @@
+"""What a reshaping pass that chooses is shown: single units, calibration batches, gradients, and a place to save.
+
+The choice comes before the sweep that carries it out (`rewrite_sweep`), and `plan` is made again with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, device, nn
+
+from compressor.engine.block_io import Installed, UnitSource, free_unit, load_unit
+from compressor.engine.block_view import Stream, run_unit
+from compressor.engine.rewrite_sweep import Embed, ReshapeSite
+from compressor.errors import Interrupted
+from compressor.model.structure import Structure
+from compressor.protocol import ModelFacts, Remodel
+from compressor.storage.journal import Journal
+
+
+@dataclass
+class ShapingView:
+    """The model before a reshaping sweep (`protocol.ShapingModel`).
+
+    number     of the sweep
+    resident   keep every block in memory once it was loaded
+    source     where a unit's tensors lie; None: in the checkpoint
+    generator  makes one from parts of a seed, the sweep's own apart
+    """
+
+    number: int
+    facts: ModelFacts
+    structure: Structure
+    streams: list[Stream]
+    labels_of: list[Tensor | None]
+    device: device
+    seeded: Callable[[int], Generator]
+    journal: Journal
+    embed: Embed
+    resident: bool
+    is_interrupted: Callable[[], bool]
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    source: Callable[[int], UnitSource] | None = None
+    _in_memory: dict[int, Installed] = field(default_factory=dict)
+    _users: dict[int, int] = field(default_factory=dict)
+    _is_embedded: bool = False
+
+    def __post_init__(self) -> None:
+        self.generator = self.seeded(-1)
+
+    @property
+    def units(self) -> int:
+        return self.structure.block_count + 2
+
+    @property
+    def batches(self) -> int:
+        return len(self.streams)
+
+    def labels(self, batch: int) -> Tensor | None:
+        return self.labels_of[batch]
+
+    def module(self, path: str) -> nn.Module:
+        return self.structure.model.get_submodule(path)
+
+    @contextmanager
+    def loaded(self, unit: int) -> Iterator[None]:
+        if self.is_interrupted():
+            raise Interrupted("stopped while choosing shapes", hint="Continue with --resume.")
+        if unit not in self._in_memory:
+            source = UnitSource(self.structure) if self.source is None else self.source(unit)
+            load_unit(self.structure, unit, source, self.device)
+            self._in_memory[unit] = Installed(self.structure)
+            self._in_memory[unit].install_stored(source, self.device)
+        self._users[unit] = self._users.get(unit, 0) + 1
+        try:
+            yield
+        finally:
+            self._users[unit] -= 1
+            is_block = 0 < unit <= self.structure.block_count
+            if is_block and not self.resident and not self._users[unit]:
+                self._in_memory.pop(unit).remove()
+                free_unit(self.structure, unit)
+
+    def stem(self, batch: int) -> Tensor:
+        self._embed()
+        return self.streams[batch].hidden
+
+    def run(self, unit: int, batch: int, hidden: Tensor) -> Tensor:
+        self._embed()  # it is the stem that tells what blocks are called with
+        call = self.streams[batch].calls[unit - 1]
+        return self.structure.pieces.block(unit - 1, hidden, call, gradients=True)
+
+    def head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
+        chosen = {name: value[samples] for name, value in self.streams[batch].batch.items()}
+        with self.loaded(0), self.loaded(self.units - 1):
+            return self.structure.pieces.head(chosen, hidden, gradients=True)
+
+    def sites(self, bases: Callable[[ReshapeSite], list[Tensor]] | None = None) -> Iterator[ReshapeSite]:
+        self._embed()
+        streams = [replace(stream) for stream in self.streams]
+        for unit in range(self.units):
+            with self.loaded(unit):
+                site = ReshapeSite(
+                    self.structure,
+                    unit,
+                    self.facts,
+                    Remodel(),
+                    streams,
+                    self.device,
+                    self.seeded(unit),
+                    is_open=False,
+                    warnings=self.warnings,
+                )
+                yield site
+                if bases is not None and site.sites:
+                    site.advance(bases(site))
+                elif 0 < unit < self.units - 1:
+                    for stream in streams:
+                        stream.hidden = run_unit(self.structure, unit, stream)
+
+    def close(self) -> None:
+        """Leave the model's modules as they were."""
+        while self._in_memory:
+            self._in_memory.popitem()[1].remove()
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        key = f"{self.number}/choice"
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        last = self.journal.done(key)
+        slot = 0 if last is None else 1 - last["slot"]  # the last one stays whole until the next is committed
+        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": [], "step": step, "slot": slot}
+        name = f"s{self.number:02d}-choice-{slot}.safetensors"
+
+        def write(path: Path) -> None:
+            save_file(held, path)
+
+        self.journal.commit(key, name, write, facts)
+
+    def saved(self) -> tuple[int, dict[str, Tensor]] | None:
+        line = self.journal.done(f"{self.number}/choice")
+        return None if line is None else (line["step"], load_file(self.journal.path(line)))
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def _embed(self) -> None:
+        if not self._is_embedded:
+            with self.loaded(0):
+                self.embed(self.structure, self.streams)
+            self._is_embedded = True

@@ -1,0 +1,139 @@
+"""Stop means stop: Ctrl-C, SIGTERM and SIGHUP end the work within seconds, whatever it is at.
+
+A signal raises KeyboardInterrupt in the main thread, as soon as that runs Python code again. A call of native code (an
+eigendecomposition, tokenizing a large file) can keep it from that for minutes. So the command line also has a thread
+that is woken by the signal itself (`signal.set_wakeup_fd`): it says at once that the work is stopping, and ends the
+process if the main thread doesn't within GRACE_SECONDS. That loses nothing: whatever a run commits is durable, and a
+killed run resumes (`compressor.storage.journal`). A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compressor.storage.journal import has_begun
+
+GRACE_SECONDS = 8.0  # docs/exit-codes.md promises that the process ends within 10 seconds
+TELL_SECONDS = 1.0  # for the last words, if nobody reads them
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop:
+    """A request to stop, from a signal, and whether one is still accepted.
+
+    work  the work directory of the run, once there is one
+    """
+
+    def __init__(self) -> None:
+        self.work: Path | None = None
+        self._asked, self._is_closed = threading.Event(), False
+        self._lock = threading.RLock()  # a signal's handler may run inside `close`, in the same thread
+
+    def is_asked(self) -> bool:
+        return self._asked.is_set()
+
+    def accept(self) -> bool:
+        """Ask for the stop; False if it is too late for one."""
+        with self._lock:
+            if self._is_closed and not self.is_asked():
+                return False
+            self._asked.set()
+            return True
+
+    def close(self) -> None:
+        """Accept no request from here on: it would only leave half of a finished thing.
+
+        raises  KeyboardInterrupt if one was accepted before
+        """
+        with self._lock:
+            if self.is_asked():
+                raise KeyboardInterrupt
+            self._is_closed = True
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has a work directory that it can be resumed from."""
+        return self.work is not None and has_begun(self.work)
+
+    @property
+    def hint(self) -> str:
+        """What to do after it."""
+        return "Continue with --resume." if self.has_begun else "Nothing was done yet; start again."
+
+
+@contextmanager
+def signals(stop: Stop) -> Iterator[Stop]:
+    """Let the signals raise KeyboardInterrupt in the main thread; called from another thread, change nothing."""
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.accept():
+            raise KeyboardInterrupt
+
+    old: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # a hang-up that is ignored, as by nohup, stays so
+        heard = [sign for sign in SIGNALS if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN]
+        old = {sign: signal.signal(sign, handle) for sign in heard}
+    try:
+        yield stop
+    finally:
+        for sign, handler in old.items():
+            signal.signal(sign, handler)
+
+
+@contextmanager
+def answered(
+    stop: Stop, tell: Callable[[], None], last_words: Callable[[], None], exit_code: int, grace: float = GRACE_SECONDS
+) -> Iterator[Stop]:
+    """`signals`, and a thread that answers the first one at once and ends the process if the main thread doesn't.
+
+    tell        called in that thread at the first signal
+    last_words  called before the process is ended
+    exit_code   the code it is ended with
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    is_over = threading.Event()
+
+    def end() -> None:
+        speaker = threading.Thread(target=last_words, daemon=True)
+        speaker.start()
+        speaker.join(TELL_SECONDS)
+        os._exit(exit_code)
+
+    def end_later() -> None:
+        if not is_over.wait(grace):
+            end()
+
+    def watch() -> None:
+        is_first = True
+        while (number := os.read(woken, 1)) not in (b"", b"\0"):
+            if number[0] in SIGNALS and stop.accept():
+                if not is_first:
+                    end()
+                is_first = False
+                threading.Thread(target=end_later, daemon=True).start()
+                threading.Thread(target=tell, daemon=True).start()  # standard error may be a pipe that is full
+
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    try:
+        with signals(stop):
+            yield stop
+    finally:
+        signal.set_wakeup_fd(before)
+        is_over.set()
+        os.write(wakes, b"\0")
+        watcher.join()
+        os.close(wakes)
+        os.close(woken)

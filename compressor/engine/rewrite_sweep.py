@@ -1,0 +1,350 @@
+"""The sweep of a step that changes the model's own parameters: one unit after the other into a new dense checkpoint.
+
+Unlike a storing sweep it runs no activations through what it has written: the signals a pass sees are those of the
+model before the step. What it wrote is read back as a checkpoint of its own, from which later sweeps start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.engine.block_io import UnitSource, free_all, free_unit, load_unit, unit_name
+from compressor.engine.block_view import Stream, run_unit
+from compressor.errors import Interrupted, PassError
+from compressor.model.remodel import split_parameter
+from compressor.model.residual_records import Residual, ResidualSite, Tap
+from compressor.model.structure import Structure, read_structure
+from compressor.protocol import Carry, ModelFacts, Remodel
+from compressor.recipe.recipe import Step
+from compressor.storage.journal import Journal
+from compressor.storage.safetensors_file import Entry, read_header, write_file
+
+Embed = Callable[[Structure, list[Stream]], None]  # takes every batch through the stem
+
+
+@dataclass
+class ReshapeSite:
+    """A unit as a reshaping pass may see it (`protocol.StreamSite`)."""
+
+    structure: Structure
+    unit: int
+    facts: ModelFacts
+    remodel: Remodel
+    streams: list[Stream]
+    device: torch.device
+    generator: torch.Generator
+    is_open: bool = True
+    written: dict[str, Tensor] = field(default_factory=dict)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def residual(self) -> Residual:
+        return self.facts.residual
+
+    @property
+    def index(self) -> int:
+        return self.unit - 1
+
+    @property
+    def path(self) -> str:
+        return f"{self.structure.pieces.blocks_path}.{self.index}"
+
+    @property
+    def sites(self) -> tuple[ResidualSite, ...]:
+        return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
+
+    def states(self) -> list[Tensor]:
+        return [stream.hidden for stream in self.streams]
+
+    def read(self, parameter: str) -> Tensor:
+        if parameter in self.written:
+            return self.written[parameter]
+        return _value(self.structure, parameter).to(torch.float64)
+
+    def write(self, parameter: str, value: Tensor) -> None:
+        assert self.is_open, "nothing can be written while a pass surveys"
+        expected = self.remodel.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
+        assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
+        self.written[parameter] = value
+
+    def warn(self, code: str, where: str, message: str) -> None:
+        self.warnings.append({"code": code, "where": where, "message": message})
+
+    def signals(self, tap: Tap) -> Iterator[Tensor]:
+        return self.inputs(tap.module)
+
+    def inputs(self, module: str) -> Iterator[Tensor]:
+        caught: list[Tensor] = []
+        watched = self.structure.model.get_submodule(module)
+        handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+        try:
+            for stream in self.streams:
+                caught.clear()
+                run_unit(self.structure, self.unit, stream)
+                yield caught[0].reshape(-1, caught[0].shape[-1])
+        finally:
+            handle.remove()
+
+    def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
+        for stream in self.streams:
+            yield self.project(stream, bases).reshape(-1, self.residual.width)
+
+    def project(self, stream: Stream, bases: Sequence[Tensor]) -> Tensor:
+        """The stream after len(bases) sites, each projected, float64; that of the whole block where all are.
+
+        The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
+        projected one, and how far the two are apart goes along to the next site.
+        """
+        x = stream.hidden.to(torch.float64)
+        bases = [basis.to(x.device) for basis in bases]
+        if not bases or not self.sites:
+            return x
+        apart: list[Tensor] = []
+
+        def onto(number: int, value: Tensor) -> Tensor:
+            return value @ bases[number] @ bases[number].t()
+
+        def norm_input(number: int, args: tuple[Any, ...], is_first: bool) -> tuple[Any, ...] | None:
+            here = args[0].to(torch.float64)
+            if is_first:
+                moved = here + apart[-1].view(here.shape) if apart else here  # OPT flattens batch and tokens midway
+                if number == len(bases):
+                    raise _Reached(moved)
+                apart.append((onto(number, moved) if number else moved) - here)
+            return ((here + apart[-1].view(here.shape)).to(args[0].dtype), *args[1:])
+
+        handles = []
+        for number, site in enumerate(self.sites[: len(bases) + 1]):
+            for first, tap in enumerate(site.taps):
+                module = self.structure.model.get_submodule(tap.module)
+                hook = partial(_before, norm_input, number, first == 0)
+                handles.append(module.register_forward_pre_hook(hook))
+        entering = Stream(stream.batch, onto(0, x).to(stream.hidden.dtype), stream.calls)
+        try:
+            left = run_unit(self.structure, self.unit, entering).to(torch.float64)
+            return left + apart[-1].view(left.shape)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def advance(self, bases: Sequence[Tensor]) -> None:
+        """Take the streams through the block, projected; without bases as they are."""
+        for stream in self.streams:
+            if bases:
+                stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+            else:
+                stream.hidden = run_unit(self.structure, self.unit, stream)
+
+
+class _Reached(Exception):
+    """Ends a block's forward at the site that is asked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _before(norm_input: Any, number: int, is_first: bool, _module: Any, args: tuple[Any, ...]) -> Any:
+    return norm_input(number, args, is_first)
+
+
+@dataclass
+class Reshaper:
+    """What a reshaping sweep needs beside its step.
+
+    number   of the sweep
+    planned  the structure that `plan` promised
+    streams  calibration batches before the stem; none if the step reads weights only
+    """
+
+    number: int
+    structure: Structure
+    planned: Structure
+    facts: ModelFacts
+    remodel: Remodel
+    journal: Journal
+    streams: list[Stream]
+    device: torch.device
+    seeds: Callable[[int], int]  # unit -> seed
+    is_interrupted: Callable[[], bool]
+    emit: Callable[[dict[str, Any]], None]
+
+    def site(self, unit: int, seed_of: int) -> ReshapeSite:
+        generator = torch.Generator().manual_seed(self.seeds(seed_of))
+        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.streams, self.device, generator)
+
+
+def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, list[Path]]:
+    """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
+    structure, journal = work.structure, work.journal
+    carry = _survey(work, step, embed)
+    follows = work.remodel.follows
+    files = []
+    units = structure.block_count + 2
+    for unit in range(units):
+        if work.is_interrupted():
+            raise Interrupted("stopped between two units", hint="Continue with --resume.")
+        began, key = time.perf_counter(), f"{work.number}/{unit}"
+        line = journal.done(key)
+        if line is None or follows:
+            load_unit(structure, unit, UnitSource(structure), work.device)
+            site = work.site(unit, unit)
+            if unit == 0 and follows:
+                embed(structure, work.streams)
+            if line is None:
+                carry = _write_unit(work, step, site, carry, keeps_carry=follows)
+                line = journal.done(key)
+                assert line is not None
+            else:
+                carry = _kept_carry(work, f"{key}/carry")
+            if follows:
+                _advance(work, site, step, carry)
+            if 0 < unit < units - 1:
+                free_unit(structure, unit)
+        files.append(journal.path(line))
+        seconds = time.perf_counter() - began
+        told = {"sweep": work.number, "unit": unit, "units": units, "name": unit_name(structure, unit)}
+        work.emit({"event": "unit", **told, "seconds": seconds})
+    free_all(structure)
+    return _reopen(work, files), files
+
+
+def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> None:
+    """Take the signals through the block, projected as the pass has chosen."""
+    if not 0 < site.unit <= work.structure.block_count:
+        return
+    bases = step.settings.projections(carry)
+    assert not bases or len(bases) == len(site.sites)
+    site.advance(bases)
+
+
+def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, keeps_carry: bool) -> Carry:
+    """Let the pass write the loaded unit, and commit it, after the carry that the next unit needs."""
+    try:
+        carry = step.settings.reshape(site, carry)
+    except torch.OutOfMemoryError as error:
+        raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+    key, file = f"{work.number}/{site.unit}", f"s{work.number:02d}-{site.unit:05d}"
+    if keeps_carry:
+        _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])
+    tensors = _unit_tensors(work, site.unit, site)
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    facts = {"forms": {}, "records": [], "warnings": site.warnings}
+    work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
+    return carry
+
+
+def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[dict[str, str]]) -> None:
+    held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
+    facts = {"forms": {}, "records": [], "warnings": warnings}
+    work.journal.commit(key, file, lambda path: save_file(held, path), facts)
+
+
+def _kept_carry(work: Reshaper, key: str) -> Carry:
+    line = work.journal.done(key)
+    assert line is not None  # it is committed before what needs it
+    return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
+
+
+def _survey(work: Reshaper, step: Step, embed: Embed) -> Carry:
+    """The pass's look at the whole model, from the journal if it is there."""
+    key = f"{work.number}/survey"
+    if work.journal.done(key) is None:
+        warnings: list[dict[str, str]] = []
+        carry = step.settings.survey(_sites(work, embed, warnings), {})
+        free_all(work.structure)
+        _keep_carry(work, key, f"s{work.number:02d}-survey.safetensors", carry, warnings)
+    return _kept_carry(work, key)
+
+
+def _sites(work: Reshaper, embed: Embed, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
+    """Stem, blocks and head of the model unchanged, one in memory at a time, with its signals where there are any."""
+    structure = work.structure
+    for unit in range(structure.block_count + 2):
+        if work.is_interrupted():
+            raise Interrupted("stopped while surveying", hint="Continue with --resume.")
+        load_unit(structure, unit, UnitSource(structure), work.device)
+        site = work.site(unit, -1)
+        site.is_open, site.warnings = False, warnings
+        if unit == 0 and work.streams:
+            embed(structure, work.streams)
+        yield site
+        if 0 < unit <= structure.block_count:
+            for stream in work.streams:
+                stream.hidden = run_unit(structure, unit, stream)
+            free_unit(structure, unit)
+
+
+def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Tensor]:
+    """Every tensor that the new model keeps in this unit, by checkpoint name, in the dtype it is held in."""
+    planned = work.planned
+    tensors: dict[str, Tensor] = {}
+    for name, now in _parameters_of(work, unit).items():
+        value = site.written[name] if name in site.written else _value(work.structure, name)
+        value = value.to(planned.bindings.dtypes[now])
+        parts = split_parameter(planned, now, value)
+        tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
+    for tensor, part in tensors.items():
+        expected = planned.checkpoint.tensors[tensor].shape
+        assert tuple(part.shape) == expected, f"{tensor}: {tuple(part.shape)}, {expected} was planned"
+    return dict(sorted(tensors.items()))
+
+
+def _parameters_of(work: Reshaper, unit: int) -> dict[str, str]:
+    """What the new model keeps of a unit: name of a parameter before -> after, which differ where blocks are gone."""
+    kept, path = work.remodel.blocks, work.structure.pieces.blocks_path
+    if kept is None:
+        return {name: name for name in work.planned.parameters_of(unit)}
+    if unit == work.structure.block_count + 1:
+        return {name: name for name in work.planned.parameters_of(len(kept) + 1)}
+    if unit == 0 or unit - 1 not in kept:
+        return {name: name for name in work.planned.parameters_of(0)} if unit == 0 else {}
+    number = kept.index(unit - 1)
+    names = work.planned.parameters_of(number + 1)
+    return {f"{path}.{unit - 1}.{name.removeprefix(f'{path}.{number}.')}": name for name in names}
+
+
+def _reopen(work: Reshaper, files: list[Path]) -> Structure:
+    """The unit files as a checkpoint in a folder of its own (as links), read like any other."""
+    folder = work.journal.work / "units" / f"s{work.number:02d}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    placed: dict[str, str] = {}
+    for file in files:
+        target = folder / file.name
+        try:
+            os.link(file, target)
+        except OSError:  # a file system without links; the copy is what disk_bytes has room for
+            shutil.copyfile(file, target)
+        placed |= dict.fromkeys(read_header(target), file.name)
+    index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(work.planned.checkpoint.config))
+    structure = read_structure(folder)
+    # tokenizer, licence and the like still lie where the model came from
+    origin = replace(structure.checkpoint, directory=work.structure.checkpoint.directory)
+    return replace(structure, checkpoint=origin)
+
+
+def _value(structure: Structure, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(structure.model.get_submodule(owner), leaf).data
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,194 @@
+"""The samples of a run: what it calibrates on, what it measures on, and that these are not the same.
+
+Where `data` and `eval.data` name the same documents, these are divided (`data_parts`); where two sources share
+documents, the run is refused. An evaluation alone reads the same samples as the run of its recipe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compressor.data.parts import CALIBRATION, EVALUATION, overlap, same_source
+from compressor.data.samples import (
+    Documents,
+    Samples,
+    check_data,
+    draw_samples,
+    load_documents,
+    load_tokenizer,
+    part_of,
+    random_samples,
+)
+from compressor.errors import CompressError, PreflightError, RecipeError
+from compressor.model.replay import output_of
+from compressor.model.structure import Structure
+from compressor.model.token_limit import Limit, limit_of
+from compressor.model.tracing import make_twin, shallow_config
+from compressor.recipe.recipe import Recipe
+from compressor.recipe.schema import DataSettings
+
+
+def is_divided(recipe: Recipe) -> bool:
+    """Whether calibration and evaluation have one source, of which each takes a part."""
+    return recipe.reads_data and same_source(recipe.data, recipe.eval.data)
+
+
+def read_data(
+    recipe: Recipe, directory: Path, vocabulary: int | None, *, measure: bool, trust_remote_code: bool = False
+) -> tuple[Samples | None, Samples | None]:
+    """(calibration, evaluation); None for what isn't read.
+
+    raises RecipeError for data that can't be used, and for documents of one that are in the other
+    """
+    calibration = held_out = None
+    documents: dict[str, Documents] = {}
+    if recipe.reads_data:
+        calibration = _samples(recipe, CALIBRATION, directory, vocabulary, documents, trust_remote_code)
+    if measure:
+        held_out = _samples(recipe, EVALUATION, directory, vocabulary, documents, trust_remote_code)
+    if len(documents) == 2 and not is_divided(recipe):
+        _check_overlap(recipe, documents[CALIBRATION], documents[EVALUATION])
+    return calibration, held_out
+
+
+def read_evaluation_data(
+    recipe: Recipe, directory: Path, vocabulary: int | None, *, trust_remote_code: bool = False
+) -> Samples:
+    """The samples that a run of this recipe measures on. raises RecipeError"""
+    return _samples(recipe, EVALUATION, directory, vocabulary, {}, trust_remote_code)
+
+
+def data_problems(
+    recipe: Recipe, structure: Structure, *, measure: bool, trust_remote_code: bool = False
+) -> list[CompressError]:
+    """What is wrong with the data for this model, as far as it is seen without reading all of the data."""
+    problems: list[CompressError] = []
+    reads_pixels = vocabulary_of(structure) is None
+    reads_text = False
+    for key, section, is_read in (("data", recipe.data, recipe.reads_data), ("eval.data", recipe.eval.data, measure)):
+        if not is_read:
+            continue
+        try:
+            check_data(section, reads_pixels=reads_pixels)
+            if not reads_pixels and (section.pack or section.source == "random"):  # samples of exactly this length
+                check_length(section.length, limit_of(structure.model), key)
+        except CompressError as problem:
+            problems.append(problem)
+        reads_text |= not reads_pixels and section.source != "random"
+    if reads_text:
+        try:
+            load_tokenizer(structure.checkpoint.directory, trust_remote_code=trust_remote_code)
+        except CompressError as problem:
+            problems.append(problem)
+    return problems
+
+
+def vocabulary_of(structure: Structure) -> int | None:
+    """The number of tokens that a model knows; None for a model that reads pixels."""
+    config = structure.model.config.get_text_config()
+    return config.vocab_size if structure.model.main_input_name == "input_ids" else None
+
+
+def check_samples(samples: Samples | None, structure: Structure, key: str) -> None:
+    """raises PreflightError for samples that the model doesn't take: tokens that it doesn't know or too many of them,
+    images of another size
+    """
+    vocabulary = vocabulary_of(structure)
+    if samples is None:
+        return
+    if not samples.is_text or vocabulary is None:
+        _answer_shape(samples, structure, key)
+        return
+    largest = max(int(sample.max()) for sample in samples.inputs)
+    if largest >= vocabulary:
+        raise PreflightError(
+            f"the tokenizer made token {largest}, the model knows {vocabulary}",
+            where=key,
+            hint="Tokenizer and model are not of one family.",
+        )
+    longest = max(len(sample) for sample in samples.inputs)
+    check_length(longest, limit_of(structure.model), key)
+
+
+def check_labels(samples: Samples, structure: Structure, key: str) -> None:
+    """raises PreflightError for labels that an accuracy can't be of: the model has fewer classes"""
+    shape = None if samples.labels is None else _answer_shape(samples, structure, key)
+    if samples.labels is None or shape is None or len(shape) != 2 or int(samples.labels.max()) < shape[1]:
+        return
+    raise PreflightError(
+        f"has the label {int(samples.labels.max())}, the model's classes are 0 to {shape[1] - 1}",
+        where=key,
+        hint="Use the data that the model was trained for, or leave accuracy out of eval.metrics.",
+    )
+
+
+def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Size:
+    """The shape of what the model answers for one sample, by a shallow twin. raises PreflightError if it can't"""
+    model, sample = structure.model, samples.inputs[0].unsqueeze(0)
+    config = shallow_config(model.config, model, structure.pieces)
+    failure: Exception | None = None
+    for device in (torch.device("meta"), torch.device("cpu")):  # some models look at values
+        try:
+            twin = make_twin(type(model), config, device, torch.float32)
+            with torch.no_grad():
+                return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
+        except CompressError:  # of the twin, such as memory that can't hold it
+            raise
+        except Exception as error:  # any: it is the model's own code that says so
+            failure = error
+    shape, asked = tuple(sample.shape[1:]), "Give images of the size and with the channels that the model is made for."
+    raise PreflightError(
+        f"samples of shape {shape} can't be read by the model ({' '.join(str(failure).split())[:200]})",
+        where=key,
+        hint="Choose other data." if samples.is_text else asked,
+    ) from failure
+
+
+def check_length(length: int, limit: Limit, key: str) -> None:
+    """raises PreflightError for samples of more tokens than a model takes"""
+    most = limit(length)
+    if most is not None:
+        raise PreflightError(
+            f"samples of {length} tokens, the model takes {most}", where=f"{key}.length", hint=f"Set it to {most}."
+        )
+
+
+def _samples(
+    recipe: Recipe,
+    part: str,
+    directory: Path,
+    vocabulary: int | None,
+    documents: dict[str, Documents],
+    trust: bool,
+) -> Samples:
+    """One part's samples; what its source holds is left in `documents`."""
+    settings: DataSettings = recipe.data if part == CALIBRATION else recipe.eval.data
+    seed = recipe.seed if settings.seed is None else settings.seed
+    if settings.source == "random":
+        return random_samples(settings, seed, vocabulary, part)
+    found = load_documents(settings, directory, vocabulary, trust_remote_code=trust)
+    if is_divided(recipe):
+        found = part_of(found, part, pack=settings.pack)
+    documents[part] = found
+    return draw_samples(found, settings, directory, seed, trust_remote_code=trust)
+
+
+def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents) -> None:
+    """raises RecipeError if what is measured on was calibrated on"""
+    if recipe.data.source == recipe.eval.data.source == "stdlib":
+        return  # its splits are pinned by hash and share nothing
+    by_lines = calibration.is_whole_text or evaluation.is_whole_text
+    shared, is_too_much = overlap(calibration.contents, evaluation.contents, by_lines=by_lines)
+    if not is_too_much:
+        return
+    number, first = shared[0]
+    quoted = f" ({' '.join(first.split())[:60]!r})" if isinstance(first, str) else ""
+    source = recipe.data.source
+    kind = "lines" if by_lines else "documents" if evaluation.images is None else "images"
+    raise RecipeError(
+        f"{len(shared)} of its {kind} are in data ({source}) too, the first of them number {number}{quoted}",
+        where=f"eval.data ({recipe.eval.data.source})",
+        hint="Remove them from one of the two, or give both the same source, which is then divided.",
+    )

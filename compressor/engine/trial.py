@@ -1,0 +1,232 @@
+"""Tries the loaders of an artifact on a small twin of the model, before any work.
+
+The twin is the model's class with few blocks, and as narrow as its config can be made: sizes that are dimensions of
+parameters are divided by one power of two. It gets random weights, is saved, read again and stored with made-up codes
+in the formats of the plan. Then the artifact's loaders load it (transformers alone, and `compressor.load`), and the
+two models have to compute the same. What a loader can't do with this class is found so: a class that initializes
+`weight` of modules that have none while packed, code that reads such a weight, tensors that it renames or joins.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from compressor.artifact.artifact import load, seal, write_json
+from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config
+from compressor.artifact.stock_loading import load_stock
+from compressor.engine.block_io import Form
+from compressor.layers.base import Layer
+from compressor.layers.byte_linear import ByteLinear
+from compressor.layers.int8_split_linear import Int8SplitLinear
+from compressor.layers.packed_linear import PackedLinear
+from compressor.methods.quantization.uniform_grid import find_grid, quantize
+from compressor.model.replay import output_of, without_cache
+from compressor.model.structure import Structure, read_structure
+from compressor.model.tracing import example_batch, make_twin, shallow_config, use_eager_experts
+
+LEAST_WIDTH = 64  # that an input of a stored weight is narrowed to
+GROUP = 32  # inputs a scale in the twin, where the plan has groups
+VOCABULARY = 512
+MOST_PARAMETERS = 1 << 26  # of a twin that is tried; 128 MiB in 16 bits
+
+
+class NoTwin(Exception):
+    """No twin of the class could be made, or none is small enough; says why for the last one."""
+
+
+def try_loaders(structure: Structure, forms: Sequence[Form], route: Route) -> str | None:
+    """Why an artifact of these forms and this format would not load or compute what it should; None if it would.
+
+    Tried are the formats of `EXAMPLES`. raises NoTwin where there is nothing to try them on
+    """
+    if not {form.form for form in forms} <= EXAMPLES.keys():
+        return None
+    try:
+        bars = io.StringIO()  # progress of libraries, whose user asked for the plan of a larger model
+        with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
+            twin = _save_twin(structure, forms, Path(scratch) / "twin")
+            return _try(twin, forms, route, Path(scratch) / "artifact")
+    finally:
+        logging.enable_progress_bar()
+
+
+def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) -> str | None:
+    stored = _store(twin, forms, route, directory)
+    if not stored:
+        return None
+    manifest = {
+        "architecture": twin.architecture,
+        "route": route.name,
+        "weights": {form.weight.name: form.to_dict() for form in stored},
+        "files": {},
+    }
+    try:
+        stock, info = load_stock(directory, manifest)
+    except Exception as error:  # whatever it makes of the class is the answer
+        cause = error.__cause__ or error
+        return f"the loader stops ({type(cause).__name__}: {str(cause)[:200]})"
+    for key in ("missing", "unexpected", "mismatched"):
+        if info[f"{key}_keys"]:
+            name = min(map(str, info[f"{key}_keys"]))
+            return f"the loader reports {len(info[f'{key}_keys'])} {key} tensors, such as {name}"
+    try:
+        own = load(directory, check_hashes=False, kernels="reference")
+        for model in (stock, own):
+            use_eager_experts(model.config)
+        batch = example_batch(stock, torch.device("cpu"))
+        with torch.no_grad(), without_cache(stock, own):
+            found, expected = output_of(stock(**batch)).float(), output_of(own(**batch)).float()
+    except Exception as error:
+        return f"the loaded model can't run ({type(error).__name__}: {str(error)[:200]})"
+    if route.name in FAMILIES and FAMILIES[route.name].forward is not None:
+        return None  # layers with roundings of their own
+    numbers = torch.finfo(stock.dtype)
+    allowed = max((len(twin.pieces) + 1) * numbers.eps * float(expected.abs().max()), numbers.tiny)
+    difference = float((found - expected).abs().max())
+    if not difference <= allowed:  # NaN fails too
+        return f"the loader's model computes something else (outputs differ by {difference:.3g})"
+    return None
+
+
+def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> Structure:
+    """A small checkpoint of the model's class. raises NoTwin"""
+    logging.disable_progress_bar()
+    obstacle = ""
+    cls = type(structure.model)
+    shallow = shallow_config(structure.model.config, structure.model, structure.pieces)
+    for change in _narrowings(shallow, structure, forms):
+        try:
+            config = change()
+            size = sum(p.numel() for p in make_twin(cls, config, torch.device("meta"), structure.dtype).parameters())
+            if size > MOST_PARAMETERS:
+                obstacle = f"its smallest twin has {size:,} parameters, and up to {MOST_PARAMETERS:,} are tried"
+                continue
+            twin = make_twin(cls, config, torch.device("cpu"), structure.dtype)
+            twin.config.architectures = [structure.architecture]
+            for key in (
+                "auto_map",
+                "transformers_weights",
+            ):  # name files that lie beside the model, none beside its twin
+                vars(twin.config).pop(key, None)
+            twin.save_pretrained(directory)
+            return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
+        except Exception as error:  # rules for sizes, of the class or its config; the next is nearer to the model's own
+            obstacle = f"no small twin can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    raise NoTwin(obstacle)
+
+
+def _narrowings(
+    config: PretrainedConfig, structure: Structure, forms: Sequence[Form]
+) -> Iterator[Callable[[], PretrainedConfig]]:
+    """Configs to try, the narrowest first, the config itself last."""
+    sizes = {size for parameter in structure.model.parameters() for size in parameter.shape}
+    inputs = [form.weight.in_features for form in forms if not form.weight.is_function]
+    factor = 1
+    while inputs and all(n % (2 * factor * GROUP) == 0 and n // (2 * factor) >= LEAST_WIDTH for n in inputs):
+        factor *= 2
+    while factor > 1:
+        yield partial(_divided, config, sizes, factor)
+        factor //= 2
+    yield partial(_divided, config, set(), 1)
+    yield lambda: config
+
+
+def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> PretrainedConfig:
+    narrow = copy.deepcopy(config)
+    parts = [narrow, *(value for value in vars(narrow).values() if isinstance(value, PretrainedConfig))]
+    for part in parts:
+        vocabulary = getattr(part, "vocab_size", None)
+        for key, value in list(vars(part).items()):
+            if type(value) is not int:
+                continue
+            if key == "head_dim" or (value in sizes and value % factor == 0 and value > factor and key != "vocab_size"):
+                setattr(part, key, value // factor)
+        if isinstance(vocabulary, int) and vocabulary > VOCABULARY:
+            part.vocab_size = VOCABULARY
+            for key, value in list(vars(part).items()):
+                if key.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
+                    setattr(part, key, 0)
+    return narrow
+
+
+def _store(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) -> list[Form]:
+    """Write the twin as an artifact of the planned forms; returns those that occur in it."""
+    planned = {(form.weight.parameter, form.weight.expert, form.weight.rows is not None): form for form in forms}
+    directory.mkdir()
+    tensors = {
+        name: value
+        for file in sorted(twin.checkpoint.directory.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+    stored = []
+    for _, weight in twin.weights():
+        form = planned.get((weight.parameter, weight.expert, weight.rows is not None))
+        if form is None or weight.tensor not in tensors:
+            continue
+        matrix = tensors.pop(weight.tensor)
+        made = _example(form, (matrix.t() if weight.transposed else matrix).float(), twin.dtype)
+        stored.append(Form(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
+        tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
+    if not stored:
+        return []
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    dtype = str(twin.dtype).removeprefix("torch.")
+    config = artifact_config(twin.checkpoint.config, route, stored, twin.model, dtype, untied=False)
+    write_json(directory / "config.json", config)
+    if route.name == "custom":
+        text = modelling_file(twin.model, (form.form for form in stored))
+        (directory / f"modeling_{config['model_type']}.py").write_text(text)
+    seal(
+        directory,
+        architecture=twin.architecture,
+        route=route,
+        forms=stored,
+        source={"name": "twin", "sha256": "0" * 64},
+    )
+    return stored
+
+
+def _example(form: Form, matrix: torch.Tensor, dtype: torch.dtype) -> Layer:
+    spec = dict(form.spec)
+    if spec.get("group_size", -1) != -1:
+        spec["group_size"] = GROUP if matrix.shape[1] % GROUP == 0 else -1
+    return EXAMPLES[form.form](matrix, spec, dtype)
+
+
+def _codes(matrix: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
+    width = matrix.shape[1] if spec["group_size"] == -1 else spec["group_size"]
+    grouped = matrix.reshape(len(matrix), -1, width)
+    grid = find_grid(grouped, spec["bits"], spec["symmetric"], "minmax", dtype)
+    codes, scale = quantize(grouped, grid).reshape(matrix.shape).to(torch.int8), grid.scale.to(dtype)
+    zero = None if spec["symmetric"] else grid.zero_point.to(torch.int8)
+    if spec["bits"] == 8 and zero is not None and not spec.get("act_order_index"):
+        return ByteLinear.from_tensors(spec, {"weight": codes, "weight_scale": scale, "weight_zero_point": zero})
+    index = torch.arange(matrix.shape[1]) // width if spec.pop("act_order_index", False) else None
+    return PackedLinear.pack(codes, scale, zero, **spec, index=index)
+
+
+def _int8_rows(matrix: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
+    columns = torch.arange(spec["outlier_columns"]) if spec["outliers"] == "calibrated" else None
+    return Int8SplitLinear.pack(matrix, spec["threshold"], dtype, columns)
+
+
+# form -> (weight, settings, dtype of the model) -> the weight in that form, by the plainest rounding
+EXAMPLES: dict[str, Callable[[torch.Tensor, dict[str, Any], torch.dtype], Layer]] = {
+    PackedLinear.form: _codes,
+    ByteLinear.form: _codes,
+    Int8SplitLinear.form: _int8_rows,
+}

@@ -1,0 +1,243 @@
+"""`compress-model eval`: the measurements of a run for any model or artifact, against a baseline or alone."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.artifact.artifact import MANIFEST, read_manifest
+from compressor.artifact.manifest import model_class
+from compressor.artifact.stock_formats import VERSION, check_loader
+from compressor.data.samples import Samples
+from compressor.engine.run_samples import check_length, read_evaluation_data
+from compressor.errors import KernelError, ModelError, UsageError
+from compressor.evaluation.environment import environment
+from compressor.evaluation.evaluate import SPEED_TOKENS, evaluate
+from compressor.evaluation.report import (
+    append_summary,
+    check_summary,
+    data_facts,
+    finite,
+    unmeasured_warnings,
+    validate_report,
+    write_reports,
+)
+from compressor.kernels.prepare.dispatch import FALLBACKS
+from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.model.reshaped_class import class_for
+from compressor.model.structure import class_of, config_of
+from compressor.model.token_limit import Limit, token_limit
+from compressor.process.child import started_early
+from compressor.recipe.gates import check_gates, compares_models, read_gates
+from compressor.recipe.recipe import Option, Recipe, parse_recipe, read_recipe
+
+EVALUATION_VERSION = 1
+BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone
+FILES = {"report.json", "report.md", "junit.xml"}
+
+
+def measure_model(
+    model: str,
+    *,
+    recipe: str | None = None,
+    data: str | None = None,
+    metrics: str | None = None,
+    baseline: str | None = None,
+    gates: list[str] | None = None,
+    overrides: list[str] | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    output: Path | None = None,
+    strict_kernels: bool = False,
+) -> dict[str, Any]:
+    """The evaluation report (`evaluation` in report.schema.json), also when a gate doesn't hold.
+
+    metrics  comma-separated, in place of the recipe's
+    gates    NAME=BOUND, beside the recipe's
+    output   directory for report.json, report.md and junit.xml; made, or written again if it is from here
+    strict_kernels  a layer of the artifact that falls back to torch or the reference is an error
+    raises   UsageError for a gate that compares two models when there is no baseline, KernelError with strict_kernels
+    """
+    began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
+    if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
+        raise UsageError(
+            f"gates that compare two models: {', '.join(lacking)}",
+            where="eval",
+            hint="Pass --baseline MODEL, or drop them.",
+        )
+    check_summary(asked.report)
+    with _kept_if_written(output), started_early():
+        directory = resolve_model(model)
+        after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+        before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
+        for place in (after.directory, before.directory if before else None):
+            if place is not None and (place / MANIFEST).is_file():
+                check_loader(read_manifest(place)["route"])
+        limit = _token_limit(after, trust_remote_code)
+        asked = asked.fit_lengths(limit)
+        samples = _samples(asked, directory, limit, trust_remote_code)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        with tempfile.TemporaryDirectory() as scratch:
+            found = evaluate(
+                before.directory if before else None,
+                directory,
+                samples,
+                asked.eval,
+                Path(scratch),
+                threads=torch.get_num_threads(),
+                seed=asked.seed,
+                most_tokens=limit(SPEED_TOKENS),
+                trust_remote_code=trust_remote_code,
+            )
+        sizes = _sizes(before, after)
+        if strict_kernels:
+            check_kernels(found.kernels)
+        rows = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
+        report = finite(
+            {
+                "evaluation_version": EVALUATION_VERSION,
+                "tool": {"name": "compress-model", "version": VERSION},
+                "status": "ok" if all(row["passed"] for row in rows) else "gate_failed",
+                "name": asked.name,
+                "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
+                "seed": asked.seed,
+                "model": _subject(model, after),
+                "baseline": _subject(baseline, before) if baseline and before else None,
+                "data": {"eval": data_facts(samples)},
+                "sizes": sizes,
+                "metrics": found.metrics,
+                "saturation": found.saturation,
+                "gates": rows,
+                "warnings": unmeasured_warnings(found.metrics),
+                **({} if found.kernels is None else {"kernels": found.kernels}),
+                "run": {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed},
+                "environment": environment(torch.device("cpu")),
+            }
+        )
+        validate_report(report)
+        if output is not None:
+            write_reports(report, output, asked.report)
+        else:
+            append_summary(report, asked.report)
+    return report
+
+
+def check_kernels(kernels: list[dict[str, str]] | None) -> None:
+    """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
+    if kernels is None:
+        hint = "Evaluate an artifact, with speed among the metrics."
+        raise UsageError("--strict-kernels, and no kernels were chosen", where="eval", hint=hint)
+    slow = [f"{row['op']}: {row['why']}" for row in kernels if row["chosen"].startswith(FALLBACKS)]
+    if slow:
+        raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.")
+
+
+def _samples(asked: Recipe, directory: Path, limit: Limit, trust_remote_code: bool) -> Samples:
+    """raises PreflightError for samples that are longer than the model takes"""
+    vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
+    samples = read_evaluation_data(asked, directory, vocabulary, trust_remote_code=trust_remote_code)
+    if samples.is_text:
+        check_length(max(len(sample) for sample in samples.inputs), limit, "eval.data")
+    return samples
+
+
+def _token_limit(model: Checkpoint, trust_remote_code: bool) -> Limit:
+    """How many tokens the model of a checkpoint or artifact takes: its own blocks tell, as `plan` asks them."""
+    config = config_of(model.directory, trust_remote_code)
+    if (model.directory / MANIFEST).is_file():
+        cls = class_for(model_class(read_manifest(model.directory)["architecture"], MANIFEST), config)
+    else:
+        cls = class_of(model, trust_remote_code)
+
+    def limit(length: int) -> int | None:
+        try:
+            return token_limit(cls, config, length)
+        except ModelError:  # a class without a list of blocks, which can be measured all the same
+            return None
+
+    return limit
+
+
+def _settings(
+    recipe: str | None, data: str | None, metrics: str | None, gates: dict[str, float], overrides: list[str]
+) -> Recipe:
+    options: list[Option] = []
+    if data is not None:
+        options.append((f"--data {data}", ("eval", "data", "source"), data))
+    if metrics is not None:
+        names = [name.strip() for name in metrics.split(",") if name.strip()]
+        options.append((f"--metrics {metrics}", ("eval", "metrics"), names))
+    options += [(f"--gate {name}={bound:g}", ("eval", "gates", name), bound) for name, bound in gates.items()]
+    if recipe is None:
+        return parse_recipe(BARE, "eval", overrides, options)
+    return read_recipe(recipe, overrides, options)
+
+
+@contextmanager
+def _kept_if_written(output: Path | None) -> Iterator[None]:
+    """Make the output directory before the work, so that it surely can be; a failure leaves none behind."""
+    if output is None:
+        yield
+        return
+    existed = output.exists()
+    _make_output(output)
+    try:
+        yield
+    except BaseException:
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def _make_output(output: Path) -> None:
+    """raises UsageError unless the directory can be made, is empty, or holds an evaluation of ours and nothing else"""
+    if not output.exists() and not output.is_symlink():
+        try:
+            output.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"can't be made ({error.strerror})", where=str(output), hint="Choose another --output."
+            ) from error
+        return
+    if not output.is_dir():
+        raise UsageError("is not a directory", where=str(output), hint="Choose another --output.")
+    present = {path.name for path in output.iterdir()}
+    if present and not (present <= FILES and _is_ours(output / "report.json")):
+        foreign = sorted(present - FILES) or ["a report of another kind"]
+        raise UsageError(
+            f"holds what no evaluation wrote ({', '.join(foreign[:3])})",
+            where=str(output),
+            hint="Choose another --output.",
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        report = json.loads(file.read_text())
+        return report["evaluation_version"] == EVALUATION_VERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _subject(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "source": model_label(name),
+        "sha256": checkpoint.content_sha256,
+        "architecture": checkpoint.architecture,
+    }
+
+
+def _sizes(before: Checkpoint | None, after: Checkpoint) -> dict[str, Any]:
+    after_bytes = after.weight_file_bytes
+    if before is None:
+        return {"before_bytes": None, "after_bytes": after_bytes, "ratio": None}
+    before_bytes = before.weight_file_bytes
+    return {"before_bytes": before_bytes, "after_bytes": after_bytes, "ratio": after_bytes / before_bytes}

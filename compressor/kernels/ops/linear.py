@@ -1,0 +1,380 @@
+"""The operations of this package in torch's registry, under `torch.ops.compressor`, with shapes for tracing.
+
+    pack_weight           codes, scales and zero points -> one packed tensor, which a kernel reads in one stream
+    unpack_weight         the inverse
+    linear_weight_only    x @ W.T with x as it is (W2A16, W3A16, W4A16, W8A16)
+    linear_int8_outlier   LLM.int8(): the same with columns of large magnitude kept in floating point, in one call
+    linear_dynamic_int8   x @ W.T with the rows of x rounded to int8 by their own largest magnitude (W2A8 to W8A8)
+
+x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32,
+the bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the
+number of threads or the other rows of x. Layout "cpu2" is drawn in docs/kernels.md. None of them has a gradient.
+
+They run on the CPU by the compiled library; without it they raise KernelError with the reason. On CUDA devices
+`compressor.kernels.cuda.ops` runs them, in the layouts of CUDA_LAYOUTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels.cpu import required_library as cpu_library
+from compressor.kernels.cuda import mma1, mma8a1
+from compressor.kernels.ops.large_pages import empty_bytes
+from compressor.kernels.ops.registry import register, register_cuda
+
+LAYOUT = "cpu2"
+CUDA_LAYOUTS = {mma1.LAYOUT: mma1, mma8a1.LAYOUT: mma8a1}  # linear_weight_only, linear_dynamic_int8
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
+ON_CPU = "Both have to be on the CPU."
+BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
+
+
+groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
+
+
+def group_columns(in_features: int, group_size: int) -> int:
+    """Columns of a group as the kernels count them: a multiple of 8."""
+    return -(-in_features // 8) * 8 if group_size == -1 else group_size
+
+
+def _check_layout(layout: str, tensor: Tensor) -> None:
+    if layout != LAYOUT:
+        raise ShapeError(f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected")
+    if not tensor.is_cpu:
+        raise KernelError(
+            f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {' or '.join(map(repr, CUDA_LAYOUTS))}."
+        )
+
+
+def pack_weight(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    permutation: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """Codes in the order that the kernels read them.
+
+    codes        (out, in) uint8 in [0, 2**bits - 1]
+    scale        (out, groups) float32, bfloat16 or float16, kept as it is
+    zero_point   (out, groups) uint8; None: 2**(bits - 1)
+    permutation  (in,) int64: columns in the order in which they form groups; None: as they are
+    group_size   a multiple of 8, or -1 for whole rows; the last group may be short
+    layout       "cpu2" for the CPU library. For CUDA kernels, with group_size a multiple of 64 or -1: "mma1" for
+                 linear_weight_only; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
+    returns      uint8 (bytes,), on the device of the codes
+    raises       ShapeError, KernelError for layout "cpu2" on another device, or tensors on several
+    """
+    if codes.dim() != 2 or (group_size < 1 and group_size != -1):
+        raise ShapeError(
+            f"codes {tuple(codes.shape)}, groups of {group_size}: (out, in), and 1 and more or -1 expected"
+        )
+    out, columns = codes.shape
+    if permutation is not None and (tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64):
+        found = permutation.dtype, tuple(permutation.shape)
+        raise ShapeError(f"permutation {found}: int64 {(columns,)} expected for codes {(out, columns)}")
+    places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
+    if len(places) > 1:
+        hint = "All have to be on one device."
+        raise KernelError(f"codes, scale, zero point and permutation on {sorted(places)}", hint=hint)
+    expected = (out, groups_of(columns, group_size))
+    if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
+        zeros = "none" if zero_point is None else tuple(zero_point.shape)
+        raise ShapeError(
+            f"scale {tuple(scale.shape)}, zero point {zeros}: {expected} expected for codes {(out, columns)}"
+        )
+    if (
+        codes.dtype != torch.uint8
+        or scale.dtype not in DTYPES
+        or (zero_point is not None and zero_point.dtype != torch.uint8)
+    ):
+        kinds = codes.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
+        raise ShapeError(f"codes, scale and zero point are {kinds}; uint8, a 16- or 32-bit float and uint8 expected")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ShapeError(f"code {int(codes.max())} doesn't fit {bits} bits")
+    if permutation is not None:
+        codes = codes.index_select(1, permutation)
+    if layout in CUDA_LAYOUTS:
+        return CUDA_LAYOUTS[layout].pack(codes, scale, zero_point, bits, group_size)
+    _check_layout(layout, codes)
+    functions = cpu_library().functions
+    size = functions.packed_bytes(out, columns, bits, group_columns(columns, group_size), DTYPES[scale.dtype])
+    if size < 0:
+        raise ShapeError(f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}")
+    packed = empty_bytes(size)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    zeros_at = 0 if zero_point is None else zero_point.data_ptr()
+    functions.pack_weight(
+        torch.get_num_threads(), codes.data_ptr(), scale.data_ptr(), zeros_at, packed.data_ptr(), out, columns, bits,
+        group_columns(columns, group_size), DTYPES[scale.dtype],
+    )  # fmt: skip
+    return packed
+
+
+def unpack_weight(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (out, in) uint8 in packed order, scale (out, groups) float32, zero_point (out, groups) uint8
+
+    raises ShapeError if the packed tensor is of another shape, type or layout
+    """
+    if packed.dtype != torch.uint8 or (group_size < 1 and group_size != -1) or min(out_features, in_features) < 0:
+        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
+    if layout in CUDA_LAYOUTS:
+        if (found := CUDA_LAYOUTS[layout].unpack(packed, out_features, in_features, bits, group_size)) is None:
+            raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
+        return found
+    _check_layout(layout, packed)
+    packed = packed.contiguous()
+    groups, group = groups_of(in_features, group_size), group_columns(in_features, group_size)
+    codes = packed.new_empty(out_features, in_features)
+    scale = packed.new_empty(out_features, groups, dtype=torch.float32)
+    zero_point = packed.new_empty(out_features, groups)
+    arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
+    places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
+    if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):
+        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size))
+    return codes, scale, zero_point
+
+
+def _unlike(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str = LAYOUT
+) -> str:
+    return (
+        f"packed weight of {packed.numel()} bytes ({packed.dtype}) isn't one of {out_features} x {in_features}, "
+        f"{bits} bits, groups of {group_size} in layout {layout}"
+    )
+
+
+def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> None:
+    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: the library reads addresses"""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
+    if not (x.is_cpu and packed.is_cpu):
+        raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint=ON_CPU)
+    if more and not all(tensor is None or tensor.is_cpu for tensor in more):
+        elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
+        raise KernelError(f"{name}: x and weight on the CPU, others on {elsewhere}", hint="All have to be there.")
+
+
+def check_bias(name: str, bias: Tensor | None, out: int) -> None:
+    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype not in DTYPES or not bias.is_cpu):
+        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected")
+
+
+def threads_for(size: int) -> int:
+    """How many threads share the work on so many bytes."""
+    most = size // BYTES_A_THREAD
+    return min(torch.get_num_threads(), most) if most > 1 else 1
+
+
+def _linear(name: str) -> Callable[..., Tensor]:
+    allowed = BITS[name]
+
+    @cache
+    def compiled() -> tuple[Callable[..., int], int]:
+        found = cpu_library()
+        return getattr(found.functions, name), found.level
+
+    def linear(
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        permutation: Tensor | None,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        layout: str,
+    ) -> Tensor:
+        _check_call(name, x, packed, permutation)
+        kind = DTYPES.get(x.dtype)
+        if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
+            raise ShapeError(
+                f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, {bits} bits, layout {layout!r}; "
+                f"a float x, uint8, bits of {allowed} and {LAYOUT!r} expected"
+            )
+        if permutation is not None:
+            x = x.index_select(-1, permutation)
+        x, packed = x.contiguous(), packed.contiguous()
+        columns = x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], out_features))
+        bias_at, bias_kind = 0, 0
+        if bias is not None:
+            check_bias(name, bias, out_features)
+            bias = bias.contiguous()
+            bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
+        run, level = compiled()
+        size = packed.numel()
+        error = run(
+            level, threads_for(size), x.data_ptr(), kind, packed.data_ptr(), size, bias_at, bias_kind, y.data_ptr(),
+            x.numel() // columns if columns else 0, out_features, columns, bits, group_columns(columns, group_size),
+        )  # fmt: skip
+        if error:
+            raise ShapeError(f"{name}: x {tuple(x.shape)}; " + _unlike(packed, out_features, columns, bits, group_size))
+        return y
+
+    return linear
+
+
+def pack_int8_rows(codes: Tensor, absmax: Tensor) -> Tensor:
+    """The weight of linear_int8_outlier: codes (out, in) int8 in [-127, 127], absmax (out,) float32."""
+    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
+    return pack_weight(unsigned, (absmax / 127).unsqueeze(1), None, None, 8, -1, LAYOUT)
+
+
+def linear_int8_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    """What layers of the form int8_split_linear compute (`compressor.layers.int8_split_linear`), in one call.
+
+    x                (..., in)
+    packed           of pack_int8_rows; on CUDA the codes, int8 (out, in)
+    weight_absmax    (out,) float32
+    outlier_columns  (k,) int64, on CUDA int32, calibrated; None: columns with any |x| >= threshold, none for 0
+    outlier_weight   (out, k), those columns of the weight; with outlier_columns
+    returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
+    """
+    _check_call("linear_int8_outlier", x, packed, weight_absmax, outlier_columns, outlier_weight)
+    out = weight_absmax.numel()
+    columns = x.shape[-1] if x.dim() else 0
+    count = 0 if outlier_columns is None else outlier_columns.numel()
+    fits = (
+        x.dtype in DTYPES
+        and x.dim() > 0
+        and packed.dtype == torch.uint8
+        and weight_absmax.dtype == torch.float32
+        and weight_absmax.dim() == 1
+        and (outlier_columns is None) == (outlier_weight is None)
+        and (outlier_columns is None or (outlier_columns.dtype == torch.int64 and outlier_columns.dim() == 1))
+        and (outlier_weight is None or (tuple(outlier_weight.shape) == (out, count) and outlier_weight.dtype in DTYPES))
+    )
+    if not fits:
+        shapes = [
+            None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            for tensor in (x, packed, weight_absmax, outlier_columns, outlier_weight)
+        ]
+        raise ShapeError(f"linear_int8_outlier: x, packed, absmax, columns and their weight are {shapes}")
+    check_bias("linear_int8_outlier", bias, out)
+    kept = [
+        None if t is None else t.contiguous() for t in (x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
+    ]
+    at = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
+    y = x.new_empty((*x.shape[:-1], out))
+    found = cpu_library()
+    size = packed.numel()
+    error = found.functions.linear_int8_outlier(
+        found.level, threads_for(size), at[0], DTYPES[x.dtype], at[1], size,
+        at[2], at[3], count, at[4], DTYPES[outlier_weight.dtype] if outlier_weight is not None else 0,
+        at[5], DTYPES[bias.dtype] if bias is not None else 0, y.data_ptr(),
+        x.numel() // columns if columns else 0, out, columns,
+        float(threshold) if outlier_columns is None else 0.0,
+    )  # fmt: skip
+    if error:
+        raise ShapeError(f"linear_int8_outlier: x {tuple(x.shape)}; " + _unlike(packed, out, columns, 8, -1))
+    return y
+
+
+def _fake_outlier(
+    x: Tensor,
+    packed: Tensor,
+    weight_absmax: Tensor,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_absmax.shape[0]))
+
+
+def _fake_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_unpack(
+    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = groups_of(in_features, group_size)
+    return (
+        packed.new_empty((out_features, in_features)),
+        packed.new_empty((out_features, groups), dtype=torch.float32),
+        packed.new_empty((out_features, groups)),
+    )
+
+
+def _fake_pack(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    permutation: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    out, columns = codes.shape
+    if layout in CUDA_LAYOUTS:
+        packed_bytes = CUDA_LAYOUTS[layout].packed_bytes
+        size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None, bits)
+        return codes.new_empty((size,))
+    group = group_columns(columns, group_size)
+    block = group * 8 * bits + 64 * scale.element_size() + 64
+    return codes.new_empty((64 + -(-out // 64) * -(-columns // group) * block,))
+
+
+_LINEAR = (
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? permutation, SymInt out_features, int bits, int group_size, "
+    "str layout) -> Tensor"
+)
+
+
+register(
+    "pack_weight",
+    "(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? permutation, int bits, int group_size, str layout)"
+    " -> Tensor",
+    pack_weight,
+    _fake_pack,
+)
+register(
+    "unpack_weight",
+    "(Tensor packed, SymInt out_features, SymInt in_features, int bits, int group_size, str layout)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    unpack_weight,
+    _fake_unpack,
+)
+register_cuda("pack_weight", pack_weight)
+register_cuda("unpack_weight", unpack_weight)
+linear_weight_only = _linear("linear_weight_only")
+linear_dynamic_int8 = _linear("linear_dynamic_int8")
+register("linear_weight_only", _LINEAR, linear_weight_only, _fake_linear)
+register("linear_dynamic_int8", _LINEAR, linear_dynamic_int8, _fake_linear)
+register(
+    "linear_int8_outlier",
+    "(Tensor x, Tensor packed, Tensor weight_absmax, Tensor? outlier_columns, Tensor? outlier_weight, Tensor? bias, "
+    "float threshold) -> Tensor",
+    linear_int8_outlier,
+    _fake_outlier,
+)

@@ -1,0 +1,112 @@
+"""Layers of one format that multiply one input in one call of the CPU library.
+
+What is known before the input comes is looked up once. Between two layers a model reads more than the caches hold, and
+then each name and each attribute of a tensor costs microseconds, where a small product takes some tens of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from compressor.errors import KernelError, ShapeError
+from compressor.kernels.ops import linear as ops
+
+if TYPE_CHECKING:
+    from compressor.kernels.prepare.prepared import PreparedLinear
+
+FIELDS = 6  # of a weight in ops.h: packed, its bytes, bias, its type, outputs, y
+BIAS, BIAS_DTYPE, Y = 2, 3, 5
+
+
+class Bound(NamedTuple):
+    """What doesn't depend on the input.
+
+    size     bytes of the packed weights together
+    given    (weights, FIELDS) as ops.h has it; a call fills in biases and outputs
+    parts    of each weight its layer, its outputs and where its row of `given` begins
+    weights  the packed weights, whose addresses are in `given`
+    """
+
+    run: Callable[..., int]
+    level: int
+    size: int
+    columns: int
+    bits: int
+    group: int
+    given: array[int]
+    parts: tuple[tuple[PreparedLinear, int, int], ...]
+    weights: tuple[Tensor, ...]
+
+
+class LinearCall:
+    """layers  whose packed weights have layout cpu2, one width and one group"""
+
+    def __init__(self, layers: list[PreparedLinear]) -> None:
+        self.layers = layers
+        self.name = layers[0].choice.op
+        self.bound: Bound | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"bound": None}  # a copy's weights lie elsewhere
+
+    def forget(self) -> None:
+        """The layers have other packed weights now."""
+        self.bound = None
+
+    def _bind(self) -> Bound:
+        first, library = self.layers[0], ops.cpu_library()
+        weights, given = tuple(layer.packed for layer in self.layers), array("q")
+        for packed, layer in zip(weights, self.layers, strict=True):
+            if not packed.is_cpu:
+                raise KernelError(f"{self.name}: weight on {packed.device}", hint=ops.ON_CPU)
+            given.extend((packed.data_ptr(), packed.numel(), 0, 0, layer.out_features, 0))
+        self.bound = Bound(
+            run=getattr(library.functions, f"{self.name}_parts"),
+            level=library.level,
+            size=sum(packed.numel() for packed in weights),
+            columns=first.in_features,
+            bits=first.bits,
+            group=ops.group_columns(first.in_features, first.group_size),
+            given=given,
+            parts=tuple((layer, layer.out_features, at * FIELDS) for at, layer in enumerate(self.layers)),
+            weights=weights,
+        )
+        return self.bound
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (..., in) -> (..., out) for each layer, in the dtype of x, without gradients
+
+        raises ShapeError; KernelError if x isn't on the CPU
+        """
+        run, level, size, columns, bits, group, given, parts, _ = self.bound or self._bind()
+        kind, (*lead, width) = ops.DTYPES.get(x.dtype), x.shape or (0,)
+        if kind is None or width != columns:
+            raise ShapeError(f"{self.name}: x {x.dtype} {tuple(x.shape)}, a float (..., {columns}) expected")
+        if not x.is_cpu:
+            raise KernelError(f"{self.name}: x on {x.device}", hint=ops.ON_CPU)
+        x = x.contiguous()
+        given = given[:]
+        outputs: list[Tensor] = []
+        kept: list[Tensor] = []
+        for layer, out, at in parts:
+            y = x.new_empty(*lead, out)  # sizes one by one are parsed in two thirds of the time of a tuple
+            given[at + Y] = y.data_ptr()
+            outputs.append(y)
+            if (bias := layer.bias) is not None:
+                ops.check_bias(str(self.name), bias, out)
+                kept.append(bias.contiguous())
+                given[at + BIAS] = kept[-1].data_ptr()
+                given[at + BIAS_DTYPE] = ops.DTYPES[bias.dtype]
+        error = run(
+            level, ops.threads_for(size), x.data_ptr(), kind, given.buffer_info()[0], len(outputs), prod(lead), columns,
+            bits, group,
+        )  # fmt: skip
+        if error:
+            outs = [out for _, out, _ in parts]
+            raise ShapeError(f"{self.name}: a packed weight isn't of {outs} x {columns}, {bits} bits")
+        return outputs

@@ -1,0 +1,100 @@
+"""Layers that read a function from a table by the CPU library: what `prepare` puts in their place.
+
+The arithmetic is that of `tables`, the entries are read by `table_lookup` or `table_inverse_root`,
+and the outputs have the bits of the layer that was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.kernels.ops.blocks import round_to_shift
+from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
+from compressor.kernels.ops.tables import normalize, softmax
+from compressor.kernels.ops.watched import is_watched, without_gradient
+from compressor.kernels.prepare.dispatch import Choice
+
+STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
+
+
+def reads_table(module: nn.Module) -> bool:
+    """Whether it is a layer of this package, or of its modelling file, that reads a table and isn't prepared."""
+    return getattr(module, "form", None) in FUNCTIONS and getattr(module, "stands_for", None) in STANDS_FOR
+
+
+class PreparedTable(nn.Module):
+    """An activation, a norm or the softmax of attention, from the table of a stored form.
+
+    It holds the tensors of that form under their names. Not for training: a backward pass through it is an error.
+    """
+
+    table: Tensor
+    weight: Tensor | None
+
+    def __init__(self, layer: Any, choice: Choice) -> None:
+        """layer: one that `reads_table`"""
+        super().__init__()
+        self.form, self.spec, self.choice = layer.form, layer.spec(), choice
+        for name, tensor in {"weight": None, **layer.tensors()}.items():
+            self.register_buffer(name, tensor)
+        self.bias = getattr(layer, "bias", None)
+        self.words = f"{len(self.table)} entries, {self.spec['lookup']}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = FUNCTIONS[self.form](self, x.detach())
+        return without_gradient(x, y, self.form)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Of attention: what is multiplied there, in blocks of 8 bits where its layer is stored so."""
+        block = self.spec["block"]
+        return x if block is None else round_to_shift(x, block)
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, {self.words}, {self.choice.kernel}"
+
+
+def _read(
+    x: Tensor, table: Tensor, low: float, step: float, linear: bool, slopes: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """`look_up`, or with slopes `activate`"""
+    high = low + (len(table) - 1) * step
+    # the registry costs as much as a short look-up, so it is for those who watch
+    run = torch.ops.compressor.table_lookup if is_watched(x) else table_lookup
+    return run(x, table, low, high, linear, *slopes)
+
+
+def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
+    """`inverse_root`"""
+    run = torch.ops.compressor.table_inverse_root if is_watched(x) else table_inverse_root
+    return run(x, table, step, linear)
+
+
+def _activation(layer: PreparedTable, x: Tensor) -> Tensor:
+    spec = layer.spec
+    return _read(x, layer.table, spec["low"], spec["step"], spec["lookup"] == "linear", tuple(spec["slopes"]))
+
+
+def _norm(layer: PreparedTable, x: Tensor) -> Tensor:
+    spec = layer.spec
+    return normalize(
+        x, layer.weight, layer.bias, layer.table, spec["kind"] == "layer", spec["offset"], spec["eps"], spec["step"],
+        spec["lookup"] == "linear", _root,
+    )  # fmt: skip
+
+
+def _attention(layer: PreparedTable, scores: Tensor) -> Tensor:
+    spec = layer.spec
+    return layer.round(softmax(scores, layer.table, spec["step"], spec["lookup"] == "linear", _read))
+
+
+OPS = {"table_activation": "table_lookup", "table_norm": "table_inverse_root", "block_attention": "table_lookup"}
+FUNCTIONS: dict[str, Callable[[PreparedTable, Tensor], Tensor]] = {
+    "table_activation": _activation,
+    "table_norm": _norm,
+    "block_attention": _attention,
+}

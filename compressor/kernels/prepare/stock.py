@@ -1,0 +1,142 @@
+"""Stored weights as modules hold them: our own layers', and those of compressed-tensors and bitsandbytes.
+
+Readers are here, and not methods of the layers, since the source of a layer goes into modelling files that know torch
+alone. Both kinds name their tensors alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.kernels.ops.blocks import power_of_two, unpack_rows
+from compressor.kernels.ops.packed_codes import unpack_codes
+from compressor.kernels.ops.sparse_factors import unpack_index
+from compressor.kernels.prepare.dispatch import FactorWeight, IntegerWeight, OutlierWeight, Weight
+
+Reader = Callable[[dict[str, Tensor]], Weight | str]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """form     its name: of our layers, or the library that the module is of
+    tensors  by their names in the module
+    read     what they stand for, or why no kernel takes it
+    """
+
+    form: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    bias: nn.Parameter | None
+    read: Reader
+
+
+def adopt(module: nn.Module) -> StoredWeight | None:
+    """What a module stores, None if it isn't a linear layer of a stored form."""
+    form = getattr(module, "form", None)
+    if isinstance(form, str) and getattr(module, "stands_for", None) == "linear":
+        layer: Any = module
+        read = READERS.get(form)
+        reader = partial(read, layer.spec()) if read else partial(_none, form)
+        return StoredWeight(form, layer.tensors(), getattr(layer, "bias", None), reader)
+    if type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes"):
+        return _of_bitsandbytes(module)
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None or not isinstance(module, nn.Linear) or scheme.weights is None:
+        return None
+    names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    tensors = {name: getattr(module, name).data for name in names if getattr(module, name, None) is not None}
+    return StoredWeight("compressed-tensors", tensors, module.bias, partial(_of_compressed_tensors, scheme))
+
+
+def _packed(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
+    """packed_linear, and `pack-quantized` of compressed-tensors"""
+    bits, (out, columns) = spec["bits"], tensors["weight_shape"].tolist()
+    zero_point = None
+    if not spec["symmetric"]:
+        zero_point = unpack_codes(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
+    codes, index = unpack_codes(tensors["weight_packed"], bits, columns), tensors.get("weight_g_idx")
+    if index is not None and bool((index < 0).all()):  # compressed-tensors' word for columns in their own order
+        index = None
+    return IntegerWeight(codes, tensors["weight_scale"], zero_point, bits, spec["group_size"], index)
+
+
+def _bytes(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
+    """byte_linear, `naive-quantized` of compressed-tensors: signed bytes"""
+    codes, zeros = ((tensors[name].to(torch.int16) + 128).to(torch.uint8) for name in ("weight", "weight_zero_point"))
+    return IntegerWeight(codes, tensors["weight_scale"], zeros, 8, spec["group_size"])
+
+
+def _int8_rows(spec: dict[str, Any], tensors: dict[str, Tensor]) -> OutlierWeight:
+    """int8_split_linear, and the layers of bitsandbytes"""
+    columns, weight = None, None
+    if spec["outliers"] == "calibrated":
+        codes = tensors["weight"]
+        columns = tensors.get("outlier_columns", codes.new_zeros(0)).long()
+        weight = tensors.get("outlier_weight", codes.new_zeros(len(codes), 0, dtype=torch.float32))
+    return OutlierWeight(tensors["weight"], tensors["SCB"], spec["threshold"], columns, weight)
+
+
+def _of_bitsandbytes(module: Any) -> StoredWeight:
+    """Multiplied as int8_split_linear is; how bitsandbytes differs is in `bitsandbytes_linear`."""
+    weight, scale = module.weight.data, getattr(module.weight, "SCB", None)
+    scale = module.state.SCB if scale is None else scale
+    if weight.dtype != torch.int8 or scale is None:
+        return StoredWeight(
+            "bitsandbytes", {}, module.bias, partial(_none, "a layer of bitsandbytes before it is quantized")
+        )
+    tensors = {"weight": weight, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
+    spec = {"outliers": "dynamic", "threshold": float(module.state.threshold)}
+    return StoredWeight("bitsandbytes", tensors, module.bias, partial(_int8_rows, spec))
+
+
+def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight | str:
+    """block_linear: a group is what a row has of a block, with the block's scale; a power of two is exact"""
+    if spec.get("biased"):
+        return "its bias is stored in blocks too"
+    bits, (rows, width) = spec["bits"], spec["block"]
+    packed = tensors["weight_packed"]
+    columns = packed.shape[1] * 8 // bits - int(spec.get("odd", False))
+    signed = unpack_rows(packed, bits, columns).to(torch.int16)
+    shift = spec["scale"] == "shift"
+    scale = power_of_two(tensors["weight_exponent"], torch.float32) if shift else tensors["weight_scale"].float()
+    scale = scale.repeat_interleave(rows, 0)[: len(packed)].contiguous()
+    codes = (signed + 2 ** (bits - 1)).to(torch.uint8)
+    return IntegerWeight(codes, scale, None, bits, -1 if width >= columns else width)
+
+
+def _factors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorWeight:
+    """sparse_factor_linear; its scales are there with int8 alone"""
+    atoms, values = tensors["weight_atoms"], tensors["weight_values"]
+    out, blocks, k = values.shape
+    index = unpack_index(tensors["weight_index"], out * blocks, spec["atoms"], k).view(out, blocks, k)
+    scales = tensors.get("weight_atom_scale"), tensors.get("weight_value_scale")
+    return FactorWeight(atoms, values, index.to(torch.uint16), *scales)
+
+
+def _none(form: str, tensors: dict[str, Tensor]) -> str:
+    return f"no kernel takes {form}"
+
+
+def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWeight | str:
+    weights = scheme.weights
+    if "weight_packed" not in tensors:
+        return "compressed-tensors holds no packed codes; it drops them at the first call, so prepare the model before"
+    if weights.type != "int" or weights.num_bits not in (2, 3, 4, 8) or scheme.input_activations is not None:
+        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with rounded inputs"
+    groups, columns = tensors["weight_scale"].shape[1], int(tensors["weight_shape"][1])
+    spec = {"bits": int(weights.num_bits), "symmetric": weights.symmetric}
+    return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)
+
+
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Weight | str]] = {
+    "packed_linear": _packed,
+    "block_linear": _blocks,
+    "byte_linear": _bytes,
+    "int8_split_linear": _int8_rows,
+    "sparse_factor_linear": _factors,
+}

@@ -1,0 +1,1 @@
+"""The mathematics of the passes, on tensors; it knows no model and no engine."""

@@ -1,0 +1,1 @@
+"""Low-rank and dense-sparse factors of a matrix."""

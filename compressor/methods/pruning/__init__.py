@@ -1,0 +1,1 @@
+"""Which heads and neurons can be removed, and what is left then."""

@@ -1,0 +1,247 @@
+"""Trains masks of a frozen model towards a size: task loss, bottleneck and Lagrangian, resumable to the bit.
+
+Every random number follows from (seed, step, batch, mask), and what one step leaves to the next is a handful of
+vectors, so a training that goes on from a saved state is bit by bit the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressor.errors import PassError
+from compressor.lazy import torch
+from compressor.methods.pruning.masked_forward import Dense, Draw, Places, distilled, gradients, labelled, predictions
+from compressor.methods.pruning.size_budget import STREAM, Size
+from compressor.methods.pruning.variational_masks import (
+    Masks,
+    kl_divergence,
+    lagrangian,
+    log_alpha,
+    noise,
+    soft_keep,
+    warmed,
+)
+
+if TYPE_CHECKING:
+    from compressor.protocol import ShapingModel
+
+RETRIES = 3  # times that a loss of NaN sends the masks back to the last finite ones, at half the rate
+BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
+
+
+@dataclass(frozen=True)
+class Course:
+    """target       share of the size to remove
+    samples         at least so many of a step
+    warmup          share of the steps over which the target rises from 0
+    kl_factor       of the bottleneck's term; each mask has its own multiplier beside it
+    save_every      steps between two saved states
+    """
+
+    target: float
+    steps: int
+    samples: int
+    mask_rate: float = 0.05
+    multiplier_rate: float = 0.1
+    warmup: float = 0.1
+    kl_factor: float = 1e-6
+    save_every: int = 50
+    loss: str = "distill"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """removed  share of the size that the soft masks remove at the end
+    losses  of each step since the last start, per prediction, without the other terms
+    """
+
+    masks: Masks
+    removed: float
+    losses: tuple[float, ...]
+
+
+def train_masks(
+    model: ShapingModel,
+    places: Places,
+    size: Size,
+    sizes: Mapping[str, int],
+    charges: Mapping[str, float],
+    course: Course,
+) -> Trained:
+    """Masks of a frozen model for a share of its size.
+
+    sizes    units of each mask, by name: those of the readers, their switches, and STREAM
+    charges  what the bottleneck's term of each mask is multiplied with
+    raises   PassError when the loss stays NaN or infinite
+    """
+    seed = model.generator.initial_seed()
+    dense = Dense.of(model)
+    state = _State.fresh(Masks.fresh(dict(sizes), torch.Generator().manual_seed(seed)), course)
+    begun = 0
+    if (saved := model.saved()) is not None:
+        begun = saved[0]
+        state.load(saved[1])
+    counts = [
+        predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
+        for batch in range(model.batches)
+    ]
+    every = torch.cat([torch.full((sizes[name],), charges[name]) for name in sizes])
+    losses: list[float] = []
+    for step, batches in enumerate(_schedule(dense, course, seed)):
+        if step < begun:
+            continue
+        total = sum(counts[batch] for batch in batches)
+        objective = distilled(model, dense, 1 / total) if course.loss == "distill" else labelled(model, 1 / total)
+        draws, leaves = _draw(state.masks, dense, batches, places, model.device, (seed, step))
+        loss = gradients(model, draws, places, [dense.before[batch] for batch in batches], objective)
+        state.regularize(size, places, every, course, step)
+        if math.isfinite(loss):
+            _collect(state.masks, leaves)
+        if not math.isfinite(loss) or not state.has_finite_gradients():
+            state.step_back(step)
+        else:
+            state.advance(course, step)
+            losses.append(loss)
+        if (step + 1) % course.save_every == 0 and step + 1 < course.steps:
+            model.save(step + 1, state.tensors())
+    masks = state.masks
+    with torch.no_grad():
+        removed = float(_removed(masks, size, places))
+    return Trained(masks, removed, tuple(losses))
+
+
+@dataclass
+class _State:
+    """What one step leaves to the next."""
+
+    masks: Masks
+    multipliers: torch.Tensor
+    optimizer: torch.optim.Adam
+    last_finite: tuple[torch.Tensor, torch.Tensor]
+    retries: int = 0
+
+    @classmethod
+    def fresh(cls, masks: Masks, course: Course) -> _State:
+        masks.mean.requires_grad_()
+        masks.log_variance.requires_grad_()
+        multipliers = torch.zeros(2, requires_grad=True)
+        groups = [
+            {"params": [masks.mean, masks.log_variance], "lr": course.mask_rate},
+            {"params": [multipliers], "lr": course.multiplier_rate, "maximize": True},
+        ]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
+        return cls(masks, multipliers, optimizer, (masks.mean.detach().clone(), masks.log_variance.detach().clone()))
+
+    @property
+    def _parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.masks.mean, self.masks.log_variance, self.multipliers
+
+    def regularize(self, size: Size, places: Places, charges: torch.Tensor, course: Course, step: int) -> None:
+        """Set the gradients of everything but the task's loss."""
+        self.optimizer.zero_grad()
+        target = warmed(course.target, step, math.ceil(course.warmup * course.steps))
+        with torch.enable_grad():
+            bottleneck = (charges * kl_divergence(self.masks.mean, self.masks.log_variance)).sum()
+            held = lagrangian(_removed(self.masks, size, places), target, self.multipliers)
+            (course.kl_factor * bottleneck + held).backward()
+
+    def has_finite_gradients(self) -> bool:
+        return all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
+
+    def advance(self, course: Course, step: int) -> None:
+        self.last_finite = (self.masks.mean.detach().clone(), self.masks.log_variance.detach().clone())
+        left = 1 - step / course.steps  # in a straight line to 0, as in the authors' code
+        self.optimizer.param_groups[0]["lr"] = course.mask_rate * left * 0.5**self.retries
+        self.optimizer.step()
+
+    def step_back(self, step: int) -> None:
+        """raises PassError at the fourth time"""
+        if self.retries == RETRIES:
+            raise PassError(
+                f"the loss is NaN or infinite at step {step + 1}, after {RETRIES} returns to the last finite masks",
+                where="mask training",
+                hint="Lower mask_rate, use model.dtype float32, or check the model's outputs on the calibration data.",
+            )
+        self.retries += 1
+        with torch.no_grad():
+            self.masks.mean.copy_(self.last_finite[0])
+            self.masks.log_variance.copy_(self.last_finite[1])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = {"retries": torch.tensor(self.retries)}
+        found |= {f"last_finite_{number}": value for number, value in enumerate(self.last_finite)}
+        for number, parameter in enumerate(self._parameters):
+            found[f"parameter_{number}"] = parameter.detach().clone()
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"adam_{number}_{key}"] = value.detach().clone()
+        return found
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.retries = int(tensors["retries"])
+        self.last_finite = (tensors["last_finite_0"], tensors["last_finite_1"])
+        for number, parameter in enumerate(self._parameters):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"parameter_{number}"])
+            start = f"adam_{number}_"
+            self.optimizer.state[parameter] = {
+                key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
+            }
+
+
+def _removed(masks: Masks, size: Size, places: Places) -> torch.Tensor:
+    """Share of the size that the soft masks remove."""
+    keep = masks.split(soft_keep(log_alpha(masks.mean, masks.log_variance)))
+    counts: dict[str, torch.Tensor | int] = {part.name: part.units for part in size.parts}
+    for reader in places.readers:
+        if reader.name in keep:
+            counts[reader.name] = keep[reader.name].sum()
+        if reader.switch is not None:
+            counts[reader.name] = counts[reader.name] * keep[reader.switch].squeeze()
+    width = keep[STREAM].sum() if STREAM in keep else None
+    return 1 - size.of(counts, width) / size.full
+
+
+def _draw(
+    masks: Masks, dense: Dense, batches: list[int], places: Places, device: torch.device, seeds: tuple[int, int]
+) -> tuple[list[Draw], list[list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Draws with fresh noise for each sample, and for each draw and mask (z, noise) in the order of the masks."""
+    means = masks.split(masks.mean.detach())
+    deviations = masks.split((0.5 * masks.log_variance.detach()).exp())
+    draws, leaves = [], []
+    for position, batch in enumerate(batches):
+        rows, found = len(dense.before[batch]), []
+        for number, name in enumerate(masks.names):
+            drawn = noise(rows, len(means[name]), *seeds, position, number)
+            found.append(((means[name] + deviations[name] * drawn).to(device).requires_grad_(), drawn))
+        leaves.append(found)
+        draws.append(Draw(batch, {name: z for name, (z, _) in zip(masks.names, found, strict=True)}))
+    return draws, leaves
+
+
+def _collect(masks: Masks, leaves: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    """Add the gradients of z = mu + exp(l / 2) eps to those of mu and l."""
+    assert masks.mean.grad is not None and masks.log_variance.grad is not None
+    half = 0.5 * (0.5 * masks.log_variance.detach()).exp()
+    for found in leaves:
+        slopes = [torch.zeros_like(drawn) if z.grad is None else z.grad.cpu() for z, drawn in found]
+        masks.mean.grad += torch.cat([slope.sum(0) for slope in slopes])
+        along = torch.cat([(slope * drawn).sum(0) for slope, (_, drawn) in zip(slopes, found, strict=True)])
+        masks.log_variance.grad += half * along
+
+
+def _schedule(dense: Dense, course: Course, seed: int) -> Iterator[list[int]]:
+    """The batches of each step: all of them in another order each time around, at least `samples` samples a step."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(course.steps):
+        chosen: list[int] = []
+        while sum(len(dense.before[batch]) for batch in chosen) < course.samples:
+            if not waiting:
+                if chosen and len(chosen) >= len(dense.before):
+                    break
+                waiting = torch.randperm(len(dense.before), generator=generator).tolist()
+            chosen.append(waiting.pop())
+        yield chosen

@@ -1,0 +1,311 @@
+"""A model run with masks on the units of its sub-blocks, block by block, and the masks' gradients.
+
+The forward pass keeps nothing but the stream before each block. The backward pass goes from block to block in reverse
+and runs each one again with gradients, so memory is that of one block and one stream for each block; a block's weights
+are loaded twice a step. Weights take no gradients, masks alone do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import PassError
+from compressor.lazy import torch
+from compressor.methods.pruning.size_budget import STREAM
+
+if TYPE_CHECKING:
+    from compressor.model.norms import Norm
+    from compressor.protocol import ShapingModel
+
+
+Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
+# (batch, stream after the last block, head) -> losses (samples,) of some samples at a time, in order
+Loss = Callable[[int, "torch.Tensor", Head], Iterator["torch.Tensor"]]
+HEAD_TOKENS = 512  # tokens that go through the head at once: with 128,000 words their logits fill 262 MB
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The module that reads the units of a sub-block.
+
+    name     of the sub-block
+    unit     of the model that it lies in (1 is the first block)
+    columns  of the module's input, (features,) int64: which unit each belongs to
+    switch   name of the mask of the whole sub-block, if it has one
+    """
+
+    name: str
+    unit: int
+    module: str
+    columns: torch.Tensor
+    switch: str | None = None
+
+
+@dataclass(frozen=True)
+class StreamNorm:
+    """A norm that reads the residual stream, and the unit of the model that it lies in."""
+
+    unit: int
+    module: str
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where masks sit."""
+
+    readers: tuple[Reader, ...]
+    norms: tuple[StreamNorm, ...] = ()
+
+    def names(self, unit: int) -> list[str]:
+        found = [name for reader in self.readers if reader.unit == unit for name in (reader.name, reader.switch)]
+        return [name for name in found if name is not None]
+
+
+@dataclass
+class Draw:
+    """One calibration batch of a step, and its masks (samples, units), by name; a missing one leaves all as it is."""
+
+    batch: int
+    masks: dict[str, torch.Tensor]
+    entered: list[torch.Tensor] = field(default_factory=list)  # the stream before each block, and after the last
+
+
+def reader_columns(units: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Which unit each column belongs to, from the columns of each unit."""
+    unit_of = {column: unit for unit, columns in enumerate(units) for column in columns}
+    assert sorted(unit_of) == list(range(len(unit_of))), "every column belongs to one unit"
+    return torch.tensor([unit_of[column] for column in range(len(unit_of))])
+
+
+def masked_norm(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm: Norm
+) -> torch.Tensor:
+    """The norm of a stream whose channels are multiplied by z.
+
+    rms    over the old width, dropped channels counting as zeros
+    layer  mean and variance weighted by z: over the kept channels alone where z is 0 or 1
+
+    x        (samples, tokens, width)
+    z        (samples, 1, width)
+    returns  x's shape; channels with z = 0 are 0
+    """
+    if norm.kind == "rms":
+        y = x * z
+        squares = y.square()
+        mean = squares.mean(-1, keepdim=True) if norm.divisor is None else squares.sum(-1, keepdim=True) / norm.divisor
+        y = y * torch.rsqrt(mean + norm.eps)
+    else:
+        weights = z.clamp(min=0)  # a mean below 0 has no meaning as a share
+        total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        y = x - (x * weights).sum(-1, keepdim=True) / total
+        y = y * torch.rsqrt((y.square() * weights).sum(-1, keepdim=True) / total + norm.eps) * z
+    if weight is not None:
+        y = y * (norm.offset + weight)
+    return y if bias is None else y + bias * z
+
+
+@contextmanager
+def masked(model: ShapingModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
+    """Multiply what the readers of a unit get by their masks, while the unit runs."""
+    with ExitStack() as stack:
+        for reader in places.readers:
+            if reader.unit == unit and (z := _expanded(reader, masks)) is not None:
+                module = model.module(reader.module)
+                stack.callback(module.register_forward_pre_hook(_multiplied(z)).remove)
+        for place in places.norms:
+            if place.unit == unit and STREAM in masks:
+                hook = _renormed(masks[STREAM].unsqueeze(1), place.norm)
+                stack.callback(model.module(place.module).register_forward_hook(hook).remove)
+        yield
+
+
+def masked_head(model: ShapingModel, draw: Draw, places: Places, last: torch.Tensor) -> Head:
+    """The output of a draw, whose stream after the last block is given."""
+
+    def head(samples: slice) -> torch.Tensor:
+        rows = {name: z[samples] for name, z in draw.masks.items()}
+        with masked(model, model.units - 1, rows, places):
+            return model.head(draw.batch, last[samples], samples)
+
+    return head
+
+
+def run_blocks(model: ShapingModel, draws: Sequence[Draw], places: Places, streams: Sequence[torch.Tensor]) -> None:
+    """Forward through all blocks without gradients; every draw keeps the stream before each of them."""
+    for draw, stream in zip(draws, streams, strict=True):
+        draw.entered = [stream]
+    for unit in range(1, model.units - 1):
+        with model.loaded(unit), torch.no_grad():
+            for draw in draws:
+                fixed = {name: z.detach() for name, z in draw.masks.items()}
+                with masked(model, unit, fixed, places):
+                    draw.entered.append(model.run(unit, draw.batch, draw.entered[-1]))
+
+
+def gradients(
+    model: ShapingModel,
+    draws: Sequence[Draw],
+    places: Places,
+    streams: Sequence[torch.Tensor],
+    loss: Loss,
+) -> float:
+    """The sum of the losses; its gradients are added to `.grad` of the draws' masks, which are leaves."""
+    run_blocks(model, draws, places, streams)
+    total = 0.0
+    slopes: list[torch.Tensor] = []
+    head = model.units - 1
+    with model.loaded(head), torch.enable_grad():
+        for draw in draws:
+            last = draw.entered[-1].detach().requires_grad_()
+            for part in loss(draw.batch, last, masked_head(model, draw, places, last)):
+                part.sum().backward()
+                total += float(part.detach().sum())
+            assert last.grad is not None
+            slopes.append(last.grad)
+    for unit in range(head - 1, 0, -1):
+        with model.loaded(unit), torch.enable_grad():
+            for number, draw in enumerate(draws):
+                before = draw.entered[unit - 1].detach().requires_grad_()
+                with masked(model, unit, draw.masks, places):
+                    after = model.run(unit, draw.batch, before)
+                torch.autograd.backward(after, slopes[number])
+                assert before.grad is not None
+                slopes[number] = before.grad
+                draw.entered.pop()
+    return total
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model unchanged, to compare masked ones with: the stream of each batch before and after the blocks."""
+
+    before: list[torch.Tensor]
+    after: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: ShapingModel) -> Dense:
+        """raises PassError if there is no calibration batch"""
+        if not model.batches:
+            raise PassError("no calibration batch was given", where="data", hint="Give calibration data.")
+        with model.loaded(0), torch.no_grad():
+            before = [model.stem(batch) for batch in range(model.batches)]
+        draws = [Draw(batch, {}) for batch in range(model.batches)]
+        run_blocks(model, draws, Places(()), before)
+        return cls(before, [draw.entered[-1] for draw in draws])
+
+
+def distilled(model: ShapingModel, dense: Dense, weight: float = 1.0) -> Loss:
+    """How far the output is from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
+
+    A model without a head gives its last hidden states: there it is the squared error over their variance, summed over
+    tokens and averaged over channels.
+    """
+
+    def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+        for part in _slices(last):
+            with torch.no_grad():
+                wanted = _wide(model.head(batch, dense.after[batch][part], part))
+            found = _wide(head(part))
+            yield weight * (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
+
+    return loss
+
+
+def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
+    """Cross-entropy with the data's labels. raises PassError where there are none, or none that fit"""
+
+    def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+        labels = model.labels(batch)
+        if labels is None:
+            raise PassError(
+                "the calibration data has no labels", where="loss: task", hint="Use loss: distill, or labelled data."
+            )
+        for part in _slices(last):
+            found = _wide(head(part))
+            wanted = labels[part].to(found.device)
+            if found.dim() != 2 or int(wanted.max()) >= found.shape[-1] or int(wanted.min()) < 0:
+                shape = "x".join(map(str, found.shape[1:]))
+                raise PassError(
+                    f"labels up to {int(labels.max())} don't fit outputs of {shape} for each sample",
+                    where="loss: task",
+                    hint="Use loss: distill, or labels that the model's head was trained for.",
+                )
+            yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")
+
+    return loss
+
+
+def losses(model: ShapingModel, draw: Draw, places: Places, last: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """(samples,) without gradients, from the stream after the last block."""
+    with torch.no_grad():
+        fixed = Draw(draw.batch, {name: z.detach() for name, z in draw.masks.items()})
+        return torch.cat([part.detach() for part in loss(draw.batch, last, masked_head(model, fixed, places, last))])
+
+
+def predictions(model: ShapingModel, dense: Dense, batch: int) -> int:
+    """How many predictions the model makes for a batch: one for each token, or one for each sample."""
+    with torch.no_grad():
+        one = model.head(batch, dense.after[batch][:1], slice(0, 1))
+    return len(dense.after[batch]) * (one.shape[1] if one.dim() == 3 else 1)
+
+
+def _slices(stream: torch.Tensor) -> Iterator[slice]:
+    at_once = max(1, HEAD_TOKENS // stream.shape[1])
+    for start in range(0, len(stream), at_once):
+        yield slice(start, start + at_once)
+
+
+def _wide(output: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
+    """Whether a model's output is its hidden states, which have the stream's width, rather than logits."""
+    return output.dim() == 3 and output.shape[-1] == stream.shape[-1]
+
+
+def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    logs = found.log_softmax(-1), wanted.log_softmax(-1)
+    return torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).flatten(1).sum(1)
+
+
+def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (found - wanted).square().mean(-1).sum(1) / wanted.var()
+
+
+def _expanded(reader: Reader, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """(samples, features): the mask of each column of the reader's input."""
+    z = masks[reader.name][:, reader.columns] if reader.name in masks else None
+    if reader.switch is None or reader.switch not in masks:
+        return z
+    switch = masks[reader.switch]
+    return switch.expand(-1, len(reader.columns)) if z is None else z * switch
+
+
+def _multiplied(z: torch.Tensor) -> Callable[..., Any]:
+    def hook(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        # (samples, tokens, features), or samples and tokens flattened
+        apart = x.reshape(len(z), -1, x.shape[-1])
+        return ((apart * z.to(x.dtype).unsqueeze(1)).view(x.shape), *args[1:])
+
+    return hook
+
+
+def _renormed(z: torch.Tensor, norm: Norm) -> Callable[..., Any]:
+    def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        work = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight, bias = (
+            None if (value := getattr(module, name, None)) is None else value.to(work) for name in ("weight", "bias")
+        )
+        apart = x.reshape(len(z), -1, x.shape[-1]).to(work)
+        found = masked_norm(apart, z.to(work), weight, bias, norm)
+        return found.view(x.shape).to(output.dtype)
+
+    return hook

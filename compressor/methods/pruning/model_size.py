@@ -1,0 +1,69 @@
+"""What a model weighs as a function of what is kept of its prunable sub-blocks: parameters, or multiplications."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from compressor.methods.pruning.pruned_shapes import PrunableSite, stream_edges
+from compressor.methods.pruning.size_budget import Part, Size
+from compressor.protocol import ModelFacts
+
+
+def model_size(
+    facts: ModelFacts,
+    sites: Sequence[PrunableSite],
+    *,
+    measure: Literal["parameters", "flops"],
+    of: Literal["blocks", "model"],
+    tokens: int,
+    narrows: bool = False,
+) -> Size:
+    """What the model, or all its blocks, weigh by the units of these sites.
+
+    parameters  tied ones count once
+    flops       multiplications for one token: entries of every matrix it goes through, and for each query head scores
+                and sums over `tokens` keys; look-ups, biases and norms none
+    narrows     the residual stream gets narrower too
+    """
+    along = dict(stream_edges(facts.residual)) if narrows else {}
+    inside = f"{facts.blocks}."
+    heads = facts.residual.end.readers if (of, measure) == ("model", "flops") else ()
+    multiplied = {reader.parameter for reader in heads}
+    rest: dict[str, int] = {}  # parameter -> entries that no unit owns
+    for name, shape in facts.shapes.items():
+        is_counted = name.startswith(inside) or (of == "model" and (measure == "parameters" or name in multiplied))
+        is_again = name in facts.tied and measure == "parameters"
+        if is_counted and not is_again and (measure == "parameters" or len(shape) > 1):
+            rest[name] = math.prod(shape)
+    parts = []
+    for site in sites:
+        unit = per_width = 0
+        for cut in site.cuts:
+            if cut.parameter not in rest:
+                continue
+            shape, rows = facts.shapes[cut.parameter], len(cut.rows[0])
+            entries = rows * math.prod(shape) // shape[cut.axis]
+            rest[cut.parameter] -= entries * site.units
+            if along.get(cut.parameter, cut.axis) != cut.axis:
+                per_width += entries // shape[along[cut.parameter]]
+            else:
+                unit += entries
+        if measure == "flops" and site.kind == "heads":
+            unit += 2 * tokens * site.layout["head_dim"] * site.layout["query_heads"]
+        parts.append(Part(site.name, site.kind, site.block, site.units, unit, per_width, _beside(facts, site, rest)))
+    fixed = sum(count for name, count in rest.items() if name not in along)
+    if not narrows:
+        return Size(tuple(parts), fixed)
+    width = facts.residual.width
+    per_channel = sum(count // width for name, count in rest.items() if name in along)
+    return Size(tuple(parts), fixed, width, per_channel)
+
+
+def _beside(facts: ModelFacts, site: PrunableSite, rest: Mapping[str, int]) -> int:
+    """What a `removed` layer takes away beside the units; its bias stays."""
+    paths = [f"{entry['path']}." for entry in site.layout["removal"] or ()]
+    gone = [name for name in rest if any(name.startswith(path) for path in paths)]
+    stays = rest.get(site.bias or "", 0) if any(entry["adds"] for entry in site.layout["removal"] or ()) else 0
+    return sum(rest[name] for name in gone) - stays

@@ -1,0 +1,145 @@
+"""The parameters of a pruned model, unit by unit: what stays of each, and readers solved again for the dense output.
+
+What goes is decided and described in `compressor.methods.pruning.pruned_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compressor.lazy import torch
+from compressor.methods.pruning.pruned_shapes import PrunableSite, is_root, kept_slices, kept_units
+from compressor.methods.pruning.reconstruction import Batches, Repair, repair
+from compressor.model.residual_records import Residual
+from compressor.protocol import Decision, StreamSite
+
+
+def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Tensor:
+    """A parameter without what goes."""
+    for axis, kept in axes.items():
+        value = value.index_select(axis, torch.tensor(kept, device=value.device))
+    return value
+
+
+def prune(
+    site: StreamSite,
+    sites: Sequence[PrunableSite],
+    decision: Decision,
+    *,
+    factors: Mapping[str, Sequence[float]] | None = None,
+    ridge: float | None = None,
+) -> dict[str, Repair]:
+    """Write the narrower parameters of one unit; what loses nothing is left as it is.
+
+    factors  site name -> what the signal of each kept unit is multiplied by from now on, folded into the reader
+    ridge    solve readers that lose columns again for the dense output (`reconstruction`); needs a remodel
+             that `follows`. None: they are cut
+    returns  site name -> what came of it, where readers were solved
+    """
+    own = [s for s in sites if s.block == site.index]
+    narrows = decision.get("hidden") is not None and len(decision["hidden"]) < site.residual.width
+    residual = site.residual if narrows else None
+    shapes = site.remodel.shapes
+    values = {
+        name: site.read(name)
+        for name, shape in shapes.items()
+        if shape is not None and unit_of(name, site, residual) == site.index and not _is_new(name, own, decision)
+    }
+    kept = kept_slices({name: tuple(value.shape) for name, value in values.items()}, own, decision, residual)
+    gains = _gains(residual, decision) if residual is not None else {}
+    is_stock = "compressed_shapes" not in site.remodel.config
+    repairs: dict[str, Repair] = {}
+    for s in own if factors or ridge is not None else ():
+        found = _new_reader(site, s, decision, (factors or {}).get(s.name), ridge)
+        if found is not None:
+            repairs |= {s.name: found.repair} if found.repair is not None else {}
+            values |= found.values
+            kept.setdefault(s.cuts[0].parameter, {}).pop(s.cuts[0].axis, None)  # it has these columns alone already
+    for name, value in values.items():
+        value = narrowed(value, kept.get(name, {}))
+        if name in gains:
+            offset, factor = gains[name]
+            value = (offset + value) * factor - offset
+        if residual is not None and is_stock and site.index < 0:
+            value = value * _table_factor(name, residual, decision)
+        if shapes.get(name, ()) is not None:
+            site.write(name, value)
+    for s in own:
+        if s.bias and (path := _left_bias(s, decision)) and f"{path}.bias" in shapes:
+            bias = values[s.bias] if s.bias in values else site.read(s.bias)
+            site.write(f"{path}.bias", narrowed(bias, kept.get(s.bias, {})))
+    return repairs
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A reader's new matrix, of its kept columns alone, and bias, under their names before."""
+
+    values: dict[str, torch.Tensor]
+    repair: Repair | None
+
+
+def _new_reader(
+    site: StreamSite, s: PrunableSite, decision: Decision, factors: Sequence[float] | None, ridge: float | None
+) -> _Reader | None:
+    units = kept_units(s, decision)
+    is_cut = len(units) < s.units
+    if factors is None and not (is_cut and ridge is not None and (units or s.bias)):
+        return None
+    weight, axis = site.read(s.cuts[0].parameter), s.cuts[0].axis
+    matrix = weight if axis == 1 else weight.t()
+    columns = sorted(column for unit in units for column in s.columns[unit])
+    plain = matrix[:, torch.tensor(columns, dtype=torch.int64, device=matrix.device)]
+    if factors is not None:
+        of = {column: factor for unit, factor in zip(units, factors, strict=True) for column in s.columns[unit]}
+        plain = plain * torch.tensor([of[column] for column in columns], dtype=plain.dtype, device=plain.device)
+    values: dict[str, torch.Tensor] = {}
+    found = None
+    if is_cut and ridge is not None:
+        batches = Batches(lambda: site.inputs(s.reader), len(site.states()))
+        assert batches.count, "the remodel doesn't follow, so there are no inputs to solve for"
+        found = repair(matrix, columns, plain, batches, ridge, s.bias is not None)
+        plain = found.weight
+        if found.shift is not None and s.bias is not None:
+            values[s.bias] = site.read(s.bias) + found.shift
+    if columns:
+        values[s.cuts[0].parameter] = plain if axis == 1 else plain.t()
+    return _Reader(values, found)
+
+
+def _is_new(name: str, sites: Sequence[PrunableSite], decision: Decision) -> bool:
+    """Whether a parameter is the bias of a `removed` layer."""
+    return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in sites))
+
+
+def _left_bias(site: PrunableSite, decision: Decision) -> str | None:
+    """Path of the `removed` layer that keeps the bias of a sub-block of which nothing else stays."""
+    if kept_units(site, decision):
+        return None
+    return next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+
+
+def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | None:
+    """Number of the unit that stores a parameter, as `StreamSite.index` counts; None: another block's."""
+    if name.startswith(site.path + "."):
+        return site.index
+    if residual is None or name.startswith(site.path.rpartition(".")[0] + "."):
+        return None
+    return -1 if any(writer.parameter == name for writer in residual.stem) else len(residual.blocks)
+
+
+def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
+    """Gain -> (offset, factor) where a narrower stream changes it."""
+    if residual.kind == "layer":
+        return {}
+    factor = (residual.width / len(decision["hidden"])) ** 0.5
+    return {f"{tap.module}.weight": (tap.norm.offset, factor) for tap in residual.taps() if tap.norm.has_weight}
+
+
+def _table_factor(name: str, residual: Residual, decision: Decision) -> float:
+    """A class that multiplies its table by the root of its width now does so by less."""
+    for writer in residual.stem:
+        if writer.parameter == name and writer.scale is not None and is_root(writer.scale, residual.width):
+            return (residual.width / len(decision["hidden"])) ** 0.5
+    return 1.0

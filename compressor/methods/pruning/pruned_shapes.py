@@ -1,0 +1,431 @@
+"""A model with fewer heads, fewer MLP units and a narrower residual stream: its shapes, its size, and its parameters.
+
+What can go was found by `compressor.analysis.prunable_units`; what goes is a Decision of some pass:
+
+    sites    site name -> indices of the units that stay, ascending; a site that isn't named stays whole
+    hidden   indices of the residual stream that stay, or null: all of them
+    removed  names of sites of which nothing stays; the same as an empty list under `sites`
+
+The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with
+the inputs of the readers (`PrunableSite.reader`) multiplied by 0 at the columns that went. Of the residual stream that
+is so with norms that see only what is kept:
+
+    RMSNorm    sum(x²)/D + eps over D values, of which d are left, is d/D (sum(x²)/d + eps D/d): gain times sqrt(D/d),
+               eps times D/d
+    LayerNorm  mean and variance over the kept values; the gain and the shift stay
+
+Where config.json can say all of it (the same number in every block, found to hold by `prunable_units`), the result
+is a model of its own class. Else the modelling file has it: shapes one by one, attributes where attention counts its
+heads, and a `removed` layer where nothing is left of a sub-block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal
+
+from compressor.errors import PreflightError
+from compressor.methods.rotation.sliced_shapes import EPS_KEYS
+from compressor.model.residual_records import Residual, Tap
+from compressor.protocol import Decision, ModelFacts, Remodel
+
+KINDS = ("heads", "ffn")
+Export = Literal["auto", "stock", "custom"]
+Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the stream's width
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A parameter that loses slices along `axis`; unit u owns the indices rows[u]."""
+
+    parameter: str
+    axis: int
+    rows: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class PrunableSite:
+    """A sub-block of which units can go.
+
+    name     module path of the sub-block; where it is none of its own, that of its reader
+    kind     heads: a unit is a key-value head and the query heads that read it; ffn: a column of the matrix after the
+             activation
+    reader   path of the matrix that reads what the units give; unit u is gone when this module's input is 0 at
+             columns[u]
+    cuts     what gets smaller; the first is the reader along its input axis
+    bias     the reader's bias, which stays when all units are gone
+    cost     parameters of one unit
+    layout   what else pruning has to know, of JSON values:
+             head_dim, query_heads  of a unit, where the kind is heads
+             per_layer   None, or why blocks can't differ in their number of units
+             attributes  module path -> attribute -> number for each unit
+             config      keys of config.json: {"per_unit": {key: n}, "fixed": {key: value}}, or None where config.json
+                         can't say how many units there are
+             removal     modules that a `removed` layer replaces: [{"path", "returns", "layer", "adds"}], `adds` where
+                         it gives what the reader gave; None where the sub-block has to stay
+             has_norms   the block has norms of another width than the stream's, which may have the same eps
+             vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class
+                         can be without it
+    """
+
+    name: str
+    block: int
+    kind: Literal["heads", "ffn"]
+    units: int
+    reader: str
+    columns: tuple[tuple[int, ...], ...]
+    cuts: tuple[Cut, ...]
+    bias: str | None
+    cost: int
+    layout: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def kept_units(site: PrunableSite, decision: Decision) -> tuple[int, ...]:
+    if site.name in decision.get("removed", ()):
+        return ()
+    return tuple(decision["sites"].get(site.name, range(site.units)))
+
+
+def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str = "decision") -> None:
+    """raises PreflightError for a site that there isn't, units it doesn't have, or one that has to stay"""
+    known = {site.name: site for site in sites}
+    named = [*decision["sites"], *decision.get("removed", ())]
+    if unknown := [name for name in named if name not in known]:
+        raise PreflightError(
+            f"{unknown[0]} is no site that can be pruned", where=where, hint="Choose again for this model."
+        )
+    for site in sites:
+        kept = kept_units(site, decision)
+        if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < site.units):
+            raise PreflightError(
+                f"{list(kept)} of {site.name} are not units of it, which has {site.units}, in ascending order",
+                where=where,
+                hint="Choose again for this model.",
+            )
+        if not kept and site.layout["removal"] is None:
+            raise PreflightError(
+                "nothing of this sub-block would stay, and no layer can take its place",
+                where=site.name,
+                hint="Keep one.",
+            )
+
+
+def pruned_remodel(
+    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "auto"
+) -> Remodel:
+    """The definition of the pruned model.
+
+    export  stock: a model of the same class or an error; custom: the modelling file, also where a stock model would do
+    raises  PreflightError for a decision that doesn't fit the model, or a stock model that can't be
+    """
+    check_decision(sites, decision)
+    width = _reads_width(facts, sites)
+    widths = (width, len(decision["hidden"]) if _narrows(facts, decision) else width)
+    shapes = pruned_shapes(facts, sites, decision)
+    if not shapes:
+        return Remodel(widths=widths, decision=decision)
+    why: str | None = "the recipe asks for it"
+    if export != "custom":
+        remodel = _stock(facts, sites, decision)
+        if isinstance(remodel, Remodel):
+            return replace(remodel, widths=widths, decision=decision)
+        why = remodel
+        if export == "stock":
+            raise PreflightError(
+                f"{facts.architecture} can't be pruned so by its config alone: {why}",
+                where="export",
+                hint="Prune every block alike, or use export: auto, which adds a modelling file.",
+            )
+    remodel = _custom(facts, sites, decision, shapes, why)
+    return replace(remodel, widths=widths, decision=decision)
+
+
+def pruned_shapes(
+    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, gone: Sequence[int] = ()
+) -> dict[str, tuple[int, ...] | None]:
+    """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named.
+
+    gone  blocks that are dropped altogether
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    residual = facts.residual if _narrows(facts, decision) else None
+    for name, axes in kept_slices(facts.shapes, sites, decision, residual).items():
+        if name not in facts.tied:
+            shape = facts.shapes[name]
+            shapes[name] = tuple(len(axes[a]) if a in axes else n for a, n in enumerate(shape))
+    for site in sites:
+        if kept_units(site, decision) or site.block in gone:
+            continue
+        bias = shapes.get(site.bias, facts.shapes[site.bias]) if site.bias else None
+        for entry in site.layout["removal"]:
+            inside = entry["path"] + "."
+            shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(inside))
+            if entry["adds"] and bias:
+                shapes[f"{entry['path']}.bias"] = bias
+    for block in gone:
+        shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
+    return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
+
+
+def parameters_left(
+    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "custom"
+) -> int:
+    """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly.
+
+    export  stock: blocks of which nothing is left are dropped with their norms
+    """
+    gone = dropped_blocks(sites, decision) if export == "stock" else ()
+    shapes = {**facts.shapes, **pruned_shapes(facts, sites, decision, gone)}
+    return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
+
+
+def dropped_blocks(sites: Sequence[PrunableSite], decision: Decision) -> tuple[int, ...]:
+    """Blocks that do nothing any more, so that a model without them computes the same."""
+    left = {site.block for site in sites if kept_units(site, decision) or not site.layout["vanishes"]}
+    return tuple(sorted({site.block for site in sites} - left))
+
+
+def kept_slices(
+    shapes: Mapping[str, Sequence[int]],
+    sites: Sequence[PrunableSite],
+    decision: Decision,
+    residual: Residual | None,
+) -> Kept:
+    """What stays of every parameter that loses something, along each axis; removed sub-blocks are not here.
+
+    residual  of the model, where its stream gets narrower
+    """
+    kept: Kept = {}
+    for site in sites:
+        units = set(kept_units(site, decision))
+        if units and len(units) < site.units:
+            for cut in site.cuts:
+                gone = {row for unit in range(site.units) if unit not in units for row in cut.rows[unit]}
+                length = shapes[cut.parameter][cut.axis]
+                kept.setdefault(cut.parameter, {})[cut.axis] = tuple(n for n in range(length) if n not in gone)
+    if residual is not None:
+        for name, axis in stream_edges(residual):
+            kept.setdefault(name, {})[axis] = tuple(decision["hidden"])
+    return kept
+
+
+def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:
+    """Every parameter along the residual stream and the axis that lies along it."""
+    for tap in residual.taps():
+        yield from ((f"{tap.module}.{leaf}", 0) for leaf, has in _leaves(tap) if has)
+        yield from ((reader.parameter, reader.axis) for reader in tap.readers)
+    yield from ((writer.parameter, writer.axis) for writer in residual.writers())
+
+
+def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
+    return (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias))
+
+
+def _reads_width(facts: ModelFacts, sites: Sequence[PrunableSite]) -> int:
+    """The stream's width: what a reader gives back to it."""
+    if not sites:
+        return facts.residual.width
+    return facts.shapes[sites[0].cuts[0].parameter][1 - sites[0].cuts[0].axis]
+
+
+def _narrows(facts: ModelFacts, decision: Decision) -> bool:
+    kept = decision.get("hidden")
+    return kept is not None and len(kept) < facts.residual.width
+
+
+# a stock model
+
+
+def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> Remodel | str:
+    """The model of the same class, or why there is none."""
+    gone = dropped_blocks(sites, decision)
+    stay = [site for site in sites if site.block not in gone]
+    config: dict[str, Any] = {}
+    for kind in KINDS:
+        said = _kind_config([site for site in stay if site.kind == kind], decision)
+        if isinstance(said, str):
+            return said
+        config |= said
+    count = len({site.block for site in sites})
+    if gone:
+        depths = [key for key in DEPTH_KEYS if facts.config.get(key) == count]
+        if not depths or len(gone) == count:
+            return "its config can't say that blocks are gone"
+        kept = [block for block in range(count) if block not in gone]
+        config |= {key: len(kept) for key in depths}
+        lists = [key for key, value in facts.config.items() if isinstance(value, list) and len(value) == count]
+        config |= {key: [facts.config[key][block] for block in kept] for key in lists}
+    if _narrows(facts, decision):
+        narrow = _narrow_config(facts, sites, decision)
+        if isinstance(narrow, str):
+            return narrow
+        config = {**narrow, **config}
+    for key in ("compressed_shapes", "compressed_modules"):
+        if facts.config.get(key):
+            return "it is no model of its own class any more"
+    blocks = tuple(block for block in range(count) if block not in gone) if gone else None
+    remodel = Remodel(config, pruned_shapes(facts, sites, decision, gone), blocks=blocks)
+    return facts.fits(remodel) or remodel
+
+
+def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+    """What config.json says of how many units of one kind every block has, or why it can't."""
+    counts = {len(kept_units(site, decision)) for site in sites}
+    if all(len(kept_units(site, decision)) == site.units for site in sites):
+        return {}
+    if 0 in counts:
+        return f"{next(s.name for s in sites if not kept_units(s, decision))} is gone altogether"
+    if len(counts) > 1:
+        return f"the number of {sites[0].kind} differs from block to block"
+    keys = sites[0].layout["config"]
+    if keys is None:
+        return f"its config doesn't say how many {sites[0].kind} there are"
+    return {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
+
+
+def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+    residual, kept = facts.residual, len(decision["hidden"])
+    width = residual.width
+    key = next((key for key in WIDTH_KEYS if facts.config.get(key) == width), None)
+    if key is None:
+        return "its config doesn't say how wide its residual stream is"
+    config: dict[str, Any] = {key: kept}
+    if residual.kind == "rms":
+        keys = [key for key in EPS_KEYS if key in facts.config]
+        if not keys:
+            return "its config doesn't say what eps its norms have"
+        if not sites:
+            return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
+        if any(site.layout["has_norms"] for site in sites):
+            return f"norms inside its blocks have the same {keys[0]} as those of the stream"
+        if not all(tap.norm.has_weight for tap in residual.taps()):
+            return "its norms have no gain that could take the factor of a narrower stream"
+        config |= {key: residual.end.norm.eps * width / kept for key in keys}
+    scaled = [writer for writer in residual.stem if writer.scale is not None and is_root(writer.scale, width)]
+    if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
+        return "its table is scaled by the width of the stream and shared with the head"
+    heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
+    if heads:
+        config["head_dim"] = facts.config.get("head_dim") or width // heads
+    return config
+
+
+def is_root(scale: float, width: int) -> bool:
+    """Whether a class multiplies by the root of its width; Gemma does so in 16 bits."""
+    return width > 1 and abs(scale - width**0.5) < 1e-2
+
+
+# a model of the modelling file
+
+
+def _custom(
+    facts: ModelFacts,
+    sites: Sequence[PrunableSite],
+    decision: Decision,
+    shapes: dict[str, tuple[int, ...] | None],
+    why: str | None,
+) -> Remodel:
+    modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
+    said: dict[str, Any] = {}
+    for kind in KINDS:  # what the class can't take block by block it may take from the config
+        alike = [site for site in sites if site.kind == kind and site.layout["per_layer"]]
+        found = _kind_config(alike, decision)
+        partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
+        if isinstance(found, str) and partly:
+            raise PreflightError(
+                f"blocks can't differ in their number of {kind} ({partly[0].layout['per_layer']}), and {why}",
+                where=partly[0].name,
+                hint="Prune every block alike.",
+            )
+        said |= {} if isinstance(found, str) else found
+    for site in sites:
+        units = len(kept_units(site, decision))
+        if not units:
+            modules = _without(modules, [entry["path"] for entry in site.layout["removal"]])
+            modules |= removed_modules(site, facts.shapes[f"{site.reader}.weight"][1 - site.cuts[0].axis])
+        elif units < site.units and not site.layout["per_layer"]:
+            for path, module in resized_modules(site, units).items():
+                before = modules.get(path, module)["spec"]["attributes"]
+                modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
+    if _narrows(facts, decision):
+        for tap in facts.residual.taps():
+            modules |= _narrow_norm(tap, facts.residual.width, len(decision["hidden"]))
+        modules = _narrow_removed(modules, facts, len(decision["hidden"]))
+    held = {name: list(shape) for name, shape in shapes.items() if shape is not None and not _is_in(name, modules)}
+    for name, owner in facts.tied.items():
+        if held.get(owner) is not None:
+            held[name] = held[owner]
+    before = facts.config.get("compressed_shapes") or {}
+    kept = {name: shape for name, shape in before.items() if shapes.get(name, ()) is not None}
+    own = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
+    return Remodel({**said, **own}, dict(shapes))
+
+
+def removed_modules(site: PrunableSite, width: int) -> dict[str, Any]:
+    """What takes the place of a sub-block of which nothing stays; `width` is that of its reader's output."""
+    modules = {}
+    for entry in site.layout["removal"]:
+        spec = {
+            "returns": entry["returns"],
+            "layer": entry["layer"],
+            "has_bias": bool(entry["adds"] and site.bias is not None),
+            "of": site.kind,
+        }
+        shape = [width if entry["adds"] else 0]
+        modules[entry["path"]] = {"form": "removed", "spec": spec, "shape": shape}
+    return modules
+
+
+def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
+    """What modules that count heads need to be told."""
+    return {
+        path: {
+            "form": "resized",
+            "spec": {"attributes": {name: number * units for name, number in numbers.items()}},
+            "shape": [],
+        }
+        for path, numbers in site.layout["attributes"].items()
+        if numbers
+    }
+
+
+def _without(modules: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    return {name: entry for name, entry in modules.items() if not any(_inside(name, path) for path in paths)}
+
+
+def _inside(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
+    """Whether a parameter is one of a `removed` layer, which knows its shape."""
+    return any(entry["form"] == "removed" and name == f"{path}.bias" for path, entry in modules.items())
+
+
+def _narrow_norm(tap: Tap, width: int, kept: int) -> dict[str, Any]:
+    if not tap.norm.has_weight:
+        divisor = tap.norm.divisor or width
+        if tap.norm.kind == "layer":
+            raise PreflightError(
+                "this LayerNorm has no gain, and no layer computes it over fewer values",
+                where=tap.module,
+                hint="Keep all.",
+            )
+        return {tap.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": tap.norm.eps}, "shape": [kept]}}
+    if tap.norm.kind == "layer":
+        return {}
+    return {
+        tap.module: {"form": "resized", "spec": {"attributes": {}, "eps": tap.norm.eps * width / kept}, "shape": []}
+    }
+
+
+def _narrow_removed(modules: dict[str, Any], facts: ModelFacts, kept: int) -> dict[str, Any]:
+    """What stands for a sub-block adds to the stream, and so gets as narrow."""
+    return {
+        path: {**entry, "shape": [kept]} if entry["form"] == "removed" and entry["shape"] != [0] else entry
+        for path, entry in modules.items()
+    }

@@ -1,0 +1,1 @@
+"""Grids, codes, second moments and lookup tables."""

@@ -1,0 +1,98 @@
+"""Second moments of calibration inputs and the triangular factor that GPTQ walks along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from compressor.errors import PassError
+from compressor.lazy import torch
+
+DISTANCE_ELEMENTS = 1 << 22  # compared at once, so that no second copy of a matrix is made
+
+
+@dataclass
+class Gram:
+    """Sum of x xᵀ over tokens: matrix (in, in) float32 or float64, upper panels only until `hessian` is asked for."""
+
+    matrix: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, dtype: torch.dtype, device: torch.device) -> Gram:
+        return cls(torch.zeros(features, features, dtype=dtype, device=device))
+
+    def add(self, x: torch.Tensor) -> Gram:
+        """Add x (tokens, in). Products of 16-bit inputs are exact in float32."""
+        from compressor.kernels.ops.hessian import hessian_add_  # imports torch, for which settings must not wait
+
+        hessian_add_(self.matrix, x, 1.0, 1.0)
+        self.tokens += x.shape[0]
+        return self
+
+    def hessian(self) -> torch.Tensor:
+        """2 / tokens * sum, (in, in), symmetric by construction from the upper triangle."""
+        upper = torch.triu(self.matrix)
+        full = upper + torch.triu(self.matrix, 1).t()
+        return full.mul_(2.0 / max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """upper     U with Uᵀ U = (H + damping I)⁻¹, (in, in)
+    damping   what was added to the diagonal, as a fraction of its mean
+    attempts  what was tried before, for the report
+    """
+
+    upper: torch.Tensor
+    damping: float
+    dtype: str
+    attempts: tuple[str, ...] = field(default=())
+
+
+def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, where: str) -> Factor | None:
+    """U of the damped hessian by one reversed Cholesky and one triangular inversion.
+
+    J H J = L Lᵀ with J the reversal; R = J L J is upper, H = R Rᵀ, U = R⁻¹. Half the work of factoring H⁻¹.
+    Tries float32, then float64, then 10 and 100 times the damping (at most max_percdamp). None if all of it fails.
+
+    hessian  (in, in), not modified
+    raises   PassError if the hessian holds NaN or Inf
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise PassError(
+            "the calibration inputs of this weight overflow to NaN or Inf",
+            where=where,
+            hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+        )
+    mean = float(hessian.diagonal().mean())
+    ladder = [(hessian.dtype, percdamp), (torch.float64, percdamp)]
+    ladder += [(torch.float64, min(factor * percdamp, max_percdamp)) for factor in (10, 100)]
+    attempts: list[str] = []
+    for dtype, damping in dict.fromkeys(ladder):
+        damped = hessian.to(dtype, copy=True)
+        damped.diagonal().add_(damping * mean)
+        name = str(dtype).removeprefix("torch.")
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            eye = torch.eye(len(damped), dtype=dtype, device=damped.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if bool((upper.diagonal() > 0).all()) and bool(torch.isfinite(upper.diagonal()).all()):
+                return Factor(upper, damping, name, tuple(attempts))
+        attempts.append(f"{name}, damping {damping:g}: not positive definite")
+    return None
+
+
+def relative_distance(found: torch.Tensor, meant: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `meant`; 0 for two zero matrices, Inf for one.
+
+    found, meant  of one shape, any floating type; differences are float32, their sums float64
+    """
+    rows = max(1, DISTANCE_ELEMENTS // max(1, meant[:1].numel())) if meant.dim() > 1 else DISTANCE_ELEMENTS
+    difference = size = 0.0
+    for first, second in zip(found.split(rows), meant.split(rows), strict=True):
+        second = second.to(torch.float32)
+        difference += float((first.to(second) - second).square().sum(dtype=torch.float64))
+        size += float(second.square().sum(dtype=torch.float64))
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return (difference / size) ** 0.5

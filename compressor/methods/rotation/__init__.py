@@ -1,0 +1,1 @@
+"""Rotations of the residual stream, and the shapes of a sliced one."""

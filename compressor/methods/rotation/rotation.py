@@ -1,0 +1,180 @@
+"""Linear algebra of a rotated residual stream: folding norms, centring, orthogonal matrices, and their cost.
+
+An RMSNorm without gain commutes with an orthogonal map, rms(x Q) = rms(x) Q (Ashkboos et al. 2024, arXiv 2401.15024,
+section 3.1). Whatever touches the stream touches it along one axis of a parameter: the input axis of a matrix that
+reads it, the output axis of one that adds to it, the last axis of a table, the only axis of a bias. So one function,
+`rotate`, turns all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressor.errors import PassError
+from compressor.kernels.ops.hadamard_matrix import sylvester
+from compressor.lazy import torch
+
+# eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); far above that is a failure
+ORTHOGONAL_TOLERANCE = 1e-12
+
+
+def fold_gain(reader: torch.Tensor, gain: torch.Tensor, axis: int) -> torch.Tensor:
+    """W diag(g): the gain of a norm moved into a matrix that reads its output.
+
+    reader  any shape, with `axis` along the norm's output
+    gain    (reader.shape[axis],), the whole factor: 1 + weight where a family stores it less one
+    """
+    return reader * _along(gain, axis, reader.dim())
+
+
+def fold_shift(reader: torch.Tensor, shift: torch.Tensor, axis: int) -> torch.Tensor:
+    """W c: what to add to the reader's bias in place of a norm's shift c. W must not have the gain folded in yet.
+
+    returns  reader's shape without `axis`
+    """
+    return reader.movedim(axis, -1) @ shift
+
+
+def center(writer: torch.Tensor, axis: int) -> torch.Tensor:
+    """Subtract the mean along `axis`, so that what is added to the stream has mean zero over its width.
+
+    Makes LayerNorm an RMSNorm. Of an RMSNorm model it would change the function, so it is for LayerNorm models alone.
+    """
+    return writer - writer.mean(axis, keepdim=True)
+
+
+def rotate(tensor: torch.Tensor, q: torch.Tensor, axis: int) -> torch.Tensor:
+    """Multiply by q along `axis`: W Q for (out, in) and axis 1, Qᵀ W for axis 0.
+
+    q  (D, d): the whole orthogonal matrix, or the columns that are kept
+    """
+    return (tensor.movedim(axis, -1) @ q).movedim(-1, axis)
+
+
+def _along(vector: torch.Tensor, axis: int, dims: int) -> torch.Tensor:
+    shape = [1] * dims
+    shape[axis] = -1
+    return vector.reshape(shape)
+
+
+@dataclass
+class Covariance:
+    """Sum of xᵀ x over tokens, (D, D) float64; not centred.
+
+    Padding must not reach it: `add` takes a mask, and a masked token contributes nothing, not even NaN.
+    """
+
+    matrix: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | str = "cpu") -> Covariance:
+        return cls(torch.zeros(width, width, dtype=torch.float64, device=device))
+
+    def add(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, normalised: bool = False, where: str = ""
+    ) -> Covariance:
+        """Add the tokens of x that are not masked.
+
+        x           (..., D)
+        mask        (...), true or 1 where a token counts
+        normalised  divide each token by its root mean square first, so that a few huge ones don't decide alone; one of
+                    zeros (a padding token that was looked up) stays zeros, as in a norm
+        where       what gives the signal, for the error
+        raises      PassError if a token that counts is not finite
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
+        rows = rows.to(self.matrix.dtype)
+        if not bool(torch.isfinite(rows).all()):
+            raise PassError(
+                "the calibration signal has NaN or Inf",
+                where=where,
+                hint="Run in float32 (model.dtype) or check the model.",
+            )
+        if normalised:
+            squares = rows.square().mean(-1, keepdim=True)
+            rows = rows * torch.where(squares > 0, torch.rsqrt(squares), 0.0)
+        self.matrix.addmm_(rows.t(), rows)
+        self.tokens += rows.shape[0]
+        return self
+
+
+def pca(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, largest first: C = Q diag(λ) Qᵀ.
+
+    covariance  (D, D), computed on in float64
+    returns     eigenvalues (D,) and Q (D, D), both float64; in each column of Q the entry largest in magnitude (the
+                first of equals) is positive. Within equal eigenvalues any basis is valid: compare Q_d Q_dᵀ, not Q.
+    raises      PassError if it isn't finite, doesn't converge, or Q isn't orthogonal to 1e-12 even after one QR
+    """
+    matrix = covariance.to(torch.float64)
+    trace = float(matrix.diagonal().sum())
+    if not bool(torch.isfinite(matrix).all()):
+        raise PassError("the covariance has NaN or Inf", hint="Run in float32 (model.dtype) or check the model.")
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = _eigh_scaled(matrix.cpu(), trace)
+        values, vectors = values.to(matrix.device), vectors.to(matrix.device)
+    values, q = values.flip(0), vectors.flip(1)
+    if orthogonality_error(q) > ORTHOGONAL_TOLERANCE:
+        q, triangle = torch.linalg.qr(q)
+        q = q * torch.sign(triangle.diagonal())
+        if orthogonality_error(q) > ORTHOGONAL_TOLERANCE:
+            raise PassError(f"the eigenvectors are not orthogonal (off by {orthogonality_error(q):.1e})")
+    largest = q.abs().argmax(0)  # the first where several are equal
+    return values, q * torch.sign(q.gather(0, largest[None]))
+
+
+def _eigh_scaled(matrix: torch.Tensor, trace: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second attempt: on the CPU, scaled to trace one."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix / trace)
+    except torch.linalg.LinAlgError as error:
+        raise PassError(f"the eigenvectors of the covariance can't be found ({error})") from error
+    return values * trace, vectors
+
+
+def orthogonality_error(q: torch.Tensor) -> float:
+    """max |Qᵀ Q - I|."""
+    eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    return float((q.t() @ q - eye).abs().max())
+
+
+def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, n) float64 from the Haar measure: Q of a Gaussian matrix's QR, with R's diagonal made positive.
+
+    Without the signs the result depends on LAPACK's convention and isn't uniform (Mezzadri 2007, arXiv
+    math-ph/0609050).
+    """
+    gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator, device=generator.device)
+    q, triangle = torch.linalg.qr(gaussian)
+    return q * torch.sign(triangle.diagonal())
+
+
+def randomized_hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, n) float64: diag(s) (H ⊗ M) with random signs s, the Hadamard matrix H of the largest power of two in n.
+
+    M is for the odd factor m = n / 2^k, for which no Hadamard matrix need exist: our choice is the orthonormal DCT-II
+    matrix, deterministic and with entries of at most sqrt(2 / m), so that n = 2^k has all entries ±1/sqrt(n) and other
+    n come within a factor sqrt(2) of it.
+    """
+    if n < 1:
+        raise ValueError(f"a matrix of {n} dimensions")
+    power = n & -n  # the largest power of two in n
+    length = 1.0
+    for _ in range(power.bit_length() - 1):
+        length *= 1.0 / 2**0.5
+    hadamard = sylvester(power).to(generator.device) * length
+    signs = torch.randint(0, 2, (n, 1), generator=generator, device=generator.device).to(torch.float64) * 2 - 1
+    return signs * torch.kron(hadamard, _dct(n // power).to(generator.device))
+
+
+def _dct(m: int) -> torch.Tensor:
+    """The orthonormal DCT-II matrix, (m, m): rows are cosines of rising frequency."""
+    index = torch.arange(m, dtype=torch.float64)
+    cosines = torch.cos(torch.pi / m * index[:, None] * (index[None] + 0.5)) * (2.0 / m) ** 0.5
+    cosines[0] /= 2**0.5
+    return cosines

@@ -1,0 +1,239 @@
+"""A model whose residual stream is narrower: its shapes, and how many parameters, before anything is computed.
+
+Every parameter that touches the stream keeps its other axes, so its size is a number of vectors times a width: `reads`
+and `writes` below count those vectors. What doesn't touch the stream stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from math import prod
+from typing import Any, Literal
+
+from compressor.lazy import torch
+from compressor.model.residual_records import Residual, Tap
+from compressor.protocol import ModelFacts, Remodel
+
+EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """reads   vectors that read this site's stream: output rows of all its readers
+    writes  vectors that its branches add from: input columns of all its writers, and one for each bias
+    """
+
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """The numbers of a model that decide its size when sliced.
+
+    width        of the stream, D
+    tables       vectors that make up the stream before block 0: rows of all tables, columns of convolutions, biases
+    sites        of all blocks, in order
+    head         rows of the head, which counts as a matrix of its own
+    kept         parameters that don't touch the stream: biases of readers (those that a LayerNorm's shift makes
+                 included), norms on heads, matrices inside a branch
+    norms        norms on the stream, the last one included
+    end_norm     parameters of the last norm
+    """
+
+    width: int
+    tables: int
+    sites: tuple[SiteShape, ...]
+    head: int
+    kept: int
+    norms: int
+    end_norm: int
+
+
+def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> StreamShape:
+    """The numbers of a model.
+
+    shapes  parameter name -> shape, of every parameter, a tied head under its own name too
+    """
+    touching: set[str] = set()
+
+    def vectors(name: str) -> int:
+        touching.add(name)
+        return prod(shapes[name]) // residual.width
+
+    tables = sum(vectors(writer.parameter) for writer in residual.stem)
+    sites = []
+    for block in residual.blocks:
+        for site in block:
+            reads = sum(vectors(reader.parameter) for tap in site.taps for reader in tap.readers)
+            sites.append(SiteShape(reads, sum(vectors(writer.parameter) for writer in site.writers)))
+    head = sum(vectors(reader.parameter) for reader in residual.end.readers)
+    made = 0  # biases that a shift brings into being
+    taps = tuple(residual.taps())
+    for tap in taps:
+        touching |= {f"{tap.module}.{leaf}" for leaf in ("weight", "bias")}
+        if tap.norm.has_bias:
+            made += sum(prod(shapes[r.parameter]) // residual.width for r in tap.readers if r.bias is None)
+    kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
+    end_norm = (residual.end.norm.has_weight + residual.end.norm.has_bias) * residual.width
+    return StreamShape(residual.width, tables, tuple(sites), head, kept, len(taps), end_norm)
+
+
+def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
+    """floor((1 - sparsity) * width), then down to a multiple of round_to; 0.9 of 10 leaves 1, as decimals say."""
+    exact = int((1 - Decimal(repr(sparsity))) * width)
+    return exact - exact % round_to
+
+
+def uniform_widths(shape: StreamShape, width: int, *, head_sliced: bool = False) -> tuple[int, ...]:
+    """`width` at every site, and at the end either that or all of it."""
+    return (width,) * len(shape.sites) + (width if head_sliced else shape.width,)
+
+
+def per_site_parameters(
+    shape: StreamShape,
+    widths: Sequence[int],
+    *,
+    embedding: Literal["slice", "project"] = "slice",
+    tied: bool = False,
+) -> int:
+    """Parameters of a model with a rotation of its own at each site, and a matrix (w_k, w_k+1) beside its branches.
+
+    widths     at each site and, last, before the head: len(sites) + 1 numbers
+    embedding  slice: narrower tables, and a head of its own; project: whole tables and a matrix (D, w_0) after their
+               sum, the head in the original basis behind the last norm with its own gain
+    tied       with project: head and table stay one
+    """
+    if len(widths) != len(shape.sites) + 1:
+        raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sites and the head")
+    if embedding == "project" and widths[-1] != shape.width:
+        raise ValueError("a projected embedding leaves the head in the original basis, at its full width")
+    total = shape.kept
+    for site, width, following in zip(shape.sites, widths, widths[1:]):
+        total += site.reads * width + site.writes * following + width * following
+    if embedding == "slice":
+        return total + shape.tables * widths[0] + shape.head * widths[-1]
+    head = 0 if tied else shape.head * shape.width
+    return total + shape.tables * shape.width + shape.width * widths[0] + head + shape.end_norm
+
+
+def global_parameters(shape: StreamShape, width: int) -> int:
+    """Parameters of a model with one rotation: nothing beside the branches, and a constant gain in every norm."""
+    vectors = shape.tables + shape.head + sum(site.reads + site.writes for site in shape.sites)
+    return shape.kept + (vectors + shape.norms) * width
+
+
+def scheduled_widths(
+    shape: StreamShape, spectra: Sequence[Sequence[float]], budget: int, round_to: int, least: int
+) -> tuple[int, ...]:
+    """Widths at each site, and the whole width at the end, that lose least variance within a number of parameters.
+
+    Greedy from the full widths down: the next `round_to` directions go where the share of a site's variance that they
+    hold, per parameter that goes with them, is least. Shares fall along a site's axes, so what is taken later always
+    costs more: the exchange argument of the fractional knapsack, but for the last step and the shortcut matrices, whose
+    size depends on two widths at once.
+
+    spectra  eigenvalues of each site's second moments, largest first
+    budget   parameters, at most
+    least    no site gets narrower
+    raises   ValueError if even the least widths are too many
+    """
+    full = shape.width - shape.width % round_to
+    widths = [*([full] * len(shape.sites)), shape.width]
+    tails = []
+    for values in spectra:
+        share = torch.as_tensor(values, dtype=torch.float64).clamp_min(0)
+        share = share / share.sum()
+        tails.append([*share.flip(0).cumsum(0).flip(0).tolist(), 0.0])  # [w]: what is lost when w directions stay
+    count = per_site_parameters(shape, widths)
+
+    def saved(at: int) -> int:
+        """By round_to fewer directions at one site."""
+        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.tables
+        return round_to * (site.reads + before + widths[at + 1])
+
+    while count > budget:
+        able = [at for at in range(len(shape.sites)) if widths[at] - round_to >= least]
+        if not able:
+            raise ValueError(f"{count:,} parameters are left at the least widths, {budget:,} are allowed")
+        lost = {at: tails[at][widths[at] - round_to] - tails[at][widths[at]] for at in able}
+        cheapest = min(able, key=lambda at: (lost[at] / saved(at), at))
+        count -= saved(cheapest)
+        widths[cheapest] -= round_to
+    return tuple(widths)
+
+
+def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
+    """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before.
+
+    widths  at each site and, last, before the head
+    """
+    residual = model.residual
+    sites = [site for block in residual.blocks for site in block]
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
+
+    def narrow(name: str, axis: int, width: int) -> None:
+        shapes[name] = _resized(model.shapes[name], axis, width)
+
+    def strip(tap: Tap, width: int) -> None:
+        spec = {"width": residual.width, "eps": tap.norm.eps}
+        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
+
+    for writer in residual.stem:
+        narrow(writer.parameter, writer.axis, widths[0])
+    for site, width, following in zip(sites, widths, widths[1:]):
+        for tap in site.taps:
+            strip(tap, width)
+            for reader in tap.readers:
+                narrow(reader.parameter, reader.axis, width)
+        for writer in site.writers:
+            narrow(writer.parameter, writer.axis, following)
+    strip(residual.end, residual.width)
+    per_block, at = [], 0
+    for block in residual.blocks:
+        per_block.append(list(widths[at : at + len(block) + 1]))
+        at += len(block)
+    held = {name: list(shape) for name, shape in shapes.items() if shape is not None}
+    for number, (spec, shape) in enumerate(zip(model.branches(per_block), per_block)):
+        path = f"{model.blocks}.{number}"
+        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
+    before = model.config.get("compressed_shapes") or {}
+    config = {"compressed_shapes": {**before, **held}, "compressed_modules": modules}
+    return Remodel(config, shapes, (residual.width, *widths), follows=True)
+
+
+def global_remodel(model: ModelFacts, kept: int) -> Remodel:
+    """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
+    width = model.residual.width
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
+    edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
+    shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
+    shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
+    eps = model.residual.end.norm.eps * width / kept
+    config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
+    heads = model.config.get("num_attention_heads")
+    if heads:
+        config["head_dim"] = model.config.get("head_dim") or width // heads
+    return Remodel(config, shapes, (width, kept))
+
+
+def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return (*shape[:axis], length, *shape[axis + 1 :])
+
+
+def widest_that_shrinks(count: Callable[[int], int], dense: int, width: int, round_to: int = 1) -> int | None:
+    """The largest multiple of round_to, at most `width`, at which a model has fewer parameters than `dense`.
+
+    None if not even round_to does. `count` must not fall as the width grows.
+    """
+    low, high = 0, width // round_to  # `low` shrinks or is 0; the answer lies in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(middle * round_to) < dense else (low, middle - 1)
+    return low * round_to or None

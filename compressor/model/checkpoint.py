@@ -1,0 +1,287 @@
+"""Reads a Hugging Face checkpoint directory: headers first, tensors one at a time, never a pickle.
+
+Of several weight files it reads those that transformers' from_pretrained reads, and says which it leaves.
+
+Nothing outside the directory is touched: an index that names `../x`, or a link that leads out, is refused. The one
+exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError
+from compressor.model.model_card import Licence, read_licence
+from compressor.model.model_files import check_directory, regular_file
+from compressor.model.side_files import SideFiles, find_side_files
+from compressor.process.utf8 import parse_json, printable
+from compressor.storage.files import file_sha256
+from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_header
+
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers' own name for its parts
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """directory  the model's folder
+    config     config.json, parsed
+    tensors    checkpoint name -> where it lies
+    metadata   what the index of a sharded checkpoint says beside its files
+    unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype; a private copy."""
+        return read_bytes(self.tensors[name])
+
+    @property
+    def architecture(self) -> str | None:
+        names = self.config.get("architectures") or [None]
+        return names[0]
+
+    @property
+    def needs_remote_code(self) -> bool:
+        return bool(self.config.get("auto_map"))
+
+    @property
+    def is_compressed_artifact(self) -> bool:
+        """Whether this tool wrote it, and not as a plain checkpoint that can be compressed further."""
+        is_ours = (self.directory / "compress_manifest.json").is_file()
+        return "compressed_weights" in self.config or (is_ours and self.quantization_config is not None)
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        return self.config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def weight_file_bytes(self) -> int:
+        """Size of the files that hold the weights, headers included."""
+        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash over config.json and every weight file's own hash; reads the whole checkpoint once."""
+        files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
+        lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """The files that an artifact takes over beside the weights, and those that it doesn't, with the reason."""
+        return find_side_files(self.directory, self.config)
+
+    @property
+    def carried_config(self) -> dict[str, Any]:
+        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own.
+
+        Without the name of the source's weight file: the artifact's have other names.
+        """
+        values = {key: value for key, value in self.config.items() if key not in ("auto_map", "transformers_weights")}
+        return {**values, "auto_map": self.side_files.auto_map} if self.side_files.auto_map else values
+
+    @cached_property
+    def licence(self) -> Licence:
+        """What the model card says."""
+        return read_licence(self.directory)
+
+    @property
+    def license(self) -> str | None:
+        """Its identifiers in one line, for the report."""
+        return ", ".join(self.licence.identifiers) or None
+
+
+def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Read config.json and every safetensors header.
+
+    raises ModelError for anything missing, torn, unsafe, or stored as a pickle
+    """
+    if not directory.is_dir():
+        kind = "a file" if directory.exists() else "nothing"
+        raise ModelError(f"{kind} is there, a checkpoint directory is needed", where=str(directory))
+    check_directory(directory)
+    _refuse_adapter(directory)
+    config = _read_json(regular_file(directory, directory / "config.json"))
+    name = _weights_file(directory, config)
+    metadata: dict[str, Any] = {}
+    unread: list[str] = []
+    if name.endswith(".index.json"):
+        index = _read_json(regular_file(directory, directory / name))
+        tensors, files, unread = _sharded(directory, name, index)
+        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+    else:
+        tensors, files = read_header(regular_file(directory, directory / name)), {name}
+    if not tensors:
+        raise ModelError("the checkpoint holds no tensors", where=directory.name, hint="Download the model again.")
+    if others := _other_weights(directory, files):
+        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        unread.append(f"{name} is read, as transformers does; {shown} hold weights too, and are not read")
+    return Checkpoint(directory, config, tensors, metadata, tuple(unread))
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model given as `demo`, a path, or the name of one in the local Hugging Face cache."""
+    if name == "demo":
+        from compressor.model.model_files import demo_path
+
+        return demo_path()
+    if name and "\0" not in name and os.path.lexists(path := Path(os.path.expanduser(name))):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if not HUB_NAME.fullmatch(name):
+            raise HFValidationError
+        return Path(snapshot_download(name, local_files_only=True))
+    except HFValidationError as error:
+        raise ModelError(
+            "no such directory, and no name that a hub model can have",
+            where=name[:200] if name.isprintable() and name else repr(name[:200]),
+            hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            "is neither a directory nor in the local Hugging Face cache",
+            where=name,
+            hint=f"Download it first: hf download {name}",
+        ) from error
+
+
+def model_label(name: str) -> str:
+    """What a report calls a model: its hub name, `demo`, or the last part of its path."""
+    path = Path(os.path.expanduser(name))
+    return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """raises ModelError with the count and the first place of NaN or Inf"""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        raise ModelError(
+            f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
+            where=name,
+            hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+        )
+
+
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            "holds an adapter, which transformers adds to the weights where peft is installed",
+            where=f"{directory.name}/adapter_config.json",
+            hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
+            "or give a directory without it.",
+        )
+
+
+def _weights_file(directory: Path, config: dict[str, Any]) -> str:
+    """The file that transformers' from_pretrained starts with. raises ModelError if there is none to read"""
+    if parts := sorted(path.name for path in directory.glob("shard-*.safetensors") if DISTRIBUTED.match(path.name)):
+        raise ModelError(
+            f"the weights lie in parts of a distributed run ({parts[0]})",
+            where=directory.name,
+            hint="Load the model with transformers and save it with save_pretrained(DIR).",
+        )
+    stated = config.get("transformers_weights")
+    if stated is not None:
+        plain = isinstance(stated, str) and Path(stated).name == stated
+        if not plain or not stated.endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(
+                f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
+                where="config.json",
+                hint="Correct it, or remove it to read model.safetensors.",
+            )
+        return str(stated)
+    for name in (SINGLE, INDEX):
+        if (directory / name).is_file():
+            return name
+    raise _no_weights(directory)
+
+
+def _other_weights(directory: Path, read: set[str]) -> list[str]:
+    """Names of weight files that a torch user could take for the model's, beside those that are read; sorted."""
+    found = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern)}
+    return sorted(map(printable, found - read))
+
+
+def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
+    """Every tensor of the files that the index names, the files, and a sentence if tensors lie in more than one.
+
+    As in transformers the last file, by name, wins, and what the index says of single tensors is not looked at.
+    """
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
+        raise ModelError("has no usable `weight_map`", where=where, hint="Download it again.")
+    tensors: dict[str, TensorInfo] = {}
+    files = sorted(set(mapping.values()))
+    twice: list[str] = []
+    for shard in files:
+        if "/" in shard or "\\" in shard or shard in ("", ".", ".."):
+            raise ModelError(
+                f"names the file {shard!r}, which is not a plain name in this directory",
+                where=where,
+                hint="Refused: a checkpoint must not reach outside its directory.",
+            )
+        path = directory / shard
+        if not path.is_file():
+            raise ModelError("shard is missing", where=shard, hint="Download the model again; the index names it.")
+        held = read_header(regular_file(directory, path))
+        twice += sorted(held.keys() & tensors.keys())
+        tensors.update(held)
+    if lost := [name for name in mapping if name not in tensors]:
+        raise ModelError(
+            f"lacks {len(lost)} tensors, such as {min(lost)}",
+            where=mapping[min(lost)],
+            hint="Index and shards are not of one model.",
+        )
+    if not twice:
+        return tensors, set(files), []
+    last = tensors[twice[0]].file.name
+    told = f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
+    return tensors, set(files), [told]
+
+
+def _no_weights(directory: Path) -> ModelError:
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return ModelError(
+            f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
+            where=directory.name,
+            hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
+        )
+    return ModelError("no model.safetensors or index was found", where=directory.name, hint="Download the model again.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(path.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"is not valid JSON ({error})", where=path.name, hint="Download it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", where=path.name, hint="Download it again.")
+    return value

@@ -1,0 +1,157 @@
+"""The functions of a model that a step may replace: activations, norms, and the softmax of attention.
+
+They are found by running: a module is a norm or a known activation if it computes one, and attention is wherever the
+model calls transformers' attention interface. Each is a `Weight` of the role activation, norm or softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from compressor.layers.block_attention import PRODUCTS, attend
+from compressor.methods.quantization.lookup_tables import recognize
+from compressor.model.norms import Norm, describe_norm
+from compressor.model.replay import Pieces, output_of
+from compressor.model.structure import Structure
+from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
+from compressor.protocol import Weight
+
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
+OBSERVER = "observed_softmax"
+# Two orders of float32 sums of a small random model; another formula is off by more than a hundredth
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Functions:
+    """by_unit  unit -> its functions, in the order of the model's modules
+    refused  role -> why the model has none that can be replaced
+    """
+
+    by_unit: dict[int, list[Weight]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def all(self) -> list[tuple[int, Weight]]:
+        return [(unit, function) for unit in sorted(self.by_unit) for function in self.by_unit[unit]]
+
+
+def find_functions(structure: Structure) -> Functions:
+    """Runs a shallow random twin on the CPU; the model itself is only looked at.
+
+    No stored form of a norm divides by anything but its width, so the norms of a narrower stream are refused.
+    """
+    found = Functions()
+    outside, attention = _run_twin(structure, found.refused)
+    prefix = structure.pieces.blocks_path + "."
+    owners = {path: f"{path}.{PRODUCTS}" for path in attention}
+    for path, module in structure.model.named_modules():
+        norm = describe_norm(module)
+        if norm is not None and norm.divisor is not None:
+            found.refused.setdefault("norm", f"{path} divides by {norm.divisor} for {norm.width} values, being sliced")
+            continue
+        parts = path.removeprefix(prefix).split(".") if path.startswith(prefix) else []
+        unit = 1 + int(parts[0]) if parts else 0 if path in outside else structure.block_count + 1
+        functions = [_function(structure, path, module, norm)]
+        if path in owners:
+            functions.append(_named(structure, owners[path], "softmax"))
+        found.by_unit.setdefault(unit, []).extend(function for function in functions if function is not None)
+    return found
+
+
+def _function(structure: Structure, path: str, module: nn.Module, norm: Norm | None) -> Weight | None:
+    """A module as a function, if it is one; `norm` is what describe_norm says of it."""
+    if next(module.children(), None) is not None:
+        return None
+    if type(module).__module__ in ACTIVATIONS and next(module.parameters(), None) is None:
+        known = None if isinstance(module, (nn.Softmax, nn.LogSoftmax)) else recognize(module)
+        return None if known is None else _named(structure, path, "activation", {"function": known})
+    if norm is None:
+        return None
+    function = _named(structure, path, "norm", {"kind": norm.kind, "offset": norm.offset, "eps": norm.eps})
+    sources = structure.bindings.sources
+    if not norm.has_weight:
+        return function
+    tensor = sources[f"{path}.weight"][0].tensor
+    bias = sources[f"{path}.bias"][0].tensor if norm.has_bias else None
+    name = tensor.removesuffix(".weight")
+    return Weight(name, tensor, path, (norm.width,), "norm", bias=bias, facts=function.facts)
+
+
+def _named(structure: Structure, path: str, role: str, facts: dict[str, Any] | None = None) -> Weight:
+    """A function that has no tensor of its own, named as the checkpoint would name it."""
+    return Weight(_checkpoint_name(structure, path), "", path, (), role, facts=facts or {})
+
+
+def _checkpoint_name(structure: Structure, path: str) -> str:
+    """A path of the model in the checkpoint's names, which may lack the model's prefix, or have one more."""
+    first = structure.pieces.blocks_path + "."
+    for parameter, sources in structure.bindings.sources.items():
+        tensor = sources[0].tensor
+        if parameter.startswith(first) and tensor.endswith(parameter):
+            return tensor.removesuffix(parameter) + path
+        if parameter.startswith(first) and parameter.endswith(tensor):
+            return path.removeprefix(parameter.removesuffix(tensor))
+    return path
+
+
+def _run_twin(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
+    """Modules outside the blocks that the stem calls, and paths of attention modules, of the model itself."""
+    config = shallow_config(structure.model.config, structure.model, structure.pieces)
+    twin = make_twin(type(structure.model), config, torch.device("cpu"), torch.float32)
+    batch = example_batch(twin, torch.device("cpu"))
+    pieces = Pieces(twin, structure.pieces.blocks_path)
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name))
+        for name, module in twin.named_modules()
+        if not name.startswith(structure.pieces.blocks_path + ".")
+    ]
+    pieces.stem(batch)
+    for hook in hooks:
+        hook.remove()
+    return called, _attention_paths(structure, twin, batch, refused)
+
+
+def _attention_paths(
+    structure: Structure, twin: PreTrainedModel, batch: dict[str, Tensor], refused: dict[str, str]
+) -> list[str]:
+    seen: dict[int, nn.Module] = {}
+
+    def observe(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen[id(module)] = module
+        return attend(module, *args, **kwargs)
+
+    AttentionInterface.register(OBSERVER, observe)
+    AttentionMaskInterface.register(OBSERVER, eager_mask)
+    outputs = []
+    for implementation in ("eager", OBSERVER):
+        twin.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outputs.append(output_of(twin(**batch)).float())
+    if not seen:
+        refused["softmax"] = "its attention doesn't go through transformers' AttentionInterface"
+        return []
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+        refused["softmax"] = f"its attention is not the plain one: outputs differ by {difference:.3g}"
+        return []
+    path = structure.pieces.blocks_path
+    relative: dict[tuple[Any, ...], list[str]] = {}
+    for name, module in twin.named_modules():
+        if id(module) in seen and name.startswith(path + "."):
+            number, _, inner = name.removeprefix(path + ".").partition(".")
+            block = twin.get_submodule(f"{path}.{number}")
+            kind = signature(twin.config, block, int(number))
+            if inner not in relative.setdefault(kind, []):
+                relative[kind].append(inner)
+    found = []
+    for number, block in enumerate(structure.pieces.blocks):
+        kind = signature(structure.model.config, block, number)
+        found += [f"{path}.{number}.{inner}" for inner in relative.get(kind, [])]
+    return found

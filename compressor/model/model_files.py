@@ -1,0 +1,121 @@
+"""Which files of a model's directory may be opened.
+
+A directory of a model comes from anywhere. Opening a FIFO or a device in it can block for ever, and a link can lead to
+a file of somebody else. So a file is opened only if it is a regular file that lies inside the directory. The one
+exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
+
+transformers opens more files than this package names. So the whole directory is checked before it is handed over.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from compressor.errors import ModelError
+from compressor.process.utf8 import check_utf8
+
+MAX_ENTRIES = 10_000  # of one directory, with its folders; a model's directory holds a few dozen
+MAX_DEPTH = 8  # folders below the directory
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def is_hidden(relative: Path) -> bool:
+    """Whether a name starts with a dot somewhere, as those of .git and .cache/huggingface do; loaders open no such."""
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def regular_file(directory: Path, path: Path) -> Path:
+    """`path`, if it may be opened. raises ModelError for what is missing, leads out, or is no regular file"""
+    name = _name(directory, path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise _refusal(name, "is a link to a file that isn't there") from error
+        raise ModelError(
+            "file is missing", where=name, hint=f"A checkpoint directory has one ({directory.name})."
+        ) from error
+    except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
+        said = getattr(error, "strerror", None) or error
+        raise ModelError(f"can't be read ({said})", where=name, hint="Download the model again.") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        raise ModelError(
+            f"is {kind}, a regular file is needed", where=name, hint="Not opened. Remove it from the directory."
+        )
+    if not _leads_inside(directory, path):
+        raise _refusal(name, "is a link that leads out of the model's directory")
+    return path
+
+
+def check_directory(directory: Path) -> None:
+    """The directory has a name that can be written, and every entry, except hidden ones, may be opened, or is a folder.
+
+    raises UsageError for such a name, ModelError naming the first entry that isn't so, or for a directory that is too
+           large or too deep to be a model's
+    """
+    check_utf8(directory.absolute(), "Rename the directory, or the folder that it lies in.")
+    for path in entries(directory):
+        if path.is_symlink() or not path.is_dir():
+            regular_file(directory, path)
+
+
+def entries(directory: Path) -> Iterator[Path]:
+    """Every entry below a directory, folders first, except hidden ones; links to folders are not followed.
+
+    raises ModelError for more than MAX_ENTRIES, for more than MAX_DEPTH folders, and for a folder that can't be read
+    """
+    count, waiting = 0, [(directory, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        try:
+            found = sorted(folder.iterdir())
+        except OSError as error:
+            raise ModelError(f"can't be read ({error.strerror})", where=_name(directory, folder)) from error
+        for path in found:
+            if path.name.startswith("."):
+                continue
+            count += 1
+            if count > MAX_ENTRIES:
+                raise ModelError(
+                    f"holds more than {MAX_ENTRIES:,} files, which no model's directory does",
+                    where=str(directory),
+                    hint="Move the model's files into a directory of their own.",
+                )
+            yield path
+            if path.is_dir() and not path.is_symlink():
+                if depth == MAX_DEPTH:
+                    raise ModelError(
+                        f"lies more than {MAX_DEPTH} folders deep",
+                        where=_name(directory, path),
+                        hint="Move it out of the model's directory.",
+                    )
+                waiting.append((path, depth + 1))
+
+
+def _leads_inside(directory: Path, path: Path) -> bool:
+    root, target = directory.resolve(), path.resolve()
+    cache = root.parent.parent if root.parent.name == "snapshots" else root
+    return target.is_relative_to(root) or target.is_relative_to(cache / "blobs")
+
+
+def _name(directory: Path, path: Path) -> str:
+    return path.relative_to(directory).as_posix() if path != directory else directory.name
+
+
+def _refusal(name: str, what: str) -> ModelError:
+    return ModelError(what, where=name, hint="Refused: put the file itself into the directory if it belongs there.")
+
+
+def demo_path() -> Path:
+    """The directory of the embedded demo model."""
+    return Path(__file__).parent.parent / "demo"

@@ -1,0 +1,74 @@
+"""Says from config.json, file names and headers alone that a checkpoint is quantized already, and refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from compressor.errors import ModelError
+from compressor.model.checkpoint import Checkpoint
+from compressor.storage.safetensors_file import TensorInfo
+
+HINT = "Start from the original 16-bit or 32-bit checkpoint."
+CONFIG_KEYS = ("quantization_config", "compression_config")
+# what exporters write beside config.json: modelopt, AutoGPTQ and GPTQModel, AutoAWQ, quanto, torchao
+CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+# last part of a tensor's name -> it belongs to a quantized matrix of the module that it is named for
+LEAVES = (
+    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_zero_point", "weight_shape", "weight_g_idx", "SCB", "weight_format", "absmax", "quant_map", "W_q"),
+    *("weight_scales", "weight_blocks", "qscales", "_qdata", "_scale_and_zero"),
+)
+FLOATING = ("F64", "F32", "F16", "BF16")  # what a floating parameter can be read from
+
+
+def refuse_stated(checkpoint: Checkpoint) -> None:
+    """raises ModelError if config.json, or a file beside it, says that the model is quantized"""
+    sections = {"": checkpoint.config} | {
+        f"{key}.": value for key, value in checkpoint.config.items() if isinstance(value, dict)
+    }
+    for prefix, section in sections.items():
+        for key in CONFIG_KEYS:
+            stated = section.get(key)
+            if stated is not None and prefix.rstrip(".") not in CONFIG_KEYS:
+                raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint)
+    for name in CONFIG_FILES:
+        if (checkpoint.directory / name).is_file():
+            raise _refusal(f"{name} lies beside its weights", None, checkpoint)
+
+
+def refuse_codes(
+    filled: Iterable[tuple[str, str]], unused: Iterable[str], modules: Iterable[str], checkpoint: Checkpoint
+) -> None:
+    """raises ModelError if tensors that fill floating parameters hold codes, or codes lie beside modules
+
+    filled   (tensor, floating parameter that it fills)
+    unused   tensors that fill nothing
+    modules  names of the model's modules, as checkpoints call them
+    """
+    codes = [
+        (tensor, parameter) for tensor, parameter in filled if checkpoint.tensors[tensor].stored_as not in FLOATING
+    ]
+    if codes:
+        tensor = codes[0][0]
+        kind = _kind(checkpoint.tensors, tensor)
+        raise _refusal(f"{len(codes)} tensors hold {kind}, such as {tensor}, where weights belong", None, checkpoint)
+    known = set(modules)
+    beside = [name for name in unused if name.rpartition(".")[2] in LEAVES and name.rpartition(".")[0] in known]
+    if beside:
+        raise _refusal(f"{len(beside)} tensors of quantized weights are there, such as {beside[0]}", None, checkpoint)
+
+
+def _kind(tensors: Mapping[str, TensorInfo], name: str) -> str:
+    stored_as = tensors[name].stored_as
+    return f"codes of {stored_as}" if stored_as.startswith(("F4", "F6", "F8")) else f"numbers of {stored_as}"
+
+
+def _method(stated: Any) -> str | None:
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    return method if isinstance(method, str) else "unknown method"
+
+
+def _refusal(found: str, method: str | None, checkpoint: Checkpoint) -> ModelError:
+    told = f"the model is already quantized ({method})" if method else "the model is already quantized"
+    return ModelError(f"{told}: {found}", where=checkpoint.directory.name, hint=HINT)

@@ -1,0 +1,223 @@
+"""The structure that a model will have once a step has reshaped it, from headers alone.
+
+`plan` looks at it to count bytes and to select what later steps do; the sweep then writes tensors of exactly these
+shapes, and reads them back as a checkpoint like any other (`compressor.engine.rewrite_sweep`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from compressor.analysis.branch_calls import check_widths, find_branches
+from compressor.analysis.prunable_units import Seen, find_prunable, look
+from compressor.analysis.residual_stream import read_residual
+from compressor.analysis.token_gates import find_token_sites
+from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.methods.pruning.pruned_shapes import KINDS, PrunableSite
+from compressor.model.checkpoint import Checkpoint
+from compressor.model.reshaped_class import class_for, stock_class
+from compressor.model.residual_records import Residual
+from compressor.model.structure import Structure, structure_of
+from compressor.model.tracing import signature
+from compressor.model.unused_tensors import without_announcements
+from compressor.protocol import ModelFacts, Remodel
+from compressor.storage.safetensors_file import TensorInfo
+
+# what transformers raises for a config whose numbers it doesn't take, and for a model that can't be made of one
+REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
+
+
+def facts_of(structure: Structure, given: int) -> ModelFacts:
+    """What a pass may know of the model; what takes a run is found when asked for.
+
+    given  its parameters before any step
+    """
+
+    @cache
+    def residual() -> Residual:
+        return read_residual(structure)
+
+    @cache
+    def seen() -> Seen:
+        return look(structure)
+
+    @cache
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+        return find_prunable(structure, kinds, seen())
+
+    return ModelFacts(
+        structure.architecture,
+        structure.model.config.to_dict(),
+        parameter_shapes(structure),
+        dict(structure.bindings.tied),
+        residual,
+        given,
+        lambda widths: _branches(structure, residual(), widths),
+        structure.pieces.blocks_path,
+        lambda remodel: _misfit(structure, remodel),
+        prunable,
+        cache(lambda: find_token_sites(structure)),
+        lambda changes: _config_misfit(structure, changes),
+    )
+
+
+def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequence[int]]) -> tuple[dict[str, Any], ...]:
+    """Settings of a rotated_block for each block."""
+    found = find_branches(structure, residual)
+    check_widths(structure, residual, found, widths)
+    config, blocks = structure.model.config, structure.pieces.blocks
+    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))
+
+
+def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, tied ones under each of their names."""
+    return {name: tuple(p.shape) for name, p in structure.model.named_parameters(remove_duplicate=False)}
+
+
+def remodelled(structure: Structure, remodel: Remodel) -> Structure:
+    """The structure of the reshaped model; its tensors have shapes but lie nowhere.
+
+    raises ModelError if the model's class makes other shapes of that config
+    """
+    config = _config_after(structure, remodel)
+    if any(unused.is_carried for unused in structure.bindings.unused):  # they fit the model as it was, and stay behind
+        config = without_announcements(config, structure.model.config)
+    tensors: dict[str, TensorInfo] = {}
+    held = structure.model.state_dict()
+    for name in structure.bindings.sources:
+        before = tuple(held[name].shape)
+        shape = remodel.shapes.get(name, before)
+        if shape is not None:
+            found = _tensor_infos(structure, name, before, shape)
+            tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
+    for name, shape in remodel.shapes.items():
+        if name not in structure.bindings.sources and shape is not None:
+            tensors[renumbered(name, structure, remodel)] = _info(structure, name, shape)
+    if not config.get("tie_word_embeddings", True):  # what shared more than a table has a tensor of its own then
+        for name, origin in structure.bindings.tied.items():
+            shape = remodel.shapes.get(name) or remodel.shapes.get(origin) or tuple(held[origin].shape)
+            tensors.setdefault(renumbered(name, structure, remodel), _info(structure, name, shape))
+    return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
+
+
+def regated(structure: Structure, remodel: Remodel) -> Structure:
+    """The structure of a model of which only the config changes; its tensors lie where they did."""
+    return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, remodel)))
+
+
+def _reclassed(structure: Structure, checkpoint: Checkpoint) -> Structure:
+    """The structure of a checkpoint whose config may ask for another class of the same architecture."""
+    config = _config(checkpoint.config)
+    cls = class_for(stock_class(structure.model), config)
+    return structure_of(checkpoint, cls, config, str(structure.dtype).partition(".")[2])
+
+
+def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:
+    """config.json of the model that a step makes."""
+    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
+    config["dtype"] = str(structure.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    return config
+
+
+def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
+    """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
+    if remodel.blocks is None:
+        return name
+    place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
+    if place is None:
+        return name
+    return f"{name[: place.start(2)]}{remodel.blocks.index(int(place[2]))}{name[place.end(2) :]}"
+
+
+def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
+    """A parameter as the checkpoint tensors that make it up: the inverse of `binding.read_parameter`."""
+    sources = structure.bindings.sources[name]
+    if name not in structure.bindings.rules:
+        return {sources[0].tensor: value}
+    assert name not in structure.bindings.joined  # it got a tensor of its own (`_tensor_infos`)
+    parts = {}
+    for source in sources:
+        assert source.rows is not None  # joined by rows, or the model was refused (`binding._placed`)
+        parts[source.tensor] = value[source.expert, source.rows[0] : source.rows[1]]
+    return parts
+
+
+def _tensor_infos(
+    structure: Structure, name: str, before: tuple[int, ...], shape: tuple[int, ...]
+) -> dict[str, TensorInfo]:
+    """The tensors that will make up a parameter that had one shape and gets another."""
+    infos: dict[str, TensorInfo] = {}
+    if name in structure.bindings.joined:  # its own name is right too, and then no rule has to be undone
+        return {name: _info(structure, name, shape)}
+    for source in structure.bindings.sources[name]:
+        if name not in structure.bindings.rules:
+            infos[source.tensor] = _info(structure, name, shape)
+            continue
+        assert source.rows is not None
+        whole = source.rows == (0, before[1])
+        rows = shape[1] if whole else source.rows[1] - source.rows[0]
+        if not whole and shape[1] != before[1]:
+            raise ModelError(
+                "several tensors fill its rows, and their number changes",
+                where=name,
+                hint="This model can't be reshaped.",
+            )
+        infos[source.tensor] = _info(structure, name, (rows, *shape[2:]))
+    return infos
+
+
+def _info(structure: Structure, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """Of a parameter that is or comes to be; one that was tied is held as what it shared."""
+    bindings = structure.bindings
+    dtype = bindings.dtypes.get(bindings.tied.get(name, name), structure.dtype)
+    return TensorInfo(Path(), dtype, tuple(shape), 0, math.prod(shape) * dtype.itemsize)
+
+
+def _config(values: dict[str, Any]) -> PretrainedConfig:
+    values = copy.deepcopy(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _misfit(structure: Structure, remodel: Remodel) -> str | None:
+    try:
+        remodelled(structure, remodel)
+    except (CompressError, *REFUSALS) as error:
+        return error.what if isinstance(error, CompressError) else _in_one_line(error)
+    return None
+
+
+def _config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
+    try:
+        _config({**structure.checkpoint.config, **changes})
+    except REFUSALS as error:
+        return _in_one_line(error)
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: bool = True) -> Structure:
+    """The reshaped structure. raises PreflightError saying what the model's class can't be"""
+    try:
+        return remodelled(structure, remodel) if rewrites else regated(structure, remodel)
+    except (ModelError, *REFUSALS) as error:
+        why = str(error) if isinstance(error, ModelError) else _in_one_line(error)
+        raise PreflightError(
+            f"{structure.architecture} can't have the shapes this step makes ({why})",
+            where=where,
+            hint="Choose other settings; docs/passes says which models each orientation fits.",
+        ) from error

@@ -1,0 +1,166 @@
+"""Which files of a checkpoint go into its artifact beside the weights.
+
+Every file does, unless a rule here says why not: other loaders need files that no list of ours could know, such as the
+modules of sentence-transformers, the vocabulary of a tokenizer, or the code of a processor. What is left out is
+reported with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import ModelError
+from compressor.model.model_files import entries, regular_file
+from compressor.model.trusted_code import (
+    CUSTOM_GENERATE,
+    auto_map,
+    file_of,
+    files_behind,
+    is_model_entry,
+    read_settings,
+)
+from compressor.process.utf8 import is_utf8, parse_json, printable
+from compressor.storage.file_names import (
+    CARD,
+    MANIFEST,
+    RECIPE,
+    REPORT_FILES,
+    is_plain,
+    is_weight_file,
+    is_weight_index,
+)
+
+MODULES = "modules.json"  # of sentence-transformers: the folders of its modules
+OWN_MODELING = re.compile(r"modeling_compressed_\w+\.py")
+HIDDEN = "hidden: of git, a download or an editor"
+WEIGHTS = "weights, or tensors for another program; copy by hand what another program needs"
+OTHER_WEIGHTS = "a folder with weights in another format, or of another model"
+ADAPTER = "settings of an adapter, whose weights aren't compressed"
+OWN = "the artifact has its own file of this name"
+MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
+GENERATE = "code that takes the place of the model's generate()"
+CACHE = "compiled Python"
+NOT_UTF8 = "the name holds bytes that are not UTF-8"
+ODD_NAME = "control characters or a backslash in the name, which not every system can write"
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """carried   paths relative to the checkpoint, sorted
+    left_out  reason -> names, a folder as "name/"
+    auto_map  what config.json still names of it: code for what prepares a model's inputs
+    """
+
+    carried: list[Path]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    auto_map: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For plan and report."""
+        return {
+            "carried": [path.as_posix() for path in self.carried],
+            "left_out": [{"reason": reason, "files": names} for reason, names in self.left_out.items()],
+        }
+
+
+def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
+    """What of a checkpoint to copy, and what not and why; only files of settings are opened.
+
+    config  config.json, parsed
+    raises  ModelError for a link that leads out, what is no regular file, or a settings file that can't be read
+    """
+    modules = _module_folders(directory)
+    kept_map, unused = _code(directory, config)
+    found = [path for path in entries(directory) if path.is_symlink() or not path.is_dir()]
+    relatives = sorted(path.relative_to(directory) for path in found)
+    folders = {path.parts[0] for path in relatives if len(path.parts) > 1 and is_weight_file(path)} - modules
+    carried: list[Path] = []
+    reasons: dict[str, set[str]] = {}
+    for path in relatives:
+        reason = _why_not(path, modules, folders, unused)
+        if reason is None:
+            regular_file(directory, directory / path)
+            carried.append(path)
+        else:
+            whole = len(path.parts) > 1 and reason in (OTHER_WEIGHTS, GENERATE)
+            reasons.setdefault(reason, set()).add(_shown(f"{path.parts[0]}/" if whole else path.as_posix()))
+    hidden = {_shown(name) for name in os.listdir(directory) if name.startswith(".")}
+    if hidden:
+        reasons[HIDDEN] = hidden
+    return SideFiles(carried, {reason: sorted(names) for reason, names in sorted(reasons.items())}, kept_map)
+
+
+def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str]) -> str | None:
+    name, top = path.as_posix(), path.parts[0]
+    if not is_utf8(name):
+        return NOT_UTF8
+    if not is_plain(name):
+        return ODD_NAME
+    if len(path.parts) > 1 and top in modules:
+        return None  # with its weights: they are no part of the model that is compressed
+    if len(path.parts) > 1 and top in folders:
+        return OTHER_WEIGHTS
+    if is_weight_file(path) or is_weight_index(path):
+        return WEIGHTS
+    if top == CUSTOM_GENERATE:
+        return GENERATE
+    if name in (MANIFEST, CARD, RECIPE, "config.json", *REPORT_FILES) or OWN_MODELING.fullmatch(name):
+        return OWN
+    if path.name.startswith("adapter_"):
+        return ADAPTER
+    if "__pycache__" in path.parts or path.suffix == ".pyc":
+        return CACHE
+    return MODEL_CODE if name in unused else None
+
+
+def _shown(name: str) -> str:
+    """A name for plan and report, which may be none that they could hold as it is."""
+    if is_plain(name):
+        return name
+    return name.encode("unicode_escape").decode("ascii") if is_utf8(name) else printable(name)
+
+
+def _module_folders(directory: Path) -> set[str]:
+    """Folders that modules.json names. raises ModelError if it isn't a list of modules"""
+    path = directory / MODULES
+    if not path.is_symlink() and not path.exists():
+        return set()
+    try:
+        modules = parse_json(regular_file(directory, path).read_text("utf-8"))
+        return {Path(module["path"]).parts[0] for module in modules if module["path"]}
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ModelError(
+            f"is not a list of modules ({type(error).__name__}: {error})",
+            where=MODULES,
+            hint="Download it again, or remove it if the model isn't one of sentence-transformers.",
+        ) from error
+
+
+def _code(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """(the `auto_map` that stays in config.json, files of code that nothing will name any more)."""
+    dropped: list[str] = []
+    kept: dict[str, Any] = {}
+    for name, references in auto_map(config, "config.json").items():
+        if is_model_entry(name):
+            dropped += references
+        elif all("--" in reference or (directory / file_of(reference)).is_file() for reference in references):
+            kept[name] = config["auto_map"][name]
+    needed = [ref for name in kept for ref in auto_map({"auto_map": kept}, "config.json")[name]]
+    for path in sorted(directory.glob("*config.json")):
+        if path.name != "config.json" and path.name in SETTINGS:
+            settings = read_settings(directory, path.name)
+            needed += [ref for refs in auto_map(settings, path.name).values() for ref in refs]
+    return kept, files_behind(directory, dropped) - files_behind(directory, needed)
+
+
+SETTINGS = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor_config.json",
+)  # those of transformers that may hold an `auto_map`, beside config.json

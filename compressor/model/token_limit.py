@@ -1,0 +1,81 @@
+"""How many tokens a model takes in one sample, found by running it.
+
+`max_position_embeddings` doesn't tell: a model may keep rows of its position table for padding (RoBERTa has two fewer
+positions than it says), or say nothing. So what lies before the blocks is run on the CPU with parameters that take no
+memory, where a row that isn't in a table is an error; and a shallow probe model is run whole on the meta device, where
+a mask or bias of another size is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.model.replay import Pieces
+from compressor.model.structure import find_blocks, skeleton
+from compressor.model.tracing import TWIN_TOKENS, make_twin, shallow_config
+
+Runs = Callable[[int], bool]
+Limit = Callable[
+    [int], int | None
+]  # number of tokens -> None if a model takes them in one sample, else how many it takes
+
+
+def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
+    """None if a model of this class takes samples of `length` tokens, or reads none; else the most that it takes."""
+    if cls.main_input_name != "input_ids":
+        return None
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
+    for runs in _probes(cls, config):
+        if runs(min(TWIN_TOKENS, most)) and not runs(most):  # one that can't be run on few tokens tells nothing
+            most = _largest(runs, min(TWIN_TOKENS, most), most)
+    return None if most == length else most
+
+
+def limit_of(model: PreTrainedModel) -> Limit:
+    """`token_limit` of a model's class and config."""
+    return partial(token_limit, type(model), model.config)
+
+
+def _largest(runs: Runs, good: int, bad: int) -> int:
+    """The largest number that runs, given one that does and a larger one that doesn't."""
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if runs(middle) else (good, middle)
+    return good
+
+
+def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
+    model = skeleton(cls, config, torch.float32)
+    shallow = shallow_config(config, model, Pieces(model, find_blocks(model)))
+    start = skeleton(cls, shallow, torch.float32)
+    for module in start.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # one number, as often as needed
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+    pieces = Pieces(start, find_blocks(start))
+    whole = make_twin(cls, shallow, torch.device("meta"), torch.float32)
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
+    token = 2 if padding == 1 else 1  # a token of padding takes no position
+
+    def start_runs(count: int) -> bool:
+        return _succeeds(lambda: pieces.stem({"input_ids": torch.full((1, count), token)}))
+
+    def whole_runs(count: int) -> bool:
+        return _succeeds(lambda: whole(input_ids=torch.full((1, count), token, device="meta")))
+
+    return [start_runs, whole_runs]
+
+
+def _succeeds(run: Callable[[], object]) -> bool:
+    try:
+        with torch.no_grad():
+            run()
+    except Exception:  # whatever the model's own code makes of more positions than it has
+        return False
+    return True

@@ -1,0 +1,330 @@
+"""Which checkpoint tensors fill which module parameters, in the names each side uses.
+
+transformers renames tensors while loading and fuses some of them (a Mixtral expert's w1 and w3 become rows of one
+`(experts, ...)` parameter), or takes one apart (a fused qkv projection). Users and files know checkpoint names, the
+running model knows parameter names. `bind` asks transformers' own conversion rules for the translation, so a model
+loads here exactly as `from_pretrained` does, but one block at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from compressor.errors import ModelError
+from compressor.model.checkpoint import Checkpoint
+from compressor.model.load_dtypes import held_dtypes
+from compressor.model.prequantized import refuse_codes
+from compressor.model.tying import Ties, find_ties
+from compressor.model.unused_tensors import Unused, unused_tensor
+from compressor.storage.safetensors_file import same_bytes
+
+ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor and the part of a parameter that it fills.
+
+    expert   index along the parameter's first dimension, None when the tensor fills the parameter from its start
+    rows     (start, stop) along the next dimension, None when it fills all of them
+    """
+
+    tensor: str
+    pattern: str | None = None
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """transformers' rule that makes a parameter of tensors, and the first of the parameters that it makes."""
+
+    converter: WeightConverter
+    first: str
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """sources   parameter or buffer name -> the tensors that fill it
+    rules       parameter name -> the rule that joins them, or takes one apart (absent for plain renames)
+    tied        parameter name -> the parameter whose storage it shares
+    apart       parameters that config.json ties although their tensors differ from those of the others
+    dtypes      name of what has sources -> the dtype in which transformers holds it
+    joined      parameter name -> why no part of a tensor is its own, so that it can only stay as it is
+    unused      checkpoint tensors that fill nothing
+    owned       tensor -> the parameter that the class would rather see it under, of those that share it
+    """
+
+    sources: dict[str, tuple[Source, ...]]
+    rules: dict[str, Rule]
+    tied: dict[str, str]
+    apart: tuple[str, ...] = ()
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    joined: dict[str, str] = field(default_factory=dict)
+    unused: tuple[Unused, ...] = ()
+    owned: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def parameters_by_tensor(self) -> dict[str, str]:
+        """Checkpoint tensor -> parameter it goes to; the first, where a rule makes several of it."""
+        names: dict[str, str] = {}
+        for name, sources in self.sources.items():
+            for source in sources:
+                names.setdefault(source.tensor, name)
+        return names
+
+    def parameter_of(self) -> dict[str, str]:
+        """Checkpoint tensor -> parameter it goes to."""
+        return self.parameters_by_tensor
+
+    def dtype_of(self, tensor: str) -> torch.dtype:
+        """The dtype that transformers casts a checkpoint tensor to, before any rule."""
+        name = self.parameters_by_tensor[tensor]
+        return self.dtypes[self.rules[name].first if name in self.rules else name]
+
+
+def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> Bindings:
+    """Translate every checkpoint tensor. `model` may be on the meta device; it was made with `dtype`.
+
+    Headers only are read, but for two tensors that config.json ties and the checkpoint has both of.
+
+    raises ModelError when a parameter has no tensor, a shape differs, or tensors hold codes instead of weights
+    """
+    renamed = _Renaming(model)
+    state = dict(model.state_dict())
+    found: dict[str, list[Source]] = {}
+    chosen: dict[str, WeightConverter] = {}
+    unused: list[Unused] = []
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, pattern = renamed(key)
+        if target not in state:
+            unused.append(unused_tensor(key, checkpoint.tensors[key], renamed.reported(target, pattern), model))
+            continue
+        found.setdefault(target, []).append(Source(key, pattern))
+        if pattern is not None:
+            chosen[target] = renamed.by_pattern[pattern]
+    _refuse_codes(model, state, found, unused, checkpoint)
+    sources: dict[str, tuple[Source, ...]] = {}
+    rules: dict[str, Rule] = {}
+    joined: dict[str, str] = {}
+    for target, parts in found.items():
+        if target not in chosen:
+            sources[target] = (_plain_source(target, parts, state[target].shape, checkpoint),)
+            continue
+        rule = Rule(chosen[target], target)
+        made = _realized(rule, parts, state, model, checkpoint)
+        placed = _placed(rule, parts, state[target].shape, model, checkpoint) if len(made) == 1 else None
+        for name in made:
+            sources[name] = placed or tuple(parts)
+            rules[name] = rule
+            if placed is None:
+                joined[name] = (
+                    f"shares {parts[0].tensor} with {len(made) - 1} other parameters"
+                    if len(made) > 1
+                    else f"is {parts[0].tensor} in another order"
+                    if len(parts) == 1
+                    else f"is joined from {len(parts)} tensors, such as {parts[0].tensor}, not row by row"
+                )
+    dtypes = {name: held for name, held in held_dtypes(model, dtype).items() if name in sources}
+    known = Bindings(dict(sources), rules, {}, dtypes=dict(dtypes))
+    ties = find_ties(model, sources, lambda one, other: _are_equal(one, other, known, model, checkpoint))
+    for name in ties.copies:
+        unused += [Unused(s.tensor, (name,), "copy", ties.tied[name]) for s in sources.pop(name)]
+        dtypes.pop(name)
+    _refuse_missing(model, sources, ties, checkpoint)
+    owned = {
+        sources[name][0].tensor: owner for name, owner in ties.owners.items() if name in sources and name not in rules
+    }
+    return Bindings(sources, rules, ties.tied, ties.apart, dtypes, joined, tuple(unused), owned)
+
+
+class _Renaming:
+    """transformers' renaming rules of one model; a call gives the parameter's name and the rule's pattern."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        rules = get_model_conversion_mapping(model)
+        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
+        self.prefix = model.base_model_prefix
+        self.state = model.state_dict()
+
+    def __call__(self, key: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        if target not in self.state and key in self.state:  # a name that is right already
+            target, pattern = rename_source_key(key, [], [], self.prefix, self.state)
+        return target, pattern
+
+    def reported(self, target: str, pattern: str | None) -> tuple[str, ...]:
+        """What transformers reports as unexpected for a tensor that fills nothing."""
+        if pattern is None:
+            return (target,)
+        patterns = self.by_pattern[pattern].target_patterns
+        return tuple(target.replace(patterns[0], other) for other in patterns)
+
+
+def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+    """The value of one parameter or buffer as transformers would load it; `read` gets checkpoint names."""
+    sources = bindings.sources[name]
+    rule = bindings.rules.get(name)
+    if rule is None:
+        return read(sources[0].tensor)
+    tensors = [(source, read(source.tensor)) for source in sources]
+    return _convert(rule, tensors, model)[name]
+
+
+def fill(module_name: str, tensor: Tensor | None, model: nn.Module) -> None:
+    """Set a parameter or buffer by full name; None puts it back on the meta device, freeing its memory."""
+    path, _, leaf = module_name.rpartition(".")
+    owner = model.get_submodule(path)
+    table = owner._parameters if leaf in owner._parameters else owner._buffers
+    current = table[leaf]
+    if tensor is None:
+        if current is not None:
+            tensor = torch.empty_like(current, device="meta")
+        else:
+            return
+    if table is owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _convert(rule: Rule, tensors: Iterable[tuple[Source, Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter that a rule makes of these tensors."""
+    converter = copy.deepcopy(rule.converter)
+    for source, tensor in tensors:
+        converter.add_tensor(rule.first, source.tensor, source.pattern, tensor)  # type: ignore[arg-type]
+    try:
+        made: dict[str, Any] = converter.convert(rule.first, model=model, config=model.config)
+    except Exception as error:  # transformers raises many kinds; the cause is kept
+        raise ModelError(
+            f"transformers could not join {len(rule.converter.source_patterns)} kinds of tensors ({error})",
+            where=rule.first,
+        ) from error
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoint: Checkpoint) -> Source:
+    if len(parts) > 1:
+        names = ", ".join(part.tensor for part in parts)
+        raise ModelError(f"{len(parts)} tensors fill it ({names})", where=target, hint="Keep one of them.")
+    _check_shape(parts[0].tensor, checkpoint.tensors[parts[0].tensor].shape, shape)
+    return parts[0]
+
+
+def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise ModelError(
+            f"the checkpoint has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
+            where=where,
+            hint="The config and the weights are not of one model.",
+        )
+
+
+def _realized(
+    rule: Rule, parts: list[Source], state: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint
+) -> list[str]:
+    """The parameters that a rule makes, by letting it work on tensors without values. raises ModelError for a shape"""
+    shapes = [(part, checkpoint.tensors[part.tensor].shape) for part in parts]
+    made = _convert(rule, [(part, torch.empty(shape, device="meta")) for part, shape in shapes], model)
+    for name, value in made.items():
+        if name not in state:
+            raise ModelError(
+                f"transformers makes {name} of it, which {type(model).__name__} doesn't have",
+                where=parts[0].tensor,
+                hint="The config and the weights are not of one model.",
+            )
+        _check_shape(name, value.shape, state[name].shape)
+    return list(made)
+
+
+def _placed(
+    rule: Rule, parts: list[Source], shape: torch.Size, model: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[Source, ...] | None:
+    """Where each tensor's rows land in (experts, rows, ...), by sending numbered rows through the same rule.
+
+    None if they aren't kept together, or aren't rows
+    """
+    probes = []
+    for number, part in enumerate(parts):
+        rows = checkpoint.tensors[part.tensor].shape[0] if checkpoint.tensors[part.tensor].shape else 0
+        probes.append((part, (torch.arange(rows) + (number << ROWS_SHIFT)).reshape(rows, 1)))
+    try:
+        placed = _convert(rule, probes, model)[rule.first]
+    except ModelError:  # it asks for more than rows, so rows say nothing
+        return None
+    if placed.dim() != 3 or tuple(placed.shape[:2]) != tuple(shape[:2]):
+        return None
+    result = []
+    for number, part in enumerate(parts):
+        rows = checkpoint.tensors[part.tensor].shape[0]
+        at = (placed[..., 0] >> ROWS_SHIFT == number).nonzero()
+        if len(at) != rows or at[0, 0] != at[-1, 0]:
+            return None
+        expert, start = int(at[0, 0]), int(at[0, 1])
+        if not torch.equal(placed[expert, start : start + rows, 0] & ((1 << ROWS_SHIFT) - 1), torch.arange(rows)):
+            return None
+        result.append(Source(part.tensor, part.pattern, expert, (start, start + rows)))
+    return tuple(result)
+
+
+def _are_equal(one: str, other: str, known: Bindings, model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Whether two parameters hold the same values once loaded."""
+    infos = [[checkpoint.tensors[source.tensor] for source in known.sources[name]] for name in (one, other)]
+    if not all(info.file.is_file() for both in infos for info in both):
+        return False  # of a model that is only planned; what is equal was found when its source was read
+    is_plain = one not in known.rules and other not in known.rules and known.dtypes[one] == known.dtypes[other]
+    if is_plain and same_bytes(infos[0][0], infos[1][0]):
+        return True
+
+    def read(tensor: str) -> Tensor:
+        return checkpoint.read(tensor).to(known.dtype_of(tensor))
+
+    return torch.equal(read_parameter(one, known, read, model), read_parameter(other, known, read, model))
+
+
+def _refuse_codes(
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    found: Mapping[str, list[Source]],
+    unused: list[Unused],
+    checkpoint: Checkpoint,
+) -> None:
+    filled = [
+        (part.tensor, target) for target, parts in found.items() if state[target].is_floating_point() for part in parts
+    ]
+    beside = [name for tensor in unused for name in tensor.reported]
+    refuse_codes(filled, beside, (name for name, _ in model.named_modules()), checkpoint)
+
+
+def _refuse_missing(
+    model: PreTrainedModel, sources: Mapping[str, tuple[Source, ...]], ties: Ties, checkpoint: Checkpoint
+) -> None:
+    buffers = {name for name, _ in model.named_buffers()}
+    filled = sources.keys() | ties.tied.keys() | buffers
+    missing = [name for name in model.state_dict() if name not in filled]
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        output = model.get_output_embeddings()
+        is_head = output is not None and all(model.get_submodule(name.rpartition(".")[0]) is output for name in missing)
+        raise ModelError(
+            f"the checkpoint has no tensor for {shown}",
+            where=str(checkpoint.directory.name),
+            hint=f"{type(model).__name__} would start with random values there. "
+            + (
+                "If the head shares the embedding's weights, set tie_word_embeddings to true in config.json."
+                if is_head
+                else "Check `architectures` in config.json."
+            ),
+        )

@@ -1,0 +1,1 @@
+"""Processes: started fresh, with sound streams and search paths."""

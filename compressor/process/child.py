@@ -1,0 +1,261 @@
+"""Fresh processes of this package: each does one thing, answers, and ends with the process that asked.
+
+`ask("compressor.artifact.verify", request, ...)` calls `main(request)` of that module in a new interpreter and
+returns what that returned. An error arrives here as it was raised there: a `CompressError` with its class, place and hint, anything
+else as `ChildBug` with the traceback. The request goes through standard input and the answer through standard output,
+so neither needs room on a disk; whatever libraries print goes to standard error, and is shown where the child failed.
+
+The child is this very package, loaded by its path: neither the working directory nor the folder of the package is on
+its search path. It has a process group of its own, so that what it starts in turn ends with it, and it ends itself when
+its standard input closes, which happens however the asking process ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CompressError, PassError, PreflightError, error_from, error_to_dict
+from compressor.process.fork_server import Forked, ForkServer
+from compressor.process.resources import ran_out
+from compressor.process.search_path import named_entries
+
+PACKAGE = str(Path(__file__).resolve().parent.parent)
+LOADER = """
+import importlib.util, sys
+folder = sys.argv.pop(1)
+options = {"submodule_search_locations": [folder]}
+spec = importlib.util.spec_from_file_location("compressor", folder + "/__init__.py", **options)
+sys.modules["compressor"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["compressor"])
+"""  # the package in the folder that is the program's first argument
+PROGRAM = LOADER + "from compressor.process.child import serve\nserve(sys.argv[1])\n"
+LAST_WORDS = 600  # characters of standard error that are shown of a child that ended without an answer
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
+
+
+Process = subprocess.Popen[bytes] | Forked
+
+
+class ChildBug(Exception):
+    """An error that nobody foresaw, in a child; a note holds the child's traceback."""
+
+
+_server: ForkServer | None = None
+
+
+@contextmanager
+def started_early() -> Iterator[None]:
+    """Within it, `ask` is quick: a server imports torch and transformers now, and forks the processes (`fork_server`).
+
+    Within another one it does nothing.
+    """
+    global _server
+    if _server is not None:
+        yield
+        return
+    server = _server = ForkServer(_interpreter(), environment())
+    try:
+        yield
+    finally:
+        _server = None
+        server.close()
+
+
+def ask(module: str, request: dict[str, Any], doing: str) -> Any:
+    """What `main(request)` of that module returns in a fresh, offline process.
+
+    request  JSON values
+    doing    what the process does, for messages: "verifies the artifact"
+    raises   the CompressError that the child raised; PassError if it was killed or crashed; ChildBug
+    """
+    request_end, closes_with_us = os.pipe()
+    try:
+        child, answers, words_end = start(PROGRAM, [PACKAGE, module], request_end)
+        try:
+            _send(closes_with_us, request)
+            answer, words = read_both(answers, words_end)
+            status = child.wait()
+        finally:
+            end(child)
+    finally:
+        os.close(closes_with_us)
+    if not answer.endswith(b"\n"):
+        raise _died(status, words.decode(errors="replace").strip(), doing)
+    told = json.loads(answer)
+    if "error" in told:
+        raise error_from(told["error"])
+    if "bug" in told:
+        bug = ChildBug(f"{told['bug']} (in the process that {doing})")
+        bug.add_note(told["traceback"])
+        raise bug
+    return told["result"]
+
+
+def start(
+    program: str, arguments: Sequence[str], request_end: int, added: Mapping[str, str] | None = None
+) -> tuple[Process, int, int]:
+    """A fresh process of this program: forked if a server runs that has this process's environment, else started.
+
+    request_end  its standard input; closed here
+    added        variables besides; none that something reads when it is imported
+    returns      the process, and the ends to read of its standard output and error
+    """
+    answers, answers_end = os.pipe()
+    words, words_end = os.pipe()
+    streams, inherited = (request_end, answers_end, words_end), environment()
+    variables = {**inherited, **(added or {})}
+    process: Process | None = None
+    try:
+        if _server is not None and _server.environment == inherited:
+            process = _server.fork(program, arguments, streams, variables)
+        if process is None:  # no server, or it has ended
+            process = subprocess.Popen(
+                command(program, *arguments), env=variables, stdin=request_end, stdout=answers_end, stderr=words_end,
+                process_group=0,
+            )  # fmt: skip
+    except BaseException:
+        os.close(answers)
+        os.close(words)
+        raise
+    finally:
+        for stream in streams:
+            os.close(stream)
+    return process, answers, words
+
+
+def read_both(first: int, second: int) -> tuple[bytes, bytes]:
+    """Everything that comes out of two pipes, until both are closed; closes them."""
+    found: dict[int, bytearray] = {first: bytearray(), second: bytearray()}
+    with open(first, "rb", 0), open(second, "rb", 0), selectors.DefaultSelector() as selector:
+        for pipe in found:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                part = os.read(key.fd, 1 << 16)
+                if part:
+                    found[key.fd] += part
+                else:
+                    selector.unregister(key.fd)
+    return bytes(found[first]), bytes(found[second])
+
+
+def command(program: str, *arguments: str) -> list[str]:
+    """A Python that runs this program without the working directory on its search path. raises PreflightError"""
+    return [*_interpreter(), "-c", program, *arguments]
+
+
+def _interpreter() -> list[str]:
+    """The command of this Python, without the working directory on its search path.
+
+    raises  PreflightError where Python is embedded, and there is no interpreter to start
+    """
+    if not sys.executable:
+        raise PreflightError(
+            "Python does not know its own interpreter, so no process can be started",
+            where="sys.executable",
+            hint="Run it from an ordinary Python interpreter.",
+        )
+    flags = ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
+    return [sys.executable, "-P", *flags]
+
+
+def environment() -> dict[str, str]:
+    """The variables of a child: offline, quiet, and PYTHONPATH without the working directory."""
+    changed = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1"}
+    path = os.pathsep.join(named_entries(os.environ.get("PYTHONPATH", "")))
+    return {**os.environ, **changed, "PYTHONPATH": path}
+
+
+def serve(module: str) -> None:
+    """In the child: answer one request, read as a line from standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides
+    asked, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # nobody answers a library's question
+    os.dup2(2, 1)
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(asked, 1 << 16)
+        if not part:
+            return
+        line += part
+    threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
+    told: dict[str, Any]
+    try:
+        told = {"result": importlib.import_module(module).main(json.loads(line))}
+    except CompressError as error:
+        told = {"error": error_to_dict(error)}
+    except Exception as error:
+        if (refusal := ran_out(error)) is not None:
+            told = {"error": error_to_dict(refusal)}
+        else:
+            told = {"bug": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    with os.fdopen(answers, "wb") as file:
+        file.write(json.dumps(told).encode() + b"\n")
+    sys.stderr.flush()
+    os._exit(0)  # to take an interpreter with torch apart takes a second, and nobody needs it
+
+
+def _send(pipe: int, request: dict[str, Any]) -> None:
+    line = json.dumps(request).encode() + b"\n"
+    try:
+        while line:
+            line = line[os.write(pipe, line) :]
+    except BrokenPipeError:  # the child died; its status says how
+        pass
+
+
+def end(child: Process) -> None:
+    """End the child, and whatever it started, if it hasn't ended."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _end_with_parent(asked: int) -> None:
+    """Wait for the pipe from the parent to close, and end this process and what it started."""
+    while os.read(asked, 1):
+        pass
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _died(status: int, words: str, doing: str) -> Exception:
+    """The error for a child that ended without an answer."""
+    where = f"the process that {doing}"
+    if status >= 0:
+        bug = ChildBug(f"{where} ended with {status} and no answer")
+        bug.add_note(words or "It wrote nothing to standard error.")
+        return bug
+    name = signal.Signals(-status).name
+    if name == "SIGKILL":
+        return PassError(
+            "it was killed (SIGKILL), as the system does when memory runs out",
+            where=where,
+            hint="Free some memory, then try again (a run: with --resume).",
+            data={"signal": name},
+        )
+    if name in CRASHES:
+        told = f"; its last words: {words[-LAST_WORDS:]}" if words else ""
+        return PassError(
+            f"it crashed in native code ({name}){told}",
+            where=where,
+            hint="Check the installation with compress-model doctor, and report it if that is sound.",
+            data={"signal": name, "last_words": words[-LAST_WORDS:]},
+        )
+    return PassError(
+        f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).", data={"signal": name}
+    )

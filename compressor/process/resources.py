@@ -1,0 +1,52 @@
+"""A machine that runs out of memory or disk is neither the user's mistake nor our bug; no torch here."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compressor.errors import PassError
+from compressor.process.streams import LostStream
+from compressor.storage.files import disk_full
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's RuntimeErrors say so
+
+
+def ran_out(error: BaseException, folder: Path | None = None) -> PassError | None:
+    """The error to show in place of one that says that memory or disk ran out; None for any other.
+
+    folder  where the work was done, if the error names no file
+    """
+    if isinstance(error, LostStream):
+        hint = "Free some room for it, or send it elsewhere, then continue with --resume."
+        return PassError(f"can't be written ({error.strerror})", where=error.filename, hint=hint)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        named = Path(error.filename) if isinstance(error.filename, str) else folder
+        return disk_full(named or folder or Path.cwd(), None)
+    if type(error).__name__ == "SafetensorError":  # carries the system's error as text only
+        if any(f"os error {number}" in str(error) for number in NO_ROOM):
+            return disk_full(folder or Path.cwd(), None)
+        return None
+    is_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if is_memory or (isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)):
+        asked = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        return PassError(
+            f"memory ran out{asked}",
+            where=folder.name if folder is not None else None,
+            hint="Free some memory, or use smaller data, then try again (a run: with --resume).",
+        )
+    return None
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """raises PassError, in place of the library's error, when memory or disk run out"""
+    try:
+        yield
+    except Exception as error:
+        if (refusal := ran_out(error, folder)) is not None:
+            raise refusal from error
+        raise

@@ -1,0 +1,121 @@
+"""YAML as plain values that remember their place, read safely: no tags, no duplicate keys, no exponential aliases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from compressor.errors import RecipeError
+from compressor.process.utf8 import is_utf8
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 10_000
+MAX_DEPTH = 50
+LARGEST = 2**63  # whole numbers stay below it: libraries hold them in 64 bits
+SCALARS = ("str", "int", "float", "bool", "null")
+Path = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """value      plain dicts, lists and scalars
+    positions  path -> "file:line:column" (from 1), or the --set that put the value there
+    """
+
+    name: str
+    value: Any
+    positions: dict[Path, str] = field(default_factory=dict)
+
+    def where(self, path: Path) -> str:
+        """The position of the nearest known ancestor, with the dotted path."""
+        known = path
+        while known and known not in self.positions:
+            known = known[:-1]
+        place = self.positions.get(known, self.name)
+        return f"{place} ({dotted(path)})" if path else place
+
+
+def dotted(path: Path) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def read_yaml(content: bytes, name: str) -> Source:
+    """raises RecipeError with file:line:column"""
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"has {len(content):,} bytes, at most {MAX_BYTES:,} are read", where=name)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"is not UTF-8 (byte {error.start})", where=name, hint="Save it as UTF-8.") from error
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError("is empty", where=name, hint="Start with `version: 1`.")
+        source = Source(name, None)
+        source.value = _value(loader, node, (), source, [0])
+        return source
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise RecipeError(f"is not valid YAML: {error.problem}", where=where) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"is not valid YAML: {error}", where=name) from error
+    except RecursionError as error:
+        raise RecipeError("is nested too deeply", where=name) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source, count: list[int]) -> Any:
+    place = f"{source.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    source.positions.setdefault(path, place)
+    count[0] += 1
+    if count[0] > MAX_NODES or len(path) > MAX_DEPTH:
+        raise RecipeError(f"has more than {MAX_NODES:,} nodes or {MAX_DEPTH} levels", where=place)
+    if isinstance(node, yaml.MappingNode):
+        if node.tag != "tag:yaml.org,2002:map":
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place)
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            at = f"{source.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+            is_word = isinstance(key_node, yaml.ScalarNode) and not key_node.tag.endswith(":merge")
+            key = _scalar(loader, key_node, at) if is_word else None
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise RecipeError("a key must be a plain word", where=at)
+            if key in result:
+                raise RecipeError(f"key {key!r} appears twice", where=at, hint="Keep one of them.")
+            source.positions[(*path, key)] = at
+            result[key] = _value(loader, value_node, (*path, key), source, count)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        if node.tag != "tag:yaml.org,2002:seq":
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place)
+        return [_value(loader, child, (*path, number), source, count) for number, child in enumerate(node.value)]
+    return _scalar(loader, node, place)
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
+    """A text, number, boolean or null. raises RecipeError for any other, and for one that nothing could use"""
+    if node.tag == "tag:yaml.org,2002:timestamp":
+        return node.value
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
+        hint = "Use plain text, numbers, lists and maps."
+        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint)
+    if not is_utf8(node.value):
+        raise RecipeError(f"{_shown(node)} holds half of a surrogate pair", where=place)
+    try:
+        value = loader.construct_object(node)
+    except (ValueError, OverflowError, LookupError) as error:  # what a tag such as !!bool makes of a text that is none
+        raise RecipeError(f"{_shown(node)} can't be read ({error})", where=place) from error
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise RecipeError(f"{_shown(node)} is larger than any setting, 2^63 - 1 at most", where=place)
+    return value
+
+
+def _shown(node: yaml.Node) -> str:
+    return f"{node.value!r}" if len(node.value) <= 80 else f"{node.value[:60]!r}... ({len(node.value):,} signs)"
