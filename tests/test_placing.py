@@ -11,11 +11,11 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.layers import find_layer
-from compressor.layers.placing import reshape
-from compressor.layers.removed import Removed
-from compressor.layers.resized import Resized
-from compressor.layers.rms_norm import RmsNorm
-from compressor.layers.rotated_block import RotatedBlock
+from compressor.layers.structural.placing import reshape
+from compressor.layers.structural.removed import Removed
+from compressor.layers.structural.resized import Resized
+from compressor.layers.structural.rms_norm import RmsNorm
+from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.norms import Norm, apply_norm, describe_norm
 
 FORMS = {form: find_layer(form) for form in ("rms_norm", "rotated_block")}

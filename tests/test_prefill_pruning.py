@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import compressor
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.layers.lazy_block import LazyBlock, LazyTokens
+from compressor.layers.structural.lazy_block import LazyBlock, LazyTokens
 from compressor.model.reshaped_class import reshaped_class
 from compressor.model.structure import find_blocks
 from compressor.passes.prefill_pruning import PrefillPruning

@@ -24,7 +24,7 @@ from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.verify import verify
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PreflightError
-from compressor.layers.rotated_block import RotatedBlock
+from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.functions import find_functions
 from compressor.model.reshaped_class import class_for, is_reshaped, reshaped_class, stock_class
 from compressor.model.structure import prove_by_replay, read_structure

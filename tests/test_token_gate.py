@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.analysis.token_gates import find_token_sites
 from compressor.errors import ModelError
-from compressor.layers.placing import reshape
-from compressor.layers.token_counts import kept_tokens
-from compressor.layers.token_gate import TokenGate, noting_choices
+from compressor.layers.structural.placing import reshape
+from compressor.layers.structural.token_counts import kept_tokens
+from compressor.layers.structural.token_gate import TokenGate, noting_choices
 from compressor.model.structure import find_blocks, read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
 

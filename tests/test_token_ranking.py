@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compressor.layers.token_counts import block_macs, gate_macs, kept_tokens, split_removed, tokens_after
-from compressor.layers.token_ranking import (
+from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed, tokens_after
+from compressor.layers.structural.token_ranking import (
     attention_graph,
     best_first,
     choose_tokens,

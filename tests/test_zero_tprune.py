@@ -22,7 +22,7 @@ from compressor.errors import PassError, RecipeError
 from compressor.evaluation.evaluate import _batch_sums
 from compressor.evaluation.kept_patches import kept_patches
 from compressor.evaluation.report import render_html
-from compressor.layers.token_gate import TokenGate
+from compressor.layers.structural.token_gate import TokenGate
 from compressor.model.structure import find_blocks, read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
 from compressor.protocol import BlockTokens, TokenFacts

@@ -1,4 +1,4 @@
-"""How the branches of a block are called, found by running it: what `compressor.layers.rotated_block` needs to know.
+"""How the branches of a block are called, found by running it: what `compressor.layers.structural.rotated_block` needs to know.
 
 A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
 Which modules these are, and what else they are called with, is seen when a random twin runs: a value that a module gets
@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
 from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import ModelError
-from compressor.layers.placing import reshape
-from compressor.layers.rms_norm import RmsNorm
-from compressor.layers.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
+from compressor.layers.structural.placing import reshape
+from compressor.layers.structural.rms_norm import RmsNorm
+from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.model.replay import Batch, Call, Pieces, output_of, own_calls
 from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
 from compressor.model.structure import Structure

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
 from compressor.errors import CompressError, ModelError
-from compressor.layers.placing import reshape
-from compressor.layers.removed import Removed
-from compressor.layers.resized import Resized
+from compressor.layers.structural.placing import reshape
+from compressor.layers.structural.removed import Removed
+from compressor.layers.structural.resized import Resized
 from compressor.methods.pruning.pruned_parameters import narrowed
 from compressor.methods.pruning.pruned_shapes import (
     KINDS,

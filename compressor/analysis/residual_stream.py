@@ -36,7 +36,7 @@ from compressor.analysis.perturbation import (
 )
 from compressor.analysis.rotation_proof import HINT, prove_invariance
 from compressor.errors import ModelError
-from compressor.layers.rotated_block import RotatedBlock
+from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.replay import Pieces
 from compressor.model.reshaped_class import reshaping

@@ -1,4 +1,4 @@
-"""Where a gate can stand in each block of a model, found by running it: what `compressor.layers.token_gate` needs.
+"""Where a gate can stand in each block of a model, found by running it: what `compressor.layers.structural.token_gate` needs.
 
 A gate stands after the attention residual and before the MLP. On a random twin: the module that calls transformers'
 attention interface is the attention; the first later module whose output can be made zero while the block's output
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.errors import ModelError
-from compressor.layers.observed_attention import register_watching, watching
-from compressor.layers.token_gate import TokenGate, attended, noting_choices
+from compressor.layers.structural.observed_attention import register_watching, watching
+from compressor.layers.structural.token_gate import TokenGate, attended, noting_choices
 from compressor.model.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of, own_calls
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature

@@ -31,7 +31,7 @@ from compressor.layers import find_layer
 from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, structural_forms
 
 BASE = "compressor.layers.base"
-PLACING = "compressor.layers.placing"
+PLACING = "compressor.layers.structural.placing"
 ERRORS = "compressor.errors"
 ALLOWED = sys.stdlib_module_names | {"torch", "transformers"}
 

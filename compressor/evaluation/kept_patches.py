@@ -1,7 +1,7 @@
 """Which patches of images a model with token gates kept, for the report's picture.
 
 Works on a model as any loader made it: a gate is a module that has `token_gate` and `choices`
-(`compressor.layers.token_gate`), also where its class comes from a modelling file.
+(`compressor.layers.structural.token_gate`), also where its class comes from a modelling file.
 """
 
 from __future__ import annotations

@@ -25,17 +25,17 @@ BUILTIN = {
     "block_linear": "compressor.layers.block_linear:BlockLinear",
     "byte_linear": "compressor.layers.byte_linear:ByteLinear",
     "int8_split_linear": "compressor.layers.int8_split_linear:Int8SplitLinear",
-    "lazy_block": "compressor.layers.lazy_block:LazyBlock",
+    "lazy_block": "compressor.layers.structural.lazy_block:LazyBlock",
     "low_rank_linear": "compressor.layers.low_rank_linear:LowRankLinear",
     "packed_linear": "compressor.layers.packed_linear:PackedLinear",
-    "removed": "compressor.layers.removed:Removed",
-    "resized": "compressor.layers.resized:Resized",
-    "rms_norm": "compressor.layers.rms_norm:RmsNorm",
-    "rotated_block": "compressor.layers.rotated_block:RotatedBlock",
+    "removed": "compressor.layers.structural.removed:Removed",
+    "resized": "compressor.layers.structural.resized:Resized",
+    "rms_norm": "compressor.layers.structural.rms_norm:RmsNorm",
+    "rotated_block": "compressor.layers.structural.rotated_block:RotatedBlock",
     "sparse_factor_linear": "compressor.layers.sparse_factor_linear:SparseFactorLinear",
     "table_activation": "compressor.layers.table_activation:TableActivation",
     "table_norm": "compressor.layers.table_norm:TableNorm",
-    "token_gate": "compressor.layers.token_gate:TokenGate",
+    "token_gate": "compressor.layers.structural.token_gate:TokenGate",
 }
 
 

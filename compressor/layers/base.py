@@ -52,7 +52,7 @@ class Layer(nn.Module):
     form         its name in the manifest and in config.json
     stands_for   what it is a drop-in for: linear (nn.Linear), embedding (nn.Embedding, of which rows are looked up),
                  activation, norm, or attention (see `compressor.layers.block_attention`). Structural layers stand for a
-                 block, a module, or a module's settings (see `compressor.layers.placing`)
+                 block, a module, or a module's settings (see `compressor.layers.structural.placing`)
     weight_only  True: forward is a dense multiply by matrix(), so the engine may write matrix() back. False: forward
                  does more, such as rounding its input, and the layer itself has to stand in the running model
     helpers      modules, beside its own, whose functions it uses when it runs; the modelling file of a custom artifact

@@ -1,7 +1,7 @@
 """The class of a model whose config says that its parameters have other shapes than the architecture's own.
 
 Such a class is a subclass of the stock one, of the same name, that reshapes each instance as it is made
-(`compressor.layers.placing`). So the model is read, run, cut down to a twin and loaded like any other; its checkpoint
+(`compressor.layers.structural.placing`). So the model is read, run, cut down to a twin and loaded like any other; its checkpoint
 goes on naming the stock model type and architecture.
 """
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import ModelError
 from compressor.layers import find_layer
-from compressor.layers.placing import reshape
+from compressor.layers.structural.placing import reshape
 
 SHAPES, MODULES = "compressed_shapes", "compressed_modules"  # keys of config.json
 
@@ -28,7 +28,7 @@ def is_reshaped(config: PretrainedConfig | Mapping[str, Any]) -> bool:
 def reshaping(config: PretrainedConfig | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a config says of shapes and of structural layers.
 
-    raises  ModelError for what isn't as `compressor.layers.placing` has it
+    raises  ModelError for what isn't as `compressor.layers.structural.placing` has it
     """
     values = config if isinstance(config, Mapping) else vars(config)
     shapes, modules = (values.get(key) or {} for key in (SHAPES, MODULES))

@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
-from compressor.layers.token_counts import block_macs, gate_macs, kept_tokens, split_removed
+from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
 from compressor.protocol import (
     Carry,
@@ -460,7 +460,7 @@ class _Search:
 
     @contextmanager
     def _gated(self, block: int, gate: dict[str, Any] | None) -> Iterator[None]:
-        from compressor.layers.token_gate import TokenGate
+        from compressor.layers.structural.token_gate import TokenGate
 
         with ExitStack() as stack:
             if gate is not None and gate["keep"] < 1:

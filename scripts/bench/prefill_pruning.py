@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compressor.evaluation.environment import cpu_name
-from compressor.layers import lazy_block
+from compressor.layers.structural import lazy_block
 from compressor.model.reshaped_class import reshaped_class
 from compressor.model.structure import find_blocks
 

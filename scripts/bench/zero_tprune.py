@@ -44,10 +44,10 @@ from transformers import (
 )
 
 from compressor.analysis.token_gates import find_token_sites
-from compressor.layers.observed_attention import watching
-from compressor.layers.token_counts import block_macs
-from compressor.layers.token_gate import TokenGate
-from compressor.layers.token_ranking import attention_graph, choose_tokens
+from compressor.layers.structural.observed_attention import watching
+from compressor.layers.structural.token_counts import block_macs
+from compressor.layers.structural.token_gate import TokenGate
+from compressor.layers.structural.token_ranking import attention_graph, choose_tokens
 from compressor.model.structure import read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
 from compressor.recipe.recipe import parse_recipe
@@ -255,7 +255,7 @@ def bench_filters(dense: Any, directory: Path, left: list[int], told: dict[str, 
     measures: list[Tensor] = []
 
     def measure(graph: Tensor) -> Tensor:
-        from compressor.layers.token_ranking import page_rank
+        from compressor.layers.structural.token_ranking import page_rank
 
         scaled = page_rank(graph, None, 10, 1e-3)[:, :, 1:] * (graph.shape[-1] - 1)
         measures.append(scaled.var(-1, correction=0).flatten())

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
-from compressor.layers.observed_attention import last_seen, register_watching, watching
-from compressor.layers.token_counts import tokens_after
-from compressor.layers.token_ranking import attention_graph, choose_tokens
+from compressor.layers.structural.observed_attention import last_seen, register_watching, watching
+from compressor.layers.structural.token_counts import tokens_after
+from compressor.layers.structural.token_ranking import attention_graph, choose_tokens
 
 KEPT_MASK = "kept_mask"
 
@@ -52,9 +52,9 @@ class TokenGate(Layer):
     stands_for = "block"
     weight_only = False
     helpers = (
-        "compressor.layers.observed_attention",
-        "compressor.layers.token_counts",
-        "compressor.layers.token_ranking",
+        "compressor.layers.structural.observed_attention",
+        "compressor.layers.structural.token_counts",
+        "compressor.layers.structural.token_ranking",
     )
 
     token_gate: dict[str, Any]

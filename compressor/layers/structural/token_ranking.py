@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.layers.token_counts import split_removed
+from compressor.layers.structural.token_counts import split_removed
 
 
 def attention_graph(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None) -> Tensor:

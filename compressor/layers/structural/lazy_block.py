@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
-from compressor.layers.observed_attention import last_seen, register_watching, watching
+from compressor.layers.structural.observed_attention import last_seen, register_watching, watching
 
 MASKED = -1e30  # a score that no other falls below
 
@@ -79,7 +79,7 @@ class LazyBlock(Layer):
     form = "lazy_block"
     stands_for = "block"
     weight_only = False
-    helpers = ("compressor.layers.observed_attention",)
+    helpers = ("compressor.layers.structural.observed_attention",)
 
     number: int
     keep: float | None

@@ -1,0 +1,1 @@
+"""Layers that change the architecture: narrower streams, removed parts, gated tokens."""
