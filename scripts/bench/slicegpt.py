@@ -75,7 +75,7 @@ from compressor.process.idle_threads import environment_of_user
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 import slicegpt_reference as reference  # noqa: E402
 
 RANDOM_SEEDS = (0, 1, 2)

@@ -31,7 +31,7 @@ def fake_driver(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     path = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    build.build_emulated(path, [*build.SOURCES, Path(__file__).parent / "emulated_driver.cpp"])
+    build.build_emulated(path, [*build.SOURCES, Path(__file__).parents[1] / "support" / "emulated_driver.cpp"])
     return path, cuda_on_cpu.kernels_in(path)
 
 

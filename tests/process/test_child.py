@@ -17,7 +17,7 @@ from compressor.errors import CompressError, DependencyError, ModelError, PassEr
 from compressor.process import child, fork_server
 from compressor.process.child import ChildBug, ask
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_nothing_in_the_working_directory_is_imported(more, tmp_path, monkeypatc
     found = answer("tell its search path")
     assert found["json"] == json.__file__
     assert str(tmp_path) not in found["path"] and "" not in found["path"] and str(TESTS) in found["path"]
-    assert str(TESTS.parent) not in found["path"]  # the package is found by its own path, its folder isn't searched
+    assert str(TESTS.parents[1]) not in found["path"]  # the package is found by its own path, its folder isn't searched
     grandchild = child.command("import json, subprocess, sys; subprocess.run([sys.executable, '-c', 'import json'])")
     subprocess.run(grandchild, env=child.environment(), check=True)
     assert not (tmp_path / "ran").exists()
@@ -133,7 +133,7 @@ def test_an_interrupted_wait_ends_the_child_and_what_it_started(tmp_path):
 
 def test_a_child_ends_when_the_process_that_asked_is_killed(tmp_path):
     code = f"from compressor.process.child import ask; ask('answers', {{'kind': 'hang', 'folder': {str(tmp_path)!r}}}, 'hangs')"
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parents[1])])
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
     pids = wait_for_pids(tmp_path)
     parent.kill()

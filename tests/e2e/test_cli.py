@@ -21,7 +21,7 @@ from compressor.process.child import ChildBug
 from compressor.process.resources import ran_out
 from compressor.process.streams import LostStream
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments, **environment):

@@ -22,7 +22,7 @@ from compressor.errors import KernelError
 from compressor.kernels.ops.gptq_columns import round_columns
 from cuda_ext.cases import hadamard, w_a16
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_check_gpu_places_operands_and_reports_each_case(emulated):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
@@ -18,7 +18,7 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
 for feature in ("avx_vnni", "avx512_vnni", "amx_int8"):
     if feature not in FEATURES:  # the bodies for it run all the same, in plain C++
-        FLAGS += ["-include", str(ROOT / "tests" / f"{feature}_emulated.h")]
+        FLAGS += ["-include", str(ROOT / "tests" / "support" / f"{feature}_emulated.h")]
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = [
     pytest.mark.slow,
@@ -184,7 +184,7 @@ def compile_unit(source: Path, target: Path, *flags: str) -> None:
 def built(tmp_path_factory):
     """Objects with sanitizers, and the program that calls them."""
     folder = tmp_path_factory.mktemp("native")
-    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [ROOT / "tests" / f"{check}.cpp" for check in CHECKS]:
+    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [ROOT / "tests" / "support" / f"{check}.cpp" for check in CHECKS]:
         compile_unit(source, folder / f"{source.stem}.o", "-O1", *SANITIZERS)
     return folder
 
@@ -203,7 +203,7 @@ def test_sanitizers_find_nothing_and_levels_agree(built):
 
 
 def test_threads_do_not_race(tmp_path):
-    program, sources = tmp_path / "check", [SOURCES / "threads.cpp", ROOT / "tests" / "kernels_check_threads.cpp"]
+    program, sources = tmp_path / "check", [SOURCES / "threads.cpp", ROOT / "tests" / "support" / "kernels_check_threads.cpp"]
     flags = [*FLAGS, "-O1", "-g1", "-fsanitize=thread", "-DALONE", "-I", str(SOURCES)]
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=120)

@@ -16,7 +16,7 @@ from compressor.errors import KernelError
 from compressor.kernels.cuda import devices, library
 from compressor.kernels.cuda.interface import ABI
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -378,7 +378,7 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
 @pytest.mark.parametrize("name", ["bct-4-8", "bct-full"])
 def test_the_shipped_recipes_mix_bits_on_a_tiny_model(name, tmp_path):
     model = tiny.save("llama", tmp_path / "model", dtype=torch.float32)
-    shipped = yaml.safe_load((Path(__file__).parent.parent / "recipes" / f"{name}.yaml").read_text())
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "recipes" / f"{name}.yaml").read_text())
     small = {"data": {"source": "random", "samples": 8, "length": 16}, "eval": {}, "report": {"html": False}}
     text = yaml.safe_dump({**shipped, **small}).encode()
     report = compress(parse_recipe(text, "small.yaml"), str(model), tmp_path / "out", measure=False)

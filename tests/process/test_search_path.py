@@ -13,7 +13,7 @@ import tiny
 
 from compressor.process.search_path import named_entries
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLANTED = ("json", "torch", "safetensors", "transformers", "numpy", "datasets", "yaml", "pydantic", "rich", "typer")
 
 

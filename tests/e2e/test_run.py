@@ -463,7 +463,7 @@ def test_exit_code_6_for_a_missing_package(llama, tmp_path):
         tmp_path / "o",
         "--no-eval",
     ]
-    roots = os.pathsep.join([str(tmp_path / "block"), str(Path(__file__).parent.parent)])
+    roots = os.pathsep.join([str(tmp_path / "block"), str(Path(__file__).parents[2])])
     done = subprocess.run(
         list(map(str, command)), env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False
     )
@@ -493,7 +493,7 @@ def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
         tmp_path / "out",
         "--no-eval",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     child = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.work" / "journal.jsonl"
     deadline = time.monotonic() + 300  # planning takes minutes where others use the cores
@@ -508,10 +508,10 @@ def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_of_a_streamed_sweep_does_not_grow_with_depth(tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "bench" / "measure_memory.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "measure_memory.py"
     done = subprocess.run(
         [sys.executable, str(script), "--depths", "12", "48", "--scratch", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

@@ -21,7 +21,7 @@ from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import recipe_for, weight_hashes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BOUND_SECONDS = 10.0
 # One call of native code that no signal interrupts (minutes), and one that runs Python code all the time.
 HANG = {
