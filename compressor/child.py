@@ -176,6 +176,7 @@ def _died(status: int, words: str, doing: str) -> Exception:
             "it was killed (SIGKILL), as the system does when memory runs out",
             where=where,
             hint="Free some memory, then try again (a run: with --resume).",
+            data={"signal": name},
         )
     if name in CRASHES:
         told = f"; its last words: {words[-LAST_WORDS:]}" if words else ""
@@ -183,5 +184,8 @@ def _died(status: int, words: str, doing: str) -> Exception:
             f"it crashed in native code ({name}){told}",
             where=where,
             hint="Check the installation with compress-model doctor, and report it if that is sound.",
+            data={"signal": name, "last_words": words[-LAST_WORDS:]},
         )
-    return PassError(f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).")
+    return PassError(
+        f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).", data={"signal": name}
+    )

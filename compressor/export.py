@@ -95,13 +95,15 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
         raise PreflightError(
             "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
         )
-    reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
+    at = foreign[0][0] if foreign else None
+    reason = f"{at} {foreign[0][1]}" if foreign else "the recipe asks for it"
     if stock_only or asked not in ("auto", "custom"):
         raise PreflightError(
             f"stock transformers can't load {'this model' if shaped else f'{len(foreign)} weights'}; {reason}",
             where="export",
             hint="Set export.stock_only: false and export.format: auto"
             + (" (or custom)." if shaped else ", or leave these weights out."),
+            data={"reason": "no-stock-form", "weights": len(foreign), "why": reason, "weight": at},
         )
     if experts:
         raise PreflightError(
@@ -110,6 +112,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
             hint="Leave the experts out with `except`."
             if shaped
             else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+            data={"reason": "no-custom-experts", "why": reason, "weight": at},
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 

@@ -543,8 +543,8 @@ def _follow_forms(plan: Plan) -> None:
                 )
             )
         plan.problems += [
-            PreflightError(text, where=".".join(map(str, step.path)))
-            for text in step.settings.check(plan.selected[step.path])
+            PreflightError(text, where=".".join(map(str, step.path)), data=values)
+            for text, values in step.settings.check(plan.selected[step.path])
         ]
 
 
@@ -574,6 +574,7 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
         f"{KINDS[find_layer(stored).stands_for]}",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
+        data={"reason": "unfit-form", "weight": weight.name, "kind": kind, "pass": step.name, "form": stored},
     )
 
 
@@ -629,6 +630,7 @@ def _predict(plan: Plan) -> None:
                     f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
                     where=form.weight.name,
                     hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
+                    data={"reason": "shared-table", "other": other},
                 )
             )
     shared = [form.weight.parameter for form in plan.forms.values() if form.weight.parameter in tied]

@@ -380,11 +380,16 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
     if not os.access(above, os.W_OK):
         raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
     if output.is_symlink():
-        raise UsageError("is a link", where=str(output), hint="Name the directory itself.")
+        raise UsageError(
+            "is a link", where=str(output), hint="Name the directory itself.", data={"reason": "output-is-link"}
+        )
     if output.exists() and not fresh:
         kind = "directory" if output.is_dir() else "file"
         raise UsageError(
-            f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
+            f"exists already (a {kind})",
+            where=str(output),
+            hint="Choose another --output, or --fresh to replace it.",
+            data={"reason": "output-exists", "kind": kind},
         )
     for earlier in (output, *([rejected] if recipe.eval.gates else [])):
         if earlier.exists() or earlier.is_symlink():

@@ -515,7 +515,12 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
     where = checkpoint.directory.name
     name = checkpoint.architecture
     if name is None:
-        raise ModelError("config.json names no `architectures`", where=where, hint="Add the model's class name.")
+        raise ModelError(
+            "config.json names no `architectures`",
+            where=where,
+            hint="Add the model's class name.",
+            data={"reason": "no-architectures"},
+        )
     check_kernels(checkpoint.config)
     named = auto_map(checkpoint.config, "config.json")
     cls = getattr(transformers, name, None)
@@ -525,12 +530,14 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
+            data={"reason": "untrusted-code", "architecture": name, "code": sorted(references)},
         )
     if cls is None and not references:
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
             hint="Update transformers, or check `architectures` in config.json.",
+            data={"reason": "unknown-architecture", "architecture": name, "transformers": transformers.__version__},
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
     choose_plain(config, checkpoint.config)

@@ -160,14 +160,16 @@ class BCT(Pass):
             return self._function_spec(weight, self._table(weight, None))
         return self._spec(weight, self._bits(weight, None))
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         if not self.decides:
             return []
         weights = [weight for weight in weights if not weight.is_function]
         least = sum(stored_bytes(weight.shape, self._spec(weight, 4)) for weight in weights)
         budget = self._budget_bytes(sum(math.prod(weight.shape) for weight in weights))
         if least > budget:
-            return [f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"]
+            told = f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"
+            values = {"budget": budget, "least": least, "matrices": len(weights), "bits": 4}
+            return [(told, {"reason": "budget-too-small", **values})]
         return []
 
     def _budget_bytes(self, weights: int) -> int:

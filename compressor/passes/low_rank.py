@@ -122,15 +122,17 @@ class LowRank(Pass):
             return most
         return largest_rank(shape, int((self.ratio or DEFAULT_RATIO) * dense_bytes(shape)), self.values)
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         if self.budget is None:
             return []
         matrices = [weight.shape for weight in weights if not weight.is_function]
         least = sum(min(low_rank_bytes(shape, 1, self.values), dense_bytes(shape)) for shape in matrices)
         if least > self.budget:
-            return [
+            told = (
                 f"the budget is {self.budget:,} bytes, and all {len(matrices)} matrices at rank 1 are {least:,} bytes"
-            ]
+            )
+            values = {"budget": self.budget, "least": least, "matrices": len(matrices), "rank": 1}
+            return [(told, {"reason": "budget-too-small", **values})]
         return []
 
     def decide(self, model: WholeModel) -> Decision | None:
