@@ -36,7 +36,9 @@ def check_utf8(name: str | os.PathLike[str], hint: str) -> None:
     """raises UsageError for the name of a file, or another word of a user, that can't be written"""
     text = os.fspath(name)
     if not is_utf8(text):
-        raise UsageError("holds bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "no-utf8"})
+        raise UsageError(
+            "holds bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
+        )
 
 
 class HalfPair(ValueError):

@@ -254,7 +254,7 @@ def test_both_halves_of_a_surrogate_pair_are_a_character(model):
 def test_a_directory_whose_name_is_not_utf8_is_refused(model, tmp_path):
     named = tmp_path / "m\udcff"
     model.rename(named)
-    with raises(UsageError, where=rf"{tmp_path}/m\xff", reason="no-utf8"):
+    with raises(UsageError, where=rf"{tmp_path}/m\xff", reason="not-utf-8"):
         open_checkpoint(named)
 
 
