@@ -317,6 +317,7 @@ def check_loader(route: str) -> None:
             f"loading what {route} reads needs the package {package}, which isn't installed",
             where="export",
             hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
+            data={"route": route, "package": package},
         )
 
 

@@ -53,6 +53,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.blockwise import quantize_blocks
 from compressor.errors import PassError, ShapeError
@@ -131,7 +132,9 @@ class BCT(Pass):
         }
         lacking = [need for need, is_met in needs.items() if not is_met]
         if self.stock and lacking:
-            raise ValueError(f"stock: true needs {' and '.join(lacking)}")
+            raise PydanticCustomError(
+                "no-stock-form", f"stock: true needs {' and '.join(lacking)}", {"lacking": lacking}
+            )
         return self
 
     @property
