@@ -22,7 +22,7 @@ from compressor.attention import replaced_implementations
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
 from compressor.data_parts import same_source
-from compressor.errors import CompressError, ModelError, PreflightError, WidthError
+from compressor.errors import CompressError, ModelError, PreflightError, Why, WidthError
 from compressor.export import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import DENSE, find_layer
@@ -406,7 +406,7 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
         plan.selected[step.path] = _without_unfit(plan, step, chosen, reasons)
 
 
-def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, str]) -> list[Weight]:
+def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, Why]) -> list[Weight]:
     """What of a step's weights can be stored. One that a pattern means and can't be is a problem; those that a pattern
     takes along stay dense, with a warning for each reason.
 
@@ -416,7 +416,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
         return chosen
     where = ".".join(map(str, step.path))
     meant = names_it(step.settings.only, chosen, where)
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[Why, list[str]] = {}
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
     for why, names in by_reason.items():
@@ -428,6 +428,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                     f"can't be stored by {step.name}{count}: {why}",
                     where=refused[0],
                     hint="Drop the pattern that names it, or leave it out with `except`; it then stays dense.",
+                    data={"pass": step.name, "weights": len(refused), **why.values},
                 )
             )
         if kept := [name for name in names if name not in meant]:
@@ -440,6 +441,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                 f"no weight is left for {step.name}: {next(iter(reasons.values()))}",
                 where=where,
                 hint="Choose other settings or another pass for this model.",
+                data={"pass": step.name, "left": 0, **next(iter(reasons.values())).values},
             )
         )
     return left
@@ -557,7 +559,8 @@ def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[We
         try:
             step.settings.spec(weight)
         except WidthError:
-            reasons[weight.name] = f"no group size divides its {weight.in_features} inputs"
+            told = f"no group size divides its {weight.in_features} inputs"
+            reasons[weight.name] = Why(told, {"reason": "odd-width", "inputs": weight.in_features})
         except CompressError:
             pass  # `_follow_forms` asks again, and makes it a problem
     meant = names_it(step.settings.only, chosen, "steps") if reasons else set()

@@ -28,7 +28,7 @@ from compressor.attention import choose_plain
 from compressor.binding import Bindings, Source, bind
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.classes import class_for
-from compressor.errors import ModelError
+from compressor.errors import ModelError, Why
 from compressor.load_dtypes import hold, load_dtype
 from compressor.model_building import (
     check_buffers,
@@ -113,7 +113,7 @@ class Structure:
                         yield unit, weight
 
     @cached_property
-    def whole(self) -> list[tuple[int, Weight, str]]:
+    def whole(self) -> list[tuple[int, Weight, Why]]:
         """(unit, weight, why) for tensors that hold several matrices, such as all experts of a block, and that can't
         be stored in parts.
         """
@@ -124,7 +124,8 @@ class Structure:
             for product in (product for group in self.traced.groups[kind] for product in group):
                 sources = self.bindings.sources.get(prefix + product.parameter, ())
                 if product.fused_experts and any(source.rows is None for source in sources):
-                    reasons[product.parameter] = "the checkpoint holds all experts of a block in one tensor"
+                    told = "the checkpoint holds all experts of a block in one tensor"
+                    reasons[product.parameter] = Why(told, {"reason": "experts-in-one-tensor"})
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
                     shape = tuple(self.checkpoint.tensors[source.tensor].shape)
@@ -420,6 +421,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
             where=blocks_path,
             hint="A model that skips or repeats blocks can't be split.",
+            data={"calls": len(inputs), "blocks": len(pieces)},
         )
     hidden, calls = pieces.stem(batch)
     hint = "This model can't be compressed block by block."

@@ -116,9 +116,9 @@ class BCT(Pass):
     @model_validator(mode="after")
     def _bits_or_budget(self) -> BCT:
         if self.budget is not None and self.budget_bits is not None:
-            raise ValueError("budget and budget_bits say the same: give one of them")
+            raise PydanticCustomError("two-budgets", "budget and budget_bits say the same: give one of them")
         if self.decides and (self.bits, self.embedding_bits) != (8, 8):
-            raise ValueError("a budget chooses the bits: leave out bits and embedding_bits")
+            raise PydanticCustomError("bits-and-budget", "a budget chooses the bits: leave out bits and embedding_bits")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.factorization import (
@@ -77,7 +78,9 @@ class LowRank(Pass):
     def _one_rule(self) -> LowRank:
         rules = [name for name in ("ratio", "rank", "energy", "budget") if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{' and '.join(rules)} each say the rank: give one of them")
+            raise PydanticCustomError(
+                "several-rules", f"{' and '.join(rules)} each say the rank: give one of them", {"rules": rules}
+            )
         return self
 
     @property
