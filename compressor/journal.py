@@ -58,7 +58,12 @@ class Journal:
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
         """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
         if not has_begun(work):
-            raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.")
+            raise ResumeError(
+                "there is no interrupted run here",
+                where=work.name,
+                hint="Start without --resume.",
+                data={"reason": "no-interrupted-run"},
+            )
         if links := _links(work):
             raise ResumeError(
                 f"holds a link, a pipe or the like, which no run makes ({links[0]})",

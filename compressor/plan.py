@@ -757,6 +757,7 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
                 where="memory",
                 hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+                data={"reason": "memory", "needed": plan.peak_memory_bytes, "available": available},
             )
         )
     place = output if output is not None else Path.cwd()
@@ -769,5 +770,6 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
                 where=f"disk of {place}",
                 hint="Free some space or choose another --output.",
+                data={"reason": "disk", "needed": plan.disk_bytes, "available": free},
             )
         )
