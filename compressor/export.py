@@ -80,6 +80,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
                 f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+                data={"reason": "expert-as-module", "form": kind},
             )
     expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:

@@ -319,6 +319,7 @@ def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> Model
         f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
         where=structure.architecture,
         hint="Use another pass; if transformers runs the model as it is, please report this.",
+        data={"reason": "not-taken-apart", "pass": step.name, "error": type(error).__name__},
     )
     refusal.__cause__ = error
     return refusal
@@ -542,6 +543,12 @@ def _follow_forms(plan: Plan) -> None:
                     f"stored {len(refused)} of them, such as {refused[0].name}",
                     where=".".join(map(str, step.path)),
                     hint="Use `only` and `except` so that each weight has one step.",
+                    data={
+                        "reason": "stored-already",
+                        "pass": step.name,
+                        "earlier": earlier.name,
+                        "count": len(refused),
+                    },
                 )
             )
         plan.problems += [
@@ -587,6 +594,7 @@ def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
         f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
+        data={"reason": "undecided-tie", "weight": weight.name, "other": other, "pass": step.name},
     )
 
 

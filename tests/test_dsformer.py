@@ -66,19 +66,22 @@ def test_families_are_planned_with_the_modelling_file(family, step, tmp_path):
 
 def test_what_cannot_be_factorized_is_refused_by_name(tmp_path):
     (problem,) = plan_of("mixtral", tmp_path, {"pass": "dsformer"}).problems
-    assert "experts" in str(problem) and "an expert is no module" in str(problem)
+    assert ".experts." in problem.where
+    assert problem.data == {"reason": "expert-as-module", "form": "sparse_factor_linear"}
     (problem,) = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["q_proj", "@embedding"]}).problems
-    assert "embed_tokens is a table" in str(problem)
+    assert (problem.data["reason"], problem.data["weight"]) == ("unfit-form", "model.embed_tokens")
     problems = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["down_proj"], "block_size": 24}).problems
-    assert len(problems) == 2 and "block_size 24 does not divide in_features 64" in str(problems[0])
-    assert "Set block_size to 8, 16 or 32" in str(problems[0])
+    assert len(problems) == 2 and problems[0].where == "model.layers.0.mlp.down_proj"
+    assert problems[0].data == {"block_size": 24, "inputs": 64, "near": [8, 16, 32]}
     tied = {"pass": "low_rank", "energy": 0.9, "only": ["@head"]}
     (problem,) = plan_of("qwen3", tmp_path, tied).problems
-    assert "shares its table with" in str(problem) and "seen in the run only" in str(problem)
+    assert (problem.where, problem.data["reason"], problem.data["weight"]) == ("steps.0", "undecided-tie", "lm_head")
     (problem,) = plan_of("llama", tmp_path, {"pass": "low_rank", "budget": 100}).problems
-    assert "the budget is 100 bytes, and all 14 matrices at rank 1" in str(problem)
+    found = {"reason": "budget-too-small", "budget": 100, "matrices": 14, "rank": 1, "least": 2048}
+    assert (problem.where, problem.data) == ("steps.0", found)
     (problem,) = plan_of("llama", tmp_path, {"pass": "low_rank"}, {"pass": "rtn", "bits": 8, "group_size": -1}).problems
-    assert "rtn needs dense weights" in str(problem)
+    found = {"reason": "stored-already", "pass": "rtn", "earlier": "low_rank", "count": 14}
+    assert (problem.where, problem.data) == ("steps.1", found)
 
 
 def test_what_would_grow_is_planned_dense_and_free_for_another_step(tmp_path):

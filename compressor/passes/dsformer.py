@@ -209,6 +209,7 @@ class DSFormer(Pass):
                 f"block_size {self.block_size} does not divide in_features {inputs}.",
                 where=weight.name,
                 hint=f"Set block_size to {choice}, or leave this weight out with `except`.",
+                data={"block_size": self.block_size, "inputs": inputs, "near": near},
             )
         return self.block_size
 
