@@ -485,8 +485,8 @@ class Pass(BaseModel):
         """
         return None
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
-        """Further problems with the selected weights, for `plan` to list (one sentence each)."""
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
+        """Further problems with the selected weights, for `plan` to list (one sentence each, and its values)."""
         return []
 
     @property

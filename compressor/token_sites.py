@@ -187,6 +187,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                     "its attention is not the same for all queries (causal, or within a window)",
                     where=where,
                     hint=CAUSAL_HINT,
+                    data={"reason": "causal-attention"},
                 )
             names.add(name)
         if "attention_mask" in inspect.signature(block.forward).parameters:

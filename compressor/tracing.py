@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import is_reshaped, reshaping
-from compressor.errors import ModelError, PreflightError
+from compressor.errors import ModelError, PreflightError, Why
 from compressor.load_dtypes import hold_as_loaded
 from compressor.replaceable import watch_reads
 from compressor.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
@@ -63,7 +63,7 @@ class Traced:
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
-    whole: dict[Kind, dict[str, str]]
+    whole: dict[Kind, dict[str, Why]]
     answers: dict[Kind, Answer]
     head: tuple[Product, ...]
     after: set[str]
@@ -144,7 +144,7 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
             hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
-        whole: dict[Kind, dict[str, str]] = {}
+        whole: dict[Kind, dict[str, Why]] = {}
         answers: dict[Kind, Answer] = {}
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
