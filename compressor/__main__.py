@@ -13,8 +13,7 @@ def main() -> int:
     """Run the command of this process's arguments and return its exit code."""
     leave_out_working_directory()  # before anything is imported that could lie there
     mend_streams()
-    from compressor.cli import main
-    from compressor.cli.main import INTERRUPTED
+    from compressor.cli.main import INTERRUPTED, main
 
     code = main()
     if code == INTERRUPTED:  # a thread that is still at work, or a library's clean-up, must not hold up the end

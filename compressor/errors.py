@@ -124,6 +124,17 @@ class Interrupted(CompressError):
     exit_code, code_name = 130, "interrupted"
 
 
+class Why(str):
+    """A clause that an error's sentence takes up, with its values for the error's `data`."""
+
+    values: dict[str, Any]
+
+    def __new__(cls, text: str, values: Mapping[str, Any] | None = None) -> Why:
+        made = super().__new__(cls, text)
+        made.values = dict(values or {})
+        return made
+
+
 def error_to_dict(error: CompressError) -> dict[str, Any]:
     """JSON values that `error_from` makes the same error of, in another process."""
     classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]

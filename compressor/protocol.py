@@ -233,7 +233,7 @@ class BlockTokens:
     """Where a token gate stands in a block, and what a token costs there.
 
     attention  name in the block of the module that attends
-    after      {call, nth, spread} of each module after the attention residual (`compressor.layers.structural.token_gate`)
+    after      {call, nth, spread} of each module after the attention residual (`token_gate`)
     mask       name of the block's argument that tells padding
     before     entries of the matrices that multiply a token before the gate; `behind`, after it
     width      of all heads together
@@ -485,8 +485,8 @@ class Pass(BaseModel):
         """
         return None
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
-        """Further problems with the selected weights, for `plan` to list (one sentence each)."""
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
+        """Further problems with the selected weights, for `plan` to list (one sentence each, and its values)."""
         return []
 
     @property

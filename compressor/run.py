@@ -344,13 +344,26 @@ def find_device(asked: str) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise UsageError("is not a device", where=f"--device {asked}", hint="Use auto, cpu, cuda or cuda:N.") from error
+        raise UsageError(
+            "is not a device",
+            where=f"--device {asked}",
+            hint="Use auto, cpu, cuda or cuda:N.",
+            data={"reason": "no-device"},
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError("is not supported", where=f"--device {asked}", hint="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(
+            "is not supported",
+            where=f"--device {asked}",
+            hint="Use auto, cpu, cuda or cuda:N.",
+            data={"reason": "unsupported-device"},
+        )
     count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise PreflightError(
-            f"{count or 'no'} CUDA devices were found", where=f"--device {asked}", hint="Use --device cpu or auto."
+            f"{count or 'no'} CUDA devices were found",
+            where=f"--device {asked}",
+            hint="Use --device cpu or auto.",
+            data={"reason": "no-such-card", "found": count},
         )
     return device
 
@@ -360,9 +373,19 @@ def named_output(output: Path) -> Path:
     check_utf8(output.absolute(), "Choose another --output.")
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     if not named.name or "\0" in str(named):
-        raise UsageError("can't be an output", where=repr(str(output)), hint="Name a directory to make.")
+        raise UsageError(
+            "can't be an output",
+            where=repr(str(output)),
+            hint="Name a directory to make.",
+            data={"reason": "no-output-name"},
+        )
     if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
-        raise UsageError("the name is too long", where=f"{named.name[:40]}...", hint="Choose another --output.")
+        raise UsageError(
+            "the name is too long",
+            where=f"{named.name[:40]}...",
+            hint="Choose another --output.",
+            data={"reason": "name-too-long"},
+        )
     return named
 
 
@@ -373,26 +396,44 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
     """
     work, rejected = (output.with_name(output.name + ending) for ending in (".work", ".rejected"))
     if recipe.eval.gates and not measure:
-        raise UsageError("the recipe has gates, which need the evaluation", where="--no-eval", hint="Drop one of them.")
+        raise UsageError(
+            "the recipe has gates, which need the evaluation",
+            where="--no-eval",
+            hint="Drop one of them.",
+            data={"reason": "gates-unmeasured"},
+        )
     if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", where="run", hint="Give one of them.")
+        raise UsageError(
+            "--resume and --fresh exclude each other",
+            where="run",
+            hint="Give one of them.",
+            data={"reason": "resume-and-fresh"},
+        )
     check_summary(recipe.report)
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not os.access(above, os.W_OK):
         raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
     if output.is_symlink():
-        raise UsageError("is a link", where=str(output), hint="Name the directory itself.")
+        raise UsageError(
+            "is a link", where=str(output), hint="Name the directory itself.", data={"reason": "output-is-link"}
+        )
     if output.exists() and not fresh:
         kind = "directory" if output.is_dir() else "file"
         raise UsageError(
-            f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
+            f"exists already (a {kind})",
+            where=str(output),
+            hint="Choose another --output, or --fresh to replace it.",
+            data={"reason": "output-exists", "kind": kind},
         )
     for earlier in (output, *([rejected] if recipe.eval.gates else [])):
         if earlier.exists() or earlier.is_symlink():
             artifact.owned_files(earlier)  # it is removed only when its successor is complete
     if work.exists() and has_begun(work) and not (resume or fresh):
         raise UsageError(
-            "an interrupted run lies there", where=str(work), hint="Continue it with --resume, or drop it with --fresh."
+            "an interrupted run lies there",
+            where=str(work),
+            hint="Continue it with --resume, or drop it with --fresh.",
+            data={"reason": "interrupted-run"},
         )
 
 
@@ -417,7 +458,10 @@ def _folders_above(output: Path) -> Iterator[None]:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"can't be made ({error.strerror})", where=str(parent), hint="Choose another --output."
+            f"can't be made ({error.strerror})",
+            where=str(parent),
+            hint="Choose another --output.",
+            data={"reason": "not-made", "cause": error.strerror},
         ) from error
     try:
         yield

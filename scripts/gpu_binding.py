@@ -29,7 +29,7 @@ from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels import prepare  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
-from compressor.kernels.ops import linear as ops
+from compressor.kernels.ops import linear as ops  # noqa: E402
 from compressor.kernels.ops.gptq_columns import Columns, round_columns  # noqa: E402
 from compressor.kernels.ops.gptq_solve import round_compiled  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402

@@ -1,4 +1,4 @@
-"""How the branches of a block are called, found by running it: what `compressor.layers.structural.rotated_block` needs to know.
+"""How the branches of a block are called, found by running it: what `rotated_block` needs to know.
 
 A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
 Which modules these are, and what else they are called with, is seen when a random twin runs: a value that a module gets
@@ -135,6 +135,7 @@ def check_widths(
                     f"its branches can't take {shape[:-1]} values and give {shape[1:]} back ({error})",
                     where=f"{path}.{number}",
                     hint="Keep the stream's width the same there.",
+                    data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
         _check_ends(twin, path, residual, stem or widths[0][0], widths[-1][-1])
 
@@ -156,6 +157,7 @@ def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int
             f"a stream that begins with {first} values can't end with {last} ({error})",
             where=type(twin).__name__,
             hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
+            data={"first": first, "last": last, "cause": str(error)},
         ) from error
 
 
@@ -218,7 +220,12 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
         try:
             output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"can't be run on its own ({error})", where=type(block).__name__, hint=HINT) from error
+            raise ModelError(
+                f"can't be run on its own ({error})",
+                where=type(block).__name__,
+                hint=HINT,
+                data={"reason": "not-on-its-own", "cause": str(error)},
+            ) from error
     return _Record(known, rest, calls, output)
 
 
@@ -242,7 +249,9 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], wher
         found.append({"norm": names, "shortcut": True, "branches": ways})
     output = record.output
     if isinstance(output, tuple) and any(part is not None for part in output[1:]):
-        raise ModelError("it returns more than the residual stream", where=where, hint=HINT)
+        raise ModelError(
+            "it returns more than the residual stream", where=where, hint=HINT, data={"reason": "returns-more"}
+        )
     return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
 
 
@@ -301,7 +310,10 @@ def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) ->
             return [ARGUMENT, other]
     shown = f"the argument {name!r}" if name else "an argument"
     raise ModelError(
-        f"gets {shown}, which is neither its norm's output nor an argument of its block", where=where, hint=HINT
+        f"gets {shown}, which is neither its norm's output nor an argument of its block",
+        where=where,
+        hint=HINT,
+        data={"reason": "foreign-argument", "argument": name or None},
     )
 
 
@@ -319,10 +331,20 @@ def _prove(twin: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None
     try:
         _stream(rotated, path, batch, found)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"it can't run branch by branch ({error})", where=names[len(found)], hint=HINT) from error
+        raise ModelError(
+            f"it can't run branch by branch ({error})",
+            where=names[len(found)],
+            hint=HINT,
+            data={"reason": "no-branches", "cause": str(error)},
+        ) from error
     for name, before, after in zip(names, expected, found):
         if before.shape != after.shape or not size(before - after) <= TOLERANCE * size(before):
-            raise ModelError("run branch by branch, it computes something else", where=name, hint=HINT)
+            raise ModelError(
+                "run branch by branch, it computes something else",
+                where=name,
+                hint=HINT,
+                data={"reason": "other-values"},
+            )
 
 
 def _stream(model: PreTrainedModel, path: str, batch: Batch, outputs: list[Tensor] | None = None) -> list[Tensor]:

@@ -89,6 +89,7 @@ def find_prunable(
                     f"its {kind} can't be pruned: {why}",
                     where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
                     hint="Leave this kind of site out, or choose another model.",
+                    data={"reason": "not-prunable", "kind": kind, "why": why},
                 )
     return tuple(sites)
 
@@ -171,7 +172,12 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
     groups = next((count for count in heads if count), None)
     if groups is None:
-        raise ModelError("its config tells no number of attention heads", where=cls.__name__, hint=HINT)
+        raise ModelError(
+            "its config tells no number of attention heads",
+            where=cls.__name__,
+            hint=HINT,
+            data={"reason": "no-head-count"},
+        )
     found: dict[str, dict[str, int]] = {}
     for name, module in models[0].get_submodule(path).named_modules():
         other = vars(models[1].get_submodule(f"{path}.{name}" if name else path))

@@ -1,4 +1,4 @@
-"""Where a gate can stand in each block of a model, found by running it: what `compressor.layers.structural.token_gate` needs.
+"""Where a gate can stand in each block of a model, found by running it: what `token_gate` needs.
 
 A gate stands after the attention residual and before the MLP. On a random twin: the module that calls transformers'
 attention interface is the attention; the first later module whose output can be made zero while the block's output
@@ -187,6 +187,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                     "its attention is not the same for all queries (causal, or within a window)",
                     where=where,
                     hint=CAUSAL_HINT,
+                    data={"reason": "causal-attention"},
                 )
             names.add(name)
         if "attention_mask" in inspect.signature(block.forward).parameters:

@@ -97,7 +97,12 @@ def owned_files(directory: Path) -> list[Path]:
     was changed since it was written: it could be somebody's only copy
     """
     if directory.is_symlink():
-        raise UsageError("is a link", where=str(directory), hint="Move it away first, or choose another --output.")
+        raise UsageError(
+            "is a link",
+            where=str(directory),
+            hint="Move it away first, or choose another --output.",
+            data={"reason": "is-link"},
+        )
     try:
         manifest = read_manifest(directory)
     except (ArtifactError, ModelError) as error:
@@ -105,6 +110,7 @@ def owned_files(directory: Path) -> list[Path]:
             f"exists and is not an artifact of this tool ({error})",
             where=str(directory),
             hint="Choose another --output.",
+            data={"reason": "no-artifact", "cause": str(error)},
         ) from error
     listed = {**manifest["files"], MANIFEST: None}
     owned, foreign, changed = [], [], []
@@ -118,12 +124,16 @@ def owned_files(directory: Path) -> list[Path]:
                 changed.append(relative)
             else:
                 owned.append(path)
-    for names, what in ((foreign, "holds files this tool did not write"), (changed, "holds files that were changed")):
+    for names, what, reason in (
+        (foreign, "holds files this tool did not write", "foreign-files"),
+        (changed, "holds files that were changed", "changed-files"),
+    ):
         if names:
             raise UsageError(
                 f"{what} ({', '.join(sorted(names)[:3])})",
                 where=str(directory),
                 hint="Move them away first, or choose another --output.",
+                data={"reason": reason, "names": sorted(names)[:3]},
             )
     return sorted(owned)
 

@@ -80,6 +80,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
                 f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+                data={"reason": "expert-as-module", "form": kind},
             )
     expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
@@ -95,13 +96,15 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
         raise PreflightError(
             "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
         )
-    reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
+    at = foreign[0][0] if foreign else None
+    reason = f"{at} {foreign[0][1]}" if foreign else "the recipe asks for it"
     if stock_only or asked not in ("auto", "custom"):
         raise PreflightError(
             f"stock transformers can't load {'this model' if shaped else f'{len(foreign)} weights'}; {reason}",
             where="export",
             hint="Set export.stock_only: false and export.format: auto"
             + (" (or custom)." if shaped else ", or leave these weights out."),
+            data={"reason": "no-stock-form", "weights": len(foreign), "why": reason, "weight": at},
         )
     if experts:
         raise PreflightError(
@@ -110,6 +113,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
             hint="Leave the experts out with `except`."
             if shaped
             else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+            data={"reason": "no-custom-experts", "why": reason, "weight": at},
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
@@ -314,6 +318,7 @@ def check_loader(route: str) -> None:
             f"loading what {route} reads needs the package {package}, which isn't installed",
             where="export",
             hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
+            data={"route": route, "package": package},
         )
 
 

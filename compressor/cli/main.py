@@ -113,7 +113,11 @@ def _main(
     try:
         os.getcwd()
     except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
-        raise UsageError("the working directory is gone", hint="Change to a directory that exists.") from error
+        raise UsageError(
+            "the working directory is gone",
+            hint="Change to a directory that exists.",
+            data={"reason": "no-working-directory"},
+        ) from error
 
 
 @app.command()
@@ -548,17 +552,28 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
         return UsageError(message, hint="See compress-model --help.") if message else None
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)
-        return UsageError(f"a name of {len(name):,} signs is too long for a file", where=f"{name[:60]}...")
+        return UsageError(
+            f"a name of {len(name):,} signs is too long for a file",
+            where=f"{name[:60]}...",
+            data={"reason": "name-too-long", "length": len(name)},
+        )
     if isinstance(error, RecursionError):
         return PreflightError(
             f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",
             hint="Look for a file of the model, the recipe or the data that is nested very deeply.",
+            data={"reason": "nested-too-deeply", "limit": sys.getrecursionlimit()},
         )
     if isinstance(error, LostStream):
         what = f"can't be written ({error.strerror})"
-        return PreflightError(what, where=error.filename, hint="Free some room for it, or send it elsewhere.")
+        return PreflightError(
+            what,
+            where=error.filename,
+            hint="Free some room for it, or send it elsewhere.",
+            data={"reason": "lost-stream", "cause": error.strerror},
+        )
     if (lack := ran_out(error)) is not None:
-        return PreflightError(lack.what, where=lack.where, hint="Free some room on this machine, then try again.")
+        hint = "Free some room on this machine, then try again."
+        return PreflightError(lack.what, where=lack.where, hint=hint, data=lack.data)
     return None
 
 

@@ -76,22 +76,42 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
             size = math.prod(shapes[key]) * dtype.itemsize
             if dtype.hasobject or size + body != members[key].file_size:
                 found = "Python objects" if dtype.hasobject else f"{members[key].file_size - body} of {size} bytes"
-                raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORM)
+                sizes = {} if dtype.hasobject else {"bytes": members[key].file_size - body, "claimed": size}
+                values = {"reason": "objects" if dtype.hasobject else "wrong-size", "array": key, **sizes}
+                raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORM, data=values)
             if key == "images" and dtype != numpy.uint8:
                 raise RecipeError(
                     f"`images` is {dtype}, and is read as uint8",
                     where=name,
                     hint="Give the pixels from 0 to 255, as uint8; the model's own normalisation follows.",
+                    data={"array": key, "dtype": str(dtype)},
                 )
             if key == "labels" and dtype.kind not in "iuf":
-                raise RecipeError(f"`labels` is {dtype}, not whole numbers", where=name, hint=FORM)
+                raise RecipeError(
+                    f"`labels` is {dtype}, not whole numbers",
+                    where=name,
+                    hint=FORM,
+                    data={"array": key, "dtype": str(dtype)},
+                )
         shape = shapes.get("images")
         if shape is None:
-            raise RecipeError(f"has no `images` (it holds {', '.join(members) or 'nothing'})", where=name, hint=FORM)
+            raise RecipeError(
+                f"has no `images` (it holds {', '.join(members) or 'nothing'})",
+                where=name,
+                hint=FORM,
+                data={"reason": "no-images", "names": list(members)},
+            )
         if len(shape) not in (3, 4) or 0 in shape:
-            raise RecipeError(f"`images` has the shape {shape}", where=name, hint=FORM)
+            raise RecipeError(
+                f"`images` has the shape {shape}", where=name, hint=FORM, data={"array": "images", "shape": list(shape)}
+            )
         if "labels" in shapes and shapes["labels"] != shape[:1]:
-            raise RecipeError(f"`labels` has the shape {shapes['labels']} for {shape[0]} images", where=name, hint=FORM)
+            raise RecipeError(
+                f"`labels` has the shape {shapes['labels']} for {shape[0]} images",
+                where=name,
+                hint=FORM,
+                data={"array": "labels", "shape": list(shapes["labels"]), "images": shape[0]},
+            )
         if only_headers:
             return {}
         arrays: dict[str, Any] = {}
@@ -119,9 +139,16 @@ def _processor(model_directory: Path) -> dict[str, Any]:
     try:
         stated = parse_json(read_regular(file))
     except (ValueError, RecursionError, RecipeError) as error:
-        raise ModelError(f"can't be read ({error})", where=PROCESSOR, hint="Download it again.") from error
+        raise ModelError(
+            f"can't be read ({error})",
+            where=PROCESSOR,
+            hint="Download it again.",
+            data={"reason": "not-read", "cause": str(error)},
+        ) from error
     if not isinstance(stated, dict):
-        raise ModelError("is not a JSON object", where=PROCESSOR, hint="Download it again.")
+        raise ModelError(
+            "is not a JSON object", where=PROCESSOR, hint="Download it again.", data={"reason": "no-object"}
+        )
     return stated
 
 
@@ -135,5 +162,6 @@ def _numbers(stated: dict[str, Any], key: str, channels: int) -> torch.Tensor:
             f"{key} is {value!r:.80}, for images of {channels} channels",
             where=PROCESSOR,
             hint=f"Give one number, or one for each of the channels that the model reads, in {key}.",
+            data={"key": key, "value": f"{value!r:.80}", "channels": channels},
         )
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)

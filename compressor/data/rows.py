@@ -55,6 +55,7 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
                 f"holds chat messages in {field!r}, and the model's tokenizer has no chat template",
                 where=rows.name,
                 hint="Name a column of text with `field`, or add chat_template.jinja to the model.",
+                data={"reason": "no-chat-template", "field": field},
             )
         try:
             text = render(messages)
@@ -63,6 +64,7 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
                 f"the model's chat template refuses it ({type(error).__name__}: {str(error)[:160]})",
                 where=f"{rows.name}, row {number}",
                 hint="Leave such rows out, or name a column of text with `field`.",
+                data={"reason": "chat-refused", "error": type(error).__name__, "cause": str(error)[:160]},
             ) from error
         texts.append(text_of(text, field, rows.name, number))
     return texts, True
@@ -79,12 +81,14 @@ def whole_labels(labels: list[Any], name: str) -> list[int]:
                 f"has {found}: a label is missing or not a whole number",
                 where=f"{name}, row {row}",
                 hint=f"Give each row a class number from 0 on in {LABEL!r}, or drop that column.",
+                data={"reason": "no-whole-label", "label": None if label is None else f"{label!r:.60}"},
             )
         if not 0 <= label < 2**31:
             raise RecipeError(
                 f"has the label {int(label)}, which is no class number",
                 where=f"{name}, row {row}",
                 hint="Class numbers begin at 0; leave rows without a class out.",
+                data={"reason": "label-out-of-range", "label": int(label)},
             )
         numbers.append(int(label))
     return numbers
@@ -95,7 +99,8 @@ def text_of(value: Any, field: str, name: str, row: int) -> str:
     if not isinstance(value, str):
         found = FOUND.get(type(value), type(value).__name__)
         hint = "Leave such rows out." if value is None else "Name a column of texts with `field`."
-        raise RecipeError(f"has {found} in {field!r}, not text", where=where, hint=hint)
+        values = {"reason": "no-text", "found": found, "field": field}
+        raise RecipeError(f"has {found} in {field!r}, not text", where=where, hint=hint, data=values)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -103,6 +108,7 @@ def text_of(value: Any, field: str, name: str, row: int) -> str:
             f"has half a surrogate pair in {field!r} (character {error.start + 1})",
             where=where,
             hint="Write that character as UTF-8.",
+            data={"reason": "half-pair", "field": field, "character": error.start + 1},
         ) from error
     return value
 
@@ -122,7 +128,12 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
     where = f"{name}, row {row}"
     found = chat_of(value)
     if found is None:
-        raise RecipeError(f"has no chat in {field!r}, as row 1 has", where=where, hint="Leave such rows out.")
+        raise RecipeError(
+            f"has no chat in {field!r}, as row 1 has",
+            where=where,
+            hint="Leave such rows out.",
+            data={"reason": "no-chat", "field": field},
+        )
     messages = []
     for number, message in enumerate(found, 1):
         told = {key: part for key, part in message.items() if part is not None}  # columns that other rows have
@@ -132,6 +143,7 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
                     f"message {number} in {field!r} has no text in {key!r}",
                     where=where,
                     hint="A chat is a list of objects with `role` and `content`, both text.",
+                    data={"reason": "no-message-text", "message": number, "field": field, "key": key},
                 )
             text_of(told[key], f"{field}.{key}", name, row)
         messages.append(told)

@@ -233,6 +233,7 @@ def _check_room(settings: Settings) -> None:
             f"{asked} are {size} bytes, {most} can be held in memory here",
             where="random",
             hint="Ask for fewer samples, or shorter ones.",
+            data={"samples": settings.samples, "length": settings.length, "size": size, "limit": most},
         )
 
 
@@ -262,6 +263,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
             f"the model has no usable tokenizer ({_first_line(error)})",
             where=directory.name,
             hint="Copy tokenizer.json beside config.json, or use data.source: random.",
+            data={"reason": "no-tokenizer", "cause": _first_line(error)},
         ) from error
 
 
@@ -307,11 +309,13 @@ def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
             "this model reads pixels, the data is text",
             where=f"data.source {settings.source!r}",
             hint="Give a .npz file with `images` and `labels`.",
+            data={"reads": "pixels", "data": "text"},
         )
     raise RecipeError(
         "this model reads text, the data is images",
         where=f"data.source {settings.source!r}",
         hint="Give text: stdlib, a text file, rows of text, or dataset:NAME.",
+        data={"reads": "text", "data": "images"},
     )
 
 
@@ -332,6 +336,7 @@ def pack(
             "the model's tokenizer makes no tokens of its text",
             where=where,
             hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+            data={"reason": "no-tokens"},
         )
     windows = len(ids) // settings.length
     if windows == 0:
@@ -339,12 +344,14 @@ def pack(
             f"the text has {len(ids)} tokens, one sample needs {settings.length}",
             where=where,
             hint="Give more text or set a smaller length.",
+            data={"tokens": len(ids), "length": settings.length},
         )
     if windows < settings.samples:
         raise RecipeError(
             f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
             where=where,
             hint=f"Set samples to {windows} or less, or give more text.",
+            data={"available": windows, "samples": settings.samples, "length": settings.length},
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
     stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
@@ -365,7 +372,8 @@ def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]
     """The numbers of the documents or images that are drawn, in order. raises RecipeError if there are too few"""
     if count < samples:
         hint = f"Set samples to {count} or less, or give more." if count else "Give more."
-        raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint)
+        values = {"available": count, "samples": samples, "of": of}
+        raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint, data=values)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     return chosen.sort().values.tolist()
 
@@ -387,4 +395,5 @@ def _check_hash(settings: Settings, digest: str) -> None:
             f"has sha256 {digest}, the recipe pins {settings.sha256}",
             where=settings.source,
             hint="Use the pinned data, or update data.sha256.",
+            data={"sha256": digest, "pinned": settings.sha256},
         )

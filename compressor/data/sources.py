@@ -90,7 +90,8 @@ def read_rows(settings: Columns) -> Rows:
     plain = _decompressed(path, packed, content, None) if packed else content
     values, labels = _parsed(kind, plain, settings.field, path.name, False)
     if not values:
-        raise RecipeError("holds no rows" if kind else "is empty", where=path.name)
+        reason = "no-rows" if kind else "empty"
+        raise RecipeError("holds no rows" if kind else "is empty", where=path.name, data={"reason": reason})
     return Rows(values, labels, hashlib.sha256(content).hexdigest(), path.name, is_whole_text=not kind)
 
 
@@ -138,6 +139,7 @@ def find_file(source: str) -> Path:
             "is a link that leads nowhere" if path.is_symlink() else "no such data file",
             where=source,
             hint="Built in: stdlib, random. Else a path or dataset:NAME.",
+            data={"reason": "leads-nowhere" if path.is_symlink() else "no-data-file"},
         )
     _check_regular(mode, source)
     return path
@@ -150,7 +152,10 @@ def kind_of(path: Path) -> tuple[str, str]:
     kind = endings[-1] if endings else ""
     if kind in OTHER_FORMATS or kind in COMPRESSED or (kind == ".npz" and packed):
         raise RecipeError(
-            f"files that end in {kind} are not read", where=path.name, hint=f"Kinds that are: {KNOWN}; or a folder."
+            f"files that end in {kind} are not read",
+            where=path.name,
+            hint=f"Kinds that are: {KNOWN}; or a folder.",
+            data={"reason": "other-format", "ending": kind},
         )
     known = kind in (*JSON_LINES, ".json", *CSV, *PARQUET, *ARROW)
     return (kind if known else ""), packed
@@ -166,7 +171,10 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
             return file.read() if most is None else file.read(most)
     except OSError as error:
         raise RecipeError(
-            f"can't be read ({error.strerror})", where=path.name, hint="Check its permissions."
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Check its permissions.",
+            data={"reason": "not-read", "cause": error.strerror},
         ) from error
 
 
@@ -178,6 +186,7 @@ def check_size(size: int, name: str) -> None:
             f"holds {size} bytes of data, and {most} can be held in memory here",
             where=name,
             hint="Give a part of it: a few thousand documents are enough.",
+            data={"size": size, "limit": most},
         )
 
 
@@ -195,7 +204,12 @@ def _look(source: str) -> tuple[Path, int | None]:
         return path, None
     except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long, a null character
         why = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"can't be looked up ({why})", where=source[:200], hint="Give another path.") from error
+        raise RecipeError(
+            f"can't be looked up ({why})",
+            where=source[:200],
+            hint="Give another path.",
+            data={"reason": "not-looked-up", "cause": why},
+        ) from error
 
 
 def _folder_of(source: str) -> Path | None:
@@ -208,7 +222,12 @@ def _check_regular(mode: int, where: str) -> None:
         return
     kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"))
     kind = next((name for is_kind, name in kinds if is_kind(mode)), "device")
-    raise RecipeError(f"is a {kind}, not a file", where=where, hint="Save the data to a file first.")
+    raise RecipeError(
+        f"is a {kind}, not a file",
+        where=where,
+        hint="Save the data to a file first.",
+        data={"reason": "no-regular-file", "kind": kind},
+    )
 
 
 @contextmanager
@@ -228,6 +247,7 @@ def reading(name: str) -> Iterator[None]:
             f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
             where=name,
             hint="Check that the file is complete and of the kind that its name says.",
+            data={"reason": "not-read", "error": type(error).__name__, "cause": said},
         ) from error
 
 
@@ -267,7 +287,7 @@ def _parsed(kind: str, content: bytes, field: str, name: str, is_cut: bool) -> t
             return _from_arrow(_check_arrow(kind, file, field, name), field, name)
     text = _decode(content, name, is_cut)
     if not text.strip() and not is_cut:
-        raise RecipeError("is empty", where=name)
+        raise RecipeError("is empty", where=name, data={"reason": "empty"})
     if kind in CSV:
         return _from_csv(text, CSV[kind], field, name, is_cut)
     if kind in JSON_LINES:
@@ -284,12 +304,19 @@ def _decode(content: bytes, name: str, is_cut: bool) -> str:
         text = codecs.getincrementaldecoder(encoding)().decode(content[len(mark) :], final=not is_cut)
     except UnicodeDecodeError as error:
         at = error.start + len(mark)
-        raise RecipeError(f"is not {encoding.upper()} (byte {at})", where=name, hint="Save it as UTF-8.") from error
-    if (at := text.find("\0")) >= 0:
         raise RecipeError(
-            f"holds a null character (line {text.count(chr(10), 0, at) + 1})",
+            f"is not {encoding.upper()} (byte {at})",
+            where=name,
+            hint="Save it as UTF-8.",
+            data={"reason": "bad-encoding", "encoding": encoding, "byte": at},
+        ) from error
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise RecipeError(
+            f"holds a null character (line {line})",
             where=name,
             hint="It isn't text, or is UTF-16 without a byte order mark; save it as UTF-8.",
+            data={"reason": "null-character", "line": line},
         )
     return text
 
@@ -301,7 +328,12 @@ def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
         if line.strip(" \t\r"):
             row = _load_json(line, f"{name}:{number}")
             if not isinstance(row, dict):
-                raise RecipeError("is not a JSON object", where=f"{name}:{number}", hint="Each line is one object.")
+                raise RecipeError(
+                    "is not a JSON object",
+                    where=f"{name}:{number}",
+                    hint="Each line is one object.",
+                    data={"reason": "no-object"},
+                )
             found.append(row)
     return found
 
@@ -310,7 +342,21 @@ def _load_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"is not JSON ({str(error)[:160]})", where=where, hint="Correct it there.") from error
+        twin = {"twin": error.key} if isinstance(error, _TwinKey) else {}
+        raise RecipeError(
+            f"is not JSON ({str(error)[:160]})",
+            where=where,
+            hint="Correct it there.",
+            data={"reason": "bad-json", "cause": str(error)[:160], **twin},
+        ) from error
+
+
+class _TwinKey(ValueError):
+    """A key that comes twice in one object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} comes twice in one object")
+        self.key = key
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -318,7 +364,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         seen: set[str] = set()
         twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twin!r} comes twice in one object")
+        raise _TwinKey(twin)
     return row
 
 
@@ -337,17 +383,30 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
     if isinstance(tree, list):
         for number, row in enumerate(tree, 1):
             if not isinstance(row, dict):
-                raise RecipeError("is not a JSON object", where=f"{name}, row {number}", hint="Each row is one object.")
+                raise RecipeError(
+                    "is not a JSON object",
+                    where=f"{name}, row {number}",
+                    hint="Each row is one object.",
+                    data={"reason": "no-object"},
+                )
         return _from_objects(tree, field, name)
     if not isinstance(tree, dict):
-        raise RecipeError("holds no rows", where=name, hint="Give an array of objects, or an object of columns.")
+        raise RecipeError(
+            "holds no rows",
+            where=name,
+            hint="Give an array of objects, or an object of columns.",
+            data={"reason": "no-rows"},
+        )
     values = tree.get(field)
     if not isinstance(values, list) or (values and chat_of(values) is not None):
         return _from_objects([tree], field, name)
     labels = tree.get(LABEL)
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(values)):
         raise RecipeError(
-            f"the columns {field!r} and {LABEL!r} differ in length", where=name, hint="Give each row one value of both."
+            f"the columns {field!r} and {LABEL!r} differ in length",
+            where=name,
+            hint="Give each row one value of both.",
+            data={"reason": "unequal-columns", "columns": [field, LABEL]},
         )
     return values, labels
 
@@ -372,10 +431,10 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
                 raise (
                     _no_field(field, header, name, "has no column", "Columns")
                     if field not in header
-                    else RecipeError(f"has two columns {field!r}", where=name, hint="Rename one of them.")
+                    else _two_columns(field, name)
                 )
             if header.count(LABEL) > 1:
-                raise RecipeError(f"has two columns {LABEL!r}", where=name, hint="Rename one of them.")
+                raise _two_columns(LABEL, name)
             place, label = header.index(field), header.index(LABEL) if LABEL in header else -1
             continue
         if len(row) != len(header):
@@ -383,6 +442,7 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
                 f"has {len(row)} fields, the header has {len(header)}",
                 where=f"{name}:{line}",
                 hint="Quote texts that hold the separator or a line break.",
+                data={"fields": len(row), "header": len(header)},
             )
         values.append(row[place])
         if label >= 0:
@@ -400,7 +460,10 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
     except csv.Error as error:
         if not is_cut or reader.line_num < text.count("\n"):  # else the cut went through a quoted text
             raise RecipeError(
-                f"is no CSV ({error})", where=f"{name}:{reader.line_num}", hint="Check the quotes there and before."
+                f"is no CSV ({error})",
+                where=f"{name}:{reader.line_num}",
+                hint="Check the quotes there and before.",
+                data={"reason": "bad-csv", "cause": str(error)},
             ) from error
     finally:
         csv.field_size_limit(before)
@@ -430,7 +493,7 @@ def _check_arrow(kind: str, file: Any, field: str, name: str) -> Any:
     if field not in names:
         raise _no_field(field, names, name, "has no column", "Columns")
     if twice := [column for column in (field, LABEL) if names.count(column) > 1]:
-        raise RecipeError(f"has two columns {twice[0]!r}", where=name, hint="Rename one of them.")
+        raise _two_columns(twice[0], name)
     return opened
 
 
@@ -462,7 +525,7 @@ def _read_dataset(settings: Columns) -> Rows:
         values = chosen.column(settings.field).to_pylist()
         labels = chosen.column(LABEL).to_pylist() if LABEL in columns else None
     if not values:
-        raise RecipeError("holds no rows", where=settings.source)
+        raise RecipeError("holds no rows", where=settings.source, data={"reason": "no-rows"})
     is_text = all(isinstance(value, str) for value in values)
     content = "\0".join(values) if is_text else json.dumps(values, sort_keys=True, default=repr)
     return Rows(values, labels, hashlib.sha256(content.encode()).hexdigest(), settings.source)
@@ -489,7 +552,10 @@ def _open_dataset(settings: Columns) -> Any:
             if settings.split not in splits:
                 known = ", ".join(splits)
                 raise RecipeError(
-                    f"has no split {settings.split!r}", where=settings.source, hint=f"It has: {known or 'none'}."
+                    f"has no split {settings.split!r}",
+                    where=settings.source,
+                    hint=f"It has: {known or 'none'}.",
+                    data={"split": settings.split, "known": list(splits)},
                 )
             return splits[settings.split]
         if folder is not None and (folder / "state.json").is_file():
@@ -540,6 +606,7 @@ def _check_named(folder: Path, source: str) -> None:
                     f"names {name!r}, which lies outside of the data set's folder",
                     where=at,
                     hint="Keep all files of a data set in one folder.",
+                    data={"reason": "leads-out", "name": name},
                 )
 
 
@@ -560,4 +627,10 @@ def _no_field(field: str, keys: list[Any], where: str, what: str, known: str) ->
     near = difflib.get_close_matches(field, names, 1)
     listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
     hint = f"Did you mean {near[0]!r}?" if near else f"{known}: {listed[:400] or 'none'}. Name one with `field`."
-    return RecipeError(f"{what} {field!r}", where=where, hint=hint)
+    values = {"field": field, "known": names[:20], "near": near}
+    return RecipeError(f"{what} {field!r}", where=where, hint=hint, data={"reason": "no-field", **values})
+
+
+def _two_columns(column: str, name: str) -> RecipeError:
+    values = {"reason": "two-columns", "column": column}
+    return RecipeError(f"has two columns {column!r}", where=name, hint="Rename one of them.", data=values)

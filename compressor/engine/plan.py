@@ -23,7 +23,7 @@ from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config, 
 from compressor.data.parts import same_source
 from compressor.engine.block_io import Form
 from compressor.engine.trial import NoTwin, try_loaders
-from compressor.errors import CompressError, ModelError, PreflightError, WidthError
+from compressor.errors import CompressError, ModelError, PreflightError, Why, WidthError
 from compressor.layers import DENSE, find_layer
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
@@ -319,6 +319,7 @@ def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> Model
         f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
         where=structure.architecture,
         hint="Use another pass; if transformers runs the model as it is, please report this.",
+        data={"reason": "not-taken-apart", "pass": step.name, "error": type(error).__name__},
     )
     refusal.__cause__ = error
     return refusal
@@ -406,7 +407,7 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
         plan.selected[step.path] = _without_unfit(plan, step, chosen, reasons)
 
 
-def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, str]) -> list[Weight]:
+def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, Why]) -> list[Weight]:
     """What of a step's weights can be stored. One that a pattern means and can't be is a problem; those that a pattern
     takes along stay dense, with a warning for each reason.
 
@@ -416,7 +417,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
         return chosen
     where = ".".join(map(str, step.path))
     meant = names_it(step.settings.only, chosen, where)
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[Why, list[str]] = {}
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
     for why, names in by_reason.items():
@@ -428,6 +429,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                     f"can't be stored by {step.name}{count}: {why}",
                     where=refused[0],
                     hint="Drop the pattern that names it, or leave it out with `except`; it then stays dense.",
+                    data={"pass": step.name, "weights": len(refused), **why.values},
                 )
             )
         if kept := [name for name in names if name not in meant]:
@@ -440,6 +442,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                 f"no weight is left for {step.name}: {next(iter(reasons.values()))}",
                 where=where,
                 hint="Choose other settings or another pass for this model.",
+                data={"pass": step.name, "left": 0, **next(iter(reasons.values())).values},
             )
         )
     return left
@@ -540,11 +543,17 @@ def _follow_forms(plan: Plan) -> None:
                     f"stored {len(refused)} of them, such as {refused[0].name}",
                     where=".".join(map(str, step.path)),
                     hint="Use `only` and `except` so that each weight has one step.",
+                    data={
+                        "reason": "stored-already",
+                        "pass": step.name,
+                        "earlier": earlier.name,
+                        "count": len(refused),
+                    },
                 )
             )
         plan.problems += [
-            PreflightError(text, where=".".join(map(str, step.path)))
-            for text in step.settings.check(plan.selected[step.path])
+            PreflightError(text, where=".".join(map(str, step.path)), data=values)
+            for text, values in step.settings.check(plan.selected[step.path])
         ]
 
 
@@ -557,7 +566,8 @@ def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[We
         try:
             step.settings.spec(weight)
         except WidthError:
-            reasons[weight.name] = f"no group size divides its {weight.in_features} inputs"
+            told = f"no group size divides its {weight.in_features} inputs"
+            reasons[weight.name] = Why(told, {"reason": "odd-width", "inputs": weight.in_features})
         except CompressError:
             pass  # `_follow_forms` asks again, and makes it a problem
     meant = names_it(step.settings.only, chosen, "steps") if reasons else set()
@@ -574,6 +584,7 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
         f"{KINDS[find_layer(stored).stands_for]}",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
+        data={"reason": "unfit-form", "weight": weight.name, "kind": kind, "pass": step.name, "form": stored},
     )
 
 
@@ -583,6 +594,7 @@ def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
         f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
+        data={"reason": "undecided-tie", "weight": weight.name, "other": other, "pass": step.name},
     )
 
 
@@ -629,6 +641,7 @@ def _predict(plan: Plan) -> None:
                     f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
                     where=form.weight.name,
                     hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
+                    data={"reason": "shared-table", "other": other},
                 )
             )
     shared = [form.weight.parameter for form in plan.forms.values() if form.weight.parameter in tied]
@@ -752,6 +765,7 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
                 where="memory",
                 hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+                data={"reason": "memory", "needed": plan.peak_memory_bytes, "available": available},
             )
         )
     place = output if output is not None else Path.cwd()
@@ -764,5 +778,6 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
                 where=f"disk of {place}",
                 hint="Free some space or choose another --output.",
+                data={"reason": "disk", "needed": plan.disk_bytes, "available": free},
             )
         )

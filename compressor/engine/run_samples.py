@@ -151,7 +151,10 @@ def check_length(length: int, limit: Limit, key: str) -> None:
     most = limit(length)
     if most is not None:
         raise PreflightError(
-            f"samples of {length} tokens, the model takes {most}", where=f"{key}.length", hint=f"Set it to {most}."
+            f"samples of {length} tokens, the model takes {most}",
+            where=f"{key}.length",
+            hint=f"Set it to {most}.",
+            data={"length": length, "limit": most},
         )
 
 

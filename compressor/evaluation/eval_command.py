@@ -72,6 +72,7 @@ def measure_model(
             f"gates that compare two models: {', '.join(lacking)}",
             where="eval",
             hint="Pass --baseline MODEL, or drop them.",
+            data={"reason": "no-baseline", "gates": lacking},
         )
     check_summary(asked.report)
     with _kept_if_written(output), started_early():
@@ -134,10 +135,15 @@ def check_kernels(kernels: list[dict[str, str]] | None) -> None:
     """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
     if kernels is None:
         hint = "Evaluate an artifact, with speed among the metrics."
-        raise UsageError("--strict-kernels, and no kernels were chosen", where="eval", hint=hint)
-    slow = [f"{row['op']}: {row['why']}" for row in kernels if row["chosen"].startswith(FALLBACKS)]
+        raise UsageError(
+            "--strict-kernels, and no kernels were chosen", where="eval", hint=hint, data={"reason": "no-kernels"}
+        )
+    rows = [row for row in kernels if row["chosen"].startswith(FALLBACKS)]
+    slow = [f"{row['op']}: {row['why']}" for row in rows]
     if slow:
-        raise KernelError("; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.")
+        raise KernelError(
+            "; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.", data={"fallbacks": rows}
+        )
 
 
 def _samples(asked: Recipe, directory: Path, limit: Limit, trust_remote_code: bool) -> Samples:
@@ -204,18 +210,25 @@ def _make_output(output: Path) -> None:
             output.mkdir(parents=True)
         except OSError as error:
             raise UsageError(
-                f"can't be made ({error.strerror})", where=str(output), hint="Choose another --output."
+                f"can't be made ({error.strerror})",
+                where=str(output),
+                hint="Choose another --output.",
+                data={"reason": "not-made", "cause": error.strerror},
             ) from error
         return
     if not output.is_dir():
-        raise UsageError("is not a directory", where=str(output), hint="Choose another --output.")
+        raise UsageError(
+            "is not a directory", where=str(output), hint="Choose another --output.", data={"reason": "no-directory"}
+        )
     present = {path.name for path in output.iterdir()}
     if present and not (present <= FILES and _is_ours(output / "report.json")):
-        foreign = sorted(present - FILES) or ["a report of another kind"]
+        names = sorted(present - FILES)
+        foreign = names or ["a report of another kind"]
         raise UsageError(
             f"holds what no evaluation wrote ({', '.join(foreign[:3])})",
             where=str(output),
             hint="Choose another --output.",
+            data={"reason": "foreign-files" if names else "other-report", "names": names[:3]},
         )
 
 

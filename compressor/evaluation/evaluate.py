@@ -221,6 +221,7 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
                 f"the data has the label {int(wanted.max())}, the model's classes are 0 to {outputs[1].shape[1] - 1}",
                 where=Path(request["after"]).name,
                 hint="Use the data that the model was trained for.",
+                data={"label": int(wanted.max()), "classes": outputs[1].shape[1]},
             )
         for key, value in _batch_sums(outputs[0], outputs[1], stacked, wanted, _is_causal(after)).items():
             totals.setdefault(key, []).append(value)

@@ -61,7 +61,10 @@ class Int8SplitLinear(Layer):
         """columns: how many outlier columns are stored; None finds them in each call."""
         super().__init__()
         if in_features > MOST_INPUTS:
-            raise ShapeError(f"{in_features} inputs; sums of int8 products stay exact up to {MOST_INPUTS}")
+            raise ShapeError(
+                f"{in_features} inputs; sums of int8 products stay exact up to {MOST_INPUTS}",
+                data={"inputs": in_features, "limit": MOST_INPUTS},
+            )
         self.in_features, self.out_features = in_features, out_features
         self.threshold, self.columns = threshold, columns
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
@@ -145,13 +148,22 @@ class Int8SplitLinear(Layer):
         with torch.device("meta"):
             layer = cls.empty((out, inputs), spec, stored.dtype, bias=False)
         if set(tensors) != set(layer.tensors()):
-            raise ShapeError(f"tensors {sorted(tensors)}, {sorted(layer.tensors())} expected")
+            raise ShapeError(
+                f"tensors {sorted(tensors)}, {sorted(layer.tensors())} expected",
+                data={"names": sorted(tensors), "expected": sorted(layer.tensors())},
+            )
         layer.fill(tensors)
         if int(layer.weight_format):
-            raise ShapeError(f"weight_format {int(layer.weight_format)}, only 0 is read (rows one after the other)")
+            raise ShapeError(
+                f"weight_format {int(layer.weight_format)}, only 0 is read (rows one after the other)",
+                data={"name": "weight_format", "value": int(layer.weight_format)},
+            )
         if layer.columns:
             columns = layer.outlier_columns
             if not bool((columns[1:] > columns[:-1]).all()) or int(columns[0]) < 0 or int(columns[-1]) >= inputs:
-                raise ShapeError(f"outlier_columns must ascend within {inputs} inputs")
+                raise ShapeError(
+                    f"outlier_columns must ascend within {inputs} inputs",
+                    data={"name": "outlier_columns", "inputs": inputs},
+                )
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer

@@ -53,7 +53,10 @@ class LowRankLinear(Layer):
     def pack(cls, left: Tensor, right: Tensor, values: str) -> Self:
         """Store factors left (out, r) and right (r, in), floating. raises ShapeError if they don't fit each other"""
         if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
-            raise ShapeError(f"factors {tuple(left.shape)} and {tuple(right.shape)} have no product")
+            raise ShapeError(
+                f"factors {tuple(left.shape)} and {tuple(right.shape)} have no product",
+                data={"left": list(left.shape), "right": list(right.shape)},
+            )
         if values != "int8":
             kind = getattr(torch, values)
             tensors = {"weight_left": left.to(kind), "weight_right": right.to(kind)}

@@ -54,7 +54,10 @@ class SparseFactorLinear(Layer):
         """
         super().__init__()
         if in_features % block or not 1 <= k <= atoms:
-            raise ShapeError(f"blocks of {block} with {k} of {atoms} atoms for {in_features} inputs")
+            raise ShapeError(
+                f"blocks of {block} with {k} of {atoms} atoms for {in_features} inputs",
+                data={"block": block, "k": k, "atoms": atoms, "inputs": in_features},
+            )
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.block, self.atoms, self.k, self.values = block, atoms, k, values
         blocks, kind = in_features // block, getattr(torch, values)
@@ -80,7 +83,7 @@ class SparseFactorLinear(Layer):
         raises  ShapeError if the index doesn't ascend within m
         """
         if bool((index[..., 1:] <= index[..., :-1]).any()):
-            raise ShapeError("the indices of a row must ascend")
+            raise ShapeError("the indices of a row must ascend", data={"reason": "descends"})
         count, block, k = atoms.shape[1], atoms.shape[2], values.shape[2]
         stored = getattr(torch, kind)
         tensors = {"weight_index": pack_index(index.reshape(-1, k), count)}
@@ -103,9 +106,15 @@ class SparseFactorLinear(Layer):
         rows = self.out_features * self.in_features // self.block
         index = unpack_index(self.weight_index, rows, self.atoms, self.k)
         if index.shape != (rows, self.k):
-            raise ShapeError(f"weight_index doesn't name {self.k} atoms for each of {rows} rows")
+            raise ShapeError(
+                f"weight_index doesn't name {self.k} atoms for each of {rows} rows",
+                data={"name": "weight_index", "k": self.k, "rows": rows},
+            )
         if bool((index[..., 1:] <= index[..., :-1]).any()) or int(index.max()) >= self.atoms:
-            raise ShapeError(f"weight_index must ascend within {self.atoms} atoms in each row")
+            raise ShapeError(
+                f"weight_index must ascend within {self.atoms} atoms in each row",
+                data={"name": "weight_index", "atoms": self.atoms},
+            )
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """atoms (blocks, m, B) and values (out, blocks, k)"""

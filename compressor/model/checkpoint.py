@@ -23,7 +23,7 @@ from compressor.errors import ModelError
 from compressor.model.model_card import Licence, read_licence
 from compressor.model.model_files import check_directory, regular_file
 from compressor.model.side_files import SideFiles, find_side_files
-from compressor.process.utf8 import parse_json, printable
+from compressor.process.utf8 import halves, parse_json, printable
 from compressor.storage.files import file_sha256
 from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_header
 
@@ -119,7 +119,11 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     """
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
-        raise ModelError(f"{kind} is there, a checkpoint directory is needed", where=str(directory))
+        raise ModelError(
+            f"{kind} is there, a checkpoint directory is needed",
+            where=str(directory),
+            data={"reason": "no-directory", "found": kind},
+        )
     check_directory(directory)
     _refuse_adapter(directory)
     config = _read_json(regular_file(directory, directory / "config.json"))
@@ -160,12 +164,14 @@ def resolve_model(name: str) -> Path:
             "no such directory, and no name that a hub model can have",
             where=name[:200] if name.isprintable() and name else repr(name[:200]),
             hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
+            data={"reason": "no-model-name"},
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
             "is neither a directory nor in the local Hugging Face cache",
             where=name,
             hint=f"Download it first: hf download {name}",
+            data={"reason": "not-in-cache", "name": name},
         ) from error
 
 
@@ -184,6 +190,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
             where=name,
             hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+            data={"reason": "not-finite", "bad": len(bad), "values": tensor.numel(), "first": bad[0].tolist()},
         )
 
 
@@ -244,10 +251,16 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
                 f"names the file {shard!r}, which is not a plain name in this directory",
                 where=where,
                 hint="Refused: a checkpoint must not reach outside its directory.",
+                data={"reason": "no-plain-name", "file": shard},
             )
         path = directory / shard
         if not path.is_file():
-            raise ModelError("shard is missing", where=shard, hint="Download the model again; the index names it.")
+            raise ModelError(
+                "shard is missing",
+                where=shard,
+                hint="Download the model again; the index names it.",
+                data={"reason": "missing-shard"},
+            )
         held = read_header(regular_file(directory, path))
         twice += sorted(held.keys() & tensors.keys())
         tensors.update(held)
@@ -256,6 +269,7 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
             f"lacks {len(lost)} tensors, such as {min(lost)}",
             where=mapping[min(lost)],
             hint="Index and shards are not of one model.",
+            data={"reason": "lacks-tensors", "count": len(lost), "first": min(lost)},
         )
     if not twice:
         return tensors, set(files), []
@@ -271,8 +285,14 @@ def _no_weights(directory: Path) -> ModelError:
             f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
             where=directory.name,
             hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
+            data={"reason": "only-pickles", "names": pickles[:3]},
         )
-    return ModelError("no model.safetensors or index was found", where=directory.name, hint="Download the model again.")
+    return ModelError(
+        "no model.safetensors or index was found",
+        where=directory.name,
+        hint="Download the model again.",
+        data={"reason": "no-weights"},
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -281,7 +301,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"is not valid JSON ({error})", where=path.name, hint="Download it again.") from error
+        raise ModelError(
+            f"is not valid JSON ({error})",
+            where=path.name,
+            hint="Download it again.",
+            data={"reason": "bad-json", "cause": str(error), **halves(error)},
+        ) from error
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object", where=path.name, hint="Download it again.")
     return value

@@ -94,6 +94,7 @@ def parse_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
             f"model_type is {kind!r}, which this transformers doesn't know; it can't read its config.json",
             where=where_of(checkpoint),
             hint="Update transformers, or check `model_type`.",
+            data={"reason": "unknown-model-type", "model_type": kind},
         )
 
     try:

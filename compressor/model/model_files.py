@@ -40,9 +40,12 @@ def regular_file(directory: Path, path: Path) -> Path:
         found = os.stat(path)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise _refusal(name, "is a link to a file that isn't there") from error
+            raise _refusal(name, "is a link to a file that isn't there", "leads-nowhere") from error
         raise ModelError(
-            "file is missing", where=name, hint=f"A checkpoint directory has one ({directory.name})."
+            "file is missing",
+            where=name,
+            hint=f"A checkpoint directory has one ({directory.name}).",
+            data={"reason": "missing", "directory": directory.name},
         ) from error
     except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
         said = getattr(error, "strerror", None) or error
@@ -50,10 +53,13 @@ def regular_file(directory: Path, path: Path) -> Path:
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         raise ModelError(
-            f"is {kind}, a regular file is needed", where=name, hint="Not opened. Remove it from the directory."
+            f"is {kind}, a regular file is needed",
+            where=name,
+            hint="Not opened. Remove it from the directory.",
+            data={"reason": "no-regular-file", "kind": kind},
         )
     if not _leads_inside(directory, path):
-        raise _refusal(name, "is a link that leads out of the model's directory")
+        raise _refusal(name, "is a link that leads out of the model's directory", "leads-out")
     return path
 
 
@@ -112,8 +118,9 @@ def _name(directory: Path, path: Path) -> str:
     return path.relative_to(directory).as_posix() if path != directory else directory.name
 
 
-def _refusal(name: str, what: str) -> ModelError:
-    return ModelError(what, where=name, hint="Refused: put the file itself into the directory if it belongs there.")
+def _refusal(name: str, what: str, reason: str) -> ModelError:
+    hint = "Refused: put the file itself into the directory if it belongs there."
+    return ModelError(what, where=name, hint=hint, data={"reason": reason})
 
 
 def demo_path() -> Path:

@@ -71,4 +71,9 @@ def _method(stated: Any) -> str | None:
 
 def _refusal(found: str, method: str | None, checkpoint: Checkpoint) -> ModelError:
     told = f"the model is already quantized ({method})" if method else "the model is already quantized"
-    return ModelError(f"{told}: {found}", where=checkpoint.directory.name, hint=HINT)
+    return ModelError(
+        f"{told}: {found}",
+        where=checkpoint.directory.name,
+        hint=HINT,
+        data={"reason": "quantized", "method": method, "found": found},
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from compressor.errors import Why
 from compressor.model.replay import LinearCall, LinearCalls
 
 
@@ -33,7 +34,7 @@ class ChoiceTrace(LinearCalls):
         super().__init__(watched, self._note)
         self.calls: list[LinearCall] = []
         self.chosen_by: set[str] = set()
-        self.whole: dict[str, str] = {}
+        self.whole: dict[str, Why] = {}
         self.expert_counts: set[int] = set()
         self._watched = dict(watched)
         self._made_by: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor is kept, so that its id stays its own
@@ -69,7 +70,8 @@ class ChoiceTrace(LinearCalls):
             self.expert_counts.add(parameter.shape[0])
         elif matrices > 1:
             self.expert_counts.add(matrices)
-            self.whole[call.parameter] = "it holds several matrices, of which a product reads one"
+            told = "it holds several matrices, of which a product reads one"
+            self.whole[call.parameter] = Why(told, {"reason": "several-matrices"})
         self.calls.append(call)
 
     def _note_batched(self, func: Any, given: list[Tensor]) -> None:
@@ -77,7 +79,8 @@ class ChoiceTrace(LinearCalls):
             name = self._names.get(tensor.untyped_storage()._cdata)
             if name is not None and tensor.dim() == 3 and math.prod(tensor.shape) == self._watched[name].numel():
                 self.expert_counts.add(tensor.shape[0])
-                self.whole[name] = "all experts are multiplied in one batched product"
+                told = "all experts are multiplied in one batched product"
+                self.whole[name] = Why(told, {"reason": "batched-product"})
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from compressor.errors import ModelError
+from compressor.errors import ModelError, Why
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.load_dtypes import hold, load_dtype
@@ -113,7 +113,7 @@ class Structure:
                         yield unit, weight
 
     @cached_property
-    def whole(self) -> list[tuple[int, Weight, str]]:
+    def whole(self) -> list[tuple[int, Weight, Why]]:
         """(unit, weight, why) for tensors that hold several matrices, such as all experts of a block, and that can't
         be stored in parts.
         """
@@ -124,7 +124,8 @@ class Structure:
             for product in (product for group in self.traced.groups[kind] for product in group):
                 sources = self.bindings.sources.get(prefix + product.parameter, ())
                 if product.fused_experts and any(source.rows is None for source in sources):
-                    reasons[product.parameter] = "the checkpoint holds all experts of a block in one tensor"
+                    told = "the checkpoint holds all experts of a block in one tensor"
+                    reasons[product.parameter] = Why(told, {"reason": "experts-in-one-tensor"})
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
                     shape = tuple(self.checkpoint.tensors[source.tensor].shape)
@@ -420,6 +421,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
             where=blocks_path,
             hint="A model that skips or repeats blocks can't be split.",
+            data={"calls": len(inputs), "blocks": len(pieces)},
         )
     hidden, calls = pieces.stem(batch)
     hint = "This model can't be compressed block by block."
@@ -515,7 +517,12 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
     where = checkpoint.directory.name
     name = checkpoint.architecture
     if name is None:
-        raise ModelError("config.json names no `architectures`", where=where, hint="Add the model's class name.")
+        raise ModelError(
+            "config.json names no `architectures`",
+            where=where,
+            hint="Add the model's class name.",
+            data={"reason": "no-architectures"},
+        )
     check_kernels(checkpoint.config)
     named = auto_map(checkpoint.config, "config.json")
     cls = getattr(transformers, name, None)
@@ -525,12 +532,14 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
+            data={"reason": "untrusted-code", "architecture": name, "code": sorted(references)},
         )
     if cls is None and not references:
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
             hint="Update transformers, or check `architectures` in config.json.",
+            data={"reason": "unknown-architecture", "architecture": name, "transformers": transformers.__version__},
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
     choose_plain(config, checkpoint.config)

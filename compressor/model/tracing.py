@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.errors import ModelError, PreflightError
+from compressor.errors import ModelError, PreflightError, Why
 from compressor.model.load_dtypes import hold_as_loaded
 from compressor.model.replaceable import watch_reads
 from compressor.model.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
@@ -63,7 +63,7 @@ class Traced:
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
-    whole: dict[Kind, dict[str, str]]
+    whole: dict[Kind, dict[str, Why]]
     answers: dict[Kind, Answer]
     head: tuple[Product, ...]
     after: set[str]
@@ -144,7 +144,7 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
             hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
-        whole: dict[Kind, dict[str, str]] = {}
+        whole: dict[Kind, dict[str, Why]] = {}
         answers: dict[Kind, Answer] = {}
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):

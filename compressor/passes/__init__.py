@@ -47,7 +47,7 @@ def find_pass(name: str) -> type[Pass]:
         return getattr(importlib.import_module(module), attribute)
     near = difflib.get_close_matches(name, pass_names(), 1)
     hint = f"Did you mean {near[0]!r}?" if near else "Known passes: " + ", ".join(pass_names())
-    raise RecipeError(f"unknown pass {name!r}.", hint=hint)
+    raise RecipeError(f"unknown pass {name!r}.", hint=hint, data={"reason": "unknown-pass", "name": name, "near": near})
 
 
 def _load(point: EntryPoint) -> type[Pass]:

@@ -53,6 +53,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.errors import PassError, ShapeError
 from compressor.lazy import torch
@@ -115,9 +116,9 @@ class BCT(Pass):
     @model_validator(mode="after")
     def _bits_or_budget(self) -> BCT:
         if self.budget is not None and self.budget_bits is not None:
-            raise ValueError("budget and budget_bits say the same: give one of them")
+            raise PydanticCustomError("two-budgets", "budget and budget_bits say the same: give one of them")
         if self.decides and (self.bits, self.embedding_bits) != (8, 8):
-            raise ValueError("a budget chooses the bits: leave out bits and embedding_bits")
+            raise PydanticCustomError("bits-and-budget", "a budget chooses the bits: leave out bits and embedding_bits")
         return self
 
     @model_validator(mode="after")
@@ -131,7 +132,9 @@ class BCT(Pass):
         }
         lacking = [need for need, is_met in needs.items() if not is_met]
         if self.stock and lacking:
-            raise ValueError(f"stock: true needs {' and '.join(lacking)}")
+            raise PydanticCustomError(
+                "no-stock-form", f"stock: true needs {' and '.join(lacking)}", {"lacking": lacking}
+            )
         return self
 
     @property
@@ -160,14 +163,16 @@ class BCT(Pass):
             return self._function_spec(weight, self._table(weight, None))
         return self._spec(weight, self._bits(weight, None))
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         if not self.decides:
             return []
         weights = [weight for weight in weights if not weight.is_function]
         least = sum(stored_bytes(weight.shape, self._spec(weight, 4)) for weight in weights)
         budget = self._budget_bytes(sum(math.prod(weight.shape) for weight in weights))
         if least > budget:
-            return [f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"]
+            told = f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"
+            values = {"budget": budget, "least": least, "matrices": len(weights), "bits": 4}
+            return [(told, {"reason": "budget-too-small", **values})]
         return []
 
     def _budget_bytes(self, weights: int) -> int:

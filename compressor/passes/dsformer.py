@@ -43,6 +43,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import ShapeError
@@ -152,13 +153,19 @@ class DSFormer(Pass):
     @model_validator(mode="after")
     def _one_size(self) -> DSFormer:
         if (self.atoms is None) != (self.k is None):
-            raise ValueError("atoms and k belong together: give both, or ratio")
+            raise PydanticCustomError("half-size", "atoms and k belong together: give both, or ratio")
         if self.atoms is not None and self.ratio is not None:
-            raise ValueError("ratio chooses atoms and k: give one or the other")
+            raise PydanticCustomError("ratio-and-atoms", "ratio chooses atoms and k: give one or the other")
         if self.refine_steps and self.metric == "weight":
-            raise ValueError("refine_steps needs calibration data: set metric: output")
+            raise PydanticCustomError(
+                "refining-without-data", "refine_steps needs calibration data: set metric: output"
+            )
         if self.atoms is not None and self.k is not None and self.k > self.atoms:
-            raise ValueError(f"k {self.k} is more than the {self.atoms} atoms there are")
+            raise PydanticCustomError(
+                "too-few-atoms",
+                f"k {self.k} is more than the {self.atoms} atoms there are",
+                {"k": self.k, "atoms": self.atoms},
+            )
         return self
 
     @property
@@ -209,6 +216,7 @@ class DSFormer(Pass):
                 f"block_size {self.block_size} does not divide in_features {inputs}.",
                 where=weight.name,
                 hint=f"Set block_size to {choice}, or leave this weight out with `except`.",
+                data={"block_size": self.block_size, "inputs": inputs, "near": near},
             )
         return self.block_size
 

@@ -382,6 +382,7 @@ def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tens
             f"the solve does not check out: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",
             where=where,
             hint="Try hessian_dtype: float64; please report this.",
+            data={"reason": "wrong-loss", "loss": found, "direct": direct},
         )
 
 

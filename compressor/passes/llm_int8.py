@@ -33,6 +33,7 @@ from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import PassError
@@ -74,9 +75,13 @@ class LLMInt8(Pass):
     @model_validator(mode="after")
     def _settings_are_used(self) -> LLMInt8:
         if self.outliers == "calibrated" and self.threshold == 0:
-            raise ValueError("threshold 0 turns the split off, so outliers: calibrated has nothing to find")
+            raise PydanticCustomError(
+                "nothing-calibrated", "threshold 0 turns the split off, so outliers: calibrated has nothing to find"
+            )
         if self.outliers == "dynamic" and (self.min_frequency, self.max_outlier_columns) != (0.0, MOST_COLUMNS):
-            raise ValueError("min_frequency and max_outlier_columns need outliers: calibrated")
+            raise PydanticCustomError(
+                "needs-calibrated", "min_frequency and max_outlier_columns need outliers: calibrated"
+            )
         return self
 
     @property
@@ -130,6 +135,7 @@ class LLMInt8(Pass):
                     "its calibration inputs hold NaN or Inf",
                     where=group.name,
                     hint="The model overflows in this dtype on this data: set model.dtype, or look at the data.",
+                    data={"reason": "not-finite"},
                 )
             record = count.record(group)
         if count is not None and self.outliers == "calibrated":

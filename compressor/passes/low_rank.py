@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.lazy import torch
@@ -77,7 +78,9 @@ class LowRank(Pass):
     def _one_rule(self) -> LowRank:
         rules = [name for name in ("ratio", "rank", "energy", "budget") if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{' and '.join(rules)} each say the rank: give one of them")
+            raise PydanticCustomError(
+                "several-rules", f"{' and '.join(rules)} each say the rank: give one of them", {"rules": rules}
+            )
         return self
 
     @property
@@ -122,15 +125,17 @@ class LowRank(Pass):
             return most
         return largest_rank(shape, int((self.ratio or DEFAULT_RATIO) * dense_bytes(shape)), self.values)
 
-    def check(self, weights: Sequence[Weight]) -> list[str]:
+    def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         if self.budget is None:
             return []
         matrices = [weight.shape for weight in weights if not weight.is_function]
         least = sum(min(low_rank_bytes(shape, 1, self.values), dense_bytes(shape)) for shape in matrices)
         if least > self.budget:
-            return [
+            told = (
                 f"the budget is {self.budget:,} bytes, and all {len(matrices)} matrices at rank 1 are {least:,} bytes"
-            ]
+            )
+            values = {"budget": self.budget, "least": least, "matrices": len(matrices), "rank": 1}
+            return [(told, {"reason": "budget-too-small", **values})]
         return []
 
     def decide(self, model: WholeModel) -> Decision | None:

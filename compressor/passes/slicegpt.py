@@ -42,6 +42,7 @@ from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
@@ -102,8 +103,9 @@ class SliceGPT(Pass):
     @model_validator(mode="after")
     def _one_width_has_no_schedule(self) -> SliceGPT:
         if self.schedule == "variance" and self.orientation == "global":
-            raise ValueError(
-                "orientation: global has one width for all sites, and schedule: variance gives each its own"
+            raise PydanticCustomError(
+                "one-width",
+                "orientation: global has one width for all sites, and schedule: variance gives each its own",
             )
         return self
 

@@ -35,6 +35,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import PreflightError
@@ -100,9 +101,12 @@ class VTrans(Pass):
     @model_validator(mode="after")
     def _fits_together(self) -> VTrans:
         if len(set(self.sites)) < len(self.sites):
-            raise ValueError("sites names something twice")
+            raise PydanticCustomError("site-twice", "sites names something twice")
         if "layers" in self.sites and self._is_uniform:
-            raise ValueError("sites: layers removes other sub-blocks in each block; drop it, or uniform and stock")
+            raise PydanticCustomError(
+                "layers-and-uniform",
+                "sites: layers removes other sub-blocks in each block; drop it, or uniform and stock",
+            )
         return self
 
     @property

@@ -33,6 +33,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
@@ -102,15 +103,19 @@ class ZeroTPrune(Pass):
     def _one_way_to_say_where(self) -> ZeroTPrune:
         if isinstance(self.keep, dict):
             if self.blocks is not None:
-                raise ValueError("keep names blocks, and so does `blocks`; give one of them")
+                raise PydanticCustomError(
+                    "keep-and-blocks", "keep names blocks, and so does `blocks`; give one of them"
+                )
             if not self.keep:
-                raise ValueError("keep names no block")
+                raise PydanticCustomError("keep-without-blocks", "keep names no block")
         if self.keep is not None and self.target_macs is not None:
-            raise ValueError("target_macs looks for the keep rates that `keep` gives; give one of them")
+            raise PydanticCustomError(
+                "keep-and-target", "target_macs looks for the keep rates that `keep` gives; give one of them"
+            )
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise ValueError("blocks has to name blocks, each once")
+            raise PydanticCustomError("blocks-each-once", "blocks has to name blocks, each once")
         if self.head_filter is not None and not self.head_filter[0] < self.head_filter[1]:
-            raise ValueError("the first bound of head_filter has to be the smaller one")
+            raise PydanticCustomError("head-filter-order", "the first bound of head_filter has to be the smaller one")
         return self
 
     @property

@@ -1,9 +1,10 @@
 """Fresh processes of this package: each does one thing, answers, and ends with the process that asked.
 
-`ask("compressor.artifact.verify", request, ...)` calls `main(request)` of that module in a new interpreter and
-returns what that returned. An error arrives here as it was raised there: a `CompressError` with its class, place and hint, anything
-else as `ChildBug` with the traceback. The request goes through standard input and the answer through standard output,
-so neither needs room on a disk; whatever libraries print goes to standard error, and is shown where the child failed.
+`ask("compressor.artifact.verify", request, ...)` calls `main(request)` of that module in a new interpreter and returns
+what that returned. An error arrives here as it was raised there: a `CompressError` with its class, place and hint,
+anything else as `ChildBug` with the traceback. The request goes through standard input and the answer through standard
+output, so neither needs room on a disk; whatever libraries print goes to standard error, and is shown where the child
+failed.
 
 The child is this very package, loaded by its path: neither the working directory nor the folder of the package is on
 its search path. It has a process group of its own, so that what it starts in turn ends with it, and it ends itself when

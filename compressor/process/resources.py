@@ -22,7 +22,12 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
     """
     if isinstance(error, LostStream):
         hint = "Free some room for it, or send it elsewhere, then continue with --resume."
-        return PassError(f"can't be written ({error.strerror})", where=error.filename, hint=hint)
+        return PassError(
+            f"can't be written ({error.strerror})",
+            where=error.filename,
+            hint=hint,
+            data={"reason": "lost-stream", "cause": error.strerror},
+        )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         named = Path(error.filename) if isinstance(error.filename, str) else folder
         return disk_full(named or folder or Path.cwd(), None)
@@ -37,6 +42,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
             f"memory ran out{asked}",
             where=folder.name if folder is not None else None,
             hint="Free some memory, or use smaller data, then try again (a run: with --resume).",
+            data={"reason": "no-memory", "cause": str(error)[:200]},
         )
     return None
 

@@ -36,7 +36,22 @@ def check_utf8(name: str | os.PathLike[str], hint: str) -> None:
     """raises UsageError for the name of a file, or another word of a user, that can't be written"""
     text = os.fspath(name)
     if not is_utf8(text):
-        raise UsageError("holds bytes that are not UTF-8", where=printable(text), hint=hint)
+        raise UsageError(
+            "holds bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
+        )
+
+
+class HalfPair(ValueError):
+    """A string of a JSON file holds half of a surrogate pair, shown as `half`."""
+
+    def __init__(self, half: str) -> None:
+        super().__init__(f"a string holds {half}, half of a surrogate pair")
+        self.half = half
+
+
+def halves(error: BaseException) -> dict[str, str]:
+    """For the data of an error: the half of a pair that `parse_json` found, if that is what was wrong."""
+    return {"half": error.half} if isinstance(error, HalfPair) else {}
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -51,6 +66,5 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            half = printable(error.object[error.start])
-            raise ValueError(f"a string holds {half}, half of a surrogate pair") from error
+            raise HalfPair(printable(error.object[error.start])) from error
     return value

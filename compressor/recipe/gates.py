@@ -84,15 +84,24 @@ def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
     for text in texts:
         name, equals, bound = text.partition("=")
         if not equals:
-            raise UsageError(f"{text!r} is not NAME=BOUND", where=where, hint="For example size_ratio=0.6")
+            raise UsageError(
+                f"{text!r} is not NAME=BOUND",
+                where=where,
+                hint="For example size_ratio=0.6",
+                data={"reason": "no-bound", "gate": text},
+            )
         if (problem := unknown_gate(name)) is not None:
-            raise UsageError(problem, where=where)
+            raise UsageError(problem, where=where, data={"reason": "unknown-gate", "gate": name})
         try:
             gates[name] = float(bound)
         except ValueError:
             gates[name] = math.nan
         if not math.isfinite(gates[name]):
-            raise UsageError(f"the bound {bound!r} of {name} is not a number", where=where)
+            raise UsageError(
+                f"the bound {bound!r} of {name} is not a number",
+                where=where,
+                data={"reason": "bad-bound", "gate": name, "bound": bound},
+            )
     return gates
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from compressor.errors import RecipeError
 from compressor.passes import find_pass, pass_names
@@ -128,7 +129,12 @@ def find_recipe(name: str) -> Path:
         if shipped.is_file() and len(path.parts) == 1:
             return shipped
     known = sorted({file.stem for folder in recipe_folders() for file in folder.glob("*.yaml")})
-    raise RecipeError("no such recipe file", where=name, hint=f"Recipes that come along: {', '.join(known)}.")
+    raise RecipeError(
+        "no such recipe file",
+        where=name,
+        hint=f"Recipes that come along: {', '.join(known)}.",
+        data={"reason": "no-such-recipe", "known": known},
+    )
 
 
 def recipe_folders() -> list[Path]:
@@ -149,7 +155,12 @@ def parse_recipe(
     """overrides are `KEY=VALUE` texts of --set, options settings that another flag stands for"""
     source = read_yaml(content, name)
     if not isinstance(source.value, dict):
-        raise RecipeError("a recipe is a map of keys", where=source.where(()), hint="Start with `version: 1`.")
+        raise RecipeError(
+            "a recipe is a map of keys",
+            where=source.where(()),
+            hint="Start with `version: 1`.",
+            data={"reason": "not-a-map"},
+        )
     for override in overrides:
         _apply(source, override)
     for place, path, value in options:
@@ -203,7 +214,11 @@ def _build(source: Source) -> Recipe:
     _refuse_unknown(tree, TOP_KEYS, source, ())
     if tree.get("version") != 1 or isinstance(tree.get("version"), bool):
         found = repr(tree["version"]) if "version" in tree else "none"
-        raise RecipeError(f"version 1 is needed, {found} was found", where=source.where(("version",)))
+        raise RecipeError(
+            f"version 1 is needed, {found} was found",
+            where=source.where(("version",)),
+            data={"reason": "version", "found": found},
+        )
     name = tree.get("name", _name_of(source.name))
     if not (isinstance(name, str) and re.fullmatch(r"[a-z0-9-]{1,80}", name)):
         raise RecipeError(f"name {name!r} must be lower-case letters, digits and -", where=source.where(("name",)))
@@ -213,7 +228,12 @@ def _build(source: Source) -> Recipe:
     sections = {key: _validated(model, tree.get(key, {}), source, (key,)) for key, model in SECTIONS.items()}
     steps = tree.get("steps")
     if not isinstance(steps, list) or not steps:
-        raise RecipeError("at least one step is needed", where=source.where(("steps",)), hint="steps: [{pass: gptq}]")
+        raise RecipeError(
+            "at least one step is needed",
+            where=source.where(("steps",)),
+            hint="steps: [{pass: gptq}]",
+            data={"reason": "no-steps"},
+        )
     sweeps = []
     for number, entry in enumerate(steps):
         path: KeyPath = ("steps", number)
@@ -221,7 +241,11 @@ def _build(source: Source) -> Recipe:
             _refuse_unknown(entry, ("sweep",), source, path)
             members = entry["sweep"]
             if not isinstance(members, list) or not members:
-                raise RecipeError("a sweep is a list of steps", where=source.where((*path, "sweep")))
+                raise RecipeError(
+                    "a sweep is a list of steps",
+                    where=source.where((*path, "sweep")),
+                    data={"reason": "sweep-without-steps"},
+                )
             sweeps.append(tuple(_step(member, source, (*path, "sweep", i)) for i, member in enumerate(members)))
         else:
             sweeps.append((_step(entry, source, path),))
@@ -239,6 +263,7 @@ def _step(entry: Any, source: Source, path: KeyPath) -> Step:
             "a step names its pass",
             where=source.where(path),
             hint="{pass: NAME, ...}; passes: " + ", ".join(pass_names()),
+            data={"reason": "step-without-pass", "known": pass_names()},
         )
     try:
         cls = find_pass(entry["pass"])
@@ -252,7 +277,11 @@ def _validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath
     if not isinstance(value, dict):
         raise RecipeError(f"a map of settings is needed, {value!r} was found", where=source.where(path))
     if (stray := _stray_boolean(model, value)) is not None:
-        raise RecipeError("true or false where something else is needed", where=source.where((*path, *stray)))
+        raise RecipeError(
+            "true or false where something else is needed",
+            where=source.where((*path, *stray)),
+            data={"reason": "stray-boolean"},
+        )
     try:
         return model.model_validate(value)
     except ValidationError as failure:
@@ -261,16 +290,32 @@ def _validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath
             location = tuple(part for part in error["loc"] if isinstance(part, (str, int)))
             at = _known_path(source.value, (*path, *location))
             if error["type"] == "extra_forbidden":
-                problems.append(
-                    RecipeError(f"unknown key {location[-1]!r}", where=source.where(at), hint=_near(model, location))
-                )
+                problems.append(_unknown_key(location[-1], _known_keys(model, location), source.where(at)))
             else:
                 found = f", found {error['input']!r}"[:120] if not isinstance(error["input"], dict) else ""
-                problems.append(RecipeError(error["msg"].removeprefix("Value error, ") + found, where=source.where(at)))
-        unique = list(dict.fromkeys(str(problem) for problem in problems))
-        first = problems[0]
-        rest = "".join(f"\n  also {line}" for line in unique[1:])
-        raise RecipeError(first.what + rest, where=first.where, hint=first.hint if not rest else None) from failure
+                problems.append(
+                    RecipeError(
+                        error["msg"].removeprefix("Value error, ") + found,
+                        where=source.where(at),
+                        data=_values_of(error),
+                    )
+                )
+        first, *others = {str(problem): problem for problem in problems}.values()
+        rest = "".join(f"\n  also {problem}" for problem in others)
+        also = {"also": [{"where": problem.where, **problem.data} for problem in others]} if others else {}
+        raise RecipeError(
+            first.what + rest,
+            where=first.where,
+            hint=first.hint if not rest else None,
+            data={**first.data, **also},
+        ) from failure
+
+
+def _values_of(error: ErrorDetails) -> dict[str, Any]:
+    """What pydantic found, by name; the kind of error is its reason. A value that was given is told as text."""
+    told = {key: value for key, value in error.get("ctx", {}).items() if isinstance(value, (str, int, float, list))}
+    found = {"found": repr(error["input"])[:120]} if not isinstance(error["input"], dict) else {}
+    return {"reason": error["type"].replace("_", "-"), **found, **told}
 
 
 def _stray_boolean(model: type[BaseModel], value: dict[Any, Any]) -> KeyPath | None:
@@ -311,27 +356,30 @@ def _known_path(tree: Any, path: KeyPath) -> KeyPath:
     return known
 
 
-def _near(model: type[BaseModel], location: KeyPath) -> str:
+def _known_keys(model: type[BaseModel], location: KeyPath) -> list[str]:
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
         model = field.annotation
-    keys = [field.alias or name for name, field in model.model_fields.items()]
-    near = difflib.get_close_matches(str(location[-1]), keys, 1)
-    return f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(keys) + "."
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _unknown_key(key: Any, known: list[str], where: str) -> RecipeError:
+    near = difflib.get_close_matches(str(key), known, 1)
+    return RecipeError(
+        f"unknown key {key!r}",
+        where=where,
+        hint=f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(known) + ".",
+        data={"reason": "unknown-key", "key": key, "near": near, "known": known},
+    )
 
 
 def _refuse_unknown(tree: dict[Any, Any], known: Iterable[str], source: Source, path: KeyPath) -> None:
     known = list(known)
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            raise RecipeError(
-                f"unknown key {key!r}",
-                where=source.where((*path, key)),
-                hint=f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(known) + ".",
-            )
+            raise _unknown_key(key, known, source.where((*path, key)))
 
 
 def _apply(source: Source, override: str) -> None:
@@ -339,9 +387,19 @@ def _apply(source: Source, override: str) -> None:
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not is_utf8(override):
-        raise RecipeError("holds bytes that are not UTF-8", where=printable(place), hint="Give the value as UTF-8.")
+        raise RecipeError(
+            "holds bytes that are not UTF-8",
+            where=printable(place),
+            hint="Give the value as UTF-8.",
+            data={"reason": "not-utf-8"},
+        )
     if not equals or not key:
-        raise RecipeError("KEY=VALUE is needed", where=place, hint="For example --set steps.0.bits=3")
+        raise RecipeError(
+            "KEY=VALUE is needed",
+            where=place,
+            hint="For example --set steps.0.bits=3",
+            data={"reason": "no-key-and-value"},
+        )
     path: KeyPath = tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in key.split("."))
     _put(source, path, read_yaml(text.encode(), place).value if text.strip() else None, place)
 
@@ -350,7 +408,10 @@ def _put(source: Source, path: KeyPath, value: Any, place: str) -> None:
     """Put a value where `path` leads. The path must lead through the recipe; only the last key may be new."""
     if path[0] == "steps" and (len(path) < 3 or path[2:] == ("sweep",) or (path[2] == "sweep" and len(path) < 5)):
         raise RecipeError(
-            "--set changes a step's settings, never the steps", where=place, hint="For example --set steps.0.bits=3"
+            "--set changes a step's settings, never the steps",
+            where=place,
+            hint="For example --set steps.0.bits=3",
+            data={"reason": "changes-steps"},
         )
     node = source.value
     for depth, part in enumerate(path[:-1]):
@@ -362,7 +423,10 @@ def _put(source: Source, path: KeyPath, value: Any, place: str) -> None:
             node = node[part]
         except (KeyError, IndexError, TypeError):
             raise RecipeError(
-                f"{dotted(path[: depth + 1])!r} is not in the recipe", where=place, hint="--set never creates a step."
+                f"{dotted(path[: depth + 1])!r} is not in the recipe",
+                where=place,
+                hint="--set never creates a step.",
+                data={"reason": "not-in-recipe", "key": dotted(path[: depth + 1])},
             ) from None
     last = path[-1]
     if isinstance(node, list):

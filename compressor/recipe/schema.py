@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from compressor.bounds import MOST, MOST_BYTES, MOST_SAMPLES, Count
 from compressor.recipe.gates import unknown_gate, unmeasured_gates
@@ -47,10 +48,10 @@ def parse_bytes(value: Any) -> Any:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", value)
     if not found or found[2].upper() not in UNITS:
-        raise ValueError("give bytes as a number with KiB, MiB, GiB (1024) or KB, MB, GB (1000)")
+        raise PydanticCustomError("no-size", "give bytes as a number with KiB, MiB, GiB (1024) or KB, MB, GB (1000)")
     size = float(found[1]) * UNITS[found[2].upper()]
     if size > MOST_BYTES:  # infinite, too
-        raise ValueError("no machine has more than 1 EiB (2^60 bytes)")
+        raise PydanticCustomError("size-limit", "no machine has more than 1 EiB (2^60 bytes)", {"limit": MOST_BYTES})
     return int(size)
 
 
@@ -139,13 +140,17 @@ class EvalSettings(Section):
     def _known(cls, gates: dict[str, float]) -> dict[str, float]:
         for name in gates:
             if (problem := unknown_gate(name)) is not None:
-                raise ValueError(problem)
+                raise PydanticCustomError("unknown-gate", problem, {"gate": name})
         return gates
 
     @model_validator(mode="after")
     def _measured(self) -> EvalSettings:
         for name, metric in unmeasured_gates(self.gates, self.metrics).items():
-            raise ValueError(f"gate {name!r} needs {metric} among eval.metrics; measure it or drop the gate")
+            raise PydanticCustomError(
+                "gate-unmeasured",
+                f"gate {name!r} needs {metric} among eval.metrics; measure it or drop the gate",
+                {"gate": name, "metric": metric},
+            )
         return self
 
 

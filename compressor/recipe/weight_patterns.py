@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from compressor.errors import RecipeError
 from compressor.protocol import FUNCTION_ROLES, Weight
-from compressor.storage.glob import DOT, Glob
+from compressor.storage.glob import DOT, Glob, TooManyPlaces
 
 ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
 LEFT_OUT = ("head", "embedding", "router", "shortcut")  # unless named
@@ -28,7 +28,10 @@ def compile_pattern(pattern: str, where: str) -> Glob:
     if REGEX_SIGNS.search(body):
         guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
         raise RecipeError(
-            f"pattern {pattern[:200]!r} looks like a regex", where=where, hint=f"Globs are used here: {guess[:200]!r}"
+            f"pattern {pattern[:200]!r} looks like a regex",
+            where=where,
+            hint=f"Globs are used here: {guess[:200]!r}",
+            data={"reason": "regex", "pattern": pattern[:200], "glob": guess[:200]},
         )
     if not body:
         raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
@@ -44,7 +47,12 @@ def compile_pattern(pattern: str, where: str) -> Glob:
         glob.last = _translate(text, glob, at)
         return glob
     except ValueError as error:
-        raise RecipeError(f"pattern {pattern[:200]!r} is malformed ({error})", where=where) from error
+        reason = "too-many-places" if isinstance(error, TooManyPlaces) else "malformed"
+        raise RecipeError(
+            f"pattern {pattern[:200]!r} is malformed ({error})",
+            where=where,
+            data={"reason": reason, "pattern": pattern[:200], "error": str(error)},
+        ) from error
 
 
 def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weight], where: str) -> list[Weight]:
@@ -63,6 +71,7 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
                 f"all {len(found)} weights that {pattern!r} matches are left out by `except`",
                 where=place,
                 hint="Drop the pattern, or narrow `except`.",
+                data={"reason": "left-out", "pattern": pattern, "weights": len(found)},
             )
         chosen |= found
     return [weight for weight in weights if weight.name in chosen - out]
@@ -103,6 +112,7 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
                 f"pattern {pattern!r} matches none of {len(names)} weights.",
                 where=where,
                 hint=f"Near names: {', '.join(near or parts[:3])}.",
+                data={"reason": "matches-none", "pattern": pattern, "weights": len(names), "near": near or parts[:3]},
             )
         result |= found
     return result
@@ -116,6 +126,7 @@ def _role(pattern: str, where: str) -> str:
             f"unknown role {pattern!r}",
             where=where,
             hint=f"Did you mean @{near[0]}?" if near else "Roles: " + ", ".join(f"@{role}" for role in ROLES),
+            data={"reason": "unknown-role", "pattern": pattern, "near": near},
         )
     return role
 

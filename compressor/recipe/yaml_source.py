@@ -44,26 +44,39 @@ def dotted(path: Path) -> str:
 def read_yaml(content: bytes, name: str) -> Source:
     """raises RecipeError with file:line:column"""
     if len(content) > MAX_BYTES:
-        raise RecipeError(f"has {len(content):,} bytes, at most {MAX_BYTES:,} are read", where=name)
+        raise RecipeError(
+            f"has {len(content):,} bytes, at most {MAX_BYTES:,} are read",
+            where=name,
+            data={"reason": "too-large", "bytes": len(content), "limit": MAX_BYTES},
+        )
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"is not UTF-8 (byte {error.start})", where=name, hint="Save it as UTF-8.") from error
+        raise RecipeError(
+            f"is not UTF-8 (byte {error.start})",
+            where=name,
+            hint="Save it as UTF-8.",
+            data={"reason": "not-utf-8", "byte": error.start},
+        ) from error
     loader = None
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError("is empty", where=name, hint="Start with `version: 1`.")
+            raise RecipeError("is empty", where=name, hint="Start with `version: 1`.", data={"reason": "empty"})
         source = Source(name, None)
         source.value = _value(loader, node, (), source, [0])
         return source
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"is not valid YAML: {error.problem}", where=where) from error
+        raise RecipeError(
+            f"is not valid YAML: {error.problem}", where=where, data={"reason": "not-yaml", "problem": error.problem}
+        ) from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"is not valid YAML: {error}", where=name) from error
+        raise RecipeError(
+            f"is not valid YAML: {error}", where=name, data={"reason": "not-yaml", "problem": str(error)}
+        ) from error
     except RecursionError as error:
         raise RecipeError("is nested too deeply", where=name) from error
     finally:
@@ -76,10 +89,14 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
     source.positions.setdefault(path, place)
     count[0] += 1
     if count[0] > MAX_NODES or len(path) > MAX_DEPTH:
-        raise RecipeError(f"has more than {MAX_NODES:,} nodes or {MAX_DEPTH} levels", where=place)
+        raise RecipeError(
+            f"has more than {MAX_NODES:,} nodes or {MAX_DEPTH} levels",
+            where=place,
+            data={"reason": "too-many-nodes", "nodes": MAX_NODES, "levels": MAX_DEPTH},
+        )
     if isinstance(node, yaml.MappingNode):
         if node.tag != "tag:yaml.org,2002:map":
-            raise RecipeError(f"tag {node.tag} is not allowed", where=place)
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place, data=_tag(node))
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             at = f"{source.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
@@ -88,13 +105,18 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise RecipeError("a key must be a plain word", where=at)
             if key in result:
-                raise RecipeError(f"key {key!r} appears twice", where=at, hint="Keep one of them.")
+                raise RecipeError(
+                    f"key {key!r} appears twice",
+                    where=at,
+                    hint="Keep one of them.",
+                    data={"reason": "key-twice", "key": key},
+                )
             source.positions[(*path, key)] = at
             result[key] = _value(loader, value_node, (*path, key), source, count)
         return result
     if isinstance(node, yaml.SequenceNode):
         if node.tag != "tag:yaml.org,2002:seq":
-            raise RecipeError(f"tag {node.tag} is not allowed", where=place)
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place, data=_tag(node))
         return [_value(loader, child, (*path, number), source, count) for number, child in enumerate(node.value)]
     return _scalar(loader, node, place)
 
@@ -105,16 +127,32 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
         return node.value
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
         hint = "Use plain text, numbers, lists and maps."
-        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint)
+        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint, data=_tag(node))
     if not is_utf8(node.value):
-        raise RecipeError(f"{_shown(node)} holds half of a surrogate pair", where=place)
+        raise RecipeError(
+            f"{_shown(node)} holds half of a surrogate pair",
+            where=place,
+            data={"reason": "surrogate", "value": _shown(node)},
+        )
     try:
         value = loader.construct_object(node)
     except (ValueError, OverflowError, LookupError) as error:  # what a tag such as !!bool makes of a text that is none
-        raise RecipeError(f"{_shown(node)} can't be read ({error})", where=place) from error
+        raise RecipeError(
+            f"{_shown(node)} can't be read ({error})",
+            where=place,
+            data={"reason": "unreadable", "value": _shown(node), "error": str(error)},
+        ) from error
     if isinstance(value, int) and abs(value) >= LARGEST:
-        raise RecipeError(f"{_shown(node)} is larger than any setting, 2^63 - 1 at most", where=place)
+        raise RecipeError(
+            f"{_shown(node)} is larger than any setting, 2^63 - 1 at most",
+            where=place,
+            data={"reason": "too-large-number", "value": _shown(node)},
+        )
     return value
+
+
+def _tag(node: yaml.Node) -> dict[str, str]:
+    return {"reason": "tag", "tag": node.tag}
 
 
 def _shown(node: yaml.Node) -> str:

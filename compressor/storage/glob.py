@@ -15,6 +15,10 @@ DOT = "."
 Accepts = Callable[[str], bool]
 
 
+class TooManyPlaces(ValueError):
+    """A pattern that would have more than `MAX_PLACES`."""
+
+
 @dataclass
 class Glob:
     """Places are numbered; the first is 0.
@@ -41,9 +45,9 @@ class Glob:
         return self.last in places
 
     def place(self) -> int:
-        """A new place. raises ValueError if there are too many"""
+        """A new place. raises TooManyPlaces"""
         if len(self.steps) == MAX_PLACES:
-            raise ValueError(f"it has more than {MAX_PLACES:,} places to be in")
+            raise TooManyPlaces(f"it has more than {MAX_PLACES:,} places to be in")
         self.steps.append([])
         self.skips.append([])
         return len(self.steps) - 1

@@ -58,25 +58,30 @@ class Journal:
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
         """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
         if not has_begun(work):
-            raise ResumeError("there is no interrupted run here", where=work.name, hint="Start without --resume.")
+            raise ResumeError(
+                "there is no interrupted run here",
+                where=work.name,
+                hint="Start without --resume.",
+                data={"reason": "no-interrupted-run"},
+            )
         if links := _links(work):
             raise ResumeError(
                 f"holds a link, a pipe or the like, which no run makes ({links[0]})",
                 where=work.name,
                 hint="Move it away first, then start again with --fresh.",
+                data={"reason": "link", "name": links[0]},
             )
         stored = _read_run(work)
         names = sorted({*stored, *fingerprint})
-        differences = [
-            f"{name}: was {stored.get(name)!r}, is {fingerprint.get(name)!r}"
-            for name in names
-            if stored.get(name) != fingerprint.get(name)
-        ]
+        pairs = {name: [stored.get(name), fingerprint.get(name)] for name in names}
+        changes = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        differences = [f"{name}: was {was!r}, is {now!r}" for name, (was, now) in changes.items()]
         if differences:
             raise ResumeError(
                 "the interrupted run differs: " + "; ".join(differences),
                 where=work.name,
                 hint="Restore what differs, or start again with --fresh.",
+                data={"changes": changes},
             )
         try:
             (work / UNITS).mkdir(exist_ok=True)
@@ -85,7 +90,12 @@ class Journal:
             if error.errno in FULL:
                 raise disk_full(work, None) from error
             named = Path(error.filename).name if isinstance(error.filename, str) else work.name
-            raise ResumeError(f"can't be opened ({error.strerror})", where=named, hint=AGAIN) from error
+            raise ResumeError(
+                f"can't be opened ({error.strerror})",
+                where=named,
+                hint=AGAIN,
+                data={"reason": "not-opened", "cause": error.strerror},
+            ) from error
 
     def close(self) -> None:
         self._lock.close()
@@ -100,6 +110,7 @@ class Journal:
                     "the file is missing or changed since it was committed",
                     where=line["file"],
                     hint=AGAIN,
+                    data={"reason": "unit-changed"},
                 )
             line["checked"] = True
         return line
@@ -157,7 +168,9 @@ class Journal:
                     raise ValueError("names a file elsewhere")
                 lines[line["key"]] = line
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ResumeError(f"line {number} is damaged", where=LINES, hint=AGAIN) from error
+                raise ResumeError(
+                    f"line {number} is damaged", where=LINES, hint=AGAIN, data={"reason": "damaged", "line": number}
+                ) from error
         return lines
 
 
@@ -166,11 +179,18 @@ def _read_run(work: Path) -> dict[str, Any]:
     try:
         stored = json.loads((work / RUN).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ResumeError(f"is damaged ({error})", where=RUN, hint=AGAIN) from error
+        raise ResumeError(
+            f"is damaged ({error})", where=RUN, hint=AGAIN, data={"reason": "damaged", "cause": str(error)}
+        ) from error
     except OSError as error:
-        raise ResumeError(f"can't be read ({error.strerror})", where=RUN, hint=AGAIN) from error
+        raise ResumeError(
+            f"can't be read ({error.strerror})",
+            where=RUN,
+            hint=AGAIN,
+            data={"reason": "not-read", "cause": error.strerror},
+        ) from error
     if not isinstance(stored, dict):
-        raise ResumeError("is damaged (not a JSON object)", where=RUN, hint=AGAIN)
+        raise ResumeError("is damaged (not a JSON object)", where=RUN, hint=AGAIN, data={"reason": "damaged"})
     return stored
 
 
@@ -199,6 +219,7 @@ def remove_work(work: Path) -> None:
             f"holds things this tool did not write ({', '.join(foreign[:3])})",
             where=str(work),
             hint="Move them away first.",
+            data={"reason": "foreign-files", "names": foreign[:3]},
         )
     if (work / LOCK).exists():
         with _open_lock(work) as lock:
@@ -228,7 +249,10 @@ def _open_lock(work: Path) -> TextIO:
         if error.errno in FULL:
             raise
         raise UsageError(
-            f"can't be opened ({error.strerror})", where=f"{work.name}/{LOCK}", hint="Move the work directory away."
+            f"can't be opened ({error.strerror})",
+            where=f"{work.name}/{LOCK}",
+            hint="Move the work directory away.",
+            data={"reason": "not-opened", "cause": error.strerror},
         ) from error
     return os.fdopen(handle, "w")
 
@@ -238,7 +262,9 @@ def _lock(file: TextIO, work: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UsageError("another run is using this work directory", where=work.name) from error
+        raise UsageError(
+            "another run is using this work directory", where=work.name, data={"reason": "in-use"}
+        ) from error
 
 
 def _write_durably(path: Path, content: bytes) -> None:

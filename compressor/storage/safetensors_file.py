@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.process.utf8 import parse_json
+from compressor.process.utf8 import halves, parse_json
 from compressor.storage.files import disk_full
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
@@ -117,10 +117,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     at = begin_of_data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != at:
-            raise _bad(path, f"the bytes of {name!r} start at {info.offset}, {at} expected (gap or overlap)")
+            told = f"the bytes of {name!r} start at {info.offset}, {at} expected (gap or overlap)"
+            raise _bad(path, told, "gap", tensor=name, begin=info.offset, expected=at)
         at += info.nbytes
     if at != size:
-        raise _bad(path, f"its tensors end at byte {at}, the file at {size}")
+        raise _bad(path, f"its tensors end at byte {at}, the file at {size}", "wrong-size", end=at, size=size)
     return tensors
 
 
@@ -218,7 +219,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = parse_json(text, unique)
     except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header is not valid JSON ({error})") from error
+        raise _bad(
+            path, f"its header is not valid JSON ({error})", "bad-json", cause=str(error), **halves(error)
+        ) from error
     return header
 
 
@@ -246,7 +249,10 @@ def _nbytes(stored_as: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * bits // 8
 
 
-def _bad(path: Path, what: str) -> ModelError:
+def _bad(path: Path, what: str, reason: str = "unsound", **values: Any) -> ModelError:
     return ModelError(
-        f"is not a sound safetensors file: {what}", where=path.name, hint="Download or copy the file again."
+        f"is not a sound safetensors file: {what}",
+        where=path.name,
+        hint="Download or copy the file again.",
+        data={"reason": reason, **values},
     )

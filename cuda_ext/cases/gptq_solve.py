@@ -94,7 +94,7 @@ def make_operands(case: Case, seed: int) -> Operands:
 def solve(case: Case, operands: Operands) -> tuple[NDArray, NDArray, NDArray]:
     """work, errors, codes (end, rows) float32 after the call: each operation a rounding, column after column.
 
-    Errors and codes of columns that aren't rounded are NaN. The same as compressor.kernels.ops.gptq_columns.round_columns,
+    Errors and codes of columns that aren't rounded are NaN. The same as `gptq_columns.round_columns`,
     which a test compares with the kernel too.
     """
     work = operands.work.copy()

@@ -10,7 +10,7 @@
   random         rotate the stream by a random orthogonal matrix, then drop channels; mean of three seeds
   pca_global     SliceGPT with one rotation for the whole stream, from the covariances of all norms' inputs, summed
   pca_global_rms the same, each token divided by its root mean square first
-  pca_per_site   SliceGPT as published (tests/slicegpt_reference.py): a rotation for each norm, and matrices between
+  pca_per_site   SliceGPT as published (tests/support/slicegpt_reference.py): a rotation for each norm, matrices between
 
 All but the last leave a plain model of the same architecture, so at one width they have equally many parameters. A norm
 on a narrower stream divides by the root mean square over the width that was (`narrow`); for the two without a rotation

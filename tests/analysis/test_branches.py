@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import tiny
+from raising import raises
 from torch import nn
 
 from compressor.analysis.branch_calls import branches_of, check_widths, find_branches
@@ -124,23 +125,27 @@ class Strict(Changed):
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"),
+    ("kind", "where", "data"),
     [
-        (Scaled, "model.layers.0: run branch by branch, it computes something else"),
-        (Inlined, "model.layers.0: it can't run branch by branch"),
-        (Sliced, "self_attn: gets the argument 'position_embeddings', which is neither"),
-        (Strict, r"Strict: can't be run on its own \(unexpected compressor_probe\)"),
-        (Talkative, "model.layers.0: it returns more than the residual stream"),
+        (Scaled, "model.layers.0", {"reason": "other-values"}),
+        (Inlined, "model.layers.0", {"reason": "no-branches"}),
+        (
+            Sliced,
+            "model.layers.0.self_attn",
+            {"reason": "foreign-argument", "argument": "position_embeddings"},
+        ),
+        (Strict, "Strict", {"reason": "not-on-its-own", "cause": "unexpected compressor_probe"}),
+        (Talkative, "model.layers.0", {"reason": "returns-more"}),
     ],
 )
-def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, what):
+def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, where, data):
     twin, path = twin_of("llama")
     blocks = twin.model.layers
     for index, block in enumerate(blocks):
         blocks[index] = kind(block)
     twin.model.norm.register_forward_pre_hook(lambda _m, args: (_first(args[0]),))  # as a model of such blocks does
     residual = find_residual(twin, path)[0]
-    with pytest.raises(ModelError, match=what):
+    with raises(ModelError, where=where, **data):
         branches_of(twin, path, residual)
 
 
@@ -158,14 +163,12 @@ def test_widths_may_differ_at_every_site(family, tmp_path):
 
 
 def test_experts_that_give_what_they_take_are_refused_other_widths(tmp_path):
-    with pytest.raises(
-        ModelError, match=r"model.layers.1: its branches can't take \(20, 24\) values and give \(24, 32\)"
-    ):
+    with raises(ModelError, where="model.layers.1", takes=[20, 24], gives=[24, 32]):
         widths_checked("mixtral", tmp_path, [(24, 20, 20), (20, 24, 24)], [(24, 20, 20), (20, 24, 32)])
 
 
 def test_a_model_that_ends_with_the_width_it_began_with_is_refused_another(tmp_path):
-    with pytest.raises(ModelError, match="a stream that begins with 24 values can't end with 32"):
+    with raises(ModelError, first=24, last=32):
         widths_checked("gpt2", tmp_path, [(24, 20, 16), (16, 20, 24)], [(24, 20, 16), (16, 20, 32)])
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from raising import raises
 
 from compressor.artifact.files import check_files, compare_files, file_facts, matters, owned_files, remove_artifact
 from compressor.artifact.manifest import MANIFEST, read_manifest
@@ -93,7 +94,7 @@ def test_a_manifest_that_lists_what_lies_elsewhere_removes_nothing(name, artifac
     thesis.write_text("precious")
     listed = str(thesis) if name == "/abs" else name
     write_manifest(artifact, files={**file_facts(artifact), listed: {"bytes": 8, "sha256": "0" * 64}})
-    with pytest.raises(UsageError, match="not an artifact of this tool"):
+    with raises(UsageError, where=artifact, reason="no-artifact"):
         remove_artifact(artifact)
     assert thesis.read_text() == "precious" and {*FILES} <= {*file_facts(artifact)}
 
@@ -145,27 +146,27 @@ def replace_by_fifo(artifact, outside):
 
 
 FOREIGN = [
-    add_file,
-    add_deep_file,
-    edit_card,
-    replace_weights,
-    edit_weights,
-    link_listed_file,
-    link_listed_folder,
-    link_folder,
-    add_fifo,
-    replace_by_fifo,
+    (add_file, "foreign-files", "notes.txt"),
+    (add_deep_file, "foreign-files", ".git/objects/ab"),
+    (edit_card, "changed-files", "README.md"),
+    (replace_weights, "changed-files", "model.safetensors"),
+    (edit_weights, "changed-files", "model.safetensors"),
+    (link_listed_file, "foreign-files", "config.json"),
+    (link_listed_folder, "foreign-files", "1_Pooling"),
+    (link_folder, "foreign-files", "data"),
+    (add_fifo, "foreign-files", "pipe"),
+    (replace_by_fifo, "foreign-files", "LICENSE"),
 ]
 
 
-@pytest.mark.parametrize("change", FOREIGN)
-def test_what_could_be_somebodys_only_copy_keeps_all(change, artifact, tmp_path):
+@pytest.mark.parametrize(("change", "reason", "name"), FOREIGN, ids=[change.__name__ for change, *_ in FOREIGN])
+def test_what_could_be_somebodys_only_copy_keeps_all(change, reason, name, artifact, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "config.json").write_text("{}")
     change(artifact, outside)
     before = sorted(artifact.rglob("*"))
-    with pytest.raises(UsageError, match=r"Choose another --output|Move them away first"):
+    with raises(UsageError, where=artifact, reason=reason, names=[name]):
         remove_artifact(artifact)
     assert sorted(artifact.rglob("*")) == before and (outside / "config.json").read_text() == "{}"
 
@@ -173,7 +174,7 @@ def test_what_could_be_somebodys_only_copy_keeps_all(change, artifact, tmp_path)
 def test_a_link_to_an_artifact_is_none(artifact, tmp_path):
     (tmp_path / "link").symlink_to(artifact)
     before = sorted(artifact.rglob("*"))
-    with pytest.raises(UsageError, match="is a link"):
+    with raises(UsageError, where=tmp_path / "link", reason="is-link"):
         remove_artifact(tmp_path / "link")
     assert sorted(artifact.rglob("*")) == before
 
@@ -182,7 +183,7 @@ def test_a_link_to_an_artifact_is_none(artifact, tmp_path):
 def test_a_link_where_a_rejected_result_would_go_is_refused_before_the_work(there, artifact, tmp_path):
     (tmp_path / "out.rejected").symlink_to(tmp_path / there)
     gated = parse_recipe(b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size_ratio: 0.01}}\n")
-    with pytest.raises(UsageError, match="is a link"):
+    with raises(UsageError, where=tmp_path / "out.rejected", reason="is-link"):
         check_request(gated, tmp_path / "out", resume=False, fresh=False, measure=True)
 
 
@@ -316,7 +317,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(content, artifact):
 def test_a_manifest_that_is_a_fifo_is_refused(artifact):
     (artifact / MANIFEST).unlink()
     os.mkfifo(artifact / MANIFEST)
-    with pytest.raises(ModelError, match="is a FIFO"):
+    with raises(ModelError, where=MANIFEST, reason="no-regular-file", kind="a FIFO"):
         read_manifest(artifact)
 
 
@@ -344,7 +345,7 @@ def test_a_link_in_a_work_directory_is_refused_and_not_followed(place, work, tmp
     else:
         (work / place).unlink(missing_ok=True)
     (work / place).symlink_to(outside / "thesis" if "." in place or place == "lock" else outside)
-    with pytest.raises(UsageError, match=f"holds things this tool did not write.*{place}"):
+    with raises(UsageError, where=work, reason="foreign-files", names=[place]):
         remove_work(work)
     assert (outside / "thesis").read_text() == "precious" and (work / "run.json").exists()
 

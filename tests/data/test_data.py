@@ -11,12 +11,12 @@ import numpy
 import pytest
 import tiny
 import torch
+from raising import raises
 
 from compressor.data.parts import overlap, same_source
 from compressor.data.samples import (
     Samples,
     check_data,
-    demo_path,
     draw_samples,
     load_documents,
     load_samples,
@@ -26,6 +26,7 @@ from compressor.data.samples import (
     read_documents,
 )
 from compressor.errors import RecipeError
+from compressor.model.model_files import demo_path
 
 
 def ask(source="stdlib", **changes):
@@ -73,7 +74,7 @@ def test_documents_without_tokens_add_none(tmp_path, monkeypatch):
     path.write_text("\n".join(json.dumps({"text": text}) for text in ["some words of a text " * 20] * 40))
     assert load(ask(str(path), samples=4)).digest == packed.digest
     path.write_text("\n".join(json.dumps({"text": ""}) for _ in range(4000)))
-    with pytest.raises(RecipeError, match="the text has 0 tokens"):
+    with raises(RecipeError, where=path, tokens=0, length=32):
         load(ask(str(path), samples=4))
 
 
@@ -82,17 +83,20 @@ def test_a_tokenizer_that_makes_nothing_of_a_text_is_told_so(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "t.txt").write_text("some words of a text " * 400)
-    with pytest.raises(RecipeError, match="makes no tokens of its text"):
+    with raises(RecipeError, where=tmp_path / "t.txt", reason="no-tokens"):
         load_samples(ask(str(tmp_path / "t.txt"), samples=4), tmp_path / "m", seed=0, vocabulary=2048)
 
 
 def test_a_text_shorter_than_one_sample_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("too short")
-    with pytest.raises(RecipeError, match=r"the text has \d+ tokens, one sample needs 512"):
+    with raises(RecipeError, where=tmp_path / "t.txt", length=512) as failure:
         load(ask(str(tmp_path / "t.txt"), length=512))
+    assert 0 < failure.value.data["tokens"] < 512
     (tmp_path / "t.txt").write_text("a bit longer " * 40)
-    with pytest.raises(RecipeError, match=r"Set samples to \d+ or less"):
+    with raises(RecipeError, where=tmp_path / "t.txt", samples=100) as failure:
         load(ask(str(tmp_path / "t.txt"), samples=100))
+    available = failure.value.data["available"]
+    assert 0 < available < 100 and load(ask(str(tmp_path / "t.txt"), samples=available)).tokens == 32 * available
 
 
 def test_rows_of_jsonl_and_csv_keep_their_labels_when_not_packed(tmp_path):
@@ -114,25 +118,31 @@ def test_batches_hold_samples_of_one_length_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "changes", "message"),
+    ("name", "content", "changes", "where", "data"),
     [
-        ("d.jsonl", '{"text": "a"}\n{oops\n', {}, r"d\.jsonl:2: is not JSON"),
-        ("d.jsonl", '["a"]\n', {}, r"d\.jsonl:1: is not a JSON object"),
-        ("d.jsonl", '{"txt": "a"}\n', {}, "has no text in 'text'.*'txt'"),
-        ("d.txt", "", {}, "is empty"),
-        ("d.txt", "fine " * 500, {"sha256": "0" * 64}, "the recipe pins 0000"),
-        ("d.csv", "text,label\na,x\n", {"pack": False, "samples": 1}, "label is missing or not"),
+        ("d.jsonl", '{"text": "a"}\n{oops\n', {}, "d.jsonl:2", {"reason": "bad-json"}),
+        ("d.jsonl", '["a"]\n', {}, "d.jsonl:1", {"reason": "no-object"}),
+        ("d.jsonl", '{"txt": "a"}\n', {}, "d.jsonl, row 1", {"reason": "no-field", "field": "text", "near": ["txt"]}),
+        ("d.txt", "", {}, "d.txt", {"reason": "empty"}),
+        ("d.txt", "fine " * 500, {"sha256": "0" * 64}, "PATH", {"pinned": "0" * 64}),
+        (
+            "d.csv",
+            "text,label\na,x\n",
+            {"pack": False, "samples": 1},
+            "d.csv, row 1",
+            {"reason": "no-whole-label", "label": "'x'"},
+        ),
     ],
 )
-def test_bad_data_are_refused_with_their_place(name, content, changes, message, tmp_path):
+def test_bad_data_are_refused_with_their_place(name, content, changes, where, data, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, where=where.replace("PATH", str(tmp_path / name)), **data):
         load(ask(str(tmp_path / name), **changes))
 
 
 def test_bytes_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"abc\xff")
-    with pytest.raises(RecipeError, match=r"not UTF-8 \(byte 3\)"):
+    with raises(RecipeError, where="t.txt", reason="bad-encoding", encoding="utf-8", byte=3):
         load(ask(str(tmp_path / "t.txt")))
 
 
@@ -151,13 +161,13 @@ def test_a_local_data_set_is_read_through_its_library(tmp_path):
 
     datasets.Dataset.from_dict({"text": ["some words of text " * 40], "n": [1]}).save_to_disk(tmp_path / "set")
     assert load(ask(str(tmp_path / "set"))).tokens == 4 * 32
-    with pytest.raises(RecipeError, match="no column 'body'"):
+    with raises(RecipeError, where=tmp_path / "set", reason="no-field", field="body", known=["text", "n"]):
         load(ask(str(tmp_path / "set"), field="body"))
 
 
 def test_a_model_without_a_tokenizer_is_told_so(tmp_path):
     model = tiny.save("llama", tmp_path / "m")
-    with pytest.raises(RecipeError, match="no usable tokenizer"):
+    with raises(RecipeError, where="m", reason="no-tokenizer"):
         load_samples(ask(), model, seed=0, vocabulary=96)
 
 
@@ -195,7 +205,8 @@ def test_rows_are_divided_with_their_labels_and_equal_ones_stay_together(tmp_pat
     assert all(
         int(t.split()[-1]) % 7 == label for part in parts for t, label in zip(part.texts, part.labels, strict=True)
     )
-    with pytest.raises(RecipeError, match=r"its part for evaluation: has \d+ documents, 200 samples"):
+    told = {"available": len(parts[1].texts), "samples": 200, "of": "documents"}
+    with raises(RecipeError, where=f"{tmp_path / 'a.jsonl'}, its part for evaluation", **told):
         divided(ask(str(tmp_path / "a.jsonl"), pack=False, samples=200), "evaluation")
 
 
@@ -268,6 +279,7 @@ def test_the_built_in_texts_share_no_documents_and_few_lines():
         assert overlap(*texts, by_lines=by_lines)[1] is False
 
 
+NO_TEXT = {"reason": "no-message-text", "message": 1, "field": "chat"}
 CHATS = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "answer"}] for n in range(6)]
 
 
@@ -306,28 +318,29 @@ def test_chats_are_written_by_the_models_template(kind, chatty, tmp_path):
     samples = load_samples(settings, chatty, seed=0, vocabulary=2048)
     text = load_tokenizer(chatty).decode(samples.inputs[3])
     assert text == "<user>question 3<assistant>answer"
-    with pytest.raises(RecipeError, match="the model's tokenizer has no chat template"):
+    told = {"where": path if kind == "set" else path.name, "reason": "no-chat-template", "field": "chat"}
+    with raises(RecipeError, **told):
         load(settings)
-    with pytest.raises(RecipeError, match="holds chat messages"):
+    with raises(RecipeError, **told):
         read_documents(settings)
 
 
 @pytest.mark.parametrize(
-    ("chat", "message"),
+    ("chat", "data"),
     [
-        ([{"from": "human", "value": "hi"}], r"row 2: message 1 in 'chat' has no text in 'role'"),
-        ([{"role": "user", "content": None}], "message 1 in 'chat' has no text in 'content'"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "has no text in 'content'"),
-        ([{"role": "user", "content": "\ud800"}], "half a surrogate pair"),
-        ([{"role": "user", "content": "bad"}], "the model's chat template refuses it .*no"),
-        ("text", "has no chat in 'chat', as row 1 has"),
-        (None, "has no chat in 'chat'"),
-        ([], "has no chat in 'chat'"),
+        ([{"from": "human", "value": "hi"}], {**NO_TEXT, "key": "role"}),
+        ([{"role": "user", "content": None}], {**NO_TEXT, "key": "content"}),
+        ([{"role": "user", "content": [{"type": "image"}]}], {**NO_TEXT, "key": "content"}),
+        ([{"role": "user", "content": "\ud800"}], {"reason": "half-pair", "field": "chat.content", "character": 1}),
+        ([{"role": "user", "content": "bad"}], {"reason": "chat-refused", "cause": "no"}),
+        ("text", {"reason": "no-chat", "field": "chat"}),
+        (None, {"reason": "no-chat", "field": "chat"}),
+        ([], {"reason": "no-chat", "field": "chat"}),
     ],
 )
-def test_what_is_no_chat_is_refused_with_its_row(chat, message, chatty, tmp_path):
+def test_what_is_no_chat_is_refused_with_its_row(chat, data, chatty, tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"chat": value}) for value in (CHATS[0], chat)))
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, where="c.jsonl, row 2", **data):
         load_samples(ask(str(tmp_path / "c.jsonl"), field="chat"), chatty, seed=0, vocabulary=2048)
 
 
@@ -335,7 +348,7 @@ def test_random_tokens_that_memory_cannot_hold_are_refused_before_they_are_made(
     monkeypatch.setattr("compressor.data.samples.memory_share", lambda: 8 * 16 * 8 - 1)
     settings = ask("random", samples=8, length=16)
     for make in (lambda: random_samples(settings, 0, 96), lambda: check_data(settings, reads_pixels=False)):
-        with pytest.raises(RecipeError, match="8 samples of 16 tokens are 1024 bytes, 1023 can be held"):
+        with raises(RecipeError, where="random", samples=8, length=16, size=1024, limit=1023):
             make()
 
 
@@ -353,15 +366,15 @@ def test_other_labels_are_other_samples():
 
 
 @pytest.mark.parametrize(
-    ("reads_pixels", "source", "message"),
+    ("reads_pixels", "source", "kinds"),
     [
-        (True, "stdlib", "this model reads pixels"),
-        (True, "random", "reads pixels"),
-        (False, "i.npz", "this model reads text"),
+        (True, "stdlib", {"reads": "pixels", "data": "text"}),
+        (True, "random", {"reads": "pixels", "data": "text"}),
+        (False, "i.npz", {"reads": "text", "data": "images"}),
     ],
 )
-def test_data_of_another_kind_than_the_model_reads_are_refused(reads_pixels, source, message):
-    with pytest.raises(RecipeError, match=message):
+def test_data_of_another_kind_than_the_model_reads_are_refused(reads_pixels, source, kinds):
+    with raises(RecipeError, where=f"data.source {source!r}", **kinds):
         check_data(ask(source), reads_pixels=reads_pixels)
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, where=f"data.source {source!r}", **kinds):
         load_samples(ask(source), demo_path(), seed=0, vocabulary=None if reads_pixels else 96)

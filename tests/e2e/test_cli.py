@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from fresh import command
 
 import compressor
-from compressor.cli import main
+from compressor.cli.main import main
 from compressor.errors import DependencyError
 from compressor.process.child import ChildBug
 from compressor.process.resources import ran_out
@@ -116,9 +117,15 @@ def test_plan_says_width_and_parameters_of_a_sliced_model(capsys):
 
 def test_plan_lists_every_problem_at_once(tmp_path):
     (tmp_path / "r.yaml").write_text("version: 1\nsteps: [{pass: rtn, group_size: 128, only: [nope]}, {pass: rtn}]\n")
-    done = run("plan", tmp_path / "r.yaml", "--model", "demo", "--set", "limits.disk=1KiB")
+    command = ("plan", tmp_path / "r.yaml", "--model", "demo", "--set", "limits.disk=1KiB")
+    shown = run(*command)
+    assert shown.returncode == 2
+    assert "steps.0.only[0]: " in shown.stderr and "disk of " in shown.stderr
+    done = run(*command, "--json")
     assert done.returncode == 2
-    assert "matches none" in done.stderr and "bytes of disk are needed" in done.stderr
+    first, *_, last = json.loads(done.stdout.splitlines()[0])["problems"]
+    assert (first["name"], first["where"], first["data"]["reason"]) == ("recipe", "steps.0.only[0]", "matches-none")
+    assert (last["name"], last["data"]["reason"], last["data"]["available"]) == ("preflight", "disk", 1024)
 
 
 def test_inspect_shows_groups_and_roles():
@@ -143,23 +150,32 @@ def test_completion_is_offered():
     assert offered.stdout.split() == ["compare"]
 
 
+HERE = "the working directory"
 MISTAKES = {
-    "output is here": (["--output", "."], 2, "exists already (a directory)"),
-    "output is the root": (["--output", "/"], 2, "can't be an output"),
-    "output is empty": (["--output", ""], 2, "exists already"),
-    "output is a file": (["--output", "file"], 2, "exists already (a file)"),
-    "output is in a file": (["--output", "file/out"], 2, "can't be made"),
-    "output is a link": (["--output", "link"], 2, "is a link"),
-    "output is too long": (["--output", "x" * 250], 2, "too long"),
-    "nothing to resume": (["--output", "o", "--resume"], 2, "there is no interrupted run here"),
-    "resume and fresh": (["--output", "o", "--resume", "--fresh"], 2, "exclude each other"),
-    "gates unmeasured": (["--output", "o", "--no-eval"], 2, "the recipe has gates"),
-    "no such device": (["--output", "o", "--device", "quantum"], 2, "is not a device"),
-    "no such card": (["--output", "o", "--device", "cuda:99"], 5, "CUDA devices were found"),
-    "a file of nobody's": (["--output", "o", "--set", "data.source=~nobody-here/x.txt"], 2, "no such data file"),
-    "pinned to other data": (["--output", "o", "--set", f"data.sha256={'ab' * 32}"], 2, "the recipe pins abab"),
-    "metric not measured": (["--output", "o", "--set", "eval.metrics=[size]"], 2, "needs perplexity among"),
+    "output is here": (["--output", "."], 2, HERE, {"reason": "output-exists", "kind": "directory"}),
+    "output is the root": (["--output", "/"], 2, "'/'", {"reason": "no-output-name"}),
+    "output is empty": (["--output", ""], 2, HERE, {"reason": "output-exists", "kind": "directory"}),
+    "output is a file": (["--output", "file"], 2, "file", {"reason": "output-exists", "kind": "file"}),
+    "output is in a file": (["--output", "file/out"], 2, f"{HERE}/file", {"reason": "not-made"}),
+    "output is a link": (["--output", "link"], 2, "link", {"reason": "output-is-link"}),
+    "output is too long": (["--output", "x" * 250], 2, "x" * 40 + "...", {"reason": "name-too-long"}),
+    "nothing to resume": (["--output", "o", "--resume"], 2, "o.work", {"reason": "no-interrupted-run"}),
+    "resume and fresh": (["--output", "o", "--resume", "--fresh"], 2, "run", {"reason": "resume-and-fresh"}),
+    "gates unmeasured": (["--output", "o", "--no-eval"], 2, "--no-eval", {"reason": "gates-unmeasured"}),
+    "no such device": (["--output", "o", "--device", "quantum"], 2, "--device quantum", {"reason": "no-device"}),
+    "no such card": (["--output", "o", "--device", "cuda:99"], 5, "--device cuda:99", {"reason": "no-such-card"}),
+    "a file of nobody's": (["--output", "o", "--set", "data.source=~nobody-here/x.txt"], 2, "~nobody-here/x.txt",
+                           {"reason": "no-data-file"}),
+    "pinned to other data": (["--output", "o", "--set", f"data.sha256={'ab' * 32}"], 2, "stdlib",
+                             {"pinned": "ab" * 32}),
+    "metric not measured": (["--output", "o", "--set", "eval.metrics=[size]"], 2, "gptq-w4a16.yaml:9:1 (eval)",
+                            {"reason": "gate-unmeasured", "metric": "perplexity"}),
 }  # fmt: skip
+
+
+def told(shown):
+    """The last event of --json."""
+    return json.loads(shown.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
@@ -167,10 +183,15 @@ def test_a_run_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(mistake,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
-    arguments, code, message = MISTAKES[mistake]
-    assert main(["run", "gptq-w4a16", "--model", "demo", "--quiet", *arguments]) == code
+    arguments, code, where, data = MISTAKES[mistake]
+    command, where = ["run", "gptq-w4a16", "--model", "demo", "--quiet", *arguments], where.replace(HERE, str(tmp_path))
+    assert main(command) == code
     shown = capsys.readouterr()
-    assert shown.err.startswith("error[") and shown.err.count("\n") == 1 and message in shown.err
+    assert shown.err.startswith("error[") and shown.err.count("\n") == 1 and f"]: {where}: " in shown.err
+    assert main([*command, "--json"]) == code
+    event = told(capsys.readouterr())
+    assert (event["event"], event["code"], event["where"]) == ("error", code, where)
+    assert data.items() <= event["data"].items()
     assert shown.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -189,16 +210,19 @@ def test_an_argument_that_is_not_utf8_is_refused_in_one_line(case, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x\udcff").mkdir()
     assert main(NOT_UTF8[case]) == 2
+    wrong = next(word for word in NOT_UTF8[case] if "\udcff" in word).replace("\udcff", "\\xff")
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "\\xff" in said and "holds bytes that are not UTF-8" in said
+    assert said.count("\n") == 1 and said.startswith(f"error[usage]: {wrong}: ")
+    assert main([*NOT_UTF8[case], "--json"]) == 2 and told(capsys.readouterr())["data"] == {"reason": "not-utf-8"}
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_output_below_a_folder_whose_name_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "x\udcff").mkdir()
     monkeypatch.chdir(tmp_path / "x\udcff")
-    assert main(["run", "rtn-w8", "--model", "demo", "--output", "o"]) == 2
-    assert "x\\xff/o: holds bytes that are not UTF-8" in capsys.readouterr().err
+    assert main(["run", "rtn-w8", "--model", "demo", "--output", "o", "--json"]) == 2
+    event = told(capsys.readouterr())
+    assert (event["where"], event["data"]) == (f"{tmp_path}/x\\xff/o", {"reason": "not-utf-8"})
 
 
 def test_plan_takes_the_arguments_of_run_and_lists_what_is_wrong_with_them(tmp_path, capsys):
@@ -206,7 +230,8 @@ def test_plan_takes_the_arguments_of_run_and_lists_what_is_wrong_with_them(tmp_p
     output = ["--output", str(tmp_path / "o")]
     assert main(["plan", "gptq-w4a16", "--model", "demo", *output, "--device", "cpu", "--json"]) == 2
     result, error = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert "exists already" in result["problems"][0]["message"] and error["event"] == "error"
+    assert result["problems"][0]["data"] == {"reason": "output-exists", "kind": "directory"}
+    assert result["problems"][0]["where"] == str(tmp_path / "o") and error["event"] == "error"
 
 
 def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeypatch, capsys):
@@ -219,23 +244,25 @@ def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeyp
 
 
 NOT_OURS = {
-    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more"),
-    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "stopped"),
-    "an abort of typer": (typer.Abort(), 1, "bug", "Abort"),
-    "memory": (MemoryError(), 5, "preflight", "memory ran out"),
-    "memory, as torch says it": (RuntimeError("can't allocate memory: you tried 1 byte"), 5, "preflight", "1 byte"),
-    "disk": (OSError(errno.ENOSPC, "No space left on device"), 5, "preflight", "the disk is full"),
-    "nesting": (RecursionError("maximum recursion depth exceeded"), 5, "preflight", "nested very deeply"),
-    "a file": (OSError(errno.EIO, "Input/output error"), 1, "bug", "Input/output error"),
-    "a child": (ChildBug("ZeroDivisionError: in a child"), 1, "bug", "ZeroDivisionError"),
-    "a child that knew": (DependencyError("x is needed", where="export", hint="pip install x"), 6,
-                          "missing-dependency", "export: x is needed. pip install x"),
+    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more", {}),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "", {}),
+    "an abort of typer": (typer.Abort(), 1, "bug", "Abort", {}),
+    "memory": (MemoryError(), 5, "preflight", "", {"reason": "no-memory", "cause": ""}),
+    "memory, as torch says it": (RuntimeError("can't allocate memory: you tried 1 byte"), 5, "preflight", "1 byte",
+                                 {"reason": "no-memory", "cause": "can't allocate memory: you tried 1 byte"}),
+    "disk": (OSError(errno.ENOSPC, "No space left on device"), 5, "preflight", "", {"reason": "disk-full"}),
+    "nesting": (RecursionError("maximum recursion depth exceeded"), 5, "preflight", "",
+                {"reason": "nested-too-deeply", "limit": sys.getrecursionlimit()}),
+    "a file": (OSError(errno.EIO, "Input/output error"), 1, "bug", "Input/output error", {}),
+    "a child": (ChildBug("ZeroDivisionError: in a child"), 1, "bug", "ZeroDivisionError", {}),
+    "a child that knew": (DependencyError("x is needed", where="export", hint="pip install x", data={"package": "x"}),
+                          6, "missing-dependency", "export: x is needed. pip install x", {"package": "x"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", NOT_OURS)
 def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, capsys):
-    error, code, name, words = NOT_OURS[case]
+    error, code, name, words, data = NOT_OURS[case]
 
     def fail():
         raise error
@@ -245,6 +272,7 @@ def test_an_exception_of_a_library_gets_no_other_meaning(case, monkeypatch, caps
     shown = capsys.readouterr()
     events = [json.loads(line) for line in shown.out.splitlines()]
     assert [(event["event"], event["code"], event["name"]) for event in events] == [("error", code, name)]
+    assert data.items() <= events[0]["data"].items() and bool(data) == bool(events[0]["data"])
     assert words in shown.err and shown.err.splitlines()[-1].startswith(f"error[{name}]")
     assert ("Traceback" in shown.err) == (code == 1)
 
@@ -258,27 +286,28 @@ def test_a_reader_that_goes_away_is_no_bug(arguments):
     assert (done.wait(60), done.stderr.read()) == (130, "")
 
 
-NO_ROOM = "error[preflight]: standard output: can't be written (No space left on device). "
+LOST = "error[preflight]: standard output: "
+NO_ROOM = "(No space left on device)"  # what the system calls it
 STREAMS = {
-    "closed": ("passes >&-", 0, ""),
-    "all closed": ("passes <&- >&- 2>&-", 0, ""),
-    "full, a table": ("passes > /dev/full", 5, NO_ROOM),
-    "full, JSON": ("schema > /dev/full", 5, NO_ROOM),
-    "full, help": ("--help > /dev/full", 5, NO_ROOM),
-    "full, an error in JSON": ("plan nope --model demo --json > /dev/full", 2, "error[recipe]: nope: no such recipe"),
-    "standard error is full": ("plan nope --model demo 2> /dev/full", 2, ""),
-    "open for reading": ("schema 1< /dev/null", 5, "error[preflight]: standard output: can't be written (Bad file"),
+    "closed": ("passes >&-", 0, "", ""),
+    "all closed": ("passes <&- >&- 2>&-", 0, "", ""),
+    "full, a table": ("passes > /dev/full", 5, LOST, NO_ROOM),
+    "full, JSON": ("schema > /dev/full", 5, LOST, NO_ROOM),
+    "full, help": ("--help > /dev/full", 5, LOST, NO_ROOM),
+    "full, an error in JSON": ("plan nope --model demo --json > /dev/full", 2, "error[recipe]: nope: ", ""),
+    "standard error is full": ("plan nope --model demo 2> /dev/full", 2, "", ""),
+    "open for reading": ("schema 1< /dev/null", 5, LOST, "(Bad file descriptor)"),
 }
 
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_stream_that_cannot_be_written_ends_in_one_line_at_most(case):
-    arguments, code, words = STREAMS[case]
+    arguments, code, start, cause = STREAMS[case]
     line = f'"{sys.executable}" -m compressor {arguments}'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code and done.stdout == ""
-    assert done.stderr.startswith(words) and done.stderr.count("\n") == bool(words)
+    assert done.stderr.startswith(start) and cause in done.stderr and done.stderr.count("\n") == bool(start)
 
 
 def test_a_closed_stream_is_taken_by_no_file():
@@ -308,19 +337,20 @@ def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
 @pytest.mark.parametrize("lost", [True, False], ids=["which this tool prints to", "of a library"])
 def test_a_run_tells_standard_output_that_is_full_from_its_disk(lost, tmp_path):
     error = (LostStream if lost else OSError)(errno.ENOSPC, "No space left on device", "standard output")
-    told = str(ran_out(error, tmp_path))
-    assert ("standard output: can't be written" in told) == lost and "--resume" in told
+    found = ran_out(error, tmp_path)
+    assert (found.where, found.data["reason"]) == ("standard output", "lost-stream" if lost else "disk-full")
+    assert "--resume" in found.hint
 
 
-@pytest.mark.parametrize("verb", [["plan", "rtn-w8", "--model", "demo"], ["verify", "x"], ["passes", "--json"]])
+@pytest.mark.parametrize("verb", [["plan", "rtn-w8", "--model", "demo"], ["verify", "x"], ["passes"]])
 def test_a_working_directory_that_is_gone_is_told_before_torch_is_imported(verb, tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert main(verb) == 2
-    assert (
-        capsys.readouterr().err == "error[usage]: the working directory is gone. Change to a directory that exists.\n"
-    )
+    shown = capsys.readouterr().err
+    assert shown.startswith("error[usage]: ") and shown.count("\n") == 1
+    assert main([*verb, "--json"]) == 2 and told(capsys.readouterr())["data"] == {"reason": "no-working-directory"}
 
 
 def test_the_version_and_bare_help_are_shown(capsys):
@@ -339,7 +369,7 @@ def test_passes_can_be_printed_for_a_page(capsys):
 def test_a_name_too_long_for_a_file_is_a_users_mistake(arguments, capsys):
     assert main([word.replace("NAME", "x" * 5000) for word in arguments]) == 2
     said = capsys.readouterr().err
-    assert "is too long for a file" in said and "Traceback" not in said and len(said) < 300
+    assert re.match(r"error\[usage\]: \S*x{20}\.\.\.: ", said) and said.count("\n") == 1 and len(said) < 300
 
 
 def test_more_threads_than_any_machine_has_are_a_users_mistake(capsys):

@@ -50,7 +50,7 @@ except KeyboardInterrupt:
 
 
 def start(program, *arguments, **options):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     return subprocess.Popen(
         [sys.executable, "-P", "-c", program, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "300"},

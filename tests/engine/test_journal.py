@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from raising import raises
 
 from compressor.errors import PassError, ResumeError, UsageError
 from compressor.storage.journal import LINES, LOCK, RUN, UNITS, Journal, has_begun, remove_work
@@ -86,7 +86,7 @@ def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path):
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
     (tmp_path / "w" / LINES).write_bytes(b"nonsense\n{}\n")
-    with pytest.raises(ResumeError, match="line 1 is damaged"):
+    with raises(ResumeError, where=LINES, reason="damaged", line=1):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
 
 
@@ -115,7 +115,7 @@ def test_a_line_that_was_edited_is_refused(edit, tmp_path):
     line = json.loads(first)
     EDITS[edit](line)
     (tmp_path / "w" / LINES).write_text(f"{json.dumps(line)}\n{second}\n")
-    with pytest.raises(ResumeError, match=r"line 1 is damaged.*--fresh"):
+    with raises(ResumeError, where=LINES, reason="damaged", line=1):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
 
 
@@ -133,7 +133,7 @@ def test_facts_of_any_kind_are_read_again(tmp_path):
 def test_what_is_no_object_is_damaged(name, text, tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
     (tmp_path / "w" / name).write_text(f"{text}\n")
-    with pytest.raises(ResumeError, match=r"damaged.*--fresh"):
+    with raises(ResumeError, where=name, reason="damaged"):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
 
 
@@ -143,10 +143,20 @@ def test_only_a_regular_file_is_opened(name, make, tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
     (tmp_path / "w" / name).unlink(missing_ok=True)
     make(tmp_path / "w" / name)
-    with pytest.raises((ResumeError, UsageError), match=re.escape(name)):
+    lock = {"where": f"w/{LOCK}", "reason": "not-opened"}
+    if make is os.mkfifo:
+        refusal, told = ResumeError, {"where": "w", "reason": "link", "name": name}
+    elif name == LOCK:
+        refusal, told = UsageError, lock
+    else:
+        refusal, told = ResumeError, {"where": name, "reason": "not-read" if name == RUN else "not-opened"}
+    with raises(refusal, **told):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
-    if make is os.mkfifo or name == LOCK:
-        with pytest.raises(UsageError, match=re.escape(name)):
+    if make is os.mkfifo:
+        with raises(UsageError, where=tmp_path / "w", reason="foreign-files", names=[name]):
+            remove_work(tmp_path / "w")
+    elif name == LOCK:
+        with raises(UsageError, **lock):
             remove_work(tmp_path / "w")
     else:
         remove_work(tmp_path / "w")
@@ -154,7 +164,7 @@ def test_only_a_regular_file_is_opened(name, make, tmp_path):
 
 def test_every_difference_is_named_on_resume(tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
-    with pytest.raises(ResumeError, match="recipe: was 'abc', is 'xyz'; threads: was 2, is 1") as failure:
+    with raises(ResumeError, where="w", changes={"recipe": ["abc", "xyz"], "threads": [2, 1]}) as failure:
         Journal.reopen(tmp_path / "w", {"recipe": "xyz", "threads": 1})
     assert failure.value.exit_code == 2
 
@@ -164,13 +174,13 @@ def test_a_changed_unit_file_is_refused(tmp_path):
     path = journal.commit("0/0", "a.bin", lambda p: p.write_bytes(b"x"), {})
     journal.close()
     path.write_bytes(b"y")
-    with pytest.raises(ResumeError, match="changed since"):
+    with raises(ResumeError, where="a.bin", reason="unit-changed"):
         Journal.reopen(tmp_path / "w", FINGERPRINT).done("0/0")
 
 
 def test_two_runs_cannot_share_a_work_directory(tmp_path):
     journal = Journal.create(tmp_path / "w", FINGERPRINT)
-    with pytest.raises(UsageError, match="another run"):
+    with raises(UsageError, where="w", reason="in-use"):
         Journal.reopen(tmp_path / "w", FINGERPRINT)
     journal.close()
     Journal.reopen(tmp_path / "w", FINGERPRINT).close()
@@ -178,7 +188,7 @@ def test_two_runs_cannot_share_a_work_directory(tmp_path):
 
 def test_a_work_directory_in_use_is_not_removed(tmp_path):
     journal = Journal.create(tmp_path / "w", FINGERPRINT)
-    with pytest.raises(UsageError, match="another run"):
+    with raises(UsageError, where="w", reason="in-use"):
         remove_work(tmp_path / "w")
     journal.close()
     remove_work(tmp_path / "w")
@@ -203,7 +213,7 @@ def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(PassError, match="disk is full"):
+    with raises(PassError, where="b.bin", reason="disk-full"):
         journal.commit("0/1", "b.bin", full, {})
     journal.close()
     assert sorted(path.name for path in (tmp_path / "w" / UNITS).iterdir()) == ["a.bin"]
@@ -213,7 +223,7 @@ def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path):
 def test_only_our_own_work_directory_is_removed(tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
     (tmp_path / "w" / "thesis.txt").write_text("precious")
-    with pytest.raises(UsageError, match=r"thesis\.txt"):
+    with raises(UsageError, where=tmp_path / "w", reason="foreign-files", names=["thesis.txt"]):
         remove_work(tmp_path / "w")
     (tmp_path / "w" / "thesis.txt").unlink()
     remove_work(tmp_path / "w")

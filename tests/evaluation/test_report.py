@@ -13,7 +13,7 @@ import tiny
 import torch
 import yaml
 
-from compressor.cli import main
+from compressor.cli.main import main
 from compressor.errors import UsageError
 from compressor.evaluation.compare import compare
 from compressor.evaluation.report import (

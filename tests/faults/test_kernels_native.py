@@ -184,7 +184,9 @@ def compile_unit(source: Path, target: Path, *flags: str) -> None:
 def built(tmp_path_factory):
     """Objects with sanitizers, and the program that calls them."""
     folder = tmp_path_factory.mktemp("native")
-    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [ROOT / "tests" / "support" / f"{check}.cpp" for check in CHECKS]:
+    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [
+        ROOT / "tests" / "support" / f"{check}.cpp" for check in CHECKS
+    ]:
         compile_unit(source, folder / f"{source.stem}.o", "-O1", *SANITIZERS)
     return folder
 
@@ -203,7 +205,10 @@ def test_sanitizers_find_nothing_and_levels_agree(built):
 
 
 def test_threads_do_not_race(tmp_path):
-    program, sources = tmp_path / "check", [SOURCES / "threads.cpp", ROOT / "tests" / "support" / "kernels_check_threads.cpp"]
+    program, sources = (
+        tmp_path / "check",
+        [SOURCES / "threads.cpp", ROOT / "tests" / "support" / "kernels_check_threads.cpp"],
+    )
     flags = [*FLAGS, "-O1", "-g1", "-fsanitize=thread", "-DALONE", "-I", str(SOURCES)]
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raising import raises
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops import hessian
@@ -40,9 +41,9 @@ def test_a_gram_adds_by_the_operation():
 
 def test_a_hessian_of_another_shape_is_refused():
     for matrix, x in ((torch.zeros(3, 4), torch.zeros(2, 4)), (torch.zeros(4, 4), torch.zeros(4))):
-        with pytest.raises(ShapeError, match=r"\(in, in\) and \(tokens, in\) expected"):
+        with raises(ShapeError, op="hessian_add_", hessian=list(matrix.shape), x=list(x.shape)):
             hessian.hessian_add_(matrix, x, 1.0, 1.0)
-    with pytest.raises(ShapeError, match="bfloat16"):
+    with raises(ShapeError, op="hessian_add_", hessian="torch.bfloat16", x="torch.float32"):
         hessian.hessian_add_(torch.zeros(4, 4).bfloat16(), torch.zeros(2, 4), 1.0, 1.0)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from guarded import guarded
+from raising import raises
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
@@ -18,6 +18,7 @@ from compressor.kernels import cpu, prepare
 from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.ops import hadamard, int8_matmul
 from compressor.kernels.ops import linear as ops
+from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.int8_split import round_rows
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
@@ -293,31 +294,33 @@ def test_nothing_is_read_or_written_beyond_the_tensors(name, bits, monkeypatch):
 def test_bad_calls_name_what_they_got():
     case = problem((2, 8, 64, 32), 4)
     packed, rest = case.packed, (None, None, 8, 4, 32, "cpu2")
-    with pytest.raises(ShapeError, match=r"x \(2, 63\).*8 x 63, 4 bits, groups of 32"):
+    sizes = {"out": 8, "columns": 64, "bits": 4, "group_size": 32, "layout": "cpu2"}
+    weight_only, packing = {"op": "linear_weight_only"}, operands(codes=case.codes, zero_point=None)
+    with raises(ShapeError, **weight_only, reason="packed", **{**sizes, "columns": 63}, **operands(x=case.x[:, :63])):
         ops.linear_weight_only(case.x[:, :63], packed, *rest)
-    with pytest.raises(ShapeError, match="9 x 64"):
+    with raises(ShapeError, **weight_only, reason="packed", **{**sizes, "out": 9}):
         ops.linear_weight_only(case.x, packed, None, None, 9, 4, 32, "cpu2")
-    with pytest.raises(ShapeError, match="groups of 64"):
+    with raises(ShapeError, op="linear_dynamic_int8", reason="packed", **{**sizes, "group_size": 64}):
         ops.linear_dynamic_int8(case.x, packed, None, None, 8, 4, 64, "cpu2")
-    with pytest.raises(ShapeError, match="of 100 bytes"):
+    with raises(ShapeError, **weight_only, reason="packed", bytes=100, **sizes):
         ops.linear_weight_only(case.x, packed[:100], *rest)
-    with pytest.raises(ShapeError, match="mma1"):
+    with raises(ShapeError, **weight_only, bits=4, layout="mma1"):
         ops.linear_weight_only(case.x, packed, None, None, 8, 4, 32, "mma1")
-    with pytest.raises(ShapeError, match="float64"):
+    with raises(ShapeError, **weight_only, bits=4, layout="cpu2", **operands(x=case.x.double())):
         ops.linear_weight_only(case.x.double(), packed, *rest)
-    with pytest.raises(ShapeError, match="2 bits"):
+    with raises(ShapeError, op="linear_dynamic_int8", bits=2, layout="cpu2"):
         ops.linear_dynamic_int8(case.x, packed, None, None, 8, 2, 32, "cpu2")
-    with pytest.raises(ShapeError, match=r"bias.*\(7,\)"):
+    with raises(ShapeError, **weight_only, out=8, **operands(bias=torch.zeros(7))):
         ops.linear_weight_only(case.x, packed, torch.zeros(7), *rest[1:])
-    with pytest.raises(ShapeError, match="isn't one of"):
+    with raises(ShapeError, **weight_only, reason="packed", bytes=packed.numel(), **sizes):
         ops.linear_weight_only(case.x, packed + 1, *rest)
-    with pytest.raises(ShapeError, match="groups of 12"):
+    with raises(ShapeError, reason="no-layout", **{**sizes, "group_size": 12}):
         ops.pack_weight(case.codes, torch.rand(8, 6), None, None, 4, 12, "cpu2")
-    with pytest.raises(ShapeError, match="code 15 doesn't fit 3 bits"):
+    with raises(ShapeError, code=15, bits=3):
         ops.pack_weight(case.codes | 15, case.scale, None, None, 3, 32, "cpu2")
-    with pytest.raises(ShapeError, match=r"scale \(8, 3\)"):
+    with raises(ShapeError, expected=[8, 2], **packing, **operands(scale=torch.zeros(8, 3))):
         ops.pack_weight(case.codes, torch.rand(8, 3), None, None, 4, 32, "cpu2")
-    with pytest.raises(RuntimeError, match="no gradient"):
+    with pytest.raises(RuntimeError, match="linear_weight_only"):
         ops.linear_weight_only(case.x.requires_grad_(), packed, *rest)
 
 
@@ -374,8 +377,9 @@ def test_a_forked_process_starts_its_own_threads():
 def test_a_level_the_processor_lacks_is_refused(monkeypatch):
     library.cache_clear()
     monkeypatch.setenv("COMPRESSOR_CPU", "avx1024")
-    with pytest.raises(KernelError, match=r"'avx1024'.*scalar"):
+    with raises(KernelError, where="environment", level="avx1024") as failure:
         library()
+    assert "scalar" in failure.value.data["known"]
     monkeypatch.setenv("COMPRESSOR_CPU", "scalar")
     assert library().level == 0
     monkeypatch.undo()
@@ -400,7 +404,7 @@ def test_a_processor_may_lack_a_level_below_its_best(monkeypatch):
     assert cpu.LEVELS[library().level] == "avx512vnni"
     monkeypatch.setenv("COMPRESSOR_CPU", "avxvnni")
     library.cache_clear()
-    with pytest.raises(KernelError, match=r"'avxvnni'.*offers scalar, avx2, avx512vnni\."):
+    with raises(KernelError, where="environment", level="avxvnni", known=["scalar", "avx2", "avx512vnni"]):
         library()
     monkeypatch.undo()
     library.cache_clear()
@@ -446,11 +450,13 @@ def test_llm_int8_passes_the_checks_of_torch_and_refuses_bad_calls():
         (x, packed, layer.SCB, columns, weight, None, 0.0),
     ):
         torch.library.opcheck(torch.ops.compressor.linear_int8_outlier.default, arguments)
-    with pytest.raises(ShapeError, match=r"columns and their weight.*\(70, 1\)"):
+    found = operands(x=x, packed=packed, absmax=layer.SCB, columns=columns, weight=weight[:, :1])
+    with raises(ShapeError, op="linear_int8_outlier", operands=found):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns, weight[:, :1], None, 6.0)
-    with pytest.raises(ShapeError, match=r"x \(3, 63\)"):
+    unlike = {"op": "linear_int8_outlier", "reason": "packed"}
+    with raises(ShapeError, **unlike, out=70, columns=63, **operands(x=x[:, :63])):
         ops.linear_int8_outlier(x[:, :63], packed, layer.SCB, None, None, None, 6.0)
-    with pytest.raises(ShapeError, match=r"x \(3, 64\)"):
+    with raises(ShapeError, **unlike, out=70, columns=64, **operands(x=x)):
         ops.linear_int8_outlier(x, packed, layer.SCB, columns + 60, weight, None, 6.0)
 
 
@@ -461,23 +467,36 @@ def small_weight(bits=4):
 
 
 META = torch.device("meta")
+TWO_DEVICES = {"devices": ["cpu", "meta"]}
 BAD_PACKING = {
-    "a short permutation": (dict(permutation=torch.arange(8)), ShapeError, r"permutation .*\(8,\)\): int64 \(64,\)"),
-    "a permutation of 32 bits": (dict(permutation=torch.arange(64).int()), ShapeError, "int32"),
-    "no groups": (dict(group_size=0), ShapeError, r"codes \(8, 64\), groups of 0"),
-    "one dimension": (dict(codes=torch.zeros(64, dtype=torch.uint8)), ShapeError, r"codes \(64,\)"),
-    "a scale elsewhere": (dict(scale=torch.ones(8, 2, device=META)), KernelError, r"\['cpu', 'meta'\]"),
-    "zero points elsewhere": (dict(zero_point=torch.ones(8, 2, device=META).byte()), KernelError, r"\['cpu', 'meta'\]"),
-    "a permutation elsewhere": (dict(permutation=torch.arange(64, device=META)), KernelError, r"\['cpu', 'meta'\]"),
+    "a short permutation": (
+        dict(permutation=torch.arange(8)),
+        ShapeError,
+        {"codes": [8, 64], **operands(permutation=torch.arange(8))},
+    ),
+    "a permutation of 32 bits": (
+        dict(permutation=torch.arange(64).int()),
+        ShapeError,
+        {"codes": [8, 64], **operands(permutation=torch.arange(64).int())},
+    ),
+    "no groups": (dict(group_size=0), ShapeError, {"reason": "codes", "codes": [8, 64], "group_size": 0}),
+    "one dimension": (
+        dict(codes=torch.zeros(64, dtype=torch.uint8)),
+        ShapeError,
+        {"reason": "codes", "codes": [64], "group_size": 32},
+    ),
+    "a scale elsewhere": (dict(scale=torch.ones(8, 2, device=META)), KernelError, TWO_DEVICES),
+    "zero points elsewhere": (dict(zero_point=torch.ones(8, 2, device=META).byte()), KernelError, TWO_DEVICES),
+    "a permutation elsewhere": (dict(permutation=torch.arange(64, device=META)), KernelError, TWO_DEVICES),
 }
 
 
 @pytest.mark.parametrize("name", BAD_PACKING)
 def test_packing_refuses_what_would_be_read_beyond_its_end(name):
-    changes, kind, said = BAD_PACKING[name]
+    changes, kind, data = BAD_PACKING[name]
     codes, scale, zeros = small_weight()
     given = dict(codes=codes, scale=scale, zero_point=zeros, permutation=None, bits=4, group_size=32, layout="cpu2")
-    with pytest.raises(kind, match=said):
+    with raises(kind, **data):
         ops.pack_weight(**{**given, **changes})
 
 
@@ -487,12 +506,13 @@ def test_llm_int8_refuses_operands_elsewhere_and_of_other_dimensions():
     given = [torch.randn(3, 64), packed, layer.SCB, columns, layer.outlier_weight]
     for at in (2, 3, 4):
         moved = [tensor.to(META) if at == n else tensor for n, tensor in enumerate(given)]
-        with pytest.raises(KernelError, match=r"others on .*meta"):
+        with raises(KernelError, op="linear_int8_outlier", others=["cpu", "meta"]):
             ops.linear_int8_outlier(*moved, None, 0.0)
     for at, shape in ((2, (70, 1)), (2, ()), (3, (1, 2)), (3, ())):
         other = [tensor.flatten()[: 1 if shape == () else None].reshape(shape) if at == n else tensor
                  for n, tensor in enumerate(given)]  # fmt: skip
-        with pytest.raises(ShapeError, match="are .*" + re.escape(str(shape))):
+        found = operands(**dict(zip(("x", "packed", "absmax", "columns", "weight"), other)))
+        with raises(ShapeError, op="linear_int8_outlier", operands=found):
             ops.linear_int8_outlier(*other, None, 0.0)
 
 
@@ -518,5 +538,6 @@ def test_a_packed_weight_is_unpacked_with_any_strides_and_refused_with_another_t
     strided = torch.stack([packed, packed], 1)[:, 0]
     assert torch.equal(ops.unpack_weight(strided, 8, 64, 4, 32, "cpu2")[0], codes)
     for other, group in ((packed.view(torch.int8), 32), (packed, 0)):
-        with pytest.raises(ShapeError, match=f"groups of {group}"):
+        found = {"bytes": packed.numel(), "dtype": str(other.dtype), "group_size": group}
+        with raises(ShapeError, reason="packed", out=8, columns=64, **found):
             ops.unpack_weight(other, 8, 64, 4, group, "cpu2")

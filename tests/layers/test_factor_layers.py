@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raising import raises
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops.sparse_factors import pack_index, row_bits, unpack_index
@@ -69,16 +70,16 @@ def test_a_stored_layer_is_rebuilt_from_its_tensors_and_refuses_damaged_ones():
     again = SparseFactorLinear.from_tensors(layer.spec(), layer.tensors())
     assert again.matrix(torch.float32).equal(layer.matrix(torch.float32))
     damaged = {**layer.tensors(), "weight_index": layer.weight_index ^ 1}
-    with pytest.raises(ShapeError, match="doesn't name 2 atoms for each of 21 rows"):
+    with raises(ShapeError, name="weight_index", k=2, rows=21):
         SparseFactorLinear.from_tensors(layer.spec(), damaged)
     numbers = SparseFactorLinear.pack(*factors(atoms=33), "float16")
     damaged = {**numbers.tensors(), "weight_index": numbers.weight_index | 255}
-    with pytest.raises(ShapeError, match="ascend within 33 atoms"):
+    with raises(ShapeError, name="weight_index", atoms=33):
         SparseFactorLinear.from_tensors(numbers.spec(), damaged)
-    with pytest.raises(ShapeError, match="must ascend"):
+    with raises(ShapeError, reason="descends"):
         atoms, values, index = factors()
         SparseFactorLinear.pack(atoms, values, index.flip(2), "float16")
-    with pytest.raises(ShapeError, match="blocks of 5"):
+    with raises(ShapeError, block=5, k=2, atoms=6, inputs=12):
         SparseFactorLinear(12, 7, 5, 6, 2, "float16", torch.float32)
 
 
@@ -93,5 +94,5 @@ def test_two_thin_products_are_one_by_the_matrix(values, tolerance):
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, matrix), rtol=1e-5, atol=1e-5)
     again = LowRankLinear.from_tensors(layer.spec(), layer.tensors(), torch.ones(9))
     assert again.matrix(torch.float32).equal(matrix) and torch.allclose(again(x), layer(x) + 1)
-    with pytest.raises(ShapeError, match="have no product"):
+    with raises(ShapeError, left=[9, 3], right=[2, 5]):
         LowRankLinear.pack(left, right[:2], values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -141,13 +140,16 @@ def test_an_interrupted_and_resumed_run_makes_an_artifact_that_loads_without_thi
 
 
 @pytest.mark.parametrize(
-    ("family", "step", "export", "message"),
+    ("family", "step", "export", "where", "reason"),
     [
-        ("llama", {}, {"stock_only": True}, r"q_proj stores the group of each input \(act_order: group\)"),
-        ("mixtral", {"only": ["@experts"]}, {}, r"can't hold experts.*act_order: group"),
+        ("llama", {}, {"stock_only": True}, "export", "no-stock-form"),
+        ("mixtral", {"only": ["@experts"]}, {}, "model.layers.1.block_sparse_moe.experts.3.w2", "no-custom-experts"),
     ],
 )
-def test_plan_refuses_what_cannot_hold_the_index_and_says_why(family, step, export, message, tmp_path):
+def test_plan_refuses_what_cannot_hold_the_index_and_says_why(family, step, export, where, reason, tmp_path):
     model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
-    (problem,) = make_plan(recipe(export, **step), str(model), prove=False).problems
-    assert isinstance(problem, PreflightError) and re.search(message, str(problem))
+    plan = make_plan(recipe(export, **step), str(model), prove=False)
+    (problem,) = plan.problems
+    assert isinstance(problem, PreflightError) and (problem.where, problem.data["reason"]) == (where, reason)
+    assert problem.data["weight"] == next(row["name"] for row in plan.rows)
+    assert not make_plan(recipe(export, **step, act_order="static"), str(model), prove=False).problems

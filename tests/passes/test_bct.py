@@ -13,6 +13,7 @@ import tiny
 import torch
 import yaml
 from fresh import stranger
+from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
@@ -151,7 +152,7 @@ def test_biases_in_blocks_are_within_half_a_step_and_add_what_the_layer_adds():
 def test_a_tensor_of_another_shape_is_refused_by_name():
     layer = BlockLinear.pack(*quantize_blocks(seeded(8, 8), 8, (8, 8))[:2], bits=8, block=(8, 8))
     tensors = {**layer.tensors(), "weight_exponent": torch.zeros(2, 1, dtype=torch.int8)}
-    with pytest.raises(ShapeError, match="weight_exponent is"):
+    with raises(ShapeError, name="weight_exponent", shape=[2, 1], expected_shape=[1, 1]):
         BlockLinear.from_tensors(layer.spec(), tensors)
 
 
@@ -250,7 +251,7 @@ def test_output_error_is_that_of_the_products_seen():
 
 def test_bits_and_a_budget_exclude_each_other():
     text = b"version: 1\nname: x\nsteps:\n  - {pass: bct, bits: 4, budget: 1000}\n"
-    with pytest.raises(RecipeError, match="a budget chooses the bits"):
+    with raises(RecipeError, reason="bits-and-budget"):
         parse_recipe(text, "x.yaml")
 
 
@@ -335,12 +336,14 @@ def test_a_run_killed_after_its_decision_resumes_with_it(tmp_path):
 def test_a_budget_below_four_bits_is_refused_with_the_bytes_it_takes(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     plan = make_plan(recipe(budget=1000), str(model))
-    assert "at 4 bits are" in plan.problems[0].what
+    problem = plan.problems[0]
+    assert isinstance(problem, PreflightError) and problem.where == "steps.0"
+    assert problem.data["reason"] == "budget-too-small" and problem.data["budget"] == 1000 < problem.data["least"]
 
 
 def test_a_table_that_the_head_shares_is_refused_by_name(tmp_path):
     model = tiny.save("qwen3", tmp_path / "model")
-    with pytest.raises(PreflightError, match=r"model.embed_tokens: shares its table with lm_head"):
+    with raises(PreflightError, where="model.embed_tokens", reason="shared-table", other="lm_head.weight"):
         compress(recipe(only=["@embedding"]), str(model), tmp_path / "out", measure=False)
 
 
@@ -351,7 +354,8 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     assert [(w["code"], w["where"]) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
     assert {"name": "model.embed_tokens", "reason": "shares its table with lm_head.weight"} in plan.skipped
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
-    assert "shares its table with lm_head" in named.problems[0].what
+    shared = {"reason": "shared-table", "other": "lm_head.weight"}
+    assert (named.problems[0].where, named.problems[0].data) == ("model.embed_tokens", shared)
     assert make_plan(recipe(only=["@embedding!"]), str(model), prove=False).rows == []
 
 
@@ -359,7 +363,8 @@ def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     text = b"version: 1\nname: x\nsteps:\n  - {pass: rtn, group_size: -1, only: ['@embedding']}\n"
     problems = make_plan(parse_recipe(text, "x.yaml"), str(model)).problems
-    assert "model.embed_tokens is a table that is looked up by rows" in problems[0].what
+    found = {"reason": "unfit-form", "weight": "model.embed_tokens", "pass": "rtn", "form": "packed_linear"}
+    assert problems[0].where == "steps.0" and problems[0].data == {**found, "kind": "embedding"}
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))

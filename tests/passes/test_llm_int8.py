@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 import yaml
+from raising import raises
 from safetensors.torch import load_file
 from torch import nn
 
@@ -60,15 +61,17 @@ def group_of(inputs):
 def test_inf_means_what_zero_means_and_odd_settings_are_refused():
     assert LLMInt8(threshold=float("inf")).threshold == 0.0
     assert recipe({"threshold": float("inf")}).steps[0].settings == LLMInt8(threshold=0)
-    for step, message in [
-        ({"threshold": -1}, "greater than or equal to 0"),
-        ({"threshold": float("nan")}, "greater than or equal to 0"),
-        ({"threshold": 0, "outliers": "calibrated"}, "turns the split off"),
-        ({"min_frequency": 0.5}, "need outliers: calibrated"),
-        ({"max_outlier_columns": 4}, "need outliers: calibrated"),
+    for step, reason in [
+        ({"threshold": -1}, "greater-than-equal"),
+        ({"threshold": float("nan")}, "greater-than-equal"),
+        ({"threshold": 0, "outliers": "calibrated"}, "nothing-calibrated"),
+        ({"min_frequency": 0.5}, "needs-calibrated"),
+        ({"max_outlier_columns": 4}, "needs-calibrated"),
     ]:
-        with pytest.raises(RecipeError, match=message):
+        with raises(RecipeError, reason=reason) as failure:
             recipe(step)
+        key = ".threshold" if reason == "greater-than-equal" else ""
+        assert failure.value.where.endswith(f" (steps.0{key})")
 
 
 def test_data_is_read_only_where_something_is_counted():
@@ -301,8 +304,7 @@ def test_calibrated_columns_are_stored_as_they_were_and_load_without_this_packag
     assert torch.equal(tensors[f"{name}.outlier_weight"], dense[:, columns])
     row = next(row for row in report["weights"] if row["name"] == name)
     assert row["kept_columns"] == len(columns) == row["spec"]["outlier_columns"] == 2
-    warning = next(warning for warning in report["warnings"] if warning["code"] == "outliers-dropped")
-    assert "outlier features beyond max_outlier_columns are rounded, up to" in warning["message"]
+    assert any(warning["code"] == "outliers-dropped" for warning in report["warnings"])
     assert row["bytes_after"] == sum(value.nbytes for key, value in tensors.items() if key.startswith(name))
     own = compressor.load(tmp_path / "out", kernels="reference")
     expected = own(input_ids=torch.arange(8).view(1, 8)).logits
@@ -311,13 +313,13 @@ def test_calibrated_columns_are_stored_as_they_were_and_load_without_this_packag
 
 def test_broken_inputs_stop_the_run():
     count = Outliers.none(6.0, torch.device("cpu"), group_of(3)).add(torch.tensor([[1.0, torch.nan, 2]]))
-    with pytest.raises(PassError, match="hold NaN or Inf"):
+    with raises(PassError, where=group_of(3).name, reason="not-finite"):
         LLMInt8(outlier_report=True)._store(None, group_of(3), count)
 
 
 def test_verification_elsewhere_names_the_missing_package(stock, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(DependencyError, match=r"compress-model\[bitsandbytes\]"):
+    with raises(DependencyError, where="export", package="bitsandbytes"):
         verify_in_child(stock[0], None, sealed=True)
 
 

@@ -55,7 +55,7 @@ def told(tmp_path):
         ("-m", "compressor", "doctor"),
         ("-m", "compressor", "plan", "gptq-w4a16", "--model", "demo"),
         ("-c", "from compressor.cli.main import main; main(['doctor'])"),
-        ("-m", "pytest", "-c", ROOT / "pyproject.toml", ROOT / "tests" / "test_packed_linear.py"),
+        ("-m", "pytest", "-c", ROOT / "pyproject.toml", ROOT / "tests" / "layers" / "test_packed_linear.py"),
     ],
     ids=lambda command: " ".join(map(str, command[1:3])),
 )
@@ -92,18 +92,27 @@ def test_a_script_imports_the_package_before_anything_that_might_be_torch(script
 )
 def test_what_a_user_says_stays(name, value, told):
     assert told("-c", "import compressor, torch", **{name: value}) == f"{name}={value}"
-    said = "from compressor.process.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
+    said = (
+        "from compressor.process.idle_threads import *\n"
+        "print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
+    )
     assert told("-c", said, **{name: value}) == f"{name}={value} (environment) {name == 'OMP_WAIT_POLICY'}"
 
 
 def test_programs_of_others_are_told_nothing(told):
-    said = "from compressor.process.idle_threads import *; print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
+    said = (
+        "from compressor.process.idle_threads import *\n"
+        "print(how_threads_wait(), 'OMP_WAIT_POLICY' in environment_of_user())"
+    )
     assert told("-c", said) == "OMP_WAIT_POLICY=passive (set by compressor) False"
 
 
 def test_the_runtime_of_torch_obeys_and_a_torch_that_came_first_is_told():
     """By what GNU's runtime, if it is the one, writes when it is loaded."""
-    code = "import torch, compressor.process.idle_threads as t, os; print(t.how_threads_wait(), os.environ['OMP_WAIT_POLICY'])"
+    code = (
+        "import torch, compressor.process.idle_threads as t, os\n"
+        "print(t.how_threads_wait(), os.environ['OMP_WAIT_POLICY'])"
+    )
     unset = {name: value for name, value in os.environ.items() if name not in idle_threads.VARIABLES}
     for first in ("", "import compressor; "):
         done = subprocess.run(

@@ -10,11 +10,13 @@ import tiny
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raising import raises
 
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
+from compressor.process.utf8 import printable
 from compressor.recipe.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
-from compressor.recipe.schema import bare_source
+from compressor.recipe.schema import MOST_BYTES, bare_source
 
 SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))
 GOOD = b"version: 1\nsteps: [{pass: rtn}]\n"
@@ -49,46 +51,88 @@ def test_shipped_recipes_satisfy_the_schema(name):
     jsonschema.validate(yaml.safe_load(find_recipe(name).read_text()), schema)
 
 
+# what is wrong -> the recipe, where that is told, and what is told of it
 BAD = {
-    "empty": (b"", "is empty"),
-    "list": (b"- 1\n", "a map of keys"),
-    "no version": (b"steps: [{pass: rtn}]\n", "version 1 is needed, none"),
-    "other version": (b"version: 2\nsteps: [{pass: rtn}]\n", r"r.yaml:1:1 \(version\).*2 was found"),
-    "no steps": (b"version: 1\n", "at least one step"),
-    "unknown key": (b"version: 1\nsteps: [{pass: rtn}]\nevil: 2\n", r"r.yaml:3:1 \(evil\).*'eval'"),
-    "unknown pass": (b"version: 1\nsteps:\n  - pass: gptk\n", r"r.yaml:3:5 \(steps.0.pass\).*'gptq'"),
-    "unknown setting": (b"version: 1\nsteps: [{pass: gptq, bitz: 3}]\n", r"r.yaml:2:22 \(steps.0.bitz\).*'bits'"),
-    "bad value": (b"version: 1\nsteps: [{pass: gptq, bits: 5}]\n", r"r.yaml:2:22 \(steps.0.bits\).*2, 3, 4 or 8"),
-    "nested unknown": (GOOD + b"eval: {data: {sample: 1}}\n", r"eval.data.sample.*'samples'"),
-    "unknown gate": (b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size: 1}}\n", "unknown gate 'size'"),
-    "twice": (b"version: 1\nversion: 1\nsteps: [{pass: rtn}]\n", r"r.yaml:2:1: key 'version' appears twice"),
-    "tag": (b"version: 1\nsteps: !!python/object:os.system x\n", "is not allowed"),
-    "syntax": (b"version: [1\n", r"r.yaml:2:1: is not valid YAML"),
-    "not utf-8": (b"version: \xff\n", r"not UTF-8 \(byte 9\)"),
-    "too large": (b"#" * (1 << 20) + b"\n", "at most 1,048,576"),
-    "pass missing": (b"version: 1\nsteps: [{bits: 3}]\n", "a step names its pass"),
-    "empty sweep": (b"version: 1\nsteps: [{sweep: []}]\n", "a sweep is a list"),
-    "bad size": (b"version: 1\nsteps: [{pass: rtn}]\nexport: {shard_bytes: 4 boxes}\n", "KiB, MiB, GiB"),
+    "empty": (b"", "r.yaml", {"reason": "empty"}),
+    "list": (b"- 1\n", "r.yaml:1:1", {"reason": "not-a-map"}),
+    "no version": (b"steps: [{pass: rtn}]\n", "r.yaml:1:1 (version)", {"reason": "version", "found": "none"}),
+    "other version": (
+        b"version: 2\nsteps: [{pass: rtn}]\n", "r.yaml:1:1 (version)", {"reason": "version", "found": "2"}
+    ),
+    "no steps": (b"version: 1\n", "r.yaml:1:1 (steps)", {"reason": "no-steps"}),
+    "unknown key": (
+        b"version: 1\nsteps: [{pass: rtn}]\nevil: 2\n",
+        "r.yaml:3:1 (evil)",
+        {"reason": "unknown-key", "key": "evil", "near": ["eval"]},
+    ),
+    "unknown pass": (
+        b"version: 1\nsteps:\n  - pass: gptk\n",
+        "r.yaml:3:5 (steps.0.pass)",
+        {"reason": "unknown-pass", "name": "gptk", "near": ["gptq"]},
+    ),
+    "unknown setting": (
+        b"version: 1\nsteps: [{pass: gptq, bitz: 3}]\n",
+        "r.yaml:2:22 (steps.0.bitz)",
+        {"reason": "unknown-key", "key": "bitz", "near": ["bits"]},
+    ),
+    "bad value": (
+        b"version: 1\nsteps: [{pass: gptq, bits: 5}]\n",
+        "r.yaml:2:22 (steps.0.bits)",
+        {"reason": "literal-error", "found": "5", "expected": "2, 3, 4 or 8"},
+    ),
+    "nested unknown": (
+        GOOD + b"eval: {data: {sample: 1}}\n",
+        "r.yaml:3:15 (eval.data.sample)",
+        {"reason": "unknown-key", "key": "sample", "near": ["samples"]},
+    ),
+    "unknown gate": (
+        b"version: 1\nsteps: [{pass: rtn}]\neval: {gates: {size: 1}}\n",
+        "r.yaml:3:8 (eval.gates)",
+        {"reason": "unknown-gate", "gate": "size"},
+    ),
+    "twice": (
+        b"version: 1\nversion: 1\nsteps: [{pass: rtn}]\n", "r.yaml:2:1", {"reason": "key-twice", "key": "version"}
+    ),
+    "tag": (
+        b"version: 1\nsteps: !!python/object:os.system x\n",
+        "r.yaml:2:8",
+        {"reason": "tag", "tag": "tag:yaml.org,2002:python/object:os.system"},
+    ),
+    "syntax": (b"version: [1\n", "r.yaml:2:1", {"reason": "not-yaml"}),
+    "not utf-8": (b"version: \xff\n", "r.yaml", {"reason": "not-utf-8", "byte": 9}),
+    "too large": (b"#" * (1 << 20) + b"\n", "r.yaml", {"reason": "too-large", "limit": 1 << 20}),
+    "pass missing": (b"version: 1\nsteps: [{bits: 3}]\n", "r.yaml:2:9 (steps.0)", {"reason": "step-without-pass"}),
+    "empty sweep": (
+        b"version: 1\nsteps: [{sweep: []}]\n", "r.yaml:2:10 (steps.0.sweep)", {"reason": "sweep-without-steps"}
+    ),
+    "bad size": (
+        b"version: 1\nsteps: [{pass: rtn}]\nexport: {shard_bytes: 4 boxes}\n",
+        "r.yaml:3:10 (export.shard_bytes)",
+        {"reason": "no-size", "found": "'4 boxes'"},
+    ),
     "billion laughs": (
         b"version: 1\na: &a [x,x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
         b"c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\nsteps: [*d,*d]\n",
-        "more than 10,000 nodes",
+        "r.yaml:2:24",
+        {"reason": "too-many-nodes", "nodes": 10_000},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", sorted(BAD))
 def test_a_bad_recipe_is_refused_with_its_place(case):
-    content, message = BAD[case]
-    with pytest.raises(RecipeError, match=message) as failure:
+    content, where, data = BAD[case]
+    with raises(RecipeError, where=where, **data) as failure:
         parse_recipe(content, "r.yaml")
     assert failure.value.exit_code == 2
 
 
 def test_several_problems_are_reported_together():
-    with pytest.raises(RecipeError) as failure:
+    with raises(RecipeError, where="r.yaml:2:22 (steps.0.bits)", found="5") as failure:
         parse_recipe(b"version: 1\nsteps: [{pass: gptq, bits: 5, group_size: 7}]\n", "r.yaml")
-    assert "steps.0.bits" in str(failure.value) and "steps.0.group_size" in str(failure.value)
+    (other,) = failure.value.data["also"]
+    assert (other["where"], other["found"]) == ("r.yaml:2:31 (steps.0.group_size)", "7")
+    assert other["where"] in str(failure.value), "people see both, too"
 
 
 def test_set_changes_a_value_with_the_same_validation():
@@ -100,45 +144,62 @@ def test_set_changes_a_value_with_the_same_validation():
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "place", "data"),
     [
-        ("steps.0.bits=5", r"--set steps.0.bits=5 \(steps.0.bits\)"),
-        ("steps.4.bits=3", "never creates a step"),
-        ("nonsense.key=1", "'nonsense' is not in the recipe"),
-        ("steps.0.bitz=3", "'bits'"),
-        ("novalue", "KEY=VALUE"),
-        ("steps=[{pass: rtn}]", "never the steps"),
-        ("steps.0={pass: rtn}", "never the steps"),
-        ("steps.0.only.9=x", "'steps.0.only' is not in the recipe"),
-        ("steps.\u00b2.bits=3", "not in the recipe"),
-        ("steps.0.bits=true", r"\(steps.0.bits\): true or false where"),
-        ("eval.data.samples=true", r"\(eval.data.samples\): true or false where"),
-        ("eval.gates.size_ratio=false", r"\(eval.gates.size_ratio\): true or false where"),
-        ("eval.gates.size_ratio=.inf", "finite number"),
-        ("eval.gates.size_ratio_drop_points=1", "has no value before"),
-        ("eval.gates.accuracy_min=0.5", "needs accuracy among eval.metrics"),
-        ("eval.metrics=[size]", "needs perplexity among eval.metrics"),
-        ("data.seed=4294967296", "less than 4294967296"),
-        ("data.sha256=abc", "pattern"),
-        ("limits.memory=1..5GiB", "KiB, MiB, GiB"),
-        ("data.0=1", "Keys should be strings"),
-        (f"export.shard_bytes={'9' * 400}GB", "no machine has more than 1 EiB"),
-        ("limits.memory=2305843009213693952", r"\(limits.memory\): Input should be less than or equal to"),
-        ("eval.data.samples=9000000000000000000", r"\(eval.data.samples\): Input should be less than"),
-        ("eval.data.samples=100000000000000000000", r"eval.data.samples=1.*is larger than any setting"),
-        (f"data.length=0x{'f' * 9000}", r"\(9,002 signs\) is larger than any setting"),
-        ("data.length=100000000", r"\(data.length\): Input should be less than"),
-        ("eval.batch_size=100000000", r"\(eval.batch_size\): Input should be less than"),
-        ("steps.0.min_tokens=100000000", r"\(steps.0.min_tokens\): Input should be less than"),
-        ("data.seed=!!int ''", "can't be read"),
-        ("data.pack=!!bool x", "can't be read"),
-        ("steps.0.bits=\udcff", r"--set steps.0.bits=\\xff: holds bytes that are not UTF-8"),
-        ('data.source="\\ud800"', r"'\\ud800' holds half of a surrogate pair"),
-        ('eval.gates={"\\ud800": 1}', r"1:2: '.ud800' holds half"),
+        ("steps.0.bits=5", " (steps.0.bits)", {"reason": "literal-error", "found": "5"}),
+        ("steps.4.bits=3", "", {"reason": "not-in-recipe", "key": "steps.4"}),
+        ("nonsense.key=1", "", {"reason": "not-in-recipe", "key": "nonsense"}),
+        ("steps.0.bitz=3", " (steps.0.bitz)", {"reason": "unknown-key", "key": "bitz", "near": ["bits"]}),
+        ("novalue", "", {"reason": "no-key-and-value"}),
+        ("steps=[{pass: rtn}]", "", {"reason": "changes-steps"}),
+        ("steps.0={pass: rtn}", "", {"reason": "changes-steps"}),
+        ("steps.0.only.9=x", "", {"reason": "not-in-recipe", "key": "steps.0.only"}),
+        ("steps.\u00b2.bits=3", "", {"reason": "not-in-recipe", "key": "steps.\u00b2"}),
+        ("steps.0.bits=true", " (steps.0.bits)", {"reason": "stray-boolean"}),
+        ("eval.data.samples=true", " (eval.data.samples)", {"reason": "stray-boolean"}),
+        ("eval.gates.size_ratio=false", " (eval.gates.size_ratio)", {"reason": "stray-boolean"}),
+        ("eval.gates.size_ratio=.inf", " (eval.gates.size_ratio)", {"reason": "finite-number"}),
+        (
+            "eval.gates.size_ratio_drop_points=1",
+            "gptq-w4a16.yaml:11:3 (eval.gates)",
+            {"reason": "unknown-gate", "gate": "size_ratio_drop_points"},
+        ),
+        (
+            "eval.gates.accuracy_min=0.5",
+            "gptq-w4a16.yaml:9:1 (eval)",
+            {"reason": "gate-unmeasured", "gate": "accuracy_min", "metric": "accuracy"},
+        ),
+        ("eval.metrics=[size]", "gptq-w4a16.yaml:9:1 (eval)", {"reason": "gate-unmeasured", "metric": "perplexity"}),
+        ("data.seed=4294967296", " (data.seed)", {"reason": "less-than", "lt": 2**32}),
+        ("data.sha256=abc", " (data.sha256)", {"reason": "string-pattern-mismatch", "found": "'abc'"}),
+        ("limits.memory=1..5GiB", " (limits.memory)", {"reason": "no-size", "found": "'1..5GiB'"}),
+        ("data.0=1", " (data.0)", {"reason": "invalid-key", "found": "0"}),
+        (
+            f"export.shard_bytes={'9' * 400}GB",
+            " (export.shard_bytes)",
+            {"reason": "size-limit", "limit": MOST_BYTES},
+        ),
+        ("limits.memory=2305843009213693952", " (limits.memory)", {"reason": "less-than-equal", "le": MOST_BYTES}),
+        ("eval.data.samples=9000000000000000000", " (eval.data.samples)", {"reason": "less-than-equal"}),
+        (
+            "eval.data.samples=100000000000000000000",
+            ":1:1",
+            {"reason": "too-large-number", "value": "'100000000000000000000'"},
+        ),
+        (f"data.length=0x{'f' * 9000}", ":1:1", {"reason": "too-large-number"}),
+        ("data.length=100000000", " (data.length)", {"reason": "less-than-equal"}),
+        ("eval.batch_size=100000000", " (eval.batch_size)", {"reason": "less-than-equal"}),
+        ("steps.0.min_tokens=100000000", " (steps.0.min_tokens)", {"reason": "less-than-equal"}),
+        ("data.seed=!!int ''", ":1:1", {"reason": "unreadable", "value": "''"}),
+        ("data.pack=!!bool x", ":1:1", {"reason": "unreadable", "value": "'x'"}),
+        ("steps.0.bits=\udcff", "", {"reason": "not-utf-8"}),
+        ('data.source="\\ud800"', ":1:1", {"reason": "surrogate", "value": r"'\ud800'"}),
+        ('eval.gates={"\\ud800": 1}', ":1:2", {"reason": "surrogate", "value": r"'\ud800'"}),
     ],
 )
-def test_a_bad_set_is_refused_by_name(override, message):
-    with pytest.raises(RecipeError, match=message):
+def test_a_bad_set_is_refused_by_name(override, place, data):
+    where = place if place.startswith("gptq-w4a16.yaml:") else printable(f"--set {override}{place}")
+    with raises(RecipeError, where=where, **data):
         read_recipe("gptq-w4a16", [override])
 
 
@@ -176,7 +237,7 @@ def test_only_sources_that_tell_of_the_machine_are_shortened(source, told):
 def test_options_reach_the_recipe_without_being_read_as_yaml():
     recipe = parse_recipe(GOOD, options=[("--data", ("eval", "data", "source"), "my file #1: x.txt")])
     assert recipe.eval.data.source == "my file #1: x.txt"
-    with pytest.raises(RecipeError, match=r"--metrics a \(eval.metrics.0\)"):
+    with raises(RecipeError, where="--metrics a (eval.metrics.0)", reason="literal-error", found="'a'"):
         parse_recipe(GOOD, options=[("--metrics a", ("eval", "metrics"), ["a"])])
 
 
@@ -192,7 +253,7 @@ def test_steps_under_one_sweep_share_it():
 
 
 def test_a_missing_recipe_names_those_that_come_along():
-    with pytest.raises(RecipeError, match="gptq-w4a16"):
+    with raises(RecipeError, where="no-such-recipe", reason="no-such-recipe", known=SHIPPED):
         read_recipe("no-such-recipe")
 
 

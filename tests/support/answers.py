@@ -1,4 +1,4 @@
-"""What a child process may do instead of answering, for tests/test_child.py; imports nothing slow."""
+"""What a child process may do instead of answering, for tests/process/test_child.py; imports nothing slow."""
 
 import errno
 import os
@@ -16,11 +16,11 @@ class UnknownElsewhere(ModelError):
 
 
 def lack_a_package(request):
-    raise DependencyError("needs the package x", where="export", hint="pip install x")
+    raise DependencyError("needs the package x", where="export", hint="pip install x", data={"package": "x"})
 
 
 def fail_in_a_class_of_its_own(request):
-    raise UnknownElsewhere("is damaged", where="config.json", hint="Download it again.")
+    raise UnknownElsewhere("is damaged", where="config.json", hint="Download it again.", data={"line": 3})
 
 
 def run_out_of_memory(request):

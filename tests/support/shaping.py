@@ -69,7 +69,7 @@ class Whole:
         self.warnings.append(code)
 
 
-# family -> (reader of the heads, columns of a unit; reader of the MLP), in a block of a model of tests/tiny.py
+# family -> (reader of the heads, columns of a unit; reader of the MLP), in a block of a model of tests/support/tiny.py
 READERS = {
     "llama": ("self_attn.o_proj", 16, "mlp.down_proj"),  # two query heads of 8 to a key-value head
     "opt": ("self_attn.out_proj", 8, "fc2"),

@@ -100,5 +100,6 @@ def _level(functions: ModuleType) -> int:
             f"COMPRESSOR_CPU is {wanted!r}, this processor offers {', '.join(known)}",
             where="environment",
             hint="Unset it, or set it to one of these.",
+            data={"level": wanted, "known": known},
         )
     return LEVELS.index(wanted)

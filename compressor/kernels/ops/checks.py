@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,23 @@ def _check_gradients(name: str, tensors: dict[str, Tensor | None]) -> None:
 
 def _elsewhere(name: str, hint: str, tensors: dict[str, Tensor | None]) -> KernelError:
     found = ", ".join(f"{role} on {tensor.device}" for role, tensor in tensors.items() if tensor is not None)
-    return KernelError(f"{name}: {found}", hint=hint)
+    devices_of = {role: str(tensor.device) for role, tensor in tensors.items() if tensor is not None}
+    return KernelError(f"{name}: {found}", hint=hint, data={"op": name, "devices": devices_of})
 
 
-def refuse(name: str, expected: str, **tensors: Tensor | None) -> ShapeError:
+def operands(**tensors: Tensor | None) -> dict[str, Any]:
+    """Operands of a call for the data of an error: dtype and shape by name, None for one that wasn't given."""
+    return {
+        role: None if tensor is None else {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+        for role, tensor in tensors.items()
+    }
+
+
+def refuse(name: str, expected: str, reason: str = "operands", /, **tensors: Tensor | None) -> ShapeError:
     """The error that names all operands of a call."""
     found = ", ".join(
         f"{role} none" if tensor is None else f"{role} {tensor.dtype} {tuple(tensor.shape)}"
         for role, tensor in tensors.items()
     )
-    return ShapeError(f"{name}: {found}; expected {expected}")
+    data = {"op": name, "reason": reason, "operands": operands(**tensors)}
+    return ShapeError(f"{name}: {found}; expected {expected}", data=data)

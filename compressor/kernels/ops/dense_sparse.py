@@ -88,7 +88,8 @@ def linear_dense_sparse(
     if error == BAD_INDEX:
         largest = int(index.to(torch.int32).max())
         raise ShapeError(
-            f"linear_dense_sparse: index {tuple(index.shape)} names atom {largest} of {atoms} (0 to {atoms - 1})"
+            f"linear_dense_sparse: index {tuple(index.shape)} names atom {largest} of {atoms} (0 to {atoms - 1})",
+            data={"op": "linear_dense_sparse", "index": list(index.shape), "largest": largest, "atoms": atoms},
         )
     if error:
         raise refuse("linear_dense_sparse", f"shapes that fit (code {error})", **operands)

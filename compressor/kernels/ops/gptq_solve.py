@@ -66,20 +66,24 @@ def check_columns(part: Columns, begin: int, stop: int) -> None:
     count, out = work.shape if work.dim() == 2 else (-1, -1)
     groups = len(part.scale) if part.scale.dim() == 2 else -1
     shapes = {"upper": (count, count), "group_of": (count,), "scale": (groups, out), "zero_point": (groups, out)}
-    fits = work.dtype in (torch.float32, torch.float64) and 0 <= begin <= stop <= count
+    fits, are_there = work.dtype in (torch.float32, torch.float64), 0 <= begin <= stop <= count
     for name, tensor in tensors.items():
         if tensor is not None:
             fits &= tuple(tensor.shape) == shapes.get(name, (count, out))
             fits &= tensor.dtype == (torch.int64 if name == "group_of" else work.dtype)
-    if not fits or not all(tensor.is_contiguous() for tensor in (work, part.errors, part.codes)):
+    if not (fits and are_there) or not all(tensor.is_contiguous() for tensor in (work, part.errors, part.codes)):
         expected = (
             "work, errors and codes (n, out), contiguous, upper (n, n), scale and zero_point (groups, out), all of "
             f"float32 or all of float64, group_of (n,) int64, and 0 <= begin <= stop <= n (here {begin} and {stop})"
         )
-        raise refuse(NAME, expected, **tensors)
+        refusal = refuse(NAME, expected, "columns" if fits and not are_there else "operands", **tensors)
+        refusal.data.update(begin=begin, stop=stop)
+        raise refusal
     of = part.group_of[begin:stop]
     if of.is_cpu and ((of < 0) | (of >= groups)).any():
-        raise refuse(NAME, f"groups of 0 to {groups - 1}, not {of.tolist()}", **tensors)
+        refusal = refuse(NAME, f"groups of 0 to {groups - 1}, not {of.tolist()}", "groups", **tensors)
+        refusal.data.update(groups=groups, found=of.tolist())
+        raise refusal
 
 
 def round_compiled(part: Columns, begin: int, stop: int, level: int | None = None, threads: int | None = None) -> None:
@@ -91,7 +95,7 @@ def round_compiled(part: Columns, begin: int, stop: int, level: int | None = Non
     """
     check_columns(part, begin, stop)
     if part.work.dtype != torch.float32:
-        raise refuse(NAME, "float32 in compiled code", **part.tensors())
+        raise refuse(NAME, "float32 in compiled code", "float32-only", **part.tensors())
     if on_cuda.takes(part.work):
         check_cuda_call(NAME, **part.tensors())
         on_cuda.round_columns(part, begin, stop)

@@ -41,7 +41,10 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
     n = x.shape[-1]
     m = base_of(n)
     if m is None:
-        raise ShapeError(f"hadamard: no matrix of {n} for x {tuple(x.shape)}; n is 2^p times 1, 12, 20, 28 or 36")
+        raise ShapeError(
+            f"hadamard: no matrix of {n} for x {tuple(x.shape)}; n is 2^p times 1, 12, 20, 28 or 36",
+            data={"op": "hadamard", "reason": "no-matrix", "n": n, "shape": list(x.shape)},
+        )
     x = x.contiguous()
     y = torch.empty_like(x)
     found = cpu_library()

@@ -26,9 +26,15 @@ def hessian_add_(hessian: Tensor, x: Tensor, keep: float, weight: float) -> None
     raises   ShapeError for other shapes or dtypes
     """
     if hessian.dim() != 2 or x.dim() != 2 or hessian.shape != (x.shape[1], x.shape[1]):
-        raise ShapeError(f"hessian {tuple(hessian.shape)}, x {tuple(x.shape)}: (in, in) and (tokens, in) expected")
+        raise ShapeError(
+            f"hessian {tuple(hessian.shape)}, x {tuple(x.shape)}: (in, in) and (tokens, in) expected",
+            data={"op": "hessian_add_", "hessian": list(hessian.shape), "x": list(x.shape)},
+        )
     if hessian.dtype.itemsize < 4 or not (hessian.is_floating_point() and x.is_floating_point()):
-        raise ShapeError(f"hessian {hessian.dtype}, x {x.dtype}: float32 or float64, and a float expected")
+        raise ShapeError(
+            f"hessian {hessian.dtype}, x {x.dtype}: float32 or float64, and a float expected",
+            data={"op": "hessian_add_", "hessian": str(hessian.dtype), "x": str(x.dtype)},
+        )
     _add(hessian, x.to(hessian.dtype), keep, weight)
 
 

@@ -68,7 +68,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         raise refuse("int8_matmul", "int8 (M, K) and int8 (N, K)", a=a, b=b)
     rows, columns = a.shape
     if columns > MOST_COLUMNS:
-        raise refuse("int8_matmul", f"K of at most {MOST_COLUMNS}, whose sums fit int32", a=a, b=b)
+        raise refuse("int8_matmul", f"K of at most {MOST_COLUMNS}, whose sums fit int32", "columns", a=a, b=b)
     a, b = a.contiguous(), b.contiguous()
     product = a.new_empty(rows, len(b), dtype=torch.int32)
     found = cpu_library()

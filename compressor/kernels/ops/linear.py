@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
 from compressor.kernels.cuda import mma1, mma8a1
+from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.large_pages import empty_bytes
 from compressor.kernels.ops.registry import register, register_cuda
 
@@ -76,21 +78,27 @@ def pack_weight(
     """
     if codes.dim() != 2 or (group_size < 1 and group_size != -1):
         raise ShapeError(
-            f"codes {tuple(codes.shape)}, groups of {group_size}: (out, in), and 1 and more or -1 expected"
+            f"codes {tuple(codes.shape)}, groups of {group_size}: (out, in), and 1 and more or -1 expected",
+            data={"reason": "codes", "codes": list(codes.shape), "group_size": group_size},
         )
     out, columns = codes.shape
     if permutation is not None and (tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64):
         found = permutation.dtype, tuple(permutation.shape)
-        raise ShapeError(f"permutation {found}: int64 {(columns,)} expected for codes {(out, columns)}")
+        raise ShapeError(
+            f"permutation {found}: int64 {(columns,)} expected for codes {(out, columns)}",
+            data={"codes": [out, columns], **operands(permutation=permutation)},
+        )
     places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
     if len(places) > 1:
         hint = "All have to be on one device."
-        raise KernelError(f"codes, scale, zero point and permutation on {sorted(places)}", hint=hint)
+        told = f"codes, scale, zero point and permutation on {sorted(places)}"
+        raise KernelError(told, hint=hint, data={"devices": sorted(places)})
     expected = (out, groups_of(columns, group_size))
     if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
         zeros = "none" if zero_point is None else tuple(zero_point.shape)
         raise ShapeError(
-            f"scale {tuple(scale.shape)}, zero point {zeros}: {expected} expected for codes {(out, columns)}"
+            f"scale {tuple(scale.shape)}, zero point {zeros}: {expected} expected for codes {(out, columns)}",
+            data={"expected": list(expected), **operands(codes=codes, scale=scale, zero_point=zero_point)},
         )
     if (
         codes.dtype != torch.uint8
@@ -98,9 +106,13 @@ def pack_weight(
         or (zero_point is not None and zero_point.dtype != torch.uint8)
     ):
         kinds = codes.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
-        raise ShapeError(f"codes, scale and zero point are {kinds}; uint8, a 16- or 32-bit float and uint8 expected")
+        raise ShapeError(
+            f"codes, scale and zero point are {kinds}; uint8, a 16- or 32-bit float and uint8 expected",
+            data={"reason": "dtypes", **operands(codes=codes, scale=scale, zero_point=zero_point)},
+        )
     if codes.numel() and int(codes.max()) >> bits:
-        raise ShapeError(f"code {int(codes.max())} doesn't fit {bits} bits")
+        largest = int(codes.max())
+        raise ShapeError(f"code {largest} doesn't fit {bits} bits", data={"code": largest, "bits": bits})
     if permutation is not None:
         codes = codes.index_select(1, permutation)
     if layout in CUDA_LAYOUTS:
@@ -109,7 +121,10 @@ def pack_weight(
     functions = cpu_library().functions
     size = functions.packed_bytes(out, columns, bits, group_columns(columns, group_size), DTYPES[scale.dtype])
     if size < 0:
-        raise ShapeError(f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}")
+        raise ShapeError(
+            f"no layout {LAYOUT} for {out} x {columns}, {bits} bits, groups of {group_size}",
+            data={"reason": "no-layout", **_sizes(out, columns, bits, group_size, LAYOUT)},
+        )
     packed = empty_bytes(size)
     codes, scale = codes.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
@@ -129,10 +144,10 @@ def unpack_weight(
     raises ShapeError if the packed tensor is of another shape, type or layout
     """
     if packed.dtype != torch.uint8 or (group_size < 1 and group_size != -1) or min(out_features, in_features) < 0:
-        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
+        raise _unlike(packed, out_features, in_features, bits, group_size, layout)
     if layout in CUDA_LAYOUTS:
         if (found := CUDA_LAYOUTS[layout].unpack(packed, out_features, in_features, bits, group_size)) is None:
-            raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size, layout))
+            raise _unlike(packed, out_features, in_features, bits, group_size, layout)
         return found
     _check_layout(layout, packed)
     packed = packed.contiguous()
@@ -143,16 +158,39 @@ def unpack_weight(
     arguments = packed.data_ptr(), packed.numel(), out_features, in_features, bits, group
     places = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
     if cpu_library().functions.unpack_weight(torch.get_num_threads(), *arguments, *places):
-        raise ShapeError(_unlike(packed, out_features, in_features, bits, group_size))
+        raise _unlike(packed, out_features, in_features, bits, group_size)
     return codes, scale, zero_point
 
 
+def _sizes(out: int, columns: int, bits: int, group_size: int, layout: str) -> dict[str, Any]:
+    return {"out": out, "columns": columns, "bits": bits, "group_size": group_size, "layout": layout}
+
+
 def _unlike(
-    packed: Tensor, out_features: int, in_features: int, bits: int, group_size: int, layout: str = LAYOUT
-) -> str:
-    return (
-        f"packed weight of {packed.numel()} bytes ({packed.dtype}) isn't one of {out_features} x {in_features}, "
-        f"{bits} bits, groups of {group_size} in layout {layout}"
+    packed: Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    layout: str = LAYOUT,
+    *,
+    op: str | None = None,
+    x: Tensor | None = None,
+) -> ShapeError:
+    call = {} if op is None else {"op": op}
+    shown = "" if x is None else f"{op}: x {tuple(x.shape)}; "
+    return ShapeError(
+        shown
+        + f"packed weight of {packed.numel()} bytes ({packed.dtype}) isn't one of {out_features} x {in_features}, "
+        f"{bits} bits, groups of {group_size} in layout {layout}",
+        data={
+            "reason": "packed",
+            **call,
+            **({} if x is None else operands(x=x)),
+            "bytes": packed.numel(),
+            "dtype": str(packed.dtype),
+            **_sizes(out_features, in_features, bits, group_size, layout),
+        },
     )
 
 
@@ -161,15 +199,24 @@ def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> N
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
     if not (x.is_cpu and packed.is_cpu):
-        raise KernelError(f"{name}: x on {x.device}, weight on {packed.device}", hint=ON_CPU)
+        places = {"x": str(x.device), "weight": str(packed.device)}
+        told = f"{name}: x on {x.device}, weight on {packed.device}"
+        raise KernelError(told, hint=ON_CPU, data={"op": name, "devices": places})
     if more and not all(tensor is None or tensor.is_cpu for tensor in more):
         elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
-        raise KernelError(f"{name}: x and weight on the CPU, others on {elsewhere}", hint="All have to be there.")
+        raise KernelError(
+            f"{name}: x and weight on the CPU, others on {elsewhere}",
+            hint="All have to be there.",
+            data={"op": name, "others": elsewhere},
+        )
 
 
 def check_bias(name: str, bias: Tensor | None, out: int) -> None:
     if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype not in DTYPES or not bias.is_cpu):
-        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected")
+        raise ShapeError(
+            f"{name}: bias {bias.dtype} {tuple(bias.shape)} on {bias.device}, ({out},) expected",
+            data={"op": name, "out": out, "device": str(bias.device), **operands(bias=bias)},
+        )
 
 
 def threads_for(size: int) -> int:
@@ -201,7 +248,8 @@ def _linear(name: str) -> Callable[..., Tensor]:
         if kind is None or layout != LAYOUT or bits not in allowed or packed.dtype != torch.uint8 or not x.dim():
             raise ShapeError(
                 f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, {bits} bits, layout {layout!r}; "
-                f"a float x, uint8, bits of {allowed} and {LAYOUT!r} expected"
+                f"a float x, uint8, bits of {allowed} and {LAYOUT!r} expected",
+                data={"op": name, "bits": bits, "layout": layout, **operands(x=x, packed=packed)},
             )
         if permutation is not None:
             x = x.index_select(-1, permutation)
@@ -220,7 +268,7 @@ def _linear(name: str) -> Callable[..., Tensor]:
             x.numel() // columns if columns else 0, out_features, columns, bits, group_columns(columns, group_size),
         )  # fmt: skip
         if error:
-            raise ShapeError(f"{name}: x {tuple(x.shape)}; " + _unlike(packed, out_features, columns, bits, group_size))
+            raise _unlike(packed, out_features, columns, bits, group_size, op=name, x=x)
         return y
 
     return linear
@@ -265,11 +313,13 @@ def linear_int8_outlier(
         and (outlier_weight is None or (tuple(outlier_weight.shape) == (out, count) and outlier_weight.dtype in DTYPES))
     )
     if not fits:
-        shapes = [
-            None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            for tensor in (x, packed, weight_absmax, outlier_columns, outlier_weight)
-        ]
-        raise ShapeError(f"linear_int8_outlier: x, packed, absmax, columns and their weight are {shapes}")
+        found_ones: dict[str, Tensor | None] = {"x": x, "packed": packed, "absmax": weight_absmax}
+        found_ones |= {"columns": outlier_columns, "weight": outlier_weight}
+        shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in found_ones.values()]
+        raise ShapeError(
+            f"linear_int8_outlier: x, packed, absmax, columns and their weight are {shapes}",
+            data={"op": "linear_int8_outlier", "operands": operands(**found_ones)},
+        )
     check_bias("linear_int8_outlier", bias, out)
     kept = [
         None if t is None else t.contiguous() for t in (x, packed, weight_absmax, outlier_columns, outlier_weight, bias)
@@ -286,7 +336,7 @@ def linear_int8_outlier(
         float(threshold) if outlier_columns is None else 0.0,
     )  # fmt: skip
     if error:
-        raise ShapeError(f"linear_int8_outlier: x {tuple(x.shape)}; " + _unlike(packed, out, columns, 8, -1))
+        raise _unlike(packed, out, columns, 8, -1, op="linear_int8_outlier", x=x)
     return y
 
 

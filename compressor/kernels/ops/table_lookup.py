@@ -54,7 +54,10 @@ def table_lookup(
         len(table), float(low), step, int(linear), float(left_slope), float(right_slope),
     )  # fmt: skip
     if error:
-        raise ShapeError(f"table_lookup: no table of {len(table)} entries from {low:g} to {high:g}")
+        raise ShapeError(
+            f"table_lookup: no table of {len(table)} entries from {low:g} to {high:g}",
+            data={"op": "table_lookup", "entries": len(table), "low": low, "high": high},
+        )
     return y
 
 
@@ -97,7 +100,10 @@ def table_inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> T
         found.level, x.data_ptr(), table.data_ptr(), y.data_ptr(), x.numel(), len(table), float(step), int(linear)
     )
     if error:
-        raise ShapeError(f"table_inverse_root: no table of {len(table)} entries in steps of {step:g}")
+        raise ShapeError(
+            f"table_inverse_root: no table of {len(table)} entries in steps of {step:g}",
+            data={"op": "table_inverse_root", "entries": len(table), "step": step},
+        )
     return y
 
 

@@ -66,12 +66,14 @@ def tried_library() -> Library | str:
     found = library()
     if isinstance(found, str):
         return found
-    wrong = [f"{name}: {said}" for name, said in self_test([found.level]).items() if said != "ok"]
+    failed = {name: said for name, said in self_test([found.level]).items() if said != "ok"}
+    wrong = [f"{name}: {said}" for name, said in failed.items()]
     if wrong:
         raise KernelError(
             f"the CPU library fails its self-test: {'; '.join(wrong)}",
             where=str(found.functions.__file__),
             hint="Install compress-model again, set COMPRESSOR_CPU to another level, or load with kernels='reference'.",
+            data={"reason": "self-test", "failed": failed},
         )
     return found
 

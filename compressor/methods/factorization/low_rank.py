@@ -60,6 +60,7 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
             hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            data={"reason": "not-finite"},
         )
     mean = float(hessian.double().diagonal().mean())
     for attempt in range(LADDER + 1):
@@ -73,6 +74,7 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         f"its second moments are not positive definite even with damping {share:g}",
         where=where,
         hint="Raise damping, use more calibration data, or leave this weight out with `except`.",
+        data={"reason": "not-positive-definite", "damping": share},
     )
 
 

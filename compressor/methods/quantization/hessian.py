@@ -63,6 +63,7 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, 
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
             hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            data={"reason": "not-finite"},
         )
     mean = float(hessian.diagonal().mean())
     ladder = [(hessian.dtype, percdamp), (torch.float64, percdamp)]

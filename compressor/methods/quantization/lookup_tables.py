@@ -54,7 +54,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 # GELU: f'' = phi(x) (2 - x^2), largest at 0: 2 phi(0) = sqrt(2 / pi); f' is largest at sqrt(2). SiLU and its scaled
-# twin: f''(0) = a / 2. The rest by differentiation; tests/test_tables.py scans all of them at a million points.
+# twin: f''(0) = a / 2. The rest by differentiation; tests/layers/test_tables.py scans all of them at a million points.
 KNOWN = {
     "gelu": Known(_gelu, 1.128905, math.sqrt(2 / math.pi), 8.0, (0.0, 1.0)),
     "gelu_tanh": Known(_gelu_tanh, 1.1290, math.sqrt(2 / math.pi), 8.0, (0.0, 1.0)),
