@@ -14,8 +14,8 @@ import tiny
 import torch
 import transformers
 import yaml
-from fresh import stranger
-from test_stock_formats import store_as_planned
+from fresh import logits_without_this_package
+from stored_as_planned import store_as_planned
 
 import compressor
 from compressor import layers
@@ -134,19 +134,6 @@ class Signs(Pass):
                     site.put(weight, layer)
         return carry
 '''
-PROGRAM = """
-import torch
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
-assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
-torch.save(model(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
-"""
-
-
-def logits_without_this_package(artifact, scratch):
-    """What a stranger's interpreter computes: torch and transformers, nothing of ours."""
-    stranger(PROGRAM, artifact, scratch / "logits.pt", without=("compressor", "other_package"))
-    return torch.load(scratch / "logits.pt", weights_only=True)
 
 
 @pytest.fixture

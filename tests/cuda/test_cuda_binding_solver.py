@@ -7,7 +7,7 @@ import dataclasses
 import cuda_on_cpu
 import pytest
 import torch
-from test_gptq_solve import BAD, columns, copied, matrix, same_bits
+from gptq_problems import BAD, columns, copied, matrix, same_bits
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import numpy
 import pytest
 import tiny
 import torch
+from data_settings import ask
 from raising import raises
 
 from compressor.data.parts import overlap, same_source
@@ -27,12 +27,6 @@ from compressor.data.samples import (
 )
 from compressor.errors import RecipeError
 from compressor.model.model_files import demo_path
-
-
-def ask(source="stdlib", **changes):
-    base = {"source": source, "config": None, "split": "train", "field": "text", "samples": 4, "length": 32,
-            "pack": True, "sha256": None}  # fmt: skip
-    return SimpleNamespace(**{**base, **changes})
 
 
 def load(settings, seed=0):

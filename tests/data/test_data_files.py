@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from data_settings import ask
 from raising import raises
-from test_data import ask
 
 from compressor.data import sources as data_files
 from compressor.data.samples import check_data, load_samples, read_documents

@@ -10,8 +10,8 @@ import zipfile
 import numpy
 import pytest
 import torch
+from data_settings import ask
 from raising import raises
-from test_data import ask
 
 from compressor.data import sources as data_files
 from compressor.data.images import check_images, normalised, read_images

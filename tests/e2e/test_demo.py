@@ -6,7 +6,7 @@ import json
 import math
 
 import torch
-from test_data import ask
+from data_settings import ask
 from transformers import AutoModelForCausalLM
 
 from compressor.data.samples import load_samples

@@ -9,7 +9,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
-from test_stock_formats import assert_plain_transformers_computes_what_the_codes_stand_for
+from stored_as_planned import assert_plain_transformers_computes_what_the_codes_stand_for
 
 from compressor.artifact.stock_formats import Route, next_route
 from compressor.engine import plan as planning

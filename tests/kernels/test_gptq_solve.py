@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from gptq_problems import BAD, columns, copied, matrix, same_bits
 from guarded import guarded
 from raising import raises
 
@@ -15,33 +16,12 @@ from compressor.kernels.ops import gptq_solve
 from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.gptq_columns import Columns, round_columns
 from compressor.kernels.ops.gptq_solve import round_compiled, solves
-from compressor.methods.quantization.hessian import Gram, inverse_factor
+from compressor.methods.quantization.hessian import inverse_factor
 from compressor.passes.gptq import GPTQ, column_order, solve
 
 BUILT = isinstance(library(), Library)
 compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
 LEVELS_HERE = levels_here(library().functions) if BUILT else []
-
-
-def columns(seed: int, count: int, rows: int, symmetric: bool, groups: int = 3) -> Columns:
-    g = torch.Generator().manual_seed(seed)
-    upper = torch.triu(torch.randn(count, count, generator=g) * 0.3)
-    upper.diagonal().copy_(torch.rand(count, generator=g) + 0.2)
-    scale = torch.rand(groups, rows, generator=g) * 0.3 + 0.01
-    zero = None if symmetric else torch.randint(-8, 8, (groups, rows), generator=g).float()
-    work = torch.randn(count, rows, generator=g)
-    work[:, ::5] = (torch.randint(-9, 9, work[:, ::5].shape, generator=g) + 0.5) * scale[0, ::5]  # ties
-    group_of = torch.randint(0, groups, (count,), generator=g)
-    empty = torch.full_like(work, torch.nan)
-    return Columns(work, empty, empty.clone(), upper, group_of, scale, zero, -8, 7)
-
-
-def copied(part: Columns) -> Columns:
-    return dataclasses.replace(part, work=part.work.clone(), errors=part.errors.clone(), codes=part.codes.clone())
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @compiled
@@ -110,13 +90,6 @@ def test_nan_inf_and_a_scale_of_0_give_what_torch_gives_in_their_rows_alone(symm
         assert same_but_for_kinds_of_nan(found, expected)
         assert same_bits(found[:, kept], before[:, kept])
     assert not mine.errors[10:29, [1, 2, 6, 9, 11]].isfinite().any() and mine.work[29:, 17].isfinite().all()
-
-
-def matrix(rows: int, inputs: int):
-    g = torch.Generator().manual_seed(rows + inputs)
-    x = torch.randn(2 * inputs, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) / inputs**0.5
-    x *= torch.exp(0.8 * torch.randn(inputs, generator=g))
-    return torch.randn(rows, inputs, generator=g), Gram.zeros(inputs, torch.float32, x.device).add(x).hessian()
 
 
 @compiled
@@ -191,27 +164,6 @@ def test_rows_of_no_weight_and_columns_of_no_range_change_nothing():
 def test_float64_is_solved_by_torch():
     assert not solves(torch.zeros(4, 4, dtype=torch.float64))
     assert solves(torch.zeros(4, 4)) == BUILT
-
-
-BAD = {
-    "float64 alone": (dict(work=torch.zeros(8, 5).double()), {}),
-    "bfloat16": (dict(work=torch.zeros(8, 5).bfloat16()), {}),
-    "float64 among float32": (dict(upper=torch.zeros(8, 8).double()), {}),
-    "U of another size": (dict(upper=torch.zeros(7, 7)), {}),
-    "scales of fewer rows": (dict(scale=torch.ones(3, 4)), {}),
-    "zero points of fewer groups": (dict(zero_point=torch.ones(2, 5)), {}),
-    "errors of fewer columns": (dict(errors=torch.zeros(7, 5)), {}),
-    "errors of more columns": (dict(errors=torch.zeros(9, 5)), {}),
-    "strided codes": (dict(codes=torch.zeros(8, 10)[:, ::2]), {}),
-    "one dimension": (dict(work=torch.zeros(8)), {}),
-    "groups beyond the scales": (
-        dict(group_of=torch.full((8,), 3)),
-        {"reason": "groups", "groups": 3, "found": [3] * 8},
-    ),
-    "groups below 0": (dict(group_of=torch.full((8,), -1)), {"reason": "groups", "groups": 3, "found": [-1] * 8}),
-    "groups of 32 bits": (dict(group_of=torch.zeros(8).int()), {}),
-    "groups of fewer columns": (dict(group_of=torch.zeros(7).long()), {}),
-}
 
 
 @pytest.mark.parametrize("by_torch", [True, False])

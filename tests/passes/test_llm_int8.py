@@ -289,7 +289,7 @@ def test_the_report_shows_outliers_of_each_input_once(stock):
 
 @pytest.mark.slow
 def test_calibrated_columns_are_stored_as_they_were_and_load_without_this_package(tmp_path):
-    from test_modelling import logits_without_this_package
+    from fresh import logits_without_this_package
 
     save_planted(tmp_path / "m")
     step = {"outliers": "calibrated", "threshold": 2.0, "max_outlier_columns": 2}

@@ -6,6 +6,8 @@ import contextlib
 import os
 import subprocess
 
+import torch
+
 from compressor.process import child
 
 COMMAND = child.LOADER + "from compressor.__main__ import main\nsys.exit(main())\n"
@@ -40,3 +42,18 @@ def run(program, *arguments, input="", cwd=".", **environment):
         file.write(input)
     said = [part.decode() for part in child.read_both(answers, words)]
     return subprocess.CompletedProcess([program, *arguments], process.wait(), *said)
+
+
+LOGITS = """
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
+torch.save(model(input_ids=torch.arange(8).view(1, 8)).logits, sys.argv[2])
+"""
+
+
+def logits_without_this_package(artifact, scratch):
+    """What a stranger's interpreter computes: torch and transformers, nothing of ours."""
+    stranger(LOGITS, artifact, scratch / "logits.pt", without=("compressor", "other_package"))
+    return torch.load(scratch / "logits.pt", weights_only=True)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 import yaml
+from fresh import logits_without_this_package
 from test_gptq import problem
-from test_modelling import logits_without_this_package
 
 import compressor
 from compressor.artifact import verify
