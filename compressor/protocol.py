@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compressor.model.facts import Decision, ModelFacts, Remodel
+from compressor.model.weights import Group, Stage, Weight
+
 if TYPE_CHECKING:
     import torch
 
     from compressor.layers import Layer
-    from compressor.methods.pruning.pruned_shapes import PrunableSite
     from compressor.model.residual_records import Residual, ResidualSite, Tap
 
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
-Decision = dict[str, Any]  # small, sorted JSON
-FUNCTION_ROLES = ("activation", "norm", "softmax")
 
 
 class Fact(str, Enum):
@@ -49,71 +49,6 @@ class Traits:
     requires: frozenset[Fact] = frozenset()
     breaks: frozenset[Fact] = frozenset()
     provides: frozenset[Fact] = frozenset()
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One matrix of the checkpoint, named as the checkpoint names it (without `.weight`), or one function of the model.
-
-    parameter   the module parameter that holds it, e.g. `model.layers.0.mlp.experts.gate_up_proj`; of a function the
-                path of its module
-    shape       (out_features, in_features); of a norm (width,) of its gain, of other functions ()
-    transposed  stored as (in, out), as GPT-2's Conv1D does
-    expert      index along the first dimension of a fused (experts, ...) parameter, else None
-    rows        (start, stop) of the parameter's output rows that this matrix fills
-    bias        checkpoint name of the bias, if there is one
-    role        attention | mlp | experts | router | head | embedding | shortcut (beside the branches of a sliced
-                block), or of a function activation | norm | softmax
-    facts       what a function computes, as found by running it: {"function": "gelu"}, {"kind": "rms", "eps": ...}
-    """
-
-    name: str
-    tensor: str  # checkpoint key, usually name + ".weight"; empty for a function without a weight
-    parameter: str
-    shape: tuple[int, ...]
-    role: str
-    transposed: bool = False
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-    bias: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def is_function(self) -> bool:
-        return self.role in FUNCTION_ROLES
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights that read the same input, in forward order."""
-
-    weights: tuple[Weight, ...]
-
-    @property
-    def in_features(self) -> int:
-        return self.weights[0].in_features
-
-    @property
-    def expert(self) -> int | None:
-        return self.weights[0].expert
-
-    @property
-    def name(self) -> str:
-        return self.weights[0].name
-
-    def __iter__(self) -> Iterator[Weight]:
-        return iter(self.weights)
-
-
-Stage = tuple[Group, ...]  # groups whose inputs one replay of the block yields
 
 
 class Site(Protocol):
@@ -201,113 +136,6 @@ class Site(Protocol):
     def warn(self, code: str, where: str, message: str) -> None:
         """Add a warning to the report."""
         ...
-
-
-@dataclass(frozen=True)
-class Remodel:
-    """What a step makes of a model's definition (`Pass.remodel`).
-
-    config   keys of config.json that change
-    shapes   parameter -> its new shape, of those that change or are new; None where it is gone
-    widths   of the residual stream: before this step, and after it at each site where they differ
-    notes    sentences for the plan and the report
-    follows  whether a unit's signals are there while it is written: those of the model as cut so far, where the pass
-             has `projections`, else of the model unchanged
-    decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
-    blocks   numbers of the blocks that stay, where some go altogether: the model then counts fewer
-    tokens   of a token pruner, for the report: see `compressor.passes.zero_tprune`
-    """
-
-    config: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
-    widths: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-    follows: bool = False
-    decision: Decision | None = None
-    blocks: tuple[int, ...] | None = None
-    tokens: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class BlockTokens:
-    """Where a token gate stands in a block, and what a token costs there.
-
-    attention  name in the block of the module that attends
-    after      {call, nth, spread} of each module after the attention residual (`token_gate`)
-    mask       name of the block's argument that tells padding
-    before     entries of the matrices that multiply a token before the gate; `behind`, after it
-    width      of all heads together
-    """
-
-    attention: str
-    after: tuple[dict[str, Any], ...]
-    mask: str | None
-    before: int
-    behind: int
-    width: int
-    heads: int
-
-
-@dataclass(frozen=True)
-class TokenFacts:
-    """What a token pruner has to know of a model.
-
-    tokens   of each sample; None where it is as long as its text
-    width    of the residual stream
-    protect  how many at the beginning and the end are no patches, or special
-    patches  rows and columns of an image's
-    outside  multiply-accumulates of a sample in stem and head
-    """
-
-    tokens: int | None
-    width: int
-    protect: tuple[int, int]
-    patches: tuple[int, int] | None
-    blocks: tuple[BlockTokens, ...]
-    outside: int
-
-    def gate(self, block: int, before: Sequence[float], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of a `token_gate` in a block, after gates that keep so much."""
-        found = self.blocks[block]
-        place = {"attention": found.attention, "after": [dict(entry) for entry in found.after], "mask": found.mask}
-        return {**place, "protect": list(self.protect), "before": list(before), **settings}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model as `Pass.remodel` sees it: no weights, but everything that decides shapes.
-
-    config    config.json, with the defaults of the model's class
-    shapes    parameter -> shape, a tied head under its own name too
-    tied      parameter -> the parameter whose storage it shares
-    stream    tells what touches the residual stream; `residual` asks it. raises ModelError where it can't be told
-    given     parameters of the model as it was given, before any step
-    branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
-              block; raises ModelError where one can't be
-    blocks    path of the block list
-    fits      whether the model's own class holds what a Remodel asks for: None, or why not
-    prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
-    tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
-    accepts   whether the model's config class takes these values in place of its own: None, or why not
-    """
-
-    architecture: str
-    config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str]
-    stream: Callable[[], Residual]
-    given: int
-    branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
-    blocks: str
-    fits: Callable[[Remodel], str | None]
-    prunable: Callable[..., tuple[PrunableSite, ...]]
-    tokens: Callable[[], TokenFacts]
-    accepts: Callable[[dict[str, Any]], str | None]
-
-    @property
-    def residual(self) -> Residual:
-        """What touches the residual stream. raises ModelError for a model whose stream can't be rotated"""
-        return self.stream()
 
 
 class StreamSite(Protocol):

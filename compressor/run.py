@@ -20,7 +20,6 @@ import transformers
 from compressor.artifact import artifact, verify
 from compressor.artifact.stock_formats import VERSION, Route
 from compressor.data.samples import Samples
-from compressor.engine.block_io import Form
 from compressor.engine.interrupt import Stop, signals
 from compressor.engine.plan import Plan, make_plan
 from compressor.engine.run_samples import check_labels, check_samples, data_problems, read_data, vocabulary_of
@@ -30,6 +29,7 @@ from compressor.evaluation.environment import environment, peak_rss_bytes
 from compressor.evaluation.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
 from compressor.evaluation.report import build_report, check_summary, write_card, write_reports
 from compressor.model.checkpoint import model_label
+from compressor.model.stored_weight import Form
 from compressor.model.token_limit import limit_of
 from compressor.process.child import started_early
 from compressor.process.resources import room

@@ -17,11 +17,11 @@ import torch
 import yaml
 
 from compressor.artifact.artifact import MANIFEST, carried_tensors, load, read_manifest
-from compressor.engine.block_io import Form
 from compressor.engine.plan import Plan, make_plan
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
 from compressor.layers import DENSE
+from compressor.model.stored_weight import Form
 from compressor.process import child
 from compressor.protocol import Pass
 from compressor.recipe.recipe import Recipe, parse_recipe

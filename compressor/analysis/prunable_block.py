@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask
 from compressor.analysis.perturbation import TOLERANCE, size
 from compressor.errors import ModelError
 from compressor.layers.block_attention import attend
-from compressor.methods.pruning.pruned_shapes import Cut, PrunableSite
+from compressor.model.facts import Cut, PrunableSite
 from compressor.model.norms import describe_norm
 from compressor.model.replay import Call, LinearCall, LinearCalls
 from compressor.model.tracing import TWIN_SEED, Product

@@ -30,16 +30,16 @@ from torch import Tensor
 
 from compressor.artifact.artifact import MANIFEST
 from compressor.artifact.stock_loading import OFFLINE
-from compressor.engine.block_io import Form, UnitSource
+from compressor.engine.block_io import UnitSource
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
-from compressor.methods.quantization.hessian import relative_distance
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.reshaped_class import is_reshaped
+from compressor.model.stored_weight import Form, relative_distance
 from compressor.model.structure import class_of, read_structure
 from compressor.model.weight_names import read_parameter
-from compressor.protocol import Weight
+from compressor.model.weights import Weight
 
 MEMORY_SHARE = 0.8  # of the available memory that a source may take before it goes to disk
 ERROR_TOLERANCE = 1e-3  # of a recorded error: the same numbers, summed in another order

@@ -27,13 +27,13 @@ from compressor.artifact.manifest import BAD_HINT, FORMAT_VERSION, model_class
 from compressor.artifact.manifest import read_manifest as read_manifest
 from compressor.artifact.modeling_file import VERSION, modelling_file
 from compressor.artifact.stock_formats import Route, artifact_config
-from compressor.engine.block_io import Form
 from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.kernels.prepare.prepared import prepare
 from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.reshaped_class import class_for
+from compressor.model.stored_weight import Form
 from compressor.model.structure import Structure, skeleton
 from compressor.model.trusted_code import check_kernels
 from compressor.model.unused_tensors import Unused

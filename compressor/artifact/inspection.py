@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact.artifact import MANIFEST, _dense_view, empty_model, read_manifest
-from compressor.engine.block_io import Form
 from compressor.model.checkpoint import open_checkpoint, resolve_model
+from compressor.model.stored_weight import Form
 from compressor.model.structure import inspect_model, structure_of
 
 

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from compressor.errors import ArtifactError
 from compressor.model.model_files import regular_file
+from compressor.model.weights import ROLES
 from compressor.process.utf8 import parse_json
-from compressor.recipe.weight_patterns import ROLES
 from compressor.storage.file_names import MANIFEST, is_plain
 
 FORMAT_VERSION = 1

@@ -26,12 +26,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from compressor.artifact.modeling_file import VERSION as VERSION
 from compressor.artifact.modeling_file import custom_type, find_backbone
-from compressor.engine.block_io import Form
 from compressor.errors import DependencyError, PreflightError
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
 from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
+from compressor.model.stored_weight import Form
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
 

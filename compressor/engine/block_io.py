@@ -11,9 +11,8 @@ import ctypes
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,39 +21,13 @@ from torch import Tensor, nn
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.model.checkpoint import check_finite
+from compressor.model.stored_weight import Form
 from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, read_parameter
-from compressor.protocol import Weight
+from compressor.model.weights import Weight
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Form:
-    """How one weight is stored; JSON in the journal and the manifest."""
-
-    form: str
-    spec: dict[str, Any]
-    weight: Weight
-
-    def to_dict(self) -> dict[str, Any]:
-        entry = asdict(self.weight)
-        if not entry["facts"]:
-            del entry["facts"]
-        return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
-
-    @property
-    def bias(self) -> str | None:
-        """The dense bias that this form stores in its own way, if it does."""
-        return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Form:
-        values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
-        values["shape"] = tuple(values["shape"])
-        values["rows"] = tuple(values["rows"]) if values.get("rows") else None
-        return cls(entry["form"], entry["spec"], Weight(**values))
 
 
 @dataclass

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.engine.block_io import Form, Installed, view
+from compressor.engine.block_io import Installed, view
 from compressor.engine.plan import TAPE_SHARE
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
-from compressor.methods.quantization.hessian import relative_distance
 from compressor.model.replay import Batch, Call, LinearCall, Stop
+from compressor.model.stored_weight import Form, relative_distance
 from compressor.model.structure import Structure, signature
-from compressor.protocol import Group, Stage, State, Weight
+from compressor.model.weights import Group, Stage, Weight
+from compressor.protocol import State
 
 # kind of block, product and batch -> what is called before that product, and which results are read after it
 Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]

@@ -18,8 +18,8 @@ from compressor.engine.block_io import Installed, UnitSource, free_unit, load_un
 from compressor.engine.block_view import Stream, run_unit
 from compressor.engine.rewrite_sweep import Embed, ReshapeSite
 from compressor.errors import Interrupted
+from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.structure import Structure
-from compressor.protocol import ModelFacts, Remodel
 from compressor.storage.journal import Journal
 
 

@@ -17,25 +17,28 @@ from typing import Any
 import psutil
 import torch
 
+from compressor.analysis.model_facts import facts_of
 from compressor.artifact.artifact import Named, assign_shards, carried_tensors, untied_copies
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
 from compressor.data.parts import same_source
-from compressor.engine.block_io import Form
 from compressor.engine.trial import NoTwin, try_loaders
 from compressor.errors import CompressError, ModelError, PreflightError, Why, WidthError
 from compressor.layers import DENSE, find_layer
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
+from compressor.model.facts import Decision, ModelFacts, Remodel
 from compressor.model.functions import Functions, find_functions
-from compressor.model.remodel import check_remodel, facts_of
+from compressor.model.remodel import check_remodel
 from compressor.model.replaceable import why_not_replaceable
 from compressor.model.reshaped_class import stock_class
+from compressor.model.stored_weight import Form
 from compressor.model.structure import Structure, prove_by_replay, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
 from compressor.model.unused_tensors import TELLS
-from compressor.protocol import FUNCTION_ROLES, Decision, Fact, ModelFacts, Remodel, Weight
+from compressor.model.weights import FUNCTION_ROLES, Weight
+from compressor.protocol import Fact
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.weight_patterns import LEFT_OUT, names_it, select
 from compressor.storage.safetensors_file import header_bytes

@@ -23,10 +23,11 @@ from torch import Tensor
 from compressor.engine.block_io import UnitSource, free_all, free_unit, load_unit, unit_name
 from compressor.engine.block_view import Stream, run_unit
 from compressor.errors import Interrupted, PassError
+from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.remodel import split_parameter
 from compressor.model.residual_records import Residual, ResidualSite, Tap
 from compressor.model.structure import Structure, read_structure
-from compressor.protocol import Carry, ModelFacts, Remodel
+from compressor.protocol import Carry
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, read_header, write_file

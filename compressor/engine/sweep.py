@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten
 
 from compressor.data.samples import Samples
 from compressor.engine.block_io import (
-    Form,
     Installed,
     UnitSource,
     free_all,
@@ -48,10 +47,11 @@ from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.errors import Interrupted, PassError
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
+from compressor.model.facts import Decision
 from compressor.model.remodel import regated
 from compressor.model.replay import Batch, Call
+from compressor.model.stored_weight import Form
 from compressor.model.structure import Structure, example_batch
-from compressor.protocol import Decision
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, write_file

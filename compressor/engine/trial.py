@@ -28,13 +28,13 @@ from compressor.artifact.artifact import load, seal, write_json
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config
 from compressor.artifact.stock_loading import load_stock
-from compressor.engine.block_io import Form
 from compressor.layers.base import Layer
 from compressor.layers.byte_linear import ByteLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.replay import output_of, without_cache
+from compressor.model.stored_weight import Form
 from compressor.model.structure import Structure, read_structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, use_eager_experts
 

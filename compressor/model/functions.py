@@ -15,12 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from compressor.layers.block_attention import PRODUCTS, attend
-from compressor.methods.quantization.lookup_tables import recognize
+from compressor.model.activations import recognize
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.replay import Pieces, output_of
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
-from compressor.protocol import Weight
+from compressor.model.weights import Weight
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
 OBSERVER = "observed_softmax"

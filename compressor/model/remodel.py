@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +17,16 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from compressor.analysis.branch_calls import check_widths, find_branches
-from compressor.analysis.prunable_units import Seen, find_prunable, look
-from compressor.analysis.residual_stream import read_residual
-from compressor.analysis.token_gates import find_token_sites
 from compressor.errors import CompressError, ModelError, PreflightError
-from compressor.methods.pruning.pruned_shapes import KINDS, PrunableSite
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.facts import Remodel
 from compressor.model.reshaped_class import class_for, stock_class
-from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure, structure_of
-from compressor.model.tracing import signature
 from compressor.model.unused_tensors import without_announcements
-from compressor.protocol import ModelFacts, Remodel
 from compressor.storage.safetensors_file import TensorInfo
 
 # what transformers raises for a config whose numbers it doesn't take, and for a model that can't be made of one
 REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
-
-
-def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; what takes a run is found when asked for.
-
-    given  its parameters before any step
-    """
-
-    @cache
-    def residual() -> Residual:
-        return read_residual(structure)
-
-    @cache
-    def seen() -> Seen:
-        return look(structure)
-
-    @cache
-    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
-        return find_prunable(structure, kinds, seen())
-
-    return ModelFacts(
-        structure.architecture,
-        structure.model.config.to_dict(),
-        parameter_shapes(structure),
-        dict(structure.bindings.tied),
-        residual,
-        given,
-        lambda widths: _branches(structure, residual(), widths),
-        structure.pieces.blocks_path,
-        lambda remodel: _misfit(structure, remodel),
-        prunable,
-        cache(lambda: find_token_sites(structure)),
-        lambda changes: _config_misfit(structure, changes),
-    )
-
-
-def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequence[int]]) -> tuple[dict[str, Any], ...]:
-    """Settings of a rotated_block for each block."""
-    found = find_branches(structure, residual)
-    check_widths(structure, residual, found, widths)
-    config, blocks = structure.model.config, structure.pieces.blocks
-    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))
 
 
 def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:

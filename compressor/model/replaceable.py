@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import Why
-from compressor.protocol import Weight
+from compressor.model.weights import Weight
 
 SELF_EVIDENT = (nn.Linear.forward, Conv1D.forward)
 # Two orders of float32 sums over random values; a module that does more is off by far more than this

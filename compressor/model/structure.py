@@ -56,7 +56,7 @@ from compressor.model.tracing import (
 from compressor.model.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
 from compressor.model.tying import part
 from compressor.model.weight_names import Bindings, Source, bind
-from compressor.protocol import Group, Stage, Weight
+from compressor.model.weights import Group, Stage, Weight
 
 
 @dataclass

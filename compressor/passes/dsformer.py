@@ -64,7 +64,8 @@ from compressor.methods.factorization.sparse_coding import (
     factorize,
     refit_values,
 )
-from compressor.protocol import Carry, Pass, Site, Traits, Weight
+from compressor.model.weights import Weight
+from compressor.protocol import Carry, Pass, Site, Traits
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear

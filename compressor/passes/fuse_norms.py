@@ -23,8 +23,9 @@ from typing import ClassVar
 from compressor.lazy import torch
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
 from compressor.methods.rotation.turning import untied_head
+from compressor.model.facts import Decision, ModelFacts, Remodel
 from compressor.model.residual_records import Tap
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Carry, Fact, Pass, StreamSite, Traits
 
 
 class FuseNorms(Pass):

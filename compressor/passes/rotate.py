@@ -21,7 +21,8 @@ from pydantic import Field
 from compressor.lazy import torch
 from compressor.methods.rotation.rotation import pca, random_orthogonal, randomized_hadamard
 from compressor.methods.rotation.turning import pooled_covariance, turn
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.model.facts import Decision, ModelFacts, Remodel
+from compressor.protocol import Carry, Fact, Pass, StreamSite, Traits
 
 
 class Rotate(Pass):

@@ -69,7 +69,8 @@ from compressor.methods.rotation.turning import (
     turn_readers,
     turn_writers,
 )
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.model.facts import Decision, ModelFacts, Remodel
+from compressor.protocol import Carry, Fact, Pass, ShapingModel, StreamSite, Traits
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %

@@ -43,10 +43,11 @@ from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import PrunableSite, pruned_remodel
+from compressor.methods.pruning.pruned_shapes import pruned_remodel
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
-from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.model.facts import Decision, ModelFacts, PrunableSite, Remodel
+from compressor.protocol import Carry, Pass, ShapingModel, StreamSite, Traits
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"

@@ -39,18 +39,8 @@ from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
-from compressor.protocol import (
-    Carry,
-    Decision,
-    Fact,
-    ModelFacts,
-    Pass,
-    Remodel,
-    ShapingModel,
-    StreamSite,
-    TokenFacts,
-    Traits,
-)
+from compressor.model.facts import Decision, ModelFacts, Remodel, TokenFacts
+from compressor.protocol import Carry, Fact, Pass, ShapingModel, StreamSite, Traits
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known

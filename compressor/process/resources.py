@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from compressor.errors import PassError
 from compressor.process.streams import LostStream
-from compressor.storage.files import disk_full
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's RuntimeErrors say so
@@ -56,3 +56,15 @@ def room(folder: Path) -> Iterator[None]:
         if (refusal := ran_out(error, folder)) is not None:
             raise refusal from error
         raise
+
+
+def disk_full(path: Path, needed_bytes: int | None) -> PassError:
+    """The error for a write that found no room. needed_bytes is None where it isn't known"""
+    free = shutil.disk_usage(path.parent).free
+    needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes to write, "
+    return PassError(
+        f"the disk is full: {needed}{free:,} free",
+        where=path.name,
+        hint="Free some space, then run again with --resume; what is done is kept.",
+        data={"reason": "disk-full", "needed": needed_bytes, "free": free},
+    )

@@ -13,10 +13,9 @@ import re
 from collections.abc import Sequence
 
 from compressor.errors import RecipeError
-from compressor.protocol import FUNCTION_ROLES, Weight
+from compressor.model.weights import FUNCTION_ROLES, ROLES, Weight
 from compressor.storage.glob import DOT, Glob, TooManyPlaces
 
-ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
 LEFT_OUT = ("head", "embedding", "router", "shortcut")  # unless named
 REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from compressor.errors import CompressError, PassError, ResumeError, UsageError
-from compressor.storage.files import disk_full, file_sha256
+from compressor.process.resources import disk_full
+from compressor.storage.files import file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

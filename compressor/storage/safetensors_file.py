@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
+from compressor.process.resources import disk_full
 from compressor.process.utf8 import halves, parse_json
-from compressor.storage.files import disk_full
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 COPY_BYTES = 1 << 24

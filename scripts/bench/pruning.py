@@ -36,9 +36,9 @@ from torch import Tensor
 from compressor import load
 from compressor.data.samples import Samples, load_samples
 from compressor.evaluation.evaluate import load_model
-from compressor.methods.pruning.pruned_shapes import PrunableSite
+from compressor.model.facts import Decision, PrunableSite
 from compressor.passes.vtrans import VTrans
-from compressor.protocol import Decision, ShapingModel
+from compressor.protocol import ShapingModel
 from compressor.recipe.recipe import Recipe, Step, parse_recipe
 from compressor.run import compress
 

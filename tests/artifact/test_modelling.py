@@ -22,12 +22,12 @@ from compressor import layers
 from compressor.artifact.artifact import empty_model
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Family, artifact_config, choose_route
-from compressor.engine.block_io import Form
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, PreflightError
 from compressor.layers.base import Stock
 from compressor.model.checkpoint import open_checkpoint
-from compressor.protocol import Weight
+from compressor.model.stored_weight import Form
+from compressor.model.weights import Weight
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 

@@ -15,10 +15,10 @@ import torch
 from bench import cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
 from train import lm, vit
 
+from compressor.analysis.model_facts import facts_of
 from compressor.analysis.residual_stream import residual_of
 from compressor.kernels import cpu
 from compressor.methods.rotation.rotation import random_orthogonal
-from compressor.model.remodel import facts_of
 from compressor.model.replay import Pieces
 from compressor.model.structure import find_blocks, read_structure
 

@@ -20,7 +20,8 @@ from compressor.kernels.prepare.prepared import chosen_kernels
 from compressor.kernels.prepare.prepared_table import PreparedTable
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.methods.quantization.lookup_tables import KNOWN, activation_table, exp_table, root_table
+from compressor.methods.quantization.lookup_tables import activation_table, exp_table, root_table
+from compressor.model.activations import KNOWN
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 

@@ -18,20 +18,13 @@ from compressor.errors import RecipeError
 from compressor.kernels.ops.tables import activate, inverse_root, look_up, softmax
 from compressor.layers import find_layer
 from compressor.layers.block_attention import attend
-from compressor.methods.quantization.lookup_tables import (
-    KNOWN,
-    NARROWEST,
-    activation_table,
-    exp_table,
-    recognize,
-    root_table,
-    tabulate,
-)
+from compressor.methods.quantization.lookup_tables import NARROWEST, activation_table, exp_table, root_table, tabulate
+from compressor.model.activations import KNOWN, recognize
 from compressor.model.functions import find_functions
 from compressor.model.norms import describe_norm
 from compressor.model.structure import read_structure
+from compressor.model.weights import Weight
 from compressor.passes.bct import BCT, EXP_LOW, Range
-from compressor.protocol import Weight
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 

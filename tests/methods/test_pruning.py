@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 import compressor
+from compressor.analysis.model_facts import facts_of
 from compressor.analysis.perturbation import InDouble
 from compressor.artifact.stock_formats import choose_route
 from compressor.errors import ModelError, PreflightError
 from compressor.methods.pruning.pruned_shapes import check_decision, parameters_left, pruned_remodel
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.remodel import facts_of
 from compressor.model.structure import prove_by_replay, read_structure
 from compressor.recipe.recipe import Step, parse_recipe
 from compressor.run import compress

@@ -18,8 +18,8 @@ from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, PreflightError
 from compressor.methods.quantization.hessian import Gram, inverse_factor
 from compressor.methods.quantization.uniform_grid import dequantize
+from compressor.model.weights import Group, Weight
 from compressor.passes.gptq import GPTQ, column_order, solve
-from compressor.protocol import Group, Weight
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import weight_hashes

@@ -28,8 +28,8 @@ from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.model.model_files import demo_path
+from compressor.model.weights import Group, Weight
 from compressor.passes.llm_int8 import LLMInt8, Outliers, choose_columns
-from compressor.protocol import Group, Weight
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.recipe.schema import DataSettings, EvalDataSettings
 from compressor.run import compress

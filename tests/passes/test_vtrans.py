@@ -12,12 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PassError, PreflightError, RecipeError
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_shapes import parameters_left
-from compressor.model.remodel import facts_of
 from compressor.model.structure import read_structure
 from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
 from compressor.recipe.recipe import parse_recipe

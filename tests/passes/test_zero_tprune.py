@@ -23,9 +23,9 @@ from compressor.evaluation.evaluate import _batch_sums
 from compressor.evaluation.kept_patches import kept_patches
 from compressor.evaluation.report import render_html
 from compressor.layers.structural.token_gate import TokenGate
+from compressor.model.facts import BlockTokens, TokenFacts
 from compressor.model.structure import find_blocks, read_structure
 from compressor.passes.zero_tprune import ZeroTPrune
-from compressor.protocol import BlockTokens, TokenFacts
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import check_pass

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from raising import raises
 
 from compressor.errors import RecipeError
-from compressor.protocol import Weight
+from compressor.model.weights import Weight
 from compressor.recipe.weight_patterns import compile_pattern, select
 
 

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
 from compressor.engine.block_view import Stream
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import PrunableSite, pruned_remodel
-from compressor.model.remodel import check_remodel, facts_of
+from compressor.methods.pruning.pruned_shapes import pruned_remodel
+from compressor.model.facts import PrunableSite
+from compressor.model.remodel import check_remodel
 from compressor.model.structure import Structure, read_structure
 from compressor.model.tracing import example_batch
 from compressor.protocol import Pass, Traits

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Gram
-from compressor.protocol import Group, Site, Stage
+from compressor.model.weights import Group, Stage
+from compressor.protocol import Site
 
 REFERENCE_BYTES = 2  # ratios are of the bytes of a weight in 16 bits, whatever dtype the model is held in
 TINY = 1e-30  # in place of zeros that are divided by

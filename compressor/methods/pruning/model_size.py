@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from compressor.methods.pruning.pruned_shapes import PrunableSite, stream_edges
+from compressor.methods.pruning.pruned_shapes import stream_edges
 from compressor.methods.pruning.size_budget import Part, Size
-from compressor.protocol import ModelFacts
+from compressor.model.facts import ModelFacts, PrunableSite
 
 
 def model_size(

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.lazy import torch
-from compressor.methods.pruning.pruned_shapes import PrunableSite, is_root, kept_slices, kept_units
+from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_units
 from compressor.methods.pruning.reconstruction import Batches, Repair, repair
+from compressor.model.facts import Decision, PrunableSite
 from compressor.model.residual_records import Residual
-from compressor.protocol import Decision, StreamSite
+from compressor.protocol import StreamSite
 
 
 def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Tensor:

@@ -22,66 +22,19 @@ heads, and a `removed` layer where nothing is left of a sub-block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
 from compressor.errors import PreflightError
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
+from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableSite, Remodel
 from compressor.model.residual_records import Residual, Tap
-from compressor.protocol import Decision, ModelFacts, Remodel
 
-KINDS = ("heads", "ffn")
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the stream's width
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A parameter that loses slices along `axis`; unit u owns the indices rows[u]."""
-
-    parameter: str
-    axis: int
-    rows: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class PrunableSite:
-    """A sub-block of which units can go.
-
-    name     module path of the sub-block; where it is none of its own, that of its reader
-    kind     heads: a unit is a key-value head and the query heads that read it; ffn: a column of the matrix after the
-             activation
-    reader   path of the matrix that reads what the units give; unit u is gone when this module's input is 0 at
-             columns[u]
-    cuts     what gets smaller; the first is the reader along its input axis
-    bias     the reader's bias, which stays when all units are gone
-    cost     parameters of one unit
-    layout   what else pruning has to know, of JSON values:
-             head_dim, query_heads  of a unit, where the kind is heads
-             per_layer   None, or why blocks can't differ in their number of units
-             attributes  module path -> attribute -> number for each unit
-             config      keys of config.json: {"per_unit": {key: n}, "fixed": {key: value}}, or None where config.json
-                         can't say how many units there are
-             removal     modules that a `removed` layer replaces: [{"path", "returns", "layer", "adds"}], `adds` where
-                         it gives what the reader gave; None where the sub-block has to stay
-             has_norms   the block has norms of another width than the stream's, which may have the same eps
-             vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class
-                         can be without it
-    """
-
-    name: str
-    block: int
-    kind: Literal["heads", "ffn"]
-    units: int
-    reader: str
-    columns: tuple[tuple[int, ...], ...]
-    cuts: tuple[Cut, ...]
-    bias: str | None
-    cost: int
-    layout: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 def kept_units(site: PrunableSite, decision: Decision) -> tuple[int, ...]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from compressor.errors import PassError
 from compressor.lazy import torch
 
-DISTANCE_ELEMENTS = 1 << 22  # compared at once, so that no second copy of a matrix is made
-
 
 @dataclass
 class Gram:
@@ -81,19 +79,3 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, 
                 return Factor(upper, damping, name, tuple(attempts))
         attempts.append(f"{name}, damping {damping:g}: not positive definite")
     return None
-
-
-def relative_distance(found: torch.Tensor, meant: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of `meant`; 0 for two zero matrices, Inf for one.
-
-    found, meant  of one shape, any floating type; differences are float32, their sums float64
-    """
-    rows = max(1, DISTANCE_ELEMENTS // max(1, meant[:1].numel())) if meant.dim() > 1 else DISTANCE_ELEMENTS
-    difference = size = 0.0
-    for first, second in zip(found.split(rows), meant.split(rows), strict=True):
-        second = second.to(torch.float32)
-        difference += float((first.to(second) - second).square().sum(dtype=torch.float64))
-        size += float(second.square().sum(dtype=torch.float64))
-    if size == 0:
-        return 0.0 if difference == 0 else float("inf")
-    return (difference / size) ** 0.5

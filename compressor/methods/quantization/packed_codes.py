@@ -8,7 +8,8 @@ from typing import Any, Literal
 from compressor.errors import ShapeError, WidthError
 from compressor.lazy import torch
 from compressor.methods.quantization.uniform_grid import Grid
-from compressor.protocol import Site, Weight
+from compressor.model.weights import Weight
+from compressor.protocol import Site
 
 GroupSize = Literal[-1, 32, 64, 128]
 

@@ -13,8 +13,8 @@ from math import prod
 from typing import Any, Literal
 
 from compressor.lazy import torch
+from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.residual_records import Residual, Tap
-from compressor.protocol import ModelFacts, Remodel
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 

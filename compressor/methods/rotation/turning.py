@@ -11,8 +11,9 @@ from compressor.lazy import torch
 from compressor.methods.rotation.rotation import Covariance, rotate
 
 if TYPE_CHECKING:
+    from compressor.model.facts import ModelFacts
     from compressor.model.residual_records import Tap, Writer
-    from compressor.protocol import ModelFacts, StreamSite
+    from compressor.protocol import StreamSite
 
 
 def untied_head(

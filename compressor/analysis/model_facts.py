@@ -1,0 +1,59 @@
+"""The facts of a model that a pass may ask for (`model.facts`), found by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from compressor.analysis.branch_calls import check_widths, find_branches
+from compressor.analysis.prunable_units import Seen, find_prunable, look
+from compressor.analysis.residual_stream import read_residual
+from compressor.analysis.token_gates import find_token_sites
+from compressor.model.facts import KINDS, ModelFacts, PrunableSite
+from compressor.model.remodel import _config_misfit, _misfit, parameter_shapes
+from compressor.model.residual_records import Residual
+from compressor.model.structure import Structure
+from compressor.model.tracing import signature
+
+
+def facts_of(structure: Structure, given: int) -> ModelFacts:
+    """What a pass may know of the model; what takes a run is found when asked for.
+
+    given  its parameters before any step
+    """
+
+    @cache
+    def residual() -> Residual:
+        return read_residual(structure)
+
+    @cache
+    def seen() -> Seen:
+        return look(structure)
+
+    @cache
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+        return find_prunable(structure, kinds, seen())
+
+    return ModelFacts(
+        structure.architecture,
+        structure.model.config.to_dict(),
+        parameter_shapes(structure),
+        dict(structure.bindings.tied),
+        residual,
+        given,
+        lambda widths: _branches(structure, residual(), widths),
+        structure.pieces.blocks_path,
+        lambda remodel: _misfit(structure, remodel),
+        prunable,
+        cache(lambda: find_token_sites(structure)),
+        lambda changes: _config_misfit(structure, changes),
+    )
+
+
+def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequence[int]]) -> tuple[dict[str, Any], ...]:
+    """Settings of a rotated_block for each block."""
+    found = find_branches(structure, residual)
+    check_widths(structure, residual, found, widths)
+    config, blocks = structure.model.config, structure.pieces.blocks
+    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))

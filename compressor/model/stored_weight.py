@@ -1,0 +1,58 @@
+"""How one weight is stored: its quantization format and the parameters of that, as journal and manifest hold it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from compressor.layers import find_layer
+from compressor.lazy import torch
+from compressor.model.weights import Weight
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one weight is stored; JSON in the journal and the manifest."""
+
+    form: str
+    spec: dict[str, Any]
+    weight: Weight
+
+    def to_dict(self) -> dict[str, Any]:
+        entry = asdict(self.weight)
+        if not entry["facts"]:
+            del entry["facts"]
+        return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
+
+    @property
+    def bias(self) -> str | None:
+        """The dense bias that this form stores in its own way, if it does."""
+        return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Form:
+        values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
+        values["shape"] = tuple(values["shape"])
+        values["rows"] = tuple(values["rows"]) if values.get("rows") else None
+        return cls(entry["form"], entry["spec"], Weight(**values))
+
+
+DISTANCE_ELEMENTS = 1 << 22  # compared at once, so that no second copy of a matrix is made
+
+
+def relative_distance(found: torch.Tensor, meant: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `meant`; 0 for two zero matrices, Inf for one.
+
+    found, meant  of one shape, any floating type; differences are float32, their sums float64
+    """
+    rows = max(1, DISTANCE_ELEMENTS // max(1, meant[:1].numel())) if meant.dim() > 1 else DISTANCE_ELEMENTS
+    difference = size = 0.0
+    for first, second in zip(found.split(rows), meant.split(rows), strict=True):
+        second = second.to(torch.float32)
+        difference += float((first.to(second) - second).square().sum(dtype=torch.float64))
+        size += float(second.square().sum(dtype=torch.float64))
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return (difference / size) ** 0.5
