@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from compressor.process.idle_threads import wait_asleep
 
 if TYPE_CHECKING:
-    from compressor.artifact.artifact import load as load
+    from compressor.artifact.loader import load as load
     from compressor.protocol import Pass as Pass
     from compressor.run import compress as compress
 
 __version__ = "0.1.0"
 __all__ = ["Pass", "compress", "load"]
-_HOMES = {"load": "compressor.artifact.artifact", "Pass": "compressor.protocol", "compress": "compressor.run"}
+_HOMES = {"load": "compressor.artifact.loader", "Pass": "compressor.protocol", "compress": "compressor.run"}
 
 wait_asleep()
 

@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.model.facts import Decision, ModelFacts, Remodel
-from compressor.model.weights import Group, Stage, Weight
+from compressor.model.facts import BlockTokens as BlockTokens
+from compressor.model.facts import Decision as Decision
+from compressor.model.facts import ModelFacts as ModelFacts
+from compressor.model.facts import PrunableSite as PrunableSite
+from compressor.model.facts import Remodel as Remodel
+from compressor.model.facts import TokenFacts as TokenFacts
+from compressor.model.weights import FUNCTION_ROLES as FUNCTION_ROLES
+from compressor.model.weights import Group as Group
+from compressor.model.weights import Stage as Stage
+from compressor.model.weights import Weight as Weight
 
 if TYPE_CHECKING:
     import torch

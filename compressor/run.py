@@ -17,30 +17,34 @@ from typing import Any
 import torch
 import transformers
 
-from compressor.artifact import artifact, verify
-from compressor.artifact.stock_formats import VERSION, Route
+from compressor.artifact import verify
+from compressor.artifact.files import check_files, remove_artifact
+from compressor.artifact.manifest import read_manifest
+from compressor.artifact.modeling_file import VERSION
+from compressor.artifact.stock_formats import Route
+from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.interrupt import Stop, signals
 from compressor.engine.plan import Plan, make_plan
-from compressor.engine.run_samples import check_labels, check_samples, data_problems, read_data, vocabulary_of
+from compressor.engine.request import REFUSALS, check_request, find_device, named_output
+from compressor.engine.run_samples import (
+    read_samples,
+)
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, PreflightError, UsageError
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
 from compressor.evaluation.environment import environment, peak_rss_bytes
 from compressor.evaluation.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
-from compressor.evaluation.report import build_report, check_summary, write_card, write_reports
+from compressor.evaluation.report import build_report, write_card, write_reports
 from compressor.model.checkpoint import model_label
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.token_limit import limit_of
 from compressor.process.child import started_early
 from compressor.process.resources import room
-from compressor.process.utf8 import check_utf8
 from compressor.recipe.gates import check_gates, failed_gates
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal, has_begun, remove_work
 
 Emit = Callable[[dict[str, Any]], None]
-REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
-LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
 
 
 def compress(
@@ -203,7 +207,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             where=where,
             hint="Not published; kept there with its report for a look.",
         )
-    if problems := artifact.check_files(job.built, artifact.read_manifest(job.built)):
+    if problems := check_files(job.built, read_manifest(job.built)):
         raise ArtifactError("; ".join(problems), where=where)
     return report
 
@@ -220,7 +224,7 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     return plan
 
 
-def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
+def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, StoredWeight]]:
     """The unit files of the last sweep and the forms in them, by weight; leaves the probe in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
@@ -232,9 +236,9 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, Form]]:
     return units, {name: forms[name] for name in sorted(forms)}
 
 
-def _write(job: Job, units: list[Path], forms: dict[str, Form]) -> None:
+def _write(job: Job, units: list[Path], forms: dict[str, StoredWeight]) -> None:
     """The artifact into a directory of its own, sealed, so that the verification checks its hashes too."""
-    artifact.write_artifact(
+    write_artifact(
         job.built,
         job.plan.structure,
         units,
@@ -247,7 +251,7 @@ def _write(job: Job, units: list[Path], forms: dict[str, Form]) -> None:
     _seal(job, forms)
 
 
-def _seal(job: Job, forms: dict[str, Form]) -> None:
+def _seal(job: Job, forms: dict[str, StoredWeight]) -> None:
     structure = job.plan.structure
     errors: dict[str, float | None] = {}
     for line in job.journal.lines.values():
@@ -262,13 +266,13 @@ def _seal(job: Job, forms: dict[str, Form]) -> None:
         ],
         "relative_errors": {name: errors.get(name) for name in forms},
     }
-    artifact.seal(
+    seal(
         job.built,
         architecture=structure.architecture,
         route=job.route,
         forms=list(forms.values()),
         source=source,
-        carried=artifact.carried(structure),
+        carried=carried(structure),
     )
 
 
@@ -300,7 +304,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
     )
 
 
-def _report(job: Job, forms: dict[str, Form], checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def _report(job: Job, forms: dict[str, StoredWeight], checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
     sizes = weight_sizes(job.plan.source.checkpoint, job.built, forms, job.plan)
     evaluation = job.recipe.eval
     return build_report(
@@ -331,110 +335,10 @@ def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
     """Move the built artifact to where it belongs, and drop the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
     if target.exists() or target.is_symlink():
-        artifact.remove_artifact(target)
+        remove_artifact(target)
     os.replace(job.built, target)
     remove_work(job.journal.work)
     return target
-
-
-def find_device(asked: str) -> torch.device:
-    """auto takes CUDA when there is one. raises PreflightError for a device that isn't there"""
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise UsageError(
-            "is not a device",
-            where=f"--device {asked}",
-            hint="Use auto, cpu, cuda or cuda:N.",
-            data={"reason": "no-device"},
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(
-            "is not supported",
-            where=f"--device {asked}",
-            hint="Use auto, cpu, cuda or cuda:N.",
-            data={"reason": "unsupported-device"},
-        )
-    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise PreflightError(
-            f"{count or 'no'} CUDA devices were found",
-            where=f"--device {asked}",
-            hint="Use --device cpu or auto.",
-            data={"reason": "no-such-card", "found": count},
-        )
-    return device
-
-
-def named_output(output: Path) -> Path:
-    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
-    check_utf8(output.absolute(), "Choose another --output.")
-    named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
-    if not named.name or "\0" in str(named):
-        raise UsageError(
-            "can't be an output",
-            where=repr(str(output)),
-            hint="Name a directory to make.",
-            data={"reason": "no-output-name"},
-        )
-    if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
-        raise UsageError(
-            "the name is too long",
-            where=f"{named.name[:40]}...",
-            hint="Choose another --output.",
-            data={"reason": "name-too-long"},
-        )
-    return named
-
-
-def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, measure: bool) -> None:
-    """Everything that can be wrong with what is asked for before a model is looked at; changes nothing.
-
-    raises UsageError
-    """
-    work, rejected = (output.with_name(output.name + ending) for ending in (".work", ".rejected"))
-    if recipe.eval.gates and not measure:
-        raise UsageError(
-            "the recipe has gates, which need the evaluation",
-            where="--no-eval",
-            hint="Drop one of them.",
-            data={"reason": "gates-unmeasured"},
-        )
-    if resume and fresh:
-        raise UsageError(
-            "--resume and --fresh exclude each other",
-            where="run",
-            hint="Give one of them.",
-            data={"reason": "resume-and-fresh"},
-        )
-    check_summary(recipe.report)
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not os.access(above, os.W_OK):
-        raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
-    if output.is_symlink():
-        raise UsageError(
-            "is a link", where=str(output), hint="Name the directory itself.", data={"reason": "output-is-link"}
-        )
-    if output.exists() and not fresh:
-        kind = "directory" if output.is_dir() else "file"
-        raise UsageError(
-            f"exists already (a {kind})",
-            where=str(output),
-            hint="Choose another --output, or --fresh to replace it.",
-            data={"reason": "output-exists", "kind": kind},
-        )
-    for earlier in (output, *([rejected] if recipe.eval.gates else [])):
-        if earlier.exists() or earlier.is_symlink():
-            artifact.owned_files(earlier)  # it is removed only when its successor is complete
-    if work.exists() and has_begun(work) and not (resume or fresh):
-        raise UsageError(
-            "an interrupted run lies there",
-            where=str(work),
-            hint="Continue it with --resume, or drop it with --fresh.",
-            data={"reason": "interrupted-run"},
-        )
 
 
 @contextmanager
@@ -469,21 +373,6 @@ def _folders_above(output: Path) -> Iterator[None]:
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def read_samples(plan: Plan, *, measure: bool, trust_remote_code: bool) -> tuple[Samples | None, Samples | None]:
-    """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
-    if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust_remote_code):
-        raise problems[0]
-    directory = plan.structure.checkpoint.directory
-    calibration, held_out = read_data(
-        plan.recipe, directory, vocabulary_of(plan.source), measure=measure, trust_remote_code=trust_remote_code
-    )
-    check_samples(calibration, plan.source, "data")
-    check_samples(held_out, plan.source, "eval.data")
-    if held_out is not None and "accuracy" in plan.recipe.eval.metrics:
-        check_labels(held_out, plan.source, "eval.data")
-    return calibration, held_out
 
 
 def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 import yaml
 
-from compressor.artifact.artifact import MANIFEST, carried_tensors, load, read_manifest
+from compressor.artifact.loader import load
+from compressor.artifact.manifest import read_manifest
+from compressor.artifact.writer import carried_tensors
 from compressor.engine.plan import Plan, make_plan
+from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
 from compressor.layers import DENSE
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.process import child
 from compressor.protocol import Pass
 from compressor.recipe.recipe import Recipe, parse_recipe
-from compressor.run import compress, read_samples
+from compressor.run import compress
+from compressor.storage.file_names import MANIFEST
 from compressor.storage.files import file_sha256
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import read_bytes, read_header
@@ -85,7 +89,7 @@ class Swept:
 
     plan: Plan
     files: list[Path]
-    forms: dict[str, Form]
+    forms: dict[str, StoredWeight]
 
 
 def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:

@@ -28,7 +28,7 @@ from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
-from compressor.model.replay import Batch, Call, Pieces, output_of, own_calls
+from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
 from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, signature

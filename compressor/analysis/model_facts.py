@@ -11,7 +11,7 @@ from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
 from compressor.model.facts import KINDS, ModelFacts, PrunableSite
-from compressor.model.remodel import _config_misfit, _misfit, parameter_shapes
+from compressor.model.redefined_structure import _config_misfit, _misfit, parameter_shapes
 from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure
 from compressor.model.tracing import signature

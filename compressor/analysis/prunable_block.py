@@ -16,9 +16,10 @@ from transformers.masking_utils import eager_mask
 from compressor.analysis.perturbation import TOLERANCE, size
 from compressor.errors import ModelError
 from compressor.layers.block_attention import attend
+from compressor.model.block_runner import Call
 from compressor.model.facts import Cut, PrunableSite
 from compressor.model.norms import describe_norm
-from compressor.model.replay import Call, LinearCall, LinearCalls
+from compressor.model.observed_matmul import LinearCall, LinearCalls
 from compressor.model.tracing import TWIN_SEED, Product
 
 OBSERVER = "observed_heads"

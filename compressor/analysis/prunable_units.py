@@ -35,8 +35,8 @@ from compressor.analysis.pruning_proof import Refused, prove_sites
 from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import ModelError
 from compressor.layers.structural.removed import Removed
+from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableSite
-from compressor.model.replay import Pieces
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product, example_batch, make_twin, signature

@@ -37,8 +37,8 @@ from compressor.analysis.perturbation import (
 from compressor.analysis.rotation_proof import HINT, prove_invariance
 from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
+from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, describe_norm
-from compressor.model.replay import Pieces
 from compressor.model.reshaped_class import reshaping
 from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer, renamed
 from compressor.model.structure import Structure

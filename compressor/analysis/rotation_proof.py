@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from compressor.analysis.perturbation import TOLERANCE, Answer, InDouble, answering, size, unit
 from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
+from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.replay import Batch, Pieces, output_of
 from compressor.model.residual_records import Reader, Residual, Tap, Writer
 from compressor.model.tracing import TWIN_SEED, example_batch
 

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from compressor.errors import ModelError
 from compressor.layers.structural.observed_attention import register_watching, watching
 from compressor.layers.structural.token_gate import TokenGate, attended, noting_choices
+from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
 from compressor.model.facts import BlockTokens, TokenFacts
-from compressor.model.replay import Batch, Call, LinearCall, LinearCalls, Pieces, output_of, own_calls
+from compressor.model.observed_matmul import LinearCall, LinearCalls
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 

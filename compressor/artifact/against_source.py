@@ -28,18 +28,17 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor
 
-from compressor.artifact.artifact import MANIFEST
 from compressor.artifact.stock_loading import OFFLINE
-from compressor.engine.block_io import UnitSource
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.reshaped_class import is_reshaped
-from compressor.model.stored_weight import Form, relative_distance
+from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import class_of, read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight
+from compressor.storage.file_names import MANIFEST
 
 MEMORY_SHARE = 0.8  # of the available memory that a source may take before it goes to disk
 ERROR_TOLERANCE = 1e-3  # of a recorded error: the same numbers, summed in another order
@@ -137,7 +136,7 @@ def compare_tensors(
     returns how many were compared, with the largest difference of an error from its record; the problems
     """
     _, errors = read_changes(manifest)
-    forms = [Form.from_dict(entry) for entry in manifest["weights"].values()]
+    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     touched: set[str] = set()
     functions: list[str] = []
     experts: dict[str, list[Weight]] = {}
@@ -204,7 +203,7 @@ def compare_tensors(
 
 def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
     """Put the artifact's stored layers and experts into the source's model, in place."""
-    forms = [Form.from_dict(entry) for entry in manifest["weights"].values()]
+    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     for kind in sorted({form.form for form in forms}):
         find_layer(kind).prepare(source)
     for path in sorted({f.weight.parameter.rpartition(".")[0] for f in forms if f.weight.expert is not None}):
@@ -230,11 +229,10 @@ def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
 def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> list[str]:
     """Hold what this package reads of a checkpoint to what stock transformers put into the model; the problems."""
     structure = read_structure(directory, dtype=str(dtype).removeprefix("torch."), trust_remote_code=trust_remote_code)
-    read = UnitSource(structure).read
     problems = []
     meant = dict(_tensors(source))
     for name in structure.bindings.sources:
-        value = read_parameter(name, structure.bindings, read, structure.model)
+        value = read_parameter(name, structure.bindings, structure.read, structure.model)
         if name not in meant:
             problems.append(f"{name} was read from the source, and stock transformers has no such tensor")
             continue

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact.artifact import MANIFEST, _dense_view, empty_model, read_manifest
+from compressor.artifact.loader import _dense_view, empty_model
+from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import open_checkpoint, resolve_model
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import inspect_model, structure_of
+from compressor.storage.file_names import MANIFEST
 
 
 def inspect_path(path: str, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def inspect_path(path: str, trust_remote_code: bool = False) -> dict[str, Any]:
 
 def _inspect_artifact(directory: Path) -> dict[str, Any]:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
-    forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
+    forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
     found = structure_of(_dense_view(checkpoint, forms, model.dtype), type(model), model.config).to_dict()
     for unit in found["units"]:

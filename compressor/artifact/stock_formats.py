@@ -24,14 +24,13 @@ from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from compressor.artifact.modeling_file import VERSION as VERSION
 from compressor.artifact.modeling_file import custom_type, find_backbone
 from compressor.errors import DependencyError, PreflightError
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
 from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
 
@@ -48,7 +47,7 @@ class Route:
     dequantize: bool = False
 
 
-Described = tuple[Form, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
+Described = tuple[StoredWeight, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Family:
     forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
+def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
     """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
     shaped = is_reshaped(model.config)
     if not forms and not shaped:
@@ -118,7 +117,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
 
-def next_route(route: Route, why: str, forms: Sequence[Form], asked: str, stock_only: bool) -> Route:
+def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool) -> Route:
     """What to try after a format whose loader fails with this class.
 
     why     what the loader said, as the end of a sentence
@@ -149,7 +148,7 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
     return name, f"{what}, which {type(model).__name__} of stock transformers doesn't have"
 
 
-def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
+def _stock_family(forms: Sequence[StoredWeight], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
     """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
     stocks = _stocks(forms)
     foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, str)]
@@ -167,7 +166,7 @@ def _stock_family(forms: Sequence[Form], model: PreTrainedModel) -> tuple[str | 
     return first, []
 
 
-def _stocks(forms: Sequence[Form]) -> list[tuple[Form, Stock | str]]:
+def _stocks(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | str]]:
     known: dict[tuple[str, str], Stock | str] = {}
     for form in forms:
         key = (form.form, str(sorted_spec(form)))
@@ -179,7 +178,7 @@ def _stocks(forms: Sequence[Form]) -> list[tuple[Form, Stock | str]]:
     return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
 
 
-def _described(forms: Sequence[Form]) -> list[Described]:
+def _described(forms: Sequence[StoredWeight]) -> list[Described]:
     return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
 
 
@@ -240,7 +239,7 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
     return config
 
 
-def _some_experts_stay_dense(forms: Sequence[Form], model: PreTrainedModel) -> bool:
+def _some_experts_stay_dense(forms: Sequence[StoredWeight], model: PreTrainedModel) -> bool:
     """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
@@ -323,7 +322,12 @@ def check_loader(route: str) -> None:
 
 
 def artifact_config(
-    source: dict[str, Any], route: Route, forms: Sequence[Form], model: PreTrainedModel, dtype: str, untied: bool
+    source: dict[str, Any],
+    route: Route,
+    forms: Sequence[StoredWeight],
+    model: PreTrainedModel,
+    dtype: str,
+    untied: bool,
 ) -> dict[str, Any]:
     """The artifact's config.json: the source's own keys, and what the route needs."""
     config = copy.deepcopy(source)
@@ -374,11 +378,11 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
     return sorted(found)
 
 
-def module_of(form: Form) -> str:
+def module_of(form: StoredWeight) -> str:
     """The module of the running model that a stored form stands for."""
     return form.weight.parameter.removesuffix(".weight")
 
 
-def sorted_spec(form: Form) -> dict[str, Any]:
+def sorted_spec(form: StoredWeight) -> dict[str, Any]:
     """The spec with keys in one order, whether it comes from a layer or from the journal of a resumed run."""
     return json.loads(json.dumps(form.spec, sort_keys=True))

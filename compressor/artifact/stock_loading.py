@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact.artifact import empty_model
+from compressor.artifact.loader import empty_model
 from compressor.artifact.modeling_file import custom_type, modelling_file
 from compressor.artifact.stock_formats import FAMILIES, auto_classes, custom_auto_map
 from compressor.errors import ArtifactError, CompressError, DependencyError
@@ -95,7 +95,7 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
 def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:
     """What code the artifact would bring to whoever loads it with trust_remote_code=True, beyond what it should.
 
-    empty  the model on the meta device, as `compressor.artifact.artifact.empty_model` makes it
+    empty  the model on the meta device, as `compressor.artifact.loader.empty_model` makes it
     """
     problems = []
     is_custom = manifest["route"] == "custom"

@@ -45,7 +45,7 @@ def verify_in_child(
     source  directory of the checkpoint that the artifact was made of; None: `not_compared` says that it wasn't there
     raises  what `verify` raises, and what `child.ask` does
     """
-    from compressor.artifact.artifact import read_manifest
+    from compressor.artifact.manifest import read_manifest
     from compressor.artifact.stock_formats import check_loader
 
     check_loader(read_manifest(directory)["route"])
@@ -80,12 +80,13 @@ def verify(
     from transformers.utils import logging
 
     from compressor.artifact.against_source import prints_of, ties_of
-    from compressor.artifact.artifact import load, read_manifest
     from compressor.artifact.files import compare_files
+    from compressor.artifact.loader import load
+    from compressor.artifact.manifest import read_manifest
     from compressor.artifact.stock_formats import FAMILIES
     from compressor.artifact.stock_loading import load_stock, stock_works
+    from compressor.model.block_runner import without_cache
     from compressor.model.checkpoint import open_checkpoint
-    from compressor.model.replay import without_cache
     from compressor.model.side_files import OWN_MODELING
     from compressor.model.tracing import use_eager_experts
     from compressor.model.trusted_code import carried_code_problems
@@ -220,8 +221,8 @@ def _compare_source(
     from compressor.artifact import against_source
     from compressor.artifact.stock_loading import stock_works
     from compressor.errors import ModelError
+    from compressor.model.block_runner import without_cache
     from compressor.model.checkpoint import open_checkpoint
-    from compressor.model.replay import without_cache
     from compressor.model.tracing import use_eager_experts
 
     problems = found["problems"]

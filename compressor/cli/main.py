@@ -189,10 +189,10 @@ def plan(
 ) -> None:
     """Say what would be done to each weight, what it would weigh, and every problem; writes nothing."""
     from compressor.engine.plan import make_plan
+    from compressor.engine.request import check_request, find_device, named_output
     from compressor.engine.run_samples import data_problems
     from compressor.evaluation.report import human_bytes
     from compressor.recipe.recipe import read_recipe
-    from compressor.run import check_request, find_device, named_output
 
     parsed = read_recipe(recipe, set_ or [])
     found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)

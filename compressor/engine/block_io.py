@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.model.checkpoint import check_finite
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, read_parameter
 from compressor.model.weights import Weight
@@ -36,7 +35,7 @@ class UnitSource:
 
     structure: Structure
     file: Path | None = None
-    forms: dict[str, Form] = field(default_factory=dict)  # weight name -> form, only weights that are not dense
+    forms: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> form, only weights that are not dense
 
     def names(self, unit: int) -> list[str]:
         """Checkpoint names of the tensors this unit stores, sorted."""
@@ -52,10 +51,7 @@ class UnitSource:
         """
         dtype = self.structure.dtype
         if self.file is None:
-            value = self.structure.checkpoint.read(tensor)
-            if value.is_floating_point():
-                check_finite(tensor, value)
-            return value.to(self.structure.bindings.dtype_of(tensor))
+            return self.structure.read(tensor)
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
@@ -66,7 +62,7 @@ class UnitSource:
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(tensor)
 
-    def layer(self, form: Form) -> Layer:
+    def layer(self, form: StoredWeight) -> Layer:
         """A stored weight as its layer, without the bias."""
         assert self.file is not None
         with safe_open(self.file, framework="pt") as opened:
@@ -204,7 +200,9 @@ def view(structure: Structure, weight: Weight) -> Tensor:
     return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
 
 
-def unit_tensors(unit: int, source: UnitSource, put: dict[str, tuple[Form, Layer]]) -> Iterator[tuple[str, Tensor]]:
+def unit_tensors(
+    unit: int, source: UnitSource, put: dict[str, tuple[StoredWeight, Layer]]
+) -> Iterator[tuple[str, Tensor]]:
     """What a unit's file will hold: every tensor of the source but those of replaced weights, and the new forms."""
     replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
     for tensor in source.names(unit):

@@ -21,8 +21,9 @@ from compressor.engine.plan import TAPE_SHARE
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
-from compressor.model.replay import Batch, Call, LinearCall, Stop
-from compressor.model.stored_weight import Form, relative_distance
+from compressor.model.block_runner import Batch, Call, Stop
+from compressor.model.observed_matmul import LinearCall
+from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure, signature
 from compressor.model.weights import Group, Stage, Weight
 from compressor.protocol import State
@@ -62,7 +63,7 @@ class UnitSite:
     decision: dict[str, Any] | None = None
     selected_functions: tuple[Weight, ...] = ()
     is_open: bool = True
-    put_layers: dict[str, tuple[Form, Layer]] = field(default_factory=dict)
+    put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, str]] = field(default_factory=list)
@@ -115,7 +116,7 @@ class UnitSite:
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         assert self.is_open, "nothing can be put while a pass decides"
-        form = Form(layer.form, layer.spec(), weight)
+        form = StoredWeight(layer.form, layer.spec(), weight)
         if weight.name in self.put_layers:
             self.installed.take_back(weight)
         self._untie(weight)

@@ -18,9 +18,9 @@ import psutil
 import torch
 
 from compressor.analysis.model_facts import facts_of
-from compressor.artifact.artifact import Named, assign_shards, carried_tensors, untied_copies
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
+from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.data.parts import same_source
 from compressor.engine.trial import NoTwin, try_loaders
 from compressor.errors import CompressError, ModelError, PreflightError, Why, WidthError
@@ -29,10 +29,10 @@ from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision, ModelFacts, Remodel
 from compressor.model.functions import Functions, find_functions
-from compressor.model.remodel import check_remodel
+from compressor.model.redefined_structure import check_remodel
 from compressor.model.replaceable import why_not_replaceable
 from compressor.model.reshaped_class import stock_class
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, prove_by_replay, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
@@ -103,7 +103,7 @@ class Plan:
     structure: Structure
     reshapes: list[Reshape] = field(default_factory=list)
     selected: dict[tuple[str | int, ...], list[Weight]] = field(default_factory=dict)
-    forms: dict[str, Form] = field(default_factory=dict)
+    forms: dict[str, StoredWeight] = field(default_factory=dict)
     counted_dense: set[str] = field(default_factory=set)
     functions: Functions = field(default_factory=Functions)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -514,7 +514,7 @@ def _follow_forms(plan: Plan) -> None:
                     plan.problems.append(_undecided_tie(step, weight, tied[weight.parameter]))
                     continue
                 try:
-                    form = Form(stored, step.settings.spec(weight) or {}, weight)
+                    form = StoredWeight(stored, step.settings.spec(weight) or {}, weight)
                 except CompressError as problem:
                     plan.problems.append(problem)
                     continue
@@ -601,7 +601,7 @@ def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
     )
 
 
-def _planned(form: Form, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+def _planned(form: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
     layer = find_layer(form.form)
     for suffix, (kind, shape) in layer.planned(form.weight.shape, form.spec, dtype).items():
         size = kind.itemsize
@@ -694,7 +694,7 @@ def _predict(plan: Plan) -> None:
     plan.disk_bytes = plan.weight_bytes * (len(recipe.sweeps) + 1) + side + (16 << 20)
 
 
-def _tried_route(plan: Plan, forms: list[Form]) -> Route:
+def _tried_route(plan: Plan, forms: list[StoredWeight]) -> Route:
     """The export format that fits the forms, tried with the model's class. raises PreflightError if there is none"""
     structure, export = plan.structure, plan.recipe.export
     route = choose_route(forms, export.format, export.stock_only, structure.model)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from compressor.model.replay import LinearCall, LinearCalls, Stop
+from compressor.model.block_runner import Stop
+from compressor.model.observed_matmul import LinearCall, LinearCalls
 
 
 class Diverged(Exception):

@@ -24,7 +24,7 @@ from compressor.engine.block_io import UnitSource, free_all, free_unit, load_uni
 from compressor.engine.block_view import Stream, run_unit
 from compressor.errors import Interrupted, PassError
 from compressor.model.facts import ModelFacts, Remodel
-from compressor.model.remodel import split_parameter
+from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualSite, Tap
 from compressor.model.structure import Structure, read_structure
 from compressor.protocol import Carry

@@ -21,8 +21,13 @@ from compressor.data.samples import (
     part_of,
     random_samples,
 )
-from compressor.errors import CompressError, PreflightError, RecipeError
-from compressor.model.replay import output_of
+from compressor.engine.plan import Plan
+from compressor.errors import (
+    CompressError,
+    PreflightError,
+    RecipeError,
+)
+from compressor.model.block_runner import output_of
 from compressor.model.structure import Structure
 from compressor.model.token_limit import Limit, limit_of
 from compressor.model.tracing import make_twin, shallow_config
@@ -195,3 +200,18 @@ def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents
         where=f"eval.data ({recipe.eval.data.source})",
         hint="Remove them from one of the two, or give both the same source, which is then divided.",
     )
+
+
+def read_samples(plan: Plan, *, measure: bool, trust_remote_code: bool) -> tuple[Samples | None, Samples | None]:
+    """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
+    if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust_remote_code):
+        raise problems[0]
+    directory = plan.structure.checkpoint.directory
+    calibration, held_out = read_data(
+        plan.recipe, directory, vocabulary_of(plan.source), measure=measure, trust_remote_code=trust_remote_code
+    )
+    check_samples(calibration, plan.source, "data")
+    check_samples(held_out, plan.source, "eval.data")
+    if held_out is not None and "accuracy" in plan.recipe.eval.metrics:
+        check_labels(held_out, plan.source, "eval.data")
+    return calibration, held_out

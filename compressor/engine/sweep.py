@@ -47,10 +47,10 @@ from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.errors import Interrupted, PassError
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
+from compressor.model.block_runner import Batch, Call
 from compressor.model.facts import Decision
-from compressor.model.remodel import regated
-from compressor.model.replay import Batch, Call
-from compressor.model.stored_weight import Form
+from compressor.model.redefined_structure import regated
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, example_batch
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
@@ -78,13 +78,13 @@ class Sweeper:
         self.structure = self.plan.source
 
 
-def unit_forms(source: UnitSource, unit: int) -> dict[str, Form]:
+def unit_forms(source: UnitSource, unit: int) -> dict[str, StoredWeight]:
     """The forms that this unit holds, of all that the source knows."""
     names = source.names(unit) if source.forms else []
     return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
 
 
-def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
+def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
     """All sweeps of the recipe. Returns the last sweep's unit files and the forms they hold.
 
     raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
@@ -92,7 +92,7 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, Form]]:
     return_large_blocks()
     files: list[Path] = []
     before: list[Path] = []
-    forms: dict[str, Form] = {}
+    forms: dict[str, StoredWeight] = {}
     sweeps = sweeper.plan.recipe.sweeps
     for number, steps in enumerate(sweeps):
         settings = steps[0].settings
@@ -147,7 +147,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
     return files
 
 
-def _regate(sweeper: Sweeper, number: int, step: Step, before: list[Path], forms: dict[str, Form]) -> None:
+def _regate(sweeper: Sweeper, number: int, step: Step, before: list[Path], forms: dict[str, StoredWeight]) -> None:
     """Let a step change what blocks do; weights stay where and as they are."""
 
     def source(unit: int) -> UnitSource:
@@ -190,7 +190,7 @@ def _choose(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], U
     return decision
 
 
-def _run_probe(sweeper: Sweeper, before: list[Path], forms: dict[str, Form]) -> None:
+def _run_probe(sweeper: Sweeper, before: list[Path], forms: dict[str, StoredWeight]) -> None:
     """The probe through the model as it now is, unit by unit."""
     structure = sweeper.structure
     (stream,) = _batches(sweeper, ())
@@ -217,13 +217,13 @@ def probe_batch(structure: Structure, device: torch.device) -> Batch:
 
 
 def _run_sweep(
-    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, Form]
-) -> tuple[list[Path], dict[str, Form]]:
+    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, StoredWeight]
+) -> tuple[list[Path], dict[str, StoredWeight]]:
     structure, journal = sweeper.structure, sweeper.journal
     units = structure.block_count + 2
     resident = sweeper.plan.recipe.model.placement == "resident"
     sweeper.emit({"event": "sweep", "sweep": number, "units": units, "passes": [step.name for step in steps]})
-    after: dict[str, Form] = {}
+    after: dict[str, StoredWeight] = {}
     files: list[Path] = []
     decisions = _decide(sweeper, number, steps, before, forms)
     streams = _batches(sweeper, steps)
@@ -240,7 +240,7 @@ def _run_sweep(
             installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
             line = _transform(sweeper, number, unit, steps, source, streams, key, installed, decisions)
         files.append(journal.path(line))
-        kept = {name: Form.from_dict(entry) for name, entry in line["forms"].items()}
+        kept = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
         after.update(kept)
         _read_back(installed, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
         entered = streams[-1].hidden
@@ -332,7 +332,7 @@ def _transform(
     structure = sweeper.structure
     records: list[dict[str, Any]] = []
     warnings: list[dict[str, str]] = []
-    put: dict[str, tuple[Form, Layer]] = {}
+    put: dict[str, tuple[StoredWeight, Layer]] = {}
     errors: dict[str, float | None] = {}
     for position, step in enumerate(steps):
         site = _site(sweeper, step, unit, streams, installed, _seed(sweeper.seed, number, position, unit))
@@ -386,7 +386,7 @@ def _site(sweeper: Sweeper, step: Step, unit: int, streams: list[Stream], instal
 
 
 def _decide(
-    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, Form]
+    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, StoredWeight]
 ) -> list[dict[str, Any] | None]:
     """What each step of the sweep chooses over the whole model, read from the journal where it is there already."""
     decisions: list[dict[str, Any] | None] = []
@@ -440,7 +440,7 @@ class WholeModelView:
     position: int
     step: Step
     before: list[Path]
-    forms: dict[str, Form]
+    forms: dict[str, StoredWeight]
 
     def sites(self) -> Iterator[UnitSite]:
         sweeper, structure = self.sweeper, self.sweeper.structure

@@ -24,17 +24,18 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from compressor.artifact.artifact import load, seal, write_json
+from compressor.artifact.loader import load
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config
 from compressor.artifact.stock_loading import load_stock
+from compressor.artifact.writer import seal, write_json
 from compressor.layers.base import Layer
 from compressor.layers.byte_linear import ByteLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
-from compressor.model.replay import output_of, without_cache
-from compressor.model.stored_weight import Form
+from compressor.model.block_runner import output_of, without_cache
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, use_eager_experts
 
@@ -48,7 +49,7 @@ class NoTwin(Exception):
     """No twin of the class could be made, or none is small enough; says why for the last one."""
 
 
-def try_loaders(structure: Structure, forms: Sequence[Form], route: Route) -> str | None:
+def try_loaders(structure: Structure, forms: Sequence[StoredWeight], route: Route) -> str | None:
     """Why an artifact of these forms and this format would not load or compute what it should; None if it would.
 
     Tried are the formats of `EXAMPLES`. raises NoTwin where there is nothing to try them on
@@ -64,7 +65,7 @@ def try_loaders(structure: Structure, forms: Sequence[Form], route: Route) -> st
         logging.enable_progress_bar()
 
 
-def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) -> str | None:
+def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory: Path) -> str | None:
     stored = _store(twin, forms, route, directory)
     if not stored:
         return None
@@ -102,7 +103,7 @@ def _try(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) 
     return None
 
 
-def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> Structure:
+def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: Path) -> Structure:
     """A small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
     obstacle = ""
@@ -130,7 +131,7 @@ def _save_twin(structure: Structure, forms: Sequence[Form], directory: Path) -> 
 
 
 def _narrowings(
-    config: PretrainedConfig, structure: Structure, forms: Sequence[Form]
+    config: PretrainedConfig, structure: Structure, forms: Sequence[StoredWeight]
 ) -> Iterator[Callable[[], PretrainedConfig]]:
     """Configs to try, the narrowest first, the config itself last."""
     sizes = {size for parameter in structure.model.parameters() for size in parameter.shape}
@@ -163,7 +164,7 @@ def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> Pretrain
     return narrow
 
 
-def _store(twin: Structure, forms: Sequence[Form], route: Route, directory: Path) -> list[Form]:
+def _store(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory: Path) -> list[StoredWeight]:
     """Write the twin as an artifact of the planned forms; returns those that occur in it."""
     planned = {(form.weight.parameter, form.weight.expert, form.weight.rows is not None): form for form in forms}
     directory.mkdir()
@@ -179,7 +180,7 @@ def _store(twin: Structure, forms: Sequence[Form], route: Route, directory: Path
             continue
         matrix = tensors.pop(weight.tensor)
         made = _example(form, (matrix.t() if weight.transposed else matrix).float(), twin.dtype)
-        stored.append(Form(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
+        stored.append(StoredWeight(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
         tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
     if not stored:
         return []
@@ -200,7 +201,7 @@ def _store(twin: Structure, forms: Sequence[Form], route: Route, directory: Path
     return stored
 
 
-def _example(form: Form, matrix: torch.Tensor, dtype: torch.dtype) -> Layer:
+def _example(form: StoredWeight, matrix: torch.Tensor, dtype: torch.dtype) -> Layer:
     spec = dict(form.spec)
     if spec.get("group_size", -1) != -1:
         spec["group_size"] = GROUP if matrix.shape[1] % GROUP == 0 else -1

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from compressor.artifact.artifact import MANIFEST, read_manifest
-from compressor.artifact.manifest import model_class
-from compressor.artifact.stock_formats import VERSION, check_loader
+from compressor.artifact.manifest import model_class, read_manifest
+from compressor.artifact.modeling_file import VERSION
+from compressor.artifact.stock_formats import check_loader
 from compressor.data.samples import Samples
+from compressor.engine.request import check_summary
 from compressor.engine.run_samples import check_length, read_evaluation_data
 from compressor.errors import KernelError, ModelError, UsageError
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import SPEED_TOKENS, evaluate
 from compressor.evaluation.report import (
     append_summary,
-    check_summary,
     data_facts,
     finite,
     unmeasured_warnings,
@@ -37,6 +37,7 @@ from compressor.model.token_limit import Limit, token_limit
 from compressor.process.child import started_early
 from compressor.recipe.gates import check_gates, compares_models, read_gates
 from compressor.recipe.recipe import Option, Recipe, parse_recipe, read_recipe
+from compressor.storage.file_names import MANIFEST
 
 EVALUATION_VERSION = 1
 BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone

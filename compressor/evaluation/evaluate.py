@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.artifact.artifact import MANIFEST, load, read_manifest
+from compressor.artifact.loader import load
+from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import OFFLINE, load_stock, stock_works
 from compressor.data.samples import Samples
 from compressor.errors import ModelError
@@ -34,11 +35,12 @@ from compressor.evaluation.environment import peak_rss_bytes
 from compressor.evaluation.kept_patches import kept_patches
 from compressor.kernels.prepare.prepared import chosen_kernels
 from compressor.model.attention import plain_options
+from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
-from compressor.model.replay import output_of, without_cache
 from compressor.model.structure import class_of
 from compressor.process.child import ask
 from compressor.process.resources import ran_out
+from compressor.storage.file_names import MANIFEST
 from compressor.storage.safetensors_file import read_header
 
 HERE = "compressor.evaluation.evaluate"

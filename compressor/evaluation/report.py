@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ import jinja2
 import junitparser
 import yaml
 
-from compressor.artifact.stock_formats import FAMILIES, VERSION
-from compressor.errors import UsageError
+from compressor.artifact.modeling_file import VERSION
+from compressor.artifact.stock_formats import FAMILIES
+from compressor.engine.request import _summary_file
 from compressor.recipe.schema import ReportSettings, bare_source
 
 if TYPE_CHECKING:
@@ -200,24 +200,6 @@ def append_summary(report: dict[str, Any], settings: ReportSettings) -> None:
     if (summary := _summary_file(settings)) is not None:
         with summary.open("a", encoding="utf-8") as file:
             file.write(render_markdown(report) + "\n")
-
-
-def check_summary(settings: ReportSettings) -> None:
-    """raises UsageError, before any work, if the job summary can't be written"""
-    if (summary := _summary_file(settings)) is not None:
-        try:
-            summary.open("a").close()
-        except OSError as error:
-            raise UsageError(
-                f"can't be written ({error.strerror})",
-                where="$GITHUB_STEP_SUMMARY",
-                hint="Unset it, or set report.github_summary to never.",
-            ) from error
-
-
-def _summary_file(settings: ReportSettings) -> Path | None:
-    named = os.environ.get("GITHUB_STEP_SUMMARY")
-    return Path(named) if named and settings.github_summary == "auto" else None
 
 
 def render_markdown(report: dict[str, Any]) -> str:

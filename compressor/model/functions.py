@@ -16,8 +16,8 @@ from transformers.masking_utils import eager_mask
 
 from compressor.layers.block_attention import PRODUCTS, attend
 from compressor.model.activations import recognize
+from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import Norm, describe_norm
-from compressor.model.replay import Pieces, output_of
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 from compressor.model.weights import Weight

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from compressor.errors import Why
-from compressor.model.replay import LinearCall, LinearCalls
+from compressor.model.observed_matmul import LinearCall, LinearCalls
 
 
 class ChoiceTrace(LinearCalls):

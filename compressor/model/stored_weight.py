@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from compressor.layers import find_layer
 from compressor.lazy import torch
 from compressor.model.weights import Weight
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredWeight:
     """How one weight is stored; JSON in the journal and the manifest."""
 
     form: str
@@ -32,7 +30,7 @@ class Form:
         return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Form:
+    def from_dict(cls, entry: dict[str, Any]) -> StoredWeight:
         values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
         values["shape"] = tuple(values["shape"])
         values["rows"] = tuple(values["rows"]) if values.get("rows") else None

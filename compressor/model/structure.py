@@ -26,7 +26,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor.errors import ModelError, Why
 from compressor.model.attention import choose_plain
-from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
+from compressor.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compressor.model.load_dtypes import hold, load_dtype
 from compressor.model.model_building import (
     check_buffers,
@@ -38,7 +39,6 @@ from compressor.model.model_building import (
     refusal,
 )
 from compressor.model.prequantized import refuse_stated
-from compressor.model.replay import Batch, Pieces, hidden_of, output_of
 from compressor.model.reshaped_class import class_for
 from compressor.model.tracing import (
     Product,
@@ -84,6 +84,13 @@ class Structure:
     @property
     def block_count(self) -> int:
         return len(self.pieces)
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor of the checkpoint, in the dtype that transformers holds it in. raises ModelError for NaN or Inf"""
+        value = self.checkpoint.read(tensor)
+        if value.is_floating_point():
+            check_finite(tensor, value)
+        return value.to(self.bindings.dtype_of(tensor))
 
     def stages(self, unit: int) -> list[Stage]:
         """Weight groups of a unit: 0 stem (its tables), 1..n blocks, n + 1 head; in forward order."""

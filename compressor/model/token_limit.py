@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, skeleton
 from compressor.model.tracing import TWIN_TOKENS, make_twin, shallow_config
 

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import ModelError, PreflightError, Why
+from compressor.model.block_runner import Answer, Batch, Pieces, output_of
 from compressor.model.load_dtypes import hold_as_loaded
+from compressor.model.observed_matmul import LinearCall, LinearCalls
 from compressor.model.replaceable import watch_reads
-from compressor.model.replay import Answer, Batch, LinearCall, LinearCalls, Pieces, output_of
 from compressor.model.reshaped_class import is_reshaped, reshaping
 from compressor.model.routing import ChoiceTrace
 

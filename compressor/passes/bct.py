@@ -61,9 +61,7 @@ from compressor.methods.quantization.block_grid import quantize_blocks
 from compressor.methods.quantization.hessian import Gram
 from compressor.methods.quantization.lookup_tables import Table, activation_table, exp_table, root_table
 from compressor.model.activations import KNOWN
-from compressor.model.facts import Decision
-from compressor.model.weights import Group, Stage, Weight
-from compressor.protocol import Carry, Pass, Site, Traits, WholeModel
+from compressor.protocol import Carry, Decision, Group, Pass, Site, Stage, Traits, Weight, WholeModel
 
 if TYPE_CHECKING:
     from compressor.layers.base import Layer

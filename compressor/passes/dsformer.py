@@ -64,8 +64,7 @@ from compressor.methods.factorization.sparse_coding import (
     factorize,
     refit_values,
 )
-from compressor.model.weights import Weight
-from compressor.protocol import Carry, Pass, Site, Traits
+from compressor.protocol import Carry, Pass, Site, Traits, Weight
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear

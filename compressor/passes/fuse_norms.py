@@ -21,11 +21,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from compressor.lazy import torch
-from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
-from compressor.methods.rotation.turning import untied_head
-from compressor.model.facts import Decision, ModelFacts, Remodel
+from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
 from compressor.model.residual_records import Tap
-from compressor.protocol import Carry, Fact, Pass, StreamSite, Traits
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 
 
 class FuseNorms(Pass):

@@ -36,8 +36,7 @@ from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
-from compressor.model.weights import Group, Stage, Weight
-from compressor.protocol import Carry, Pass, Site, Traits
+from compressor.protocol import Carry, Group, Pass, Site, Stage, Traits, Weight
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
 CHECKED_ROWS = 256  # evenly spaced; a wrong solve is wrong in every row, and all rows would cost as much as the solve

@@ -48,8 +48,17 @@ from compressor.methods.pruning.masked_forward import (
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
-from compressor.model.facts import Decision, ModelFacts, PrunableSite, Remodel
-from compressor.protocol import Carry, Pass, ShapingModel, StreamSite, Traits
+from compressor.protocol import (
+    Carry,
+    Decision,
+    ModelFacts,
+    Pass,
+    PrunableSite,
+    Remodel,
+    ShapingModel,
+    StreamSite,
+    Traits,
+)
 
 KINDS = ("heads", "ffn")
 Losses = tuple[float, float]  # on the search part and on the confirming part

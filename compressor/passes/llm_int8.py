@@ -38,8 +38,7 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.model.weights import Group, Weight
-from compressor.protocol import Carry, Pass, Site, Traits
+from compressor.protocol import Carry, Group, Pass, Site, Traits, Weight
 
 STUDIED_MAGNITUDE = 6.0  # what the paper's appendix C calls an outlier; for the report where the split is off
 MOST_COLUMNS = 128  # the paper saw at most 7 features in models up to 13B

@@ -40,9 +40,7 @@ from compressor.methods.factorization.low_rank import (
     spectrum,
     stage_metrics,
 )
-from compressor.model.facts import Decision
-from compressor.model.weights import Weight
-from compressor.protocol import Carry, Pass, Site, Traits, WholeModel
+from compressor.protocol import Carry, Decision, Pass, Site, Traits, Weight, WholeModel
 
 FORM, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5

@@ -25,8 +25,7 @@ from pydantic import Field, NonNegativeInt
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError
-from compressor.model.facts import Decision, ModelFacts, Remodel
-from compressor.protocol import Pass, Traits
+from compressor.protocol import Decision, ModelFacts, Pass, Remodel, Traits
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); our choice: early blocks don't know yet what matters
 NOTE = (

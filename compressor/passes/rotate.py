@@ -19,10 +19,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compressor.lazy import torch
-from compressor.methods.rotation.rotation import pca, random_orthogonal, randomized_hadamard
-from compressor.methods.rotation.turning import pooled_covariance, turn
-from compressor.model.facts import Decision, ModelFacts, Remodel
-from compressor.protocol import Carry, Fact, Pass, StreamSite, Traits
+from compressor.methods.rotation.rotation import pca, pooled_covariance, random_orthogonal, randomized_hadamard, turn
+from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 
 
 class Rotate(Pass):

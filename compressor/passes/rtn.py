@@ -13,8 +13,7 @@ from pydantic import Field
 
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
-from compressor.model.weights import Weight
-from compressor.protocol import Carry, Pass, Site, Traits
+from compressor.protocol import Carry, Pass, Site, Traits, Weight
 
 
 class RTN(Pass):

@@ -46,8 +46,17 @@ from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
-from compressor.model.facts import Decision, ModelFacts, PrunableSite, Remodel
-from compressor.protocol import Carry, Pass, ShapingModel, StreamSite, Traits
+from compressor.protocol import (
+    Carry,
+    Decision,
+    ModelFacts,
+    Pass,
+    PrunableSite,
+    Remodel,
+    ShapingModel,
+    StreamSite,
+    Traits,
+)
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"

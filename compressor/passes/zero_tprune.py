@@ -39,8 +39,18 @@ from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
-from compressor.model.facts import Decision, ModelFacts, Remodel, TokenFacts
-from compressor.protocol import Carry, Fact, Pass, ShapingModel, StreamSite, Traits
+from compressor.protocol import (
+    Carry,
+    Decision,
+    Fact,
+    ModelFacts,
+    Pass,
+    Remodel,
+    ShapingModel,
+    StreamSite,
+    TokenFacts,
+    Traits,
+)
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known

@@ -68,7 +68,7 @@ from compressor.methods.rotation.sliced_shapes import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.residual_records import Residual
 from compressor.model.structure import find_blocks
 from compressor.process.idle_threads import environment_of_user

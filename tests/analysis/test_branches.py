@@ -12,7 +12,7 @@ from torch import nn
 from compressor.analysis.branch_calls import branches_of, check_widths, find_branches
 from compressor.analysis.residual_stream import find_residual, read_residual, residual_twin
 from compressor.errors import ModelError
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure
 
 # family -> of each site, the rows of modules that its branches are

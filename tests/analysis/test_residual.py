@@ -15,8 +15,8 @@ from compressor.analysis.residual_stream import fill, find_residual, read_residu
 from compressor.analysis.rotation_proof import center_writers, fold_tap, gainless_norm, prove_invariance
 from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import pca, random_orthogonal, rotate
+from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import describe_norm
-from compressor.model.replay import Pieces, output_of
 from compressor.model.residual_records import Reader, Tap, Writer
 from compressor.model.structure import example_batch, find_blocks, read_structure
 from compressor.model.tracing import make_twin

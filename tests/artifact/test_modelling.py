@@ -19,14 +19,14 @@ from stored_as_planned import store_as_planned
 
 import compressor
 from compressor import layers
-from compressor.artifact.artifact import empty_model
+from compressor.artifact.loader import empty_model
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Family, artifact_config, choose_route
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, PreflightError
 from compressor.layers.base import Stock
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.stored_weight import Form
+from compressor.model.stored_weight import StoredWeight
 from compressor.model.weights import Weight
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
@@ -163,7 +163,7 @@ def run(step, model, output, **sections):
 
 def form(kind, spec, name="m.0.fc", **weight):
     fields = {"tensor": f"{name}.weight", "parameter": f"{name}.weight", "shape": (8, 32), "role": "mlp"}
-    return Form(kind, spec, Weight(name, **{**fields, **weight}))
+    return StoredWeight(kind, spec, Weight(name, **{**fields, **weight}))
 
 
 LLAMA = tiny.build("llama")

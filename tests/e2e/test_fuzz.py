@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import compressor.data.samples
-from compressor.artifact.artifact import load
 from compressor.artifact.inspection import inspect_path
+from compressor.artifact.loader import load
 from compressor.engine.plan import make_plan
 from compressor.errors import CompressError
 from compressor.evaluation.compare import compare, is_report, read_subject

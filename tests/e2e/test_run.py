@@ -21,7 +21,7 @@ import yaml
 from fresh import command, stranger
 
 import compressor
-from compressor.artifact import artifact
+from compressor.artifact import writer
 from compressor.engine.plan import make_plan
 from compressor.errors import (
     ArtifactError,
@@ -248,7 +248,7 @@ def test_the_stored_recipe_runs_again_to_the_same_bytes(reader, tmp_path, monkey
 
 def test_an_artifact_that_does_not_verify_keeps_its_report_and_is_not_published(llama, tmp_path, monkeypatch):
     """One flipped bit in a scale, put there after the codes were computed and before the manifest is sealed."""
-    write = artifact.write_artifact
+    write = writer.write_artifact
 
     def damage(directory, *rest):
         write(directory, *rest)
@@ -259,7 +259,7 @@ def test_an_artifact_that_does_not_verify_keeps_its_report_and_is_not_published(
             file.seek(info.offset + 1)
             file.write(bytes([byte ^ 0x80]))
 
-    monkeypatch.setattr(artifact, "write_artifact", damage)
+    monkeypatch.setattr("compressor.run.write_artifact", damage)
     chosen = recipe(eval={"metrics": ["perplexity"], "data": SMALL, "gates": {"perplexity": 1e9, "size_ratio": 0.9}})
     with pytest.raises(ArtifactError, match="outputs differ") as failure:
         compress(chosen, str(llama), tmp_path / "out")

@@ -19,7 +19,7 @@ from compressor.analysis.model_facts import facts_of
 from compressor.analysis.residual_stream import residual_of
 from compressor.kernels import cpu
 from compressor.methods.rotation.rotation import random_orthogonal
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure
 
 

@@ -19,7 +19,7 @@ from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan, parameter_count
 from compressor.errors import PreflightError, RecipeError
 from compressor.methods.rotation.sliced_shapes import global_parameters, kept_width, per_site_parameters, stream_shape
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks
 from compressor.passes.rotate import Rotate
 from compressor.passes.slicegpt import SliceGPT

@@ -25,7 +25,7 @@ from compressor.methods.rotation.sliced_shapes import (
     scheduled_widths,
     uniform_widths,
 )
-from compressor.model.replay import Batch
+from compressor.model.block_runner import Batch
 from compressor.model.structure import read_structure
 from compressor.passes.slicegpt import SliceGPT
 from compressor.recipe.recipe import parse_recipe

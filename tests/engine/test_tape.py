@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.engine.resumable_forward import Diverged, Forgotten, Tape, advance, needs, run_on
-from compressor.model.replay import Pieces, Stop
+from compressor.model.block_runner import Pieces, Stop
 from compressor.model.structure import example_batch, find_blocks
 from compressor.model.tracing import use_eager_experts
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.analysis.residual_stream import read_residual, residual_twin
-from compressor.artifact import artifact
+from compressor.artifact import writer
 from compressor.artifact.inspection import inspect_path
+from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import auto_classes, choose_route
 from compressor.artifact.stock_loading import load_stock
@@ -99,9 +100,9 @@ def as_artifact(written, directory):
     structure = read_structure(written.directory)
     route = choose_route([], "auto", False, structure.model)
     units = [written.directory / "model.safetensors"]
-    artifact.write_artifact(directory, structure, units, [], route, 10**9, False, "version: 1\n")
+    writer.write_artifact(directory, structure, units, [], route, 10**9, False, "version: 1\n")
     source = {"name": "tiny", "sha256": ""}
-    artifact.seal(directory, architecture=structure.architecture, route=route, forms=[], source=source)
+    writer.seal(directory, architecture=structure.architecture, route=route, forms=[], source=source)
     return directory
 
 
@@ -276,12 +277,12 @@ def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(sli
 
 def test_a_changed_modelling_file_is_not_run(sliced, tmp_path):
     directory = as_artifact(sliced("llama"), tmp_path / "out")
-    assert isinstance(load_stock(directory, artifact.read_manifest(directory))[0].model.layers[0], torch.nn.Module)
+    assert isinstance(load_stock(directory, read_manifest(directory))[0].model.layers[0], torch.nn.Module)
     assert verify(directory, None, sealed=True, deep=True)["problems"] == []
     file = directory / "modeling_compressed_llama.py"
     file.write_text(file.read_text() + "\n")
     with pytest.raises(compressor.errors.ArtifactError, match="is not the modelling file this release writes"):
-        load_stock(directory, artifact.read_manifest(directory))
+        load_stock(directory, read_manifest(directory))
 
 
 GPTQ = {"pass": "gptq", "bits": 4, "group_size": -1}

@@ -21,7 +21,7 @@ from compressor.methods.rotation.sliced_shapes import (
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure, skeleton
 
 

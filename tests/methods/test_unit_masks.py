@@ -23,8 +23,8 @@ from compressor.methods.pruning.masked_forward import (
     masked_norm,
 )
 from compressor.methods.pruning.size_budget import STREAM, Part, Size
+from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.replay import Pieces
 from compressor.model.structure import find_blocks
 
 

@@ -18,7 +18,7 @@ from compressor.engine.block_view import Stream, finish_unit, run_unit
 from compressor.engine.plan import make_plan
 from compressor.engine.sweep import _equal
 from compressor.errors import CompressError, ModelError
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import example_batch, find_blocks, read_structure
 from compressor.model.tracing import make_twin
 from compressor.recipe.recipe import parse_recipe

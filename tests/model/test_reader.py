@@ -13,8 +13,8 @@ from many_models import classes_of, is_small, tiny_model
 from safetensors.torch import load_file, save_file
 from same_model import differences
 
-from compressor.artifact import artifact, verify
-from compressor.artifact.artifact import load
+from compressor.artifact import verify, writer
+from compressor.artifact.loader import load
 from compressor.engine.block_io import UnitSource, load_unit
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, UsageError
@@ -496,12 +496,12 @@ def test_a_refusal_in_the_middle_of_a_run_leaves_nothing(tmp_path):
 
 def test_a_refusal_of_a_resumed_run_keeps_what_was_done(tmp_path, monkeypatch):
     tiny.save("llama", tmp_path / "m")
-    real = artifact.write_artifact
+    real = writer.write_artifact
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "write_artifact", stop)
+    monkeypatch.setattr("compressor.run.write_artifact", stop)
     with pytest.raises(Exception, match="stopped"):
         run(tmp_path / "m", tmp_path / "out")
     done = sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
@@ -509,8 +509,8 @@ def test_a_refusal_of_a_resumed_run_keeps_what_was_done(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise UsageError("no")
 
-    monkeypatch.setattr(artifact, "write_artifact", refuse)
+    monkeypatch.setattr("compressor.run.write_artifact", refuse)
     with pytest.raises(UsageError, match="no"):
         compress(parse_recipe(RTN.encode()), str(tmp_path / "m"), tmp_path / "out", measure=False, resume=True)
     assert done == sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
-    monkeypatch.setattr(artifact, "write_artifact", real)
+    monkeypatch.setattr("compressor.run.write_artifact", real)

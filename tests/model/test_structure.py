@@ -12,8 +12,8 @@ import transformers as hf
 
 from compressor.engine.block_io import UnitSource, load_unit
 from compressor.errors import ModelError, PreflightError
+from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.replay import Pieces
 from compressor.model.structure import (
     class_of,
     example_batch,

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 import compressor
-from compressor.artifact.artifact import read_manifest
 from compressor.artifact.files import file_facts
+from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.verify import main, verify
 from compressor.data.samples import load_tokenizer

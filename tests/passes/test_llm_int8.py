@@ -233,7 +233,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
         ("SCB", lambda layer: layer.SCB.mul_(1.05)),
         ("weight", lambda layer: layer.weight[0, :1].add_(1)),
     ):
-        load = compressor.artifact.artifact.load
+        load = compressor.artifact.loader.load
 
         def spoiled(*args, change=change, load=load, **kwargs):
             model = load(*args, **kwargs)
@@ -241,7 +241,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
             return model
 
         with monkeypatch.context() as patched:
-            patched.setattr(compressor.artifact.artifact, "load", spoiled)
+            patched.setattr(compressor.artifact.loader, "load", spoiled)
             problems = verify(directory, None, sealed=True, deep=True)["problems"]
         assert any("layers.1.mlp.down_proj" in problem for problem in problems), (name, problems)
 

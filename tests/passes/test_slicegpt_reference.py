@@ -13,7 +13,7 @@ import torch
 from compressor.analysis.residual_stream import find_residual, residual_twin
 from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
 from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
-from compressor.model.replay import Pieces, output_of
+from compressor.model.block_runner import Pieces, output_of
 from compressor.model.structure import example_batch, find_blocks
 
 FAMILIES = ["llama", "qwen3", "gemma", "mixtral", "opt", "phi"]

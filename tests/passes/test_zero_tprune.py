@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForImageClassification
 
 import compressor
-from compressor.artifact.artifact import read_manifest
+from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import load_stock
 from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan

@@ -22,7 +22,7 @@ from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
 from compressor.model.facts import PrunableSite
-from compressor.model.remodel import check_remodel
+from compressor.model.redefined_structure import check_remodel
 from compressor.model.structure import Structure, read_structure
 from compressor.model.tracing import example_batch
 from compressor.protocol import Pass, Traits

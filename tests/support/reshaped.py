@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.analysis.branch_calls import branches_of
 from compressor.analysis.residual_stream import residual_of, residual_twin
-from compressor.model.replay import Batch, Pieces
+from compressor.model.block_runner import Batch, Pieces
 from compressor.model.residual_records import Residual
 from compressor.model.structure import find_blocks
 from compressor.model.tracing import example_batch, signature

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.methods.pruning.masked_forward import Places, Reader
-from compressor.model.replay import Pieces
+from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from compressor.analysis.perturbation import InDouble, answering
 from compressor.analysis.rotation_proof import center_writers, fold_tap
 from compressor.methods.rotation.rotation import Covariance, pca, rotate
-from compressor.model.replay import Batch, Call, Pieces
+from compressor.model.block_runner import Batch, Call, Pieces
 from compressor.model.residual_records import Residual, ResidualSite
 
 Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D, D)

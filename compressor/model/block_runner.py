@@ -7,15 +7,13 @@ lets the hidden states through or ends the run. Nothing of the model's source is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 
@@ -250,61 +248,3 @@ def without_cache(*models: PreTrainedModel) -> Iterator[None]:
 def output_of(output: Any) -> Tensor:
     """Logits if the model has them, else the last hidden states."""
     return output.logits if "logits" in output else output.last_hidden_state
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """One multiplication of an input by (part of) a parameter.
-
-    input       (..., in_features) as the model passed it
-    row_offset  elements into the parameter where the matrix starts; tells the expert of a fused parameter
-    transposed  the matrix lies as (in, out)
-    """
-
-    parameter: str
-    input: Tensor
-    elements: int
-    row_offset: int
-    transposed: bool
-
-
-class LinearCalls(TorchFunctionMode):
-    """Reports every multiplication by a watched parameter while it is active, module or not.
-
-    Watching the multiplication rather than modules sees nn.Linear, Conv1D and one expert of a fused parameter alike.
-    `watched` maps parameter names to parameters; `on_call` may raise `Stop` to end the run before the product.
-    """
-
-    def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[LinearCall], None]) -> None:
-        super().__init__()
-        self._names = {parameter.untyped_storage()._cdata: name for name, parameter in watched.items()}
-        self._keep = list(watched.values())  # storages stay alive, so their addresses stay unique
-        self._on_call = on_call
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            self._report(args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"], False)
-        elif func in _ADDMM:
-            self._report(args[1], args[2], True)
-        elif func in _MATMUL:
-            self._report(args[0], args[1], True)
-        return func(*args, **kwargs)
-
-    def _report(self, x: Tensor, weight: Any, right_multiplied: bool) -> None:
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            return
-        name = self._names.get(weight.untyped_storage()._cdata)
-        if name is None:
-            return
-        lies_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
-        transposed = right_multiplied != lies_transposed
-        self.visit(LinearCall(name, x, weight.numel(), int(weight.storage_offset()), transposed))
-
-    def visit(self, call: LinearCall) -> None:
-        """Called before each watched product."""
-        self._on_call(call)
-
-
-_ADDMM = (torch.addmm, Tensor.addmm)
-_MATMUL = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)

@@ -6,12 +6,9 @@ directory without a manifest is not an artifact.
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,154 +16,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from compressor.artifact.files import check_files as check_files
-from compressor.artifact.files import file_facts
-from compressor.artifact.files import owned_files as owned_files
-from compressor.artifact.files import remove_artifact as remove_artifact
-from compressor.artifact.manifest import BAD_HINT, FORMAT_VERSION, model_class
-from compressor.artifact.manifest import read_manifest as read_manifest
-from compressor.artifact.modeling_file import VERSION, modelling_file
-from compressor.artifact.stock_formats import Route, artifact_config
+from compressor.artifact.files import check_files
+from compressor.artifact.manifest import BAD_HINT, model_class, read_manifest
 from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.kernels.prepare.prepared import prepare
 from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.reshaped_class import class_for
-from compressor.model.stored_weight import Form
-from compressor.model.structure import Structure, skeleton
+from compressor.model.stored_weight import StoredWeight
+from compressor.model.structure import skeleton
 from compressor.model.trusted_code import check_kernels
-from compressor.model.unused_tensors import Unused
 from compressor.model.weight_names import Bindings, bind, fill, read_parameter
 from compressor.process.resources import ran_out
-from compressor.storage.file_names import MANIFEST as MANIFEST
-from compressor.storage.file_names import REPORT_FILES as REPORT_FILES
-from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_bytes, read_header, write_file
+from compressor.storage.file_names import MANIFEST
 
 KERNELS = ("auto", "strict", "reference")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A tensor of the result before it has a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    small: str | None = None  # as in TensorInfo
-
-    @property
-    def stored_as(self) -> str:
-        return self.small or NAMES[self.dtype]
-
-
-def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names. Tensors of one module stay together; files fill up in the order given."""
-    modules: dict[str, list[Named]] = {}
-    for tensor in tensors:
-        modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
-    shards: list[list[str]] = [[]]
-    used = 0
-    for members in modules.values():
-        size = sum(member.nbytes for member in members)
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1] += [member.name for member in members]
-        used += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def carried(structure: Structure) -> list[Unused]:
-    """Tensors of the source that fill nothing in the model and go into the artifact as they are, bit for bit."""
-    return [unused for unused in structure.bindings.unused if unused.is_carried]
-
-
-def carried_tensors(structure: Structure) -> dict[str, TensorInfo]:
-    """Where the carried tensors lie, by name."""
-    return {unused.tensor: structure.checkpoint.tensors[unused.tensor] for unused in carried(structure)}
-
-
-def untied_copies(structure: Structure, forms: Sequence[Form], untied: bool) -> dict[str, str]:
-    """Parameter -> the tensor that it shared and has a copy of, where config.json comes to say that nothing is tied."""
-    own = {form.weight.parameter for form in forms}
-    bindings = structure.bindings
-    shared = {} if not untied else {name: source for name, source in bindings.tied.items() if name not in own}
-    return {name: bindings.sources[source][0].tensor for name, source in shared.items()}
-
-
-def write_artifact(
-    directory: Path,
-    structure: Structure,
-    units: Sequence[Path],
-    forms: Sequence[Form],
-    route: Route,
-    shard_bytes: int,
-    untied: bool,
-    recipe_yaml: str,
-) -> None:
-    """Weights, config, tokenizer and recipe into a new directory; reports, card and manifest come later.
-
-    units  one file per unit, in order; every tensor of the result exactly once
-    """
-    directory.mkdir()
-    infos: dict[str, TensorInfo] = {}
-    for unit in units:
-        infos.update(read_header(unit))
-    infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, forms, untied).items()}
-    infos |= carried_tensors(structure)
-    named = [Named(name, info.dtype, info.shape, info.nbytes, info.small) for name, info in infos.items()]
-    shards = assign_shards(named, shard_bytes)
-    for file, names in shards.items():
-        entries = [
-            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name]), infos[name].small)
-            for name in names
-        ]
-        write_file(directory / file, entries)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
-            "weight_map": dict(sorted((name, file) for file, names in shards.items() for name in names)),
-        }
-        write_json(directory / "model.safetensors.index.json", index)
-    dtype = str(structure.dtype).removeprefix("torch.")
-    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, dtype, untied)
-    write_json(directory / "config.json", config)
-    if route.name == "custom":
-        text = modelling_file(structure.model, (form.form for form in forms))
-        (directory / f"modeling_{config['model_type']}.py").write_text(text)
-    for relative in structure.checkpoint.side_files.carried:
-        (directory / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(structure.checkpoint.directory / relative, directory / relative)
-    (directory / "recipe.yaml").write_text(recipe_yaml)
-
-
-def seal(
-    directory: Path,
-    *,
-    architecture: str,
-    route: Route,
-    forms: Sequence[Form],
-    source: dict[str, Any],
-    carried: Sequence[Unused] = (),
-) -> None:
-    """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tool": {"name": "compress-model", "version": VERSION},
-        "architecture": architecture,
-        "route": route.name,
-        "reason": route.reason,
-        "source": source,
-        "weights": {form.weight.name: form.to_dict() for form in forms},
-        "carried": {unused.tensor: list(unused.reported) for unused in carried},
-        "layers": {form.form: find_layer(form.form).__module__.partition(".")[0] for form in forms},
-        "files": file_facts(directory),
-    }
-    write_json(directory / MANIFEST, manifest)
 
 
 def load(
@@ -206,7 +71,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
     beside = manifest.get("carried", {})  # tensors that are nothing of this model's
     own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
     checkpoint = replace(checkpoint, tensors=own)
-    forms = {name: Form.from_dict(entry) for name, entry in manifest["weights"].items()}
+    forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
     dtype = _dtype(checkpoint)
     layers = {name: _read_layer(checkpoint, form) for name, form in forms.items()}
@@ -252,7 +117,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
     return model
 
 
-def _check_places(forms: dict[str, Form], bindings: Bindings) -> None:
+def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
     """A stored matrix fills what transformers fills with its tensor, and nothing else.
 
     raises ArtifactError for a weight whose manifest entry says another parameter, or another part of it
@@ -281,10 +146,6 @@ def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | Non
     """A parameter or a part of one, for a message."""
     within = "" if expert is None and rows is None else f" (expert {expert}, rows {rows})"
     return f"{parameter or 'nothing'}{within}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
@@ -334,14 +195,14 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def _read_layer(checkpoint: Checkpoint, form: Form) -> Any:
+def _read_layer(checkpoint: Checkpoint, form: StoredWeight) -> Any:
     prefix = form.weight.name + "."
     tensors = {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, form)}
     with _told_of(form.weight.name):
         return find_layer(form.form).from_tensors(form.spec, tensors)
 
 
-def _stored_names(checkpoint: Checkpoint, form: Form) -> list[str]:
+def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
     """Tensors of a weight's stored form. A dense bias beside it, which may have been tied before, is none of them."""
     prefix = form.weight.name + "."
     has_dense_bias = not (form.weight.is_function or find_layer(form.form).holds_bias(form.spec))
@@ -349,7 +210,7 @@ def _stored_names(checkpoint: Checkpoint, form: Form) -> list[str]:
     return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
 
 
-def _dense_view(checkpoint: Checkpoint, forms: dict[str, Form], dtype: torch.dtype) -> Checkpoint:
+def _dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with each stored weight under its dense name and shape, for translating names."""
     tensors = dict(checkpoint.tensors)
     for form in forms.values():

@@ -1,0 +1,151 @@
+"""Writes an artifact: shards, config, side files and the manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.artifact.files import file_facts
+from compressor.artifact.manifest import FORMAT_VERSION
+from compressor.artifact.modeling_file import VERSION, modelling_file
+from compressor.artifact.stock_formats import Route, artifact_config
+from compressor.layers import find_layer
+from compressor.model.stored_weight import StoredWeight
+from compressor.model.structure import Structure
+from compressor.model.unused_tensors import Unused
+from compressor.storage.file_names import MANIFEST
+from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_bytes, read_header, write_file
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor of the result before it has a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    small: str | None = None  # as in TensorInfo
+
+    @property
+    def stored_as(self) -> str:
+        return self.small or NAMES[self.dtype]
+
+
+def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names. Tensors of one module stay together; files fill up in the order given."""
+    modules: dict[str, list[Named]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+    shards: list[list[str]] = [[]]
+    used = 0
+    for members in modules.values():
+        size = sum(member.nbytes for member in members)
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1] += [member.name for member in members]
+        used += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def carried(structure: Structure) -> list[Unused]:
+    """Tensors of the source that fill nothing in the model and go into the artifact as they are, bit for bit."""
+    return [unused for unused in structure.bindings.unused if unused.is_carried]
+
+
+def carried_tensors(structure: Structure) -> dict[str, TensorInfo]:
+    """Where the carried tensors lie, by name."""
+    return {unused.tensor: structure.checkpoint.tensors[unused.tensor] for unused in carried(structure)}
+
+
+def untied_copies(structure: Structure, forms: Sequence[StoredWeight], untied: bool) -> dict[str, str]:
+    """Parameter -> the tensor that it shared and has a copy of, where config.json comes to say that nothing is tied."""
+    own = {form.weight.parameter for form in forms}
+    bindings = structure.bindings
+    shared = {} if not untied else {name: source for name, source in bindings.tied.items() if name not in own}
+    return {name: bindings.sources[source][0].tensor for name, source in shared.items()}
+
+
+def write_artifact(
+    directory: Path,
+    structure: Structure,
+    units: Sequence[Path],
+    forms: Sequence[StoredWeight],
+    route: Route,
+    shard_bytes: int,
+    untied: bool,
+    recipe_yaml: str,
+) -> None:
+    """Weights, config, tokenizer and recipe into a new directory; reports, card and manifest come later.
+
+    units  one file per unit, in order; every tensor of the result exactly once
+    """
+    directory.mkdir()
+    infos: dict[str, TensorInfo] = {}
+    for unit in units:
+        infos.update(read_header(unit))
+    infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, forms, untied).items()}
+    infos |= carried_tensors(structure)
+    named = [Named(name, info.dtype, info.shape, info.nbytes, info.small) for name, info in infos.items()]
+    shards = assign_shards(named, shard_bytes)
+    for file, names in shards.items():
+        entries = [
+            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name]), infos[name].small)
+            for name in names
+        ]
+        write_file(directory / file, entries)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+            "weight_map": dict(sorted((name, file) for file, names in shards.items() for name in names)),
+        }
+        write_json(directory / "model.safetensors.index.json", index)
+    dtype = str(structure.dtype).removeprefix("torch.")
+    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, dtype, untied)
+    write_json(directory / "config.json", config)
+    if route.name == "custom":
+        text = modelling_file(structure.model, (form.form for form in forms))
+        (directory / f"modeling_{config['model_type']}.py").write_text(text)
+    for relative in structure.checkpoint.side_files.carried:
+        (directory / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(structure.checkpoint.directory / relative, directory / relative)
+    (directory / "recipe.yaml").write_text(recipe_yaml)
+
+
+def seal(
+    directory: Path,
+    *,
+    architecture: str,
+    route: Route,
+    forms: Sequence[StoredWeight],
+    source: dict[str, Any],
+    carried: Sequence[Unused] = (),
+) -> None:
+    """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "compress-model", "version": VERSION},
+        "architecture": architecture,
+        "route": route.name,
+        "reason": route.reason,
+        "source": source,
+        "weights": {form.weight.name: form.to_dict() for form in forms},
+        "carried": {unused.tensor: list(unused.reported) for unused in carried},
+        "layers": {form.form: find_layer(form.form).__module__.partition(".")[0] for form in forms},
+        "files": file_facts(directory),
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,140 @@
+"""What can be wrong with a request before a model is looked at: the output directory, the device, the options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.artifact.files import owned_files
+from compressor.errors import PreflightError, UsageError
+from compressor.process.utf8 import check_utf8
+from compressor.recipe.recipe import Recipe
+from compressor.recipe.schema import ReportSettings
+from compressor.storage.journal import has_begun
+
+if TYPE_CHECKING:
+    pass
+
+REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
+LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
+
+
+def find_device(asked: str) -> torch.device:
+    """auto takes CUDA when there is one. raises PreflightError for a device that isn't there"""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(
+            "is not a device",
+            where=f"--device {asked}",
+            hint="Use auto, cpu, cuda or cuda:N.",
+            data={"reason": "no-device"},
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            "is not supported",
+            where=f"--device {asked}",
+            hint="Use auto, cpu, cuda or cuda:N.",
+            data={"reason": "unsupported-device"},
+        )
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PreflightError(
+            f"{count or 'no'} CUDA devices were found",
+            where=f"--device {asked}",
+            hint="Use --device cpu or auto.",
+            data={"reason": "no-such-card", "found": count},
+        )
+    return device
+
+
+def named_output(output: Path) -> Path:
+    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
+    check_utf8(output.absolute(), "Choose another --output.")
+    named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+    if not named.name or "\0" in str(named):
+        raise UsageError(
+            "can't be an output",
+            where=repr(str(output)),
+            hint="Name a directory to make.",
+            data={"reason": "no-output-name"},
+        )
+    if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
+        raise UsageError(
+            "the name is too long",
+            where=f"{named.name[:40]}...",
+            hint="Choose another --output.",
+            data={"reason": "name-too-long"},
+        )
+    return named
+
+
+def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, measure: bool) -> None:
+    """Everything that can be wrong with what is asked for before a model is looked at; changes nothing.
+
+    raises UsageError
+    """
+    work, rejected = (output.with_name(output.name + ending) for ending in (".work", ".rejected"))
+    if recipe.eval.gates and not measure:
+        raise UsageError(
+            "the recipe has gates, which need the evaluation",
+            where="--no-eval",
+            hint="Drop one of them.",
+            data={"reason": "gates-unmeasured"},
+        )
+    if resume and fresh:
+        raise UsageError(
+            "--resume and --fresh exclude each other",
+            where="run",
+            hint="Give one of them.",
+            data={"reason": "resume-and-fresh"},
+        )
+    check_summary(recipe.report)
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
+    if output.is_symlink():
+        raise UsageError(
+            "is a link", where=str(output), hint="Name the directory itself.", data={"reason": "output-is-link"}
+        )
+    if output.exists() and not fresh:
+        kind = "directory" if output.is_dir() else "file"
+        raise UsageError(
+            f"exists already (a {kind})",
+            where=str(output),
+            hint="Choose another --output, or --fresh to replace it.",
+            data={"reason": "output-exists", "kind": kind},
+        )
+    for earlier in (output, *([rejected] if recipe.eval.gates else [])):
+        if earlier.exists() or earlier.is_symlink():
+            owned_files(earlier)  # it is removed only when its successor is complete
+    if work.exists() and has_begun(work) and not (resume or fresh):
+        raise UsageError(
+            "an interrupted run lies there",
+            where=str(work),
+            hint="Continue it with --resume, or drop it with --fresh.",
+            data={"reason": "interrupted-run"},
+        )
+
+
+def check_summary(settings: ReportSettings) -> None:
+    """raises UsageError, before any work, if the job summary can't be written"""
+    if (summary := _summary_file(settings)) is not None:
+        try:
+            summary.open("a").close()
+        except OSError as error:
+            raise UsageError(
+                f"can't be written ({error.strerror})",
+                where="$GITHUB_STEP_SUMMARY",
+                hint="Unset it, or set report.github_summary to never.",
+            ) from error
+
+
+def _summary_file(settings: ReportSettings) -> Path | None:
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(named) if named and settings.github_summary == "auto" else None
