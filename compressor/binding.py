@@ -229,6 +229,7 @@ def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> Non
             f"the checkpoint has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
             where=where,
             hint="The config and the weights are not of one model.",
+            data={"reason": "shape", "shape": list(found), "expected": list(wanted)},
         )
 
 
@@ -327,4 +328,5 @@ def _refuse_missing(
                 if is_head
                 else "Check `architectures` in config.json."
             ),
+            data={"reason": "missing-tensors", "names": missing, "is_head": is_head},
         )

@@ -184,6 +184,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
             where=name,
             hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+            data={"reason": "not-finite", "bad": len(bad), "values": tensor.numel(), "first": bad[0].tolist()},
         )
 
 
@@ -194,6 +195,7 @@ def _refuse_adapter(directory: Path) -> None:
             where=f"{directory.name}/adapter_config.json",
             hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
             "or give a directory without it.",
+            data={"reason": "adapter"},
         )
 
 
@@ -204,6 +206,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
             f"the weights lie in parts of a distributed run ({parts[0]})",
             where=directory.name,
             hint="Load the model with transformers and save it with save_pretrained(DIR).",
+            data={"reason": "distributed", "file": parts[0]},
         )
     stated = config.get("transformers_weights")
     if stated is not None:
@@ -213,6 +216,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
                 f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
                 where="config.json",
                 hint="Correct it, or remove it to read model.safetensors.",
+                data={"reason": "transformers-weights", "value": repr(stated)},
             )
         return str(stated)
     for name in (SINGLE, INDEX):
@@ -279,9 +283,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(path.read_text("utf-8"))
     except OSError as error:
-        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+        raise ModelError(
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Check the file.",
+            data={"reason": "unreadable", "error": error.strerror},
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"is not valid JSON ({error})", where=path.name, hint="Download it again.") from error
+        raise ModelError(
+            f"is not valid JSON ({error})",
+            where=path.name,
+            hint="Download it again.",
+            data={"reason": "not-json", "error": str(error)},
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=path.name, hint="Download it again.")
+        raise ModelError(
+            "is not a JSON object", where=path.name, hint="Download it again.", data={"reason": "no-json-object"}
+        )
     return value

@@ -124,6 +124,22 @@ class Interrupted(CompressError):
     exit_code, code_name = 130, "interrupted"
 
 
+class Because(str):
+    """A reason that becomes part of an error's message, with its values: those the error holds as `because`."""
+
+    data: dict[str, Any]
+
+    def __new__(cls, text: str, **data: Any) -> Because:
+        made = super().__new__(cls, text)
+        made.data = data
+        return made
+
+
+def values_of(why: str | None) -> dict[str, Any]:
+    """The values of a reason; none of a plain text."""
+    return why.data if isinstance(why, Because) else {}
+
+
 def error_to_dict(error: CompressError) -> dict[str, Any]:
     """JSON values that `error_from` makes the same error of, in another process."""
     classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]

@@ -80,6 +80,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
                 f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+                data={"reason": "expert-form", "form": kind},
             )
     expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
@@ -102,6 +103,7 @@ def choose_route(forms: Sequence[Form], asked: str, stock_only: bool, model: Pre
             where="export",
             hint="Set export.stock_only: false and export.format: auto"
             + (" (or custom)." if shaped else ", or leave these weights out."),
+            data={"reason": "no-stock-loader", "because": reason, "weights": None if shaped else len(foreign)},
         )
     if experts:
         raise PreflightError(
@@ -132,6 +134,7 @@ def next_route(route: Route, why: str, forms: Sequence[Form], asked: str, stock_
         f"an artifact of this model in the format {route.name} can't be loaded: {why}",
         where="export",
         hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
+        data={"reason": "loader-fails", "format": route.name, "because": why},
     )
 
 

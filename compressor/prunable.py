@@ -92,6 +92,7 @@ def find_prunable(
                     f"its {kind} can't be pruned: {why}",
                     where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
                     hint="Leave this kind of site out, or choose another model.",
+                    data={"kind": kind, "because": why},
                 )
     return tuple(sites)
 

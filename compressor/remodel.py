@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 from compressor.branches import check_widths, find_branches
 from compressor.checkpoint import Checkpoint
 from compressor.classes import class_for, stock_class
-from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.protocol import ModelFacts, Remodel
 from compressor.prunable import Seen, find_prunable, look
 from compressor.pruning import KINDS, PrunableSite
@@ -194,7 +194,7 @@ def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     try:
         remodelled(structure, remodel)
     except (CompressError, *REFUSALS) as error:
-        return error.what if isinstance(error, CompressError) else _in_one_line(error)
+        return Because(error.what, **error.data) if isinstance(error, CompressError) else _in_one_line(error)
     return None
 
 
@@ -220,4 +220,8 @@ def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: 
             f"{structure.architecture} can't have the shapes this step makes ({why})",
             where=where,
             hint="Choose other settings; docs/passes says which models each orientation fits.",
+            data={
+                "model": structure.architecture,
+                "because": error.data if isinstance(error, ModelError) else {"error": why},
+            },
         ) from error

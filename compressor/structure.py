@@ -55,7 +55,7 @@ from compressor.tracing import (
     signature,
     trace,
 )
-from compressor.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
+from compressor.trusted_code import FLAG, auto_map, check_kernels, file_of, is_model_entry, required_code
 from compressor.tying import part
 
 
@@ -280,6 +280,7 @@ def _check_generation(checkpoint: Checkpoint) -> None:
             f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             where=name,
             hint="Correct it, download it again, or take it away.",
+            data={"reason": "unreadable", "error": f"{type(error).__name__}: {error}"},
         ) from error
 
 
@@ -515,7 +516,12 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
     where = checkpoint.directory.name
     name = checkpoint.architecture
     if name is None:
-        raise ModelError("config.json names no `architectures`", where=where, hint="Add the model's class name.")
+        raise ModelError(
+            "config.json names no `architectures`",
+            where=where,
+            hint="Add the model's class name.",
+            data={"reason": "no-architecture"},
+        )
     check_kernels(checkpoint.config)
     named = auto_map(checkpoint.config, "config.json")
     cls = getattr(transformers, name, None)
@@ -525,12 +531,18 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
+            data={
+                "reason": "own-code",
+                "name": name,
+                "files": sorted({file_of(reference) for reference in references}),
+            },
         )
     if cls is None and not references:
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
             hint="Update transformers, or check `architectures` in config.json.",
+            data={"reason": "unknown-architecture", "name": name, "transformers": transformers.__version__},
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
     choose_plain(config, checkpoint.config)
@@ -541,7 +553,12 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             except Exception as error:  # any: it runs the checkpoint's own file
                 raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
+        raise ModelError(
+            f"{name} is not a model class",
+            where=where,
+            hint="Check `architectures` in config.json.",
+            data={"reason": "no-model-class", "name": name},
+        )
     return config, class_for(cls, config)
 
 

@@ -321,6 +321,7 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
                 "its config.json doesn't say which size the images have",
                 where=type(model).__name__,
                 hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+                data={"reason": "no-image-size"},
             )
         size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
         pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
@@ -341,6 +342,7 @@ def refuse_two_towers(model: PreTrainedModel) -> None:
             "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
             where=type(model).__name__,
             hint="Save the tower that is needed as a model of its own.",
+            data={"reason": "two-towers"},
         )
 
 
