@@ -105,6 +105,7 @@ def owned_files(directory: Path) -> list[Path]:
             f"exists and is not an artifact of this tool ({error})",
             where=str(directory),
             hint="Choose another --output.",
+            data={"reason": "no-artifact", "error": str(error)},
         ) from error
     listed = {**manifest["files"], MANIFEST: None}
     owned, foreign, changed = [], [], []
@@ -124,6 +125,7 @@ def owned_files(directory: Path) -> list[Path]:
                 f"{what} ({', '.join(sorted(names)[:3])})",
                 where=str(directory),
                 hint="Move them away first, or choose another --output.",
+                data={"reason": "foreign-files" if names is foreign else "changed-files", "names": sorted(names)},
             )
     return sorted(owned)
 

@@ -22,4 +22,5 @@ def disk_full(path: Path, needed_bytes: int | None) -> PassError:
         f"the disk is full: {needed}{free:,} free",
         where=path.name,
         hint="Free some space, then run again with --resume; what is done is kept.",
+        data={"reason": "disk-full", "needed": needed_bytes, "free": free},
     )

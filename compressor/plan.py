@@ -22,7 +22,7 @@ from compressor.attention import replaced_implementations
 from compressor.checkpoint import resolve_model
 from compressor.classes import stock_class
 from compressor.data_parts import same_source
-from compressor.errors import CompressError, ModelError, PreflightError, WidthError
+from compressor.errors import CompressError, ModelError, PreflightError, WidthError, values_of
 from compressor.export import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
 from compressor.functions import Functions, find_functions
 from compressor.layers import DENSE, find_layer
@@ -180,6 +180,7 @@ def _check_class(source: Structure) -> None:
             "transformers, which has none of this name",
             where=source.checkpoint.directory.name,
             hint="`compress-model eval --trust-remote-code` measures such a model; compressing it isn't supported.",
+            data={"reason": "own-class", "class": cls.__name__},
         )
 
 
@@ -329,7 +330,10 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
     where = ".".join(map(str, step.path))
     if len(recipe.sweeps[number]) > 1:
         raise PreflightError(
-            f"{step.name} changes the model itself and can't share a sweep", where=where, hint="Give it a step alone."
+            f"{step.name} changes the model itself and can't share a sweep",
+            where=where,
+            hint="Give it a step alone.",
+            data={"reason": "shares-sweep", "pass": step.name},
         )
     earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
     if step.settings.rewrites and (stored := [s.name for s in earlier if not s.settings.reshapes]):
@@ -337,12 +341,14 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first.",
+            data={"reason": "needs-dense", "pass": step.name, "before": stored[0]},
         )
     if changed := [s.name for s in earlier if s.settings.reshapes and not s.settings.rewrites]:
         raise PreflightError(
             f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first, and give a model one {changed[0]}.",
+            data={"reason": "needs-own-blocks", "pass": step.name, "before": changed[0]},
         )
     if step.settings.only != ("*",) or step.settings.except_:
         raise PreflightError(
@@ -351,6 +357,7 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             else f"{step.name} touches no weights, so there are none to choose",
             where=where,
             hint="Drop `only` and `except`.",
+            data={"reason": "changes-all" if step.settings.rewrites else "changes-no-weights", "pass": step.name},
         )
 
 
@@ -377,6 +384,12 @@ def _find_functions(plan: Plan) -> None:
             f"the {role} of {plan.structure.architecture} can't be replaced: {plan.functions.refused[role]}",
             where=".".join(map(str, named[f"@{role}"])),
             hint=f"Leave out @{role}, or write @{role}! where it may be absent.",
+            data={
+                "reason": "not-replaced",
+                "role": role,
+                "model": plan.structure.architecture,
+                "because": values_of(plan.functions.refused[role]),
+            },
         )
         for role in roles
         if role in plan.functions.refused and f"@{role}" in named
@@ -475,6 +488,7 @@ def _check_facts(plan: Plan) -> None:
                     f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
                     where=".".join(map(str, step.path)),
                     hint="Change the order of the steps.",
+                    data={"reason": "needs-fact", "pass": step.name, "fact": fact.value},
                 )
             )
         facts = (facts - traits.breaks) | traits.provides
@@ -540,6 +554,13 @@ def _follow_forms(plan: Plan) -> None:
                     f"stored {len(refused)} of them, such as {refused[0].name}",
                     where=".".join(map(str, step.path)),
                     hint="Use `only` and `except` so that each weight has one step.",
+                    data={
+                        "reason": "stored-already",
+                        "pass": step.name,
+                        "earlier": ".".join(map(str, earlier.path)),
+                        "weights": len(refused),
+                        "weight": refused[0].name,
+                    },
                 )
             )
         plan.problems += [
@@ -574,6 +595,14 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
         f"{KINDS[find_layer(stored).stands_for]}",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
+        data={
+            "reason": "other-kind",
+            "weight": weight.name,
+            "kind": kind,
+            "pass": step.name,
+            "form": stored,
+            "stands_for": find_layer(stored).stands_for,
+        },
     )
 
 
@@ -752,6 +781,7 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"about {plan.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
                 where="memory",
                 hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+                data={"needed": plan.peak_memory_bytes, "available": available},
             )
         )
     place = output if output is not None else Path.cwd()
@@ -764,5 +794,6 @@ def _check_limits(plan: Plan, output: Path | None) -> None:
                 f"{plan.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
                 where=f"disk of {place}",
                 hint="Free some space or choose another --output.",
+                data={"needed": plan.disk_bytes, "available": free},
             )
         )

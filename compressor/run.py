@@ -106,6 +106,7 @@ def compress(
             f"{failed_gates(report['gates'])} did not hold",
             where=target.name,
             hint=f"The result and its report are in {target}.",
+            data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
         )
     return report
 
@@ -201,9 +202,10 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             "; ".join(checked["problems"]),
             where=where,
             hint="Not published; kept there with its report for a look.",
+            data={"problems": list(checked["problems"])},
         )
     if problems := artifact.check_files(job.built, artifact.read_manifest(job.built)):
-        raise ArtifactError("; ".join(problems), where=where)
+        raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
     return report
 
 
@@ -384,14 +386,20 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
     if output.exists() and not fresh:
         kind = "directory" if output.is_dir() else "file"
         raise UsageError(
-            f"exists already (a {kind})", where=str(output), hint="Choose another --output, or --fresh to replace it."
+            f"exists already (a {kind})",
+            where=str(output),
+            hint="Choose another --output, or --fresh to replace it.",
+            data={"reason": "output-exists", "kind": kind},
         )
     for earlier in (output, *([rejected] if recipe.eval.gates else [])):
         if earlier.exists() or earlier.is_symlink():
             artifact.owned_files(earlier)  # it is removed only when its successor is complete
     if work.exists() and has_begun(work) and not (resume or fresh):
         raise UsageError(
-            "an interrupted run lies there", where=str(work), hint="Continue it with --resume, or drop it with --fresh."
+            "an interrupted run lies there",
+            where=str(work),
+            hint="Continue it with --resume, or drop it with --fresh.",
+            data={"reason": "interrupted-run"},
         )
 
 
@@ -467,4 +475,4 @@ def _interruptible(stop: Stop) -> Iterator[None]:
         work = stop.work
         if work is not None and work.is_dir() and not has_begun(work):
             remove_work(work)
-        raise Interrupted("stopped", where="run", hint=stop.hint) from None
+        raise Interrupted("stopped", where="run", hint=stop.hint, data={"resumable": stop.work is not None}) from None

@@ -258,6 +258,7 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
             "is an artifact of this tool already",
             where=directory.name,
             hint="Start from the checkpoint it was made from.",
+            data={"reason": "is-artifact"},
         )
     check_values(checkpoint)
     refuse_stated(checkpoint)
@@ -367,6 +368,7 @@ def _refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> 
             "encoder-decoder models have two stacks of blocks",
             where=cls.__name__,
             hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+            data={"reason": "two-stacks"},
         )
 
 
@@ -431,7 +433,12 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
         before, hidden = hidden, pieces.block(index, hidden, call)
         if not torch.equal(before, inputs[index]):
-            raise ModelError("this block writes into its input, so it can't be run twice", where=name, hint=hint)
+            raise ModelError(
+                "this block writes into its input, so it can't be run twice",
+                where=name,
+                hint=hint,
+                data={"reason": "writes-into-input"},
+            )
         if not torch.equal(hidden, outputs[index]):
             raise ModelError(
                 "earlier blocks hand this one more than hidden states, which can't be replayed"
@@ -439,6 +446,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
                 else "the replayed output of this block differs from the model's own",
                 where=name,
                 hint=hint,
+                data={"reason": "told-more" if is_told_more else "output-differs"},
             )
         if not torch.equal(pieces.block(index, before, call), hidden):
             raise ModelError(

@@ -300,6 +300,7 @@ def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: tor
             f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
             where=cls.__name__,
             hint="Use a machine with more memory.",
+            data={"needed": needed, "available": there},
         )
 
 

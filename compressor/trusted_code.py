@@ -169,6 +169,7 @@ def check_kernels(config: Any, where: str = "config.json") -> None:
                     f"{key} {value!r} names code of another repository",
                     where=where,
                     hint="Refused. Remove the key: transformers' own attention is used then.",
+                    data={"reason": "code-elsewhere", "key": key, "value": str(value)},
                 )
         check_kernels(value, where)
 
@@ -200,6 +201,7 @@ def read_generated(directory: Path, name: str, expected: str) -> str:
             "is not the modelling file this release writes",
             where=name,
             hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
+            data={"reason": "changed-code"},
         )
     return expected
 

@@ -110,7 +110,14 @@ class Layer(nn.Module):
             expected = getattr(self, name)
             if (expected.shape, expected.dtype) != (value.shape, value.dtype):
                 raise ShapeError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected"
+                    f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected",
+                    data={
+                        "tensor": name,
+                        "dtype": str(value.dtype),
+                        "shape": list(value.shape),
+                        "expected_dtype": str(expected.dtype),
+                        "expected": list(expected.shape),
+                    },
                 )
             setattr(self, name, value.contiguous())
 
