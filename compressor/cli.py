@@ -558,7 +558,9 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
         what = f"can't be written ({error.strerror})"
         return PreflightError(what, where=error.filename, hint="Free some room for it, or send it elsewhere.")
     if (lack := ran_out(error)) is not None:
-        return PreflightError(lack.what, where=lack.where, hint="Free some room on this machine, then try again.")
+        return PreflightError(
+            lack.what, where=lack.where, hint="Free some room on this machine, then try again.", data=lack.data
+        )
     return None
 
 
