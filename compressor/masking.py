@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.classes import is_reshaped
-from compressor.errors import CompressError, ModelError
+from compressor.errors import Because, CompressError, ModelError
 from compressor.layers.placing import reshape
 from compressor.layers.removed import Removed
 from compressor.layers.resized import Resized
@@ -33,7 +33,7 @@ from compressor.tracing import TWIN_SEED, example_batch, make_twin
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
 FORMS = {Removed.form: Removed, Resized.form: Resized}
 
-Refused = dict[tuple[int, str], tuple[str, str]]  # (block, kind) -> where, and why
+Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, and why
 
 
 def prove_sites(
@@ -51,7 +51,13 @@ def prove_sites(
         if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
-            refused |= {(site.block, kind): (site.name, per_layer + _shared(site)) for site in sites}
+            refused |= {
+                (site.block, kind): (
+                    site.name,
+                    Because(per_layer + _shared(site), reason="not-proven", shared=list(site.layout["shared"])),
+                )
+                for site in sites
+            }
             continue
         stays = _difference(twin, sites, _nothing(sites), _pruned)
         for site in sites:

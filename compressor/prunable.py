@@ -30,7 +30,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.classes import MODULES, SHAPES, reshaping, stock_class
-from compressor.errors import ModelError
+from compressor.errors import Because, ModelError, values_of
 from compressor.finding_units import Finder, observing
 from compressor.layers.removed import Removed
 from compressor.masking import Refused, prove_sites
@@ -92,7 +92,7 @@ def find_prunable(
                     f"its {kind} can't be pruned: {why}",
                     where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
                     hint="Leave this kind of site out, or choose another model.",
-                    data={"reason": "not-prunable", "kind": kind, "why": why},
+                    data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
     return tuple(sites)
 
@@ -132,7 +132,7 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                 try:
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
                 except ModelError as error:
-                    refused[index, name] = error.where or finder.where, error.what
+                    refused[index, name] = error.where or finder.where, Because(error.what, **error.data)
                 except (
                     RuntimeError,
                     ValueError,
@@ -140,7 +140,8 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                     IndexError,
                     AttributeError,
                 ) as error:  # the model's own code
-                    refused[index, name] = finder.where, f"it can't be run with its parts pushed ({error})"
+                    told = f"it can't be run with its parts pushed ({error})"
+                    refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
     return Seen(prove_sites(twin, path, found, refused), refused, firsts)
 
 

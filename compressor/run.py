@@ -107,6 +107,7 @@ def compress(
             f"{failed_gates(report['gates'])} did not hold",
             where=target.name,
             hint=f"The result and its report are in {target}.",
+            data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
         )
     return report
 
@@ -202,9 +203,10 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             "; ".join(checked["problems"]),
             where=where,
             hint="Not published; kept there with its report for a look.",
+            data={"problems": list(checked["problems"])},
         )
     if problems := artifact.check_files(job.built, artifact.read_manifest(job.built)):
-        raise ArtifactError("; ".join(problems), where=where)
+        raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
     return report
 
 
@@ -512,4 +514,4 @@ def _interruptible(stop: Stop) -> Iterator[None]:
         work = stop.work
         if work is not None and work.is_dir() and not has_begun(work):
             remove_work(work)
-        raise Interrupted("stopped", where="run", hint=stop.hint) from None
+        raise Interrupted("stopped", where="run", hint=stop.hint, data={"resumable": stop.work is not None}) from None

@@ -107,6 +107,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
             f"the tokenizer made token {largest}, the model knows {vocabulary}",
             where=key,
             hint="Tokenizer and model are not of one family.",
+            data={"reason": "unknown-token", "token": largest, "vocabulary": vocabulary},
         )
     longest = max(len(sample) for sample in samples.inputs)
     check_length(longest, limit_of(structure.model), key)
@@ -121,6 +122,7 @@ def check_labels(samples: Samples, structure: Structure, key: str) -> None:
         f"has the label {int(samples.labels.max())}, the model's classes are 0 to {shape[1] - 1}",
         where=key,
         hint="Use the data that the model was trained for, or leave accuracy out of eval.metrics.",
+        data={"reason": "unknown-label", "label": int(samples.labels.max()), "classes": shape[1]},
     )
 
 
@@ -143,6 +145,7 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
         f"samples of shape {shape} can't be read by the model ({' '.join(str(failure).split())[:200]})",
         where=key,
         hint="Choose other data." if samples.is_text else asked,
+        data={"reason": "shape", "shape": list(shape), "cause": str(failure)[:200]},
     ) from failure
 
 
@@ -194,4 +197,5 @@ def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents
         f"{len(shared)} of its {kind} are in data ({source}) too, the first of them number {number}{quoted}",
         where=f"eval.data ({recipe.eval.data.source})",
         hint="Remove them from one of the two, or give both the same source, which is then divided.",
+        data={"reason": "overlap", "shared": len(shared), "kind": kind, "source": source, "first": number},
     )

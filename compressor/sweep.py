@@ -284,11 +284,13 @@ def _check_probe(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
             where=unit_name(structure, unit),
             hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+            data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
         f"the model itself gives NaN or Inf for random tokens in {dtype}",
         where=unit_name(structure, unit),
         hint="Set model.dtype: bfloat16 or float32 in the recipe.",
+        data={"reason": "overflow-of-model", "dtype": dtype},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raising import raises
 from test_prepared import packed_layer
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -121,12 +122,13 @@ def test_a_layer_whose_forward_was_replaced_is_left_to_it():
     for layer in model[:2]:
         layer.forward = lambda x, layer=layer: 2 * type(layer).forward(layer, x)
     expected = model[:2](some())
-    with pytest.warns(UserWarning, match="its forward was replaced"):
+    with pytest.warns(UserWarning, match="forward"):
         assert prepare(model)["0"].op is None
     assert type(model[0]) is PackedLinear and type(model[1]) is nn.Linear and type(model[2]) is PreparedLinear
     assert torch.equal(model[:2](some()), expected)
-    with pytest.raises(KernelError, match="its forward was replaced"):
+    with raises(KernelError, where="0", reason="fallback", kernel="reference") as failure:
         prepare(model, strict=True)
+    assert any("forward" in skipped for skipped in failure.value.data["skipped"])
 
 
 def test_a_dense_layer_with_a_backward_hook_is_left_alone():
