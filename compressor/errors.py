@@ -124,15 +124,20 @@ class Interrupted(CompressError):
     exit_code, code_name = 130, "interrupted"
 
 
-class Why(str):
-    """A clause that an error's sentence takes up, with its values for the error's `data`."""
+class Because(str):
+    """A reason that becomes part of an error's message, with its values: those the error holds as `because`."""
 
-    values: dict[str, Any]
+    data: dict[str, Any]
 
-    def __new__(cls, text: str, values: Mapping[str, Any] | None = None) -> Why:
+    def __new__(cls, text: str, /, **data: Any) -> Because:
         made = super().__new__(cls, text)
-        made.values = dict(values or {})
+        made.data = data
         return made
+
+
+def values_of(why: str | None) -> dict[str, Any]:
+    """The values of a reason; none of a plain text."""
+    return why.data if isinstance(why, Because) else {}
 
 
 def error_to_dict(error: CompressError) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from compressor.model.weights import Weight as Weight
 if TYPE_CHECKING:
     import torch
 
-    from compressor.layers import Layer
+    from compressor.layers.base import Layer
     from compressor.model.residual_records import Residual, ResidualSite, Tap
 
 State = TypeVar("State")

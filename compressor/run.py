@@ -27,9 +27,7 @@ from compressor.data.samples import Samples
 from compressor.engine.interrupt import Stop, signals
 from compressor.engine.plan import Plan, make_plan
 from compressor.engine.request import REFUSALS, check_request, find_device, named_output
-from compressor.engine.run_samples import (
-    read_samples,
-)
+from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
 from compressor.evaluation.environment import environment, peak_rss_bytes
@@ -111,6 +109,7 @@ def compress(
             f"{failed_gates(report['gates'])} did not hold",
             where=target.name,
             hint=f"The result and its report are in {target}.",
+            data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
         )
     return report
 
@@ -206,9 +205,10 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             "; ".join(checked["problems"]),
             where=where,
             hint="Not published; kept there with its report for a look.",
+            data={"problems": list(checked["problems"])},
         )
     if problems := check_files(job.built, read_manifest(job.built)):
-        raise ArtifactError("; ".join(problems), where=where)
+        raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
     return report
 
 
@@ -401,4 +401,4 @@ def _interruptible(stop: Stop) -> Iterator[None]:
         work = stop.work
         if work is not None and work.is_dir() and not has_begun(work):
             remove_work(work)
-        raise Interrupted("stopped", where="run", hint=stop.hint) from None
+        raise Interrupted("stopped", where="run", hint=stop.hint, data={"resumable": stop.work is not None}) from None

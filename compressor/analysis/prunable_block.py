@@ -100,7 +100,9 @@ class Finder:
         if len(self.observer.seen) != 1:
             what = f"calls it {len(self.observer.seen)} times" if self.observer.seen else "doesn't call it"
             raise ModelError(
-                f"attention is found by transformers' AttentionInterface, and this block {what}", where=self.where
+                f"attention is found by transformers' AttentionInterface, and this block {what}",
+                where=self.where,
+                data={"reason": "no-attention-interface", "calls": len(self.observer.seen)},
             )
         module, query_heads, groups, head_dim = self.observer.seen[0]
         caller = next(name for name, other in self.block.named_modules() if other is module)
@@ -140,21 +142,27 @@ class Finder:
                     raise ModelError(
                         "what its heads give is mixed before a matrix reads it",
                         where=f"{where}.{_owner(call.parameter)}",
+                        data={"reason": "heads-mixed"},
                     )
                 return call.parameter, units
-        raise ModelError("no matrix reads what its heads give", where=where)
+        raise ModelError("no matrix reads what its heads give", where=where, data={"reason": "no-reader"})
 
     def ffn(self) -> PrunableSite:
         if fused := [name for name, product in self.products.items() if product.fused_experts]:
             raise ModelError(
                 "its experts are parts of one tensor, of which each sees other tokens",
                 where=f"{self.where}.{_owner(fused[0])}",
+                data={"reason": "experts-in-one-tensor"},
             )
         readers = [
             name for name in self.products if name not in self.attention_readers and self._is_column_by_column(name)
         ]
         if not readers:
-            raise ModelError("no matrix reads what another of its matrices makes column by column", where=self.where)
+            raise ModelError(
+                "no matrix reads what another of its matrices makes column by column",
+                where=self.where,
+                data={"reason": "no-reader"},
+            )
         sites = []
         for reader in readers:
             width = self._width(reader)
@@ -164,7 +172,11 @@ class Finder:
             sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
         if len(sites) > 1:
             names = " and ".join(site.reader for site in sites)
-            raise ModelError(f"{names} both read units, and one can be pruned", where=self.where)
+            raise ModelError(
+                f"{names} both read units, and one can be pruned",
+                where=self.where,
+                data={"reason": "two-readers", "readers": [site.reader for site in sites]},
+            )
         return sites[0]
 
     def _width(self, name: str) -> int:
@@ -257,7 +269,11 @@ class Finder:
                 cuts.append(Cut(bias, 0, rows))
                 made.add(bias)
         if len(cuts) == 1:
-            raise ModelError("no matrix makes its units one by one", where=f"{self.where}.{_owner(reader)}")
+            raise ModelError(
+                "no matrix makes its units one by one",
+                where=f"{self.where}.{_owner(reader)}",
+                data={"reason": "no-maker"},
+            )
         return tuple(cuts), shared
 
     def _bias(self, weight: str, length: int) -> str | None:

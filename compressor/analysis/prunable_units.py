@@ -33,7 +33,7 @@ from compressor.analysis.perturbation import InDouble
 from compressor.analysis.prunable_block import Finder, observing
 from compressor.analysis.pruning_proof import Refused, prove_sites
 from compressor.analysis.residual_stream import residual_twin
-from compressor.errors import ModelError
+from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableSite
@@ -89,7 +89,7 @@ def find_prunable(
                     f"its {kind} can't be pruned: {why}",
                     where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
                     hint="Leave this kind of site out, or choose another model.",
-                    data={"reason": "not-prunable", "kind": kind, "why": why},
+                    data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
     return tuple(sites)
 
@@ -129,7 +129,7 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                 try:
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
                 except ModelError as error:
-                    refused[index, name] = error.where or finder.where, error.what
+                    refused[index, name] = error.where or finder.where, Because(error.what, **error.data)
                 except (
                     RuntimeError,
                     ValueError,
@@ -137,7 +137,8 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                     IndexError,
                     AttributeError,
                 ) as error:  # the model's own code
-                    refused[index, name] = finder.where, f"it can't be run with its parts pushed ({error})"
+                    told = f"it can't be run with its parts pushed ({error})"
+                    refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
     return Seen(prove_sites(twin, path, found, refused), refused, firsts)
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
-from compressor.errors import CompressError, ModelError
+from compressor.errors import Because, CompressError, ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.removed import Removed
 from compressor.layers.structural.resized import Resized
 from compressor.methods.pruning.pruned_parameters import narrowed
-from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
+from compressor.methods.pruning.pruned_shapes import KINDS, kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableSite
 from compressor.model.reshaped_class import is_reshaped
@@ -33,7 +33,7 @@ from compressor.model.tracing import TWIN_SEED, example_batch, make_twin
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
 FORMS = {Removed.form: Removed, Resized.form: Resized}
 
-Refused = dict[tuple[int, str], tuple[str, str]]  # (block, kind) -> where, and why
+Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, and why
 
 
 def prove_sites(
@@ -51,7 +51,13 @@ def prove_sites(
         if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
-            refused |= {(site.block, kind): (site.name, per_layer + _shared(site)) for site in sites}
+            refused |= {
+                (site.block, kind): (
+                    site.name,
+                    Because(per_layer + _shared(site), reason="not-proven", shared=list(site.layout["shared"])),
+                )
+                for site in sites
+            }
             continue
         stays = _difference(twin, sites, _nothing(sites), _pruned)
         for site in sites:

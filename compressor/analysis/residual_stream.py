@@ -61,7 +61,12 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
     """The same for a model that may be on the meta device, and its pieces; its weights are not looked at."""
     for name, entry in reshaping(model.config)[1].items():
         if entry["form"] == RotatedBlock.form:
-            raise ModelError("has matrices beside its branches already, as a sliced model has", where=name, hint=HINT)
+            raise ModelError(
+                "has matrices beside its branches already, as a sliced model has",
+                where=name,
+                hint=HINT,
+                data={"reason": "sliced-already"},
+            )
     twin, path = residual_twin(model, pieces), pieces.blocks_path
     residual, kinds = find_residual(twin, path)
     prove_invariance(twin, path, residual)
@@ -136,7 +141,12 @@ def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
     )
     for tap in residual.taps():
         if tap.norm.kind != residual.kind:
-            raise ModelError("LayerNorm and RMSNorm stand on one residual stream", where=tap.module, hint=HINT)
+            raise ModelError(
+                "LayerNorm and RMSNorm stand on one residual stream",
+                where=tap.module,
+                hint=HINT,
+                data={"reason": "two-kinds-of-norm"},
+            )
     return residual, kinds
 
 
@@ -184,7 +194,7 @@ class _Runner:
         states: dict[str, Tensor] = {}
         for name, seen in calls:
             if name in states:
-                raise ModelError("this norm runs more than once", where=name, hint=HINT)
+                raise ModelError("this norm runs more than once", where=name, hint=HINT, data={"reason": "norm-twice"})
             states[name] = _rows(seen)
         return {**states, "": _rows(output)}
 
@@ -214,7 +224,12 @@ def _find_stem(
     with answering({name: modules[name] for name in norms}, {}) as calls:
         before = run()
     if calls:
-        raise ModelError("the embeddings pass this norm before the first block", where=calls[0][0], hint=HINT)
+        raise ModelError(
+            "the embeddings pass this norm before the first block",
+            where=calls[0][0],
+            hint=HINT,
+            data={"reason": "norm-before-blocks"},
+        )
     direction = unit(width, torch.Generator().manual_seed(TWIN_SEED))
     writers = []
     for name, parameter in parameters.items():
@@ -235,7 +250,10 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
     for name in (*on_stream, ""):
         if not _same(moved[name] - before[name], _rows(pushed - runner.x)):
             raise ModelError(
-                "something reads the residual stream past its norms, or scales it", where=name or where, hint=HINT
+                "something reads the residual stream past its norms, or scales it",
+                where=name or where,
+                hint=HINT,
+                data={"reason": "past-norms-or-scaled"},
             )
     groups: list[list[str]] = []  # norms that see the same stream
     for name in on_stream:
@@ -252,6 +270,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
                 "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
                 where=group[0],
                 hint=HINT,
+                data={"reason": "scaled-branches"},
             )
         sites.append(ResidualSite(taps, written))
     return tuple(sites)
@@ -273,6 +292,7 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
                 else "this norm stands on a branch's output, so its gain acts on the residual stream itself",
                 where=name,
                 hint=HINT,
+                data={"reason": "post-norm" if passes else "norm-on-branch"},
             )
     names = [
         name
@@ -282,7 +302,12 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
         and points_along(moved[name] - before[name], runner.direction)
     ]
     if not names:
-        raise ModelError("no LayerNorm or RMSNorm reads the residual stream in this block", where=where, hint=HINT)
+        raise ModelError(
+            "no LayerNorm or RMSNorm reads the residual stream in this block",
+            where=where,
+            hint=HINT,
+            data={"reason": "no-norm"},
+        )
     return names
 
 
@@ -299,9 +324,19 @@ def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str])
             if not moved or not points_along(changes[moved[0]], runner.direction):
                 continue
             if moved[0] == 0:
-                raise ModelError("this is added to the residual stream before the first norm", where=name, hint=HINT)
+                raise ModelError(
+                    "this is added to the residual stream before the first norm",
+                    where=name,
+                    hint=HINT,
+                    data={"reason": "added-before-norm"},
+                )
             if not all(_same(change, changes[moved[0]]) for change in changes[moved[0] :]):
-                raise ModelError("what this adds doesn't stay on the residual stream", where=name, hint=HINT)
+                raise ModelError(
+                    "what this adds doesn't stay on the residual stream",
+                    where=name,
+                    hint=HINT,
+                    data={"reason": "does-not-stay"},
+                )
             found[moved[0] - 1].append(Writer(name, axis, factor_along(changes[moved[0]], runner.direction)))
     return [tuple(writers) for writers in found]
 
@@ -327,7 +362,9 @@ def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
                 bias = _bias(runner, run, parameter_name, axis, plane, rest)
                 readers.append(Reader(parameter_name, axis, bias))
     if not readers:
-        raise ModelError("no matrix reads the output of this norm", where=name, hint=HINT)
+        raise ModelError(
+            "no matrix reads the output of this norm", where=name, hint=HINT, data={"reason": "norm-unread"}
+        )
     return Tap(name, runner.norms[name], tuple(readers))
 
 
@@ -355,12 +392,25 @@ def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
         raise ModelError(
-            f"{found} of the stream's width after the last block; it has to be one", where=where, hint=HINT
+            f"{found} of the stream's width after the last block; it has to be one",
+            where=where,
+            hint=HINT,
+            data={"reason": "norms-at-end", "count": len(seen)},
         )
     held = {seen[0]: runner.planes[seen[0]]}
     before, moved = runner.states(held), runner.states(held, runner.pushed())
     if size(moved[""] - before[""]) > TOLERANCE * size(before[""]):
-        raise ModelError("the head reads the residual stream past its norm", where=where, hint=HINT)
+        raise ModelError(
+            "the head reads the residual stream past its norm",
+            where=where,
+            hint=HINT,
+            data={"reason": "head-past-norm"},
+        )
     if not points_along(moved[seen[0]] - before[seen[0]], runner.direction):
-        raise ModelError("this norm doesn't see the residual stream itself", where=seen[0], hint=HINT)
+        raise ModelError(
+            "this norm doesn't see the residual stream itself",
+            where=seen[0],
+            hint=HINT,
+            data={"reason": "norm-beside-stream"},
+        )
     return _find_tap(runner, seen[0], held)

@@ -55,9 +55,15 @@ def prove_invariance(twin: PreTrainedModel, path: str, residual: Residual) -> No
                 "its residual stream doesn't turn with everything that was found to touch it",
                 where=f"{path}.{index - 1}" if index else "stem",
                 hint=HINT,
+                data={"reason": "does-not-turn"},
             )
     if size(turned_logits - logits) > TOLERANCE * size(logits):
-        raise ModelError("its output changes when its residual stream is turned", where="head", hint=HINT)
+        raise ModelError(
+            "its output changes when its residual stream is turned",
+            where="head",
+            hint=HINT,
+            data={"reason": "output-changes"},
+        )
 
 
 def gainless_norm(tap: Tap) -> Answer:
@@ -104,7 +110,12 @@ def _bias_of(model: nn.Module, reader: Reader) -> Tensor:
     owner, _, leaf = reader.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or leaf != "weight":
-        raise ModelError("it has no bias that could take its norm's shift", where=reader.parameter, hint=HINT)
+        raise ModelError(
+            "it has no bias that could take its norm's shift",
+            where=reader.parameter,
+            hint=HINT,
+            data={"reason": "no-bias"},
+        )
     if module.bias is None:
         zeros = torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)

@@ -88,6 +88,7 @@ def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
             f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
             where=type(twin).__name__,
             hint=HINT,
+            data={"reason": "no-tokens", "shape": list(hidden.shape)},
         )
     is_text = "input_ids" in batch
     patches = None if is_text else _patches(twin, hidden.shape[1])
@@ -123,6 +124,7 @@ def _refuse_outputs(model: PreTrainedModel) -> None:
                 f"config.json asks for {key}, which would be of another size after each gate",
                 where=type(model).__name__,
                 hint=f"Set {key} to false.",
+                data={"reason": "asks-for-output", "key": key},
             )
 
 
@@ -150,6 +152,7 @@ def _patches(twin: PreTrainedModel, tokens: int) -> tuple[int, int]:
             f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
             where=type(twin).__name__,
             hint=HINT,
+            data={"reason": "tokens-not-patches", "tokens": tokens, "rows": rows, "columns": columns},
         )
     return rows, columns
 
@@ -180,6 +183,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                     f"its blocks get {name}, which belongs to tokens and can't be narrowed with them",
                     where=where,
                     hint=HINT,
+                    data={"reason": "argument-of-tokens", "argument": name},
                 )
             wanted = batch.get("attention_mask", torch.ones(hidden.shape[:2])).bool()
             rows = value if value.dim() == 2 else value[:, :1]
@@ -188,7 +192,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                     "its attention is not the same for all queries (causal, or within a window)",
                     where=where,
                     hint=CAUSAL_HINT,
-                    data={"reason": "causal-attention"},
+                    data={"reason": "causal"},
                 )
             names.add(name)
         if "attention_mask" in inspect.signature(block.forward).parameters:
@@ -284,6 +288,7 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
             "its first token doesn't see its last: it is causal, or attends within a window",
             where=where,
             hint=CAUSAL_HINT,
+            data={"reason": "causal"},
         )
 
 
@@ -384,7 +389,10 @@ def _prove(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
             output = output_of(twin(**batch))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise ModelError(
-                f"its head needs every token ({str(error)[:200]})", where=type(twin).__name__, hint=HINT
+                f"its head needs every token ({str(error)[:200]})",
+                where=type(twin).__name__,
+                hint=HINT,
+                data={"reason": "head-needs-all", "cause": str(error)[:200]},
             ) from error
         _check_output(twin, output, hidden.shape[1])
         if "attention_mask" in batch and output.dim() == 2:
@@ -402,6 +410,7 @@ def _check_output(twin: PreTrainedModel, output: Tensor, tokens: int) -> None:
             f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
             where=type(twin).__name__,
             hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
+            data={"reason": "answer-per-token", "shape": list(output.shape), "tokens": tokens},
         )
 
 

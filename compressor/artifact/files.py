@@ -133,7 +133,7 @@ def owned_files(directory: Path) -> list[Path]:
                 f"{what} ({', '.join(sorted(names)[:3])})",
                 where=str(directory),
                 hint="Move them away first, or choose another --output.",
-                data={"reason": reason, "names": sorted(names)[:3]},
+                data={"reason": reason, "names": sorted(names)},
             )
     return sorted(owned)
 

@@ -52,11 +52,18 @@ def load(
     raises       ArtifactError for anything that isn't as the manifest says, KernelError with strict
     """
     if kernels not in KERNELS:
-        raise UsageError(f"kernels {kernels!r}", hint="Use one of: " + ", ".join(KERNELS))
+        raise UsageError(
+            f"kernels {kernels!r}", hint="Use one of: " + ", ".join(KERNELS), data={"kernels": str(kernels)}
+        )
     directory = Path(directory)
     manifest = read_manifest(directory)
     if check_hashes and (problems := check_files(directory, manifest)):
-        raise ArtifactError("; ".join(problems[:4]), where=directory.name, hint="Copy or build the artifact again.")
+        raise ArtifactError(
+            "; ".join(problems[:4]),
+            where=directory.name,
+            hint="Copy or build the artifact again.",
+            data={"reason": "not-as-written", "problems": list(problems)},
+        )
     checkpoint = open_checkpoint(directory)
     with _told_of(directory.name):
         model = _filled_model(checkpoint, manifest)

@@ -135,7 +135,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """raises ArtifactError if there is none, or it isn't one that this release reads"""
     path = directory / MANIFEST
     if not path.is_symlink() and not path.exists():
-        raise ArtifactError(f"has no {MANIFEST}, so it is not a finished artifact", where=str(directory))
+        raise ArtifactError(
+            f"has no {MANIFEST}, so it is not a finished artifact",
+            where=str(directory),
+            data={"reason": "no-manifest", "file": MANIFEST},
+        )
     if regular_file(directory, path).stat().st_size > MAX_BYTES:
         raise ArtifactError(f"is larger than {MAX_BYTES:,} bytes", where=MANIFEST, hint=BAD_HINT)
     try:

@@ -38,7 +38,9 @@ ALLOWED = sys.stdlib_module_names | {"torch", "transformers"}
 ERROR_CLASS = '''class {name}(ValueError):
     """Raised as `compressor.errors.{name}` is; its exit code means nothing here."""
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, data: dict | None = None
+    ) -> None:
         super().__init__(" ".join(part for part in (f"{{where}}:" if where else None, what, hint) if part))'''
 
 FILE = '''# SPDX-License-Identifier: Apache-2.0
@@ -216,13 +218,13 @@ def _inline(module: str, inlined: list[str], parts: _Parts) -> None:
         if defined == ["__all__"]:
             continue
         if not defined and not isinstance(node, ast.Try):
-            raise _refusal(module, node.lineno, "is neither an import, a definition nor a constant")
+            raise _refusal(module, node.lineno, "is neither an import, a definition nor a constant", "other-statement")
         if not isinstance(node, ast.Try):
             _check_inner_imports(node, module)
         for name in defined:
             owner = parts.owners.setdefault(name, module)
             if owner != module:
-                raise _refusal(module, node.lineno, f"defines {name}, which {owner} defines too")
+                raise _refusal(module, node.lineno, f"defines {name}, which {owner} defines too", "defined-twice", name)
         first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))])
         text = "\n".join(lines[first - 1 : node.end_lineno])
         is_constant = isinstance(node, (ast.Assign, ast.AnnAssign))
@@ -236,7 +238,7 @@ def _import(node: ast.Import | ast.ImportFrom, module: str, inlined: list[str], 
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name.partition(".")[0] not in ALLOWED:
-                raise _refusal(module, node.lineno, f"imports {alias.name} as a whole")
+                raise _refusal(module, node.lineno, f"imports {alias.name} as a whole", "imports-module", alias.name)
             parts.plain.add(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
         return
     source = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
@@ -247,9 +249,11 @@ def _import(node: ast.Import | ast.ImportFrom, module: str, inlined: list[str], 
         if source.partition(".")[0] in ALLOWED:
             parts.names.setdefault(source, set()).add(name)
         elif source not in inlined and source != ERRORS:
-            raise _refusal(module, node.lineno, f"imports {alias.name} from {source}")
+            raise _refusal(
+                module, node.lineno, f"imports {alias.name} from {source}", "imports-from", f"{source}.{alias.name}"
+            )
         elif alias.asname:
-            raise _refusal(module, node.lineno, f"imports {alias.name} under another name")
+            raise _refusal(module, node.lineno, f"imports {alias.name} under another name", "imports-as", alias.name)
         elif source == ERRORS:
             parts.errors.add(alias.name)
 
@@ -266,7 +270,8 @@ def _check_inner_imports(node: ast.AST, module: str) -> None:
             found = ["." * child.level + (child.module or "")]
         for name in found:
             if name.partition(".")[0] not in ALLOWED:
-                raise _refusal(module, getattr(child, "lineno", 0), f"imports {name} inside a function")
+                line = getattr(child, "lineno", 0)
+                raise _refusal(module, line, f"imports {name} inside a function", "imports-late", name)
         _check_inner_imports(child, module)
 
 
@@ -287,10 +292,11 @@ def _is_type_checking(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING"
 
 
-def _refusal(module: str, line: int, what: str) -> ArtifactError:
+def _refusal(module: str, line: int, what: str, reason: str, name: str | None = None) -> ArtifactError:
     return ArtifactError(
         f"{what}, so a modelling file can't hold it",
         where=f"{module}, line {line}",
         hint="A stored form uses torch, transformers, the standard library and the modules in its `helpers`, "
         "each name imported with `from` as it is called there.",
+        data={"reason": reason, "name": name},
     )

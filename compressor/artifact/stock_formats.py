@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from compressor.artifact.modeling_file import custom_type, find_backbone
-from compressor.errors import DependencyError, PreflightError
+from compressor.errors import Because, DependencyError, PreflightError, values_of
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
@@ -61,7 +61,7 @@ class Family:
              with roundings of their own: (layer, x) -> what they make of x, and how far from it they may be
     """
 
-    refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, str]]]
+    refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, Because]]]
     config: Callable[[Sequence[Described], PreTrainedModel], dict[str, Any]]
     package: str | None = None
     forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -79,7 +79,7 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
                 f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
                 where=name,
                 hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
-                data={"reason": "expert-as-module", "form": kind},
+                data={"reason": "expert-form", "form": kind},
             )
     expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
     if len(expert_specs) > 1:
@@ -96,6 +96,7 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
             "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
         )
     at = foreign[0][0] if foreign else None
+    because = values_of(foreign[0][1]) if foreign else {}
     reason = f"{at} {foreign[0][1]}" if foreign else "the recipe asks for it"
     if stock_only or asked not in ("auto", "custom"):
         raise PreflightError(
@@ -103,7 +104,12 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
             where="export",
             hint="Set export.stock_only: false and export.format: auto"
             + (" (or custom)." if shaped else ", or leave these weights out."),
-            data={"reason": "no-stock-form", "weights": len(foreign), "why": reason, "weight": at},
+            data={
+                "reason": "no-stock-loader",
+                "because": because,
+                "weights": None if shaped else len(foreign),
+                "weight": at,
+            },
         )
     if experts:
         raise PreflightError(
@@ -112,7 +118,11 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
             hint="Leave the experts out with `except`."
             if shaped
             else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
-            data={"reason": "no-custom-experts", "why": reason, "weight": at},
+            data={
+                "reason": "no-custom-experts",
+                "because": because,
+                "weight": at,
+            },
         )
     return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
 
@@ -135,29 +145,42 @@ def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str
         f"an artifact of this model in the format {route.name} can't be loaded: {why}",
         where="export",
         hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
+        data={"reason": "loader-fails", "format": route.name, "cause": why},
     )
 
 
-def _why_reshaped(model: PreTrainedModel) -> tuple[str, str]:
+def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
     """What of the model its stock class hasn't, and why that matters."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
     told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
     form = modules[name]["form"] if modules else None
     what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
-    return name, f"{what}, which {type(model).__name__} of stock transformers doesn't have"
+    cls = type(model).__name__
+    why = f"{what}, which {cls} of stock transformers doesn't have"
+    return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
 
 
-def _stock_family(forms: Sequence[StoredWeight], model: PreTrainedModel) -> tuple[str | None, list[tuple[str, str]]]:
+def _stock_family(
+    forms: Sequence[StoredWeight], model: PreTrainedModel
+) -> tuple[str | None, list[tuple[str, Because]]]:
     """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
     stocks = _stocks(forms)
-    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, str)]
+    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, Because)]
     if foreign:
         return None, foreign
     families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
     first = families[0][1]
     foreign = [
-        (form.weight.name, f"is stored for {family} and others for {first}, and a checkpoint has one loader")
+        (
+            form.weight.name,
+            Because(
+                f"is stored for {family} and others for {first}, and a checkpoint has one loader",
+                reason="two-loaders",
+                loader=family,
+                others=first,
+            ),
+        )
         for form, family in families
         if family != first
     ]
@@ -166,14 +189,17 @@ def _stock_family(forms: Sequence[StoredWeight], model: PreTrainedModel) -> tupl
     return first, []
 
 
-def _stocks(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | str]]:
-    known: dict[tuple[str, str], Stock | str] = {}
+def _stocks(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
+    known: dict[tuple[str, str], Stock | Because] = {}
     for form in forms:
         key = (form.form, str(sorted_spec(form)))
         if key not in known:
             stock = find_layer(form.form).stock(sorted_spec(form))
             if isinstance(stock, Stock) and stock.family not in FAMILIES:
-                stock = f"is stored for {stock.family}, for which this release can't write a config"
+                told = f"is stored for {stock.family}, for which this release can't write a config"
+                stock = Because(told, reason="unknown-loader", loader=stock.family)
+            elif isinstance(stock, str):
+                stock = Because(stock, **{"reason": "no-stock-form", "form": form.form, **values_of(stock)})
             known[key] = stock
     return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
 
@@ -182,7 +208,7 @@ def _described(forms: Sequence[StoredWeight]) -> list[Described]:
     return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
 
 
-def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
     dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
     schemes = len({str(settings) for _, settings in described})
     refused = []
@@ -190,13 +216,16 @@ def _compressed_tensors_refuses(described: Sequence[Described], model: PreTraine
         packed = settings["format"] == "pack-quantized"
         why = None
         if form.weight.transposed:
-            why = "is a Conv1D, which compressed-tensors can't target"
+            why = Because("is a Conv1D, which compressed-tensors can't target", reason="conv1d")
         elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
-            why = "is an expert, of which stock loaders read packed symmetric codes only"
+            told = "is an expert, of which stock loaders read packed symmetric codes only"
+            why = Because(told, reason="expert-codes")
         elif _has_packed_zeros(settings) and schemes > 1:
-            why = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+            told = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+            why = Because(told, reason="packed-zeros", schemes=schemes)
         elif dense_experts:
-            why = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+            told = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+            why = Because(told, reason="dense-experts")
         if why is not None:
             refused.append((form.weight.name, why))
     return refused
@@ -258,7 +287,7 @@ def _has_packed_zeros(settings: dict[str, Any]) -> bool:
     return settings["format"] == "pack-quantized" and not settings["weights"]["symmetric"]
 
 
-def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, str]]:
+def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
     """Dense experts are no hindrance: as seen with transformers 5.24, this loader joins them."""
     thresholds = sorted({settings["threshold"] for _, settings in described})
     skipped = _dense_modules(described, model)
@@ -268,11 +297,15 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
         module = modules[module_of(form)]
         why = None
         if not _bitsandbytes_replaces(module):
-            why = f"is a {type(module).__name__}, and bitsandbytes replaces plain Linear and Conv1D only"
+            kind = type(module).__name__
+            told = f"is a {kind}, and bitsandbytes replaces plain Linear and Conv1D only"
+            why = Because(told, reason="other-module", module=kind)
         elif len(thresholds) > 1:
-            why = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
+            told = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
+            why = Because(told, reason="thresholds", thresholds=thresholds)
         elif not should_convert_module(module_of(form), skipped):
-            why = "has a name that bitsandbytes can't tell from that of a dense module"
+            told = "has a name that bitsandbytes can't tell from that of a dense module"
+            why = Because(told, reason="ambiguous-name")
         if why is not None:
             refused.append((form.weight.name, why))
     return refused

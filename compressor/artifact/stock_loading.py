@@ -43,7 +43,12 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
     empty = empty_model(checkpoint, manifest)
     _check_route(checkpoint, manifest["route"])
     if problems := code_problems(checkpoint, manifest, empty):
-        raise ArtifactError("; ".join(problems), where=directory.name, hint="Nothing of it was run.")
+        raise ArtifactError(
+            "; ".join(problems),
+            where=directory.name,
+            hint="Nothing of it was run.",
+            data={"reason": "foreign-code", "problems": list(problems)},
+        )
     cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
     options: dict[str, Any] = {**plain_options(checkpoint.config)}
     if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
@@ -80,7 +85,10 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
     """raises ArtifactError for a route that this release doesn't write, or a config.json that asks for another"""
     if route not in ("dense", "custom", *FAMILIES):
         raise ArtifactError(
-            f"route {route!r} is none that this release writes", where=MANIFEST, hint="Update compress-model."
+            f"route {route!r} is none that this release writes",
+            where=MANIFEST,
+            hint="Update compress-model.",
+            data={"reason": "unknown-route", "route": route},
         )
     asked = checkpoint.quantization_config
     method = asked.get("quant_method") if isinstance(asked, dict) else asked
@@ -89,6 +97,7 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
             f"quantization_config asks for {method!r}, and the manifest says {route}",
             where="config.json",
             hint="Copy or build the artifact again.",
+            data={"reason": "other-route", "asked": str(method), "route": route},
         )
 
 

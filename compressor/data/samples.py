@@ -22,7 +22,7 @@ from compressor.data.sources import Columns, check_rows, is_dataset, memory_shar
 from compressor.errors import ModelError, RecipeError
 from compressor.lazy import torch
 from compressor.model.model_files import check_directory
-from compressor.model.trusted_code import FLAG, required_code, tokenizer_code
+from compressor.model.trusted_code import FLAG, file_of, required_code, tokenizer_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,6 +252,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
             f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
             where=where,
             hint=FLAG,
+            data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
         )
     try:
         if where == "config.json" and references:  # of the slow class and the fast one, where there are both
@@ -395,5 +396,5 @@ def _check_hash(settings: Settings, digest: str) -> None:
             f"has sha256 {digest}, the recipe pins {settings.sha256}",
             where=settings.source,
             hint="Use the pinned data, or update data.sha256.",
-            data={"sha256": digest, "pinned": settings.sha256},
+            data={"reason": "sha256", "found": digest, "pinned": settings.sha256},
         )

@@ -139,7 +139,7 @@ def find_file(source: str) -> Path:
             "is a link that leads nowhere" if path.is_symlink() else "no such data file",
             where=source,
             hint="Built in: stdlib, random. Else a path or dataset:NAME.",
-            data={"reason": "leads-nowhere" if path.is_symlink() else "no-data-file"},
+            data={"reason": "broken-link" if path.is_symlink() else "no-such-file"},
         )
     _check_regular(mode, source)
     return path

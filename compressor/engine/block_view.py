@@ -24,7 +24,8 @@ from compressor.layers.base import Layer
 from compressor.model.block_runner import Batch, Call, Stop
 from compressor.model.observed_matmul import LinearCall
 from compressor.model.stored_weight import StoredWeight, relative_distance
-from compressor.model.structure import Structure, signature
+from compressor.model.structure import Structure
+from compressor.model.tracing import signature
 from compressor.model.weights import Group, Stage, Weight
 from compressor.protocol import State
 

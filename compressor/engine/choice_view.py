@@ -70,7 +70,9 @@ class ShapingView:
     @contextmanager
     def loaded(self, unit: int) -> Iterator[None]:
         if self.is_interrupted():
-            raise Interrupted("stopped while choosing shapes", hint="Continue with --resume.")
+            raise Interrupted(
+                "stopped while choosing shapes", hint="Continue with --resume.", data={"stage": "choosing-shapes"}
+            )
         if unit not in self._in_memory:
             source = UnitSource(self.structure) if self.source is None else self.source(unit)
             load_unit(self.structure, unit, source, self.device)

@@ -23,7 +23,7 @@ from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config, 
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.data.parts import same_source
 from compressor.engine.trial import NoTwin, try_loaders
-from compressor.errors import CompressError, ModelError, PreflightError, Why, WidthError
+from compressor.errors import Because, CompressError, ModelError, PreflightError, WidthError, values_of
 from compressor.layers import DENSE, find_layer
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
@@ -183,6 +183,7 @@ def _check_class(source: Structure) -> None:
             "transformers, which has none of this name",
             where=source.checkpoint.directory.name,
             hint="`compress-model eval --trust-remote-code` measures such a model; compressing it isn't supported.",
+            data={"reason": "own-class", "class": cls.__name__},
         )
 
 
@@ -333,7 +334,10 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
     where = ".".join(map(str, step.path))
     if len(recipe.sweeps[number]) > 1:
         raise PreflightError(
-            f"{step.name} changes the model itself and can't share a sweep", where=where, hint="Give it a step alone."
+            f"{step.name} changes the model itself and can't share a sweep",
+            where=where,
+            hint="Give it a step alone.",
+            data={"reason": "shares-sweep", "pass": step.name},
         )
     earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
     if step.settings.rewrites and (stored := [s.name for s in earlier if not s.settings.reshapes]):
@@ -341,12 +345,14 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first.",
+            data={"reason": "needs-dense", "pass": step.name, "before": stored[0]},
         )
     if changed := [s.name for s in earlier if s.settings.reshapes and not s.settings.rewrites]:
         raise PreflightError(
             f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first, and give a model one {changed[0]}.",
+            data={"reason": "needs-own-blocks", "pass": step.name, "before": changed[0]},
         )
     if step.settings.only != ("*",) or step.settings.except_:
         raise PreflightError(
@@ -355,6 +361,7 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             else f"{step.name} touches no weights, so there are none to choose",
             where=where,
             hint="Drop `only` and `except`.",
+            data={"reason": "changes-all" if step.settings.rewrites else "changes-no-weights", "pass": step.name},
         )
 
 
@@ -381,6 +388,12 @@ def _find_functions(plan: Plan) -> None:
             f"the {role} of {plan.structure.architecture} can't be replaced: {plan.functions.refused[role]}",
             where=".".join(map(str, named[f"@{role}"])),
             hint=f"Leave out @{role}, or write @{role}! where it may be absent.",
+            data={
+                "reason": "not-replaced",
+                "role": role,
+                "model": plan.structure.architecture,
+                "because": values_of(plan.functions.refused[role]),
+            },
         )
         for role in roles
         if role in plan.functions.refused and f"@{role}" in named
@@ -410,7 +423,7 @@ def _select(plan: Plan, weights: list[Weight]) -> None:
         plan.selected[step.path] = _without_unfit(plan, step, chosen, reasons)
 
 
-def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, Why]) -> list[Weight]:
+def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[str, Because]) -> list[Weight]:
     """What of a step's weights can be stored. One that a pattern means and can't be is a problem; those that a pattern
     takes along stay dense, with a warning for each reason.
 
@@ -420,7 +433,7 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
         return chosen
     where = ".".join(map(str, step.path))
     meant = names_it(step.settings.only, chosen, where)
-    by_reason: dict[Why, list[str]] = {}
+    by_reason: dict[Because, list[str]] = {}
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
     for why, names in by_reason.items():
@@ -432,7 +445,12 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                     f"can't be stored by {step.name}{count}: {why}",
                     where=refused[0],
                     hint="Drop the pattern that names it, or leave it out with `except`; it then stays dense.",
-                    data={"pass": step.name, "weights": len(refused), **why.values},
+                    data={
+                        "reason": "not-storable",
+                        "pass": step.name,
+                        "weights": len(refused),
+                        "because": values_of(why),
+                    },
                 )
             )
         if kept := [name for name in names if name not in meant]:
@@ -445,7 +463,11 @@ def _without_unfit(plan: Plan, step: Step, chosen: list[Weight], reasons: dict[s
                 f"no weight is left for {step.name}: {next(iter(reasons.values()))}",
                 where=where,
                 hint="Choose other settings or another pass for this model.",
-                data={"pass": step.name, "left": 0, **next(iter(reasons.values())).values},
+                data={
+                    "reason": "no-weight-left",
+                    "pass": step.name,
+                    "because": values_of(next(iter(reasons.values()))),
+                },
             )
         )
     return left
@@ -481,6 +503,7 @@ def _check_facts(plan: Plan) -> None:
                     f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
                     where=".".join(map(str, step.path)),
                     hint="Change the order of the steps.",
+                    data={"reason": "needs-fact", "pass": step.name, "fact": fact.value},
                 )
             )
         facts = (facts - traits.breaks) | traits.provides
@@ -549,8 +572,9 @@ def _follow_forms(plan: Plan) -> None:
                     data={
                         "reason": "stored-already",
                         "pass": step.name,
-                        "earlier": earlier.name,
-                        "count": len(refused),
+                        "earlier": ".".join(map(str, earlier.path)),
+                        "weights": len(refused),
+                        "weight": refused[0].name,
                     },
                 )
             )
@@ -570,7 +594,7 @@ def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[We
             step.settings.spec(weight)
         except WidthError:
             told = f"no group size divides its {weight.in_features} inputs"
-            reasons[weight.name] = Why(told, {"reason": "odd-width", "inputs": weight.in_features})
+            reasons[weight.name] = Because(told, reason="odd-width", inputs=weight.in_features)
         except CompressError:
             pass  # `_follow_forms` asks again, and makes it a problem
     meant = names_it(step.settings.only, chosen, "steps") if reasons else set()
@@ -587,7 +611,14 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
         f"{KINDS[find_layer(stored).stands_for]}",
         where=".".join(map(str, step.path)),
         hint="Leave it out with `except`.",
-        data={"reason": "unfit-form", "weight": weight.name, "kind": kind, "pass": step.name, "form": stored},
+        data={
+            "reason": "other-kind",
+            "weight": weight.name,
+            "kind": kind,
+            "pass": step.name,
+            "form": stored,
+            "stands_for": find_layer(stored).stands_for,
+        },
     )
 
 

@@ -132,6 +132,7 @@ def check_summary(settings: ReportSettings) -> None:
                 f"can't be written ({error.strerror})",
                 where="$GITHUB_STEP_SUMMARY",
                 hint="Unset it, or set report.github_summary to never.",
+                data={"reason": "not-writable", "cause": error.strerror},
             ) from error
 
 

@@ -22,11 +22,7 @@ from compressor.data.samples import (
     random_samples,
 )
 from compressor.engine.plan import Plan
-from compressor.errors import (
-    CompressError,
-    PreflightError,
-    RecipeError,
-)
+from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of
 from compressor.model.structure import Structure
 from compressor.model.token_limit import Limit, limit_of
@@ -112,6 +108,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
             f"the tokenizer made token {largest}, the model knows {vocabulary}",
             where=key,
             hint="Tokenizer and model are not of one family.",
+            data={"reason": "unknown-token", "token": largest, "vocabulary": vocabulary},
         )
     longest = max(len(sample) for sample in samples.inputs)
     check_length(longest, limit_of(structure.model), key)
@@ -126,6 +123,7 @@ def check_labels(samples: Samples, structure: Structure, key: str) -> None:
         f"has the label {int(samples.labels.max())}, the model's classes are 0 to {shape[1] - 1}",
         where=key,
         hint="Use the data that the model was trained for, or leave accuracy out of eval.metrics.",
+        data={"reason": "unknown-label", "label": int(samples.labels.max()), "classes": shape[1]},
     )
 
 
@@ -148,6 +146,7 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
         f"samples of shape {shape} can't be read by the model ({' '.join(str(failure).split())[:200]})",
         where=key,
         hint="Choose other data." if samples.is_text else asked,
+        data={"reason": "shape", "shape": list(shape), "cause": str(failure)[:200]},
     ) from failure
 
 
@@ -199,6 +198,7 @@ def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents
         f"{len(shared)} of its {kind} are in data ({source}) too, the first of them number {number}{quoted}",
         where=f"eval.data ({recipe.eval.data.source})",
         hint="Remove them from one of the two, or give both the same source, which is then divided.",
+        data={"reason": "overlap", "shared": len(shared), "kind": kind, "source": source, "first": number},
     )
 
 

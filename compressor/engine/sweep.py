@@ -51,7 +51,8 @@ from compressor.model.block_runner import Batch, Call
 from compressor.model.facts import Decision
 from compressor.model.redefined_structure import regated
 from compressor.model.stored_weight import StoredWeight
-from compressor.model.structure import Structure, example_batch
+from compressor.model.structure import Structure
+from compressor.model.tracing import example_batch
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, write_file
@@ -292,11 +293,13 @@ def _check_probe(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
             where=unit_name(structure, unit),
             hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+            data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
         f"the model itself gives NaN or Inf for random tokens in {dtype}",
         where=unit_name(structure, unit),
         hint="Set model.dtype: bfloat16 or float32 in the recipe.",
+        data={"reason": "overflow-of-model", "dtype": dtype},
     )
 
 

@@ -56,7 +56,12 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[st
     message = "measured on different samples; their metrics can't be set against each other"
     names = [_name(path, subject) for path, subject in zip(paths, subjects, strict=True)]
     if differ and (changes := [name for name in gates or {} if split_gate(name)[1] in CHANGE]):
-        raise UsageError(message, where=", ".join(names), hint=f"Measure both alike, or drop {', '.join(changes)}.")
+        raise UsageError(
+            message,
+            where=", ".join(names),
+            hint=f"Measure both alike, or drop {', '.join(changes)}.",
+            data={"reason": "other-samples", "gates": changes},
+        )
     return {
         "subjects": names,
         "rows": rows,
@@ -79,6 +84,7 @@ def _read_report(file: Path) -> dict[str, Any]:
                 f"{kind} {str(report[kind])[:40]} is unknown, this release reads {VERSIONS[kind]}",
                 where=str(file),
                 hint="Update compress-model.",
+                data={"reason": "version", "key": kind, "version": str(report[kind])[:40], "known": VERSIONS[kind]},
             )
         validate_report(report)
         return report
@@ -87,7 +93,12 @@ def _read_report(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"can't be read ({error.strerror})", where=str(file), hint="Check the file.") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"is not a report ({str(error)[:160]})", where=str(file), hint=BAD_REPORT) from error
+        raise UsageError(
+            f"is not a report ({str(error)[:160]})",
+            where=str(file),
+            hint=BAD_REPORT,
+            data={"reason": "no-report", "cause": str(error)[:160]},
+        ) from error
 
 
 def _name(path: Path, subject: dict[str, Any]) -> str:

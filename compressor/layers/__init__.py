@@ -51,7 +51,11 @@ def find_layer(form: str) -> type[Layer]:
     if plugins:
         return plugins[0].load()
     if not found:
-        raise ArtifactError(f"unknown stored form {form!r}", hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)))
+        raise ArtifactError(
+            f"unknown stored form {form!r}",
+            hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)),
+            data={"form": form},
+        )
     module, _, name = found[0].partition(":")
     return getattr(importlib.import_module(module), name)
 

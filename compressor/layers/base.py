@@ -112,11 +112,11 @@ class Layer(nn.Module):
                 raise ShapeError(
                     f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected",
                     data={
-                        "name": name,
+                        "tensor": name,
                         "dtype": str(value.dtype),
                         "shape": list(value.shape),
                         "expected_dtype": str(expected.dtype),
-                        "expected_shape": list(expected.shape),
+                        "expected": list(expected.shape),
                     },
                 )
             setattr(self, name, value.contiguous())

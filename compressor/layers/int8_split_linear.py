@@ -156,14 +156,14 @@ class Int8SplitLinear(Layer):
         if int(layer.weight_format):
             raise ShapeError(
                 f"weight_format {int(layer.weight_format)}, only 0 is read (rows one after the other)",
-                data={"name": "weight_format", "value": int(layer.weight_format)},
+                data={"tensor": "weight_format", "value": int(layer.weight_format)},
             )
         if layer.columns:
             columns = layer.outlier_columns
             if not bool((columns[1:] > columns[:-1]).all()) or int(columns[0]) < 0 or int(columns[-1]) >= inputs:
                 raise ShapeError(
                     f"outlier_columns must ascend within {inputs} inputs",
-                    data={"name": "outlier_columns", "inputs": inputs},
+                    data={"tensor": "outlier_columns", "inputs": inputs},
                 )
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer

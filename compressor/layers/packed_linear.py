@@ -113,7 +113,10 @@ class PackedLinear(Layer):
         out, columns = codes.shape
         groups = 1 if group_size == -1 else columns // group_size
         if tuple(scale.shape) != (out, groups) or (groups > 1 and columns % group_size):
-            raise ShapeError(f"scale {tuple(scale.shape)} doesn't fit codes {(out, columns)} in groups of {group_size}")
+            raise ShapeError(
+                f"scale {tuple(scale.shape)} doesn't fit codes {(out, columns)} in groups of {group_size}",
+                data={"tensor": "scale", "shape": list(scale.shape), "codes": [out, columns], "group_size": group_size},
+            )
         layer = cls(columns, out, bits, group_size, symmetric, scale.dtype, bias is not None, index is not None)
         half = 2 ** (bits - 1)
         layer.weight_packed = pack_codes((codes.to(torch.int16) + half).to(torch.uint8), bits)
@@ -146,7 +149,11 @@ class PackedLinear(Layer):
         layer = cls(columns, out, **spec, dtype=tensors["weight_scale"].dtype, bias=bias is not None)
         for name, value in tensors.items():
             if getattr(layer, name).shape != value.shape:
-                raise ShapeError(f"{name} has shape {tuple(value.shape)}, {tuple(getattr(layer, name).shape)} expected")
+                expected = getattr(layer, name).shape
+                raise ShapeError(
+                    f"{name} has shape {tuple(value.shape)}, {tuple(expected)} expected",
+                    data={"tensor": name, "shape": list(value.shape), "expected": list(expected)},
+                )
             setattr(layer, name, value)
         if layer.act_order_index:
             _checked_index(tensors["weight_g_idx"], columns, layer.weight_scale.shape[1])
@@ -158,5 +165,8 @@ class PackedLinear(Layer):
 def _checked_index(index: Tensor, columns: int, groups: int) -> Tensor:
     """raises ShapeError unless index (columns,) names groups that exist"""
     if tuple(index.shape) != (columns,) or int(index.min()) < 0 or int(index.max()) >= groups:
-        raise ShapeError(f"weight_g_idx {tuple(index.shape)} must name one of {groups} groups for {columns} inputs")
+        raise ShapeError(
+            f"weight_g_idx {tuple(index.shape)} must name one of {groups} groups for {columns} inputs",
+            data={"tensor": "weight_g_idx", "shape": list(index.shape), "groups": groups, "inputs": columns},
+        )
     return index

@@ -108,12 +108,12 @@ class SparseFactorLinear(Layer):
         if index.shape != (rows, self.k):
             raise ShapeError(
                 f"weight_index doesn't name {self.k} atoms for each of {rows} rows",
-                data={"name": "weight_index", "k": self.k, "rows": rows},
+                data={"tensor": "weight_index", "k": self.k, "rows": rows},
             )
         if bool((index[..., 1:] <= index[..., :-1]).any()) or int(index.max()) >= self.atoms:
             raise ShapeError(
                 f"weight_index must ascend within {self.atoms} atoms in each row",
-                data={"name": "weight_index", "atoms": self.atoms},
+                data={"tensor": "weight_index", "atoms": self.atoms},
             )
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,7 @@ def _refuse_adapter(directory: Path) -> None:
             where=f"{directory.name}/adapter_config.json",
             hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
             "or give a directory without it.",
+            data={"reason": "adapter"},
         )
 
 
@@ -211,6 +212,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
             f"the weights lie in parts of a distributed run ({parts[0]})",
             where=directory.name,
             hint="Load the model with transformers and save it with save_pretrained(DIR).",
+            data={"reason": "distributed", "file": parts[0]},
         )
     stated = config.get("transformers_weights")
     if stated is not None:
@@ -220,6 +222,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
                 f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
                 where="config.json",
                 hint="Correct it, or remove it to read model.safetensors.",
+                data={"reason": "transformers-weights", "value": repr(stated)},
             )
         return str(stated)
     for name in (SINGLE, INDEX):
@@ -299,7 +302,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(path.read_text("utf-8"))
     except OSError as error:
-        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+        raise ModelError(
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Check the file.",
+            data={"reason": "unreadable", "cause": error.strerror},
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"is not valid JSON ({error})",
@@ -308,5 +316,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             data={"reason": "bad-json", "cause": str(error), **halves(error)},
         ) from error
     if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=path.name, hint="Download it again.")
+        raise ModelError(
+            "is not a JSON object", where=path.name, hint="Download it again.", data={"reason": "no-json-object"}
+        )
     return value

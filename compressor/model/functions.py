@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from compressor.errors import Because
 from compressor.layers.block_attention import PRODUCTS, attend
 from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
@@ -139,7 +140,11 @@ def _attention_paths(
         return []
     difference = float((outputs[0] - outputs[1]).abs().max())
     if not difference <= TOLERANCE * float(outputs[0].abs().max()):
-        refused["softmax"] = f"its attention is not the plain one: outputs differ by {difference:.3g}"
+        refused["softmax"] = Because(
+            f"its attention is not the plain one: outputs differ by {difference:.3g}",
+            reason="not-plain",
+            difference=difference,
+        )
         return []
     path = structure.pieces.blocks_path
     relative: dict[tuple[Any, ...], list[str]] = {}

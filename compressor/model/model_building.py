@@ -62,7 +62,12 @@ def check_values(checkpoint: Checkpoint) -> None:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         if "model_type" not in values:
-            raise ModelError("has no `model_type`", where=where, hint="Add the type of the model, such as llama.")
+            raise ModelError(
+                "has no `model_type`",
+                where=where,
+                hint="Add the type of the model, such as llama.",
+                data={"reason": "no-model-type"},
+            )
         raise _wrong("model_type", kind, where, "the name of a model type is needed")
     for key in ("dtype", "torch_dtype"):
         stated = values.get(key)
@@ -135,7 +140,10 @@ def guarded(
             raise lack from error
         if retry is not None and _works(retry, config):
             raise ModelError(
-                f"{failed} ({_said(error)})", where=subject, hint="This model can't be compressed block by block."
+                f"{failed} ({_said(error)})",
+                where=subject,
+                hint="This model can't be compressed block by block.",
+                data={"reason": "not-in-blocks", "cause": _said(error)},
             ) from error
         cls, again = type(config), retry or work
         raise refusal(error, checkpoint, subject, failed, cls, lambda values: again(_from_json(cls, values))) from error
@@ -167,11 +175,24 @@ def refusal(
     if causes:
         shown = ", ".join(f"{'.'.join(path)} is {_shown(_at(values, path))}" for path in causes)
         wrong = shown if len(causes) == 1 else f"one of these is wrong: {shown}"
-        return ModelError(f"{wrong}; {subject}: {failed} ({said})", where=where, hint=HINT)
+        return ModelError(
+            f"{wrong}; {subject}: {failed} ({said})",
+            where=where,
+            hint=HINT,
+            data={
+                "reason": "wrong-value",
+                "keys": [".".join(path) for path in causes],
+                "subject": subject,
+                "cause": said,
+            },
+        )
     if isinstance(error, ImportError):
-        return DependencyError(f"{failed} ({said})", where=subject, hint="Install what it names.")
+        return DependencyError(f"{failed} ({said})", where=subject, hint="Install what it names.", data={"cause": said})
     return ModelError(
-        f"{failed} ({said})", where=subject, hint="Loading it with transformers alone shows the whole error."
+        f"{failed} ({said})",
+        where=subject,
+        hint="Loading it with transformers alone shows the whole error.",
+        data={"reason": "fails", "cause": said},
     )
 
 
@@ -203,6 +224,14 @@ def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         f"{tuple(largest.shape)}" + (f", after {' or '.join(keys)}" if keys else ""),
         where=where_of(checkpoint),
         hint=HINT,
+        data={
+            "reason": "large-buffers",
+            "bytes": total,
+            "weight_bytes": checkpoint.nbytes,
+            "name": name,
+            "shape": list(largest.shape),
+            "keys": keys,
+        },
     )
 
 
@@ -368,7 +397,8 @@ def _key_of(field: str, values: Mapping[str, Any], aliases: Mapping[str, str]) -
 
 
 def _wrong(key: str, value: Any, where: str, needed: str) -> ModelError:
-    return ModelError(f"{key} is {_shown(value)}; {needed}", where=where, hint=HINT)
+    told = {"reason": "wrong-value", "keys": [key], "value": _shown(value), "needed": needed}
+    return ModelError(f"{key} is {_shown(value)}; {needed}", where=where, hint=HINT, data=told)
 
 
 def _shown(value: Any) -> str:

@@ -40,7 +40,7 @@ def regular_file(directory: Path, path: Path) -> Path:
         found = os.stat(path)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise _refusal(name, "is a link to a file that isn't there", "leads-nowhere") from error
+            raise _refusal(name, "is a link to a file that isn't there", "broken-link") from error
         raise ModelError(
             "file is missing",
             where=name,
@@ -49,7 +49,12 @@ def regular_file(directory: Path, path: Path) -> Path:
         ) from error
     except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
         said = getattr(error, "strerror", None) or error
-        raise ModelError(f"can't be read ({said})", where=name, hint="Download the model again.") from error
+        raise ModelError(
+            f"can't be read ({said})",
+            where=name,
+            hint="Download the model again.",
+            data={"reason": "unreadable", "cause": str(said)},
+        ) from error
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         raise ModelError(
@@ -59,7 +64,7 @@ def regular_file(directory: Path, path: Path) -> Path:
             data={"reason": "no-regular-file", "kind": kind},
         )
     if not _leads_inside(directory, path):
-        raise _refusal(name, "is a link that leads out of the model's directory", "leads-out")
+        raise _refusal(name, "is a link that leads out of the model's directory", "link-out")
     return path
 
 
@@ -96,6 +101,7 @@ def entries(directory: Path) -> Iterator[Path]:
                     f"holds more than {MAX_ENTRIES:,} files, which no model's directory does",
                     where=str(directory),
                     hint="Move the model's files into a directory of their own.",
+                    data={"reason": "too-many-files", "limit": MAX_ENTRIES},
                 )
             yield path
             if path.is_dir() and not path.is_symlink():
@@ -104,6 +110,7 @@ def entries(directory: Path) -> Iterator[Path]:
                         f"lies more than {MAX_DEPTH} folders deep",
                         where=_name(directory, path),
                         hint="Move it out of the model's directory.",
+                        data={"reason": "too-deep", "limit": MAX_DEPTH},
                     )
                 waiting.append((path, depth + 1))
 

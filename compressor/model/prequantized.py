@@ -31,10 +31,12 @@ def refuse_stated(checkpoint: Checkpoint) -> None:
         for key in CONFIG_KEYS:
             stated = section.get(key)
             if stated is not None and prefix.rstrip(".") not in CONFIG_KEYS:
-                raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint)
+                told = {"reason": "config-key", "key": f"{prefix}{key}"}
+                raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint, told)
     for name in CONFIG_FILES:
         if (checkpoint.directory / name).is_file():
-            raise _refusal(f"{name} lies beside its weights", None, checkpoint)
+            told = {"reason": "config-file", "file": name}
+            raise _refusal(f"{name} lies beside its weights", None, checkpoint, told)
 
 
 def refuse_codes(
@@ -52,11 +54,16 @@ def refuse_codes(
     if codes:
         tensor = codes[0][0]
         kind = _kind(checkpoint.tensors, tensor)
-        raise _refusal(f"{len(codes)} tensors hold {kind}, such as {tensor}, where weights belong", None, checkpoint)
+        what = f"{len(codes)} tensors hold {kind}, such as {tensor}, where weights belong"
+        stored_as = checkpoint.tensors[tensor].stored_as
+        told = {"reason": "codes", "tensors": len(codes), "stored_as": stored_as, "tensor": tensor}
+        raise _refusal(what, None, checkpoint, told)
     known = set(modules)
     beside = [name for name in unused if name.rpartition(".")[2] in LEAVES and name.rpartition(".")[0] in known]
     if beside:
-        raise _refusal(f"{len(beside)} tensors of quantized weights are there, such as {beside[0]}", None, checkpoint)
+        what = f"{len(beside)} tensors of quantized weights are there, such as {beside[0]}"
+        told = {"reason": "tensors-beside", "tensors": len(beside), "tensor": beside[0]}
+        raise _refusal(what, None, checkpoint, told)
 
 
 def _kind(tensors: Mapping[str, TensorInfo], name: str) -> str:
@@ -69,11 +76,7 @@ def _method(stated: Any) -> str | None:
     return method if isinstance(method, str) else "unknown method"
 
 
-def _refusal(found: str, method: str | None, checkpoint: Checkpoint) -> ModelError:
+def _refusal(found: str, method: str | None, checkpoint: Checkpoint, data: dict[str, Any]) -> ModelError:
     told = f"the model is already quantized ({method})" if method else "the model is already quantized"
-    return ModelError(
-        f"{told}: {found}",
-        where=checkpoint.directory.name,
-        hint=HINT,
-        data={"reason": "quantized", "method": method, "found": found},
-    )
+    data = {**data, "quantized": method or True}
+    return ModelError(f"{told}: {found}", where=checkpoint.directory.name, hint=HINT, data=data)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.facts import Remodel
 from compressor.model.reshaped_class import class_for, stock_class
@@ -143,7 +143,7 @@ def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     try:
         remodelled(structure, remodel)
     except (CompressError, *REFUSALS) as error:
-        return error.what if isinstance(error, CompressError) else _in_one_line(error)
+        return Because(error.what, **error.data) if isinstance(error, CompressError) else _of_library(error)
     return None
 
 
@@ -151,8 +151,13 @@ def _config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
     try:
         _config({**structure.checkpoint.config, **changes})
     except REFUSALS as error:
-        return _in_one_line(error)
+        return _of_library(error)
     return None
+
+
+def _of_library(error: Exception) -> Because:
+    said = _in_one_line(error)
+    return Because(said, cause=said)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -169,4 +174,8 @@ def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: 
             f"{structure.architecture} can't have the shapes this step makes ({why})",
             where=where,
             hint="Choose other settings; docs/passes says which models each orientation fits.",
+            data={
+                "model": structure.architecture,
+                "because": error.data if isinstance(error, ModelError) else {"cause": why},
+            },
         ) from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressor.errors import Why
+from compressor.errors import Because
 from compressor.model.weights import Weight
 
 SELF_EVIDENT = (nn.Linear.forward, Conv1D.forward)
@@ -28,7 +28,9 @@ TOLERANCE = 1e-3
 ROWS = 3  # of the input that a module is tried with
 
 
-def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type, bool], is_read: bool) -> Why | None:
+def why_not_replaceable(
+    model: PreTrainedModel, weight: Weight, known: dict[type, bool], is_read: bool
+) -> Because | None:
     """What keeps a stored form from taking the place of a weight's module; None if nothing does.
 
     Tables are looked up and experts are stored by their names in the checkpoint, so both have rules of their own.
@@ -38,21 +40,21 @@ def why_not_replaceable(model: PreTrainedModel, weight: Weight, known: dict[type
     """
     if is_read:
         told = "is read by other code than its module's own, where a stored form has no such tensor"
-        return Why(told, {"reason": "read-elsewhere"})
+        return Because(told, reason="read-elsewhere")
     if weight.expert is not None or weight.role in ("embedding", "shortcut") or weight.is_function:
         return None
     owner, _, leaf = weight.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if leaf != "weight":
         told = f"is a parameter of a {type(module).__name__}, which multiplies by it beside other work"
-        return Why(told, {"reason": "multiplies-beside", "module": type(module).__name__})
+        return Because(told, reason="multiplies-beside", module=type(module).__name__)
     cls = type(module)
     if cls not in known:
         known[cls] = cls.forward in SELF_EVIDENT or _computes_product(module)
     if known[cls]:
         return None
     told = f"belongs to a {type(module).__name__}, which does more than multiply by it"
-    return Why(told, {"reason": "does-more", "module": type(module).__name__})
+    return Because(told, reason="does-more", module=type(module).__name__)
 
 
 @contextmanager

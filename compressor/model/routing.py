@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from compressor.errors import Why
+from compressor.errors import Because
 from compressor.model.observed_matmul import LinearCall, LinearCalls
 
 
@@ -34,7 +34,7 @@ class ChoiceTrace(LinearCalls):
         super().__init__(watched, self._note)
         self.calls: list[LinearCall] = []
         self.chosen_by: set[str] = set()
-        self.whole: dict[str, Why] = {}
+        self.whole: dict[str, Because] = {}
         self.expert_counts: set[int] = set()
         self._watched = dict(watched)
         self._made_by: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor is kept, so that its id stays its own
@@ -71,7 +71,7 @@ class ChoiceTrace(LinearCalls):
         elif matrices > 1:
             self.expert_counts.add(matrices)
             told = "it holds several matrices, of which a product reads one"
-            self.whole[call.parameter] = Why(told, {"reason": "several-matrices"})
+            self.whole[call.parameter] = Because(told, reason="several-matrices")
         self.calls.append(call)
 
     def _note_batched(self, func: Any, given: list[Tensor]) -> None:
@@ -80,7 +80,7 @@ class ChoiceTrace(LinearCalls):
             if name is not None and tensor.dim() == 3 and math.prod(tensor.shape) == self._watched[name].numel():
                 self.expert_counts.add(tensor.shape[0])
                 told = "all experts are multiplied in one batched product"
-                self.whole[name] = Why(told, {"reason": "batched-product"})
+                self.whole[name] = Because(told, reason="batched-product")
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from compressor.errors import ModelError, Why
+from compressor.errors import Because, ModelError
 from compressor.model.attention import choose_plain
 from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.checkpoint import Checkpoint, check_finite, open_checkpoint
@@ -53,7 +53,7 @@ from compressor.model.tracing import (
     signature,
     trace,
 )
-from compressor.model.trusted_code import FLAG, auto_map, check_kernels, is_model_entry, required_code
+from compressor.model.trusted_code import FLAG, auto_map, check_kernels, file_of, is_model_entry, required_code
 from compressor.model.tying import part
 from compressor.model.weight_names import Bindings, Source, bind
 from compressor.model.weights import Group, Stage, Weight
@@ -120,7 +120,7 @@ class Structure:
                         yield unit, weight
 
     @cached_property
-    def whole(self) -> list[tuple[int, Weight, Why]]:
+    def whole(self) -> list[tuple[int, Weight, Because]]:
         """(unit, weight, why) for tensors that hold several matrices, such as all experts of a block, and that can't
         be stored in parts.
         """
@@ -132,7 +132,7 @@ class Structure:
                 sources = self.bindings.sources.get(prefix + product.parameter, ())
                 if product.fused_experts and any(source.rows is None for source in sources):
                     told = "the checkpoint holds all experts of a block in one tensor"
-                    reasons[product.parameter] = Why(told, {"reason": "experts-in-one-tensor"})
+                    reasons[product.parameter] = Because(told, reason="experts-in-one-tensor")
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
                     shape = tuple(self.checkpoint.tensors[source.tensor].shape)
@@ -266,6 +266,7 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
             "is an artifact of this tool already",
             where=directory.name,
             hint="Start from the checkpoint it was made from.",
+            data={"reason": "is-artifact"},
         )
     check_values(checkpoint)
     refuse_stated(checkpoint)
@@ -288,6 +289,7 @@ def _check_generation(checkpoint: Checkpoint) -> None:
             f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             where=name,
             hint="Correct it, download it again, or take it away.",
+            data={"reason": "unreadable", "cause": f"{type(error).__name__}: {error}"},
         ) from error
 
 
@@ -374,6 +376,7 @@ def _refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> 
             "encoder-decoder models have two stacks of blocks",
             where=cls.__name__,
             hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+            data={"reason": "two-stacks"},
         )
 
 
@@ -439,7 +442,12 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
         before, hidden = hidden, pieces.block(index, hidden, call)
         if not torch.equal(before, inputs[index]):
-            raise ModelError("this block writes into its input, so it can't be run twice", where=name, hint=hint)
+            raise ModelError(
+                "this block writes into its input, so it can't be run twice",
+                where=name,
+                hint=hint,
+                data={"reason": "writes-into-input"},
+            )
         if not torch.equal(hidden, outputs[index]):
             raise ModelError(
                 "earlier blocks hand this one more than hidden states, which can't be replayed"
@@ -447,6 +455,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
                 else "the replayed output of this block differs from the model's own",
                 where=name,
                 hint=hint,
+                data={"reason": "told-more" if is_told_more else "output-differs"},
             )
         if not torch.equal(pieces.block(index, before, call), hidden):
             raise ModelError(
@@ -528,7 +537,7 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             "config.json names no `architectures`",
             where=where,
             hint="Add the model's class name.",
-            data={"reason": "no-architectures"},
+            data={"reason": "no-architecture"},
         )
     check_kernels(checkpoint.config)
     named = auto_map(checkpoint.config, "config.json")
@@ -539,7 +548,11 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
-            data={"reason": "untrusted-code", "architecture": name, "code": sorted(references)},
+            data={
+                "reason": "own-code",
+                "architecture": name,
+                "files": sorted({file_of(reference) for reference in references}),
+            },
         )
     if cls is None and not references:
         raise ModelError(
@@ -557,7 +570,12 @@ def _config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCo
             except Exception as error:  # any: it runs the checkpoint's own file
                 raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ModelError(f"{name} is not a model class", where=where, hint="Check `architectures` in config.json.")
+        raise ModelError(
+            f"{name} is not a model class",
+            where=where,
+            hint="Check `architectures` in config.json.",
+            data={"reason": "no-model-class", "name": name},
+        )
     return config, class_for(cls, config)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.errors import ModelError, PreflightError, Why
+from compressor.errors import Because, ModelError, PreflightError
 from compressor.model.block_runner import Answer, Batch, Pieces, output_of
 from compressor.model.load_dtypes import hold_as_loaded
 from compressor.model.observed_matmul import LinearCall, LinearCalls
@@ -64,7 +64,7 @@ class Traced:
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
-    whole: dict[Kind, dict[str, Why]]
+    whole: dict[Kind, dict[str, Because]]
     answers: dict[Kind, Answer]
     head: tuple[Product, ...]
     after: set[str]
@@ -145,7 +145,7 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
             hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
-        whole: dict[Kind, dict[str, Why]] = {}
+        whole: dict[Kind, dict[str, Because]] = {}
         answers: dict[Kind, Answer] = {}
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
@@ -301,6 +301,7 @@ def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: tor
             f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
             where=cls.__name__,
             hint="Use a machine with more memory.",
+            data={"needed": needed, "available": there},
         )
 
 
@@ -322,6 +323,7 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
                 "its config.json doesn't say which size the images have",
                 where=type(model).__name__,
                 hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+                data={"reason": "no-image-size"},
             )
         size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
         pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
@@ -342,6 +344,7 @@ def refuse_two_towers(model: PreTrainedModel) -> None:
             "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
             where=type(model).__name__,
             hint="Save the tower that is needed as a model of its own.",
+            data={"reason": "two-towers"},
         )
 
 

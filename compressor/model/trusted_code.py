@@ -50,7 +50,12 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
     if isinstance(found, list):  # of a tokenizer, an older form: the slow class and the fast one
         found = {"AutoTokenizer": found}
     if not isinstance(found, dict):
-        raise ModelError("`auto_map` is not a map", where=where, hint="Check the file, or download it again.")
+        raise ModelError(
+            "`auto_map` is not a map",
+            where=where,
+            hint="Check the file, or download it again.",
+            data={"reason": "auto-map"},
+        )
     result: dict[str, list[str]] = {}
     for name, value in found.items():
         references = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
@@ -60,6 +65,7 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
                     f"`auto_map` says {reference!r} for {name}, which is no module and class beside it",
                     where=where,
                     hint="An entry looks like modeling_x.XForCausalLM.",
+                    data={"reason": "auto-map-entry", "name": name, "value": repr(reference)},
                 )
         result[name] = references
     return result
@@ -163,6 +169,7 @@ def check_kernels(config: Any, where: str = "config.json") -> None:
                     f"{key} {value!r} names code of another repository",
                     where=where,
                     hint="Refused. Remove the key: transformers' own attention is used then.",
+                    data={"reason": "code-elsewhere", "key": key, "value": str(value)},
                 )
         check_kernels(value, where)
 
@@ -194,6 +201,7 @@ def read_generated(directory: Path, name: str, expected: str) -> str:
             "is not the modelling file this release writes",
             where=name,
             hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
+            data={"reason": "changed-code"},
         )
     return expected
 

@@ -229,7 +229,7 @@ def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> Non
             f"the checkpoint has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
             where=where,
             hint="The config and the weights are not of one model.",
-            data={"shape": list(found), "wanted": list(wanted)},
+            data={"reason": "shape", "shape": list(found), "expected": list(wanted)},
         )
 
 
@@ -328,5 +328,10 @@ def _refuse_missing(
                 if is_head
                 else "Check `architectures` in config.json."
             ),
-            data={"reason": "no-tensor", "count": len(missing), "first": missing[0], "model": type(model).__name__},
+            data={
+                "reason": "missing-tensors",
+                "names": missing,
+                "is_head": is_head,
+                "model": type(model).__name__,
+            },
         )

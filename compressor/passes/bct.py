@@ -126,15 +126,15 @@ class BCT(Pass):
     def _has_a_stock_form(self) -> BCT:
         """Whether the block's width divides a weight, and whether it is an embedding, is seen weight by weight."""
         needs = {
-            "block_shape of one row, [1, B]": self.block_shape[0] == 1,
-            "scale: shift": self.scale == "shift",
-            "activations: none": self.activations == "none",
-            "no budget": not self.decides,
+            "block_shape": ("block_shape of one row, [1, B]", self.block_shape[0] == 1),
+            "scale": ("scale: shift", self.scale == "shift"),
+            "activations": ("activations: none", self.activations == "none"),
+            "budget": ("no budget", not self.decides),
         }
-        lacking = [need for need, is_met in needs.items() if not is_met]
+        lacking = {name: need for name, (need, is_met) in needs.items() if not is_met}
         if self.stock and lacking:
             raise PydanticCustomError(
-                "no-stock-form", f"stock: true needs {' and '.join(lacking)}", {"lacking": lacking}
+                "no-stock-form", f"stock: true needs {' and '.join(lacking.values())}", {"lacking": list(lacking)}
             )
         return self
 
@@ -400,12 +400,14 @@ def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
             f"{does}, and no stock loader has a table to put there",
             where=weight.name,
             hint="Leave it out with `except`, or set stock: false.",
+            data={"reason": "no-stock-table", "role": weight.role},
         )
     if width < weight.in_features and weight.in_features % width:
         raise ShapeError(
             f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups are of one size",
             where=weight.name,
             hint="Choose another block_shape, leave this weight out with `except`, or set stock: false.",
+            data={"reason": "blocks-do-not-divide", "width": width, "in_features": weight.in_features},
         )
     return {"bits": bits, "group_size": width if width <= weight.in_features else -1, "symmetric": True}
 

@@ -164,6 +164,7 @@ class GreedyRemoval(Pass):
                 f"block {wrong[0]} is protected, and there are {count}",
                 where="greedy_removal.protect_layers",
                 hint="Drop it.",
+                data={"block": wrong[0], "blocks": count},
             )
         return {block % count for block in self.protect_layers}
 

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, NonNegativeInt
 
 from compressor.bounds import MOST, Count
-from compressor.errors import PreflightError
+from compressor.errors import PreflightError, values_of
 from compressor.protocol import Decision, ModelFacts, Pass, Remodel, Traits
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); our choice: early blocks don't know yet what matters
@@ -74,6 +74,11 @@ class PrefillPruning(Pass):
                     f"block {number} {what}; the model has {depth}",
                     where="prefill_pruning.keep",
                     hint=f"Name blocks from 0 to {depth - 2}.",
+                    data={
+                        "reason": "last-block" if number == depth - 1 else "no-block",
+                        "block": number,
+                        "blocks": depth,
+                    },
                 )
         gates = {number: share for number, share in keep.items() if share < 1}
         if not gates:
@@ -103,5 +108,6 @@ class PrefillPruning(Pass):
                 f"tokens of {model.architecture} can't be dropped in prefill: {why}",
                 where="prefill_pruning",
                 hint="It is for causal language models whose blocks take a cache.",
+                data={"reason": "not-gated", "model": model.architecture, "because": values_of(why)},
             )
         return remodel

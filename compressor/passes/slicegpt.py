@@ -133,6 +133,7 @@ class SliceGPT(Pass):
                 f"nothing is left of a width of {width} at sparsity {self.sparsity}, rounded to {self.round_to}",
                 where="slicegpt.round_to",
                 hint="Set round_to to at most half the width.",
+                data={"width": width, "sparsity": self.sparsity, "round_to": self.round_to},
             )
         return kept
 
@@ -271,10 +272,15 @@ class SliceGPT(Pass):
         if self.sparsity and after >= model.given:
             helps = widest_that_shrinks(count, model.given, width, self.round_to)
             least = "no sparsity up to 0.5 makes it smaller"
+            told: dict[str, Any] = {"after": after, "before": model.given, "least": None}
             if helps is not None and helps >= width / 2:
                 least = f"from sparsity {1 - helps / width:.3f} on it gets smaller"
+                told["least"] = round(1 - helps / width, 3)
             raise PreflightError(
-                f"{after:,} parameters would be left of {model.given:,}", where="slicegpt.sparsity", hint=f"{least}."
+                f"{after:,} parameters would be left of {model.given:,}",
+                where="slicegpt.sparsity",
+                hint=f"{least}.",
+                data=told,
             )
 
     def _look(self, model: ShapingModel) -> dict[str, Any]:

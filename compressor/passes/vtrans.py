@@ -226,6 +226,7 @@ class VTrans(Pass):
                 f"blocks can't differ in their number of {fixed[0].kind} ({fixed[0].layout['per_layer']})",
                 where=fixed[0].name,
                 hint="Set uniform: true.",
+                data={"reason": "blocks-differ", "kind": fixed[0].kind},
             )
         if self._is_uniform and (odd := _unequal(sites)) is not None:
             raise PreflightError(
@@ -242,7 +243,10 @@ class VTrans(Pass):
         count = 1 + max(site.block for site in sites)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
             raise PreflightError(
-                f"block {wrong[0]} is protected, and there are {count}", where="vtrans.protect_layers", hint="Drop it."
+                f"block {wrong[0]} is protected, and there are {count}",
+                where="vtrans.protect_layers",
+                hint="Drop it.",
+                data={"block": wrong[0], "blocks": count},
             )
         protected = {block % count for block in self.protect_layers}
         return [site for site in sites if site.block not in protected and site.layout["removal"] is not None]
@@ -320,6 +324,7 @@ class VTrans(Pass):
                 f"{reachable:g} goes",
                 where="vtrans.target",
                 hint=f"Set target to {reachable:g} or less, or allow more: sites, min_heads, min_ffn, align, of.",
+                data={"target": self.target, "measure": self.measure, "reachable": reachable},
             ) from error
 
 

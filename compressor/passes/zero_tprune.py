@@ -265,6 +265,7 @@ class ZeroTPrune(Pass):
                     f"{', '.join(map(str, rates))} can reach, {100 * self.target_macs:g} % was asked for",
                     where="zero_tprune.target_macs",
                     hint=REACH,
+                    data={"blocks": list(rates), "least": now / dense, "target": self.target_macs},
                 )
             _, block, rates = min(((d - divergence) / (now - search.macs(r)), b, r) for d, b, r in found)
             divergence = search.divergence(rates, block, settle=True)
@@ -345,6 +346,7 @@ class ZeroTPrune(Pass):
                 f"there is no block {unknown[0]}; the model has {depth}",
                 where=where,
                 hint=f"Count from 0 to {depth - 1}.",
+                data={"reason": "no-block", "block": unknown[0], "blocks": depth},
             )
         return asked
 
@@ -379,6 +381,7 @@ class ZeroTPrune(Pass):
                 f"or more, {100 * self.target_macs:g} % was asked for",
                 where="zero_tprune.target_macs",
                 hint=REACH,
+                data={"blocks": list(places), "least": share, "target": self.target_macs},
             )
 
     def _votes(self, block: int, depth: int) -> int:
@@ -403,6 +406,13 @@ class ZeroTPrune(Pass):
                 f"{found[1]} of {facts.tokens} tokens would be left after block {found[0]}; {FEWEST} is the least",
                 where="zero_tprune.keep",
                 hint="Keep more there, or in the blocks before.",
+                data={
+                    "reason": "too-few",
+                    "block": found[0],
+                    "left": found[1],
+                    "tokens": facts.tokens,
+                    "least": FEWEST,
+                },
             )
 
 

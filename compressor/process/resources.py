@@ -42,7 +42,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
             f"memory ran out{asked}",
             where=folder.name if folder is not None else None,
             hint="Free some memory, or use smaller data, then try again (a run: with --resume).",
-            data={"reason": "no-memory", "cause": str(error)[:200]},
+            data={"reason": "out-of-memory", "cause": str(error)[:200]},
         )
     return None
 

@@ -50,7 +50,7 @@ def compile_pattern(pattern: str, where: str) -> Glob:
         raise RecipeError(
             f"pattern {pattern[:200]!r} is malformed ({error})",
             where=where,
-            data={"reason": reason, "pattern": pattern[:200], "error": str(error)},
+            data={"reason": reason, "pattern": pattern[:200], "cause": str(error)},
         ) from error
 
 

@@ -140,7 +140,7 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
         raise RecipeError(
             f"{_shown(node)} can't be read ({error})",
             where=place,
-            data={"reason": "unreadable", "value": _shown(node), "error": str(error)},
+            data={"reason": "unreadable", "value": _shown(node), "cause": str(error)},
         ) from error
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise RecipeError(

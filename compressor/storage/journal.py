@@ -74,15 +74,18 @@ class Journal:
             )
         stored = _read_run(work)
         names = sorted({*stored, *fingerprint})
-        pairs = {name: [stored.get(name), fingerprint.get(name)] for name in names}
-        changes = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        differences = [f"{name}: was {was!r}, is {now!r}" for name, (was, now) in changes.items()]
+        differing = [name for name in names if stored.get(name) != fingerprint.get(name)]
+        differences = [f"{name}: was {stored.get(name)!r}, is {fingerprint.get(name)!r}" for name in differing]
         if differences:
             raise ResumeError(
                 "the interrupted run differs: " + "; ".join(differences),
                 where=work.name,
                 hint="Restore what differs, or start again with --fresh.",
-                data={"changes": changes},
+                data={
+                    "reason": "differs",
+                    "was": {name: stored.get(name) for name in differing},
+                    "is": {name: fingerprint.get(name) for name in differing},
+                },
             )
         try:
             (work / UNITS).mkdir(exist_ok=True)

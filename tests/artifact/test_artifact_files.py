@@ -10,10 +10,11 @@ import pytest
 from raising import raises
 
 from compressor.artifact.files import check_files, compare_files, file_facts, matters, owned_files, remove_artifact
-from compressor.artifact.manifest import MANIFEST, read_manifest
+from compressor.artifact.manifest import read_manifest
 from compressor.engine.request import check_request
 from compressor.errors import ArtifactError, ModelError, UsageError
 from compressor.recipe.recipe import parse_recipe
+from compressor.storage.file_names import MANIFEST
 from compressor.storage.journal import Journal, remove_work
 
 FILES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -11,6 +10,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor import run as running
@@ -104,23 +104,23 @@ def swapped_dense(tensors):
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
 
 
-# how the source was misread, as a checkpoint that reads so -> what verification says of the artifact made of that
+# how the source was misread, as a checkpoint that reads so -> what of the artifact made of that is told
 MISREAD = {
-    "another file": (lambda t: t.update({k: v + 0.01 * torch.randn_like(v) for k, v in t.items()}), "relative error"),
-    "rows swapped": (swapped, f"{DOWN} has a relative error of .* against the source"),
-    "scales of another size": (scaled, f"{DOWN} has a relative error of"),
+    "another file": (lambda t: t.update({k: v + 0.01 * torch.randn_like(v) for k, v in t.items()}), DOWN),
+    "rows swapped": (swapped, DOWN),
+    "scales of another size": (scaled, DOWN),
     "integer codes taken for weights": (
         lambda t: t.update({f"{DOWN}.weight": (t[f"{DOWN}.weight"] * 300).round()}),
-        f"{DOWN} has a relative error of",
+        DOWN,
     ),
-    "a parameter rounded": (nudged, f"{NORM} is not what the source holds, and no step touched it"),
-    "rows of what stays dense swapped": (swapped_dense, "embed_tokens.weight is not what the source holds"),
+    "a parameter rounded": (nudged, NORM),
+    "rows of what stays dense swapped": (swapped_dense, "model.embed_tokens.weight"),
 }
 
 
 @pytest.mark.parametrize("fault", MISREAD)
 def test_an_artifact_of_a_misread_source_is_found(fault, built, tmp_path):
-    change, message = MISREAD[fault]
+    change, name = MISREAD[fault]
     source = tiny.save("llama", tmp_path / "m")
     shutil.copytree(source, tmp_path / "misread")
     torch.manual_seed(1)
@@ -128,7 +128,7 @@ def test_an_artifact_of_a_misread_source_is_found(fault, built, tmp_path):
     artifact = built(tmp_path / "misread", tmp_path / "out", {**RTN, "bits": 8})
     assert found(artifact, tmp_path / "misread")["problems"] == []
     problems = found(artifact, source)["problems"]
-    assert any(re.search(message, problem) for problem in problems), problems
+    assert any(name in problem.split() for problem in problems), problems
 
 
 def router_packed(artifact):
@@ -142,36 +142,36 @@ def tied_head(artifact):
     edit_config(artifact, tie_word_embeddings=True)
 
 
-# what is done to a sound artifact -> what verification says
+# what is done to a sound artifact -> which module, parameter or buffer verification tells
 DAMAGED = {
-    "rounded in another dtype": (lambda a: edit_tensors(a, rounded), f"{NORM} is not what the source holds"),
+    "rounded in another dtype": (lambda a: edit_tensors(a, rounded), NORM),
     "a step's scales raised": (
         lambda a: edit_tensors(a, lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"] * 1.25})),
-        f"{DOWN} has a relative error of",
+        DOWN,
     ),
-    "tied": (tied_head, "lm_head.weight is not what the source holds"),
+    "tied": (tied_head, "lm_head.weight"),
     "another rope": (
         lambda a: edit_config(a, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-        "inv_freq is not what the source holds",
+        "model.rotary_emb.inv_freq",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", DAMAGED)
 def test_a_damaged_artifact_is_found(fault, built, tmp_path):
-    change, message = DAMAGED[fault]
+    change, name = DAMAGED[fault]
     source = tiny.save("llama", tmp_path / "m")
     artifact = built(source, tmp_path / "out", {**RTN, "bits": 8})
     change(artifact)
     problems = found(artifact, source)["problems"]
-    assert any(message in problem for problem in problems), problems
+    assert any(name in problem.split() for problem in problems), problems
 
 
 def test_a_dropped_tensor_is_found(built, tmp_path):
     source = tiny.save("llama", tmp_path / "m")
     artifact = built(source, tmp_path / "out", RTN)
     edit_tensors(artifact, lambda t: t.pop(NORM))
-    with pytest.raises(ModelError, match=f"has no tensor for {NORM}"):
+    with raises(ModelError, where="out", reason="missing-tensors", names=[NORM]):
         found(artifact, source)
 
 

@@ -296,8 +296,8 @@ def special(kind, tmp_path):
         ("socket", {"reason": "no-regular-file", "kind": "socket"}),
         ("device", {"reason": "no-regular-file", "kind": "device"}),
         ("loop", {"reason": "not-looked-up"}),
-        ("dangling", {"reason": "leads-nowhere"}),
-        ("gone", {"reason": "no-data-file"}),
+        ("dangling", {"reason": "broken-link"}),
+        ("gone", {"reason": "no-such-file"}),
     ],
 )
 def test_only_regular_files_are_opened(kind, data, tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_only_regular_files_are_opened(kind, data, tmp_path, monkeypatch):
             os.rename(path, source)
         for use in (load, lambda settings: check_data(settings, reads_pixels=False)):
             if source.endswith(".npz"):
-                renamed = {"reason": "leads-nowhere"} if kind == "loop" else data  # it leads to its old name
+                renamed = {"reason": "broken-link"} if kind == "loop" else data  # it leads to its old name
                 with raises(RecipeError, where=source, **renamed):
                     load_samples(ask(source), tmp_path, seed=0, vocabulary=None)
             else:

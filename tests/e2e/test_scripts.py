@@ -122,7 +122,7 @@ def test_digits_are_read_from_idx_files(tmp_path):
     file.write_bytes(gzip.compress(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9])))
     assert vit.read_idx(file).tolist() == [[7, 8, 9]]
     file.write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
-    with pytest.raises(ValueError, match="not an IDX file of bytes"):
+    with pytest.raises(ValueError, match="IDX"):
         vit.read_idx(file)
 
 

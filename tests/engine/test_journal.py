@@ -18,7 +18,7 @@ FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from compressor.storage.journal import Journal
+
 left = [int(sys.argv[2])]
 def deadly(call):
     def wrapped(*args, **kwargs):
@@ -164,7 +164,13 @@ def test_only_a_regular_file_is_opened(name, make, tmp_path):
 
 def test_every_difference_is_named_on_resume(tmp_path):
     Journal.create(tmp_path / "w", FINGERPRINT).close()
-    with raises(ResumeError, where="w", changes={"recipe": ["abc", "xyz"], "threads": [2, 1]}) as failure:
+    with raises(
+        ResumeError,
+        where="w",
+        reason="differs",
+        was={"recipe": "abc", "threads": 2},
+        **{"is": {"recipe": "xyz", "threads": 1}},
+    ) as failure:
         Journal.reopen(tmp_path / "w", {"recipe": "xyz", "threads": 1})
     assert failure.value.exit_code == 2
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from raising import raises
 from safetensors.torch import load_file
 
 import compressor
@@ -183,23 +184,27 @@ def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orient
 
 
 def test_settings_of_no_sense_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="one width for all sites"):
+    with raises(RecipeError, reason="one-width"):
         recipe({"pass": "slicegpt", "schedule": "variance", "orientation": "global"})
-    with pytest.raises(RecipeError, match="sparsity"):
+    with raises(RecipeError, reason="less-than-equal", found="0.7") as failure:
         recipe({"pass": "slicegpt", "sparsity": 0.7})
+    assert failure.value.where.endswith(" (steps.0.sparsity)")
     model = tiny.save("llama", tmp_path / "model")
     step = {"pass": "slicegpt", "round_to": 64, "orientation": "global"}
-    assert "nothing is left of a width of 32" in problems(model, FUSED, step)[0]
+    (problem,) = make_plan(recipe(FUSED, step), str(model), prove=False).problems
+    assert problem.where == "slicegpt.round_to" and problem.data["width"] == 32
 
 
 def test_a_sparsity_that_makes_a_model_larger_is_refused_with_the_least_that_helps(tmp_path):
     """Untying the head costs more than a tenth of the width saves."""
     model = tiny.save("qwen3", tmp_path / "model", vocab_size=512)
     step = {"pass": "slicegpt", "sparsity": 0.1, "round_to": 1, "orientation": "global"}
-    with pytest.raises(PreflightError, match=r"parameters would be left of .*from sparsity 0\.\d+ on it gets smaller"):
+    with raises(PreflightError, where="slicegpt.sparsity") as failure:
         compress(recipe(FUSED, step), str(model), tmp_path / "out", measure=False)
     plan = make_plan(recipe(FUSED, step), str(model), prove=False)
-    least = float(str(plan.problems[0]).partition("from sparsity ")[2].split()[0])
+    assert plan.problems[0].data == failure.value.data
+    assert failure.value.data["after"] > failure.value.data["before"]
+    least = failure.value.data["least"]
     for sparsity, grows in ((least + 1e-3, False), (least - 0.035, True)):
         found = make_plan(recipe(FUSED, {**step, "sparsity": round(sparsity, 4)}), str(model), prove=False)
         assert bool(found.problems) == grows

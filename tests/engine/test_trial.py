@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from raising import raises
 from stored_as_planned import assert_plain_transformers_computes_what_the_codes_stand_for
 
 from compressor.artifact.stock_formats import Route, next_route
@@ -89,8 +90,9 @@ def test_two_schemes_take_the_modeling_file_since_the_loader_would_use_one_for_a
 def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "try_loaders", lambda *_: "the loader stops (KeyError: 'x')")
     (problem,) = make_plan(recipe(), str(tiny.save("llama", tmp_path / "m"))).problems
-    assert isinstance(problem, PreflightError) and "the format custom can't be loaded: the loader stops" in str(problem)
-    with pytest.raises(PreflightError, match="format custom"):
+    told = {"reason": "loader-fails", "format": "custom", "cause": "the loader stops (KeyError: 'x')"}
+    assert isinstance(problem, PreflightError) and (problem.where, problem.data) == ("export", told)
+    with raises(PreflightError, where="export", reason="loader-fails", format="custom", cause="why"):
         next_route(Route("custom", ""), "why", [], "custom", False)
 
 
@@ -98,10 +100,10 @@ def test_a_format_that_was_not_tried_is_a_warning(tmp_path, monkeypatch):
     model = str(tiny.save("llama", tmp_path / "m"))
     monkeypatch.setattr(trial, "MOST_PARAMETERS", 10)
     (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
-    assert "parameters, and up to 10 are tried" in warning["message"]
+    assert "10" in warning["message"].split()
     monkeypatch.setattr(trial, "_narrowings", lambda *_: [lambda: 1 / 0])
     (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
-    assert "no small twin can be made (ZeroDivisionError: division by zero)" in warning["message"]
+    assert "(ZeroDivisionError: division by zero)" in warning["message"]
 
 
 @pytest.mark.parametrize(

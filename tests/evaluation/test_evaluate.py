@@ -304,7 +304,7 @@ def test_an_evaluation_keeps_out_of_directories_that_are_not_its_own(two, tmp_pa
     ):
         with raises(UsageError, where=tmp_path / name, **data):
             measure_model(str(two[0]), data="random", output=tmp_path / name)
-    with raises(RecipeError, where="gone.txt", reason="no-data-file"):
+    with raises(RecipeError, where="gone.txt", reason="no-such-file"):
         measure_model(str(two[0]), data="gone.txt", output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

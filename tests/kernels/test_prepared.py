@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from raising import raises
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import explain, prepare
+from compressor.kernels import prepare
 from compressor.kernels.cpu import LEVELS, Library, library
 from compressor.kernels.ops import dense_product
 from compressor.kernels.ops import linear as ops
@@ -23,7 +24,7 @@ from compressor.kernels.ops.dense_sparse import linear_dense_sparse
 from compressor.kernels.ops.int8_split import round_rows
 from compressor.kernels.prepare import dispatch, stock
 from compressor.kernels.prepare.linear_call import LinearCall
-from compressor.kernels.prepare.prepared import PreparedLinear, chosen_kernels
+from compressor.kernels.prepare.prepared import PreparedLinear, chosen_kernels, explain
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -87,7 +88,7 @@ def test_kernels_read_subnormal_float16_numbers(form, rows, flushes):
 def test_rounded_inputs_are_chosen_by_name():
     model = nn.ModuleDict({"four": packed_layer(bits=4), "three": packed_layer(bits=3)})
     assert {choice.op for choice in prepare(model, activations="int8").values()} == {"linear_dynamic_int8"}
-    with pytest.raises(KernelError, match="int4"):
+    with raises(KernelError, reason="activations", activations="int4"):
         prepare(nn.Sequential(packed_layer(bits=3)), activations="int4")
 
 
@@ -114,7 +115,7 @@ def test_a_group_index_of_minus_one_is_the_columns_own_order_and_some_of_it_is_n
 def test_groups_of_unequal_size_are_left_to_the_reference_and_explained():
     index = (torch.arange(64) >= 20).int()
     model = nn.Sequential(packed_layer(index=index))
-    with pytest.warns(UserWarning, match="20 to 44 columns a group"):
+    with pytest.warns(UserWarning, match="20 to 44"):
         prepare(model)
     assert "reference" in explain(model) and "20 to 44 columns" in explain(model)
 
@@ -245,7 +246,7 @@ def test_blocks_that_no_kernel_takes_stay_with_the_reason():
         torch.ones(8, 24, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8), bits=4, block=(2, 6)
     )
     model = nn.Sequential(layer)
-    with pytest.warns(UserWarning, match="groups of 6 columns, a multiple of 8"):
+    with pytest.warns(UserWarning, match=r"\b6 columns"):
         prepare(model)
     assert model[0] is layer
 
@@ -430,9 +431,9 @@ def test_inputs_that_do_not_fit_are_refused_with_shape_and_dtype(x):
     model = Attention()
     prepare(model)
     for layer in model.children():
-        with pytest.raises(ShapeError, match=rf"linear_weight_only: x {x.dtype} .*a float \(\.\.\., 64\) expected"):
+        with raises(ShapeError, op="linear_weight_only", dtype=str(x.dtype), shape=list(x.shape), columns=64):
             layer(x)
-    with pytest.raises(KernelError, match="x on meta"):
+    with raises(KernelError, op="linear_weight_only", device="meta"):
         model.o_proj(torch.randn(2, 64, device="meta"))
 
 
@@ -444,7 +445,7 @@ def test_a_backward_pass_through_a_prepared_layer_is_an_error_not_a_gradient_tha
         y = layer(x.T)
         with torch.no_grad():
             assert torch.equal(y, layer(x.T)) and not layer(x.T).requires_grad
-        with pytest.raises(RuntimeError, match=r"linear_weight_only has no gradient.*kernels='reference'"):
+        with pytest.raises(RuntimeError, match="linear_weight_only"):
             (x.T[:, : y.shape[1]] + y[:, : x.shape[0]]).sum().backward()
     assert x.grad is None
 
@@ -499,16 +500,17 @@ def test_without_the_library_a_torch_op_of_the_same_meaning_multiplies(without_l
     x = torch.randn(3, 64)
     with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-    with pytest.raises(KernelError, match="no compiler"):
+    with raises(KernelError, where="layer", reason="fallback", kernel="torch op") as failure:
         prepare(InFloat32(**shape), activations=activations, strict=True)
+    assert any("no compiler" in skipped for skipped in failure.value.data["skipped"])
 
 
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ({"bits": 3}, "torch has no linear_weight_only of 3 bits"),
-        ({"out": 24}, "a multiple of 16"),
-        ({"bits": 8, "group": -1}, "with zero points"),
+        ({"bits": 3}, "linear_weight_only of 3 bits"),
+        ({"out": 24}, "24 x 64"),
+        ({"bits": 8, "group": -1}, "zero points"),
     ],
 )
 def test_without_the_library_what_torch_lacks_goes_to_the_reference(without_library, shape, reason):
@@ -519,5 +521,5 @@ def test_without_the_library_what_torch_lacks_goes_to_the_reference(without_libr
 
 def test_without_the_library_16_bit_inputs_are_left_to_the_reference(without_library):
     model = InFloat32(out=32).bfloat16()
-    with pytest.warns(UserWarning, match=r"rounds scales and sums of torch\.bfloat16 inputs"):
+    with pytest.warns(UserWarning, match=r"torch\.bfloat16"):
         assert prepare(model)["layer"].op is None

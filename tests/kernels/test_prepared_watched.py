@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raising import raises
 from test_prepared import packed_layer
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compressor.errors import KernelError
-from compressor.kernels import explain, prepare
+from compressor.kernels import prepare
 from compressor.kernels.cpu import Library, library
 from compressor.kernels.ops.dense_product import PreparedDense
-from compressor.kernels.prepare.prepared import PreparedLinear
+from compressor.kernels.prepare.prepared import PreparedLinear, explain
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -121,12 +122,13 @@ def test_a_layer_whose_forward_was_replaced_is_left_to_it():
     for layer in model[:2]:
         layer.forward = lambda x, layer=layer: 2 * type(layer).forward(layer, x)
     expected = model[:2](some())
-    with pytest.warns(UserWarning, match="its forward was replaced"):
+    with pytest.warns(UserWarning, match="forward"):
         assert prepare(model)["0"].op is None
     assert type(model[0]) is PackedLinear and type(model[1]) is nn.Linear and type(model[2]) is PreparedLinear
     assert torch.equal(model[:2](some()), expected)
-    with pytest.raises(KernelError, match="its forward was replaced"):
+    with raises(KernelError, where="0", reason="fallback", kernel="reference") as failure:
         prepare(model, strict=True)
+    assert any("forward" in skipped for skipped in failure.value.data["skipped"])
 
 
 def test_a_dense_layer_with_a_backward_hook_is_left_alone():

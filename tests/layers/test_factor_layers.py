@@ -70,11 +70,11 @@ def test_a_stored_layer_is_rebuilt_from_its_tensors_and_refuses_damaged_ones():
     again = SparseFactorLinear.from_tensors(layer.spec(), layer.tensors())
     assert again.matrix(torch.float32).equal(layer.matrix(torch.float32))
     damaged = {**layer.tensors(), "weight_index": layer.weight_index ^ 1}
-    with raises(ShapeError, name="weight_index", k=2, rows=21):
+    with raises(ShapeError, tensor="weight_index", k=2, rows=21):
         SparseFactorLinear.from_tensors(layer.spec(), damaged)
     numbers = SparseFactorLinear.pack(*factors(atoms=33), "float16")
     damaged = {**numbers.tensors(), "weight_index": numbers.weight_index | 255}
-    with raises(ShapeError, name="weight_index", atoms=33):
+    with raises(ShapeError, tensor="weight_index", atoms=33):
         SparseFactorLinear.from_tensors(numbers.spec(), damaged)
     with raises(ShapeError, reason="descends"):
         atoms, values, index = factors()

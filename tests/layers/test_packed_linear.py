@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from raising import raises
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops.packed_codes import pack_codes, unpack_codes
@@ -78,7 +79,7 @@ def test_planned_shapes_are_those_that_are_stored(bits, symmetric):
 
 def test_scales_that_do_not_fit_are_refused():
     codes = torch.zeros(4, 64, dtype=torch.int8)
-    with pytest.raises(ShapeError, match="groups of 32"):
+    with raises(ShapeError, tensor="scale", shape=[4, 3], codes=[4, 64], group_size=32):
         PackedLinear.pack(codes, torch.ones(4, 3), None, bits=4, group_size=32, symmetric=True)
 
 
@@ -110,9 +111,9 @@ def test_without_an_index_neither_spec_nor_tensors_mention_it():
 @pytest.mark.parametrize("index", [[2] * 64, [-1] * 64, [0] * 63])
 def test_an_index_of_groups_that_do_not_exist_is_refused(index):
     _, codes, scale, _ = make()
-    with pytest.raises(ShapeError, match="must name one of 2 groups for 64 inputs"):
+    with raises(ShapeError, tensor="weight_g_idx", shape=[len(index)], groups=2, inputs=64):
         PackedLinear.pack(codes, scale, None, bits=4, group_size=32, symmetric=True, index=torch.tensor(index))
     stored = PackedLinear.pack(codes, scale, None, bits=4, group_size=32, symmetric=True, index=torch.arange(64) // 32)
     tensors = {**stored.tensors(), "weight_g_idx": torch.tensor(index, dtype=torch.int32)}
-    with pytest.raises(ShapeError, match="weight_g_idx"):
+    with raises(ShapeError, tensor="weight_g_idx", shape=[len(index)]):
         PackedLinear.from_tensors(stored.spec(), tensors)

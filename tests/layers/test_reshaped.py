@@ -12,12 +12,13 @@ import torch
 import transformers as hf
 import yaml
 from fresh import stranger
+from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.analysis.residual_stream import read_residual, residual_twin
-from compressor.artifact import writer
 from compressor.artifact.inspection import inspect_path
+from compressor.artifact.loader import writer
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import auto_classes, choose_route
@@ -231,7 +232,7 @@ def test_norms_of_a_narrower_stream_are_not_offered_to_tables(sliced):
 
 def test_a_sliced_model_is_not_sliced_again(sliced):
     structure = read_structure(sliced("llama").directory)
-    with pytest.raises(ModelError, match="0: has matrices beside its branches already"):
+    with raises(ModelError, where="model.layers.0", reason="sliced-already"):
         read_residual(structure)
 
 
@@ -246,19 +247,19 @@ def test_the_class_of_a_reshaped_model_is_one_and_knows_its_stock_class():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    ("key", "value", "told"),
     [
-        ("compressed_shapes", ["lm_head.bias"], "is not a map from parameters to shapes"),
-        ("compressed_shapes", {"lm_head.bias": 96}, "is not a map from parameters to shapes"),
-        ("compressed_modules", {"model.norm": {"form": "rms_norm"}}, "is not a map from modules to form"),
-        ("compressed_modules", {"model.norm": {"form": "x", "spec": {}, "shape": []}}, "unknown stored form 'x'"),
+        ("compressed_shapes", ["lm_head.bias"], {"where": "config.json: compressed_shapes"}),
+        ("compressed_shapes", {"lm_head.bias": 96}, {"where": "config.json: compressed_shapes"}),
+        ("compressed_modules", {"model.norm": {"form": "rms_norm"}}, {"where": "config.json: compressed_modules"}),
+        ("compressed_modules", {"model.norm": {"form": "x", "spec": {}, "shape": []}}, {"form": "x"}),
     ],
 )
-def test_a_config_that_is_not_as_written_is_an_error(key, value, what, tmp_path):
+def test_a_config_that_is_not_as_written_is_an_error(key, value, told, tmp_path):
     path = tiny.save("llama", tmp_path / "m")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(compressor.errors.CompressError, match=what):
+    with raises(compressor.errors.CompressError, **told):
         read_structure(path)
 
 
@@ -267,7 +268,7 @@ def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(sli
     route = choose_route([], "auto", False, structure.model)
     assert route.name == "custom" and "is a rms_norm, which LlamaForCausalLM of stock" in route.reason
     for asked, stock_only in (("auto", True), ("compressed-tensors", False)):
-        with pytest.raises(PreflightError, match="stock transformers can't load this model"):
+        with raises(PreflightError, where="export", reason="no-stock-loader", weights=None):
             choose_route([], asked, stock_only, structure.model)
     text = modelling_file(structure.model, ["packed_linear"])
     assert "def reshape(" in text and '"rms_norm": RmsNorm' in text and "class PackedLinear" in text
@@ -281,7 +282,7 @@ def test_a_changed_modelling_file_is_not_run(sliced, tmp_path):
     assert verify(directory, None, sealed=True, deep=True)["problems"] == []
     file = directory / "modeling_compressed_llama.py"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(compressor.errors.ArtifactError, match="is not the modelling file this release writes"):
+    with raises(compressor.errors.ArtifactError, where=file.name, reason="changed-code"):
         load_stock(directory, read_manifest(directory))
 
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from raising import raises
 from safetensors.torch import load_file
 
 import compressor
@@ -133,18 +134,20 @@ def test_a_class_whose_heads_are_tied_to_its_width_loses_mlp_units_alone_as_stoc
     decision = even([site for site in facts.prunable() if site.kind == "ffn"])
     result = pruned(family, decision, "stock")
     assert apart(result, decision) < TOLERANCE and "compressed_shapes" not in result.remodel.config
-    with pytest.raises(PreflightError, match="its config doesn't say how many heads there are"):
+    because = {"reason": "count-not-in-config", "kind": "heads"}
+    with raises(PreflightError, where="export", reason="no-stock-model", because=because):
         pruned_remodel(facts, facts.prunable(), even(facts.prunable()), "stock")
 
 
 def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
     _, facts = opened("llama")
     sites = facts.prunable()
-    with pytest.raises(PreflightError, match="the number of ffn differs from block to block"):
+    stock = {"where": "export", "reason": "no-stock-model"}
+    with raises(PreflightError, **stock, because={"reason": "uneven", "kind": "ffn"}):
         pruned_remodel(facts, sites, {"sites": {sites[1].name: list(range(60))}}, "stock")
-    with pytest.raises(PreflightError, match=r"model.layers.1.mlp is gone altogether"):
+    with raises(PreflightError, **stock, because={"reason": "gone", "site": "model.layers.1.mlp"}):
         pruned_remodel(facts, sites, {"sites": {}, "removed": [sites[3].name]}, "stock")
-    with pytest.raises(PreflightError, match="norms inside its blocks have the same rms_norm_eps"):
+    with raises(PreflightError, **stock, because={"reason": "eps-of-other-norms", "key": "rms_norm_eps"}):
         other = opened("qwen3")[1]
         pruned_remodel(other, other.prunable(), {"sites": {}, "hidden": HIDDEN}, "stock")
     assert "compressed_shapes" in pruned_remodel(facts, sites, even(sites), "custom").config
@@ -153,7 +156,7 @@ def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
 def test_a_class_that_splits_by_its_config_needs_as_many_heads_in_every_block(opened, pruned):
     _, facts = opened("phi3")
     sites = facts.prunable()
-    with pytest.raises(PreflightError, match=r"blocks can't differ in their number of heads"):
+    with raises(PreflightError, where="model.layers.0.self_attn", reason="blocks-differ", kind="heads"):
         pruned_remodel(facts, sites, {"sites": {sites[0].name: [1]}})
     decision = {
         "sites": {site.name: [1] if site.kind == "heads" else made.middle(site, n) for n, site in enumerate(sites)}
@@ -237,7 +240,7 @@ def test_a_pruned_model_is_pruned_again(opened, pruned, tmp_path):
 
 def test_the_residual_stream_of_a_post_norm_model_is_not_made_narrower(opened):
     _, facts = opened("bert")
-    with pytest.raises(ModelError, match="the residual stream passes through this norm"):
+    with raises(ModelError, where="bert.encoder.layer.0.output.LayerNorm", reason="post-norm"):
         pruned_remodel(facts, facts.prunable(), {"sites": {}, "hidden": HIDDEN})
 
 
@@ -299,16 +302,16 @@ def test_readers_that_are_solved_again_bring_the_model_nearer_to_the_whole_one(f
 
 
 @pytest.mark.parametrize(
-    ("decision", "what"),
+    ("decision", "data"),
     [
-        ({"sites": {"model.layers.9.mlp": [1]}}, "model.layers.9.mlp is no site that can be pruned"),
-        ({"sites": {"model.layers.0.mlp": [1, 64]}}, "are not units of it, which has 64"),
-        ({"sites": {"model.layers.0.mlp": [3, 1]}}, "in ascending order"),
-        ({"sites": {}, "removed": ["model.layers.0"]}, "model.layers.0 is no site"),
+        ({"sites": {"model.layers.9.mlp": [1]}}, {"reason": "no-site", "site": "model.layers.9.mlp"}),
+        ({"sites": {"model.layers.0.mlp": [1, 64]}}, {"reason": "units", "kept": [1, 64], "units": 64}),
+        ({"sites": {"model.layers.0.mlp": [3, 1]}}, {"reason": "units", "kept": [3, 1], "units": 64}),
+        ({"sites": {}, "removed": ["model.layers.0"]}, {"reason": "no-site", "site": "model.layers.0"}),
     ],
 )
-def test_a_decision_that_does_not_fit_the_model_is_refused(decision, what, opened):
-    with pytest.raises(PreflightError, match=what):
+def test_a_decision_that_does_not_fit_the_model_is_refused(decision, data, opened):
+    with raises(PreflightError, where="decision", **data):
         check_decision(opened("llama")[1].prunable(), decision)
 
 

@@ -46,7 +46,7 @@ def test_with_all_kept_the_matrix_stays_as_the_penalty_goes():
     x, weight = case()
     errors = [float((solve(weight, range(10), moments_of(x), r)[0] / weight - 1).abs().max()) for r in (1e-2, 1e-9)]
     assert errors[1] < 1e-4 < errors[0]
-    with pytest.raises(ValueError, match="ridge is 0"):
+    with pytest.raises(ValueError, match="ridge"):
         solve(weight, KEPT, moments_of(x), 0.0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raising import raises
 
 from compressor.errors import PassError
 from compressor.methods.rotation.rotation import (
@@ -148,7 +149,7 @@ def test_a_hadamard_matrix_spreads_one_direction_over_all(generator):
 
 
 def test_no_dimensions_are_an_error(generator):
-    with pytest.raises(ValueError, match="0 dimensions"):
+    with pytest.raises(ValueError, match="dimensions"):
         randomized_hadamard(0, generator)
 
 
@@ -201,7 +202,7 @@ def test_a_token_of_zeros_adds_nothing_also_where_tokens_are_normalised():
 def test_a_token_that_is_not_finite_is_an_error_unless_masked(randn):
     x = randn(3, 8)
     x[1, 2] = torch.inf
-    with pytest.raises(PassError, match="NaN or Inf"):
+    with raises(PassError, reason="signal-not-finite"):
         Covariance.zeros(8).add(x)
     assert Covariance.zeros(8).add(x, torch.tensor([True, False, True])).tokens == 2
 
@@ -269,5 +270,5 @@ def test_equal_eigenvalues_still_give_an_orthogonal_matrix():
 
 
 def test_a_covariance_with_nan_is_an_error():
-    with pytest.raises(PassError, match="covariance has NaN"):
+    with raises(PassError, where=None, reason="covariance-not-finite"):
         pca(torch.full((3, 3), torch.nan))

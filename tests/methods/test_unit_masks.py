@@ -8,6 +8,7 @@ import pytest
 import shaping
 import tiny
 import torch
+from raising import raises
 
 from compressor.analysis.residual_stream import residual_of
 from compressor.errors import PassError
@@ -116,13 +117,13 @@ def test_labels_that_are_missing_or_do_not_fit_are_errors():
     def head(samples):
         return whole.head(0, hidden[samples], samples)
 
-    with pytest.raises(PassError, match="no labels"):
+    with raises(PassError, where="loss: task", reason="no-labels"):
         next(labelled(whole)(0, hidden, head))
     whole.given_labels = [torch.tensor([0, 5])]
-    with pytest.raises(PassError, match="labels up to 5 don't fit outputs of 2"):
+    with raises(PassError, where="loss: task", reason="labels", largest=5, shape=[2]):
         next(labelled(whole)(0, hidden, head))
     empty = shaping.Whole(tiny.build("bert"), [])
-    with pytest.raises(PassError, match="no calibration batch"):
+    with raises(PassError, where="data", reason="no-batch"):
         Dense.of(empty)
 
 
@@ -247,5 +248,5 @@ def test_a_loss_of_nan_goes_back_to_the_last_finite_masks_at_half_the_rate():
     assert len(run().losses) == 12
     found = run(3, 7)
     assert len(found.losses) == 10 and bool(torch.isfinite(found.masks.mean).all())
-    with pytest.raises(PassError, match="NaN or infinite at step 6, after 3 returns"):
+    with raises(PassError, where="mask training", reason="not-finite", step=6, returns=3):
         run(1, 3, 4, 5)

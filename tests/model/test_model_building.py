@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from raising import raises
 
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PassError
@@ -41,66 +42,98 @@ def changed(source, target, path, value):
     return target
 
 
-# family, dotted key, value, what the message says
+def wrong(key, needed=None, **data):
+    """The values of a refusal that blames one key of config.json."""
+    told = {} if needed is None else {"needed": needed}
+    return {"where": "model/config.json", "reason": "wrong-value", "keys": [key], **told, **data}
+
+
+MADE, BUILT = {"subject": "LlamaConfig"}, {"subject": "LlamaForCausalLM"}
+GEMMA, GPT2 = {"subject": "Gemma3TextConfig"}, {"subject": "GPT2LMHeadModel"}
+CLASSES = wrong("architectures", "a list of class names is needed")
+LARGEST, MOST = "no model has more than 100,000,000", "no model has more than 1,000,000"
+
+
+def shape(where, found, expected):
+    return {"where": where, "reason": "shape", "shape": found, "expected": expected}
+
+
+# family, dotted key, value, what is told
 WRONG = [
-    ("llama", "hidden_size", "256", r'hidden_size is "256"; int is needed'),
-    ("llama", "rms_norm_eps", None, r"rms_norm_eps is null; float is needed"),
-    ("llama", "rms_norm_eps", [1], r"rms_norm_eps is \[1\]"),
-    ("llama", "use_cache", 3, r"use_cache is 3; bool is needed"),
-    ("llama", "architectures", [3], r"architectures is \[3\]; a list of class names"),
-    ("llama", "architectures", "LlamaForCausalLM", r"architectures is .* a list of class names"),
-    ("llama", "architectures", {"a": 1}, r"architectures is .* a list of class names"),
-    ("llama", "architectures", [], r"names no `architectures`"),
-    ("llama", "architectures", ["utils"], r"utils is not a model class"),
-    ("llama", "architectures", [""], r"no architecture ''"),
-    ("llama", "model_type", 3, r"model_type is 3; the name of a model type"),
-    ("llama", "model_type", "nothing", r"model_type is 'nothing', which this transformers doesn't know"),
-    ("llama", "dtype", "float33", r'dtype is "float33"; one of float16, bfloat16'),
-    ("llama", "dtype", "int8", r'dtype is "int8"; one of'),
-    ("llama", "dtype", 5, r"dtype is 5; one of"),
-    ("llama", "torch_dtype", [1], r"torch_dtype is \[1\]; one of"),
-    ("llama", "quantization_config", "gptq", r'quantization_config is "gptq"; a map'),
-    ("llama", "auto_map", [1], r"`auto_map` says 1"),
-    ("llama", "hidden_act", "foo", r'hidden_act is "foo"; LlamaForCausalLM: it can\'t be built \(KeyError'),
-    ("llama", "num_attention_heads", 0, r"num_attention_heads is 0; LlamaConfig: it can't be made"),
-    ("llama", "num_attention_heads", -1, r"num_attention_heads is -1; Llama"),
-    ("llama", "num_key_value_heads", 3, r"num_key_value_heads is 3|k_proj.weight: the checkpoint has shape"),
-    ("llama", "rope_parameters.rope_type", "foo", r'rope_parameters\.rope_type is "foo";'),
-    ("llama", "rope_parameters.rope_theta", [], r"rope_parameters\.rope_theta is \[\];"),
-    ("llama", "rope_parameters.rope_theta", 0, r"rope_parameters\.rope_theta is 0; .*NaN or Inf"),
-    ("llama", "num_hidden_layers", 0, r"num_hidden_layers is 0; at least 1"),
-    ("llama", "num_hidden_layers", 3, r"no tensor for model\.layers\.2"),
-    ("llama", "num_hidden_layers", 10**12, r"num_hidden_layers is 1000000000000; the checkpoint holds"),
-    ("llama", "hidden_size", 10**12, r"hidden_size is 1000000000000; no model has more"),
+    ("llama", "hidden_size", "256", wrong("hidden_size", "int is needed", value='"256"')),
+    ("llama", "rms_norm_eps", None, wrong("rms_norm_eps", "float is needed", value="null")),
+    ("llama", "rms_norm_eps", [1], wrong("rms_norm_eps", value="[1]")),
+    ("llama", "use_cache", 3, wrong("use_cache", "bool is needed", value="3")),
+    ("llama", "architectures", [3], CLASSES),
+    ("llama", "architectures", "LlamaForCausalLM", CLASSES),
+    ("llama", "architectures", {"a": 1}, CLASSES),
+    ("llama", "architectures", [], {"where": "model", "reason": "no-architecture"}),
+    ("llama", "architectures", ["utils"], {"where": "model", "reason": "no-model-class", "name": "utils"}),
+    ("llama", "architectures", [""], {"where": "model", "reason": "unknown-architecture", "architecture": ""}),
+    ("llama", "model_type", 3, wrong("model_type", value="3")),
+    (
+        "llama",
+        "model_type",
+        "nothing",
+        {"where": "model/config.json", "reason": "unknown-model-type", "model_type": "nothing"},
+    ),
+    ("llama", "dtype", "float33", wrong("dtype", value='"float33"')),
+    ("llama", "dtype", "int8", wrong("dtype", value='"int8"')),
+    ("llama", "dtype", 5, wrong("dtype", value="5")),
+    ("llama", "torch_dtype", [1], wrong("torch_dtype", value="[1]")),
+    ("llama", "quantization_config", "gptq", wrong("quantization_config", "a map is needed", value='"gptq"')),
+    ("llama", "auto_map", [1], {"where": "config.json", "reason": "auto-map-entry", "value": "1"}),
+    ("llama", "hidden_act", "foo", wrong("hidden_act", **BUILT, cause="KeyError: 'foo'")),
+    ("llama", "num_attention_heads", 0, wrong("num_attention_heads", **MADE)),
+    ("llama", "num_attention_heads", -1, wrong("num_attention_heads", **BUILT)),
+    ("llama", "num_key_value_heads", 3, shape("model.layers.0.self_attn.k_proj.weight", [16, 32], [24, 32])),
+    ("llama", "rope_parameters.rope_type", "foo", wrong("rope_parameters.rope_type", **BUILT)),
+    ("llama", "rope_parameters.rope_theta", [], wrong("rope_parameters.rope_theta", **BUILT)),
+    ("llama", "rope_parameters.rope_theta", 0, wrong("rope_parameters.rope_theta", **BUILT)),
+    ("llama", "num_hidden_layers", 0, wrong("num_hidden_layers", "at least 1 is needed", value="0")),
+    ("llama", "num_hidden_layers", 3, {"where": "model", "reason": "missing-tensors", "is_head": False}),
+    ("llama", "num_hidden_layers", 10**12, wrong("num_hidden_layers", value="1000000000000")),
+    ("llama", "hidden_size", 10**12, wrong("hidden_size", LARGEST, value="1000000000000")),
     (
         "llama",
         "intermediate_size",
         10**8,
-        r"the checkpoint has shape \(32, 64\), config.json asks for \(32, 100000000\)",
+        shape("model.layers.0.mlp.down_proj.weight", [32, 64], [32, 100000000]),
     ),
-    ("llama", "num_key_value_heads", 10**6, r"config.json asks for \(8000000, 32\)"),
-    ("llama", "id2label", -1, r"id2label is -1; LlamaConfig: it can't be made"),
-    ("llama", "num_labels", 10**12, r"num_labels is 1000000000000; no model has more"),
-    ("gpt2", "n_layer", 10**12, r"n_layer is 1000000000000; the checkpoint holds"),
-    ("gpt2", "n_head", "4", r'n_head is "4"; int'),
-    ("gpt2", "n_embd", -1, r"n_embd is -1;"),
-    ("gpt2", "attn_pdrop", 1.5, r"attn_pdrop is 1\.5; GPT2LMHeadModel: it can't be built"),
-    ("gemma3", "layer_types", [], r"layer_types is \[\]; Gemma3TextConfig: it can't be made"),
-    ("gemma3", "layer_types", ["a", "b", "c"], r"layer_types is .*; Gemma3TextConfig: it can't be made"),
-    ("gemma3", "rope_parameters.full_attention", True, r"rope_parameters.*; Gemma3TextConfig"),
-    ("qwen3_moe", "num_experts_per_tok", 9, r"num_(local_)?experts(_per_tok)? is (4|9)"),
-    ("vit", "patch_size", 0, r"patch_size is 0"),
-    ("vit", "image_size", 10**12, r"image_size is 1000000000000; no model has more"),
-    ("bert", "max_position_embeddings", 10**8, r"the checkpoint has shape \(128, 32\), config.json asks for"),
+    ("llama", "num_key_value_heads", 10**6, shape("model.layers.0.self_attn.k_proj.weight", [16, 32], [8000000, 32])),
+    ("llama", "id2label", -1, wrong("id2label", **MADE)),
+    ("llama", "num_labels", 10**12, wrong("num_labels", MOST, value="1000000000000")),
+    ("gpt2", "n_layer", 10**12, wrong("n_layer", value="1000000000000")),
+    ("gpt2", "n_head", "4", wrong("n_head", "int is needed", value='"4"')),
+    ("gpt2", "n_embd", -1, wrong("n_embd", **GPT2)),
+    ("gpt2", "attn_pdrop", 1.5, wrong("attn_pdrop", **GPT2)),
+    ("gemma3", "layer_types", [], wrong("layer_types", **GEMMA)),
+    ("gemma3", "layer_types", ["a", "b", "c"], wrong("layer_types", **GEMMA)),
+    ("gemma3", "rope_parameters.full_attention", True, {"where": "model/config.json", **GEMMA}),
+    ("qwen3_moe", "num_experts_per_tok", 9, {"where": "model/config.json", "subject": "Qwen3MoeForCausalLM"}),
+    ("vit", "patch_size", 0, wrong("patch_size", subject="ViTForImageClassification")),
+    ("vit", "image_size", 10**12, wrong("image_size", LARGEST, value="1000000000000")),
+    (
+        "bert",
+        "max_position_embeddings",
+        10**8,
+        shape("bert.embeddings.position_embeddings.weight", [128, 32], [100000000, 32]),
+    ),
 ]
+# of several keys that could be to blame, one that has to be among them
+AMONG = {"rope_parameters.full_attention": "rope_parameters", "num_experts_per_tok": "expert"}
 
 
-@pytest.mark.parametrize(("family", "key", "value", "message"), WRONG, ids=[f"{f}-{k}-{v}" for f, k, v, _ in WRONG])
-def test_a_wrong_value_is_refused_by_its_key(family, key, value, message, models, tmp_path):
+@pytest.mark.parametrize(("family", "key", "value", "told"), WRONG, ids=[f"{f}-{k}-{v}" for f, k, v, _ in WRONG])
+def test_a_wrong_value_is_refused_by_its_key(family, key, value, told, models, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ModelError, match=message) as failure:
+    with raises(ModelError, **told) as failure:
         make_plan(RTN, str(changed(models[family], tmp_path / "model", key, value)))
-    assert failure.value.exit_code == 5 and failure.value.where
+    assert failure.value.exit_code == 5
+    if key in AMONG:
+        assert any(AMONG[key] in name for name in failure.value.data["keys"])
+    if told.get("reason") == "missing-tensors":
+        assert all(name.startswith("model.layers.2.") for name in failure.value.data["names"])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < 200_000, "a refusal makes nothing large"
 
@@ -110,7 +143,7 @@ def test_a_config_that_names_no_type_says_so(models, tmp_path):
     config = json.loads((path / "config.json").read_text())
     del config["model_type"]
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="has no `model_type`"):
+    with raises(ModelError, where="model/config.json", reason="no-model-type"):
         read_structure(path)
 
 
@@ -120,7 +153,7 @@ def test_a_config_that_names_no_type_says_so(models, tmp_path):
 def test_a_config_that_is_no_json_object_is_refused(content, models, tmp_path):
     path = changed(models["llama"], tmp_path / "model", "a", 1)
     (path / "config.json").write_bytes(content)
-    with pytest.raises(ModelError, match=r"config\.json"):
+    with raises(ModelError, where="config.json", reason="no-json-object" if content == b"[1]" else "bad-json"):
         read_structure(path)
 
 
@@ -128,7 +161,7 @@ def test_a_config_that_is_no_json_object_is_refused(content, models, tmp_path):
 def test_settings_of_generation_that_cannot_be_read_are_refused(content, models, tmp_path):
     path = changed(models["llama"], tmp_path / "model", "a", 1)
     (path / "generation_config.json").write_bytes(content)
-    with pytest.raises(ModelError, match=r"generation_config\.json: can't be read"):
+    with raises(ModelError, where="generation_config.json", reason="unreadable"):
         read_structure(path)
 
 
@@ -136,7 +169,7 @@ def test_a_config_that_is_a_directory_is_refused(models, tmp_path):
     path = changed(models["llama"], tmp_path / "model", "a", 1)
     (path / "config.json").unlink()
     (path / "config.json").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json"):
+    with raises(ModelError, where="config.json", reason="no-regular-file"):
         read_structure(path)
 
 
@@ -145,13 +178,14 @@ def test_buffers_larger_than_any_model_has_are_refused_with_the_key_that_makes_t
     config = hf.BertConfig(**{**tiny.COMMON, "max_position_embeddings": 10**8})
     huge = empty_on_meta(hf.BertForSequenceClassification, config, 1000, torch.float32)
     checkpoint.config["max_position_embeddings"] = 10**8
-    with pytest.raises(ModelError, match=r"bytes of buffers.*\(1, 100000000\), after max_position_embeddings"):
+    key = "max_position_embeddings"
+    with raises(ModelError, where="bert/config.json", reason="large-buffers", shape=[1, 10**8], keys=[key]):
         check_buffers(huge, checkpoint)
 
 
 def test_a_class_that_makes_ever_more_modules_is_ended():
     config = hf.LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 10**6})
-    with pytest.raises(ValueError, match="more than 500 modules"):
+    with pytest.raises(ValueError, match="500"):
         empty_on_meta(hf.LlamaForCausalLM, config, 500, torch.float32)
 
 
@@ -164,9 +198,9 @@ def test_no_key_is_blamed_where_the_model_runs_as_a_whole(models):
 
     checkpoint = open_checkpoint(models["llama"])
     config = hf.AutoConfig.from_pretrained(models["llama"])
-    with pytest.raises(ModelError) as failure:
+    said = "IndexError: tuple index out of range"
+    with raises(ModelError, where="Llama", reason="not-in-blocks", cause=said):
         guarded(in_pieces, checkpoint, config, "Llama", "it can't be run", retry=lambda config: None)
-    assert str(failure.value).startswith("Llama: it can't be run (IndexError: tuple index out of range)")
 
 
 def test_models_without_a_hidden_size_or_with_one_of_their_own_are_planned_or_refused(tmp_path):
@@ -175,8 +209,9 @@ def test_models_without_a_hidden_size_or_with_one_of_their_own_are_planned_or_re
     hf.ConvNextForImageClassification(convnext).save_pretrained(tmp_path / "convnext")
     hf.FunnelForSequenceClassification(funnel).save_pretrained(tmp_path / "funnel")
     assert make_plan(RTN, str(tmp_path / "convnext")).peak_memory_bytes > 0
-    with pytest.raises(ModelError, match=r"FunnelForSequenceClassification: .*num_hidden_layers"):
+    with raises(ModelError, where="FunnelForSequenceClassification", reason="not-in-blocks") as failure:
         make_plan(RTN, str(tmp_path / "funnel"))
+    assert "num_hidden_layers" in failure.value.data["error"]
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -190,7 +225,7 @@ TOWERS = {
 def test_two_towers_are_refused_by_name(name, tmp_path):
     torch.manual_seed(0)
     getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")(**TOWERS)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=rf"{name}Model: reads texts and images in two towers"):
+    with raises(ModelError, where=f"{name}Model", reason="two-towers"):
         read_structure(tmp_path)
 
 
@@ -207,7 +242,7 @@ def test_images_of_a_size_that_is_not_told_are_refused(tmp_path):
     hf.ResNetForImageClassification(
         hf.ResNetConfig(hidden_sizes=[16, 32], depths=[1, 1], embedding_size=8)
     ).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="doesn't say which size the images have"):
+    with raises(ModelError, where="ResNetForImageClassification", reason="no-image-size"):
         read_structure(tmp_path)
 
 
@@ -218,5 +253,5 @@ def test_memory_that_runs_out_is_blamed_on_no_key(models):
     def build(_config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 30064771072 bytes")
 
-    with pytest.raises(PassError, match="memory ran out"):
+    with raises(PassError, where=None, reason="out-of-memory"):
         guarded(build, checkpoint, parse_config(checkpoint, False), "LlamaForCausalLM", "it can't be built")

@@ -10,14 +10,15 @@ import tiny
 import torch
 import transformers as hf
 from many_models import classes_of, is_small, tiny_model
+from raising import raises
 from safetensors.torch import load_file, save_file
 from same_model import differences
 
-from compressor.artifact import verify, writer
-from compressor.artifact.loader import load
+from compressor.artifact import verify
+from compressor.artifact.loader import load, writer
 from compressor.engine.block_io import UnitSource, load_unit
 from compressor.engine.plan import make_plan
-from compressor.errors import ModelError, UsageError
+from compressor.errors import Interrupted, ModelError, UsageError
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.structure import _config_and_class, bound_model, read_structure
 from compressor.model.weight_names import fill, read_parameter
@@ -166,8 +167,8 @@ def test_the_single_file_wins_over_an_index_and_the_plan_says_so(tmp_path):
     model = two_sets(tmp_path)
     assert differences(stock(model), read_whole(model)) == []
     warnings = make_plan(parse_recipe(RTN.encode()), str(model)).warnings
-    (told,) = [warning["message"] for warning in warnings if warning["code"] == "second-weights"]
-    assert told.startswith("model.safetensors is read, as transformers does; model-00001-of-")
+    (told,) = [warning["message"].split() for warning in warnings if warning["code"] == "second-weights"]
+    assert told[0] == "model.safetensors" and any(word.startswith("model-00001-of-") for word in told[1:])
 
 
 @pytest.mark.parametrize("other", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])
@@ -175,7 +176,7 @@ def test_weights_of_another_name_are_told_of_and_not_read(other, tmp_path):
     tiny.save("llama", tmp_path)
     (tmp_path / other).write_bytes(b"not even a weight file")
     (told,) = open_checkpoint(tmp_path).unread
-    assert other in told and "not read" in told
+    assert other in told
 
 
 @pytest.mark.parametrize("name", ["other.safetensors", "other.safetensors.index.json"])
@@ -204,7 +205,11 @@ def test_an_artifact_does_not_name_the_file_that_its_source_was_read_from(tmp_pa
 def test_a_name_of_weights_that_leads_elsewhere_is_refused(name, tmp_path):
     tiny.save("llama", tmp_path)
     edit_config(tmp_path, transformers_weights=name)
-    with pytest.raises(ModelError, match=r"transformers_weights is|can't be read"):
+    if name == "a\0.safetensors":
+        told = {"where": name, "reason": "unreadable"}
+    else:
+        told = {"where": "config.json", "reason": "transformers-weights", "value": repr(name)}
+    with raises(ModelError, **told):
         open_checkpoint(tmp_path)
 
 
@@ -230,18 +235,18 @@ def test_of_a_tensor_in_two_shards_the_last_one_counts(tmp_path):
     tensors = load_file(last)
     save_file({**tensors, name: load_file(first)[name] + 1}, last, metadata={"format": "pt"})
     assert differences(stock(tmp_path), read_whole(tmp_path)) == []
-    assert "1 tensors lie in two shards" in open_checkpoint(tmp_path).unread[0]
+    assert name in open_checkpoint(tmp_path).unread[0]
 
 
 def test_an_adapter_and_a_distributed_checkpoint_are_refused(tmp_path):
     tiny.save("llama", tmp_path)
     part = tmp_path / "shard-00001-model-00001-of-00002.safetensors"
     part.write_bytes(b"")
-    with pytest.raises(ModelError, match="parts of a distributed run"):
+    with raises(ModelError, where=tmp_path.name, reason="distributed", file=part.name):
         open_checkpoint(tmp_path)
     part.unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter"):
+    with raises(ModelError, where=f"{tmp_path.name}/adapter_config.json", reason="adapter"):
         open_checkpoint(tmp_path)
 
 
@@ -318,7 +323,7 @@ def as_codes(tensors, dtype, leaf="weight_scale"):
 def test_codes_where_weights_belong_are_refused_from_headers(dtype, tmp_path):
     tiny.save("llama", tmp_path, dtype=torch.bfloat16)
     edit_tensors(tmp_path, lambda tensors: as_codes(tensors, getattr(torch, dtype)))
-    with pytest.raises(ModelError, match="already quantized: 14 tensors hold") as refusal:
+    with raises(ModelError, where=tmp_path.name, reason="codes", tensors=14) as refusal:
         make_plan(parse_recipe(RTN.encode()), str(tmp_path))
     assert refusal.value.exit_code == 5
 
@@ -343,32 +348,42 @@ def test_every_dtype_of_the_format_has_an_answer(dtype, tmp_path):
     header[name] = {"dtype": dtype, "shape": [32], "data_offsets": [end, end + 4 * bits]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + bytes(4 * bits))
-    with pytest.raises(ModelError, match=f"already quantized: 1 tensors hold .*{dtype}, such as {name}"):
+    with raises(ModelError, where=tmp_path.name, reason="codes", tensors=1, stored_as=dtype, tensor=name):
         read_structure(tmp_path)
 
 
 @pytest.mark.parametrize("leaf", ["qweight", "weight_packed", "SCB", "weight_scale_inv", "absmax"])
 def test_tensors_of_quantized_weights_beside_modules_are_refused(leaf, tmp_path):
     tiny.save("llama", tmp_path)
-    edit_tensors(tmp_path, lambda t: t | {f"model.layers.0.mlp.up_proj.{leaf}": torch.ones(3)})
-    with pytest.raises(ModelError, match="already quantized: 1 tensors of quantized weights are there"):
+    name = f"model.layers.0.mlp.up_proj.{leaf}"
+    edit_tensors(tmp_path, lambda t: t | {name: torch.ones(3)})
+    with raises(ModelError, where=tmp_path.name, reason="tensors-beside", tensors=1, tensor=name):
         read_structure(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "data"),
     [
-        {"compression_config": {"quant_method": "compressed-tensors"}},
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"quantization_config": "fp8"},
-        {"quantization_config": {}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        (
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            {"reason": "config-key", "key": "compression_config", "quantized": "compressed-tensors"},
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"reason": "config-key", "key": "quantization_config", "quantized": "fp8"},
+        ),
+        ({"quantization_config": "fp8"}, {"reason": "wrong-value", "keys": ["quantization_config"]}),
+        ({"quantization_config": {}}, {"reason": "config-key", "key": "quantization_config"}),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+            {"reason": "config-key", "key": "text_config.quantization_config", "quantized": "fp8"},
+        ),
     ],
 )
-def test_what_config_json_says_of_quantization_is_believed(config, tmp_path):
+def test_what_config_json_says_of_quantization_is_believed(config, data, tmp_path):
     tiny.save("llama", tmp_path)
     edit_config(tmp_path, **config)
-    with pytest.raises(ModelError, match=r"already quantized|quantization_config"):
+    with raises(ModelError, **data):
         read_structure(tmp_path)
 
 
@@ -376,7 +391,7 @@ def test_what_config_json_says_of_quantization_is_believed(config, tmp_path):
 def test_a_file_that_quantizers_write_is_believed(name, tmp_path):
     tiny.save("llama", tmp_path)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ModelError, match=f"already quantized.*{name}"):
+    with raises(ModelError, where=tmp_path.name, reason="config-file", file=name):
         read_structure(tmp_path)
 
 
@@ -425,7 +440,7 @@ def test_tensors_that_no_longer_fit_are_left_out_and_no_longer_announced(tmp_pat
     report = run(tmp_path / "m", tmp_path / "out", text)
     assert "mtp.fc.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     (told,) = [w for w in report["warnings"] if w["code"] == "left-out-tensors"]
-    assert told["where"] == "mtp.fc.weight" and "fuse_norms changes the model they fit" in told["message"]
+    assert told["where"] == "mtp.fc.weight" and "fuse_norms" in told["message"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
@@ -471,7 +486,7 @@ def test_an_encoder_whose_head_gets_its_own_weights_keeps_its_tied_bias(tmp_path
 def test_a_head_without_tensor_or_tie_is_refused_with_the_way_out(tmp_path):
     tiny.save("llama", tmp_path, tie_word_embeddings=True)
     edit_config(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(ModelError, match=r"no tensor for lm_head.weight.*set tie_word_embeddings to true"):
+    with raises(ModelError, reason="missing-tensors", names=["lm_head.weight"], is_head=True):
         read_structure(tmp_path)
 
 
@@ -489,7 +504,8 @@ def test_a_refusal_in_the_middle_of_a_run_leaves_nothing(tmp_path):
     tiny.save("llama", tmp_path / "m")
     spoil(tmp_path / "m")
     for _ in range(2):
-        with pytest.raises(ModelError, match="NaN"):
+        name = "model.layers.1.mlp.up_proj.weight"
+        with raises(ModelError, where=name, reason="not-finite", bad=1, first=[3, 4]):
             run(tmp_path / "m", tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
@@ -502,15 +518,15 @@ def test_a_refusal_of_a_resumed_run_keeps_what_was_done(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compressor.run.write_artifact", stop)
-    with pytest.raises(Exception, match="stopped"):
+    with raises(Interrupted, where="run"):
         run(tmp_path / "m", tmp_path / "out")
     done = sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
 
     def refuse(*_, **__):
-        raise UsageError("no")
+        raise UsageError("no", where="here")
 
     monkeypatch.setattr("compressor.run.write_artifact", refuse)
-    with pytest.raises(UsageError, match="no"):
+    with raises(UsageError, where="here"):
         compress(parse_recipe(RTN.encode()), str(tmp_path / "m"), tmp_path / "out", measure=False, resume=True)
     assert done == sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
     monkeypatch.setattr("compressor.run.write_artifact", real)

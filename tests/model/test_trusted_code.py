@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from raising import raises
 
 import compressor
 from compressor.artifact.files import file_facts
@@ -130,7 +131,7 @@ def test_verify_names_planted_code(plant, artifact, marker):
     try:
         problems = main({**request, "source": None, "trust_remote_code": False})["problems"]
     except ArtifactError as error:
-        problems = [str(error)]
+        problems = [error.where, *error.data.get("problems", ())]
     assert any(name in problem for problem in problems)
     assert not marker.exists()
 
@@ -177,7 +178,7 @@ def with_own_code(tmp_path, marker):
 
 @pytest.mark.parametrize("ask", [read_structure, config_of, lambda model: load_model(model, False)])
 def test_a_class_of_the_checkpoint_needs_the_flag_and_its_file_is_named(ask, with_own_code, marker):
-    with pytest.raises(ModelError, match=r"modeling_own\.py.*--trust-remote-code"):
+    with raises(ModelError, reason="own-code", architecture="OwnForCausalLM", files=["modeling_own.py"]):
         ask(with_own_code)
     assert not marker.exists()
 
@@ -203,20 +204,22 @@ def test_code_beside_a_class_that_transformers_has_is_not_run(trust, tmp_path, m
 def test_an_auto_map_that_names_no_module_beside_it_is_refused(value, tmp_path):
     model = tiny.save("llama", tmp_path / "m")
     edit(model / "config.json", auto_map={"AutoConfig": value})
-    with pytest.raises(ModelError, match="auto_map"):
+    with raises(ModelError, where="config.json", reason="auto-map-entry", name="AutoConfig"):
         read_structure(model, trust_remote_code=True)
 
 
 def test_attention_of_another_repository_is_refused(tmp_path):
     model = tiny.save("llama", tmp_path / "m")
     edit(model / "config.json", attn_implementation="someone/kernel")
-    with pytest.raises(ModelError, match=r"someone/kernel.*another repository"):
+    told = {"reason": "code-elsewhere", "key": "attn_implementation", "value": "someone/kernel"}
+    with raises(ModelError, where="config.json", **told):
         read_structure(model)
 
 
 def test_a_class_of_the_checkpoint_is_measured_and_not_compressed(with_own_code):
     recipe = parse_recipe(RTN8, "t")
-    with pytest.raises(ModelError, match="OwnForCausalLM is code of the checkpoint") as failure:
+    told = {"reason": "own-class", "class": "OwnForCausalLM"}
+    with raises(ModelError, where="own", **told) as failure:
         make_plan(recipe, str(with_own_code), trust_remote_code=True)
     assert failure.value.exit_code == 5
     assert type(load_model(with_own_code, trust_remote_code=True)).__name__ == "OwnForCausalLM"
@@ -231,20 +234,21 @@ def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("route", "config"),
+    ("route", "config", "asked"),
     [
-        ("of another release", {}),
-        ("dense", {"quantization_config": {"quant_method": "gptq"}}),
-        ("custom", {"quantization_config": {"quant_method": "compressed-tensors"}}),
-        ("compressed-tensors", {"quantization_config": {"quant_method": "torchao"}}),
-        ("bitsandbytes", {}),
-        ("dense", {"quantization_config": "x"}),
+        ("of another release", {}, None),
+        ("dense", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("custom", {"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ("compressed-tensors", {"quantization_config": {"quant_method": "torchao"}}, "torchao"),
+        ("bitsandbytes", {}, "None"),
+        ("dense", {"quantization_config": "x"}, "x"),
     ],
 )
-def test_a_route_and_a_loader_that_do_not_agree_are_refused(route, config, artifact):
+def test_a_route_and_a_loader_that_do_not_agree_are_refused(route, config, asked, artifact):
     edit(artifact / "config.json", **config)
     edit(artifact / "compress_manifest.json", route=route)
-    with pytest.raises(ArtifactError, match=r"route|quantization_config"):
+    told = {"reason": "unknown-route"} if asked is None else {"reason": "other-route", "asked": asked}
+    with raises(ArtifactError, route=route, **told):
         load_stock(artifact, read_manifest(artifact))
 
 
@@ -325,7 +329,7 @@ def test_a_tokenizer_whose_code_config_json_names_needs_the_flag_and_runs_with_i
     value, stated, with_own_tokenizer, marker
 ):
     named_in_config(with_own_tokenizer, value, stated)
-    with pytest.raises(ModelError, match=r"^config\.json: .*tokenization_own\.py.*--trust-remote-code"):
+    with raises(ModelError, where="config.json", reason="own-tokenizer", files=["tokenization_own.py"]):
         load_tokenizer(with_own_tokenizer)
     assert not marker.exists()
     assert type(load_tokenizer(with_own_tokenizer, trust_remote_code=True)).__name__ == "OwnTokenizer"
@@ -352,7 +356,8 @@ def test_verify_names_code_of_a_tokenizer_that_is_not_the_sources(names, with_ow
 
 
 def test_a_tokenizer_with_code_needs_the_flag_and_its_file_is_named(with_own_tokenizer, marker):
-    with pytest.raises(ModelError, match=r"tokenization_own\.py.*--trust-remote-code"):
+    told = {"where": "tokenizer_config.json", "reason": "own-tokenizer", "files": ["tokenization_own.py"]}
+    with raises(ModelError, **told):
         load_tokenizer(with_own_tokenizer)
     assert not marker.exists()
 

@@ -142,7 +142,7 @@ def test_an_interrupted_and_resumed_run_makes_an_artifact_that_loads_without_thi
 @pytest.mark.parametrize(
     ("family", "step", "export", "where", "reason"),
     [
-        ("llama", {}, {"stock_only": True}, "export", "no-stock-form"),
+        ("llama", {}, {"stock_only": True}, "export", "no-stock-loader"),
         ("mixtral", {"only": ["@experts"]}, {}, "model.layers.1.block_sparse_moe.experts.3.w2", "no-custom-experts"),
     ],
 )

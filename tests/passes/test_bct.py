@@ -152,7 +152,7 @@ def test_biases_in_blocks_are_within_half_a_step_and_add_what_the_layer_adds():
 def test_a_tensor_of_another_shape_is_refused_by_name():
     layer = BlockLinear.pack(*quantize_blocks(seeded(8, 8), 8, (8, 8))[:2], bits=8, block=(8, 8))
     tensors = {**layer.tensors(), "weight_exponent": torch.zeros(2, 1, dtype=torch.int8)}
-    with raises(ShapeError, name="weight_exponent", shape=[2, 1], expected_shape=[1, 1]):
+    with raises(ShapeError, tensor="weight_exponent", shape=[2, 1], expected=[1, 1]):
         BlockLinear.from_tensors(layer.spec(), tensors)
 
 
@@ -363,8 +363,8 @@ def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     text = b"version: 1\nname: x\nsteps:\n  - {pass: rtn, group_size: -1, only: ['@embedding']}\n"
     problems = make_plan(parse_recipe(text, "x.yaml"), str(model)).problems
-    found = {"reason": "unfit-form", "weight": "model.embed_tokens", "pass": "rtn", "form": "packed_linear"}
-    assert problems[0].where == "steps.0" and problems[0].data == {**found, "kind": "embedding"}
+    found = {"reason": "other-kind", "weight": "model.embed_tokens", "pass": "rtn", "form": "packed_linear"}
+    assert problems[0].where == "steps.0" and problems[0].data == {**found, "kind": "embedding", "stands_for": "linear"}
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))

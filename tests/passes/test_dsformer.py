@@ -67,9 +67,9 @@ def test_families_are_planned_with_the_modelling_file(family, step, tmp_path):
 def test_what_cannot_be_factorized_is_refused_by_name(tmp_path):
     (problem,) = plan_of("mixtral", tmp_path, {"pass": "dsformer"}).problems
     assert ".experts." in problem.where
-    assert problem.data == {"reason": "expert-as-module", "form": "sparse_factor_linear"}
+    assert problem.data == {"reason": "expert-form", "form": "sparse_factor_linear"}
     (problem,) = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["q_proj", "@embedding"]}).problems
-    assert (problem.data["reason"], problem.data["weight"]) == ("unfit-form", "model.embed_tokens")
+    assert (problem.data["reason"], problem.data["weight"]) == ("other-kind", "model.embed_tokens")
     problems = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["down_proj"], "block_size": 24}).problems
     assert len(problems) == 2 and problems[0].where == "model.layers.0.mlp.down_proj"
     assert problems[0].data == {"block_size": 24, "inputs": 64, "near": [8, 16, 32]}
@@ -80,7 +80,13 @@ def test_what_cannot_be_factorized_is_refused_by_name(tmp_path):
     found = {"reason": "budget-too-small", "budget": 100, "matrices": 14, "rank": 1, "least": 2048}
     assert (problem.where, problem.data) == ("steps.0", found)
     (problem,) = plan_of("llama", tmp_path, {"pass": "low_rank"}, {"pass": "rtn", "bits": 8, "group_size": -1}).problems
-    found = {"reason": "stored-already", "pass": "rtn", "earlier": "low_rank", "count": 14}
+    found = {
+        "reason": "stored-already",
+        "pass": "rtn",
+        "earlier": "steps.0",
+        "weights": 14,
+        "weight": problem.data["weight"],
+    }
     assert (problem.where, problem.data) == ("steps.1", found)
 
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from raising import raises
 from transformers import DynamicCache
 
 import compressor
@@ -191,7 +192,7 @@ def test_beams_take_their_tokens_along(models):
         assert slots.equal(before[number][[1, 1]])
     made = lazy.generate(**prompt, num_beams=3, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert made.shape == (2, 25)
-    with pytest.raises(compressor.errors.ModelError, match="can't be shortened"):
+    with raises(compressor.errors.ModelError, where="DynamicCache", reason="no-crop"):
         cache.crop(-2)
 
 
@@ -224,19 +225,23 @@ def test_a_run_writes_a_model_that_drops_tokens_wherever_it_is_loaded(first, tmp
 
 def problem(model, **settings):
     (found,) = make_plan(recipe({"pass": "prefill_pruning", **settings}), str(model), prove=False).problems
-    return str(found)
+    return found.where, found.data
 
 
 def test_what_cannot_be_gated_is_refused_with_the_reason(tmp_path):
     llama = tiny.save("llama", tmp_path / "llama")
-    assert "block 7 isn't there; the model has 2" in problem(llama, keep={7: 0.5})
-    assert "block 1 is the last one" in problem(llama, keep={1: 0.5})
+    place = "prefill_pruning.keep"
+    assert problem(llama, keep={7: 0.5}) == (place, {"reason": "no-block", "block": 7, "blocks": 2})
+    assert problem(llama, keep={1: 0.5}) == (place, {"reason": "last-block", "block": 1, "blocks": 2})
     bert = tiny.save("bert", tmp_path / "bert")
-    assert "attends to later tokens too, so it is no decoder's" in problem(bert, keep={0: 0.5})
+    where, data = problem(bert, keep={0: 0.5})
+    assert (where, data["reason"], data["because"]) == ("prefill_pruning", "not-gated", {"reason": "not-causal"})
     vit = tiny.save("vit", tmp_path / "vit")
-    assert "has 0 attention modules that know their place" in problem(vit, keep={0: 0.5})
-    with pytest.raises(RecipeError, match="keep"):
+    where, data = problem(vit, keep={0: 0.5})
+    assert (where, data["because"]) == ("prefill_pruning", {"reason": "attentions", "count": 0})
+    with raises(RecipeError, reason="greater-than", found="0") as failure:
         recipe({"pass": "prefill_pruning", "keep": {0: 0}})
+    assert failure.value.where.endswith(" (steps.0.keep.0)")
 
 
 def test_keeping_every_token_changes_nothing(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import ExitStack
 
 import numpy
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from raising import raises
 from transformers import AutoModelForImageClassification
 
 import compressor
@@ -57,7 +57,7 @@ def recipe(*steps, source="random", **more):
 
 
 def problems(model, *steps):
-    return " ".join(str(problem) for problem in make_plan(recipe(*steps), str(model), prove=False).problems)
+    return [(p.where, p.data) for p in make_plan(recipe(*steps), str(model), prove=False).problems]
 
 
 def kept_and_logits(model, batch):
@@ -149,10 +149,12 @@ def test_gates_before_and_after_quantization_prune_the_same_tokens_of_the_same_w
 def test_a_search_stops_with_what_can_be_reached_or_the_plan_knows(vit, tmp_path, monkeypatch):
     asked = recipe({"pass": "zero_tprune", "target_macs": 0.3, "blocks": [3]}, source=vit / "x.npz")
     (problem,) = make_plan(asked, str(vit / "model")).problems
-    assert re.match(r"gates in blocks 3 leave [\d.]+ % of the multiply-accumulates or more, 30 % was", problem.what)
+    assert problem.where == "zero_tprune.target_macs" and problem.data["least"] > problem.data["target"] == 0.3
+    assert problem.data["blocks"] == [3]
     monkeypatch.setattr(ZeroTPrune, "_check_target", lambda *_: None)  # as where texts have no known length
-    with pytest.raises(PassError, match="is the least that gates in blocks 3 can reach, 30 % was asked for"):
+    with raises(PassError, where="zero_tprune.target_macs", blocks=[3], target=0.3) as failure:
         compress(asked, str(vit / "model"), tmp_path / "out", measure=False)
+    assert failure.value.data["least"] > 0.3
 
 
 @pytest.mark.slow
@@ -181,39 +183,45 @@ def test_the_modelling_file_loads_gates_without_this_package_and_weights_are_the
 
 def test_plan_refuses_what_no_gate_can_do(vit, bert, tmp_path):
     image, text = vit / "model", bert
-    assert "2 of 17 tokens would be left after block 2; 4 is the least" in problems(
-        image, {"pass": "zero_tprune", "keep": {1: 0.4, 2: 0.1}}
-    )
-    assert "zero_tprune.keep: there is no block 9; the model has 4" in problems(
-        image, {"pass": "zero_tprune", "keep": {1: 0.9, 9: 0.8}}
-    )
-    assert "zero_tprune.blocks: there is no block -1" in problems(text, {"pass": "zero_tprune", "blocks": [-1, 2]})
-    assert "touches no weights, so there are none to choose" in problems(text, {**GATES, "only": ["*query"]})
-    assert "needs blocks as their class makes them, and zero_tprune comes before it" in problems(text, GATES, GATES)
-    assert "needs dense weights everywhere" in problems(image, INT8, {"pass": "fuse_norms"})
+    few = {"reason": "too-few", "block": 2, "left": 2, "tokens": 17, "least": 4}
+    keep = {"pass": "zero_tprune", "keep": {1: 0.4, 2: 0.1}}
+    assert ("zero_tprune.keep", few) in problems(image, keep)
+    absent = {"reason": "no-block", "block": 9, "blocks": 4}
+    keep = {"pass": "zero_tprune", "keep": {1: 0.9, 9: 0.8}}
+    assert ("zero_tprune.keep", absent) in problems(image, keep)
+    blocks = {"pass": "zero_tprune", "blocks": [-1, 2]}
+    assert ("zero_tprune.blocks", {**absent, "block": -1}) in problems(text, blocks)
+    only = {**GATES, "only": ["*query"]}
+    assert ("steps.0", {"reason": "changes-no-weights", "pass": "zero_tprune"}) in problems(text, only)
+    twice = {"reason": "needs-own-blocks", "pass": "zero_tprune", "before": "zero_tprune"}
+    assert ("steps.1", twice) in problems(text, GATES, GATES)
+    late = {"reason": "needs-dense", "pass": "fuse_norms", "before": INT8["pass"]}
+    assert ("steps.1", late) in problems(image, INT8, {"pass": "fuse_norms"})
     llama = tiny.save("llama", tmp_path / "llama")
-    assert "causal, or within a window" in problems(llama, GATES)
+    assert ("model.layers.0", {"reason": "causal"}) in problems(llama, GATES)
     attentions = tiny.save("bert", tmp_path / "bert", output_attentions=True, attn_implementation="eager")
-    assert "config.json asks for output_attentions" in problems(attentions, GATES)
+    asked = {"reason": "asks-for-output", "key": "output_attentions"}
+    assert ("BertForSequenceClassification", asked) in problems(attentions, GATES)
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "key", "reason"),
     [
-        ({"keep": 0.0}, "keep"),
-        ({"keep": {1: 1.2}}, "keep"),
-        ({"keep": {}}, "keep names no block"),
-        ({"keep": {1: 0.5}, "blocks": [1]}, "keep names blocks, and so does"),
-        ({"keep": 0.5, "target_macs": 0.5}, "target_macs looks for the keep rates"),
-        ({"target_macs": 1.0}, "target_macs"),
-        ({"blocks": [1, 1]}, "each once"),
-        ({"head_filter": [1.0, 0.5]}, "the first bound of head_filter"),
-        ({"min_tokens": 3}, "min_tokens"),
+        ({"keep": 0.0}, ".keep", "greater-than"),
+        ({"keep": {1: 1.2}}, ".keep", "float-type"),
+        ({"keep": {}}, "", "keep-without-blocks"),
+        ({"keep": {1: 0.5}, "blocks": [1]}, "", "keep-and-blocks"),
+        ({"keep": 0.5, "target_macs": 0.5}, "", "keep-and-target"),
+        ({"target_macs": 1.0}, ".target_macs", "less-than"),
+        ({"blocks": [1, 1]}, "", "blocks-each-once"),
+        ({"head_filter": [1.0, 0.5]}, "", "head-filter-order"),
+        ({"min_tokens": 3}, ".min_tokens", "greater-than-equal"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_where_they_stand(settings, what):
-    with pytest.raises(RecipeError, match=what):
+def test_settings_that_make_no_sense_are_refused_where_they_stand(settings, key, reason):
+    with raises(RecipeError, reason=reason) as failure:
         recipe({"pass": "zero_tprune", **settings})
+    assert failure.value.where.endswith(f" (steps.0{key})")
 
 
 def test_a_plan_counts_the_work_of_the_worked_example():

@@ -52,7 +52,7 @@ def answer(kind, folder="", **more):
     [
         ("lack a package", DependencyError, 6, "export", {"package": "x"}),
         ("fail in a class of its own", ModelError, 5, "config.json", {"line": 3}),
-        ("run out of memory", PassError, 7, None, {"reason": "no-memory"}),
+        ("run out of memory", PassError, 7, None, {"reason": "out-of-memory"}),
         ("fill the disk", PassError, 7, "file", {"reason": "disk-full", "needed": None}),
         ("be killed", PassError, 7, DOING, {"signal": "SIGKILL"}),
         ("crash", PassError, 7, DOING, {"signal": "SIGSEGV"}),

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raising import raises
 
+from compressor.bounds import MOST_BYTES
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
 from compressor.process.utf8 import printable
 from compressor.recipe.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
-from compressor.recipe.schema import MOST_BYTES, bare_source
+from compressor.recipe.schema import bare_source
 
 SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))
 GOOD = b"version: 1\nsteps: [{pass: rtn}]\n"

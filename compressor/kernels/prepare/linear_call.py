@@ -86,9 +86,14 @@ class LinearCall:
         run, level, size, columns, bits, group, given, parts, _ = self.bound or self._bind()
         kind, (*lead, width) = ops.DTYPES.get(x.dtype), x.shape or (0,)
         if kind is None or width != columns:
-            raise ShapeError(f"{self.name}: x {x.dtype} {tuple(x.shape)}, a float (..., {columns}) expected")
+            raise ShapeError(
+                f"{self.name}: x {x.dtype} {tuple(x.shape)}, a float (..., {columns}) expected",
+                data={"op": self.name, "dtype": str(x.dtype), "shape": list(x.shape), "columns": columns},
+            )
         if not x.is_cpu:
-            raise KernelError(f"{self.name}: x on {x.device}", hint=ops.ON_CPU)
+            raise KernelError(
+                f"{self.name}: x on {x.device}", hint=ops.ON_CPU, data={"op": self.name, "device": str(x.device)}
+            )
         x = x.contiguous()
         given = given[:]
         outputs: list[Tensor] = []

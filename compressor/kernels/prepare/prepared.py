@@ -189,7 +189,11 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     raises       KernelError with strict, or for other activations
     """
     if activations not in (None, DYNAMIC_INT8):
-        raise KernelError(f"activations {activations!r}", hint=f"Use None or {DYNAMIC_INT8!r}.")
+        raise KernelError(
+            f"activations {activations!r}",
+            hint=f"Use None or {DYNAMIC_INT8!r}.",
+            data={"reason": "activations", "activations": activations},
+        )
     choices: dict[str, Choice] = {}
     inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for name, module in list(model.named_modules()):
@@ -209,7 +213,12 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         choices[name] = choice
         if choice.is_fallback and strict:
             hint = f"Leave strict out to use the {choice.kernel}."
-            raise KernelError("; ".join(choice.skipped), where=name, hint=hint)
+            raise KernelError(
+                "; ".join(choice.skipped),
+                where=name,
+                hint=hint,
+                data={"reason": "fallback", "kernel": choice.kernel, "skipped": list(choice.skipped)},
+            )
         if isinstance(module, (PreparedLinear, PreparedTable)) and module.choice == choice:
             continue
         if choice.op is None:

@@ -109,16 +109,28 @@ class LazyBlock(Layer):
         """
         where = f"block {spec['number']} ({type(block).__name__})"
         if isinstance(block, Layer):
-            raise ModelError(f"is a {block.form} already", where=where)
+            raise ModelError(
+                f"is a {block.form} already", where=where, data={"reason": "already-replaced", "form": block.form}
+            )
         names = tuple(inspect.signature(block.forward).parameters)
         found = {n: m for n, m in block.named_modules() if n and hasattr(m, "layer_idx") and hasattr(m, "config")}
         if len(found) != 1:
-            raise ModelError(f"has {len(found)} attention modules that know their place; one is meant", where=where)
+            raise ModelError(
+                f"has {len(found)} attention modules that know their place; one is meant",
+                where=where,
+                data={"reason": "attentions", "count": len(found)},
+            )
         ((name, attention),) = found.items()
         if not getattr(attention, "is_causal", False):
-            raise ModelError("attends to later tokens too, so it is no decoder's", where=where)
+            raise ModelError(
+                "attends to later tokens too, so it is no decoder's", where=where, data={"reason": "not-causal"}
+            )
         if getattr(attention, "sliding_window", None) is not None:
-            raise ModelError("attends within a window that slides, whose cache forgets", where=where)
+            raise ModelError(
+                "attends within a window that slides, whose cache forgets",
+                where=where,
+                data={"reason": "sliding-window"},
+            )
         block.__class__ = standing_for(LazyBlock, type(block))  # type: ignore[arg-type]
         assert isinstance(block, LazyBlock)
         block._names, block._attention = names, name
@@ -316,7 +328,11 @@ def _lazy_cache(kind: type) -> type:
             self.lazy_tokens.select(rows)
 
         def crop(self, *args: Any, **kwargs: Any) -> None:
-            raise ModelError("a cache of which tokens were dropped can't be shortened", where=kind.__name__)
+            raise ModelError(
+                "a cache of which tokens were dropped can't be shortened",
+                where=kind.__name__,
+                data={"reason": "no-crop"},
+            )
 
         def reset(self) -> None:
             super().reset()

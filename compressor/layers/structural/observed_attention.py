@@ -51,6 +51,7 @@ def last_seen(seen: list[tuple[Tensor, Tensor, float]], where: str) -> tuple[Ten
             "its attention wasn't called through transformers' attention interface, so the gate saw no keys",
             where=where,
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
+            data={"reason": "attention-not-seen"},
         )
     return seen.pop()
 

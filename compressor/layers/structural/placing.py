@@ -45,11 +45,18 @@ def reshape(
         if owner is None:
             continue
         if leaf not in owner._parameters:
-            raise ModelError(f"{type(owner).__name__} has no such parameter", where=name, hint=RESHAPED_HINT)
+            raise ModelError(
+                f"{type(owner).__name__} has no such parameter",
+                where=name,
+                hint=RESHAPED_HINT,
+                data={"reason": "no-parameter", "module": type(owner).__name__},
+            )
         _set_shape(owner, leaf, shape, name)
     for form in sorted({str(entry["form"]) for entry in modules.values()}):
         if form not in forms:
-            raise ModelError(f"a module is of the unknown form {form!r}", where="compressed_modules")
+            raise ModelError(
+                f"a module is of the unknown form {form!r}", where="compressed_modules", data={"form": form}
+            )
         forms[form].prepare(model)
     for path, entry in modules.items():
         module = _module_at(model, path, path)
@@ -72,7 +79,12 @@ def _module_at(model: nn.Module, path: str, name: str) -> nn.Module | None:
         if child is None:
             if isinstance(module, nn.ModuleList) and part.isdigit() and int(part) >= len(module):
                 return None
-            raise ModelError(f"{type(module).__name__} has no {part}", where=name, hint=RESHAPED_HINT)
+            raise ModelError(
+                f"{type(module).__name__} has no {part}",
+                where=name,
+                hint=RESHAPED_HINT,
+                data={"reason": "no-module", "module": type(module).__name__, "part": part},
+            )
         module = child
     return module
 
@@ -84,7 +96,12 @@ def _set_shape(owner: nn.Module, leaf: str, shape: Sequence[int] | None, name: s
     old = owner._parameters[leaf]
     if not all(isinstance(n, int) and n > 0 for n in shape) or (old is not None and old.dim() != len(shape)):
         found = "a new parameter" if old is None else f"a parameter of shape {tuple(old.shape)}"
-        raise ModelError(f"shape {list(shape)} is asked for {found}", where=name, hint=RESHAPED_HINT)
+        raise ModelError(
+            f"shape {list(shape)} is asked for {found}",
+            where=name,
+            hint=RESHAPED_HINT,
+            data={"reason": "shape", "shape": list(shape), "old": None if old is None else list(old.shape)},
+        )
     device = next((p.device for p in owner.parameters()), torch.get_default_device())
     value = torch.empty(*shape, dtype=_dtype_of(owner), device=device)
     owner._parameters[leaf] = nn.Parameter(value.normal_(0, SPREAD), old is None or old.requires_grad)

@@ -35,5 +35,9 @@ class Resized(Layer):
             found |= {name: spec["eps"] for name in EPS_ATTRIBUTES if hasattr(module, name)} or {"eps": spec["eps"]}
         for name, value in found.items():
             if not hasattr(module, name):
-                raise ModelError(f"{type(module).__name__} has no {name}", where="resized")
+                raise ModelError(
+                    f"{type(module).__name__} has no {name}",
+                    where="resized",
+                    data={"module": type(module).__name__, "name": name},
+                )
             setattr(module, name, value)

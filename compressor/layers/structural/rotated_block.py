@@ -67,7 +67,9 @@ class RotatedBlock(Layer):
         raises  ModelError if it is one already, or shape and spec don't fit together
         """
         if isinstance(block, RotatedBlock):
-            raise ModelError("is a rotated block already", where=type(block).__name__)
+            raise ModelError(
+                "is a rotated block already", where=type(block).__name__, data={"reason": "already-rotated"}
+            )
         like = next(p for p in block.parameters() if p.is_floating_point())
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -83,6 +85,7 @@ class RotatedBlock(Layer):
             raise ModelError(
                 f"{len(self.widths)} widths for {len(self.sites)} sites; there has to be one more than sites",
                 where="rotated_block",
+                data={"reason": "widths", "widths": len(self.widths), "sites": len(self.sites)},
             )
         for number, site in enumerate(self.sites):
             before, after = self.widths[number : number + 2]
@@ -92,7 +95,9 @@ class RotatedBlock(Layer):
                 self.register_parameter(f"shortcut_{number}", shortcut)
             elif before != after:
                 raise ModelError(
-                    f"site {number} takes {before} values and gives {after} without a shortcut", where="rotated_block"
+                    f"site {number} takes {before} values and gives {after} without a shortcut",
+                    where="rotated_block",
+                    data={"reason": "no-shortcut", "site": number, "before": before, "after": after},
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -81,7 +81,7 @@ class TokenGate(Layer):
         raises  ModelError if it is one already
         """
         if isinstance(block, TokenGate):
-            raise ModelError("has a token gate already", where=type(block).__name__)
+            raise ModelError("has a token gate already", where=type(block).__name__, data={"reason": "already-gated"})
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
         block.__class__ = standing_for(TokenGate, type(block))  # type: ignore[arg-type]
         assert isinstance(block, TokenGate)
@@ -153,7 +153,12 @@ class TokenGate(Layer):
         valid = attended(mask, b)
         lengths = valid.sum(1).tolist()
         if min(lengths) == 0:
-            raise ModelError("a sample has no tokens but padding", where=name, hint="Leave it out of the batch.")
+            raise ModelError(
+                "a sample has no tokens but padding",
+                where=name,
+                hint="Leave it out of the batch.",
+                data={"reason": "all-padding"},
+            )
         counts = [tokens_after(length, gate["before"], sum(gate["protect"]), gate["minimum"]) for length in lengths]
         if counts != lengths:  # some have moved to the front
             valid = front(counts, n, hidden.device)

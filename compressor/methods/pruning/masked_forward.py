@@ -190,7 +190,12 @@ class Dense:
     def of(cls, model: ShapingModel) -> Dense:
         """raises PassError if there is no calibration batch"""
         if not model.batches:
-            raise PassError("no calibration batch was given", where="data", hint="Give calibration data.")
+            raise PassError(
+                "no calibration batch was given",
+                where="data",
+                hint="Give calibration data.",
+                data={"reason": "no-batch"},
+            )
         with model.loaded(0), torch.no_grad():
             before = [model.stem(batch) for batch in range(model.batches)]
         draws = [Draw(batch, {}) for batch in range(model.batches)]
@@ -222,7 +227,10 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
         labels = model.labels(batch)
         if labels is None:
             raise PassError(
-                "the calibration data has no labels", where="loss: task", hint="Use loss: distill, or labelled data."
+                "the calibration data has no labels",
+                where="loss: task",
+                hint="Use loss: distill, or labelled data.",
+                data={"reason": "no-labels"},
             )
         for part in _slices(last):
             found = _wide(head(part))
@@ -233,6 +241,7 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
                     f"labels up to {int(labels.max())} don't fit outputs of {shape} for each sample",
                     where="loss: task",
                     hint="Use loss: distill, or labels that the model's head was trained for.",
+                    data={"reason": "labels", "largest": int(labels.max()), "shape": list(found.shape[1:])},
                 )
             yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")
 

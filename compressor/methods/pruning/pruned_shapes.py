@@ -26,7 +26,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
-from compressor.errors import PreflightError
+from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
 from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableSite, Remodel
 from compressor.model.residual_records import Residual, Tap
@@ -49,7 +49,10 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
     named = [*decision["sites"], *decision.get("removed", ())]
     if unknown := [name for name in named if name not in known]:
         raise PreflightError(
-            f"{unknown[0]} is no site that can be pruned", where=where, hint="Choose again for this model."
+            f"{unknown[0]} is no site that can be pruned",
+            where=where,
+            hint="Choose again for this model.",
+            data={"reason": "no-site", "site": unknown[0]},
         )
     for site in sites:
         kept = kept_units(site, decision)
@@ -58,12 +61,14 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
                 f"{list(kept)} of {site.name} are not units of it, which has {site.units}, in ascending order",
                 where=where,
                 hint="Choose again for this model.",
+                data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
             )
         if not kept and site.layout["removal"] is None:
             raise PreflightError(
                 "nothing of this sub-block would stay, and no layer can take its place",
                 where=site.name,
                 hint="Keep one.",
+                data={"reason": "nothing-kept"},
             )
 
 
@@ -92,6 +97,7 @@ def pruned_remodel(
                 f"{facts.architecture} can't be pruned so by its config alone: {why}",
                 where="export",
                 hint="Prune every block alike, or use export: auto, which adds a modelling file.",
+                data={"reason": "no-stock-model", "model": facts.architecture, "because": values_of(why)},
             )
     remodel = _custom(facts, sites, decision, shapes, why)
     return replace(remodel, widths=widths, decision=decision)
@@ -231,12 +237,15 @@ def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str,
     if all(len(kept_units(site, decision)) == site.units for site in sites):
         return {}
     if 0 in counts:
-        return f"{next(s.name for s in sites if not kept_units(s, decision))} is gone altogether"
+        gone = next(s.name for s in sites if not kept_units(s, decision))
+        return Because(f"{gone} is gone altogether", reason="gone", site=gone)
     if len(counts) > 1:
-        return f"the number of {sites[0].kind} differs from block to block"
+        kind = sites[0].kind
+        return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
     keys = sites[0].layout["config"]
     if keys is None:
-        return f"its config doesn't say how many {sites[0].kind} there are"
+        kind = sites[0].kind
+        return Because(f"its config doesn't say how many {kind} there are", reason="count-not-in-config", kind=kind)
     return {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
 
 
@@ -254,7 +263,11 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: D
         if not sites:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
         if any(site.layout["has_norms"] for site in sites):
-            return f"norms inside its blocks have the same {keys[0]} as those of the stream"
+            return Because(
+                f"norms inside its blocks have the same {keys[0]} as those of the stream",
+                reason="eps-of-other-norms",
+                key=keys[0],
+            )
         if not all(tap.norm.has_weight for tap in residual.taps()):
             return "its norms have no gain that could take the factor of a narrower stream"
         config |= {key: residual.end.norm.eps * width / kept for key in keys}
@@ -293,6 +306,7 @@ def _custom(
                 f"blocks can't differ in their number of {kind} ({partly[0].layout['per_layer']}), and {why}",
                 where=partly[0].name,
                 hint="Prune every block alike.",
+                data={"reason": "blocks-differ", "kind": kind},
             )
         said |= {} if isinstance(found, str) else found
     for site in sites:

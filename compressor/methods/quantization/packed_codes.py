@@ -38,7 +38,7 @@ def packed_spec(
             f"group_size {group_size} does not divide in_features {weight.in_features}.",
             where=weight.name,
             hint=f"Set group_size to {advice}, or leave this weight out with `except`.",
-            data={"group_size": group_size, "inputs": weight.in_features, "usable": usable},
+            data={"group_size": group_size, "in_features": weight.in_features, "usable": [*map(int, usable), -1]},
         )
     spec = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     return {**spec, "act_order_index": True} if act_order_index else spec

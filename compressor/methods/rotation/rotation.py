@@ -100,6 +100,7 @@ class Covariance:
                 "the calibration signal has NaN or Inf",
                 where=where,
                 hint="Run in float32 (model.dtype) or check the model.",
+                data={"reason": "signal-not-finite"},
             )
         if normalised:
             squares = rows.square().mean(-1, keepdim=True)
@@ -120,7 +121,11 @@ def pca(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     matrix = covariance.to(torch.float64)
     trace = float(matrix.diagonal().sum())
     if not bool(torch.isfinite(matrix).all()):
-        raise PassError("the covariance has NaN or Inf", hint="Run in float32 (model.dtype) or check the model.")
+        raise PassError(
+            "the covariance has NaN or Inf",
+            hint="Run in float32 (model.dtype) or check the model.",
+            data={"reason": "covariance-not-finite"},
+        )
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
