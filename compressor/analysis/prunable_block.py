@@ -19,7 +19,7 @@ from compressor.layers.block_attention import attend
 from compressor.model.block_runner import Call
 from compressor.model.facts import Cut, PrunableSite
 from compressor.model.norms import describe_norm
-from compressor.model.observed_matmul import LinearCall, LinearCalls
+from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.tracing import TWIN_SEED, Product
 
 OBSERVER = "observed_heads"
@@ -86,11 +86,11 @@ class Finder:
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
 
-    def _run(self, x: Tensor) -> list[LinearCall]:
+    def _run(self, x: Tensor) -> list[ObservedMatmul]:
         """The block's products, in forward order."""
         self.observer.seen.clear()
-        calls: list[LinearCall] = []
-        with LinearCalls(self.parameters, calls.append):
+        calls: list[ObservedMatmul] = []
+        with ObservedMatmuls(self.parameters, calls.append):
             self.block(x, *self.call.args, **self.call.kwargs)
         return calls
 
@@ -121,7 +121,7 @@ class Finder:
         return self._site("heads", groups, reader, columns, cuts, caller, made)
 
     def _read_by_heads(
-        self, before: list[LinearCall], unit_of_head: Tensor, groups: int, heads: int, head_dim: int
+        self, before: list[ObservedMatmul], unit_of_head: Tensor, groups: int, heads: int, head_dim: int
     ) -> tuple[str, Tensor]:
         """The product that reads what attention returns, and the unit of each of its input columns."""
         where = self.where

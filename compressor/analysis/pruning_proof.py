@@ -24,7 +24,7 @@ from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.removed import Removed
 from compressor.layers.structural.resized import Resized
 from compressor.methods.pruning.pruned_parameters import narrowed
-from compressor.methods.pruning.pruned_shapes import KINDS, kept_slices, kept_units, removed_modules, resized_modules
+from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableSite
 from compressor.model.reshaped_class import is_reshaped

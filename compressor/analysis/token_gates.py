@@ -27,7 +27,7 @@ from compressor.layers.structural.observed_attention import register_watching, w
 from compressor.layers.structural.token_gate import TokenGate, attended, noting_choices
 from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
 from compressor.model.facts import BlockTokens, TokenFacts
-from compressor.model.observed_matmul import LinearCall, LinearCalls
+from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 
@@ -335,8 +335,8 @@ def _answering(block: nn.Module, call: _Seen, answer: Callable[[Tensor], Tensor]
 
 def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> tuple[int, int]:
     """Entries of the matrices that multiply every token, before and after the gate."""
-    found: list[LinearCall] = []
-    with LinearCalls(dict(block.named_parameters()), found.append):
+    found: list[ObservedMatmul] = []
+    with ObservedMatmuls(dict(block.named_parameters()), found.append):
         block(hidden, *call.args, **call.kwargs)
     sizes = [0, 0]
     for seen in found:

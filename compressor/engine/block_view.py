@@ -22,7 +22,7 @@ from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, 
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Batch, Call, Stop
-from compressor.model.observed_matmul import LinearCall
+from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure
 from compressor.model.tracing import signature
@@ -203,7 +203,7 @@ class UnitSite:
         numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
         watched = watched_parameters(self.structure, self.unit)
 
-        def number_of(call: LinearCall) -> int | None:
+        def number_of(call: ObservedMatmul) -> int | None:
             expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
             return numbers.get((call.parameter, expert))
 
@@ -281,8 +281,8 @@ class UnitSite:
             tape.keep_only(leaves)
 
     def _halt(
-        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[LinearCall], bool], wanted: set[str]
-    ) -> LinearCall | None:
+        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[ObservedMatmul], bool], wanted: set[str]
+    ) -> ObservedMatmul | None:
         """Take the batch to the first product of the stage, from where it waits if that lies before it."""
         work = partial(run_unit, self.structure, self.unit, stream)
         if stream.tape is not None and not stream.tape.passed & wanted:
@@ -300,14 +300,14 @@ class UnitSite:
         self,
         stream: Stream,
         watched: dict[str, Tensor],
-        number_of: Callable[[LinearCall], int | None],
+        number_of: Callable[[ObservedMatmul], int | None],
         stage: Stage,
     ) -> Iterator[tuple[int, Tensor]]:
         """Inputs of the stage's groups, seen by running on past the halt; the batch stays where it waits."""
         caught: dict[int, Tensor] = {}
         all_come = all(group.expert is None for group in stage)
 
-        def visit(call: LinearCall) -> None:
+        def visit(call: ObservedMatmul) -> None:
             number = number_of(call)
             if number is not None and number not in caught:
                 caught[number] = call.input.reshape(-1, call.input.shape[-1])

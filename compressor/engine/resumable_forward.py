@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from compressor.model.block_runner import Stop
-from compressor.model.observed_matmul import LinearCall, LinearCalls
+from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 
 
 class Diverged(Exception):
@@ -87,8 +87,8 @@ class Tape:
 
 
 def advance(
-    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], halts: Callable[[LinearCall], bool]
-) -> LinearCall | None:
+    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], halts: Callable[[ObservedMatmul], bool]
+) -> ObservedMatmul | None:
     """Run `work` on to the first product that `halts` asks for, and halt before it is computed.
 
     returns that product; None if `work` ended without one, after which the tape is spent
@@ -101,7 +101,7 @@ def advance(
 
 
 def run_on(
-    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], visit: Callable[[LinearCall], None]
+    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], visit: Callable[[ObservedMatmul], None]
 ) -> Any:
     """Run `work` from the halt to its end, or until `visit` raises Stop; the tape stays where it is.
 
@@ -158,10 +158,10 @@ def _play(calls: _Taped, work: Callable[[], Any]) -> Any:
         raise
 
 
-class _Taped(LinearCalls):
+class _Taped(ObservedMatmuls):
     """Answers calls from the tape, then computes and reports products."""
 
-    def __init__(self, tape: Tape, watched: Mapping[str, Tensor], on_call: Callable[[LinearCall], Any]) -> None:
+    def __init__(self, tape: Tape, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], Any]) -> None:
         super().__init__(watched, on_call)
         self.tape = tape
         self._at, self._end = 0, len(tape.answers)
@@ -192,9 +192,9 @@ class _Taped(LinearCalls):
 class _Recorded(_Taped):
     """Goes on recording where the tape ends, up to the product that `halts` asks for (`reached`)."""
 
-    reached: LinearCall | None = None
+    reached: ObservedMatmul | None = None
 
-    def visit(self, call: LinearCall) -> None:
+    def visit(self, call: ObservedMatmul) -> None:
         if self._on_call(call):
             self._hold()
             self.reached = call

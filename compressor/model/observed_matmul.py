@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
-class LinearCall:
+class ObservedMatmul:
     """One multiplication of an input by (part of) a parameter.
 
     input       (..., in_features) as the model passed it
@@ -28,14 +28,14 @@ class LinearCall:
     transposed: bool
 
 
-class LinearCalls(TorchFunctionMode):
+class ObservedMatmuls(TorchFunctionMode):
     """Reports every multiplication by a watched parameter while it is active, module or not.
 
     Watching the multiplication rather than modules sees nn.Linear, Conv1D and one expert of a fused parameter alike.
     `watched` maps parameter names to parameters; `on_call` may raise `Stop` to end the run before the product.
     """
 
-    def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[LinearCall], None]) -> None:
+    def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], None]) -> None:
         super().__init__()
         self._names = {parameter.untyped_storage()._cdata: name for name, parameter in watched.items()}
         self._keep = list(watched.values())  # storages stay alive, so their addresses stay unique
@@ -59,9 +59,9 @@ class LinearCalls(TorchFunctionMode):
             return
         lies_transposed = weight.stride(0) == 1 and weight.stride(1) != 1
         transposed = right_multiplied != lies_transposed
-        self.visit(LinearCall(name, x, weight.numel(), int(weight.storage_offset()), transposed))
+        self.visit(ObservedMatmul(name, x, weight.numel(), int(weight.storage_offset()), transposed))
 
-    def visit(self, call: LinearCall) -> None:
+    def visit(self, call: ObservedMatmul) -> None:
         """Called before each watched product."""
         self._on_call(call)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from compressor.errors import Because
-from compressor.model.observed_matmul import LinearCall, LinearCalls
+from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 
 
-class ChoiceTrace(LinearCalls):
+class ChoiceTrace(ObservedMatmuls):
     """Notes every product with a watched parameter, and what is chosen by its output, while it is active.
 
     calls          the products by one matrix, in order
@@ -32,7 +32,7 @@ class ChoiceTrace(LinearCalls):
 
     def __init__(self, watched: Mapping[str, Tensor]) -> None:
         super().__init__(watched, self._note)
-        self.calls: list[LinearCall] = []
+        self.calls: list[ObservedMatmul] = []
         self.chosen_by: set[str] = set()
         self.whole: dict[str, Because] = {}
         self.expert_counts: set[int] = set()
@@ -62,7 +62,7 @@ class ChoiceTrace(LinearCalls):
             if tensor.is_floating_point():
                 self._made_by[id(tensor)] = (tensor, names)
 
-    def _note(self, call: LinearCall) -> None:
+    def _note(self, call: ObservedMatmul) -> None:
         self._current = call.parameter
         parameter = self._watched[call.parameter]
         matrices = parameter.numel() // call.elements

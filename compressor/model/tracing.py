@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import Because, ModelError, PreflightError
 from compressor.model.block_runner import Answer, Batch, Pieces, output_of
 from compressor.model.load_dtypes import hold_as_loaded
-from compressor.model.observed_matmul import LinearCall, LinearCalls
+from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.replaceable import watch_reads
 from compressor.model.reshaped_class import is_reshaped, reshaping
 from compressor.model.routing import ChoiceTrace
@@ -157,9 +157,9 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
                 read[kind] = frozenset(seen)
                 groups[kind], whole[kind] = _grouped(traced, block), traced.whole
                 answers[kind] = pieces.answers[index]
-        found: list[LinearCall] = []
+        found: list[ObservedMatmul] = []
         watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
-        with LinearCalls(watched, found.append), watch_reads(twin) as seen:
+        with ObservedMatmuls(watched, found.append), watch_reads(twin) as seen:
             pieces.head(batch, hidden)
         read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
     finally:

@@ -22,7 +22,7 @@ from fresh import command, stranger
 from raising import raises
 
 import compressor
-from compressor.artifact.loader import writer
+from compressor.artifact import writer
 from compressor.engine.plan import make_plan
 from compressor.errors import (
     ArtifactError,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor.analysis.residual_stream import read_residual, residual_twin
+from compressor.artifact import writer
 from compressor.artifact.inspection import inspect_path
-from compressor.artifact.loader import writer
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import auto_classes, choose_route

@@ -14,8 +14,8 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 from same_model import differences
 
-from compressor.artifact import verify
-from compressor.artifact.loader import load, writer
+from compressor.artifact import verify, writer
+from compressor.artifact.loader import load
 from compressor.engine.block_io import UnitSource, load_unit
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, ModelError, UsageError
