@@ -594,7 +594,7 @@ def _without_odd_widths(plan: Plan, step: Step, chosen: list[Weight]) -> list[We
             step.settings.spec(weight)
         except WidthError:
             told = f"no group size divides its {weight.in_features} inputs"
-            reasons[weight.name] = Because(told, reason="odd-width", inputs=weight.in_features)
+            reasons[weight.name] = Because(told, reason="odd-width", in_features=weight.in_features)
         except CompressError:
             pass  # `_follow_forms` asks again, and makes it a problem
     meant = names_it(step.settings.only, chosen, "steps") if reasons else set()

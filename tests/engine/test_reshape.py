@@ -60,7 +60,9 @@ def relative(found, expected):
 
 
 def problems(model, *steps):
-    return [str(problem) for problem in make_plan(recipe(*steps), str(model), prove=False).problems]
+    """(where, data) of each problem of the plan."""
+    found = make_plan(recipe(*steps), str(model), prove=False).problems
+    return [(problem.where, problem.data) for problem in found]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", pytest.param("mixtral", marks=pytest.mark.slow)])
@@ -155,20 +157,28 @@ def test_reshaping_passes_keep_the_contract(name, settings, before, tmp_path):
 def test_a_reshaping_step_out_of_place_is_refused_with_the_reason(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     rtn, rotate = {"pass": "rtn", "group_size": -1}, {"pass": "rotate"}
-    assert "rotate needs dense weights everywhere, and rtn comes before it" in problems(model, rtn, rotate)[0]
-    assert "fuse_norms changes the model itself and can't share a sweep" in problems(model, {"sweep": [FUSED, rtn]})[0]
-    assert "can't be confined to some weights" in problems(model, {**FUSED, "only": ["q_proj"]})[0]
-    assert "rotate needs norms_folded" in problems(model, rotate)[0]
+    dense = {"reason": "needs-dense", "pass": "rotate", "before": "rtn"}
+    folded = {"reason": "needs-fact", "pass": "rotate", "fact": "norms_folded"}
+    assert problems(model, rtn, rotate)[0] == ("steps.1", dense)
+    alone = {"reason": "shares-sweep", "pass": "fuse_norms"}
+    assert problems(model, {"sweep": [FUSED, rtn]})[0] == ("steps.0.sweep.0", alone)
+    confined = {"reason": "changes-all", "pass": "fuse_norms"}
+    assert problems(model, {**FUSED, "only": ["q_proj"]})[0] == ("steps.0", confined)
+    assert problems(model, rotate) == [("steps.0", folded)]
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"),
-    [("gemma3", "branch"), ("bert", "norm"), ("olmo2", "branch")],
+    ("family", "where", "reason"),
+    [
+        ("gemma3", "model.layers.0.post_attention_layernorm", "norm-on-branch"),
+        ("bert", "bert.encoder.layer.0.output.LayerNorm", "post-norm"),
+        ("olmo2", "model.layers.0.post_attention_layernorm", "norm-on-branch"),
+    ],
 )
-def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, reason, tmp_path):
+def test_a_family_that_cannot_be_sliced_is_refused_with_the_reason(family, where, reason, tmp_path):
     model = tiny.save(family, tmp_path / "model")
     found = problems(model, FUSED, {"pass": "slicegpt", "orientation": "global"})
-    assert reason in found[0], found
+    assert found[0] == (where, {"reason": reason})
 
 
 @pytest.mark.parametrize("orientation", ["global", "auto"])

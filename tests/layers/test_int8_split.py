@@ -224,7 +224,7 @@ def test_stored_tensors_rebuild_the_layer_and_wrong_ones_are_refused():
     assert (layer.weight[:, [3, 30]] == 0).all()
     broken = [
         ("SCB", torch.ones(9), {"tensor": "SCB", "shape": [9], "expected": [8]}),
-        ("SCB", torch.ones(8).bfloat16(), {"name": "SCB", "dtype": "torch.bfloat16"}),
+        ("SCB", torch.ones(8).bfloat16(), {"tensor": "SCB", "dtype": "torch.bfloat16"}),
         ("weight_format", torch.ones((), dtype=torch.uint8), {"tensor": "weight_format", "value": 1}),
         ("outlier_columns", torch.tensor([30, 3], dtype=torch.int32), {"tensor": "outlier_columns", "inputs": 32}),
         ("outlier_columns", torch.tensor([3, 32], dtype=torch.int32), {"tensor": "outlier_columns", "inputs": 32}),

@@ -188,7 +188,7 @@ def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):
     assert not any("down_proj" in name for name in plan.forms)
     named = planned(narrow, group_size=32, only=["*", "down_proj"])
     found = named.problems[0]
-    assert found.where.endswith("down_proj") and (found.data["group_size"], found.data["inputs"]) == (32, 72)
+    assert found.where.endswith("down_proj") and (found.data["group_size"], found.data["in_features"]) == (32, 72)
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "gemma4_shared", "jamba", "falcon", "qwen3_next"])

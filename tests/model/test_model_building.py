@@ -211,7 +211,7 @@ def test_models_without_a_hidden_size_or_with_one_of_their_own_are_planned_or_re
     assert make_plan(RTN, str(tmp_path / "convnext")).peak_memory_bytes > 0
     with raises(ModelError, where="FunnelForSequenceClassification", reason="not-in-blocks") as failure:
         make_plan(RTN, str(tmp_path / "funnel"))
-    assert "num_hidden_layers" in failure.value.data["error"]
+    assert "num_hidden_layers" in failure.value.data["cause"]
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

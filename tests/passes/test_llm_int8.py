@@ -115,7 +115,9 @@ def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modelling_fil
     plan = plan_of("llama", tmp_path, *mixed)
     assert plan.route.name == "custom" and "thresholds [0.0, 6.0]" in plan.route.reason
     refused = make_plan(recipe(*mixed, export={"format": "bitsandbytes"}), str(tmp_path / "m"), prove=False)
-    assert isinstance(refused.problems[0], PreflightError) and "thresholds [0.0, 6.0]" in str(refused.problems[0])
+    because = {"reason": "thresholds", "thresholds": [0.0, 6.0]}
+    with raises(PreflightError, where="export", reason="no-stock-loader", because=because):
+        raise refused.problems[0]
 
 
 def test_experts_are_refused_by_name_and_attention_beside_them_is_for_bitsandbytes(tmp_path):
