@@ -112,11 +112,11 @@ def build_cuda(folder: Path, sources: list[Path] = SOURCES, flags: tuple[str, ..
     return library, usages
 
 
-def build_emulated(library: Path, sources: list[Path] = SOURCES, mutant: int | str = 0) -> Path:
-    """The same sources for the CPU; `mutant` is the value of MUTANT in device.h."""
+def build_emulated(library: Path, sources: list[Path] = SOURCES) -> Path:
+    """The same sources for the CPU."""
     # -x c++ once for all: g++ would take .cu for a linker script
     files = map(str, [*sources, ABOUT])
-    _run(["g++", *EMULATION_FLAGS, f"-DMUTANT={mutant}", "-x", "c++", *files, "-o", str(library)])
+    _run(["g++", *EMULATION_FLAGS, "-x", "c++", *files, "-o", str(library)])
     return library
 
 

@@ -17,12 +17,6 @@ struct alignas(16) Words4 {
 // Codes of an element type at the C ABI.
 enum Type { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
-// -DMUTANT=n plants fault n; the tests pass only if every one of them is noticed. Under emulation
-// -DMUTANT=emulate::fault leaves the number to compressor_emulate_fault, so one library serves all of them.
-#ifndef MUTANT
-#define MUTANT 0
-#endif
-
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__

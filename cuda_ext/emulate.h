@@ -75,7 +75,6 @@ inline Block* block;
 inline Fiber* me;
 inline Dim block_index, grid_size, block_size;
 inline u32 random_state = 1;
-inline int fault = 0;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 alignas(128) inline char shared_memory[STATIC_SHARED_BYTES];
 
@@ -406,9 +405,6 @@ DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 // The seed of the interleaving of all launches to come.
 extern "C" inline __attribute__((used)) void compressor_emulate_seed(u32 number) { emulate::seed(number); }
-
-// The fault that a library built with -DMUTANT=emulate::fault has from now on.
-extern "C" inline __attribute__((used)) void compressor_emulate_fault(int number) { emulate::fault = number; }
 
 // Who sees the launches to come, null for nobody.
 extern "C" inline __attribute__((used)) void compressor_emulate_record(emulate::Recorder recorder) {

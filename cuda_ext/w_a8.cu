@@ -117,8 +117,6 @@ DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk
 
 DEVICE int turn_of(int row) { return row / 2 % 4; }
 
-DEVICE float in_half(float f) { return f16_to_float(float_to_f16(f)); }
-
 DEVICE float bias_of(const Arguments& args, int n) {
   return args.bias && n < args.N ? load_as_float(args.bias, n, args.y_type) : 0.f;
 }
@@ -138,9 +136,7 @@ template <int STAGES, int TILES, class Fetch, class LoadGroup, class TakeGroup, 
 DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGroup& load_group, const TakeGroup& take_group,
                        const Multiply& multiply, const AddGroup& add_group) {
   constexpr bool DECODE = TILES > 1;
-  const bool no_wait = DECODE ? MUTANT == 21 : MUTANT == 1, no_barrier = DECODE ? MUTANT == 22 : MUTANT == 2;
-  const bool early = DECODE ? MUTANT == 27 : MUTANT == 7, short_of_one = DECODE ? MUTANT == 30 : MUTANT == 10;
-  const int last = args.tiles - short_of_one, stages = (last + TILES - 1) / TILES;
+  const int last = args.tiles, stages = (last + TILES - 1) / TILES;
   int group = 0, left_in_group = args.tiles_per_group;
   auto begin_group = [&] {
     take_group(group);
@@ -152,13 +148,11 @@ DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGrou
     cp_async_commit();
   }
   for (int stage = 0; stage < stages; stage++) {
-    if (early && stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
-    if (no_barrier) __syncthreads();
-    if (!no_wait) cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     if (!DECODE && left_in_group == args.tiles_per_group) begin_group();
     // after this every thread's copies of the stage are there, and every thread is done with the stage before
-    if (!no_barrier) __syncthreads();
-    if (!early && stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
+    __syncthreads();
+    if (stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
     cp_async_commit();
     for (int i = 0; i < TILES && stage * TILES + i < last; i++) {
       if (DECODE && left_in_group == args.tiles_per_group) begin_group();
@@ -188,14 +182,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   SHARED(Number, shared_sum, 2 * ROWS);
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 128, warp_n = thread / 32 % 4;
   const int m0 = blockIdx.x * ROWS, n0 = blockIdx.y * OUTPUTS, tiles_n = (args.N + TILE_N - 1) / TILE_N;
-  const int readable = MUTANT == 4 ? args.M + 1 : args.M;
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES;
 #pragma unroll
     for (int i = thread; i < ROWS * 4; i += THREADS) {
       const int row = i / 4, chunk = i % 4;
-      const bool inside = m0 + row < readable;
+      const bool inside = m0 + row < args.M;
       cp_async16(shared_x + stage * STAGE_X + place_of(row, chunk, turn_of(row)),
                  args.x + (inside ? (u64(m0 + row) * args.tiles + tile) * TILE_K + chunk * 16 : 0), inside);
     }
@@ -213,14 +206,14 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   Number next_number = 0;
   auto load_group = [&](int group) {
     if (thread < OUTPUTS) {
-      next_scale = scale_of(args, group - (MUTANT == 6 && group), n0 + thread);
-      next_number = minus_zero_of<BITS, Number>(args, group, (n0 + thread) ^ (MUTANT == 9));
+      next_scale = scale_of(args, group, n0 + thread);
+      next_number = minus_zero_of<BITS, Number>(args, group, n0 + thread);
     } else if (thread - OUTPUTS < ROWS) {
-      next_number = x_sum_of<Number>(args, group, m0 + ((thread - OUTPUTS) ^ (MUTANT == 14)));
+      next_number = x_sum_of<Number>(args, group, m0 + thread - OUTPUTS);
     }
   };
   auto take_group = [&](int group) {
-    const int half = MUTANT == 13 ? 0 : group % 2;
+    const int half = group % 2;
     if (thread < OUTPUTS) {
       shared_scale[half * OUTPUTS + thread] = next_scale;
       shared_zero[half * OUTPUTS + thread] = next_number;
@@ -245,7 +238,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
     const u32* stage_words = shared_words + stage * STAGE_WORDS + warp_n / 2 * TILE_WORDS;
     u32 b[2][2][4];  // of 16 outputs each, two steps
 #pragma unroll
-    for (int h = 0; h < 2; h++) load_weights<BITS>(b[h], stage_words, warp_n % 2 * 2 + h, lane ^ (MUTANT == 3));
+    for (int h = 0; h < 2; h++) load_weights<BITS>(b[h], stage_words, warp_n % 2 * 2 + h, lane);
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
@@ -253,13 +246,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
         // lanes 0 to 15 name columns 0 to 15 of the 16 rows, lanes 16 to 31 columns 16 to 31
         const int row = warp_m * (ROWS / 2) + p * 16 + lane % 16, chunk = step * 2 + lane / 16;
         u32 a[4];
-        ldmatrix_x4(a, stage_x + place_of(row, chunk, MUTANT == 5 ? 0 : turn_of(row)));
+        ldmatrix_x4(a, stage_x + place_of(row, chunk, turn_of(row)));
 #pragma unroll
         for (int q = 0; q < 4; q++) mma_s8(part[p][q], a, b[q / 2][step][q % 2], b[q / 2][step][q % 2 + 2]);
       }
   };
   auto add_group = [&](int group) {
-    const int half = MUTANT == 13 ? 0 : group % 2;
+    const int half = group % 2;
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       float scale[2];
@@ -276,7 +269,6 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
           const Number x_sum = shared_sum[half * ROWS + first_row + p * 16 + 8 * (i / 2)];
           const float sum = SumOf::value(part[p][q][i], zero[i % 2], x_sum);
           total[p][q][i] = __fmaf_rn(sum, scale[i % 2], total[p][q][i]);
-          if (MUTANT == 12) total[p][q][i] = in_half(total[p][q][i]);
           part[p][q][i] = SumOf::start;
         }
     }
@@ -285,24 +277,23 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 
   float x_scale[PIECES * 2];  // read once: the compiler can't know that y isn't in between
 #pragma unroll
-  for (int j = 0; j < PIECES * 2; j++) x_scale[j] = x_scale_of(args, m0 + ((first_row + j * 8) ^ (MUTANT == 15)));
+  for (int j = 0; j < PIECES * 2; j++) x_scale[j] = x_scale_of(args, m0 + first_row + j * 8);
 #pragma unroll
   for (int q = 0; q < 4; q++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int n = n0 + first_output + q * 8 + i;
-      const float bias = bias_of(args, n) * (MUTANT == 11 ? 2.f : 1.f);
+      const float bias = bias_of(args, n);
 #pragma unroll
       for (int j = 0; j < PIECES * 2; j++) {
         const int m = m0 + first_row + j * 8;
-        if (m < args.M + (MUTANT == 8) && n < args.N) store(args, m, n, total[j / 2][q][j % 2 * 2 + i], x_scale[j], bias);
+        if (m < args.M && n < args.N) store(args, m, n, total[j / 2][q][j % 2 * 2 + i], x_scale[j], bias);
       }
     }
 }
 
 // Up to 16 rows of x: y^T = W x^T, so that the 16 rows of an mma are outputs and no more than HALVES * 8 rows of x are
 // multiplied. Bound by the memory: a block has 64 outputs, a stage 8 KiB of weights, and three are under way.
-// The numbers of MUTANT are those of the tiled kernel and 20.
 constexpr int DECODE_THREADS = 128;
 
 template <int BITS, int HALVES, bool WIDE>
@@ -314,7 +305,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   SHARED(i8, shared_x, STAGES * TILES * TILE_X);
   SHARED(u32, shared_words, STAGES * TILES * TILE_WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.x * TILE_N;
-  const int readable = MUTANT == 24 ? args.M + 1 : args.M;
   const u64 policy = evict_first_policy();
 
   auto fetch = [&](int stage) {
@@ -322,7 +312,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 #pragma unroll
     for (int i = thread; i < TILES * ROWS * 4; i += DECODE_THREADS) {
       const int tile = i / (ROWS * 4), row = i / 4 % ROWS, chunk = i % 4;
-      const bool inside = row < readable && first + tile < args.tiles;
+      const bool inside = row < args.M && first + tile < args.tiles;
       cp_async16(shared_x + (slot + tile) * TILE_X + place_of(row, chunk, turn_of(row)),
                  args.x + (inside ? (u64(row) * args.tiles + first + tile) * TILE_K + chunk * 16 : 0), inside);
     }
@@ -344,11 +334,10 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   auto load_group = [&](int group) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      next_scale[i] = scale_of(args, group - (MUTANT == 26 && group), n + 8 * i);
-      next_zero[i] = minus_zero_of<BITS, Number>(args, group, (n + 8 * i) ^ (MUTANT == 29));
+      next_scale[i] = scale_of(args, group, n + 8 * i);
+      next_zero[i] = minus_zero_of<BITS, Number>(args, group, n + 8 * i);
 #pragma unroll
-      for (int h = 0; h < HALVES; h++)
-        next_x_sum[h][i] = x_sum_of<Number>(args, group, (h * 8 + lane % 4 * 2 + i) ^ (MUTANT == 34));
+      for (int h = 0; h < HALVES; h++) next_x_sum[h][i] = x_sum_of<Number>(args, group, h * 8 + lane % 4 * 2 + i);
     }
   };
   auto take_group = [&](int) {
@@ -363,11 +352,11 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   auto multiply = [&](int stage, int tile) {
     const int slot = stage * TILES + tile;
     u32 a[2][4], b[HALVES][4];
-    load_weights<BITS>(a, shared_words + slot * TILE_WORDS, warp, lane ^ (MUTANT == 23));
+    load_weights<BITS>(a, shared_words + slot * TILE_WORDS, warp, lane);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
       const int row = h * 8 + lane % 8, chunk = lane / 8;
-      ldmatrix_x4(b[h], shared_x + slot * TILE_X + place_of(row, chunk, MUTANT == 25 ? 0 : turn_of(row)));
+      ldmatrix_x4(b[h], shared_x + slot * TILE_X + place_of(row, chunk, turn_of(row)));
     }
 #pragma unroll
     for (int step = 0; step < 2; step++)
@@ -381,7 +370,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
       for (int i = 0; i < 4; i++) {
         const float sum = SumOf::value(part[h][i], zero[i / 2], x_sum[h][i % 2]);
         total[h][i] = __fmaf_rn(sum, scale[i / 2], total[h][i]);
-        if (MUTANT == 32) total[h][i] = in_half(total[h][i]);
         part[h][i] = SumOf::start;
       }
   };
@@ -392,8 +380,8 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = h * 8 + lane % 4 * 2 + i % 2, out = n + 8 * (i / 2);
-      const float x_scale = x_scale_of(args, m ^ (MUTANT == 35)), bias = bias_of(args, out) * (MUTANT == 31 ? 2.f : 1.f);
-      if (m < args.M + (MUTANT == 28) && out < args.N) store(args, m, out, total[h][i], x_scale, bias);
+      const float x_scale = x_scale_of(args, m), bias = bias_of(args, out);
+      if (m < args.M && out < args.N) store(args, m, out, total[h][i], x_scale, bias);
     }
 }
 

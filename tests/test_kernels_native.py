@@ -210,6 +210,7 @@ def test_threads_do_not_race(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name, unit, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
 def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
     unit, _, header = unit.partition("/")

@@ -3,7 +3,6 @@
 One module for each source, KERNELS[name of the source], with
 
     CASES, LARGE_CASES   what is run; the large ones on a GPU alone
-    MUTANTS              the faults that its source plants: number of -DMUTANT -> what it is
     run(library, case, memory, seed, stream=None)
                          runs a case and compares, raises AssertionError, returns the result as stored. `library` is the
                          loaded shared object; `memory` places arrays where kernels can read them: GuardedMemory of
@@ -23,7 +22,6 @@ class Kernel(Protocol):
 
     CASES: tuple[Any, ...]
     LARGE_CASES: tuple[Any, ...]
-    MUTANTS: dict[int, str]
     run: Callable[..., Any]
 
 

@@ -52,35 +52,6 @@ class Case:
         return "-".join(["dense_sparse", shape, ("f16", "bf16")[self.type], *extras])
 
 
-RESPONSES = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "the neighbouring atom",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "step of the atom before",
-    7: "a stage is filled again before the barrier",
-    8: "a row too many of z is written",
-    9: "z is kept in 16 bits",
-    10: "the last tile of columns is dropped",
-}
-COMBINE = {
-    20: "a wait for copies is missing",
-    21: "no barrier between the wait and the use",
-    22: "entries of the neighbouring output",
-    23: "the last entry is dropped",
-    24: "z of the first block of a stage for all of them",
-    25: "no barrier before the parts are added",
-    26: "the last part is dropped",
-    27: "a stage is filled again before the barrier",
-    28: "row M of y is written",
-    29: "sums are kept in 16 bits",
-    30: "step of the output before",
-    31: "bias is added twice",
-}
-MUTANTS = {number: f"responses: {fault}" for number, fault in RESPONSES.items()}
-MUTANTS |= {number: f"combine: {fault}" for number, fault in COMBINE.items()}
-
 # Tails of M, N, m and w; two blocks in each dimension of each grid. `responses` holds 3 tiles of 64 columns, so from 4
 # on a stage is filled again; `combine` holds 2 stages of 4096 floats, so from 3 of them on.
 CASES = (

@@ -30,22 +30,6 @@ class Case:
         return f"gptq_solve-{self.rows}x{self.begin}..{self.stop}..{self.end}-{kind}"
 
 
-MUTANTS = {
-    1: "factors are overwritten before all are done with them",
-    2: "no barrier between the load of factors and their use",
-    3: "group of the column before",
-    4: "a column misses the error of its neighbour",
-    5: "product and difference are rounded once",
-    6: "a product with the pivot's inverse",
-    7: "ties are rounded away from zero",
-    8: "a row too many is read",
-    9: "a row too many is written",
-    10: "the zero point is added after the clamp",
-    11: "the last column isn't updated",
-    12: "the first error is dropped",
-    13: "U is read by columns",
-}
-
 # Panels have 8 columns, blocks 64 rows: tails of both, a begin within a sub-block, later columns that are updated.
 CASES = (
     Case(1, 0, 1, 1),

@@ -37,23 +37,6 @@ class Case:
         return f"hadamard-{self.rows}x{self.n}-{kind}-{self.scale:.4g}" + ("-in_place" if self.in_place else "")
 
 
-MUTANTS = {
-    1: "no barrier before warps read each other's elements",
-    2: "no barrier before a thread reads its own back",
-    3: "wrong lane in the exchange of warps",
-    4: "wrong sign in the second half of a butterfly",
-    5: "elements after the last row are read",
-    6: "elements after the last row are written",
-    7: "sums are kept in 16 bits",
-    8: "one element isn't scaled",
-    9: "runs: the matrix of a run is transposed",
-    10: "runs: elements after the last row are read",
-    11: "runs: elements after the last row are written",
-    12: "runs: sums are kept in 16 bits",
-    13: "runs: one run of several isn't multiplied",
-    14: "runs: wrong signs on the diagonal",
-}
-
 CASES = (
     Case(1, 8),
     Case(131, 8, FLOAT16),

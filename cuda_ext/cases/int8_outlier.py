@@ -38,39 +38,6 @@ class Case:
         return name + ("-bias" if self.bias else "")
 
 
-MUTANTS = {
-    1: "an outlier that isn't finite isn't noticed",
-    2: "an outlier column isn't left out of the int8 product",
-    3: "flags of the columns 32 further or before",
-    4: "weights of outlier columns aren't rounded to x's type",
-    5: "only the first outlier of 32 columns is added",
-    20: "flags: row M of x is read",
-    21: "flags: the last row of a slice isn't scanned",
-    22: "rows: no barrier before the mask is used",
-    23: "rows: outliers count for the largest magnitude",
-    40: "one row: codes are overwritten before all threads have used them",
-    41: "one row: no barrier before codes are used",
-    42: "one row: the last 16 columns are dropped",
-    43: "one row: rows of W after the last are read",
-    44: "one row: half of a sum is lost",
-    45: "one row: no barrier before sums are read",
-    46: "one row: outliers are added with one rounding instead of two",
-    47: "one row: output N is written",
-    48: "one row: bias is added twice",
-    49: "one row: no barrier before the mask of given columns is read",
-    60: "product: the last tile of K is dropped",
-    62: "product: row N of W is read",
-    63: "product: a stage is filled again before the barrier",
-    64: "product: no barrier between the wait and the use",
-    65: "product: a wait for copies is missing",
-    66: "product: x isn't turned when read",
-    67: "product: W isn't turned when read",
-    68: "product: scale of the neighbouring output",
-    69: "product: outliers are added with one rounding instead of two",
-    70: "product: row M of y is written",
-    71: "product: bias is added twice",
-}
-
 # Tails of M, N and K, two blocks in each dimension of a grid: 64 rows or outputs, 2048 columns when flags are set, 64
 # rows of a slice; more than 4 tiles of K; one row keeps the codes of 16384 columns. None, some or all columns are
 # outliers.

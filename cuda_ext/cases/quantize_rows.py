@@ -28,17 +28,6 @@ class Case:
         return f"rows-{self.M}x{self.K}-{KINDS[self.type]}" + (f"-g{self.group_size}" if self.group_size else "")
 
 
-MUTANTS = {
-    1: "elements after a row are read",
-    2: "the last elements don't count for the largest magnitude",
-    3: "no barrier before the warps' largest magnitudes are read",
-    4: "codes are cut off instead of rounded",
-    5: "columns beyond K aren't written",
-    6: "half of the sums of codes are lost",
-    7: "sums aren't cleared",
-    8: "row M of the scales is written",
-}
-
 # K below one warp's columns, of one warp, and of more than a round of the block, which has 2048; groups cut short by K.
 CASES = (
     Case(1, 8),

@@ -73,35 +73,6 @@ class Case:
         return "-".join([f"w{self.bits}-{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
 
-FAULTS = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "codes of the neighbouring lane",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "scale of the group before",
-    7: "a stage is filled again before the barrier",
-    8: "row M of y is written",
-    9: "zero point of the neighbouring output",
-    10: "the last tile of K is dropped",
-    11: "bias is added twice",
-    12: "totals are kept in 16 bits",
-}
-MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {
-    40: "slices: the last one is dropped",
-    41: "slices: bias is added twice",
-    42: "slices: one output too many",
-    50: "8 bits: the two words are exchanged",
-    51: "2 bits: both pieces are the first",
-    52: "3 bits: the third bit of the neighbouring lane",
-    53: "3 bits: the third bit of the first piece for all",
-    54: "8 bits: the zero point is 128 for every other bfloat16",
-    55: "without zero points, 8 for all widths",
-    56: "8 bits: the second half of a tile isn't copied",
-}
-
 # Tails of M, N and K; two blocks in each dimension of the grid; groups cut short by K and by a slice. Pipelines hold
 # 6 (M <= 16) and 4 tiles, so more are needed to refill them; from 16 tiles on K is sliced (M <= 64).
 CASES = (

@@ -58,26 +58,6 @@ class Case:
         return "-".join([f"w{self.bits}a8-{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
 
-FAULTS = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "codes of the neighbouring lane",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "scale of the group before",
-    7: "a stage is filled again before the barrier",
-    8: "row M of y is written",
-    9: "zero point of the neighbouring output",
-    10: "the last tile of K is dropped",
-    11: "bias is added twice",
-    12: "totals are kept in 16 bits",
-    14: "sum of the neighbouring row's codes",
-    15: "scale of the neighbouring row",
-}
-MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
-MUTANTS[13] = "tiled: one place for the scales of two groups"
-MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
-
 # Tails of M, N and K, two blocks in each dimension of the grid, groups cut short by K. Pipelines hold 3 tiles, up to 16
 # rows 4 stages of 4 (4 bits) or 2 tiles (8 bits). Groups of more than 128 columns convert their sums in another way.
 CASES = (
