@@ -103,27 +103,3 @@ __global__ void __launch_bounds__(THREADS) columns(Arguments args) {
 }
 
 }  // namespace gptq_solve
-
-#ifndef __CUDACC_RTC__
-
-// 0, a cudaError, or -1 for a shape or an address that the kernel doesn't take: at most 128 columns are rounded in a call,
-// of at most 65536. Nothing is allocated and nothing waited for. A column of an unknown group gets codes of NaN.
-extern "C" int compressor_gptq_solve(void* work, void* errors, void* codes, const void* upper, const void* scale,
-                                     const void* zero, const void* group_of, int rows, int groups, int begin, int stop,
-                                     int end, float low, float high, void* stream) {
-  if (rows < 0 || groups < 0 || begin < 0 || begin > stop || stop > end || end > (1 << 16)) return -1;
-  if (stop - begin > gptq_solve::MAX_COLUMNS || rows > 0x7fffffff - gptq_solve::THREADS || !(low <= high)) return -1;
-  if (rows == 0 || begin == stop) return 0;
-  if (!work || !errors || !codes || !upper || !scale || !group_of || groups == 0) return -1;
-  for (const void* array : {(const void*)work, (const void*)errors, (const void*)codes, upper, scale, zero, group_of})
-    if ((u64)array % sizeof(float)) return -1;
-
-  const gptq_solve::Arguments args{(float*)work,       (float*)errors,     (float*)codes,        (const float*)upper,
-                                   (const float*)scale, (const float*)zero, (const int*)group_of, rows,
-                                   groups,             begin,              stop,                 end,
-                                   low,                high,               0};
-  const unsigned blocks = (rows + gptq_solve::THREADS - 1) / gptq_solve::THREADS;
-  return LAUNCH(gptq_solve::columns, dim3(blocks), dim3(gptq_solve::THREADS), stream, args);
-}
-
-#endif

@@ -64,24 +64,3 @@ __global__ void __launch_bounds__(THREADS) rows(Arguments args) {
 }
 
 }  // namespace quantize_rows
-
-#ifndef __CUDACC_RTC__
-
-// codes (M, K rounded up to 64) int8; scale (M) float32. A row with NaN or infinity has codes 0 and scale NaN. sum (M,
-// groups) int32, or null: the sums of each group's codes; group_size is a multiple of 64, or -1 for one group.
-// 0, a cudaError, or -1 for a shape, a type or an address that the kernel doesn't take: K is a multiple of 8 up to 2^24, x
-// and codes start at multiples of 16 bytes. Nothing is allocated and nothing waited for.
-extern "C" int compressor_quantize_rows(const void* x, void* codes, float* scale, i32* sum, int M, int K, int group_size,
-                                        int type, void* stream) {
-  constexpr int MAX_COLUMNS = 1 << 24, TILE_K = 64;
-  if (M < 0 || K < 1 || K % 8 || K > MAX_COLUMNS || type < FLOAT16 || type > FLOAT32) return -1;
-  if (group_size != -1 && (group_size < TILE_K || group_size % TILE_K || group_size > MAX_COLUMNS)) return -1;
-  if (M == 0) return 0;
-  if (!x || !codes || !scale || !aligned16(x) || !aligned16(codes)) return -1;
-  const int padded = (K + TILE_K - 1) / TILE_K * TILE_K, columns = group_size == -1 ? padded : group_size;
-  const int groups = (padded + columns - 1) / columns;
-  const quantize_rows::Arguments args{x, (i8*)codes, scale, sum, M, K, padded, columns, groups, type};
-  return LAUNCH(quantize_rows::rows, dim3(M), dim3(quantize_rows::THREADS), stream, args);
-}
-
-#endif

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from compressor.kernels.cuda.interface import Kernels
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 from cuda_ext.cases import arrays, dense_sparse
 from cuda_ext.cases.dense_sparse import Case, Operands
@@ -17,16 +17,16 @@ CASE = Case(3, 40, 3, 12, 16, 4)
 POISON = 0x7FFF
 
 
-def call(library: ctypes.CDLL, case: Case, operands: Operands) -> np.ndarray:
+def call(kernels: Kernels, case: Case, operands: Operands) -> np.ndarray:
     """y, float64 (M, N)"""
     given = (operands.x, operands.atoms, operands.atom_step, operands.entries, operands.step, operands.bias)
     placed = [None if array is None else arrays.GuardedArray(array) for array in given]
     y = arrays.GuardedArray(np.full((case.M, case.N), POISON, np.uint16))
     shape = (case.M, case.N, case.B, case.m, case.w, case.k)
-    needed = dense_sparse.workspace_bytes(library, *shape)
+    needed = dense_sparse.workspace_bytes(kernels, *shape)
     workspace = arrays.GuardedArray(np.full(needed // 4, np.nan, np.float32))
     addresses = [None if p is None else p.address for p in [*placed, y, workspace]]
-    assert dense_sparse.launcher(library)(*addresses, needed, *shape, case.type, None) == 0
+    assert dense_sparse.launcher(kernels)(*addresses, needed, *shape, case.type, None) == 0
     return arrays.to_float64(y.read(), case.type)
 
 
@@ -118,9 +118,9 @@ def good():
     assert (y.read() == POISON).all() and np.isnan(workspace.read()).all(), "a refused call wrote something"
 
 
-def refused(library: ctypes.CDLL, addresses: list[int | None], needed: int = 8 * 3 * 12 * 4, **changes: int) -> bool:
+def refused(kernels: Kernels, addresses: list[int | None], needed: int = 8 * 3 * 12 * 4, **changes: int) -> bool:
     shape = dict(M=CASE.M, N=CASE.N, B=CASE.B, m=CASE.m, w=CASE.w, k=CASE.k, type=0) | changes
-    return dense_sparse.launcher(library)(*addresses, needed, *shape.values(), None) == -1
+    return dense_sparse.launcher(kernels)(*addresses, needed, *shape.values(), None) == -1
 
 
 @pytest.mark.parametrize("name", BAD)

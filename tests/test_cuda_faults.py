@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
+import compiled
+import cuda_on_cpu
 import pytest
 
-from cuda_ext import build
-from cuda_ext.cases import KERNELS
+from compressor.kernels.cuda import nvrtc, plans
+from cuda_ext.cases import KERNELS, arrays
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.faults,
@@ -551,37 +553,66 @@ FAULTS = {
     ],
 }
 
-# A child process: the library, then every case until one is wrong. It may crash, that is the point.
-CHILD = """
-import ctypes, sys
-sys.path.append(sys.argv[1])
-from cuda_ext.cases import KERNELS, arrays
-kernel = KERNELS[sys.argv[3]]
-library = ctypes.CDLL(sys.argv[2])
-for seed in range(2):
-    for case in kernel.CASES:
-        library.compressor_emulate_seed(seed)
-        kernel.run(library, case, arrays.GuardedMemory(), seed)
-"""
+# the kernels that are compiled for a fault, by how its name begins; the cases are those that launch no other
+COMPILED = {
+    "tiled": "tiled<4|add_slices",
+    "decode": "decode<4|add_slices",
+    "slices": "decode<4|add_slices",
+    "2 bits": "<2|add_slices",
+    "3 bits": "<3|add_slices",
+    "8 bits": "<8|add_slices",
+    "without": "<2|<8|add_slices",
+    "runs": "rows_of_runs",
+}
 
 
-def faulty_library(folder: Path, source: str, old: str = "", new: str = "") -> Path:
-    """The emulated library of a source, with `new` in the place of `old` there or in a header of its own."""
-    for path in (ROOT / "cuda_ext").iterdir():
-        if path.suffix in (".h", ".cu"):
-            text = path.read_text()
-            ours = path.stem in (source, "codes")
-            (folder / path.name).write_text(text.replace(old, new) if old and ours else text)
-    return build.build_emulated(folder / "faulty.so", [folder / f"{source}.cu"])
+def kernels_for(source: str, name: str) -> tuple[str, ...]:
+    begins = re.match(r"[\w ]*", name)
+    pattern = next((found for start, found in COMPILED.items() if begins and begins[0].startswith(start)), "")
+    return tuple(kernel for kernel in plans.KERNELS[source] if re.search(pattern, kernel))
 
 
-def run_all_cases(library: Path, source: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, str(ROOT), str(library), source]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+def faulty_library(source: str, text: str, kernels: tuple[str, ...]) -> Path:
+    objects = [cuda_on_cpu.driver_object(), cuda_on_cpu.source_object(source, text, kernels)]
+    return compiled.linked("faulty.so", objects, cuda_on_cpu.SHARED)
 
 
-def is_noticed(done: subprocess.CompletedProcess[str]) -> bool:
-    return done.returncode < 0 or re.search("outputs are wrong|were overwritten", done.stderr) is not None
+def run_cases(library: Path, source: str, there: tuple[str, ...]) -> int:
+    """Runs every case that the kernels of the library can run, until one is wrong; how many there were."""
+    kernels = cuda_on_cpu.emulated_kernels(
+        library, lambda of, names: cuda_on_cpu.code_of(of, tuple(name for name in names if name in there))
+    )
+    count = 0
+    for seed in range(2):
+        for case in KERNELS[source].CASES:
+            kernels.seed(seed)
+            try:
+                KERNELS[source].run(kernels, case, arrays.GuardedMemory(), seed)
+                count += 1
+            except KeyError:  # a kernel that isn't compiled here
+                continue
+    return count
+
+
+def outcome_in_a_child(folder: Path, library: Path, source: str, there: tuple[str, ...]) -> tuple[int, str]:
+    """The exit code of a process that runs the cases, and what it wrote. It may crash, that is the point."""
+    written = folder / "written"
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            with written.open("w") as file:
+                os.dup2(file.fileno(), 2)
+                faulthandler.disable()  # a crash is no news
+                signal.alarm(60)
+                try:
+                    code = 0 if run_cases(library, source, there) else 2
+                except AssertionError as error:
+                    file.write(str(error))
+                    code = 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.read_text(errors="replace")
 
 
 @pytest.mark.parametrize(
@@ -589,13 +620,19 @@ def is_noticed(done: subprocess.CompletedProcess[str]) -> bool:
     [pytest.param(source, *fault, id=f"{source}: {fault[0]}") for source in FAULTS for fault in FAULTS[source]],
 )
 def test_a_planted_fault_is_noticed(tmp_path, source, name, old, new):
-    text = "".join((ROOT / "cuda_ext" / file).read_text() for file in (f"{source}.cu", "codes.h"))
+    text, kernels = nvrtc.source_text(source), kernels_for(source, name)
     assert old in text, f"the place of {name!r} has changed"
-    done = run_all_cases(faulty_library(tmp_path, source, old, new), source)
-    assert is_noticed(done), f"ended with {done.returncode}: {done.stderr}"
+    code, said = outcome_in_a_child(tmp_path, faulty_library(source, text.replace(old, new), kernels), source, kernels)
+    is_wrong = code == 1 and re.search("outputs are wrong|were overwritten", said) is not None
+    assert is_wrong or code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS), f"ended with {code}: {said}"
 
 
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_fault_is_noticed_where_none_is_planted(tmp_path, source):
-    done = run_all_cases(faulty_library(tmp_path, source), source)
-    assert done.returncode == 0, done.stderr
+    library = faulty_library(source, nvrtc.source_text(source), plans.KERNELS[source])
+    assert outcome_in_a_child(tmp_path, library, source, plans.KERNELS[source]) == (0, "")
+
+
+def test_every_source_has_faults_and_their_kernels():
+    assert FAULTS.keys() == KERNELS.keys()
+    assert all(kernels_for(source, fault[0]) for source in FAULTS for fault in FAULTS[source])

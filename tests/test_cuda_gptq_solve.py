@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
 
+from compressor.kernels.cuda.interface import Kernels
 from compressor.kernels.gptq_columns import Columns, round_columns
 from cuda_ext.cases import arrays, gptq_solve
 from cuda_ext.cases.gptq_solve import HIGH, LOW, Case, Operands
@@ -15,7 +14,7 @@ from cuda_ext.cases.gptq_solve import HIGH, LOW, Case, Operands
 CASE = Case(66, 2, 13, 20, zero_points=True)
 
 
-def call(library: ctypes.CDLL, case: Case, operands: Operands) -> list[np.ndarray]:
+def call(kernels: Kernels, case: Case, operands: Operands) -> list[np.ndarray]:
     """work, errors and codes after the call, (end, rows) float32"""
     empty = np.full_like(operands.work, np.nan)
     written = [arrays.GuardedArray(array) for array in (operands.work, empty, empty)]
@@ -23,7 +22,7 @@ def call(library: ctypes.CDLL, case: Case, operands: Operands) -> list[np.ndarra
     placed = [None if array is None else arrays.GuardedArray(array) for array in given]
     addresses = [None if p is None else p.address for p in [*written, *placed]]
     sizes = (case.rows, len(operands.scale), case.begin, case.stop, case.end)
-    assert gptq_solve.launcher(library)(*addresses, *sizes, LOW, HIGH, None) == 0
+    assert gptq_solve.launcher(kernels)(*addresses, *sizes, LOW, HIGH, None) == 0
     return [array.read() for array in written]
 
 
@@ -132,9 +131,9 @@ def good():
     assert all(np.array_equal(array.read(), operands.work) for array in written), "a refused call wrote something"
 
 
-def answer(library: ctypes.CDLL, addresses: list[int | None], **changes: float) -> int:
+def answer(kernels: Kernels, addresses: list[int | None], **changes: float) -> int:
     sizes = dict(rows=66, groups=3, begin=2, stop=13, end=20, low=LOW, high=HIGH) | changes
-    return gptq_solve.launcher(library)(*addresses, *sizes.values(), None)
+    return gptq_solve.launcher(kernels)(*addresses, *sizes.values(), None)
 
 
 @pytest.mark.parametrize("name", BAD)

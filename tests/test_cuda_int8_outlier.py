@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from compressor.kernels import cpu, ops
+from compressor.kernels.cuda.interface import Kernels
 from cuda_ext.cases import arrays, int8_outlier
 
 TORCH_TYPES = {arrays.FLOAT16: torch.float16, arrays.BFLOAT16: torch.bfloat16}
@@ -24,7 +24,7 @@ def to_torch(stored: np.ndarray | None, kind: int) -> torch.Tensor | None:
 
 
 def multiply(
-    emulated: ctypes.CDLL, operands: int8_outlier.Operands, kind: int, threshold: float = int8_outlier.THRESHOLD
+    emulated: Kernels, operands: int8_outlier.Operands, kind: int, threshold: float = int8_outlier.THRESHOLD
 ) -> np.ndarray:
     """y as stored."""
     memory = arrays.GuardedMemory()
@@ -146,7 +146,7 @@ def addresses():
     assert all((o.read() == 0x7FFF).all() for o in outputs), "a refused call wrote its output"
 
 
-def call(emulated: ctypes.CDLL, addresses: list[int | None], needed: int = NEEDED, **changes: float) -> int:
+def call(emulated: Kernels, addresses: list[int | None], needed: int = NEEDED, **changes: float) -> int:
     return int8_outlier.launcher(emulated)(*addresses, needed, *(GOOD | changes).values(), None)
 
 

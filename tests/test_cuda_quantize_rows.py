@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
 
 from compressor.kernels import cpu, ops
+from compressor.kernels.cuda.interface import Kernels
 from cuda_ext.cases import arrays, quantize_rows
 
 TORCH_TYPES = {arrays.FLOAT16: torch.float16, arrays.BFLOAT16: torch.bfloat16, arrays.FLOAT32: torch.float32}
@@ -20,7 +19,7 @@ def to_torch(stored: np.ndarray, kind: int) -> torch.Tensor:
     return tensor if kind == arrays.FLOAT32 else tensor.view(TORCH_TYPES[kind])
 
 
-def quantize(emulated: ctypes.CDLL, x: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize(emulated: Kernels, x: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes (M, K) and scales (M) of stored rows."""
     m, k = x.shape
     memory = arrays.GuardedMemory()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 
+from compressor.kernels.cuda.interface import Kernels
 from cuda_ext.cases import arrays, w_a16
 
 
@@ -65,7 +64,7 @@ BAD = {
 }
 
 
-def call(emulated: ctypes.CDLL, addresses: list[int | None], **changes: int) -> int:
+def call(emulated: Kernels, addresses: list[int | None], **changes: int) -> int:
     good = dict(M=1, N=8, K=64, bits=4, group_size=64, x_type=0, scale_type=0)
     return w_a16.launcher(emulated)(*addresses, None, 0, *(good | changes).values(), None)
 

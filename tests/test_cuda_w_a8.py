@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from compressor.kernels import cpu, ops
+from compressor.kernels.cuda.interface import Kernels
 from cuda_ext.cases import arrays, quantize_rows, w_a8
 
 TORCH_TYPES = {arrays.FLOAT16: torch.float16, arrays.BFLOAT16: torch.bfloat16, arrays.FLOAT32: torch.float32}
@@ -21,7 +21,7 @@ def to_torch(stored: np.ndarray, kind: int) -> torch.Tensor:
     return tensor if kind == arrays.FLOAT32 else tensor.view(TORCH_TYPES[kind])
 
 
-def multiply(emulated: ctypes.CDLL, case: w_a8.Case, operands: w_a8.Operands, x: np.ndarray) -> np.ndarray:
+def multiply(emulated: Kernels, case: w_a8.Case, operands: w_a8.Operands, x: np.ndarray) -> np.ndarray:
     """y as stored, of rows as they are stored."""
     memory, m = arrays.GuardedMemory(), len(x)
     codes = memory.place(np.zeros((m, -(-case.K // 64) * 64), np.int8))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import Memory
 
 MAX_COLUMNS = 128
@@ -98,15 +99,10 @@ def solve(case: Case, operands: Operands) -> tuple[NDArray, NDArray, NDArray]:
     return work, errors, codes
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_gptq_solve of the library, with its types: seven addresses, five ints, low, high, a stream."""
-    function = library.compressor_gptq_solve
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float] * 2 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_gptq_solve")
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare bit for bit; raises AssertionError. Returns work, errors and codes, (3, end, rows)."""
     operands = make_operands(case, seed)
     work = memory.place(operands.work)
@@ -116,7 +112,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     placed = (work, errors, codes, upper, scale, zero, group_of)
     addresses = [None if p is None else p.address for p in placed]
     sizes = (case.rows, len(operands.scale), case.begin, case.stop, case.end)
-    code = launcher(library)(*addresses, *sizes, LOW, HIGH, stream)
+    code = launcher(kernels)(*addresses, *sizes, LOW, HIGH, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     result = np.stack([work.read(), errors.read(), codes.read()])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
 from cuda_ext.cases.quantize_rows import round_rows
 
@@ -140,24 +141,15 @@ def model(
     return y if bias is None else y + to_float64(bias, case.type).astype(np.float32)
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_int8_outlier of the library, with its types: addresses, bytes, four ints, threshold, type, stream."""
-    function = library.compressor_int8_outlier
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] + [ctypes.c_int] * 4
-    function.argtypes += [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_int8_outlier")
 
 
-def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
+def workspace_bytes(kernels: Kernels, m: int, n: int, k: int) -> int:
     """What the call needs, or -1 for a bad shape."""
-    function = library.compressor_int8_outlier_workspace_bytes
-    function.argtypes = [ctypes.c_int] * 3
-    function.restype = ctypes.c_int64
-    return function(m, n, k)
+    return kernels.functions["compressor_int8_outlier_workspace_bytes"](m, n, k)
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, (M, N)
@@ -166,11 +158,11 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     given = (operands.x, operands.weight, operands.absmax, operands.columns, operands.column_weight, operands.bias)
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(to_bits(np.full((case.M, case.N), np.nan), case.type))
-    needed = workspace_bytes(library, case.M, case.N, case.K)
+    needed = workspace_bytes(kernels, case.M, case.N, case.K)
     # a workspace starts at a multiple of 16 bytes, and guarded arrays end where a page does
     workspace = memory.place(np.full(-(-needed // 16) * 16, 0xFF, np.uint8))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
-    code = launcher(library)(
+    code = launcher(kernels)(
         *(*addresses, needed, case.M, case.N, case.K, case.columns or 0),
         *(case.threshold if case.columns is None else 0.0, case.type, stream),
     )

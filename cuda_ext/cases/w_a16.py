@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import (
     BFLOAT16,
     FLOAT16,
@@ -178,23 +179,15 @@ def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
     return in_sums + OUTPUT_UNIT[case.x_type] * (np.abs(operands.expected) + in_sums) + SMALLEST[case.x_type]
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_w_a16 of the library, with its types: seven addresses, bytes, seven ints, a stream."""
-    function = library.compressor_w_a16
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] + [ctypes.c_int] * 7 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_w_a16")
 
 
-def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
+def workspace_bytes(kernels: Kernels, m: int, n: int, k: int) -> int:
     """What the call needs, or -1 for a bad shape."""
-    function = library.compressor_w_a16_workspace_bytes
-    function.argtypes = [ctypes.c_int] * 3
-    function.restype = ctypes.c_int64
-    return function(m, n, k)
+    return kernels.functions["compressor_w_a16_workspace_bytes"](m, n, k)
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, uint16 (M, N)
@@ -203,11 +196,11 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     given = (operands.x, operands.packed, operands.scale, operands.zero_point, operands.bias)
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(np.full((case.M, case.N), 0x7FFF, np.uint16))
-    needed = workspace_bytes(library, case.M, case.N, case.K)
+    needed = workspace_bytes(kernels, case.M, case.N, case.K)
     workspace = memory.place(np.full(needed // 4, np.nan, np.float32))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
     sizes = (case.M, case.N, case.K, case.bits, case.group_size, case.x_type, case.scale_type)
-    code = launcher(library)(*addresses, needed, *sizes, stream)
+    code = launcher(kernels)(*addresses, needed, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     workspace.read()
