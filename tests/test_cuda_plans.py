@@ -146,6 +146,8 @@ def test_bad_shapes_have_no_workspace():
         assert plans.int8_outlier_workspace_bytes(*shape) == -1
     # codes, the mask and that of one slice, steps
     assert plans.int8_outlier_workspace_bytes(2, 8, 64) == 2 * 64 + 2 * 2 * 4 + 2 * 4
+    assert plans.w_a16_workspace_bytes(1, 8, 1024) == 64
+    assert plans.dense_sparse_workspace_bytes(3, 40, 3, 12, 16, 4) == 8 * 3 * 12 * 4  # rows are rounded up to 8
     for change in REFUSED_FACTORS:
         assert plans.dense_sparse_workspace_bytes(*((GOOD_FACTORS | change)[name] for name in FACTOR_SHAPE)) == -1
 
@@ -154,8 +156,8 @@ GOOD = dict(x=X, packed=PACKED, scale=SCALE, zero_point=0, bias=0, y=Y, workspac
 GOOD |= dict(m=3, n=64, k=1024, bits=4, group_size=64, x_type=0, scale_type=0)
 REFUSED = [
     dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=12), dict(k=(1 << 30) + 8), dict(group_size=96),
-    dict(bits=5), dict(group_size=32), dict(group_size=0), dict(group_size=-2), dict(x_type=2), dict(x_type=-1),
-    dict(scale_type=3), dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0),
+    dict(bits=5), dict(bits=0), dict(bits=16), dict(group_size=32), dict(group_size=0), dict(group_size=-2),
+    dict(x_type=2), dict(x_type=-1), dict(scale_type=3), dict(scale_type=-1), dict(x=0), dict(x=X + 2), dict(packed=0),
     dict(packed=PACKED + 8), dict(scale=0), dict(y=0),
     dict(workspace=0), dict(workspace=WORK + 2), dict(workspace_bytes=100),
 ]  # fmt: skip
@@ -169,7 +171,9 @@ def test_a_plan_refuses_what_no_kernel_takes(changes):
 # x, y, rows, n, scale, type
 @pytest.mark.parametrize(
     "bad",
-    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0), (X, Y, 1, 44, 1, 0), (X, Y, 1, 18, 1, 0), (X, Y, 1, 36 << 11, 1, 0),
+    [(X, Y, -1, 8, 1, 0), (X, Y, 1, 4, 1, 0),
+     (X, Y, 1, 0, 1, 0), (X, Y, 1, -12, 1, 0), (X, Y, 1, 6, 1, 0), (X, Y, 1, 28 << 11, 1, 0),
+     (X, Y, 1, 44, 1, 0), (X, Y, 1, 18, 1, 0), (X, Y, 1, 36 << 11, 1, 0),
      (X, Y, 1, 20 << 12, 1, 0),
      (X, Y, 1, 65536, 1, 0), (X, Y, 1, 8, 1, 3),
      (X, Y, (1 << 40) + 1, 8, 1, 0), (X, Y, 1 << 40, 32768, 1, 0), (X + 4, Y, 1, 8, 1, 0), (X, Y + 8, 1, 8, 1, 0),
@@ -195,8 +199,10 @@ def test_a_plan_of_rounding_rows_refuses_what_no_kernel_takes(changes):
 GOOD_INT8 = dict(x=X, x_scale=SCALE, x_sum=WORK, packed=PACKED, scale=SCALE, zero_point=ZERO, bias=0, y=Y)
 GOOD_INT8 |= dict(m=3, n=64, k=1024, bits=8, group_size=64, scale_type=0, y_type=0)
 REFUSED_INT8 = [
-    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=(1 << 24) + 1), dict(bits=3), dict(group_size=96),
-    dict(group_size=0), dict(group_size=-2), dict(group_size=(1 << 24) + 64), dict(k=65793, group_size=-1),
+    dict(m=-1), dict(n=-8), dict(n=65535 * 64 + 1), dict(k=0), dict(k=(1 << 24) + 1), dict(bits=3),
+    dict(bits=2), dict(bits=16),
+    dict(group_size=96), dict(group_size=32), dict(group_size=0), dict(group_size=-2),
+    dict(group_size=(1 << 24) + 64), dict(k=65793, group_size=-1),
     dict(k=131072, bits=4, group_size=-1), dict(k=70000, group_size=65856), dict(scale_type=3), dict(scale_type=-1),
     dict(y_type=3), dict(y_type=-1), dict(x=0), dict(x=X + 8), dict(x_scale=0), dict(x_sum=0), dict(packed=0),
     dict(packed=PACKED + 4), dict(scale=0), dict(y=0),
