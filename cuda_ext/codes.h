@@ -48,7 +48,7 @@ struct Codes<8> {
   DEVICE Codes(const u32* tile, int piece, int warp, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      word[half ^ (MUTANT == 50)] = tile[(piece * 2 + half) * PLANE + warp * 32 + lane];
+      word[half] = tile[(piece * 2 + half) * PLANE + warp * 32 + lane];
   }
   DEVICE u32 pair(int i) const { return word[i / 2] >> (8 * (i % 2)) & 0x00ff00ffu; }
 };
@@ -58,7 +58,7 @@ struct Codes<2> {
   static constexpr int TILE_WORDS = PIECES / 2 * PLANE;
   u32 word;
   DEVICE Codes(const u32* tile, int piece, int warp, int lane)
-      : word(tile[piece / 2 * PLANE + warp * 32 + lane] >> (MUTANT == 51 ? 0 : piece % 2 * 8)) {}
+      : word(tile[piece / 2 * PLANE + warp * 32 + lane] >> (piece % 2 * 8)) {}
   DEVICE u32 pair(int i) const { return word >> (2 * i) & 0x00030003u; }
 };
 
@@ -69,7 +69,7 @@ struct Codes<3> {
   u32 high;
   DEVICE Codes(const u32* tile, int piece, int warp, int lane)
       : low(tile, piece, warp, lane),
-        high(tile[Codes<2>::TILE_WORDS + warp * 32 + (lane ^ (MUTANT == 52))] >> (MUTANT == 53 ? 0 : piece * 4)) {}
+        high(tile[Codes<2>::TILE_WORDS + warp * 32 + lane] >> (piece * 4)) {}
   DEVICE u32 pair(int i) const { return low.pair(i) | (high >> i & 0x00010001u) << 2; }
 };
 
@@ -91,7 +91,7 @@ DEVICE u32 numbers_of(u32 pair, u32 offset) {
   if (bits < 8) return subtract_bf16x2(pair | 0x43004300u, offset);
   const float z = __uint_as_float(offset);
   const float low = __uint_as_float(0x4b000000u | (pair & 0xffff)) - z;
-  const float high = __uint_as_float(0x4b000000u | pair >> 16) - (MUTANT == 54 ? 0x1p23f + 128 : z);
+  const float high = __uint_as_float(0x4b000000u | pair >> 16) - z;
   return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
 }
 

@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(THREADS) responses(Arguments args) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int m0 = blockIdx.x * ROWS, atom0 = blockIdx.y * TILE_ATOMS, b = blockIdx.z;
   const u64 stride = u64(args.B) * args.w;
-  const int readable = MUTANT == 4 ? args.M + 1 : args.M;
-  const int tiles = (args.w + TILE_W - 1) / TILE_W - (MUTANT == 10);
+  const int tiles = (args.w + TILE_W - 1) / TILE_W;
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES, chunk = thread % 8, column = tile * TILE_W + chunk * 8;
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) responses(Arguments args) {
     for (int i = 0; i < (ROWS + 15) / 16; i++) {
       const int row = i * 16 + thread / 8;
       if (row >= ROWS) continue;
-      const bool inside = m0 + row < readable && column < args.w;
+      const bool inside = m0 + row < args.M && column < args.w;
       cp_async16(shared_x + stage * ROWS * TILE_W + place_of(row, chunk, row & 7),
                  args.x + (inside ? (m0 + row) * stride + u64(b) * args.w + column : 0), inside);
     }
@@ -86,12 +85,12 @@ __global__ void __launch_bounds__(THREADS) responses(Arguments args) {
 #pragma unroll
       for (int h = 0; h < HALVES; h++) {
         const int row = h * 8 + lane % 8, chunk = pair * 4 + lane / 8;
-        ldmatrix_x4(right[h], stage_x + place_of(row, chunk, MUTANT == 5 ? 0 : row & 7));
+        ldmatrix_x4(right[h], stage_x + place_of(row, chunk, row & 7));
       }
 #pragma unroll
       for (int step = 0; step < 2; step++) {
         // lanes 0 to 15 name columns 0 to 7 of the 16 atoms, lanes 16 to 31 columns 8 to 15
-        const int row = warp * 16 + (lane % 16 ^ (MUTANT == 3)), chunk = pair * 4 + step * 2 + lane / 16;
+        const int row = warp * 16 + lane % 16, chunk = pair * 4 + step * 2 + lane / 16;
         u32 left[4];
         ldmatrix_x4(left, stage_atoms + place_of(row, chunk, row & 7));
 #pragma unroll
@@ -106,12 +105,10 @@ __global__ void __launch_bounds__(THREADS) responses(Arguments args) {
   }
   for (int tile = 0; tile < tiles; tile++) {
     const bool more = tile + STAGES - 1 < tiles;
-    if (MUTANT == 7 && more) fetch(tile + STAGES - 1);
-    if (MUTANT == 2) __syncthreads();
-    if (MUTANT != 1) cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     // after this every thread's copies of the tile are there, and every thread is done with the tile before
-    if (MUTANT != 2) __syncthreads();
-    if (MUTANT != 7 && more) fetch(tile + STAGES - 1);
+    __syncthreads();
+    if (more) fetch(tile + STAGES - 1);
     cp_async_commit();
     multiply(tile % STAGES);
   }
@@ -122,11 +119,9 @@ __global__ void __launch_bounds__(THREADS) responses(Arguments args) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int atom = atom0 + warp * 16 + lane / 4 + 8 * (i / 2), row = m0 + h * 8 + lane % 4 * 2 + i % 2;
-      if (atom >= args.m || row >= rows_of_z + (MUTANT == 8)) continue;
-      const int step_of = atom - (MUTANT == 6 && atom);
-      const float step = args.atom_step ? args.atom_step[u64(b) * args.m + step_of] : 1.f;
-      const float value = MUTANT == 9 ? Element<type>::to_float(Element<type>::from_float(sum[h][i])) : sum[h][i];
-      args.z[((u64(row / args.rows) * args.B + b) * args.padded + atom) * args.rows + row % args.rows] = value * step;
+      if (atom >= args.m || row >= rows_of_z) continue;
+      const float step = args.atom_step ? args.atom_step[u64(b) * args.m + atom] : 1.f;
+      args.z[((u64(row / args.rows) * args.B + b) * args.padded + atom) * args.rows + row % args.rows] = sum[h][i] * step;
     }
 }
 
@@ -142,7 +137,7 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
   const int chunks = (args.B + at_once - 1) / at_once;
   const bool is_there = group * 32 < args.N;
   const float* z = args.z + u64(blockIdx.x) * args.B * floats;
-  const u32* entries = args.entries + u64(group) * args.B * args.k * 32 + (lane ^ (MUTANT == 22));
+  const u32* entries = args.entries + u64(group) * args.B * args.k * 32 + lane;
 
   auto fetch = [&](int chunk) {
     const int first = chunk * at_once, blocks = first + at_once < args.B ? at_once : args.B - first;
@@ -154,7 +149,7 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
   auto add = [&](int chunk) {
     const float* const stage = shared_z + chunk % 2 * STAGE_FLOATS;
     const int first = chunk * at_once, blocks = first + at_once < args.B ? at_once : args.B - first;
-    const int count = blocks * args.k - (MUTANT == 23 && chunk + 1 == chunks);
+    const int count = blocks * args.k;
     const u32* const of_chunk = entries + u64(first) * args.k * 32;
     int base = 0, next = args.k;  // where z of the entry's block starts, and the first entry of the block after
     for (int i = part; i < count; i += SPLIT * UNROLL) {
@@ -165,16 +160,13 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
       for (int u = 0; u < UNROLL; u++) {
         const int e = i + u * SPLIT;
         if (e >= count) break;
-        while (e >= next) base += MUTANT == 24 ? 0 : floats, next += args.k;
+        while (e >= next) base += floats, next += args.k;
         const int atom = entry[u] & 0xffff;
         const bool known = atom < args.m;  // nothing is read for an atom that isn't there; the output is NaN
         const float value = known ? Element<type>::to_float(u16(entry[u] >> 16)) : __uint_as_float(0x7fffffffu);
         const float* const row = stage + base + (known ? atom : 0) * ROWS;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          sum[r] = __fmaf_rn(row[r], value, sum[r]);
-          if (MUTANT == 29) sum[r] = Element<type>::to_float(Element<type>::from_float(sum[r]));
-        }
+        for (int r = 0; r < ROWS; r++) sum[r] = __fmaf_rn(row[r], value, sum[r]);
       }
     }
   };
@@ -182,11 +174,9 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
   fetch(0);
   cp_async_commit();
   for (int chunk = 0; chunk < chunks; chunk++) {
-    if (MUTANT == 27 && chunk + 1 < chunks) fetch(chunk + 1);
-    if (MUTANT == 21) __syncthreads();
-    if (MUTANT != 20) cp_async_wait<0>();
-    if (MUTANT != 21) __syncthreads();
-    if (MUTANT != 27 && chunk + 1 < chunks) fetch(chunk + 1);
+    cp_async_wait<0>();
+    __syncthreads();
+    if (chunk + 1 < chunks) fetch(chunk + 1);
     cp_async_commit();
     if (is_there) add(chunk);
   }
@@ -194,94 +184,20 @@ __global__ void __launch_bounds__(32 * WARPS) combine(Arguments args) {
   if (SPLIT > 1) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) parts[(warp * ROWS + r) * 32 + lane] = sum[r];
-    if (MUTANT != 25) __syncthreads();
+    __syncthreads();
     if (part) return;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-      for (int p = 1; p < SPLIT - (MUTANT == 26); p++) sum[r] += parts[((warp + p) * ROWS + r) * 32 + lane];
+      for (int p = 1; p < SPLIT; p++) sum[r] += parts[((warp + p) * ROWS + r) * 32 + lane];
   }
   if (n >= args.N) return;
-  const float step = args.step ? args.step[n - (MUTANT == 30 && n)] : 1.f;
-  const float bias = args.bias ? Element<type>::to_float(args.bias[n]) * (MUTANT == 31 ? 2.f : 1.f) : 0.f;
+  const float step = args.step ? args.step[n] : 1.f;
+  const float bias = args.bias ? Element<type>::to_float(args.bias[n]) : 0.f;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const int row = blockIdx.x * ROWS + r;
-    if (row < args.M + (MUTANT == 28)) args.y[u64(row) * args.N + n] = Element<type>::from_float(__fmaf_rn(sum[r], step, bias));
+    if (row < args.M) args.y[u64(row) * args.N + n] = Element<type>::from_float(__fmaf_rn(sum[r], step, bias));
   }
 }
 
 }  // namespace dense_sparse
-
-#ifndef __CUDACC_RTC__
-
-namespace dense_sparse {
-
-constexpr int MANY_ROWS = 64;  // more have blocks enough without SPLIT, and each block then reads z for more outputs
-
-inline bool shape_is_right(int M, int N, int B, int m, int w, int k) {
-  return M >= 0 && N >= 0 && B >= 1 && m >= 1 && w >= 8 && k >= 1 && w % 8 == 0 && B <= 65535 && m <= STAGE_FLOATS &&
-         k <= m && i64(B) * w <= (1 << 30) && i64(B) * k <= (1 << 30) && N <= 65535 * 32 && M <= (1 << 30);
-}
-
-// Rows of x that `combine` takes at once: those that share a look at an entry.
-inline int rows_of(int M, int m) { return M == 1 || (m + 3) / 4 * 4 * 8 > STAGE_FLOATS ? 1 : 8; }
-
-template <int type, int ROWS>
-int launch_combine(const Arguments& args, void* stream) {
-  const unsigned row_blocks = (args.M + ROWS - 1) / ROWS, groups = (args.N + 31) / 32;
-  if (args.M > MANY_ROWS)
-    return LAUNCH((combine<type, ROWS, 1>), dim3(row_blocks, (groups + WARPS - 1) / WARPS), dim3(32 * WARPS), stream, args);
-  return LAUNCH((combine<type, ROWS, WARPS>), dim3(row_blocks, groups), dim3(32 * WARPS), stream, args);
-}
-
-template <int type>
-int launch(const Arguments& args, void* stream) {
-  const unsigned tiles = (args.m + TILE_ATOMS - 1) / TILE_ATOMS;
-  int code;
-  if (args.M <= 8)
-    code = LAUNCH((responses<type, 1>), dim3(1, tiles, args.B), dim3(THREADS), stream, args);
-  else
-    code = LAUNCH((responses<type, 4>), dim3((args.M + 31) / 32, tiles, args.B), dim3(THREADS), stream, args);
-  if (code) return code;
-  return args.rows == 1 ? launch_combine<type, 1>(args, stream) : launch_combine<type, 8>(args, stream);
-}
-
-}  // namespace dense_sparse
-
-// Bytes of workspace that compressor_dense_sparse needs; -1 for a bad shape.
-extern "C" i64 compressor_dense_sparse_workspace_bytes(int M, int N, int B, int m, int w, int k) {
-  if (!dense_sparse::shape_is_right(M, N, B, m, w, k)) return -1;
-  if (M == 0 || N == 0) return 0;
-  const i64 rows = dense_sparse::rows_of(M, m);
-  return i64(sizeof(float)) * ((M + rows - 1) / rows * rows) * B * ((m + 3) / 4 * 4);
-}
-
-// 0, a cudaError, or -1 for a shape, a type, an address or a workspace that no kernel takes. Nothing is allocated and
-// nothing waited for. x, atoms and the workspace start at multiples of 16 bytes; w is a multiple of 8, m at most 4096.
-// An entry that names an atom of m or above makes its output NaN.
-extern "C" int compressor_dense_sparse(const void* x, const void* atoms, const void* atom_step, const void* entries,
-                                       const void* step, const void* bias, void* y, void* workspace,
-                                       i64 workspace_bytes, int M, int N, int B, int m, int w, int k, int type,
-                                       void* stream) {
-  const i64 needed = compressor_dense_sparse_workspace_bytes(M, N, B, m, w, k);
-  if (needed < 0 || (type != FLOAT16 && type != BFLOAT16)) return -1;
-  if (M == 0 || N == 0) return 0;
-  if (!x || !atoms || !entries || !y || !aligned16(x) || !aligned16(atoms)) return -1;
-  if (!workspace || !aligned16(workspace) || workspace_bytes < needed) return -1;
-
-  dense_sparse::Arguments args{};
-  args.x = (const u16*)x;
-  args.atoms = (const u16*)atoms;
-  args.atom_step = (const float*)atom_step;
-  args.entries = (const u32*)entries;
-  args.step = (const float*)step;
-  args.bias = (const u16*)bias;
-  args.y = (u16*)y;
-  args.z = (float*)workspace;
-  args.M = M, args.N = N, args.B = B, args.m = m, args.w = w, args.k = k;
-  args.rows = dense_sparse::rows_of(M, m);
-  args.padded = (m + 3) / 4 * 4;
-  return type == FLOAT16 ? dense_sparse::launch<FLOAT16>(args, stream) : dense_sparse::launch<BFLOAT16>(args, stream);
-}
-
-#endif

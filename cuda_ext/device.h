@@ -1,5 +1,5 @@
-// What a kernel may use of the hardware. The only file with PTX: nvcc and NVRTC see the instructions, g++ sees their
-// meaning (emulate.h). It includes nothing under CUDA, so NVRTC compiles a kernel from one string without a search path.
+// What a kernel may use of the hardware. The only file with PTX: NVRTC sees the instructions, g++ sees their meaning
+// (emulate.h). It includes nothing under CUDA, so NVRTC compiles a kernel from one string without a search path.
 #pragma once
 
 typedef unsigned char u8;
@@ -17,19 +17,11 @@ struct alignas(16) Words4 {
 // Codes of an element type at the C ABI.
 enum Type { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
-// -DMUTANT=n plants fault n; the tests pass only if every one of them is noticed. Under emulation
-// -DMUTANT=emulate::fault leaves the number to compressor_emulate_fault, so one library serves all of them.
-#ifndef MUTANT
-#define MUTANT 0
-#endif
-
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
 // One array per block. Its address is a multiple of 128 bytes.
 #define SHARED(type, name, count) __shared__ alignas(128) type name[count]
-#define LAUNCH(kernel, grid, block, stream, ...) \
-  (kernel<<<grid, block, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__), (int)cudaGetLastError())
 
 DEVICE u32 shared_address(const void* pointer) {
   u64 address;
@@ -246,7 +238,3 @@ DEVICE u32 warp_max(u32 value) {
   }
   return value;
 }
-
-#ifndef __CUDACC_RTC__  // for launchers: NVRTC refuses functions of the host
-inline bool aligned16(const void* pointer) { return ((u64)pointer & 15) == 0; }
-#endif

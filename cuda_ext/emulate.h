@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +22,6 @@
 #define __global__
 #define __launch_bounds__(...)
 #define SHARED(type, name, count) type* const name = (type*)emulate::shared_array(#name, sizeof(type) * (count))
-#define LAUNCH(kernel, grid, block, stream, ...) ((void)(stream), emulate::launch(kernel, grid, block, __VA_ARGS__))
 
 namespace emulate {
 
@@ -75,7 +75,6 @@ inline Block* block;
 inline Fiber* me;
 inline Dim block_index, grid_size, block_size;
 inline u32 random_state = 1;
-inline int fault = 0;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 alignas(128) inline char shared_memory[STATIC_SHARED_BYTES];
 
@@ -192,21 +191,28 @@ inline void run_block() {
   block = nullptr;
 }
 
-// Sees every launch before it runs, and says whether to leave it out: kernel, grid and block (x, y, z), its argument.
-typedef int (*Recorder)(const void* kernel, const unsigned* grid, const unsigned* threads, const void* argument, size_t bytes);
-inline Recorder recorder = nullptr;
+// A kernel that a library offers, and its only argument.
+struct Kernel {
+  const char* name;
+  void (*run)(const void* argument);
+  size_t argument_bytes;
+  const Kernel* before;
+  static inline const Kernel* last = nullptr;
 
-template <class Argument>
-bool left_out(const void* kernel, Dim grid, Dim threads, const Argument& argument) {
-  return recorder && recorder(kernel, &grid.x, &threads.x, &argument, sizeof argument);
-}
+  Kernel(const char* name, void (*run)(const void*), size_t argument_bytes)
+      : name(name), run(run), argument_bytes(argument_bytes), before(last) {
+    last = this;
+  }
+};
 
-template <class Kernel, class... Arguments>
-int launch(Kernel kernel, Dim grid, Dim threads, Arguments... arguments) {
-  if (left_out((const void*)kernel, grid, threads, arguments...)) return 0;
-  auto call = [=] { kernel(arguments...); };
-  body = &call;
-  run_body = [](const void* c) { (*(const decltype(call)*)c)(); };
+inline void launch(const Kernel& kernel, Dim grid, Dim threads, const void* argument) {
+  const std::vector<std::max_align_t> copied = [&] {  // as the driver does
+    std::vector<std::max_align_t> target((kernel.argument_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+    memcpy(target.data(), argument, kernel.argument_bytes);
+    return target;
+  }();
+  body = copied.data();
+  run_body = kernel.run;
   grid_size = grid;
   block_size = threads;
   if (threads.x % 32 || threads.x == 0 || threads.x > 1024 || threads.y * threads.z != 1) die("bad size of a block");
@@ -217,7 +223,6 @@ int launch(Kernel kernel, Dim grid, Dim threads, Arguments... arguments) {
         block_index = Dim(x, y, z);
         run_block();
       }
-  return 0;
 }
 
 // A lane reads from lane `source(lane)` of its warp. Only whole warps, as all our kernels use them.
@@ -402,15 +407,4 @@ DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   emulate::mma("mma.bf16", c, a, b0, b1, bf16_to_float);
-}
-
-// The seed of the interleaving of all launches to come.
-extern "C" inline __attribute__((used)) void compressor_emulate_seed(u32 number) { emulate::seed(number); }
-
-// The fault that a library built with -DMUTANT=emulate::fault has from now on.
-extern "C" inline __attribute__((used)) void compressor_emulate_fault(int number) { emulate::fault = number; }
-
-// Who sees the launches to come, null for nobody.
-extern "C" inline __attribute__((used)) void compressor_emulate_record(emulate::Recorder recorder) {
-  emulate::recorder = recorder;
 }

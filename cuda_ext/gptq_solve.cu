@@ -35,45 +35,40 @@ struct Rounded {
 
 DEVICE Rounded round_one(const Arguments& args, float value, float scale, float zero, float pivot) {
   float code = round_half_even(__fdiv_rn(value, scale));
-  if (MUTANT == 7) {  // away from zero
-    const float quotient = __fdiv_rn(value, scale);
-    code = quotient < 0 ? -round_half_even(__fadd_rn(-quotient, 0x1p-18f)) : round_half_even(__fadd_rn(quotient, 0x1p-18f));
-  }
-  if (args.zero && MUTANT != 10) code = __fadd_rn(code, zero);
+  if (args.zero) code = __fadd_rn(code, zero);
   code = code < args.low ? args.low : code;  // NaN stays
   code = code > args.high ? args.high : code;
-  if (args.zero && MUTANT == 10) code = __fadd_rn(code, zero);
   const float level = args.zero ? __fsub_rn(code, zero) : code;
   const float off = __fsub_rn(value, __fmul_rn(level, scale));
-  return {code, MUTANT == 6 ? __fmul_rn(off, __fdiv_rn(1.f, pivot)) : __fdiv_rn(off, pivot)};
+  return {code, __fdiv_rn(off, pivot)};
 }
 
 DEVICE float take_error(float value, float factor, float error) {
-  return MUTANT == 5 ? __fmaf_rn(-factor, error, value) : __fsub_rn(value, __fmul_rn(factor, error));
+  return __fsub_rn(value, __fmul_rn(factor, error));
 }
 
 __global__ void __launch_bounds__(THREADS) columns(Arguments args) {
   SHARED(float, errors, MAX_COLUMNS * THREADS);
   SHARED(float, factors, MAX_COLUMNS * PANEL);  // U of the columns rounded so far and in this panel, for this panel
   const int thread = threadIdx.x, row = blockIdx.x * THREADS + thread;
-  const bool is_read = row < args.rows + (MUTANT == 8), is_there = row < args.rows + (MUTANT == 9);
+  const bool is_there = row < args.rows;
 
   for (int c = args.begin; c < args.end; c += PANEL) {
     const int known = (c < args.stop ? c : args.stop) - args.begin;  // errors from before this panel
     const int needed = (c + PANEL < args.stop ? c + PANEL : args.stop) - args.begin;
-    if (MUTANT != 1) __syncthreads();  // all are done with the factors of the panel before
+    __syncthreads();  // all are done with the factors of the panel before
     for (int i = thread; i < needed * PANEL; i += THREADS) {
       const int from = args.begin + i / PANEL, to = c + i % PANEL;
-      const u64 place = MUTANT == 13 ? u64(to) * args.end + from : u64(from) * args.end + to;
+      const u64 place = u64(from) * args.end + to;
       factors[i] = to < args.end ? args.upper[place] : 0.f;
     }
     float value[PANEL];
 #pragma unroll
     for (int q = 0; q < PANEL; q++)
-      value[q] = is_read && c + q < args.end ? args.work[u64(c + q) * args.rows + row] : 0.f;
-    if (MUTANT != 2) __syncthreads();
+      value[q] = is_there && c + q < args.end ? args.work[u64(c + q) * args.rows + row] : 0.f;
+    __syncthreads();
 
-    for (int i = MUTANT == 12; i < known; i++) {
+    for (int i = 0; i < known; i++) {
       const float error = errors[i * THREADS + thread];
 #pragma unroll
       for (int q = 0; q < PANEL; q++) value[q] = take_error(value[q], factors[i * PANEL + q], error);
@@ -84,10 +79,10 @@ __global__ void __launch_bounds__(THREADS) columns(Arguments args) {
       const int j = c + q, i = j - args.begin;
       const u64 place = u64(j) * args.rows + row;
       if (j >= args.stop) {
-        if (is_there && j < args.end - (MUTANT == 11)) args.work[place] = value[q];
+        if (is_there && j < args.end) args.work[place] = value[q];
         continue;
       }
-      const int group = args.group_of[MUTANT == 3 && i ? j - 1 : j];
+      const int group = args.group_of[j];
       const bool known_group = group >= 0 && group < args.groups;  // the codes are NaN if not
       const u64 of_group = u64(known_group ? group : 0) * args.rows + row;
       float scale = 1, zero = 0;
@@ -102,34 +97,9 @@ __global__ void __launch_bounds__(THREADS) columns(Arguments args) {
       }
       errors[i * THREADS + thread] = rounded.error;
 #pragma unroll
-      for (int p = q + 1 + (MUTANT == 4); p < PANEL; p++)
-        value[p] = take_error(value[p], factors[i * PANEL + p], rounded.error);
+      for (int p = q + 1; p < PANEL; p++) value[p] = take_error(value[p], factors[i * PANEL + p], rounded.error);
     }
   }
 }
 
 }  // namespace gptq_solve
-
-#ifndef __CUDACC_RTC__
-
-// 0, a cudaError, or -1 for a shape or an address that the kernel doesn't take: at most 128 columns are rounded in a call,
-// of at most 65536. Nothing is allocated and nothing waited for. A column of an unknown group gets codes of NaN.
-extern "C" int compressor_gptq_solve(void* work, void* errors, void* codes, const void* upper, const void* scale,
-                                     const void* zero, const void* group_of, int rows, int groups, int begin, int stop,
-                                     int end, float low, float high, void* stream) {
-  if (rows < 0 || groups < 0 || begin < 0 || begin > stop || stop > end || end > (1 << 16)) return -1;
-  if (stop - begin > gptq_solve::MAX_COLUMNS || rows > 0x7fffffff - gptq_solve::THREADS || !(low <= high)) return -1;
-  if (rows == 0 || begin == stop) return 0;
-  if (!work || !errors || !codes || !upper || !scale || !group_of || groups == 0) return -1;
-  for (const void* array : {(const void*)work, (const void*)errors, (const void*)codes, upper, scale, zero, group_of})
-    if ((u64)array % sizeof(float)) return -1;
-
-  const gptq_solve::Arguments args{(float*)work,       (float*)errors,     (float*)codes,        (const float*)upper,
-                                   (const float*)scale, (const float*)zero, (const int*)group_of, rows,
-                                   groups,             begin,              stop,                 end,
-                                   low,                high,               0};
-  const unsigned blocks = (rows + gptq_solve::THREADS - 1) / gptq_solve::THREADS;
-  return LAUNCH(gptq_solve::columns, dim3(blocks), dim3(gptq_solve::THREADS), stream, args);
-}
-
-#endif

@@ -79,7 +79,7 @@ struct Run<BFLOAT16> : Run16<float_to_bf16, bf16_to_float> {};
 
 DEVICE void butterfly(float& a, float& b) {
   const float sum = a + b;
-  b = MUTANT == 4 ? b - a : a - b;
+  b = a - b;
   a = sum;
 }
 
@@ -100,15 +100,15 @@ DEVICE void butterfly_of_warps(float (&v)[WIDTH], float* buffer, int lane, int w
   float* const mine = buffer + warp * WARP_FLOATS + lane * WIDTH;
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) mine[i] = v[i];
-  if (MUTANT != 1) __syncthreads();
+  __syncthreads();
   float* const turned = buffer + lane % warps * WARP_FLOATS + warp * (32 * WIDTH / warps) + lane / warps * WIDTH;
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) v[i] = turned[i];
 #pragma unroll (WIDTH == QUAD ? 1 : 5)
-  for (int bit = 1; bit < warps; bit *= 2) butterfly_of_lanes(v, lane, MUTANT == 3 ? bit ^ 1 : bit);
+  for (int bit = 1; bit < warps; bit *= 2) butterfly_of_lanes(v, lane, bit);
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) turned[i] = v[i];
-  if (MUTANT != 2) __syncthreads();
+  __syncthreads();
   // what this thread writes next is what it reads here, so the next call needs no barrier before it
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) v[i] = mine[i];
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const u64 index = start + u64(c) * threads * RUN;
-    if (index < args.count + (MUTANT == 5 ? RUN : 0)) {
+    if (index < args.count) {
       Run<type>::load(v[c], args.x, index);
     } else {
 #pragma unroll
@@ -149,11 +149,8 @@ __global__ void __launch_bounds__(MAX_THREADS) rows(Arguments args) {
   for (int c = 0; c < CHUNKS; c++) {
     const u64 index = start + u64(c) * threads * RUN;
 #pragma unroll
-    for (int i = 0; i < RUN; i++) {
-      if (MUTANT == 7) v[c][i] = f16_to_float(float_to_f16(v[c][i]));
-      v[c][i] *= MUTANT == 8 && c == CHUNKS - 1 && i == RUN - 1 ? 1.f : args.scale;
-    }
-    if (index < args.count + (MUTANT == 6 ? RUN : 0)) Run<type>::store(args.y, index, v[c]);
+    for (int i = 0; i < RUN; i++) v[c][i] *= args.scale;
+    if (index < args.count) Run<type>::store(args.y, index, v[c]);
   }
 }
 
@@ -200,14 +197,14 @@ DEVICE void multiply_run(float (&v)[M / QUAD][QUAD]) {
 #pragma unroll
   for (int j = 0; j < M; j++) {  // the diagonal: I, or (difference, -sum) for (sum, difference)
     const float value = PAIRS ? v[j / QUAD][j % QUAD ^ 1] : v[j / QUAD][j % QUAD];
-    sum[j] = (PAIRS && j % 2) != (MUTANT == 14) ? -value : value;
+    sum[j] = PAIRS && j % 2 ? -value : value;
   }
 #pragma unroll
   for (int i = 0; i < SIZE; i++)
 #pragma unroll
     for (int j = 0; j < SIZE; j++) {
       if (i == j) continue;
-      const bool negative = MUTANT == 9 ? signs.row[j] >> i & 1 : signs.row[i] >> j & 1;
+      const bool negative = signs.row[i] >> j & 1;
 #pragma unroll
       for (int w = 0; w < WIDTH; w++) {
         const float value = v[(i * WIDTH + w) / QUAD][(i * WIDTH + w) % QUAD];
@@ -260,14 +257,14 @@ __global__ void __launch_bounds__(MAX_RUN_THREADS, 1) rows_of_runs(Arguments arg
     const u64 index = start + u64(c) * threads * M;
 #pragma unroll
     for (int q = 0; q < M / QUAD; q++) {
-      if (index < args.count + (MUTANT == 10 ? M : 0)) {
+      if (index < args.count) {
         load_quad(v[c][q], args.x, index + q * QUAD, args.type);
       } else {
 #pragma unroll
         for (int i = 0; i < QUAD; i++) v[c][q][i] = 0;
       }
     }
-    if (MUTANT != 13 || c + 1 < CHUNKS || CHUNKS == 1) multiply_run<M>(v[c]);
+    multiply_run<M>(v[c]);
 #pragma unroll
     for (int q = 0; q < M / QUAD; q++) {
 #pragma unroll 1
@@ -288,81 +285,10 @@ __global__ void __launch_bounds__(MAX_RUN_THREADS, 1) rows_of_runs(Arguments arg
 #pragma unroll
     for (int q = 0; q < M / QUAD; q++) {
 #pragma unroll
-      for (int i = 0; i < QUAD; i++) {
-        if (MUTANT == 12) v[c][q][i] = f16_to_float(float_to_f16(v[c][q][i]));
-        v[c][q][i] *= args.scale;
-      }
-      if (index < args.count + (MUTANT == 11 ? M : 0)) store_quad(args.y, index + q * QUAD, v[c][q], args.type);
+      for (int i = 0; i < QUAD; i++) v[c][q][i] *= args.scale;
+      if (index < args.count) store_quad(args.y, index + q * QUAD, v[c][q], args.type);
     }
   }
 }
 
 }  // namespace hadamard
-
-#ifndef __CUDACC_RTC__
-
-namespace hadamard {
-
-template <int type>
-int launch_rows(const Arguments& args, void* stream) {
-  int threads = 128;  // four warps with rows of their own, where a row needs no more than one
-  if (args.n > WARP_ELEMENTS) threads = args.n / RUN < MAX_THREADS ? args.n / RUN : MAX_THREADS;
-  const int chunks = args.n > MAX_THREADS * RUN ? args.n / (MAX_THREADS * RUN) : 1;
-  const u64 elements = u64(threads) * RUN * chunks, blocks = (args.count + elements - 1) / elements;
-  if (blocks >> 31) return -1;
-  const dim3 grid((unsigned)blocks), block((unsigned)threads);
-  if (chunks == 1) return LAUNCH((rows<type, 1>), grid, block, stream, args);
-  if (chunks == 2) return LAUNCH((rows<type, 2>), grid, block, stream, args);
-  return LAUNCH((rows<type, 4>), grid, block, stream, args);
-}
-
-template <int M>
-int launch_runs(const Arguments& args, void* stream) {
-  constexpr int MOST = M <= 20 ? 4 : 2;  // runs of a thread, by its registers
-  const int runs = args.runs, threads = runs <= 32 ? 128 : runs < MAX_RUN_THREADS ? runs : MAX_RUN_THREADS;
-  const int chunks = runs > MAX_RUN_THREADS ? runs / MAX_RUN_THREADS : 1;
-  const u64 elements = u64(threads) * M * chunks, blocks = (args.count + elements - 1) / elements;
-  if (chunks > MOST || blocks >> 31) return -1;
-  const dim3 grid((unsigned)blocks), block((unsigned)threads);
-  if (chunks == 1) return LAUNCH((rows_of_runs<M, 1>), grid, block, stream, args);
-  if (chunks == 2) return LAUNCH((rows_of_runs<M, 2>), grid, block, stream, args);
-  return LAUNCH((rows_of_runs<M, MOST>), grid, block, stream, args);
-}
-
-// The m of n = 2^p * m, m = 1 for a power of two; 0 for an n that no kernel takes.
-inline int factor_of(int n) {
-  if (n < RUN) return 0;
-  const int odd = n / (n & -n);
-  if (odd == 1) return n <= 4 * MAX_THREADS * RUN ? 1 : 0;
-  if ((odd != 3 && odd != 5 && odd != 7 && odd != 9) || n % 4) return 0;
-  const int m = 4 * odd, most = (m <= 20 ? 4 : 2) * MAX_RUN_THREADS;
-  return n / m <= most ? m : 0;
-}
-
-template <int type>
-int launch(const Arguments& args, void* stream) {
-  switch (factor_of(args.n)) {
-    case 12: return launch_runs<12>(args, stream);
-    case 20: return launch_runs<20>(args, stream);
-    case 28: return launch_runs<28>(args, stream);
-    case 36: return launch_runs<36>(args, stream);
-    default: return launch_rows<type>(args, stream);
-  }
-}
-
-}  // namespace hadamard
-
-// 0, a cudaError, or -1 for a shape, a type or an address that no kernel takes: n is a power of two from 8 to 32768, or
-// 2^p * m with m = 12 or 20 and p at most 11, or m = 28 or 36 and p at most 10. x and y start at multiples of 16 bytes.
-extern "C" int compressor_hadamard(const void* x, void* y, i64 rows, int n, float scale, int type, void* stream) {
-  if (rows < 0 || !hadamard::factor_of(n)) return -1;
-  if (rows > (i64(1) << 40) || type < FLOAT16 || type > FLOAT32) return -1;
-  if (rows == 0) return 0;
-  if (!x || !y || !aligned16(x) || !aligned16(y)) return -1;
-  const hadamard::Arguments args{x, y, u64(rows) * u64(n), n, scale, type, n / hadamard::factor_of(n)};
-  if (type == FLOAT16) return hadamard::launch<FLOAT16>(args, stream);
-  if (type == BFLOAT16) return hadamard::launch<BFLOAT16>(args, stream);
-  return hadamard::launch<FLOAT32>(args, stream);
-}
-
-#endif

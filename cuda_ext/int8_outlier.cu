@@ -61,13 +61,13 @@ DEVICE u32 given_columns(const Arguments& args, int word) {
 // A block takes 2048 columns (blockIdx.x) of a slice of the rows (blockIdx.y).
 __global__ void __launch_bounds__(THREADS) flag_columns(Arguments args) {
   const int byte = blockIdx.x * THREADS + threadIdx.x, k = byte * 8, first = blockIdx.y * args.rows_per_slice;
-  const int end = first + args.rows_per_slice < args.M ? first + args.rows_per_slice : args.M + (MUTANT == 20);
+  const int end = first + args.rows_per_slice < args.M ? first + args.rows_per_slice : args.M;
   if (byte >= args.words * 4) return;
   u32 bits = 0;
   if (args.columns) {
     bits = given_columns(args, byte / 4) >> (byte % 4 * 8);
   } else if (k < args.K) {
-    for (int m = first; m < end - (MUTANT == 21); m++) {
+    for (int m = first; m < end; m++) {
       float v[8];
       load8(v, args.x, u64(m) * args.K + k, args.type);
       bits |= outliers_of(args, v);
@@ -93,7 +93,7 @@ DEVICE RowRounding finish_magnitudes(u32 top, u32 all, u32* tops, int thread) {
   if (thread % 32 == 0) tops[thread / 32] = top, tops[WARPS + thread / 32] = all;
   __syncthreads();
   top = warp_max(tops[thread % WARPS]), all = warp_max(tops[WARPS + thread % WARPS]);
-  return rounding_of(all >= 0x7f800000u && MUTANT != 1 ? all : top);
+  return rounding_of(all >= 0x7f800000u ? all : top);
 }
 
 // Codes of elements k to k + 7 of a row that starts at `start`, 0 where there are outliers and beyond K.
@@ -104,14 +104,14 @@ DEVICE void round8(const Arguments& args, u64 start, int k, u32 outliers, const 
     load8(v, args.x, start + k, args.type);
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      if (!(outliers >> i & 1) || MUTANT == 2) code[i] = round_code(v[i], row);
+      if (!(outliers >> i & 1)) code[i] = round_code(v[i], row);
   }
   ((u32*)target)[0] = pack_codes(code[0], code[1], code[2], code[3]);
   ((u32*)target)[1] = pack_codes(code[4], code[5], code[6], code[7]);
 }
 
 // Bits of elements k to k + 7, k a multiple of 8.
-DEVICE u32 bits_of(const u32* mask, int k) { return mask[(MUTANT == 3 ? k ^ 32 : k) / 32] >> (k % 32) & 255; }
+DEVICE u32 bits_of(const u32* mask, int k) { return mask[k / 32] >> (k % 32) & 255; }
 
 // A block has a row of the call.
 __global__ void __launch_bounds__(THREADS) round_rows(Arguments args) {
@@ -125,12 +125,12 @@ __global__ void __launch_bounds__(THREADS) round_rows(Arguments args) {
     mask[word] = bits;
     if (m == 0) args.mask[word] = bits;
   }
-  if (MUTANT != 22) __syncthreads();
+  __syncthreads();
   u32 top = 0, all = 0;
   for (int k = thread * 8; k < args.K; k += THREADS * 8) {
     float v[8];
     load8(v, args.x, start + k, args.type);
-    take_magnitudes(top, all, v, MUTANT == 23 ? 0 : bits_of(mask, k));
+    take_magnitudes(top, all, v, bits_of(mask, k));
   }
   const RowRounding row = finish_magnitudes(top, all, tops, thread);
   if (thread == 0) args.step[m] = row.step;
@@ -153,7 +153,7 @@ DEVICE float column_weight_of(const Arguments& args, int n, int c, int k, float 
   if (args.columns) return load_as_float(args.column_weight, u64(n) * args.column_count + c, args.type);
   const float code = __int2float_rn(args.weight[u64(n) * args.K + k]);
   const float exact = __fdiv_rn(__fmul_rn(code, absmax), 127.f);
-  return MUTANT == 4 ? exact : round_to(exact, args.type);
+  return round_to(exact, args.type);
 }
 
 // Calls take(c, k) for each outlier column k, ascending: all lanes of a warp together. `mask` is read where no columns
@@ -171,17 +171,14 @@ DEVICE void for_each_outlier(const Arguments& args, const u32* mask, int lane, c
     u32 mine = first + lane < args.words ? mask[first + lane] : 0;
     for (u32 some = __ballot_sync(0xffffffffu, mine != 0); some; some &= some - 1) {
       const int from = __ffs(some) - 1;
-      for (u32 bits = __shfl_sync(0xffffffffu, mine, from); bits; bits &= bits - 1) {
+      for (u32 bits = __shfl_sync(0xffffffffu, mine, from); bits; bits &= bits - 1)
         take(0, (first + from) * 32 + __ffs(bits) - 1);
-        if (MUTANT == 5) break;
-      }
     }
   }
 }
 
-// `bias_times` is 1.
-DEVICE void store(const Arguments& args, int m, int n, float value, float bias_times) {
-  if (args.bias) value = __fadd_rn(value, load_as_float(args.bias, n, args.type) * bias_times);
+DEVICE void store(const Arguments& args, int m, int n, float value) {
+  if (args.bias) value = __fadd_rn(value, load_as_float(args.bias, n, args.type));
   store_from_float(args.y, u64(m) * args.N + n, args.type, value);
 }
 
@@ -198,12 +195,11 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
   SHARED(i32, sums, OUTPUTS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.x * OUTPUTS;
   int k = lane * 16;  // of W; the lane's next ones are 512 further
-  const int end = args.K - (MUTANT == 42 ? 16 : 0);
   auto load = [&](Words4(&w)[EACH], int from) {
-    if (from >= end) return;
+    if (from >= args.K) return;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      const int n = n0 + warp * EACH + i, readable = n < args.N || MUTANT == 43 ? n : args.N - 1;
+      const int n = n0 + warp * EACH + i, readable = n < args.N ? n : args.N - 1;
       w[i] = load16(args.weight + u64(readable) * args.K + from);
     }
   };
@@ -212,7 +208,7 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
 
   if (args.columns || args.threshold == 0) {
     for (int word = thread; word < args.words; word += THREADS) mask[word] = given_columns(args, word);
-    if (MUTANT != 49) __syncthreads();
+    __syncthreads();
   }
   u32 top = 0, all = 0;
   for (int byte = thread; byte < args.words * 4; byte += THREADS) {
@@ -225,11 +221,11 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
 
   i32 sum[EACH] = {};
   for (int first = 0; first < args.K; first += CHUNK) {
-    if (first && MUTANT != 40) __syncthreads();
+    if (first) __syncthreads();
     const int left = args.padded - first, columns = left < CHUNK ? left : CHUNK;
     for (int i = thread * 8; i < columns; i += THREADS * 8) round8(args, 0, first + i, bits_of(mask, first + i), row, codes + i);
-    if (MUTANT != 41) __syncthreads();
-    for (; k < end && k < first + CHUNK; k += 512) {
+    __syncthreads();
+    for (; k < args.K && k < first + CHUNK; k += 512) {
       Words4 next[EACH] = {};
       load(next, k + 512);
       const Words4 c = load16(codes + k - first);
@@ -244,19 +240,19 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
 #pragma unroll
-    for (int bit = 16; bit > (MUTANT == 44 ? 1 : 0); bit /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], bit);
+    for (int bit = 16; bit > 0; bit /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], bit);
     if (lane == 0) sums[warp * EACH + i] = sum[i];
   }
-  if (MUTANT != 45) __syncthreads();
+  __syncthreads();
   if (thread >= OUTPUTS) return;  // two whole warps go on
   const int n = n0 + thread, known = n < args.N ? n : args.N - 1;
   const float absmax = args.absmax[known];
   float value = scaled(sums[thread], absmax, row.step);
   for_each_outlier(args, mask, lane, [&](int c, int k) {
     const float x = load_as_float(args.x, k, args.type), w = column_weight_of(args, known, c, k, absmax);
-    value = MUTANT == 46 ? __fmaf_rn(x, w, value) : __fadd_rn(value, __fmul_rn(x, w));
+    value = __fadd_rn(value, __fmul_rn(x, w));
   });
-  if (n < args.N + (MUTANT == 47)) store(args, 0, n, value, MUTANT == 48 ? 2.f : 1.f);
+  if (n < args.N) store(args, 0, n, value);
 }
 
 // ---- more rows ----
@@ -272,15 +268,14 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
   SHARED(i8, shared_x, STAGES * TILE * TILE_K);
   SHARED(i8, shared_w, STAGES * TILE * TILE_K);
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 64, warp_n = thread / 32 % 2;
-  const int m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, tiles = args.padded / TILE_K - (MUTANT == 60);
-  const int readable = MUTANT == 62 ? args.N + 1 : args.N;
+  const int m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, tiles = args.padded / TILE_K;
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES * TILE * TILE_K, chunk = thread % 4, k = tile * TILE_K + chunk * 16;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int row = i * 32 + thread / 4, place = stage + place_of(row, chunk, turn_of(row));
-      const bool in_x = m0 + row < args.M, in_w = n0 + row < readable && k < args.K;
+      const bool in_x = m0 + row < args.M, in_w = n0 + row < args.N && k < args.K;
       cp_async16(shared_x + place, args.codes + (in_x ? u64(m0 + row) * args.padded + k : 0), in_x);
       cp_async16(shared_w + place, args.weight + (in_w ? u64(n0 + row) * args.K + k : 0), in_w);
     }
@@ -292,12 +287,10 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
     cp_async_commit();
   }
   for (int tile = 0; tile < tiles; tile++) {
-    if (MUTANT == 63 && tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
-    if (MUTANT == 64) __syncthreads();
-    if (MUTANT != 65) cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     // after this every thread's copies of the tile are there, and every thread is done with the tile before
-    if (MUTANT != 64) __syncthreads();
-    if (MUTANT != 63 && tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
+    __syncthreads();
+    if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
     cp_async_commit();
     const int stage = tile % STAGES * TILE * TILE_K;
 #pragma unroll
@@ -307,10 +300,10 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
       for (int p = 0; p < 2; p++) {
         // left: lanes 0 to 15 name columns 0 to 15 of 16 rows, lanes 16 to 31 columns 16 to 31
         const int row = warp_m * 32 + p * 16 + lane % 16, chunk = step * 2 + lane / 16;
-        ldmatrix_x4(a[p], shared_x + stage + place_of(row, chunk, MUTANT == 66 ? 0 : turn_of(row)));
+        ldmatrix_x4(a[p], shared_x + stage + place_of(row, chunk, turn_of(row)));
         // right: 8 lanes name columns 0 to 15 of 8 outputs, 8 more columns 16 to 31, then 8 outputs further
         const int out = warp_n * 32 + p * 16 + lane / 16 * 8 + lane % 8, side = step * 2 + lane / 8 % 2;
-        ldmatrix_x4(b[p], shared_w + stage + place_of(out, side, MUTANT == 67 ? 0 : turn_of(out)));
+        ldmatrix_x4(b[p], shared_w + stage + place_of(out, side, turn_of(out)));
       }
 #pragma unroll
       for (int p = 0; p < 2; p++)
@@ -332,7 +325,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float step = __shfl_sync(0xffffffffu, my_step, p * 16 + lane / 4 + 8 * (i / 2));
-        const float absmax = __shfl_sync(0xffffffffu, my_absmax, (q * 8 + lane % 4 * 2 + i % 2) ^ (MUTANT == 68));
+        const float absmax = __shfl_sync(0xffffffffu, my_absmax, q * 8 + lane % 4 * 2 + i % 2);
         value[p][q][i] = scaled(sum[p][q][i], absmax, step);
       }
   for_each_outlier(args, args.mask, lane, [&](int c, int k) {
@@ -349,7 +342,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           float& target = value[j / 2][q][j % 2 * 2 + side];
-          target = MUTANT == 69 ? __fmaf_rn(x[j / 2][j % 2], w, target) : __fadd_rn(target, __fmul_rn(x[j / 2][j % 2], w));
+          target = __fadd_rn(target, __fmul_rn(x[j / 2][j % 2], w));
         }
       }
   });
@@ -360,93 +353,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product(Arguments args) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int m = m0 + warp_m * 32 + p * 16 + lane / 4 + 8 * (i / 2), n = n0 + warp_n * 32 + q * 8 + lane % 4 * 2 + i % 2;
-        if (m < args.M + (MUTANT == 70) && n < args.N) store(args, m, n, value[p][q][i], MUTANT == 71 ? 2.f : 1.f);
+        if (m < args.M && n < args.N) store(args, m, n, value[p][q][i]);
       }
 }
 
 }  // namespace int8_outlier
-
-#ifndef __CUDACC_RTC__
-
-namespace int8_outlier {
-
-constexpr int ROWS_PER_SLICE = 64, MAX_SLICES = 32;  // our choice: blocks enough for 2048 columns each, few words to join
-
-inline bool shape_is_right(int M, int N, int K) {
-  return M >= 0 && N >= 0 && N <= 65535 * TILE && K >= 1 && K % 16 == 0 && K <= MAX_COLUMNS;
-}
-
-// Sizes that follow from the shape.
-inline void describe(Arguments& args, int M, int N, int K) {
-  args.M = M, args.N = N, args.K = K;
-  args.padded = (K + TILE_K - 1) / TILE_K * TILE_K;
-  args.words = args.padded / 32;
-  args.rows_per_slice = (M + MAX_SLICES - 1) / MAX_SLICES;
-  if (args.rows_per_slice < ROWS_PER_SLICE) args.rows_per_slice = ROWS_PER_SLICE;
-  args.slice_count = (M + args.rows_per_slice - 1) / args.rows_per_slice;
-}
-
-inline int launch(const Arguments& given, void* stream) {
-  Arguments args = given;
-  const unsigned columns = (args.N + TILE - 1) / TILE;
-  if (args.M == 1) return LAUNCH(one_row, dim3(columns), dim3(THREADS), stream, args);
-  if (args.columns) args.slice_count = 1;
-  if (!args.columns && args.threshold == 0) args.slice_count = 0;
-  if (args.slice_count) {
-    const dim3 grid((args.words * 4 + THREADS - 1) / THREADS, args.slice_count);
-    if (const int code = LAUNCH(flag_columns, grid, dim3(THREADS), stream, args)) return code;
-  }
-  if (const int code = LAUNCH(round_rows, dim3(args.M), dim3(THREADS), stream, args)) return code;
-  return LAUNCH(product, dim3((args.M + TILE - 1) / TILE, columns), dim3(PRODUCT_THREADS), stream, args);
-}
-
-}  // namespace int8_outlier
-
-// Bytes of workspace that compressor_int8_outlier needs, 0 for none; -1 for a bad shape.
-extern "C" i64 compressor_int8_outlier_workspace_bytes(int M, int N, int K) {
-  if (!int8_outlier::shape_is_right(M, N, K)) return -1;
-  if (M <= 1 || N == 0) return 0;
-  int8_outlier::Arguments args{};
-  int8_outlier::describe(args, M, N, K);
-  return i64(M) * args.padded + i64(args.words) * 4 * (1 + args.slice_count) + i64(M) * 4;
-}
-
-// y (M, N) of x's type. columns (column_count) int32, ascending, without repetition and within K (others are left out: a
-// launcher can't read them), and column_weight (N, column_count) of x's type; both null: columns with any |x| >= threshold,
-// none for a threshold of 0. bias of x's type, or null. The workspace need not be cleared.
-// 0, a cudaError, or -1 for a shape, a type, an address, a threshold or a workspace that no kernel takes: K is a multiple
-// of 16 up to 65536; x, weight and workspace start at multiples of 16 bytes. Nothing is allocated and nothing waited for.
-extern "C" int compressor_int8_outlier(const void* x, const void* weight, const float* weight_absmax, const i32* columns,
-                                       const void* column_weight, const void* bias, void* y, void* workspace,
-                                       i64 workspace_bytes, int M, int N, int K, int column_count, float threshold, int type,
-                                       void* stream) {
-  if (!int8_outlier::shape_is_right(M, N, K) || type < FLOAT16 || type > FLOAT32) return -1;
-  if (!(threshold >= 0) || column_count < 0 || column_count > K || !columns != !column_weight) return -1;
-  if (!columns && column_count) return -1;
-  if (M == 0 || N == 0) return 0;
-  if (!x || !weight || !weight_absmax || !y || !aligned16(x) || !aligned16(weight)) return -1;
-  const i64 needed = compressor_int8_outlier_workspace_bytes(M, N, K);
-  if (needed > 0 && (!workspace || !aligned16(workspace) || workspace_bytes < needed)) return -1;
-
-  int8_outlier::Arguments args{};
-  int8_outlier::describe(args, M, N, K);
-  args.x = x;
-  args.weight = (const i8*)weight;
-  args.absmax = weight_absmax;
-  args.columns = columns;
-  args.column_weight = column_weight;
-  args.bias = bias;
-  args.y = y;
-  args.column_count = column_count;
-  args.threshold = threshold;
-  args.type = type;
-  if (needed > 0) {
-    args.codes = (i8*)workspace;
-    args.mask = (u32*)(args.codes + u64(M) * args.padded);
-    args.slices = args.mask + args.words;
-    args.step = (float*)(args.slices + u64(args.slice_count) * args.words);
-  }
-  return int8_outlier::launch(args, stream);
-}
-
-#endif

@@ -18,10 +18,10 @@ struct Arguments {
 // A block has a row. A thread has 8 neighbours in each round.
 __global__ void __launch_bounds__(THREADS) rows(Arguments args) {
   SHARED(u32, tops, THREADS / 32);
-  const int m = blockIdx.x, thread = threadIdx.x, lane = thread % 32, end = args.K + (MUTANT == 1 ? 8 : 0);
+  const int m = blockIdx.x, thread = threadIdx.x, lane = thread % 32;
   const u64 start = u64(m) * args.K;
   u32 top = 0;
-  for (int k = thread * 8; k < end - (MUTANT == 2 ? 8 : 0); k += THREADS * 8) {
+  for (int k = thread * 8; k < args.K; k += THREADS * 8) {
     float v[8];
     load8(v, args.x, start + k, args.type);
 #pragma unroll
@@ -29,34 +29,34 @@ __global__ void __launch_bounds__(THREADS) rows(Arguments args) {
   }
   top = warp_max(top);
   if (lane == 0) tops[thread / 32] = top;
-  if (args.sum && MUTANT != 7)
+  if (args.sum)
     for (int j = thread; j < args.groups; j += THREADS) args.sum[u64(m) * args.groups + j] = 0;
-  if (MUTANT != 3) __syncthreads();
+  __syncthreads();
   top = warp_max(tops[lane % (THREADS / 32)]);
   const RowRounding row = rounding_of(top);
-  if (thread == 0) args.scale[m + (MUTANT == 8)] = row.step;
+  if (thread == 0) args.scale[m] = row.step;
 
   // all lanes of a warp make as many rounds, and 64 columns are 8 lanes: their sum is one addition to the group's
   for (int first = 0; first < args.padded; first += THREADS * 8) {
     const int k = first + thread * 8;
     i32 code[8] = {}, sum = 0;
-    if (k < end) {
+    if (k < args.K) {
       float v[8];
       load8(v, args.x, start + k, args.type);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        code[i] = MUTANT == 4 ? (i32)__fmul_rn(v[i], row.inverse) : round_code(v[i], row);
+        code[i] = round_code(v[i], row);
         sum += code[i];
       }
     }
-    if (k < (MUTANT == 5 ? args.K : args.padded)) {
+    if (k < args.padded) {
       u32* const place = (u32*)(args.codes + u64(m) * args.padded + k);
       place[0] = pack_codes(code[0], code[1], code[2], code[3]);
       place[1] = pack_codes(code[4], code[5], code[6], code[7]);
     }
     if (args.sum) {
 #pragma unroll
-      for (int bit = 1; bit < (MUTANT == 6 ? 4 : 8); bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+      for (int bit = 1; bit < 8; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
       // the order of these additions doesn't matter: integers
       if (lane % 8 == 0 && k < args.padded) atomicAdd(args.sum + u64(m) * args.groups + k / args.columns_per_group, sum);
     }
@@ -64,24 +64,3 @@ __global__ void __launch_bounds__(THREADS) rows(Arguments args) {
 }
 
 }  // namespace quantize_rows
-
-#ifndef __CUDACC_RTC__
-
-// codes (M, K rounded up to 64) int8; scale (M) float32. A row with NaN or infinity has codes 0 and scale NaN. sum (M,
-// groups) int32, or null: the sums of each group's codes; group_size is a multiple of 64, or -1 for one group.
-// 0, a cudaError, or -1 for a shape, a type or an address that the kernel doesn't take: K is a multiple of 8 up to 2^24, x
-// and codes start at multiples of 16 bytes. Nothing is allocated and nothing waited for.
-extern "C" int compressor_quantize_rows(const void* x, void* codes, float* scale, i32* sum, int M, int K, int group_size,
-                                        int type, void* stream) {
-  constexpr int MAX_COLUMNS = 1 << 24, TILE_K = 64;
-  if (M < 0 || K < 1 || K % 8 || K > MAX_COLUMNS || type < FLOAT16 || type > FLOAT32) return -1;
-  if (group_size != -1 && (group_size < TILE_K || group_size % TILE_K || group_size > MAX_COLUMNS)) return -1;
-  if (M == 0) return 0;
-  if (!x || !codes || !scale || !aligned16(x) || !aligned16(codes)) return -1;
-  const int padded = (K + TILE_K - 1) / TILE_K * TILE_K, columns = group_size == -1 ? padded : group_size;
-  const int groups = (padded + columns - 1) / columns;
-  const quantize_rows::Arguments args{x, (i8*)codes, scale, sum, M, K, padded, columns, groups, type};
-  return LAUNCH(quantize_rows::rows, dim3(M), dim3(quantize_rows::THREADS), stream, args);
-}
-
-#endif

@@ -35,7 +35,7 @@ struct Arguments {
 // The zero point of output n as numbers_of takes it.
 template <int bits, int type>
 DEVICE u32 zero_of(const Arguments& args, int group, int n) {
-  u32 z = MUTANT == 55 ? 8 : 1 << (bits - 1);
+  u32 z = 1 << (bits - 1);
   if (args.zero_point) z = n < args.N ? args.zero_point[u64(group) * args.N + n] : 0;
   return offset_of<bits, type>(z);
 }
@@ -49,7 +49,7 @@ template <int WORDS, class Copy>
 DEVICE void fetch_words(const Arguments& args, u32* stage, int tile, const Copy& copy) {
   const u32* const from = args.packed + (u64(blockIdx.y) * args.tiles + tile) * WORDS;
 #pragma unroll
-  for (int first = 0; first < WORDS - 4 * THREADS * (MUTANT == 56 && WORDS > 512); first += 4 * THREADS) {
+  for (int first = 0; first < WORDS; first += 4 * THREADS) {
     const int word = first + threadIdx.x * 4;
     if (word < WORDS) copy(stage + word, from + word);
   }
@@ -58,28 +58,26 @@ DEVICE void fetch_words(const Arguments& args, u32* stage, int tile, const Copy&
 // Where 8 columns (16 bytes) of a row of a stage of x are; turned by the row, so that ldmatrix meets every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk ^ turn) * 8; }
 
-// A finished sum of this block's slice. `bias_times` is 1.
+// A finished sum of this block's slice.
 template <int type>
-DEVICE void store(const Arguments& args, int m, int n, float sum, float bias_times) {
+DEVICE void store(const Arguments& args, int m, int n, float sum) {
   const u64 place = u64(m) * args.N + n;
   if (args.sums) {
     args.sums[u64(blockIdx.z) * args.M * args.N + place] = sum;
   } else {
-    const float bias = args.bias ? Element<type>::to_float(args.bias[n]) * bias_times : 0.f;
+    const float bias = args.bias ? Element<type>::to_float(args.bias[n]) : 0.f;
     args.y[place] = Element<type>::from_float(sum + bias);
   }
 }
 
 // The tiles of this block's slice, STAGES of them under way. fetch(tile) begins the copies of a tile; load_group(group)
 // reads the next group's scales and zero points while the last tiles of the one before are multiplied, take_group() makes
-// them the present ones, and add_group() takes the sums of a group into the totals. DECODE says whose faults these are.
-template <int STAGES, bool DECODE, class Fetch, class LoadGroup, class TakeGroup, class Multiply, class AddGroup>
+// them the present ones, and add_group() takes the sums of a group into the totals.
+template <int STAGES, class Fetch, class LoadGroup, class TakeGroup, class Multiply, class AddGroup>
 DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGroup& load_group,
                        const TakeGroup& take_group, const Multiply& multiply, const AddGroup& add_group) {
   const int first = blockIdx.z * args.tiles_per_slice, end = first + args.tiles_per_slice;
-  const bool no_wait = DECODE ? MUTANT == 21 : MUTANT == 1, no_barrier = DECODE ? MUTANT == 22 : MUTANT == 2;
-  const bool early = DECODE ? MUTANT == 27 : MUTANT == 7, short_of_one = DECODE ? MUTANT == 30 : MUTANT == 10;
-  const int last = (end < args.tiles ? end : args.tiles) - short_of_one;
+  const int last = end < args.tiles ? end : args.tiles;
   int group = first / args.tiles_per_group, left_in_group = 0;
   load_group(group);
   for (int tile = first; tile < first + STAGES - 1; tile++) {
@@ -87,12 +85,10 @@ DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGrou
     cp_async_commit();
   }
   for (int tile = first; tile < last; tile++) {
-    if (early && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
-    if (no_barrier) __syncthreads();
-    if (!no_wait) cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     // after this every thread's copies of the tile are there, and every thread is done with the tile before
-    if (!no_barrier) __syncthreads();
-    if (!early && tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
+    __syncthreads();
+    if (tile + STAGES - 1 < last) fetch(tile + STAGES - 1);
     cp_async_commit();
     if (left_in_group == 0) {
       left_in_group = args.tiles_per_group - tile % args.tiles_per_group;
@@ -113,14 +109,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   SHARED(u32, shared_words, STAGES * WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int m0 = blockIdx.x * ROWS, n0 = blockIdx.y * TILE_N;
-  const int readable = MUTANT == 4 ? args.M + 1 : args.M;
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES;
 #pragma unroll
     for (int i = 0; i < ROW_PIECES; i++) {
       const int row = i * 16 + thread / 8, chunk = thread % 8, k = tile * TILE_K + chunk * 8;
-      const bool inside = m0 + row < readable && k < args.K;
+      const bool inside = m0 + row < args.M && k < args.K;
       cp_async16(shared_x + stage * ROWS * TILE_K + place_of(row, chunk, row & 7),
                  args.x + (inside ? u64(m0 + row) * args.K + k : 0), inside);
     }
@@ -135,10 +130,9 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   auto load_group = [&](int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      next_offset[h] = zero_of<bits, type>(args, group, (n_operand + 8 * h) ^ (MUTANT == 9));
+      next_offset[h] = zero_of<bits, type>(args, group, n_operand + 8 * h);
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        next_scale[h][i] = scale_of(args, group - (MUTANT == 6 && group), n_result + 8 * h + i);
+      for (int i = 0; i < 2; i++) next_scale[h][i] = scale_of(args, group, n_result + 8 * h + i);
     }
   };
 
@@ -156,7 +150,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
     const u32* stage_words = shared_words + stage * WORDS;
 #pragma unroll
     for (int step = 0; step < TILE_K / 16; step++) {
-      const Codes<bits> piece(stage_words, step, warp, lane ^ (MUTANT == 3));
+      const Codes<bits> piece(stage_words, step, warp, lane);
       u32 b[2][2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -168,7 +162,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
         // lanes 0 to 15 name columns 0 to 7 of the 16 rows, lanes 16 to 31 columns 8 to 15
         const int row = p * 16 + lane % 16, chunk = step * 2 + lane / 16;
         u32 a[4];
-        ldmatrix_x4(a, stage_x + place_of(row, chunk, MUTANT == 5 ? 0 : row & 7));
+        ldmatrix_x4(a, stage_x + place_of(row, chunk, row & 7));
 #pragma unroll
         for (int h = 0; h < 2; h++) Element<type>::mma(part[p][h], a, b[h][0], b[h][1]);
       }
@@ -182,11 +176,10 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           total[p][h][i] += part[p][h][i] * scale[h][i % 2];
-          if (MUTANT == 12) total[p][h][i] = Element<type>::to_float(Element<type>::from_float(total[p][h][i]));
           part[p][h][i] = 0;
         }
   };
-  walk_tiles<STAGES, false>(args, fetch, load_group, take_group, multiply, add_group);
+  walk_tiles<STAGES>(args, fetch, load_group, take_group, multiply, add_group);
 
 #pragma unroll
   for (int p = 0; p < ROW_PIECES; p++)
@@ -195,27 +188,26 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int m = m0 + p * 16 + lane / 4 + 8 * (i / 2), n = n_result + 8 * h + i % 2;
-        if (m < args.M + (MUTANT == 8) && n < args.N) store<type>(args, m, n, total[p][h][i], MUTANT == 11 ? 2.f : 1.f);
+        if (m < args.M && n < args.N) store<type>(args, m, n, total[p][h][i]);
       }
 }
 
 // Up to 16 rows of x: y^T = W x^T, so that the 16 rows of an mma are outputs and no more than HALVES * 8 rows of x are
 // multiplied. Bound by the memory, so many tiles are under way at once, and codes don't push x out of the L2 cache.
-// The numbers of MUTANT are those of the tiled kernel and 20. Asking for one block at least keeps nvcc 13.0 from holding
-// 2 bits within 64 registers, where they spill; 0 asks for nothing.
+// Asking for one block at least keeps nvcc 13.0 from holding 2 bits within 64 registers, where they spill; 0 asks for
+// nothing.
 template <int bits, int type, int HALVES>
 __global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
   constexpr int STAGES = 6, ROWS = HALVES * 8, WORDS = Codes<bits>::TILE_WORDS;
   SHARED(u16, shared_x, STAGES * ROWS * TILE_K);
   SHARED(u32, shared_words, STAGES * WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.y * TILE_N;
-  const int readable = MUTANT == 24 ? args.M + 1 : args.M;
   const u64 policy = evict_first_policy();
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES, row = thread / 8, chunk = thread % 8, k = tile * TILE_K + chunk * 8;
     if (row < ROWS) {
-      const bool inside = row < readable && k < args.K;
+      const bool inside = row < args.M && k < args.K;
       cp_async16(shared_x + stage * ROWS * TILE_K + place_of(row, chunk, row & 7),
                  args.x + (inside ? u64(row) * args.K + k : 0), inside);
     }
@@ -229,8 +221,8 @@ __global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
   auto load_group = [&](int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      next_offset[h] = zero_of<bits, type>(args, group, (n + 8 * h) ^ (MUTANT == 29));
-      next_scale[h] = scale_of(args, group - (MUTANT == 26 && group), n + 8 * h);
+      next_offset[h] = zero_of<bits, type>(args, group, n + 8 * h);
+      next_scale[h] = scale_of(args, group, n + 8 * h);
     }
   };
 
@@ -251,11 +243,11 @@ __global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
 #pragma unroll
       for (int h = 0; h < HALVES; h++) {
         const int row = h * 8 + lane % 8, chunk = pair * 4 + lane / 8;
-        ldmatrix_x4(b[h], stage_x + place_of(row, chunk, MUTANT == 25 ? 0 : row & 7));
+        ldmatrix_x4(b[h], stage_x + place_of(row, chunk, row & 7));
       }
 #pragma unroll
       for (int step = 0; step < 2; step++) {
-        const Codes<bits> piece(stage_words, pair * 2 + step, warp, lane ^ (MUTANT == 23));
+        const Codes<bits> piece(stage_words, pair * 2 + step, warp, lane);
         u32 a[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = numbers_of<bits, type>(piece.pair(i), offset[i % 2]);
@@ -270,19 +262,17 @@ __global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         total[h][i] += part[h][i] * scale[i / 2];
-        if (MUTANT == 32) total[h][i] = Element<type>::to_float(Element<type>::from_float(total[h][i]));
         part[h][i] = 0;
       }
   };
-  walk_tiles<STAGES, true>(args, fetch, load_group, take_group, multiply, add_group);
+  walk_tiles<STAGES>(args, fetch, load_group, take_group, multiply, add_group);
 
 #pragma unroll
   for (int h = 0; h < HALVES; h++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = h * 8 + lane % 4 * 2 + i % 2, out = n + 8 * (i / 2);
-      if (m < args.M + (MUTANT == 28) && out < args.N)
-        store<type>(args, m, out, total[h][i], MUTANT == 31 ? 2.f : 1.f);
+      if (m < args.M && out < args.N) store<type>(args, m, out, total[h][i]);
     }
 }
 
@@ -290,106 +280,11 @@ __global__ void __launch_bounds__(THREADS, bits == 2) decode(Arguments args) {
 template <int type>
 __global__ void __launch_bounds__(THREADS) add_slices(Arguments args) {
   const u64 count = u64(args.M) * args.N, place = u64(blockIdx.x) * THREADS + threadIdx.x;
-  if (place >= count + (MUTANT == 42)) return;
+  if (place >= count) return;
   float sum = 0;
-  for (int slice = 0; slice < args.slices - (MUTANT == 40); slice++) sum += args.sums[slice * count + place];
+  for (int slice = 0; slice < args.slices; slice++) sum += args.sums[slice * count + place];
   const float bias = args.bias ? Element<type>::to_float(args.bias[place % args.N]) : 0.f;
-  args.y[place] = Element<type>::from_float(sum + (MUTANT == 41 ? 2 : 1) * bias);
+  args.y[place] = Element<type>::from_float(sum + bias);
 }
 
 }  // namespace w_a16
-
-#ifndef __CUDACC_RTC__  // what compiles without a host launches without this, too
-
-namespace w_a16 {
-
-constexpr int SLICED_ROWS = 64;     // more rows have work enough for every multiprocessor
-constexpr int BLOCKS = 1024;        // our choice: about 8 blocks for each of the 132 multiprocessors of an H100
-constexpr int TILES_PER_SLICE = 8;  // at least, so that the stages fill; our choice
-
-// Cuts K; sets tiles_per_slice and slices, no slice empty.
-inline void choose_slices(Arguments& args) {
-  const int blocks = (args.N + TILE_N - 1) / TILE_N;
-  int slices = args.M > SLICED_ROWS ? 1 : BLOCKS / blocks;
-  if (slices > args.tiles / TILES_PER_SLICE) slices = args.tiles / TILES_PER_SLICE;
-  if (slices < 1) slices = 1;
-  args.tiles_per_slice = (args.tiles + slices - 1) / slices;
-  args.slices = (args.tiles + args.tiles_per_slice - 1) / args.tiles_per_slice;
-}
-
-template <int bits, int type>
-int launch(const Arguments& args, void* stream) {
-  const unsigned blocks_n = (args.N + TILE_N - 1) / TILE_N, slices = args.slices;
-  int code;
-  if (args.M <= 8)
-    code = LAUNCH((decode<bits, type, 1>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
-  else if (args.M <= 16)
-    code = LAUNCH((decode<bits, type, 2>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
-  else if (args.M <= 32)
-    code = LAUNCH((tiled<bits, type, 32>), dim3(1, blocks_n, slices), dim3(THREADS), stream, args);
-  else
-    code = LAUNCH((tiled<bits, type, 64>), dim3((args.M + 63) / 64, blocks_n, slices), dim3(THREADS), stream, args);
-  if (code || slices == 1) return code;
-  const unsigned blocks = unsigned((u64(args.M) * args.N + THREADS - 1) / THREADS);
-  return LAUNCH(add_slices<type>, dim3(blocks), dim3(THREADS), stream, args);
-}
-
-template <int bits>
-int launch(const Arguments& args, int x_type, void* stream) {
-  return x_type == FLOAT16 ? launch<bits, FLOAT16>(args, stream) : launch<bits, BFLOAT16>(args, stream);
-}
-
-inline bool shape_is_right(int M, int N, int K) {
-  return M >= 0 && N >= 0 && K >= 1 && K % 8 == 0 && K <= (1 << 30) && N <= 65535 * TILE_N;
-}
-
-}  // namespace w_a16
-
-// Bytes of workspace that compressor_w_a16 needs, 0 for none; -1 for a bad shape.
-extern "C" i64 compressor_w_a16_workspace_bytes(int M, int N, int K) {
-  if (!w_a16::shape_is_right(M, N, K)) return -1;
-  if (M == 0 || N == 0) return 0;
-  w_a16::Arguments args{};
-  args.M = M, args.N = N, args.tiles = (K + w_a16::TILE_K - 1) / w_a16::TILE_K;
-  w_a16::choose_slices(args);
-  return args.slices == 1 ? 0 : i64(sizeof(float)) * args.slices * M * N;
-}
-
-// 0, a cudaError, or -1 for a shape, a type, an address or a workspace that no kernel takes. Nothing is allocated and
-// nothing waited for. group_size is a multiple of 64, or -1 for one group. x and packed start at multiples of 16 bytes,
-// and K is a multiple of 8: pad x with zeros otherwise. bias has x's type. Zero points are codes, too. The workspace need
-// not be cleared.
-extern "C" int compressor_w_a16(const void* x, const void* packed, const void* scale, const void* zero_point,
-                                const void* bias, void* y, void* workspace, i64 workspace_bytes, int M, int N, int K,
-                                int bits, int group_size, int x_type, int scale_type, void* stream) {
-  if (!w_a16::shape_is_right(M, N, K)) return -1;
-  if (group_size != -1 && (group_size < w_a16::TILE_K || group_size % w_a16::TILE_K)) return -1;
-  if ((x_type != FLOAT16 && x_type != BFLOAT16) || scale_type < FLOAT16 || scale_type > FLOAT32) return -1;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return -1;
-  if (M == 0 || N == 0) return 0;
-  if (!x || !packed || !scale || !y || !aligned16(x) || !aligned16(packed)) return -1;
-  const i64 needed = compressor_w_a16_workspace_bytes(M, N, K);
-  if (needed > 0 && (!workspace || (u64)workspace % sizeof(float) || workspace_bytes < needed)) return -1;
-
-  w_a16::Arguments args{};
-  args.x = (const u16*)x;
-  args.packed = (const u32*)packed;
-  args.scale = scale;
-  args.zero_point = (const u8*)zero_point;
-  args.bias = (const u16*)bias;
-  args.y = (u16*)y;
-  args.sums = needed > 0 ? (float*)workspace : nullptr;
-  args.M = M, args.N = N, args.K = K;
-  args.tiles = (K + w_a16::TILE_K - 1) / w_a16::TILE_K;
-  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / w_a16::TILE_K;
-  args.scale_type = scale_type;
-  w_a16::choose_slices(args);
-  switch (bits) {
-    case 2: return w_a16::launch<2>(args, x_type, stream);
-    case 3: return w_a16::launch<3>(args, x_type, stream);
-    case 4: return w_a16::launch<4>(args, x_type, stream);
-    default: return w_a16::launch<8>(args, x_type, stream);
-  }
-}
-
-#endif

@@ -117,8 +117,6 @@ DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk
 
 DEVICE int turn_of(int row) { return row / 2 % 4; }
 
-DEVICE float in_half(float f) { return f16_to_float(float_to_f16(f)); }
-
 DEVICE float bias_of(const Arguments& args, int n) {
   return args.bias && n < args.N ? load_as_float(args.bias, n, args.y_type) : 0.f;
 }
@@ -138,9 +136,7 @@ template <int STAGES, int TILES, class Fetch, class LoadGroup, class TakeGroup, 
 DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGroup& load_group, const TakeGroup& take_group,
                        const Multiply& multiply, const AddGroup& add_group) {
   constexpr bool DECODE = TILES > 1;
-  const bool no_wait = DECODE ? MUTANT == 21 : MUTANT == 1, no_barrier = DECODE ? MUTANT == 22 : MUTANT == 2;
-  const bool early = DECODE ? MUTANT == 27 : MUTANT == 7, short_of_one = DECODE ? MUTANT == 30 : MUTANT == 10;
-  const int last = args.tiles - short_of_one, stages = (last + TILES - 1) / TILES;
+  const int last = args.tiles, stages = (last + TILES - 1) / TILES;
   int group = 0, left_in_group = args.tiles_per_group;
   auto begin_group = [&] {
     take_group(group);
@@ -152,13 +148,11 @@ DEVICE void walk_tiles(const Arguments& args, const Fetch& fetch, const LoadGrou
     cp_async_commit();
   }
   for (int stage = 0; stage < stages; stage++) {
-    if (early && stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
-    if (no_barrier) __syncthreads();
-    if (!no_wait) cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     if (!DECODE && left_in_group == args.tiles_per_group) begin_group();
     // after this every thread's copies of the stage are there, and every thread is done with the stage before
-    if (!no_barrier) __syncthreads();
-    if (!early && stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
+    __syncthreads();
+    if (stage + STAGES - 1 < stages) fetch(stage + STAGES - 1);
     cp_async_commit();
     for (int i = 0; i < TILES && stage * TILES + i < last; i++) {
       if (DECODE && left_in_group == args.tiles_per_group) begin_group();
@@ -188,14 +182,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   SHARED(Number, shared_sum, 2 * ROWS);
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 128, warp_n = thread / 32 % 4;
   const int m0 = blockIdx.x * ROWS, n0 = blockIdx.y * OUTPUTS, tiles_n = (args.N + TILE_N - 1) / TILE_N;
-  const int readable = MUTANT == 4 ? args.M + 1 : args.M;
 
   auto fetch = [&](int tile) {
     const int stage = tile % STAGES;
 #pragma unroll
     for (int i = thread; i < ROWS * 4; i += THREADS) {
       const int row = i / 4, chunk = i % 4;
-      const bool inside = m0 + row < readable;
+      const bool inside = m0 + row < args.M;
       cp_async16(shared_x + stage * STAGE_X + place_of(row, chunk, turn_of(row)),
                  args.x + (inside ? (u64(m0 + row) * args.tiles + tile) * TILE_K + chunk * 16 : 0), inside);
     }
@@ -213,14 +206,14 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
   Number next_number = 0;
   auto load_group = [&](int group) {
     if (thread < OUTPUTS) {
-      next_scale = scale_of(args, group - (MUTANT == 6 && group), n0 + thread);
-      next_number = minus_zero_of<BITS, Number>(args, group, (n0 + thread) ^ (MUTANT == 9));
+      next_scale = scale_of(args, group, n0 + thread);
+      next_number = minus_zero_of<BITS, Number>(args, group, n0 + thread);
     } else if (thread - OUTPUTS < ROWS) {
-      next_number = x_sum_of<Number>(args, group, m0 + ((thread - OUTPUTS) ^ (MUTANT == 14)));
+      next_number = x_sum_of<Number>(args, group, m0 + thread - OUTPUTS);
     }
   };
   auto take_group = [&](int group) {
-    const int half = MUTANT == 13 ? 0 : group % 2;
+    const int half = group % 2;
     if (thread < OUTPUTS) {
       shared_scale[half * OUTPUTS + thread] = next_scale;
       shared_zero[half * OUTPUTS + thread] = next_number;
@@ -245,7 +238,7 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
     const u32* stage_words = shared_words + stage * STAGE_WORDS + warp_n / 2 * TILE_WORDS;
     u32 b[2][2][4];  // of 16 outputs each, two steps
 #pragma unroll
-    for (int h = 0; h < 2; h++) load_weights<BITS>(b[h], stage_words, warp_n % 2 * 2 + h, lane ^ (MUTANT == 3));
+    for (int h = 0; h < 2; h++) load_weights<BITS>(b[h], stage_words, warp_n % 2 * 2 + h, lane);
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
@@ -253,13 +246,13 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
         // lanes 0 to 15 name columns 0 to 15 of the 16 rows, lanes 16 to 31 columns 16 to 31
         const int row = warp_m * (ROWS / 2) + p * 16 + lane % 16, chunk = step * 2 + lane / 16;
         u32 a[4];
-        ldmatrix_x4(a, stage_x + place_of(row, chunk, MUTANT == 5 ? 0 : turn_of(row)));
+        ldmatrix_x4(a, stage_x + place_of(row, chunk, turn_of(row)));
 #pragma unroll
         for (int q = 0; q < 4; q++) mma_s8(part[p][q], a, b[q / 2][step][q % 2], b[q / 2][step][q % 2 + 2]);
       }
   };
   auto add_group = [&](int group) {
-    const int half = MUTANT == 13 ? 0 : group % 2;
+    const int half = group % 2;
 #pragma unroll
     for (int q = 0; q < 4; q++) {
       float scale[2];
@@ -276,7 +269,6 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
           const Number x_sum = shared_sum[half * ROWS + first_row + p * 16 + 8 * (i / 2)];
           const float sum = SumOf::value(part[p][q][i], zero[i % 2], x_sum);
           total[p][q][i] = __fmaf_rn(sum, scale[i % 2], total[p][q][i]);
-          if (MUTANT == 12) total[p][q][i] = in_half(total[p][q][i]);
           part[p][q][i] = SumOf::start;
         }
     }
@@ -285,24 +277,23 @@ __global__ void __launch_bounds__(THREADS) tiled(Arguments args) {
 
   float x_scale[PIECES * 2];  // read once: the compiler can't know that y isn't in between
 #pragma unroll
-  for (int j = 0; j < PIECES * 2; j++) x_scale[j] = x_scale_of(args, m0 + ((first_row + j * 8) ^ (MUTANT == 15)));
+  for (int j = 0; j < PIECES * 2; j++) x_scale[j] = x_scale_of(args, m0 + first_row + j * 8);
 #pragma unroll
   for (int q = 0; q < 4; q++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int n = n0 + first_output + q * 8 + i;
-      const float bias = bias_of(args, n) * (MUTANT == 11 ? 2.f : 1.f);
+      const float bias = bias_of(args, n);
 #pragma unroll
       for (int j = 0; j < PIECES * 2; j++) {
         const int m = m0 + first_row + j * 8;
-        if (m < args.M + (MUTANT == 8) && n < args.N) store(args, m, n, total[j / 2][q][j % 2 * 2 + i], x_scale[j], bias);
+        if (m < args.M && n < args.N) store(args, m, n, total[j / 2][q][j % 2 * 2 + i], x_scale[j], bias);
       }
     }
 }
 
 // Up to 16 rows of x: y^T = W x^T, so that the 16 rows of an mma are outputs and no more than HALVES * 8 rows of x are
 // multiplied. Bound by the memory: a block has 64 outputs, a stage 8 KiB of weights, and three are under way.
-// The numbers of MUTANT are those of the tiled kernel and 20.
 constexpr int DECODE_THREADS = 128;
 
 template <int BITS, int HALVES, bool WIDE>
@@ -314,7 +305,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   SHARED(i8, shared_x, STAGES * TILES * TILE_X);
   SHARED(u32, shared_words, STAGES * TILES * TILE_WORDS);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n0 = blockIdx.x * TILE_N;
-  const int readable = MUTANT == 24 ? args.M + 1 : args.M;
   const u64 policy = evict_first_policy();
 
   auto fetch = [&](int stage) {
@@ -322,7 +312,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 #pragma unroll
     for (int i = thread; i < TILES * ROWS * 4; i += DECODE_THREADS) {
       const int tile = i / (ROWS * 4), row = i / 4 % ROWS, chunk = i % 4;
-      const bool inside = row < readable && first + tile < args.tiles;
+      const bool inside = row < args.M && first + tile < args.tiles;
       cp_async16(shared_x + (slot + tile) * TILE_X + place_of(row, chunk, turn_of(row)),
                  args.x + (inside ? (u64(row) * args.tiles + first + tile) * TILE_K + chunk * 16 : 0), inside);
     }
@@ -344,11 +334,10 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   auto load_group = [&](int group) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      next_scale[i] = scale_of(args, group - (MUTANT == 26 && group), n + 8 * i);
-      next_zero[i] = minus_zero_of<BITS, Number>(args, group, (n + 8 * i) ^ (MUTANT == 29));
+      next_scale[i] = scale_of(args, group, n + 8 * i);
+      next_zero[i] = minus_zero_of<BITS, Number>(args, group, n + 8 * i);
 #pragma unroll
-      for (int h = 0; h < HALVES; h++)
-        next_x_sum[h][i] = x_sum_of<Number>(args, group, (h * 8 + lane % 4 * 2 + i) ^ (MUTANT == 34));
+      for (int h = 0; h < HALVES; h++) next_x_sum[h][i] = x_sum_of<Number>(args, group, h * 8 + lane % 4 * 2 + i);
     }
   };
   auto take_group = [&](int) {
@@ -363,11 +352,11 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
   auto multiply = [&](int stage, int tile) {
     const int slot = stage * TILES + tile;
     u32 a[2][4], b[HALVES][4];
-    load_weights<BITS>(a, shared_words + slot * TILE_WORDS, warp, lane ^ (MUTANT == 23));
+    load_weights<BITS>(a, shared_words + slot * TILE_WORDS, warp, lane);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
       const int row = h * 8 + lane % 8, chunk = lane / 8;
-      ldmatrix_x4(b[h], shared_x + slot * TILE_X + place_of(row, chunk, MUTANT == 25 ? 0 : turn_of(row)));
+      ldmatrix_x4(b[h], shared_x + slot * TILE_X + place_of(row, chunk, turn_of(row)));
     }
 #pragma unroll
     for (int step = 0; step < 2; step++)
@@ -381,7 +370,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
       for (int i = 0; i < 4; i++) {
         const float sum = SumOf::value(part[h][i], zero[i / 2], x_sum[h][i % 2]);
         total[h][i] = __fmaf_rn(sum, scale[i / 2], total[h][i]);
-        if (MUTANT == 32) total[h][i] = in_half(total[h][i]);
         part[h][i] = SumOf::start;
       }
   };
@@ -392,80 +380,9 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode(Arguments args) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = h * 8 + lane % 4 * 2 + i % 2, out = n + 8 * (i / 2);
-      const float x_scale = x_scale_of(args, m ^ (MUTANT == 35)), bias = bias_of(args, out) * (MUTANT == 31 ? 2.f : 1.f);
-      if (m < args.M + (MUTANT == 28) && out < args.N) store(args, m, out, total[h][i], x_scale, bias);
+      const float x_scale = x_scale_of(args, m), bias = bias_of(args, out);
+      if (m < args.M && out < args.N) store(args, m, out, total[h][i], x_scale, bias);
     }
 }
 
 }  // namespace w_a8
-
-#ifndef __CUDACC_RTC__  // what compiles without a host launches without this, too
-
-namespace w_a8 {
-
-constexpr int MAX_COLUMNS = 1 << 24;
-constexpr int NARROW_TILES = 2;  // of a group of up to 128 columns
-constexpr int MAX_OUTPUTS = 65535 * TILE_N;
-
-inline int tiles_of(int K) { return (K + TILE_K - 1) / TILE_K; }
-
-inline bool group_is_right(int group_size) {
-  return group_size == -1 || (group_size >= TILE_K && group_size % TILE_K == 0 && group_size <= MAX_COLUMNS);
-}
-
-inline bool is_type(int type) { return type >= FLOAT16 && type <= FLOAT32; }
-
-template <int BITS, bool WIDE>
-int launch(const Arguments& args, void* stream) {
-  const dim3 outputs_64((args.N + TILE_N - 1) / TILE_N);
-  if (args.M <= 8) return LAUNCH((decode<BITS, 1, WIDE>), outputs_64, dim3(DECODE_THREADS), stream, args);
-  if (args.M <= 16) return LAUNCH((decode<BITS, 2, WIDE>), outputs_64, dim3(DECODE_THREADS), stream, args);
-  const unsigned columns = (args.N + OUTPUTS - 1) / OUTPUTS;
-  if (args.M <= 32) return LAUNCH((tiled<BITS, 32, WIDE>), dim3(1, columns), dim3(THREADS), stream, args);
-  // three stages of 128 rows and 8-bit weights don't fit 48 KiB
-  if (BITS == 8 || args.M <= 128)
-    return LAUNCH((tiled<BITS, 64, WIDE>), dim3((args.M + 63) / 64, columns), dim3(THREADS), stream, args);
-  if constexpr (BITS == 4)
-    return LAUNCH((tiled<BITS, 128, WIDE>), dim3((args.M + 127) / 128, columns), dim3(THREADS), stream, args);
-  return -1;
-}
-
-}  // namespace w_a8
-
-// y (M, N) of y_type from what compressor_quantize_rows wrote. bits 4 or 8; group_size a multiple of 64, or -1 for one
-// group; the last group may be short. x_sum is read with zero points alone. bias has y's type. Sums of a group fit 32 bits:
-// it has less than 131072 columns of 4-bit weights, or 65794 of 8-bit ones.
-// 0, a cudaError, or -1 for a shape, a type or an address that no kernel takes: x_codes and packed start at multiples of 16
-// bytes. Nothing is allocated and nothing waited for.
-extern "C" int compressor_w_a8(const void* x_codes, const float* x_scale, const i32* x_sum, const void* packed,
-                               const void* scale, const void* zero_point, const void* bias, void* y, int M, int N, int K,
-                               int bits, int group_size, int scale_type, int y_type, void* stream) {
-  if (M < 0 || N < 0 || N > w_a8::MAX_OUTPUTS || K < 1 || K > w_a8::MAX_COLUMNS || (bits != 4 && bits != 8)) return -1;
-  if (!w_a8::group_is_right(group_size) || !w_a8::is_type(scale_type) || !w_a8::is_type(y_type)) return -1;
-  w_a8::Arguments args{};
-  args.tiles = w_a8::tiles_of(K);
-  args.tiles_per_group = group_size == -1 ? args.tiles : group_size / w_a8::TILE_K;
-  args.groups = (args.tiles + args.tiles_per_group - 1) / args.tiles_per_group;
-  const int widest = args.tiles_per_group < args.tiles ? args.tiles_per_group : args.tiles;
-  const i64 largest = bits == 4 ? 128 * 16 * 8 : 128 * 255;  // of a column: as it is added, or with a zero point of 0
-  if (widest * w_a8::TILE_K * largest >= i64(1) << 31) return -1;
-  if (M == 0 || N == 0) return 0;
-  if (!x_codes || !x_scale || !packed || !scale || !y || !aligned16(x_codes) || !aligned16(packed)) return -1;
-  if (zero_point && !x_sum) return -1;
-
-  args.x = (const i8*)x_codes;
-  args.x_scale = x_scale;
-  args.x_sum = x_sum;
-  args.packed = (const u32*)packed;
-  args.scale = scale;
-  args.zero_point = (const u8*)zero_point;
-  args.bias = bias;
-  args.y = y;
-  args.M = M, args.N = N;
-  args.scale_type = scale_type, args.y_type = y_type;
-  const bool wide = widest > w_a8::NARROW_TILES;
-  if (bits == 4) return wide ? w_a8::launch<4, true>(args, stream) : w_a8::launch<4, false>(args, stream);
-  return wide ? w_a8::launch<8, true>(args, stream) : w_a8::launch<8, false>(args, stream);
-}
-
-#endif

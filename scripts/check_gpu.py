@@ -1,11 +1,10 @@
-"""Builds the CUDA library, runs the correctness cases of the emulation on this machine's GPU, checks the kernels as
-torch operations (from the library, and compiled by NVRTC where it is), then times them.
+"""Compiles the CUDA kernels by NVRTC, runs the correctness cases of the emulation on this machine's GPU, checks the
+kernels as torch operations, then times them.
 
     scripts/check_gpu [--json out/gpu.json] [--checks-only]
 
 Exit code 0: all right. 4: a kernel computes something wrong, nothing is timed. 6: no GPU that the kernels run on, or no
-nvcc, or the build fails. The JSON has the device's name, registers and shared memory of each kernel, every check, and
-one row for each shape and number of rows of x.
+NVRTC. The JSON has the device's name, every check, and one row for each shape and number of rows of x.
 
 Times: a CUDA graph calls the kernel once for each of many copies of the weight, which take at least four times the L2
 cache and 160 MB, so that weights come from memory; the median of replays over the number of copies. `call_seconds` is
@@ -18,13 +17,11 @@ from __future__ import annotations
 import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
 
 import argparse
-import ctypes
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +37,9 @@ import gpu_against_torch  # noqa: E402
 import gpu_binding  # noqa: E402
 import gpu_int8  # noqa: E402
 
+from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels.cuda import devices  # noqa: E402
-from cuda_ext import build  # noqa: E402
+from compressor.kernels.cuda.interface import Kernels  # noqa: E402
 from cuda_ext.cases import KERNELS, arrays, hadamard, w_a16  # noqa: E402
 
 SEEDS = 3
@@ -82,7 +80,7 @@ class DeviceArray:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory of a GPU, or of the CPU, to test this script with the emulated library."""
+    """The memory of a GPU, or of the CPU, to test this script with the emulated kernels."""
 
     device: str
     # tensor cores may cut off what a sum can't hold instead of rounding (Fasi, Higham, Mikaitis and Pranesh 2021,
@@ -97,22 +95,17 @@ class DeviceMemory:
             torch.cuda.synchronize()
 
 
-def require_gpu() -> None:
+def require_gpu() -> torch.device:
     """Raises NoGpu with what is missing and what to do."""
-    if shutil.which("nvcc") is None:
-        raise NoGpu("PATH: nvcc is not there. Install the CUDA toolkit (12.8 or newer), or add its bin folder")
     if not torch.version.cuda:
         raise NoGpu(f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch")
     if not torch.cuda.is_available():
         raise NoGpu("torch finds no CUDA device. Check `nvidia-smi` and the driver")
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        name = torch.cuda.get_device_name()
-        raise NoGpu(f"{name} has compute capability {capability[0]}.{capability[1]}. The kernels need 8.0 or newer")
+    return torch.device("cuda", 0)
 
 
 def check(
-    library: ctypes.CDLL, memory: DeviceMemory, chosen: Mapping[str, Sequence[Any]], seeds: int
+    kernels: Kernels, memory: DeviceMemory, chosen: Mapping[str, Sequence[Any]], seeds: int
 ) -> list[dict[str, Any]]:
     """Runs the cases chosen of each kernel with every seed; a wrong one doesn't stop the others."""
     found = []
@@ -120,7 +113,7 @@ def check(
         for seed in range(seeds):
             problem = ""
             try:
-                KERNELS[kernel].run(library, case, memory, seed)
+                KERNELS[kernel].run(kernels, case, memory, seed)
             except AssertionError as error:
                 problem = str(error)
             found.append({"kernel": kernel, "case": str(case), "seed": seed, "problem": problem})
@@ -162,7 +155,7 @@ def copy_bytes_per_second() -> float:
     return 2 * source.numel() / seconds_of([lambda: target.copy_(source)], graphed=True)
 
 
-def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Callable[[], None]], int]:
+def w4_a16_calls(kernels: Kernels, x: torch.Tensor, n: int) -> tuple[list[Callable[[], None]], int]:
     """One call for each copy of a random weight, and the bytes that a call has to read and write."""
     m, k = x.shape
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -171,9 +164,9 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
     scale = torch.rand(groups, n, device="cuda").mul_(0.02).half()
     zero_point = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8)
     y = torch.empty(m, n, dtype=torch.float16, device="cuda")
-    needed = w_a16.workspace_bytes(library, m, n, k)
+    needed = w_a16.workspace_bytes(kernels, m, n, k)
     workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device="cuda")
-    launch = w_a16.launcher(library)
+    launch = w_a16.launcher(kernels)
 
     def call_of(packed: torch.Tensor) -> Callable[[], None]:
         def call() -> None:
@@ -182,7 +175,7 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
                 packed.data_ptr(),
                 scale.data_ptr(),
                 zero_point.data_ptr(),
-                None,
+                0,
                 y.data_ptr(),
                 workspace.data_ptr(),
                 needed,
@@ -200,10 +193,10 @@ def w4_a16_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> tuple[list[Ca
     return [call_of(packed) for packed in weights], moved
 
 
-def time_shape(library: ctypes.CDLL, m: int, n: int, k: int, copy_rate: float) -> dict[str, Any]:
+def time_shape(kernels: Kernels, m: int, n: int, k: int, copy_rate: float) -> dict[str, Any]:
     """One row of the benchmark: ours and torch's dense product, float16."""
     x = torch.randn(m, k, device="cuda").half()
-    calls, moved = w4_a16_calls(library, x, n)
+    calls, moved = w4_a16_calls(kernels, x, n)
     dense_copies = max(2, -(-max(ROTATION_BYTES, 4 * torch.cuda.get_device_properties(0).L2_cache_size) // (2 * n * k)))
     dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(dense_copies)]
     ours = seconds_of(calls, graphed=True)
@@ -223,13 +216,13 @@ def time_shape(library: ctypes.CDLL, m: int, n: int, k: int, copy_rate: float) -
     }
 
 
-def time_hadamard(n: int, library: ctypes.CDLL) -> dict[str, Any]:
+def time_hadamard(n: int, kernels: Kernels) -> dict[str, Any]:
     """Rows of n float16 that take at least the rotation's bytes, against a copy of the same tensor."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     rows = -(-max(ROTATION_BYTES, 4 * l2_bytes) // (2 * n))
     x = torch.randn(rows, n, device="cuda").half()
     y = torch.empty_like(x)
-    launch = hadamard.launcher(library)
+    launch = hadamard.launcher(kernels)
 
     def call() -> None:
         stream = torch.cuda.current_stream().cuda_stream
@@ -268,39 +261,37 @@ def main() -> int:
     parser.add_argument("--checks-only", action="store_true", help="time nothing")
     arguments = parser.parse_args()
     try:
-        require_gpu()
-        path, usages = build.build_cuda(ROOT / "build" / "cuda")
-    except (NoGpu, build.BuildError) as error:
+        found = require_gpu()
+        kernels = devices.kernels_of(found)
+    except NoGpu as error:
         print(f"error[missing-dependency]: {error}", file=sys.stderr)
         return 6
-    library, device = ctypes.CDLL(str(path)), torch.cuda.get_device_name()
-    memory = DeviceMemory("cuda")
-    checks = check(library, memory, {name: kernel.CASES for name, kernel in KERNELS.items()}, SEEDS)
-    checks += check(library, memory, {name: kernel.LARGE_CASES for name, kernel in KERNELS.items()}, seeds=1)
-    bound = {way: gpu_binding.run(way, path) for way in devices.WAYS}
-    for way, outcome in bound.items():
-        checks += [{"kernel": way, "seed": 0, **c} for c in outcome.get("checks", ())]
-        print(f"torch operations, {way}: {outcome.get('skipped') or outcome['kernels']}")
+    except CompressError as error:
+        print(f"error[{error.code_name}]: {error}", file=sys.stderr)
+        return 4 if error.data.get("reason") == "self-test" else 6
+    device, memory = torch.cuda.get_device_name(), DeviceMemory("cuda")
+    checks = check(kernels, memory, {name: kernel.CASES for name, kernel in KERNELS.items()}, SEEDS)
+    checks += check(kernels, memory, {name: kernel.LARGE_CASES for name, kernel in KERNELS.items()}, seeds=1)
+    checks += [{"kernel": "torch operation", "seed": 0, **c} for c in gpu_binding.checks(found)]
     wrong = [c for c in checks if c["problem"]]
     record: dict[str, Any] = {
         "device": device,
         "capability": torch.cuda.get_device_capability(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "kernels": [asdict(u) for u in usages],
+        "kernels": kernels.name,
         "checks": checks,
-        "binding": {way: outcome.get("skipped") or outcome["kernels"] for way, outcome in bound.items()},
     }
     if not wrong and not arguments.checks_only:
         rate = copy_bytes_per_second()
-        rows = [time_shape(library, m, n, k, rate) for n, k in SHAPES for m in ROWS]
-        record["hadamard"] = [time_hadamard(n, library) for n in HADAMARD_SIZES]
+        rows = [time_shape(kernels, m, n, k, rate) for n, k in SHAPES for m in ROWS]
+        record["hadamard"] = [time_hadamard(n, kernels) for n in HADAMARD_SIZES]
         record["hadamard_goals"] = judge_hadamard(record["hadamard"], device)
         record["products"] = gpu_against_torch.product_rates(seconds_of)
-        record["int8"] = gpu_int8.time_int8(library, seconds_of)
+        record["int8"] = gpu_int8.time_int8(kernels, seconds_of)
         record["int8_goals"] = gpu_int8.judge_int8(record["int8"], device)
-        record["dense_sparse"] = gpu_against_torch.time_products(library, seconds_of)
-        record["gptq_solve"] = gpu_against_torch.time_solver(library, seconds_of)
+        record["dense_sparse"] = gpu_against_torch.time_products(kernels, seconds_of)
+        record["gptq_solve"] = gpu_against_torch.time_solver(kernels, seconds_of)
         record |= {"copy_bytes_per_second": rate, "rows": rows, "goals": judge(rows, device)}
         for row in rows:
             print("{M:5} x {N:5} x {K:5}".format(**row), f"{row['seconds'] * 1e6:9.1f} us", end="  ")

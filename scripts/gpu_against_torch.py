@@ -7,7 +7,6 @@ launched from Python, as a user would, so ours is timed from Python, too, beside
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressor.kernels.cuda.interface import Kernels
 from compressor.kernels.ops.gptq_columns import Columns, round_columns
 from compressor.kernels.ops.sparse_factors import sparse_product
 from cuda_ext.cases import arrays, dense_sparse, gptq_solve
@@ -43,8 +43,8 @@ class Factors:
 ROWS = (1, 16, 64, 256, 4096)
 
 
-def stream_of(device: str) -> int | None:
-    return None if device == "cpu" else torch.cuda.current_stream().cuda_stream
+def stream_of(device: str) -> int:
+    return 0 if device == "cpu" else torch.cuda.current_stream().cuda_stream
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Product:
     y: torch.Tensor
 
 
-def product_calls(library: ctypes.CDLL, m: int, factors: Factors, device: str, copies: int) -> Product:
+def product_calls(kernels: Kernels, m: int, factors: Factors, device: str, copies: int) -> Product:
     """Products of m random rows with copies of a random weight, one call for each copy."""
     f = factors
     index = torch.rand(f.out, f.blocks, f.atoms).argsort(2)[..., : f.k].sort(2).values
@@ -69,9 +69,9 @@ def product_calls(library: ctypes.CDLL, m: int, factors: Factors, device: str, c
     x = torch.randn(m, f.blocks * f.width).half().to(device)
     y = torch.empty(m, f.out, dtype=torch.float16, device=device)
     shape = (m, f.out, f.blocks, f.atoms, f.width, f.k)
-    needed = dense_sparse.workspace_bytes(library, *shape)
+    needed = dense_sparse.workspace_bytes(kernels, *shape)
     workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device=device)
-    launch = dense_sparse.launcher(library)
+    launch = dense_sparse.launcher(kernels)
 
     def ours(copy: int) -> None:
         code = launch(
@@ -91,13 +91,13 @@ def product_calls(library: ctypes.CDLL, m: int, factors: Factors, device: str, c
     )
 
 
-def time_products(library: ctypes.CDLL, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
+def time_products(kernels: Kernels, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
     """A row for each number of rows of x."""
     factors = Factors()
     entry_bytes = 4 * factors.out * factors.blocks * factors.k
     rows = []
     for m in ROWS:
-        calls = product_calls(library, m, factors, device, copies=-(-ROTATION_BYTES // entry_bytes))
+        calls = product_calls(kernels, m, factors, device, copies=-(-ROTATION_BYTES // entry_bytes))
         rows.append(
             {
                 "M": m,
@@ -122,14 +122,14 @@ def solver_columns(rows: int, device: str) -> Columns:
     return Columns(work, errors, codes, upper.to(device), index, scale, zero, 0, 15)
 
 
-def solver_call(library: ctypes.CDLL, part: Columns, device: str) -> Call:
+def solver_call(kernels: Kernels, part: Columns, device: str) -> Call:
     """One call that rounds all columns of the part."""
     if part.zero_point is None:
         raise ValueError("the columns to time have zero points")
     group_of = part.group_of.int()
     columns, rows = part.work.shape
     tensors = (part.work, part.errors, part.codes, part.upper, part.scale, part.zero_point, group_of)
-    launch = gptq_solve.launcher(library)
+    launch = gptq_solve.launcher(kernels)
 
     def call() -> None:
         addresses = (tensor.data_ptr() for tensor in tensors)
@@ -141,12 +141,12 @@ def solver_call(library: ctypes.CDLL, part: Columns, device: str) -> Call:
     return call
 
 
-def time_solver(library: ctypes.CDLL, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
+def time_solver(kernels: Kernels, seconds_of: Timer, device: str = "cuda") -> list[dict[str, Any]]:
     """A row for each number of rows of the weight; the torch way waits for the pivots, so no graph can hold it."""
     found = []
     for rows in SOLVER_ROWS:
         part = solver_columns(rows, device)
-        call = solver_call(library, part, device)
+        call = solver_call(kernels, part, device)
         found.append(
             {
                 "rows": rows,

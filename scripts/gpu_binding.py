@@ -1,17 +1,8 @@
-"""Checks the CUDA kernels as torch operations on a GPU, by the way that COMPRESSOR_CUDA names; a part of check_gpu.py.
-
-A process of its own for each way, so that a crash of one is a result and not an end. Prints one line of JSON:
-{"skipped": reason} where the way isn't there, else {"kernels": name, "checks": [{"case", "problem"}, ...]}.
-"""
+"""Checks the CUDA kernels as torch operations on a GPU; a part of check_gpu.py."""
 
 from __future__ import annotations
 
-import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
-
 import itertools
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 
 from compressor.errors import CompressError  # noqa: E402
 from compressor.kernels import prepare  # noqa: E402
-from compressor.kernels.cuda import devices  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
 from compressor.kernels.ops import linear as ops  # noqa: E402
 from compressor.kernels.ops.gptq_columns import Columns, round_columns  # noqa: E402
@@ -239,29 +229,3 @@ def checks(device: torch.device) -> list[dict[str, str]]:
             problem = f"{type(error).__name__}: {error}"
         found.append({"case": name, "problem": problem})
     return found
-
-
-def result(device: torch.device, way: str) -> dict[str, Any]:
-    """What main prints."""
-    try:
-        kernels = devices.WAYS[way](device)
-        if isinstance(kernels, str):
-            return {"skipped": kernels}
-        return {"kernels": kernels.name, "checks": checks(device)}
-    except CompressError as error:  # such as a self-test that fails
-        return {"kernels": way, "checks": [{"case": way, "problem": str(error)}]}
-
-
-def run(way: str, library: Path) -> dict[str, Any]:
-    """The result of a process that has this way alone; it may crash."""
-    environment = {**os.environ, "COMPRESSOR_CUDA": str(library) if way == "cuda library" else "nvrtc"}
-    command = [sys.executable, __file__, way]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        problem = f"ended with {done.returncode}: {done.stderr[-2000:]}"
-        return {"kernels": way, "checks": [{"case": way, "problem": problem}]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-if __name__ == "__main__":
-    print(json.dumps(result(torch.device("cuda", 0), sys.argv[1])))

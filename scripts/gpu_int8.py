@@ -8,7 +8,6 @@ timed without a graph, too.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from compressor.kernels.cuda.interface import Kernels
 from cuda_ext.cases import arrays, int8_outlier, quantize_rows, w_a8
 
 SHAPES = ((8192, 8192), (4096, 4096))  # N, K
@@ -63,7 +63,7 @@ def int8_calls(m: int, n: int, k: int) -> Calls:
     return [partial(torch._int_mm, codes, w.t()) for w in weights]
 
 
-def w4_a8_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> Calls:
+def w4_a8_calls(kernels: Kernels, x: torch.Tensor, n: int) -> Calls:
     """Rounding and product, for each copy of a random weight."""
     m, k = x.shape
     groups = -(-k // GROUP_SIZE)
@@ -73,7 +73,7 @@ def w4_a8_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> Calls:
     x_scale = torch.empty(m, device=x.device)
     x_sum = torch.empty(m, groups, dtype=torch.int32, device=x.device)
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
-    rows, multiply = quantize_rows.launcher(library), w_a8.launcher(library)
+    rows, multiply = quantize_rows.launcher(kernels), w_a8.launcher(kernels)
 
     def call_of(packed: torch.Tensor) -> Callable[[], object]:
         def call() -> None:  # addresses are taken in here, so that the tensors live as long as the call
@@ -92,14 +92,14 @@ def w4_a8_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> Calls:
     ]
 
 
-def outlier_calls(library: ctypes.CDLL, x: torch.Tensor, n: int) -> Calls:
+def outlier_calls(kernels: Kernels, x: torch.Tensor, n: int) -> Calls:
     """LLM.int8() with columns found by the threshold, for each copy of a random weight."""
     m, k = x.shape
     absmax = torch.rand(n, device=x.device)
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
-    needed = int8_outlier.workspace_bytes(library, m, n, k)
+    needed = int8_outlier.workspace_bytes(kernels, m, n, k)
     workspace = torch.empty(max(needed, 16), dtype=torch.uint8, device=x.device)
-    launch = int8_outlier.launcher(library)
+    launch = int8_outlier.launcher(kernels)
 
     def call_of(weight: torch.Tensor) -> Callable[[], object]:
         def call() -> None:
@@ -125,9 +125,9 @@ def bitsandbytes_calls(x: torch.Tensor, n: int) -> Calls | None:
     return [partial(layer, x) for layer in layers]
 
 
-def time_w4_a8(library: ctypes.CDLL, m: int, n: int, k: int, seconds_of: Timer) -> dict[str, Any]:
+def time_w4_a8(kernels: Kernels, m: int, n: int, k: int, seconds_of: Timer) -> dict[str, Any]:
     x = torch.randn(m, k, device="cuda").half()
-    calls = w4_a8_calls(library, x, n)
+    calls = w4_a8_calls(kernels, x, n)
     ours = seconds_of(calls, True)
     dense = seconds_of(dense_calls(x, n), True)
     int_mm = seconds_of(int8_calls(m, n, k), True) if m > 16 else None
@@ -137,10 +137,10 @@ def time_w4_a8(library: ctypes.CDLL, m: int, n: int, k: int, seconds_of: Timer) 
     return row | {"tera_operations_per_second": 2 * m * n * k / ours / 1e12}
 
 
-def time_outlier(library: ctypes.CDLL, m: int, n: int, k: int, seconds_of: Timer) -> dict[str, Any]:
+def time_outlier(kernels: Kernels, m: int, n: int, k: int, seconds_of: Timer) -> dict[str, Any]:
     x = torch.randn(m, k, device="cuda").clamp_(-4, 4).half()
     x[:, :: k // OUTLIERS] = 20
-    calls, theirs = outlier_calls(library, x, n), bitsandbytes_calls(x, n)
+    calls, theirs = outlier_calls(kernels, x, n), bitsandbytes_calls(x, n)
     ours = seconds_of(calls, True)
     half, bfloat16 = (seconds_of(dense_calls(x.to(kind), n), True) for kind in (torch.float16, torch.bfloat16))
     again = seconds_of(calls, True)
@@ -150,10 +150,10 @@ def time_outlier(library: ctypes.CDLL, m: int, n: int, k: int, seconds_of: Timer
     return row | {"bitsandbytes_call_seconds": None if theirs is None else seconds_of(theirs, False)}
 
 
-def time_int8(library: ctypes.CDLL, seconds_of: Timer) -> list[dict[str, Any]]:
+def time_int8(kernels: Kernels, seconds_of: Timer) -> list[dict[str, Any]]:
     """One row for each kernel, shape and number of rows."""
-    rows = [time_w4_a8(library, m, n, k, seconds_of) for n, k in SHAPES for m in ROWS]
-    return rows + [time_outlier(library, m, n, k, seconds_of) for n, k in SHAPES for m in OUTLIER_ROWS]
+    rows = [time_w4_a8(kernels, m, n, k, seconds_of) for n, k in SHAPES for m in ROWS]
+    return rows + [time_outlier(kernels, m, n, k, seconds_of) for n, k in SHAPES for m in OUTLIER_ROWS]
 
 
 def judge_int8(rows: Iterable[dict[str, Any]], device: str) -> list[dict[str, Any]]:

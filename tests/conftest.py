@@ -1,6 +1,5 @@
 """Runs before anything imports torch."""
 
-import ctypes
 import importlib
 import os
 import shutil
@@ -13,7 +12,6 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent))  # cuda_ext is a folder beside the package, not a part of it
 
 import compressor  # noqa: F401 (torch's threads sleep while they wait, here and in child processes)
-from cuda_ext import build
 
 # Tiny models: a second thread costs more than it gives, most where the tests share the cores with each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,17 +34,16 @@ def started_early():
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The CUDA library for the CPU."""
+def emulated():
+    """The CUDA kernels on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    return ctypes.CDLL(str(build.build_emulated(tmp_path_factory.mktemp("emulated") / "kernels.so")))
+    cuda_on_cpu = importlib.import_module("cuda_on_cpu")  # only here, since it imports torch
+    return cuda_on_cpu.emulated_kernels(cuda_on_cpu.library())
 
 
 @pytest.fixture
 def kernels(emulated, monkeypatch):
-    """The binding's launchers of that library; the CPU counts as a CUDA device that has them."""
-    cuda_on_cpu = importlib.import_module("cuda_on_cpu")  # only here, since it imports torch
-    found = cuda_on_cpu.emulated_kernels(emulated)
-    cuda_on_cpu.use(monkeypatch, found)
-    return found
+    """Those, for the binding: the CPU counts as a CUDA device that has them."""
+    importlib.import_module("cuda_on_cpu").use(monkeypatch, emulated)
+    return emulated

@@ -1,5 +1,4 @@
 """Compiles the CPU kernels while the package is installed, and records how it went for `compress-model doctor`.
-Takes the sources of the CUDA kernels along, for NVRTC.
 
 Read by setuptools alone, in an environment that has nothing else. A missing or failing compiler doesn't fail the
 installation: the extension is optional, and the record says what happened.
@@ -11,21 +10,10 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wno-uninitialized"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12's own AVX-512 header
 RECORD = "_cpu_build.txt"
-
-
-CUDA_SOURCES = "compressor.kernels.cuda.sources"  # the folder cuda_ext, which has the programs of another package too
-
-
-class BuildPackage(build_py):
-    """build_py that takes of cuda_ext its package data alone."""
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        return [] if package == CUDA_SOURCES else super().find_package_modules(package, package_dir)
 
 
 class BuildKernels(build_ext):

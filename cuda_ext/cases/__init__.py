@@ -1,13 +1,12 @@
-"""Correctness cases of the CUDA library, the same on a GPU and under emulation. Needs numpy alone.
+"""Correctness cases of the CUDA kernels, the same on a GPU and under emulation.
 
 One module for each source, KERNELS[name of the source], with
 
     CASES, LARGE_CASES   what is run; the large ones on a GPU alone
-    MUTANTS              the faults that its source plants: number of -DMUTANT -> what it is
-    run(library, case, memory, seed, stream=None)
-                         runs a case and compares, raises AssertionError, returns the result as stored. `library` is the
-                         loaded shared object; `memory` places arrays where kernels can read them: GuardedMemory of
-                         `arrays`, or the memory of a GPU (scripts/check_gpu.py)
+    run(kernels, case, memory, seed, stream=0)
+                         runs a case and compares, raises AssertionError, returns the result as stored. `kernels` are
+                         `compressor.kernels.cuda.interface.Kernels`; `memory` places arrays where kernels
+                         can read them: GuardedMemory of `arrays`, or the memory of a GPU (scripts/check_gpu.py)
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Kernel(Protocol):
 
     CASES: tuple[Any, ...]
     LARGE_CASES: tuple[Any, ...]
-    MUTANTS: dict[int, str]
     run: Callable[..., Any]
 
 

@@ -1,10 +1,11 @@
-"""Operands of the CUDA kernels: where they are kept, and their stored forms as numbers. Needs numpy alone."""
+"""Operands of the CUDA kernels: where they are kept, and their stored forms as numbers."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,12 @@ class GuardedMemory:
 
     def wait(self) -> None:
         pass
+
+
+def launcher(kernels: Any, name: str) -> Callable[..., int]:
+    """A function of the kernels (compressor.kernels.cuda.interface.Kernels) that takes None for no address."""
+    function = kernels.functions[name]
+    return lambda *arguments: function(*(0 if argument is None else argument for argument in arguments))
 
 
 def to_bits(values: NDArray, kind: int) -> NDArray:

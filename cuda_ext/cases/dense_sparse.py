@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import (
     BFLOAT16,
     FLOAT16,
@@ -51,35 +52,6 @@ class Case:
         shape = f"{self.M}x{self.N}-{self.B}x{self.m}x{self.w}-k{self.k}"
         return "-".join(["dense_sparse", shape, ("f16", "bf16")[self.type], *extras])
 
-
-RESPONSES = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "the neighbouring atom",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "step of the atom before",
-    7: "a stage is filled again before the barrier",
-    8: "a row too many of z is written",
-    9: "z is kept in 16 bits",
-    10: "the last tile of columns is dropped",
-}
-COMBINE = {
-    20: "a wait for copies is missing",
-    21: "no barrier between the wait and the use",
-    22: "entries of the neighbouring output",
-    23: "the last entry is dropped",
-    24: "z of the first block of a stage for all of them",
-    25: "no barrier before the parts are added",
-    26: "the last part is dropped",
-    27: "a stage is filled again before the barrier",
-    28: "row M of y is written",
-    29: "sums are kept in 16 bits",
-    30: "step of the output before",
-    31: "bias is added twice",
-}
-MUTANTS = {number: f"responses: {fault}" for number, fault in RESPONSES.items()}
-MUTANTS |= {number: f"combine: {fault}" for number, fault in COMBINE.items()}
 
 # Tails of M, N, m and w; two blocks in each dimension of each grid. `responses` holds 3 tiles of 64 columns, so from 4
 # on a stage is filled again; `combine` holds 2 stages of 4096 floats, so from 3 of them on.
@@ -166,23 +138,15 @@ def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
     return in_sums + OUTPUT_UNIT[case.type] * (np.abs(operands.expected) + in_sums) + SMALLEST[case.type]
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_dense_sparse of the library, with its types: eight addresses, bytes, seven ints, a stream."""
-    function = library.compressor_dense_sparse
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] + [ctypes.c_int] * 7 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_dense_sparse")
 
 
-def workspace_bytes(library: ctypes.CDLL, *shape: int) -> int:
+def workspace_bytes(kernels: Kernels, *shape: int) -> int:
     """What the call with M, N, B, m, w, k needs, or -1 for a bad shape."""
-    function = library.compressor_dense_sparse_workspace_bytes
-    function.argtypes = [ctypes.c_int] * 6
-    function.restype = ctypes.c_int64
-    return function(*shape)
+    return kernels.functions["compressor_dense_sparse_workspace_bytes"](*shape)
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output and the workspace start as NaN.
 
     returns  y as stored, uint16 (M, N)
@@ -192,10 +156,10 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(np.full((case.M, case.N), 0x7FFF, np.uint16))
     shape = (case.M, case.N, case.B, case.m, case.w, case.k)
-    needed = workspace_bytes(library, *shape)
+    needed = workspace_bytes(kernels, *shape)
     workspace = memory.place(np.full(needed // 4, np.nan, np.float32))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
-    code = launcher(library)(*addresses, needed, *shape, case.type, stream)
+    code = launcher(kernels)(*addresses, needed, *shape, case.type, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     workspace.read()

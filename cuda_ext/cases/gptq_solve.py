@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import Memory
 
 MAX_COLUMNS = 128
@@ -29,22 +30,6 @@ class Case:
         kind = "zero_points" if self.zero_points else "symmetric"
         return f"gptq_solve-{self.rows}x{self.begin}..{self.stop}..{self.end}-{kind}"
 
-
-MUTANTS = {
-    1: "factors are overwritten before all are done with them",
-    2: "no barrier between the load of factors and their use",
-    3: "group of the column before",
-    4: "a column misses the error of its neighbour",
-    5: "product and difference are rounded once",
-    6: "a product with the pivot's inverse",
-    7: "ties are rounded away from zero",
-    8: "a row too many is read",
-    9: "a row too many is written",
-    10: "the zero point is added after the clamp",
-    11: "the last column isn't updated",
-    12: "the first error is dropped",
-    13: "U is read by columns",
-}
 
 # Panels have 8 columns, blocks 64 rows: tails of both, a begin within a sub-block, later columns that are updated.
 CASES = (
@@ -114,15 +99,10 @@ def solve(case: Case, operands: Operands) -> tuple[NDArray, NDArray, NDArray]:
     return work, errors, codes
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_gptq_solve of the library, with its types: seven addresses, five ints, low, high, a stream."""
-    function = library.compressor_gptq_solve
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float] * 2 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_gptq_solve")
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare bit for bit; raises AssertionError. Returns work, errors and codes, (3, end, rows)."""
     operands = make_operands(case, seed)
     work = memory.place(operands.work)
@@ -132,7 +112,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     placed = (work, errors, codes, upper, scale, zero, group_of)
     addresses = [None if p is None else p.address for p in placed]
     sizes = (case.rows, len(operands.scale), case.begin, case.stop, case.end)
-    code = launcher(library)(*addresses, *sizes, LOW, HIGH, stream)
+    code = launcher(kernels)(*addresses, *sizes, LOW, HIGH, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     result = np.stack([work.read(), errors.read(), codes.read()])

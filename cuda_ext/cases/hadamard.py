@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import (
     BFLOAT16,
     FLOAT16,
@@ -36,23 +37,6 @@ class Case:
         kind = ("f16", "bf16", "f32")[self.type]
         return f"hadamard-{self.rows}x{self.n}-{kind}-{self.scale:.4g}" + ("-in_place" if self.in_place else "")
 
-
-MUTANTS = {
-    1: "no barrier before warps read each other's elements",
-    2: "no barrier before a thread reads its own back",
-    3: "wrong lane in the exchange of warps",
-    4: "wrong sign in the second half of a butterfly",
-    5: "elements after the last row are read",
-    6: "elements after the last row are written",
-    7: "sums are kept in 16 bits",
-    8: "one element isn't scaled",
-    9: "runs: the matrix of a run is transposed",
-    10: "runs: elements after the last row are read",
-    11: "runs: elements after the last row are written",
-    12: "runs: sums are kept in 16 bits",
-    13: "runs: one run of several isn't multiplied",
-    14: "runs: wrong signs on the diagonal",
-}
 
 CASES = (
     Case(1, 8),
@@ -127,16 +111,10 @@ def hadamard_product(x: NDArray) -> NDArray:
     return x
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_hadamard of the library, with its types."""
-    function = library.compressor_hadamard
-    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_int]
-    function.argtypes += [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_hadamard")
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. Returns y as stored, (rows, n).
 
     A sum passes m + log2(n / m) additions, each off by UNIT of what it adds at most; then the product with the scale,
@@ -146,7 +124,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     stored = to_bits(random.standard_normal((case.rows, case.n)), case.type)
     x = memory.place(stored)
     y = x if case.in_place else memory.place(to_bits(np.full(stored.shape, np.nan), case.type))
-    code = launcher(library)(x.address, y.address, case.rows, case.n, case.scale, case.type, stream)
+    code = launcher(kernels)(x.address, y.address, case.rows, case.n, case.scale, case.type, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     if not case.in_place:

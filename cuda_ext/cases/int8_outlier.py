@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
 from cuda_ext.cases.quantize_rows import round_rows
 
@@ -37,39 +38,6 @@ class Case:
         name = f"llm_int8-{self.M}x{self.N}x{self.K}-{KINDS[self.type]}-{found}"
         return name + ("-bias" if self.bias else "")
 
-
-MUTANTS = {
-    1: "an outlier that isn't finite isn't noticed",
-    2: "an outlier column isn't left out of the int8 product",
-    3: "flags of the columns 32 further or before",
-    4: "weights of outlier columns aren't rounded to x's type",
-    5: "only the first outlier of 32 columns is added",
-    20: "flags: row M of x is read",
-    21: "flags: the last row of a slice isn't scanned",
-    22: "rows: no barrier before the mask is used",
-    23: "rows: outliers count for the largest magnitude",
-    40: "one row: codes are overwritten before all threads have used them",
-    41: "one row: no barrier before codes are used",
-    42: "one row: the last 16 columns are dropped",
-    43: "one row: rows of W after the last are read",
-    44: "one row: half of a sum is lost",
-    45: "one row: no barrier before sums are read",
-    46: "one row: outliers are added with one rounding instead of two",
-    47: "one row: output N is written",
-    48: "one row: bias is added twice",
-    49: "one row: no barrier before the mask of given columns is read",
-    60: "product: the last tile of K is dropped",
-    62: "product: row N of W is read",
-    63: "product: a stage is filled again before the barrier",
-    64: "product: no barrier between the wait and the use",
-    65: "product: a wait for copies is missing",
-    66: "product: x isn't turned when read",
-    67: "product: W isn't turned when read",
-    68: "product: scale of the neighbouring output",
-    69: "product: outliers are added with one rounding instead of two",
-    70: "product: row M of y is written",
-    71: "product: bias is added twice",
-}
 
 # Tails of M, N and K, two blocks in each dimension of a grid: 64 rows or outputs, 2048 columns when flags are set, 64
 # rows of a slice; more than 4 tiles of K; one row keeps the codes of 16384 columns. None, some or all columns are
@@ -173,24 +141,15 @@ def model(
     return y if bias is None else y + to_float64(bias, case.type).astype(np.float32)
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_int8_outlier of the library, with its types: addresses, bytes, four ints, threshold, type, stream."""
-    function = library.compressor_int8_outlier
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] + [ctypes.c_int] * 4
-    function.argtypes += [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_int8_outlier")
 
 
-def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
+def workspace_bytes(kernels: Kernels, m: int, n: int, k: int) -> int:
     """What the call needs, or -1 for a bad shape."""
-    function = library.compressor_int8_outlier_workspace_bytes
-    function.argtypes = [ctypes.c_int] * 3
-    function.restype = ctypes.c_int64
-    return function(m, n, k)
+    return kernels.functions["compressor_int8_outlier_workspace_bytes"](m, n, k)
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, (M, N)
@@ -199,11 +158,11 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     given = (operands.x, operands.weight, operands.absmax, operands.columns, operands.column_weight, operands.bias)
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(to_bits(np.full((case.M, case.N), np.nan), case.type))
-    needed = workspace_bytes(library, case.M, case.N, case.K)
+    needed = workspace_bytes(kernels, case.M, case.N, case.K)
     # a workspace starts at a multiple of 16 bytes, and guarded arrays end where a page does
     workspace = memory.place(np.full(-(-needed // 16) * 16, 0xFF, np.uint8))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
-    code = launcher(library)(
+    code = launcher(kernels)(
         *(*addresses, needed, case.M, case.N, case.K, case.columns or 0),
         *(case.threshold if case.columns is None else 0.0, case.type, stream),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
 
 TILE = 64
@@ -27,17 +28,6 @@ class Case:
     def __str__(self) -> str:
         return f"rows-{self.M}x{self.K}-{KINDS[self.type]}" + (f"-g{self.group_size}" if self.group_size else "")
 
-
-MUTANTS = {
-    1: "elements after a row are read",
-    2: "the last elements don't count for the largest magnitude",
-    3: "no barrier before the warps' largest magnitudes are read",
-    4: "codes are cut off instead of rounded",
-    5: "columns beyond K aren't written",
-    6: "half of the sums of codes are lost",
-    7: "sums aren't cleared",
-    8: "row M of the scales is written",
-}
 
 # K below one warp's columns, of one warp, and of more than a round of the block, which has 2048; groups cut short by K.
 CASES = (
@@ -75,15 +65,10 @@ def rows_of(case: Case, seed: int) -> NDArray:
     return to_bits(x, case.type)
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_quantize_rows of the library, with its types: four addresses, four ints, a stream."""
-    function = library.compressor_quantize_rows
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_quantize_rows")
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. Outputs start as NaN or a pattern: all has to be written.
 
     returns  the codes, int8 (M, K rounded up to 64)
@@ -99,7 +84,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     scale = memory.place(np.full(case.M, np.nan, np.float32))
     sums = memory.place(np.full(expected_sum.shape, 0x55555555, np.int32)) if case.group_size else None
     addresses = (x.address, codes.address, scale.address, sums.address if sums else None)
-    code = launcher(library)(*addresses, case.M, case.K, case.group_size or -1, case.type, stream)
+    code = launcher(kernels)(*addresses, case.M, case.K, case.group_size or -1, case.type, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     found = np.array(codes.read())

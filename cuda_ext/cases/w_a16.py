@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import (
     BFLOAT16,
     FLOAT16,
@@ -72,35 +73,6 @@ class Case:
         types = f"{kind[self.x_type]}-{kind[self.scale_type]}"
         return "-".join([f"w{self.bits}-{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
-
-FAULTS = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "codes of the neighbouring lane",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "scale of the group before",
-    7: "a stage is filled again before the barrier",
-    8: "row M of y is written",
-    9: "zero point of the neighbouring output",
-    10: "the last tile of K is dropped",
-    11: "bias is added twice",
-    12: "totals are kept in 16 bits",
-}
-MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
-MUTANTS |= {
-    40: "slices: the last one is dropped",
-    41: "slices: bias is added twice",
-    42: "slices: one output too many",
-    50: "8 bits: the two words are exchanged",
-    51: "2 bits: both pieces are the first",
-    52: "3 bits: the third bit of the neighbouring lane",
-    53: "3 bits: the third bit of the first piece for all",
-    54: "8 bits: the zero point is 128 for every other bfloat16",
-    55: "without zero points, 8 for all widths",
-    56: "8 bits: the second half of a tile isn't copied",
-}
 
 # Tails of M, N and K; two blocks in each dimension of the grid; groups cut short by K and by a slice. Pipelines hold
 # 6 (M <= 16) and 4 tiles, so more are needed to refill them; from 16 tiles on K is sliced (M <= 64).
@@ -207,23 +179,15 @@ def bound(case: Case, operands: Operands, products_unit: float) -> NDArray:
     return in_sums + OUTPUT_UNIT[case.x_type] * (np.abs(operands.expected) + in_sums) + SMALLEST[case.x_type]
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_w_a16 of the library, with its types: seven addresses, bytes, seven ints, a stream."""
-    function = library.compressor_w_a16
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] + [ctypes.c_int] * 7 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_w_a16")
 
 
-def workspace_bytes(library: ctypes.CDLL, m: int, n: int, k: int) -> int:
+def workspace_bytes(kernels: Kernels, m: int, n: int, k: int) -> int:
     """What the call needs, or -1 for a bad shape."""
-    function = library.compressor_w_a16_workspace_bytes
-    function.argtypes = [ctypes.c_int] * 3
-    function.restype = ctypes.c_int64
-    return function(m, n, k)
+    return kernels.functions["compressor_w_a16_workspace_bytes"](m, n, k)
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, uint16 (M, N)
@@ -232,11 +196,11 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     given = (operands.x, operands.packed, operands.scale, operands.zero_point, operands.bias)
     placed = [None if array is None else memory.place(array) for array in given]
     y = memory.place(np.full((case.M, case.N), 0x7FFF, np.uint16))
-    needed = workspace_bytes(library, case.M, case.N, case.K)
+    needed = workspace_bytes(kernels, case.M, case.N, case.K)
     workspace = memory.place(np.full(needed // 4, np.nan, np.float32))
     addresses = [p.address if p else None for p in [*placed, y, workspace]]
     sizes = (case.M, case.N, case.K, case.bits, case.group_size, case.x_type, case.scale_type)
-    code = launcher(library)(*addresses, needed, *sizes, stream)
+    code = launcher(kernels)(*addresses, needed, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     workspace.read()

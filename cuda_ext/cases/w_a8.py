@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.kernels.cuda.interface import Kernels
+from cuda_ext.cases import arrays
 from cuda_ext.cases.arrays import BFLOAT16, FLOAT16, FLOAT32, KINDS, Memory, assert_equal, to_bits, to_float64
 from cuda_ext.cases.quantize_rows import round_rows
 
@@ -57,26 +58,6 @@ class Case:
         types = f"{KINDS[self.type]}-{KINDS[self.scale_type]}"
         return "-".join([f"w{self.bits}a8-{self.M}x{self.N}x{self.K}", f"g{self.group_size}", types, *extras])
 
-
-FAULTS = {
-    1: "a wait for copies is missing",
-    2: "no barrier between the wait and the use",
-    3: "codes of the neighbouring lane",
-    4: "row M of x is read",
-    5: "x isn't turned when read",
-    6: "scale of the group before",
-    7: "a stage is filled again before the barrier",
-    8: "row M of y is written",
-    9: "zero point of the neighbouring output",
-    10: "the last tile of K is dropped",
-    11: "bias is added twice",
-    12: "totals are kept in 16 bits",
-    14: "sum of the neighbouring row's codes",
-    15: "scale of the neighbouring row",
-}
-MUTANTS = {number: f"tiled: {fault}" for number, fault in FAULTS.items()}
-MUTANTS[13] = "tiled: one place for the scales of two groups"
-MUTANTS |= {20 + number: f"decode: {fault}" for number, fault in FAULTS.items()}
 
 # Tails of M, N and K, two blocks in each dimension of the grid, groups cut short by K. Pipelines hold 3 tiles, up to 16
 # rows 4 stages of 4 (4 bits) or 2 tiles (8 bits). Groups of more than 128 columns convert their sums in another way.
@@ -198,15 +179,10 @@ def make_operands(case: Case, seed: int) -> Operands:
     )
 
 
-def launcher(library: ctypes.CDLL) -> Callable[..., int]:
-    """compressor_w_a8 of the library, with its types: eight addresses, seven ints, a stream."""
-    function = library.compressor_w_a8
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 7 + [ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+launcher = partial(arrays.launcher, name="compressor_w_a8")
 
 
-def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int | None = None) -> NDArray:
+def run(kernels: Kernels, case: Case, memory: Memory, seed: int, stream: int = 0) -> NDArray:
     """Run the case and compare; raises AssertionError. The output starts as NaN, so all of it has to be written.
 
     returns  y as stored, (M, N)
@@ -218,7 +194,7 @@ def run(library: ctypes.CDLL, case: Case, memory: Memory, seed: int, stream: int
     y = memory.place(to_bits(np.full((case.M, case.N), np.nan), case.type))
     addresses = [p.address if p else None for p in [*placed, y]]
     sizes = (case.M, case.N, case.K, case.bits, case.group_size, case.scale_type, case.type)
-    code = launcher(library)(*addresses, *sizes, stream)
+    code = launcher(kernels)(*addresses, *sizes, stream)
     assert code == 0, f"{case}: the launcher returned {code}"
     memory.wait()
     stored = np.array(y.read())

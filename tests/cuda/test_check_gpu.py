@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_check_gpu_places_operands_and_reports_each_case(emulated):
-    """Its memory on the CPU, with the emulated library: what it would say of a GPU that is right."""
+    """Its memory on the CPU, with the emulated kernels: what it would say of a GPU that is right."""
     few = {"w_a16": (w_a16.CASES[1],), "hadamard": (hadamard.CASES[2],)}
     found = check_gpu.check(emulated, check_gpu.DeviceMemory("cpu"), few, seeds=2)
     expected = [(kernel, str(case)) for kernel, of_kernel in few.items() for case in of_kernel for _ in range(2)]
@@ -35,19 +35,17 @@ def test_check_gpu_places_operands_and_reports_each_case(emulated):
 
 
 def test_check_gpu_checks_the_kernels_as_torch_operations(emulated, monkeypatch):
-    """On the CPU, with the emulated library and fewer rows."""
+    """On the CPU, with the emulated kernels and fewer rows."""
     monkeypatch.setattr(gpu_binding, "ROWS", (0, 3, 17))
-    kernels = cuda_on_cpu.emulated_kernels(emulated)
-    cuda_on_cpu.use(monkeypatch, kernels)
-    found = gpu_binding.result(torch.device("cpu"), "cuda library")
-    assert found["kernels"] == "cuda library" and len(found["checks"]) == (8 + 6 + 2 + 2) * 3 + 8 + 2
-    assert not any(check["problem"] for check in found["checks"])
-    assert gpu_binding.result(torch.device("cpu"), "nvrtc") == {"skipped": "not tried"}
+    cuda_on_cpu.use(monkeypatch, emulated)
+    found = gpu_binding.checks(torch.device("cpu"))
+    assert len(found) == (8 + 6 + 2 + 2) * 3 + 8 + 2
+    assert not any(check["problem"] for check in found)
 
 
 def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     monkeypatch.setattr(gpu_binding, "ROWS", (3,))
-    kernels = cuda_on_cpu.emulated_kernels(emulated)
+    kernels = emulated
 
     def without_bias(*arguments):
         return kernels.functions["compressor_w_a16"](*arguments[:4], 0, *arguments[5:])
@@ -66,23 +64,12 @@ def test_check_gpu_notices_operations_that_are_wrong(emulated, monkeypatch):
     broken["compressor_dense_sparse"] = without_factor_bias
     broken["compressor_gptq_solve"] = columns_for_scales
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
-    found = gpu_binding.result(torch.device("cpu"), "cuda library")["checks"]
+    found = gpu_binding.checks(torch.device("cpu"))
     by_kind = {kind: [c["problem"] for c in found if c["case"].startswith(kind)] for kind in ("hadamard", "gptq_solve")}
     products = [c["problem"] for c in found if not c["case"].startswith(tuple(by_kind))]
     assert len(products) == 14 + 2 + 2 and all("outputs are wrong" in problem for problem in products)
     assert len(by_kind["hadamard"]) == 8 and all(p.startswith("KernelError: hadamard") for p in by_kind["hadamard"])
     assert by_kind["gptq_solve"] == ["updates, errors, codes are not those of torch on the CPU"] * 2
-
-
-def test_check_gpu_reports_a_way_that_fails_and_a_process_that_ends(monkeypatch, tmp_path):
-    def fails(device):
-        raise KernelError("the self-test fails")
-
-    monkeypatch.setattr(gpu_binding.devices, "WAYS", {"nvrtc": fails})
-    found = gpu_binding.result(torch.device("cpu"), "nvrtc")
-    assert found["checks"] == [{"case": "nvrtc", "problem": "the self-test fails"}]
-    monkeypatch.setattr(gpu_binding, "__file__", str(tmp_path / "missing.py"))
-    assert gpu_binding.run("nvrtc", tmp_path)["checks"][0]["problem"].startswith("ended with 2: ")
 
 
 def test_the_products_that_are_timed_are_those_of_torch(emulated):
@@ -136,8 +123,8 @@ def test_the_goals_of_rounded_inputs_are_those_of_prefill_and_of_one_row():
 
 
 def test_the_timed_calls_of_rounded_inputs_are_right_calls(emulated, monkeypatch):
-    """Their arguments, with the emulated library: a launcher that refuses them would raise."""
-    monkeypatch.setattr(gpu_int8, "stream", lambda: None)
+    """Their arguments, with the emulated kernels: a launcher that refuses them would raise."""
+    monkeypatch.setattr(gpu_int8, "stream", lambda: 0)
     monkeypatch.setattr(gpu_int8, "copies_of", lambda weight_bytes: 2)
     x = torch.randn(2, 192).half()
     calls = gpu_int8.w4_a8_calls(emulated, x, 8) + gpu_int8.outlier_calls(emulated, x, 8)
@@ -154,12 +141,25 @@ def test_check_gpu_without_a_gpu_says_so_and_ends_with_6(monkeypatch, capsys, tm
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_check_gpu_names_a_missing_nvcc_before_it_installs_anything(tmp_path):
+def test_check_gpu_names_a_missing_driver_before_it_installs_anything(tmp_path):
     for tool in ("bash", "dirname"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     command = [str(tmp_path / "bash"), str(ROOT / "scripts" / "check_gpu")]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
-    assert (done.returncode, "nvcc is not there" in done.stderr) == (6, True)
+    assert (done.returncode, "nvidia-smi is not there" in done.stderr) == (6, True)
+
+
+def test_check_gpu_ends_with_4_where_the_self_test_fails_and_with_6_without_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_gpu"])
+    monkeypatch.setattr(check_gpu, "require_gpu", lambda: torch.device("cuda", 0))
+    for reason, code in (("self-test", 4), ("no-kernels", 6)):
+
+        def fails(device, reason=reason):
+            raise KernelError("they are wrong", data={"reason": reason})
+
+        monkeypatch.setattr(check_gpu.devices, "kernels_of", fails)
+        assert check_gpu.main() == code
+        assert "error[kernel]: they are wrong" in capsys.readouterr().err
 
 
 def test_the_goals_of_transforms_depend_on_their_size():

@@ -8,6 +8,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
+from raising import raises
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -124,59 +125,64 @@ def test_a_word_that_names_no_atom_makes_its_output_nan(kernels):
 
 
 BAD = {
-    "float32 inputs": (dict(x=torch.zeros(2, 48), bias=None), "factors and inputs are float16, float32"),
-    "inputs of another type": (dict(x=torch.zeros(2, 48).bfloat16(), bias=None), "inputs are bfloat16, float16"),
-    "other columns": (dict(x=torch.zeros(2, 40).half()), r"torch.float16 \(2, 40\)"),
-    "no rows": (dict(x=torch.tensor(1.0).half()), r"torch.float16 \(\)"),
-    "atoms of another type": (dict(dense=torch.zeros(3, 20, 16).bfloat16()), "bfloat16, float16"),
-    "atoms of other blocks": (dict(dense=torch.zeros(2, 20, 24).half()), r"\(2, 20, 24\)"),
-    "values of other blocks": (dict(value=torch.zeros(70, 2, 5).half()), r"\(70, 2, 5\)"),
-    "values of other outputs": (dict(value=torch.zeros(97, 3, 5).half(), bias=None), r"\(97, 3, 5\)"),
-    "the index of the CPU": (dict(index=torch.zeros(70, 3, 5, dtype=torch.uint16)), r"torch.uint16 \(70, 3, 5\)"),
-    "fewer values": (dict(value=torch.zeros(70, 3, 4).half()), r"\(70, 3, 4\)"),
-    "fewer atoms than values": (dict(dense=torch.zeros(3, 4, 16).half()), "5 of 4 atoms"),
-    "a bias of another type": (dict(bias=torch.zeros(70)), r"torch.float32 \(70,\)"),
-    "a short bias": (dict(bias=torch.zeros(69).half()), r"\(69,\)"),
+    "float32 inputs": (dict(x=torch.zeros(2, 48), bias=None), dict(x="torch.float32 (2, 48)")),
+    "inputs of another type": (dict(x=torch.zeros(2, 48).bfloat16(), bias=None), dict(x="torch.bfloat16 (2, 48)")),
+    "other columns": (dict(x=torch.zeros(2, 40).half()), dict(x="torch.float16 (2, 40)")),
+    "no rows": (dict(x=torch.tensor(1.0).half()), dict(x="torch.float16 ()")),
+    "atoms of another type": (dict(dense=torch.zeros(3, 20, 16).bfloat16()), dict(dense="torch.bfloat16 (3, 20, 16)")),
+    "atoms of other blocks": (dict(dense=torch.zeros(2, 20, 24).half()), dict(dense="torch.float16 (2, 20, 24)")),
+    "values of other blocks": (dict(value=torch.zeros(70, 2, 5).half()), dict(value="torch.float16 (70, 2, 5)")),
+    "values of other outputs": (
+        dict(value=torch.zeros(97, 3, 5).half(), bias=None),
+        dict(value="torch.float16 (97, 3, 5)"),
+    ),
+    "the index of the CPU": (
+        dict(index=torch.zeros(70, 3, 5, dtype=torch.uint16)),
+        dict(index="torch.uint16 (70, 3, 5)"),
+    ),
+    "fewer values": (dict(value=torch.zeros(70, 3, 4).half()), dict(value="torch.float16 (70, 3, 4)")),
+    "fewer atoms than values": (dict(dense=torch.zeros(3, 4, 16).half()), dict(dense="torch.float16 (3, 4, 16)")),
+    "a bias of another type": (dict(bias=torch.zeros(70)), dict(bias="torch.float32 (70,)")),
+    "a short bias": (dict(bias=torch.zeros(69).half()), dict(bias="torch.float16 (69,)")),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_calls_name_what_they_got(kernels, name):
     changes, said = BAD[name]
-    with pytest.raises(ShapeError, match=said):
+    with raises(ShapeError, **{"reason": "operands", "operation": "linear_dense_sparse"} | said):
         problem((2, 70, 3, 20, 16, 5)).run(**{"bias": torch.zeros(70).half()} | changes)
 
 
 def test_rows_that_an_int_would_cut_off_are_refused(kernels):
     case = problem((1, 1, 1, 8, 8, 1))
-    with pytest.raises(ShapeError, match=r"1073741825 rows, at most 1073741824"):
+    with raises(ShapeError, reason="rows", rows=2**30 + 1, most=2**30):
         case.run(x=case.x.expand(2**30 + 1, 8))
 
 
 def test_factors_that_are_no_factors_are_not_packed():
     case = problem((2, 70, 3, 20, 16, 5))
-    with pytest.raises(ShapeError, match=r"names atom 19 of 19 \(0 to 18\)"):
+    with raises(ShapeError, reason="no-such-atom", atom=19, atoms=19):
         ds1.pack(torch.full_like(case.index, 19), case.value, 19)
     for index, value in (
         (case.index.int(), case.value),
         (case.index, case.value.float()),
         (case.index[1:], case.value),
     ):
-        with pytest.raises(ShapeError, match=r"of one shape \(out, blocks, k\) expected"):
+        with raises(ShapeError, reason="operands", index=f"{index.dtype} {tuple(index.shape)}"):
             ds1.pack(index, value, 20)
 
 
 def test_what_the_launcher_returns_becomes_an_error(kernels, monkeypatch):
-    failed = r"failed: no cudaError under emulation \(2\)"
-    for code, error, said in ((2, KernelError, failed), (BAD_CALL, ShapeError, "takes no such shapes")):
+    for code, error, reason in ((2, KernelError, "launch"), (BAD_CALL, ShapeError, "bad-call")):
         broken = {**kernels.functions, "compressor_dense_sparse": lambda *a, code=code: code}
         cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
-        with pytest.raises(error, match=said):
+        with raises(error, reason=reason, kernels=cuda_on_cpu.NAME, code=code):
             problem((2, 70, 3, 20, 16, 5)).run()
 
 
 def test_tensors_that_are_not_on_a_cuda_device_are_refused():
-    with pytest.raises(KernelError, match="x on cpu, dense on cpu"):
+    with pytest.raises(KernelError):
         problem((2, 70, 3, 20, 16, 5)).run()
 
 
@@ -207,7 +213,7 @@ def test_factors_that_no_cuda_kernel_takes_stay_with_the_reason(name):
         atoms = torch.zeros(sizes["blocks"], sizes["atoms"], sizes["width"], dtype=sizes["dtype"], device="cuda")
         values = torch.zeros(70, sizes["blocks"], 5, dtype=sizes["dtype"], device="cuda")
         choice = choose(FactorWeight(atoms, values, torch.zeros_like(values, dtype=torch.uint16)), None, inputs)
-    assert choice.is_fallback and said in choice.skipped[0] and said in choice.skipped[1]
+    assert choice.is_fallback and said in choice.skipped[0]
 
 
 @pytest.mark.parametrize("dtype", OUTPUT_UNIT)
@@ -219,12 +225,14 @@ def test_a_prepared_layer_multiplies_as_its_stored_form(kernels, dtype):
     model = nn.Sequential(layer)
     names = list(model.state_dict())
     choice = prepare(model, strict=True)["0"]
-    assert (choice.kernel, choice.op, choice.layout) == ("cuda library", "linear_dense_sparse", "ds1")
+    assert (choice.kernel, choice.op, choice.layout) == (cuda_on_cpu.NAME, "linear_dense_sparse", "ds1")
     case.check(model(case.x))
     assert list(model.state_dict()) == names
     assert model[0].values.data_ptr() == model[0].weight_values.data_ptr()  # one copy of what isn't read, not two
     # 16 bits of 3 x 20 x 16 atoms and 32 of each of 3 x 5 values of 96 outputs, over 70 x 48
-    assert f"5 of 20 atoms   cuda library   linear_dense_sparse   {(16 * 960 + 32 * 1440) / 3360:.2f}" in explain(model)
+    assert f"5 of 20 atoms   {cuda_on_cpu.NAME}   linear_dense_sparse   {(16 * 960 + 32 * 1440) / 3360:.2f}" in explain(
+        model
+    )
 
 
 def test_a_state_dict_of_other_factors_is_packed_anew(kernels):

@@ -8,6 +8,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from gptq_problems import BAD, columns, copied, matrix, same_bits
+from raising import raises
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
@@ -76,7 +77,7 @@ def test_a_solve_of_the_pass_has_the_same_codes_with_the_kernel_and_in_torch(
 
 def test_float64_and_devices_without_kernels_are_left_to_torch(kernels, monkeypatch):
     assert solves(torch.zeros(4, 4)) and not solves(torch.zeros(4, 4, dtype=torch.float64))
-    monkeypatch.setattr(devices, "WAYS", {"cuda library": lambda device: "not installed"})
+    monkeypatch.setattr(devices, "kernels_on", lambda device: "not installed")
     assert not solves(torch.zeros(4, 4))
 
 
@@ -104,7 +105,8 @@ def test_parts_on_two_devices_are_refused(kernels):
 def test_what_the_launcher_returns_becomes_an_error(kernels, monkeypatch):
     broken = {**kernels.functions, "compressor_gptq_solve": lambda *arguments: 2}
     cuda_on_cpu.use(monkeypatch, dataclasses.replace(kernels, functions=broken))
-    with pytest.raises(KernelError, match=r"5 rows, columns 0 to 7 of 8: cuda library failed: no cudaError .* \(2\)"):
+    call = "gptq_solve: 5 rows, columns 0 to 7 of 8"
+    with raises(KernelError, reason="launch", call=call, kernels=cuda_on_cpu.NAME, code=2):
         round_compiled(columns(0, 8, 5, symmetric=True), 0, 8)
 
 

@@ -1,23 +1,18 @@
-"""The CUDA kernels on the CPU, under the emulation header: right on odd shapes, and planted faults are noticed."""
+"""The CUDA kernels on the CPU, under the emulation header: right on odd shapes, in any order of threads."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import compiled
+import cuda_on_cpu
 import pytest
 
-from cuda_ext import build
 from cuda_ext.cases import KERNELS, arrays
 
-ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-
-PLANTED = [pytest.param(k, n, id=f"{k}: {name}") for k in KERNELS for n, name in KERNELS[k].MUTANTS.items()]
 # Cases of kernels whose threads meet in several ways; the others are slow tests.
 ORDERED = [("w_a16", 2), ("w_a16", 9), ("w_a16", 11), ("w_a8", 7), ("w_a8", 9), ("hadamard", 6), ("quantize_rows", 2)]
 ORDERED += [("int8_outlier", 6), ("int8_outlier", 8), ("dense_sparse", 4), ("gptq_solve", 2)]
@@ -26,24 +21,11 @@ EVERY = [
     for kernel in KERNELS
     for number in range(len(KERNELS[kernel].CASES))
 ]
-# A child process: the library, then every case until one is wrong. It may crash, that is the point.
-CHILD = """
-import ctypes, sys
-sys.path.append(sys.argv[1])
-from cuda_ext.cases import KERNELS, arrays
-kernel = KERNELS[sys.argv[3]]
-library = ctypes.CDLL(sys.argv[2])
-library.compressor_emulate_fault(int(sys.argv[4]))
-for seed in range(2):
-    for case in kernel.CASES:
-        library.compressor_emulate_seed(seed)
-        kernel.run(library, case, arrays.GuardedMemory(), seed)
-"""
 
 
 @pytest.mark.parametrize(("kernel", "case"), [(k, c) for k in KERNELS for c in KERNELS[k].CASES], ids=str)
 def test_a_kernel_is_within_the_bound_of_float64_on_odd_shapes(emulated, kernel, case):
-    emulated.compressor_emulate_seed(0)
+    emulated.seed(0)
     KERNELS[kernel].run(emulated, case, arrays.GuardedMemory(), seed=0)
 
 
@@ -52,51 +34,11 @@ def test_the_order_of_threads_does_not_change_a_bit(emulated, kernel, number):
     operands_seed = 5
     results = []
     for interleaving in range(8):
-        emulated.compressor_emulate_seed(interleaving)
+        emulated.seed(interleaving)
         results.append(
             KERNELS[kernel].run(emulated, KERNELS[kernel].CASES[number], arrays.GuardedMemory(), operands_seed)
         )
     assert all(result.tobytes() == results[0].tobytes() for result in results)  # NaN too
-
-
-def test_every_mutant_has_its_place_in_the_source():
-    assert {path.stem for path in build.SOURCES} == set(KERNELS)
-    for path in build.SOURCES:
-        source = path.read_text()
-        headers = [path.parent / name for name in re.findall(r'#include "(\w+\.h)"', source)]
-        source += "".join(header.read_text() for header in headers)
-        planted = {int(n) for n in re.findall(r"MUTANT [=!]= (\d+)", source)}
-        assert planted == set(KERNELS[path.stem].MUTANTS)
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
-    """For each source a library that takes the number of its fault at run time."""
-    folder = tmp_path_factory.mktemp("faulty")
-    sources = {source: ROOT / "cuda_ext" / f"{source}.cu" for source in KERNELS}
-    return {s: build.build_emulated(folder / f"{s}.so", [path], "emulate::fault") for s, path in sources.items()}
-
-
-def run_all_cases(library: Path, source: str, mutant: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, str(ROOT), str(library), source, str(mutant)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize(("source", "mutant"), PLANTED)
-def test_a_planted_fault_is_noticed(faulty, source, mutant):
-    done = run_all_cases(faulty[source], source, mutant)
-    caught = done.returncode < 0 or "outputs are wrong" in done.stderr or "were overwritten" in done.stderr
-    assert caught, f"ended with {done.returncode}: {done.stderr}"
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("source", KERNELS)
-def test_no_fault_is_noticed_where_none_is_planted(faulty, source):
-    done = run_all_cases(faulty[source], source, mutant=0)
-    assert done.returncode == 0, done.stderr
 
 
 # A kernel that breaks one rule of the machine, and what the emulation says.
@@ -110,34 +52,35 @@ RULES = {
 }
 PROBE = """
 #include "device.h"
-__global__ void probe(u32* out) {{
+static __global__ void probe(u32* out) {{
   SHARED(u32, shared, 64);
   const int lane = threadIdx.x % 32;
   {body}
 }}
-extern "C" int run(void* out) {{ return LAUNCH(probe, dim3(1), dim3(32), nullptr, (u32*)out); }}
+static const emulate::Kernel kernel("probe", [](const void* given) {{ probe(*(u32* const*)given); }}, sizeof(u32*));
+extern "C" void run(void* out) {{ emulate::launch(kernel, dim3(1), dim3(32), &out); }}
 """
 
 
-def run_probe(folder: Path, body: str, program: str) -> subprocess.CompletedProcess[str]:
-    (folder / "probe.cu").write_text(PROBE.format(body=body))
-    flags = [*build.EMULATION_FLAGS, "-Wno-unused-variable", "-I", str(ROOT / "cuda_ext")]
-    subprocess.run(["g++", *flags, "-x", "c++", "probe.cu", "-o", "probe.so"], check=True, cwd=folder)
-    command = [sys.executable, "-c", f"import ctypes\nlibrary = ctypes.CDLL('./probe.so')\n{program}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=60)
+def run_probe(body: str, program: str) -> subprocess.CompletedProcess[str]:
+    flags = [*cuda_on_cpu.FLAGS, "-Wno-unused-variable"]
+    probe = compiled.object_of("probe", PROBE.format(body=body), flags, [cuda_on_cpu.CUDA_EXT])
+    library = compiled.linked("probe.so", [probe], cuda_on_cpu.SHARED)
+    command = [sys.executable, "-c", f"import ctypes\nlibrary = ctypes.CDLL({str(library)!r})\n{program}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("message", RULES)
-def test_the_emulation_ends_a_kernel_that_breaks_a_rule(tmp_path, message):
-    done = run_probe(tmp_path, RULES[message], "library.run(ctypes.create_string_buffer(256))")
+def test_the_emulation_ends_a_kernel_that_breaks_a_rule(message):
+    done = run_probe(RULES[message], "library.run(ctypes.create_string_buffer(256))")
     assert done.returncode < 0
     assert f"emulate: {message}" in done.stderr
 
 
 @needs_compiler
-def test_emulated_shuffles_and_conversions_are_those_of_the_machine(tmp_path):
+def test_emulated_shuffles_and_conversions_are_those_of_the_machine():
     """Each lane's results of four shuffles, and every half and bfloat16 there and back, against numpy."""
     body = """
       out[lane] = __shfl_sync(~0u, lane * 10, (lane + 5) % 32);
@@ -154,7 +97,7 @@ def test_emulated_shuffles_and_conversions_are_those_of_the_machine(tmp_path):
     program = """
 import numpy as np
 out = np.zeros(197632, np.uint32)
-assert library.run(ctypes.c_void_p(out.ctypes.data)) == 0
+library.run(ctypes.c_void_p(out.ctypes.data))
 lane, bits = np.arange(32), np.arange(65536, dtype=np.uint32)
 assert (out[:32] == (lane + 5) % 32 * 10).all()
 assert (out[32:64] == lane ^ 3).all()
@@ -173,29 +116,5 @@ finite = np.isfinite(floats) & np.isfinite(bf)
 off, unit = np.abs(bf - exact)[finite], np.abs(exact)[finite] * 2.0**-8 + 2.0**-134
 assert (off <= unit).all() and (np.isnan(bf) == np.isnan(floats)).all()
 """
-    done = run_probe(tmp_path, body, program)
+    done = run_probe(body, program)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_spilling_kernel_is_refused_by_name():
-    report = """ptxas info    : Compiling entry function '_Z1aPf' for 'sm_90a'
-ptxas info    : Function properties for _Z1aPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 64 registers, used 1 barriers, 16384 bytes smem
-ptxas info    : Compiling entry function '_Z1bPf' for 'sm_80'
-ptxas info    : Function properties for _Z1bPf
-    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
-ptxas info    : Used 255 registers, used 0 barriers
-"""
-    usages = build.parse_ptxas(report)
-    assert [(u.registers, u.shared_bytes, u.spill_store_bytes) for u in usages] == [(64, 16384, 0), (255, 0, 12)]
-    with pytest.raises(build.BuildError, match="_Z1bPf on sm_80: 8 bytes of stack"):
-        build.refuse_spills(usages)
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_nvcc_compiles_every_kernel_for_three_targets_without_spills(tmp_path):
-    library, usages = build.build_cuda(tmp_path)
-    assert library.exists() and library.with_suffix(".json").exists()
-    assert {u.target for u in usages} == {"sm_80", "sm_90a", "sm_100"}

@@ -1,8 +1,7 @@
-"""LLM.int8() in CUDA, emulated: the CPU library's bits, hostile rows, any outlier columns, bad calls."""
+"""LLM.int8() in CUDA, emulated: the CPU library's bits, hostile rows, any outlier columns."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from compressor.kernels import cpu
+from compressor.kernels.cuda.interface import Kernels
 from compressor.kernels.ops import linear as ops
 from cuda_ext.cases import arrays, int8_outlier
 
@@ -25,7 +25,7 @@ def to_torch(stored: np.ndarray | None, kind: int) -> torch.Tensor | None:
 
 
 def multiply(
-    emulated: ctypes.CDLL, operands: int8_outlier.Operands, kind: int, threshold: float = int8_outlier.THRESHOLD
+    emulated: Kernels, operands: int8_outlier.Operands, kind: int, threshold: float = int8_outlier.THRESHOLD
 ) -> np.ndarray:
     """y as stored."""
     memory = arrays.GuardedMemory()
@@ -113,72 +113,3 @@ def test_a_row_has_the_same_bits_alone_and_among_others(emulated):
     operands = int8_outlier.make_operands(int8_outlier.Case(70, 66, 336, columns=9, bias=True), seed=3)
     results = [multiply(emulated, replace(operands, x=operands.x[:m]), 0, 0.0)[:1] for m in (1, 2, 64, 70)]
     assert all(np.array_equal(result, results[0]) for result in results)
-
-
-# what differs from a good call: M, N, K, column_count, threshold, type
-BAD = {
-    "negative M": dict(M=-1),
-    "negative N": dict(N=-8),
-    "too many outputs": dict(N=65535 * 64 + 1),
-    "K of 0": dict(K=0),
-    "K not a multiple of 16": dict(K=72),
-    "K above 65536": dict(K=65552),
-    "a number of columns without columns": dict(column_count=1),
-    "negative number of columns": dict(column_count=-1),
-    "negative threshold": dict(threshold=-1.0),
-    "NaN for a threshold": dict(threshold=float("nan")),
-    "unknown type": dict(type=3),
-    "negative type": dict(type=-1),
-}
-GOOD = dict(M=2, N=8, K=64, column_count=0, threshold=6.0, type=0)
-NEEDED = 2 * 64 + 2 * 2 * 4 + 2 * 4  # codes; the mask and one slice's; steps
-
-
-@pytest.fixture(scope="module")
-def addresses():
-    """Operands of the good call, and a poisoned y and workspace."""
-    operands = int8_outlier.make_operands(int8_outlier.Case(2, 8, 64), seed=0)
-    placed = [arrays.GuardedArray(a) for a in (operands.x, operands.weight, operands.absmax)]
-    outputs = [
-        arrays.GuardedArray(np.full((2, 8), 0x7FFF, np.uint16)),
-        arrays.GuardedArray(np.full(80, 0x7FFF, np.uint16)),
-    ]
-    yield [*(p.address for p in placed), None, None, None, *(o.address for o in outputs)]
-    assert all((o.read() == 0x7FFF).all() for o in outputs), "a refused call wrote its output"
-
-
-def call(emulated: ctypes.CDLL, addresses: list[int | None], needed: int = NEEDED, **changes: float) -> int:
-    return int8_outlier.launcher(emulated)(*addresses, needed, *(GOOD | changes).values(), None)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_shapes_and_types_return_minus_one(emulated, addresses, name):
-    assert call(emulated, addresses, **BAD[name]) == -1
-
-
-@pytest.mark.parametrize("operand", [0, 1, 2, 6, 7])
-def test_missing_operands_return_minus_one(emulated, addresses, operand):
-    assert call(emulated, [a if i != operand else None for i, a in enumerate(addresses)]) == -1
-
-
-@pytest.mark.parametrize("operand", [3, 4])
-def test_columns_without_their_weight_return_minus_one(emulated, addresses, operand):
-    given = [addresses[0] if i == operand else a for i, a in enumerate(addresses)]
-    assert call(emulated, given, column_count=1) == -1
-
-
-@pytest.mark.parametrize("operand", [0, 1, 7])
-def test_misaligned_operands_return_minus_one(emulated, addresses, operand):
-    assert call(emulated, [a and a + 2 * (i == operand) for i, a in enumerate(addresses)]) == -1
-
-
-def test_a_workspace_that_is_too_small_returns_minus_one(emulated, addresses):
-    assert int8_outlier.workspace_bytes(emulated, 2, 8, 64) == NEEDED
-    assert int8_outlier.workspace_bytes(emulated, 1, 8, 64) == 0
-    assert int8_outlier.workspace_bytes(emulated, 2, 8, 8) == -1
-    assert call(emulated, addresses, NEEDED - 1) == -1
-
-
-@pytest.mark.parametrize("empty", ["M", "N"])
-def test_an_empty_output_touches_nothing(emulated, empty):
-    assert call(emulated, [None] * 8, **{empty: 0}) == 0

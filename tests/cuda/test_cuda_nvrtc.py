@@ -1,4 +1,4 @@
-"""The second way to the CUDA kernels: NVRTC, its cache, the driver, as far as a CPU goes."""
+"""How the CUDA kernels come: NVRTC, its cache, the driver, as far as a CPU goes; and what `doctor` reports of them."""
 
 from __future__ import annotations
 
@@ -13,84 +13,79 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 import torch
+from raising import raises
 
+from compressor.cli.doctor import examine
 from compressor.errors import KernelError
-from compressor.kernels.cuda import driver, nvrtc, plans
+from compressor.kernels.cuda import devices, driver, nvrtc, plans
 from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.cuda.selftest import self_test
-from cuda_ext import build
+from cuda_ext.cases import KERNELS
 
 needs_nvrtc = pytest.mark.skipif(isinstance(nvrtc.nvrtc(), str), reason=f"{nvrtc.nvrtc()}")
 CAPABILITIES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 X, Y = 4096, 8192  # addresses
 
 
-@pytest.fixture(scope="module")
-def fake_driver(tmp_path_factory):
-    """A driver whose kernels are the emulated ones, and the machine code that stands for them: their symbols."""
+@pytest.fixture
+def fake_driver():
+    """A driver whose kernels are the emulated ones."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    path = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    build.build_emulated(path, [*build.SOURCES, Path(__file__).parents[1] / "support" / "emulated_driver.cpp"])
-    return path, cuda_on_cpu.kernels_in(path)
-
-
-def code_from(names):
-    return lambda source, kernels: nvrtc.Code(b"code", {name: names[name] for name in kernels})
+    return cuda_on_cpu.library()
 
 
 def test_compiled_kernels_pass_the_self_test_through_the_driver(fake_driver):
-    path, names = fake_driver
-    opened = driver.open_driver(0, str(path))
-    kernels = driver.compiled_kernels(opened, code_from(names), "sm_90a")
+    opened = driver.open_driver(0, str(fake_driver))
+    loaded = opened.functions.test_handles_made()
+    kernels = driver.compiled_kernels(opened, cuda_on_cpu.code_of, "sm_90a")
     assert kernels.name == "nvrtc, sm_90a"
     assert set(self_test(kernels, torch.device("cpu"), 77).values()) == {"ok"}
     wanted = sum(len(of_source) for of_source in plans.KERNELS.values())
-    assert opened.functions.test_handles_made() == wanted  # loaded once, not once a call
+    assert opened.functions.test_handles_made() - loaded == wanted  # loaded once, not once a call
     opened.functions.test_last_stream.restype = ctypes.c_void_p
     assert opened.functions.test_last_stream() == 77
     assert opened.functions.test_contexts_set() >= 6  # by each launch: its thread may have none
 
 
 def test_all_sources_are_compiled_at_once(fake_driver):
-    path, names = fake_driver
     together = threading.Barrier(len(plans.KERNELS), timeout=30)  # breaks, and raises, if they come one by one
     asked = []
 
     def code_of(source, kernels):
         together.wait()
         asked.append(source)
-        return code_from(names)(source, kernels)
+        return cuda_on_cpu.code_of(source, kernels)
 
-    kernels = driver.compiled_kernels(driver.open_driver(0, str(path)), code_of, "sm_90a")
+    kernels = driver.compiled_kernels(driver.open_driver(0, str(fake_driver)), code_of, "sm_90a")
     for _ in range(2):
         assert kernels.functions["compressor_hadamard"](X, Y, 0, 8, 1.0, 0, 0) == 0
     assert sorted(asked) == sorted(plans.KERNELS)
 
 
 def test_the_driver_s_errors_name_what_it_says(fake_driver):
-    path, names = fake_driver
-    with pytest.raises(KernelError, match=r"invalid device ordinal \(101\)"):
-        driver.open_driver(3, str(path))
-    with pytest.raises(KernelError, match="doesn't load"):
+    with raises(KernelError, reason="driver", code=101, text="invalid device ordinal"):
+        driver.open_driver(3, str(fake_driver))
+    with raises(KernelError, where="/nowhere/libcuda.so.1", reason="no-driver"):
         driver.open_driver(0, "/nowhere/libcuda.so.1")
-    opened = driver.open_driver(0, str(path))
-    with pytest.raises(KernelError, match=r"named symbol not found \(500\)"):
+    opened = driver.open_driver(0, str(fake_driver))
+    with raises(KernelError, reason="driver", code=500, text="named symbol not found"):
         driver.load_code(opened, nvrtc.Code(b"code", {"kernel": "no_such_symbol"}))
-    with pytest.raises(KernelError, match=r"an error \(200\)"):
+    with raises(KernelError, reason="driver", code=200):
         driver.load_code(opened, nvrtc.Code(b"", {}))
     broken = dataclasses.replace(opened, context=ctypes.c_void_p(5))
-    kernels = driver.compiled_kernels(opened, code_from(names), "sm_80")
+    kernels = driver.compiled_kernels(opened, cuda_on_cpu.code_of, "sm_80")
     assert kernels.functions["compressor_hadamard"](X, Y, 1, 44, 1.0, 0, 0) == BAD_CALL
-    handle = driver.load_code(opened, code_from(names)("hadamard", plans.KERNELS["hadamard"]))
+    handle = driver.load_code(opened, cuda_on_cpu.code_of("hadamard", plans.KERNELS["hadamard"]))
     planned = plans.hadamard(X, Y, 1, 8, 1.0, 0)[0]
     assert driver.launch(broken, handle[planned.kernel], planned, 0) == 201
     assert kernels.error_text(101) == "invalid device ordinal"
 
 
 def test_a_source_is_one_string_without_includes():
-    for path in build.SOURCES:
-        text = nvrtc.source_text(path.stem)
+    assert {path.stem for path in cuda_on_cpu.CUDA_EXT.glob("*.cu")} == set(plans.KERNELS) == set(KERNELS)
+    for source in plans.KERNELS:
+        text = nvrtc.source_text(source)
         assert set(re.findall(r"^#include (.*)$", text, re.MULTILINE)) <= {'"emulate.h"', '"emulate_int8.h"'}
         assert text.count("enum Type {") == 1
 
@@ -98,23 +93,20 @@ def test_a_source_is_one_string_without_includes():
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("target", CAPABILITIES)
-@pytest.mark.parametrize("source", [path.stem for path in build.SOURCES])
-def test_nvrtc_makes_machine_code_that_holds_every_kernel(emulated, source, target):
-    text = nvrtc.source_text(source)
-    spaces = set(re.findall(r"^namespace (\w+) {", text, re.MULTILINE))
-    kernels = tuple(name for name in cuda_on_cpu.kernels_in(emulated._name) if name.partition("::")[0] in spaces)
-    assert kernels and set(plans.KERNELS.get(source, kernels)) == set(kernels)
-    code = nvrtc.compile_source(nvrtc.nvrtc(), source, text, kernels, target)
+@pytest.mark.parametrize("source", plans.KERNELS)
+def test_nvrtc_makes_machine_code_that_holds_every_kernel(source, target):
+    kernels = plans.KERNELS[source]
+    code = nvrtc.compile_source(nvrtc.nvrtc(), source, nvrtc.source_text(source), kernels, target)
     assert code.cubin[:4] == b"\x7fELF" and set(code.names) == set(kernels)
     assert all(symbol.encode() in code.cubin for symbol in code.names.values())
-    assert cuda_on_cpu.demangled(code.names.values()) == {symbol: name for name, symbol in code.names.items()}
 
 
 @needs_nvrtc
 def test_nvrtc_s_own_words_are_in_the_error():
     compiler = nvrtc.nvrtc()
-    with pytest.raises(KernelError, match=r"probe.cu, sm_80: NVRTC refuses the source:\n.*undefined"):
+    with raises(KernelError, where="probe.cu, sm_80", reason="source-refused") as caught:
         nvrtc.compile_source(compiler, "probe", "__global__ void probe() { nothing(); }", ("probe",), "sm_80")
+    assert "undefined" in caught.value.data["log"]
 
 
 @needs_nvrtc
@@ -191,5 +183,50 @@ def test_nvrtc_of_torch_s_release_comes_first(tmp_path, monkeypatch):
 
 def test_a_file_that_isn_t_nvrtc_is_an_error(tmp_path):
     (tmp_path / "libnvrtc.so.13").write_text("no library")
-    with pytest.raises(KernelError, match="NVRTC doesn't load"):
+    with raises(KernelError, where=tmp_path / "libnvrtc.so.13", reason="not-loaded"):
         nvrtc.load(str(tmp_path / "libnvrtc.so.13"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_doctor_says_what_is_missing_and_that_the_kernels_are_experimental(monkeypatch):
+    monkeypatch.setattr(nvrtc, "nvrtc", lambda: "nvidia-cuda-nvrtc is not installed")
+    found = examine()["kernels"]["cuda"]
+    assert found == {"nvrtc (experimental)": "no CUDA device; nvidia-cuda-nvrtc is not installed"}
+
+
+def test_doctor_goes_on_where_the_kernels_fail(monkeypatch):
+    def broken(device):
+        raise KernelError("nvrtc, sm_80 fails its self-test")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "kernels_on", broken)
+    (said,) = devices.report().values()
+    assert said == "; ".join(f"cuda:{index}: nvrtc, sm_80 fails its self-test" for index in range(2))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Gives torch a GPU of some compute capability, and NVRTC that knows two of them."""
+
+    def use(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(nvrtc, "nvrtc", lambda: nvrtc.Nvrtc(None, "libnvrtc.so.12", (12, 6)))
+        monkeypatch.setattr(nvrtc, "targets", lambda compiler: {80, 90})
+        devices.kernels_on.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield use
+    devices.kernels_on.cache_clear()
+
+
+def test_a_gpu_that_is_too_old_is_a_reason(on_a_gpu):
+    device = on_a_gpu((7, 5))
+    why = "compute capability 7.5, 8.0 is needed"
+    assert devices.kernels_on(device) == why
+    with raises(KernelError, reason="no-kernels", device="cuda:0", why=why):
+        devices.kernels_of(device)
+
+
+def test_a_gpu_that_nvrtc_does_not_know_is_a_reason(on_a_gpu):
+    assert devices.kernels_on(on_a_gpu((12, 0))) == "NVRTC 12.6 doesn't know sm_120a"

@@ -1,8 +1,6 @@
-"""The CUDA product of weights of few bits with inputs as they are, emulated: decoding, hostile rows, bad calls."""
+"""The CUDA product of weights of few bits with inputs as they are, emulated: decoding, hostile rows."""
 
 from __future__ import annotations
-
-import ctypes
 
 import numpy as np
 import pytest
@@ -44,73 +42,6 @@ def test_nan_and_infinity_stay_in_their_rows(emulated):
     assert np.isnan(result[1]).all()
     assert not np.isfinite(result[3]).any()
     assert np.isfinite(result[[0, 2, 4]]).all()
-
-
-# what differs from a good call: M, N, K, bits, group_size, x_type, scale_type
-BAD = {
-    "negative M": dict(M=-1),
-    "negative N": dict(N=-8),
-    "K of 0": dict(K=0),
-    "K not a multiple of 8": dict(K=68),
-    "group size not a multiple of 64": dict(group_size=96),
-    "group size below 64": dict(group_size=32),
-    "group size of 0": dict(group_size=0),
-    "group size of -2": dict(group_size=-2),
-    "5 bits": dict(bits=5),
-    "0 bits": dict(bits=0),
-    "16 bits": dict(bits=16),
-    "x of float32": dict(x_type=2),
-    "unknown type of x": dict(x_type=-1),
-    "unknown type of scales": dict(scale_type=3),
-}
-
-
-def call(emulated: ctypes.CDLL, addresses: list[int | None], **changes: int) -> int:
-    good = dict(M=1, N=8, K=64, bits=4, group_size=64, x_type=0, scale_type=0)
-    return w_a16.launcher(emulated)(*addresses, None, 0, *(good | changes).values(), None)
-
-
-@pytest.fixture(scope="module")
-def addresses():
-    """Operands of a call with M 1, N 8, K 64, and a poisoned y."""
-    operands = w_a16.make_operands(w_a16.Case(1, 8, 64), seed=0)
-    given = [arrays.GuardedArray(a) for a in (operands.x, operands.packed, operands.scale)]
-    y = arrays.GuardedArray(np.full((1, 8), 0x7FFF, np.uint16))
-    yield [*(g.address for g in given), None, None, y.address]
-    assert (y.read() == 0x7FFF).all(), "a refused call wrote its output"
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_shapes_and_types_return_minus_one(emulated, addresses, name):
-    assert call(emulated, addresses, **BAD[name]) == -1
-
-
-@pytest.mark.parametrize("operand", [0, 1, 2, 5])
-def test_missing_operands_return_minus_one(emulated, addresses, operand):
-    assert call(emulated, [a if i != operand else None for i, a in enumerate(addresses)]) == -1
-
-
-@pytest.mark.parametrize("operand", [0, 1])
-def test_misaligned_operands_return_minus_one(emulated, addresses, operand):
-    assert call(emulated, [a and a + 2 * (i == operand) for i, a in enumerate(addresses)]) == -1
-
-
-@pytest.mark.parametrize("empty", ["M", "N"])
-def test_an_empty_output_touches_nothing(emulated, empty):
-    assert call(emulated, [None] * 6, **{empty: 0}) == 0
-
-
-def test_a_workspace_that_is_too_small_returns_minus_one(emulated):
-    operands = w_a16.make_operands(w_a16.Case(1, 8, 1024), seed=0)
-    given = [arrays.GuardedArray(a) for a in (operands.x, operands.packed, operands.scale)]
-    y, workspace = arrays.GuardedArray(np.zeros((1, 8), np.uint16)), arrays.GuardedArray(np.zeros(16, np.float32))
-    addresses = [*(g.address for g in given), None, None, y.address]
-    assert w_a16.workspace_bytes(emulated, 1, 8, 1024) == 64
-    assert w_a16.workspace_bytes(emulated, 1, 8, 4) == -1
-    sizes = (1, 8, 1024, 4, 64, 0, 0, None)
-    assert w_a16.launcher(emulated)(*addresses, workspace.address, 63, *sizes) == -1
-    assert w_a16.launcher(emulated)(*addresses, None, 64, *sizes) == -1
-    assert w_a16.launcher(emulated)(*addresses, workspace.address, 64, *sizes) == 0
 
 
 def test_the_rows_of_a_call_do_not_see_each_other(emulated):

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import compiled
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
@@ -16,10 +18,11 @@ UNITS += ("threads",)
 CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
-for feature in ("avx_vnni", "avx512_vnni", "amx_int8"):
-    if feature not in FEATURES:  # the bodies for it run all the same, in plain C++
-        FLAGS += ["-include", str(ROOT / "tests" / "support" / f"{feature}_emulated.h")]
-SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# the bodies for what isn't here run all the same, in plain C++
+EMULATED = [
+    SUPPORT / f"{feature}_emulated.h" for feature in ("avx_vnni", "avx512_vnni", "amx_int8") if feature not in FEATURES
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
@@ -164,73 +167,90 @@ MUTANTS = [
     ("error of the team lost", "threads", "if (error) throw", "if (false) throw"),
 ]
 
-# unit -> the checks of its operations, which a fault planted there should fail; everything is run where they don't
+# unit -> arguments of the check program that run the checks of its operations, of which one has to notice a fault
 OPERATIONS = {
-    "int8_matmul": ("integers",),
-    "hadamard": ("transforms",),
-    "dense_sparse": ("factors",),
-    "table_lookup": ("tables", "roots"),
-    "dense_product": ("products",),
-    "gptq_solve": ("columns",),
+    "common": (("conversions",), ("linear4", "0134")),
+    "int8_product": (("linear48", "01"),),
+    "int8_avx2": (("linear", "012"),),
+    "int8_avx512": (("linear", "03"),),
+    "int8_amx": (("linear", "04"),),
+    "dynamic_int8": (("linear4", "0134"),),
+    "weight_only": (("linear", "0134"),),
+    "float_product": (("linear", "0134"),),
+    "int8_outlier": (("linear8",),),
+    "int8_matmul": (("integers",),),
+    "hadamard": (("transforms",),),
+    "dense_sparse": (("factors",),),
+    "table_lookup": (("tables",), ("roots",)),
+    "dense_product": (("products",),),
+    "gptq_solve": (("columns",),),
+    "threads": (("threads",),),
 }
+HEADERS = {path.name: path.read_text() for path in SOURCES.glob("*.h")} if SOURCES.is_dir() else {}
 
 
-def compile_unit(source: Path, target: Path, *flags: str) -> None:
-    command = ["g++", *FLAGS, *flags, "-I", str(SOURCES), "-c", str(source), "-o", str(target)]
-    subprocess.run(command, check=True)
+def object_of(source: Path, *flags: str, changed: tuple[str, str] | None = None) -> Path:
+    """The object of a source; `changed` is a file, it or a header beside it, and the text that it has instead."""
+    text, headers = source.read_text(), {}
+    if changed is not None:
+        file, instead = changed
+        text, headers = (instead, {}) if file == source.name else (text, {**HEADERS, file: instead})
+    folders = [source.parent, SOURCES]
+    return compiled.object_of(source.stem, text, [*FLAGS, *flags], folders, headers, EMULATED)
+
+
+def quick_object(unit: str, changed: tuple[str, str] | None = None) -> Path:
+    """The object of a unit without optimization, which takes a third of the time; intrinsics of one unit need some."""
+    level = "-O1" if unit == "dense_sparse" else "-O0"
+    return object_of(SOURCES / f"{unit}.cpp", level, *SANITIZERS, changed=changed)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Objects with sanitizers, and the program that calls them."""
-    folder = tmp_path_factory.mktemp("native")
-    for source in [SOURCES / f"{unit}.cpp" for unit in UNITS] + [
-        ROOT / "tests" / "support" / f"{check}.cpp" for check in CHECKS
-    ]:
-        compile_unit(source, folder / f"{source.stem}.o", "-O1", *SANITIZERS)
-    return folder
+def built():
+    """Objects with sanitizers by name: the library's and those of the program that calls it."""
+    sources = [SOURCES / f"{unit}.cpp" for unit in UNITS] + [SUPPORT / f"{check}.cpp" for check in CHECKS]
+    return {source.stem: object_of(source, "-O1", "-g1", *SANITIZERS) for source in sources}
 
 
 def run(folder: Path, objects: list[Path], *operations: str) -> subprocess.CompletedProcess[str]:
-    """What the check program makes of these objects; with a name, of these operations alone."""
+    """What the check program makes of these objects; with arguments, of some operations alone."""
     program = folder / "check"
     subprocess.run(["g++", "-pthread", *SANITIZERS, *map(str, objects), "-o", str(program)], check=True)
-    return subprocess.run([str(program), *operations], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([str(program), *operations], capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_sanitizers_find_nothing_and_levels_agree(built):
-    done = run(built, [built / f"{unit}.o" for unit in (*UNITS, *CHECKS)])
+def test_sanitizers_find_nothing_and_levels_agree(built, tmp_path):
+    done = run(tmp_path, list(built.values()))
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) > 400
 
 
 def test_threads_do_not_race(tmp_path):
-    program, sources = (
-        tmp_path / "check",
-        [SOURCES / "threads.cpp", ROOT / "tests" / "support" / "kernels_check_threads.cpp"],
-    )
-    flags = [*FLAGS, "-O1", "-g1", "-fsanitize=thread", "-DALONE", "-I", str(SOURCES)]
-    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
+    flags = ["-O1", "-g1", "-fsanitize=thread", "-DALONE"]
+    sources = [SOURCES / "threads.cpp", SUPPORT / "kernels_check_threads.cpp"]
+    program = tmp_path / "check"
+    objects = [str(object_of(source, *flags)) for source in sources]
+    subprocess.run(["g++", "-pthread", "-fsanitize=thread", *objects, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name, unit, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
 def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
     unit, _, header = unit.partition("/")
     file = header or f"{unit}.cpp"
-    for source in (*SOURCES.glob("*.h"), SOURCES / f"{unit}.cpp"):
-        shutil.copy(source, tmp_path)  # headers beside it are read before those of the folder it comes from
     text = (SOURCES / file).read_text()
     assert text.count(old) >= 1, f"the place of {name!r} has changed"
-    (tmp_path / file).write_text(text.replace(old, new))
-    compile_unit(tmp_path / f"{unit}.cpp", tmp_path / f"{unit}.o", "-O1", *SANITIZERS)
-    others = [built / f"{other}.o" for other in (*UNITS, *CHECKS) if other != unit]
-    objects = [tmp_path / f"{unit}.o", *others]
-    by_its_own = any(run(tmp_path, objects, operation).returncode != 0 for operation in OPERATIONS.get(unit, ()))
-    assert by_its_own or run(tmp_path, objects).returncode != 0
+    faulty = quick_object(unit, (file, text.replace(old, new)))
+    objects = list({**built, unit: faulty}.values())
+    assert any(run(tmp_path, objects, *arguments).returncode != 0 for arguments in OPERATIONS[unit])
 
 
-@pytest.mark.parametrize("operation", sorted({name for names in OPERATIONS.values() for name in names}))
-def test_each_operation_passes_by_itself(operation, built):
-    assert run(built, [built / f"{unit}.o" for unit in (*UNITS, *CHECKS)], operation).returncode == 0
+def test_units_that_are_compiled_as_those_with_faults_pass_without_one(built, tmp_path):
+    """Else the checks would notice what isn't a fault."""
+    objects = [quick_object(unit) for unit in UNITS] + [built[check] for check in CHECKS]
+    asked = {arguments for of_unit in OPERATIONS.values() for arguments in of_unit if arguments[0][:6] != "linear"}
+    codes = {arguments: run(tmp_path, objects, *arguments).returncode for arguments in asked}
+    codes["linear"] = run(tmp_path, objects, "linear").returncode
+    assert set(codes.values()) == {0}, codes

@@ -125,7 +125,7 @@ def test_explain_names_kernel_and_what_was_not_used():
     prepare(model)
     first, second = explain(model).splitlines()
     assert first.startswith(f"0   W4 g32   cpu library, {LEVELS[library().level]}   linear_weight_only")
-    assert "cuda library (no CUDA device)" in second and "nvrtc" in second
+    assert "nvrtc (no CUDA device)" in second
 
 
 def test_state_dict_deepcopy_and_pickle_keep_a_prepared_model():
@@ -310,7 +310,7 @@ def test_int8_factors_have_the_bits_of_their_dequantized_values(dtype):
 
 def test_groups_whose_sums_overflow_int32_are_refused():
     wide = dispatch.IntegerWeight(torch.zeros(1, 65800, dtype=torch.uint8), torch.ones(1, 1), None, 8, -1)
-    assert "int32 can't hold their sums" in dispatch.choose(wide, None).skipped[2]
+    assert "int32 can't hold their sums" in dispatch.choose(wide, None).skipped[1]
 
 
 class Attention(nn.Module):

@@ -1,22 +1,67 @@
-"""The binding of the CUDA kernels with the emulated library in place of a GPU's, tensors of the CPU, and stream 0."""
+"""The CUDA kernels on the CPU: compiled by g++ under the emulation header, launched by the plans and the driver's code
+that a GPU has, with a driver whose kernels are the emulated ones. Tensors are the CPU's, and the stream is 0."""
 
 from __future__ import annotations
 
-import re
-import subprocess
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.kernels.cuda import devices
+import compiled
+
+from compressor.kernels.cuda import devices, driver, nvrtc, plans
 from compressor.kernels.cuda.interface import Kernels
-from compressor.kernels.cuda.library import load
 
-EMULATION = 0  # the ABI that the emulation gives itself
+HERE = Path(__file__).parent
+CUDA_EXT = HERE.parents[1] / "cuda_ext"
+# no fma but those that are written out; -fno-gnu-unique keeps two libraries in one process apart
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
+SHARED = ["-shared", "-fPIC"]
+NAME = "nvrtc, emulated"
 
 
-def emulated_kernels(library) -> Kernels:
-    """library: what the fixture `emulated` gives"""
-    return load(Path(library._name), abi=EMULATION)
+def offer(kernel: str) -> str:
+    """C++ that makes a kernel known to the driver under its name."""
+    argument = f"{kernel.partition('::')[0]}::Arguments"
+    run = f"[](const void* given) {{ {kernel}(*(const {argument}*)given); }}"
+    return f'emulate::Kernel("{kernel}", {run}, sizeof({argument}))'
+
+
+def source_object(source: str, text: str, kernels: tuple[str, ...]) -> Path:
+    """The object of a source that offers these kernels. `text` is what NVRTC is given of it."""
+    offers = ",\n".join(map(offer, kernels))
+    whole = f"{text}\nstatic const emulate::Kernel offered[] = {{\n{offers}\n}};\n"
+    return compiled.object_of(source, whole, FLAGS, [CUDA_EXT])
+
+
+def driver_object() -> Path:
+    path = HERE / "emulated_driver.cpp"
+    return compiled.object_of(path.stem, path.read_text(), FLAGS, [CUDA_EXT])
+
+
+def library() -> Path:
+    """The driver with every kernel of every source."""
+    objects = [source_object(source, nvrtc.source_text(source), plans.KERNELS[source]) for source in plans.KERNELS]
+    return compiled.linked("libcuda.so", [driver_object(), *objects], SHARED)
+
+
+@dataclass(frozen=True)
+class Emulated(Kernels):
+    """The launchers over a driver of this file; `seed` fixes the order of threads in all launches to come."""
+
+    seed: Callable[[int], None]
+
+
+def code_of(source: str, kernels: tuple[str, ...]) -> nvrtc.Code:
+    """What stands for machine code: the emulated driver finds a kernel by its C++ name."""
+    return nvrtc.Code(b"code", {kernel: kernel for kernel in kernels})
+
+
+def emulated_kernels(path: Path, code: Callable[[str, tuple[str, ...]], nvrtc.Code] = code_of) -> Emulated:
+    opened = driver.open_driver(0, str(path))
+    found = driver.compiled_kernels(opened, code, "emulated")
+    return Emulated(found.name, found.functions, found.error_text, opened.functions.emulate_seed)
 
 
 def use(monkeypatch, kernels: Kernels) -> None:
@@ -24,18 +69,4 @@ def use(monkeypatch, kernels: Kernels) -> None:
     monkeypatch.setattr(devices, "is_cuda", lambda device: device.type == "cpu")
     monkeypatch.setattr(devices, "stream_of", lambda device: 0)
     monkeypatch.setattr(devices, "current", lambda device: nullcontext())
-    monkeypatch.setattr(devices, "WAYS", {"cuda library": lambda device: kernels, "nvrtc": lambda device: "not tried"})
-
-
-def demangled(symbols):
-    """symbol of a kernel -> "w_a16::decode<0, 1>"; what isn't of this form is left out"""
-    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    lines = [re.fullmatch(r"(?:void )?(\w+::.*)\(\w+::Arguments\)", line) for line in done.stdout.splitlines()]
-    return {symbol: line[1] for symbol, line in zip(symbols, lines, strict=True) if line}
-
-
-def kernels_in(library):
-    """Name of every kernel of an emulated library -> its symbol"""
-    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
-    symbols = [line.split()[-1] for line in listed.stdout.splitlines() if line.endswith("ArgumentsE")]
-    return {name: symbol for symbol, name in demangled(symbols).items()}
+    monkeypatch.setattr(devices, "kernels_on", lambda device: kernels)

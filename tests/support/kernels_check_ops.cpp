@@ -11,10 +11,12 @@
 
 using namespace compressor;
 
+std::string levels_asked;  // their digits; all of them without any
+
 std::vector<int64_t> levels_here() {
   std::vector<int64_t> levels;
   for (int64_t level = SCALAR; level <= AMX; level++)
-    if (has_level(level)) levels.push_back(level);
+    if (has_level(level) && (levels_asked.empty() || levels_asked.find(char('0' + level)) != std::string::npos)) levels.push_back(level);
   return levels;
 }
 

@@ -1,11 +1,10 @@
-"""The CUDA kernels of cuda_ext/ under torch: the built library, or the same sources compiled by NVRTC where it runs.
+"""The CUDA kernels of cuda_ext/ under torch: the sources are compiled by NVRTC for the GPU that is there. Experimental.
 
-    interface   what both ways offer: the launchers' C signatures
-    library     way 1: the shared library of the package compress-model-cuda
-    nvrtc       way 2: source -> machine code of one GPU, kept in the user's cache
-    plans       what the launchers decide on the host (kernel, grid, argument), for way 2
-    driver      way 2: loads that code and launches it
-    devices     which of them a device has, or why not
+    interface   what calls of the kernels have in common
+    nvrtc       source -> machine code of one GPU, kept in the user's cache
+    plans       which kernels a call launches, with which grid and argument
+    driver      loads machine code and launches it
+    devices     which kernels a device has, or why it has none
     mma1        the packed layout of weights that inputs are multiplied with as they are
     mma8a1      that of weights for inputs rounded to int8
     ds1         that of sparse factors

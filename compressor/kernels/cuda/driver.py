@@ -30,7 +30,8 @@ def open_driver(index: int, path: str = FILE) -> Driver:
     try:
         functions = ctypes.CDLL(path)
     except OSError as error:
-        raise KernelError(f"the CUDA driver doesn't load: {error}", where=path) from error
+        data = {"reason": "no-driver", "error": str(error)}
+        raise KernelError(f"the CUDA driver doesn't load: {error}", where=path, data=data) from error
     device, context = c_int(), c_void_p()
     functions.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
     functions.cuCtxSetCurrent.argtypes = [c_void_p]
@@ -48,7 +49,8 @@ def error_text(functions: ctypes.CDLL, code: int) -> str:
 
 def _check(functions: ctypes.CDLL, code: int) -> None:
     if code:
-        raise KernelError(f"CUDA driver: {error_text(functions, code)} ({code})")
+        text = error_text(functions, code)
+        raise KernelError(f"CUDA driver: {text} ({code})", data={"reason": "driver", "code": code, "text": text})
 
 
 def load_code(driver: Driver, code: Code) -> dict[str, c_void_p]:
@@ -78,7 +80,7 @@ def launch(driver: Driver, handle: c_void_p, planned: Launch, stream: int) -> in
 
 
 def compiled_kernels(driver: Driver, code_of: Callable[[str, tuple[str, ...]], Code], target: str) -> Kernels:
-    """The launchers over compiled code, of all sources at once: NVRTC leaves the interpreter free, and the self-test
+    """The launchers over machine code, of all sources at once: NVRTC leaves the interpreter free, and the self-test
     wants every one of them.
 
     code_of  source and the C++ names of its kernels -> machine code; called by several threads

@@ -15,7 +15,7 @@ from compressor.errors import ShapeError
 
 LAYOUT = "ds1"
 LANES = 32
-# dense_sparse.cu: shape_is_right
+# as in plans
 MOST_ATOMS, MOST_BLOCKS, MOST_COLUMNS, MOST_OUTPUTS, MOST_ROWS = 4096, 65535, 1 << 30, 65535 * LANES, 1 << 30
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -48,11 +48,14 @@ def pack(index: Tensor, values: Tensor, atoms: int) -> Tensor:
     """
     if index.dim() != 3 or index.shape != values.shape or index.dtype != torch.uint16 or values.dtype not in DTYPES:
         found = f"index {index.dtype} {tuple(index.shape)}, values {values.dtype} {tuple(values.shape)}"
-        raise ShapeError(f"{found}; uint16 and a 16-bit float of one shape (out, blocks, k) expected")
+        data = {"reason": "operands", "index": f"{index.dtype} {tuple(index.shape)}"}
+        data |= {"values": f"{values.dtype} {tuple(values.shape)}"}
+        raise ShapeError(f"{found}; uint16 and a 16-bit float of one shape (out, blocks, k) expected", data=data)
     out, blocks, k = index.shape
     numbers = index.to(torch.int32)
     if numbers.numel() and (largest := int(numbers.max())) >= atoms:
-        raise ShapeError(f"index {tuple(index.shape)} names atom {largest} of {atoms} (0 to {atoms - 1})")
+        text = f"index {tuple(index.shape)} names atom {largest} of {atoms} (0 to {atoms - 1})"
+        raise ShapeError(text, data={"reason": "no-such-atom", "atom": largest, "atoms": atoms})
     words = numbers | values.contiguous().view(torch.int16).to(torch.int32) << 16
     tiles, *_ = packed_shape(out, blocks, k)
     padded = words.new_zeros(tiles * LANES, blocks, k)

@@ -25,7 +25,7 @@ def solves(work: torch.Tensor) -> bool:
 
     raises KernelError if they are there and fail their self-test
     """
-    return work.dtype == torch.float32 and isinstance(devices.found_on(work.device), Kernels)
+    return work.dtype == torch.float32 and isinstance(devices.kernels_on(work.device), Kernels)
 
 
 def round_columns(part: Columns, begin: int, stop: int) -> None:

@@ -107,7 +107,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     raises ShapeError for other bits or groups; shapes and dtypes are checked by ops.pack_weight
     """
     if (reason := refusal(bits, group_size)) is not None:
-        raise ShapeError(reason)
+        raise ShapeError(reason, data={"reason": "not-packed", "bits": bits, "group_size": group_size})
     return join(pack_codes(codes, bits), codes.shape[1], scale, zero_point, bits, group_size)
 
 

@@ -82,7 +82,8 @@ def load(path: str) -> Nvrtc:
         functions = ctypes.CDLL(path)
     except OSError as error:
         hint = "Install nvidia-cuda-nvrtc again."
-        raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=hint) from error
+        data = {"reason": "not-loaded", "error": str(error)}
+        raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=hint, data=data) from error
     functions.nvrtcGetErrorString.restype = c_char_p
     major, minor = c_int(), c_int()
     _check(functions, functions.nvrtcVersion(byref(major), byref(minor)), path)
@@ -91,7 +92,8 @@ def load(path: str) -> Nvrtc:
 
 def _check(functions: ctypes.CDLL, code: int, where: str) -> None:
     if code:
-        raise KernelError(f"NVRTC: {functions.nvrtcGetErrorString(code).decode()}", where=where)
+        text = functions.nvrtcGetErrorString(code).decode()
+        raise KernelError(f"NVRTC: {text}", where=where, data={"reason": "nvrtc", "code": code, "text": text})
 
 
 def targets(compiler: Nvrtc) -> set[int]:
@@ -142,7 +144,9 @@ def compile_source(compiler: Nvrtc, name: str, text: str, kernels: tuple[str, ..
             _check(functions, functions.nvrtcAddNameExpression(program, kernel.encode()), kernel)
         options = (c_char_p * 2)(f"--gpu-architecture={target}".encode(), b"--std=c++17")
         if functions.nvrtcCompileProgram(program, 2, options):
-            raise KernelError(f"NVRTC refuses the source:\n{_log(functions, program)}", where=f"{name}.cu, {target}")
+            log, where = _log(functions, program), f"{name}.cu, {target}"
+            data = {"reason": "source-refused", "log": log}
+            raise KernelError(f"NVRTC refuses the source:\n{log}", where=where, data=data)
         size = c_size_t()
         _check(functions, functions.nvrtcGetCUBINSize(program, byref(size)), name)
         cubin = ctypes.create_string_buffer(size.value)

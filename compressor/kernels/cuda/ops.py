@@ -33,7 +33,7 @@ INPUTS = {
     "linear_int8_outlier": tuple(DTYPES),
     "linear_dense_sparse": ds1.DTYPES,
 }
-# w_a16.cu: shape_is_right; w_a8.cu: MAX_OUTPUTS. Checked here too, since ctypes cuts longer ints off
+# as in plans. Checked here too, since ctypes cuts longer ints off
 MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
 MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
 MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
@@ -78,6 +78,16 @@ def _sections(
     return mma1.sections(size, out, columns, group_size, bits)
 
 
+def _described(**tensors: Tensor | None) -> dict[str, str | None]:
+    """Operands as an error's data has them: "torch.float16 (2, 200)"."""
+    return {role: None if t is None else f"{t.dtype} {tuple(t.shape)}" for role, t in tensors.items()}
+
+
+def _too_many_rows(name: str, x: Tensor, rows: int, most: int) -> ShapeError:
+    data = {"reason": "rows", "operation": name, "rows": rows, "most": most}
+    return ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {most}", data=data)
+
+
 def _at_16_bytes(x: Tensor) -> Tensor:
     """Contiguous, and where kernels read it 16 bytes at a time."""
     x = x.contiguous()
@@ -106,15 +116,28 @@ def _taken(
         raise ShapeError(
             f"{name}: x {x.dtype} {tuple(x.shape)}, packed {packed.dtype} {tuple(packed.shape)}, layout {layout!r}; "
             f"{_named(name)}, a multiple of 8 columns, and a weight of {out_features} x {columns}, {bits} bits, "
-            f"groups of {group_size} in {LAYOUTS[name]!r} expected"
+            f"groups of {group_size} in {LAYOUTS[name]!r} expected",
+            data={
+                "reason": "operands",
+                "operation": name,
+                **_described(x=x, packed=packed),
+                "out_features": out_features,
+                "bits": bits,
+                "group_size": group_size,
+                "layout": layout,
+            },
         )
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
-        raise ShapeError(f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected")
+        data = {"reason": "bias", "operation": name, **_described(x=x, bias=bias)}
+        text = f"{name}: bias {bias.dtype} {tuple(bias.shape)}, {x.dtype} ({out_features},) expected"
+        raise ShapeError(text, data=data)
     if (rows := x.numel() // columns) > MOST_ROWS:
-        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
+        raise _too_many_rows(name, x, rows, MOST_ROWS)
     if permutation is not None:
         if tuple(permutation.shape) != (columns,) or permutation.dtype != torch.int64:
-            raise ShapeError(f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)")
+            text = f"{name}: permutation {permutation.dtype} {tuple(permutation.shape)}, int64 ({columns},)"
+            data = {"reason": "permutation", "operation": name, **_described(x=x, permutation=permutation)}
+            raise ShapeError(text, data=data)
         x = x.index_select(-1, permutation)
     return _at_16_bytes(x), _at_16_bytes(packed), None if bias is None else bias.contiguous(), where, rows
 
@@ -255,12 +278,25 @@ def linear_int8_outlier(
         shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, *(given for given, *_ in wanted))]
         expected = f"int8 (out, {columns}), float32 (out,), int32 (k,), (out, k) and (out,) of x's type expected"
         raise ShapeError(
-            f"{name}: x, packed, absmax, columns, their weight and bias are {shapes}; {refused or expected}"
+            f"{name}: x, packed, absmax, columns, their weight and bias are {shapes}; {refused or expected}",
+            data={
+                "reason": "operands",
+                "operation": name,
+                **_described(
+                    x=x,
+                    packed=packed,
+                    weight_absmax=weight_absmax,
+                    outlier_columns=outlier_columns,
+                    outlier_weight=outlier_weight,
+                    bias=bias,
+                ),
+            },
         )
     if not threshold >= 0:
-        raise ShapeError(f"{name}: threshold {threshold}, 0 or more expected")
+        data = {"reason": "threshold", "operation": name, "threshold": str(threshold)}  # NaN is no JSON
+        raise ShapeError(f"{name}: threshold {threshold}, 0 or more expected", data=data)
     if (rows := x.numel() // columns) > MOST_ROWS:
-        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {MOST_ROWS}")
+        raise _too_many_rows(name, x, rows, MOST_ROWS)
     x, packed = _at_16_bytes(x), _at_16_bytes(packed)
     y = x.new_empty((*x.shape[:-1], out))
     if not y.numel():
@@ -308,7 +344,11 @@ def linear_dense_sparse(
     name = "linear_dense_sparse"
     check_cuda_call(name, x=x, dense=dense, index=index, value=value, bias=bias)
     if dense_scale is not None or value_scale is not None:
-        raise KernelError(f"{name}: int8 factors have no CUDA kernel in torch yet", hint="Give them as 16-bit floats.")
+        raise KernelError(
+            f"{name}: int8 factors have no CUDA kernel in torch yet",
+            hint="Give them as 16-bit floats.",
+            data={"reason": "int8-factors", "operation": name},
+        )
     fits = (
         x.dim() > 0
         and dense.dim() == value.dim() == 3
@@ -322,10 +362,12 @@ def linear_dense_sparse(
     if not fits or reason is not None:
         shapes = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (x, dense, index, value, bias)]
         expected = "(..., blocks * width), (blocks, atoms, width), int32 of ds1.pack, (out, blocks, k), (out,) expected"
-        raise ShapeError(f"{name}: x, dense, index, value and bias are {shapes}; {reason or expected}")
+        operands = _described(x=x, dense=dense, index=index, value=value, bias=bias)
+        data = {"reason": "operands", "operation": name, **operands}
+        raise ShapeError(f"{name}: x, dense, index, value and bias are {shapes}; {reason or expected}", data=data)
     (blocks, atoms, width), (out, _, k) = dense.shape, value.shape
     if (rows := x.numel() // x.shape[-1]) > ds1.MOST_ROWS:
-        raise ShapeError(f"{name}: x {tuple(x.shape)} has {rows} rows, at most {ds1.MOST_ROWS}")
+        raise _too_many_rows(name, x, rows, ds1.MOST_ROWS)
     x, dense, index = _at_16_bytes(x), _at_16_bytes(dense), index.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
@@ -356,7 +398,8 @@ def hadamard(x: Tensor, scale: float) -> Tensor:
     if x.dtype not in DTYPES or not hadamard_factor(n):
         raise ShapeError(
             f"hadamard: x {x.dtype} {tuple(x.shape)}; rows of a 16- or 32-bit float expected, their length a power of "
-            "two from 8 to 32768, or one times 12, 20, 28 or 36 up to 24576, 40960, 28672 or 36864"
+            "two from 8 to 32768, or one times 12, 20, 28 or 36 up to 24576, 40960, 28672 or 36864",
+            data={"reason": "operands", "operation": "hadamard", **_described(x=x)},
         )
     x = _at_16_bytes(x)
     y = torch.empty_like(x)

@@ -1,8 +1,7 @@
-"""What the launchers of cuda_ext/*.cu decide on the host, once more in Python: which kernels, grids and arguments.
+"""Which kernels of cuda_ext/*.cu a call launches, with which grids and arguments, and which calls no kernel takes.
 
-NVRTC compiles kernels and no host code, so its way needs this. The launchers are the original; a test records what they
-launch under emulation and holds these plans to it, bytes of the arguments included. A function here has the arguments
-of its launcher, without the stream.
+A function here has the arguments of its launcher, without the stream. Addresses are ints, 0 for none. It allocates
+nothing and reads no operand, so a launcher can be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -148,7 +147,11 @@ def _w_a16_fits(m: int, n: int, k: int) -> bool:
 
 
 def _w_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
-    """w_a16.cu: choose_slices -> tiles of a slice, slices"""
+    """Tiles of a slice, slices, none of them empty.
+
+    Up to 64 rows K is cut into slices until there are about 1,024 blocks, 8 for each of the 132 multiprocessors of an
+    H100, but not below 8 tiles, so that the stages fill: our choice. More rows have work enough without.
+    """
     tiles = _ceil(k, 64)
     slices = 1 if m > 64 else 1024 // _ceil(n, 64)
     slices = max(1, min(slices, tiles // 8))
@@ -169,7 +172,7 @@ def w_a16(
     x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
     m: int, n: int, k: int, bits: int, group_size: int, x_type: int, scale_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     if bits not in BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
         return None
     if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
@@ -199,7 +202,7 @@ def w_a16(
     return launches
 
 
-MOST_INT8_COLUMNS = 1 << 24  # quantize_rows.cu, w_a8.cu: MAX_COLUMNS
+MOST_INT8_COLUMNS = 1 << 24
 
 
 def _int8_group_fits(group_size: int) -> bool:
@@ -209,7 +212,7 @@ def _int8_group_fits(group_size: int) -> bool:
 def quantize_rows(
     x: int, codes: int, scale: int, sums: int, m: int, k: int, group_size: int, kind: int
 ) -> list[Launch] | None:
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     if m < 0 or k < 1 or k % 8 or k > MOST_INT8_COLUMNS or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if not _int8_group_fits(group_size):
@@ -228,7 +231,7 @@ def w_a8(
     x: int, x_scale: int, x_sum: int, packed: int, scale: int, zero_point: int, bias: int, y: int,
     m: int, n: int, k: int, bits: int, group_size: int, scale_type: int, y_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     if m < 0 or n < 0 or n > 65535 * 64 or k < 1 or k > MOST_INT8_COLUMNS or bits not in (4, 8):
         return None
     kinds = (FLOAT16, BFLOAT16, FLOAT32)
@@ -251,12 +254,13 @@ def w_a8(
     if m <= 16:
         kernel = f"decode<{bits}, {1 if m <= 8 else 2}, {wide}>"
         return [Launch("w_a8", f"w_a8::{kernel}", (_ceil(n, 64), 1, 1), 128, argument)]
+    # three stages of 128 rows and 8-bit weights don't fit 48 KiB
     rows = 32 if m <= 32 else 64 if bits == 8 or m <= 128 else 128
     return [Launch("w_a8", f"w_a8::tiled<{bits}, {rows}, {wide}>", (_ceil(m, rows), _ceil(n, 128), 1), 256, argument)]
 
 
 def _int8_outlier_slices(m: int) -> tuple[int, int]:
-    """int8_outlier.cu: describe -> rows of a slice, slices"""
+    """Rows of a slice, slices: blocks enough for 2048 columns each, and few words to join. Our choice."""
     rows = max(64, _ceil(m, 32))
     return rows, _ceil(m, rows)
 
@@ -274,7 +278,7 @@ def int8_outlier(
     x: int, weight: int, absmax: int, columns: int, column_weight: int, bias: int, y: int, workspace: int,
     workspace_bytes: int, m: int, n: int, k: int, column_count: int, threshold: float, kind: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     needed = int8_outlier_workspace_bytes(m, n, k)
     threshold = c_float(threshold).value
     if needed < 0 or kind not in (FLOAT16, BFLOAT16, FLOAT32) or not threshold >= 0 or not 0 <= column_count <= k:
@@ -315,14 +319,13 @@ def int8_outlier(
 
 
 def _factors_fit(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> bool:
-    """dense_sparse.cu: shape_is_right"""
     if rows < 0 or rows > 1 << 30 or n < 0 or n > 65535 * 32 or not 1 <= blocks <= 65535 or not 1 <= k <= m <= 4096:
         return False
     return w >= 8 and w % 8 == 0 and blocks * w <= 1 << 30 and blocks * k <= 1 << 30
 
 
 def _rows_of_responses(rows: int, m: int) -> int:
-    """dense_sparse.cu: rows_of"""
+    """Rows of x that `combine` takes at once: those that share a look at an entry."""
     return 1 if rows == 1 or _ceil(m, 4) * 4 * 8 > 4096 else 8
 
 
@@ -339,7 +342,7 @@ def dense_sparse(
     x: int, atoms: int, atom_step: int, entries: int, step: int, bias: int, y: int, workspace: int,
     workspace_bytes: int, rows: int, n: int, blocks: int, m: int, w: int, k: int, kind: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     needed = dense_sparse_workspace_bytes(rows, n, blocks, m, w, k)
     if needed < 0 or kind not in (FLOAT16, BFLOAT16):
         return None
@@ -367,7 +370,7 @@ def gptq_solve(
     work: int, errors: int, codes: int, upper: int, scale: int, zero: int, group_of: int,
     rows: int, groups: int, begin: int, stop: int, end: int, low: float, high: float,
 ) -> list[Launch] | None:  # fmt: skip
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     if rows < 0 or rows > 0x7FFFFFFF - 64 or groups < 0 or not 0 <= begin <= stop <= end <= 1 << 16:
         return None
     if stop - begin > 128 or not c_float(low).value <= c_float(high).value:
@@ -393,7 +396,7 @@ def hadamard_factor(n: int) -> int:
 
 
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None where the launcher returns -1."""
+    """None for a call that no kernel takes."""
     m = hadamard_factor(n)
     if rows < 0 or m == 0 or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
@@ -413,7 +416,7 @@ def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list
     return [Launch("hadamard", f"hadamard::{kernel}", (blocks, 1, 1), threads, argument)]
 
 
-# by the names of interface.SIGNATURES: those that launch, and those that only reckon
+# by name: the launchers, and those that only compute the size of a workspace
 PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_w_a16": w_a16,
     "compressor_quantize_rows": quantize_rows,

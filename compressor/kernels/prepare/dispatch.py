@@ -1,6 +1,6 @@
 """Which kernel multiplies by a weight or reads a table, and why not a better one. Decided once, at preparation.
 
-In order: the CUDA library, NVRTC, the CPU library, a torch operation of the same meaning, the reference (dequantize and
+In order: the CUDA kernels, the CPU library, a torch operation of the same meaning, the reference (dequantize and
 multiply). What comes before the choice was not used for the reason that is kept with it.
 """
 
@@ -123,16 +123,15 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     """
     skipped: list[str] = []
     refused = _refusal_on_cuda(weight, activations, inputs)
-    for name, way in devices.WAYS.items():
-        if refused is None:
-            assert not isinstance(weight, str)
-            kernels = way(device_of(weight))
-            if not isinstance(kernels, str):
-                op = _op(weight, activations)
-                return Choice(kernels.name, op, tuple(skipped), cuda_ops.LAYOUTS[op])
-            skipped.append(f"{name} ({kernels})")
-        else:
-            skipped.append(f"{name} ({refused})")  # and nothing is compiled for a weight that isn't taken
+    if refused is None:
+        assert not isinstance(weight, str)
+        kernels = devices.kernels_on(device_of(weight))
+        if not isinstance(kernels, str):
+            op = _op(weight, activations)
+            return Choice(kernels.name, op, (), cuda_ops.LAYOUTS[op])
+        skipped.append(f"{devices.NAME} ({kernels})")
+    else:
+        skipped.append(f"{devices.NAME} ({refused})")  # and nothing is compiled for a weight that isn't taken
     found = tried_library()
     reason = weight if isinstance(weight, str) else _refusal(weight, activations)
     if isinstance(found, str):
@@ -159,7 +158,7 @@ def _on_the_cpu(what: str) -> str:
 def choose_table(table: Tensor, op: str) -> Choice:
     """The best way to read a function from a table (entries,) here; op: the operation that does it."""
     refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
-    skipped = [f"{name} ({refused})" for name in devices.WAYS]
+    skipped = [f"{devices.NAME} ({refused})"]
     found = tried_library()
     if isinstance(found, str):
         skipped.append(f"cpu library ({found})")
@@ -179,8 +178,7 @@ def choose_dense(weight: Tensor) -> Choice | None:
         return None
     if weight.dtype not in DTYPES:
         return None
-    skipped = tuple(f"{name} ({_on_the_cpu('weights')})" for name in devices.WAYS)
-    return Choice(found.kernel, "linear_dense", skipped)
+    return Choice(found.kernel, "linear_dense", (f"{devices.NAME} ({_on_the_cpu('weights')})",))
 
 
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:
