@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../compressor/kernels/cpu/common.h"
-#include "../compressor/kernels/cpu/ops.h"
+#include "../../compressor/kernels/cpu/common.h"
+#include "../../compressor/kernels/cpu/ops.h"
 
 using namespace compressor;
 

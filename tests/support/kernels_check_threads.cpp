@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "../compressor/kernels/cpu/common.h"
-#include "../compressor/kernels/cpu/ops.h"
+#include "../../compressor/kernels/cpu/common.h"
+#include "../../compressor/kernels/cpu/ops.h"
 
 using namespace compressor;
 
