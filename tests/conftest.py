@@ -18,6 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="compress-model-hf-")  # where transformers copies code that it loads
 
 
+TIERS = ("e2e", "faults")  # folders below tests/; every other one is of the tier `unit`
+
+
+def pytest_collection_modifyitems(items):
+    """Mark each test by its folder: `unit`, `e2e` (whole runs and the command line) or `faults` (planted ones)."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
+            item.add_marker(folder if folder in TIERS else "unit")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def started_early():
     """The processes that verify and measure are forked from one server, which has imported torch and transformers.

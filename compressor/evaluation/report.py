@@ -350,14 +350,14 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
             shown = report["patches"]["images"]
             figure, panels = plt.subplots(2, len(shown), figsize=(1.6 * len(shown), 3.4), squeeze=False)
             _draw_patches(panels, report["patches"])
-            plots["Patches kept of sample images: brighter ones passed more gates"] = _svg(figure)
+            plots["Patches kept of sample images (brighter patches passed more gates)"] = _svg(figure)
         if counted := outlier_inputs(report):
             figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
             _draw_outliers(figure, panels, counted)
             plots["Outlier features of each input, on calibration data"] = _svg(figure)
         figure, axes = plt.subplots(figsize=(5, 2.6))
         _draw_bytes(axes, report["sizes"])
-        plots["Bytes before and after"] = _svg(figure)
+        plots["Size of the weight files before and after"] = _svg(figure)
         if (row := report["metrics"].get("perplexity")) and row["before"] and row["after"]:
             figure, axes = plt.subplots(figsize=(5, 2.6))
             sizes = report["sizes"]
@@ -368,7 +368,7 @@ def _plots(report: dict[str, Any]) -> dict[str, str]:
                 )
             axes.set(xlabel="weight files, MiB", ylabel="perplexity", xlim=(0, sizes["before_bytes"] / 2**20 * 1.2))
             axes.margins(y=0.4)
-            plots["Quality against size"] = _svg(figure)
+            plots["Perplexity and size before and after"] = _svg(figure)
     return plots
 
 
@@ -388,7 +388,7 @@ def _draw_errors(axes: Any, weights: list[dict[str, Any]]) -> None:
             axes.plot(x, rounded, ":", lw=1, color=colours(number % 10))
     axes.xaxis.get_major_locator().set_params(integer=True)
     dotted = any("output_error_rtn" in weight for weight in weights)
-    label = "block (dotted: round to nearest on the same grid)" if dotted else "block"
+    label = "block (dotted: rounding to nearest on the same grid)" if dotted else "block"
     axes.set(xlabel=label, ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -39,7 +39,7 @@ def settings_of(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def recipe_reference() -> str:
-    """The generated part of docs/recipe.md."""
+    """The text of docs/settings.md below its title."""
     parts = []
     for key, model in SECTIONS.items():
         parts += _section(key, model)

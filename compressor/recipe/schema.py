@@ -1,6 +1,6 @@
 """The sections of a recipe as frozen pydantic classes: types, defaults, and what each setting means.
 
-docs/recipe.md and the JSON Schema are generated from these classes.
+docs/settings.md and the JSON Schema are generated from these classes.
 """
 
 from __future__ import annotations

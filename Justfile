@@ -1,0 +1,30 @@
+# What is typed often. `just --list` shows it; every line works without just, too.
+
+# Set up and run style, types and the tests of every day.
+test *arguments:
+    scripts/test {{arguments}}
+
+# All tests, as CI runs them.
+ci:
+    .ci/run
+
+# Style, format and types alone.
+lint:
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+
+# Mend what ruff can mend, and wrap the pages.
+format:
+    .venv/bin/ruff check --fix .
+    .venv/bin/ruff format .
+    pre-commit run mdformat --all-files
+
+# Write the generated page, and check the links of all pages.
+docs:
+    .venv/bin/python scripts/gen_reference.py
+    .venv/bin/pytest tests/test_doc_links.py
+
+# Compress the demo model into out/demo.
+demo:
+    scripts/demo
