@@ -1,4 +1,8 @@
-"""Writes an artifact: shards, config, side files and the manifest."""
+"""Writes an artifact: shards, config, side files and the manifest. Knows layers, never passes. Format: docs/format.md.
+
+The weight files are streamed from the unit files; the manifest with the hash of every file is written last, so a
+directory without a manifest is not an artifact.
+"""
 
 from __future__ import annotations
 
