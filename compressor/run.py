@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from compressor.artifact import verify
+from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import VERSION
-from compressor.artifact.stock_formats import Route
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.interrupt import Stop, signals

@@ -19,6 +19,7 @@ from torch import nn
 
 import compressor
 from compressor.artifact import stock_formats as export
+from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.verify import verify, verify_in_child
 from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan
@@ -98,9 +99,7 @@ def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modelling_fi
     plan = plan_of(family, tmp_path)
     assert plan.route.name == "bitsandbytes" and not plan.problems
     forms = list(plan.forms.values())
-    config = export.artifact_config(
-        plan.structure.checkpoint.config, plan.route, forms, plan.structure.model, "", False
-    )
+    config = artifact_config(plan.structure.checkpoint.config, plan.route, forms, plan.structure.model, "", False)
     settings = config["quantization_config"]
     assert settings["llm_int8_threshold"] == 6.0 and isinstance(settings["llm_int8_threshold"], float)
     stored = {export.module_of(form) for form in forms}
@@ -328,7 +327,7 @@ def test_a_tied_head_is_left_alone_unless_named(tmp_path):
     assert not plan.untied and all(form.weight.role != "head" for form in plan.forms.values())
     named = make_plan(recipe({"only": ["*", "@head"]}), str(tmp_path / "m"), prove=False)
     assert named.untied and named.route.name == "bitsandbytes"
-    config = export.bitsandbytes_config(export._described(list(named.forms.values())), named.structure.model)
+    config = export.bitsandbytes_config(export.described_by(list(named.forms.values())), named.structure.model)
     assert config["llm_int8_skip_modules"] == []
 
 
