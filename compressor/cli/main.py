@@ -191,7 +191,7 @@ def plan(
     from compressor.engine.plan import make_plan
     from compressor.engine.request import check_request, find_device, named_output
     from compressor.engine.run_samples import data_problems
-    from compressor.evaluation.report import human_bytes
+    from compressor.evaluation.render import human_bytes
     from compressor.recipe.recipe import read_recipe
 
     parsed = read_recipe(recipe, set_ or [])
@@ -347,7 +347,7 @@ def inspect(
 ) -> None:
     """Stem, blocks, head, weight groups, stored forms and bytes; reads headers only."""
     from compressor.artifact.inspection import inspect_path
-    from compressor.evaluation.report import human_bytes
+    from compressor.evaluation.render import human_bytes
 
     found = inspect_path(path, trust_remote_code)
     if format_ is Format.json:
@@ -438,7 +438,7 @@ def report(
 ) -> None:
     """Render a report again; without options prints its Markdown form."""
     from compressor.evaluation.compare import is_report, read_subject
-    from compressor.evaluation.report import is_evaluation, render_html, render_junit, render_markdown
+    from compressor.evaluation.render import is_evaluation, render_html, render_junit, render_markdown
 
     found = read_subject(path)
     if not is_report(found):
@@ -597,7 +597,7 @@ def _complain(error: CompressError, as_json: bool) -> None:
 
 
 def _summary(report: dict[str, Any], output: Path) -> None:
-    from compressor.evaluation.report import human_bytes
+    from compressor.evaluation.render import human_bytes
 
     sizes = report["sizes"]
     table = Table("", "before", "after", title=f"{report['recipe']['name']} on {report['model']['source']}")
@@ -611,7 +611,7 @@ def _summary(report: dict[str, Any], output: Path) -> None:
 
 
 def _evaluation(report: dict[str, Any]) -> None:
-    from compressor.evaluation.report import human_bytes
+    from compressor.evaluation.render import human_bytes
 
     table = Table("", "before", "after", "95 % interval", title=report["model"]["source"])
     sizes = report["sizes"]
@@ -634,7 +634,7 @@ def _side_by_side(found: dict[str, Any], rows: list[dict[str, Any]], format_: Pa
     if format_ is PageFormat.json:
         return json.dumps(found, indent=2) + "\n"
     if format_ is PageFormat.html:
-        from compressor.evaluation.report import render_comparison
+        from compressor.evaluation.render import render_comparison
 
         return render_comparison(found, rows)
     cells = [[row["name"], *map(_number, row["values"])] for row in rows]

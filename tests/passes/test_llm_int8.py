@@ -24,7 +24,8 @@ from compressor.artifact.verify import verify, verify_in_child
 from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan
 from compressor.errors import DependencyError, PassError, PreflightError, RecipeError
-from compressor.evaluation.report import outlier_inputs, render_html, render_markdown
+from compressor.evaluation.render import render_html, render_markdown
+from compressor.evaluation.weight_rows import outlier_inputs
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
