@@ -236,7 +236,7 @@ def data(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return compressor.data.samples.load_tokenizer(compressor.data.samples.demo_path())
+    return compressor.data.tokenizing.load_tokenizer(compressor.data.samples.demo_path())
 
 
 @inputs(40)
