@@ -359,7 +359,7 @@ def passes(
 @app.command()
 def schema() -> None:
     """JSON Schema of the recipe, for editors."""
-    from compressor.recipe.recipe import recipe_json_schema
+    from compressor.recipe.json_schema import recipe_json_schema
 
     print_json(recipe_json_schema())
 
