@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from compressor.artifact import verify
+from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import VERSION
-from compressor.artifact.stock_formats import Route
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.interrupt import Stop, signals
@@ -31,8 +31,12 @@ from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
 from compressor.evaluation.environment import environment, peak_rss_bytes
-from compressor.evaluation.evaluate import SPEED_TOKENS, Measured, evaluate, uncounted, unmeasured, weight_sizes
+from compressor.evaluation.evaluate import Measured, evaluate
+from compressor.evaluation.metrics import unmeasured
 from compressor.evaluation.report import build_report, write_card, write_reports
+from compressor.evaluation.saturation import uncounted
+from compressor.evaluation.speed import SPEED_TOKENS
+from compressor.evaluation.weight_sizes import weight_sizes
 from compressor.model.checkpoint import model_label
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.token_limit import limit_of

@@ -17,7 +17,7 @@ A source that doesn't fit into memory is loaded to disk by transformers itself, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor
 
+from compressor.artifact.findings import TensorComparison
 from compressor.artifact.stock_loading import OFFLINE
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
@@ -126,7 +127,7 @@ def compare_tensors(
     prints: dict[str, Print],
     ties: set[frozenset[str]],
     manifest: dict[str, Any],
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[TensorComparison, list[str]]:
     """Hold every tensor of an artifact to the source's.
 
     source  the source's model, by stock transformers
@@ -137,22 +138,30 @@ def compare_tensors(
     """
     _, errors = read_changes(manifest)
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    touched: set[str] = set()
-    functions: list[str] = []
-    experts: dict[str, list[Weight]] = {}
-    for form in forms:
-        if form.weight.is_function:
-            functions.append(_module(form.weight) + ".")
-            continue
-        touched.add(form.weight.parameter)
-        if form.weight.expert is not None:
-            experts.setdefault(form.weight.parameter, []).append(form.weight)
-        if form.bias is not None:
-            touched.add(_module(form.weight) + ".bias")
+    stored = _stored_parameters(forms)
+    equal, problems = _compare_dense(source, forms, stored, prints)
+    problems += _tie_problems(source, forms, stored, ties)
+    largest, found = _compare_stored(source, own, forms, errors, dtype)
+    problems += found + _expert_problems(source, own, forms)
+    return TensorComparison(equal, len(forms), largest), problems
+
+
+def _stored_parameters(forms: Sequence[StoredWeight]) -> set[str]:
+    """Parameters that stored weights, or biases in them, took the place of."""
+    matrices = [form for form in forms if not form.weight.is_function]
+    biases = {_module(form.weight) + ".bias" for form in matrices if form.bias is not None}
+    return {form.weight.parameter for form in matrices} | biases
+
+
+def _compare_dense(
+    source: Any, forms: Sequence[StoredWeight], stored: set[str], prints: dict[str, Print]
+) -> tuple[int, list[str]]:
+    """Tensors that no step touched: how many are equal; the problems."""
+    functions = tuple(_module(form.weight) + "." for form in forms if form.weight.is_function)
     problems: list[str] = []
     equal = 0
     for name, meant in _source_tensors(source):
-        if name in touched or name.startswith(tuple(functions)):
+        if name in stored or name.startswith(functions):
             continue
         found = prints.get(name)
         expected = _print(meant)
@@ -163,26 +172,31 @@ def compare_tensors(
             problems.append(f"{name} is {found[0]}, and {expected[0]} in the source")
         elif found != expected:
             problems.append(f"{name} is not what the source holds, and no step touched it")
+    return equal, problems
+
+
+def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]) -> list[str]:
+    """Parameters that share one tensor in one of the two models only."""
+    problems = []
     own_modules = tuple(f"{_module(form.weight)}." for form in forms)  # a head of its own has a bias of its own too
     for group in sorted(map(sorted, ties_of(source))):
-        is_parted = any(name in touched or name.startswith(own_modules) for name in group)
+        is_parted = any(name in stored or name.startswith(own_modules) for name in group)
         if not is_parted and frozenset(group) not in ties:
             problems.append(f"{' and '.join(group)} share one tensor in the source, and not in the artifact")
     for group in sorted(map(sorted, ties)):
         if frozenset(group) not in ties_of(source):
             problems.append(f"{' and '.join(group)} share one tensor in the artifact, and not in the source")
+    return problems
+
+
+def _compare_stored(
+    source: Any, own: Any, forms: Sequence[StoredWeight], errors: dict[str, float | None], dtype: torch.dtype
+) -> tuple[float, list[str]]:
+    """Errors of stored weights against the source: the largest difference from what the run recorded; the problems."""
+    problems: list[str] = []
     largest = 0.0
-    for form in forms:
-        weight = form.weight
-        if weight.is_function:
-            continue
-        with _held(source, weight.parameter) as whole:
-            meant = part_of(whole, weight)
-            if weight.expert is None:
-                built = own.get_submodule(_module(weight)).matrix(dtype)
-            else:
-                built = part_of(own.get_parameter(weight.parameter), weight)
-            error = relative_distance(built, meant) if built.shape == meant.shape else float("inf")
+    for weight in (form.weight for form in forms if not form.weight.is_function):
+        error = _error_of(source, own, weight, dtype)
         recorded = errors.get(weight.name)
         if recorded is None:
             if not error < 1:  # as far from it as zeros would be; NaN fails too
@@ -194,11 +208,31 @@ def compare_tensors(
             problems.append(
                 f"{weight.name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
             )
+    return largest, problems
+
+
+def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> float:
+    """Relative distance of a stored weight from the source's; infinite where it has another shape."""
+    with _held(source, weight.parameter) as whole:
+        meant = part_of(whole, weight)
+        if weight.expert is None:
+            built = own.get_submodule(_module(weight)).matrix(dtype)
+        else:
+            built = part_of(own.get_parameter(weight.parameter), weight)
+        return relative_distance(built, meant) if built.shape == meant.shape else float("inf")
+
+
+def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> list[str]:
+    """Parameters of which some experts are stored, where the others aren't the source's."""
+    experts: dict[str, list[Weight]] = {}
+    for weight in (form.weight for form in forms if form.weight.expert is not None):
+        experts.setdefault(weight.parameter, []).append(weight)
+    problems = []
     for name, members in experts.items():
         with _held(source, name) as whole:
             if not _equal_elsewhere(whole, own.get_parameter(name), members):
                 problems.append(f"{name} is not what the source holds in the experts that no step touched")
-    return {"tensors": equal, "weights": len(forms), "largest_error_difference": largest}, problems
+    return problems
 
 
 def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact.loader import _dense_view, empty_model
+from compressor.artifact.loader import dense_view, empty_model
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import open_checkpoint, resolve_model
 from compressor.model.stored_weight import StoredWeight
@@ -25,7 +25,7 @@ def _inspect_artifact(directory: Path) -> dict[str, Any]:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
     forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    found = structure_of(_dense_view(checkpoint, forms, model.dtype), type(model), model.config).to_dict()
+    found = structure_of(dense_view(checkpoint, forms, model.dtype), type(model), model.config).to_dict()
     for unit in found["units"]:
         for group in unit["groups"]:
             for weight in group:

@@ -1,14 +1,11 @@
-"""Writes and loads the deployable result. Knows layers, never passes. Format: docs/format.md.
-
-The weight files are streamed from the unit files; the manifest with the hash of every file is written last, so a
-directory without a manifest is not an artifact.
-"""
+"""Loads an artifact as a model. Knows layers, never passes. Format: docs/format.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +54,8 @@ def load(
         )
     directory = Path(directory)
     manifest = read_manifest(directory)
-    if check_hashes and (problems := check_files(directory, manifest)):
-        raise ArtifactError(
-            "; ".join(problems[:4]),
-            where=directory.name,
-            hint="Copy or build the artifact again.",
-            data={"reason": "not-as-written", "problems": list(problems)},
-        )
+    if check_hashes:
+        _check_hashes(directory, manifest)
     checkpoint = open_checkpoint(directory)
     with _told_of(directory.name):
         model = _filled_model(checkpoint, manifest)
@@ -73,6 +65,52 @@ def load(
     return model
 
 
+def _check_hashes(directory: Path, manifest: dict[str, Any]) -> None:
+    if problems := check_files(directory, manifest):
+        raise ArtifactError(
+            "; ".join(problems[:4]),
+            where=directory.name,
+            hint="Copy or build the artifact again.",
+            data={"reason": "not-as-written", "problems": list(problems)},
+        )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An artifact's tensors: those of stored weights as layers, by the weight's name, and all others in `checkpoint`.
+
+    dtype  that dense weights are rebuilt in
+    """
+
+    checkpoint: Checkpoint
+    forms: dict[str, StoredWeight]
+    layers: dict[str, Any]
+    dtype: torch.dtype
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor under its dense name, rebuilt where it is stored in a layer."""
+        holder = self._bias_holders.get(tensor)
+        if holder is not None:
+            return self.layers[holder].vector(self.dtype)
+        form = self.forms.get(tensor.removesuffix(".weight"))
+        if form is None:
+            return self.checkpoint.read(tensor)
+        matrix = self.layers[form.weight.name].matrix(self.dtype)
+        return matrix.t() if form.weight.transposed else matrix
+
+    @cached_property
+    def _bias_holders(self) -> dict[str, str]:
+        return {form.bias: name for name, form in self.forms.items() if form.bias is not None}
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Module that a layer takes the place of -> name of its weight. Experts are no modules."""
+        forms = self.forms.items()
+        return {
+            form.weight.parameter.removesuffix(".weight"): name for name, form in forms if form.weight.expert is None
+        }
+
+
 def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
     """The model of an artifact on the CPU, with stored forms in place of weights."""
     beside = manifest.get("carried", {})  # tensors that are nothing of this model's
@@ -80,48 +118,43 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
     checkpoint = replace(checkpoint, tensors=own)
     forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    dtype = _dtype(checkpoint)
     layers = {name: _read_layer(checkpoint, form) for name, form in forms.items()}
-
-    held = {form.bias: name for name, form in forms.items() if form.bias is not None}
-
-    def read(tensor: str) -> Tensor:
-        if tensor in held:
-            return layers[held[tensor]].vector(dtype)
-        form = forms.get(tensor.removesuffix(".weight"))
-        if form is None:
-            return checkpoint.read(tensor)
-        matrix = layers[form.weight.name].matrix(dtype)
-        return matrix.t() if form.weight.transposed else matrix
-
-    bindings = bind(model, _dense_view(checkpoint, forms, dtype), dtype)
-    _check_places(forms, bindings)
-    modules = {
-        form.weight.parameter.removesuffix(".weight"): name
-        for name, form in forms.items()
-        if form.weight.expert is None
-    }
-    for name in bindings.sources:
-        if name.removesuffix(".weight") not in modules or not name.endswith(".weight"):
-            value = read_parameter(name, bindings, read, model)
-            fill(name, value.to(bindings.dtypes[name]), model)
-    for target, origin in bindings.tied.items():
-        owner, _, leaf = target.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
+    stored = _Stored(checkpoint, forms, layers, _dtype(checkpoint))
+    _fill_dense(model, stored)
     for form in sorted({form.form for form in forms.values()}):
         find_layer(form).prepare(model)
-    for module, name in modules.items():
-        owner, _, leaf = module.rpartition(".")
-        if not (forms[name].weight.is_function or forms[name].weight.role == "shortcut"):
-            model.get_submodule(module)  # a matrix takes the place of a module, a shortcut's that of a parameter
-        if forms[name].bias is None:
-            layers[name].bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
-        layers[name].dtype = dtype
-        setattr(model.get_submodule(owner), leaf, layers[name])
+    for module, name in stored.modules.items():
+        _place_layer(model, module, stored.forms[name], stored.layers[name], stored.dtype)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if (left := next((name for name, value in tensors if value.is_meta), None)) is not None:
         raise ArtifactError(f"the manifest leaves {left} without a value", where=MANIFEST, hint=BAD_HINT)
     return model
+
+
+def _fill_dense(model: transformers.PreTrainedModel, stored: _Stored) -> None:
+    """Give every parameter its value that no layer takes the place of, and tie what is tied."""
+    bindings = bind(model, dense_view(stored.checkpoint, stored.forms, stored.dtype), stored.dtype)
+    _check_places(stored.forms, bindings)
+    for name in bindings.sources:
+        if name.removesuffix(".weight") not in stored.modules or not name.endswith(".weight"):
+            value = read_parameter(name, bindings, stored.read, model)
+            fill(name, value.to(bindings.dtypes[name]), model)
+    for target, origin in bindings.tied.items():
+        owner, _, leaf = target.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
+
+
+def _place_layer(
+    model: transformers.PreTrainedModel, module: str, form: StoredWeight, layer: Any, dtype: torch.dtype
+) -> None:
+    """Put a layer where the weight's module stands; a bias that it doesn't hold stays that module's."""
+    owner, _, leaf = module.rpartition(".")
+    if not (form.weight.is_function or form.weight.role == "shortcut"):
+        model.get_submodule(module)  # a matrix takes the place of a module, a shortcut's that of a parameter
+    if form.bias is None:
+        layer.bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
+    layer.dtype = dtype
+    setattr(model.get_submodule(owner), leaf, layer)
 
 
 def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
@@ -217,7 +250,7 @@ def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
     return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
 
 
-def _dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: torch.dtype) -> Checkpoint:
+def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with each stored weight under its dense name and shape, for translating names."""
     tensors = dict(checkpoint.tensors)
     for form in forms.values():
@@ -235,7 +268,3 @@ def _dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: t
         if form.bias is not None:
             tensors[form.bias] = replace(dense, shape=(form.weight.out_features,))
     return replace(checkpoint, tensors=tensors)
-
-
-def weight_files(directory: Path) -> Iterable[Path]:
-    return sorted(directory.glob("*.safetensors"))

@@ -1,14 +1,10 @@
-"""Which format an artifact takes, and what config.json has to say for it.
+"""The families of stock loaders: which weights each can read, and the `quantization_config` that it needs.
 
-A layer says which family of stock loaders reads its tensors (`Layer.stock`), if any. Where one family of `FAMILIES`
-reads all of them, plain transformers loads the artifact; else the route is `custom`: one modelling file generated from
-the layers (`modeling_file`), loaded with trust_remote_code=True and needing torch and transformers only. What
-stock loaders can hold was established by loading (docs/format.md).
+What stock loaders can hold was established by loading (docs/format.md).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -20,33 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from compressor.artifact.modeling_file import custom_type, find_backbone
-from compressor.errors import Because, DependencyError, PreflightError, values_of
+from compressor.errors import Because, DependencyError, values_of
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
-from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
 from compressor.model.stored_weight import StoredWeight
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
-
-
-@dataclass(frozen=True)
-class Route:
-    """name    dense | custom | a family of FAMILIES
-    reason  one sentence for the report and the card
-    dequantize  the loader of compressed-tensors rebuilds dense weights while loading, not at the first forward pass
-    """
-
-    name: str
-    reason: str
-    dequantize: bool = False
-
-
 Described = tuple[StoredWeight, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
 
 
@@ -67,129 +46,8 @@ class Family:
     forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
-    """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
-    shaped = is_reshaped(model.config)
-    if not forms and not shaped:
-        return Route("dense", "no weight changed its form")
-    experts = {form.form: form.weight.name for form in forms if form.weight.expert is not None}
-    for kind, name in experts.items():
-        if not find_layer(kind).weight_only:
-            raise PreflightError(
-                f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
-                where=name,
-                hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
-                data={"reason": "expert-form", "form": kind},
-            )
-    expert_specs = {str(sorted_spec(form)) for form in forms if form.weight.expert is not None}
-    if len(expert_specs) > 1:
-        raise PreflightError(
-            "experts are stored in more than one scheme",
-            where="steps",
-            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
-        )
-    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
-    if family is not None and asked in ("auto", family):
-        return Route(family, f"every weight fits {family}; plain transformers loads it")
-    if stock_only and asked == "custom":
-        raise PreflightError(
-            "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
-        )
-    at = foreign[0][0] if foreign else None
-    because = values_of(foreign[0][1]) if foreign else {}
-    reason = f"{at} {foreign[0][1]}" if foreign else "the recipe asks for it"
-    if stock_only or asked not in ("auto", "custom"):
-        raise PreflightError(
-            f"stock transformers can't load {'this model' if shaped else f'{len(foreign)} weights'}; {reason}",
-            where="export",
-            hint="Set export.stock_only: false and export.format: auto"
-            + (" (or custom)." if shaped else ", or leave these weights out."),
-            data={
-                "reason": "no-stock-loader",
-                "because": because,
-                "weights": None if shaped else len(foreign),
-                "weight": at,
-            },
-        )
-    if experts:
-        raise PreflightError(
-            f"the modelling file can't hold experts, and the stock format won't do: {reason}",
-            where=next(iter(experts.values())),
-            hint="Leave the experts out with `except`."
-            if shaped
-            else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
-            data={
-                "reason": "no-custom-experts",
-                "because": because,
-                "weight": at,
-            },
-        )
-    return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
-
-
-def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool) -> Route:
-    """What to try after a format whose loader fails with this class.
-
-    why     what the loader said, as the end of a sentence
-    raises  PreflightError when nothing is left
-    """
-    schemes = {str(settings) for _, settings in _described(forms)}
-    if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
-        reason = f"{route.reason}, with dequantize: true, since otherwise {why}"
-        return Route(route.name, reason, dequantize=True)
-    is_expert = any(form.weight.expert is not None for form in forms)
-    if route.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
-        reason = f"plain transformers can't load {route.name} into this class: {why}"
-        return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
-    raise PreflightError(
-        f"an artifact of this model in the format {route.name} can't be loaded: {why}",
-        where="export",
-        hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
-        data={"reason": "loader-fails", "format": route.name, "cause": why},
-    )
-
-
-def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
-    """What of the model its stock class hasn't, and why that matters."""
-    shapes, modules = reshaping(model.config)
-    name = next(iter(modules or shapes))
-    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
-    form = modules[name]["form"] if modules else None
-    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
-    cls = type(model).__name__
-    why = f"{what}, which {cls} of stock transformers doesn't have"
-    return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
-
-
-def _stock_family(
-    forms: Sequence[StoredWeight], model: PreTrainedModel
-) -> tuple[str | None, list[tuple[str, Because]]]:
-    """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
-    stocks = _stocks(forms)
-    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, Because)]
-    if foreign:
-        return None, foreign
-    families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
-    first = families[0][1]
-    foreign = [
-        (
-            form.weight.name,
-            Because(
-                f"is stored for {family} and others for {first}, and a checkpoint has one loader",
-                reason="two-loaders",
-                loader=family,
-                others=first,
-            ),
-        )
-        for form, family in families
-        if family != first
-    ]
-    if foreign or (foreign := FAMILIES[first].refuses(_described(forms), model)):
-        return None, foreign
-    return first, []
-
-
-def _stocks(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
+def stocks_of(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
+    """Each weight with what its layer says of stock loaders, or why none reads it."""
     known: dict[tuple[str, str], Stock | Because] = {}
     for form in forms:
         key = (form.form, str(sorted_spec(form)))
@@ -204,8 +62,9 @@ def _stocks(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | B
     return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
 
 
-def _described(forms: Sequence[StoredWeight]) -> list[Described]:
-    return [(form, stock.settings) for form, stock in _stocks(forms) if isinstance(stock, Stock)]
+def described_by(forms: Sequence[StoredWeight]) -> list[Described]:
+    """The weights that stock loaders read, with their settings."""
+    return [(form, stock.settings) for form, stock in stocks_of(forms) if isinstance(stock, Stock)]
 
 
 def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
@@ -352,63 +211,6 @@ def check_loader(route: str) -> None:
             hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
             data={"route": route, "package": package},
         )
-
-
-def artifact_config(
-    source: dict[str, Any],
-    route: Route,
-    forms: Sequence[StoredWeight],
-    model: PreTrainedModel,
-    dtype: str,
-    untied: bool,
-) -> dict[str, Any]:
-    """The artifact's config.json: the source's own keys, and what the route needs."""
-    config = copy.deepcopy(source)
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    if untied:
-        config["tie_word_embeddings"] = False
-    if route.name in FAMILIES:
-        config["quantization_config"] = FAMILIES[route.name].config(_described(forms), model)
-        if route.dequantize:
-            config["quantization_config"]["dequantize"] = True
-    elif route.name == "custom":
-        kind = custom_type(source["model_type"])
-        config["model_type"] = kind
-        config["architectures"] = [f"Compressed{type(model).__name__}"]
-        if is_reshaped(config):
-            config[SHAPES], config[MODULES] = reshaping(config)
-        config["compressed_weights"] = {
-            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
-            for form in forms
-        }
-        config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
-    return config
-
-
-def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
-    """The `auto_map` of a custom artifact: Auto class -> class of its modeling file."""
-    file = f"modeling_{model_type}"
-    classes = {auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)}
-    if (backbone := find_backbone(model)) is not None:
-        classes["AutoModel"] = f"{file}.Compressed{backbone.__name__}"
-    return {"AutoConfig": f"{file}.CompressedConfig"} | classes
-
-
-def auto_classes(model: PreTrainedModel) -> list[str]:
-    """The Auto classes that transformers would load this architecture with."""
-    found = []
-    for name in dir(modeling_auto):
-        cls = getattr(modeling_auto, name)
-        if not (isinstance(cls, type) and issubclass(cls, auto_factory._BaseAutoModelClass)):
-            continue
-        mapping = getattr(cls, "_model_mapping", None)
-        classes = mapping.get(type(model.config), None) if mapping is not None else None
-        if classes is not None and stock_class(model) in (classes if isinstance(classes, tuple) else (classes,)):
-            found.append(name)
-    if not found:
-        raise PreflightError("no Auto class loads this architecture", where=type(model).__name__)
-    return sorted(found)
 
 
 def module_of(form: StoredWeight) -> str:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor.artifact.artifact_config import auto_classes, custom_auto_map
 from compressor.artifact.loader import empty_model
 from compressor.artifact.modeling_file import custom_type, modelling_file
-from compressor.artifact.stock_formats import FAMILIES, auto_classes, custom_auto_map
+from compressor.artifact.stock_formats import FAMILIES
 from compressor.errors import ArtifactError, CompressError, DependencyError
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint, open_checkpoint

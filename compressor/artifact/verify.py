@@ -18,15 +18,75 @@ model equal bit for bit. How far the logits end up apart is reported and not jud
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import logging
+
+from compressor.artifact import generation
+from compressor.artifact.against_source import Print, prints_of, ties_of
+from compressor.artifact.files import compare_files
+from compressor.artifact.findings import Findings, LayerComparison
+from compressor.artifact.loader import load
+from compressor.artifact.manifest import read_manifest
+from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
+from compressor.artifact.stock_formats import FAMILIES, check_loader
+from compressor.artifact.stock_layers import Forward, compare_layers
+from compressor.artifact.stock_loading import load_stock, stock_works
+from compressor.model.block_runner import output_of, without_cache
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.side_files import OWN_MODELING
+from compressor.model.tracing import example_batch, use_eager_experts
+from compressor.model.trusted_code import carried_code_problems
 from compressor.process.child import ask
 
-GENERATED_TOKENS = 8
 OURS = "compressor.load"  # in messages
+STOCK, STOCK_AGAIN, OWN, SOURCE = (
+    "stock loader",
+    "stock loader, second run",
+    "own loader",
+    "source with the artifact's layers",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    directory: Path
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+
+    @property
+    def forward(self) -> Forward | None:
+        """What layers of the stock loader should compute, where they multiply by themselves (`Family.forward`)."""
+        family = FAMILIES.get(self.manifest["route"])
+        return family.forward if family is not None else None
+
+
+@dataclass
+class StockRun:
+    """What the artifact's stock loader gave, and what is compared with it later.
+
+    model     kept where its layers are compared, else None: its memory is free for the next model
+    expected  the in-memory result, where a probe holds it
+    """
+
+    model: Any
+    inputs: dict[str, Any]
+    expected: Tensor | None
+    outputs: dict[str, Tensor]
+    prints: dict[str, Print]
+    ties: set[frozenset[str]]
+    blocks: int
+    eps: float
+    can_generate: bool
+
+    def reference(self, outputs: dict[str, Tensor]) -> Tensor:
+        """What every output is compared with."""
+        return self.expected if self.expected is not None else next(iter(outputs.values())).float()
 
 
 def verify_in_child(
@@ -45,9 +105,6 @@ def verify_in_child(
     source  directory of the checkpoint that the artifact was made of; None: `not_compared` says that it wasn't there
     raises  what `verify` raises, and what `child.ask` does
     """
-    from compressor.artifact.manifest import read_manifest
-    from compressor.artifact.stock_formats import check_loader
-
     check_loader(read_manifest(directory)["route"])
     request = {
         "directory": str(directory),
@@ -71,283 +128,143 @@ def verify(
     trust_remote_code: bool = False,
     source_limit: int | None = None,
 ) -> dict[str, Any]:
-    """All checks, in this process. See verify_in_child.
+    """All checks, in this process; returns `Findings` as JSON values. See verify_in_child.
 
-    source_limit  bytes that the source's model may take in memory; None: most of what is available
+    source_limit  as `SourceRequest.limit`
     """
-    import torch
-    from safetensors.torch import load_file
-    from transformers.utils import logging
-
-    from compressor.artifact.against_source import prints_of, ties_of
-    from compressor.artifact.files import compare_files
-    from compressor.artifact.loader import load
-    from compressor.artifact.manifest import read_manifest
-    from compressor.artifact.stock_formats import FAMILIES
-    from compressor.artifact.stock_loading import load_stock, stock_works
-    from compressor.model.block_runner import without_cache
-    from compressor.model.checkpoint import open_checkpoint
-    from compressor.model.side_files import OWN_MODELING
-    from compressor.model.tracing import use_eager_experts
-    from compressor.model.trusted_code import carried_code_problems
-
     logging.disable_progress_bar()
-    found: dict[str, Any] = {
-        "stock_load": None,
-        "own_load": None,
-        "missing": [],
-        "unexpected": [],
-        "mismatched": [],
-        "max_logit_difference": None,
-        "tolerance": None,
-        "generated_tokens": None,
-        "stock_layers": None,
-        "notes": [],
-        "source": None,
-        "not_compared": None,
-        "problems": [],
-    }
-    problems: list[str] = found["problems"]
-    manifest = read_manifest(directory)
+    found = Findings()
+    artifact = Artifact(directory, read_manifest(directory), open_checkpoint(directory))
+    _check_files(artifact, sealed, found)
+    found.problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
+    if deep and not found.problems:
+        original = SourceRequest(source, trust_remote_code, source_limit) if source is not None else None
+        _compare_models(artifact, probe, original, found)
+    return found.to_dict()
+
+
+def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
+    """Files are as the manifest lists them, and numbers are finite."""
     if sealed:
-        found_there, found["notes"] = compare_files(directory, manifest)
-        problems += found_there
-    checkpoint = open_checkpoint(directory)
-    for name in checkpoint.tensors.keys() - manifest.get("carried", {}).keys():
-        tensor = checkpoint.read(name)
+        problems, found.notes = compare_files(artifact.directory, artifact.manifest)
+        found.problems += problems
+    for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
+        tensor = artifact.checkpoint.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name} holds NaN or Inf")
-    problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
-    if problems or not deep:
-        return found
-    stock, info = load_stock(directory, manifest)
-    found["stock_load"] = True
-    carried = {name for reported in manifest.get("carried", {}).values() for name in reported}
-    for key in ("missing", "unexpected", "mismatched"):
-        names = {str(name) for name in info[f"{key}_keys"]}
-        found[key] = sorted(names - carried if key == "unexpected" else names)  # what is carried is no one's
-        if found[key]:
-            problems.append(f"stock loading reports {len(found[key])} {key} tensors, such as {found[key][0]}")
-    use_eager_experts(stock.config)
-    with torch.no_grad(), without_cache(stock), stock_works(directory):
-        inputs = load_file(probe) if probe else _example(stock)
+            found.problems.append(f"{name} holds NaN or Inf")
+
+
+def _compare_models(artifact: Artifact, probe: Path | None, source: SourceRequest | None, found: Findings) -> None:
+    """Load the artifact both ways and the source, one after the other, and judge their outputs."""
+    stock = _run_stock(artifact, probe, found)
+    own, output = _run_own(artifact, stock.inputs, found)
+    outputs = {**stock.outputs, OWN: output}
+    _check_shapes(outputs, stock.reference(outputs), found)
+    if found.problems:
+        return
+    if (forward := artifact.forward) is not None:
+        outputs = {OWN: output}
+        _compare_stock_layers(artifact, forward, stock, own, output, found)
+    failure = None
+    if stock.can_generate and "input_ids" in stock.inputs:
+        found.generated_tokens, failure = generation.generate_tokens(own, stock.inputs)
+    source_failure = None
+    if source is None:
+        found.not_compared = "the source wasn't at hand"
+    else:
+        loaded = LoadedArtifact(
+            artifact.checkpoint, artifact.manifest, own, stock.prints, stock.ties, stock.inputs, output
+        )
+        answer = compare_with_source(source, loaded, generates=failure is None, found=found)
+        source_failure = answer.failure
+        outputs |= {} if answer.output is None else {SOURCE: answer.output}
+    _judge_generation(failure, source_failure, found)
+    _judge_outputs(outputs, stock, found)
+
+
+def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> StockRun:
+    """The artifact by its stock loader, run twice."""
+    model, info = load_stock(artifact.directory, artifact.manifest)
+    found.stock_load = True
+    _check_keys(artifact, info, found)
+    use_eager_experts(model.config)
+    with torch.no_grad(), without_cache(model), stock_works(artifact.directory):
+        inputs = load_file(probe) if probe else example_batch(model, torch.device("cpu"), samples=2, tokens=32)
         expected = inputs.pop("output", None)
-        outputs = {name: _output(stock(**inputs)) for name in ("stock loader", "stock loader, second run")}
-    prints, ties = prints_of(stock), ties_of(stock)
-    blocks = getattr(stock.config.get_text_config(), "num_hidden_layers", 1)
-    eps, can_generate = torch.finfo(stock.dtype).eps, stock.can_generate()
-    forward = FAMILIES[manifest["route"]].forward if manifest["route"] in FAMILIES else None
-    if forward is None:
-        stock = None  # its memory is free for the next model
-    own: Any = load(directory, check_hashes=False, kernels="reference")
-    found["own_load"] = True
+        outputs = {name: output_of(model(**inputs)) for name in (STOCK, STOCK_AGAIN)}
+    return StockRun(
+        model=model if artifact.forward is not None else None,
+        inputs=inputs,
+        expected=expected,
+        outputs=outputs,
+        prints=prints_of(model),
+        ties=ties_of(model),
+        blocks=getattr(model.config.get_text_config(), "num_hidden_layers", 1),
+        eps=torch.finfo(model.dtype).eps,
+        can_generate=model.can_generate(),
+    )
+
+
+def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> None:
+    """What the stock loader reports of tensors; those that are carried belong to no model."""
+    carried = {name for reported in artifact.manifest.get("carried", {}).values() for name in reported}
+    found.missing = sorted({str(name) for name in info["missing_keys"]})
+    found.unexpected = sorted({str(name) for name in info["unexpected_keys"]} - carried)
+    found.mismatched = sorted({str(name) for name in info["mismatched_keys"]})
+    reported = {"missing": found.missing, "unexpected": found.unexpected, "mismatched": found.mismatched}
+    for key, names in reported.items():
+        if names:
+            found.problems.append(f"stock loading reports {len(names)} {key} tensors, such as {names[0]}")
+
+
+def _run_own(artifact: Artifact, inputs: dict[str, Any], found: Findings) -> tuple[Any, Tensor]:
+    """The artifact by `compressor.load`, and what it computes."""
+    own: Any = load(artifact.directory, check_hashes=False, kernels="reference")
+    found.own_load = True
     use_eager_experts(own.config)
-    with torch.no_grad(), without_cache(own), stock_works(directory, who=OURS):
-        outputs["own loader"] = _output(own(**inputs))
-    reference = expected if expected is not None else next(iter(outputs.values())).float()
+    with torch.no_grad(), without_cache(own), stock_works(artifact.directory, who=OURS):
+        return own, output_of(own(**inputs))
+
+
+def _check_shapes(outputs: dict[str, Tensor], reference: Tensor, found: Findings) -> None:
     for name, value in outputs.items():
         if value.shape != reference.shape:
-            problems.append(f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is right")
-    if problems:
-        return found
-    if forward is not None:
-        with stock_works(directory, who="the comparison of its layers"):
-            layers, found_there = _compare_layers(stock, own, inputs, manifest, forward)
-        by_stock = outputs.pop("stock loader")
-        layers["max_logit_difference"] = float((by_stock.float() - outputs["own loader"].float()).abs().max())
-        found["stock_layers"] = layers
-        problems += found_there
-        if not torch.equal(outputs.pop("stock loader, second run"), by_stock):
-            problems.append("stock loader: a second run gives other outputs")
-        stock = None
-    failure = theirs = None
-    if can_generate and "input_ids" in inputs:
-        found["generated_tokens"], failure = _generate(own, inputs)
-    if source is None:
-        found["not_compared"] = "the source wasn't at hand"
-    else:
-        request = SourceRequest(source, trust_remote_code, source_limit, generates=failure is None)
-        theirs = _compare_source(request, own, checkpoint, manifest, prints, ties, inputs, outputs, found)
-    if failure is not None and failure == theirs:
-        found["notes"].append(f"no tokens were generated, since the source can't either: {failure}")
+            found.problems.append(f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is right")
+
+
+def _compare_stock_layers(
+    artifact: Artifact, forward: Forward, stock: StockRun, own: Any, output: Tensor, found: Findings
+) -> None:
+    """Layer by layer, where a stock loader's layers multiply by themselves; frees its model."""
+    with stock_works(artifact.directory, who="the comparison of its layers"):
+        compared, largest, problems = compare_layers(stock.model, own, stock.inputs, artifact.manifest, forward)
+    first, second = stock.outputs[STOCK], stock.outputs[STOCK_AGAIN]
+    found.stock_layers = LayerComparison(compared, largest, float((first.float() - output.float()).abs().max()))
+    found.problems += problems
+    if not torch.equal(second, first):
+        found.problems.append(f"{STOCK}: a second run gives other outputs")
+    stock.model = None
+
+
+def _judge_generation(failure: str | None, source_failure: str | None, found: Findings) -> None:
+    """An artifact that can't generate is no problem where the source fails in the same way."""
+    if failure is not None and failure == source_failure:
+        found.notes.append(f"no tokens were generated, since the source can't either: {failure}")
     elif failure is not None:
-        problems.append(f"generate fails: {failure}")
-    reference = expected if expected is not None else next(iter(outputs.values())).float()
-    found["tolerance"] = float((blocks + 1) * eps * reference.abs().max())
+        found.problems.append(f"generate fails: {failure}")
+
+
+def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings) -> None:
+    """Every output is finite and within the tolerance of the reference."""
+    reference = stock.reference(outputs)
+    tolerance = float((stock.blocks + 1) * stock.eps * reference.abs().max())
     differences = {name: float((value.float() - reference).abs().max()) for name, value in outputs.items()}
-    found["max_logit_difference"] = max(differences.values())
+    found.tolerance, found.max_logit_difference = tolerance, max(differences.values())
     for name, difference in differences.items():
         if not bool(torch.isfinite(outputs[name]).all()):
-            problems.append(f"{name}: outputs hold NaN or Inf")
-        elif not difference <= found["tolerance"]:  # NaN fails too
-            problems.append(f"{name}: outputs differ by {difference:.3g}, {found['tolerance']:.3g} is allowed")
-    return found
-
-
-@dataclass(frozen=True)
-class SourceRequest:
-    """The checkpoint that an artifact is compared with; `limit` as `verify` has it.
-
-    generates  the artifact's model can generate; where it can't the source is asked, too
-    """
-
-    directory: Path
-    trust_remote_code: bool
-    limit: int | None
-    generates: bool
-
-
-def _compare_source(
-    request: SourceRequest,
-    own: Any,
-    artifact: Any,
-    manifest: dict[str, Any],
-    prints: dict[str, Any],
-    ties: set[frozenset[str]],
-    inputs: dict[str, Any],
-    outputs: dict[str, Any],
-    found: dict[str, Any],
-) -> str | None:
-    """Compare with the source, as `against_source` has it; adds to `found` and, to be judged, to `outputs`.
-
-    own       the artifact by `compressor.load`; its layers go into the source's model
-    artifact  its checkpoint
-    returns   why the source can't generate either, if it was asked
-    """
-    import tempfile
-
-    import torch
-
-    from compressor.artifact import against_source
-    from compressor.artifact.stock_loading import stock_works
-    from compressor.errors import ModelError
-    from compressor.model.block_runner import without_cache
-    from compressor.model.checkpoint import open_checkpoint
-    from compressor.model.tracing import use_eager_experts
-
-    problems = found["problems"]
-    changes, _ = against_source.read_changes(manifest)
-    checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
-    if (reason := against_source.why_not_comparable(checkpoint)) is not None:
-        found["not_compared"] = reason
-        return None
-    dtype = getattr(torch, artifact.config["dtype"])
-    rewritten = [change for change in changes if change["rewrites"]]
-    offload = against_source.does_not_fit(checkpoint, dtype, request.limit)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-model-"))) if offload else None
-        stack.enter_context(stock_works(request.directory, ModelError))
-        source = against_source.load_source(
-            request.directory, checkpoint, dtype, trust_remote_code=request.trust_remote_code, offload=scratch
-        )
-        use_eager_experts(source.config)
-        with torch.no_grad(), without_cache(source):
-            plain = _output(source(**inputs))
-        failure = None if request.generates else _generate(source, inputs)[1]
-        distance = against_source.compare_outputs(outputs["own loader"], plain)
-        compared = {"loaded_to": "disk" if offload else "memory", "output_distance": distance}
-        if not bool(torch.isfinite(plain).all()):
-            problems.append("the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype")
-        if rewritten:
-            problems += against_source.compare_reading(source, request.directory, dtype, request.trust_remote_code)
-            kept = not manifest["weights"] and all(change["keeps_function"] for change in changes)
-            blocks = getattr(source.config.get_text_config(), "num_hidden_layers", 1)
-            allowed = against_source.ROUNDING_UNITS * (blocks + 1) * torch.finfo(dtype).eps
-            if kept and not (distance is not None and distance <= allowed):  # NaN fails too
-                problems.append(
-                    f"outputs differ from the source's by {distance} of their size, {allowed:.3g} is allowed: "
-                    f"{', '.join(change['pass'] for change in rewritten)} should keep them"
-                )
-        else:
-            numbers, found_there = against_source.compare_tensors(source, own, dtype, prints, ties, manifest)
-            compared |= numbers
-            problems += found_there
-            if not changes and not found_there:
-                with (
-                    torch.no_grad(),
-                    without_cache(source),
-                    stock_works(artifact.directory, who="the source with its layers"),
-                ):
-                    against_source.put_layers(source, own, manifest)
-                    outputs["source with the artifact's layers"] = _output(source(**inputs))
-        found["source"] = compared
-    return failure
-
-
-def _generate(model: Any, inputs: dict[str, Any]) -> tuple[int | None, str | None]:
-    """How many new tokens `generate` makes of a prompt, or why it makes another number than it should."""
-    import torch
-
-    from compressor.process.resources import ran_out
-
-    prompt = inputs["input_ids"][:1, :8]
-    try:
-        made = model.generate(
-            prompt,
-            max_new_tokens=GENERATED_TOKENS,
-            min_new_tokens=GENERATED_TOKENS,
-            do_sample=False,
-            attention_mask=torch.ones_like(prompt),
-        )
-    except Exception as error:  # any: what a class makes of a cache, or of few blocks, is its own
-        if (lack := ran_out(error)) is not None:
-            raise lack from error
-        return None, f"{type(error).__name__}: {str(error)[:300]}"
-    count = int(made.shape[1] - prompt.shape[1])
-    return count, None if count == GENERATED_TOKENS else f"it makes {count} of {GENERATED_TOKENS} tokens"
-
-
-def _compare_layers(
-    stock: Any, own: Any, inputs: dict[str, Any], manifest: dict[str, Any], forward: Any
-) -> tuple[dict[str, Any], list[str]]:
-    """Hold each layer of a stock loader to what it should make of the inputs that ours reads.
-
-    returns  how many were compared and the largest share of what is allowed; the problems
-    """
-    import torch
-
-    read: dict[str, Any] = {}
-
-    def keep_input(name: str) -> Any:
-        def hook(module: Any, args: Any) -> None:
-            read.setdefault(name, args[0])
-
-        return hook
-
-    names = sorted(entry["parameter"].removesuffix(".weight") for entry in manifest["weights"].values())
-    hooks = [own.get_submodule(name).register_forward_pre_hook(keep_input(name)) for name in names]
-    with torch.no_grad():
-        own(**inputs)
-    for hook in hooks:
-        hook.remove()
-    problems, largest = [], 0.0
-    theirs = dict(stock.named_parameters())
-    for name, value in own.named_parameters():
-        if name in theirs and not torch.equal(theirs[name], value):
-            problems.append(f"stock loader: {name} is not what was written")
-    for name in names:
-        layer, module = own.get_submodule(name), stock.get_submodule(name)
-        if not torch.equal(module.weight, layer.weight):
-            problems.append(f"stock loader: the codes of {name} are not what was written")
-        with torch.no_grad():
-            expected, allowed = forward(layer, read[name])
-            share = float(((module(read[name]).float() - expected).abs() / allowed).max())
-        if not share <= 1:  # NaN fails too
-            problems.append(f"stock loader: {name} differs by {share:.3g} times what its roundings allow")
-        largest = max(largest, share)
-    return {"compared": len(names), "largest_share_of_allowed": largest}, problems
-
-
-def _example(model: Any) -> dict[str, Any]:
-    import torch
-
-    from compressor.model.tracing import example_batch
-
-    return example_batch(model, torch.device("cpu"), samples=2, tokens=32)
-
-
-def _output(output: Any) -> Any:
-    return output.logits if "logits" in output else output.last_hidden_state
+            found.problems.append(f"{name}: outputs hold NaN or Inf")
+        elif not difference <= tolerance:  # NaN fails too
+            found.problems.append(f"{name}: outputs differ by {difference:.3g}, {tolerance:.3g} is allowed")
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Writes an artifact: shards, config, side files and the manifest."""
+"""Writes an artifact: shards, config, side files and the manifest. Knows layers, never passes. Format: docs/format.md.
+
+The weight files are streamed from the unit files; the manifest with the hash of every file is written last, so a
+directory without a manifest is not an artifact.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from typing import Any
 
 import torch
 
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.export_format import Route
 from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import FORMAT_VERSION
 from compressor.artifact.modeling_file import VERSION, modelling_file
-from compressor.artifact.stock_formats import Route, artifact_config
 from compressor.layers import find_layer
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from compressor.data.files import check_size, find_file, read_regular, reading
 from compressor.data.rows import whole_labels
-from compressor.data.sources import check_size, find_file, read_regular, reading
 from compressor.errors import ModelError, RecipeError
 from compressor.lazy import torch
 from compressor.process.utf8 import parse_json

@@ -5,6 +5,7 @@ A chat is a list of messages, objects with `role` and `content`, and becomes tex
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -148,3 +149,17 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
             text_of(told[key], f"{field}.{key}", name, row)
         messages.append(told)
     return messages
+
+
+def no_field(field: str, keys: list[Any], where: str, what: str, known: str) -> RecipeError:
+    names = [str(key) for key in keys]
+    near = difflib.get_close_matches(field, names, 1)
+    listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    hint = f"Did you mean {near[0]!r}?" if near else f"{known}: {listed[:400] or 'none'}. Name one with `field`."
+    values = {"field": field, "known": names[:20], "near": near}
+    return RecipeError(f"{what} {field!r}", where=where, hint=hint, data={"reason": "no-field", **values})
+
+
+def two_columns(column: str, name: str) -> RecipeError:
+    values = {"reason": "two-columns", "column": column}
+    return RecipeError(f"has two columns {column!r}", where=name, hint="Rename one of them.", data=values)

@@ -1,4 +1,4 @@
-"""Calibration and evaluation samples: tokenized, cut, drawn, and pinned by hash. `data_files` reads the sources.
+"""Calibration and evaluation samples: tokenized, cut, drawn, and pinned by hash. `sources` reads them.
 
 The built-in text `stdlib` is shipped, not read from the running interpreter: the standard library's sources change with
 every patch release and distributions strip parts of them, so figures would not be comparable. It is a fixed excerpt
@@ -13,19 +13,17 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
+from compressor.data.files import memory_share
 from compressor.data.images import check_images, normalised, read_images
 from compressor.data.parts import EVALUATION, part_of_texts, positions_of
 from compressor.data.rows import Rows, texts_of, whole_labels
-from compressor.data.sources import Columns, check_rows, is_dataset, memory_share, read_rows
-from compressor.errors import ModelError, RecipeError
+from compressor.data.settings import Settings
+from compressor.data.sources import check_rows, is_dataset, read_rows
+from compressor.data.tokenizing import load_tokenizer, pack, tokens_of
+from compressor.errors import RecipeError
 from compressor.lazy import torch
-from compressor.model.model_files import check_directory
-from compressor.model.trusted_code import FLAG, file_of, required_code, tokenizer_code
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 STDLIB_SHA256 = {
     "train": "524556d663c685d48ab3b115447846fa96792538a641d1a0e9e3bfef28d34167",
@@ -33,19 +31,6 @@ STDLIB_SHA256 = {
 }
 TOKEN_BYTES = 8
 DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
-
-
-class Settings(Columns, Protocol):
-    """The `data` section of a recipe (`recipe.DataSettings`)."""
-
-    @property
-    def samples(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def pack(self) -> bool: ...
-    @property
-    def sha256(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -188,7 +173,7 @@ def draw_samples(
             return Samples(packed, settings.source, documents.sha256, part=documents.part)
         numbers = _draw(len(documents.texts), settings.samples, seed, where, "documents")
         special = not documents.has_special_tokens
-        inputs = tuple(_tokens(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
+        inputs = tuple(tokens_of(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
     labels = documents.labels
     kept = None if labels is None else torch.tensor([labels[number] for number in numbers])
     return Samples(inputs, settings.source, documents.sha256, kept, documents.part)
@@ -235,42 +220,6 @@ def _check_room(settings: Settings) -> None:
             hint="Ask for fewer samples, or shorter ones.",
             data={"samples": settings.samples, "length": settings.length, "size": size, "limit": most},
         )
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; code of the directory runs only where the user trusts it.
-
-    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
-    """
-    from transformers import AutoTokenizer
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    check_directory(directory)
-    where, references = tokenizer_code(directory)
-    if references and not trust_remote_code:
-        raise ModelError(
-            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
-            where=where,
-            hint=FLAG,
-            data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
-        )
-    try:
-        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
-            cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
-            return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
-        raise RecipeError(
-            f"the model has no usable tokenizer ({_first_line(error)})",
-            where=directory.name,
-            hint="Copy tokenizer.json beside config.json, or use data.source: random.",
-            data={"reason": "no-tokenizer", "cause": _first_line(error)},
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:160]
 
 
 def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
@@ -320,45 +269,6 @@ def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
     )
 
 
-def pack(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
-) -> tuple[torch.Tensor, ...]:
-    """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
-
-    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
-    """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    ids: list[int] = []
-    for document in documents:
-        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [*made, end] if made and end is not None else made
-    if not ids and any(document.strip() for document in documents):
-        raise RecipeError(
-            "the model's tokenizer makes no tokens of its text",
-            where=where,
-            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
-            data={"reason": "no-tokens"},
-        )
-    windows = len(ids) // settings.length
-    if windows == 0:
-        raise RecipeError(
-            f"the text has {len(ids)} tokens, one sample needs {settings.length}",
-            where=where,
-            hint="Give more text or set a smaller length.",
-            data={"tokens": len(ids), "length": settings.length},
-        )
-    if windows < settings.samples:
-        raise RecipeError(
-            f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
-            where=where,
-            hint=f"Set samples to {windows} or less, or give more text.",
-            data={"available": windows, "samples": settings.samples, "length": settings.length},
-        )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
-    stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
-    return tuple(stream[chosen].unbind())
-
-
 def _stdlib(split: str) -> tuple[list[str], None, str]:
     if split not in STDLIB_SHA256:
         raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="It has train and heldout.")
@@ -377,17 +287,6 @@ def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]
         raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint, data=values)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     return chosen.sort().values.tolist()
-
-
-def _tokens(
-    text: str, number: int, tokenizer: PreTrainedTokenizerBase, settings: Settings, special_tokens: bool
-) -> torch.Tensor:
-    ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
-    if not ids:
-        raise RecipeError(
-            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
-        )
-    return torch.tensor(ids)
 
 
 def _check_hash(settings: Settings, digest: str) -> None:

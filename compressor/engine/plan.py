@@ -18,8 +18,10 @@ import psutil
 import torch
 
 from compressor.analysis.model_facts import facts_of
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.export_format import Route, choose_route, next_route
 from compressor.artifact.modeling_file import modelling_file
-from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config, check_loader, choose_route, next_route
+from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.data.parts import same_source
 from compressor.engine.trial import NoTwin, try_loaders

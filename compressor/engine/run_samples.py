@@ -17,10 +17,10 @@ from compressor.data.samples import (
     check_data,
     draw_samples,
     load_documents,
-    load_tokenizer,
     part_of,
     random_samples,
 )
+from compressor.data.tokenizing import load_tokenizer
 from compressor.engine.plan import Plan
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of

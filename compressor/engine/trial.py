@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.export_format import Route
 from compressor.artifact.loader import load
 from compressor.artifact.modeling_file import modelling_file
-from compressor.artifact.stock_formats import FAMILIES, Route, artifact_config
+from compressor.artifact.stock_formats import FAMILIES
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.writer import seal, write_json
 from compressor.layers.base import Layer

@@ -9,7 +9,7 @@ from compressor.errors import UsageError
 from compressor.evaluation.report import validate_report
 from compressor.model.checkpoint import open_checkpoint, resolve_model
 from compressor.process.utf8 import parse_json
-from compressor.recipe.gates import CHANGE, check_gates, split_gate
+from compressor.recipe.gates import CHANGE, GateRow, check_gates, split_gate
 
 BAD_REPORT = "Copy the report again, or measure again with `compress-model eval`."
 VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
@@ -117,7 +117,7 @@ def _other_samples(subjects: list[dict[str, Any]]) -> bool:
     return len(set(measured)) > 1
 
 
-def _judge(gates: dict[str, float], first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
+def _judge(gates: dict[str, float], first: dict[str, Any], last: dict[str, Any]) -> list[GateRow]:
     def beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return {name: {"before": _after(before, name), "after": _after(after, name)} for name in after}
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from compressor.engine.request import check_summary
 from compressor.engine.run_samples import check_length, read_evaluation_data
 from compressor.errors import KernelError, ModelError, UsageError
 from compressor.evaluation.environment import environment
-from compressor.evaluation.evaluate import SPEED_TOKENS, evaluate
+from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.report import (
     append_summary,
     data_facts,
@@ -29,6 +30,8 @@ from compressor.evaluation.report import (
     validate_report,
     write_reports,
 )
+from compressor.evaluation.sections import EvaluationRun, Sizes, Subject
+from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.kernels.prepare.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.model.reshaped_class import class_for
@@ -68,29 +71,18 @@ def measure_model(
     """
     began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
-    if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
-        raise UsageError(
-            f"gates that compare two models: {', '.join(lacking)}",
-            where="eval",
-            hint="Pass --baseline MODEL, or drop them.",
-            data={"reason": "no-baseline", "gates": lacking},
-        )
+    _check_baseline(asked, baseline)
     check_summary(asked.report)
     with _kept_if_written(output), started_early():
-        directory = resolve_model(model)
-        after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-        before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
-        for place in (after.directory, before.directory if before else None):
-            if place is not None and (place / MANIFEST).is_file():
-                check_loader(read_manifest(place)["route"])
-        limit = _token_limit(after, trust_remote_code)
+        subjects = _open_subjects(model, baseline, trust_remote_code)
+        limit = _token_limit(subjects.after, trust_remote_code)
         asked = asked.fit_lengths(limit)
-        samples = _samples(asked, directory, limit, trust_remote_code)
+        samples = _samples(asked, subjects.directory, limit, trust_remote_code)
         torch.set_num_threads(threads or torch.get_num_threads())
         with tempfile.TemporaryDirectory() as scratch:
             found = evaluate(
-                before.directory if before else None,
-                directory,
+                subjects.before.directory if subjects.before else None,
+                subjects.directory,
                 samples,
                 asked.eval,
                 Path(scratch),
@@ -99,37 +91,81 @@ def measure_model(
                 most_tokens=limit(SPEED_TOKENS),
                 trust_remote_code=trust_remote_code,
             )
-        sizes = _sizes(before, after)
         if strict_kernels:
             check_kernels(found.kernels)
-        rows = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
-        report = finite(
-            {
-                "evaluation_version": EVALUATION_VERSION,
-                "tool": {"name": "compress-model", "version": VERSION},
-                "status": "ok" if all(row["passed"] for row in rows) else "gate_failed",
-                "name": asked.name,
-                "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
-                "seed": asked.seed,
-                "model": _subject(model, after),
-                "baseline": _subject(baseline, before) if baseline and before else None,
-                "data": {"eval": data_facts(samples)},
-                "sizes": sizes,
-                "metrics": found.metrics,
-                "saturation": found.saturation,
-                "gates": rows,
-                "warnings": unmeasured_warnings(found.metrics),
-                **({} if found.kernels is None else {"kernels": found.kernels}),
-                "run": {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed},
-                "environment": environment(torch.device("cpu")),
-            }
-        )
+        run: EvaluationRun = {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed}
+        report = _evaluation_report(asked, subjects, samples, found, run)
         validate_report(report)
         if output is not None:
             write_reports(report, output, asked.report)
         else:
             append_summary(report, asked.report)
     return report
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The model and, if one was given, the baseline; each with what the user calls it.
+
+    directory  of the model, as it was resolved
+    """
+
+    name: str
+    directory: Path
+    after: Checkpoint
+    baseline: str | None
+    before: Checkpoint | None
+
+
+def _open_subjects(model: str, baseline: str | None, trust_remote_code: bool) -> Subjects:
+    """raises ModelError, DependencyError for an artifact whose loader needs a package that isn't installed"""
+    directory = resolve_model(model)
+    after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
+    for place in (after.directory, before.directory if before else None):
+        if place is not None and (place / MANIFEST).is_file():
+            check_loader(read_manifest(place)["route"])
+    return Subjects(model, directory, after, baseline, before)
+
+
+def _check_baseline(asked: Recipe, baseline: str | None) -> None:
+    """raises UsageError for gates that compare two models where there is one"""
+    if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
+        raise UsageError(
+            f"gates that compare two models: {', '.join(lacking)}",
+            where="eval",
+            hint="Pass --baseline MODEL, or drop them.",
+            data={"reason": "no-baseline", "gates": lacking},
+        )
+
+
+def _evaluation_report(
+    asked: Recipe, subjects: Subjects, samples: Samples, found: Measured, run: EvaluationRun
+) -> dict[str, Any]:
+    sizes = _sizes(subjects.before, subjects.after)
+    gates = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
+    baseline = _subject(subjects.baseline, subjects.before) if subjects.baseline and subjects.before else None
+    return finite(
+        {
+            "evaluation_version": EVALUATION_VERSION,
+            "tool": {"name": "compress-model", "version": VERSION},
+            "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
+            "name": asked.name,
+            "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
+            "seed": asked.seed,
+            "model": _subject(subjects.name, subjects.after),
+            "baseline": baseline,
+            "data": {"eval": data_facts(samples)},
+            "sizes": sizes,
+            "metrics": found.metrics,
+            "saturation": found.saturation,
+            "gates": gates,
+            "warnings": unmeasured_warnings(found.metrics),
+            **({} if found.kernels is None else {"kernels": found.kernels}),
+            "run": run,
+            "environment": environment(torch.device("cpu")),
+        }
+    )
 
 
 def check_kernels(kernels: list[dict[str, str]] | None) -> None:
@@ -241,7 +277,7 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def _subject(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _subject(name: str, checkpoint: Checkpoint) -> Subject:
     return {
         "source": model_label(name),
         "sha256": checkpoint.content_sha256,
@@ -249,7 +285,7 @@ def _subject(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _sizes(before: Checkpoint | None, after: Checkpoint) -> dict[str, Any]:
+def _sizes(before: Checkpoint | None, after: Checkpoint) -> Sizes:
     after_bytes = after.weight_file_bytes
     if before is None:
         return {"before_bytes": None, "after_bytes": after_bytes, "ratio": None}

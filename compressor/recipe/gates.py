@@ -10,11 +10,23 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from compressor.errors import UsageError
 
 VALUE, CHANGE = ("", "_min"), ("_increase_percent", "_drop_points")
+
+
+class GateRow(TypedDict):
+    """A gate of the report. margin: how far the value is on the right side; interval: what it was judged by, if any."""
+
+    name: str
+    metric: str
+    bound: float
+    value: float | None
+    passed: bool
+    margin: float | None
+    interval: list[float | None] | None
 
 
 @dataclass(frozen=True)
@@ -111,8 +123,8 @@ def check_gates(
     speed: Mapping[str, Any],
     sizes: Mapping[str, Any],
     confidence: float | None = None,
-) -> list[dict[str, Any]]:
-    """One row per gate: name, bound, value, passed, margin, interval, metric. What wasn't measured fails.
+) -> list[GateRow]:
+    """One row per gate. What wasn't measured fails.
 
     With a confidence, a gate that the value misses still passes unless the bootstrap interval of that same quantity
     (the metric's `intervals`) lies wholly beyond the bound.
@@ -137,7 +149,7 @@ def _check(
     speed: Mapping[str, Any],
     sizes: Mapping[str, Any],
     confidence: float | None,
-) -> dict[str, Any]:
+) -> GateRow:
     metric, form = split_gate(name)
     row = _ratio_row(metric, speed, sizes) if metric.endswith("_ratio") else metrics.get(metric)
     before, after = (row.get("before"), row.get("after")) if row else (None, None)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from compressor import load
 from compressor.data.samples import Samples, load_samples
-from compressor.evaluation.evaluate import load_model
+from compressor.evaluation.model_loading import load_model
 from compressor.model.facts import Decision, PrunableSite
 from compressor.passes.vtrans import VTrans
 from compressor.protocol import ShapingModel

@@ -20,9 +20,11 @@ from stored_as_planned import store_as_planned
 
 import compressor
 from compressor import layers
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.export_format import choose_route
 from compressor.artifact.loader import empty_model
 from compressor.artifact.modeling_file import modelling_file
-from compressor.artifact.stock_formats import FAMILIES, Family, artifact_config, choose_route
+from compressor.artifact.stock_formats import FAMILIES, Family
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, PreflightError
 from compressor.layers.base import Stock

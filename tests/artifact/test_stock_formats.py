@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stored_as_planned import assert_plain_transformers_computes_what_the_codes_stand_for, store_as_planned
 
 import compressor
-from compressor.artifact.stock_formats import artifact_config
+from compressor.artifact.artifact_config import artifact_config
 from compressor.engine.plan import make_plan
 from compressor.errors import PreflightError, RecipeError, ShapeError
 from compressor.layers.block_linear import BlockLinear

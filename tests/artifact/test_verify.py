@@ -14,6 +14,7 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor import run as running
+from compressor.artifact import generation
 from compressor.artifact import verify as verifying
 from compressor.artifact.verify import verify
 from compressor.errors import ArtifactError, ModelError, PassError
@@ -228,7 +229,7 @@ def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(buil
         assert sound["notes"] == ["no tokens were generated, since the source can't either: ValueError: no cache"]
         assert found(artifact, None)["problems"] == ["generate fails: ValueError: no cache"]
     answers = iter([(7, "it makes 7"), (8, None)])  # of the artifact, of its source
-    monkeypatch.setattr(verifying, "_generate", lambda *_: next(answers))
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_: next(answers))
     assert found(artifact, source)["problems"] == ["generate fails: it makes 7"]
 
 
@@ -272,6 +273,6 @@ def test_what_fails_in_our_own_loader_is_told_apart_from_too_little_memory(fault
 def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
     artifact = built(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16), tmp_path / "out", RTN)
     shapes = iter((slice(None), slice(None), slice(1, None)))
-    plain = verifying._output
-    monkeypatch.setattr(verifying, "_output", lambda output: plain(output)[next(shapes)])
+    plain = verifying.output_of
+    monkeypatch.setattr(verifying, "output_of", lambda output: plain(output)[next(shapes)])
     assert found(artifact, None)["problems"] == ["own loader: outputs have shape (1, 32, 96), (2, 32, 96) is right"]

@@ -20,11 +20,11 @@ from compressor.data.samples import (
     draw_samples,
     load_documents,
     load_samples,
-    load_tokenizer,
     part_of,
     random_samples,
     read_documents,
 )
+from compressor.data.tokenizing import load_tokenizer
 from compressor.errors import RecipeError
 from compressor.model.model_files import demo_path
 

@@ -19,9 +19,9 @@ import pytest
 from data_settings import ask
 from raising import raises
 
-from compressor.data import sources as data_files
+from compressor.data import files, sources
+from compressor.data.files import kind_of
 from compressor.data.samples import check_data, load_samples, read_documents
-from compressor.data.sources import kind_of
 from compressor.errors import DependencyError, RecipeError
 
 ROWS = [{"text": f"alpha beta {i}", "label": i % 3} for i in range(5)]
@@ -350,7 +350,7 @@ def test_a_data_set_that_names_files_elsewhere_is_refused(name, tmp_path):
 
 
 def test_more_than_memory_holds_is_refused_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "memory_share", lambda: 5000)
+    monkeypatch.setattr(files, "memory_share", lambda: 5000)
     for name, content in (
         ("a.txt", b"x" * 6000),
         ("a.txt.gz", gzip.compress(b"x" * 6000, mtime=0)),
@@ -396,7 +396,7 @@ def test_a_saved_data_set_is_read_with_its_rows_chosen_and_its_damage_told(tmp_p
 
 
 def test_plan_looks_at_the_first_rows_of_a_long_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "HEAD_BYTES", 100)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 100)
     long = {"a.jsonl": LINES * 9, "a.csv": CSV + b'"a\nb",1\n' * 50, "a.txt": "é".encode() * 99 + b"\xff",
             "a.json": b"[" * 999, "a.csv.gz": gzip.compress(CSV * 9, mtime=0)}  # fmt: skip
     for name, content in long.items():
@@ -414,4 +414,4 @@ def test_plan_looks_at_the_first_rows_of_a_long_file(tmp_path, monkeypatch):
 
 def test_every_kind_that_is_told_is_known(tmp_path):
     for ending in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"):
-        assert ending in data_files.KNOWN and kind_of(tmp_path / f"a{ending}.gz") == (ending, ".gz")
+        assert ending in files.KNOWN and kind_of(tmp_path / f"a{ending}.gz") == (ending, ".gz")

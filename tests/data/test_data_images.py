@@ -13,7 +13,7 @@ import torch
 from data_settings import ask
 from raising import raises
 
-from compressor.data import sources as data_files
+from compressor.data import files
 from compressor.data.images import check_images, normalised, read_images
 from compressor.data.samples import check_data, load_samples
 from compressor.errors import ModelError, RecipeError
@@ -93,7 +93,7 @@ def test_labels_may_be_whole_floats_or_absent(tmp_path):
 
 
 def test_what_headers_claim_is_bounded_by_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "memory_share", lambda: 5000)
+    monkeypatch.setattr(files, "memory_share", lambda: 5000)
     sink = io.BytesIO()
     numpy.savez_compressed(sink, images=numpy.zeros((100, 10, 10), numpy.uint8))
     (tmp_path / "i.npz").write_bytes(sink.getvalue())

@@ -326,7 +326,7 @@ def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
     done = started("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 5 and done.stderr.startswith("error[model]: no/such/\\xf6: ")
     code = (
-        "from compressor.process.streams import mend_streams; mend_streams(); from compressor.cli.main import out; "
+        "from compressor.process.streams import mend_streams; mend_streams(); from compressor.cli.render import out; "
         "out.print('\\u2192 \\u00f6', highlight=False)"
     )
     words = [sys.executable, "-c", code]

@@ -22,7 +22,7 @@ from compressor.artifact.loader import load
 from compressor.engine.plan import make_plan
 from compressor.errors import CompressError
 from compressor.evaluation.compare import compare, is_report, read_subject
-from compressor.evaluation.report import render_html, render_markdown
+from compressor.evaluation.render import render_html, render_markdown
 from compressor.model import model_building
 from compressor.model.checkpoint import open_checkpoint
 from compressor.recipe.recipe import parse_recipe, recipe_folders
@@ -236,7 +236,7 @@ def data(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return compressor.data.samples.load_tokenizer(compressor.data.samples.demo_path())
+    return compressor.data.tokenizing.load_tokenizer(compressor.data.samples.demo_path())
 
 
 @inputs(40)

@@ -163,7 +163,7 @@ STAGES = {
     "data": ("compressor.data.samples", "pack", "native"),
     "sweep": ("compressor.passes.rtn", "RTN.block", "native"),
     "sweep, Python": ("compressor.passes.rtn", "RTN.block", "swallowed"),
-    "write": ("compressor.artifact.loader", "write_artifact", "native"),
+    "write": ("compressor.artifact.writer", "write_artifact", "native"),
     "verify": ("compressor.artifact.verify", "", ""),
     "evaluate": ("compressor.evaluation.evaluate", "", ""),
 }

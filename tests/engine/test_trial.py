@@ -12,7 +12,7 @@ import yaml
 from raising import raises
 from stored_as_planned import assert_plain_transformers_computes_what_the_codes_stand_for
 
-from compressor.artifact.stock_formats import Route, next_route
+from compressor.artifact.export_format import Route, next_route
 from compressor.engine import plan as planning
 from compressor.engine import trial
 from compressor.engine.plan import make_plan

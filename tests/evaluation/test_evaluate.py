@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from compressor.errors import KernelError, ModelError, PreflightError, RecipeError, UsageError
 from compressor.evaluation.compare import read_subject
 from compressor.evaluation.eval_command import measure_model
-from compressor.evaluation.evaluate import measure_quality, measure_speed, saturation, watch_ranges
+from compressor.evaluation.quality import measure_quality
 from compressor.evaluation.report import validate_report
+from compressor.evaluation.saturation import saturation, watch_ranges
+from compressor.evaluation.speed import measure_speed
 from compressor.model.model_files import demo_path
 from compressor.recipe.gates import GATE_NAMES, check_gates, compares_models, read_gates, unknown_gate, unmeasured_gates
 from compressor.recipe.recipe import parse_recipe

@@ -17,16 +17,8 @@ from raising import raises
 from compressor.cli.main import main
 from compressor.errors import UsageError
 from compressor.evaluation.compare import compare
-from compressor.evaluation.report import (
-    NOT_VERIFIED,
-    finite,
-    human_bytes,
-    render_comparison,
-    render_html,
-    render_junit,
-    render_markdown,
-    validate_report,
-)
+from compressor.evaluation.render import human_bytes, render_comparison, render_html, render_junit, render_markdown
+from compressor.evaluation.report import NOT_VERIFIED, finite, validate_report
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
 

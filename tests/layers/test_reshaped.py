@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.analysis.residual_stream import read_residual, residual_twin
 from compressor.artifact import writer
+from compressor.artifact.artifact_config import auto_classes
+from compressor.artifact.export_format import choose_route
 from compressor.artifact.inspection import inspect_path
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import modelling_file
-from compressor.artifact.stock_formats import auto_classes, choose_route
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.verify import verify
 from compressor.engine.plan import make_plan

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import compressor
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.perturbation import InDouble
-from compressor.artifact.stock_formats import choose_route
+from compressor.artifact.export_format import choose_route
 from compressor.errors import ModelError, PreflightError
 from compressor.methods.pruning.pruned_shapes import check_decision, parameters_left, pruned_remodel
 from compressor.model.norms import Norm, apply_norm

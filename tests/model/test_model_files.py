@@ -9,7 +9,7 @@ import pytest
 import tiny
 from raising import raises
 
-from compressor.data.samples import load_tokenizer
+from compressor.data.tokenizing import load_tokenizer
 from compressor.errors import ModelError
 from compressor.model import model_files
 from compressor.model.checkpoint import open_checkpoint

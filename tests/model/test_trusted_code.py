@@ -19,10 +19,10 @@ from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.verify import main, verify
-from compressor.data.samples import load_tokenizer
+from compressor.data.tokenizing import load_tokenizer
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, CompressError, ModelError
-from compressor.evaluation.evaluate import load_model
+from compressor.evaluation.model_loading import load_model
 from compressor.model.structure import config_of, read_structure
 from compressor.model.trusted_code import auto_map, files_behind
 from compressor.recipe.recipe import parse_recipe

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.engine.plan import make_plan, planned_tensors
 from compressor.errors import PreflightError, RecipeError, ShapeError
-from compressor.evaluation.evaluate import measure_quality
+from compressor.evaluation.quality import measure_quality
 from compressor.kernels.ops.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
 from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding

@@ -19,11 +19,13 @@ from torch import nn
 
 import compressor
 from compressor.artifact import stock_formats as export
+from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.verify import verify, verify_in_child
 from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan
 from compressor.errors import DependencyError, PassError, PreflightError, RecipeError
-from compressor.evaluation.report import outlier_inputs, render_html, render_markdown
+from compressor.evaluation.render import render_html, render_markdown
+from compressor.evaluation.weight_rows import outlier_inputs
 from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
@@ -98,9 +100,7 @@ def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modelling_fi
     plan = plan_of(family, tmp_path)
     assert plan.route.name == "bitsandbytes" and not plan.problems
     forms = list(plan.forms.values())
-    config = export.artifact_config(
-        plan.structure.checkpoint.config, plan.route, forms, plan.structure.model, "", False
-    )
+    config = artifact_config(plan.structure.checkpoint.config, plan.route, forms, plan.structure.model, "", False)
     settings = config["quantization_config"]
     assert settings["llm_int8_threshold"] == 6.0 and isinstance(settings["llm_int8_threshold"], float)
     stored = {export.module_of(form) for form in forms}
@@ -243,7 +243,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
             return model
 
         with monkeypatch.context() as patched:
-            patched.setattr(compressor.artifact.loader, "load", spoiled)
+            patched.setattr(compressor.artifact.verify, "load", spoiled)
             problems = verify(directory, None, sealed=True, deep=True)["problems"]
         assert any("layers.1.mlp.down_proj" in problem for problem in problems), (name, problems)
 
@@ -330,7 +330,7 @@ def test_a_tied_head_is_left_alone_unless_named(tmp_path):
     assert not plan.untied and all(form.weight.role != "head" for form in plan.forms.values())
     named = make_plan(recipe({"only": ["*", "@head"]}), str(tmp_path / "m"), prove=False)
     assert named.untied and named.route.name == "bitsandbytes"
-    config = export.bitsandbytes_config(export._described(list(named.forms.values())), named.structure.model)
+    config = export.bitsandbytes_config(export.described_by(list(named.forms.values())), named.structure.model)
     assert config["llm_int8_skip_modules"] == []
 
 

@@ -19,9 +19,9 @@ from compressor.artifact.stock_loading import load_stock
 from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError, RecipeError
-from compressor.evaluation.evaluate import _batch_sums
 from compressor.evaluation.kept_patches import kept_patches
-from compressor.evaluation.report import render_html
+from compressor.evaluation.metrics import batch_sums
+from compressor.evaluation.render import render_html
 from compressor.layers.structural.token_gate import TokenGate
 from compressor.model.facts import BlockTokens, TokenFacts
 from compressor.model.structure import find_blocks, read_structure
@@ -250,7 +250,7 @@ def _deit_small():
 
 def test_embeddings_of_fewer_tokens_are_compared_by_their_means():
     before, after = torch.ones(2, 6, 4), torch.ones(2, 3, 4)
-    found = _batch_sums(before, after, torch.zeros(2, 6), None, causal=False)
+    found = batch_sums(before, after, torch.zeros(2, 6), None, causal=False)
     assert found.keys() == {"cosine"} and found["cosine"].tolist() == pytest.approx([1, 1])
 
 

@@ -16,7 +16,8 @@ from compressor.bounds import MOST_BYTES
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
 from compressor.process.utf8 import printable
-from compressor.recipe.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders, recipe_json_schema
+from compressor.recipe.json_schema import recipe_json_schema
+from compressor.recipe.recipe import find_recipe, parse_recipe, read_recipe, recipe_folders
 from compressor.recipe.schema import bare_source
 
 SHIPPED = sorted(path.stem for path in recipe_folders()[0].glob("*.yaml"))

@@ -8,7 +8,8 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.artifact.stock_formats import artifact_config, module_of
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.stock_formats import module_of
 from compressor.methods.quantization.packed_codes import store
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.tracing import example_batch

@@ -1,0 +1,74 @@
+"""What an artifact's config.json says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+
+from compressor.artifact.export_format import Route
+from compressor.artifact.modeling_file import custom_type, find_backbone
+from compressor.artifact.stock_formats import FAMILIES, described_by, module_of, sorted_spec
+from compressor.errors import PreflightError
+from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
+from compressor.model.stored_weight import StoredWeight
+
+
+def artifact_config(
+    source: dict[str, Any],
+    route: Route,
+    forms: Sequence[StoredWeight],
+    model: PreTrainedModel,
+    dtype: str,
+    untied: bool,
+) -> dict[str, Any]:
+    """The artifact's config.json: the source's own keys, and what the route needs."""
+    config = copy.deepcopy(source)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    if untied:
+        config["tie_word_embeddings"] = False
+    if route.name in FAMILIES:
+        config["quantization_config"] = FAMILIES[route.name].config(described_by(forms), model)
+        if route.dequantize:
+            config["quantization_config"]["dequantize"] = True
+    elif route.name == "custom":
+        kind = custom_type(source["model_type"])
+        config["model_type"] = kind
+        config["architectures"] = [f"Compressed{type(model).__name__}"]
+        if is_reshaped(config):
+            config[SHAPES], config[MODULES] = reshaping(config)
+        config["compressed_weights"] = {
+            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
+            for form in forms
+        }
+        config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
+    return config
+
+
+def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
+    """The `auto_map` of a custom artifact: Auto class -> class of its modeling file."""
+    file = f"modeling_{model_type}"
+    classes = {auto: f"{file}.Compressed{type(model).__name__}" for auto in auto_classes(model)}
+    if (backbone := find_backbone(model)) is not None:
+        classes["AutoModel"] = f"{file}.Compressed{backbone.__name__}"
+    return {"AutoConfig": f"{file}.CompressedConfig"} | classes
+
+
+def auto_classes(model: PreTrainedModel) -> list[str]:
+    """The Auto classes that transformers would load this architecture with."""
+    found = []
+    for name in dir(modeling_auto):
+        cls = getattr(modeling_auto, name)
+        if not (isinstance(cls, type) and issubclass(cls, auto_factory._BaseAutoModelClass)):
+            continue
+        mapping = getattr(cls, "_model_mapping", None)
+        classes = mapping.get(type(model.config), None) if mapping is not None else None
+        if classes is not None and stock_class(model) in (classes if isinstance(classes, tuple) else (classes,)):
+            found.append(name)
+    if not found:
+        raise PreflightError("no Auto class loads this architecture", where=type(model).__name__)
+    return sorted(found)

@@ -1,0 +1,164 @@
+"""Which export format an artifact takes.
+
+A layer says which family of stock loaders reads its tensors (`Layer.stock`), if any. Where one family of `FAMILIES`
+reads all of them, plain transformers loads the artifact; else the format is `custom`: one modeling file generated from
+the layers (`modeling_file`), loaded with trust_remote_code=True and needing torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compressor.artifact.stock_formats import FAMILIES, described_by, sorted_spec, stocks_of
+from compressor.errors import Because, PreflightError, values_of
+from compressor.layers import find_layer
+from compressor.layers.base import Stock
+from compressor.model.reshaped_class import is_reshaped, reshaping
+from compressor.model.stored_weight import StoredWeight
+
+
+@dataclass(frozen=True)
+class Route:
+    """name    dense | custom | a family of FAMILIES
+    reason  one sentence for the report and the card
+    dequantize  the loader of compressed-tensors rebuilds dense weights while loading, not at the first forward pass
+    """
+
+    name: str
+    reason: str
+    dequantize: bool = False
+
+
+def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
+    """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
+    shaped = is_reshaped(model.config)
+    if not forms and not shaped:
+        return Route("dense", "no weight changed its form")
+    experts = _check_experts(forms)
+    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
+    if family is not None and asked in ("auto", family):
+        return Route(family, f"every weight fits {family}; plain transformers loads it")
+    if stock_only and asked == "custom":
+        raise PreflightError(
+            "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
+        )
+    reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
+    because = values_of(foreign[0][1]) if foreign else {}
+    at = foreign[0][0] if foreign else None
+    if stock_only or asked not in ("auto", "custom"):
+        raise _no_stock_loader(reason, because, None if shaped else len(foreign), at)
+    if experts:
+        raise _no_custom_experts(reason, because, next(iter(experts.values())), at, shaped)
+    return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
+
+
+def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
+    """Form -> an expert stored so. raises PreflightError for a form that no route holds, or more than one scheme"""
+    experts = [form for form in forms if form.weight.expert is not None]
+    names = {form.form: form.weight.name for form in experts}
+    for kind, name in names.items():
+        if not find_layer(kind).weight_only:
+            raise PreflightError(
+                f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
+                where=name,
+                hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+                data={"reason": "expert-form", "form": kind},
+            )
+    if len({str(sorted_spec(form)) for form in experts}) > 1:
+        raise PreflightError(
+            "experts are stored in more than one scheme",
+            where="steps",
+            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
+        )
+    return names
+
+
+def _no_stock_loader(reason: str, because: dict[str, Any], weights: int | None, at: str | None) -> PreflightError:
+    """weights  how many stand in the way; None: the model itself does"""
+    what = "this model" if weights is None else f"{weights} weights"
+    return PreflightError(
+        f"stock transformers can't load {what}; {reason}",
+        where="export",
+        hint="Set export.stock_only: false and export.format: auto"
+        + (" (or custom)." if weights is None else ", or leave these weights out."),
+        data={"reason": "no-stock-loader", "because": because, "weights": weights, "weight": at},
+    )
+
+
+def _no_custom_experts(
+    reason: str, because: dict[str, Any], expert: str, at: str | None, shaped: bool
+) -> PreflightError:
+    return PreflightError(
+        f"the modelling file can't hold experts, and the stock format won't do: {reason}",
+        where=expert,
+        hint="Leave the experts out with `except`."
+        if shaped
+        else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+        data={"reason": "no-custom-experts", "because": because, "weight": at},
+    )
+
+
+def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool) -> Route:
+    """What to try after a format whose loader fails with this class.
+
+    why     what the loader said, as the end of a sentence
+    raises  PreflightError when nothing is left
+    """
+    schemes = {str(settings) for _, settings in described_by(forms)}
+    if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
+        reason = f"{route.reason}, with dequantize: true, since otherwise {why}"
+        return Route(route.name, reason, dequantize=True)
+    is_expert = any(form.weight.expert is not None for form in forms)
+    if route.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
+        reason = f"plain transformers can't load {route.name} into this class: {why}"
+        return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
+    raise PreflightError(
+        f"an artifact of this model in the format {route.name} can't be loaded: {why}",
+        where="export",
+        hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
+        data={"reason": "loader-fails", "format": route.name, "cause": why},
+    )
+
+
+def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
+    """What of the model its stock class hasn't, and why that matters."""
+    shapes, modules = reshaping(model.config)
+    name = next(iter(modules or shapes))
+    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
+    form = modules[name]["form"] if modules else None
+    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    cls = type(model).__name__
+    why = f"{what}, which {cls} of stock transformers doesn't have"
+    return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
+
+
+def _stock_family(
+    forms: Sequence[StoredWeight], model: PreTrainedModel
+) -> tuple[str | None, list[tuple[str, Because]]]:
+    """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
+    stocks = stocks_of(forms)
+    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, Because)]
+    if foreign:
+        return None, foreign
+    families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
+    first = families[0][1]
+    foreign = [
+        (
+            form.weight.name,
+            Because(
+                f"is stored for {family} and others for {first}, and a checkpoint has one loader",
+                reason="two-loaders",
+                loader=family,
+                others=first,
+            ),
+        )
+        for form, family in families
+        if family != first
+    ]
+    if foreign or (foreign := FAMILIES[first].refuses(described_by(forms), model)):
+        return None, foreign
+    return first, []

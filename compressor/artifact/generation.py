@@ -1,0 +1,31 @@
+"""Whether a loaded model still generates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from compressor.process.resources import ran_out
+
+GENERATED_TOKENS = 8
+PROMPT_TOKENS = 8
+
+
+def generate_tokens(model: Any, inputs: dict[str, Any]) -> tuple[int | None, str | None]:
+    """How many new tokens `generate` makes of a prompt, or why it makes another number than it should."""
+    prompt = inputs["input_ids"][:1, :PROMPT_TOKENS]
+    try:
+        made = model.generate(
+            prompt,
+            max_new_tokens=GENERATED_TOKENS,
+            min_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            attention_mask=torch.ones_like(prompt),
+        )
+    except Exception as error:  # any: what a class makes of a cache, or of few blocks, is its own
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+    count = int(made.shape[1] - prompt.shape[1])
+    return count, None if count == GENERATED_TOKENS else f"it makes {count} of {GENERATED_TOKENS} tokens"

@@ -1,0 +1,135 @@
+"""The part of the verification that loads the source, and judges how far the artifact is from it.
+
+What is compared, and how, is `against_source`'s; which comparison the steps of the artifact allow is decided here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.artifact import against_source, generation
+from compressor.artifact.findings import Findings, SourceComparison
+from compressor.artifact.stock_loading import stock_works
+from compressor.errors import ModelError
+from compressor.model.block_runner import output_of, without_cache
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.tracing import use_eager_experts
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """The checkpoint that an artifact is compared with.
+
+    limit  bytes that its model may take in memory; None: most of what is available
+    """
+
+    directory: Path
+    trust_remote_code: bool
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class LoadedArtifact:
+    """own     the model by `compressor.load`; its layers go into the source's model
+    prints  of the model by its stock loader, and `ties` of the same (`against_source`)
+    inputs  that all models read
+    output  what `own` makes of them
+    """
+
+    checkpoint: Checkpoint
+    manifest: dict[str, Any]
+    own: Any
+    prints: dict[str, against_source.Print]
+    ties: set[frozenset[str]]
+    inputs: dict[str, Any]
+    output: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.checkpoint.config["dtype"])
+
+
+@dataclass(frozen=True)
+class SourceAnswer:
+    """output   of the source's model with the artifact's layers in it, to be judged; None where they don't fit there
+    failure  why the source can't generate either, if that was asked
+    """
+
+    output: Tensor | None = None
+    failure: str | None = None
+
+
+def compare_with_source(
+    request: SourceRequest, artifact: LoadedArtifact, *, generates: bool, found: Findings
+) -> SourceAnswer:
+    """Compare with the source, as `against_source` has it; adds to `found`.
+
+    generates  the artifact's model can generate; where it can't the source is asked, too
+    """
+    changes, _ = against_source.read_changes(artifact.manifest)
+    checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
+    if (reason := against_source.why_not_comparable(checkpoint)) is not None:
+        found.not_compared = reason
+        return SourceAnswer()
+    offload = against_source.does_not_fit(checkpoint, artifact.dtype, request.limit)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-model-"))) if offload else None
+        stack.enter_context(stock_works(request.directory, ModelError))
+        source = against_source.load_source(
+            request.directory, checkpoint, artifact.dtype, trust_remote_code=request.trust_remote_code, offload=scratch
+        )
+        use_eager_experts(source.config)
+        with torch.no_grad(), without_cache(source):
+            plain = output_of(source(**artifact.inputs))
+        failure = None if generates else generation.generate_tokens(source, artifact.inputs)[1]
+        distance = against_source.compare_outputs(artifact.output, plain)
+        found.source = SourceComparison("disk" if offload else "memory", distance)
+        if not bool(torch.isfinite(plain).all()):
+            found.problems.append("the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype")
+        if any(change["rewrites"] for change in changes):
+            reading = against_source.compare_reading(
+                source, request.directory, artifact.dtype, request.trust_remote_code
+            )
+            found.problems += reading + _rewriting_problems(source, artifact, changes, distance)
+            return SourceAnswer(failure=failure)
+        return SourceAnswer(_compare_tensors(source, artifact, bool(changes), found), failure)
+
+
+def _rewriting_problems(
+    source: Any, artifact: LoadedArtifact, changes: list[dict[str, Any]], distance: float | None
+) -> list[str]:
+    """Steps that keep the function must keep the outputs; nothing else may have changed them for that to be judged."""
+    if artifact.manifest["weights"] or not all(change["keeps_function"] for change in changes):
+        return []
+    blocks = getattr(source.config.get_text_config(), "num_hidden_layers", 1)
+    allowed = against_source.ROUNDING_UNITS * (blocks + 1) * torch.finfo(artifact.dtype).eps
+    if distance is not None and distance <= allowed:  # NaN fails too
+        return []
+    rewriting = ", ".join(change["pass"] for change in changes if change["rewrites"])
+    return [
+        f"outputs differ from the source's by {distance} of their size, {allowed:.3g} is allowed: "
+        f"{rewriting} should keep them"
+    ]
+
+
+def _compare_tensors(source: Any, artifact: LoadedArtifact, is_changed: bool, found: Findings) -> Tensor | None:
+    """Compare tensor by tensor; returns what the source's model computes with the artifact's layers in it."""
+    compared, problems = against_source.compare_tensors(
+        source, artifact.own, artifact.dtype, artifact.prints, artifact.ties, artifact.manifest
+    )
+    assert found.source is not None
+    found.source = replace(found.source, tensors=compared)
+    found.problems += problems
+    if is_changed or problems:
+        return None
+    who = "the source with its layers"
+    with torch.no_grad(), without_cache(source), stock_works(artifact.checkpoint.directory, who=who):
+        against_source.put_layers(source, artifact.own, artifact.manifest)
+        return output_of(source(**artifact.inputs))

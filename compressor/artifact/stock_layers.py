@@ -1,0 +1,63 @@
+"""Layers of a stock loader that multiply by themselves, each compared with what it should make of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # as `stock_formats.Family.forward`
+
+
+def compare_layers(
+    stock: Any, own: Any, inputs: dict[str, Any], manifest: dict[str, Any], forward: Forward
+) -> tuple[int, float, list[str]]:
+    """Hold each layer of a stock loader to what it should make of the input that our layer reads.
+
+    returns  how many were compared; the largest share of what is allowed; the problems
+    """
+    names = sorted(entry["parameter"].removesuffix(".weight") for entry in manifest["weights"].values())
+    read = _layer_inputs(own, names, inputs)
+    problems = _parameter_problems(stock, own)
+    largest = 0.0
+    for name in names:
+        layer, module = own.get_submodule(name), stock.get_submodule(name)
+        if not torch.equal(module.weight, layer.weight):
+            problems.append(f"stock loader: the codes of {name} are not what was written")
+        with torch.no_grad():
+            expected, allowed = forward(layer, read[name])
+            share = float(((module(read[name]).float() - expected).abs() / allowed).max())
+        if not share <= 1:  # NaN fails too
+            problems.append(f"stock loader: {name} differs by {share:.3g} times what its roundings allow")
+        largest = max(largest, share)
+    return len(names), largest, problems
+
+
+def _layer_inputs(model: Any, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The first input that each of these modules reads in one forward pass."""
+    read: dict[str, Tensor] = {}
+
+    def keep_input(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            read.setdefault(name, args[0])
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(keep_input(name)) for name in names]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return read
+
+
+def _parameter_problems(stock: Any, own: Any) -> list[str]:
+    """Parameters that both models have and that differ in any bit."""
+    theirs = dict(stock.named_parameters())
+    return [
+        f"stock loader: {name} is not what was written"
+        for name, value in own.named_parameters()
+        if name in theirs and not torch.equal(theirs[name], value)
+    ]

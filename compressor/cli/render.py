@@ -1,0 +1,230 @@
+"""What the command line prints: tables, Markdown, JSON, warnings and errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from compressor.cli.progress import json_line
+from compressor.errors import CompressError, UsageError
+
+if TYPE_CHECKING:
+    from compressor.engine.plan import Plan
+
+out, err = Console(), Console(stderr=True)
+
+
+class Format(str, Enum):
+    table = "table"
+    json = "json"
+
+
+class TextFormat(str, Enum):
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+
+
+class PageFormat(str, Enum):
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
+
+
+def complain(error: CompressError, as_json: bool) -> None:
+    if as_json:
+        with contextlib.suppress(OSError):  # the line on standard error says it too
+            json_line(error.event())
+    with contextlib.suppress(OSError):  # of a terminal that was closed: nobody is there to be told
+        err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """Each weight, what steps change of the model, the predicted sizes, the warnings and all problems but the first."""
+    from compressor.evaluation.render import human_bytes
+
+    if plan.rows:
+        _show_weights(plan.rows)
+    for reshape in plan.reshapes:
+        _show_reshape(reshape.to_dict())
+    if plan.route is not None:
+        out.print(f"route {plan.route.name}: {plan.route.reason}", highlight=False)
+    out.print(
+        f"weights {human_bytes(plan.source_bytes)} -> {human_bytes(plan.weight_bytes)}; artifact "
+        f"{human_bytes(plan.artifact_bytes)}; memory about {human_bytes(plan.peak_memory_bytes)}; disk "
+        f"{human_bytes(plan.disk_bytes)}",
+        highlight=False,
+    )
+    warn(plan.warnings)
+    for problem in plan.problems[1:]:
+        complain(problem, False)
+
+
+def _show_weights(rows: list[dict[str, Any]]) -> None:
+    from compressor.evaluation.render import human_bytes
+
+    table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            row["role"],
+            row["pass"],
+            row["to"],
+            human_bytes(row["bytes_before"]),
+            human_bytes(row["bytes_after"]),
+        )
+    out.print(table)
+
+
+def _show_reshape(reshape: dict[str, Any]) -> None:
+    before, after = reshape["parameters_before"], reshape["parameters_after"]
+    line = f"{reshape['pass']}: {before:,} -> {after:,} parameters ({100 * (after / before - 1):+.1f} %)"
+    if widths := reshape["widths"][:2]:
+        line += f", width {widths[0]} -> {widths[1]} ({100 * (widths[1] / widths[0] - 1):+.1f} %)"
+    out.print(line, highlight=False)
+    for note in reshape["notes"]:
+        out.print(f"  {note}", highlight=False)
+
+
+def show_structure(found: dict[str, Any], weights: bool) -> None:
+    """What `inspect_path` found. weights: by their full names"""
+    from compressor.evaluation.render import human_bytes
+
+    out.print(
+        f"{found['architecture']}, {found['dtype']}, {found['block_count']} blocks in {found['blocks']}",
+        highlight=False,
+    )
+    table = Table("unit", "tensors", "bytes", "weight groups")
+    for unit in found["units"]:
+        groups = [
+            ", ".join(
+                f"{w['name'] if weights else w['name'].rpartition('.')[2]} @{w['role']} {w['form']}" for w in group
+            )
+            for group in unit["groups"]
+        ]
+        table.add_row(unit["name"], str(unit["tensors"]), human_bytes(unit["bytes"]), "\n".join(groups))
+    out.print(table)
+
+
+def show_verification(found: dict[str, Any], directory: Path, has_source: bool) -> None:
+    """Of an artifact without problems."""
+    for note in found["notes"]:
+        err.print(f"documentation: {note}", highlight=False, markup=False)
+    out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
+    if found["not_compared"]:
+        how = "" if has_source else " Give it with --source MODEL."
+        out.print(f"not compared with its source: {found['not_compared']}.{how}", highlight=False)
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Rows of one kind, their keys as the header."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table)
+
+
+def show_facts(found: dict[str, Any]) -> None:
+    table = Table("", "")
+    for key, value in found.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key, ", ".join(map(str, shown)) if isinstance(shown, list) else str(shown))
+    out.print(table)
+
+
+def show_run(report: dict[str, Any], output: Path) -> None:
+    from compressor.evaluation.render import human_bytes
+
+    sizes = report["sizes"]
+    table = Table("", "before", "after", title=f"{report['recipe']['name']} on {report['model']['source']}")
+    table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))
+    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
+        table.add_row(name, number(row.get("before")), number(row.get("after")))
+    _add_gates(table, report["gates"])
+    out.print(table)
+    shown = next((name for name in ("report.html", "report.md") if (output / name).is_file()), "report.json")
+    out.print(f"artifact: {output}\nreport:   {output / shown}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_evaluation(report: dict[str, Any]) -> None:
+    from compressor.evaluation.render import human_bytes
+
+    table = Table("", "before", "after", "95 % interval", title=report["model"]["source"])
+    sizes = report["sizes"]
+    table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]), "")
+    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
+        low, high = row.get("interval", (None, None))
+        interval = "" if low is None else f"{number(low)} - {number(high)}"
+        table.add_row(name, number(row.get("before")), number(row.get("after")), interval)
+    _add_gates(table, report["gates"])
+    out.print(table)
+
+
+def _add_gates(table: Table, gates: list[dict[str, Any]]) -> None:
+    for gate in gates:
+        verdict = "passed" if gate["passed"] else "FAILED"
+        table.add_row(f"gate {gate['name']}", f"bound {number(gate['bound'])}", f"{number(gate['value'])} {verdict}")
+
+
+def render_comparison_as(found: dict[str, Any], rows: list[dict[str, Any]], format_: PageFormat) -> str:
+    if format_ is PageFormat.json:
+        return json.dumps(found, indent=2) + "\n"
+    if format_ is PageFormat.html:
+        from compressor.evaluation.render import render_comparison
+
+        return render_comparison(found, rows)
+    cells = [[row["name"], *map(number, row["values"])] for row in rows]
+    blank = [""] * (len(found["subjects"]) - 2)
+    for gate in found["gates"]:
+        verdict = f"{number(gate['value'])} {'passed' if gate['passed'] else 'FAILED'}"
+        cells.append([f"gate {gate['name']}", f"bound {number(gate['bound'])}", *blank, verdict])
+    if format_ is PageFormat.markdown:
+        return markdown_table(["", *found["subjects"]], cells)
+    table = Table("", *map(escape, found["subjects"]))
+    for row in cells:
+        table.add_row(*map(escape, row))
+    console = Console(width=out.width)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def warn(warnings: list[dict[str, str]]) -> None:
+    for warning in warnings:
+        err.print(
+            f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"can't be written ({error.strerror})", where=str(path), hint="Name another file.") from error
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,400 @@
+"""The verbs of the command line and their arguments. What each does lies in the module it calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compressor import __version__
+from compressor.cli.progress import Mode, json_line, show
+from compressor.cli.render import (
+    Format,
+    PageFormat,
+    TextFormat,
+    err,
+    markdown_table,
+    print_json,
+    render_comparison_as,
+    show_evaluation,
+    show_facts,
+    show_plan,
+    show_rows,
+    show_run,
+    show_structure,
+    show_verification,
+    warn,
+    write_text,
+)
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+
+
+class Raised(Exception):
+    """Carries what a verb raised past typer, which gives some exceptions a meaning of its own."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Verbs(TyperGroup):
+    """The verbs. typer would take an EOFError of a library for an abort, and a broken pipe for exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, KeyboardInterrupt, OSError) as error:
+            raise Raised(error) from None
+
+
+app = typer.Typer(
+    name="compress-model",
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
+ModelOpt = Annotated[
+    str, typer.Option("--model", help="Checkpoint directory, cached hub name, or demo.", show_default=False)
+]
+
+
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: steps.0.bits=3.")
+]
+
+
+DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOpt = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="CPU threads; results depend on it.", show_default=False)
+]
+
+
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
+NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]
+TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON event a line on standard output.")]
+FormatOpt = Annotated[Format, typer.Option("--format", help="How to print.")]
+DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"compress-model {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
+    try:
+        os.getcwd()
+    except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
+        raise UsageError(
+            "the working directory is gone",
+            hint="Change to a directory that exists.",
+            data={"reason": "no-working-directory"},
+        ) from error
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    recipe: RecipeArg,
+    model: ModelOpt,
+    output: Annotated[Path, typer.Option(help="Directory to publish; must not exist.", show_default=False)],
+    set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    threads: ThreadsOpt = None,
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
+    trust_remote_code: TrustOpt = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compress, write, verify, measure, gate, publish."""
+    from compressor.recipe.recipe import read_recipe
+
+    mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
+    parsed = read_recipe(recipe, set_ or [])
+    ended: dict[str, Any] = {}
+    try:
+        with show(mode, err) as emit:
+            from compressor.run import compress
+
+            def keep(event: dict[str, Any]) -> None:
+                if event["event"] == "result":
+                    ended.update(event)
+                emit(event)
+
+            compress(
+                parsed,
+                model,
+                output,
+                device=device,
+                threads=threads,
+                resume=resume,
+                fresh=fresh,
+                measure=not no_eval,
+                trust_remote_code=trust_remote_code,
+                emit=keep,
+                stop=ctx.obj,
+            )
+    except BrokenPipeError as error:
+        hint = "Continue with --resume, and read all of its standard output."
+        raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
+    finally:
+        if ended and mode == "auto":  # a failed gate has a result too
+            show_run(ended["report"], Path(ended["output"]))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArg,
+    model: ModelOpt,
+    output: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
+    set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    resume: ResumeOpt = False,
+    fresh: FreshOpt = False,
+    no_eval: NoEvalOpt = False,
+    trust_remote_code: TrustOpt = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are refusals.")] = False,
+    format_: FormatOpt = Format.table,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what would be done to each weight, what it would weigh, and every problem; writes nothing."""
+    from compressor.engine.plan import make_plan
+    from compressor.engine.request import check_request, find_device, named_output
+    from compressor.engine.run_samples import data_problems
+    from compressor.recipe.recipe import read_recipe
+
+    parsed = read_recipe(recipe, set_ or [])
+    found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
+    found.problems += data_problems(
+        found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code
+    )
+    try:
+        find_device(device)
+        if output is not None:
+            check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
+    except CompressError as error:
+        found.problems.append(error)
+    if as_json:
+        json_line({"event": "result", **found.to_dict()})
+    elif format_ is Format.json:
+        print_json(found.to_dict())
+    else:
+        show_plan(found)
+    if found.problems:
+        raise found.problems[0]
+    if strict and found.warnings:
+        raise UsageError(f"{len(found.warnings)} warnings and --strict", where="plan")
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Checkpoint or artifact directory, or demo.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option(help="Take `eval` from this recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data source: stdlib, a path, dataset:NAME.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated metrics.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with: for KL, agreement, ratios and changes.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=BOUND", help="A bound that must hold; exit code 3 if it doesn't.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for report.json, report.md and junit.xml.", show_default=False)
+    ] = None,
+    strict_kernels: Annotated[
+        bool, typer.Option("--strict-kernels", help="A layer for which there is no kernel is an error.")
+    ] = False,
+    set_: SetOpt = None,
+    threads: ThreadsOpt = None,
+    trust_remote_code: TrustOpt = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure any model or artifact; gates apply."""
+    from compressor.evaluation.eval_command import measure_model
+    from compressor.recipe.gates import failed_gates
+
+    found = measure_model(
+        model,
+        recipe=recipe,
+        data=data,
+        metrics=metrics,
+        baseline=baseline,
+        gates=gate,
+        overrides=set_,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        output=output,
+        strict_kernels=strict_kernels,
+    )
+    if as_json:
+        json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})
+    else:
+        warn(found["warnings"])
+        if not quiet:
+            show_evaluation(found)
+    if failed := failed_gates(found["gates"]):
+        hint = f"The report is in {output}." if output else None
+        raise GateError(f"{failed} did not hold", where=found["model"]["source"], hint=hint)
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints.", show_default=False)
+    ],
+    format_: Annotated[
+        PageFormat | None, typer.Option("--format", help="How to print; else by --output's suffix, or a table.")
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Errors of every weight too.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on", metavar="NAME=BOUND", help="A gate on the last against the first; exit code 3 if it fails."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write it to this file instead of printing.", show_default=False)
+    ] = None,
+) -> None:
+    """Bytes, metrics and errors side by side."""
+    from compressor.evaluation.compare import compare as side_by_side
+    from compressor.recipe.gates import failed_gates, read_gates
+
+    if len(paths) < 2:
+        raise UsageError("two or more are needed", where="compare")
+    found = side_by_side(paths, read_gates(fail_on or [], "--fail-on"))
+    suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
+    chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
+    text = render_comparison_as(found, found["rows"] + (found["weights"] if weights else []), chosen)
+    warn(found["warnings"])
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(output, text)
+    if failed := failed_gates(found["gates"]):
+        raise GateError(f"{failed} did not hold", where=f"{found['subjects'][-1]} against {found['subjects'][0]}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Checkpoint or artifact directory, or demo.", show_default=False)],
+    weights: Annotated[bool, typer.Option("--weights", help="List every weight.")] = False,
+    trust_remote_code: TrustOpt = False,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Stem, blocks, head, weight groups, stored forms and bytes; reads headers only."""
+    from compressor.artifact.inspection import inspect_path
+
+    found = inspect_path(path, trust_remote_code)
+    if format_ is Format.json:
+        print_json(found)
+        return
+    show_structure(found, weights)
+
+
+@app.command()
+def verify(
+    directory: DirArg,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="Compare with the checkpoint that it was made of.", show_default=False),
+    ] = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
+    from compressor.artifact.verify import verify_in_child
+    from compressor.model.checkpoint import resolve_model
+
+    original = None if source is None else resolve_model(source).absolute()
+    found = verify_in_child(
+        directory.absolute(), None, sealed=True, source=original, trust_remote_code=trust_remote_code
+    )
+    if as_json:
+        json_line({"event": "result", **found})
+    if found["problems"]:
+        raise ArtifactError("; ".join(found["problems"]), where=str(directory))
+    if not as_json:
+        show_verification(found, directory, has_source=original is not None)
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.", show_default=False)] = None,
+    format_: Annotated[TextFormat, typer.Option("--format", help="How to print.")] = TextFormat.table,
+) -> None:
+    """The passes there are; with NAME its settings, their types, defaults and meaning."""
+    from compressor.recipe.reference_docs import pass_rows, setting_rows
+
+    rows = setting_rows(name) if name else pass_rows()
+    if format_ is TextFormat.json:
+        print_json(rows)
+        return
+    if format_ is TextFormat.markdown:
+        sys.stdout.write(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
+        return
+    show_rows(rows)
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the recipe, for editors."""
+    from compressor.recipe.json_schema import recipe_json_schema
+
+    print_json(recipe_json_schema())
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Artifact directory or report.json.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write the HTML form here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the Markdown form here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the JUnit form here.")] = None,
+) -> None:
+    """Render a report again; without options prints its Markdown form."""
+    from compressor.evaluation.compare import is_report, read_subject
+    from compressor.evaluation.render import is_evaluation, render_html, render_junit, render_markdown
+
+    found = read_subject(path)
+    if not is_report(found):
+        raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
+    if html is not None and is_evaluation(found):
+        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
+    targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
+    for target, render in targets:
+        if target is not None:
+            write_text(target, render(found))
+    if not any(target for target, _ in targets):
+        print(render_markdown(found))
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """Versions, CPU features, kernels, GPU, memory, disk, cache, missing extras."""
+    from compressor.cli.doctor import examine
+
+    found = examine()
+    if as_json:
+        json_line({"event": "result", **found})
+        return
+    show_facts(found)

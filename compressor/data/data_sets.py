@@ -1,0 +1,129 @@
+"""Data sets that are read through `datasets`: by name, or from a folder that names no file outside of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressor.data.files import check_regular, folder_of, load_package, reading
+from compressor.data.rows import LABEL, Rows, no_field
+from compressor.data.settings import Columns
+from compressor.errors import RecipeError
+
+MOST_FILES = 100_000  # in the folder of a data set
+CARD = "README.md"
+NAMING = ("splits", "filename", "data_files", "data_dir")  # keys of what describes a data set
+
+
+def read_dataset(settings: Columns) -> Rows:
+    table = open_dataset(settings)
+    columns = columns_of(table, settings.field, settings.source)
+    with reading(settings.source):
+        chosen = table.select_columns(columns).with_format("arrow")[:]
+        chosen.validate(full=True)
+        values = chosen.column(settings.field).to_pylist()
+        labels = chosen.column(LABEL).to_pylist() if LABEL in columns else None
+    if not values:
+        raise RecipeError("holds no rows", where=settings.source, data={"reason": "no-rows"})
+    is_text = all(isinstance(value, str) for value in values)
+    content = "\0".join(values) if is_text else json.dumps(values, sort_keys=True, default=repr)
+    return Rows(values, labels, hashlib.sha256(content.encode()).hexdigest(), settings.source)
+
+
+def columns_of(table: Any, field: str, source: str) -> list[str]:
+    """The columns to read. raises RecipeError if the field is none of them"""
+    names = list(table.column_names)
+    if field not in names:
+        raise no_field(field, names, source, "has no column", "Columns")
+    return [field, LABEL] if LABEL in names and field != LABEL else [field]
+
+
+def open_dataset(settings: Columns) -> Any:
+    datasets = load_package("datasets")
+    folder = folder_of(settings.source)
+    if folder is not None:
+        _check_folder(folder, settings.source)
+        _check_named(folder, settings.source)
+    name = settings.source.removeprefix("dataset:") if folder is None else str(folder)
+    with reading(settings.source):
+        if folder is not None and (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(name)
+            if settings.split not in splits:
+                known = ", ".join(splits)
+                raise RecipeError(
+                    f"has no split {settings.split!r}",
+                    where=settings.source,
+                    hint=f"It has: {known or 'none'}.",
+                    data={"split": settings.split, "known": list(splits)},
+                )
+            return splits[settings.split]
+        if folder is not None and (folder / "state.json").is_file():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, settings.config, split=settings.split)
+
+
+def _check_folder(folder: Path, source: str) -> None:
+    """raises RecipeError if anything in it, also through links, is no regular file or folder"""
+    seen: set[tuple[int, int]] = set()
+    open_, count = [folder], 0
+    while open_:
+        here = open_.pop()
+        try:
+            for entry in os.scandir(here):
+                count += 1
+                found = os.stat(entry.path)
+                if not stat.S_ISDIR(found.st_mode):
+                    check_regular(found.st_mode, os.path.join(source, os.path.relpath(entry.path, folder)))
+                elif (found.st_dev, found.st_ino) not in seen:
+                    seen.add((found.st_dev, found.st_ino))
+                    open_.append(Path(entry.path))
+        except OSError as error:
+            raise RecipeError(
+                f"holds {os.path.basename(error.filename or here)!r}, which can't be looked up ({error.strerror})",
+                where=source,
+                hint="Remove it, or check its permissions.",
+            ) from error
+        if count > MOST_FILES:
+            raise RecipeError(f"holds more than {MOST_FILES} files", where=source, hint="Give a smaller folder.")
+
+
+def _check_named(folder: Path, source: str) -> None:
+    """raises RecipeError if what describes a data set names files that lie elsewhere than in its folder"""
+    described_by = [folder / CARD, *folder.rglob("state.json"), *folder.rglob("dataset_dict.json")]
+    for path in (path for path in described_by if path.is_file()):
+        at = os.path.join(source, path.relative_to(folder).as_posix())
+        with reading(at):
+            text = path.read_text(encoding="utf-8")
+            if path.name == CARD:
+                parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.M)
+                described = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+            else:
+                described = json.loads(text)
+        for name in _named_files(described):
+            if "://" in name or os.path.isabs(name) or ".." in Path(name).parts:
+                raise RecipeError(
+                    f"names {name!r}, which lies outside of the data set's folder",
+                    where=at,
+                    hint="Keep all files of a data set in one folder.",
+                    data={"reason": "leads-out", "name": name},
+                )
+
+
+def _named_files(value: Any, is_named: bool = False) -> Iterator[str]:
+    """What stands under `splits`, `filename`, `data_files` or `data_dir`, at any depth."""
+    if isinstance(value, str) and is_named:
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named_files(item, is_named)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _named_files(item, key in NAMING or (is_named and key != "split"))

@@ -1,0 +1,191 @@
+"""Data files as bytes: found by name, of a known kind, regular, small enough to be read, decompressed.
+
+A file's kind follows from its ending, in any case, after an ending of compression is taken off (`train.jsonl.gz`).
+An ending that says nothing of data (.md, .py, none) is plain text, one document. Endings of other formats are refused.
+Only regular files are opened: a FIFO, device or socket would block for ever.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import io
+import lzma
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compressor.errors import CompressError, DependencyError, RecipeError
+
+JSON_LINES, CSV, ARROW = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}, (".arrow", ".feather", ".ipc")
+PARQUET = (".parquet", ".pq")
+UNPACKERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+CODECS = {".zst": "zstd", ".lz4": "lz4"}  # those of pyarrow
+COMPRESSED = (*UNPACKERS, *CODECS)
+KNOWN = (
+    "text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .npz; also with .gz, .bz2, .xz, .zst, .lz4"
+)
+# formats that hold no plain text, or that are no data; so that they are refused by name and not as bad UTF-8
+# fmt: off
+OTHER_FORMATS = {
+    ".7z", ".avi", ".avro", ".bin", ".bmp", ".db", ".doc", ".docx", ".egg", ".exe", ".gguf", ".gif", ".h5", ".hdf5",
+    ".ico", ".jar", ".jpeg", ".jpg", ".lzma", ".mat", ".mdb", ".mov", ".mp3", ".mp4", ".msgpack", ".npy", ".o", ".odt",
+    ".onnx", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".ppt", ".pptx", ".pt", ".pth", ".pyc", ".rar", ".rtf",
+    ".safetensors", ".snappy", ".so", ".sqlite", ".sqlite3", ".tar", ".tfrecord", ".tgz", ".tiff", ".wav", ".webp",
+    ".whl", ".xls", ".xlsx", ".z", ".zip",
+}
+# fmt: on
+
+
+def find_file(source: str) -> Path:
+    """The regular file that a source names. raises RecipeError"""
+    path, mode = look_up(source)
+    if mode is None:
+        raise RecipeError(
+            "is a link that leads nowhere" if path.is_symlink() else "no such data file",
+            where=source,
+            hint="Built in: stdlib, random. Else a path or dataset:NAME.",
+            data={"reason": "broken-link" if path.is_symlink() else "no-such-file"},
+        )
+    check_regular(mode, source)
+    return path
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """(ending that says the kind, or "" for plain text; ending of compression or ""). raises RecipeError"""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = endings.pop() if endings and endings[-1] in COMPRESSED else ""
+    kind = endings[-1] if endings else ""
+    if kind in OTHER_FORMATS or kind in COMPRESSED or (kind == ".npz" and packed):
+        raise RecipeError(
+            f"files that end in {kind} are not read",
+            where=path.name,
+            hint=f"Kinds that are: {KNOWN}; or a folder.",
+            data={"reason": "other-format", "ending": kind},
+        )
+    known = kind in (*JSON_LINES, ".json", *CSV, *PARQUET, *ARROW)
+    return (kind if known else ""), packed
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes. raises RecipeError if it is no regular file, can't be read, or is larger than memory allows"""
+    try:
+        found = path.stat()
+        check_regular(found.st_mode, path.name)
+        check_size(found.st_size if most is None else min(most, found.st_size), path.name)
+        with path.open("rb") as file:
+            return file.read() if most is None else file.read(most)
+    except OSError as error:
+        raise RecipeError(
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Check its permissions.",
+            data={"reason": "not-read", "cause": error.strerror},
+        ) from error
+
+
+def check_size(size: int, name: str) -> None:
+    """raises RecipeError for data of so many bytes that reading them would fill the memory"""
+    most = memory_share()
+    if size > most:
+        raise RecipeError(
+            f"holds {size} bytes of data, and {most} can be held in memory here",
+            where=name,
+            hint="Give a part of it: a few thousand documents are enough.",
+            data={"size": size, "limit": most},
+        )
+
+
+def memory_share() -> int:
+    """Bytes of data that may be read: as text and as tokens they take several times as much."""
+    return psutil.virtual_memory().available // 4
+
+
+def look_up(source: str) -> tuple[Path, int | None]:
+    """The path of a source and the mode of what lies there, through links; None for nothing."""
+    path = Path(os.path.expanduser(source))
+    try:
+        return path, path.stat().st_mode
+    except FileNotFoundError:
+        return path, None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long, a null character
+        why = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(
+            f"can't be looked up ({why})",
+            where=source[:200],
+            hint="Give another path.",
+            data={"reason": "not-looked-up", "cause": why},
+        ) from error
+
+
+def folder_of(source: str) -> Path | None:
+    path, mode = look_up(source.removeprefix("dataset:"))
+    return path if mode is not None and stat.S_ISDIR(mode) else None
+
+
+def check_regular(mode: int, where: str) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"))
+    kind = next((name for is_kind, name in kinds if is_kind(mode)), "device")
+    raise RecipeError(
+        f"is a {kind}, not a file",
+        where=where,
+        hint="Save the data to a file first.",
+        data={"reason": "no-regular-file", "kind": kind},
+    )
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever a library raises of a damaged file is the file's fault. raises RecipeError, DependencyError"""
+    try:
+        yield
+    except CompressError:
+        raise
+    except ImportError as error:
+        raise DependencyError(
+            f"needs a package that is not installed ({error})", where=name, hint="Install it with pip."
+        ) from error
+    except Exception as error:  # the readers of many formats, each with exceptions of its own; EOFError among them
+        said = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
+            where=name,
+            hint="Check that the file is complete and of the kind that its name says.",
+            data={"reason": "not-read", "error": type(error).__name__, "cause": said},
+        ) from error
+
+
+def load_package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DependencyError(f"needs the package {package}", where="data", hint="pip install datasets") from error
+
+
+def decompressed(path: Path, ending: str, content: bytes, most: int | None) -> bytes:
+    """What a compressed file holds, or its first `most` bytes."""
+    limit = memory_share() if most is None else most
+    with reading(path.name):
+        packed = io.BytesIO(content)
+        file: Any
+        if ending in UNPACKERS:
+            file = UNPACKERS[ending](packed)
+        else:
+            file = load_package("pyarrow").CompressedInputStream(packed, CODECS[ending])
+        parts, size = [], 0
+        while part := file.read(min(1 << 20, limit + 1 - size)):
+            parts.append(part)
+            size += len(part)
+            if most is not None and size >= most:
+                break
+            check_size(size, path.name)
+    return b"".join(parts)[:most]

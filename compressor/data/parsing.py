@@ -1,0 +1,265 @@
+"""Rows of one data file: JSON, CSV, Parquet, Arrow or plain text, and texts and labels as they stand in it.
+
+Rows are read as they are: nothing is turned into text that isn't, and no row is left out. What can't be read is a
+`RecipeError` that names the file and the row; whatever exception a library makes of a damaged file becomes one too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from typing import Any
+
+from compressor.data.files import ARROW, CSV, JSON_LINES, PARQUET, check_size, load_package, reading
+from compressor.data.rows import LABEL, chat_of, no_field, two_columns
+from compressor.errors import RecipeError
+
+MARKS = (  # the mark of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+ROW_BYTES = 64  # least memory that a row takes as a Python string
+NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.0*)?")
+
+
+def parse(kind: str, content: bytes, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
+    """(values, labels) of a file's content; is_cut: more of it follows, so that the last row may be a part."""
+    if kind in (*PARQUET, *ARROW):
+        with reading(name):
+            file = load_package("pyarrow").BufferReader(content)
+            return _from_arrow(open_arrow(kind, file, field, name), field, name)
+    text = _decode(content, name, is_cut)
+    if not text.strip() and not is_cut:
+        raise RecipeError("is empty", where=name, data={"reason": "empty"})
+    if kind in CSV:
+        return _from_csv(text, CSV[kind], field, name, is_cut)
+    if kind in JSON_LINES:
+        lines = text.split("\n")
+        return _from_objects(_json_lines(lines[:-1] if is_cut else lines, name), field, name)
+    if kind == ".json":
+        return _from_json(text, field, name)
+    return [text.replace("\r\n", "\n")], None
+
+
+def _decode(content: bytes, name: str, is_cut: bool) -> str:
+    mark, encoding = next(((mark, found) for mark, found in MARKS if content.startswith(mark)), (b"", "utf-8"))
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(content[len(mark) :], final=not is_cut)
+    except UnicodeDecodeError as error:
+        at = error.start + len(mark)
+        raise RecipeError(
+            f"is not {encoding.upper()} (byte {at})",
+            where=name,
+            hint="Save it as UTF-8.",
+            data={"reason": "bad-encoding", "encoding": encoding, "byte": at},
+        ) from error
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise RecipeError(
+            f"holds a null character (line {line})",
+            where=name,
+            hint="It isn't text, or is UTF-16 without a byte order mark; save it as UTF-8.",
+            data={"reason": "null-character", "line": line},
+        )
+    return text
+
+
+def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
+    """Lines end at a line feed only: a text may hold other line separators."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip(" \t\r"):
+            row = _load_json(line, f"{name}:{number}")
+            if not isinstance(row, dict):
+                raise RecipeError(
+                    "is not a JSON object",
+                    where=f"{name}:{number}",
+                    hint="Each line is one object.",
+                    data={"reason": "no-object"},
+                )
+            found.append(row)
+    return found
+
+
+def _load_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        twin = {"twin": error.key} if isinstance(error, _TwinKey) else {}
+        raise RecipeError(
+            f"is not JSON ({str(error)[:160]})",
+            where=where,
+            hint="Correct it there.",
+            data={"reason": "bad-json", "cause": str(error)[:160], **twin},
+        ) from error
+
+
+class _TwinKey(ValueError):
+    """A key that comes twice in one object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} comes twice in one object")
+        self.key = key
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _TwinKey(twin)
+    return row
+
+
+def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+    """An array of rows, {"data": rows}, an object of columns, one row, or lines of objects."""
+    lines = text.split("\n")
+    if text.lstrip().startswith("{") and sum(bool(line.strip(" \t\r")) for line in lines) > 1:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if getattr(error, "msg", "") == "Extra data":
+                return _from_objects(_json_lines(lines, name), field, name)
+    tree = _load_json(text, name)
+    if isinstance(tree, dict) and field not in tree and isinstance(tree.get("data"), list):
+        tree = tree["data"]
+    if isinstance(tree, list):
+        for number, row in enumerate(tree, 1):
+            if not isinstance(row, dict):
+                raise RecipeError(
+                    "is not a JSON object",
+                    where=f"{name}, row {number}",
+                    hint="Each row is one object.",
+                    data={"reason": "no-object"},
+                )
+        return _from_objects(tree, field, name)
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            "holds no rows",
+            where=name,
+            hint="Give an array of objects, or an object of columns.",
+            data={"reason": "no-rows"},
+        )
+    values = tree.get(field)
+    if not isinstance(values, list) or (values and chat_of(values) is not None):
+        return _from_objects([tree], field, name)
+    labels = tree.get(LABEL)
+    if labels is not None and (not isinstance(labels, list) or len(labels) != len(values)):
+        raise RecipeError(
+            f"the columns {field!r} and {LABEL!r} differ in length",
+            where=name,
+            hint="Give each row one value of both.",
+            data={"reason": "unequal-columns", "columns": [field, LABEL]},
+        )
+    return values, labels
+
+
+def _from_objects(rows: list[dict[str, Any]], field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+    for number, row in enumerate(rows, 1):
+        if field not in row:
+            raise no_field(field, list(row), f"{name}, row {number}", "has no text in", "Keys")
+    labels = [row.get(LABEL) for row in rows] if any(LABEL in row for row in rows) else None
+    return [row[field] for row in rows], labels
+
+
+def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
+    values: list[Any] = []
+    labels: list[Any] = []
+    header: list[str] | None = None
+    place = label = 0
+    for line, row in _csv_rows(text, delimiter, name, is_cut):
+        if header is None:
+            header = [name.strip() for name in row]  # `text, label`
+            if header.count(field) != 1:
+                raise (
+                    no_field(field, header, name, "has no column", "Columns")
+                    if field not in header
+                    else two_columns(field, name)
+                )
+            if header.count(LABEL) > 1:
+                raise two_columns(LABEL, name)
+            place, label = header.index(field), header.index(LABEL) if LABEL in header else -1
+            continue
+        if len(row) != len(header):
+            raise RecipeError(
+                f"has {len(row)} fields, the header has {len(header)}",
+                where=f"{name}:{line}",
+                hint="Quote texts that hold the separator or a line break.",
+                data={"fields": len(row), "header": len(header)},
+            )
+        values.append(row[place])
+        if label >= 0:
+            labels.append(_number(row[label]))
+    return values, labels if label >= 0 else None
+
+
+def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[int, list[str]]]:
+    """(line it ends on, fields) of each row that isn't blank. A text may be of any length and hold line breaks."""
+    rows: list[tuple[int, list[str]]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(len(text) + 1)
+    try:
+        rows += ((reader.line_num, row) for row in reader if row)
+    except csv.Error as error:
+        if not is_cut or reader.line_num < text.count("\n"):  # else the cut went through a quoted text
+            raise RecipeError(
+                f"is no CSV ({error})",
+                where=f"{name}:{reader.line_num}",
+                hint="Check the quotes there and before.",
+                data={"reason": "bad-csv", "cause": str(error)},
+            ) from error
+    finally:
+        csv.field_size_limit(before)
+    return rows[:-1] if is_cut else rows
+
+
+def _number(text: str) -> Any:
+    """A CSV label: a whole number as int; else as it is, to be refused where labels are used."""
+    return int(float(text)) if NUMBER.fullmatch(text.strip()) else text or None
+
+
+def open_arrow(kind: str, file: Any, field: str, name: str) -> Any:
+    """Open a Parquet or Arrow file and see from its header that it has the field; returns what `_from_arrow` reads."""
+    if kind in PARQUET:
+        opened = load_package("pyarrow.parquet").ParquetFile(file)
+        names = opened.schema_arrow.names
+    else:
+        ipc = load_package("pyarrow.ipc")
+        first = file.read(6)
+        file.seek(0)
+        if first.startswith(b"FEA1"):
+            opened = load_package("pyarrow.feather").read_table(file)
+            names = opened.column_names
+        else:
+            opened = ipc.open_file(file) if first == b"ARROW1" else ipc.open_stream(file)
+            names = opened.schema.names
+    if field not in names:
+        raise no_field(field, names, name, "has no column", "Columns")
+    if twice := [column for column in (field, LABEL) if names.count(column) > 1]:
+        raise two_columns(twice[0], name)
+    return opened
+
+
+def _from_arrow(opened: Any, field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+    if hasattr(opened, "schema_arrow"):
+        metadata, wanted = opened.metadata, [field, LABEL]
+        check_size(metadata.num_rows * ROW_BYTES, name)
+        size = 0
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                top = column.path_in_schema.partition(".")[0]
+                size += column.total_uncompressed_size if top in wanted else 0
+        check_size(size, name)
+        table = opened.read(columns=[column for column in wanted if column in opened.schema_arrow.names])
+    else:
+        table = opened.read_all() if hasattr(opened, "read_all") else opened
+    table.validate(full=True)
+    names = table.column_names
+    return table.column(field).to_pylist(), table.column(LABEL).to_pylist() if LABEL in names else None

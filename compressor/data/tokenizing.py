@@ -1,0 +1,101 @@
+"""Texts to tokens, by the model's own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from compressor.data.settings import Settings
+from compressor.errors import ModelError, RecipeError
+from compressor.lazy import torch
+from compressor.model.model_files import check_directory
+from compressor.model.trusted_code import FLAG, file_of, required_code, tokenizer_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; code of the directory runs only where the user trusts it.
+
+    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
+    """
+    from transformers import AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    check_directory(directory)
+    where, references = tokenizer_code(directory)
+    if references and not trust_remote_code:
+        raise ModelError(
+            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
+            where=where,
+            hint=FLAG,
+            data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
+        )
+    try:
+        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
+            cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
+            return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
+        raise RecipeError(
+            f"the model has no usable tokenizer ({_first_line(error)})",
+            where=directory.name,
+            hint="Copy tokenizer.json beside config.json, or use data.source: random.",
+            data={"reason": "no-tokenizer", "cause": _first_line(error)},
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+def pack(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
+) -> tuple[torch.Tensor, ...]:
+    """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
+
+    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids: list[int] = []
+    for document in documents:
+        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [*made, end] if made and end is not None else made
+    if not ids and any(document.strip() for document in documents):
+        raise RecipeError(
+            "the model's tokenizer makes no tokens of its text",
+            where=where,
+            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+            data={"reason": "no-tokens"},
+        )
+    windows = len(ids) // settings.length
+    if windows == 0:
+        raise RecipeError(
+            f"the text has {len(ids)} tokens, one sample needs {settings.length}",
+            where=where,
+            hint="Give more text or set a smaller length.",
+            data={"tokens": len(ids), "length": settings.length},
+        )
+    if windows < settings.samples:
+        raise RecipeError(
+            f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
+            where=where,
+            hint=f"Set samples to {windows} or less, or give more text.",
+            data={"available": windows, "samples": settings.samples, "length": settings.length},
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
+    stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
+    return tuple(stream[chosen].unbind())
+
+
+def tokens_of(
+    text: str, number: int, tokenizer: PreTrainedTokenizerBase, settings: Settings, special_tokens: bool
+) -> torch.Tensor:
+    ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
+    if not ids:
+        raise RecipeError(
+            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
+        )
+    return torch.tensor(ids)

@@ -1,0 +1,192 @@
+"""Quality metrics: sums over one batch, and the rows of the report that are made of them.
+
+Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one pass; the first
+token of a sample has no context and is not scored. exp of the mean negative log likelihood over all scored tokens.
+KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats. Top-1 agreement:
+share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
+`intervals` are what gates with a confidence are judged by: at that level, and paired: both sides read the same samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BOOTSTRAP_DRAWS = 1000
+BOTH_ENDS = (0.025, 0.975)  # of the 95 % interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is made of sums over samples (`batch_sums`), {} being the side.
+
+    count  what the sum is divided by; None: the number of samples
+    """
+
+    direction: str
+    unit: str
+    sums: str
+    count: str | None
+    finish: Callable[[float], float] = float
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is a distance of two models, without a value of each."""
+        return "{}" not in self.sums
+
+    def drawn(self, means: Tensor) -> Tensor:
+        """Its values, of the means of bootstrap draws."""
+        return means.exp() if self.finish is math.exp else means
+
+
+METRICS = {
+    "perplexity": Metric("lower", "per token", "nll_{}", "count", math.exp),
+    "kl_divergence": Metric("lower", "nats per token", "kl", "count"),
+    "top1_agreement": Metric("higher", "share of positions", "agree", "count"),
+    "hidden_cosine": Metric("higher", "mean cosine", "cosine", None),
+    "accuracy": Metric("higher", "share of samples", "right_{}", None),
+}
+QUALITY = tuple(METRICS)
+
+
+@dataclass
+class MetricRow:
+    """A row of the report's `metrics`. reason: why there is no value; intervals: by the form of a gate."""
+
+    direction: str
+    unit: str
+    before: float | None = None
+    after: float | None = None
+    change_percent: float | None = None
+    interval: tuple[float | None, ...] = (None, None)
+    reason: str | None = None
+    intervals: dict[str, list[float | None]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        row = {
+            "before": self.before,
+            "after": self.after,
+            "change_percent": self.change_percent,
+            "interval": list(self.interval),
+            "direction": self.direction,
+            "unit": self.unit,
+        }
+        added = {"reason": self.reason, "intervals": self.intervals}
+        return row | {key: value for key, value in added.items() if value is not None}
+
+
+def batch_sums(
+    before: Tensor | None, after: Tensor, inputs: Tensor, labels: Tensor | None, causal: bool
+) -> dict[str, Tensor]:
+    """Per sample (batch,): sums and counts that the metrics are made of."""
+    if causal:
+        return _next_token_sums(before, after, inputs)
+    if before is not None and before.shape != after.shape:  # tokens were pruned; pooled embeddings can be compared
+        return {"cosine": F.cosine_similarity(before.mean(1), after.mean(1), dim=-1)}
+    result: dict[str, Tensor] = {}
+    if before is not None:
+        first, second = (value.flatten(0, -2) if value.dim() == 3 else value for value in (before, after))
+        result["cosine"] = F.cosine_similarity(first, second, dim=-1).view(len(inputs), -1).mean(1)
+    return result | (_class_sums(before, after, labels) if after.dim() == 2 else {})
+
+
+def _next_token_sums(before: Tensor | None, after: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+    """Of logits for each position (batch, length, vocabulary)."""
+    targets = inputs[:, 1:]
+    result = {"count": torch.full((len(inputs),), float(targets.shape[1]))}
+    sides = {"before": before, "after": after}
+    logs = {side: F.log_softmax(value[:, :-1], -1) for side, value in sides.items() if value is not None}
+    for side, log in logs.items():
+        result[f"nll_{side}"] = -log.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().sum(1)
+    if before is not None:
+        result["kl"] = (logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1).double().sum(1)
+        result["agree"] = (logs["before"].argmax(-1) == logs["after"].argmax(-1)).double().sum(1)
+    return result
+
+
+def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Of logits for each sample (batch, classes)."""
+    result: dict[str, Tensor] = {}
+    if before is not None:
+        first, second = F.log_softmax(before, -1), F.log_softmax(after, -1)
+        result["kl"] = (first.exp() * (first - second)).sum(-1)
+        result["agree"] = (before.argmax(-1) == after.argmax(-1)).double()
+        result["count"] = torch.ones(len(after))
+    if labels is not None:
+        for side, value in (("before", before), ("after", after)):
+            if value is not None:
+                result[f"right_{side}"] = (value.argmax(-1) == labels).double()
+    return result
+
+
+def metric_row(
+    name: str, sums: dict[str, Tensor], seed: int, has_before: bool, confidence: float | None = None
+) -> MetricRow:
+    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing.
+
+    confidence  level of the `intervals` that gates are judged by; None leaves them out
+    """
+    metric, row = METRICS[name], _unmeasured(name)
+    key, earlier = metric.sums.format("after"), metric.sums.format("before")
+    if key not in sums:
+        row.reason = (
+            "there is no baseline to compare with"
+            if metric.compares and not has_before
+            else "this model, or the data without labels, has no such measure"
+        )
+        return row
+    count = sums[metric.count] if metric.count else torch.ones_like(sums[key])
+    row.after = _finite(metric.finish, float(sums[key].sum() / count.sum()))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(count), (BOOTSTRAP_DRAWS, len(count)), generator=generator)
+    means = sums[key][draws].sum(1) / count[draws].sum(1)
+    row.interval = tuple(_finite(metric.finish, float(means.quantile(q))) for q in BOTH_ENDS)
+    if earlier != key and earlier in sums:
+        row.before = _finite(metric.finish, float(sums[earlier].sum() / count.sum()))
+        if row.before and row.after is not None:
+            row.change_percent = 100 * (row.after - row.before) / row.before
+    if confidence is not None:
+        is_paired = row.before is not None and row.after is not None
+        earlier_means = sums[earlier][draws].sum(1) / count[draws].sum(1) if is_paired else None
+        row.intervals = _gate_intervals(metric, earlier_means, means, confidence)
+    return row
+
+
+def _gate_intervals(
+    metric: Metric, before_means: Tensor | None, after_means: Tensor, confidence: float
+) -> dict[str, list[float | None]]:
+    """Intervals at that level, of the value and, where both sides have one, of its changes."""
+    after = metric.drawn(after_means)
+    drawn = {"value": after}
+    if before_means is not None:
+        before = metric.drawn(before_means)
+        drawn |= {"increase_percent": 100 * (after / before - 1), "drop_points": 100 * (before - after)}
+    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+    return {form: [_finite(float, float(values.quantile(q))) for q in tails] for form, values in drawn.items()}
+
+
+def unmeasured(names: Iterable[str], reason: str) -> dict[str, Any]:
+    """Rows of metrics that were asked for, and for this reason not measured."""
+    rows = {name: _unmeasured(name) for name in names if name in METRICS}
+    for row in rows.values():
+        row.reason = reason
+    return {name: row.to_dict() for name, row in rows.items()}
+
+
+def _unmeasured(name: str) -> MetricRow:
+    return MetricRow(METRICS[name].direction, METRICS[name].unit)
+
+
+def _finite(finish: Callable[[float], float], value: float) -> float | None:
+    """What `finish` makes of a value; None where that isn't finite."""
+    try:
+        result = finish(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None

@@ -1,0 +1,85 @@
+"""Forms of report.json for readers: Markdown, HTML, JUnit. Each is made from report.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import junitparser
+
+from compressor.evaluation.plots import draw_plots
+from compressor.evaluation.weight_rows import error_of, outlier_inputs, tabulated, worst_weights
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def is_evaluation(report: dict[str, Any]) -> bool:
+    return "evaluation_version" in report
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    if is_evaluation(report):
+        return fill_template("evaluation.md.j2", r=report)
+    worst, outliers, tables = worst_weights(report), outlier_inputs(report), tabulated(report)
+    return fill_template("report.md.j2", r=report, worst=worst, error_of=error_of, outliers=outliers, tables=tables)
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """One self-contained page: inline SVG plots, no scripts, no requests."""
+    plots, outliers, tables = draw_plots(report), outlier_inputs(report), tabulated(report)
+    return fill_template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers, tables=tables)
+
+
+def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What `compare` found, as one self-contained page."""
+    return fill_template("compare.html.j2", c=found, rows=rows)
+
+
+def render_junit(report: dict[str, Any]) -> str:
+    """One suite per artifact: a case per gate, and for a run one for the verification."""
+    name = report["name"] if is_evaluation(report) else report["recipe"]["name"]
+    suite = junitparser.TestSuite(f"compress-model {name} {report['model']['source']}")
+    if not is_evaluation(report):
+        case = junitparser.TestCase("verification", report["model"]["source"])
+        if report["verification"]["problems"]:
+            case.result = [junitparser.Error("; ".join(report["verification"]["problems"]))]
+        suite.add_testcase(case)
+    for gate in report["gates"]:
+        case = junitparser.TestCase(gate["name"], report["model"]["source"])
+        if not gate["passed"]:
+            value = "not measured" if gate["value"] is None else f"value {gate['value']}"
+            case.result = [junitparser.Failure(f"{value}, bound {gate['bound']}, interval {gate['interval']}")]
+        suite.add_testcase(case)
+    xml = junitparser.JUnitXml()
+    xml.add_testsuite(suite)
+    return xml.tostring().decode()
+
+
+def human_bytes(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def human(value: Any, digits: int = 4) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def fill_template(name: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=name.endswith("html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(bytes=human_bytes, number=human)
+    return environment.get_template(name).render(**values)

@@ -1,0 +1,64 @@
+"""How many values layers read outside of the range that they hold for their input, found on calibration data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact.manifest import read_manifest
+from compressor.evaluation.sections import RangeRow, Saturation
+from compressor.storage.file_names import MANIFEST
+
+
+def watch_ranges(model: Any) -> dict[str, list[int]]:
+    """Count from now on, by module: values read, and those outside the range it holds.
+
+    Every module with a method `outside(x)` is asked (see `Layer.outside`); None says that it has no range.
+    """
+    counts: dict[str, list[int]] = {}
+
+    def count(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        found = module.outside(x)
+        if found is not None:
+            seen = counts.setdefault(name, [0, 0])
+            seen[0] += x.numel()
+            seen[1] += int(found)
+
+    for name, module in model.named_modules():
+        if _says_outside(module):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: count(name, module, args, kwargs), with_kwargs=True
+            )
+    return counts
+
+
+def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> Saturation:
+    """The report's section, from what `watch_ranges` counted; a layer that stands for a weight has its name."""
+    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else {"weights": {}}
+    module_of = {name: entry["parameter"].removesuffix(".weight") for name, entry in manifest["weights"].items()}
+    modules = dict(model.named_modules())
+    silent = [name for name, module in module_of.items() if not _says_outside(modules.get(module))]
+    reason = None
+    if silent:
+        reason = (
+            f"{len(silent)} stored weights, such as {silent[0]}, run in the loader's own layers ({manifest['route']}), "
+            "which don't say what lies outside a range"
+        )
+    elif not counts:
+        reason = "no layer holds a range for its input"
+    named = {module: name for name, module in module_of.items()}
+    rows: list[RangeRow] = [
+        {"name": named.get(module, module), "values": values, "outside": outside}
+        for module, (values, outside) in sorted(counts.items())
+    ]
+    return {"reason": reason, "layers": rows}
+
+
+def uncounted(reason: str) -> Saturation:
+    """The section where nothing was counted."""
+    return {"reason": reason, "layers": []}
+
+
+def _says_outside(module: Any) -> bool:
+    return callable(getattr(module, "outside", None))

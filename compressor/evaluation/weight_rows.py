@@ -1,0 +1,27 @@
+"""Choices among the rows of a report's `weights`, for its rendered forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WORST = 5
+
+
+def worst_weights(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weights with the largest relative output (or weight) error."""
+    known = [weight for weight in report["weights"] if error_of(weight) is not None]
+    return sorted(known, key=lambda weight: -(error_of(weight) or 0))[:WORST]
+
+
+def error_of(weight: dict[str, Any]) -> float | None:
+    return weight.get("output_error", weight.get("weight_error"))
+
+
+def tabulated(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of functions that are read from tables."""
+    return [weight for weight in report["weights"] if "table_bound" in weight]
+
+
+def outlier_inputs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of weights whose inputs' outlier features were counted, one for each input that weights share."""
+    return [weight for weight in report["weights"] if weight.get("input") == weight["name"]]
