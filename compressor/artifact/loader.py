@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.artifact.files import check_files
 from compressor.artifact.manifest import BAD_HINT, model_class, read_manifest
 from compressor.errors import ArtifactError, CompressError, UsageError
-from compressor.kernels.prepare.prepared import prepare
+from compressor.kernels.prepared.prepare import prepare
 from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint

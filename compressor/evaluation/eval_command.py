@@ -29,7 +29,7 @@ from compressor.evaluation.report import (
     validate_report,
     write_reports,
 )
-from compressor.kernels.prepare.dispatch import FALLBACKS
+from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.model.reshaped_class import class_for
 from compressor.model.structure import class_of, config_of

@@ -33,7 +33,7 @@ from compressor.data.samples import Samples
 from compressor.errors import ModelError
 from compressor.evaluation.environment import peak_rss_bytes
 from compressor.evaluation.kept_patches import kept_patches
-from compressor.kernels.prepare.prepared import chosen_kernels
+from compressor.kernels.prepared.prepare import chosen_kernels
 from compressor.model.attention import plain_options
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint

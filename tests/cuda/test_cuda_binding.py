@@ -22,8 +22,8 @@ from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL, SIGNATURES
 from compressor.kernels.cuda.selftest import self_test
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.dispatch import IntegerWeight, OutlierWeight, choose
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.dispatch import IntegerWeight, OutlierWeight, choose
+from compressor.kernels.prepared.prepare import explain
 from compressor.layers.packed_linear import PackedLinear
 from cuda_ext.cases import hadamard, w_a16
 

@@ -17,7 +17,7 @@ from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda import selftest
 from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.prepare import explain
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 needs_cpu_library = pytest.mark.skipif(isinstance(cpu_library(), str), reason="the CPU library isn't there")

@@ -16,9 +16,9 @@ import compressor
 from compressor.errors import KernelError
 from compressor.kernels import prepare
 from compressor.kernels.cpu import LEVELS, Library, library
-from compressor.kernels.prepare import dispatch
-from compressor.kernels.prepare.prepared import chosen_kernels, explain
-from compressor.kernels.prepare.prepared_table import PreparedTable
+from compressor.kernels.prepared import dispatch
+from compressor.kernels.prepared.prepare import chosen_kernels, explain
+from compressor.kernels.prepared.prepared_table import PreparedTable
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.methods.quantization.lookup_tables import activation_table, exp_table, root_table

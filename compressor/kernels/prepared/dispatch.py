@@ -17,7 +17,7 @@ from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import torch_products as torch_ops
 from compressor.kernels.ops.linear import BITS, DTYPES, LAYOUT
 from compressor.kernels.ops.table_lookup import MOST_ENTRIES
-from compressor.kernels.prepare.selftest import tried_library
+from compressor.kernels.prepared.selftest import tried_library
 
 DYNAMIC_INT8 = "int8"
 TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what computes where no kernel of ours does

@@ -16,7 +16,7 @@ from compressor.kernels.ops.blocks import round_to_shift
 from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
 from compressor.kernels.ops.tables import normalize, softmax
 from compressor.kernels.ops.watched import is_watched, without_gradient
-from compressor.kernels.prepare.dispatch import Choice
+from compressor.kernels.prepared.dispatch import Choice
 
 STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
 
