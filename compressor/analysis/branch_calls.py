@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
 from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
-from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
+from compressor.model.block_runner import Batch, Call, Pieces, output_of
 from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, signature
@@ -36,25 +37,10 @@ from compressor.model.tracing import example_batch, signature
 HINT = "No matrix can be put beside its branches."
 PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
 CONSTANTS = (type(None), bool, int, float, str)
-BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 Kind = tuple[Any, ...]
 Spec = dict[str, Any]
 _Edges = list[tuple[Reader | Writer | Tap, int]]  # what touches the stream, and how many of its values are left there
-
-
-@dataclass
-class _Seen:
-    """One call of a module that a block made itself.
-
-    parameters  what its forward calls its arguments, in order
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
 
 
 @dataclass
@@ -68,7 +54,7 @@ class _Record:
 
     known: dict[str, Any]
     rest: dict[str, Any]
-    calls: list[_Seen] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     output: Any = None
 
 
@@ -212,11 +198,7 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
         elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
             raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in BY_POSITION]
-        return _Seen(name, (*names, *("",) * len(args)), args, kwargs)  # "": of *args
-
-    with own_calls(block, note) as calls:
+    with recorded_calls(block) as calls:
         try:
             output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -255,7 +237,7 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], wher
     return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
 
 
-def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
+def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
     """The modules in a row that `x` goes through, beginning with `call`."""
     steps = []
     while True:
@@ -265,7 +247,7 @@ def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str
         if not isinstance(output, Tensor):
             raise ModelError(f"returns a {type(output).__name__}", where=f"{where}.{call.name}", hint=HINT)
         place = f"{where}.{call.name}"
-        args = [_reference(name, value, x, record, place) for name, value in zip(call.parameters, call.args)]
+        args = [_reference(name, value, x, record, place) for name, value in call.positional()]
         hands_on = PROBE in call.kwargs
         own = {k: v for k, v in call.kwargs.items() if not (hands_on and k in record.rest and v is record.rest[k])}
         kwargs = {name: _reference(name, value, x, record, place) for name, value in own.items()}
@@ -279,27 +261,20 @@ def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str
         call, x = following[0], output
 
 
-def _readers(source: _Seen, value: Any, record: _Record) -> list[_Seen]:
+def _readers(source: ModuleCall, value: Any, record: _Record) -> list[ModuleCall]:
     """Calls after `source` that are given its output `value`, under whatever shape."""
     found = []
     for call in record.calls[next(i for i, call in enumerate(record.calls) if call is source) + 1 :]:
-        if any(_same(other, value) for other in [*call.args, *call.kwargs.values()]):
+        if any(is_one_tensor(other, value) for other in call.values):
             found.append(call)
-            if _same(call.output, value):  # dropout out of training: later ones read what it gave
+            if is_one_tensor(call.output, value):  # dropout out of training: later ones read what it gave
                 break
     return found
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are one tensor, or views of all of one."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
-
-
 def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) -> list[Any]:
     """Where an argument of a module comes from."""
-    if _same(value, x):
+    if is_one_tensor(value, x):
         return [INPUT]
     if name in record.known and record.known[name] is value:
         return [ARGUMENT, name]

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
 
 from compressor.analysis.perturbation import TOLERANCE, size
 from compressor.errors import ModelError
-from compressor.layers.block_attention import attend
 from compressor.model.block_runner import Call
 from compressor.model.facts import Cut, PrunableSite
 from compressor.model.norms import describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
+from compressor.model.plain_attention import ObservedAttention
 from compressor.model.tracing import TWIN_SEED, Product
 
-OBSERVER = "observed_heads"
 FAINT = 1e-6  # of the largest gradient of a matrix: below, its rounding may hide whose it is
 SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two codes up to a million units
 ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU sleep on a token
-
-
-# the attention interface
-
-
-@dataclass
-class Observer:
-    """seen  (module, query heads, key-value heads, width of a value) of each call
-    change  what is made of an attention's output (samples, tokens, heads, head_dim)
-    """
-
-    seen: list[tuple[nn.Module, int, int, int]]
-    change: Callable[[Tensor], Tensor] | None = None
-
-
-@contextmanager
-def observing(twin: PreTrainedModel) -> Iterator[Observer]:
-    """Attention that can be watched and pushed, in place of the model's own, while inside."""
-    observer, before = Observer([]), twin.config._attn_implementation
-
-    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer.seen.append((module, query.shape[1], key.shape[1], value.shape[-1]))
-        output, weights = attend(module, query, key, value, *args, **kwargs)
-        return (observer.change(output) if observer.change else output), weights
-
-    AttentionInterface.register(OBSERVER, observe)
-    AttentionMaskInterface.register(OBSERVER, eager_mask)
-    twin.set_attn_implementation(OBSERVER)
-    try:
-        yield observer
-    finally:
-        twin.set_attn_implementation("eager" if before == OBSERVER else before)
-
-
-# one block
 
 
 class Finder:
@@ -74,9 +35,9 @@ class Finder:
         products: Sequence[Product],
         where: str,
         index: int,
-        observer: Observer,
+        attention: ObservedAttention,
     ) -> None:
-        self.block, self.call, self.where, self.index, self.observer = block, call, where, index, observer
+        self.block, self.call, self.where, self.index, self.attention = block, call, where, index, attention
         self.parameters = dict(block.named_parameters())
         self.products = {product.parameter: product for product in products}
         self.generator = torch.Generator().manual_seed(TWIN_SEED)
@@ -88,7 +49,7 @@ class Finder:
 
     def _run(self, x: Tensor) -> list[ObservedMatmul]:
         """The block's products, in forward order."""
-        self.observer.seen.clear()
+        self.attention.calls.clear()
         calls: list[ObservedMatmul] = []
         with ObservedMatmuls(self.parameters, calls.append):
             self.block(x, *self.call.args, **self.call.kwargs)
@@ -97,15 +58,16 @@ class Finder:
     def heads(self, attributes: Mapping[str, Mapping[str, int]]) -> PrunableSite:
         with torch.no_grad():
             before = self._run(self.inputs[0])
-        if len(self.observer.seen) != 1:
-            what = f"calls it {len(self.observer.seen)} times" if self.observer.seen else "doesn't call it"
+        if len(self.attention.calls) != 1:
+            what = f"calls it {len(self.attention.calls)} times" if self.attention.calls else "doesn't call it"
             raise ModelError(
                 f"attention is found by transformers' AttentionInterface, and this block {what}",
                 where=self.where,
-                data={"reason": "no-attention-interface", "calls": len(self.observer.seen)},
+                data={"reason": "no-attention-interface", "calls": len(self.attention.calls)},
             )
-        module, query_heads, groups, head_dim = self.observer.seen[0]
-        caller = next(name for name, other in self.block.named_modules() if other is module)
+        (seen,) = self.attention.calls
+        query_heads, groups, head_dim = seen.heads, seen.groups, seen.value_width
+        caller = next(name for name, other in self.block.named_modules() if other is seen.module)
         per_group = query_heads // groups
         unit_of_head = torch.arange(query_heads) // per_group
         reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
@@ -129,10 +91,10 @@ class Finder:
         changes = []
         for codes in [torch.ones(groups, dtype=torch.float64), *_codes(groups)]:
             weighted = push * codes[unit_of_head].view(heads, 1)
-            self.observer.change = lambda output, weighted=weighted: output + weighted.view(output.shape)  # type: ignore[misc]
+            self.attention.change = lambda output, weighted=weighted: output + weighted.view(output.shape)  # type: ignore[misc]
             with torch.no_grad():
                 after = self._run(self.inputs[0])
-            self.observer.change = None
+            self.attention.change = None
             changes.append(after)
         for number, call in enumerate(before):
             moved = [after[number].input - call.input for after in changes]

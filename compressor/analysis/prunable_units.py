@@ -30,13 +30,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.analysis.perturbation import InDouble
-from compressor.analysis.prunable_block import Finder, observing
+from compressor.analysis.prunable_block import Finder
 from compressor.analysis.pruning_proof import Refused, prove_sites
 from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableSite
+from compressor.model.module_names import renumbered
+from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product, example_batch, make_twin, signature
@@ -87,7 +89,7 @@ def find_prunable(
                 where, why = seen.refused[at, kind]
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
-                    where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
+                    where=renumbered(where, f"{path}.{at}", f"{path}.{index}"),
                     hint="Leave this kind of site out, or choose another model.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
@@ -106,7 +108,7 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
     refused: Refused = {}
     found: list[PrunableSite] = []
     attributes = _attributes_of_heads(twin, path)
-    with InDouble(), observing(twin) as observer:
+    with InDouble(), observed_plain_attention(twin) as attention:
         pieces = Pieces(twin, path)
         hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))
         firsts: dict[Kind, int] = {}
@@ -117,14 +119,14 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                 old, new = f"{path}.{at}.", f"{path}.{index}."
                 found += [_renamed(site, old, new, index, twin) for site in found if site.block == at]
                 refused |= {
-                    (index, k): (w.replace(old.rstrip("."), new.rstrip("."), 1), y)
+                    (index, k): (renumbered(w, f"{path}.{at}", f"{path}.{index}"), y)
                     for (b, k), (w, y) in list(refused.items())
                     if b == at
                 }
                 continue
             firsts[kind] = index
             products = [product for group in groups[kind] for product in group]
-            finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, observer)
+            finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, attention)
             for name in KINDS:
                 try:
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
@@ -196,7 +198,7 @@ def _renamed(site: PrunableSite, old: str, new: str, block: int, model: PreTrain
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return new + full.removeprefix(old)
+        return renumbered(full, old, new)
 
     attributes = {name(path): numbers for path, numbers in site.layout["attributes"].items()}
     removal = site.layout["removal"]

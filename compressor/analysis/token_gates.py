@@ -15,18 +15,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
 from compressor.errors import ModelError
 from compressor.layers.structural.observed_attention import register_watching, watching
 from compressor.layers.structural.token_gate import TokenGate, attended, noting_choices
-from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
+from compressor.model.block_runner import Batch, Call, Pieces, output_of
 from compressor.model.facts import BlockTokens, TokenFacts
+from compressor.model.module_names import is_inside
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
@@ -49,21 +51,6 @@ PROOF = {
     "seed": 0,
     "minimum": 4,
 }
-
-
-@dataclass
-class _Seen:
-    """One call of a module that a block made itself."""
-
-    name: str
-    nth: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-
-    @property
-    def given(self) -> list[Any]:
-        return [*self.args, *self.kwargs.values()]
 
 
 def find_token_sites(structure: Structure) -> TokenFacts:
@@ -211,8 +198,9 @@ def _same_rows(mask: Tensor) -> bool:
 def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, where: str) -> BlockTokens:
     attention, query = _attention(block, hidden, call, where)
     _refuse_order(block, hidden, call, where)
-    seen, output = _record(block, hidden, call)
-    first = next((i for i, one in enumerate(seen) if _holds(one.name, attention)), None)
+    with recorded_calls(block) as seen:
+        output = block(hidden, *call.args, **call.kwargs)
+    first = next((i for i, one in enumerate(seen) if is_inside(attention, one.name)), None)
     if first is None:
         raise ModelError("its attention is not called by the block itself", where=where, hint=HINT)
     at = next(
@@ -228,14 +216,14 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
     result = output[0] if isinstance(output, tuple) else output
     after = []
     for number, one in enumerate(behind):
-        entering = next((value for value in one.given if isinstance(value, Tensor)), None)
+        entering = next((value for value in one.values if isinstance(value, Tensor)), None)
         if entering is None or entering.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 "does not get the tokens themselves, so it can't be given fewer", where=f"{where}.{one.name}", hint=HINT
             )
         given = one.output[0] if isinstance(one.output, tuple) else one.output
-        goes_on = any(_same(given, value) for other in behind[number + 1 :] for value in other.given)
-        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not _same(given, result)})
+        goes_on = any(is_one_tensor(given, value) for other in behind[number + 1 :] for value in other.values)
+        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not is_one_tensor(given, result)})
     entries = _entries(block, hidden, call, {one.name for one in behind})
     return BlockTokens(
         attention, tuple(after), mask, entries[0], entries[1], query.shape[1] * query.shape[3], query.shape[1]
@@ -292,20 +280,7 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
         )
 
 
-def _record(block: nn.Module, hidden: Tensor, call: Call) -> tuple[list[_Seen], Any]:
-    """Run a block and note the calls that it makes itself, not those that its modules make."""
-    count: dict[str, int] = {}
-
-    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        nth = count.get(name, 0)
-        count[name] = nth + 1
-        return _Seen(name, nth, args, kwargs)
-
-    with own_calls(block, note) as calls:
-        return calls, block(hidden, *call.args, **call.kwargs)
-
-
-def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: _Seen, candidate: _Seen) -> bool:
+def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: ModuleCall, candidate: ModuleCall) -> bool:
     """Whether the block's output depends on the attention also past this module."""
     outputs = []
     for other in (lambda x: x, lambda x: x.flip(-1)):  # not a multiple, which a norm would undo
@@ -315,7 +290,7 @@ def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: _Seen
 
 
 @contextmanager
-def _answering(block: nn.Module, call: _Seen, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _answering(block: nn.Module, call: ModuleCall, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """One call of a module gives something else, made of what it would give."""
     count = -1
 
@@ -340,7 +315,7 @@ def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> t
         block(hidden, *call.args, **call.kwargs)
     sizes = [0, 0]
     for seen in found:
-        sizes[any(_holds(part, seen.parameter) for part in after)] += seen.elements
+        sizes[any(is_inside(seen.parameter, part) for part in after)] += seen.elements
     return sizes[0], sizes[1]
 
 
@@ -418,16 +393,6 @@ def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
     """Whether (b, left, d) are the chosen (b, left) tokens of (b, n, d)."""
     wanted = whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2]))
     return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
-
-
-def _holds(module: str, name: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
 
 
 def _stream(output: Any) -> Tensor:

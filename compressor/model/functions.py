@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from compressor.errors import Because
-from compressor.layers.block_attention import PRODUCTS, attend
+from compressor.layers.block_attention import PRODUCTS
 from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import Norm, describe_norm
+from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.structure import Structure
 from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 from compressor.model.weights import Weight
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
-OBSERVER = "observed_softmax"
 # Two orders of float32 sums of a small random model; another formula is off by more than a hundredth
 TOLERANCE = 1e-3
 
@@ -122,24 +121,17 @@ def _run_twin(structure: Structure, refused: dict[str, str]) -> tuple[set[str], 
 def _attention_paths(
     structure: Structure, twin: PreTrainedModel, batch: dict[str, Tensor], refused: dict[str, str]
 ) -> list[str]:
-    seen: dict[int, nn.Module] = {}
-
-    def observe(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seen[id(module)] = module
-        return attend(module, *args, **kwargs)
-
-    AttentionInterface.register(OBSERVER, observe)
-    AttentionMaskInterface.register(OBSERVER, eager_mask)
-    outputs = []
-    for implementation in ("eager", OBSERVER):
-        twin.set_attn_implementation(implementation)
-        with torch.no_grad():
-            outputs.append(output_of(twin(**batch)).float())
+    twin.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = output_of(twin(**batch)).float()
+        with observed_plain_attention(twin) as observed:
+            plain = output_of(twin(**batch)).float()
+    seen = {id(call.module) for call in observed.calls}
     if not seen:
         refused["softmax"] = "its attention doesn't go through transformers' AttentionInterface"
         return []
-    difference = float((outputs[0] - outputs[1]).abs().max())
-    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+    difference = float((own - plain).abs().max())
+    if not difference <= TOLERANCE * float(own.abs().max()):
         refused["softmax"] = Because(
             f"its attention is not the plain one: outputs differ by {difference:.3g}",
             reason="not-plain",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from compressor.model.module_names import renumbered
 from compressor.model.norms import Norm
 
 
@@ -89,7 +90,7 @@ def renamed(site: ResidualSite, old: str, new: str) -> ResidualSite:
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return new + full.removeprefix(old)
+        return renumbered(full, old, new)
 
     taps = tuple(
         replace(

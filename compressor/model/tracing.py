@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import Because, ModelError, PreflightError
 from compressor.model.block_runner import Answer, Batch, Pieces, output_of
 from compressor.model.load_dtypes import hold_as_loaded
+from compressor.model.module_names import is_inside, renumbered
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.replaceable import watch_reads
 from compressor.model.reshaped_class import is_reshaped, reshaping
@@ -252,15 +253,11 @@ def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: 
     if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
         old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
         for entries in reshaping(shallow):
-            for name in [name for name in entries if _inside(name, new)]:
+            for name in [name for name in entries if is_inside(name, new)]:
                 del entries[name]
-            moved = {new + name.removeprefix(old): entry for name, entry in entries.items() if _inside(name, old)}
+            moved = {renumbered(name, old, new): entry for name, entry in entries.items() if is_inside(name, old)}
             entries.update(moved)
     return shallow
-
-
-def _inside(name: str, block: str) -> bool:
-    return name == block or name.startswith(block + ".")
 
 
 def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:

@@ -47,6 +47,7 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
+from compressor.methods.divergence import divergence_terms
 from compressor.methods.rotation.rotation import (
     Covariance,
     of_trace_one,
@@ -362,8 +363,7 @@ def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[tor
             with torch.no_grad():
                 p, q = (model.head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
             if model.facts.residual.end.readers:
-                p, q = p.log_softmax(-1), q.log_softmax(-1)
-                errors = (p.exp() * (p - q)).sum(-1)
+                errors = divergence_terms(p, q).sum(-1)
             else:
                 errors = (p - q).square().sum(-1) / p.square().sum(-1)
             total, count = total + float(errors.sum()), count + errors.numel()

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
 from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableSite, Remodel
+from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, Tap
 
 Export = Literal["auto", "stock", "custom"]
@@ -361,11 +362,7 @@ def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
 
 
 def _without(modules: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    return {name: entry for name, entry in modules.items() if not any(_inside(name, path) for path in paths)}
-
-
-def _inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")
+    return {name: entry for name, entry in modules.items() if not any(is_inside(name, path) for path in paths)}
 
 
 def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
