@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
+from compressor.analysis.float64_probe import residual_twin
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
-from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.model.block_runner import Batch, Call, Pieces, output_of
-from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
+from compressor.model.probe_model import example_batch, signature
+from compressor.model.residual_records import Reader, Residual, ResidualSublayer, Tap, Writer
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch, signature
 
 HINT = "No matrix can be put beside its branches."
 PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
@@ -59,7 +59,7 @@ class _Record:
 
 
 def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
-    """Settings of a rotated_block for each kind of block, by `compressor.model.tracing.signature`.
+    """Settings of a rotated_block for each kind of block, by `compressor.model.probe_model.signature`.
 
     residual  what `read_residual` found in this structure
     raises    ModelError naming the block and what is in the way
@@ -147,7 +147,7 @@ def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int
         ) from error
 
 
-def _block_edges(sites: Sequence[ResidualSite], widths: Sequence[int]) -> _Edges:
+def _block_edges(sites: Sequence[ResidualSublayer], widths: Sequence[int]) -> _Edges:
     edges: _Edges = []
     for site, before, after in zip(sites, widths, widths[1:]):
         edges += [(tap, before) for tap in site.taps]
@@ -211,7 +211,7 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
     return _Record(known, rest, calls, output)
 
 
-def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], where: str) -> Spec:
+def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], where: str) -> Spec:
     found = []
     for site in sites:
         names = [tap.module.removeprefix(where + ".") for tap in site.taps]

@@ -29,19 +29,20 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.analysis.float64_probe import residual_twin
 from compressor.analysis.perturbation import InDouble
 from compressor.analysis.prunable_block import Finder
 from compressor.analysis.pruning_proof import Refused, prove_sites
-from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
-from compressor.model.facts import KINDS, PrunableSite
+from compressor.model.facts import KINDS, PrunableModule
 from compressor.model.module_names import renumbered
 from compressor.model.plain_attention import observed_plain_attention
+from compressor.model.probe_model import example_batch, make_twin, signature
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
-from compressor.model.tracing import Product, example_batch, make_twin, signature
+from compressor.model.tracing import Product
 
 HINT = "It can't be pruned."
 
@@ -57,7 +58,7 @@ class Seen:
     first    kind of block -> the first such block of the twin
     """
 
-    sites: list[PrunableSite]
+    sites: list[PrunableModule]
     refused: Refused
     first: dict[Kind, int]
 
@@ -70,7 +71,7 @@ def look(structure: Structure) -> Seen:
 
 def find_prunable(
     structure: Structure, kinds: Sequence[str] = KINDS, seen: Seen | None = None
-) -> tuple[PrunableSite, ...]:
+) -> tuple[PrunableModule, ...]:
     """The sites of these kinds in every block, in forward order of the blocks.
 
     seen    what `look` returned, to spare another look
@@ -106,7 +107,7 @@ def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
 
 def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
     refused: Refused = {}
-    found: list[PrunableSite] = []
+    found: list[PrunableModule] = []
     attributes = _attributes_of_heads(twin, path)
     with InDouble(), observed_plain_attention(twin) as attention:
         pieces = Pieces(twin, path)
@@ -194,20 +195,19 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
 # the same in every block of a kind
 
 
-def _renamed(site: PrunableSite, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableSite:
+def _renamed(site: PrunableModule, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableModule:
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
         return renumbered(full, old, new)
 
-    attributes = {name(path): numbers for path, numbers in site.layout["attributes"].items()}
-    removal = site.layout["removal"]
+    attributes = {name(path): numbers for path, numbers in site.layout.attributes.items()}
+    removal = site.layout.removal
     if removal is not None:
         layers = [getattr(model.get_submodule(path), "layer_idx", None) for path in attributes] or [None]
-        removal = [
-            {**entry, "path": name(entry["path"]), "layer": None if entry["layer"] is None else layers[0]}
-            for entry in removal
-        ]
+        removal = tuple(
+            replace(entry, path=name(entry.path), layer=None if entry.layer is None else layers[0]) for entry in removal
+        )
     return replace(
         site,
         name=name(site.name),
@@ -215,5 +215,5 @@ def _renamed(site: PrunableSite, old: str, new: str, block: int, model: PreTrain
         reader=name(site.reader),
         cuts=tuple(replace(cut, parameter=name(cut.parameter)) for cut in site.cuts),
         bias=name(site.bias) if site.bias else None,
-        layout={**site.layout, "attributes": attributes, "removal": removal},
+        layout=replace(site.layout, attributes=attributes, removal=removal),
     )

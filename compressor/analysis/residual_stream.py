@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.analysis.float64_probe import residual_twin
 from compressor.analysis.perturbation import (
     TOLERANCE,
     Answer,
@@ -39,14 +40,12 @@ from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, describe_norm
+from compressor.model.probe_model import TWIN_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
-from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer, renamed
+from compressor.model.residual_records import Reader, Residual, ResidualSublayer, Tap, Writer, renamed
 from compressor.model.structure import Structure
-from compressor.model.tracing import TWIN_SEED, example_batch, make_twin, shallow_config, signature
 
-TWIN_VOCABULARY = 256  # the twin's; rows of tables and heads are all alike
-
-Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSite, ...]]]  # signature -> first such block, and its sites
+Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]]  # signature -> first such block, and its sites
 
 
 def read_residual(structure: Structure) -> Residual:
@@ -71,43 +70,6 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
     residual, kinds = find_residual(twin, path)
     prove_invariance(twin, path, residual)
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
-
-
-def residual_twin(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
-    """A shallow twin in float64, untied, with a small vocabulary.
-
-    Its weights are random, its gains not one and its biases not zero, which would hide what is wrong with a fold.
-    """
-    config = shallow_config(model.config, model, pieces)
-    text = config.get_text_config()
-    if (vocabulary := getattr(text, "vocab_size", 0)) > TWIN_VOCABULARY:
-        text.vocab_size = TWIN_VOCABULARY
-        if (getattr(text, "pad_token_id", None) or 0) >= TWIN_VOCABULARY:
-            text.pad_token_id = None
-        _shorten_tables(config, vocabulary, pieces.blocks_path)
-    twin = make_twin(type(model), config, torch.device("cpu"), torch.float64)
-    fill(twin)
-    return twin
-
-
-def _shorten_tables(config: PretrainedConfig, vocabulary: int, path: str) -> None:
-    """Tables and heads that a reshaped model's config gives the vocabulary's rows get the twin's."""
-    shapes = reshaping(config)[0]
-    for name, shape in shapes.items():
-        if shape and shape[0] == vocabulary and not name.startswith(path + "."):
-            shapes[name] = [TWIN_VOCABULARY, *shape[1:]]
-
-
-def fill(model: nn.Module) -> None:
-    """Give a float64 model seeded random parameters of its own under each name, so that head and table are two."""
-    generator = torch.Generator().manual_seed(TWIN_SEED)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter.dim() < 2:
-            value = parameter + 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        else:
-            value = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / parameter.shape[-1] ** 0.5
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
@@ -152,7 +114,7 @@ def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
 
 def _every_block(
     kinds: Kinds, config: PretrainedConfig, blocks: Sequence[nn.Module], path: str
-) -> tuple[tuple[ResidualSite, ...], ...]:
+) -> tuple[tuple[ResidualSublayer, ...], ...]:
     """The sites of each block, after the first block of its kind."""
     found = []
     for index, block in enumerate(blocks):
@@ -241,7 +203,7 @@ def _find_stem(
     return tuple(writers)
 
 
-def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
+def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
     """The sites of one block in forward order."""
     on_stream = _norms_on_stream(runner, where)
     held = {name: runner.planes[name] for name in on_stream}
@@ -272,7 +234,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
                 hint=HINT,
                 data={"reason": "scaled-branches"},
             )
-        sites.append(ResidualSite(taps, written))
+        sites.append(ResidualSublayer(taps, written))
     return tuple(sites)
 
 

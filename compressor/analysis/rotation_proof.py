@@ -17,8 +17,8 @@ from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
 from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.norms import Norm, apply_norm
+from compressor.model.probe_model import TWIN_SEED, example_batch
 from compressor.model.residual_records import Reader, Residual, Tap, Writer
-from compressor.model.tracing import TWIN_SEED, example_batch
 
 HINT = "Its residual stream can't be rotated."
 

@@ -87,8 +87,8 @@ def verify(
     from compressor.artifact.stock_loading import load_stock, stock_works
     from compressor.model.block_runner import without_cache
     from compressor.model.checkpoint import open_checkpoint
+    from compressor.model.probe_model import use_eager_experts
     from compressor.model.side_files import OWN_MODELING
-    from compressor.model.tracing import use_eager_experts
     from compressor.model.trusted_code import carried_code_problems
 
     logging.disable_progress_bar()
@@ -223,7 +223,7 @@ def _compare_source(
     from compressor.errors import ModelError
     from compressor.model.block_runner import without_cache
     from compressor.model.checkpoint import open_checkpoint
-    from compressor.model.tracing import use_eager_experts
+    from compressor.model.probe_model import use_eager_experts
 
     problems = found["problems"]
     changes, _ = against_source.read_changes(manifest)
@@ -341,7 +341,7 @@ def _compare_layers(
 def _example(model: Any) -> dict[str, Any]:
     import torch
 
-    from compressor.model.tracing import example_batch
+    from compressor.model.probe_model import example_batch
 
     return example_batch(model, torch.device("cpu"), samples=2, tokens=32)
 

@@ -25,7 +25,7 @@ from compressor.engine.block_view import Stream, run_unit
 from compressor.errors import Interrupted, PassError
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.redefined_structure import split_parameter
-from compressor.model.residual_records import Residual, ResidualSite, Tap
+from compressor.model.residual_records import Residual, ResidualSublayer, Tap
 from compressor.model.structure import Structure, read_structure
 from compressor.protocol import Carry
 from compressor.recipe.recipe import Step
@@ -63,7 +63,7 @@ class ReshapeSite:
         return f"{self.structure.pieces.blocks_path}.{self.index}"
 
     @property
-    def sites(self) -> tuple[ResidualSite, ...]:
+    def sites(self) -> tuple[ResidualSublayer, ...]:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:

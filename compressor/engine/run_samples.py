@@ -24,9 +24,9 @@ from compressor.data.samples import (
 from compressor.engine.plan import Plan
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of
+from compressor.model.probe_model import make_twin, shallow_config
 from compressor.model.structure import Structure
 from compressor.model.token_limit import Limit, limit_of
-from compressor.model.tracing import make_twin, shallow_config
 from compressor.recipe.recipe import Recipe
 from compressor.recipe.schema import DataSettings
 

@@ -35,9 +35,9 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.probe_model import example_batch, make_twin, shallow_config, use_eager_experts
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
-from compressor.model.tracing import example_batch, make_twin, shallow_config, use_eager_experts
 
 LEAST_WIDTH = 64  # that an input of a stored weight is narrowed to
 GROUP = 32  # inputs a scale in the twin, where the plan has groups

@@ -37,7 +37,7 @@ from compressor.kernels.prepared.prepare import chosen_kernels
 from compressor.model.attention import plain_options
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
-from compressor.model.structure import class_of
+from compressor.model.model_class import class_of
 from compressor.process.child import ask
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST

@@ -19,8 +19,8 @@ from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.plain_attention import observed_plain_attention
+from compressor.model.probe_model import example_batch, make_twin, shallow_config, signature
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 from compressor.model.weights import Weight
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined

@@ -45,7 +45,7 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class ResidualSite:
+class ResidualSublayer:
     """One place where branches leave the stream and come back to it.
 
     taps     one norm, or several that all see the same stream (GPT-NeoX's parallel blocks)
@@ -70,7 +70,7 @@ class Residual:
     width: int
     kind: Literal["layer", "rms"]
     stem: tuple[Writer, ...]
-    blocks: tuple[tuple[ResidualSite, ...], ...]
+    blocks: tuple[tuple[ResidualSublayer, ...], ...]
     end: Tap
 
     def taps(self) -> Iterator[Tap]:
@@ -86,7 +86,7 @@ class Residual:
                 yield from site.writers
 
 
-def renamed(site: ResidualSite, old: str, new: str) -> ResidualSite:
+def renamed(site: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
@@ -103,4 +103,4 @@ def renamed(site: ResidualSite, old: str, new: str) -> ResidualSite:
         )
         for tap in site.taps
     )
-    return ResidualSite(taps, tuple(replace(writer, parameter=name(writer.parameter)) for writer in site.writers))
+    return ResidualSublayer(taps, tuple(replace(writer, parameter=name(writer.parameter)) for writer in site.writers))

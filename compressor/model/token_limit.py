@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.model.block_runner import Pieces
-from compressor.model.structure import find_blocks, skeleton
-from compressor.model.tracing import TWIN_TOKENS, make_twin, shallow_config
+from compressor.model.empty_model import skeleton
+from compressor.model.probe_model import TWIN_TOKENS, make_twin, shallow_config
+from compressor.model.structure import find_blocks
 
 Runs = Callable[[int], bool]
 Limit = Callable[

@@ -53,7 +53,7 @@ from compressor.protocol import (
     Decision,
     ModelFacts,
     Pass,
-    PrunableSite,
+    PrunableModule,
     Remodel,
     ShapingModel,
     StreamSite,
@@ -156,7 +156,7 @@ class GreedyRemoval(Pass):
         prune(site, site.facts.prunable(KINDS), site.remodel.decision)
         return carry
 
-    def _protected(self, sites: Sequence[PrunableSite]) -> set[int]:
+    def _protected(self, sites: Sequence[PrunableModule]) -> set[int]:
         """raises PreflightError for a protected block that there isn't"""
         count = 1 + max(site.block for site in sites)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
@@ -168,18 +168,18 @@ class GreedyRemoval(Pass):
             )
         return {block % count for block in self.protect_layers}
 
-    def _candidates(self, tier: Tier, sites: Sequence[PrunableSite]) -> list[Candidate]:
+    def _candidates(self, tier: Tier, sites: Sequence[PrunableModule]) -> list[Candidate]:
         """In forward order."""
         protected = self._protected(sites)
         open_sites = [site for site in sites if site.block not in protected]
         if tier == "heads":
-            heads = [site for site in open_sites if site.kind == "heads" and not site.layout["per_layer"]]
+            heads = [site for site in open_sites if site.kind == "heads" and not site.layout.per_layer]
             return [
                 Candidate(f"{site.name} {unit}", site.block, ((site.name, (unit,)),))
                 for site in heads
                 for unit in range(site.units)
             ]
-        whole = [site for site in open_sites if site.layout["removal"] is not None]
+        whole = [site for site in open_sites if site.layout.removal is not None]
         units = {site.name: (site.name, tuple(range(site.units))) for site in whole}
         if tier == "sub_blocks":
             return [Candidate(site.name, site.block, (units[site.name],)) for site in whole]
@@ -204,7 +204,7 @@ class Search:
     base: Losses
     measure: Callable[[dict[str, set[int]]], Losses]
     enough: Callable[[dict[str, set[int]]], bool]
-    sites: Sequence[PrunableSite]
+    sites: Sequence[PrunableModule]
     gone: dict[str, set[int]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
@@ -283,7 +283,7 @@ class Trial:
 
     model: ShapingModel
     dense: Dense
-    sites: Sequence[PrunableSite]
+    sites: Sequence[PrunableModule]
     places: Places
     loss: str
     confirms: list[torch.Tensor]  # (samples,) bool of each batch
@@ -292,7 +292,7 @@ class Trial:
     gone: dict[str, set[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ShapingModel, sites: Sequence[PrunableSite], loss: str, share: float) -> Trial:
+    def of(cls, model: ShapingModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
         """raises PassError if a part of the samples would be empty"""
         dense = Dense.of(model)
         rows = [len(stream) for stream in dense.before]

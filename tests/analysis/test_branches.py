@@ -10,7 +10,8 @@ from raising import raises
 from torch import nn
 
 from compressor.analysis.branch_calls import branches_of, check_widths, find_branches
-from compressor.analysis.residual_stream import find_residual, read_residual, residual_twin
+from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.residual_stream import find_residual, read_residual
 from compressor.errors import ModelError
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure

@@ -11,16 +11,17 @@ import torch
 import transformers as hf
 from raising import raises
 
+from compressor.analysis.float64_probe import fill, residual_twin
 from compressor.analysis.perturbation import answering
-from compressor.analysis.residual_stream import fill, find_residual, read_residual, residual_of, residual_twin
+from compressor.analysis.residual_stream import find_residual, read_residual, residual_of
 from compressor.analysis.rotation_proof import center_writers, fold_tap, gainless_norm, prove_invariance
 from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import pca, random_orthogonal, rotate
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import describe_norm
+from compressor.model.probe_model import example_batch, make_twin
 from compressor.model.residual_records import Reader, Tap, Writer
 from compressor.model.structure import find_blocks, read_structure
-from compressor.model.tracing import example_batch, make_twin
 
 QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
 QKV_BIASED = ["q_proj 1 +", "k_proj 1 +", "v_proj 1 +"]

@@ -16,7 +16,8 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.analysis.residual_stream import read_residual, residual_twin
+from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.residual_stream import read_residual
 from compressor.artifact import writer
 from compressor.artifact.inspection import inspect_path
 from compressor.artifact.manifest import read_manifest
@@ -28,9 +29,10 @@ from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PreflightError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.functions import find_functions
+from compressor.model.probe_model import shallow_config
+from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import class_for, is_reshaped, reshaped_class, stock_class
-from compressor.model.structure import prove_by_replay, read_structure
-from compressor.model.tracing import shallow_config
+from compressor.model.structure import read_structure
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 

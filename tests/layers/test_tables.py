@@ -208,7 +208,9 @@ def test_attention_that_does_not_ask_for_an_implementation_is_refused(tmp_path, 
 
 
 def test_attention_that_computes_something_else_is_refused_with_the_difference(tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.model.functions.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k))
+    monkeypatch.setattr(
+        "compressor.model.plain_attention.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k)
+    )
     model = tiny.save("llama", tmp_path / "model")
     problems = make_plan(recipe(only=["@softmax"]), str(model), prove=False).problems
     told = problems[0].data

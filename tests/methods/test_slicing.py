@@ -22,7 +22,8 @@ from compressor.methods.rotation.sliced_shapes import (
     widest_that_shrinks,
 )
 from compressor.model.block_runner import Pieces
-from compressor.model.structure import find_blocks, read_structure, skeleton
+from compressor.model.empty_model import skeleton
+from compressor.model.structure import find_blocks, read_structure
 
 
 def llama_like(width, ffn, blocks, vocabulary, heads, kv_heads, head_dim):

@@ -19,8 +19,8 @@ from compressor.engine.plan import make_plan
 from compressor.engine.sweep import _equal
 from compressor.errors import CompressError, ModelError
 from compressor.model.block_runner import Pieces
+from compressor.model.probe_model import example_batch, make_twin
 from compressor.model.structure import find_blocks, read_structure
-from compressor.model.tracing import example_batch, make_twin
 from compressor.recipe.recipe import parse_recipe
 
 ROUTERS = {

@@ -15,8 +15,10 @@ from compressor.engine.block_io import UnitSource, load_unit
 from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.structure import class_of, find_blocks, prove_by_replay, prove_equal, read_structure
-from compressor.model.tracing import example_batch, make_twin
+from compressor.model.model_class import class_of
+from compressor.model.probe_model import example_batch, make_twin
+from compressor.model.replay_proof import prove_by_replay, prove_equal
+from compressor.model.structure import find_blocks, read_structure
 from compressor.model.weight_names import read_parameter
 
 GROUPS = {

@@ -10,12 +10,13 @@ import slicegpt_reference as reference
 import tiny
 import torch
 
-from compressor.analysis.residual_stream import find_residual, residual_twin
+from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.residual_stream import find_residual
 from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
 from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
 from compressor.model.block_runner import Pieces, output_of
+from compressor.model.probe_model import example_batch
 from compressor.model.structure import find_blocks
-from compressor.model.tracing import example_batch
 
 FAMILIES = ["llama", "qwen3", "gemma", "mixtral", "opt", "phi"]
 EPS = {"opt": {}, "phi": {"layer_norm_eps": 0.1}}  # so large that a wrong one would show; OPT's is fixed

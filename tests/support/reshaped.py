@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.analysis.branch_calls import branches_of
-from compressor.analysis.residual_stream import residual_of, residual_twin
+from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.residual_stream import residual_of
 from compressor.model.block_runner import Batch, Pieces
+from compressor.model.probe_model import example_batch, signature
 from compressor.model.residual_records import Residual
 from compressor.model.structure import find_blocks
-from compressor.model.tracing import example_batch, signature
 
 UNEVEN = [31, 24, 17, 8, 29, 20]
 

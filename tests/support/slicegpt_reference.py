@@ -19,7 +19,7 @@ from compressor.analysis.perturbation import InDouble, answering
 from compressor.analysis.rotation_proof import center_writers, fold_tap
 from compressor.methods.rotation.rotation import Covariance, pca, rotate
 from compressor.model.block_runner import Batch, Call, Pieces
-from compressor.model.residual_records import Residual, ResidualSite
+from compressor.model.residual_records import Residual, ResidualSublayer
 
 Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D, D)
 
@@ -75,7 +75,7 @@ def normed(x: Tensor, width: int, eps: float) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) / width + eps).sqrt()
 
 
-def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSite, Any]]:
+def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSublayer, Any]]:
     return [
         (site, branch)
         for block, call, sites in zip(model.blocks, calls, residual.blocks)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from compressor.artifact.stock_formats import artifact_config, module_of
 from compressor.methods.quantization.packed_codes import store
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
-from compressor.model.tracing import example_batch
+from compressor.model.probe_model import example_batch
 
 
 class Shelf:

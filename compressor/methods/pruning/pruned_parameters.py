@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from compressor.lazy import torch
 from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_units
 from compressor.methods.pruning.reconstruction import Batches, Repair, repair
-from compressor.model.facts import Decision, PrunableSite
+from compressor.model.facts import Decision, PrunableModule
 from compressor.model.residual_records import Residual
 from compressor.protocol import StreamSite
 
@@ -25,7 +25,7 @@ def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Te
 
 def prune(
     site: StreamSite,
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     *,
     factors: Mapping[str, Sequence[float]] | None = None,
@@ -82,7 +82,7 @@ class _Reader:
 
 
 def _new_reader(
-    site: StreamSite, s: PrunableSite, decision: Decision, factors: Sequence[float] | None, ridge: float | None
+    site: StreamSite, s: PrunableModule, decision: Decision, factors: Sequence[float] | None, ridge: float | None
 ) -> _Reader | None:
     units = kept_units(s, decision)
     is_cut = len(units) < s.units
@@ -109,16 +109,16 @@ def _new_reader(
     return _Reader(values, found)
 
 
-def _is_new(name: str, sites: Sequence[PrunableSite], decision: Decision) -> bool:
+def _is_new(name: str, sites: Sequence[PrunableModule], decision: Decision) -> bool:
     """Whether a parameter is the bias of a `removed` layer."""
     return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in sites))
 
 
-def _left_bias(site: PrunableSite, decision: Decision) -> str | None:
+def _left_bias(site: PrunableModule, decision: Decision) -> str | None:
     """Path of the `removed` layer that keeps the bias of a sub-block of which nothing else stays."""
     if kept_units(site, decision):
         return None
-    return next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+    return next(entry.path for entry in site.layout.removal or () if entry.adds)
 
 
 def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | None:

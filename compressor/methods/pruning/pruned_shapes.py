@@ -7,8 +7,8 @@ What can go was found by `compressor.analysis.prunable_units`; what goes is a De
     removed  names of sites of which nothing stays; the same as an empty list under `sites`
 
 The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with
-the inputs of the readers (`PrunableSite.reader`) multiplied by 0 at the columns that went. Of the residual stream that
-is so with norms that see only what is kept:
+the inputs of the readers (`PrunableModule.reader`) multiplied by 0 at the columns that went. Of the residual stream
+that is so with norms that see only what is kept:
 
     RMSNorm    sum(x²)/D + eps over D values, of which d are left, is d/D (sum(x²)/d + eps D/d): gain times sqrt(D/d),
                eps times D/d
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
-from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableSite, Remodel
+from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Remodel
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, Tap
 
@@ -38,13 +38,13 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the strea
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def kept_units(site: PrunableSite, decision: Decision) -> tuple[int, ...]:
+def kept_units(site: PrunableModule, decision: Decision) -> tuple[int, ...]:
     if site.name in decision.get("removed", ()):
         return ()
     return tuple(decision["sites"].get(site.name, range(site.units)))
 
 
-def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str = "decision") -> None:
+def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
     """raises PreflightError for a site that there isn't, units it doesn't have, or one that has to stay"""
     known = {site.name: site for site in sites}
     named = [*decision["sites"], *decision.get("removed", ())]
@@ -64,7 +64,7 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
                 hint="Choose again for this model.",
                 data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
             )
-        if not kept and site.layout["removal"] is None:
+        if not kept and site.layout.removal is None:
             raise PreflightError(
                 "nothing of this sub-block would stay, and no layer can take its place",
                 where=site.name,
@@ -74,7 +74,7 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
 
 
 def pruned_remodel(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "auto"
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
 ) -> Remodel:
     """The definition of the pruned model.
 
@@ -105,7 +105,7 @@ def pruned_remodel(
 
 
 def pruned_shapes(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, gone: Sequence[int] = ()
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, gone: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
     """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named.
 
@@ -121,18 +121,18 @@ def pruned_shapes(
         if kept_units(site, decision) or site.block in gone:
             continue
         bias = shapes.get(site.bias, facts.shapes[site.bias]) if site.bias else None
-        for entry in site.layout["removal"]:
-            inside = entry["path"] + "."
+        for entry in site.layout.removal or ():
+            inside = entry.path + "."
             shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(inside))
-            if entry["adds"] and bias:
-                shapes[f"{entry['path']}.bias"] = bias
+            if entry.adds and bias:
+                shapes[f"{entry.path}.bias"] = bias
     for block in gone:
         shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
 
 
 def parameters_left(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "custom"
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "custom"
 ) -> int:
     """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly.
 
@@ -143,15 +143,15 @@ def parameters_left(
     return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
 
 
-def dropped_blocks(sites: Sequence[PrunableSite], decision: Decision) -> tuple[int, ...]:
+def dropped_blocks(sites: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
     """Blocks that do nothing any more, so that a model without them computes the same."""
-    left = {site.block for site in sites if kept_units(site, decision) or not site.layout["vanishes"]}
+    left = {site.block for site in sites if kept_units(site, decision) or not site.layout.vanishes}
     return tuple(sorted({site.block for site in sites} - left))
 
 
 def kept_slices(
     shapes: Mapping[str, Sequence[int]],
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     residual: Residual | None,
 ) -> Kept:
@@ -185,7 +185,7 @@ def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
     return (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias))
 
 
-def _reads_width(facts: ModelFacts, sites: Sequence[PrunableSite]) -> int:
+def _reads_width(facts: ModelFacts, sites: Sequence[PrunableModule]) -> int:
     """The stream's width: what a reader gives back to it."""
     if not sites:
         return facts.residual.width
@@ -200,7 +200,7 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 # a stock model
 
 
-def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> Remodel | str:
+def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Remodel | str:
     """The model of the same class, or why there is none."""
     gone = dropped_blocks(sites, decision)
     stay = [site for site in sites if site.block not in gone]
@@ -232,7 +232,7 @@ def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision)
     return facts.fits(remodel) or remodel
 
 
-def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     """What config.json says of how many units of one kind every block has, or why it can't."""
     counts = {len(kept_units(site, decision)) for site in sites}
     if all(len(kept_units(site, decision)) == site.units for site in sites):
@@ -243,14 +243,14 @@ def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str,
     if len(counts) > 1:
         kind = sites[0].kind
         return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
-    keys = sites[0].layout["config"]
+    keys = sites[0].layout.config
     if keys is None:
         kind = sites[0].kind
         return Because(f"its config doesn't say how many {kind} there are", reason="count-not-in-config", kind=kind)
-    return {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
+    return keys.of(next(iter(counts)))
 
 
-def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     residual, kept = facts.residual, len(decision["hidden"])
     width = residual.width
     key = next((key for key in WIDTH_KEYS if facts.config.get(key) == width), None)
@@ -263,7 +263,7 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: D
             return "its config doesn't say what eps its norms have"
         if not sites:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
-        if any(site.layout["has_norms"] for site in sites):
+        if any(site.layout.has_norms for site in sites):
             return Because(
                 f"norms inside its blocks have the same {keys[0]} as those of the stream",
                 reason="eps-of-other-norms",
@@ -291,7 +291,7 @@ def is_root(scale: float, width: int) -> bool:
 
 def _custom(
     facts: ModelFacts,
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     shapes: dict[str, tuple[int, ...] | None],
     why: str | None,
@@ -299,12 +299,12 @@ def _custom(
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
     said: dict[str, Any] = {}
     for kind in KINDS:  # what the class can't take block by block it may take from the config
-        alike = [site for site in sites if site.kind == kind and site.layout["per_layer"]]
+        alike = [site for site in sites if site.kind == kind and site.layout.per_layer]
         found = _kind_config(alike, decision)
         partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
         if isinstance(found, str) and partly:
             raise PreflightError(
-                f"blocks can't differ in their number of {kind} ({partly[0].layout['per_layer']}), and {why}",
+                f"blocks can't differ in their number of {kind} ({partly[0].layout.per_layer}), and {why}",
                 where=partly[0].name,
                 hint="Prune every block alike.",
                 data={"reason": "blocks-differ", "kind": kind},
@@ -313,9 +313,9 @@ def _custom(
     for site in sites:
         units = len(kept_units(site, decision))
         if not units:
-            modules = _without(modules, [entry["path"] for entry in site.layout["removal"]])
+            modules = _without(modules, [entry.path for entry in site.layout.removal or ()])
             modules |= removed_modules(site, facts.shapes[f"{site.reader}.weight"][1 - site.cuts[0].axis])
-        elif units < site.units and not site.layout["per_layer"]:
+        elif units < site.units and not site.layout.per_layer:
             for path, module in resized_modules(site, units).items():
                 before = modules.get(path, module)["spec"]["attributes"]
                 modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
@@ -333,22 +333,22 @@ def _custom(
     return Remodel({**said, **own}, dict(shapes))
 
 
-def removed_modules(site: PrunableSite, width: int) -> dict[str, Any]:
+def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:
     """What takes the place of a sub-block of which nothing stays; `width` is that of its reader's output."""
     modules = {}
-    for entry in site.layout["removal"]:
+    for entry in site.layout.removal or ():
         spec = {
-            "returns": entry["returns"],
-            "layer": entry["layer"],
-            "has_bias": bool(entry["adds"] and site.bias is not None),
+            "returns": entry.returns,
+            "layer": entry.layer,
+            "has_bias": bool(entry.adds and site.bias is not None),
             "of": site.kind,
         }
-        shape = [width if entry["adds"] else 0]
-        modules[entry["path"]] = {"form": "removed", "spec": spec, "shape": shape}
+        shape = [width if entry.adds else 0]
+        modules[entry.path] = {"form": "removed", "spec": spec, "shape": shape}
     return modules
 
 
-def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
+def resized_modules(site: PrunableModule, units: int) -> dict[str, Any]:
     """What modules that count heads need to be told."""
     return {
         path: {
@@ -356,7 +356,7 @@ def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
             "spec": {"attributes": {name: number * units for name, number in numbers.items()}},
             "shape": [],
         }
-        for path, numbers in site.layout["attributes"].items()
+        for path, numbers in site.layout.attributes.items()
         if numbers
     }
 
