@@ -1,10 +1,10 @@
 """How the branches of a block are called, found by running it: what `rotated_block` needs to know.
 
 A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
-Which modules these are, and what else they are called with, is seen when a random twin runs: a value that a module gets
-is the norm's output, one of the block's own arguments (the very same object, or the same value under the same name), or
-a constant. That nothing was missed is then proven: with each block running as it was found, beside matrices that
-change nothing, the twin's logits must stay.
+Which modules these are, and what else they are called with, is seen when a probe model with random weights runs: a
+value that a module gets is the norm's output, one of the block's own arguments (the very same object, or the same value
+under the same name), or a constant. That nothing was missed is then proven: with each block running as it was found,
+beside matrices that change nothing, the probe model's logits must stay.
 
 Time: a few forward passes of each kind of block in float64.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
@@ -64,21 +64,21 @@ def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
     residual  what `read_residual` found in this structure
     raises    ModelError naming the block and what is in the way
     """
-    return branches_of(residual_twin(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
+    return branches_of(float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
 
 
-def branches_of(twin: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
-    """The same, given a float64 twin with random weights that has the first blocks of the model, at `path`."""
-    pieces = Pieces(twin, path)
+def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
+    """The same, given a float64 probe model with random weights that has the first blocks of the model, at `path`."""
+    pieces = Pieces(probe, path)
     found: dict[Kind, Spec] = {}
     with InDouble(), torch.no_grad():
         hidden, calls = _run_stem(pieces)
         for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind not in found:
                 record = _record(block, hidden, call)
                 found[kind] = _spec(block, record, residual.blocks[index], f"{path}.{index}")
-        _prove(twin, path, found)
+        _prove(probe, path, found)
     return found
 
 
@@ -98,13 +98,13 @@ def check_widths(
     stem    width of the embeddings, where a site without branches stands between them and the first of these
     raises  ModelError naming the block and its widths, or the model's ends
     """
-    twin = residual_twin(structure.model, structure.pieces)
+    probe = float64_probe_model(structure.model, structure.pieces)
     path = structure.pieces.blocks_path
-    pieces = Pieces(twin, path)
+    pieces = Pieces(probe, path)
     done: set[Any] = set()
     with InDouble(), torch.no_grad():
-        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))  # without a cache that would grow
-        kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
+        kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
         for number, block in enumerate(structure.pieces.blocks):
             kind = signature(structure.model.config, block, number)
             index, shape = kinds.index(kind), tuple(widths[number])
@@ -123,25 +123,25 @@ def check_widths(
                     hint="Keep the stream's width the same there.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
-        _check_ends(twin, path, residual, stem or widths[0][0], widths[-1][-1])
+        _check_ends(probe, path, residual, stem or widths[0][0], widths[-1][-1])
 
 
-def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
-    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the twin.
+def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
+    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the probe.
 
     raises  ModelError if it can't run
     """
     edges: _Edges = [(writer, first) for writer in residual.stem]
     edges += [(residual.end, last), *((reader, last) for reader in residual.end.readers)]
-    _narrow(twin, edges, "", residual.width)
-    for block in Pieces(twin, path).blocks:
+    _narrow(probe, edges, "", residual.width)
+    for block in Pieces(probe, path).blocks:
         block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], last)
     try:
-        twin(**example_batch(twin, torch.device("cpu")))
+        probe(**example_batch(probe, torch.device("cpu")))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"a stream that begins with {first} values can't end with {last} ({error})",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
             data={"first": first, "last": last, "cause": str(error)},
         ) from error
@@ -292,16 +292,16 @@ def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) ->
     )
 
 
-def _prove(twin: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
+def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
     """raises ModelError naming the first block that computes something else when it runs by its spec"""
-    batch = example_batch(twin, torch.device("cpu"))
-    rotated = copy.deepcopy(twin)
+    batch = example_batch(probe, torch.device("cpu"))
+    rotated = copy.deepcopy(probe)
     for index, block in enumerate(Pieces(rotated, path).blocks):
-        spec = specs[signature(twin.config, block, index)]
-        width = _stream(twin, path, batch)[0].shape[-1]
+        spec = specs[signature(probe.config, block, index)]
+        width = _stream(probe, path, batch)[0].shape[-1]
         RotatedBlock.wrap(block, (width,) * (len(spec["sites"]) + 1), spec)
     found: list[Tensor] = []
-    expected = _stream(twin, path, batch)
+    expected = _stream(probe, path, batch)
     names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "head"]
     try:
         _stream(rotated, path, batch, found)

@@ -18,14 +18,14 @@ from compressor.model.facts import Cut, PrunableModule, PruningLayout, RemovedMo
 from compressor.model.norms import describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.plain_attention import ObservedAttention
-from compressor.model.probe_model import TWIN_SEED
+from compressor.model.probe_model import PROBE_SEED
 from compressor.model.tracing import Product
 
 ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU sleep on a token
 
 
 class Finder:
-    """Finds the sites of one block of the twin."""
+    """Finds the sites of one block of the probe model."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Finder:
         self.block, self.call, self.where, self.index, self.attention = block, call, where, index, attention
         self.parameters = dict(block.named_parameters())
         self.products = {product.parameter: product for product in products}
-        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.generator = torch.Generator().manual_seed(PROBE_SEED)
         self.inputs = [self._random(shape) for _ in range(ROUNDS)]
         self.attention_readers: list[str] = []
 

@@ -1,6 +1,6 @@
-"""What of a model can be pruned: heads and MLP units, found by running a twin, and proven by taking some away.
+"""What of a model can be pruned: heads and MLP units, found by running a probe model, and proven by taking some away.
 
-No family is named anywhere. In a float64 twin with random weights:
+No family is named anywhere. In a float64 probe model with random weights:
 
 1. Attention is whatever calls transformers' attention interface. What it returns is pushed, head by head in different
    shares, and the first product whose input moves is its reader; the share says whose each column is.
@@ -10,13 +10,15 @@ No family is named anywhere. In a float64 twin with random weights:
    unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it. So fused
    and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a norm
    over head_dim) belongs to none and stays.
-4. That nothing was missed is then proven: the twin with some units taken away, and with all of them, has to compute
-   what it computes with the reader's input set to 0 there. The same with the stock class and a config of fewer units.
+4. That nothing was missed is then proven: the probe model with some units taken away, and with all of them, has to
+   compute what it computes with the reader's input set to 0 there. The same with the stock class and a config of fewer
+   units.
 
 What attention modules say of their number of heads is found by making the model twice, once twice as wide with twice
 the heads: an attribute that doubles counts heads.
 
-Time: some tens of forward and backward passes of each kind of block; memory: the twin in float64, with gradients.
+Time: some tens of forward and backward passes of each kind of block; memory: the probe model in float64, with
+gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import InDouble
 from compressor.analysis.prunable_block import Finder
 from compressor.analysis.pruning_proof import Refused, prove_sites
@@ -39,7 +41,7 @@ from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableModule
 from compressor.model.module_names import renumbered
 from compressor.model.plain_attention import observed_plain_attention
-from compressor.model.probe_model import example_batch, make_twin, signature
+from compressor.model.probe_model import example_batch, make_probe_model, signature
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
@@ -51,11 +53,11 @@ Kind = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a twin shows.
+    """What a probe model shows.
 
     sites    of its blocks
     refused  (block, kind) -> where and why, of those that have none
-    first    kind of block -> the first such block of the twin
+    first    kind of block -> the first such block of the probe model
     """
 
     sites: list[PrunableModule]
@@ -64,9 +66,9 @@ class Seen:
 
 
 def look(structure: Structure) -> Seen:
-    """What a twin of the model shows; `find_prunable` reads it."""
-    twin = residual_twin(structure.model, structure.pieces)
-    return _find_in_twin(twin, structure.pieces.blocks_path, structure.traced.groups)
+    """What a probe model shows; `find_prunable` reads it."""
+    probe = float64_probe_model(structure.model, structure.pieces)
+    return _find_in_probe(probe, structure.pieces.blocks_path, structure.traced.groups)
 
 
 def find_prunable(
@@ -105,20 +107,20 @@ def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
     )
 
 
-def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
+def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
     refused: Refused = {}
     found: list[PrunableModule] = []
-    attributes = _attributes_of_heads(twin, path)
-    with InDouble(), observed_plain_attention(twin) as attention:
-        pieces = Pieces(twin, path)
-        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))
+    attributes = _attributes_of_heads(probe, path)
+    with InDouble(), observed_plain_attention(probe) as attention:
+        pieces = Pieces(probe, path)
+        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))
         firsts: dict[Kind, int] = {}
         for index, block in enumerate(pieces.blocks):
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind in firsts:
                 at = firsts[kind]
                 old, new = f"{path}.{at}.", f"{path}.{index}."
-                found += [_renamed(site, old, new, index, twin) for site in found if site.block == at]
+                found += [_renamed(site, old, new, index, probe) for site in found if site.block == at]
                 refused |= {
                     (index, k): (renumbered(w, f"{path}.{at}", f"{path}.{index}"), y)
                     for (b, k), (w, y) in list(refused.items())
@@ -142,16 +144,16 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                 ) as error:  # the model's own code
                     told = f"it can't be run with its parts pushed ({error})"
                     refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
-    return Seen(prove_sites(twin, path, found, refused), refused, firsts)
+    return Seen(prove_sites(probe, path, found, refused), refused, firsts)
 
 
 # what attention modules say of their heads
 
 
-def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
+def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
     """Module path inside a block -> integer attributes that double when heads and width do, with their values."""
-    cls = stock_class(twin)
-    plain = copy.deepcopy(twin.config)
+    cls = stock_class(probe)
+    plain = copy.deepcopy(probe.config)
     for key in (SHAPES, MODULES):
         if hasattr(plain, key):
             delattr(plain, key)
@@ -170,7 +172,7 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
         ):
             setattr(text, key, 2 * value)
     try:
-        models = [make_twin(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
+        models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))

@@ -1,8 +1,8 @@
-"""The proof that units of a model can go as it was found, on a float64 twin with random weights.
+"""The proof that units of a model can go as it was found, on a float64 probe model with random weights.
 
-The twin with some units taken away, other ones in each block, has to compute what it computes with the readers' inputs
-at 0 there; and so with all of them taken away. Once as the modelling file makes it, and once as the model's own class
-does with other numbers in its config. What neither can do is refused.
+The probe model with some units taken away, other ones in each block, has to compute what it computes with the readers'
+inputs at 0 there; and so with all of them taken away. Once as the modeling file makes it, and once as the model's own
+class does with other numbers in its config. What neither can do is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compressor.methods.pruning.pruned_parameters import narrowed
 from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
-from compressor.model.probe_model import TWIN_SEED, example_batch, make_twin
+from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
 from compressor.model.reshaped_class import is_reshaped
 
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
@@ -37,7 +37,7 @@ Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, 
 
 
 def prove_sites(
-    twin: PreTrainedModel, path: str, found: Sequence[PrunableModule], refused: Refused
+    probe: PreTrainedModel, path: str, found: Sequence[PrunableModule], refused: Refused
 ) -> list[PrunableModule]:
     """The sites that hold, with what is known of them from here on; the others go to `refused`."""
     proven: list[PrunableModule] = []
@@ -46,9 +46,9 @@ def prove_sites(
         if not sites:
             continue
         some = _drop_some(sites)
-        per_layer = _difference(twin, sites, some, _pruned)
-        config = _config_keys(twin, sites)
-        if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
+        per_layer = _difference(probe, sites, some, _pruned)
+        config = _config_keys(probe, sites)
+        if config is not None and _difference(probe, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
             refused |= {
@@ -59,12 +59,12 @@ def prove_sites(
                 for site in sites
             }
             continue
-        stays = _difference(twin, sites, _nothing(sites), _pruned)
+        stays = _difference(probe, sites, _nothing(sites), _pruned)
         for site in sites:
             removal = None if stays else site.layout.removal
             layout = replace(site.layout, per_layer=per_layer, config=config, removal=removal, shared=())
             proven.append(replace(site, layout=layout))
-    return _vanishing(twin, path, proven)
+    return _vanishing(probe, path, proven)
 
 
 def _shared(site: PrunableModule) -> str:
@@ -73,10 +73,10 @@ def _shared(site: PrunableModule) -> str:
     return f"; rows of {names} act on more than one of them" if names else ""
 
 
-def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
+def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
     """The same, in forward order, with `vanishes` where a block without units can be left out."""
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
     blocks: dict[int, list[PrunableModule]] = {index: [] for index in range(len(pieces))}
     for site in sorted(sites, key=lambda site: (site.block, KINDS.index(site.kind))):
         blocks[site.block].append(site)
@@ -84,10 +84,10 @@ def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableModule]
     with InDouble(), torch.no_grad():
         hidden, calls = pieces.stem(batch)
         for index in sorted(empty):
-            with masked(twin, blocks[index], _nothing(blocks[index])):
+            with masked(probe, blocks[index], _nothing(blocks[index])):
                 if not torch.equal(pieces.block(index, hidden, calls[index]), hidden):
                     empty.remove(index)
-        if empty and len(pieces) > 1 and not _counts_on(twin, path, blocks[min(empty)]):
+        if empty and len(pieces) > 1 and not _counts_on(probe, path, blocks[min(empty)]):
             empty = set()
     return [
         replace(site, layout=replace(site.layout, vanishes=index in empty))
@@ -100,27 +100,27 @@ def _nothing(sites: Sequence[PrunableModule]) -> Decision:
     return {"sites": {site.name: [] for site in sites}}
 
 
-def _counts_on(twin: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> bool:
+def _counts_on(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> bool:
     """Whether the class makes a model without one block in which those after it compute what they did."""
-    gone, count = sites[0].block, len(Pieces(twin, path))
-    text = twin.config.get_text_config()
-    if is_reshaped(twin.config) or text is not twin.config:
+    gone, count = sites[0].block, len(Pieces(probe, path))
+    text = probe.config.get_text_config()
+    if is_reshaped(probe.config) or text is not probe.config:
         return False
-    config = copy.deepcopy(twin.config)
+    config = copy.deepcopy(probe.config)
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(config, key, [entry for index, entry in enumerate(value) if index != gone])
     config.num_hidden_layers = count - 1
 
     def shorter(*_: Any) -> PreTrainedModel:
-        made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
+        made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
         values = {}
-        for name, value in twin.named_parameters(remove_duplicate=False):
+        for name, value in probe.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{path}.{gone}."):
                 values[_renumbered(name, path, gone)] = value
         return _filled(made, values)
 
-    return _difference(twin, sites, _nothing(sites), shorter) is None
+    return _difference(probe, sites, _nothing(sites), shorter) is None
 
 
 def _renumbered(name: str, path: str, gone: int) -> str:
@@ -145,26 +145,26 @@ def _drop_some(sites: Sequence[PrunableModule]) -> Decision:
     """As many units of every site, but others in each: those in the middle among them."""
     chosen = {}
     for number, site in enumerate(sites):
-        generator = torch.Generator().manual_seed(TWIN_SEED + number)
+        generator = torch.Generator().manual_seed(PROBE_SEED + number)
         order = torch.randperm(site.units, generator=generator).tolist()
         chosen[site.name] = sorted(order[: max(1, site.units - max(1, site.units // 4))])
     return {"sites": chosen}
 
 
 def _difference(
-    twin: PreTrainedModel,
+    probe: PreTrainedModel,
     sites: Sequence[PrunableModule],
     decision: Decision,
     make: Callable[[PreTrainedModel, Sequence[PrunableModule], Decision], PreTrainedModel],
 ) -> str | None:
-    """What tells the pruned twin from the masked one; None if nothing does."""
-    batch = example_batch(twin, torch.device("cpu"))
+    """What tells the pruned probe model from the masked one; None if nothing does."""
+    batch = example_batch(probe, torch.device("cpu"))
     share = "some" if any(decision["sites"].values()) else "all"
     with InDouble(), torch.no_grad():
-        with masked(twin, sites, decision):
-            expected = output_of(twin(**batch))
+        with masked(probe, sites, decision):
+            expected = output_of(probe(**batch))
         try:
-            output = output_of(make(twin, sites, decision)(**batch))
+            output = output_of(make(probe, sites, decision)(**batch))
         except (CompressError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             return f"with {share} of them gone it can't run ({error})"
     if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
@@ -192,9 +192,9 @@ def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple
     return args[0].index_fill(-1, columns, 0.0), *args[1:]
 
 
-def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
-    """The twin without what goes, as the modelling file would make it."""
-    values = {name: parameter for name, parameter in twin.named_parameters(remove_duplicate=False)}
+def _pruned(probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
+    """The probe model without what goes, as the modeling file would make it."""
+    values = {name: parameter for name, parameter in probe.named_parameters(remove_duplicate=False)}
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
     modules: dict[str, Any] = {}
     for site in sites:
@@ -204,7 +204,7 @@ def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableModule], decision: De
             modules |= removed_modules(site, width)
         elif units < site.units:
             modules |= resized_modules(site, units)
-    made = copy.deepcopy(twin)
+    made = copy.deepcopy(probe)
     narrow = {name: narrowed(values[name], axes) for name, axes in kept.items()}
     reshape(made, {name: value.shape for name, value in narrow.items()}, modules, FORMS)
     for name, value in narrow.items():
@@ -216,12 +216,12 @@ def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableModule], decision: De
     return made
 
 
-def _config_keys(twin: PreTrainedModel, sites: Sequence[PrunableModule]) -> UnitsInConfig | None:
+def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> UnitsInConfig | None:
     """Keys of config.json that might say how many units every block has; whether they do is for a proof."""
-    if is_reshaped(twin.config) or len({site.units for site in sites}) > 1:
+    if is_reshaped(probe.config) or len({site.units for site in sites}) > 1:
         return None
-    text = twin.config.get_text_config()
-    if text is not twin.config:  # a config inside another
+    text = probe.config.get_text_config()
+    if text is not probe.config:  # a config inside another
         return None
     held = vars(text)
     if sites[0].kind == "ffn":
@@ -236,14 +236,14 @@ def _config_keys(twin: PreTrainedModel, sites: Sequence[PrunableModule]) -> Unit
 
 
 def _of_stock_class(
-    keys: UnitsInConfig, twin: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision
+    keys: UnitsInConfig, probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision
 ) -> PreTrainedModel:
-    """The twin without what goes, as its own class makes it of a config."""
+    """The probe model without what goes, as its own class makes it of a config."""
     units = len(kept_units(sites[0], decision))
-    config = copy.deepcopy(twin.config)
+    config = copy.deepcopy(probe.config)
     for key, value in keys.of(units).items():
         setattr(config, key, value)
-    made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
-    values = dict(twin.named_parameters(remove_duplicate=False))
+    made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
+    values = dict(probe.named_parameters(remove_duplicate=False))
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
     return _filled(made, {name: narrowed(value, kept.get(name, {})) for name, value in values.items()})

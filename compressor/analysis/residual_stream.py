@@ -1,12 +1,13 @@
-"""What reads a model's residual stream and what writes to it: found by running a twin, and proven by turning it.
+"""What reads a model's residual stream and what writes to it: found on a probe model, and proven by rotating it.
 
 Per block: the norms on the stream, the matrices that read each norm, and every parameter that adds to the stream. The
-same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing
-was missed is then proven: with the norms folded and everything that touches the stream turned by one random orthogonal
-matrix, the twin's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for which
-they don't is refused.
+same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing was
+missed is then proven: with the norms folded and everything that touches the stream rotated by one random orthogonal
+matrix, the probe model's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for
+which they don't is refused.
 
-Time: some tens of forward passes of each kind of block in float64; memory: the twin in float64, two blocks or a few.
+Time: some tens of forward passes of each kind of block in float64; memory: the probe model in float64, two blocks or a
+few.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import (
     TOLERANCE,
     Answer,
@@ -29,7 +30,7 @@ from compressor.analysis.perturbation import (
     answering,
     axes,
     factor_along,
-    nudged,
+    perturbed,
     points_along,
     reads,
     size,
@@ -40,7 +41,7 @@ from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, describe_norm
-from compressor.model.probe_model import TWIN_SEED, example_batch, signature
+from compressor.model.probe_model import PROBE_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
 from compressor.model.residual_records import Reader, Residual, ResidualSublayer, Tap, Writer, renamed
 from compressor.model.structure import Structure
@@ -49,7 +50,7 @@ Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]]  # signa
 
 
 def read_residual(structure: Structure) -> Residual:
-    """Find what touches the residual stream, and prove on a random twin that it is all.
+    """Find what touches the residual stream, and prove on a probe model with random weights that it is all.
 
     raises  ModelError naming the module, if the stream of this model can't be rotated
     """
@@ -66,27 +67,27 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
                 hint=HINT,
                 data={"reason": "sliced-already"},
             )
-    twin, path = residual_twin(model, pieces), pieces.blocks_path
-    residual, kinds = find_residual(twin, path)
-    prove_invariance(twin, path, residual)
+    probe, path = float64_probe_model(model, pieces), pieces.blocks_path
+    residual, kinds = find_residual(probe, path)
+    prove_invariance(probe, path, residual)
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
 
 
-def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
+def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
     """Readers and writers of a float64 model with random weights; `path` is that of its block list.
 
     raises  ModelError naming the module that stands in the way
     """
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
-    outside = {name: p for name, p in twin.named_parameters() if not name.startswith(path + ".")}
-    modules = {name: module for name, module in twin.named_modules() if not name.startswith(path + ".")}
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
+    outside = {name: p for name, p in probe.named_parameters() if not name.startswith(path + ".")}
+    modules = {name: module for name, module in probe.named_modules() if not name.startswith(path + ".")}
     kinds: Kinds = {}
     with InDouble():
         hidden, calls = pieces.stem(batch)
         for index, call in enumerate(calls):
             block, prefix = pieces.blocks[index], f"{path}.{index}."
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind in kinds:
                 continue
             runner = _Runner(
@@ -97,9 +98,9 @@ def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
             )
             kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
         stem = _find_stem(lambda: pieces.stem(batch)[0], modules, outside, hidden.shape[-1])
-        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), twin)
+        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), probe)
     residual = Residual(
-        hidden.shape[-1], end.norm.kind, stem, _every_block(kinds, twin.config, pieces.blocks, path), end
+        hidden.shape[-1], end.norm.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
     )
     for tap in residual.taps():
         if tap.norm.kind != residual.kind:
@@ -139,7 +140,7 @@ class _Runner:
         self.run = run
         self.parameters = parameters
         self.width = example.shape[-1]
-        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.generator = torch.Generator().manual_seed(PROBE_SEED)
         self.x = torch.randn(example.shape, dtype=torch.float64, generator=self.generator)
         self.direction = unit(self.width, self.generator)
         self.norms = _norms(modules, self.width)
@@ -192,11 +193,11 @@ def _find_stem(
             hint=HINT,
             data={"reason": "norm-before-blocks"},
         )
-    direction = unit(width, torch.Generator().manual_seed(TWIN_SEED))
+    direction = unit(width, torch.Generator().manual_seed(PROBE_SEED))
     writers = []
     for name, parameter in parameters.items():
         for axis in axes(parameter, width):
-            with nudged(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
+            with perturbed(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
                 change = run() - before
             if size(change) > TOLERANCE and points_along(change, direction):
                 writers.append(Writer(name, axis, factor_along(change, direction)))
@@ -279,7 +280,7 @@ def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str])
     found: list[list[Writer]] = [[] for _ in firsts]
     for name, parameter in runner.parameters.items():
         for axis in axes(parameter, runner.width):
-            with nudged(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
+            with perturbed(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
                 after = runner.states(held)
             changes = [after[state] - before[state] for state in (*firsts, "")]
             moved = [index for index, change in enumerate(changes) if size(change) > TOLERANCE]
@@ -337,7 +338,7 @@ def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plan
     for other, candidate in runner.parameters.items():
         if other == name or other.rpartition(".")[0] != owner or candidate.shape != rest.shape:
             continue
-        with nudged(parameter, axis, plane.base / runner.width**0.5, rest):
+        with perturbed(parameter, axis, plane.base / runner.width**0.5, rest):
             through_weight = run()
         before = candidate.clone()
         candidate.add_(rest)
@@ -348,8 +349,8 @@ def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plan
     return None
 
 
-def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
-    where = type(twin).__name__
+def _find_end(runner: _Runner, probe: PreTrainedModel) -> Tap:
+    where = type(probe).__name__
     seen = [name for name in runner.states({}) if name]
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"

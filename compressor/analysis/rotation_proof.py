@@ -1,6 +1,6 @@
-"""Norms folded into their readers, and the proof that a residual stream can be turned.
+"""Norms folded into their readers, and the proof that a residual stream can be rotated.
 
-With the norms folded and everything that touches the stream turned by one orthogonal matrix, the logits must stay
+With the norms folded and everything that touches the stream rotated by one orthogonal matrix, the logits must stay
 (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). One reader or writer that was missed, and they don't.
 """
 
@@ -17,47 +17,47 @@ from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
 from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.probe_model import TWIN_SEED, example_batch
+from compressor.model.probe_model import PROBE_SEED, example_batch
 from compressor.model.residual_records import Reader, Residual, Tap, Writer
 
 HINT = "Its residual stream can't be rotated."
 
 
-def prove_invariance(twin: PreTrainedModel, path: str, residual: Residual) -> None:
-    """Fold the norms, turn everything that touches the stream, and ask for the same logits. Changes the twin.
+def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> None:
+    """Fold the norms, rotate everything that touches the stream, and ask for the same logits. Changes the probe model.
 
-    raises  ModelError naming the first block whose stream is not the turned one
+    raises  ModelError naming the first block whose stream is not the rotated one
     """
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
     with InDouble(), torch.no_grad():
-        expected, logits = _streams(pieces, batch), output_of(twin(**batch))
-        generator = torch.Generator().manual_seed(TWIN_SEED + 1)
+        expected, logits = _streams(pieces, batch), output_of(probe(**batch))
+        generator = torch.Generator().manual_seed(PROBE_SEED + 1)
         mirrors = [unit(residual.width, generator) for _ in range(2)]
         for tap in residual.taps():
-            fold_tap(twin, tap)
+            fold_tap(probe, tap)
         if residual.kind == "layer":
-            center_writers(twin, residual.writers())
+            center_writers(probe, residual.writers())
         for writer in residual.writers():
-            parameter = twin.get_parameter(writer.parameter)
-            parameter.copy_(_turned(parameter, writer.axis, mirrors))
+            parameter = probe.get_parameter(writer.parameter)
+            parameter.copy_(_rotated(parameter, writer.axis, mirrors))
         for tap in residual.taps():
             for reader in tap.readers:
-                parameter = twin.get_parameter(reader.parameter)
-                parameter.copy_(_turned(parameter, reader.axis, mirrors))
+                parameter = probe.get_parameter(reader.parameter)
+                parameter.copy_(_rotated(parameter, reader.axis, mirrors))
         gainless = {tap.module: gainless_norm(tap) for tap in residual.taps()}
-        with answering({name: twin.get_submodule(name) for name in gainless}, gainless):
-            streams, turned_logits = _streams(pieces, batch), output_of(twin(**batch))
+        with answering({name: probe.get_submodule(name) for name in gainless}, gainless):
+            streams, rotated_logits = _streams(pieces, batch), output_of(probe(**batch))
     for index, (before, after) in enumerate(zip(expected, streams)):
         wanted = center(before, -1) if residual.kind == "layer" else before
-        if size(_turned(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
+        if size(_rotated(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
             raise ModelError(
                 "its residual stream doesn't turn with everything that was found to touch it",
                 where=f"{path}.{index - 1}" if index else "stem",
                 hint=HINT,
                 data={"reason": "does-not-turn"},
             )
-    if size(turned_logits - logits) > TOLERANCE * size(logits):
+    if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(
             "its output changes when its residual stream is turned",
             where="head",
@@ -131,7 +131,7 @@ def _streams(pieces: Pieces, batch: Batch) -> list[Tensor]:
     return streams
 
 
-def _turned(tensor: Tensor, axis: int, mirrors: list[Tensor]) -> Tensor:
+def _rotated(tensor: Tensor, axis: int, mirrors: list[Tensor]) -> Tensor:
     """Along `axis`, by the product of two reflections: dense, orthogonal, and cheaper than a matrix of that size."""
     rows = tensor.movedim(axis, -1)
     for mirror in mirrors:

@@ -13,7 +13,7 @@ from compressor.layers.structural.token_gate import TokenGate, noting_choices
 from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.facts import TokenFacts
 
-PADDED = 3  # of them, in the second sample
+PADDED = 3  # tokens of the second sample of a text that are padding
 TOLERANCE = 1e-5  # relative, of float32
 PROOF = {
     "keep": 0.5,
@@ -34,7 +34,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
 
     raises  ModelError naming the block, or the model
     """
-    twin = pieces.model
+    probe = pieces.model
     hidden, calls = pieces.stem(batch)
     for index, block in enumerate(pieces.blocks):
         whole = pieces.block(index, hidden, calls[index])
@@ -52,29 +52,29 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
             spec = facts.gate(number, [0.5] * number, PROOF)
             stack.enter_context(TokenGate.wrapped(block, spec))
         try:
-            output = output_of(twin(**batch))
+            output = output_of(probe(**batch))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise ModelError(
                 f"its head needs every token ({str(error)[:200]})",
-                where=type(twin).__name__,
+                where=type(probe).__name__,
                 hint=HINT,
                 data={"reason": "head-needs-all", "cause": str(error)[:200]},
             ) from error
-        _check_output(twin, output, hidden.shape[1])
+        _check_output(probe, output, hidden.shape[1])
         if "attention_mask" in batch and output.dim() == 2:
             alone = {name: value[1:, :-PADDED] for name, value in batch.items()}
-            other = output_of(twin(**alone))
+            other = output_of(probe(**alone))
             if not torch.allclose(output[1:], other, rtol=0, atol=TOLERANCE * float(output.abs().max())):
-                raise ModelError("what it makes of a sample depends on padding", where=type(twin).__name__, hint=HINT)
+                raise ModelError("what it makes of a sample depends on padding", where=type(probe).__name__, hint=HINT)
 
 
-def _check_output(twin: PreTrainedModel, output: Tensor, tokens: int) -> None:
+def _check_output(probe: PreTrainedModel, output: Tensor, tokens: int) -> None:
     """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
-    has_head = twin.base_model is not twin
+    has_head = probe.base_model is not probe
     if output.dim() != 2 and has_head:
         raise ModelError(
             f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
             data={"reason": "answer-per-token", "shape": list(output.shape), "tokens": tokens},
         )

@@ -1,13 +1,13 @@
 """Where a gate can stand in each block of a model, found by running it: what `token_gate` needs.
 
-A gate stands after the attention residual and before the MLP. On a random twin: the module that calls transformers'
-attention interface is the attention; the first later module whose output can be made zero while the block's output
-still depends on the attention reads the residual stream, so the gate stands before it. What a later module gives either
-goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That nothing was missed
-is proven: everything after attention works on one token at a time, so a gated block must give what the block itself
-gives for the tokens that were kept.
+A gate stands after the attention residual and before the MLP. On a probe model with random weights: the module that
+calls transformers' attention interface is the attention; the first later module whose output can be made zero while the
+block's output still depends on the attention reads the residual stream, so the gate stands before it. What a later
+module gives either goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That
+nothing was missed is proven: everything after attention works on one token at a time, so a gated block must give what
+the block itself gives for the tokens that were kept.
 
-Time: a few forward passes of a twin.
+Time: a few forward passes of a probe model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from compressor.model.block_runner import Batch, Call, Pieces
 from compressor.model.facts import BlockTokens, TokenFacts
 from compressor.model.module_names import is_inside
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import example_batch, make_twin, shallow_config, signature
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
 from compressor.model.structure import Structure
 
 CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
-TOKENS = 13  # of the text a twin reads
+TOKENS = 13  # of the text a probe model reads
 UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # what attention may get and a gate doesn't compute
 
 
@@ -46,29 +46,29 @@ def find_token_sites(structure: Structure) -> TokenFacts:
     """
     model, path = structure.model, structure.pieces.blocks_path
     config = shallow_config(model.config, model, structure.pieces)
-    twin = make_twin(type(model), config, torch.device("cpu"), torch.float32)
+    probe = make_probe_model(type(model), config, torch.device("cpu"), torch.float32)
     _refuse_outputs(model)
     with torch.no_grad():
-        return _find(structure, twin, path)
+        return _find(structure, probe, path)
 
 
-def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
-    pieces = Pieces(twin, path)
-    batch = _batch(twin)
+def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts:
+    pieces = Pieces(probe, path)
+    batch = _batch(probe)
     hidden, calls = pieces.stem(batch)
     if hidden.dim() != 3:
         raise ModelError(
             f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint=HINT,
             data={"reason": "no-tokens", "shape": list(hidden.shape)},
         )
     is_text = "input_ids" in batch
-    patches = None if is_text else _patches(twin, hidden.shape[1])
+    patches = None if is_text else _patches(probe, hidden.shape[1])
     protect = (1, 1)
     if patches is not None:
         protect = (hidden.shape[1] - patches[0] * patches[1], 0)
-    kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+    kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
     mask = _mask_argument(pieces, calls, hidden, batch)
     register_watching()
     found: dict[Any, BlockTokens] = {}
@@ -101,9 +101,9 @@ def _refuse_outputs(model: PreTrainedModel) -> None:
             )
 
 
-def _batch(twin: PreTrainedModel) -> Batch:
+def _batch(probe: PreTrainedModel) -> Batch:
     """Two samples; of text the second has padding."""
-    batch = example_batch(twin, torch.device("cpu"), samples=2, tokens=TOKENS)
+    batch = example_batch(probe, torch.device("cpu"), samples=2, tokens=TOKENS)
     if "input_ids" in batch:
         mask = torch.ones_like(batch["input_ids"])
         mask[1, -PADDED:] = 0
@@ -111,19 +111,19 @@ def _batch(twin: PreTrainedModel) -> Batch:
     return batch
 
 
-def _patches(twin: PreTrainedModel, tokens: int) -> tuple[int, int]:
+def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
     """Rows and columns of the image's patches, which are its last tokens. raises ModelError if the tokens are others"""
     sizes = []
     for key in ("image_size", "patch_size"):
-        value = getattr(twin.config, key, None)
+        value = getattr(probe.config, key, None)
         if value is None:
-            raise ModelError(f"its config has no {key}", where=type(twin).__name__, hint=HINT)
+            raise ModelError(f"its config has no {key}", where=type(probe).__name__, hint=HINT)
         sizes.append((value, value) if isinstance(value, int) else tuple(value))
     rows, columns = (side // patch for side, patch in zip(*sizes))
     if not 0 <= tokens - rows * columns <= 8:  # one for the class, one for distillation, a few registers
         raise ModelError(
             f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint=HINT,
             data={"reason": "tokens-not-patches", "tokens": tokens, "rows": rows, "columns": columns},
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressor.model.probe_model import TWIN_SEED
+from compressor.model.probe_model import PROBE_SEED
 
 FAINT = 1e-6  # of the largest gradient of a matrix: below, its rounding may hide whose it is
 SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two codes up to a million units
@@ -15,7 +15,7 @@ SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two 
 
 def unit_codes(count: int) -> list[Tensor]:
     """Two sets of numbers that tell units apart."""
-    generator = torch.Generator().manual_seed(TWIN_SEED)
+    generator = torch.Generator().manual_seed(PROBE_SEED)
     even = torch.arange(count, dtype=torch.float64)
     return [1 + (even + 1) / count, 1 + (torch.randperm(count, generator=generator).double() + 1) / count]
 

@@ -14,12 +14,8 @@ from compressor.errors import ModelError
 from compressor.model.checkpoint import Checkpoint
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # what transformers can make a model in
-
-
 # Above these no model has a size or a count of anything: the largest known have 10^7 positions and 1536 experts.
 LARGEST_SIZE, LARGEST_COUNT = 10**8, 10**6
-
-
 SIZES = re.compile(r"size|dim|embd|inner|position|ctx|window|length|rank|channel|hidden")
 FREE = re.compile(r"theta|token|_ids?$|seed|scal|factor|base|freq|version|eps")  # integers that nothing is made of
 HINT = "Correct it, or download config.json again."

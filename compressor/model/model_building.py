@@ -1,4 +1,4 @@
-"""Guarded building: whatever a config, a class or a small twin raises is a refusal that names the key of config.json.
+"""Guarded building: what a config, a class or a probe model raises is a refusal that names the key of config.json.
 
 config.json is somebody else's file, and transformers checks only part of it: a wrong value may end in any exception,
 in a loop over 10^12 layers or in a buffer of a terabyte. So counts and sizes are checked before anything is made from

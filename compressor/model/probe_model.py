@@ -16,8 +16,8 @@ from compressor.model.load_dtypes import hold_as_loaded
 from compressor.model.module_names import is_inside, renumbered
 from compressor.model.reshaped_class import is_reshaped, reshaping
 
-TWIN_TOKENS = 12
-TWIN_SEED = 0
+PROBE_TOKENS = 12
+PROBE_SEED = 0
 
 
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
@@ -31,8 +31,8 @@ def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pie
     if depth == count > 2 and is_reshaped(config):
         before = max(kinds.index(kind) + 1 for kind in set(kinds[:-1]))
         shorter = _with_blocks(config, [*range(before), count - 1], count, pieces.blocks_path)
-        twin = make_twin(type(model), shorter, torch.device("meta"), model.dtype)
-        blocks = Pieces(twin, pieces.blocks_path).blocks
+        probe = make_probe_model(type(model), shorter, torch.device("meta"), model.dtype)
+        blocks = Pieces(probe, pieces.blocks_path).blocks
         shown = [signature(shorter, block, index) for index, block in enumerate(blocks)]
         follows = _widths(config, pieces, before - 1)[-1:] == _widths(config, pieces, count - 1)[:1]
         if follows and shown == [*kinds[:before], kinds[-1]]:
@@ -64,7 +64,7 @@ def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
     return reshaping(config)[1].get(f"{pieces.blocks_path}.{index}", {}).get("shape", [])
 
 
-def make_twin(
+def make_probe_model(
     cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model of `config`: parameters on the meta device, or seeded random ones elsewhere.
@@ -74,14 +74,14 @@ def make_twin(
     config = run_in_pieces(config)
     if device.type == "meta":
         with device:
-            twin = cls._from_config(config, dtype=dtype)
+            probe = cls._from_config(config, dtype=dtype)
     else:
         _check_room(cls, config, dtype)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(TWIN_SEED)
-            twin = cls._from_config(config, dtype=dtype)
-    hold_as_loaded(twin, dtype)
-    return twin.eval().requires_grad_(False)
+            torch.manual_seed(PROBE_SEED)
+            probe = cls._from_config(config, dtype=dtype)
+    hold_as_loaded(probe, dtype)
+    return probe.eval().requires_grad_(False)
 
 
 def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -101,13 +101,13 @@ def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: tor
         )
 
 
-def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
+def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = PROBE_TOKENS) -> Batch:
     """Seeded random inputs of the kind the model takes: token ids or pixels.
 
     raises  ModelError for a model that reads something else, or both of them in two towers
     """
     refuse_two_towers(model)
-    generator = torch.Generator().manual_seed(TWIN_SEED)
+    generator = torch.Generator().manual_seed(PROBE_SEED)
     config = model.config
     if model.main_input_name == "input_ids":
         ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)

@@ -13,13 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError
 from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
-from compressor.model.probe_model import example_batch, make_twin, shallow_config
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config
 from compressor.model.structure import Structure, run_whole_or_shallow
 from compressor.model.tracing import check_output, checked
 
 
 def prove_by_replay(structure: Structure) -> None:
-    """Replay stem, blocks and head of a random shallow twin on the CPU; its logits must come out bit for bit.
+    """Replay stem, blocks and head of a shallow probe model on the CPU; its logits must come out bit for bit.
 
     raises ModelError naming the first block that differs
     """
@@ -27,8 +27,8 @@ def prove_by_replay(structure: Structure) -> None:
 
     def prove(config: PretrainedConfig) -> None:
         shallow = shallow_config(config, structure.model, pieces)
-        twin = make_twin(cls, shallow, torch.device("cpu"), structure.dtype)
-        prove_equal(twin, pieces.blocks_path, example_batch(twin, torch.device("cpu")))
+        probe = make_probe_model(cls, shallow, torch.device("cpu"), structure.dtype)
+        prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
 
     run = partial(run_whole_or_shallow, structure.model, pieces, structure.dtype, checkpoint)
     failed = "a small twin of it can't be run on the CPU"

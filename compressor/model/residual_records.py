@@ -12,10 +12,10 @@ from compressor.model.norms import Norm
 
 @dataclass(frozen=True)
 class Writer:
-    """A parameter that adds to the stream along `axis`: a matrix, a bias, a table, a convolution.
+    """A parameter that adds to the stream along `axis`: a matrix, a bias, an embedding, a convolution.
 
-    scale  what the stream gets is scale times the parameter (1 for most tables and biases, sqrt(hidden) for Gemma's
-           table); None where the factor varies, as in a product
+    scale  what the stream gets is scale times the parameter (1 for most embeddings and biases, sqrt(hidden) for Gemma's
+           embedding); None where the factor varies, as in a product
     """
 
     parameter: str

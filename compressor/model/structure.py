@@ -1,8 +1,8 @@
 """Stem, blocks, head and weight groups of a model, found by running it.
 
-What a run of a shallow twin shows (`tracing`) is put together here with the checkpoint's names. Replaying
-stem, blocks and head of a random twin must give its own logits bit for bit; if not, the model is refused before any
-work.
+What a run of a shallow probe model shows (`tracing`) is put together here with the checkpoint's names. Replaying stem,
+blocks and head of a probe model with random weights must give its own logits bit for bit; if not, the model is refused
+before any work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from compressor.model.weights import Group, Stage, Weight
 class Structure:
     """A checkpoint, its model on the meta device, and what running it showed.
 
-    traced      what a run of its shallow twin showed
+    traced      what a run of its shallow probe model showed
     dtype       the model's; single parameters may be held in another (`bindings.dtypes`)
     left_dense  parameter that is multiplied -> why it can't be compressed, as far as stages were asked for
     """
@@ -67,7 +67,7 @@ class Structure:
         return value.to(self.bindings.dtype_of(tensor))
 
     def stages(self, unit: int) -> list[Stage]:
-        """Weight groups of a unit: 0 stem (its tables), 1..n blocks, n + 1 head; in forward order."""
+        """Weight groups of a unit: 0 stem (its embeddings), 1..n blocks, n + 1 head; in forward order."""
         if unit not in self._stages:  # kept, because a layer may stand in for a module later
             self._stages[unit] = self._find_stages(unit)
         return self._stages[unit]
@@ -230,7 +230,7 @@ class Structure:
 
 
 def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code: bool = False) -> Structure:
-    """Open a checkpoint and take its model apart; nothing but headers and the twin is in memory afterwards.
+    """Open a checkpoint and take its model apart; nothing but headers and the probe model is in memory afterwards.
 
     raises ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be split
     """

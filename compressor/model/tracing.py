@@ -1,8 +1,8 @@
-"""What a shallow twin of a model shows when it runs: which parameters are multiplied, and which read the same input.
+"""What a shallow probe model shows when it runs: which parameters are multiplied, and which read the same input.
 
-The twin is the same class at the same widths with few blocks. It runs on the meta device, or with random weights on the
-CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its input;
-weights that read the same tensor form a group.
+The probe model is the same class at the same widths with few blocks. It runs on the meta device, or with random weights
+on the CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its
+input; weights that read the same tensor form a group.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import Because
 from compressor.model.block_runner import Answer, Pieces, output_of
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import example_batch, make_twin, signature
+from compressor.model.probe_model import example_batch, make_probe_model, signature
 from compressor.model.replaceable import watch_reads
 from compressor.model.routing import ChoiceTrace
 
-SMALL_BYTES = 1 << 26  # what a twin of other sizes may always take
+SMALL_BYTES = 1 << 26  # what a probe model of other sizes may always take
 
 
 Kind = tuple[Any, ...]  # signature of a block
@@ -46,7 +46,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one run of a twin showed.
+    """What one run of a probe model showed.
 
     groups   kind of block -> its products, grouped by input, in forward order
     whole    kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
@@ -68,30 +68,30 @@ class Traced:
 
 
 def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
-    """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
+    """Run a probe model of `config` once and note what it multiplies; `path` is that of the block list.
 
     raises  whatever the model's code raises when it is run in stem, blocks and head
     """
     try:
-        return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
+        return _trace_probe(make_probe_model(cls, config, torch.device("meta"), dtype), path)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         pass  # an operation that depends on values, or a model that can't be run so on the CPU either
-    return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
+    return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype), path)
 
 
 def run_whole(
     cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype, most_bytes: int
 ) -> None:
-    """Run the first of some twins whose random weights are small enough as a whole, as anyone who loads it would.
+    """Run the first probe model whose random weights are small enough as a whole, as anyone who loads it would.
 
     raises  ValueError when the weights of each would take more than `most_bytes`, and whatever the model's code raises
     """
     for config in configs:
-        needed = sum(p.nbytes for p in make_twin(cls, config, torch.device("meta"), dtype).parameters())
+        needed = sum(p.nbytes for p in make_probe_model(cls, config, torch.device("meta"), dtype).parameters())
         if needed <= max(most_bytes, SMALL_BYTES):
-            twin = make_twin(cls, config, torch.device("cpu"), dtype)
-            with torch.no_grad(), checked(twin):
-                check_output(output_of(twin(**example_batch(twin, torch.device("cpu")))))
+            probe = make_probe_model(cls, config, torch.device("cpu"), dtype)
+            with torch.no_grad(), checked(probe):
+                check_output(output_of(probe(**example_batch(probe, torch.device("cpu")))))
             return
     raise ValueError(f"it would take {needed:,} bytes of weights")
 
@@ -125,18 +125,18 @@ def checked(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
-    device = next(twin.parameters()).device
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, device)
+def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
+    device = next(probe.parameters()).device
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, device)
     used: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
-        for name, module in twin.named_modules()
+        for name, module in probe.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
     ]
     try:
-        with watch_reads(twin) as stem_read:
+        with watch_reads(probe) as stem_read:
             hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
@@ -145,7 +145,7 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             with ChoiceTrace(dict(block.named_parameters())) as traced, watch_reads(block) as seen:
                 hidden = pieces.block(index, hidden, call)
             if kind not in groups:
@@ -153,28 +153,28 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
                 groups[kind], whole[kind] = _grouped(traced, block), traced.whole
                 answers[kind] = pieces.answers[index]
         found: list[ObservedMatmul] = []
-        watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
-        with ObservedMatmuls(watched, found.append), watch_reads(twin) as seen:
+        watched = {n: p for n, p in probe.named_parameters() if not n.startswith(path + ".")}
+        with ObservedMatmuls(watched, found.append), watch_reads(probe) as seen:
             pieces.head(batch, hidden)
         read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
     finally:
         for handle in handles:
             handle.remove()
-    head = [call for call in found if twin.get_parameter(call.parameter).dim() == 2]
-    names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
+    head = [call for call in found if probe.get_parameter(call.parameter).dim() == 2]
+    names = {id(p): n for n, p in probe.named_parameters(remove_duplicate=True)}
     products = []
-    output = twin.get_output_embeddings()
+    output = probe.get_output_embeddings()
     for found_call in head:
         name = found_call.parameter
-        if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
-            name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
+        if output is not None and names[id(output.weight)] == names[id(probe.get_parameter(name))]:
+            name = next(n for n, m in probe.named_modules() if m is output) + ".weight"
         product = Product(name, found_call.transposed, False)
         owner = name.rpartition(".")[0]
         if product not in products and owner not in before:
             products.append(product)
     # a subclass may scale, shift or mask what it looks up, which a form that stands in for nn.Embedding wouldn't
     looked_up = [
-        name for name in dict.fromkeys(used) if name in before and type(twin.get_submodule(name)) is nn.Embedding
+        name for name in dict.fromkeys(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding
     ]
     tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
     return Traced(groups, whole, answers, tuple(products), set(used) - before, tables, read)

@@ -54,11 +54,11 @@ from compressor.methods.rotation.rotation import (
     pca,
     pooled_covariance,
     random_orthogonal,
+    rotate_consumers,
+    rotate_part,
+    rotate_writes,
     tap_covariance,
     taps_of,
-    turn,
-    turn_readers,
-    turn_writers,
 )
 from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
@@ -202,7 +202,7 @@ class SliceGPT(Pass):
         width, kept = site.residual.width, site.remodel.widths[1]
         if site.remodel.follows:
             return self._slice_sites(site, carry)
-        turn(site, carry["q"].to(site.device))
+        rotate_part(site, carry["q"].to(site.device))
         ratio = (width / kept) ** 0.5
         if site.index < 0:
             for writer in site.residual.stem:  # a class that multiplies its table by sqrt(hidden) now does so by less
@@ -230,7 +230,7 @@ class SliceGPT(Pass):
             values, q, tokens = self._axes(site, [])
             _warn_if_few(site, tokens, values)
             basis = self._spread(site, q[:, : widths[0]])
-            turn_writers(site, site.residual.stem, basis)
+            rotate_writes(site, site.residual.stem, basis)
             return {"basis": basis, "site": torch.tensor(0)}
         if not site.sites:
             return carry  # the head reads the original basis
@@ -238,9 +238,9 @@ class SliceGPT(Pass):
         bases = self._bases(site, carry["basis"].to(site.device), widths[at + 1 : at + 1 + len(site.sites)])
         for number, (stream, basis, following) in enumerate(zip(site.sites, bases, bases[1:])):
             for tap in stream.taps:
-                turn_readers(site, tap, basis)
+                rotate_consumers(site, tap, basis)
             site.write(f"{site.path}.shortcut_{number}", basis.t() @ following)
-            turn_writers(site, stream.writers, following)
+            rotate_writes(site, stream.writers, following)
         found = {f"basis_{number}": basis for number, basis in enumerate(bases[:-1])}
         return {"basis": bases[-1], "site": torch.tensor(at + len(site.sites)), **found}
 

@@ -428,12 +428,12 @@ def count_operations(model: PreTrainedModel, tokens: Tensor) -> dict[str, int]:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # its products are plain ones, which the counter knows
     with torch.device("meta"):
-        twin = type(model)(config).eval()
+        probe = type(model)(config).eval()
     tokens = tokens.to("meta")
     with FlopCounterMode(display=False) as prefill:
-        cache = twin(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        cache = probe(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
     with FlopCounterMode(display=False) as decode:
-        twin(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+        probe(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
     return {"prefill": prefill.get_total_flops(), "decode": decode.get_total_flops()}
 
 

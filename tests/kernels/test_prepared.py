@@ -365,7 +365,7 @@ def test_an_input_that_was_changed_in_between_is_multiplied_again(calls):
     assert calls == [3] and "one call" not in explain(model)
 
 
-def test_layers_that_turn_out_to_read_different_inputs_part(calls):
+def test_layers_that_get_different_inputs_multiply_apart_for_good(calls):
     model, x, y = Attention(), torch.randn(2, 64), torch.randn(3, 64)
     expected = model(x, y)
     prepare(model)

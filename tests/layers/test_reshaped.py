@@ -16,7 +16,7 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.residual_stream import read_residual
 from compressor.artifact import writer
 from compressor.artifact.inspection import inspect_path
@@ -194,7 +194,7 @@ def test_a_projected_table_stays_tied_to_the_head_after_loading(sliced, tmp_path
     assert inspect_path(str(tmp_path / "out"))["block_count"] == 3
 
 
-def test_the_twin_of_a_uniformly_sliced_model_stays_shallow(sliced):
+def test_the_probe_of_a_uniformly_sliced_model_stays_shallow(sliced):
     written = sliced("llama", layers=4)
     structure = read_structure(written.directory)
     config = shallow_config(structure.model.config, structure.model, structure.pieces)
@@ -218,11 +218,11 @@ def test_norms_without_parameters_are_norms_on_the_stream(family, tmp_path):
     assert error(logits_of(model, written.batch), written.logits) < TOLERANCE
 
 
-def test_a_small_vocabulary_of_the_twin_goes_with_reshaped_tables(tmp_path):
+def test_a_small_vocabulary_of_the_probe_goes_with_reshaped_embeddings(tmp_path):
     written = reshaped.fused("opt", tmp_path / "m", vocab_size=1000)  # its head has a new bias of 1000
     structure = read_structure(written.directory)
     assert structure.model.config.compressed_shapes["lm_head.bias"] == [1000]
-    assert residual_twin(structure.model, structure.pieces).lm_head.bias.shape == (256,)
+    assert float64_probe_model(structure.model, structure.pieces).lm_head.bias.shape == (256,)
 
 
 def test_norms_of_a_narrower_stream_are_not_offered_to_tables(sliced):

@@ -87,7 +87,7 @@ def test_centring_before_an_rms_norm_changes_what_it_gives(randn):
     assert not torch.allclose(apply_norm(center(x, -1), None, None, norm), apply_norm(x, None, None, norm), rtol=0.1)
 
 
-# -- turning ---------------------------------------------------------------------------------------------------------
+# -- rotation --------------------------------------------------------------------------------------------------------
 
 
 def test_an_rms_norm_commutes_with_a_rotation_at_any_eps(randn, generator):
@@ -96,7 +96,7 @@ def test_an_rms_norm_commutes_with_a_rotation_at_any_eps(randn, generator):
     close(apply_norm(x @ q, None, None, norm), apply_norm(x, None, None, norm) @ q)
 
 
-def test_a_reader_a_writer_and_a_table_are_turned_along_their_axis(randn, generator):
+def test_projections_and_an_embedding_are_rotated_along_their_axis(randn, generator):
     q = random_orthogonal(8, generator)
     reader, writer, bias, table, experts = randn(6, 8), randn(8, 5), randn(8), randn(9, 8), randn(3, 8, 5)
     close(rotate(reader, q, 1), reader @ q)

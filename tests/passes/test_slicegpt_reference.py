@@ -10,7 +10,7 @@ import slicegpt_reference as reference
 import tiny
 import torch
 
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.residual_stream import find_residual
 from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
 from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
@@ -27,7 +27,7 @@ def read(family):
     config = EPS.get(family, {"rms_norm_eps": 0.1})
     model = tiny.build(family, num_hidden_layers=3, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
-    twin = residual_twin(model, pieces)
+    twin = float64_probe_model(model, pieces)
     return twin, pieces.blocks_path, find_residual(twin, pieces.blocks_path)[0]
 
 

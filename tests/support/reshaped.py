@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.analysis.branch_calls import branches_of
-from compressor.analysis.float64_probe import residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.residual_stream import residual_of
 from compressor.model.block_runner import Batch, Pieces
 from compressor.model.probe_model import example_batch, signature
@@ -80,7 +80,7 @@ def taken_apart(family: str, **config: Any) -> tuple[Residual, dict[Any, Any]]:
     model = tiny.build(family, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
     residual = residual_of(model, pieces)
-    return residual, branches_of(residual_twin(model, pieces), pieces.blocks_path, residual)
+    return residual, branches_of(float64_probe_model(model, pieces), pieces.blocks_path, residual)
 
 
 def sliced(

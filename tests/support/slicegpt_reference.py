@@ -26,7 +26,7 @@ Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D
 
 @dataclass
 class Sliced:
-    """The twin with its matrices cut, and what its own forward doesn't have.
+    """The probe model with its matrices cut, and what its own forward doesn't have.
 
     whole      the model before it was cut; its head is still that of the sliced one
     shortcuts  one (w_k, w_k+1) for each site, beside its branches

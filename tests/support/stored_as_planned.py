@@ -57,10 +57,10 @@ def assert_plain_transformers_computes_what_the_codes_stand_for(plan, artifact, 
     cls = type(plan.structure.model)
     stock, info = cls.from_pretrained(artifact, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    twin = cls.from_pretrained(plan.structure.checkpoint.directory)
+    probe = cls.from_pretrained(plan.structure.checkpoint.directory)
     for module, layer in layers.items():
-        twin.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
-    inputs = example_batch(twin, torch.device("cpu"))
+        probe.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
+    inputs = example_batch(probe, torch.device("cpu"))
     with torch.no_grad():
-        first, second, expected = stock(**inputs)[0], stock(**inputs)[0], twin(**inputs)[0]
+        first, second, expected = stock(**inputs)[0], stock(**inputs)[0], probe(**inputs)[0]
     assert torch.equal(first, expected) and torch.equal(second, expected)

@@ -156,7 +156,7 @@ def _on_the_cpu(what: str) -> str:
     return f"{what} are on the CPU" if torch.cuda.is_available() else "no CUDA device"
 
 
-def choose_table(table: Tensor, op: str) -> Choice:
+def choose_lookup_table(table: Tensor, op: str) -> Choice:
     """The best way to read a function from a table (entries,) here; op: the operation that does it."""
     refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
     skipped = [f"{name} ({refused})" for name in devices.WAYS]

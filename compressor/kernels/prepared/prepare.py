@@ -20,11 +20,11 @@ from compressor.kernels.prepared.dispatch import (
     Choice,
     choose,
     choose_dense,
-    choose_table,
+    choose_lookup_table,
 )
 from compressor.kernels.prepared.prepared_dense import PreparedDense
 from compressor.kernels.prepared.prepared_linear import PreparedInteger, PreparedLinear, prepared_linear
-from compressor.kernels.prepared.prepared_table import OPS, PreparedTable, reads_table
+from compressor.kernels.prepared.prepared_lookup_table import OPS, PreparedLookupTable, reads_lookup_table
 from compressor.kernels.prepared.shared_input import SharedInput
 from compressor.kernels.prepared.stock import adopt
 
@@ -59,11 +59,11 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
             replaced = "forward" in vars(module) and form != UNPACKING
             weight = "its forward was replaced" if replaced else stored.read(stored.tensors)
             choice = choose(weight, activations, inputs)
-        elif isinstance(module, PreparedTable):
+        elif isinstance(module, PreparedLookupTable):
             form, choice = module.form, module.choice
-        elif reads_table(module):
+        elif reads_lookup_table(module):
             form = str(module.form)
-            choice = choose_table(module.table, OPS[form])  # type: ignore[arg-type]
+            choice = choose_lookup_table(module.table, OPS[form])  # type: ignore[arg-type]
         else:
             continue
         choices[name] = choice
@@ -75,14 +75,14 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
                 hint=hint,
                 data={"reason": "fallback", "kernel": choice.kernel, "skipped": list(choice.skipped)},
             )
-        if isinstance(module, (PreparedLinear, PreparedTable)) and module.choice == choice:
+        if isinstance(module, (PreparedLinear, PreparedLookupTable)) and module.choice == choice:
             continue
         if choice.op is None:
             module.kernel_choice = (form, choice)  # type: ignore[assignment]
             continue
         made: nn.Module
         if stored is None:
-            made = PreparedTable(module, choice)
+            made = PreparedLookupTable(module, choice)
         else:
             assert not isinstance(weight, str)
             made = prepared_linear(stored, weight, choice)
@@ -141,7 +141,7 @@ def _prepare_dense(model: nn.Module) -> None:
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
     """Name, form, choice and module of each layer that `prepare` has chosen for."""
     for name, module in model.named_modules():
-        if isinstance(module, (PreparedLinear, PreparedDense, PreparedTable)):
+        if isinstance(module, (PreparedLinear, PreparedDense, PreparedLookupTable)):
             yield name, module.form, module.choice, module
         elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
             yield name, *found, module
@@ -160,7 +160,7 @@ def explain(model: nn.Module) -> str:
         elif isinstance(module, PreparedDense):
             most = MOST_ROWS[module.weight.dtype]
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   up to {most} rows")
-        elif isinstance(module, PreparedTable):
+        elif isinstance(module, PreparedLookupTable):
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
         else:
             lines.append(f"{name}   {form}   {choice.kernel}")

@@ -1,6 +1,6 @@
 """Stored weights as modules hold them: our own layers', and those of compressed-tensors and bitsandbytes.
 
-Readers are here, and not methods of the layers, since the source of a layer goes into modelling files that know torch
+Readers are here, and not methods of the layers, since the source of a layer goes into modeling files that know torch
 alone. Both kinds name their tensors alike.
 """
 

@@ -63,7 +63,7 @@ def prune(
             offset, factor = gains[name]
             value = (offset + value) * factor - offset
         if residual is not None and is_stock and site.index < 0:
-            value = value * _table_factor(name, residual, decision)
+            value = value * _embedding_factor(name, residual, decision)
         if shapes.get(name, ()) is not None:
             site.write(name, value)
     for s in own:
@@ -138,8 +138,8 @@ def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, flo
     return {f"{tap.module}.weight": (tap.norm.offset, factor) for tap in residual.taps() if tap.norm.has_weight}
 
 
-def _table_factor(name: str, residual: Residual, decision: Decision) -> float:
-    """A class that multiplies its table by the root of its width now does so by less."""
+def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
+    """A class that multiplies its embedding by the root of its width now does so by less."""
     for writer in residual.stem:
         if writer.parameter == name and writer.scale is not None and is_root(writer.scale, residual.width):
             return (residual.width / len(decision["hidden"])) ** 0.5

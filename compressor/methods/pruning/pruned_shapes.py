@@ -15,7 +15,7 @@ that is so with norms that see only what is kept:
     LayerNorm  mean and variance over the kept values; the gain and the shift stay
 
 Where config.json can say all of it (the same number in every block, found to hold by `prunable_units`), the result
-is a model of its own class. Else the modelling file has it: shapes one by one, attributes where attention counts its
+is a model of its own class. Else the modeling file has it: shapes one by one, attributes where attention counts its
 heads, and a `removed` layer where nothing is left of a sub-block.
 """
 
@@ -78,7 +78,7 @@ def pruned_remodel(
 ) -> Remodel:
     """The definition of the pruned model.
 
-    export  stock: a model of the same class or an error; custom: the modelling file, also where a stock model would do
+    export  stock: a model of the same class or an error; custom: the modeling file, also where a stock model would do
     raises  PreflightError for a decision that doesn't fit the model, or a stock model that can't be
     """
     check_decision(sites, decision)
@@ -286,7 +286,7 @@ def is_root(scale: float, width: int) -> bool:
     return width > 1 and abs(scale - width**0.5) < 1e-2
 
 
-# a model of the modelling file
+# a model of the modeling file
 
 
 def _custom(

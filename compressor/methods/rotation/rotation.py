@@ -2,8 +2,8 @@
 
 An RMSNorm without gain commutes with an orthogonal map, rms(x Q) = rms(x) Q (Ashkboos et al. 2024, arXiv 2401.15024,
 section 3.1). Whatever touches the stream touches it along one axis of a parameter: the input axis of a matrix that
-reads it, the output axis of one that adds to it, the last axis of a table, the only axis of a bias. So one function,
-`rotate`, turns all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
+reads it, the output axis of one that adds to it, the last axis of an embedding, the only axis of a bias. So one
+function, `rotate`, rotates all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _dct(m: int) -> torch.Tensor:
 def untied_head(
     model: ModelFacts,
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...] | None], tuple[str, ...]]:
-    """(config, shapes, notes) of a Remodel in which the head has weights of its own, where it shared the table's."""
+    """(config, shapes, notes) of a Remodel in which the head has weights of its own, where it shared them."""
     shared = [reader.parameter for reader in model.residual.end.readers if reader.parameter in model.tied]
     if not shared:
         return {}, {}, ()
@@ -205,27 +205,27 @@ def untied_head(
     return {"tie_word_embeddings": False}, {name: model.shapes[name] for name in shared}, (note,)
 
 
-def turn(site: StreamSite, q: torch.Tensor) -> None:
+def rotate_part(site: StreamSite, q: torch.Tensor) -> None:
     """Rotate every parameter of the unit along the stream.
 
     q  (D, d) float64: the whole orthogonal matrix, or the columns that are kept
     """
     if site.index < 0:
-        turn_writers(site, site.residual.stem, q)
+        rotate_writes(site, site.residual.stem, q)
     for stream in site.sites:
         for tap in stream.taps:
-            turn_readers(site, tap, q)
-        turn_writers(site, stream.writers, q)
+            rotate_consumers(site, tap, q)
+        rotate_writes(site, stream.writers, q)
     if site.index == len(site.residual.blocks):
-        turn_readers(site, site.residual.end, q)
+        rotate_consumers(site, site.residual.end, q)
 
 
-def turn_readers(site: StreamSite, tap: Tap, q: torch.Tensor) -> None:
+def rotate_consumers(site: StreamSite, tap: Tap, q: torch.Tensor) -> None:
     for reader in tap.readers:
         site.write(reader.parameter, rotate(site.read(reader.parameter), q, reader.axis))
 
 
-def turn_writers(site: StreamSite, writers: tuple[Writer, ...], q: torch.Tensor) -> None:
+def rotate_writes(site: StreamSite, writers: tuple[Writer, ...], q: torch.Tensor) -> None:
     for writer in writers:
         site.write(writer.parameter, rotate(site.read(writer.parameter), q, writer.axis))
 

@@ -34,7 +34,8 @@ class StreamShape:
     """The numbers of a model that decide its size when sliced.
 
     width        of the stream, D
-    tables       vectors that make up the stream before block 0: rows of all tables, columns of convolutions, biases
+    embeddings       vectors that make up the stream before block 0: rows of all embeddings, columns of convolutions,
+                     biases
     sites        of all blocks, in order
     head         rows of the head, which counts as a matrix of its own
     kept         parameters that don't touch the stream: biases of readers (those that a LayerNorm's shift makes
@@ -102,9 +103,9 @@ def per_site_parameters(
     """Parameters of a model with a rotation of its own at each site, and a matrix (w_k, w_k+1) beside its branches.
 
     widths     at each site and, last, before the head: len(sites) + 1 numbers
-    embedding  slice: narrower tables, and a head of its own; project: whole tables and a matrix (D, w_0) after their
-               sum, the head in the original basis behind the last norm with its own gain
-    tied       with project: head and table stay one
+    embedding  slice: narrower embeddings, and a head of its own; project: whole embeddings and a matrix (D, w_0) after
+               their sum, the head in the original basis behind the last norm with its own gain
+    tied       with project: head and embedding stay one
     """
     if len(widths) != len(shape.sites) + 1:
         raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sites and the head")

@@ -6,8 +6,8 @@ low + k * step are exact in float32, so that dividing by it finds a knot's numbe
     linear   |error| <= step**2 / 8 * max |f''|
     nearest  |error| <= step / 2 * max |f'|
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone. A prepared
-model gives them what reads the table in place of `look_up` (`compressor.kernels.prepared.prepared_table`).
+These functions are copied by source into the modeling file of a custom artifact, so they use torch alone. A prepared
+model gives them what reads the table in place of `look_up` (`compressor.kernels.prepared.prepared_lookup_table`).
 """
 
 from __future__ import annotations
