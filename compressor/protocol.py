@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers.base import Layer
-    from compressor.model.residual_records import Residual, ResidualSublayer, Tap
+    from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
@@ -184,7 +184,7 @@ class StreamSite(Protocol):
         """Add a warning to the report."""
         ...
 
-    def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
+    def signals(self, norm: ResidualNorm) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
         ...
 

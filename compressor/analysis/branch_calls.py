@@ -31,7 +31,7 @@ from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.model.block_runner import Batch, Call, Pieces, output_of
 from compressor.model.probe_model import example_batch, signature
-from compressor.model.residual_records import Reader, Residual, ResidualSublayer, Tap, Writer
+from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
 
 HINT = "No matrix can be put beside its branches."
@@ -40,7 +40,9 @@ CONSTANTS = (type(None), bool, int, float, str)
 
 Kind = tuple[Any, ...]
 Spec = dict[str, Any]
-_Edges = list[tuple[Reader | Writer | Tap, int]]  # what touches the stream, and how many of its values are left there
+_Edges = list[
+    tuple[InputProjection | ResidualWrite | ResidualNorm, int]
+]  # what touches the stream, and how many of its values are left there
 
 
 @dataclass
@@ -131,8 +133,8 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
 
     raises  ModelError if it can't run
     """
-    edges: _Edges = [(writer, first) for writer in residual.stem]
-    edges += [(residual.end, last), *((reader, last) for reader in residual.end.readers)]
+    edges: _Edges = [(write, first) for write in residual.stem]
+    edges += [(residual.end, last), *((consumer, last) for consumer in residual.end.consumers)]
     _narrow(probe, edges, "", residual.width)
     for block in Pieces(probe, path).blocks:
         block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], last)
@@ -150,9 +152,9 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
 def _block_edges(sites: Sequence[ResidualSublayer], widths: Sequence[int]) -> _Edges:
     edges: _Edges = []
     for site, before, after in zip(sites, widths, widths[1:]):
-        edges += [(tap, before) for tap in site.taps]
-        edges += [(reader, before) for tap in site.taps for reader in tap.readers]
-        edges += [(writer, after) for writer in site.writers]
+        edges += [(norm, before) for norm in site.norms]
+        edges += [(consumer, before) for norm in site.norms for consumer in norm.consumers]
+        edges += [(write, after) for write in site.writes]
     return edges
 
 
@@ -161,8 +163,8 @@ def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
     shapes: dict[str, list[int]] = {}
     norms: dict[str, dict[str, Any]] = {}
     for edge, kept in edges:
-        if isinstance(edge, Tap):
-            spec = {"width": width, "eps": edge.norm.eps}
+        if isinstance(edge, ResidualNorm):
+            spec = {"width": width, "eps": edge.formula.eps}
             norms[edge.module.removeprefix(prefix)] = {"form": RmsNorm.form, "spec": spec, "shape": [kept]}
             continue
         name = edge.parameter.removeprefix(prefix)
@@ -214,7 +216,7 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
 def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], where: str) -> Spec:
     found = []
     for site in sites:
-        names = [tap.module.removeprefix(where + ".") for tap in site.taps]
+        names = [norm.module.removeprefix(where + ".") for norm in site.norms]
         ways = []
         for name in names:
             norm = next((call for call in record.calls if call.name == name), None)

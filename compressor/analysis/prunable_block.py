@@ -132,11 +132,11 @@ class Finder:
             columns = tuple((column,) for column in range(width))
             sites.append(self._site("ffn", width, reader, columns, cuts, None, PruningLayout()))
         if len(sites) > 1:
-            names = " and ".join(site.reader for site in sites)
+            names = " and ".join(site.output_projection for site in sites)
             raise ModelError(
                 f"{names} both read units, and one can be pruned",
                 where=self.where,
-                data={"reason": "two-readers", "readers": [site.reader for site in sites]},
+                data={"reason": "two-readers", "readers": [site.output_projection for site in sites]},
             )
         return sites[0]
 

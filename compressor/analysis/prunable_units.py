@@ -214,7 +214,7 @@ def _renamed(site: PrunableModule, old: str, new: str, block: int, model: PreTra
         site,
         name=name(site.name),
         block=block,
-        reader=name(site.reader),
+        output_projection=name(site.output_projection),
         cuts=tuple(replace(cut, parameter=name(cut.parameter)) for cut in site.cuts),
         bias=name(site.bias) if site.bias else None,
         layout=replace(site.layout, attributes=attributes, removal=removal),

@@ -180,7 +180,7 @@ def masked(model: nn.Module, sites: Sequence[PrunableModule], decision: Decision
         gone = set(range(site.units)) - set(kept_units(site, decision))
         columns = torch.tensor([column for unit in gone for column in site.columns[unit]], dtype=torch.int64)
         hook = partial(_zeroed, columns)
-        handles.append(model.get_submodule(site.reader).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(site.output_projection).register_forward_pre_hook(hook))
     try:
         yield
     finally:

@@ -43,7 +43,14 @@ from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
-from compressor.model.residual_records import Reader, Residual, ResidualSublayer, Tap, Writer, renamed
+from compressor.model.residual_records import (
+    InputProjection,
+    Residual,
+    ResidualNorm,
+    ResidualSublayer,
+    ResidualWrite,
+    renamed,
+)
 from compressor.model.structure import Structure
 
 Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]]  # signature -> first such block, and its sites
@@ -74,7 +81,7 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
 
 
 def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
-    """Readers and writers of a float64 model with random weights; `path` is that of its block list.
+    """What reads and writes the stream of a float64 model with random weights; `path` is that of its block list.
 
     raises  ModelError naming the module that stands in the way
     """
@@ -100,13 +107,13 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
         stem = _find_stem(lambda: pieces.stem(batch)[0], modules, outside, hidden.shape[-1])
         end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), probe)
     residual = Residual(
-        hidden.shape[-1], end.norm.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
+        hidden.shape[-1], end.formula.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
     )
-    for tap in residual.taps():
-        if tap.norm.kind != residual.kind:
+    for norm in residual.norms():
+        if norm.formula.kind != residual.kind:
             raise ModelError(
                 "LayerNorm and RMSNorm stand on one residual stream",
-                where=tap.module,
+                where=norm.module,
                 hint=HINT,
                 data={"reason": "two-kinds-of-norm"},
             )
@@ -182,7 +189,7 @@ def _norms(modules: Mapping[str, nn.Module], width: int) -> dict[str, Norm]:
 
 def _find_stem(
     run: Callable[[], Tensor], modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], width: int
-) -> tuple[Writer, ...]:
+) -> tuple[ResidualWrite, ...]:
     norms = _norms(modules, width)
     with answering({name: modules[name] for name in norms}, {}) as calls:
         before = run()
@@ -194,14 +201,14 @@ def _find_stem(
             data={"reason": "norm-before-blocks"},
         )
     direction = unit(width, torch.Generator().manual_seed(PROBE_SEED))
-    writers = []
+    writes = []
     for name, parameter in parameters.items():
         for axis in axes(parameter, width):
             with perturbed(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
                 change = run() - before
             if size(change) > TOLERANCE and points_along(change, direction):
-                writers.append(Writer(name, axis, factor_along(change, direction)))
-    return tuple(writers)
+                writes.append(ResidualWrite(name, axis, factor_along(change, direction)))
+    return tuple(writes)
 
 
 def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
@@ -224,10 +231,10 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
             groups[-1].append(name)
         else:
             groups.append([name])
-    writers = _find_writers(runner, held, [group[0] for group in groups])
+    writes = _find_writes(runner, held, [group[0] for group in groups])
     sites = []
-    for group, written in zip(groups, writers):
-        taps = tuple(_find_tap(runner, name, held) for name in group)
+    for group, written in zip(groups, writes):
+        norms = tuple(_find_norm(runner, name, held) for name in group)
         if not written:
             raise ModelError(
                 "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
@@ -235,7 +242,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
                 hint=HINT,
                 data={"reason": "scaled-branches"},
             )
-        sites.append(ResidualSublayer(taps, written))
+        sites.append(ResidualSublayer(norms, written))
     return tuple(sites)
 
 
@@ -274,10 +281,10 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
     return names
 
 
-def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[Writer, ...]]:
+def _find_writes(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[ResidualWrite, ...]]:
     """What adds to the stream between one site's norm and the next one's. `firsts` names a norm of each site."""
     before = runner.states(held)
-    found: list[list[Writer]] = [[] for _ in firsts]
+    found: list[list[ResidualWrite]] = [[] for _ in firsts]
     for name, parameter in runner.parameters.items():
         for axis in axes(parameter, runner.width):
             with perturbed(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
@@ -300,8 +307,8 @@ def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str])
                     hint=HINT,
                     data={"reason": "does-not-stay"},
                 )
-            found[moved[0] - 1].append(Writer(name, axis, factor_along(changes[moved[0]], runner.direction)))
-    return [tuple(writers) for writers in found]
+            found[moved[0] - 1].append(ResidualWrite(name, axis, factor_along(changes[moved[0]], runner.direction)))
+    return [tuple(writes) for writes in found]
 
 
 def _same(change: Tensor, wanted: Tensor) -> bool:
@@ -309,7 +316,7 @@ def _same(change: Tensor, wanted: Tensor) -> bool:
     return size(change - wanted) <= TOLERANCE * size(wanted)
 
 
-def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
+def _find_norm(runner: _Runner, name: str, held: Mapping[str, Plane]) -> ResidualNorm:
     """What reads a norm; raises ModelError if nothing does."""
     plane = held[name]
 
@@ -317,18 +324,18 @@ def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
         return runner.states(held)[""]
 
     before = run()
-    readers = []
+    consumers = []
     for parameter_name, parameter in runner.parameters.items():
         for axis in axes(parameter, runner.width):
             rest = runner.rest(parameter, axis)
             if reads(run, before, parameter, axis, plane, rest):
                 bias = _bias(runner, run, parameter_name, axis, plane, rest)
-                readers.append(Reader(parameter_name, axis, bias))
-    if not readers:
+                consumers.append(InputProjection(parameter_name, axis, bias))
+    if not consumers:
         raise ModelError(
             "no matrix reads the output of this norm", where=name, hint=HINT, data={"reason": "norm-unread"}
         )
-    return Tap(name, runner.norms[name], tuple(readers))
+    return ResidualNorm(name, runner.norms[name], tuple(consumers))
 
 
 def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plane: Plane, rest: Tensor) -> str | None:
@@ -349,7 +356,7 @@ def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plan
     return None
 
 
-def _find_end(runner: _Runner, probe: PreTrainedModel) -> Tap:
+def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
     where = type(probe).__name__
     seen = [name for name in runner.states({}) if name]
     if len(seen) != 1:
@@ -376,4 +383,4 @@ def _find_end(runner: _Runner, probe: PreTrainedModel) -> Tap:
             hint=HINT,
             data={"reason": "norm-beside-stream"},
         )
-    return _find_tap(runner, seen[0], held)
+    return _find_norm(runner, seen[0], held)

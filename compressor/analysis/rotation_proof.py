@@ -1,7 +1,7 @@
-"""Norms folded into their readers, and the proof that a residual stream can be rotated.
+"""Norms folded into their consumers, and the proof that a residual stream can be rotated.
 
 With the norms folded and everything that touches the stream rotated by one orthogonal matrix, the logits must stay
-(Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). One reader or writer that was missed, and they don't.
+(Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). If one read or write was missed, they don't.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
 from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.norms import Norm, apply_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch
-from compressor.model.residual_records import Reader, Residual, Tap, Writer
+from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualWrite
 
 HINT = "Its residual stream can't be rotated."
 
@@ -34,18 +34,18 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
         expected, logits = _streams(pieces, batch), output_of(probe(**batch))
         generator = torch.Generator().manual_seed(PROBE_SEED + 1)
         mirrors = [unit(residual.width, generator) for _ in range(2)]
-        for tap in residual.taps():
-            fold_tap(probe, tap)
+        for norm in residual.norms():
+            fold_norm(probe, norm)
         if residual.kind == "layer":
-            center_writers(probe, residual.writers())
-        for writer in residual.writers():
-            parameter = probe.get_parameter(writer.parameter)
-            parameter.copy_(_rotated(parameter, writer.axis, mirrors))
-        for tap in residual.taps():
-            for reader in tap.readers:
-                parameter = probe.get_parameter(reader.parameter)
-                parameter.copy_(_rotated(parameter, reader.axis, mirrors))
-        gainless = {tap.module: gainless_norm(tap) for tap in residual.taps()}
+            center_writes(probe, residual.writes())
+        for write in residual.writes():
+            parameter = probe.get_parameter(write.parameter)
+            parameter.copy_(_rotated(parameter, write.axis, mirrors))
+        for norm in residual.norms():
+            for consumer in norm.consumers:
+                parameter = probe.get_parameter(consumer.parameter)
+                parameter.copy_(_rotated(parameter, consumer.axis, mirrors))
+        gainless = {norm.module: gainless_norm(norm) for norm in residual.norms()}
         with answering({name: probe.get_submodule(name) for name in gainless}, gainless):
             streams, rotated_logits = _streams(pieces, batch), output_of(probe(**batch))
     for index, (before, after) in enumerate(zip(expected, streams)):
@@ -66,53 +66,53 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
         )
 
 
-def gainless_norm(tap: Tap) -> Answer:
+def gainless_norm(norm: ResidualNorm) -> Answer:
     """What is left of a folded norm, as a function: x / sqrt(mean(x²) + eps)."""
-    norm = tap.norm
-    left = Norm("rms", 0.0, norm.eps, norm.width, has_weight=False, has_bias=False, divisor=norm.divisor)
+    formula = norm.formula
+    left = Norm("rms", 0.0, formula.eps, formula.width, has_weight=False, has_bias=False, divisor=formula.divisor)
     return lambda x: apply_norm(x, None, None, left)
 
 
-def fold_tap(model: nn.Module, tap: Tap) -> None:
-    """Move a norm's gain and shift into its readers, in place; in float64, rounded once to their dtype.
+def fold_norm(model: nn.Module, norm: ResidualNorm) -> None:
+    """Move a norm's gain and shift into its consumers, in place; in float64, rounded once to their dtype.
 
     The norm itself is left as it is. From here on it has to compute `gainless_norm`, and where it was a LayerNorm, what
     the stream is made of has to be centred (`center_writers`).
 
-    raises  ModelError if a reader has no bias to take a shift and can't be given one
+    raises  ModelError if a consumer has no bias to take a shift and can't be given one
     """
-    gain = tap.norm.offset + _double(model, f"{tap.module}.weight") if tap.norm.has_weight else None
-    shift = _double(model, f"{tap.module}.bias") if tap.norm.has_bias else None
-    for reader in tap.readers:
-        parameter = model.get_parameter(reader.parameter).data
+    gain = norm.formula.offset + _double(model, f"{norm.module}.weight") if norm.formula.has_weight else None
+    shift = _double(model, f"{norm.module}.bias") if norm.formula.has_bias else None
+    for consumer in norm.consumers:
+        parameter = model.get_parameter(consumer.parameter).data
         if shift is not None:  # before the gain: the shift is multiplied by the weight as it was
-            bias = _bias_of(model, reader)
-            bias.copy_(bias.double() + fold_shift(parameter.double(), shift, reader.axis))
+            bias = _bias_of(model, consumer)
+            bias.copy_(bias.double() + fold_shift(parameter.double(), shift, consumer.axis))
         if gain is not None:
-            parameter.copy_(fold_gain(parameter.double(), gain, reader.axis))
+            parameter.copy_(fold_gain(parameter.double(), gain, consumer.axis))
 
 
-def center_writers(model: nn.Module, writers: Iterable[Writer]) -> None:
+def center_writes(model: nn.Module, writes: Iterable[ResidualWrite]) -> None:
     """Take from everything that is added to a LayerNorm stream its mean over the width, in place."""
-    for writer in writers:
-        parameter = model.get_parameter(writer.parameter).data
-        parameter.copy_(center(parameter.double(), writer.axis))
+    for write in writes:
+        parameter = model.get_parameter(write.parameter).data
+        parameter.copy_(center(parameter.double(), write.axis))
 
 
 def _double(model: nn.Module, name: str) -> Tensor:
     return model.get_parameter(name).data.double()
 
 
-def _bias_of(model: nn.Module, reader: Reader) -> Tensor:
-    """The reader's bias; a linear module without one gets zeros."""
-    if reader.bias is not None:
-        return model.get_parameter(reader.bias).data
-    owner, _, leaf = reader.parameter.rpartition(".")
+def _bias_of(model: nn.Module, consumer: InputProjection) -> Tensor:
+    """The consumer's bias; a linear module without one gets zeros."""
+    if consumer.bias is not None:
+        return model.get_parameter(consumer.bias).data
+    owner, _, leaf = consumer.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or leaf != "weight":
         raise ModelError(
             "it has no bias that could take its norm's shift",
-            where=reader.parameter,
+            where=consumer.parameter,
             hint=HINT,
             data={"reason": "no-bias"},
         )

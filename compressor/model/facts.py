@@ -42,7 +42,7 @@ class RemovedModule:
 
     returns  length of the tuple that it gives; None: a tensor
     layer    number by which a cache knows it
-    adds     it gives what the reader gave
+    adds     it gives what the output projection gave
     """
 
     path: str
@@ -81,22 +81,22 @@ class PruningLayout:
 class PrunableModule:
     """A sub-block of which units can go.
 
-    name     module path of the sub-block; where it is none of its own, that of its reader
-    kind     heads: a unit is a key-value head and the query heads that read it; ffn: a column of the matrix after the
-             activation
-    reader   path of the matrix that reads what the units give; unit u is gone when this module's input is 0 at
-             columns[u]
-    cuts     what gets smaller; the first is the reader along its input axis
-    bias     the reader's bias, which stays when all units are gone
-    cost     parameters of one unit
-    layout   what else pruning has to know
+    name               module path of the sub-block; where it is none of its own, that of its output projection
+    kind               heads: a unit is a key-value head and the query heads that read it; ffn: a neuron, a column of
+                       the matrix after the activation
+    output_projection  path of the module that reads what the units give; unit u is gone when this module's input is 0
+                       at columns[u]
+    cuts               what gets smaller; the first is the output projection along its input axis
+    bias               of the output projection, which stays when all units are gone
+    cost               parameters of one unit
+    layout             what else pruning has to know
     """
 
     name: str
     block: int
     kind: Literal["heads", "ffn"]
     units: int
-    reader: str
+    output_projection: str
     columns: tuple[tuple[int, ...], ...]
     cuts: tuple[Cut, ...]
     bias: str | None

@@ -312,7 +312,7 @@ class Trial:
             predictions(model, dense, batch) // rows[batch] if loss == "distill" else 1 for batch in range(len(rows))
         ]
         counts = [sum(n * int((chosen == part).sum()) for n, chosen in zip(each, confirms)) for part in (False, True)]
-        readers = tuple(Reader(s.name, s.block + 1, s.reader, reader_columns(s.columns)) for s in sites)
+        readers = tuple(Reader(s.name, s.block + 1, s.output_projection, reader_columns(s.columns)) for s in sites)
         streams = [[stream] for stream in dense.before]
         return cls(model, dense, sites, Places(readers), loss, confirms, (counts[0], counts[1]), streams)
 

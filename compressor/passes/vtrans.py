@@ -294,7 +294,7 @@ class VTrans(Pass):
         for site in sites:
             switch = _switch(site) if site.name in removable else None
             columns = reader_columns(site.columns)
-            readers.append(Reader(site.name, site.block + 1, site.reader, columns, switch))
+            readers.append(Reader(site.name, site.block + 1, site.output_projection, columns, switch))
             if site.kind in self.sites:
                 sizes[site.name], charges[site.name] = site.units, self.heads_charge if site.kind == "heads" else 1.0
             if switch is not None:
@@ -303,9 +303,11 @@ class VTrans(Pass):
         if "hidden" in self.sites:
             residual = facts.residual
             sizes[STREAM], charges[STREAM] = residual.width, STREAM_CHARGE
-            taps = [(unit, tap) for unit, block in enumerate(residual.blocks, 1) for site in block for tap in site.taps]
-            taps.append((len(residual.blocks) + 1, residual.end))
-            norms = [StreamNorm(unit, tap.module, tap.norm) for unit, tap in taps]
+            found = [
+                (unit, norm) for unit, block in enumerate(residual.blocks, 1) for site in block for norm in site.norms
+            ]
+            found.append((len(residual.blocks) + 1, residual.end))
+            norms = [StreamNorm(unit, norm.module, norm.formula) for unit, norm in found]
         return Places(tuple(readers), tuple(norms)), sizes, charges
 
     def _cut(

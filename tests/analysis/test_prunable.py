@@ -51,16 +51,16 @@ def test_the_units_of_every_family_are_found_with_what_they_cost(family, sites):
         path = f"{structure.pieces.blocks_path}.{site.block}."
         if site.kind == "heads":
             assert (site.units, site.layout.query_heads, site.layout.head_dim) == (heads, per_unit, 8)
-            assert (site.cost, site.reader) == (head_cost, path + head_reader)
+            assert (site.cost, site.output_projection) == (head_cost, path + head_reader)
         else:
-            assert (site.units, site.cost, site.reader) == (64, ffn_cost, path + ffn_reader)
-        assert site.columns == site.cuts[0].rows and site.cuts[0].parameter == f"{site.reader}.weight"
+            assert (site.units, site.cost, site.output_projection) == (64, ffn_cost, path + ffn_reader)
+        assert site.columns == site.cuts[0].rows and site.cuts[0].parameter == f"{site.output_projection}.weight"
         shapes = {cut.parameter: structure.model.get_parameter(cut.parameter).shape for cut in site.cuts}
         for cut in site.cuts:  # each row is of one unit, and all are of some
             assert sorted(sum(cut.rows, ())) == list(range(shapes[cut.parameter][cut.axis]))
         counted = [len(c.rows[1]) * prod(shapes[c.parameter]) // shapes[c.parameter][c.axis] for c in site.cuts]
         assert site.cost == sum(counted)
-        bias = f"{site.reader}.bias"
+        bias = f"{site.output_projection}.bias"
         assert site.bias == (bias if bias in dict(structure.model.named_parameters()) else None)
 
 

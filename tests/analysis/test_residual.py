@@ -14,13 +14,13 @@ from raising import raises
 from compressor.analysis.float64_probe import fill, float64_probe_model
 from compressor.analysis.perturbation import answering
 from compressor.analysis.residual_stream import find_residual, read_residual, residual_of
-from compressor.analysis.rotation_proof import center_writers, fold_tap, gainless_norm, prove_invariance
+from compressor.analysis.rotation_proof import center_writes, fold_norm, gainless_norm, prove_invariance
 from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import pca, random_orthogonal, rotate
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import describe_norm
 from compressor.model.probe_model import example_batch, make_probe_model
-from compressor.model.residual_records import Reader, Tap, Writer
+from compressor.model.residual_records import InputProjection, ResidualNorm, ResidualWrite
 from compressor.model.structure import find_blocks, read_structure
 
 QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
@@ -67,17 +67,17 @@ def described(sites):
     return [
         (
             [
-                sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in tap.readers)
-                for tap in site.taps
+                sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in norm.consumers)
+                for norm in site.norms
             ],
-            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writers),
+            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writes),
         )
         for site in sites
     ]
 
 
 def in_order(sites):
-    return [([sorted(tap) for tap in taps], sorted(writers)) for taps, writers in sites]
+    return [([sorted(norm) for norm in norms], sorted(writes)) for norms, writes in sites]
 
 
 def structure_of(family, tmp_path, **config):
@@ -117,7 +117,7 @@ def test_readers_and_writers_of_every_block_are_found_and_proven(family, known):
     expected = in_order(SITES[family])
     assert [described(sites) for sites in residual.blocks] == [expected] * 2
     assert residual.width == 32
-    assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.taps)
+    assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.norms)
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
@@ -138,10 +138,10 @@ def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
 def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
     stem = known("vit").stem
     assert stem == (
-        Writer("vit.embeddings.cls_token", 2, 1.0),
-        Writer("vit.embeddings.position_embeddings", 2, 1.0),
-        Writer("vit.embeddings.patch_embeddings.projection.weight", 0, None),
-        Writer("vit.embeddings.patch_embeddings.projection.bias", 0, 1.0),
+        ResidualWrite("vit.embeddings.cls_token", 2, 1.0),
+        ResidualWrite("vit.embeddings.position_embeddings", 2, 1.0),
+        ResidualWrite("vit.embeddings.patch_embeddings.projection.weight", 0, None),
+        ResidualWrite("vit.embeddings.patch_embeddings.projection.bias", 0, 1.0),
     )
 
 
@@ -152,18 +152,18 @@ def test_the_scale_of_gemmas_table_is_the_root_of_its_width(known):
 
 def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(known):
     residual = known("gpt2")
-    assert residual.end.readers == (Reader("lm_head.weight", 1, None),)
-    assert [writer.parameter for writer in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert residual.end.consumers == (InputProjection("lm_head.weight", 1, None),)
+    assert [write.parameter for write in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
 
 
 def test_norms_on_heads_are_not_on_the_stream(tmp_path):
     residual = read_residual(structure_of("qwen3", tmp_path, head_dim=32))  # as wide as the stream
-    assert not any("q_norm" in tap.module or "k_norm" in tap.module for tap in residual.taps())
+    assert not any("q_norm" in norm.module or "k_norm" in norm.module for norm in residual.norms())
 
 
 def test_two_norms_in_sequence_are_two_sites(tmp_path):
     residual = read_residual(structure_of("gpt_neox", tmp_path, use_parallel_residual=False))
-    assert [len(site.taps) for site in residual.blocks[0]] == [1, 1]
+    assert [len(site.norms) for site in residual.blocks[0]] == [1, 1]
 
 
 def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
@@ -172,8 +172,8 @@ def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
     expected = [in_order(sites) for sites in (MOE, MOE, LLAMA, MOE)]
     assert [described(sites) for sites in residual.blocks] == expected
     names = {name for name, _ in structure.model.named_parameters()}
-    assert {r.parameter for tap in residual.taps() for r in tap.readers} <= names
-    assert {writer.parameter for writer in residual.writers()} <= names
+    assert {r.parameter for norm in residual.norms() for r in norm.consumers} <= names
+    assert {write.parameter for write in residual.writes()} <= names
 
 
 def test_the_probe_has_few_tokens_and_the_answer_does_not_depend_on_it(tmp_path):
@@ -192,11 +192,11 @@ def test_one_missed_reader_or_writer_fails_the_proof_and_the_block_is_named(fami
     first = tuple(
         replace(
             site,
-            taps=tuple(
-                replace(tap, readers=tuple(r for r in tap.readers if not r.parameter.endswith(leaf)))
-                for tap in site.taps
+            norms=tuple(
+                replace(norm, consumers=tuple(r for r in norm.consumers if not r.parameter.endswith(leaf)))
+                for norm in site.norms
             ),
-            writers=tuple(w for w in site.writers if not w.parameter.endswith(leaf)),
+            writes=tuple(w for w in site.writes if not w.parameter.endswith(leaf)),
         )
         for site in residual.blocks[0]
     )
@@ -334,26 +334,26 @@ def test_centring_a_stream_of_rms_norms_changes_the_model(found):
 def test_a_large_eps_is_kept(family, found):
     key = "rms_norm_eps" if family == "llama" else "layer_norm_eps"
     probe, path, residual = found(family, **{key: 0.1})
-    assert {tap.norm.eps for tap in residual.taps()} == {0.1}
+    assert {norm.formula.eps for norm in residual.norms()} == {0.1}
     prove_invariance(probe, path, residual)
 
 
 def fold(model, residual):
-    for tap in residual.taps():
-        fold_tap(model, tap)
+    for norm in residual.norms():
+        fold_norm(model, norm)
     if residual.kind == "layer":
-        center_writers(model, residual.writers())
+        center_writes(model, residual.writes())
 
 
 def rotate_all(model, residual, q):
-    readers = (reader for tap in residual.taps() for reader in tap.readers)
-    for edge in (*residual.writers(), *readers):
+    consumers = (consumer for norm in residual.norms() for consumer in norm.consumers)
+    for edge in (*residual.writes(), *consumers):
         parameter = model.get_parameter(edge.parameter).data
         parameter.copy_(rotate(parameter.double(), q, edge.axis))
 
 
 def gainless_logits(model, residual, batch):
-    answers = {tap.module: gainless_norm(tap) for tap in residual.taps()}
+    answers = {norm.module: gainless_norm(norm) for norm in residual.norms()}
     with torch.no_grad(), answering({name: model.get_submodule(name) for name in answers}, answers):
         return output_of(model(**batch))
 
@@ -400,8 +400,8 @@ def test_a_shift_with_no_bias_to_take_it_is_refused_by_name():
     torch.nn.init.ones_(holder.norm.bias)
     norm = describe_norm(holder.norm)
     with raises(ModelError, where="table", reason="no-bias"):
-        fold_tap(holder, Tap("norm", norm, (Reader("table", 1, None),)))
-    fold_tap(holder, Tap("norm", norm, (Reader("head.weight", 1, None),)))
+        fold_norm(holder, ResidualNorm("norm", norm, (InputProjection("table", 1, None),)))
+    fold_norm(holder, ResidualNorm("norm", norm, (InputProjection("head.weight", 1, None),)))
     torch.testing.assert_close(holder.head.bias, holder.head.weight.sum(1))
 
 
@@ -420,5 +420,5 @@ def test_gpt_oss_expert_biases_are_found(tmp_path):
     residual, _ = find_residual(model, "model.layers")
     mlp = residual.blocks[0][1]
     experts = "model.layers.0.mlp.experts."
-    assert Reader(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.taps[0].readers
-    assert {(w.parameter, w.axis) for w in mlp.writers} == {(f"{experts}down_proj", 2), (f"{experts}down_proj_bias", 1)}
+    assert InputProjection(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.norms[0].consumers
+    assert {(w.parameter, w.axis) for w in mlp.writes} == {(f"{experts}down_proj", 2), (f"{experts}down_proj_bias", 1)}

@@ -121,7 +121,9 @@ def test_a_sliced_checkpoint_is_taken_apart_and_computes_what_the_reference_does
     names = [w.name for unit in (1, 2, 3) for stage in structure.stages(unit) for group in stage for w in group]
     sites = sum(map(len, written.residual.blocks)) + (family == "gpt2")
     assert len([name for name in names if "shortcut" in name]) == sites
-    readers = {r.parameter for block in written.residual.blocks for s in block for tap in s.taps for r in tap.readers}
+    readers = {
+        r.parameter for block in written.residual.blocks for s in block for norm in s.norms for r in norm.consumers
+    }
     assert {name.removesuffix(".weight") for name in readers} < set(names)
 
 
@@ -210,10 +212,12 @@ def test_norms_without_parameters_are_norms_on_the_stream(family, tmp_path):
     structure = read_structure(written.directory)
     prove_by_replay(structure)
     residual = read_residual(structure)
-    assert residual.kind == "rms" and not any(tap.norm.has_weight for tap in residual.taps())
-    assert [tap.module for tap in residual.taps()] == [tap.module for tap in written.residual.taps()]
+    assert residual.kind == "rms" and not any(norm.formula.has_weight for norm in residual.norms())
+    assert [norm.module for norm in residual.norms()] == [norm.module for norm in written.residual.norms()]
     functions = find_functions(structure)
-    assert not functions.refused and len([w for _, w in functions.all() if w.role == "norm"]) == len([*residual.taps()])
+    assert not functions.refused and len([w for _, w in functions.all() if w.role == "norm"]) == len(
+        [*residual.norms()]
+    )
     model = type(structure.model).from_pretrained(written.directory).eval()
     assert error(logits_of(model, written.batch), written.logits) < TOLERANCE
 

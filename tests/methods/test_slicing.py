@@ -158,7 +158,7 @@ def test_at_full_width_the_numbers_of_a_model_add_up_to_its_own(family, tmp_path
     residual = read_residual(structure)
     shapes = shapes_of(structure.model)
     shape, own = stream_shape(residual, shapes), sum(prod(s) for s in shapes.values())
-    norms = sum((tap.norm.has_weight + tap.norm.has_bias) * 32 for tap in residual.taps())
+    norms = sum((norm.formula.has_weight + norm.formula.has_bias) * 32 for norm in residual.norms())
     made = {"gpt2": 96, "opt": 96, "gpt_neox": 96}.get(family, 0)  # a head bias, one for each word
     full = uniform_widths(shape, 32)
     assert per_site_parameters(shape, full) == own - norms + made + len(shape.sites) * 32 * 32

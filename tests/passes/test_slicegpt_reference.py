@@ -118,9 +118,9 @@ def test_one_dimension_less_loses_something_in_an_rms_norm_model(twin):
 def shaped(scales, model, residual):
     """Let everything that makes up the stream lie along fixed random directions, in the given strengths."""
     q = random_orthogonal(32, torch.Generator().manual_seed(2))
-    for writer in residual.writers():
-        parameter = model.get_parameter(writer.parameter)
-        parameter.copy_(rotate(parameter, (q * scales) @ q.t(), writer.axis))
+    for write in residual.writes():
+        parameter = model.get_parameter(write.parameter)
+        parameter.copy_(rotate(parameter, (q * scales) @ q.t(), write.axis))
 
 
 def test_a_stream_of_twenty_dimensions_needs_twenty(twin):
@@ -158,6 +158,6 @@ def test_the_sliced_model_has_as_many_parameters_as_predicted(family, twin):
     widths = uneven_widths(residual)
     predicted = per_site_parameters(stream_shape(residual, shapes), widths)
     sliced = reference.slice_model(pieces, residual, batch, widths)
-    norms = {tap.module for tap in residual.taps()}
+    norms = {norm.module for norm in residual.norms()}
     stored = sum(p.numel() for n, p in pieces.model.named_parameters() if n.rpartition(".")[0] not in norms)
     assert stored + sum(shortcut.numel() for shortcut in sliced.shortcuts) == predicted

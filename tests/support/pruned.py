@@ -144,9 +144,9 @@ def masked_logits(pruned: Pruned, decision: dict[str, Any]) -> torch.Tensor:
         stack.enter_context(masked(pruned.dense, pruned.sites, decision))
         if decision.get("hidden") is not None:
             kept = torch.tensor(decision["hidden"])
-            for tap in pruned.facts.residual.taps():
-                module = pruned.dense.get_submodule(tap.module)
-                if tap.norm.kind == "rms":
+            for norm in pruned.facts.residual.norms():
+                module = pruned.dense.get_submodule(norm.module)
+                if norm.formula.kind == "rms":
                     stack.callback(module.register_forward_pre_hook(partial(_only, kept)).remove)
                 else:
                     stack.callback(module.register_forward_hook(partial(_over, kept)).remove)

@@ -38,10 +38,10 @@ class Written:
 def norms_of(residual: Residual, widths: list[int]) -> dict[str, Any]:
     """An rms_norm for every norm on the stream; one width for each site, and one for the end."""
     sites = [site for block in residual.blocks for site in block]
-    taps = [(tap, width) for site, width in zip(sites, widths) for tap in site.taps]
+    norms = [(norm, width) for site, width in zip(sites, widths) for norm in site.norms]
     return {
-        tap.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": tap.norm.eps}, "shape": [width]}
-        for tap, width in [*taps, (residual.end, widths[-1])]
+        norm.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": norm.formula.eps}, "shape": [width]}
+        for norm, width in [*norms, (residual.end, widths[-1])]
     }
 
 
@@ -115,8 +115,8 @@ def sliced(
     cut = reference.slice_model(pieces, residual, batch, widths, basis)
     logits = reference.run(cut, batch)[1]
     if project:
-        for writer in residual.stem:
-            model.get_parameter(writer.parameter).data = cut.whole.model.get_parameter(writer.parameter).data
+        for write in residual.stem:
+            model.get_parameter(write.parameter).data = cut.whole.model.get_parameter(write.parameter).data
     modules, shortcuts, at = norms_of(residual, widths), {}, 0
     for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):
         path = f"{pieces.blocks_path}.{index}"

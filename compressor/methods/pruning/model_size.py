@@ -29,7 +29,7 @@ def model_size(
     """
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
-    heads = facts.residual.end.readers if (of, measure) == ("model", "flops") else ()
+    heads = facts.residual.end.consumers if (of, measure) == ("model", "flops") else ()
     multiplied = {reader.parameter for reader in heads}
     rest: dict[str, int] = {}  # parameter -> entries that no unit owns
     for name, shape in facts.shapes.items():

@@ -98,7 +98,7 @@ def _new_reader(
     values: dict[str, torch.Tensor] = {}
     found = None
     if is_cut and ridge is not None:
-        batches = Batches(lambda: site.inputs(s.reader), len(site.states()))
+        batches = Batches(lambda: site.inputs(s.output_projection), len(site.states()))
         assert batches.count, "the remodel doesn't follow, so there are no inputs to solve for"
         found = repair(matrix, columns, plain, batches, ridge, s.bias is not None)
         plain = found.weight
@@ -127,7 +127,7 @@ def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | Non
         return site.index
     if residual is None or name.startswith(site.path.rpartition(".")[0] + "."):
         return None
-    return -1 if any(writer.parameter == name for writer in residual.stem) else len(residual.blocks)
+    return -1 if any(write.parameter == name for write in residual.stem) else len(residual.blocks)
 
 
 def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
@@ -135,12 +135,14 @@ def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, flo
     if residual.kind == "layer":
         return {}
     factor = (residual.width / len(decision["hidden"])) ** 0.5
-    return {f"{tap.module}.weight": (tap.norm.offset, factor) for tap in residual.taps() if tap.norm.has_weight}
+    return {
+        f"{norm.module}.weight": (norm.formula.offset, factor) for norm in residual.norms() if norm.formula.has_weight
+    }
 
 
 def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
     """A class that multiplies its embedding by the root of its width now does so by less."""
-    for writer in residual.stem:
-        if writer.parameter == name and writer.scale is not None and is_root(writer.scale, residual.width):
+    for write in residual.stem:
+        if write.parameter == name and write.scale is not None and is_root(write.scale, residual.width):
             return (residual.width / len(decision["hidden"])) ** 0.5
     return 1.0

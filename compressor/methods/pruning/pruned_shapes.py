@@ -6,9 +6,9 @@ What can go was found by `compressor.analysis.prunable_units`; what goes is a De
     hidden   indices of the residual stream that stay, or null: all of them
     removed  names of sites of which nothing stays; the same as an empty list under `sites`
 
-The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with
-the inputs of the readers (`PrunableModule.reader`) multiplied by 0 at the columns that went. Of the residual stream
-that is so with norms that see only what is kept:
+The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with the
+inputs of the output projections (`PrunableModule.output_projection`) multiplied by 0 at the columns that went. Of the
+residual stream that is so with norms that see only what is kept:
 
     RMSNorm    sum(x²)/D + eps over D values, of which d are left, is d/D (sum(x²)/d + eps D/d): gain times sqrt(D/d),
                eps times D/d
@@ -30,7 +30,7 @@ from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
 from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Remodel
 from compressor.model.module_names import is_inside
-from compressor.model.residual_records import Residual, Tap
+from compressor.model.residual_records import Residual, ResidualNorm
 
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
@@ -175,14 +175,14 @@ def kept_slices(
 
 def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:
     """Every parameter along the residual stream and the axis that lies along it."""
-    for tap in residual.taps():
-        yield from ((f"{tap.module}.{leaf}", 0) for leaf, has in _leaves(tap) if has)
-        yield from ((reader.parameter, reader.axis) for reader in tap.readers)
-    yield from ((writer.parameter, writer.axis) for writer in residual.writers())
+    for norm in residual.norms():
+        yield from ((f"{norm.module}.{leaf}", 0) for leaf, has in _leaves(norm) if has)
+        yield from ((consumer.parameter, consumer.axis) for consumer in norm.consumers)
+    yield from ((write.parameter, write.axis) for write in residual.writes())
 
 
-def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
-    return (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias))
+def _leaves(norm: ResidualNorm) -> tuple[tuple[str, bool], ...]:
+    return (("weight", norm.formula.has_weight), ("bias", norm.formula.has_bias))
 
 
 def _reads_width(facts: ModelFacts, sites: Sequence[PrunableModule]) -> int:
@@ -269,10 +269,10 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
                 reason="eps-of-other-norms",
                 key=keys[0],
             )
-        if not all(tap.norm.has_weight for tap in residual.taps()):
+        if not all(norm.formula.has_weight for norm in residual.norms()):
             return "its norms have no gain that could take the factor of a narrower stream"
-        config |= {key: residual.end.norm.eps * width / kept for key in keys}
-    scaled = [writer for writer in residual.stem if writer.scale is not None and is_root(writer.scale, width)]
+        config |= {key: residual.end.formula.eps * width / kept for key in keys}
+    scaled = [write for write in residual.stem if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
         return "its table is scaled by the width of the stream and shared with the head"
     heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
@@ -314,14 +314,14 @@ def _custom(
         units = len(kept_units(site, decision))
         if not units:
             modules = _without(modules, [entry.path for entry in site.layout.removal or ()])
-            modules |= removed_modules(site, facts.shapes[f"{site.reader}.weight"][1 - site.cuts[0].axis])
+            modules |= removed_modules(site, facts.shapes[f"{site.output_projection}.weight"][1 - site.cuts[0].axis])
         elif units < site.units and not site.layout.per_layer:
             for path, module in resized_modules(site, units).items():
                 before = modules.get(path, module)["spec"]["attributes"]
                 modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
     if _narrows(facts, decision):
-        for tap in facts.residual.taps():
-            modules |= _narrow_norm(tap, facts.residual.width, len(decision["hidden"]))
+        for norm in facts.residual.norms():
+            modules |= _narrow_norm(norm, facts.residual.width, len(decision["hidden"]))
         modules = _narrow_removed(modules, facts, len(decision["hidden"]))
     held = {name: list(shape) for name, shape in shapes.items() if shape is not None and not _is_in(name, modules)}
     for name, owner in facts.tied.items():
@@ -370,20 +370,24 @@ def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
     return any(entry["form"] == "removed" and name == f"{path}.bias" for path, entry in modules.items())
 
 
-def _narrow_norm(tap: Tap, width: int, kept: int) -> dict[str, Any]:
-    if not tap.norm.has_weight:
-        divisor = tap.norm.divisor or width
-        if tap.norm.kind == "layer":
+def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
+    if not norm.formula.has_weight:
+        divisor = norm.formula.divisor or width
+        if norm.formula.kind == "layer":
             raise PreflightError(
                 "this LayerNorm has no gain, and no layer computes it over fewer values",
-                where=tap.module,
+                where=norm.module,
                 hint="Keep all.",
             )
-        return {tap.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": tap.norm.eps}, "shape": [kept]}}
-    if tap.norm.kind == "layer":
+        return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
+    if norm.formula.kind == "layer":
         return {}
     return {
-        tap.module: {"form": "resized", "spec": {"attributes": {}, "eps": tap.norm.eps * width / kept}, "shape": []}
+        norm.module: {
+            "form": "resized",
+            "spec": {"attributes": {}, "eps": norm.formula.eps * width / kept},
+            "shape": [],
+        }
     }
 
 

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 from compressor.lazy import torch
 from compressor.model.facts import ModelFacts, Remodel
-from compressor.model.residual_records import Residual, Tap
+from compressor.model.residual_records import Residual, ResidualNorm
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """reads   vectors that read this site's stream: output rows of all its readers
-    writes  vectors that its branches add from: input columns of all its writers, and one for each bias
+    """reads   vectors that read this site's stream: output rows of all its consumers
+    writes  vectors that its branches add from: input columns of all its writes, and one for each bias
     """
 
     reads: int
@@ -38,7 +38,7 @@ class StreamShape:
                      biases
     sites        of all blocks, in order
     head         rows of the head, which counts as a matrix of its own
-    kept         parameters that don't touch the stream: biases of readers (those that a LayerNorm's shift makes
+    kept         parameters that don't touch the stream: biases of consumers (those that a LayerNorm's shift makes
                  included), norms on heads, matrices inside a branch
     norms        norms on the stream, the last one included
     end_norm     parameters of the last norm
@@ -64,22 +64,22 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         touching.add(name)
         return prod(shapes[name]) // residual.width
 
-    tables = sum(vectors(writer.parameter) for writer in residual.stem)
+    tables = sum(vectors(write.parameter) for write in residual.stem)
     sites = []
     for block in residual.blocks:
         for site in block:
-            reads = sum(vectors(reader.parameter) for tap in site.taps for reader in tap.readers)
-            sites.append(SiteShape(reads, sum(vectors(writer.parameter) for writer in site.writers)))
-    head = sum(vectors(reader.parameter) for reader in residual.end.readers)
+            reads = sum(vectors(consumer.parameter) for norm in site.norms for consumer in norm.consumers)
+            sites.append(SiteShape(reads, sum(vectors(write.parameter) for write in site.writes)))
+    head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
     made = 0  # biases that a shift brings into being
-    taps = tuple(residual.taps())
-    for tap in taps:
-        touching |= {f"{tap.module}.{leaf}" for leaf in ("weight", "bias")}
-        if tap.norm.has_bias:
-            made += sum(prod(shapes[r.parameter]) // residual.width for r in tap.readers if r.bias is None)
+    norms = tuple(residual.norms())
+    for norm in norms:
+        touching |= {f"{norm.module}.{leaf}" for leaf in ("weight", "bias")}
+        if norm.formula.has_bias:
+            made += sum(prod(shapes[r.parameter]) // residual.width for r in norm.consumers if r.bias is None)
     kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
-    end_norm = (residual.end.norm.has_weight + residual.end.norm.has_bias) * residual.width
-    return StreamShape(residual.width, tables, tuple(sites), head, kept, len(taps), end_norm)
+    end_norm = (residual.end.formula.has_weight + residual.end.formula.has_bias) * residual.width
+    return StreamShape(residual.width, tables, tuple(sites), head, kept, len(norms), end_norm)
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
@@ -179,20 +179,20 @@ def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
     def narrow(name: str, axis: int, width: int) -> None:
         shapes[name] = _resized(model.shapes[name], axis, width)
 
-    def strip(tap: Tap, width: int) -> None:
-        spec = {"width": residual.width, "eps": tap.norm.eps}
-        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
-        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
+    def strip(norm: ResidualNorm, width: int) -> None:
+        spec = {"width": residual.width, "eps": norm.formula.eps}
+        modules[norm.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        shapes.update({f"{norm.module}.weight": None} if norm.formula.has_weight else {})
 
-    for writer in residual.stem:
-        narrow(writer.parameter, writer.axis, widths[0])
+    for write in residual.stem:
+        narrow(write.parameter, write.axis, widths[0])
     for site, width, following in zip(sites, widths, widths[1:]):
-        for tap in site.taps:
-            strip(tap, width)
-            for reader in tap.readers:
-                narrow(reader.parameter, reader.axis, width)
-        for writer in site.writers:
-            narrow(writer.parameter, writer.axis, following)
+        for norm in site.norms:
+            strip(norm, width)
+            for consumer in norm.consumers:
+                narrow(consumer.parameter, consumer.axis, width)
+        for write in site.writes:
+            narrow(write.parameter, write.axis, following)
     strip(residual.end, residual.width)
     per_block, at = [], 0
     for block in residual.blocks:
@@ -212,11 +212,11 @@ def global_remodel(model: ModelFacts, kept: int) -> Remodel:
     """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
     width = model.residual.width
     shapes: dict[str, tuple[int, ...] | None] = {}
-    edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
-    edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
+    edges = [(consumer.parameter, consumer.axis) for norm in model.residual.norms() for consumer in norm.consumers]
+    edges += [(write.parameter, write.axis) for write in model.residual.writes()]
     shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
-    shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
-    eps = model.residual.end.norm.eps * width / kept
+    shapes |= {f"{norm.module}.weight": (kept,) for norm in model.residual.norms() if norm.formula.has_weight}
+    eps = model.residual.end.formula.eps * width / kept
     config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
     heads = model.config.get("num_attention_heads")
     if heads:
