@@ -74,7 +74,11 @@ class Structure:
 
     def _find_stages(self, unit: int) -> list[Stage]:
         if unit == 0:
-            return [(group,) for table in self.traced.tables for group in self._weights("", (table,), "embedding")]
+            return [
+                (group,)
+                for embedding in self.traced.embeddings
+                for group in self._weights("", (embedding,), "embedding")
+            ]
         if unit == self.block_count + 1:
             return [(group,) for product in self.traced.head for group in self._weights("", (product,), "head")]
         block = self.pieces.blocks[unit - 1]

@@ -48,14 +48,14 @@ class Product:
 class Traced:
     """What one run of a probe model showed.
 
-    groups   kind of block -> its products, grouped by input, in forward order
-    whole    kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
-             they are multiplied
-    answers  kind of block -> how it gives the hidden states
-    head     products of the head
-    after    modules outside the blocks that were used only after the last block
-    tables   what the stem looks rows up in
-    read     kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
+    groups      kind of block -> its products, grouped by input, in forward order
+    whole       kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
+                they are multiplied
+    answers     kind of block -> how it gives the hidden states
+    head        products of the head
+    after       modules outside the blocks that were used only after the last block
+    embeddings  what the stem looks rows up in
+    read        kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
@@ -63,7 +63,7 @@ class Traced:
     answers: dict[Kind, Answer]
     head: tuple[Product, ...]
     after: set[str]
-    tables: tuple[Product, ...]
+    embeddings: tuple[Product, ...]
     read: dict[Kind | None, frozenset[str]]
 
 
@@ -176,8 +176,8 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
     looked_up = [
         name for name in dict.fromkeys(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding
     ]
-    tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
-    return Traced(groups, whole, answers, tuple(products), set(used) - before, tables, read)
+    embeddings = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
+    return Traced(groups, whole, answers, tuple(products), set(used) - before, embeddings, read)
 
 
 def _of_any_block(name: str, path: str) -> str:

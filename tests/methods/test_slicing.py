@@ -164,5 +164,5 @@ def test_at_full_width_the_numbers_of_a_model_add_up_to_its_own(family, tmp_path
     assert per_site_parameters(shape, full) == own - norms + made + len(shape.sites) * 32 * 32
     assert global_parameters(shape, 32) == own - norms + made + shape.norms * 32
     # one dimension less takes one number from every vector that touches the stream
-    touching = sum(site.reads + site.writes for site in shape.sites) + shape.tables + shape.head + shape.norms
+    touching = sum(site.reads + site.writes for site in shape.sites) + shape.embeddings + shape.head + shape.norms
     assert global_parameters(shape, 32) - global_parameters(shape, 31) == touching

@@ -34,8 +34,7 @@ class StreamShape:
     """The numbers of a model that decide its size when sliced.
 
     width        of the stream, D
-    embeddings       vectors that make up the stream before block 0: rows of all embeddings, columns of convolutions,
-                     biases
+    embeddings   vectors that make up the stream before block 0: rows of embeddings, columns of convolutions, biases
     sites        of all blocks, in order
     head         rows of the head, which counts as a matrix of its own
     kept         parameters that don't touch the stream: biases of consumers (those that a LayerNorm's shift makes
@@ -45,7 +44,7 @@ class StreamShape:
     """
 
     width: int
-    tables: int
+    embeddings: int
     sites: tuple[SiteShape, ...]
     head: int
     kept: int
@@ -64,7 +63,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         touching.add(name)
         return prod(shapes[name]) // residual.width
 
-    tables = sum(vectors(write.parameter) for write in residual.stem)
+    embeddings = sum(vectors(write.parameter) for write in residual.stem)
     sites = []
     for block in residual.blocks:
         for site in block:
@@ -79,7 +78,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
             made += sum(prod(shapes[r.parameter]) // residual.width for r in norm.consumers if r.bias is None)
     kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
     end_norm = (residual.end.formula.has_weight + residual.end.formula.has_bias) * residual.width
-    return StreamShape(residual.width, tables, tuple(sites), head, kept, len(norms), end_norm)
+    return StreamShape(residual.width, embeddings, tuple(sites), head, kept, len(norms), end_norm)
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
@@ -115,14 +114,14 @@ def per_site_parameters(
     for site, width, following in zip(shape.sites, widths, widths[1:]):
         total += site.reads * width + site.writes * following + width * following
     if embedding == "slice":
-        return total + shape.tables * widths[0] + shape.head * widths[-1]
+        return total + shape.embeddings * widths[0] + shape.head * widths[-1]
     head = 0 if tied else shape.head * shape.width
-    return total + shape.tables * shape.width + shape.width * widths[0] + head + shape.end_norm
+    return total + shape.embeddings * shape.width + shape.width * widths[0] + head + shape.end_norm
 
 
 def global_parameters(shape: StreamShape, width: int) -> int:
     """Parameters of a model with one rotation: nothing beside the branches, and a constant gain in every norm."""
-    vectors = shape.tables + shape.head + sum(site.reads + site.writes for site in shape.sites)
+    vectors = shape.embeddings + shape.head + sum(site.reads + site.writes for site in shape.sites)
     return shape.kept + (vectors + shape.norms) * width
 
 
@@ -152,7 +151,7 @@ def scheduled_widths(
 
     def saved(at: int) -> int:
         """By round_to fewer directions at one site."""
-        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.tables
+        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.embeddings
         return round_to * (site.reads + before + widths[at + 1])
 
     while count > budget:
