@@ -3,16 +3,16 @@
 No family is named anywhere. In a float64 probe model with random weights:
 
 1. Attention is whatever calls transformers' attention interface. What it returns is pushed, head by head in different
-   shares, and the first product whose input moves is its reader; the share says whose each column is.
-2. An MLP's reader is a product whose input a matrix of the same block makes column by column.
-3. A row of a matrix belongs to the unit whose columns of the reader's input it can change. That is asked of all rows
-   and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that feeds one
-   unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it. So fused
-   and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a norm
-   over head_dim) belongs to none and stays.
+   shares, and the first product whose input moves is its output projection; the share says whose each column is.
+2. An MLP's output projection is a product whose input a matrix of the same block makes column by column.
+3. A row of a matrix belongs to the unit whose columns of the output projection's input it can change. That is asked of
+   all rows and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that
+   feeds one unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it.
+   So fused and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a
+   norm over head_dim) belongs to none and stays.
 4. That nothing was missed is then proven: the probe model with some units taken away, and with all of them, has to
-   compute what it computes with the reader's input set to 0 there. The same with the stock class and a config of fewer
-   units.
+   compute what it computes with the output projection's input set to 0 there. The same with the stock class and a
+   config of fewer units.
 
 What attention modules say of their number of heads is found by making the model twice, once twice as wide with twice
 the heads: an attribute that doubles counts heads.

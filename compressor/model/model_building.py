@@ -2,8 +2,8 @@
 
 config.json is somebody else's file, and transformers checks only part of it: a wrong value may end in any exception,
 in a loop over 10^12 layers or in a buffer of a terabyte. So counts and sizes are checked before anything is made from
-them, the class is made on the meta device first, where parameters cost nothing, and when something fails the key is
-looked for by putting other values in the place of each one until it works.
+them (`config_values`), the class is made on the meta device first, where parameters cost nothing, and when something
+fails the key is looked for (`wrong_key`).
 """
 
 from __future__ import annotations

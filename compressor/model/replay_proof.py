@@ -1,4 +1,8 @@
-"""The proof that a model can be run block by block: embeddings, blocks and head replayed on random weights."""
+"""The proof that a model can be run block by block.
+
+Stem, blocks and head of a probe model with random weights, replayed one by one, must give the probe model's own logits
+bit for bit. If not, the model is refused before any work.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Stem, blocks, head and weight groups of a model, found by running it.
 
-What a run of a shallow probe model shows (`tracing`) is put together here with the checkpoint's names. Replaying stem,
-blocks and head of a probe model with random weights must give its own logits bit for bit; if not, the model is refused
-before any work.
+What a run of a shallow probe model shows (`tracing`) is put together here with the checkpoint's names. `replay_proof`
+shows that the model can be run in these pieces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions read from tables of equally spaced values, and what is made of them, in plain torch.
+"""Functions read from lookup tables of equally spaced values, and what is made of them, in plain torch.
 
 A table holds f(low + k * step) for k = 0 .. entries - 1 in float32. `step` has few significant bits and the knots
 low + k * step are exact in float32, so that dividing by it finds a knot's number exactly. Between knots:

@@ -1,7 +1,7 @@
-"""Layers that read a function from a table by the CPU library: what `prepare` puts in their place.
+"""Layers that read a function from a lookup table by the CPU library: what `prepare` puts in their place.
 
-The arithmetic is that of `tables`, the entries are read by `table_lookup` or `table_inverse_root`,
-and the outputs have the bits of the layer that was there.
+The arithmetic is that of `lookup_tables`, the entries are read by `table_lookup` or `table_inverse_root`, and the
+outputs have the bits of the layer that was there.
 """
 
 from __future__ import annotations

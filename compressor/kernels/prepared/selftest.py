@@ -238,7 +238,7 @@ def _hadamard(x: Tensor) -> Problem:
 
 
 def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
-    """Results are those of `tables`, but for a last place."""
+    """Results are those of `lookup_tables`, but for a last place."""
     table, low, step, slopes = torch.rand(33, generator=made) + 1, -2.0, 0.125, (0.0, 1.0)
     positive = x.abs() + 2.0**-20
     for linear in (True, False):
