@@ -115,8 +115,8 @@ def sliced(
     cut = reference.slice_model(pieces, residual, batch, widths, basis)
     logits = reference.run(cut, batch)[1]
     if project:
-        for write in residual.stem:
-            model.get_parameter(write.parameter).data = cut.whole.model.get_parameter(write.parameter).data
+        for added in residual.stem:
+            model.get_parameter(added.parameter).data = cut.whole.model.get_parameter(added.parameter).data
     modules, shortcuts, at = norms_of(residual, widths), {}, 0
     for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):
         path = f"{pieces.blocks_path}.{index}"
