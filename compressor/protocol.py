@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compressor.model.facts import BlockTokens as BlockTokens
 from compressor.model.facts import Decision as Decision
 from compressor.model.facts import ModelFacts as ModelFacts
-from compressor.model.facts import PrunableSite as PrunableSite
+from compressor.model.facts import PrunableModule as PrunableModule
 from compressor.model.facts import Remodel as Remodel
 from compressor.model.facts import TokenFacts as TokenFacts
 from compressor.model.weights import FUNCTION_ROLES as FUNCTION_ROLES
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.layers.base import Layer
-    from compressor.model.residual_records import Residual, ResidualSite, Tap
+    from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 
 State = TypeVar("State")
 Carry = dict[str, "torch.Tensor"]  # flat; saved by the journal; empty at the start
@@ -168,7 +168,7 @@ class StreamSite(Protocol):
         ...
 
     @property
-    def sites(self) -> tuple[ResidualSite, ...]:
+    def sites(self) -> tuple[ResidualSublayer, ...]:
         """Where the branches of this block leave the stream and come back; none in stem and head."""
         ...
 
@@ -184,7 +184,7 @@ class StreamSite(Protocol):
         """Add a warning to the report."""
         ...
 
-    def signals(self, tap: Tap) -> Iterator[torch.Tensor]:
+    def signals(self, norm: ResidualNorm) -> Iterator[torch.Tensor]:
         """What a norm of this unit reads, (tokens, width) for each calibration batch, of the model unchanged."""
         ...
 

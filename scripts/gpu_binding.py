@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compressor.errors import CompressError  # noqa: E402
-from compressor.kernels import prepare  # noqa: E402
 from compressor.kernels.cuda import ops as cuda_ops  # noqa: E402
 from compressor.kernels.ops import linear as ops  # noqa: E402
 from compressor.kernels.ops.gptq_columns import Columns, round_columns  # noqa: E402
 from compressor.kernels.ops.gptq_solve import round_compiled  # noqa: E402
+from compressor.kernels.prepared.prepare import prepare  # noqa: E402
 from compressor.layers.packed_linear import PackedLinear  # noqa: E402
 from compressor.layers.sparse_factor_linear import SparseFactorLinear  # noqa: E402
 from cuda_ext.cases import hadamard  # noqa: E402

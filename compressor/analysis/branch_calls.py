@@ -1,10 +1,10 @@
 """How the branches of a block are called, found by running it: what `rotated_block` needs to know.
 
 A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
-Which modules these are, and what else they are called with, is seen when a random twin runs: a value that a module gets
-is the norm's output, one of the block's own arguments (the very same object, or the same value under the same name), or
-a constant. That nothing was missed is then proven: with each block running as it was found, beside matrices that
-change nothing, the twin's logits must stay.
+Which modules these are, and what else they are called with, is seen when a probe model with random weights runs: a
+value that a module gets is the norm's output, one of the block's own arguments (the very same object, or the same value
+under the same name), or a constant. That nothing was missed is then proven: with each block running as it was found,
+beside matrices that change nothing, the probe model's logits must stay.
 
 Time: a few forward passes of each kind of block in float64.
 """
@@ -22,39 +22,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
-from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
-from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
-from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer
+from compressor.model.block_runner import Batch, Call, Pieces, output_of
+from compressor.model.probe_model import example_batch, signature
+from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch, signature
 
 HINT = "No matrix can be put beside its branches."
 PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
 CONSTANTS = (type(None), bool, int, float, str)
-BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 Kind = tuple[Any, ...]
 Spec = dict[str, Any]
-_Edges = list[tuple[Reader | Writer | Tap, int]]  # what touches the stream, and how many of its values are left there
-
-
-@dataclass
-class _Seen:
-    """One call of a module that a block made itself.
-
-    parameters  what its forward calls its arguments, in order
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
+_Edges = list[
+    tuple[InputProjection | ResidualWrite | ResidualNorm, int]
+]  # what touches the stream, and how many of its values are left there
 
 
 @dataclass
@@ -68,31 +56,31 @@ class _Record:
 
     known: dict[str, Any]
     rest: dict[str, Any]
-    calls: list[_Seen] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     output: Any = None
 
 
 def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
-    """Settings of a rotated_block for each kind of block, by `compressor.model.tracing.signature`.
+    """Settings of a rotated_block for each kind of block, by `compressor.model.probe_model.signature`.
 
     residual  what `read_residual` found in this structure
     raises    ModelError naming the block and what is in the way
     """
-    return branches_of(residual_twin(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
+    return branches_of(float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
 
 
-def branches_of(twin: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
-    """The same, given a float64 twin with random weights that has the first blocks of the model, at `path`."""
-    pieces = Pieces(twin, path)
+def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
+    """The same, given a float64 probe model with random weights that has the first blocks of the model, at `path`."""
+    pieces = Pieces(probe, path)
     found: dict[Kind, Spec] = {}
     with InDouble(), torch.no_grad():
         hidden, calls = _run_stem(pieces)
         for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind not in found:
                 record = _record(block, hidden, call)
                 found[kind] = _spec(block, record, residual.blocks[index], f"{path}.{index}")
-        _prove(twin, path, found)
+        _prove(probe, path, found)
     return found
 
 
@@ -112,13 +100,13 @@ def check_widths(
     stem    width of the embeddings, where a site without branches stands between them and the first of these
     raises  ModelError naming the block and its widths, or the model's ends
     """
-    twin = residual_twin(structure.model, structure.pieces)
+    probe = float64_probe_model(structure.model, structure.pieces)
     path = structure.pieces.blocks_path
-    pieces = Pieces(twin, path)
+    pieces = Pieces(probe, path)
     done: set[Any] = set()
     with InDouble(), torch.no_grad():
-        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))  # without a cache that would grow
-        kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
+        kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
         for number, block in enumerate(structure.pieces.blocks):
             kind = signature(structure.model.config, block, number)
             index, shape = kinds.index(kind), tuple(widths[number])
@@ -137,36 +125,36 @@ def check_widths(
                     hint="Keep the stream's width the same there.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
-        _check_ends(twin, path, residual, stem or widths[0][0], widths[-1][-1])
+        _check_ends(probe, path, residual, stem or widths[0][0], widths[-1][-1])
 
 
-def _check_ends(twin: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
-    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the twin.
+def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
+    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the probe.
 
     raises  ModelError if it can't run
     """
-    edges: _Edges = [(writer, first) for writer in residual.stem]
-    edges += [(residual.end, last), *((reader, last) for reader in residual.end.readers)]
-    _narrow(twin, edges, "", residual.width)
-    for block in Pieces(twin, path).blocks:
+    edges: _Edges = [(write, first) for write in residual.stem]
+    edges += [(residual.end, last), *((consumer, last) for consumer in residual.end.consumers)]
+    _narrow(probe, edges, "", residual.width)
+    for block in Pieces(probe, path).blocks:
         block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], last)
     try:
-        twin(**example_batch(twin, torch.device("cpu")))
+        probe(**example_batch(probe, torch.device("cpu")))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"a stream that begins with {first} values can't end with {last} ({error})",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
             data={"first": first, "last": last, "cause": str(error)},
         ) from error
 
 
-def _block_edges(sites: Sequence[ResidualSite], widths: Sequence[int]) -> _Edges:
+def _block_edges(sites: Sequence[ResidualSublayer], widths: Sequence[int]) -> _Edges:
     edges: _Edges = []
     for site, before, after in zip(sites, widths, widths[1:]):
-        edges += [(tap, before) for tap in site.taps]
-        edges += [(reader, before) for tap in site.taps for reader in tap.readers]
-        edges += [(writer, after) for writer in site.writers]
+        edges += [(norm, before) for norm in site.norms]
+        edges += [(consumer, before) for norm in site.norms for consumer in norm.consumers]
+        edges += [(write, after) for write in site.writes]
     return edges
 
 
@@ -175,8 +163,8 @@ def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
     shapes: dict[str, list[int]] = {}
     norms: dict[str, dict[str, Any]] = {}
     for edge, kept in edges:
-        if isinstance(edge, Tap):
-            spec = {"width": width, "eps": edge.norm.eps}
+        if isinstance(edge, ResidualNorm):
+            spec = {"width": width, "eps": edge.formula.eps}
             norms[edge.module.removeprefix(prefix)] = {"form": RmsNorm.form, "spec": spec, "shape": [kept]}
             continue
         name = edge.parameter.removeprefix(prefix)
@@ -212,11 +200,7 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
         elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
             raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in BY_POSITION]
-        return _Seen(name, (*names, *("",) * len(args)), args, kwargs)  # "": of *args
-
-    with own_calls(block, note) as calls:
+    with recorded_calls(block) as calls:
         try:
             output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -229,10 +213,10 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
     return _Record(known, rest, calls, output)
 
 
-def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], where: str) -> Spec:
+def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], where: str) -> Spec:
     found = []
     for site in sites:
-        names = [tap.module.removeprefix(where + ".") for tap in site.taps]
+        names = [norm.module.removeprefix(where + ".") for norm in site.norms]
         ways = []
         for name in names:
             norm = next((call for call in record.calls if call.name == name), None)
@@ -255,7 +239,7 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSite], wher
     return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
 
 
-def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
+def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
     """The modules in a row that `x` goes through, beginning with `call`."""
     steps = []
     while True:
@@ -265,7 +249,7 @@ def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str
         if not isinstance(output, Tensor):
             raise ModelError(f"returns a {type(output).__name__}", where=f"{where}.{call.name}", hint=HINT)
         place = f"{where}.{call.name}"
-        args = [_reference(name, value, x, record, place) for name, value in zip(call.parameters, call.args)]
+        args = [_reference(name, value, x, record, place) for name, value in call.positional()]
         hands_on = PROBE in call.kwargs
         own = {k: v for k, v in call.kwargs.items() if not (hands_on and k in record.rest and v is record.rest[k])}
         kwargs = {name: _reference(name, value, x, record, place) for name, value in own.items()}
@@ -279,27 +263,20 @@ def _steps(call: _Seen, x: Tensor, record: _Record, where: str) -> list[dict[str
         call, x = following[0], output
 
 
-def _readers(source: _Seen, value: Any, record: _Record) -> list[_Seen]:
+def _readers(source: ModuleCall, value: Any, record: _Record) -> list[ModuleCall]:
     """Calls after `source` that are given its output `value`, under whatever shape."""
     found = []
     for call in record.calls[next(i for i, call in enumerate(record.calls) if call is source) + 1 :]:
-        if any(_same(other, value) for other in [*call.args, *call.kwargs.values()]):
+        if any(is_one_tensor(other, value) for other in call.values):
             found.append(call)
-            if _same(call.output, value):  # dropout out of training: later ones read what it gave
+            if is_one_tensor(call.output, value):  # dropout out of training: later ones read what it gave
                 break
     return found
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are one tensor, or views of all of one."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
-
-
 def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) -> list[Any]:
     """Where an argument of a module comes from."""
-    if _same(value, x):
+    if is_one_tensor(value, x):
         return [INPUT]
     if name in record.known and record.known[name] is value:
         return [ARGUMENT, name]
@@ -317,16 +294,16 @@ def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) ->
     )
 
 
-def _prove(twin: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
+def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
     """raises ModelError naming the first block that computes something else when it runs by its spec"""
-    batch = example_batch(twin, torch.device("cpu"))
-    rotated = copy.deepcopy(twin)
+    batch = example_batch(probe, torch.device("cpu"))
+    rotated = copy.deepcopy(probe)
     for index, block in enumerate(Pieces(rotated, path).blocks):
-        spec = specs[signature(twin.config, block, index)]
-        width = _stream(twin, path, batch)[0].shape[-1]
+        spec = specs[signature(probe.config, block, index)]
+        width = _stream(probe, path, batch)[0].shape[-1]
         RotatedBlock.wrap(block, (width,) * (len(spec["sites"]) + 1), spec)
     found: list[Tensor] = []
-    expected = _stream(twin, path, batch)
+    expected = _stream(probe, path, batch)
     names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "head"]
     try:
         _stream(rotated, path, batch, found)

@@ -10,11 +10,11 @@ from compressor.analysis.branch_calls import check_widths, find_branches
 from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
-from compressor.model.facts import KINDS, ModelFacts, PrunableSite
-from compressor.model.redefined_structure import _config_misfit, _misfit, parameter_shapes
+from compressor.model.facts import KINDS, ModelFacts, PrunableModule
+from compressor.model.probe_model import signature
+from compressor.model.redefined_structure import config_misfit, misfit, parameter_shapes
 from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure
-from compressor.model.tracing import signature
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
@@ -32,7 +32,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         return look(structure)
 
     @cache
-    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableSite, ...]:
+    def prunable(kinds: tuple[str, ...] = KINDS) -> tuple[PrunableModule, ...]:
         return find_prunable(structure, kinds, seen())
 
     return ModelFacts(
@@ -44,10 +44,10 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         given,
         lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
-        lambda remodel: _misfit(structure, remodel),
+        lambda remodel: misfit(structure, remodel),
         prunable,
         cache(lambda: find_token_sites(structure)),
-        lambda changes: _config_misfit(structure, changes),
+        lambda changes: config_misfit(structure, changes),
     )
 
 

@@ -55,7 +55,7 @@ def answering(modules: Mapping[str, nn.Module], answers: Mapping[str, Answer]) -
 
 
 @contextmanager
-def nudged(parameter: Tensor, axis: int, direction: Tensor, rest: Tensor) -> Iterator[None]:
+def perturbed(parameter: Tensor, axis: int, direction: Tensor, rest: Tensor) -> Iterator[None]:
     """Add rest ⊗ direction to a parameter, the direction along `axis`, and take it back exactly.
 
     rest  the parameter's shape without `axis`
@@ -127,9 +127,9 @@ def reads(run: Callable[[], Tensor], before: Tensor, parameter: Tensor, axis: in
     before  what `run` gives with the parameter as it is
     rest    a push over the parameter's other axes
     """
-    with nudged(parameter, axis, plane.base + plane.slope, rest):
+    with perturbed(parameter, axis, plane.base + plane.slope, rest):
         within = size(run() - before)
     if within <= TOLERANCE * size(before):
         return False
-    with nudged(parameter, axis, plane.away, rest):
+    with perturbed(parameter, axis, plane.away, rest):
         return size(run() - before) <= TOLERANCE * within

@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
 
 from compressor.analysis.perturbation import TOLERANCE, size
+from compressor.analysis.unit_codes import columns_of_units, decoded_units, unit_codes
 from compressor.errors import ModelError
-from compressor.layers.block_attention import attend
 from compressor.model.block_runner import Call
-from compressor.model.facts import Cut, PrunableSite
+from compressor.model.facts import Cut, PrunableModule, PruningLayout, RemovedModule
 from compressor.model.norms import describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.tracing import TWIN_SEED, Product
+from compressor.model.plain_attention import ObservedAttention
+from compressor.model.probe_model import PROBE_SEED
+from compressor.model.tracing import Product
 
-OBSERVER = "observed_heads"
-FAINT = 1e-6  # of the largest gradient of a matrix: below, its rounding may hide whose it is
-SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two codes up to a million units
 ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU sleep on a token
 
 
-# the attention interface
-
-
-@dataclass
-class Observer:
-    """seen  (module, query heads, key-value heads, width of a value) of each call
-    change  what is made of an attention's output (samples, tokens, heads, head_dim)
-    """
-
-    seen: list[tuple[nn.Module, int, int, int]]
-    change: Callable[[Tensor], Tensor] | None = None
-
-
-@contextmanager
-def observing(twin: PreTrainedModel) -> Iterator[Observer]:
-    """Attention that can be watched and pushed, in place of the model's own, while inside."""
-    observer, before = Observer([]), twin.config._attn_implementation
-
-    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observer.seen.append((module, query.shape[1], key.shape[1], value.shape[-1]))
-        output, weights = attend(module, query, key, value, *args, **kwargs)
-        return (observer.change(output) if observer.change else output), weights
-
-    AttentionInterface.register(OBSERVER, observe)
-    AttentionMaskInterface.register(OBSERVER, eager_mask)
-    twin.set_attn_implementation(OBSERVER)
-    try:
-        yield observer
-    finally:
-        twin.set_attn_implementation("eager" if before == OBSERVER else before)
-
-
-# one block
-
-
 class Finder:
-    """Finds the sites of one block of the twin."""
+    """Finds the sites of one block of the probe model."""
 
     def __init__(
         self,
@@ -74,12 +35,12 @@ class Finder:
         products: Sequence[Product],
         where: str,
         index: int,
-        observer: Observer,
+        attention: ObservedAttention,
     ) -> None:
-        self.block, self.call, self.where, self.index, self.observer = block, call, where, index, observer
+        self.block, self.call, self.where, self.index, self.attention = block, call, where, index, attention
         self.parameters = dict(block.named_parameters())
         self.products = {product.parameter: product for product in products}
-        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.generator = torch.Generator().manual_seed(PROBE_SEED)
         self.inputs = [self._random(shape) for _ in range(ROUNDS)]
         self.attention_readers: list[str] = []
 
@@ -88,36 +49,37 @@ class Finder:
 
     def _run(self, x: Tensor) -> list[ObservedMatmul]:
         """The block's products, in forward order."""
-        self.observer.seen.clear()
+        self.attention.calls.clear()
         calls: list[ObservedMatmul] = []
         with ObservedMatmuls(self.parameters, calls.append):
             self.block(x, *self.call.args, **self.call.kwargs)
         return calls
 
-    def heads(self, attributes: Mapping[str, Mapping[str, int]]) -> PrunableSite:
+    def heads(self, attributes: Mapping[str, Mapping[str, int]]) -> PrunableModule:
         with torch.no_grad():
             before = self._run(self.inputs[0])
-        if len(self.observer.seen) != 1:
-            what = f"calls it {len(self.observer.seen)} times" if self.observer.seen else "doesn't call it"
+        if len(self.attention.calls) != 1:
+            what = f"calls it {len(self.attention.calls)} times" if self.attention.calls else "doesn't call it"
             raise ModelError(
                 f"attention is found by transformers' AttentionInterface, and this block {what}",
                 where=self.where,
-                data={"reason": "no-attention-interface", "calls": len(self.observer.seen)},
+                data={"reason": "no-attention-interface", "calls": len(self.attention.calls)},
             )
-        module, query_heads, groups, head_dim = self.observer.seen[0]
-        caller = next(name for name, other in self.block.named_modules() if other is module)
+        (seen,) = self.attention.calls
+        query_heads, groups, head_dim = seen.heads, seen.groups, seen.value_width
+        caller = next(name for name, other in self.block.named_modules() if other is seen.module)
         per_group = query_heads // groups
         unit_of_head = torch.arange(query_heads) // per_group
         reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
         self.attention_readers.append(reader)
-        columns = _columns(units, groups)
+        columns = columns_of_units(units, groups)
         cuts, shared = self._cuts(reader, units, groups)
-        made = {
-            "head_dim": head_dim,
-            "query_heads": per_group,
-            "shared": [name for name in shared if _common([name, caller]) == caller],
-            "attributes": {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
-        }
+        made = PruningLayout(
+            head_dim,
+            per_group,
+            {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
+            tuple(name for name in shared if _common([name, caller]) == caller),
+        )
         return self._site("heads", groups, reader, columns, cuts, caller, made)
 
     def _read_by_heads(
@@ -127,17 +89,17 @@ class Finder:
         where = self.where
         push = self._random((*self.inputs[0].shape[:-1], heads, head_dim))
         changes = []
-        for codes in [torch.ones(groups, dtype=torch.float64), *_codes(groups)]:
+        for codes in [torch.ones(groups, dtype=torch.float64), *unit_codes(groups)]:
             weighted = push * codes[unit_of_head].view(heads, 1)
-            self.observer.change = lambda output, weighted=weighted: output + weighted.view(output.shape)  # type: ignore[misc]
+            self.attention.change = lambda output, weighted=weighted: output + weighted.view(output.shape)  # type: ignore[misc]
             with torch.no_grad():
                 after = self._run(self.inputs[0])
-            self.observer.change = None
+            self.attention.change = None
             changes.append(after)
         for number, call in enumerate(before):
             moved = [after[number].input - call.input for after in changes]
             if size(moved[0]) > TOLERANCE * size(call.input):
-                units = _decoded([m.reshape(-1, m.shape[-1]) for m in moved], 1, groups)
+                units = decoded_units([m.reshape(-1, m.shape[-1]) for m in moved], 1, groups)
                 if bool((units < 0).any()):
                     raise ModelError(
                         "what its heads give is mixed before a matrix reads it",
@@ -147,7 +109,7 @@ class Finder:
                 return call.parameter, units
         raise ModelError("no matrix reads what its heads give", where=where, data={"reason": "no-reader"})
 
-    def ffn(self) -> PrunableSite:
+    def ffn(self) -> PrunableModule:
         if fused := [name for name, product in self.products.items() if product.fused_experts]:
             raise ModelError(
                 "its experts are parts of one tensor, of which each sees other tokens",
@@ -167,15 +129,14 @@ class Finder:
         for reader in readers:
             width = self._width(reader)
             cuts, _ = self._cuts(reader, torch.arange(width), width)
-            made: dict[str, Any] = {"attributes": {}, "shared": []}
             columns = tuple((column,) for column in range(width))
-            sites.append(self._site("ffn", width, reader, columns, cuts, None, made))
+            sites.append(self._site("ffn", width, reader, columns, cuts, None, PruningLayout()))
         if len(sites) > 1:
-            names = " and ".join(site.reader for site in sites)
+            names = " and ".join(site.output_projection for site in sites)
             raise ModelError(
                 f"{names} both read units, and one can be pruned",
                 where=self.where,
-                data={"reason": "two-readers", "readers": [site.reader for site in sites]},
+                data={"reason": "two-readers", "readers": [site.output_projection for site in sites]},
             )
         return sites[0]
 
@@ -238,7 +199,7 @@ class Finder:
 
         Also the matrices whose rows act on more than one of them.
         """
-        codes = [torch.ones(count, dtype=torch.float64), *_codes(count)]
+        codes = [torch.ones(count, dtype=torch.float64), *unit_codes(count)]
         owned: dict[str, Tensor] = {}
         for x in self.inputs:
             weights = self._random((*x.shape[:-1], len(units)))
@@ -252,17 +213,17 @@ class Finder:
                 # with one unit all that comes before it would be its own, so only matrices are asked
                 if name not in self.products and (count == 1 or self.parameters[name].dim() != 1):
                     continue
-                found = _decoded([g[name] for g in gradients], self._output_axis(name), count)
+                found = decoded_units([g[name] for g in gradients], self._output_axis(name), count)
                 owned[name] = torch.where(owned[name] < 0, found, owned[name]) if name in owned else found
             if all(bool((found >= 0).all()) for found in owned.values() if bool((found >= 0).any())):
                 break
         shared = [name for name, found in owned.items() if name in self.products and not bool((found >= 0).any())]
-        cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, _columns(units, count))]
+        cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, columns_of_units(units, count))]
         made: set[str] = set()
         for name, found in sorted(owned.items(), key=lambda item: item[0] not in self.products):  # biases after weights
             if not bool((found >= 0).any()) or name in made:
                 continue
-            rows = _columns(found, count)
+            rows = columns_of_units(found, count)
             cuts.append(Cut(name, self._output_axis(name), rows))
             bias = self._bias(name, len(found))
             if bias is not None and bias not in made:
@@ -291,8 +252,8 @@ class Finder:
         columns: tuple[tuple[int, ...], ...],
         cuts: tuple[Cut, ...],
         caller: str | None,
-        layout: dict[str, Any],
-    ) -> PrunableSite:
+        layout: PruningLayout,
+    ) -> PrunableModule:
         inside = [_owner(cut.parameter) for cut in cuts] + ([caller] if caller is not None else [])
         common = _common(inside)
         bias = self._bias(reader, self.parameters[reader].shape[self._output_axis(reader)])
@@ -304,7 +265,7 @@ class Finder:
             * prod(n for axis, n in enumerate(self.parameters[cut.parameter].shape) if axis != cut.axis)
             for cut in cuts
         )
-        return PrunableSite(
+        return PrunableModule(
             prefix + name,
             self.index,
             kind,  # type: ignore[arg-type]
@@ -314,21 +275,21 @@ class Finder:
             tuple(replace(cut, parameter=prefix + cut.parameter) for cut in cuts),
             prefix + bias if bias else None,
             cost,
-            {**layout, "has_norms": self._has_other_norms(), "per_layer": None, "config": None, "removal": removal},
+            replace(layout, has_norms=self._has_other_norms(), removal=removal),
         )
 
     def _has_other_norms(self) -> bool:
         norms = [describe_norm(module) for module in self.block.modules()]
         return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
 
-    def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> list[dict[str, Any]]:
+    def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> tuple[RemovedModule, ...]:
         """Modules that go when no unit stays: the one that holds all of them if it gives what the reader gives, else
         the reader, and those that make its input.
         """
         layer = getattr(self.block.get_submodule(caller), "layer_idx", None) if caller is not None else None
 
-        def entry(path: str, returns: int | None, adds: bool, layer: int | None = None) -> dict[str, Any]:
-            return {"path": f"{self.where}.{path}", "returns": returns, "layer": layer, "adds": adds}
+        def entry(path: str, returns: int | None, adds: bool, layer: int | None = None) -> RemovedModule:
+            return RemovedModule(f"{self.where}.{path}", returns, layer, adds)
 
         common = _common(inside)
         paths = [path for path in {reader, common, *inside} if path]
@@ -339,7 +300,7 @@ class Finder:
             and whole[0].shape == outputs[reader][0].shape
             and torch.equal(whole[0], outputs[reader][0])
         ):
-            return [entry(common, whole[1], True, layer)]
+            return (entry(common, whole[1], True, layer),)
         makers = [path for path in dict.fromkeys(inside) if path != reader]
         holder = _common(makers)
         if caller is not None:
@@ -347,10 +308,10 @@ class Finder:
         elif holder and not (reader + ".").startswith(holder + "."):
             makers = [holder]
         outputs |= self._outputs([path for path in makers if path not in outputs])
-        return [
+        return (
             entry(reader, outputs[reader][1], True),
             *(entry(path, outputs[path][1], False, layer) for path in makers),
-        ]
+        )
 
     def _outputs(self, paths: Sequence[str]) -> dict[str, tuple[Tensor, int | None]]:
         """What modules give: the tensor, or the first of a tuple, and the length of the tuple."""
@@ -368,38 +329,6 @@ class Finder:
         for handle in handles:
             handle.remove()
         return found
-
-
-def _codes(count: int) -> list[Tensor]:
-    """Two sets of numbers that tell units apart."""
-    generator = torch.Generator().manual_seed(TWIN_SEED)
-    even = torch.arange(count, dtype=torch.float64)
-    return [1 + (even + 1) / count, 1 + (torch.randperm(count, generator=generator).double() + 1) / count]
-
-
-def _decoded(values: Sequence[Tensor], axis: int, count: int) -> Tensor:
-    """The unit of each index along `axis`, or -1: values are what all units together do, and with the codes' weights.
-
-    An index belongs to a unit if both weighted values are the unweighted one times that unit's codes.
-    """
-    plain, *weighted = (value.movedim(axis, 0).reshape(value.shape[axis], -1) for value in values)
-    norms = plain.square().sum(1)
-    alive = norms.sqrt() > FAINT * norms.max().sqrt()
-    shares = (weighted[0] * plain).sum(1) / norms.clamp(min=torch.finfo(torch.float64).tiny)
-    units = ((shares - 1) * count - 1).round().clamp(0, count - 1).nan_to_num(0).long()
-    for value, codes in zip(weighted, _codes(count)):
-        apart = (value - codes[units].unsqueeze(1) * plain).square().sum(1).sqrt()
-        alive &= apart <= SAME * norms.sqrt()
-    return torch.where(alive, units, -1)
-
-
-def _columns(units: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
-    """The indices of each unit."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for index, unit in enumerate(units.tolist()):
-        if unit >= 0:
-            rows[unit].append(index)
-    return tuple(tuple(indices) for indices in rows)
 
 
 def _owner(parameter: str) -> str:

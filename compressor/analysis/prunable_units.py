@@ -1,22 +1,24 @@
-"""What of a model can be pruned: heads and MLP units, found by running a twin, and proven by taking some away.
+"""What of a model can be pruned: heads and MLP units, found by running a probe model, and proven by taking some away.
 
-No family is named anywhere. In a float64 twin with random weights:
+No family is named anywhere. In a float64 probe model with random weights:
 
 1. Attention is whatever calls transformers' attention interface. What it returns is pushed, head by head in different
-   shares, and the first product whose input moves is its reader; the share says whose each column is.
-2. An MLP's reader is a product whose input a matrix of the same block makes column by column.
-3. A row of a matrix belongs to the unit whose columns of the reader's input it can change. That is asked of all rows
-   and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that feeds one
-   unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it. So fused
-   and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a norm
-   over head_dim) belongs to none and stays.
-4. That nothing was missed is then proven: the twin with some units taken away, and with all of them, has to compute
-   what it computes with the reader's input set to 0 there. The same with the stock class and a config of fewer units.
+   shares, and the first product whose input moves is its output projection; the share says whose each column is.
+2. An MLP's output projection is a product whose input a matrix of the same block makes column by column.
+3. A row of a matrix belongs to the unit whose columns of the output projection's input it can change. That is asked of
+   all rows and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that
+   feeds one unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it.
+   So fused and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a
+   norm over head_dim) belongs to none and stays.
+4. That nothing was missed is then proven: the probe model with some units taken away, and with all of them, has to
+   compute what it computes with the output projection's input set to 0 there. The same with the stock class and a
+   config of fewer units.
 
 What attention modules say of their number of heads is found by making the model twice, once twice as wide with twice
 the heads: an attribute that doubles counts heads.
 
-Time: some tens of forward and backward passes of each kind of block; memory: the twin in float64, with gradients.
+Time: some tens of forward and backward passes of each kind of block; memory: the probe model in float64, with
+gradients.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import InDouble
-from compressor.analysis.prunable_block import Finder, observing
+from compressor.analysis.prunable_block import Finder
 from compressor.analysis.pruning_proof import Refused, prove_sites
-from compressor.analysis.residual_stream import residual_twin
 from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
-from compressor.model.facts import KINDS, PrunableSite
+from compressor.model.facts import KINDS, PrunableModule
+from compressor.model.module_names import renumbered
+from compressor.model.plain_attention import observed_plain_attention
+from compressor.model.probe_model import example_batch, make_probe_model, signature
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
-from compressor.model.tracing import Product, example_batch, make_twin, signature
+from compressor.model.tracing import Product
 
 HINT = "It can't be pruned."
 
@@ -48,27 +53,27 @@ Kind = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a twin shows.
+    """What a probe model shows.
 
     sites    of its blocks
     refused  (block, kind) -> where and why, of those that have none
-    first    kind of block -> the first such block of the twin
+    first    kind of block -> the first such block of the probe model
     """
 
-    sites: list[PrunableSite]
+    sites: list[PrunableModule]
     refused: Refused
     first: dict[Kind, int]
 
 
 def look(structure: Structure) -> Seen:
-    """What a twin of the model shows; `find_prunable` reads it."""
-    twin = residual_twin(structure.model, structure.pieces)
-    return _find_in_twin(twin, structure.pieces.blocks_path, structure.traced.groups)
+    """What a probe model shows; `find_prunable` reads it."""
+    probe = float64_probe_model(structure.model, structure.pieces)
+    return _find_in_probe(probe, structure.pieces.blocks_path, structure.traced.groups)
 
 
 def find_prunable(
     structure: Structure, kinds: Sequence[str] = KINDS, seen: Seen | None = None
-) -> tuple[PrunableSite, ...]:
+) -> tuple[PrunableModule, ...]:
     """The sites of these kinds in every block, in forward order of the blocks.
 
     seen    what `look` returned, to spare another look
@@ -87,7 +92,7 @@ def find_prunable(
                 where, why = seen.refused[at, kind]
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
-                    where=where.replace(f"{path}.{at}", f"{path}.{index}", 1),
+                    where=renumbered(where, f"{path}.{at}", f"{path}.{index}"),
                     hint="Leave this kind of site out, or choose another model.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
@@ -102,29 +107,29 @@ def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
     )
 
 
-def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
+def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
     refused: Refused = {}
-    found: list[PrunableSite] = []
-    attributes = _attributes_of_heads(twin, path)
-    with InDouble(), observing(twin) as observer:
-        pieces = Pieces(twin, path)
-        hidden, calls = pieces.stem(example_batch(twin, torch.device("cpu")))
+    found: list[PrunableModule] = []
+    attributes = _attributes_of_heads(probe, path)
+    with InDouble(), observed_plain_attention(probe) as attention:
+        pieces = Pieces(probe, path)
+        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))
         firsts: dict[Kind, int] = {}
         for index, block in enumerate(pieces.blocks):
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind in firsts:
                 at = firsts[kind]
                 old, new = f"{path}.{at}.", f"{path}.{index}."
-                found += [_renamed(site, old, new, index, twin) for site in found if site.block == at]
+                found += [_renamed(site, old, new, index, probe) for site in found if site.block == at]
                 refused |= {
-                    (index, k): (w.replace(old.rstrip("."), new.rstrip("."), 1), y)
+                    (index, k): (renumbered(w, f"{path}.{at}", f"{path}.{index}"), y)
                     for (b, k), (w, y) in list(refused.items())
                     if b == at
                 }
                 continue
             firsts[kind] = index
             products = [product for group in groups[kind] for product in group]
-            finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, observer)
+            finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, attention)
             for name in KINDS:
                 try:
                     found += [finder.heads(attributes) if name == "heads" else finder.ffn()]
@@ -139,16 +144,16 @@ def _find_in_twin(twin: PreTrainedModel, path: str, groups: Mapping[Kind, Sequen
                 ) as error:  # the model's own code
                     told = f"it can't be run with its parts pushed ({error})"
                     refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
-    return Seen(prove_sites(twin, path, found, refused), refused, firsts)
+    return Seen(prove_sites(probe, path, found, refused), refused, firsts)
 
 
 # what attention modules say of their heads
 
 
-def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
+def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
     """Module path inside a block -> integer attributes that double when heads and width do, with their values."""
-    cls = stock_class(twin)
-    plain = copy.deepcopy(twin.config)
+    cls = stock_class(probe)
+    plain = copy.deepcopy(probe.config)
     for key in (SHAPES, MODULES):
         if hasattr(plain, key):
             delattr(plain, key)
@@ -167,7 +172,7 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
         ):
             setattr(text, key, 2 * value)
     try:
-        models = [make_twin(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
+        models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
@@ -192,26 +197,25 @@ def _attributes_of_heads(twin: PreTrainedModel, path: str) -> dict[str, dict[str
 # the same in every block of a kind
 
 
-def _renamed(site: PrunableSite, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableSite:
+def _renamed(site: PrunableModule, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableModule:
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return new + full.removeprefix(old)
+        return renumbered(full, old, new)
 
-    attributes = {name(path): numbers for path, numbers in site.layout["attributes"].items()}
-    removal = site.layout["removal"]
+    attributes = {name(path): numbers for path, numbers in site.layout.attributes.items()}
+    removal = site.layout.removal
     if removal is not None:
         layers = [getattr(model.get_submodule(path), "layer_idx", None) for path in attributes] or [None]
-        removal = [
-            {**entry, "path": name(entry["path"]), "layer": None if entry["layer"] is None else layers[0]}
-            for entry in removal
-        ]
+        removal = tuple(
+            replace(entry, path=name(entry.path), layer=None if entry.layer is None else layers[0]) for entry in removal
+        )
     return replace(
         site,
         name=name(site.name),
         block=block,
-        reader=name(site.reader),
+        output_projection=name(site.output_projection),
         cuts=tuple(replace(cut, parameter=name(cut.parameter)) for cut in site.cuts),
         bias=name(site.bias) if site.bias else None,
-        layout={**site.layout, "attributes": attributes, "removal": removal},
+        layout=replace(site.layout, attributes=attributes, removal=removal),
     )

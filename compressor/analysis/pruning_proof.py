@@ -1,8 +1,8 @@
-"""The proof that units of a model can go as it was found, on a float64 twin with random weights.
+"""The proof that units of a model can go as it was found, on a float64 probe model with random weights.
 
-The twin with some units taken away, other ones in each block, has to compute what it computes with the readers' inputs
-at 0 there; and so with all of them taken away. Once as the modelling file makes it, and once as the model's own class
-does with other numbers in its config. What neither can do is refused.
+The probe model with some units taken away, other ones in each block, has to compute what it computes with the readers'
+inputs at 0 there; and so with all of them taken away. Once as the modeling file makes it, and once as the model's own
+class does with other numbers in its config. What neither can do is refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from compressor.layers.structural.resized import Resized
 from compressor.methods.pruning.pruned_parameters import narrowed
 from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
-from compressor.model.facts import KINDS, Decision, PrunableSite
+from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
+from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
 from compressor.model.reshaped_class import is_reshaped
-from compressor.model.tracing import TWIN_SEED, example_batch, make_twin
 
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
 FORMS = {Removed.form: Removed, Resized.form: Resized}
@@ -37,91 +37,90 @@ Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, 
 
 
 def prove_sites(
-    twin: PreTrainedModel, path: str, found: Sequence[PrunableSite], refused: Refused
-) -> list[PrunableSite]:
+    probe: PreTrainedModel, path: str, found: Sequence[PrunableModule], refused: Refused
+) -> list[PrunableModule]:
     """The sites that hold, with what is known of them from here on; the others go to `refused`."""
-    proven: list[PrunableSite] = []
+    proven: list[PrunableModule] = []
     for kind in KINDS:
         sites = [site for site in found if site.kind == kind]
         if not sites:
             continue
         some = _drop_some(sites)
-        per_layer = _difference(twin, sites, some, _pruned)
-        config = _config_keys(twin, sites)
-        if config is not None and _difference(twin, sites, some, partial(_of_stock_class, config)) is not None:
+        per_layer = _difference(probe, sites, some, _pruned)
+        config = _config_keys(probe, sites)
+        if config is not None and _difference(probe, sites, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
             refused |= {
                 (site.block, kind): (
                     site.name,
-                    Because(per_layer + _shared(site), reason="not-proven", shared=list(site.layout["shared"])),
+                    Because(per_layer + _shared(site), reason="not-proven", shared=list(site.layout.shared)),
                 )
                 for site in sites
             }
             continue
-        stays = _difference(twin, sites, _nothing(sites), _pruned)
+        stays = _difference(probe, sites, _nothing(sites), _pruned)
         for site in sites:
-            removal = None if stays else site.layout["removal"]
-            layout = {**site.layout, "per_layer": per_layer, "config": config, "removal": removal}
-            del layout["shared"]
+            removal = None if stays else site.layout.removal
+            layout = replace(site.layout, per_layer=per_layer, config=config, removal=removal, shared=())
             proven.append(replace(site, layout=layout))
-    return _vanishing(twin, path, proven)
+    return _vanishing(probe, path, proven)
 
 
-def _shared(site: PrunableSite) -> str:
+def _shared(site: PrunableModule) -> str:
     """What may stand in the way: matrices whose rows act on more than one unit, as before a norm over all heads."""
-    names = ", ".join(site.layout["shared"])
+    names = ", ".join(site.layout.shared)
     return f"; rows of {names} act on more than one of them" if names else ""
 
 
-def _vanishing(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> list[PrunableSite]:
+def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
     """The same, in forward order, with `vanishes` where a block without units can be left out."""
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
-    blocks: dict[int, list[PrunableSite]] = {index: [] for index in range(len(pieces))}
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
+    blocks: dict[int, list[PrunableModule]] = {index: [] for index in range(len(pieces))}
     for site in sorted(sites, key=lambda site: (site.block, KINDS.index(site.kind))):
         blocks[site.block].append(site)
     empty = {index for index, here in blocks.items() if len(here) == len(KINDS)}
     with InDouble(), torch.no_grad():
         hidden, calls = pieces.stem(batch)
         for index in sorted(empty):
-            with masked(twin, blocks[index], _nothing(blocks[index])):
+            with masked(probe, blocks[index], _nothing(blocks[index])):
                 if not torch.equal(pieces.block(index, hidden, calls[index]), hidden):
                     empty.remove(index)
-        if empty and len(pieces) > 1 and not _counts_on(twin, path, blocks[min(empty)]):
+        if empty and len(pieces) > 1 and not _counts_on(probe, path, blocks[min(empty)]):
             empty = set()
     return [
-        replace(site, layout={**site.layout, "vanishes": index in empty})
+        replace(site, layout=replace(site.layout, vanishes=index in empty))
         for index, here in blocks.items()
         for site in here
     ]
 
 
-def _nothing(sites: Sequence[PrunableSite]) -> Decision:
+def _nothing(sites: Sequence[PrunableModule]) -> Decision:
     return {"sites": {site.name: [] for site in sites}}
 
 
-def _counts_on(twin: PreTrainedModel, path: str, sites: Sequence[PrunableSite]) -> bool:
+def _counts_on(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> bool:
     """Whether the class makes a model without one block in which those after it compute what they did."""
-    gone, count = sites[0].block, len(Pieces(twin, path))
-    text = twin.config.get_text_config()
-    if is_reshaped(twin.config) or text is not twin.config:
+    gone, count = sites[0].block, len(Pieces(probe, path))
+    text = probe.config.get_text_config()
+    if is_reshaped(probe.config) or text is not probe.config:
         return False
-    config = copy.deepcopy(twin.config)
+    config = copy.deepcopy(probe.config)
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(config, key, [entry for index, entry in enumerate(value) if index != gone])
     config.num_hidden_layers = count - 1
 
     def shorter(*_: Any) -> PreTrainedModel:
-        made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
+        made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
         values = {}
-        for name, value in twin.named_parameters(remove_duplicate=False):
+        for name, value in probe.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{path}.{gone}."):
                 values[_renumbered(name, path, gone)] = value
         return _filled(made, values)
 
-    return _difference(twin, sites, _nothing(sites), shorter) is None
+    return _difference(probe, sites, _nothing(sites), shorter) is None
 
 
 def _renumbered(name: str, path: str, gone: int) -> str:
@@ -142,30 +141,30 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
     return model
 
 
-def _drop_some(sites: Sequence[PrunableSite]) -> Decision:
+def _drop_some(sites: Sequence[PrunableModule]) -> Decision:
     """As many units of every site, but others in each: those in the middle among them."""
     chosen = {}
     for number, site in enumerate(sites):
-        generator = torch.Generator().manual_seed(TWIN_SEED + number)
+        generator = torch.Generator().manual_seed(PROBE_SEED + number)
         order = torch.randperm(site.units, generator=generator).tolist()
         chosen[site.name] = sorted(order[: max(1, site.units - max(1, site.units // 4))])
     return {"sites": chosen}
 
 
 def _difference(
-    twin: PreTrainedModel,
-    sites: Sequence[PrunableSite],
+    probe: PreTrainedModel,
+    sites: Sequence[PrunableModule],
     decision: Decision,
-    make: Callable[[PreTrainedModel, Sequence[PrunableSite], Decision], PreTrainedModel],
+    make: Callable[[PreTrainedModel, Sequence[PrunableModule], Decision], PreTrainedModel],
 ) -> str | None:
-    """What tells the pruned twin from the masked one; None if nothing does."""
-    batch = example_batch(twin, torch.device("cpu"))
+    """What tells the pruned probe model from the masked one; None if nothing does."""
+    batch = example_batch(probe, torch.device("cpu"))
     share = "some" if any(decision["sites"].values()) else "all"
     with InDouble(), torch.no_grad():
-        with masked(twin, sites, decision):
-            expected = output_of(twin(**batch))
+        with masked(probe, sites, decision):
+            expected = output_of(probe(**batch))
         try:
-            output = output_of(make(twin, sites, decision)(**batch))
+            output = output_of(make(probe, sites, decision)(**batch))
         except (CompressError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             return f"with {share} of them gone it can't run ({error})"
     if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
@@ -174,14 +173,14 @@ def _difference(
 
 
 @contextmanager
-def masked(model: nn.Module, sites: Sequence[PrunableSite], decision: Decision) -> Iterator[None]:
+def masked(model: nn.Module, sites: Sequence[PrunableModule], decision: Decision) -> Iterator[None]:
     """The model with the inputs of readers at 0 where units are gone: what a pruned model has to compute."""
     handles = []
     for site in sites:
         gone = set(range(site.units)) - set(kept_units(site, decision))
         columns = torch.tensor([column for unit in gone for column in site.columns[unit]], dtype=torch.int64)
         hook = partial(_zeroed, columns)
-        handles.append(model.get_submodule(site.reader).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(site.output_projection).register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -193,9 +192,9 @@ def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple
     return args[0].index_fill(-1, columns, 0.0), *args[1:]
 
 
-def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableSite], decision: Decision) -> PreTrainedModel:
-    """The twin without what goes, as the modelling file would make it."""
-    values = {name: parameter for name, parameter in twin.named_parameters(remove_duplicate=False)}
+def _pruned(probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
+    """The probe model without what goes, as the modeling file would make it."""
+    values = {name: parameter for name, parameter in probe.named_parameters(remove_duplicate=False)}
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
     modules: dict[str, Any] = {}
     for site in sites:
@@ -205,48 +204,46 @@ def _pruned(twin: PreTrainedModel, sites: Sequence[PrunableSite], decision: Deci
             modules |= removed_modules(site, width)
         elif units < site.units:
             modules |= resized_modules(site, units)
-    made = copy.deepcopy(twin)
+    made = copy.deepcopy(probe)
     narrow = {name: narrowed(values[name], axes) for name, axes in kept.items()}
     reshape(made, {name: value.shape for name, value in narrow.items()}, modules, FORMS)
     for name, value in narrow.items():
         made.get_parameter(name).copy_(value)
     for site in sites:
         if not kept_units(site, decision) and site.bias is not None:
-            home = next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+            home = next(entry.path for entry in site.layout.removal or () if entry.adds)
             made.get_parameter(f"{home}.bias").copy_(values[site.bias])
     return made
 
 
-def _config_keys(twin: PreTrainedModel, sites: Sequence[PrunableSite]) -> dict[str, Any] | None:
+def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> UnitsInConfig | None:
     """Keys of config.json that might say how many units every block has; whether they do is for a proof."""
-    if is_reshaped(twin.config) or len({site.units for site in sites}) > 1:
+    if is_reshaped(probe.config) or len({site.units for site in sites}) > 1:
         return None
-    text = twin.config.get_text_config()
-    if text is not twin.config:  # a config inside another
+    text = probe.config.get_text_config()
+    if text is not probe.config:  # a config inside another
         return None
     held = vars(text)
     if sites[0].kind == "ffn":
         names = [key for key in FFN_KEYS if key in held and held[key] in (sites[0].units, None)]
-        return {"per_unit": {names[0]: 1}, "fixed": {}} if names else None
+        return UnitsInConfig({names[0]: 1}, {}) if names else None
     layout, names_of = sites[0].layout, getattr(text, "attribute_map", {})
-    per_unit = {names_of.get("num_attention_heads", "num_attention_heads"): layout["query_heads"]}
+    per_unit = {names_of.get("num_attention_heads", "num_attention_heads"): layout.query_heads}
     key = names_of.get("num_key_value_heads", "num_key_value_heads")
     if key in held:
         per_unit[key] = 1
-    return {"per_unit": per_unit, "fixed": {"head_dim": layout["head_dim"]}}
+    return UnitsInConfig(per_unit, {"head_dim": layout.head_dim})
 
 
 def _of_stock_class(
-    keys: Mapping[str, Any], twin: PreTrainedModel, sites: Sequence[PrunableSite], decision: Decision
+    keys: UnitsInConfig, probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision
 ) -> PreTrainedModel:
-    """The twin without what goes, as its own class makes it of a config."""
+    """The probe model without what goes, as its own class makes it of a config."""
     units = len(kept_units(sites[0], decision))
-    config = copy.deepcopy(twin.config)
-    for key, number in keys["per_unit"].items():
-        setattr(config, key, number * units)
-    for key, value in keys["fixed"].items():
+    config = copy.deepcopy(probe.config)
+    for key, value in keys.of(units).items():
         setattr(config, key, value)
-    made = make_twin(type(twin), config, torch.device("cpu"), torch.float64)
-    values = dict(twin.named_parameters(remove_duplicate=False))
+    made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
+    values = dict(probe.named_parameters(remove_duplicate=False))
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
     return _filled(made, {name: narrowed(value, kept.get(name, {})) for name, value in values.items()})

@@ -1,12 +1,13 @@
-"""What reads a model's residual stream and what writes to it: found by running a twin, and proven by turning it.
+"""What reads a model's residual stream and what writes to it: found on a probe model, and proven by rotating it.
 
 Per block: the norms on the stream, the matrices that read each norm, and every parameter that adds to the stream. The
-same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing
-was missed is then proven: with the norms folded and everything that touches the stream turned by one random orthogonal
-matrix, the twin's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for which
-they don't is refused.
+same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing was
+missed is then proven: with the norms folded and everything that touches the stream rotated by one random orthogonal
+matrix, the probe model's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for
+which they don't is refused.
 
-Time: some tens of forward passes of each kind of block in float64; memory: the twin in float64, two blocks or a few.
+Time: some tens of forward passes of each kind of block in float64; memory: the probe model in float64, two blocks or a
+few.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import (
     TOLERANCE,
     Answer,
@@ -28,7 +30,7 @@ from compressor.analysis.perturbation import (
     answering,
     axes,
     factor_along,
-    nudged,
+    perturbed,
     points_along,
     reads,
     size,
@@ -39,18 +41,23 @@ from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, describe_norm
+from compressor.model.probe_model import PROBE_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
-from compressor.model.residual_records import Reader, Residual, ResidualSite, Tap, Writer, renamed
+from compressor.model.residual_records import (
+    InputProjection,
+    Residual,
+    ResidualNorm,
+    ResidualSublayer,
+    ResidualWrite,
+    renamed,
+)
 from compressor.model.structure import Structure
-from compressor.model.tracing import TWIN_SEED, example_batch, make_twin, shallow_config, signature
 
-TWIN_VOCABULARY = 256  # the twin's; rows of tables and heads are all alike
-
-Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSite, ...]]]  # signature -> first such block, and its sites
+Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]]  # signature -> first such block, and its sites
 
 
 def read_residual(structure: Structure) -> Residual:
-    """Find what touches the residual stream, and prove on a random twin that it is all.
+    """Find what touches the residual stream, and prove on a probe model with random weights that it is all.
 
     raises  ModelError naming the module, if the stream of this model can't be rotated
     """
@@ -67,64 +74,27 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
                 hint=HINT,
                 data={"reason": "sliced-already"},
             )
-    twin, path = residual_twin(model, pieces), pieces.blocks_path
-    residual, kinds = find_residual(twin, path)
-    prove_invariance(twin, path, residual)
+    probe, path = float64_probe_model(model, pieces), pieces.blocks_path
+    residual, kinds = find_residual(probe, path)
+    prove_invariance(probe, path, residual)
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
 
 
-def residual_twin(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
-    """A shallow twin in float64, untied, with a small vocabulary.
-
-    Its weights are random, its gains not one and its biases not zero, which would hide what is wrong with a fold.
-    """
-    config = shallow_config(model.config, model, pieces)
-    text = config.get_text_config()
-    if (vocabulary := getattr(text, "vocab_size", 0)) > TWIN_VOCABULARY:
-        text.vocab_size = TWIN_VOCABULARY
-        if (getattr(text, "pad_token_id", None) or 0) >= TWIN_VOCABULARY:
-            text.pad_token_id = None
-        _shorten_tables(config, vocabulary, pieces.blocks_path)
-    twin = make_twin(type(model), config, torch.device("cpu"), torch.float64)
-    fill(twin)
-    return twin
-
-
-def _shorten_tables(config: PretrainedConfig, vocabulary: int, path: str) -> None:
-    """Tables and heads that a reshaped model's config gives the vocabulary's rows get the twin's."""
-    shapes = reshaping(config)[0]
-    for name, shape in shapes.items():
-        if shape and shape[0] == vocabulary and not name.startswith(path + "."):
-            shapes[name] = [TWIN_VOCABULARY, *shape[1:]]
-
-
-def fill(model: nn.Module) -> None:
-    """Give a float64 model seeded random parameters of its own under each name, so that head and table are two."""
-    generator = torch.Generator().manual_seed(TWIN_SEED)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter.dim() < 2:
-            value = parameter + 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        else:
-            value = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / parameter.shape[-1] ** 0.5
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
-    """Readers and writers of a float64 model with random weights; `path` is that of its block list.
+def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
+    """What reads and writes the stream of a float64 model with random weights; `path` is that of its block list.
 
     raises  ModelError naming the module that stands in the way
     """
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
-    outside = {name: p for name, p in twin.named_parameters() if not name.startswith(path + ".")}
-    modules = {name: module for name, module in twin.named_modules() if not name.startswith(path + ".")}
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
+    outside = {name: p for name, p in probe.named_parameters() if not name.startswith(path + ".")}
+    modules = {name: module for name, module in probe.named_modules() if not name.startswith(path + ".")}
     kinds: Kinds = {}
     with InDouble():
         hidden, calls = pieces.stem(batch)
         for index, call in enumerate(calls):
             block, prefix = pieces.blocks[index], f"{path}.{index}."
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             if kind in kinds:
                 continue
             runner = _Runner(
@@ -135,15 +105,15 @@ def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
             )
             kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
         stem = _find_stem(lambda: pieces.stem(batch)[0], modules, outside, hidden.shape[-1])
-        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), twin)
+        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), probe)
     residual = Residual(
-        hidden.shape[-1], end.norm.kind, stem, _every_block(kinds, twin.config, pieces.blocks, path), end
+        hidden.shape[-1], end.formula.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
     )
-    for tap in residual.taps():
-        if tap.norm.kind != residual.kind:
+    for norm in residual.norms():
+        if norm.formula.kind != residual.kind:
             raise ModelError(
                 "LayerNorm and RMSNorm stand on one residual stream",
-                where=tap.module,
+                where=norm.module,
                 hint=HINT,
                 data={"reason": "two-kinds-of-norm"},
             )
@@ -152,7 +122,7 @@ def find_residual(twin: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
 
 def _every_block(
     kinds: Kinds, config: PretrainedConfig, blocks: Sequence[nn.Module], path: str
-) -> tuple[tuple[ResidualSite, ...], ...]:
+) -> tuple[tuple[ResidualSublayer, ...], ...]:
     """The sites of each block, after the first block of its kind."""
     found = []
     for index, block in enumerate(blocks):
@@ -177,7 +147,7 @@ class _Runner:
         self.run = run
         self.parameters = parameters
         self.width = example.shape[-1]
-        self.generator = torch.Generator().manual_seed(TWIN_SEED)
+        self.generator = torch.Generator().manual_seed(PROBE_SEED)
         self.x = torch.randn(example.shape, dtype=torch.float64, generator=self.generator)
         self.direction = unit(self.width, self.generator)
         self.norms = _norms(modules, self.width)
@@ -219,7 +189,7 @@ def _norms(modules: Mapping[str, nn.Module], width: int) -> dict[str, Norm]:
 
 def _find_stem(
     run: Callable[[], Tensor], modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], width: int
-) -> tuple[Writer, ...]:
+) -> tuple[ResidualWrite, ...]:
     norms = _norms(modules, width)
     with answering({name: modules[name] for name in norms}, {}) as calls:
         before = run()
@@ -230,18 +200,18 @@ def _find_stem(
             hint=HINT,
             data={"reason": "norm-before-blocks"},
         )
-    direction = unit(width, torch.Generator().manual_seed(TWIN_SEED))
-    writers = []
+    direction = unit(width, torch.Generator().manual_seed(PROBE_SEED))
+    writes = []
     for name, parameter in parameters.items():
         for axis in axes(parameter, width):
-            with nudged(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
+            with perturbed(parameter, axis, direction, torch.ones_like(parameter.select(axis, 0))):
                 change = run() - before
             if size(change) > TOLERANCE and points_along(change, direction):
-                writers.append(Writer(name, axis, factor_along(change, direction)))
-    return tuple(writers)
+                writes.append(ResidualWrite(name, axis, factor_along(change, direction)))
+    return tuple(writes)
 
 
-def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
+def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
     """The sites of one block in forward order."""
     on_stream = _norms_on_stream(runner, where)
     held = {name: runner.planes[name] for name in on_stream}
@@ -261,10 +231,10 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
             groups[-1].append(name)
         else:
             groups.append([name])
-    writers = _find_writers(runner, held, [group[0] for group in groups])
+    writes = _find_writes(runner, held, [group[0] for group in groups])
     sites = []
-    for group, written in zip(groups, writers):
-        taps = tuple(_find_tap(runner, name, held) for name in group)
+    for group, written in zip(groups, writes):
+        norms = tuple(_find_norm(runner, name, held) for name in group)
         if not written:
             raise ModelError(
                 "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
@@ -272,7 +242,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSite, ...]:
                 hint=HINT,
                 data={"reason": "scaled-branches"},
             )
-        sites.append(ResidualSite(taps, written))
+        sites.append(ResidualSublayer(norms, written))
     return tuple(sites)
 
 
@@ -311,13 +281,13 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
     return names
 
 
-def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[Writer, ...]]:
+def _find_writes(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[ResidualWrite, ...]]:
     """What adds to the stream between one site's norm and the next one's. `firsts` names a norm of each site."""
     before = runner.states(held)
-    found: list[list[Writer]] = [[] for _ in firsts]
+    found: list[list[ResidualWrite]] = [[] for _ in firsts]
     for name, parameter in runner.parameters.items():
         for axis in axes(parameter, runner.width):
-            with nudged(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
+            with perturbed(parameter, axis, runner.direction, torch.ones_like(parameter.select(axis, 0))):
                 after = runner.states(held)
             changes = [after[state] - before[state] for state in (*firsts, "")]
             moved = [index for index, change in enumerate(changes) if size(change) > TOLERANCE]
@@ -337,8 +307,8 @@ def _find_writers(runner: _Runner, held: Mapping[str, Plane], firsts: list[str])
                     hint=HINT,
                     data={"reason": "does-not-stay"},
                 )
-            found[moved[0] - 1].append(Writer(name, axis, factor_along(changes[moved[0]], runner.direction)))
-    return [tuple(writers) for writers in found]
+            found[moved[0] - 1].append(ResidualWrite(name, axis, factor_along(changes[moved[0]], runner.direction)))
+    return [tuple(writes) for writes in found]
 
 
 def _same(change: Tensor, wanted: Tensor) -> bool:
@@ -346,7 +316,7 @@ def _same(change: Tensor, wanted: Tensor) -> bool:
     return size(change - wanted) <= TOLERANCE * size(wanted)
 
 
-def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
+def _find_norm(runner: _Runner, name: str, held: Mapping[str, Plane]) -> ResidualNorm:
     """What reads a norm; raises ModelError if nothing does."""
     plane = held[name]
 
@@ -354,18 +324,18 @@ def _find_tap(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Tap:
         return runner.states(held)[""]
 
     before = run()
-    readers = []
+    consumers = []
     for parameter_name, parameter in runner.parameters.items():
         for axis in axes(parameter, runner.width):
             rest = runner.rest(parameter, axis)
             if reads(run, before, parameter, axis, plane, rest):
                 bias = _bias(runner, run, parameter_name, axis, plane, rest)
-                readers.append(Reader(parameter_name, axis, bias))
-    if not readers:
+                consumers.append(InputProjection(parameter_name, axis, bias))
+    if not consumers:
         raise ModelError(
             "no matrix reads the output of this norm", where=name, hint=HINT, data={"reason": "norm-unread"}
         )
-    return Tap(name, runner.norms[name], tuple(readers))
+    return ResidualNorm(name, runner.norms[name], tuple(consumers))
 
 
 def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plane: Plane, rest: Tensor) -> str | None:
@@ -375,7 +345,7 @@ def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plan
     for other, candidate in runner.parameters.items():
         if other == name or other.rpartition(".")[0] != owner or candidate.shape != rest.shape:
             continue
-        with nudged(parameter, axis, plane.base / runner.width**0.5, rest):
+        with perturbed(parameter, axis, plane.base / runner.width**0.5, rest):
             through_weight = run()
         before = candidate.clone()
         candidate.add_(rest)
@@ -386,8 +356,8 @@ def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plan
     return None
 
 
-def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
-    where = type(twin).__name__
+def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
+    where = type(probe).__name__
     seen = [name for name in runner.states({}) if name]
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
@@ -413,4 +383,4 @@ def _find_end(runner: _Runner, twin: PreTrainedModel) -> Tap:
             hint=HINT,
             data={"reason": "norm-beside-stream"},
         )
-    return _find_tap(runner, seen[0], held)
+    return _find_norm(runner, seen[0], held)

@@ -1,7 +1,7 @@
-"""Norms folded into their readers, and the proof that a residual stream can be turned.
+"""Norms folded into their consumers, and the proof that a residual stream can be rotated.
 
-With the norms folded and everything that touches the stream turned by one orthogonal matrix, the logits must stay
-(Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). One reader or writer that was missed, and they don't.
+With the norms folded and everything that touches the stream rotated by one orthogonal matrix, the logits must stay
+(Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). If one read or write was missed, they don't.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift
 from compressor.model.block_runner import Batch, Pieces, output_of
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.residual_records import Reader, Residual, Tap, Writer
-from compressor.model.tracing import TWIN_SEED, example_batch
+from compressor.model.probe_model import PROBE_SEED, example_batch
+from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualWrite
 
 HINT = "Its residual stream can't be rotated."
 
 
-def prove_invariance(twin: PreTrainedModel, path: str, residual: Residual) -> None:
-    """Fold the norms, turn everything that touches the stream, and ask for the same logits. Changes the twin.
+def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> None:
+    """Fold the norms, rotate everything that touches the stream, and ask for the same logits. Changes the probe model.
 
-    raises  ModelError naming the first block whose stream is not the turned one
+    raises  ModelError naming the first block whose stream is not the rotated one
     """
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, torch.device("cpu"))
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, torch.device("cpu"))
     with InDouble(), torch.no_grad():
-        expected, logits = _streams(pieces, batch), output_of(twin(**batch))
-        generator = torch.Generator().manual_seed(TWIN_SEED + 1)
+        expected, logits = _streams(pieces, batch), output_of(probe(**batch))
+        generator = torch.Generator().manual_seed(PROBE_SEED + 1)
         mirrors = [unit(residual.width, generator) for _ in range(2)]
-        for tap in residual.taps():
-            fold_tap(twin, tap)
+        for norm in residual.norms():
+            fold_norm(probe, norm)
         if residual.kind == "layer":
-            center_writers(twin, residual.writers())
-        for writer in residual.writers():
-            parameter = twin.get_parameter(writer.parameter)
-            parameter.copy_(_turned(parameter, writer.axis, mirrors))
-        for tap in residual.taps():
-            for reader in tap.readers:
-                parameter = twin.get_parameter(reader.parameter)
-                parameter.copy_(_turned(parameter, reader.axis, mirrors))
-        gainless = {tap.module: gainless_norm(tap) for tap in residual.taps()}
-        with answering({name: twin.get_submodule(name) for name in gainless}, gainless):
-            streams, turned_logits = _streams(pieces, batch), output_of(twin(**batch))
+            center_writes(probe, residual.writes())
+        for write in residual.writes():
+            parameter = probe.get_parameter(write.parameter)
+            parameter.copy_(_rotated(parameter, write.axis, mirrors))
+        for norm in residual.norms():
+            for consumer in norm.consumers:
+                parameter = probe.get_parameter(consumer.parameter)
+                parameter.copy_(_rotated(parameter, consumer.axis, mirrors))
+        gainless = {norm.module: gainless_norm(norm) for norm in residual.norms()}
+        with answering({name: probe.get_submodule(name) for name in gainless}, gainless):
+            streams, rotated_logits = _streams(pieces, batch), output_of(probe(**batch))
     for index, (before, after) in enumerate(zip(expected, streams)):
         wanted = center(before, -1) if residual.kind == "layer" else before
-        if size(_turned(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
+        if size(_rotated(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
             raise ModelError(
                 "its residual stream doesn't turn with everything that was found to touch it",
                 where=f"{path}.{index - 1}" if index else "stem",
                 hint=HINT,
                 data={"reason": "does-not-turn"},
             )
-    if size(turned_logits - logits) > TOLERANCE * size(logits):
+    if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(
             "its output changes when its residual stream is turned",
             where="head",
@@ -66,53 +66,53 @@ def prove_invariance(twin: PreTrainedModel, path: str, residual: Residual) -> No
         )
 
 
-def gainless_norm(tap: Tap) -> Answer:
+def gainless_norm(norm: ResidualNorm) -> Answer:
     """What is left of a folded norm, as a function: x / sqrt(mean(x²) + eps)."""
-    norm = tap.norm
-    left = Norm("rms", 0.0, norm.eps, norm.width, has_weight=False, has_bias=False, divisor=norm.divisor)
+    formula = norm.formula
+    left = Norm("rms", 0.0, formula.eps, formula.width, has_weight=False, has_bias=False, divisor=formula.divisor)
     return lambda x: apply_norm(x, None, None, left)
 
 
-def fold_tap(model: nn.Module, tap: Tap) -> None:
-    """Move a norm's gain and shift into its readers, in place; in float64, rounded once to their dtype.
+def fold_norm(model: nn.Module, norm: ResidualNorm) -> None:
+    """Move a norm's gain and shift into its consumers, in place; in float64, rounded once to their dtype.
 
     The norm itself is left as it is. From here on it has to compute `gainless_norm`, and where it was a LayerNorm, what
     the stream is made of has to be centred (`center_writers`).
 
-    raises  ModelError if a reader has no bias to take a shift and can't be given one
+    raises  ModelError if a consumer has no bias to take a shift and can't be given one
     """
-    gain = tap.norm.offset + _double(model, f"{tap.module}.weight") if tap.norm.has_weight else None
-    shift = _double(model, f"{tap.module}.bias") if tap.norm.has_bias else None
-    for reader in tap.readers:
-        parameter = model.get_parameter(reader.parameter).data
+    gain = norm.formula.offset + _double(model, f"{norm.module}.weight") if norm.formula.has_weight else None
+    shift = _double(model, f"{norm.module}.bias") if norm.formula.has_bias else None
+    for consumer in norm.consumers:
+        parameter = model.get_parameter(consumer.parameter).data
         if shift is not None:  # before the gain: the shift is multiplied by the weight as it was
-            bias = _bias_of(model, reader)
-            bias.copy_(bias.double() + fold_shift(parameter.double(), shift, reader.axis))
+            bias = _bias_of(model, consumer)
+            bias.copy_(bias.double() + fold_shift(parameter.double(), shift, consumer.axis))
         if gain is not None:
-            parameter.copy_(fold_gain(parameter.double(), gain, reader.axis))
+            parameter.copy_(fold_gain(parameter.double(), gain, consumer.axis))
 
 
-def center_writers(model: nn.Module, writers: Iterable[Writer]) -> None:
+def center_writes(model: nn.Module, writes: Iterable[ResidualWrite]) -> None:
     """Take from everything that is added to a LayerNorm stream its mean over the width, in place."""
-    for writer in writers:
-        parameter = model.get_parameter(writer.parameter).data
-        parameter.copy_(center(parameter.double(), writer.axis))
+    for write in writes:
+        parameter = model.get_parameter(write.parameter).data
+        parameter.copy_(center(parameter.double(), write.axis))
 
 
 def _double(model: nn.Module, name: str) -> Tensor:
     return model.get_parameter(name).data.double()
 
 
-def _bias_of(model: nn.Module, reader: Reader) -> Tensor:
-    """The reader's bias; a linear module without one gets zeros."""
-    if reader.bias is not None:
-        return model.get_parameter(reader.bias).data
-    owner, _, leaf = reader.parameter.rpartition(".")
+def _bias_of(model: nn.Module, consumer: InputProjection) -> Tensor:
+    """The consumer's bias; a linear module without one gets zeros."""
+    if consumer.bias is not None:
+        return model.get_parameter(consumer.bias).data
+    owner, _, leaf = consumer.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or leaf != "weight":
         raise ModelError(
             "it has no bias that could take its norm's shift",
-            where=reader.parameter,
+            where=consumer.parameter,
             hint=HINT,
             data={"reason": "no-bias"},
         )
@@ -131,7 +131,7 @@ def _streams(pieces: Pieces, batch: Batch) -> list[Tensor]:
     return streams
 
 
-def _turned(tensor: Tensor, axis: int, mirrors: list[Tensor]) -> Tensor:
+def _rotated(tensor: Tensor, axis: int, mirrors: list[Tensor]) -> Tensor:
     """Along `axis`, by the product of two reflections: dense, orthogonal, and cheaper than a matrix of that size."""
     rows = tensor.movedim(axis, -1)
     for mirror in mirrors:

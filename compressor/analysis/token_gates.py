@@ -1,13 +1,13 @@
 """Where a gate can stand in each block of a model, found by running it: what `token_gate` needs.
 
-A gate stands after the attention residual and before the MLP. On a random twin: the module that calls transformers'
-attention interface is the attention; the first later module whose output can be made zero while the block's output
-still depends on the attention reads the residual stream, so the gate stands before it. What a later module gives either
-goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That nothing was missed
-is proven: everything after attention works on one token at a time, so a gated block must give what the block itself
-gives for the tokens that were kept.
+A gate stands after the attention residual and before the MLP. On a probe model with random weights: the module that
+calls transformers' attention interface is the attention; the first later module whose output can be made zero while the
+block's output still depends on the attention reads the residual stream, so the gate stands before it. What a later
+module gives either goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That
+nothing was missed is proven: everything after attention works on one token at a time, so a gated block must give what
+the block itself gives for the tokens that were kept.
 
-Time: a few forward passes of a twin.
+Time: a few forward passes of a probe model.
 """
 
 from __future__ import annotations
@@ -15,55 +15,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
+from compressor.analysis.token_gate_proof import HINT, PADDED, prove_token_gates
 from compressor.errors import ModelError
 from compressor.layers.structural.observed_attention import register_watching, watching
-from compressor.layers.structural.token_gate import TokenGate, attended, noting_choices
-from compressor.model.block_runner import Batch, Call, Pieces, output_of, own_calls
+from compressor.layers.structural.token_gate import attended
+from compressor.model.block_runner import Batch, Call, Pieces
 from compressor.model.facts import BlockTokens, TokenFacts
+from compressor.model.module_names import is_inside
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 
-HINT = "Tokens of this model can't be pruned."
 CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
-TOKENS = 13  # of the text a twin reads
-PADDED = 3  # of them, in the second sample
-TOLERANCE = 1e-5  # relative, of float32
+TOKENS = 13  # of the text a probe model reads
 UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # what attention may get and a gate doesn't compute
-PROOF = {
-    "keep": 0.5,
-    "similar": 0.3,
-    "partition": "sequential",
-    "order": "ISI",
-    "iterations": 5,
-    "tolerance": 0.0,
-    "filter": None,
-    "heads": "rms",
-    "seed": 0,
-    "minimum": 4,
-}
-
-
-@dataclass
-class _Seen:
-    """One call of a module that a block made itself."""
-
-    name: str
-    nth: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-
-    @property
-    def given(self) -> list[Any]:
-        return [*self.args, *self.kwargs.values()]
 
 
 def find_token_sites(structure: Structure) -> TokenFacts:
@@ -73,29 +46,29 @@ def find_token_sites(structure: Structure) -> TokenFacts:
     """
     model, path = structure.model, structure.pieces.blocks_path
     config = shallow_config(model.config, model, structure.pieces)
-    twin = make_twin(type(model), config, torch.device("cpu"), torch.float32)
+    probe = make_probe_model(type(model), config, torch.device("cpu"), torch.float32)
     _refuse_outputs(model)
     with torch.no_grad():
-        return _find(structure, twin, path)
+        return _find(structure, probe, path)
 
 
-def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
-    pieces = Pieces(twin, path)
-    batch = _batch(twin)
+def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts:
+    pieces = Pieces(probe, path)
+    batch = _batch(probe)
     hidden, calls = pieces.stem(batch)
     if hidden.dim() != 3:
         raise ModelError(
             f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint=HINT,
             data={"reason": "no-tokens", "shape": list(hidden.shape)},
         )
     is_text = "input_ids" in batch
-    patches = None if is_text else _patches(twin, hidden.shape[1])
+    patches = None if is_text else _patches(probe, hidden.shape[1])
     protect = (1, 1)
     if patches is not None:
         protect = (hidden.shape[1] - patches[0] * patches[1], 0)
-    kinds = [signature(twin.config, block, index) for index, block in enumerate(pieces.blocks)]
+    kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
     mask = _mask_argument(pieces, calls, hidden, batch)
     register_watching()
     found: dict[Any, BlockTokens] = {}
@@ -113,7 +86,7 @@ def _find(structure: Structure, twin: PreTrainedModel, path: str) -> TokenFacts:
     ]
     tokens = None if is_text else hidden.shape[1]
     facts = TokenFacts(tokens, hidden.shape[2], protect, patches, tuple(everywhere), _outside(structure, patches))
-    _prove(pieces, replace(facts, blocks=tuple(found[kind] for kind in kinds)), batch)
+    prove_token_gates(pieces, replace(facts, blocks=tuple(found[kind] for kind in kinds)), batch)
     return facts
 
 
@@ -128,9 +101,9 @@ def _refuse_outputs(model: PreTrainedModel) -> None:
             )
 
 
-def _batch(twin: PreTrainedModel) -> Batch:
+def _batch(probe: PreTrainedModel) -> Batch:
     """Two samples; of text the second has padding."""
-    batch = example_batch(twin, torch.device("cpu"), samples=2, tokens=TOKENS)
+    batch = example_batch(probe, torch.device("cpu"), samples=2, tokens=TOKENS)
     if "input_ids" in batch:
         mask = torch.ones_like(batch["input_ids"])
         mask[1, -PADDED:] = 0
@@ -138,19 +111,19 @@ def _batch(twin: PreTrainedModel) -> Batch:
     return batch
 
 
-def _patches(twin: PreTrainedModel, tokens: int) -> tuple[int, int]:
+def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
     """Rows and columns of the image's patches, which are its last tokens. raises ModelError if the tokens are others"""
     sizes = []
     for key in ("image_size", "patch_size"):
-        value = getattr(twin.config, key, None)
+        value = getattr(probe.config, key, None)
         if value is None:
-            raise ModelError(f"its config has no {key}", where=type(twin).__name__, hint=HINT)
+            raise ModelError(f"its config has no {key}", where=type(probe).__name__, hint=HINT)
         sizes.append((value, value) if isinstance(value, int) else tuple(value))
     rows, columns = (side // patch for side, patch in zip(*sizes))
     if not 0 <= tokens - rows * columns <= 8:  # one for the class, one for distillation, a few registers
         raise ModelError(
             f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
-            where=type(twin).__name__,
+            where=type(probe).__name__,
             hint=HINT,
             data={"reason": "tokens-not-patches", "tokens": tokens, "rows": rows, "columns": columns},
         )
@@ -211,8 +184,9 @@ def _same_rows(mask: Tensor) -> bool:
 def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, where: str) -> BlockTokens:
     attention, query = _attention(block, hidden, call, where)
     _refuse_order(block, hidden, call, where)
-    seen, output = _record(block, hidden, call)
-    first = next((i for i, one in enumerate(seen) if _holds(one.name, attention)), None)
+    with recorded_calls(block) as seen:
+        output = block(hidden, *call.args, **call.kwargs)
+    first = next((i for i, one in enumerate(seen) if is_inside(attention, one.name)), None)
     if first is None:
         raise ModelError("its attention is not called by the block itself", where=where, hint=HINT)
     at = next(
@@ -228,14 +202,14 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
     result = output[0] if isinstance(output, tuple) else output
     after = []
     for number, one in enumerate(behind):
-        entering = next((value for value in one.given if isinstance(value, Tensor)), None)
+        entering = next((value for value in one.values if isinstance(value, Tensor)), None)
         if entering is None or entering.shape[:2] != hidden.shape[:2]:
             raise ModelError(
                 "does not get the tokens themselves, so it can't be given fewer", where=f"{where}.{one.name}", hint=HINT
             )
         given = one.output[0] if isinstance(one.output, tuple) else one.output
-        goes_on = any(_same(given, value) for other in behind[number + 1 :] for value in other.given)
-        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not _same(given, result)})
+        goes_on = any(is_one_tensor(given, value) for other in behind[number + 1 :] for value in other.values)
+        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not is_one_tensor(given, result)})
     entries = _entries(block, hidden, call, {one.name for one in behind})
     return BlockTokens(
         attention, tuple(after), mask, entries[0], entries[1], query.shape[1] * query.shape[3], query.shape[1]
@@ -292,20 +266,7 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
         )
 
 
-def _record(block: nn.Module, hidden: Tensor, call: Call) -> tuple[list[_Seen], Any]:
-    """Run a block and note the calls that it makes itself, not those that its modules make."""
-    count: dict[str, int] = {}
-
-    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-        nth = count.get(name, 0)
-        count[name] = nth + 1
-        return _Seen(name, nth, args, kwargs)
-
-    with own_calls(block, note) as calls:
-        return calls, block(hidden, *call.args, **call.kwargs)
-
-
-def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: _Seen, candidate: _Seen) -> bool:
+def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: ModuleCall, candidate: ModuleCall) -> bool:
     """Whether the block's output depends on the attention also past this module."""
     outputs = []
     for other in (lambda x: x, lambda x: x.flip(-1)):  # not a multiple, which a norm would undo
@@ -315,7 +276,7 @@ def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: _Seen
 
 
 @contextmanager
-def _answering(block: nn.Module, call: _Seen, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _answering(block: nn.Module, call: ModuleCall, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """One call of a module gives something else, made of what it would give."""
     count = -1
 
@@ -340,7 +301,7 @@ def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> t
         block(hidden, *call.args, **call.kwargs)
     sizes = [0, 0]
     for seen in found:
-        sizes[any(_holds(part, seen.parameter) for part in after)] += seen.elements
+        sizes[any(is_inside(seen.parameter, part) for part in after)] += seen.elements
     return sizes[0], sizes[1]
 
 
@@ -361,73 +322,6 @@ def _head_weights(structure: Structure) -> Iterator[Any]:
     for stage in structure.stages(structure.block_count + 1):
         for group in stage:
             yield from group
-
-
-def _prove(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
-    """Gated blocks give what they would for the tokens kept, and the model bears it; a sample alone gives the same.
-
-    raises  ModelError naming the block, or the model
-    """
-    twin = pieces.model
-    hidden, calls = pieces.stem(batch)
-    for index, block in enumerate(pieces.blocks):
-        whole = pieces.block(index, hidden, calls[index])
-        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:
-            fewer = pieces.block(index, hidden, calls[index])
-        if not choices or not _are_of(fewer, whole, choices[0]):
-            raise ModelError(
-                "with fewer tokens after its attention, it computes something else for them",
-                where=f"{pieces.blocks_path}.{index}",
-                hint=HINT,
-            )
-        hidden = whole
-    with ExitStack() as stack:
-        for number, block in enumerate(pieces.blocks):
-            spec = facts.gate(number, [0.5] * number, PROOF)
-            stack.enter_context(TokenGate.wrapped(block, spec))
-        try:
-            output = output_of(twin(**batch))
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            raise ModelError(
-                f"its head needs every token ({str(error)[:200]})",
-                where=type(twin).__name__,
-                hint=HINT,
-                data={"reason": "head-needs-all", "cause": str(error)[:200]},
-            ) from error
-        _check_output(twin, output, hidden.shape[1])
-        if "attention_mask" in batch and output.dim() == 2:
-            alone = {name: value[1:, :-PADDED] for name, value in batch.items()}
-            other = output_of(twin(**alone))
-            if not torch.allclose(output[1:], other, rtol=0, atol=TOLERANCE * float(output.abs().max())):
-                raise ModelError("what it makes of a sample depends on padding", where=type(twin).__name__, hint=HINT)
-
-
-def _check_output(twin: PreTrainedModel, output: Tensor, tokens: int) -> None:
-    """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
-    has_head = twin.base_model is not twin
-    if output.dim() != 2 and has_head:
-        raise ModelError(
-            f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
-            where=type(twin).__name__,
-            hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
-            data={"reason": "answer-per-token", "shape": list(output.shape), "tokens": tokens},
-        )
-
-
-def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
-    """Whether (b, left, d) are the chosen (b, left) tokens of (b, n, d)."""
-    wanted = whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2]))
-    return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
-
-
-def _holds(module: str, name: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)
 
 
 def _stream(output: Any) -> Tensor:

@@ -34,9 +34,10 @@ from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.model_class import class_of
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
-from compressor.model.structure import class_of, read_structure
+from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight
 from compressor.storage.file_names import MANIFEST

@@ -16,13 +16,13 @@ from torch import Tensor
 from compressor.artifact.files import check_files
 from compressor.artifact.manifest import BAD_HINT, model_class, read_manifest
 from compressor.errors import ArtifactError, CompressError, UsageError
-from compressor.kernels.prepare.prepared import prepare
+from compressor.kernels.prepared.prepare import prepare
 from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.empty_model import skeleton
 from compressor.model.reshaped_class import class_for
 from compressor.model.stored_weight import StoredWeight
-from compressor.model.structure import skeleton
 from compressor.model.trusted_code import check_kernels
 from compressor.model.weight_names import Bindings, bind, fill, read_parameter
 from compressor.process.resources import ran_out

@@ -20,7 +20,7 @@ from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
-from compressor.model.tracing import use_eager_experts
+from compressor.model.probe_model import use_eager_experts
 
 
 @dataclass(frozen=True)

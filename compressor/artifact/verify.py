@@ -39,8 +39,8 @@ from compressor.artifact.stock_layers import Forward, compare_layers
 from compressor.artifact.stock_loading import load_stock, stock_works
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.side_files import OWN_MODELING
-from compressor.model.tracing import example_batch, use_eager_experts
 from compressor.model.trusted_code import carried_code_problems
 from compressor.process.child import ask
 

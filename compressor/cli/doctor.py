@@ -15,7 +15,7 @@ from compressor import __version__
 from compressor.evaluation.environment import PACKAGES, cpu_name, environment, package_version
 from compressor.kernels.cpu import LEVELS, PARALLEL_FOR, RECORD, library
 from compressor.kernels.cuda import devices
-from compressor.kernels.prepare.selftest import self_test
+from compressor.kernels.prepared.selftest import self_test
 from compressor.process.idle_threads import how_threads_wait
 
 EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}

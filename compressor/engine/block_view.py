@@ -23,9 +23,9 @@ from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Batch, Call, Stop
 from compressor.model.observed_matmul import ObservedMatmul
+from compressor.model.probe_model import signature
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure
-from compressor.model.tracing import signature
 from compressor.model.weights import Group, Stage, Weight
 from compressor.protocol import State
 

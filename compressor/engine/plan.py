@@ -33,9 +33,10 @@ from compressor.model.facts import Decision, ModelFacts, Remodel
 from compressor.model.functions import Functions, find_functions
 from compressor.model.redefined_structure import check_remodel
 from compressor.model.replaceable import why_not_replaceable
+from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import stock_class
 from compressor.model.stored_weight import StoredWeight
-from compressor.model.structure import Structure, prove_by_replay, read_structure
+from compressor.model.structure import Structure, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
 from compressor.model.unused_tensors import TELLS

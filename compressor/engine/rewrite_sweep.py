@@ -25,7 +25,7 @@ from compressor.engine.block_view import Stream, run_unit
 from compressor.errors import Interrupted, PassError
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.redefined_structure import split_parameter
-from compressor.model.residual_records import Residual, ResidualSite, Tap
+from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 from compressor.model.structure import Structure, read_structure
 from compressor.protocol import Carry
 from compressor.recipe.recipe import Step
@@ -63,7 +63,7 @@ class ReshapeSite:
         return f"{self.structure.pieces.blocks_path}.{self.index}"
 
     @property
-    def sites(self) -> tuple[ResidualSite, ...]:
+    def sites(self) -> tuple[ResidualSublayer, ...]:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:
@@ -83,8 +83,8 @@ class ReshapeSite:
     def warn(self, code: str, where: str, message: str) -> None:
         self.warnings.append({"code": code, "where": where, "message": message})
 
-    def signals(self, tap: Tap) -> Iterator[Tensor]:
-        return self.inputs(tap.module)
+    def signals(self, norm: ResidualNorm) -> Iterator[Tensor]:
+        return self.inputs(norm.module)
 
     def inputs(self, module: str) -> Iterator[Tensor]:
         caught: list[Tensor] = []
@@ -128,8 +128,8 @@ class ReshapeSite:
 
         handles = []
         for number, site in enumerate(self.sites[: len(bases) + 1]):
-            for first, tap in enumerate(site.taps):
-                module = self.structure.model.get_submodule(tap.module)
+            for first, norm in enumerate(site.norms):
+                module = self.structure.model.get_submodule(norm.module)
                 hook = partial(_before, norm_input, number, first == 0)
                 handles.append(module.register_forward_pre_hook(hook))
         entering = Stream(stream.batch, onto(0, x).to(stream.hidden.dtype), stream.calls)

@@ -24,9 +24,9 @@ from compressor.data.tokenizing import load_tokenizer
 from compressor.engine.plan import Plan
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of
+from compressor.model.probe_model import make_probe_model, shallow_config
 from compressor.model.structure import Structure
 from compressor.model.token_limit import Limit, limit_of
-from compressor.model.tracing import make_twin, shallow_config
 from compressor.recipe.recipe import Recipe
 from compressor.recipe.schema import DataSettings
 
@@ -134,7 +134,7 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
     failure: Exception | None = None
     for device in (torch.device("meta"), torch.device("cpu")):  # some models look at values
         try:
-            twin = make_twin(type(model), config, device, torch.float32)
+            twin = make_probe_model(type(model), config, device, torch.float32)
             with torch.no_grad():
                 return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
         except CompressError:  # of the twin, such as memory that can't hold it

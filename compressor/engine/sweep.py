@@ -49,10 +49,10 @@ from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Batch, Call
 from compressor.model.facts import Decision
+from compressor.model.probe_model import example_batch
 from compressor.model.redefined_structure import regated
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, write_file

@@ -37,9 +37,9 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, use_eager_experts
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
-from compressor.model.tracing import example_batch, make_twin, shallow_config, use_eager_experts
 
 LEAST_WIDTH = 64  # that an input of a stored weight is narrowed to
 GROUP = 32  # inputs a scale in the twin, where the plan has groups
@@ -114,11 +114,13 @@ def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: P
     for change in _narrowings(shallow, structure, forms):
         try:
             config = change()
-            size = sum(p.numel() for p in make_twin(cls, config, torch.device("meta"), structure.dtype).parameters())
+            size = sum(
+                p.numel() for p in make_probe_model(cls, config, torch.device("meta"), structure.dtype).parameters()
+            )
             if size > MOST_PARAMETERS:
                 obstacle = f"its smallest twin has {size:,} parameters, and up to {MOST_PARAMETERS:,} are tried"
                 continue
-            twin = make_twin(cls, config, torch.device("cpu"), structure.dtype)
+            twin = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
             twin.config.architectures = [structure.architecture]
             for key in (
                 "auto_map",

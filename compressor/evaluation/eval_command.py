@@ -32,10 +32,10 @@ from compressor.evaluation.report import (
 )
 from compressor.evaluation.sections import EvaluationRun, Sizes, Subject
 from compressor.evaluation.speed import SPEED_TOKENS
-from compressor.kernels.prepare.dispatch import FALLBACKS
+from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.model.model_class import class_of, config_of
 from compressor.model.reshaped_class import class_for
-from compressor.model.structure import class_of, config_of
 from compressor.model.token_limit import Limit, token_limit
 from compressor.process.child import started_early
 from compressor.recipe.gates import check_gates, compares_models, read_gates

@@ -13,7 +13,7 @@ from compressor.data.samples import Samples
 from compressor.errors import ModelError
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.structure import class_of
+from compressor.model.model_class import class_of
 from compressor.storage.file_names import MANIFEST
 
 

@@ -20,16 +20,7 @@ from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.engine.request import _summary_file
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
-from compressor.evaluation.sections import (
-    DataFacts,
-    KernelRow,
-    ModelFacts,
-    Run,
-    RunSizes,
-    Seeds,
-    StepRow,
-    WarningRow,
-)
+from compressor.evaluation.sections import DataFacts, KernelRow, ModelFacts, Run, RunSizes, Seeds, StepRow, WarningRow
 from compressor.recipe.gates import GateRow
 from compressor.recipe.schema import ReportSettings, bare_source
 

@@ -16,7 +16,7 @@ from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.evaluation.environment import peak_rss_bytes
 from compressor.evaluation.model_loading import is_causal, load_model, read_stored_samples
-from compressor.kernels.prepare.prepared import chosen_kernels
+from compressor.kernels.prepared.prepare import chosen_kernels
 from compressor.model.block_runner import without_cache
 from compressor.process.resources import ran_out
 

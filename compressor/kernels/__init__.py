@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.kernels.prepare.prepared import explain as explain
-    from compressor.kernels.prepare.prepared import prepare as prepare
+    from compressor.kernels.prepared.prepare import explain as explain
+    from compressor.kernels.prepared.prepare import prepare as prepare
 
 __all__ = ["explain", "prepare"]
 
@@ -18,4 +18,4 @@ __all__ = ["explain", "prepare"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'compressor.kernels' has no attribute {name!r}")
-    return getattr(importlib.import_module("compressor.kernels.prepare.prepared"), name)
+    return getattr(importlib.import_module("compressor.kernels.prepared.prepare"), name)

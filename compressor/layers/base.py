@@ -55,7 +55,7 @@ class Layer(nn.Module):
                  block, a module, or a module's settings (see `compressor.layers.structural.placing`)
     weight_only  True: forward is a dense multiply by matrix(), so the engine may write matrix() back. False: forward
                  does more, such as rounding its input, and the layer itself has to stand in the running model
-    helpers      modules, beside its own, whose functions it uses when it runs; the modelling file of a custom artifact
+    helpers      modules, beside its own, whose functions it uses when it runs; the modeling file of a custom artifact
                  gets their source
     """
 

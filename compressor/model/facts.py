@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from compressor.model.residual_records import Residual
-
-if TYPE_CHECKING:
-    pass
-    from compressor.model.residual_records import Residual
 
 KINDS = ("heads", "ffn")
 
@@ -25,40 +21,87 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class PrunableSite:
+class UnitsInConfig:
+    """How config.json says how many units every block has.
+
+    per_unit  key -> its value for each unit
+    fixed     keys that have to be there beside them
+    """
+
+    per_unit: Mapping[str, int]
+    fixed: Mapping[str, Any]
+
+    def of(self, units: int) -> dict[str, Any]:
+        """Keys of config.json for so many units."""
+        return {key: number * units for key, number in self.per_unit.items()} | dict(self.fixed)
+
+
+@dataclass(frozen=True)
+class RemovedModule:
+    """A module that a `removed` layer replaces where no unit stays.
+
+    returns  length of the tuple that it gives; None: a tensor
+    layer    number by which a cache knows it
+    adds     it gives what the output projection gave
+    """
+
+    path: str
+    returns: int | None
+    layer: int | None
+    adds: bool
+
+
+@dataclass(frozen=True)
+class PruningLayout:
+    """What pruning has to know of a sub-block beside its parameters.
+
+    head_dim, query_heads  of a unit, where the kind is heads; else 0
+    attributes  module path -> attribute -> number for each unit
+    shared      until it is proven: matrices whose rows act on more than one unit
+    has_norms   the block has norms of another width than the stream's, which may have the same eps
+    removal     modules that are replaced when no unit stays; None where the sub-block has to stay
+    per_layer   None, or why blocks can't differ in their number of units
+    config      None where config.json can't say how many units there are
+    vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class can be
+                without it
+    """
+
+    head_dim: int = 0
+    query_heads: int = 0
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    has_norms: bool = False
+    removal: tuple[RemovedModule, ...] | None = None
+    per_layer: str | None = None
+    config: UnitsInConfig | None = None
+    vanishes: bool = False
+
+
+@dataclass(frozen=True)
+class PrunableModule:
     """A sub-block of which units can go.
 
-    name     module path of the sub-block; where it is none of its own, that of its reader
-    kind     heads: a unit is a key-value head and the query heads that read it; ffn: a column of the matrix after the
-             activation
-    reader   path of the matrix that reads what the units give; unit u is gone when this module's input is 0 at
-             columns[u]
-    cuts     what gets smaller; the first is the reader along its input axis
-    bias     the reader's bias, which stays when all units are gone
-    cost     parameters of one unit
-    layout   what else pruning has to know, of JSON values:
-             head_dim, query_heads  of a unit, where the kind is heads
-             per_layer   None, or why blocks can't differ in their number of units
-             attributes  module path -> attribute -> number for each unit
-             config      keys of config.json: {"per_unit": {key: n}, "fixed": {key: value}}, or None where config.json
-                         can't say how many units there are
-             removal     modules that a `removed` layer replaces: [{"path", "returns", "layer", "adds"}], `adds` where
-                         it gives what the reader gave; None where the sub-block has to stay
-             has_norms   the block has norms of another width than the stream's, which may have the same eps
-             vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class
-                         can be without it
+    name               module path of the sub-block; where it is none of its own, that of its output projection
+    kind               heads: a unit is a key-value head and the query heads that read it; ffn: a neuron, a column of
+                       the matrix after the activation
+    output_projection  path of the module that reads what the units give; unit u is gone when this module's input is 0
+                       at columns[u]
+    cuts               what gets smaller; the first is the output projection along its input axis
+    bias               of the output projection, which stays when all units are gone
+    cost               parameters of one unit
+    layout             what else pruning has to know
     """
 
     name: str
     block: int
     kind: Literal["heads", "ffn"]
     units: int
-    reader: str
+    output_projection: str
     columns: tuple[tuple[int, ...], ...]
     cuts: tuple[Cut, ...]
     bias: str | None
     cost: int
-    layout: dict[str, Any] = field(default_factory=dict, hash=False)
+    layout: PruningLayout = field(default_factory=PruningLayout, hash=False)
 
 
 Decision = dict[str, Any]  # small, sorted JSON
@@ -161,7 +204,7 @@ class ModelFacts:
     branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
     blocks: str
     fits: Callable[[Remodel], str | None]
-    prunable: Callable[..., tuple[PrunableSite, ...]]
+    prunable: Callable[..., tuple[PrunableModule, ...]]
     tokens: Callable[[], TokenFacts]
     accepts: Callable[[dict[str, Any]], str | None]
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from compressor.errors import Because
-from compressor.layers.block_attention import PRODUCTS, attend
+from compressor.layers.block_attention import PRODUCTS
 from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import Norm, describe_norm
+from compressor.model.plain_attention import observed_plain_attention
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
 from compressor.model.structure import Structure
-from compressor.model.tracing import example_batch, make_twin, shallow_config, signature
 from compressor.model.weights import Weight
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
-OBSERVER = "observed_softmax"
 # Two orders of float32 sums of a small random model; another formula is off by more than a hundredth
 TOLERANCE = 1e-3
 
@@ -43,12 +42,12 @@ class Functions:
 
 
 def find_functions(structure: Structure) -> Functions:
-    """Runs a shallow random twin on the CPU; the model itself is only looked at.
+    """Runs a shallow probe model with random weights on the CPU; the model itself is only looked at.
 
     No stored form of a norm divides by anything but its width, so the norms of a narrower stream are refused.
     """
     found = Functions()
-    outside, attention = _run_twin(structure, found.refused)
+    outside, attention = _run_probe(structure, found.refused)
     prefix = structure.pieces.blocks_path + "."
     owners = {path: f"{path}.{PRODUCTS}" for path in attention}
     for path, module in structure.model.named_modules():
@@ -101,45 +100,38 @@ def _checkpoint_name(structure: Structure, path: str) -> str:
     return path
 
 
-def _run_twin(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
+def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
     """Modules outside the blocks that the stem calls, and paths of attention modules, of the model itself."""
     config = shallow_config(structure.model.config, structure.model, structure.pieces)
-    twin = make_twin(type(structure.model), config, torch.device("cpu"), torch.float32)
-    batch = example_batch(twin, torch.device("cpu"))
-    pieces = Pieces(twin, structure.pieces.blocks_path)
+    probe = make_probe_model(type(structure.model), config, torch.device("cpu"), torch.float32)
+    batch = example_batch(probe, torch.device("cpu"))
+    pieces = Pieces(probe, structure.pieces.blocks_path)
     called: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name))
-        for name, module in twin.named_modules()
+        for name, module in probe.named_modules()
         if not name.startswith(structure.pieces.blocks_path + ".")
     ]
     pieces.stem(batch)
     for hook in hooks:
         hook.remove()
-    return called, _attention_paths(structure, twin, batch, refused)
+    return called, _attention_paths(structure, probe, batch, refused)
 
 
 def _attention_paths(
-    structure: Structure, twin: PreTrainedModel, batch: dict[str, Tensor], refused: dict[str, str]
+    structure: Structure, probe: PreTrainedModel, batch: dict[str, Tensor], refused: dict[str, str]
 ) -> list[str]:
-    seen: dict[int, nn.Module] = {}
-
-    def observe(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seen[id(module)] = module
-        return attend(module, *args, **kwargs)
-
-    AttentionInterface.register(OBSERVER, observe)
-    AttentionMaskInterface.register(OBSERVER, eager_mask)
-    outputs = []
-    for implementation in ("eager", OBSERVER):
-        twin.set_attn_implementation(implementation)
-        with torch.no_grad():
-            outputs.append(output_of(twin(**batch)).float())
+    probe.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = output_of(probe(**batch)).float()
+        with observed_plain_attention(probe) as observed:
+            plain = output_of(probe(**batch)).float()
+    seen = {id(call.module) for call in observed.calls}
     if not seen:
         refused["softmax"] = "its attention doesn't go through transformers' AttentionInterface"
         return []
-    difference = float((outputs[0] - outputs[1]).abs().max())
-    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+    difference = float((own - plain).abs().max())
+    if not difference <= TOLERANCE * float(own.abs().max()):
         refused["softmax"] = Because(
             f"its attention is not the plain one: outputs differ by {difference:.3g}",
             reason="not-plain",
@@ -148,11 +140,11 @@ def _attention_paths(
         return []
     path = structure.pieces.blocks_path
     relative: dict[tuple[Any, ...], list[str]] = {}
-    for name, module in twin.named_modules():
+    for name, module in probe.named_modules():
         if id(module) in seen and name.startswith(path + "."):
             number, _, inner = name.removeprefix(path + ".").partition(".")
-            block = twin.get_submodule(f"{path}.{number}")
-            kind = signature(twin.config, block, int(number))
+            block = probe.get_submodule(f"{path}.{number}")
+            kind = signature(probe.config, block, int(number))
             if inner not in relative.setdefault(kind, []):
                 relative[kind].append(inner)
     found = []

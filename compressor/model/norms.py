@@ -126,13 +126,13 @@ def _run_copy(
     module: torch.nn.Module, filled: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor] | None:
     """Outputs of a float32 copy that has `filled` for parameters; None if it can't take such inputs."""
-    twin = copy.deepcopy(module).eval()
+    probe = copy.deepcopy(module).eval()
     for name, value in filled.items():
-        setattr(twin, name, torch.nn.Parameter(value, requires_grad=False))
+        setattr(probe, name, torch.nn.Parameter(value, requires_grad=False))
     try:
         with torch.no_grad():
             # forward itself, so that hooks on the module stay out of it
-            outputs = [twin.float().forward(x) for x in inputs]
+            outputs = [probe.float().forward(x) for x in inputs]
     except (TypeError, ValueError, RuntimeError):  # wants further arguments or another shape, so it is no such norm
         return None
     same = all(isinstance(y, torch.Tensor) and y.shape == x.shape for x, y in zip(inputs, outputs))

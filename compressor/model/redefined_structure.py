@@ -139,7 +139,7 @@ def _config(values: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def _misfit(structure: Structure, remodel: Remodel) -> str | None:
+def misfit(structure: Structure, remodel: Remodel) -> str | None:
     try:
         remodelled(structure, remodel)
     except (CompressError, *REFUSALS) as error:
@@ -147,7 +147,7 @@ def _misfit(structure: Structure, remodel: Remodel) -> str | None:
     return None
 
 
-def _config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
+def config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
     try:
         _config({**structure.checkpoint.config, **changes})
     except REFUSALS as error:

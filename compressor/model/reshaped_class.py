@@ -1,7 +1,7 @@
 """The class of a model whose config says that its parameters have other shapes than the architecture's own.
 
 Such a class is a subclass of the stock one, of the same name, that reshapes each instance as it is made
-(`placing`). So the model is read, run, cut down to a twin and loaded like any other; its checkpoint
+(`placing`). So the model is read, run, cut down to a probe model and loaded like any other; its checkpoint
 goes on naming the stock model type and architecture.
 """
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from compressor.model.module_names import renumbered
 from compressor.model.norms import Norm
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A parameter that adds to the stream along `axis`: a matrix, a bias, a table, a convolution.
+class ResidualWrite:
+    """A parameter that adds to the stream along `axis`: an output projection, a bias, an embedding, a convolution.
 
-    scale  what the stream gets is scale times the parameter (1 for most tables and biases, sqrt(hidden) for Gemma's
-           table); None where the factor varies, as in a product
+    scale  what the stream gets is scale times the parameter (1 for most embeddings and biases, sqrt(hidden) for
+           Gemma's embedding); None where the factor varies, as in a product
     """
 
     parameter: str
@@ -23,7 +24,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Reader:
+class InputProjection:
     """A parameter that multiplies a norm's output along `axis`.
 
     bias  the parameter added to its product, of its shape without `axis`; None if there is none
@@ -35,24 +36,24 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Tap:
-    """A norm on the residual stream and what reads its output."""
+class ResidualNorm:
+    """A norm on the residual stream, what it computes, and its consumers: what reads its output."""
 
     module: str
-    norm: Norm
-    readers: tuple[Reader, ...]
+    formula: Norm
+    consumers: tuple[InputProjection, ...]
 
 
 @dataclass(frozen=True)
-class ResidualSite:
+class ResidualSublayer:
     """One place where branches leave the stream and come back to it.
 
-    taps     one norm, or several that all see the same stream (GPT-NeoX's parallel blocks)
-    writers  what they add before the next site
+    norms   one, or several that all see the same stream (GPT-NeoX's parallel blocks)
+    writes  what the branches add before the next sublayer
     """
 
-    taps: tuple[Tap, ...]
-    writers: tuple[Writer, ...]
+    norms: tuple[ResidualNorm, ...]
+    writes: tuple[ResidualWrite, ...]
 
 
 @dataclass(frozen=True)
@@ -63,43 +64,45 @@ class Residual:
     kind    of all its norms; a `layer` stream can be centred, an `rms` stream must not be
     stem    what the stream is made of before block 0
     blocks  the sites of each block, in forward order
-    end     the last norm and its readers
+    end     the last norm and its consumers
     """
 
     width: int
     kind: Literal["layer", "rms"]
-    stem: tuple[Writer, ...]
-    blocks: tuple[tuple[ResidualSite, ...], ...]
-    end: Tap
+    stem: tuple[ResidualWrite, ...]
+    blocks: tuple[tuple[ResidualSublayer, ...], ...]
+    end: ResidualNorm
 
-    def taps(self) -> Iterator[Tap]:
+    def norms(self) -> Iterator[ResidualNorm]:
         for sites in self.blocks:
             for site in sites:
-                yield from site.taps
+                yield from site.norms
         yield self.end
 
-    def writers(self) -> Iterator[Writer]:
+    def writes(self) -> Iterator[ResidualWrite]:
         yield from self.stem
         for sites in self.blocks:
             for site in sites:
-                yield from site.writers
+                yield from site.writes
 
 
-def renamed(site: ResidualSite, old: str, new: str) -> ResidualSite:
+def renamed(site: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
     """The same site of another block: `old` in front of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return new + full.removeprefix(old)
+        return renumbered(full, old, new)
 
-    taps = tuple(
+    norms = tuple(
         replace(
-            tap,
-            module=name(tap.module),
-            readers=tuple(
-                replace(reader, parameter=name(reader.parameter), bias=name(reader.bias) if reader.bias else None)
-                for reader in tap.readers
+            norm,
+            module=name(norm.module),
+            consumers=tuple(
+                replace(
+                    consumer, parameter=name(consumer.parameter), bias=name(consumer.bias) if consumer.bias else None
+                )
+                for consumer in norm.consumers
             ),
         )
-        for tap in site.taps
+        for norm in site.norms
     )
-    return ResidualSite(taps, tuple(replace(writer, parameter=name(writer.parameter)) for writer in site.writers))
+    return ResidualSublayer(norms, tuple(replace(write, parameter=name(write.parameter)) for write in site.writes))

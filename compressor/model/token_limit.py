@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.model.block_runner import Pieces
-from compressor.model.structure import find_blocks, skeleton
-from compressor.model.tracing import TWIN_TOKENS, make_twin, shallow_config
+from compressor.model.empty_model import skeleton
+from compressor.model.probe_model import PROBE_TOKENS, make_probe_model, shallow_config
+from compressor.model.structure import find_blocks
 
 Runs = Callable[[int], bool]
 Limit = Callable[
@@ -32,8 +33,8 @@ def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: in
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
     for runs in _probes(cls, config):
-        if runs(min(TWIN_TOKENS, most)) and not runs(most):  # one that can't be run on few tokens tells nothing
-            most = _largest(runs, min(TWIN_TOKENS, most), most)
+        if runs(min(PROBE_TOKENS, most)) and not runs(most):  # one that can't be run on few tokens tells nothing
+            most = _largest(runs, min(PROBE_TOKENS, most), most)
     return None if most == length else most
 
 
@@ -59,7 +60,7 @@ def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # one number, as often as needed
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     pieces = Pieces(start, find_blocks(start))
-    whole = make_twin(cls, shallow, torch.device("meta"), torch.float32)
+    whole = make_probe_model(cls, shallow, torch.device("meta"), torch.float32)
     padding = getattr(config.get_text_config(), "pad_token_id", None)
     token = 2 if padding == 1 else 1  # a token of padding takes no position
 

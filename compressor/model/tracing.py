@@ -1,36 +1,31 @@
-"""What a shallow twin of a model shows when it runs: which parameters are multiplied, and which read the same input.
+"""What a shallow probe model shows when it runs: which parameters are multiplied, and which read the same input.
 
-The twin is the same class at the same widths with few blocks. It runs on the meta device, or with random weights on the
-CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its input;
-weights that read the same tensor form a group.
+The probe model is the same class at the same widths with few blocks. It runs on the meta device, or with random weights
+on the CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its
+input; weights that read the same tensor form a group.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compressor.errors import Because, ModelError, PreflightError
-from compressor.model.block_runner import Answer, Batch, Pieces, output_of
-from compressor.model.load_dtypes import hold_as_loaded
+from compressor.errors import Because
+from compressor.model.block_runner import Answer, Pieces, output_of
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
+from compressor.model.probe_model import example_batch, make_probe_model, signature
 from compressor.model.replaceable import watch_reads
-from compressor.model.reshaped_class import is_reshaped, reshaping
 from compressor.model.routing import ChoiceTrace
 
-TWIN_TOKENS = 12
-TWIN_SEED = 0
-SMALL_BYTES = 1 << 26  # what a twin of other sizes may always take
+SMALL_BYTES = 1 << 26  # what a probe model of other sizes may always take
 
 
 Kind = tuple[Any, ...]  # signature of a block
@@ -51,16 +46,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one run of a twin showed.
+    """What one run of a probe model showed.
 
-    groups   kind of block -> its products, grouped by input, in forward order
-    whole    kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
-             they are multiplied
-    answers  kind of block -> how it gives the hidden states
-    head     products of the head
-    after    modules outside the blocks that were used only after the last block
-    tables   what the stem looks rows up in
-    read     kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
+    groups      kind of block -> its products, grouped by input, in forward order
+    whole       kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
+                they are multiplied
+    answers     kind of block -> how it gives the hidden states
+    head        products of the head
+    after       modules outside the blocks that were used only after the last block
+    embeddings  what the stem looks rows up in
+    read        kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
@@ -68,35 +63,35 @@ class Traced:
     answers: dict[Kind, Answer]
     head: tuple[Product, ...]
     after: set[str]
-    tables: tuple[Product, ...]
+    embeddings: tuple[Product, ...]
     read: dict[Kind | None, frozenset[str]]
 
 
 def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
-    """Run a twin of `config` once and note what it multiplies; `path` is that of the block list.
+    """Run a probe model of `config` once and note what it multiplies; `path` is that of the block list.
 
     raises  whatever the model's code raises when it is run in stem, blocks and head
     """
     try:
-        return _trace_twin(make_twin(cls, config, torch.device("meta"), dtype), path)
+        return _trace_probe(make_probe_model(cls, config, torch.device("meta"), dtype), path)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         pass  # an operation that depends on values, or a model that can't be run so on the CPU either
-    return _trace_twin(make_twin(cls, config, torch.device("cpu"), dtype), path)
+    return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype), path)
 
 
 def run_whole(
     cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype, most_bytes: int
 ) -> None:
-    """Run the first of some twins whose random weights are small enough as a whole, as anyone who loads it would.
+    """Run the first probe model whose random weights are small enough as a whole, as anyone who loads it would.
 
     raises  ValueError when the weights of each would take more than `most_bytes`, and whatever the model's code raises
     """
     for config in configs:
-        needed = sum(p.nbytes for p in make_twin(cls, config, torch.device("meta"), dtype).parameters())
+        needed = sum(p.nbytes for p in make_probe_model(cls, config, torch.device("meta"), dtype).parameters())
         if needed <= max(most_bytes, SMALL_BYTES):
-            twin = make_twin(cls, config, torch.device("cpu"), dtype)
-            with torch.no_grad(), checked(twin):
-                check_output(output_of(twin(**example_batch(twin, torch.device("cpu")))))
+            probe = make_probe_model(cls, config, torch.device("cpu"), dtype)
+            with torch.no_grad(), checked(probe):
+                check_output(output_of(probe(**example_batch(probe, torch.device("cpu")))))
             return
     raise ValueError(f"it would take {needed:,} bytes of weights")
 
@@ -130,18 +125,18 @@ def checked(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
-    device = next(twin.parameters()).device
-    pieces = Pieces(twin, path)
-    batch = example_batch(twin, device)
+def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
+    device = next(probe.parameters()).device
+    pieces = Pieces(probe, path)
+    batch = example_batch(probe, device)
     used: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
-        for name, module in twin.named_modules()
+        for name, module in probe.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
     ]
     try:
-        with watch_reads(twin) as stem_read:
+        with watch_reads(probe) as stem_read:
             hidden, calls = pieces.stem(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
@@ -150,7 +145,7 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
-            kind = signature(twin.config, block, index)
+            kind = signature(probe.config, block, index)
             with ChoiceTrace(dict(block.named_parameters())) as traced, watch_reads(block) as seen:
                 hidden = pieces.block(index, hidden, call)
             if kind not in groups:
@@ -158,31 +153,31 @@ def _trace_twin(twin: PreTrainedModel, path: str) -> Traced:
                 groups[kind], whole[kind] = _grouped(traced, block), traced.whole
                 answers[kind] = pieces.answers[index]
         found: list[ObservedMatmul] = []
-        watched = {n: p for n, p in twin.named_parameters() if not n.startswith(path + ".")}
-        with ObservedMatmuls(watched, found.append), watch_reads(twin) as seen:
+        watched = {n: p for n, p in probe.named_parameters() if not n.startswith(path + ".")}
+        with ObservedMatmuls(watched, found.append), watch_reads(probe) as seen:
             pieces.head(batch, hidden)
         read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
     finally:
         for handle in handles:
             handle.remove()
-    head = [call for call in found if twin.get_parameter(call.parameter).dim() == 2]
-    names = {id(p): n for n, p in twin.named_parameters(remove_duplicate=True)}
+    head = [call for call in found if probe.get_parameter(call.parameter).dim() == 2]
+    names = {id(p): n for n, p in probe.named_parameters(remove_duplicate=True)}
     products = []
-    output = twin.get_output_embeddings()
+    output = probe.get_output_embeddings()
     for found_call in head:
         name = found_call.parameter
-        if output is not None and names[id(output.weight)] == names[id(twin.get_parameter(name))]:
-            name = next(n for n, m in twin.named_modules() if m is output) + ".weight"
+        if output is not None and names[id(output.weight)] == names[id(probe.get_parameter(name))]:
+            name = next(n for n, m in probe.named_modules() if m is output) + ".weight"
         product = Product(name, found_call.transposed, False)
         owner = name.rpartition(".")[0]
         if product not in products and owner not in before:
             products.append(product)
     # a subclass may scale, shift or mask what it looks up, which a form that stands in for nn.Embedding wouldn't
     looked_up = [
-        name for name in dict.fromkeys(used) if name in before and type(twin.get_submodule(name)) is nn.Embedding
+        name for name in dict.fromkeys(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding
     ]
-    tables = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
-    return Traced(groups, whole, answers, tuple(products), set(used) - before, tables, read)
+    embeddings = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
+    return Traced(groups, whole, answers, tuple(products), set(used) - before, embeddings, read)
 
 
 def _of_any_block(name: str, path: str) -> str:
@@ -218,165 +213,3 @@ def _list_lengths(block: nn.Module) -> set[int]:
     """Lengths of the lists of equal modules in a block: experts that are modules lie in such a list."""
     lists = (module for module in block.modules() if isinstance(module, nn.ModuleList) and len(module) > 1)
     return {len(members) for members in lists if len({type(member) for member in members}) == 1}
-
-
-def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
-    """The config with the fewest blocks that still show every kind of block (at least two where there are two).
-
-    These are the first ones, but of a sliced model the last block, often the only one of its widths, may follow on few.
-    """
-    count = len(pieces)
-    kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
-    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
-    if depth == count > 2 and is_reshaped(config):
-        before = max(kinds.index(kind) + 1 for kind in set(kinds[:-1]))
-        shorter = _with_blocks(config, [*range(before), count - 1], count, pieces.blocks_path)
-        twin = make_twin(type(model), shorter, torch.device("meta"), model.dtype)
-        blocks = Pieces(twin, pieces.blocks_path).blocks
-        shown = [signature(shorter, block, index) for index, block in enumerate(blocks)]
-        follows = _widths(config, pieces, before - 1)[-1:] == _widths(config, pieces, count - 1)[:1]
-        if follows and shown == [*kinds[:before], kinds[-1]]:
-            return shorter
-    return _with_blocks(config, list(range(depth)), count, pieces.blocks_path)
-
-
-def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:
-    """The config with these of its blocks alone; only the last of them may be out of its place."""
-    shallow = copy.deepcopy(config)
-    text = shallow.get_text_config()
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == count:
-            setattr(text, key, [value[index] for index in chosen])
-    passes = getattr(text, "num_hidden_layers", count)
-    text.num_hidden_layers = len(chosen) + passes - count  # more passes than blocks stay more
-    if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
-        old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
-        for entries in reshaping(shallow):
-            for name in [name for name in entries if _inside(name, new)]:
-                del entries[name]
-            moved = {new + name.removeprefix(old): entry for name, entry in entries.items() if _inside(name, old)}
-            entries.update(moved)
-    return shallow
-
-
-def _inside(name: str, block: str) -> bool:
-    return name == block or name.startswith(block + ".")
-
-
-def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
-    """The stream's widths in a rotated block; of another block nothing is known."""
-    return reshaping(config)[1].get(f"{pieces.blocks_path}.{index}", {}).get("shape", [])
-
-
-def make_twin(
-    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere.
-
-    raises  PreflightError where memory can't hold those
-    """
-    config = run_in_pieces(config)
-    if device.type == "meta":
-        with device:
-            twin = cls._from_config(config, dtype=dtype)
-    else:
-        _check_room(cls, config, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(TWIN_SEED)
-            twin = cls._from_config(config, dtype=dtype)
-    hold_as_loaded(twin, dtype)
-    return twin.eval().requires_grad_(False)
-
-
-def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """raises PreflightError for parameters that memory can't hold, before the system ends the process for it"""
-    try:
-        with torch.device("meta"):
-            empty = cls._from_config(config, dtype=dtype)
-    except Exception:  # a class that reads values while it is made; what is wrong with it shows when it is made
-        return
-    needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
-    if needed > there:
-        raise PreflightError(
-            f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
-            where=cls.__name__,
-            hint="Use a machine with more memory.",
-            data={"needed": needed, "available": there},
-        )
-
-
-def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = TWIN_TOKENS) -> Batch:
-    """Seeded random inputs of the kind the model takes: token ids or pixels.
-
-    raises  ModelError for a model that reads something else, or both of them in two towers
-    """
-    refuse_two_towers(model)
-    generator = torch.Generator().manual_seed(TWIN_SEED)
-    config = model.config
-    if model.main_input_name == "input_ids":
-        ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
-        return {"input_ids": ids.to(device)}
-    if model.main_input_name == "pixel_values":
-        seen = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
-        if not hasattr(seen, "image_size"):
-            raise ModelError(
-                "its config.json doesn't say which size the images have",
-                where=type(model).__name__,
-                hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
-                data={"reason": "no-image-size"},
-            )
-        size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
-        pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
-        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
-    raise ModelError(
-        f"its main input is {model.main_input_name!r}",
-        where=type(model).__name__,
-        hint="Only models that read token ids or pixels are supported.",
-    )
-
-
-def refuse_two_towers(model: PreTrainedModel) -> None:
-    """raises ModelError for a model of a text tower and an image tower side by side, as CLIP is"""
-    parts = [name for name in ("text_config", "vision_config") if getattr(model.config, name, None) is not None]
-    towers = [name for name in ("text_model", "vision_model") if isinstance(getattr(model, name, None), nn.Module)]
-    if len(parts) == 2 and len(towers) == 2:
-        raise ModelError(
-            "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
-            where=type(model).__name__,
-            hint="Save the tower that is needed as a model of its own.",
-            data={"reason": "two-towers"},
-        )
-
-
-def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
-    """Blocks of one signature do the same multiplications on the same shapes."""
-    kinds = getattr(config.get_text_config(), "layer_types", None)
-    shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
-    kind = kinds[index] if isinstance(kinds, (list, tuple)) and index < len(kinds) else None
-    return (type(block).__name__, kind, shapes)
-
-
-def run_in_pieces(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the config for a model whose blocks are run one by one, and more than once on the same input.
-
-    No cache anywhere: the language model inside a model of images and text has a config of its own, and each replay of
-    a block would append to a cache. And one expert at a time, so that each expert's own tokens can be seen.
-    """
-    config = copy.deepcopy(config)
-    for part in _with_parts(config):
-        part.use_cache = False
-    use_eager_experts(config)
-    return config
-
-
-def _with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config and every config inside it."""
-    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    return [config, *(part for value in inner for part in _with_parts(value))]
-
-
-def use_eager_experts(config: PretrainedConfig) -> None:
-    """One expert at a time, so that each expert's own tokens can be seen."""
-    for part in _with_parts(config):
-        if hasattr(part, "_experts_implementation"):
-            part._experts_implementation = "eager"

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from compressor.lazy import torch
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
-from compressor.model.residual_records import Tap
+from compressor.model.residual_records import ResidualNorm
 from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 
 
@@ -44,15 +44,15 @@ class FuseNorms(Pass):
     def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
-            for tap in model.residual.taps():
-                width = tap.norm.width
-                module = {"form": "rms_norm", "spec": {"width": width, "eps": tap.norm.eps}, "shape": [width]}
-                config.setdefault("compressed_modules", {})[tap.module] = module
-                shapes |= {f"{tap.module}.{leaf}": None for leaf in _held(tap)}
-                for reader in tap.readers:
-                    if tap.norm.has_bias and reader.bias is None:
-                        rows = model.shapes[reader.parameter]
-                        shapes[_bias_name(reader.parameter)] = (*rows[: reader.axis], *rows[reader.axis + 1 :])
+            for norm in model.residual.norms():
+                width = norm.formula.width
+                module = {"form": "rms_norm", "spec": {"width": width, "eps": norm.formula.eps}, "shape": [width]}
+                config.setdefault("compressed_modules", {})[norm.module] = module
+                shapes |= {f"{norm.module}.{leaf}": None for leaf in _held(norm)}
+                for consumer in norm.consumers:
+                    if norm.formula.has_bias and consumer.bias is None:
+                        rows = model.shapes[consumer.parameter]
+                        shapes[_bias_name(consumer.parameter)] = (*rows[: consumer.axis], *rows[consumer.axis + 1 :])
             held = {name: None if shape is None else list(shape) for name, shape in shapes.items()}
             config["compressed_shapes"] = {name: shape for name, shape in held.items() if name not in model.tied}
         width = model.residual.width
@@ -61,36 +61,36 @@ class FuseNorms(Pass):
     def reshape(self, site: StreamSite, carry: Carry) -> Carry:
         layer = site.residual.kind == "layer"
         if site.index < 0 and layer:
-            for writer in site.residual.stem:
-                site.write(writer.parameter, center(site.read(writer.parameter), writer.axis))
+            for write in site.residual.stem:
+                site.write(write.parameter, center(site.read(write.parameter), write.axis))
         for stream in site.sites:
-            for tap in stream.taps:
-                _fold(site, tap)
-            for writer in stream.writers if layer else ():
-                site.write(writer.parameter, center(site.read(writer.parameter), writer.axis))
+            for norm in stream.norms:
+                _fold(site, norm)
+            for write in stream.writes if layer else ():
+                site.write(write.parameter, center(site.read(write.parameter), write.axis))
         if site.index == len(site.residual.blocks):
             _fold(site, site.residual.end)
         return carry
 
 
-def _fold(site: StreamSite, tap: Tap) -> None:
-    """Move one norm's gain and shift into its readers; a gain that stays part of the model becomes 1."""
-    gain = tap.norm.offset + site.read(f"{tap.module}.weight") if tap.norm.has_weight else None
-    shift = site.read(f"{tap.module}.bias") if tap.norm.has_bias else None
-    for reader in tap.readers:
-        matrix = site.read(reader.parameter)
+def _fold(site: StreamSite, norm: ResidualNorm) -> None:
+    """Move one norm's gain and shift into its consumers; a gain that stays part of the model becomes 1."""
+    gain = norm.formula.offset + site.read(f"{norm.module}.weight") if norm.formula.has_weight else None
+    shift = site.read(f"{norm.module}.bias") if norm.formula.has_bias else None
+    for consumer in norm.consumers:
+        matrix = site.read(consumer.parameter)
         if shift is not None:  # by the weight as it was
-            added = fold_shift(matrix, shift, reader.axis)
-            name = reader.bias or _bias_name(reader.parameter)
-            site.write(name, added if reader.bias is None else site.read(name) + added)
+            added = fold_shift(matrix, shift, consumer.axis)
+            name = consumer.bias or _bias_name(consumer.parameter)
+            site.write(name, added if consumer.bias is None else site.read(name) + added)
         if gain is not None:
-            site.write(reader.parameter, fold_gain(matrix, gain, reader.axis))
-    if gain is not None and tap.norm.kind == "rms":
-        site.write(f"{tap.module}.weight", torch.full_like(gain, 1.0 - tap.norm.offset))
+            site.write(consumer.parameter, fold_gain(matrix, gain, consumer.axis))
+    if gain is not None and norm.formula.kind == "rms":
+        site.write(f"{norm.module}.weight", torch.full_like(gain, 1.0 - norm.formula.offset))
 
 
-def _held(tap: Tap) -> list[str]:
-    return [leaf for leaf, there in (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias)) if there]
+def _held(norm: ResidualNorm) -> list[str]:
+    return [leaf for leaf, there in (("weight", norm.formula.has_weight), ("bias", norm.formula.has_bias)) if there]
 
 
 def _bias_name(parameter: str) -> str:

@@ -48,17 +48,8 @@ from compressor.methods.pruning.masked_forward import (
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
-from compressor.protocol import (
-    Carry,
-    Decision,
-    ModelFacts,
-    Pass,
-    PrunableSite,
-    Remodel,
-    ShapingModel,
-    StreamSite,
-    Traits,
-)
+from compressor.model.facts import PrunableModule
+from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 
 KINDS = ("heads", "ffn")
 Losses = tuple[float, float]  # on the search part and on the confirming part
@@ -156,7 +147,7 @@ class GreedyRemoval(Pass):
         prune(site, site.facts.prunable(KINDS), site.remodel.decision)
         return carry
 
-    def _protected(self, sites: Sequence[PrunableSite]) -> set[int]:
+    def _protected(self, sites: Sequence[PrunableModule]) -> set[int]:
         """raises PreflightError for a protected block that there isn't"""
         count = 1 + max(site.block for site in sites)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
@@ -168,18 +159,18 @@ class GreedyRemoval(Pass):
             )
         return {block % count for block in self.protect_layers}
 
-    def _candidates(self, tier: Tier, sites: Sequence[PrunableSite]) -> list[Candidate]:
+    def _candidates(self, tier: Tier, sites: Sequence[PrunableModule]) -> list[Candidate]:
         """In forward order."""
         protected = self._protected(sites)
         open_sites = [site for site in sites if site.block not in protected]
         if tier == "heads":
-            heads = [site for site in open_sites if site.kind == "heads" and not site.layout["per_layer"]]
+            heads = [site for site in open_sites if site.kind == "heads" and not site.layout.per_layer]
             return [
                 Candidate(f"{site.name} {unit}", site.block, ((site.name, (unit,)),))
                 for site in heads
                 for unit in range(site.units)
             ]
-        whole = [site for site in open_sites if site.layout["removal"] is not None]
+        whole = [site for site in open_sites if site.layout.removal is not None]
         units = {site.name: (site.name, tuple(range(site.units))) for site in whole}
         if tier == "sub_blocks":
             return [Candidate(site.name, site.block, (units[site.name],)) for site in whole]
@@ -204,7 +195,7 @@ class Search:
     base: Losses
     measure: Callable[[dict[str, set[int]]], Losses]
     enough: Callable[[dict[str, set[int]]], bool]
-    sites: Sequence[PrunableSite]
+    sites: Sequence[PrunableModule]
     gone: dict[str, set[int]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
@@ -283,7 +274,7 @@ class Trial:
 
     model: ShapingModel
     dense: Dense
-    sites: Sequence[PrunableSite]
+    sites: Sequence[PrunableModule]
     places: Places
     loss: str
     confirms: list[torch.Tensor]  # (samples,) bool of each batch
@@ -292,7 +283,7 @@ class Trial:
     gone: dict[str, set[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ShapingModel, sites: Sequence[PrunableSite], loss: str, share: float) -> Trial:
+    def of(cls, model: ShapingModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
         """raises PassError if a part of the samples would be empty"""
         dense = Dense.of(model)
         rows = [len(stream) for stream in dense.before]
@@ -312,7 +303,7 @@ class Trial:
             predictions(model, dense, batch) // rows[batch] if loss == "distill" else 1 for batch in range(len(rows))
         ]
         counts = [sum(n * int((chosen == part).sum()) for n, chosen in zip(each, confirms)) for part in (False, True)]
-        readers = tuple(Reader(s.name, s.block + 1, s.reader, reader_columns(s.columns)) for s in sites)
+        readers = tuple(Reader(s.name, s.block + 1, s.output_projection, reader_columns(s.columns)) for s in sites)
         streams = [[stream] for stream in dense.before]
         return cls(model, dense, sites, Places(readers), loss, confirms, (counts[0], counts[1]), streams)
 

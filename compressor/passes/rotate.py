@@ -19,7 +19,13 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compressor.lazy import torch
-from compressor.methods.rotation.rotation import pca, pooled_covariance, random_orthogonal, randomized_hadamard, turn
+from compressor.methods.rotation.rotation import (
+    pca,
+    pooled_covariance,
+    random_orthogonal,
+    randomized_hadamard,
+    rotate_part,
+)
 from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
 
 
@@ -54,5 +60,5 @@ class Rotate(Pass):
         return {"q": make(first.residual.width, first.generator)}
 
     def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        turn(site, carry["q"].to(device=site.device, dtype=torch.float64))
+        rotate_part(site, carry["q"].to(device=site.device, dtype=torch.float64))
         return carry

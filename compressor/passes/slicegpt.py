@@ -1,11 +1,11 @@
 """SliceGPT: the residual stream rotated to its principal axes, and the least of them cut from every matrix.
 
-Paper: Ashkboos, Croci, do Nascimento, Hoefler, Hensman 2024, "SliceGPT: Compress Large Language Models by Deleting
-Rows and Columns", arXiv 2401.15024. With the norms folded (`fuse_norms`), the stream may be rotated by an orthogonal Q.
+Paper: Ashkboos, Croci, do Nascimento, Hoefler, Hensman 2024, "SliceGPT: Compress Large Language Models by Deleting Rows
+and Columns", arXiv 2401.15024. With the norms folded (`fuse_norms`), the stream may be rotated by an orthogonal Q.
 Taken from the eigenvectors of its second moments, C = sum of x x^T over calibration tokens = Q diag(lambda) Q^T, the
 first d columns keep as much of the signal as any d directions can: |X - X Q_d Q_d^T|^2 is the sum of the dropped
-eigenvalues. So tables and writers become W Q_d or Q_d^T W, readers W Q_d, and the model is narrower, dense, and faster
-anywhere.
+eigenvalues. So embeddings and output projections become W Q_d or Q_d^T W, input projections W Q_d, and the model is
+narrower, dense, and faster anywhere.
 
 Orientation
 - `global` (ours): one Q for the whole stream, from the second moments of all sites, each scaled to trace 1, of tokens
@@ -47,17 +47,18 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
+from compressor.methods.divergence import divergence_terms
 from compressor.methods.rotation.rotation import (
     Covariance,
+    norm_covariance,
+    norms_of,
     of_trace_one,
     pca,
     pooled_covariance,
     random_orthogonal,
-    tap_covariance,
-    taps_of,
-    turn,
-    turn_readers,
-    turn_writers,
+    rotate_consumers,
+    rotate_part,
+    rotate_writes,
 )
 from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
@@ -201,18 +202,18 @@ class SliceGPT(Pass):
         width, kept = site.residual.width, site.remodel.widths[1]
         if site.remodel.follows:
             return self._slice_sites(site, carry)
-        turn(site, carry["q"].to(site.device))
+        rotate_part(site, carry["q"].to(site.device))
         ratio = (width / kept) ** 0.5
         if site.index < 0:
-            for writer in site.residual.stem:  # a class that multiplies its table by sqrt(hidden) now does so by less
-                if writer.scale is not None and abs(writer.scale - width**0.5) < 1e-2 and width > 1:
-                    site.write(writer.parameter, site.read(writer.parameter) * ratio)
-        taps = [tap for stream in site.sites for tap in stream.taps]
+            for write in site.residual.stem:  # a class that scales its embedding by sqrt(hidden) now does so by less
+                if write.scale is not None and abs(write.scale - width**0.5) < 1e-2 and width > 1:
+                    site.write(write.parameter, site.read(write.parameter) * ratio)
+        norms = [norm for stream in site.sites for norm in stream.norms]
         if site.index == len(site.residual.blocks):
-            taps.append(site.residual.end)
-        for tap in taps:
-            gain = torch.full((kept,), ratio - tap.norm.offset, dtype=torch.float64, device=site.device)
-            site.write(f"{tap.module}.weight", gain)
+            norms.append(site.residual.end)
+        for norm in norms:
+            gain = torch.full((kept,), ratio - norm.formula.offset, dtype=torch.float64, device=site.device)
+            site.write(f"{norm.module}.weight", gain)
         return carry
 
     def projections(self, carry: Carry) -> list[torch.Tensor]:
@@ -229,17 +230,17 @@ class SliceGPT(Pass):
             values, q, tokens = self._axes(site, [])
             _warn_if_few(site, tokens, values)
             basis = self._spread(site, q[:, : widths[0]])
-            turn_writers(site, site.residual.stem, basis)
+            rotate_writes(site, site.residual.stem, basis)
             return {"basis": basis, "site": torch.tensor(0)}
         if not site.sites:
             return carry  # the head reads the original basis
         at = int(carry["site"])
         bases = self._bases(site, carry["basis"].to(site.device), widths[at + 1 : at + 1 + len(site.sites)])
         for number, (stream, basis, following) in enumerate(zip(site.sites, bases, bases[1:])):
-            for tap in stream.taps:
-                turn_readers(site, tap, basis)
+            for norm in stream.norms:
+                rotate_consumers(site, norm, basis)
             site.write(f"{site.path}.shortcut_{number}", basis.t() @ following)
-            turn_writers(site, stream.writers, following)
+            rotate_writes(site, stream.writes, following)
         found = {f"basis_{number}": basis for number, basis in enumerate(bases[:-1])}
         return {"basis": bases[-1], "site": torch.tensor(at + len(site.sites)), **found}
 
@@ -288,12 +289,12 @@ class SliceGPT(Pass):
         spectra: list[torch.Tensor] = []
         pooled = None
         for site in model.sites():
-            for tap in taps_of(site):
+            for norm in norms_of(site):
                 if self.schedule == "variance" and site.sites:
-                    raw = tap_covariance(site, tap, self._normalises(per_site=True))
+                    raw = norm_covariance(site, norm, self._normalises(per_site=True))
                     spectra.append(pca(raw.matrix)[0])
                 if self.orientation == "auto":
-                    shared = tap_covariance(site, tap, self._normalises(per_site=False)).matrix
+                    shared = norm_covariance(site, norm, self._normalises(per_site=False)).matrix
                     pooled = of_trace_one(shared) + (0 if pooled is None else pooled)
             end = site.states()
         return {"spectra": spectra, "pooled": pooled, "end": end}
@@ -345,7 +346,7 @@ class SliceGPT(Pass):
 
 def _why_not_global(model: ModelFacts, kept: int) -> str | None:
     """Why a model can't be narrower everywhere and stay one of its class; None if it can."""
-    gainless = next((tap.module for tap in model.residual.taps() if not tap.norm.has_weight), None)
+    gainless = next((norm.module for norm in model.residual.norms() if not norm.formula.has_weight), None)
     if gainless is not None:  # a folded LayerNorm, or a class whose norms never had a gain
         return f"{gainless} has no gain to make up for the width that it divides by"
     return model.fits(global_remodel(model, kept))
@@ -361,9 +362,8 @@ def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[tor
             chosen = slice(sample, sample + 1)
             with torch.no_grad():
                 p, q = (model.head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
-            if model.facts.residual.end.readers:
-                p, q = p.log_softmax(-1), q.log_softmax(-1)
-                errors = (p.exp() * (p - q)).sum(-1)
+            if model.facts.residual.end.consumers:
+                errors = divergence_terms(p, q).sum(-1)
             else:
                 errors = (p - q).square().sum(-1) / p.square().sum(-1)
             total, count = total + float(errors.sum()), count + errors.numel()

@@ -46,17 +46,8 @@ from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
-from compressor.protocol import (
-    Carry,
-    Decision,
-    ModelFacts,
-    Pass,
-    PrunableSite,
-    Remodel,
-    ShapingModel,
-    StreamSite,
-    Traits,
-)
+from compressor.model.facts import PrunableModule
+from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"
@@ -166,7 +157,7 @@ class VTrans(Pass):
     def decided(
         self,
         model: ShapingModel,
-        sites: Sequence[PrunableSite],
+        sites: Sequence[PrunableModule],
         size: Size,
         scores: Mapping[str, Sequence[float]],
         means: Mapping[str, Sequence[float]],
@@ -217,13 +208,13 @@ class VTrans(Pass):
     def _notes(self) -> tuple[str, ...]:
         return (HARD,) if self.target > HARD_FROM else ()
 
-    def _prunable(self, facts: ModelFacts) -> tuple[PrunableSite, ...]:
+    def _prunable(self, facts: ModelFacts) -> tuple[PrunableModule, ...]:
         """raises ModelError, PreflightError where the model hasn't what `sites` names"""
         sites = facts.prunable(self._kinds)
-        fixed = [site for site in sites if site.layout["per_layer"]]
+        fixed = [site for site in sites if site.layout.per_layer]
         if fixed and not self._is_uniform:
             raise PreflightError(
-                f"blocks can't differ in their number of {fixed[0].kind} ({fixed[0].layout['per_layer']})",
+                f"blocks can't differ in their number of {fixed[0].kind} ({fixed[0].layout.per_layer})",
                 where=fixed[0].name,
                 hint="Set uniform: true.",
                 data={"reason": "blocks-differ", "kind": fixed[0].kind},
@@ -236,7 +227,7 @@ class VTrans(Pass):
             )
         return sites
 
-    def _removable(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> list[PrunableSite]:
+    def _removable(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
         """Sub-blocks that may go as a whole. raises PreflightError for a protected block that there isn't"""
         if "layers" not in self.sites:
             return []
@@ -249,9 +240,9 @@ class VTrans(Pass):
                 data={"block": wrong[0], "blocks": count},
             )
         protected = {block % count for block in self.protect_layers}
-        return [site for site in sites if site.block not in protected and site.layout["removal"] is not None]
+        return [site for site in sites if site.block not in protected and site.layout.removal is not None]
 
-    def _size(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> Size:
+    def _size(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> Size:
         size = model_size(
             facts,
             sites,
@@ -273,21 +264,20 @@ class VTrans(Pass):
         bounds = {"least_width": _share(size.width, self.min_hidden), "align_width": min(self.align, size.width) or 1}
         return replace(size, parts=tuple(parts), **bounds)
 
-    def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableSite]) -> dict[int, tuple[int, ...]]:
+    def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
         """Heads of an attention -> how many of them a stock model of that class may keep: many want a divisor of the
         width. Empty where the modelling file may say what the class can't.
         """
         found: dict[int, tuple[int, ...]] = {}
         for site in sites if self.export == "stock" else ():
-            keys = site.layout["config"]
+            keys = site.layout.config
             if site.kind == "heads" and keys is not None and site.units not in found:
                 counts = range(1, site.units + 1)
-                changes = {n: {key: each * n for key, each in keys["per_unit"].items()} | keys["fixed"] for n in counts}
-                found[site.units] = tuple(n for n in counts if facts.accepts(changes[n]) is None)
+                found[site.units] = tuple(n for n in counts if facts.accepts(keys.of(n)) is None)
         return found
 
     def _masks(
-        self, facts: ModelFacts, sites: Sequence[PrunableSite]
+        self, facts: ModelFacts, sites: Sequence[PrunableModule]
     ) -> tuple[Places, dict[str, int], dict[str, float]]:
         """Where masks sit, how many units each has, and what the bottleneck charges for it."""
         removable = {site.name for site in self._removable(facts, sites)}
@@ -295,7 +285,7 @@ class VTrans(Pass):
         for site in sites:
             switch = _switch(site) if site.name in removable else None
             columns = reader_columns(site.columns)
-            readers.append(Reader(site.name, site.block + 1, site.reader, columns, switch))
+            readers.append(Reader(site.name, site.block + 1, site.output_projection, columns, switch))
             if site.kind in self.sites:
                 sizes[site.name], charges[site.name] = site.units, self.heads_charge if site.kind == "heads" else 1.0
             if switch is not None:
@@ -304,9 +294,11 @@ class VTrans(Pass):
         if "hidden" in self.sites:
             residual = facts.residual
             sizes[STREAM], charges[STREAM] = residual.width, STREAM_CHARGE
-            taps = [(unit, tap) for unit, block in enumerate(residual.blocks, 1) for site in block for tap in site.taps]
-            taps.append((len(residual.blocks) + 1, residual.end))
-            norms = [StreamNorm(unit, tap.module, tap.norm) for unit, tap in taps]
+            found = [
+                (unit, norm) for unit, block in enumerate(residual.blocks, 1) for site in block for norm in site.norms
+            ]
+            found.append((len(residual.blocks) + 1, residual.end))
+            norms = [StreamNorm(unit, norm.module, norm.formula) for unit, norm in found]
         return Places(tuple(readers), tuple(norms)), sizes, charges
 
     def _cut(
@@ -328,7 +320,7 @@ class VTrans(Pass):
             ) from error
 
 
-def _switch(site: PrunableSite) -> str:
+def _switch(site: PrunableModule) -> str:
     """Name of the mask of a whole sub-block."""
     return f"{site.name} whole"
 
@@ -337,12 +329,12 @@ def _share(count: int, share: float) -> int:
     return max(1, round(count * share)) if count else 0
 
 
-def _unequal(sites: Sequence[PrunableSite]) -> PrunableSite | None:
+def _unequal(sites: Sequence[PrunableModule]) -> PrunableModule | None:
     first: dict[str, int] = {}
     return next((site for site in sites if first.setdefault(site.kind, site.units) != site.units), None)
 
 
-def _whole(sites: Sequence[PrunableSite], score: float) -> dict[str, list[float]]:
+def _whole(sites: Sequence[PrunableModule], score: float) -> dict[str, list[float]]:
     return {site.name: [score] * site.units for site in sites}
 
 

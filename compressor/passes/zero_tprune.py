@@ -39,6 +39,7 @@ from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
+from compressor.methods.divergence import divergence_terms
 from compressor.protocol import (
     Carry,
     Decision,
@@ -488,5 +489,4 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """(samples,): KL of two answers' distributions, or how far pooled embeddings (samples, 1, d) have turned."""
     if expected.dim() == 3:
         return 1 - torch.nn.functional.cosine_similarity(expected, found, dim=-1).flatten()
-    before, after = expected.log_softmax(-1), found.log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1)
+    return divergence_terms(expected, found).sum(-1)

@@ -7,9 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from compressor.passes import find_pass, pass_names
-from compressor.recipe.schema import (
-    SECTIONS,
-)
+from compressor.recipe.schema import SECTIONS
 
 
 def recipe_json_schema() -> dict[str, Any]:

@@ -7,9 +7,7 @@ from typing import Any
 
 from compressor.errors import RecipeError
 from compressor.process.utf8 import is_utf8, printable
-from compressor.recipe.schema import (
-    SECTIONS,
-)
+from compressor.recipe.schema import SECTIONS
 from compressor.recipe.yaml_source import Path as KeyPath
 from compressor.recipe.yaml_source import Source, dotted, read_yaml
 

@@ -55,7 +55,7 @@ from rich.table import Table
 from compressor.evaluation.environment import cpu_name
 from compressor.kernels import cpu
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.dispatch import DYNAMIC_INT8, IntegerWeight
+from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, IntegerWeight
 
 SHAPES = (Shape(4096, 4096), Shape(11008, 4096), Shape(4096, 11008))
 ROWS = (1, 4, 16, 64, 256)

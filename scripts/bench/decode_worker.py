@@ -17,7 +17,7 @@ from kernel_decode import PROMPT, Decoder, packed
 from random_models import random_llama
 from transformers import LlamaForCausalLM
 
-from compressor.kernels import prepare
+from compressor.kernels.prepared.prepare import prepare
 from compressor.model.model_files import demo_path
 
 VOCABULARY = 2048

@@ -11,7 +11,7 @@ from random_models import random_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from compressor.kernels import prepare
+from compressor.kernels.prepared.prepare import prepare
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 

@@ -22,9 +22,9 @@ from compressor.kernels.ops.dense_product import linear_dense
 from compressor.kernels.ops.dense_sparse import linear_dense_sparse
 from compressor.kernels.ops.hadamard import hadamard
 from compressor.kernels.ops.hadamard_matrix import base_matrix, base_of, sylvester
+from compressor.kernels.ops.lookup_tables import look_up
 from compressor.kernels.ops.sparse_factors import sparse_product
 from compressor.kernels.ops.table_lookup import table_lookup
-from compressor.kernels.ops.tables import look_up
 
 LEAST = 5  # calls of each
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.01}  # of the largest: float32 sums in other orders, or 8 bits

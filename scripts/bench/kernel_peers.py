@@ -22,9 +22,9 @@ from torch import Tensor
 from compressor.evaluation.environment import cpu_features
 from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops.int8_split import round_rows
-from compressor.kernels.prepare.dispatch import DYNAMIC_INT8, IntegerWeight, choose
-from compressor.kernels.prepare.prepared import PreparedLinear
-from compressor.kernels.prepare.stock import StoredWeight
+from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, IntegerWeight, choose
+from compressor.kernels.prepared.prepared_linear import PreparedInteger
+from compressor.kernels.prepared.stock import StoredWeight
 
 HERE = Path(__file__).parent
 CHECKED = 128  # rows of the weight that are compared with float64
@@ -115,10 +115,10 @@ def integer_weight(
 
 def prepared_layer(
     weight: IntegerWeight, activations: str | None, dtype: torch.dtype, bias: torch.nn.Parameter | None = None
-) -> PreparedLinear:
+) -> PreparedInteger:
     """A layer of a prepared model, without the stored tensors, which its product doesn't read."""
     stored = StoredWeight("packed_linear", {}, bias, lambda tensors: weight)
-    return PreparedLinear(stored, weight, choose(weight, activations, dtype))
+    return PreparedInteger(stored, weight, choose(weight, activations, dtype))
 
 
 def ours(
@@ -136,7 +136,7 @@ def ours(
     bias = torch.nn.Parameter(torch.zeros(shape.out), requires_grad=False) if whole else None
     codes, scale, zero, weight = integer_weight(shape, bits, group, index)
 
-    def pack(_: Any = None) -> PreparedLinear:  # a clone's memory would lie in other pages
+    def pack(_: Any = None) -> PreparedInteger:  # a clone's memory would lie in other pages
         return prepared_layer(IntegerWeight(codes, scale, zero, bits, group, index), activations, x.dtype, bias)
 
     layer = pack()

@@ -36,7 +36,7 @@ from torch import Tensor
 from compressor import load
 from compressor.data.samples import Samples, load_samples
 from compressor.evaluation.model_loading import load_model
-from compressor.model.facts import Decision, PrunableSite
+from compressor.model.facts import Decision, PrunableModule
 from compressor.passes.vtrans import VTrans
 from compressor.protocol import ShapingModel
 from compressor.recipe.recipe import Recipe, Step, parse_recipe
@@ -61,7 +61,7 @@ class Ranked(VTrans):
         return self.decided(model, sites, self._size(model.facts, sites), scores, {}, {})
 
 
-def magnitudes(model: ShapingModel, sites: Sequence[PrunableSite]) -> dict[str, list[float]]:
+def magnitudes(model: ShapingModel, sites: Sequence[PrunableModule]) -> dict[str, list[float]]:
     """Mean square of the entries that go with each unit, relative to the mean over all units of that kind of site.
 
     Relative, since heads and MLP units differ in scale and no single number would compare them.
@@ -84,7 +84,7 @@ def magnitudes(model: ShapingModel, sites: Sequence[PrunableSite]) -> dict[str, 
     return {site.name: (found[site.name] / scale[site.kind]).tolist() for site in sites}
 
 
-def random_scores(sites: Sequence[PrunableSite], seed: int) -> dict[str, list[float]]:
+def random_scores(sites: Sequence[PrunableModule], seed: int) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(seed)
     return {site.name: torch.rand(site.units, generator=generator).tolist() for site in sites}
 

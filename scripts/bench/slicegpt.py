@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from compressor.analysis.perturbation import answering
 from compressor.analysis.residual_stream import residual_of
-from compressor.analysis.rotation_proof import fold_tap
+from compressor.analysis.rotation_proof import fold_norm
 from compressor.evaluation.environment import cpu_name
 from compressor.methods.rotation.rotation import Covariance, pca, random_orthogonal, rotate
 from compressor.methods.rotation.sliced_shapes import (
@@ -235,7 +235,7 @@ def find_bases(model: PreTrainedModel, residual: Residual, calibration: Tensor) 
     """Of each method with one basis for the whole stream: orthogonal (D, D) float64, the columns to keep first."""
     width = residual.width
     raw, normalised = Covariance.zeros(width), Covariance.zeros(width)
-    norms = {tap.module: model.get_submodule(tap.module) for tap in residual.taps()}
+    norms = {norm.module: model.get_submodule(norm.module) for norm in residual.norms()}
     for batch in calibration.split(BATCH):
         with answering(norms, {}) as calls:
             model(input_ids=batch, use_cache=False)
@@ -262,9 +262,9 @@ def channel_weight(model: PreTrainedModel, residual: Residual) -> Tensor:
     gains folded in; a share, so that no single matrix decides. Our choice: the plainest reading of magnitude pruning.
     """
     folded = copy.deepcopy(model)
-    for tap in residual.taps():
-        fold_tap(folded, tap)
-    edges = [*residual.writers(), *(reader for tap in residual.taps() for reader in tap.readers)]
+    for norm in residual.norms():
+        fold_norm(folded, norm)
+    edges = [*residual.writes(), *(consumer for norm in residual.norms() for consumer in norm.consumers)]
     score = torch.zeros(residual.width, dtype=torch.float64)
     for edge in edges:
         squares = folded.get_parameter(edge.parameter).double().square().movedim(edge.axis, 0).flatten(1).sum(1)
@@ -280,8 +280,8 @@ def narrow(model: PreTrainedModel, residual: Residual, columns: Tensor, divisor:
              d, so its gain is sqrt(divisor / d) and its eps is eps * divisor / d.
     """
     folded = copy.deepcopy(model)
-    for tap in residual.taps():
-        fold_tap(folded, tap)
+    for norm in residual.norms():
+        fold_norm(folded, norm)
     width = columns.shape[1]
     config = copy.deepcopy(model.config)
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -289,10 +289,10 @@ def narrow(model: PreTrainedModel, residual: Residual, columns: Tensor, divisor:
     config.rms_norm_eps *= divisor / width
     config.tie_word_embeddings = False
     state = {name: parameter.double() for name, parameter in folded.state_dict().items()}
-    for edge in [*residual.writers(), *(reader for tap in residual.taps() for reader in tap.readers)]:
+    for edge in [*residual.writes(), *(consumer for norm in residual.norms() for consumer in norm.consumers)]:
         state[edge.parameter] = rotate(state[edge.parameter], columns, edge.axis)
-    for tap in residual.taps():
-        state[f"{tap.module}.weight"] = torch.full((width,), (divisor / width) ** 0.5 - tap.norm.offset)
+    for norm in residual.norms():
+        state[f"{norm.module}.weight"] = torch.full((width,), (divisor / width) ** 0.5 - norm.formula.offset)
     narrowed = type(model)(config).to(model.dtype).eval()
     narrowed.load_state_dict(state)
     return narrowed
@@ -310,9 +310,9 @@ class PerSite:
         pieces, residual = self.sliced.pieces, self.sliced.residual
         x, calls = pieces.stem({"input_ids": input_ids})
         for (site, branch), shortcut in zip(reference.all_sites(pieces, residual, calls), self.shortcuts, strict=True):
-            x = x @ shortcut + branch(reference.normed(x, residual.width, site.taps[0].norm.eps))
+            x = x @ shortcut + branch(reference.normed(x, residual.width, site.norms[0].formula.eps))
         head = pieces.model.get_output_embeddings()
-        return argparse.Namespace(logits=head(reference.normed(x, residual.width, residual.end.norm.eps)))
+        return argparse.Namespace(logits=head(reference.normed(x, residual.width, residual.end.formula.eps)))
 
 
 def slice_per_site(model: PreTrainedModel, residual: Residual, calibration: Tensor, width: int) -> PerSite:
@@ -428,12 +428,12 @@ def count_operations(model: PreTrainedModel, tokens: Tensor) -> dict[str, int]:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # its products are plain ones, which the counter knows
     with torch.device("meta"):
-        twin = type(model)(config).eval()
+        probe = type(model)(config).eval()
     tokens = tokens.to("meta")
     with FlopCounterMode(display=False) as prefill:
-        cache = twin(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        cache = probe(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
     with FlopCounterMode(display=False) as decode:
-        twin(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+        probe(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
     return {"prefill": prefill.get_total_flops(), "decode": decode.get_total_flops()}
 
 

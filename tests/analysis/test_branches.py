@@ -10,7 +10,8 @@ from raising import raises
 from torch import nn
 
 from compressor.analysis.branch_calls import branches_of, check_widths, find_branches
-from compressor.analysis.residual_stream import find_residual, read_residual, residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.residual_stream import find_residual, read_residual
 from compressor.errors import ModelError
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure
@@ -32,16 +33,16 @@ ROWS = {
 }
 
 
-def twin_of(family, **config):
+def probe_of(family, **config):
     model = tiny.build(family, **config).to("meta")
     path = find_blocks(model)
-    return residual_twin(model, Pieces(model, path)), path
+    return float64_probe_model(model, Pieces(model, path)), path
 
 
 @cache
 def found_in(family, **config):
-    twin, path = twin_of(family, **config)
-    return list(branches_of(twin, path, find_residual(twin, path)[0]).values())
+    probe, path = probe_of(family, **config)
+    return list(branches_of(probe, path, find_residual(probe, path)[0]).values())
 
 
 @pytest.mark.parametrize("family", sorted(ROWS))
@@ -139,14 +140,14 @@ class Strict(Changed):
     ],
 )
 def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, where, data):
-    twin, path = twin_of("llama")
-    blocks = twin.model.layers
+    probe, path = probe_of("llama")
+    blocks = probe.model.layers
     for index, block in enumerate(blocks):
         blocks[index] = kind(block)
-    twin.model.norm.register_forward_pre_hook(lambda _m, args: (_first(args[0]),))  # as a model of such blocks does
-    residual = find_residual(twin, path)[0]
+    probe.model.norm.register_forward_pre_hook(lambda _m, args: (_first(args[0]),))  # as a model of such blocks does
+    residual = find_residual(probe, path)[0]
     with raises(ModelError, where=where, **data):
-        branches_of(twin, path, residual)
+        branches_of(probe, path, residual)
 
 
 def widths_checked(family, tmp_path, *widths, stem=None):

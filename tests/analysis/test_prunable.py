@@ -10,6 +10,7 @@ from raising import raises
 
 from compressor.analysis.prunable_units import find_prunable
 from compressor.errors import ModelError
+from compressor.model.facts import UnitsInConfig
 from compressor.model.structure import read_structure
 
 # family -> (heads, query heads of each, parameters of one, its reader), (parameters of an MLP unit, its reader)
@@ -49,17 +50,17 @@ def test_the_units_of_every_family_are_found_with_what_they_cost(family, sites):
     for site in found:
         path = f"{structure.pieces.blocks_path}.{site.block}."
         if site.kind == "heads":
-            assert (site.units, site.layout["query_heads"], site.layout["head_dim"]) == (heads, per_unit, 8)
-            assert (site.cost, site.reader) == (head_cost, path + head_reader)
+            assert (site.units, site.layout.query_heads, site.layout.head_dim) == (heads, per_unit, 8)
+            assert (site.cost, site.output_projection) == (head_cost, path + head_reader)
         else:
-            assert (site.units, site.cost, site.reader) == (64, ffn_cost, path + ffn_reader)
-        assert site.columns == site.cuts[0].rows and site.cuts[0].parameter == f"{site.reader}.weight"
+            assert (site.units, site.cost, site.output_projection) == (64, ffn_cost, path + ffn_reader)
+        assert site.columns == site.cuts[0].rows and site.cuts[0].parameter == f"{site.output_projection}.weight"
         shapes = {cut.parameter: structure.model.get_parameter(cut.parameter).shape for cut in site.cuts}
         for cut in site.cuts:  # each row is of one unit, and all are of some
             assert sorted(sum(cut.rows, ())) == list(range(shapes[cut.parameter][cut.axis]))
         counted = [len(c.rows[1]) * prod(shapes[c.parameter]) // shapes[c.parameter][c.axis] for c in site.cuts]
         assert site.cost == sum(counted)
-        bias = f"{site.reader}.bias"
+        bias = f"{site.output_projection}.bias"
         assert site.bias == (bias if bias in dict(structure.model.named_parameters()) else None)
 
 
@@ -84,18 +85,18 @@ def test_what_all_heads_share_is_not_cut(sites):
     structure, found = sites("qwen3")
     names = {cut.parameter for cut in found[0].cuts}
     assert "model.layers.0.self_attn.q_norm.weight" in dict(structure.model.named_parameters())
-    assert not any("norm" in name for name in names) and found[0].layout["has_norms"]
+    assert not any("norm" in name for name in names) and found[0].layout.has_norms
 
 
 def test_what_a_config_can_say_of_its_units_is_proven_and_no_more(sites):
-    heads = {family: sites(family)[1][0].layout["config"] for family in FOUND}
-    both = {"per_unit": {"num_attention_heads": 2, "num_key_value_heads": 1}, "fixed": {"head_dim": 8}}
+    heads = {family: sites(family)[1][0].layout.config for family in FOUND}
+    both = UnitsInConfig({"num_attention_heads": 2, "num_key_value_heads": 1}, {"head_dim": 8})
     assert heads["llama"] == heads["qwen3"] == heads["mistral"] == heads["phi3"] == both
     assert heads["opt"] is heads["gpt2"] is heads["bert"] is heads["gpt_neox"] is None
-    ffn = {family: next(iter(sites(family)[1][1].layout["config"]["per_unit"])) for family in FOUND}
+    ffn = {family: next(iter(sites(family)[1][1].layout.config.per_unit)) for family in FOUND}
     assert (ffn["opt"], ffn["gpt2"], ffn["llama"]) == ("ffn_dim", "n_inner", "intermediate_size")
-    assert "can't run" in sites("phi3")[1][0].layout["per_layer"]  # its code takes the split from the config
-    assert [sites(family)[1][0].layout["vanishes"] for family in ("llama", "qwen3", "gpt2", "bert")] == [
+    assert "can't run" in sites("phi3")[1][0].layout.per_layer  # its code takes the split from the config
+    assert [sites(family)[1][0].layout.vanishes for family in ("llama", "qwen3", "gpt2", "bert")] == [
         True,
         True,
         False,  # biases stay
@@ -105,7 +106,7 @@ def test_what_a_config_can_say_of_its_units_is_proven_and_no_more(sites):
 
 def test_attributes_that_count_heads_are_found_by_making_the_model_twice(sites):
     def attributes(family):
-        return next(iter(sites(family)[1][0].layout["attributes"].values()))
+        return next(iter(sites(family)[1][0].layout.attributes.values()))
 
     assert attributes("gpt2") == {"embed_dim": 8, "num_heads": 1, "split_size": 8}
     assert attributes("bert") == {"num_attention_heads": 1, "all_head_size": 8}
@@ -114,7 +115,7 @@ def test_attributes_that_count_heads_are_found_by_making_the_model_twice(sites):
 
 def test_one_head_for_all_can_go_as_a_whole_only(sites):
     _, found = sites("llama", num_key_value_heads=1)
-    assert found[0].units == 1 and found[0].layout["query_heads"] == 4
+    assert found[0].units == 1 and found[0].layout.query_heads == 4
     assert {cut.parameter.split(".")[-2] for cut in found[0].cuts} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 

@@ -1,4 +1,4 @@
-"""What touches the residual stream is found by running a twin, and a model whose stream can't be turned is refused."""
+"""What touches the residual stream is found on a probe model, and a model whose stream can't be rotated is refused."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 import transformers as hf
 from raising import raises
 
+from compressor.analysis.float64_probe import fill, float64_probe_model
 from compressor.analysis.perturbation import answering
-from compressor.analysis.residual_stream import fill, find_residual, read_residual, residual_of, residual_twin
-from compressor.analysis.rotation_proof import center_writers, fold_tap, gainless_norm, prove_invariance
+from compressor.analysis.residual_stream import find_residual, read_residual, residual_of
+from compressor.analysis.rotation_proof import center_writes, fold_norm, gainless_norm, prove_invariance
 from compressor.errors import ModelError
 from compressor.methods.rotation.rotation import pca, random_orthogonal, rotate
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import describe_norm
-from compressor.model.residual_records import Reader, Tap, Writer
+from compressor.model.probe_model import example_batch, make_probe_model
+from compressor.model.residual_records import InputProjection, ResidualNorm, ResidualWrite
 from compressor.model.structure import find_blocks, read_structure
-from compressor.model.tracing import example_batch, make_twin
 
 QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
 QKV_BIASED = ["q_proj 1 +", "k_proj 1 +", "v_proj 1 +"]
@@ -66,17 +67,17 @@ def described(sites):
     return [
         (
             [
-                sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in tap.readers)
-                for tap in site.taps
+                sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in norm.consumers)
+                for norm in site.norms
             ],
-            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writers),
+            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writes),
         )
         for site in sites
     ]
 
 
 def in_order(sites):
-    return [([sorted(tap) for tap in taps], sorted(writers)) for taps, writers in sites]
+    return [([sorted(norm) for norm in norms], sorted(writes)) for norms, writes in sites]
 
 
 def structure_of(family, tmp_path, **config):
@@ -96,12 +97,12 @@ def known(tmp_path_factory):
 
 @pytest.fixture
 def found(tmp_path):
-    """A float64 twin of a family, the path of its blocks, and what touches its stream."""
+    """A float64 probe model of a family, the path of its blocks, and what touches its stream."""
 
     def find(family, **config):
         structure = structure_of(family, tmp_path, **config)
-        twin, path = residual_twin(structure.model, structure.pieces), structure.pieces.blocks_path
-        return twin, path, find_residual(twin, path)[0]
+        probe, path = float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path
+        return probe, path, find_residual(probe, path)[0]
 
     return find
 
@@ -116,11 +117,11 @@ def test_readers_and_writers_of_every_block_are_found_and_proven(family, known):
     expected = in_order(SITES[family])
     assert [described(sites) for sites in residual.blocks] == [expected] * 2
     assert residual.width == 32
-    assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.taps)
+    assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.norms)
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
-def test_a_family_whose_stream_cannot_be_turned_is_refused_by_module_and_reason(family, tmp_path):
+def test_a_family_whose_stream_cannot_be_rotated_is_refused_by_module_and_reason(family, tmp_path):
     with raises(ModelError, **REFUSED[family]) as failure:
         read_residual(structure_of(family, tmp_path))
     assert failure.value.exit_code == 5
@@ -137,10 +138,10 @@ def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
 def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
     stem = known("vit").stem
     assert stem == (
-        Writer("vit.embeddings.cls_token", 2, 1.0),
-        Writer("vit.embeddings.position_embeddings", 2, 1.0),
-        Writer("vit.embeddings.patch_embeddings.projection.weight", 0, None),
-        Writer("vit.embeddings.patch_embeddings.projection.bias", 0, 1.0),
+        ResidualWrite("vit.embeddings.cls_token", 2, 1.0),
+        ResidualWrite("vit.embeddings.position_embeddings", 2, 1.0),
+        ResidualWrite("vit.embeddings.patch_embeddings.projection.weight", 0, None),
+        ResidualWrite("vit.embeddings.patch_embeddings.projection.bias", 0, 1.0),
     )
 
 
@@ -151,18 +152,18 @@ def test_the_scale_of_gemmas_table_is_the_root_of_its_width(known):
 
 def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(known):
     residual = known("gpt2")
-    assert residual.end.readers == (Reader("lm_head.weight", 1, None),)
-    assert [writer.parameter for writer in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert residual.end.consumers == (InputProjection("lm_head.weight", 1, None),)
+    assert [write.parameter for write in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
 
 
 def test_norms_on_heads_are_not_on_the_stream(tmp_path):
     residual = read_residual(structure_of("qwen3", tmp_path, head_dim=32))  # as wide as the stream
-    assert not any("q_norm" in tap.module or "k_norm" in tap.module for tap in residual.taps())
+    assert not any("q_norm" in norm.module or "k_norm" in norm.module for norm in residual.norms())
 
 
 def test_two_norms_in_sequence_are_two_sites(tmp_path):
     residual = read_residual(structure_of("gpt_neox", tmp_path, use_parallel_residual=False))
-    assert [len(site.taps) for site in residual.blocks[0]] == [1, 1]
+    assert [len(site.norms) for site in residual.blocks[0]] == [1, 1]
 
 
 def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
@@ -171,14 +172,14 @@ def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
     expected = [in_order(sites) for sites in (MOE, MOE, LLAMA, MOE)]
     assert [described(sites) for sites in residual.blocks] == expected
     names = {name for name, _ in structure.model.named_parameters()}
-    assert {r.parameter for tap in residual.taps() for r in tap.readers} <= names
-    assert {writer.parameter for writer in residual.writers()} <= names
+    assert {r.parameter for norm in residual.norms() for r in norm.consumers} <= names
+    assert {write.parameter for write in residual.writes()} <= names
 
 
-def test_the_twin_has_few_words_and_the_answer_does_not_depend_on_it(tmp_path):
+def test_the_probe_has_few_tokens_and_the_answer_does_not_depend_on_it(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     structure = structure_of("llama", large, vocab_size=1000, pad_token_id=999)
-    assert residual_twin(structure.model, structure.pieces).get_input_embeddings().num_embeddings == 256
+    assert float64_probe_model(structure.model, structure.pieces).get_input_embeddings().num_embeddings == 256
     assert read_residual(structure) == read_residual(structure_of("llama", small))
 
 
@@ -187,66 +188,66 @@ def test_the_twin_has_few_words_and_the_answer_does_not_depend_on_it(tmp_path):
     [("mixtral", "mlp.gate.weight"), ("llama", "v_proj.weight"), ("opt", "fc2.bias"), ("phi", "fc1.weight")],
 )
 def test_one_missed_reader_or_writer_fails_the_proof_and_the_block_is_named(family, leaf, found):
-    twin, path, residual = found(family)
+    probe, path, residual = found(family)
     first = tuple(
         replace(
             site,
-            taps=tuple(
-                replace(tap, readers=tuple(r for r in tap.readers if not r.parameter.endswith(leaf)))
-                for tap in site.taps
+            norms=tuple(
+                replace(norm, consumers=tuple(r for r in norm.consumers if not r.parameter.endswith(leaf)))
+                for norm in site.norms
             ),
-            writers=tuple(w for w in site.writers if not w.parameter.endswith(leaf)),
+            writes=tuple(w for w in site.writes if not w.parameter.endswith(leaf)),
         )
         for site in residual.blocks[0]
     )
     assert first != residual.blocks[0]
     with raises(ModelError, where=f"{path}.0", reason="does-not-turn"):
-        prove_invariance(twin, path, replace(residual, blocks=(first, *residual.blocks[1:])))
+        prove_invariance(probe, path, replace(residual, blocks=(first, *residual.blocks[1:])))
 
 
 def test_a_branch_that_is_no_matrix_fails_the_proof(found):
     """It reads a norm and adds to the stream beside the matrices that were found."""
-    twin, path, _ = found("llama")
-    block = twin.model.layers[1]
+    probe, path, _ = found("llama")
+    block = probe.model.layers[1]
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
-    residual, _ = find_residual(twin, path)  # sees the first block of this kind only
+    residual, _ = find_residual(probe, path)  # sees the first block of this kind only
     with raises(ModelError, where="model.layers.1", reason="does-not-turn"):
-        prove_invariance(twin, path, residual)
+        prove_invariance(probe, path, residual)
 
 
 def test_a_norm_that_runs_twice_is_refused(found):
-    twin, path, _ = found("llama")
-    block = twin.model.layers[0]
+    probe, path, _ = found("llama")
+    block = probe.model.layers[0]
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
     with raises(ModelError, where="model.layers.0.input_layernorm", reason="norm-twice"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 def test_something_that_reads_the_stream_past_its_norms_is_refused(found):
-    twin, path, _ = found("llama")
-    block = twin.model.layers[0]
+    probe, path, _ = found("llama")
+    block = probe.model.layers[0]
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * x.tanh()
     with raises(ModelError, where="model.layers.0", reason="past-norms-or-scaled"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 def test_a_stream_that_is_scaled_between_blocks_is_refused(found):
     """Turning it would be sound, but what a site adds wouldn't be what the next one sees."""
-    twin, path, _ = found("llama")
-    block = twin.model.layers[0]
+    probe, path, _ = found("llama")
+    block = probe.model.layers[0]
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(2 * x, *args, **kwargs)
     with raises(ModelError, where="model.layers.0.input_layernorm", reason="past-norms-or-scaled"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 def test_a_branch_that_later_sites_do_not_see_is_refused(found):
     """The first branch reaches the second norm, but not the block's output."""
-    twin, path, _ = found("llama")
-    block = twin.model.layers[0]
+    probe, path, _ = found("llama")
+    block = probe.model.layers[0]
 
     def forward(x, position_embeddings=None, attention_mask=None, **kwargs):
         read = block.input_layernorm(x)
@@ -255,21 +256,21 @@ def test_a_branch_that_later_sites_do_not_see_is_refused(found):
 
     block.forward = forward
     with raises(ModelError, where="model.layers.0.self_attn.o_proj.weight", reason="does-not-stay"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 def test_two_kinds_of_norm_on_one_stream_are_refused(found):
-    twin, path, _ = found("llama")
-    twin.model.norm = torch.nn.LayerNorm(32).double().requires_grad_(False)
+    probe, path, _ = found("llama")
+    probe.model.norm = torch.nn.LayerNorm(32).double().requires_grad_(False)
     with raises(ModelError, where="model.layers.0.input_layernorm", reason="two-kinds-of-norm"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 def test_a_head_that_reads_the_stream_past_its_norm_is_refused(found):
-    twin, path, _ = found("llama")
-    twin.model.norm = Beside(twin.model.norm)
+    probe, path, _ = found("llama")
+    probe.model.norm = Beside(probe.model.norm)
     with raises(ModelError, where="LlamaForCausalLM", reason="head-past-norm"):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 class Beside(torch.nn.Module):
@@ -284,14 +285,14 @@ class Beside(torch.nn.Module):
 
 
 def test_a_second_norm_before_the_head_and_a_missing_one_are_refused(found):
-    twin, path, _ = found("llama")
-    norm = twin.model.norm
-    twin.model.norm = torch.nn.Sequential(norm, torch.nn.LayerNorm(32).double().requires_grad_(False))
+    probe, path, _ = found("llama")
+    norm = probe.model.norm
+    probe.model.norm = torch.nn.Sequential(norm, torch.nn.LayerNorm(32).double().requires_grad_(False))
     with raises(ModelError, where="LlamaForCausalLM", reason="norms-at-end", count=2):
-        find_residual(twin, path)
-    twin.model.norm = torch.nn.Identity()
+        find_residual(probe, path)
+    probe.model.norm = torch.nn.Identity()
     with raises(ModelError, where="LlamaForCausalLM", reason="norms-at-end", count=0):
-        find_residual(twin, path)
+        find_residual(probe, path)
 
 
 @pytest.mark.parametrize(
@@ -317,48 +318,48 @@ def test_a_second_norm_before_the_head_and_a_missing_one_are_refused(found):
     ],
     ids=["embedding norm", "layer scale", "unknown norm"],
 )
-def test_other_ways_in_which_a_stream_cannot_be_turned_are_named(model, where, reason):
+def test_other_ways_in_which_a_stream_cannot_be_rotated_are_named(model, where, reason):
     meta = model().to("meta")
     with raises(ModelError, where=where, reason=reason):
         residual_of(meta, Pieces(meta, find_blocks(meta)))
 
 
 def test_centring_a_stream_of_rms_norms_changes_the_model(found):
-    twin, path, residual = found("llama")
+    probe, path, residual = found("llama")
     with raises(ModelError, where="model.layers.0", reason="does-not-turn"):
-        prove_invariance(twin, path, replace(residual, kind="layer"))
+        prove_invariance(probe, path, replace(residual, kind="layer"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_large_eps_is_kept(family, found):
     key = "rms_norm_eps" if family == "llama" else "layer_norm_eps"
-    twin, path, residual = found(family, **{key: 0.1})
-    assert {tap.norm.eps for tap in residual.taps()} == {0.1}
-    prove_invariance(twin, path, residual)
+    probe, path, residual = found(family, **{key: 0.1})
+    assert {norm.formula.eps for norm in residual.norms()} == {0.1}
+    prove_invariance(probe, path, residual)
 
 
 def fold(model, residual):
-    for tap in residual.taps():
-        fold_tap(model, tap)
+    for norm in residual.norms():
+        fold_norm(model, norm)
     if residual.kind == "layer":
-        center_writers(model, residual.writers())
+        center_writes(model, residual.writes())
 
 
-def turn(model, residual, q):
-    readers = (reader for tap in residual.taps() for reader in tap.readers)
-    for edge in (*residual.writers(), *readers):
+def rotate_all(model, residual, q):
+    consumers = (consumer for norm in residual.norms() for consumer in norm.consumers)
+    for edge in (*residual.writes(), *consumers):
         parameter = model.get_parameter(edge.parameter).data
         parameter.copy_(rotate(parameter.double(), q, edge.axis))
 
 
 def gainless_logits(model, residual, batch):
-    answers = {tap.module: gainless_norm(tap) for tap in residual.taps()}
+    answers = {norm.module: gainless_norm(norm) for norm in residual.norms()}
     with torch.no_grad(), answering({name: model.get_submodule(name) for name in answers}, answers):
         return output_of(model(**batch))
 
 
 @pytest.mark.parametrize("family", sorted(SITES))
-def test_float32_logits_stay_within_rounding_folded_and_turned(family, known):
+def test_float32_logits_stay_within_rounding_folded_and_rotated(family, known):
     """The proof is in float64; this is the model as a user runs it, its own norms and experts included."""
     residual, model = known(family), tiny.build(family)
     if model.get_output_embeddings() is not None:
@@ -369,21 +370,21 @@ def test_float32_logits_stay_within_rounding_folded_and_turned(family, known):
         expected = output_of(model(**batch))
     fold(model, residual)
     folded = gainless_logits(model, residual, batch)
-    turn(model, residual, random_orthogonal(32, torch.Generator().manual_seed(3)))
-    turned = gainless_logits(model, residual, batch)
-    # float32 has 6e-8; a few dozen roundings in two blocks, and a turn rounds every weight once more
+    rotate_all(model, residual, random_orthogonal(32, torch.Generator().manual_seed(3)))
+    rotated = gainless_logits(model, residual, batch)
+    # float32 has 6e-8; a few dozen roundings in two blocks, and a rotation rounds every weight once more
     assert (folded - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (turned - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (rotated - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_layer_norm_stream_has_one_empty_direction_after_centring(found):
     """So that deleting one dimension of a LayerNorm model loses nothing."""
-    twin, path, residual = found("gpt2")
-    batch = example_batch(twin, torch.device("cpu"), samples=8)
+    probe, path, residual = found("gpt2")
+    batch = example_batch(probe, torch.device("cpu"), samples=8)
     streams = []
-    twin.get_submodule(path)[-1].register_forward_hook(lambda _m, _a, out: streams.append(out))
-    fold(twin, residual)
-    gainless_logits(twin, residual, batch)
+    probe.get_submodule(path)[-1].register_forward_hook(lambda _m, _a, out: streams.append(out))
+    fold(probe, residual)
+    gainless_logits(probe, residual, batch)
     x = streams[0].reshape(-1, 32)
     values, q = pca(x.t() @ x)
     assert abs(values[-1]) < 1e-14 * values[0]
@@ -399,8 +400,8 @@ def test_a_shift_with_no_bias_to_take_it_is_refused_by_name():
     torch.nn.init.ones_(holder.norm.bias)
     norm = describe_norm(holder.norm)
     with raises(ModelError, where="table", reason="no-bias"):
-        fold_tap(holder, Tap("norm", norm, (Reader("table", 1, None),)))
-    fold_tap(holder, Tap("norm", norm, (Reader("head.weight", 1, None),)))
+        fold_norm(holder, ResidualNorm("norm", norm, (InputProjection("table", 1, None),)))
+    fold_norm(holder, ResidualNorm("norm", norm, (InputProjection("head.weight", 1, None),)))
     torch.testing.assert_close(holder.head.bias, holder.head.weight.sum(1))
 
 
@@ -414,10 +415,10 @@ def test_gpt_oss_expert_biases_are_found(tmp_path):
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    model = make_twin(hf.GptOssForCausalLM, config, torch.device("cpu"), torch.float64)
+    model = make_probe_model(hf.GptOssForCausalLM, config, torch.device("cpu"), torch.float64)
     fill(model)
     residual, _ = find_residual(model, "model.layers")
     mlp = residual.blocks[0][1]
     experts = "model.layers.0.mlp.experts."
-    assert Reader(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.taps[0].readers
-    assert {(w.parameter, w.axis) for w in mlp.writers} == {(f"{experts}down_proj", 2), (f"{experts}down_proj_bias", 1)}
+    assert InputProjection(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.norms[0].consumers
+    assert {(w.parameter, w.axis) for w in mlp.writes} == {(f"{experts}down_proj", 2), (f"{experts}down_proj_bias", 1)}

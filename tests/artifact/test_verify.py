@@ -89,7 +89,7 @@ def rounded(tensors):
     tensors[NORM] = tensors[NORM].bfloat16()
 
 
-def nudged(tensors):
+def perturbed(tensors):
     tensors[NORM] = tensors[NORM].bfloat16().to(tensors[NORM].dtype)
 
 
@@ -114,7 +114,7 @@ MISREAD = {
         lambda t: t.update({f"{DOWN}.weight": (t[f"{DOWN}.weight"] * 300).round()}),
         DOWN,
     ),
-    "a parameter rounded": (nudged, NORM),
+    "a parameter rounded": (perturbed, NORM),
     "rows of what stays dense swapped": (swapped_dense, "model.embed_tokens.weight"),
 }
 

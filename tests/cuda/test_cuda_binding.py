@@ -17,14 +17,13 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import prepare
 from compressor.kernels.cuda import devices, mma1, plans
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.cuda.selftest import self_test
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.dispatch import IntegerWeight, OutlierWeight, choose
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.dispatch import IntegerWeight, OutlierWeight, choose
+from compressor.kernels.prepared.prepare import explain, prepare
 from compressor.layers.packed_linear import PackedLinear
 from cuda_ext.cases import hadamard, w_a16
 

@@ -13,12 +13,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import prepare
 from compressor.kernels.cuda import ds1, selftest
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL
-from compressor.kernels.prepare.dispatch import FactorWeight, choose
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.dispatch import FactorWeight, choose
+from compressor.kernels.prepared.prepare import explain, prepare
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 from cuda_ext.cases import dense_sparse
 

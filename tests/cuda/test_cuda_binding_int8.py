@@ -14,12 +14,12 @@ from raising import raises
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import library as cpu_library
 from compressor.kernels.cuda import mma1, mma8a1, selftest
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.ops import linear as ops
+from compressor.kernels.prepared.prepare import prepare
 from compressor.layers.packed_linear import PackedLinear
 from cuda_ext.cases import w_a8
 

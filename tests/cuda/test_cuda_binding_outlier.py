@@ -12,13 +12,12 @@ from test_cuda_binding_int8 import FLOATS, assert_same_bits
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import library as cpu_library
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.cuda import selftest
 from compressor.kernels.cuda.interface import BAD_CALL
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.prepare import explain, prepare
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 needs_cpu_library = pytest.mark.skipif(isinstance(cpu_library(), str), reason="the CPU library isn't there")

@@ -23,7 +23,7 @@ from compressor.engine.plan import make_plan
 from compressor.errors import CompressError
 from compressor.evaluation.compare import compare, is_report, read_subject
 from compressor.evaluation.render import render_html, render_markdown
-from compressor.model import model_building
+from compressor.model import wrong_key
 from compressor.model.checkpoint import open_checkpoint
 from compressor.recipe.recipe import parse_recipe, recipe_folders
 from compressor.run import compress
@@ -131,7 +131,7 @@ def models(folder):
 @pytest.fixture
 def quick(monkeypatch):
     """Looking for the key to blame is tested elsewhere."""
-    monkeypatch.setattr(model_building, "SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(wrong_key, "SEARCH_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

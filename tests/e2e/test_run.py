@@ -37,7 +37,7 @@ from compressor.errors import (
 )
 from compressor.evaluation.report import finite, validate_report
 from compressor.kernels.cpu import library
-from compressor.kernels.prepare.prepared import explain
+from compressor.kernels.prepared.prepare import explain
 from compressor.model.model_files import demo_path
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress

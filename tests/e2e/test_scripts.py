@@ -44,11 +44,11 @@ def test_channels_that_carry_nothing_are_dropped_first_and_without_loss():
     slicegpt.untie(model)
     residual = residual_of(model, Pieces(model, find_blocks(model)))
     idle = [3, 4, 11, 17, 18, 20, 25, 30]
-    for writer in residual.writers():
-        model.get_parameter(writer.parameter).movedim(writer.axis, 0)[idle] = 0
-    for tap in residual.taps():
-        for reader in tap.readers:
-            model.get_parameter(reader.parameter).movedim(reader.axis, 0)[idle] = 0
+    for write in residual.writes():
+        model.get_parameter(write.parameter).movedim(write.axis, 0)[idle] = 0
+    for norm in residual.norms():
+        for consumer in norm.consumers:
+            model.get_parameter(consumer.parameter).movedim(consumer.axis, 0)[idle] = 0
     tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=tokens).logits
     bases = slicegpt.find_bases(model, residual, tokens)

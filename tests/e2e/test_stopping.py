@@ -159,7 +159,7 @@ from compressor.__main__ import main
 sys.exit(main())
 """
 STAGES = {
-    "plan": ("compressor.model.structure", "skeleton", "native"),
+    "plan": ("compressor.model.empty_model", "skeleton", "native"),
     "data": ("compressor.data.samples", "pack", "native"),
     "sweep": ("compressor.passes.rtn", "RTN.block", "native"),
     "sweep, Python": ("compressor.passes.rtn", "RTN.block", "swallowed"),

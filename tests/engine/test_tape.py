@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.engine.resumable_forward import Diverged, Forgotten, Tape, advance, needs, run_on
 from compressor.model.block_runner import Pieces, Stop
+from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.structure import find_blocks
-from compressor.model.tracing import example_batch, use_eager_experts
 
 
 class Counted(TorchFunctionMode):

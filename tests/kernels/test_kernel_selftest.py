@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from compressor.errors import KernelError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import LEVELS, Library, levels_here, library
-from compressor.kernels.prepare import selftest
-from compressor.kernels.prepare.selftest import problems, self_test, tried_library
+from compressor.kernels.prepared import selftest
+from compressor.kernels.prepared.prepare import prepare
+from compressor.kernels.prepared.selftest import problems, self_test, tried_library
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 BUILT = isinstance(library(), Library)

@@ -14,7 +14,7 @@ from compressor.cli.doctor import examine
 from compressor.kernels import cpu
 from compressor.kernels.cpu import Library, library, parallel_for_address
 from compressor.kernels.ops import linear as ops
-from compressor.kernels.prepare.dispatch import IntegerWeight, choose
+from compressor.kernels.prepared.dispatch import IntegerWeight, choose
 
 BUILT = isinstance(library(), Library)
 pytestmark = pytest.mark.skipif(not BUILT, reason=f"{library()}")
@@ -175,7 +175,7 @@ def test_a_torch_without_the_function_leaves_one_thread_and_this_is_told(product
         found = library()
         assert not found.has_torch_threads and torch.equal(product(2), expected)
         weight = IntegerWeight(torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 1), None, 4, 64)
-        monkeypatch.setattr("compressor.kernels.prepare.dispatch.tried_library", library)
+        monkeypatch.setattr("compressor.kernels.prepared.dispatch.tried_library", library)
         assert choose(weight, None).kernel.endswith(", one thread")
         assert examine()["kernels"]["threads"] == "one: torch has no torch_parallel_for"
     finally:

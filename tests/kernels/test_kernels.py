@@ -14,12 +14,13 @@ from raising import raises
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import cpu, prepare
+from compressor.kernels import cpu
 from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.ops import hadamard, int8_matmul
 from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.int8_split import round_rows
+from compressor.kernels.prepared.prepare import prepare
 from compressor.layers.int8_split_linear import Int8SplitLinear
 
 BUILT = isinstance(library(), Library)

@@ -14,17 +14,16 @@ from raising import raises
 from torch import nn
 
 from compressor.errors import KernelError, ShapeError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import LEVELS, Library, library
-from compressor.kernels.ops import dense_product
 from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops.blocks import block_counts
 from compressor.kernels.ops.dense_product import MOST_ROWS, linear_dense
 from compressor.kernels.ops.dense_sparse import linear_dense_sparse
 from compressor.kernels.ops.int8_split import round_rows
-from compressor.kernels.prepare import dispatch, stock
-from compressor.kernels.prepare.linear_call import LinearCall
-from compressor.kernels.prepare.prepared import PreparedLinear, chosen_kernels, explain
+from compressor.kernels.prepared import dispatch, prepared_dense, stock
+from compressor.kernels.prepared.linear_call import LinearCall
+from compressor.kernels.prepared.prepare import chosen_kernels, explain, prepare
+from compressor.kernels.prepared.prepared_linear import PreparedInteger
 from compressor.layers.block_linear import BlockLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -52,7 +51,7 @@ def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     expected = model(x)
     choices = prepare(model, strict=True)
-    assert type(model[0]) is PreparedLinear and choices["0"].op == "linear_weight_only"
+    assert type(model[0]) is PreparedInteger and choices["0"].op == "linear_weight_only"
     assert torch.allclose(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -176,7 +175,7 @@ class Tied(nn.Module):
 def test_a_layer_that_stays_dense_multiplies_few_rows_by_the_library_and_stays_tied(dtype, monkeypatch):
     products = []
     monkeypatch.setattr(
-        dense_product, "linear_dense", lambda *given: products.append(len(given[0])) or linear_dense(*given)
+        prepared_dense, "linear_dense", lambda *given: products.append(len(given[0])) or linear_dense(*given)
     )
     model = Tied(dtype)
     names, tokens = list(model.state_dict()), torch.arange(40)
@@ -365,7 +364,7 @@ def test_an_input_that_was_changed_in_between_is_multiplied_again(calls):
     assert calls == [3] and "one call" not in explain(model)
 
 
-def test_layers_that_turn_out_to_read_different_inputs_part(calls):
+def test_layers_that_get_different_inputs_multiply_apart_for_good(calls):
     model, x, y = Attention(), torch.randn(2, 64), torch.randn(3, 64)
     expected = model(x, y)
     prepare(model)

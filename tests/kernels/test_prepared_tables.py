@@ -14,11 +14,10 @@ from torch import nn
 
 import compressor
 from compressor.errors import KernelError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import LEVELS, Library, library
-from compressor.kernels.prepare import dispatch
-from compressor.kernels.prepare.prepared import chosen_kernels, explain
-from compressor.kernels.prepare.prepared_table import PreparedTable
+from compressor.kernels.prepared import dispatch
+from compressor.kernels.prepared.prepare import chosen_kernels, explain, prepare
+from compressor.kernels.prepared.prepared_lookup_table import PreparedLookupTable
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.methods.quantization.lookup_tables import activation_table, exp_table, root_table
@@ -79,7 +78,7 @@ def test_a_prepared_table_gives_the_bits_of_its_layer(build, settings, lookup):
         layer = build(lookup=lookup, entries=entries, **settings)
         model = nn.Sequential(layer)
         op = "table_inverse_root" if build is norm else "table_lookup"
-        assert prepare(model, strict=True)["0"].op == op and type(model[0]) is PreparedTable
+        assert prepare(model, strict=True)["0"].op == op and type(model[0]) is PreparedLookupTable
         for dtype in DTYPES:
             for x in inputs(dtype):
                 y, expected = model(x), layer(x)
@@ -145,7 +144,7 @@ def test_copies_and_saved_models_stay_prepared():
     torch.save(model, file)
     file.seek(0)
     for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert type(again.act) is PreparedTable and torch.equal(again(x), model(x))
+        assert type(again.act) is PreparedLookupTable and torch.equal(again(x), model(x))
         again.act.table.zero_()
         assert not torch.equal(again(x), model(x))
 
@@ -181,7 +180,7 @@ def test_tables_elsewhere_than_on_the_cpu_stay_with_the_reason():
 
 
 def test_a_table_of_one_entry_is_left_to_the_reference():
-    choice = dispatch.choose_table(torch.zeros(1), "table_lookup")
+    choice = dispatch.choose_lookup_table(torch.zeros(1), "table_lookup")
     assert choice.is_fallback and "cpu library (1 entries of torch.float32" in choice.skipped[1]
 
 
@@ -201,7 +200,7 @@ def test_a_loaded_model_reads_all_its_tables_by_the_library_and_says_the_same(fa
     reference = compressor.load(tmp_path / "out", kernels="reference")
     ours = compressor.load(tmp_path / "out", kernels="strict")
     assert type(ours) is type(reference) and list(ours.state_dict()) == list(reference.state_dict())
-    kinds = {module.form for module in ours.modules() if isinstance(module, PreparedTable)}
+    kinds = {module.form for module in ours.modules() if isinstance(module, PreparedLookupTable)}
     assert kinds == {"table_activation", "table_norm", "block_attention"}
     assert not any(isinstance(module, Layer) for module in ours.modules())
     ids = torch.arange(32).view(2, 16)

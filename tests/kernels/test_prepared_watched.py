@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compressor.errors import KernelError
-from compressor.kernels import prepare
 from compressor.kernels.cpu import Library, library
-from compressor.kernels.ops.dense_product import PreparedDense
-from compressor.kernels.prepare.prepared import PreparedLinear, explain
+from compressor.kernels.prepared.prepare import explain, prepare
+from compressor.kernels.prepared.prepared_dense import PreparedDense
+from compressor.kernels.prepared.prepared_linear import PreparedInteger
 from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
@@ -108,7 +108,7 @@ def test_hooks_of_a_stored_layer_are_kept_and_can_be_removed():
         model[0].register_forward_pre_hook(lambda *given, **named: seen.append("before"), with_kwargs=True),
     ]
     prepare(model, strict=True)
-    assert type(model[0]) is PreparedLinear
+    assert type(model[0]) is PreparedInteger
     model(some())
     assert seen == ["before", "after"]
     for handle in handles:
@@ -124,7 +124,7 @@ def test_a_layer_whose_forward_was_replaced_is_left_to_it():
     expected = model[:2](some())
     with pytest.warns(UserWarning, match="forward"):
         assert prepare(model)["0"].op is None
-    assert type(model[0]) is PackedLinear and type(model[1]) is nn.Linear and type(model[2]) is PreparedLinear
+    assert type(model[0]) is PackedLinear and type(model[1]) is nn.Linear and type(model[2]) is PreparedInteger
     assert torch.equal(model[:2](some()), expected)
     with raises(KernelError, where="0", reason="fallback", kernel="reference") as failure:
         prepare(model, strict=True)

@@ -77,7 +77,7 @@ def test_nothing_is_allocated_on_the_meta_device():
     assert model.model.layers[0].shortcut_0.shape == (24, 24)
 
 
-def test_what_lies_in_blocks_that_a_twin_lacks_is_skipped_and_only_that():
+def test_what_lies_in_blocks_that_a_probe_lacks_is_skipped_and_only_that():
     model = tiny.build("llama")
     block = {"form": "rotated_block", "spec": SPEC, "shape": [24, 24, 24]}
     reshape(model, {"model.layers.2.mlp.up_proj.weight": [64, 24]}, {"model.layers.7": block}, FORMS)

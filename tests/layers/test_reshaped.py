@@ -16,7 +16,8 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.analysis.residual_stream import read_residual, residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.residual_stream import read_residual
 from compressor.artifact import writer
 from compressor.artifact.artifact_config import auto_classes
 from compressor.artifact.export_format import choose_route
@@ -29,9 +30,10 @@ from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PreflightError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.functions import find_functions
+from compressor.model.probe_model import shallow_config
+from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import class_for, is_reshaped, reshaped_class, stock_class
-from compressor.model.structure import prove_by_replay, read_structure
-from compressor.model.tracing import shallow_config
+from compressor.model.structure import read_structure
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 
@@ -120,7 +122,9 @@ def test_a_sliced_checkpoint_is_taken_apart_and_computes_what_the_reference_does
     names = [w.name for unit in (1, 2, 3) for stage in structure.stages(unit) for group in stage for w in group]
     sites = sum(map(len, written.residual.blocks)) + (family == "gpt2")
     assert len([name for name in names if "shortcut" in name]) == sites
-    readers = {r.parameter for block in written.residual.blocks for s in block for tap in s.taps for r in tap.readers}
+    readers = {
+        r.parameter for block in written.residual.blocks for s in block for norm in s.norms for r in norm.consumers
+    }
     assert {name.removesuffix(".weight") for name in readers} < set(names)
 
 
@@ -193,7 +197,7 @@ def test_a_projected_table_stays_tied_to_the_head_after_loading(sliced, tmp_path
     assert inspect_path(str(tmp_path / "out"))["block_count"] == 3
 
 
-def test_the_twin_of_a_uniformly_sliced_model_stays_shallow(sliced):
+def test_the_probe_of_a_uniformly_sliced_model_stays_shallow(sliced):
     written = sliced("llama", layers=4)
     structure = read_structure(written.directory)
     config = shallow_config(structure.model.config, structure.model, structure.pieces)
@@ -209,19 +213,21 @@ def test_norms_without_parameters_are_norms_on_the_stream(family, tmp_path):
     structure = read_structure(written.directory)
     prove_by_replay(structure)
     residual = read_residual(structure)
-    assert residual.kind == "rms" and not any(tap.norm.has_weight for tap in residual.taps())
-    assert [tap.module for tap in residual.taps()] == [tap.module for tap in written.residual.taps()]
+    assert residual.kind == "rms" and not any(norm.formula.has_weight for norm in residual.norms())
+    assert [norm.module for norm in residual.norms()] == [norm.module for norm in written.residual.norms()]
     functions = find_functions(structure)
-    assert not functions.refused and len([w for _, w in functions.all() if w.role == "norm"]) == len([*residual.taps()])
+    assert not functions.refused and len([w for _, w in functions.all() if w.role == "norm"]) == len(
+        [*residual.norms()]
+    )
     model = type(structure.model).from_pretrained(written.directory).eval()
     assert error(logits_of(model, written.batch), written.logits) < TOLERANCE
 
 
-def test_a_small_vocabulary_of_the_twin_goes_with_reshaped_tables(tmp_path):
+def test_a_small_vocabulary_of_the_probe_goes_with_reshaped_embeddings(tmp_path):
     written = reshaped.fused("opt", tmp_path / "m", vocab_size=1000)  # its head has a new bias of 1000
     structure = read_structure(written.directory)
     assert structure.model.config.compressed_shapes["lm_head.bias"] == [1000]
-    assert residual_twin(structure.model, structure.pieces).lm_head.bias.shape == (256,)
+    assert float64_probe_model(structure.model, structure.pieces).lm_head.bias.shape == (256,)
 
 
 def test_norms_of_a_narrower_stream_are_not_offered_to_tables(sliced):

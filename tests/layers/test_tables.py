@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 import compressor
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.kernels.ops.tables import activate, inverse_root, look_up, softmax
+from compressor.kernels.ops.lookup_tables import activate, inverse_root, look_up, softmax
 from compressor.layers import find_layer
 from compressor.layers.block_attention import attend
 from compressor.methods.quantization.lookup_tables import NARROWEST, activation_table, exp_table, root_table, tabulate
@@ -208,7 +208,9 @@ def test_attention_that_does_not_ask_for_an_implementation_is_refused(tmp_path, 
 
 
 def test_attention_that_computes_something_else_is_refused_with_the_difference(tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.model.functions.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k))
+    monkeypatch.setattr(
+        "compressor.model.plain_attention.attend", lambda *a, scaling=None, **k: attend(*a, scaling=2.0, **k)
+    )
     model = tiny.save("llama", tmp_path / "model")
     problems = make_plan(recipe(only=["@softmax"]), str(model), prove=False).problems
     told = problems[0].data

@@ -21,7 +21,8 @@ from compressor.artifact.export_format import choose_route
 from compressor.errors import ModelError, PreflightError
 from compressor.methods.pruning.pruned_shapes import check_decision, parameters_left, pruned_remodel
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.structure import prove_by_replay, read_structure
+from compressor.model.replay_proof import prove_by_replay
+from compressor.model.structure import read_structure
 from compressor.recipe.recipe import Step, parse_recipe
 from compressor.run import compress
 
@@ -218,7 +219,7 @@ def test_a_sub_block_of_which_nothing_is_left_still_adds_its_bias(opened, pruned
         _, facts = opened(family)
         site = facts.prunable()[number]
         result = pruned(family, {"sites": {site.name: []}})
-        path = next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+        path = next(entry.path for entry in site.layout.removal if entry.adds)
         assert result.model.get_parameter(f"{path}.bias").equal(result.dense.get_parameter(site.bias))
         assert not [
             name for name, _ in result.model.named_parameters() if name.startswith(f"{path}.") and "bias" not in name

@@ -44,12 +44,12 @@ def close(a, b, rtol=1e-12):
 
 @pytest.mark.parametrize(("kind", "offset"), [("layer", 0.0), ("rms", 0.0), ("rms", 1.0)])
 def test_a_folded_norm_and_its_reader_give_what_they_gave(kind, offset, randn):
-    x, weight, shift, reader, bias = randn(5, 8) + 1, randn(8), randn(8), randn(6, 8), randn(6)
+    x, weight, shift, consumer, bias = randn(5, 8) + 1, randn(8), randn(8), randn(6, 8), randn(6)
     norm = Norm(kind, offset, 0.1, 8, has_weight=True, has_bias=kind == "layer")
     c = shift if norm.has_bias else None
-    expected = apply_norm(x, weight, c, norm) @ reader.t() + bias
-    folded_bias = bias + (fold_shift(reader, shift, 1) if norm.has_bias else 0)
-    folded = fold_gain(reader, offset + weight, 1)
+    expected = apply_norm(x, weight, c, norm) @ consumer.t() + bias
+    folded_bias = bias + (fold_shift(consumer, shift, 1) if norm.has_bias else 0)
+    folded = fold_gain(consumer, offset + weight, 1)
     plain = Norm("rms", 0.0, 0.1, 8, has_weight=False, has_bias=False)
     signal = center(x, -1) if kind == "layer" else x
     close(apply_norm(signal, None, None, plain) @ folded.t() + folded_bias, expected)
@@ -57,15 +57,15 @@ def test_a_folded_norm_and_its_reader_give_what_they_gave(kind, offset, randn):
 
 def test_the_shift_is_multiplied_by_the_weight_as_it_was(randn):
     """The trap: after the gain is folded in, W c would count it twice."""
-    reader, gain, shift = randn(6, 8), randn(8), randn(8)
-    assert not torch.allclose(fold_shift(fold_gain(reader, gain, 1), shift, 1), fold_shift(reader, shift, 1))
-    close(fold_shift(reader, shift, 1), reader @ shift)
+    consumer, gain, shift = randn(6, 8), randn(8), randn(8)
+    assert not torch.allclose(fold_shift(fold_gain(consumer, gain, 1), shift, 1), fold_shift(consumer, shift, 1))
+    close(fold_shift(consumer, shift, 1), consumer @ shift)
 
 
 def test_folding_works_along_any_axis(randn):
-    reader, gain, shift = randn(6, 8), randn(8), randn(8)
-    close(fold_gain(reader.t(), gain, 0), fold_gain(reader, gain, 1).t())
-    close(fold_shift(reader.t(), shift, 0), fold_shift(reader, shift, 1))
+    consumer, gain, shift = randn(6, 8), randn(8), randn(8)
+    close(fold_gain(consumer.t(), gain, 0), fold_gain(consumer, gain, 1).t())
+    close(fold_shift(consumer.t(), shift, 0), fold_shift(consumer, shift, 1))
     experts = randn(3, 6, 8)
     for expert, folded, moved in zip(experts, fold_gain(experts, gain, 2), fold_shift(experts, shift, 2)):
         close(folded, expert * gain)
@@ -87,7 +87,7 @@ def test_centring_before_an_rms_norm_changes_what_it_gives(randn):
     assert not torch.allclose(apply_norm(center(x, -1), None, None, norm), apply_norm(x, None, None, norm), rtol=0.1)
 
 
-# -- turning ---------------------------------------------------------------------------------------------------------
+# -- rotation --------------------------------------------------------------------------------------------------------
 
 
 def test_an_rms_norm_commutes_with_a_rotation_at_any_eps(randn, generator):
@@ -96,24 +96,24 @@ def test_an_rms_norm_commutes_with_a_rotation_at_any_eps(randn, generator):
     close(apply_norm(x @ q, None, None, norm), apply_norm(x, None, None, norm) @ q)
 
 
-def test_a_reader_a_writer_and_a_table_are_turned_along_their_axis(randn, generator):
+def test_projections_and_an_embedding_are_rotated_along_their_axis(randn, generator):
     q = random_orthogonal(8, generator)
-    reader, writer, bias, table, experts = randn(6, 8), randn(8, 5), randn(8), randn(9, 8), randn(3, 8, 5)
-    close(rotate(reader, q, 1), reader @ q)
-    close(rotate(writer, q, 0), q.t() @ writer)
+    consumer, write, bias, table, experts = randn(6, 8), randn(8, 5), randn(8), randn(9, 8), randn(3, 8, 5)
+    close(rotate(consumer, q, 1), consumer @ q)
+    close(rotate(write, q, 0), q.t() @ write)
     close(rotate(bias, q, 0), q.t() @ bias)
     close(rotate(table, q, 1), table @ q)
     close(rotate(experts, q, 1), torch.stack([q.t() @ expert for expert in experts]))
-    assert rotate(writer, q[:, :3], 0).shape == (3, 5)
+    assert rotate(write, q[:, :3], 0).shape == (3, 5)
 
 
 def test_two_rotations_with_a_shortcut_between_them_change_nothing(randn, generator):
     """The residual branch of a block whose sites have rotations of their own: x Q_a · Q_aᵀ Q_b."""
     a, b = random_orthogonal(8, generator), random_orthogonal(8, generator)
-    x, writer, branch = randn(4, 8), randn(8, 5), randn(4, 5)
+    x, write, branch = randn(4, 8), randn(8, 5), randn(4, 5)
     shortcut = a.t() @ b
     assert orthogonality_error(shortcut) < 1e-12
-    close((x @ a) @ shortcut + branch @ rotate(writer, b, 0).t(), (x + branch @ writer.t()) @ b)
+    close((x @ a) @ shortcut + branch @ rotate(write, b, 0).t(), (x + branch @ write.t()) @ b)
 
 
 # -- orthogonal matrices ---------------------------------------------------------------------------------------------

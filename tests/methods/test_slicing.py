@@ -22,7 +22,8 @@ from compressor.methods.rotation.sliced_shapes import (
     widest_that_shrinks,
 )
 from compressor.model.block_runner import Pieces
-from compressor.model.structure import find_blocks, read_structure, skeleton
+from compressor.model.empty_model import skeleton
+from compressor.model.structure import find_blocks, read_structure
 
 
 def llama_like(width, ffn, blocks, vocabulary, heads, kv_heads, head_dim):
@@ -157,11 +158,11 @@ def test_at_full_width_the_numbers_of_a_model_add_up_to_its_own(family, tmp_path
     residual = read_residual(structure)
     shapes = shapes_of(structure.model)
     shape, own = stream_shape(residual, shapes), sum(prod(s) for s in shapes.values())
-    norms = sum((tap.norm.has_weight + tap.norm.has_bias) * 32 for tap in residual.taps())
+    norms = sum((norm.formula.has_weight + norm.formula.has_bias) * 32 for norm in residual.norms())
     made = {"gpt2": 96, "opt": 96, "gpt_neox": 96}.get(family, 0)  # a head bias, one for each word
     full = uniform_widths(shape, 32)
     assert per_site_parameters(shape, full) == own - norms + made + len(shape.sites) * 32 * 32
     assert global_parameters(shape, 32) == own - norms + made + shape.norms * 32
     # one dimension less takes one number from every vector that touches the stream
-    touching = sum(site.reads + site.writes for site in shape.sites) + shape.tables + shape.head + shape.norms
+    touching = sum(site.reads + site.writes for site in shape.sites) + shape.embeddings + shape.head + shape.norms
     assert global_parameters(shape, 32) - global_parameters(shape, 31) == touching

@@ -152,9 +152,12 @@ def test_a_masked_norm_is_that_of_the_kept_channels(kind):
 def stream_norms(model):
     residual = residual_of(model, Pieces(model, find_blocks(model)))
     norms = [
-        StreamNorm(n + 1, tap.module, tap.norm) for n, b in enumerate(residual.blocks) for s in b for tap in s.taps
+        StreamNorm(n + 1, norm.module, norm.formula)
+        for n, b in enumerate(residual.blocks)
+        for s in b
+        for norm in s.norms
     ]
-    return (*norms, StreamNorm(len(residual.blocks) + 1, residual.end.module, residual.end.norm))
+    return (*norms, StreamNorm(len(residual.blocks) + 1, residual.end.module, residual.end.formula))
 
 
 def test_gradients_reach_the_mask_of_the_stream_through_every_norm():

@@ -11,7 +11,7 @@ import transformers as hf
 from compressor.evaluation.model_loading import load_model
 from compressor.model.attention import choose_plain, plain_options, replaced_implementations
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.structure import class_of, config_of
+from compressor.model.model_class import class_of, config_of
 
 ASKED = {
     "absent": ({}, {}),

@@ -19,8 +19,8 @@ from compressor.engine.plan import make_plan
 from compressor.engine.sweep import _equal
 from compressor.errors import CompressError, ModelError
 from compressor.model.block_runner import Pieces
+from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.structure import find_blocks, read_structure
-from compressor.model.tracing import example_batch, make_twin
 from compressor.recipe.recipe import parse_recipe
 
 ROUTERS = {
@@ -195,13 +195,13 @@ def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):
 def test_every_stage_sees_what_a_plain_hook_on_the_model_sees(family, saved):
     """Each block is replayed several times, as stages are; the inputs of its products stay those of one whole run."""
     model = tiny.build(family)
-    twin = make_twin(type(model), model.config, torch.device("cpu"), torch.float32)
-    batch = example_batch(twin, torch.device("cpu"))
-    pieces = Pieces(twin, find_blocks(twin))
+    probe = make_probe_model(type(model), model.config, torch.device("cpu"), torch.float32)
+    batch = example_batch(probe, torch.device("cpu"))
+    pieces = Pieces(probe, find_blocks(probe))
     seen = {}
     linears = {
         name: module
-        for name, module in twin.named_modules()
+        for name, module in probe.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith(pieces.blocks_path + ".")
     }
 
@@ -215,7 +215,7 @@ def test_every_stage_sees_what_a_plain_hook_on_the_model_sees(family, saved):
     expected = {}
     done = noting(expected)
     with torch.no_grad():
-        twin(**batch)
+        probe(**batch)
     done()
     hidden, calls = pieces.stem(batch)
     done = noting(seen)
@@ -236,11 +236,11 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
     from compressor.engine.resumable_forward import Forgotten, Tape, advance, needs
 
     structure = read_structure(saved("gemma4_shared"))
-    twin = tiny.build("gemma4_shared")
-    for part in (twin.config, twin.config.get_text_config()):
+    probe = tiny.build("gemma4_shared")
+    for part in (probe.config, probe.config.get_text_config()):
         part.use_cache = False  # as the skeleton of a structure has it
-    pieces = Pieces(twin, structure.pieces.blocks_path)
-    structure.model, structure.pieces = twin, pieces
+    pieces = Pieces(probe, structure.pieces.blocks_path)
+    structure.model, structure.pieces = probe, pieces
     streams = []
     for seed in (0, 1):
         ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,8 @@ from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PassError
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.model_building import check_buffers, empty_on_meta, guarded, parse_config
-from compressor.model.structure import prove_by_replay, read_structure
+from compressor.model.replay_proof import prove_by_replay
+from compressor.model.structure import read_structure
 from compressor.recipe.recipe import parse_recipe
 
 RTN = parse_recipe(b"version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n")

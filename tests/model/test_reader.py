@@ -20,7 +20,9 @@ from compressor.engine.block_io import UnitSource, load_unit
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, ModelError, UsageError
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.structure import _config_and_class, bound_model, read_structure
+from compressor.model.empty_model import bound_model
+from compressor.model.model_class import config_and_class
+from compressor.model.structure import read_structure
 from compressor.model.weight_names import fill, read_parameter
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
@@ -64,7 +66,7 @@ QUICK = [
 def read_whole(directory):
     """The model as our reader fills it, all of it at once."""
     checkpoint = open_checkpoint(directory)
-    config, cls = _config_and_class(checkpoint, False)
+    config, cls = config_and_class(checkpoint, False)
     checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config)
     for name in bindings.sources:
         value = read_parameter(name, bindings, lambda t: checkpoint.read(t).to(bindings.dtype_of(t)), model)

@@ -15,8 +15,10 @@ from compressor.engine.block_io import UnitSource, load_unit
 from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.structure import class_of, find_blocks, prove_by_replay, prove_equal, read_structure
-from compressor.model.tracing import example_batch, make_twin
+from compressor.model.model_class import class_of
+from compressor.model.probe_model import example_batch, make_probe_model
+from compressor.model.replay_proof import prove_by_replay, prove_equal
+from compressor.model.structure import find_blocks, read_structure
 from compressor.model.weight_names import read_parameter
 
 GROUPS = {
@@ -186,9 +188,9 @@ def test_a_table_that_is_scaled_or_shifted_when_looked_up_is_no_weight(tmp_path)
     assert names == ["model.decoder.embed_tokens"]
 
 
-def test_a_twin_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
+def test_a_probe_that_memory_cannot_hold_is_refused_before_it_is_made(tmp_path):
     """As of two blocks of 256 experts each, which the system would end the process for."""
     config = hf.LlamaConfig(**{**tiny.COMMON, "intermediate_size": 1 << 40})
     with raises(PreflightError, where="LlamaForCausalLM") as failure:
-        make_twin(hf.LlamaForCausalLM, config, torch.device("cpu"), torch.float32)
+        make_probe_model(hf.LlamaForCausalLM, config, torch.device("cpu"), torch.float32)
     assert failure.value.data["needed"] > failure.value.data["available"] > 0

@@ -23,7 +23,8 @@ from compressor.data.tokenizing import load_tokenizer
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, CompressError, ModelError
 from compressor.evaluation.model_loading import load_model
-from compressor.model.structure import config_of, read_structure
+from compressor.model.model_class import config_of
+from compressor.model.structure import read_structure
 from compressor.model.trusted_code import auto_map, files_behind
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress

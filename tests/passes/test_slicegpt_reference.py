@@ -10,12 +10,13 @@ import slicegpt_reference as reference
 import tiny
 import torch
 
-from compressor.analysis.residual_stream import find_residual, residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.residual_stream import find_residual
 from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
 from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
 from compressor.model.block_runner import Pieces, output_of
+from compressor.model.probe_model import example_batch
 from compressor.model.structure import find_blocks
-from compressor.model.tracing import example_batch
 
 FAMILIES = ["llama", "qwen3", "gemma", "mixtral", "opt", "phi"]
 EPS = {"opt": {}, "phi": {"layer_norm_eps": 0.1}}  # so large that a wrong one would show; OPT's is fixed
@@ -26,7 +27,7 @@ def read(family):
     config = EPS.get(family, {"rms_norm_eps": 0.1})
     model = tiny.build(family, num_hidden_layers=3, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
-    twin = residual_twin(model, pieces)
+    twin = float64_probe_model(model, pieces)
     return twin, pieces.blocks_path, find_residual(twin, pieces.blocks_path)[0]
 
 
@@ -117,9 +118,9 @@ def test_one_dimension_less_loses_something_in_an_rms_norm_model(twin):
 def shaped(scales, model, residual):
     """Let everything that makes up the stream lie along fixed random directions, in the given strengths."""
     q = random_orthogonal(32, torch.Generator().manual_seed(2))
-    for writer in residual.writers():
-        parameter = model.get_parameter(writer.parameter)
-        parameter.copy_(rotate(parameter, (q * scales) @ q.t(), writer.axis))
+    for write in residual.writes():
+        parameter = model.get_parameter(write.parameter)
+        parameter.copy_(rotate(parameter, (q * scales) @ q.t(), write.axis))
 
 
 def test_a_stream_of_twenty_dimensions_needs_twenty(twin):
@@ -157,6 +158,6 @@ def test_the_sliced_model_has_as_many_parameters_as_predicted(family, twin):
     widths = uneven_widths(residual)
     predicted = per_site_parameters(stream_shape(residual, shapes), widths)
     sliced = reference.slice_model(pieces, residual, batch, widths)
-    norms = {tap.module for tap in residual.taps()}
+    norms = {norm.module for norm in residual.norms()}
     stored = sum(p.numel() for n, p in pieces.model.named_parameters() if n.rpartition(".")[0] not in norms)
     assert stored + sum(shortcut.numel() for shortcut in sliced.shortcuts) == predicted

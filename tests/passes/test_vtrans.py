@@ -201,7 +201,9 @@ def test_what_is_written_computes_what_the_masked_model_does(family, changes, tm
             columns = torch.ones(sum(map(len, site.columns)), dtype=torch.float64)
             for unit, mean in factors.items():
                 columns[list(site.columns[unit])] = mean
-            dense.get_submodule(site.reader).register_forward_pre_hook(lambda _m, args, c=columns: (args[0] * c,))
+            dense.get_submodule(site.output_projection).register_forward_pre_hook(
+                lambda _m, args, c=columns: (args[0] * c,)
+            )
         if decision["hidden"] is not None:
             stream = torch.zeros(32, dtype=torch.float64)
             stream[decision["hidden"]] = 1

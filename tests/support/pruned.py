@@ -21,10 +21,10 @@ from compressor.engine.block_view import Stream
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
-from compressor.model.facts import PrunableSite
+from compressor.model.facts import PrunableModule
+from compressor.model.probe_model import example_batch
 from compressor.model.redefined_structure import check_remodel
 from compressor.model.structure import Structure, read_structure
-from compressor.model.tracing import example_batch
 from compressor.protocol import Pass, Traits
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
@@ -64,7 +64,7 @@ class Pruned:
     model: Any
     before: Structure
     after: Structure
-    sites: tuple[PrunableSite, ...]
+    sites: tuple[PrunableModule, ...]
     facts: Any
     remodel: Any
     directory: Path
@@ -77,7 +77,7 @@ def opened(family: str, directory: Path, **config: Any) -> tuple[Structure, Any]
     return structure, facts_of(structure, 0)
 
 
-def middle(site: PrunableSite, less: int = 0) -> list[int]:
+def middle(site: PrunableModule, less: int = 0) -> list[int]:
     """Most units, without one in the middle and others, fewer where `less` is more."""
     gone = {site.units // 2 - 1, *range(site.units - less - 1, site.units - 1)} if site.units > 2 else {less % 2}
     return [unit for unit in range(site.units) if unit not in gone]
@@ -144,9 +144,9 @@ def masked_logits(pruned: Pruned, decision: dict[str, Any]) -> torch.Tensor:
         stack.enter_context(masked(pruned.dense, pruned.sites, decision))
         if decision.get("hidden") is not None:
             kept = torch.tensor(decision["hidden"])
-            for tap in pruned.facts.residual.taps():
-                module = pruned.dense.get_submodule(tap.module)
-                if tap.norm.kind == "rms":
+            for norm in pruned.facts.residual.norms():
+                module = pruned.dense.get_submodule(norm.module)
+                if norm.formula.kind == "rms":
                     stack.callback(module.register_forward_pre_hook(partial(_only, kept)).remove)
                 else:
                     stack.callback(module.register_forward_hook(partial(_over, kept)).remove)

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.analysis.branch_calls import branches_of
-from compressor.analysis.residual_stream import residual_of, residual_twin
+from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.residual_stream import residual_of
 from compressor.model.block_runner import Batch, Pieces
+from compressor.model.probe_model import example_batch, signature
 from compressor.model.residual_records import Residual
 from compressor.model.structure import find_blocks
-from compressor.model.tracing import example_batch, signature
 
 UNEVEN = [31, 24, 17, 8, 29, 20]
 
@@ -37,10 +38,10 @@ class Written:
 def norms_of(residual: Residual, widths: list[int]) -> dict[str, Any]:
     """An rms_norm for every norm on the stream; one width for each site, and one for the end."""
     sites = [site for block in residual.blocks for site in block]
-    taps = [(tap, width) for site, width in zip(sites, widths) for tap in site.taps]
+    norms = [(norm, width) for site, width in zip(sites, widths) for norm in site.norms]
     return {
-        tap.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": tap.norm.eps}, "shape": [width]}
-        for tap, width in [*taps, (residual.end, widths[-1])]
+        norm.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": norm.formula.eps}, "shape": [width]}
+        for norm, width in [*norms, (residual.end, widths[-1])]
     }
 
 
@@ -79,7 +80,7 @@ def taken_apart(family: str, **config: Any) -> tuple[Residual, dict[Any, Any]]:
     model = tiny.build(family, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
     residual = residual_of(model, pieces)
-    return residual, branches_of(residual_twin(model, pieces), pieces.blocks_path, residual)
+    return residual, branches_of(float64_probe_model(model, pieces), pieces.blocks_path, residual)
 
 
 def sliced(
@@ -114,8 +115,8 @@ def sliced(
     cut = reference.slice_model(pieces, residual, batch, widths, basis)
     logits = reference.run(cut, batch)[1]
     if project:
-        for writer in residual.stem:
-            model.get_parameter(writer.parameter).data = cut.whole.model.get_parameter(writer.parameter).data
+        for added in residual.stem:
+            model.get_parameter(added.parameter).data = cut.whole.model.get_parameter(added.parameter).data
     modules, shortcuts, at = norms_of(residual, widths), {}, 0
     for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):
         path = f"{pieces.blocks_path}.{index}"

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compressor.analysis.perturbation import InDouble, answering
-from compressor.analysis.rotation_proof import center_writers, fold_tap
+from compressor.analysis.rotation_proof import center_writes, fold_norm
 from compressor.methods.rotation.rotation import Covariance, pca, rotate
 from compressor.model.block_runner import Batch, Call, Pieces
-from compressor.model.residual_records import Residual, ResidualSite
+from compressor.model.residual_records import Residual, ResidualSublayer
 
 Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D, D)
 
 
 @dataclass
 class Sliced:
-    """The twin with its matrices cut, and what its own forward doesn't have.
+    """The probe model with its matrices cut, and what its own forward doesn't have.
 
     whole      the model before it was cut; its head is still that of the sliced one
     shortcuts  one (w_k, w_k+1) for each site, beside its branches
@@ -75,7 +75,7 @@ def normed(x: Tensor, width: int, eps: float) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) / width + eps).sqrt()
 
 
-def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSite, Any]]:
+def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSublayer, Any]]:
     return [
         (site, branch)
         for block, call, sites in zip(model.blocks, calls, residual.blocks)
@@ -84,10 +84,10 @@ def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[
 
 
 def fold(model: nn.Module, residual: Residual) -> None:
-    for tap in residual.taps():
-        fold_tap(model, tap)
+    for norm in residual.norms():
+        fold_norm(model, norm)
     if residual.kind == "layer":
-        center_writers(model, residual.writers())
+        center_writes(model, residual.writes())
 
 
 def cut(model: nn.Module, edges: Sequence[Any], columns: Tensor) -> None:
@@ -114,16 +114,16 @@ def slice_model(
         cut(model, residual.stem, q[:, : widths[0]])
         for index, (site, branch) in enumerate(sites):
             kept = q[:, : widths[index]]  # (D, w)
-            for tap in site.taps:
-                cut(model, tap.readers, kept)
+            for norm in site.norms:
+                cut(model, norm.consumers, kept)
             x_sliced = x @ kept
             # back to the original basis for now: the next rotation depends on what comes out here
-            x = x_sliced @ kept.t() + branch(normed(x_sliced, width, site.taps[0].norm.eps))
+            x = x_sliced @ kept.t() + branch(normed(x_sliced, width, site.norms[0].formula.eps))
             last = index == len(sites) - 1
             q = torch.eye(width, dtype=torch.float64) if last else basis(x)
             following = q[:, : widths[index + 1]]
             sliced.shortcuts.append(kept.t() @ following)
-            cut(model, site.writers, following)
+            cut(model, site.writes, following)
     sliced.carried = x
     return sliced
 
@@ -134,10 +134,10 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
     with InDouble(), torch.no_grad():
         x, calls = sliced.pieces.stem(batch)
         for (site, branch), shortcut in zip(all_sites(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
-            x = x @ shortcut + branch(normed(x, width, site.taps[0].norm.eps))
+            x = x @ shortcut + branch(normed(x, width, site.norms[0].formula.eps))
         end = sliced.residual.end
         last = {end.module: sliced.whole.model.get_submodule(end.module)}
-        with answering(last, {end.module: lambda h: normed(h, width, end.norm.eps)}):
+        with answering(last, {end.module: lambda h: normed(h, width, end.formula.eps)}):
             sliced.whole.answers = sliced.pieces.answers  # the head runs alone
             return x, sliced.whole.head(batch, x)
 
@@ -152,5 +152,5 @@ def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Seque
         x, calls = pieces.stem(batch)
         for (site, branch), kept in zip(all_sites(pieces, residual, calls), bases, strict=True):
             x = x @ kept @ kept.t()
-            x = x + branch(normed(x, residual.width, site.taps[0].norm.eps))
-        return pieces.model.get_output_embeddings()(normed(x, residual.width, residual.end.norm.eps))
+            x = x + branch(normed(x, residual.width, site.norms[0].formula.eps))
+        return pieces.model.get_output_embeddings()(normed(x, residual.width, residual.end.formula.eps))

@@ -12,7 +12,7 @@ from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.stock_formats import module_of
 from compressor.methods.quantization.packed_codes import store
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
-from compressor.model.tracing import example_batch
+from compressor.model.probe_model import example_batch
 
 
 class Shelf:
@@ -58,10 +58,10 @@ def assert_plain_transformers_computes_what_the_codes_stand_for(plan, artifact, 
     cls = type(plan.structure.model)
     stock, info = cls.from_pretrained(artifact, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    twin = cls.from_pretrained(plan.structure.checkpoint.directory)
+    probe = cls.from_pretrained(plan.structure.checkpoint.directory)
     for module, layer in layers.items():
-        twin.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
-    inputs = example_batch(twin, torch.device("cpu"))
+        probe.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
+    inputs = example_batch(probe, torch.device("cpu"))
     with torch.no_grad():
-        first, second, expected = stock(**inputs)[0], stock(**inputs)[0], twin(**inputs)[0]
+        first, second, expected = stock(**inputs)[0], stock(**inputs)[0], probe(**inputs)[0]
     assert torch.equal(first, expected) and torch.equal(second, expected)

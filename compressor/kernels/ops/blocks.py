@@ -2,7 +2,7 @@
 
 A block of `rows` x `columns` neighbours shares one scale: the power of two 2**e ("shift"), stored as its exponent, or a
 float16 number. Codes are symmetric, -q .. q with q = 2**(bits - 1) - 1. Blocks at the right and lower edge may be
-smaller. These functions are copied by source into the modelling file of a custom artifact, so they use torch alone.
+smaller. These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
 """
 
 from __future__ import annotations

@@ -7,14 +7,11 @@ decoding has one for each sequence, and a language model's head is read whole fo
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.kernels.ops.checks import check_call, refuse
 from compressor.kernels.ops.linear import DTYPES, cpu_library, threads_for
 from compressor.kernels.ops.registry import register
-from compressor.kernels.ops.watched import is_watched
-from compressor.kernels.prepare.dispatch import Choice
 
 # Rows up to which it is faster than torch 2.13, measured on Zen 4 at 8192 x 768 and 4096 x 4096 (docs/benchmarks.md)
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 64}
@@ -62,31 +59,3 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 register("linear_dense", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_dense, _fake)
-
-
-class PreparedDense(nn.Linear):
-    """A linear layer that stays dense, of a model whose others are prepared: it multiplies few rows by `linear_dense`.
-
-    Its parameters are those of the layer that was there, so a weight that is tied stays tied. Many rows, a product that
-    wants a gradient, autocast and compiled graphs are torch's.
-    """
-
-    def __init__(self, layer: nn.Linear, choice: Choice) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.train(layer.training)
-        self.choice, self.form = choice, "dense"
-        self.words = f"dense {str(layer.weight.dtype).removeprefix('torch.')}"
-
-    def _is_ours(self, x: Tensor) -> bool:
-        weight = self.weight
-        if is_watched(x) or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
-            return False
-        if torch.is_autocast_enabled("cpu") or x.shape[:-1].numel() > MOST_ROWS.get(x.dtype, 0):
-            return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._is_ours(x):
-            return linear_dense(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)

@@ -16,7 +16,7 @@ from compressor.kernels.cuda import gptq_solve as on_cuda
 from compressor.kernels.ops.checks import check_call, check_cuda_call, refuse
 from compressor.kernels.ops.gptq_columns import Columns, round_columns
 from compressor.kernels.ops.registry import register, register_cuda
-from compressor.kernels.prepare.selftest import tried_library
+from compressor.kernels.prepared.selftest import tried_library
 
 NAME = "gptq_solve_"
 

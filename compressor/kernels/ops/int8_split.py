@@ -1,6 +1,6 @@
 """The arithmetic of LLM.int8(), in plain torch: rows rounded to int8, an exact integer product, columns set apart.
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone.
+These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
 """
 
 from __future__ import annotations

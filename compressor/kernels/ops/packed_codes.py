@@ -1,6 +1,6 @@
 """Packing and unpacking of integer codes, in plain torch. Layout: docs/format.md, "Packed codes".
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone.
+These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
 """
 
 from __future__ import annotations

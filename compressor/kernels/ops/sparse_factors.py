@@ -1,6 +1,6 @@
 """Which entries of a row are stored, as packed bits, and the product with a matrix of so few entries, in plain torch.
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone.
+These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Functions read from a table, by the compiled library.
 
 Importing this module registers torch.ops.compressor.table_lookup and table_inverse_root. The same in plain torch:
-`look_up`, `activate` with slopes, and `inverse_root` of `compressor.kernels.ops.tables`.
+`look_up`, `activate` with slopes, and `inverse_root` of `compressor.kernels.ops.lookup_tables`.
 """
 
 from __future__ import annotations

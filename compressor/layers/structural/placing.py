@@ -34,7 +34,7 @@ def reshape(
 ) -> None:
     """Give a fresh model these shapes and layers, in place. New parameters are random, and wait to be loaded.
 
-    What lies in a block that the model doesn't have (a twin has few) is skipped.
+    What lies in a block that the model doesn't have (a probe model has few) is skipped.
 
     forms   name of a structural form -> its class
     raises  ModelError naming a parameter or module that the model doesn't have, or a shape it can't take

@@ -2,9 +2,9 @@
 
     y = x / sqrt(sum(x²) / D + eps)
 
-D is the *original* width of the residual stream (Ashkboos et al. 2024, arXiv 2401.15024), so that a stream turned by an
-orthogonal matrix and cut to its first d values is scaled as the whole one was. A divisor of d loads as well and gives a
-slightly wrong model, hence it is stored. Sums are taken in float32. No tensors.
+D is the *original* width of the residual stream (Ashkboos et al. 2024, arXiv 2401.15024), so that a stream rotated by
+an orthogonal matrix and cut to its first d values is scaled as the whole one was. A divisor of d loads as well and
+gives a slightly wrong model, hence it is stored. Sums are taken in float32. No tensors.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PassError
 from compressor.lazy import torch
+from compressor.methods.divergence import divergence_terms
 from compressor.methods.pruning.size_budget import STREAM
 
 if TYPE_CHECKING:
@@ -279,8 +280,7 @@ def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
 
 
 def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    logs = found.log_softmax(-1), wanted.log_softmax(-1)
-    return torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).flatten(1).sum(1)
+    return divergence_terms(wanted, found).flatten(1).sum(1)
 
 
 def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from typing import Literal
 
 from compressor.methods.pruning.pruned_shapes import stream_edges
 from compressor.methods.pruning.size_budget import Part, Size
-from compressor.model.facts import ModelFacts, PrunableSite
+from compressor.model.facts import ModelFacts, PrunableModule
 
 
 def model_size(
     facts: ModelFacts,
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     *,
     measure: Literal["parameters", "flops"],
     of: Literal["blocks", "model"],
@@ -29,7 +29,7 @@ def model_size(
     """
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
-    heads = facts.residual.end.readers if (of, measure) == ("model", "flops") else ()
+    heads = facts.residual.end.consumers if (of, measure) == ("model", "flops") else ()
     multiplied = {reader.parameter for reader in heads}
     rest: dict[str, int] = {}  # parameter -> entries that no unit owns
     for name, shape in facts.shapes.items():
@@ -51,7 +51,7 @@ def model_size(
             else:
                 unit += entries
         if measure == "flops" and site.kind == "heads":
-            unit += 2 * tokens * site.layout["head_dim"] * site.layout["query_heads"]
+            unit += 2 * tokens * site.layout.head_dim * site.layout.query_heads
         parts.append(Part(site.name, site.kind, site.block, site.units, unit, per_width, _beside(facts, site, rest)))
     fixed = sum(count for name, count in rest.items() if name not in along)
     if not narrows:
@@ -61,9 +61,9 @@ def model_size(
     return Size(tuple(parts), fixed, width, per_channel)
 
 
-def _beside(facts: ModelFacts, site: PrunableSite, rest: Mapping[str, int]) -> int:
+def _beside(facts: ModelFacts, site: PrunableModule, rest: Mapping[str, int]) -> int:
     """What a `removed` layer takes away beside the units; its bias stays."""
-    paths = [f"{entry['path']}." for entry in site.layout["removal"] or ()]
+    paths = [f"{entry.path}." for entry in site.layout.removal or ()]
     gone = [name for name in rest if any(name.startswith(path) for path in paths)]
-    stays = rest.get(site.bias or "", 0) if any(entry["adds"] for entry in site.layout["removal"] or ()) else 0
+    stays = rest.get(site.bias or "", 0) if any(entry.adds for entry in site.layout.removal or ()) else 0
     return sum(rest[name] for name in gone) - stays

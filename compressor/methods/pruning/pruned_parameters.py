@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from compressor.lazy import torch
 from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_units
 from compressor.methods.pruning.reconstruction import Batches, Repair, repair
-from compressor.model.facts import Decision, PrunableSite
+from compressor.model.facts import Decision, PrunableModule
 from compressor.model.residual_records import Residual
 from compressor.protocol import StreamSite
 
@@ -25,7 +25,7 @@ def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Te
 
 def prune(
     site: StreamSite,
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     *,
     factors: Mapping[str, Sequence[float]] | None = None,
@@ -63,7 +63,7 @@ def prune(
             offset, factor = gains[name]
             value = (offset + value) * factor - offset
         if residual is not None and is_stock and site.index < 0:
-            value = value * _table_factor(name, residual, decision)
+            value = value * _embedding_factor(name, residual, decision)
         if shapes.get(name, ()) is not None:
             site.write(name, value)
     for s in own:
@@ -82,7 +82,7 @@ class _Reader:
 
 
 def _new_reader(
-    site: StreamSite, s: PrunableSite, decision: Decision, factors: Sequence[float] | None, ridge: float | None
+    site: StreamSite, s: PrunableModule, decision: Decision, factors: Sequence[float] | None, ridge: float | None
 ) -> _Reader | None:
     units = kept_units(s, decision)
     is_cut = len(units) < s.units
@@ -98,7 +98,7 @@ def _new_reader(
     values: dict[str, torch.Tensor] = {}
     found = None
     if is_cut and ridge is not None:
-        batches = Batches(lambda: site.inputs(s.reader), len(site.states()))
+        batches = Batches(lambda: site.inputs(s.output_projection), len(site.states()))
         assert batches.count, "the remodel doesn't follow, so there are no inputs to solve for"
         found = repair(matrix, columns, plain, batches, ridge, s.bias is not None)
         plain = found.weight
@@ -109,16 +109,16 @@ def _new_reader(
     return _Reader(values, found)
 
 
-def _is_new(name: str, sites: Sequence[PrunableSite], decision: Decision) -> bool:
+def _is_new(name: str, sites: Sequence[PrunableModule], decision: Decision) -> bool:
     """Whether a parameter is the bias of a `removed` layer."""
     return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in sites))
 
 
-def _left_bias(site: PrunableSite, decision: Decision) -> str | None:
+def _left_bias(site: PrunableModule, decision: Decision) -> str | None:
     """Path of the `removed` layer that keeps the bias of a sub-block of which nothing else stays."""
     if kept_units(site, decision):
         return None
-    return next(entry["path"] for entry in site.layout["removal"] if entry["adds"])
+    return next(entry.path for entry in site.layout.removal or () if entry.adds)
 
 
 def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | None:
@@ -127,7 +127,7 @@ def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | Non
         return site.index
     if residual is None or name.startswith(site.path.rpartition(".")[0] + "."):
         return None
-    return -1 if any(writer.parameter == name for writer in residual.stem) else len(residual.blocks)
+    return -1 if any(write.parameter == name for write in residual.stem) else len(residual.blocks)
 
 
 def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
@@ -135,12 +135,14 @@ def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, flo
     if residual.kind == "layer":
         return {}
     factor = (residual.width / len(decision["hidden"])) ** 0.5
-    return {f"{tap.module}.weight": (tap.norm.offset, factor) for tap in residual.taps() if tap.norm.has_weight}
+    return {
+        f"{norm.module}.weight": (norm.formula.offset, factor) for norm in residual.norms() if norm.formula.has_weight
+    }
 
 
-def _table_factor(name: str, residual: Residual, decision: Decision) -> float:
-    """A class that multiplies its table by the root of its width now does so by less."""
-    for writer in residual.stem:
-        if writer.parameter == name and writer.scale is not None and is_root(writer.scale, residual.width):
+def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
+    """A class that multiplies its embedding by the root of its width now does so by less."""
+    for write in residual.stem:
+        if write.parameter == name and write.scale is not None and is_root(write.scale, residual.width):
             return (residual.width / len(decision["hidden"])) ** 0.5
     return 1.0

@@ -6,16 +6,16 @@ What can go was found by `compressor.analysis.prunable_units`; what goes is a De
     hidden   indices of the residual stream that stay, or null: all of them
     removed  names of sites of which nothing stays; the same as an empty list under `sites`
 
-The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with
-the inputs of the readers (`PrunableSite.reader`) multiplied by 0 at the columns that went. Of the residual stream that
-is so with norms that see only what is kept:
+The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with the
+inputs of the output projections (`PrunableModule.output_projection`) multiplied by 0 at the columns that went. Of the
+residual stream that is so with norms that see only what is kept:
 
     RMSNorm    sum(x²)/D + eps over D values, of which d are left, is d/D (sum(x²)/d + eps D/d): gain times sqrt(D/d),
                eps times D/d
     LayerNorm  mean and variance over the kept values; the gain and the shift stay
 
 Where config.json can say all of it (the same number in every block, found to hold by `prunable_units`), the result
-is a model of its own class. Else the modelling file has it: shapes one by one, attributes where attention counts its
+is a model of its own class. Else the modeling file has it: shapes one by one, attributes where attention counts its
 heads, and a `removed` layer where nothing is left of a sub-block.
 """
 
@@ -28,8 +28,9 @@ from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
-from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableSite, Remodel
-from compressor.model.residual_records import Residual, Tap
+from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Remodel
+from compressor.model.module_names import is_inside
+from compressor.model.residual_records import Residual, ResidualNorm
 
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
@@ -37,13 +38,13 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the strea
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def kept_units(site: PrunableSite, decision: Decision) -> tuple[int, ...]:
+def kept_units(site: PrunableModule, decision: Decision) -> tuple[int, ...]:
     if site.name in decision.get("removed", ()):
         return ()
     return tuple(decision["sites"].get(site.name, range(site.units)))
 
 
-def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str = "decision") -> None:
+def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
     """raises PreflightError for a site that there isn't, units it doesn't have, or one that has to stay"""
     known = {site.name: site for site in sites}
     named = [*decision["sites"], *decision.get("removed", ())]
@@ -63,7 +64,7 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
                 hint="Choose again for this model.",
                 data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
             )
-        if not kept and site.layout["removal"] is None:
+        if not kept and site.layout.removal is None:
             raise PreflightError(
                 "nothing of this sub-block would stay, and no layer can take its place",
                 where=site.name,
@@ -73,11 +74,11 @@ def check_decision(sites: Sequence[PrunableSite], decision: Decision, where: str
 
 
 def pruned_remodel(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "auto"
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
 ) -> Remodel:
     """The definition of the pruned model.
 
-    export  stock: a model of the same class or an error; custom: the modelling file, also where a stock model would do
+    export  stock: a model of the same class or an error; custom: the modeling file, also where a stock model would do
     raises  PreflightError for a decision that doesn't fit the model, or a stock model that can't be
     """
     check_decision(sites, decision)
@@ -104,7 +105,7 @@ def pruned_remodel(
 
 
 def pruned_shapes(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, gone: Sequence[int] = ()
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, gone: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
     """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named.
 
@@ -120,18 +121,18 @@ def pruned_shapes(
         if kept_units(site, decision) or site.block in gone:
             continue
         bias = shapes.get(site.bias, facts.shapes[site.bias]) if site.bias else None
-        for entry in site.layout["removal"]:
-            inside = entry["path"] + "."
+        for entry in site.layout.removal or ():
+            inside = entry.path + "."
             shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(inside))
-            if entry["adds"] and bias:
-                shapes[f"{entry['path']}.bias"] = bias
+            if entry.adds and bias:
+                shapes[f"{entry.path}.bias"] = bias
     for block in gone:
         shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
 
 
 def parameters_left(
-    facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision, export: Export = "custom"
+    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "custom"
 ) -> int:
     """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly.
 
@@ -142,15 +143,15 @@ def parameters_left(
     return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
 
 
-def dropped_blocks(sites: Sequence[PrunableSite], decision: Decision) -> tuple[int, ...]:
+def dropped_blocks(sites: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
     """Blocks that do nothing any more, so that a model without them computes the same."""
-    left = {site.block for site in sites if kept_units(site, decision) or not site.layout["vanishes"]}
+    left = {site.block for site in sites if kept_units(site, decision) or not site.layout.vanishes}
     return tuple(sorted({site.block for site in sites} - left))
 
 
 def kept_slices(
     shapes: Mapping[str, Sequence[int]],
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     residual: Residual | None,
 ) -> Kept:
@@ -174,17 +175,17 @@ def kept_slices(
 
 def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:
     """Every parameter along the residual stream and the axis that lies along it."""
-    for tap in residual.taps():
-        yield from ((f"{tap.module}.{leaf}", 0) for leaf, has in _leaves(tap) if has)
-        yield from ((reader.parameter, reader.axis) for reader in tap.readers)
-    yield from ((writer.parameter, writer.axis) for writer in residual.writers())
+    for norm in residual.norms():
+        yield from ((f"{norm.module}.{leaf}", 0) for leaf, has in _leaves(norm) if has)
+        yield from ((consumer.parameter, consumer.axis) for consumer in norm.consumers)
+    yield from ((write.parameter, write.axis) for write in residual.writes())
 
 
-def _leaves(tap: Tap) -> tuple[tuple[str, bool], ...]:
-    return (("weight", tap.norm.has_weight), ("bias", tap.norm.has_bias))
+def _leaves(norm: ResidualNorm) -> tuple[tuple[str, bool], ...]:
+    return (("weight", norm.formula.has_weight), ("bias", norm.formula.has_bias))
 
 
-def _reads_width(facts: ModelFacts, sites: Sequence[PrunableSite]) -> int:
+def _reads_width(facts: ModelFacts, sites: Sequence[PrunableModule]) -> int:
     """The stream's width: what a reader gives back to it."""
     if not sites:
         return facts.residual.width
@@ -199,7 +200,7 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 # a stock model
 
 
-def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> Remodel | str:
+def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Remodel | str:
     """The model of the same class, or why there is none."""
     gone = dropped_blocks(sites, decision)
     stay = [site for site in sites if site.block not in gone]
@@ -231,7 +232,7 @@ def _stock(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision)
     return facts.fits(remodel) or remodel
 
 
-def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     """What config.json says of how many units of one kind every block has, or why it can't."""
     counts = {len(kept_units(site, decision)) for site in sites}
     if all(len(kept_units(site, decision)) == site.units for site in sites):
@@ -242,14 +243,14 @@ def _kind_config(sites: Sequence[PrunableSite], decision: Decision) -> dict[str,
     if len(counts) > 1:
         kind = sites[0].kind
         return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
-    keys = sites[0].layout["config"]
+    keys = sites[0].layout.config
     if keys is None:
         kind = sites[0].kind
         return Because(f"its config doesn't say how many {kind} there are", reason="count-not-in-config", kind=kind)
-    return {key: number * next(iter(counts)) for key, number in keys["per_unit"].items()} | keys["fixed"]
+    return keys.of(next(iter(counts)))
 
 
-def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: Decision) -> dict[str, Any] | str:
+def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     residual, kept = facts.residual, len(decision["hidden"])
     width = residual.width
     key = next((key for key in WIDTH_KEYS if facts.config.get(key) == width), None)
@@ -262,16 +263,16 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableSite], decision: D
             return "its config doesn't say what eps its norms have"
         if not sites:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
-        if any(site.layout["has_norms"] for site in sites):
+        if any(site.layout.has_norms for site in sites):
             return Because(
                 f"norms inside its blocks have the same {keys[0]} as those of the stream",
                 reason="eps-of-other-norms",
                 key=keys[0],
             )
-        if not all(tap.norm.has_weight for tap in residual.taps()):
+        if not all(norm.formula.has_weight for norm in residual.norms()):
             return "its norms have no gain that could take the factor of a narrower stream"
-        config |= {key: residual.end.norm.eps * width / kept for key in keys}
-    scaled = [writer for writer in residual.stem if writer.scale is not None and is_root(writer.scale, width)]
+        config |= {key: residual.end.formula.eps * width / kept for key in keys}
+    scaled = [write for write in residual.stem if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
         return "its table is scaled by the width of the stream and shared with the head"
     heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
@@ -285,12 +286,12 @@ def is_root(scale: float, width: int) -> bool:
     return width > 1 and abs(scale - width**0.5) < 1e-2
 
 
-# a model of the modelling file
+# a model of the modeling file
 
 
 def _custom(
     facts: ModelFacts,
-    sites: Sequence[PrunableSite],
+    sites: Sequence[PrunableModule],
     decision: Decision,
     shapes: dict[str, tuple[int, ...] | None],
     why: str | None,
@@ -298,12 +299,12 @@ def _custom(
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
     said: dict[str, Any] = {}
     for kind in KINDS:  # what the class can't take block by block it may take from the config
-        alike = [site for site in sites if site.kind == kind and site.layout["per_layer"]]
+        alike = [site for site in sites if site.kind == kind and site.layout.per_layer]
         found = _kind_config(alike, decision)
         partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
         if isinstance(found, str) and partly:
             raise PreflightError(
-                f"blocks can't differ in their number of {kind} ({partly[0].layout['per_layer']}), and {why}",
+                f"blocks can't differ in their number of {kind} ({partly[0].layout.per_layer}), and {why}",
                 where=partly[0].name,
                 hint="Prune every block alike.",
                 data={"reason": "blocks-differ", "kind": kind},
@@ -312,15 +313,15 @@ def _custom(
     for site in sites:
         units = len(kept_units(site, decision))
         if not units:
-            modules = _without(modules, [entry["path"] for entry in site.layout["removal"]])
-            modules |= removed_modules(site, facts.shapes[f"{site.reader}.weight"][1 - site.cuts[0].axis])
-        elif units < site.units and not site.layout["per_layer"]:
+            modules = _without(modules, [entry.path for entry in site.layout.removal or ()])
+            modules |= removed_modules(site, facts.shapes[f"{site.output_projection}.weight"][1 - site.cuts[0].axis])
+        elif units < site.units and not site.layout.per_layer:
             for path, module in resized_modules(site, units).items():
                 before = modules.get(path, module)["spec"]["attributes"]
                 modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
     if _narrows(facts, decision):
-        for tap in facts.residual.taps():
-            modules |= _narrow_norm(tap, facts.residual.width, len(decision["hidden"]))
+        for norm in facts.residual.norms():
+            modules |= _narrow_norm(norm, facts.residual.width, len(decision["hidden"]))
         modules = _narrow_removed(modules, facts, len(decision["hidden"]))
     held = {name: list(shape) for name, shape in shapes.items() if shape is not None and not _is_in(name, modules)}
     for name, owner in facts.tied.items():
@@ -332,22 +333,22 @@ def _custom(
     return Remodel({**said, **own}, dict(shapes))
 
 
-def removed_modules(site: PrunableSite, width: int) -> dict[str, Any]:
+def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:
     """What takes the place of a sub-block of which nothing stays; `width` is that of its reader's output."""
     modules = {}
-    for entry in site.layout["removal"]:
+    for entry in site.layout.removal or ():
         spec = {
-            "returns": entry["returns"],
-            "layer": entry["layer"],
-            "has_bias": bool(entry["adds"] and site.bias is not None),
+            "returns": entry.returns,
+            "layer": entry.layer,
+            "has_bias": bool(entry.adds and site.bias is not None),
             "of": site.kind,
         }
-        shape = [width if entry["adds"] else 0]
-        modules[entry["path"]] = {"form": "removed", "spec": spec, "shape": shape}
+        shape = [width if entry.adds else 0]
+        modules[entry.path] = {"form": "removed", "spec": spec, "shape": shape}
     return modules
 
 
-def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
+def resized_modules(site: PrunableModule, units: int) -> dict[str, Any]:
     """What modules that count heads need to be told."""
     return {
         path: {
@@ -355,17 +356,13 @@ def resized_modules(site: PrunableSite, units: int) -> dict[str, Any]:
             "spec": {"attributes": {name: number * units for name, number in numbers.items()}},
             "shape": [],
         }
-        for path, numbers in site.layout["attributes"].items()
+        for path, numbers in site.layout.attributes.items()
         if numbers
     }
 
 
 def _without(modules: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    return {name: entry for name, entry in modules.items() if not any(_inside(name, path) for path in paths)}
-
-
-def _inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")
+    return {name: entry for name, entry in modules.items() if not any(is_inside(name, path) for path in paths)}
 
 
 def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
@@ -373,20 +370,24 @@ def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
     return any(entry["form"] == "removed" and name == f"{path}.bias" for path, entry in modules.items())
 
 
-def _narrow_norm(tap: Tap, width: int, kept: int) -> dict[str, Any]:
-    if not tap.norm.has_weight:
-        divisor = tap.norm.divisor or width
-        if tap.norm.kind == "layer":
+def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
+    if not norm.formula.has_weight:
+        divisor = norm.formula.divisor or width
+        if norm.formula.kind == "layer":
             raise PreflightError(
                 "this LayerNorm has no gain, and no layer computes it over fewer values",
-                where=tap.module,
+                where=norm.module,
                 hint="Keep all.",
             )
-        return {tap.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": tap.norm.eps}, "shape": [kept]}}
-    if tap.norm.kind == "layer":
+        return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
+    if norm.formula.kind == "layer":
         return {}
     return {
-        tap.module: {"form": "resized", "spec": {"attributes": {}, "eps": tap.norm.eps * width / kept}, "shape": []}
+        norm.module: {
+            "form": "resized",
+            "spec": {"attributes": {}, "eps": norm.formula.eps * width / kept},
+            "shape": [],
+        }
     }
 
 

@@ -2,8 +2,8 @@
 
 An RMSNorm without gain commutes with an orthogonal map, rms(x Q) = rms(x) Q (Ashkboos et al. 2024, arXiv 2401.15024,
 section 3.1). Whatever touches the stream touches it along one axis of a parameter: the input axis of a matrix that
-reads it, the output axis of one that adds to it, the last axis of a table, the only axis of a bias. So one function,
-`rotate`, turns all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
+reads it, the output axis of one that adds to it, the last axis of an embedding, the only axis of a bias. So one
+function, `rotate`, rotates all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from compressor.lazy import torch
 
 if TYPE_CHECKING:
     from compressor.model.facts import ModelFacts
-    from compressor.model.residual_records import Tap, Writer
+    from compressor.model.residual_records import ResidualNorm, ResidualWrite
     from compressor.protocol import StreamSite
 
 # eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); far above that is a failure
 ORTHOGONAL_TOLERANCE = 1e-12
 
 
-def fold_gain(reader: torch.Tensor, gain: torch.Tensor, axis: int) -> torch.Tensor:
+def fold_gain(matrix: torch.Tensor, gain: torch.Tensor, axis: int) -> torch.Tensor:
     """W diag(g): the gain of a norm moved into a matrix that reads its output.
 
-    reader  any shape, with `axis` along the norm's output
-    gain    (reader.shape[axis],), the whole factor: 1 + weight where a family stores it less one
+    matrix  any shape, with `axis` along the norm's output
+    gain    (matrix.shape[axis],), the whole factor: 1 + weight where a family stores it less one
     """
-    return reader * _along(gain, axis, reader.dim())
+    return matrix * _along(gain, axis, matrix.dim())
 
 
-def fold_shift(reader: torch.Tensor, shift: torch.Tensor, axis: int) -> torch.Tensor:
-    """W c: what to add to the reader's bias in place of a norm's shift c. W must not have the gain folded in yet.
+def fold_shift(matrix: torch.Tensor, shift: torch.Tensor, axis: int) -> torch.Tensor:
+    """W c: what to add to the matrix's bias in place of a norm's shift c. W must not have the gain folded in yet.
 
-    returns  reader's shape without `axis`
+    returns  the matrix's shape without `axis`
     """
-    return reader.movedim(axis, -1) @ shift
+    return matrix.movedim(axis, -1) @ shift
 
 
-def center(writer: torch.Tensor, axis: int) -> torch.Tensor:
+def center(matrix: torch.Tensor, axis: int) -> torch.Tensor:
     """Subtract the mean along `axis`, so that what is added to the stream has mean zero over its width.
 
     Makes LayerNorm an RMSNorm. Of an RMSNorm model it would change the function, so it is for LayerNorm models alone.
     """
-    return writer - writer.mean(axis, keepdim=True)
+    return matrix - matrix.mean(axis, keepdim=True)
 
 
 def rotate(tensor: torch.Tensor, q: torch.Tensor, axis: int) -> torch.Tensor:
@@ -196,8 +196,8 @@ def _dct(m: int) -> torch.Tensor:
 def untied_head(
     model: ModelFacts,
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...] | None], tuple[str, ...]]:
-    """(config, shapes, notes) of a Remodel in which the head has weights of its own, where it shared the table's."""
-    shared = [reader.parameter for reader in model.residual.end.readers if reader.parameter in model.tied]
+    """(config, shapes, notes) of a Remodel in which the head has weights of its own, where it shared them."""
+    shared = [consumer.parameter for consumer in model.residual.end.consumers if consumer.parameter in model.tied]
     if not shared:
         return {}, {}, ()
     count = sum(prod(model.shapes[name]) for name in shared)
@@ -205,29 +205,29 @@ def untied_head(
     return {"tie_word_embeddings": False}, {name: model.shapes[name] for name in shared}, (note,)
 
 
-def turn(site: StreamSite, q: torch.Tensor) -> None:
+def rotate_part(site: StreamSite, q: torch.Tensor) -> None:
     """Rotate every parameter of the unit along the stream.
 
     q  (D, d) float64: the whole orthogonal matrix, or the columns that are kept
     """
     if site.index < 0:
-        turn_writers(site, site.residual.stem, q)
+        rotate_writes(site, site.residual.stem, q)
     for stream in site.sites:
-        for tap in stream.taps:
-            turn_readers(site, tap, q)
-        turn_writers(site, stream.writers, q)
+        for norm in stream.norms:
+            rotate_consumers(site, norm, q)
+        rotate_writes(site, stream.writes, q)
     if site.index == len(site.residual.blocks):
-        turn_readers(site, site.residual.end, q)
+        rotate_consumers(site, site.residual.end, q)
 
 
-def turn_readers(site: StreamSite, tap: Tap, q: torch.Tensor) -> None:
-    for reader in tap.readers:
-        site.write(reader.parameter, rotate(site.read(reader.parameter), q, reader.axis))
+def rotate_consumers(site: StreamSite, norm: ResidualNorm, q: torch.Tensor) -> None:
+    for consumer in norm.consumers:
+        site.write(consumer.parameter, rotate(site.read(consumer.parameter), q, consumer.axis))
 
 
-def turn_writers(site: StreamSite, writers: tuple[Writer, ...], q: torch.Tensor) -> None:
-    for writer in writers:
-        site.write(writer.parameter, rotate(site.read(writer.parameter), q, writer.axis))
+def rotate_writes(site: StreamSite, writes: tuple[ResidualWrite, ...], q: torch.Tensor) -> None:
+    for write in writes:
+        site.write(write.parameter, rotate(site.read(write.parameter), q, write.axis))
 
 
 def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> tuple[torch.Tensor, int]:
@@ -237,8 +237,8 @@ def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> 
     """
     total, tokens = None, 0
     for site in sites:
-        for tap in taps_of(site):
-            covariance = tap_covariance(site, tap, normalised)
+        for norm in norms_of(site):
+            covariance = norm_covariance(site, norm, normalised)
             scaled = of_trace_one(covariance.matrix)
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head
@@ -250,17 +250,17 @@ def of_trace_one(matrix: torch.Tensor) -> torch.Tensor:
     return matrix / (float(matrix.trace()) or 1.0)
 
 
-def taps_of(site: StreamSite) -> list[Tap]:
+def norms_of(site: StreamSite) -> list[ResidualNorm]:
     """A norm for each place of the unit where the stream is read; of the head the last norm."""
     is_head = site.index == len(site.residual.blocks)
-    return [stream.taps[0] for stream in site.sites] + ([site.residual.end] if is_head else [])
+    return [stream.norms[0] for stream in site.sites] + ([site.residual.end] if is_head else [])
 
 
-def tap_covariance(site: StreamSite, tap: Tap, normalised: bool) -> Covariance:
+def norm_covariance(site: StreamSite, norm: ResidualNorm, normalised: bool) -> Covariance:
     """Second moments of what a norm reads. raises PassError if no calibration token reached it, or one isn't finite"""
     covariance = Covariance.zeros(site.residual.width, site.device)
-    for x in site.signals(tap):
-        covariance.add(x, normalised=normalised, where=tap.module)
+    for x in site.signals(norm):
+        covariance.add(x, normalised=normalised, where=norm.module)
     if not covariance.tokens:
-        raise PassError("no calibration token reached it", where=tap.module, hint="Give calibration data.")
+        raise PassError("no calibration token reached it", where=norm.module, hint="Give calibration data.")
     return covariance

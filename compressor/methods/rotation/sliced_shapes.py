@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 from compressor.lazy import torch
 from compressor.model.facts import ModelFacts, Remodel
-from compressor.model.residual_records import Residual, Tap
+from compressor.model.residual_records import Residual, ResidualNorm
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """reads   vectors that read this site's stream: output rows of all its readers
-    writes  vectors that its branches add from: input columns of all its writers, and one for each bias
+    """reads   vectors that read this site's stream: output rows of all its consumers
+    writes  vectors that its branches add from: input columns of all its writes, and one for each bias
     """
 
     reads: int
@@ -34,17 +34,17 @@ class StreamShape:
     """The numbers of a model that decide its size when sliced.
 
     width        of the stream, D
-    tables       vectors that make up the stream before block 0: rows of all tables, columns of convolutions, biases
+    embeddings   vectors that make up the stream before block 0: rows of embeddings, columns of convolutions, biases
     sites        of all blocks, in order
     head         rows of the head, which counts as a matrix of its own
-    kept         parameters that don't touch the stream: biases of readers (those that a LayerNorm's shift makes
+    kept         parameters that don't touch the stream: biases of consumers (those that a LayerNorm's shift makes
                  included), norms on heads, matrices inside a branch
     norms        norms on the stream, the last one included
     end_norm     parameters of the last norm
     """
 
     width: int
-    tables: int
+    embeddings: int
     sites: tuple[SiteShape, ...]
     head: int
     kept: int
@@ -63,22 +63,22 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         touching.add(name)
         return prod(shapes[name]) // residual.width
 
-    tables = sum(vectors(writer.parameter) for writer in residual.stem)
+    embeddings = sum(vectors(write.parameter) for write in residual.stem)
     sites = []
     for block in residual.blocks:
         for site in block:
-            reads = sum(vectors(reader.parameter) for tap in site.taps for reader in tap.readers)
-            sites.append(SiteShape(reads, sum(vectors(writer.parameter) for writer in site.writers)))
-    head = sum(vectors(reader.parameter) for reader in residual.end.readers)
+            reads = sum(vectors(consumer.parameter) for norm in site.norms for consumer in norm.consumers)
+            sites.append(SiteShape(reads, sum(vectors(write.parameter) for write in site.writes)))
+    head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
     made = 0  # biases that a shift brings into being
-    taps = tuple(residual.taps())
-    for tap in taps:
-        touching |= {f"{tap.module}.{leaf}" for leaf in ("weight", "bias")}
-        if tap.norm.has_bias:
-            made += sum(prod(shapes[r.parameter]) // residual.width for r in tap.readers if r.bias is None)
+    norms = tuple(residual.norms())
+    for norm in norms:
+        touching |= {f"{norm.module}.{leaf}" for leaf in ("weight", "bias")}
+        if norm.formula.has_bias:
+            made += sum(prod(shapes[r.parameter]) // residual.width for r in norm.consumers if r.bias is None)
     kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
-    end_norm = (residual.end.norm.has_weight + residual.end.norm.has_bias) * residual.width
-    return StreamShape(residual.width, tables, tuple(sites), head, kept, len(taps), end_norm)
+    end_norm = (residual.end.formula.has_weight + residual.end.formula.has_bias) * residual.width
+    return StreamShape(residual.width, embeddings, tuple(sites), head, kept, len(norms), end_norm)
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
@@ -102,9 +102,9 @@ def per_site_parameters(
     """Parameters of a model with a rotation of its own at each site, and a matrix (w_k, w_k+1) beside its branches.
 
     widths     at each site and, last, before the head: len(sites) + 1 numbers
-    embedding  slice: narrower tables, and a head of its own; project: whole tables and a matrix (D, w_0) after their
-               sum, the head in the original basis behind the last norm with its own gain
-    tied       with project: head and table stay one
+    embedding  slice: narrower embeddings, and a head of its own; project: whole embeddings and a matrix (D, w_0) after
+               their sum, the head in the original basis behind the last norm with its own gain
+    tied       with project: head and embedding stay one
     """
     if len(widths) != len(shape.sites) + 1:
         raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sites and the head")
@@ -114,14 +114,14 @@ def per_site_parameters(
     for site, width, following in zip(shape.sites, widths, widths[1:]):
         total += site.reads * width + site.writes * following + width * following
     if embedding == "slice":
-        return total + shape.tables * widths[0] + shape.head * widths[-1]
+        return total + shape.embeddings * widths[0] + shape.head * widths[-1]
     head = 0 if tied else shape.head * shape.width
-    return total + shape.tables * shape.width + shape.width * widths[0] + head + shape.end_norm
+    return total + shape.embeddings * shape.width + shape.width * widths[0] + head + shape.end_norm
 
 
 def global_parameters(shape: StreamShape, width: int) -> int:
     """Parameters of a model with one rotation: nothing beside the branches, and a constant gain in every norm."""
-    vectors = shape.tables + shape.head + sum(site.reads + site.writes for site in shape.sites)
+    vectors = shape.embeddings + shape.head + sum(site.reads + site.writes for site in shape.sites)
     return shape.kept + (vectors + shape.norms) * width
 
 
@@ -151,7 +151,7 @@ def scheduled_widths(
 
     def saved(at: int) -> int:
         """By round_to fewer directions at one site."""
-        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.tables
+        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.embeddings
         return round_to * (site.reads + before + widths[at + 1])
 
     while count > budget:
@@ -178,20 +178,20 @@ def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
     def narrow(name: str, axis: int, width: int) -> None:
         shapes[name] = _resized(model.shapes[name], axis, width)
 
-    def strip(tap: Tap, width: int) -> None:
-        spec = {"width": residual.width, "eps": tap.norm.eps}
-        modules[tap.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
-        shapes.update({f"{tap.module}.weight": None} if tap.norm.has_weight else {})
+    def strip(norm: ResidualNorm, width: int) -> None:
+        spec = {"width": residual.width, "eps": norm.formula.eps}
+        modules[norm.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        shapes.update({f"{norm.module}.weight": None} if norm.formula.has_weight else {})
 
-    for writer in residual.stem:
-        narrow(writer.parameter, writer.axis, widths[0])
+    for write in residual.stem:
+        narrow(write.parameter, write.axis, widths[0])
     for site, width, following in zip(sites, widths, widths[1:]):
-        for tap in site.taps:
-            strip(tap, width)
-            for reader in tap.readers:
-                narrow(reader.parameter, reader.axis, width)
-        for writer in site.writers:
-            narrow(writer.parameter, writer.axis, following)
+        for norm in site.norms:
+            strip(norm, width)
+            for consumer in norm.consumers:
+                narrow(consumer.parameter, consumer.axis, width)
+        for write in site.writes:
+            narrow(write.parameter, write.axis, following)
     strip(residual.end, residual.width)
     per_block, at = [], 0
     for block in residual.blocks:
@@ -211,11 +211,11 @@ def global_remodel(model: ModelFacts, kept: int) -> Remodel:
     """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
     width = model.residual.width
     shapes: dict[str, tuple[int, ...] | None] = {}
-    edges = [(reader.parameter, reader.axis) for tap in model.residual.taps() for reader in tap.readers]
-    edges += [(writer.parameter, writer.axis) for writer in model.residual.writers()]
+    edges = [(consumer.parameter, consumer.axis) for norm in model.residual.norms() for consumer in norm.consumers]
+    edges += [(write.parameter, write.axis) for write in model.residual.writes()]
     shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
-    shapes |= {f"{tap.module}.weight": (kept,) for tap in model.residual.taps() if tap.norm.has_weight}
-    eps = model.residual.end.norm.eps * width / kept
+    shapes |= {f"{norm.module}.weight": (kept,) for norm in model.residual.norms() if norm.formula.has_weight}
+    eps = model.residual.end.formula.eps * width / kept
     config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
     heads = model.config.get("num_attention_heads")
     if heads:

@@ -1,7 +1,7 @@
-"""Layers that read a function from a table by the CPU library: what `prepare` puts in their place.
+"""Layers that read a function from a lookup table by the CPU library: what `prepare` puts in their place.
 
-The arithmetic is that of `tables`, the entries are read by `table_lookup` or `table_inverse_root`,
-and the outputs have the bits of the layer that was there.
+The arithmetic is that of `lookup_tables`, the entries are read by `table_lookup` or `table_inverse_root`, and the
+outputs have the bits of the layer that was there.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels.ops.blocks import round_to_shift
+from compressor.kernels.ops.lookup_tables import normalize, softmax
 from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
-from compressor.kernels.ops.tables import normalize, softmax
 from compressor.kernels.ops.watched import is_watched, without_gradient
-from compressor.kernels.prepare.dispatch import Choice
+from compressor.kernels.prepared.dispatch import Choice
 
 STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
 
 
-def reads_table(module: nn.Module) -> bool:
-    """Whether it is a layer of this package, or of its modelling file, that reads a table and isn't prepared."""
+def reads_lookup_table(module: nn.Module) -> bool:
+    """Whether it is a layer of this package, or of its modeling file, that reads a table and isn't prepared."""
     return getattr(module, "form", None) in FUNCTIONS and getattr(module, "stands_for", None) in STANDS_FOR
 
 
-class PreparedTable(nn.Module):
+class PreparedLookupTable(nn.Module):
     """An activation, a norm or the softmax of attention, from the table of a stored form.
 
     It holds the tensors of that form under their names. Not for training: a backward pass through it is an error.
@@ -36,7 +36,7 @@ class PreparedTable(nn.Module):
     weight: Tensor | None
 
     def __init__(self, layer: Any, choice: Choice) -> None:
-        """layer: one that `reads_table`"""
+        """layer: one that `reads_lookup_table`"""
         super().__init__()
         self.form, self.spec, self.choice = layer.form, layer.spec(), choice
         for name, tensor in {"weight": None, **layer.tensors()}.items():
@@ -74,12 +74,12 @@ def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     return run(x, table, step, linear)
 
 
-def _activation(layer: PreparedTable, x: Tensor) -> Tensor:
+def _activation(layer: PreparedLookupTable, x: Tensor) -> Tensor:
     spec = layer.spec
     return _read(x, layer.table, spec["low"], spec["step"], spec["lookup"] == "linear", tuple(spec["slopes"]))
 
 
-def _norm(layer: PreparedTable, x: Tensor) -> Tensor:
+def _norm(layer: PreparedLookupTable, x: Tensor) -> Tensor:
     spec = layer.spec
     return normalize(
         x, layer.weight, layer.bias, layer.table, spec["kind"] == "layer", spec["offset"], spec["eps"], spec["step"],
@@ -87,13 +87,13 @@ def _norm(layer: PreparedTable, x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _attention(layer: PreparedTable, scores: Tensor) -> Tensor:
+def _attention(layer: PreparedLookupTable, scores: Tensor) -> Tensor:
     spec = layer.spec
     return layer.round(softmax(scores, layer.table, spec["step"], spec["lookup"] == "linear", _read))
 
 
 OPS = {"table_activation": "table_lookup", "table_norm": "table_inverse_root", "block_attention": "table_lookup"}
-FUNCTIONS: dict[str, Callable[[PreparedTable, Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[PreparedLookupTable, Tensor], Tensor]] = {
     "table_activation": _activation,
     "table_norm": _norm,
     "block_attention": _attention,

@@ -17,7 +17,7 @@ from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import torch_products as torch_ops
 from compressor.kernels.ops.linear import BITS, DTYPES, LAYOUT
 from compressor.kernels.ops.table_lookup import MOST_ENTRIES
-from compressor.kernels.prepare.selftest import tried_library
+from compressor.kernels.prepared.selftest import tried_library
 
 DYNAMIC_INT8 = "int8"
 TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what computes where no kernel of ours does
@@ -155,7 +155,7 @@ def _on_the_cpu(what: str) -> str:
     return f"{what} are on the CPU" if torch.cuda.is_available() else "no CUDA device"
 
 
-def choose_table(table: Tensor, op: str) -> Choice:
+def choose_lookup_table(table: Tensor, op: str) -> Choice:
     """The best way to read a function from a table (entries,) here; op: the operation that does it."""
     refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
     skipped = [f"{devices.NAME} ({refused})"]

@@ -6,19 +6,15 @@ the weights of all of them; the others find their outputs there, as long as they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressor.kernels.prepare.linear_call import LinearCall
-
-if TYPE_CHECKING:
-    from compressor.kernels.prepare.prepared import PreparedLinear
-
-# names that a module's children have in transformers where all of them are given the same tensor
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+from compressor.kernels.prepared.fused_layer import FusedLayer
+from compressor.kernels.prepared.linear_call import LinearCall
 
 
 @dataclass
@@ -33,10 +29,10 @@ class Waiting:
 class SharedInput:
     """layers  in the order of their numbers
 
-    If one of them turns out to be given another tensor, each multiplies by itself from then on.
+    If one of them receives another tensor, the shared call is disabled: each multiplies by itself from then on.
     """
 
-    def __init__(self, layers: list[PreparedLinear]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self.call = LinearCall(layers)
         self.together = True
         self.waiting: dict[int, Waiting] = {}  # by thread
@@ -45,7 +41,7 @@ class SharedInput:
         return self.__dict__ | {"waiting": {}}
 
     @property
-    def layers(self) -> list[PreparedLinear]:
+    def layers(self) -> Sequence[FusedLayer]:
         return self.call.layers
 
     def product(self, number: int, x: Tensor) -> Tensor | None:
@@ -67,21 +63,3 @@ class SharedInput:
         y = outputs.pop(number)
         self.waiting[thread] = Waiting(x, x._version, outputs)
         return y
-
-
-def share_inputs(model: nn.Module, is_prepared: type[PreparedLinear]) -> None:
-    """Let prepared layers side by side under the names of TOGETHER share calls, where their formats agree."""
-    for module in model.modules():
-        children = dict(module.named_children())
-        for names in TOGETHER:
-            layers = [child for name in names if isinstance(child := children.get(name), is_prepared)]
-            if len(layers) > 1 and len(layers) == len(names) and len({_format(layer) for layer in layers}) == 1:
-                shared = SharedInput(layers)
-                for number, layer in enumerate(layers):
-                    layer.shared = (shared, number)
-
-
-def _format(layer: PreparedLinear) -> tuple[Any, ...]:
-    if layer.call is None or layer.ordered:
-        return (id(layer),)
-    return layer.choice, layer.in_features, layer.bits, layer.group_size

@@ -7,17 +7,15 @@ then each name and each attribute of a tensor costs microseconds, where a small 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.ops import linear as ops
-
-if TYPE_CHECKING:
-    from compressor.kernels.prepare.prepared import PreparedLinear
+from compressor.kernels.prepared.fused_layer import FusedLayer
 
 FIELDS = 6  # of a weight in ops.h: packed, its bytes, bias, its type, outputs, y
 BIAS, BIAS_DTYPE, Y = 2, 3, 5
@@ -39,14 +37,14 @@ class Bound(NamedTuple):
     bits: int
     group: int
     given: array[int]
-    parts: tuple[tuple[PreparedLinear, int, int], ...]
+    parts: tuple[tuple[FusedLayer, int, int], ...]
     weights: tuple[Tensor, ...]
 
 
 class LinearCall:
     """layers  whose packed weights have layout cpu2, one width and one group"""
 
-    def __init__(self, layers: list[PreparedLinear]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self.layers = layers
         self.name = layers[0].choice.op
         self.bound: Bound | None = None

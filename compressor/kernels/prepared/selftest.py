@@ -17,7 +17,7 @@ from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops.gptq_columns import round_columns, trial_columns
 from compressor.kernels.ops.hadamard_matrix import base_matrix, sylvester
 from compressor.kernels.ops.int8_split import columns_product, round_rows, rounded_product
-from compressor.kernels.ops.tables import activate, inverse_root
+from compressor.kernels.ops.lookup_tables import activate, inverse_root
 
 ROWS, OUT, COLUMNS, GROUP = 14, 70, 96, 32
 FEW = 2  # without VNNI few and many rows are multiplied in different ways
@@ -238,7 +238,7 @@ def _hadamard(x: Tensor) -> Problem:
 
 
 def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
-    """Results are those of `tables`, but for a last place."""
+    """Results are those of `lookup_tables`, but for a last place."""
     table, low, step, slopes = torch.rand(33, generator=made) + 1, -2.0, 0.125, (0.0, 1.0)
     positive = x.abs() + 2.0**-20
     for linear in (True, False):

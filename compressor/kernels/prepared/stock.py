@@ -1,6 +1,6 @@
 """Stored weights as modules hold them: our own layers', and those of compressed-tensors and bitsandbytes.
 
-Readers are here, and not methods of the layers, since the source of a layer goes into modelling files that know torch
+Readers are here, and not methods of the layers, since the source of a layer goes into modeling files that know torch
 alone. Both kinds name their tensors alike.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.kernels.ops.blocks import power_of_two, unpack_rows
 from compressor.kernels.ops.packed_codes import unpack_codes
 from compressor.kernels.ops.sparse_factors import unpack_index
-from compressor.kernels.prepare.dispatch import FactorWeight, IntegerWeight, OutlierWeight, Weight
+from compressor.kernels.prepared.dispatch import FactorWeight, IntegerWeight, OutlierWeight, Weight
 
 Reader = Callable[[dict[str, Tensor]], Weight | str]
 

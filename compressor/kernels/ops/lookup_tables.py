@@ -1,4 +1,4 @@
-"""Functions read from tables of equally spaced values, and what is made of them, in plain torch.
+"""Functions read from lookup tables of equally spaced values, and what is made of them, in plain torch.
 
 A table holds f(low + k * step) for k = 0 .. entries - 1 in float32. `step` has few significant bits and the knots
 low + k * step are exact in float32, so that dividing by it finds a knot's number exactly. Between knots:
@@ -6,8 +6,8 @@ low + k * step are exact in float32, so that dividing by it finds a knot's numbe
     linear   |error| <= step**2 / 8 * max |f''|
     nearest  |error| <= step / 2 * max |f'|
 
-These functions are copied by source into the modelling file of a custom artifact, so they use torch alone. A prepared
-model gives them what reads the table in place of `look_up` (`compressor.kernels.prepare.prepared_table`).
+These functions are copied by source into the modeling file of a custom artifact, so they use torch alone. A prepared
+model gives them what reads the table in place of `look_up` (`compressor.kernels.prepared.prepared_lookup_table`).
 """
 
 from __future__ import annotations

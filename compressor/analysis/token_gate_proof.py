@@ -1,0 +1,89 @@
+"""The proof that a token gate can stand in each block of a model as it was found, on a probe model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compressor.errors import ModelError
+from compressor.layers.structural.token_gate import TokenGate, noting_choices
+from compressor.model.block_runner import Batch, Pieces, output_of
+from compressor.model.facts import TokenFacts
+
+PADDED = 3  # tokens of the second sample of a text that are padding
+TOLERANCE = 1e-5  # relative, of float32
+PROOF = {
+    "keep": 0.5,
+    "similar": 0.3,
+    "partition": "sequential",
+    "order": "ISI",
+    "iterations": 5,
+    "tolerance": 0.0,
+    "filter": None,
+    "heads": "rms",
+    "seed": 0,
+    "minimum": 4,
+}
+
+
+def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
+    """Gated blocks give what they would for the tokens kept, and the model bears it; a sample alone gives the same.
+
+    raises  ModelError naming the block, or the model
+    """
+    probe = pieces.model
+    hidden, calls = pieces.stem(batch)
+    for index, block in enumerate(pieces.blocks):
+        whole = pieces.block(index, hidden, calls[index])
+        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:
+            fewer = pieces.block(index, hidden, calls[index])
+        if not choices or not _are_of(fewer, whole, choices[0]):
+            raise ModelError(
+                "with fewer tokens after its attention, it computes something else for them",
+                where=f"{pieces.blocks_path}.{index}",
+                hint=HINT,
+            )
+        hidden = whole
+    with ExitStack() as stack:
+        for number, block in enumerate(pieces.blocks):
+            spec = facts.gate(number, [0.5] * number, PROOF)
+            stack.enter_context(TokenGate.wrapped(block, spec))
+        try:
+            output = output_of(probe(**batch))
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise ModelError(
+                f"its head needs every token ({str(error)[:200]})",
+                where=type(probe).__name__,
+                hint=HINT,
+                data={"reason": "head-needs-all", "cause": str(error)[:200]},
+            ) from error
+        _check_output(probe, output, hidden.shape[1])
+        if "attention_mask" in batch and output.dim() == 2:
+            alone = {name: value[1:, :-PADDED] for name, value in batch.items()}
+            other = output_of(probe(**alone))
+            if not torch.allclose(output[1:], other, rtol=0, atol=TOLERANCE * float(output.abs().max())):
+                raise ModelError("what it makes of a sample depends on padding", where=type(probe).__name__, hint=HINT)
+
+
+def _check_output(probe: PreTrainedModel, output: Tensor, tokens: int) -> None:
+    """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
+    has_head = probe.base_model is not probe
+    if output.dim() != 2 and has_head:
+        raise ModelError(
+            f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
+            where=type(probe).__name__,
+            hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
+            data={"reason": "answer-per-token", "shape": list(output.shape), "tokens": tokens},
+        )
+
+
+def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
+    """Whether (b, left, d) are the chosen (b, left) tokens of (b, n, d)."""
+    wanted = whole.gather(1, chosen[:, :, None].expand(-1, -1, whole.shape[2]))
+    return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
+
+
+HINT = "Tokens of this model can't be pruned."

@@ -1,0 +1,1 @@
+"""Kernels in a loaded model: which one each layer gets, and the layers that call it."""

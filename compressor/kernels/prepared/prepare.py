@@ -1,0 +1,179 @@
+"""The walk over a model that puts prepared layers in.
+
+prepare(model)         the linear layers of stored forms multiply by the best kernel there is, tables are read by it
+explain(model)         which kernel each layer got, and why not a better one
+chosen_kernels(model)  the same as rows of a report
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from torch import nn
+
+from compressor.errors import KernelError
+from compressor.kernels.ops.dense_product import MOST_ROWS
+from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, Choice, choose, choose_dense, choose_lookup_table
+from compressor.kernels.prepared.prepared_dense import PreparedDense
+from compressor.kernels.prepared.prepared_linear import PreparedInteger, PreparedLinear, prepared_linear
+from compressor.kernels.prepared.prepared_lookup_table import OPS, PreparedLookupTable, reads_lookup_table
+from compressor.kernels.prepared.shared_input import SharedInput
+from compressor.kernels.prepared.stock import adopt
+
+# names that a module's children have in transformers where all of them are given the same tensor
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
+    """Put kernels into a model, in place: its class, its other modules and its state_dict stay as they are.
+
+    model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them;
+                 where there are some, linear layers that stay dense multiply few rows by the CPU library too
+    activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
+                 "int8": inputs are rounded to int8, row by row: faster, and less exact. A model that was prepared
+                 before is prepared anew where this or the machine asks for other kernels
+    strict       a layer that falls back to a torch op or the reference is an error
+    returns      what was chosen for each layer of a stored form, by name
+    raises       KernelError with strict, or for other activations
+    """
+    if activations not in (None, DYNAMIC_INT8):
+        raise KernelError(
+            f"activations {activations!r}",
+            hint=f"Use None or {DYNAMIC_INT8!r}.",
+            data={"reason": "activations", "activations": activations},
+        )
+    choices: dict[str, Choice] = {}
+    inputs = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for name, module in list(model.named_modules()):
+        stored = module.stored() if isinstance(module, PreparedLinear) else adopt(module)
+        if stored is not None:
+            form = stored.form
+            replaced = "forward" in vars(module) and form != UNPACKING
+            weight = "its forward was replaced" if replaced else stored.read(stored.tensors)
+            choice = choose(weight, activations, inputs)
+        elif isinstance(module, PreparedLookupTable):
+            form, choice = module.form, module.choice
+        elif reads_lookup_table(module):
+            form = str(module.form)
+            choice = choose_lookup_table(module.table, OPS[form])  # type: ignore[arg-type]
+        else:
+            continue
+        choices[name] = choice
+        if choice.is_fallback and strict:
+            hint = f"Leave strict out to use the {choice.kernel}."
+            raise KernelError(
+                "; ".join(choice.skipped),
+                where=name,
+                hint=hint,
+                data={"reason": "fallback", "kernel": choice.kernel, "skipped": list(choice.skipped)},
+            )
+        if isinstance(module, (PreparedLinear, PreparedLookupTable)) and module.choice == choice:
+            continue
+        if choice.op is None:
+            module.kernel_choice = (form, choice)  # type: ignore[assignment]
+            continue
+        made: nn.Module
+        if stored is None:
+            made = PreparedLookupTable(module, choice)
+        else:
+            assert not isinstance(weight, str)
+            made = prepared_linear(stored, weight, choice)
+        if form != UNPACKING:
+            _keep_hooks(module, made)
+        _put(model, name, made)
+    if any(isinstance(module, PreparedLinear) for module in model.modules()):
+        _prepare_dense(model)
+    _share_inputs(model)
+    for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
+        warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
+    return choices
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let prepared layers side by side under the names of TOGETHER share calls, where their formats agree."""
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in TOGETHER:
+            layers = [child for name in names if isinstance(child := children.get(name), PreparedInteger)]
+            if len(layers) > 1 and len(layers) == len(names) and len({layer.fused_format() for layer in layers}) == 1:
+                shared = SharedInput(layers)
+                for number, layer in enumerate(layers):
+                    layer.shared = (shared, number)
+
+
+def _put(model: nn.Module, name: str, made: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, made)
+
+
+UNPACKING = "compressed-tensors"  # the form whose layers have a forward and hooks of their own, which unpack weights
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def _keep_hooks(module: nn.Module, made: nn.Module) -> None:
+    """A hook's handle holds the very dictionary, so that it can still be removed."""
+    for name in HOOKS:
+        setattr(made, name, getattr(module, name))
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer of torch without hooks and without another forward, which might be about what it multiplies by."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
+
+
+def _prepare_dense(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if _is_plain(module) and (choice := choose_dense(module.weight)) is not None:
+            _put(model, name, PreparedDense(module, choice))
+
+
+def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
+    """Name, form, choice and module of each layer that `prepare` has chosen for."""
+    for name, module in model.named_modules():
+        if isinstance(module, (PreparedLinear, PreparedDense, PreparedLookupTable)):
+            yield name, module.form, module.choice, module
+        elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
+            yield name, *found, module
+
+
+def explain(model: nn.Module) -> str:
+    """One line for each prepared layer: what computes, and beneath it what was not used and why."""
+    lines = []
+    for name, form, choice, module in _chosen(model):
+        if isinstance(module, PreparedLinear):
+            bits = sum(8 * read.numel() * read.element_size() for read in module.read_tensors() if read is not None)
+            size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
+            shared = module.shared[0] if isinstance(module, PreparedInteger) and module.shared else None
+            call = f"   one call for {len(shared.layers)}" if shared and shared.together else ""
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   {size}{call}")
+        elif isinstance(module, PreparedDense):
+            most = MOST_ROWS[module.weight.dtype]
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}   up to {most} rows")
+        elif isinstance(module, PreparedLookupTable):
+            lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
+        else:
+            lines.append(f"{name}   {form}   {choice.kernel}")
+        lines.append(f"  not used: {' | '.join(choice.skipped)}")
+    return "\n".join(lines)
+
+
+def chosen_kernels(model: nn.Module) -> list[dict[str, str]]:
+    """The rows of a report: for each stored form, or "dense" (`op`), and kernel `chosen`: how many layers and calls,
+    and `why`.
+    """
+    layers: dict[tuple[str, Choice], list[nn.Module]] = {}
+    for _, form, choice, module in _chosen(model):
+        layers.setdefault((form, choice), []).append(module)
+    rows = []
+    for (form, choice), modules in layers.items():
+        shared = [module.shared[0] for module in modules if isinstance(module, PreparedInteger) and module.shared]
+        calls = len(modules) - len(shared) + len({id(one) for one in shared})
+        chosen = choice.kernel if choice.op is None else f"{choice.kernel}: {choice.op}"
+        why = f"{len(modules)} layers in {calls} calls; not used: {' | '.join(choice.skipped)}"
+        rows.append({"op": form, "chosen": chosen, "why": why})
+    return rows

@@ -1,0 +1,39 @@
+"""Linear layers that stay dense, and multiply few rows by the CPU library."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.kernels.ops.dense_product import MOST_ROWS, linear_dense
+from compressor.kernels.ops.watched import is_watched
+from compressor.kernels.prepared.dispatch import Choice
+
+
+class PreparedDense(nn.Linear):
+    """A linear layer that stays dense, of a model whose others are prepared: it multiplies few rows by `linear_dense`.
+
+    Its parameters are those of the layer that was there, so a weight that is tied stays tied. Many rows, a product that
+    wants a gradient, autocast and compiled graphs are torch's.
+    """
+
+    def __init__(self, layer: nn.Linear, choice: Choice) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
+        self.choice, self.form = choice, "dense"
+        self.words = f"dense {str(layer.weight.dtype).removeprefix('torch.')}"
+
+    def _is_ours(self, x: Tensor) -> bool:
+        weight = self.weight
+        if is_watched(x) or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
+            return False
+        if torch.is_autocast_enabled("cpu") or x.shape[:-1].numel() > MOST_ROWS.get(x.dtype, 0):
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_ours(x):
+            return linear_dense(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)

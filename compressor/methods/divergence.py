@@ -1,0 +1,14 @@
+"""How far a compressed model's predictions are from the dense model's."""
+
+from __future__ import annotations
+
+from compressor.lazy import torch
+
+
+def divergence_terms(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """(..., classes): p (log p - log q), whose sum over the classes is KL(dense || compressed), in nats.
+
+    dense, compressed  (..., classes) logits
+    """
+    before, after = dense.log_softmax(-1), compressed.log_softmax(-1)
+    return before.exp() * (before - after)

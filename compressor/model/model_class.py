@@ -1,0 +1,121 @@
+"""Which class of transformers, or of a checkpoint's own code, a checkpoint is loaded with, and its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from compressor.errors import ModelError
+from compressor.model.attention import choose_plain
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.config_values import check_values
+from compressor.model.model_building import parse_config, refusal
+from compressor.model.reshaped_class import class_for
+from compressor.model.trusted_code import FLAG, auto_map, check_kernels, file_of, is_model_entry, required_code
+
+
+def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a checkpoint, or of the model that an artifact stands for."""
+    checkpoint = open_checkpoint(directory)
+    check_values(checkpoint)
+    if "compressed_weights" in checkpoint.config:
+        values = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+        kind = checkpoint.config["model_type"].removeprefix("compressed_")
+        try:
+            return AutoConfig.for_model(kind, **values)
+        except Exception as error:  # any: it depends on the class and the value
+            raise refusal(error, checkpoint, f"the config class of {kind}", "it can't be made") from error
+    return config_and_class(checkpoint, trust_remote_code)[0]
+
+
+def class_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that transformers loads a checkpoint with, in whatever form its weights are.
+
+    raises ModelError for an unknown architecture, and for encoder-decoder models
+    """
+    check_values(checkpoint)
+    config, cls = config_and_class(checkpoint, trust_remote_code)
+    refuse_two_stacks(config, cls)
+    return cls
+
+
+def refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            "encoder-decoder models have two stacks of blocks",
+            where=cls.__name__,
+            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+            data={"reason": "two-stacks"},
+        )
+
+
+def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The config and the class of transformers, or of the checkpoint's code where transformers has none of that name.
+
+    trust  code of the checkpoint may run, where it is needed
+    """
+    where = checkpoint.directory.name
+    name = checkpoint.architecture
+    if name is None:
+        raise ModelError(
+            "config.json names no `architectures`",
+            where=where,
+            hint="Add the model's class name.",
+            data={"reason": "no-architecture"},
+        )
+    check_kernels(checkpoint.config)
+    named = auto_map(checkpoint.config, "config.json")
+    cls = getattr(transformers, name, None)
+    references = _code_of(checkpoint, name, cls, named)
+    if references and not trust:
+        raise ModelError(
+            f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
+            where=where,
+            hint=FLAG,
+            data={
+                "reason": "own-code",
+                "architecture": name,
+                "files": sorted({file_of(reference) for reference in references}),
+            },
+        )
+    if cls is None and not references:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no architecture {name!r}",
+            where=where,
+            hint="Update transformers, or check `architectures` in config.json.",
+            data={"reason": "unknown-architecture", "architecture": name, "transformers": transformers.__version__},
+        )
+    config = parse_config(checkpoint, trust_remote_code=bool(references))
+    choose_plain(config, checkpoint.config)
+    for reference in references:
+        if reference.endswith("." + name):
+            try:
+                cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
+            except Exception as error:  # any: it runs the checkpoint's own file
+                raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ModelError(
+            f"{name} is not a model class",
+            where=where,
+            hint="Check `architectures` in config.json.",
+            data={"reason": "no-model-class", "name": name},
+        )
+    return config, class_for(cls, config)
+
+
+def _code_of(checkpoint: Checkpoint, name: str, cls: Any, named: dict[str, list[str]]) -> list[str]:
+    """The references of `auto_map` that have to be run, because transformers lacks the config's class or the model's.
+
+    [] where transformers has both: then its own are used, and the code isn't run
+    """
+    kind = checkpoint.config.get("model_type")
+    if cls is not None and isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return []
+    config = named.get("AutoConfig", [])
+    models = [ref for auto, refs in named.items() if is_model_entry(auto) for ref in refs if ref.endswith("." + name)]
+    return list(dict.fromkeys([*config, *models]))

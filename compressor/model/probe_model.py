@@ -1,0 +1,178 @@
+"""A small model of a class with random weights, on which is found out what the model does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.errors import ModelError, PreflightError
+from compressor.model.block_runner import Batch, Pieces
+from compressor.model.load_dtypes import hold_as_loaded
+from compressor.model.module_names import is_inside, renumbered
+from compressor.model.reshaped_class import is_reshaped, reshaping
+
+PROBE_TOKENS = 12
+PROBE_SEED = 0
+
+
+def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
+    """The config with the fewest blocks that still show every kind of block (at least two where there are two).
+
+    These are the first ones, but of a sliced model the last block, often the only one of its widths, may follow on few.
+    """
+    count = len(pieces)
+    kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
+    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    if depth == count > 2 and is_reshaped(config):
+        before = max(kinds.index(kind) + 1 for kind in set(kinds[:-1]))
+        shorter = _with_blocks(config, [*range(before), count - 1], count, pieces.blocks_path)
+        probe = make_probe_model(type(model), shorter, torch.device("meta"), model.dtype)
+        blocks = Pieces(probe, pieces.blocks_path).blocks
+        shown = [signature(shorter, block, index) for index, block in enumerate(blocks)]
+        follows = _widths(config, pieces, before - 1)[-1:] == _widths(config, pieces, count - 1)[:1]
+        if follows and shown == [*kinds[:before], kinds[-1]]:
+            return shorter
+    return _with_blocks(config, list(range(depth)), count, pieces.blocks_path)
+
+
+def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:
+    """The config with these of its blocks alone; only the last of them may be out of its place."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, key, [value[index] for index in chosen])
+    passes = getattr(text, "num_hidden_layers", count)
+    text.num_hidden_layers = len(chosen) + passes - count  # more passes than blocks stay more
+    if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
+        old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
+        for entries in reshaping(shallow):
+            for name in [name for name in entries if is_inside(name, new)]:
+                del entries[name]
+            moved = {renumbered(name, old, new): entry for name, entry in entries.items() if is_inside(name, old)}
+            entries.update(moved)
+    return shallow
+
+
+def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
+    """The stream's widths in a rotated block; of another block nothing is known."""
+    return reshaping(config)[1].get(f"{pieces.blocks_path}.{index}", {}).get("shape", [])
+
+
+def make_probe_model(
+    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere.
+
+    raises  PreflightError where memory can't hold those
+    """
+    config = run_in_pieces(config)
+    if device.type == "meta":
+        with device:
+            probe = cls._from_config(config, dtype=dtype)
+    else:
+        _check_room(cls, config, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(PROBE_SEED)
+            probe = cls._from_config(config, dtype=dtype)
+    hold_as_loaded(probe, dtype)
+    return probe.eval().requires_grad_(False)
+
+
+def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """raises PreflightError for parameters that memory can't hold, before the system ends the process for it"""
+    try:
+        with torch.device("meta"):
+            empty = cls._from_config(config, dtype=dtype)
+    except Exception:  # a class that reads values while it is made; what is wrong with it shows when it is made
+        return
+    needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
+    if needed > there:
+        raise PreflightError(
+            f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
+            where=cls.__name__,
+            hint="Use a machine with more memory.",
+            data={"needed": needed, "available": there},
+        )
+
+
+def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = PROBE_TOKENS) -> Batch:
+    """Seeded random inputs of the kind the model takes: token ids or pixels.
+
+    raises  ModelError for a model that reads something else, or both of them in two towers
+    """
+    refuse_two_towers(model)
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    config = model.config
+    if model.main_input_name == "input_ids":
+        ids = torch.randint(0, config.get_text_config().vocab_size, (samples, tokens), generator=generator)
+        return {"input_ids": ids.to(device)}
+    if model.main_input_name == "pixel_values":
+        seen = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
+        if not hasattr(seen, "image_size"):
+            raise ModelError(
+                "its config.json doesn't say which size the images have",
+                where=type(model).__name__,
+                hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+                data={"reason": "no-image-size"},
+            )
+        size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
+        pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
+        return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
+    raise ModelError(
+        f"its main input is {model.main_input_name!r}",
+        where=type(model).__name__,
+        hint="Only models that read token ids or pixels are supported.",
+    )
+
+
+def refuse_two_towers(model: PreTrainedModel) -> None:
+    """raises ModelError for a model of a text tower and an image tower side by side, as CLIP is"""
+    parts = [name for name in ("text_config", "vision_config") if getattr(model.config, name, None) is not None]
+    towers = [name for name in ("text_model", "vision_model") if isinstance(getattr(model, name, None), nn.Module)]
+    if len(parts) == 2 and len(towers) == 2:
+        raise ModelError(
+            "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
+            where=type(model).__name__,
+            hint="Save the tower that is needed as a model of its own.",
+            data={"reason": "two-towers"},
+        )
+
+
+def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
+    """Blocks of one signature do the same multiplications on the same shapes."""
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
+    kind = kinds[index] if isinstance(kinds, (list, tuple)) and index < len(kinds) else None
+    return (type(block).__name__, kind, shapes)
+
+
+def run_in_pieces(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of the config for a model whose blocks are run one by one, and more than once on the same input.
+
+    No cache anywhere: the language model inside a model of images and text has a config of its own, and each replay of
+    a block would append to a cache. And one expert at a time, so that each expert's own tokens can be seen.
+    """
+    config = copy.deepcopy(config)
+    for part in _with_parts(config):
+        part.use_cache = False
+    use_eager_experts(config)
+    return config
+
+
+def _with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config and every config inside it."""
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return [config, *(part for value in inner for part in _with_parts(value))]
+
+
+def use_eager_experts(config: PretrainedConfig) -> None:
+    """One expert at a time, so that each expert's own tokens can be seen."""
+    for part in _with_parts(config):
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"

@@ -1,0 +1,122 @@
+"""The proof that a model can be run block by block.
+
+Stem, blocks and head of a probe model with random weights, replayed one by one, must give the probe model's own logits
+bit for bit. If not, the model is refused before any work.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compressor.errors import ModelError
+from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
+from compressor.model.model_building import guarded
+from compressor.model.probe_model import example_batch, make_probe_model, shallow_config
+from compressor.model.structure import Structure, run_whole_or_shallow
+from compressor.model.tracing import check_output, checked
+
+
+def prove_by_replay(structure: Structure) -> None:
+    """Replay stem, blocks and head of a shallow probe model on the CPU; its logits must come out bit for bit.
+
+    raises ModelError naming the first block that differs
+    """
+    cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
+
+    def prove(config: PretrainedConfig) -> None:
+        shallow = shallow_config(config, structure.model, pieces)
+        probe = make_probe_model(cls, shallow, torch.device("cpu"), structure.dtype)
+        prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
+
+    run = partial(run_whole_or_shallow, structure.model, pieces, structure.dtype, checkpoint)
+    failed = "a small twin of it can't be run on the CPU"
+    guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
+
+
+def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
+    """Compare the model's own output on `batch` with stem -> blocks -> head, each block run twice.
+
+    raises  ModelError naming the first block that can't be run by itself, and what is in the way
+    """
+    pieces = Pieces(model, blocks_path)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    given: list[list[Any]] = []  # what else each block was called with
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+        given.append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _beside(args, kwargs)])
+
+    hooks = []
+    for block in pieces.blocks:
+        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda _m, _a, out: outputs.append(hidden_of(out).clone())))
+    try:
+        with torch.no_grad(), checked(model):
+            expected = output_of(model(**batch))
+        check_output(expected)
+    except (IndexError, KeyError) as error:  # a block called without hidden states
+        raise ModelError(
+            "its blocks don't take the hidden states first", where=blocks_path, hint="This model can't be split."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(inputs) != len(pieces):
+        raise ModelError(
+            f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
+            where=blocks_path,
+            hint="A model that skips or repeats blocks can't be split.",
+            data={"calls": len(inputs), "blocks": len(pieces)},
+        )
+    hidden, calls = pieces.stem(batch)
+    hint = "This model can't be compressed block by block."
+    for index, call in enumerate(calls):
+        name = f"{blocks_path}.{index}"
+        if not torch.equal(hidden, inputs[index]):
+            raise ModelError("the replayed input of this block differs from the model's own", where=name, hint=hint)
+        is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
+        before, hidden = hidden, pieces.block(index, hidden, call)
+        if not torch.equal(before, inputs[index]):
+            raise ModelError(
+                "this block writes into its input, so it can't be run twice",
+                where=name,
+                hint=hint,
+                data={"reason": "writes-into-input"},
+            )
+        if not torch.equal(hidden, outputs[index]):
+            raise ModelError(
+                "earlier blocks hand this one more than hidden states, which can't be replayed"
+                if is_told_more
+                else "the replayed output of this block differs from the model's own",
+                where=name,
+                hint=hint,
+                data={"reason": "told-more" if is_told_more else "output-differs"},
+            )
+        if not torch.equal(pieces.block(index, before, call), hidden):
+            raise ModelError(
+                "this block changes what it is called with (a cache, say), so a second run of it gives something else",
+                where=name,
+                hint=hint,
+            )
+    if not torch.equal(pieces.head(batch, hidden), expected):
+        raise ModelError("the replayed logits differ though every block agrees", where="head", hint=hint)
+
+
+def _beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a block is called with beside the hidden states, flattened."""
+    return tree_leaves((args[1:], {name: kwargs[name] for name in sorted(kwargs) if name != "hidden_states"}))
+
+
+def _same_leaves(before: list[Any], after: list[Any]) -> bool:
+    """Whether two calls hold the same tensors; whatever else they hold says nothing."""
+    if len(before) != len(after):
+        return False
+    pairs = [(a, b) for a, b in zip(before, after) if isinstance(a, Tensor) or isinstance(b, Tensor)]
+    return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
