@@ -25,7 +25,8 @@ from compressor.artifact.stock_formats import Route
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.interrupt import Stop, signals
-from compressor.engine.plan import Plan, make_plan
+from compressor.engine.plan import as_built, make_plan
+from compressor.engine.plan_records import Plan
 from compressor.engine.request import REFUSALS, check_request, find_device, named_output
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
@@ -229,7 +230,7 @@ def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, StoredWeight]]:
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
         units, forms = run_sweeps(sweeper)
-        job.plan = replace(sweeper.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
+        job.plan = as_built(sweeper.plan, sweeper.structure)
     job.scratch.mkdir()
     assert sweeper.probe is not None
     save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)

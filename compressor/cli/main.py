@@ -9,7 +9,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,15 +197,17 @@ def plan(
 
     parsed = read_recipe(recipe, set_ or [])
     found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
-    found.problems += data_problems(
-        found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code
-    )
+    problems = [
+        *found.problems,
+        *data_problems(found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code),
+    ]
     try:
         find_device(device)
         if output is not None:
             check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
     except CompressError as error:
-        found.problems.append(error)
+        problems.append(error)
+    found = replace(found, problems=tuple(problems))
     if as_json:
         json_line({"event": "result", **found.to_dict()})
     elif format_ is Format.json:
@@ -213,13 +216,13 @@ def plan(
         table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
         for row in found.rows:
             table.add_row(
-                row["name"],
-                "x".join(map(str, row["shape"])),
-                row["role"],
-                row["pass"],
-                row["to"],
-                human_bytes(row["bytes_before"]),
-                human_bytes(row["bytes_after"]),
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.role,
+                row.pass_name,
+                row.format_after,
+                human_bytes(row.bytes_before),
+                human_bytes(row.bytes_after),
             )
         if found.rows:
             out.print(table)
@@ -658,7 +661,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def _warn(warnings: list[dict[str, str]]) -> None:
+def _warn(warnings: Iterable[dict[str, str]]) -> None:
     for warning in warnings:
         err.print(
             f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",

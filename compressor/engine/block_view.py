@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.plan import TAPE_SHARE
+from compressor.engine.estimates import TAPE_SHARE
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer

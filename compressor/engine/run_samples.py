@@ -21,7 +21,7 @@ from compressor.data.samples import (
     part_of,
     random_samples,
 )
-from compressor.engine.plan import Plan
+from compressor.engine.plan_records import Plan
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of
 from compressor.model.structure import Structure

@@ -42,7 +42,9 @@ from compressor.engine.block_view import (
     watched_parameters,
 )
 from compressor.engine.choice_view import ShapingView
-from compressor.engine.plan import BATCH_TOKENS, Plan, Reshape, plan_again
+from compressor.engine.estimates import BATCH_TOKENS
+from compressor.engine.plan import decided_plan
+from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.errors import Interrupted, PassError
 from compressor.layers import find_layer
@@ -123,7 +125,7 @@ def _begin_reshape(sweeper: Sweeper, number: int, step: Step, source: Callable[[
     structure = sweeper.structure
     sweeper.emit({"event": "sweep", "sweep": number, "units": structure.block_count + 2, "passes": [step.name]})
     if step.settings.decides:
-        sweeper.plan = plan_again(sweeper.plan, step, _choose(sweeper, number, step, source))
+        sweeper.plan = decided_plan(sweeper.plan, step, _choose(sweeper, number, step, source))
     return sweeper.plan.reshape_of(step)
 
 

@@ -69,18 +69,18 @@ def build_report(
     plan    with the pinned recipe
     """
     structure, recipe = plan.structure, plan.recipe
-    predicted = {row["name"]: row for row in plan.rows}
+    predicted = {row.name: row for row in plan.rows}
     weights = []
     for line in lines:
         for record in line["records"]:
             row = predicted[record["name"]]
             after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
             bits = 8 * after / math.prod(record["shape"]) if len(record["shape"]) == 2 else None  # of functions
-            size = {"bytes_before": row["bytes_before"], "bytes_after": after, "bits_per_parameter": bits}
+            size = {"bytes_before": row.bytes_before, "bytes_after": after, "bits_per_parameter": bits}
             weights.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
     seconds = {record["name"]: record["seconds"] for line in lines for record in line["records"]}
     warnings = (
-        plan.warnings
+        list(plan.warnings)
         + [warning for line in lines for warning in line["warnings"]]
         + unmeasured_warnings(measured.metrics)
     )
@@ -125,8 +125,8 @@ def build_report(
             for number, step in enumerate(recipe.steps)
         ],
         "weights": weights,
-        "skipped": plan.skipped,
-        "unused_tensors": plan.unused,
+        "skipped": list(plan.skipped),
+        "unused_tensors": list(plan.unused),
         "warnings": warnings,
         "verification": {**NOT_VERIFIED, **verification},
         "kernels": [
