@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.estimates import TAPE_SHARE
+from compressor.engine.calibration_batch import TAPE_SHARE, Stream, run_unit
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
-from compressor.model.block_runner import Batch, Call, Stop
+from compressor.model.block_runner import Stop
 from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure
@@ -31,22 +31,6 @@ from compressor.protocol import State
 
 # kind of block, product and batch -> what is called before that product, and which results are read after it
 Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
-
-
-@dataclass
-class Stream:
-    """One batch on its way through the model: hidden states, what each block is called with beside them, and the tape
-    of the block it waits in, if it does.
-    """
-
-    batch: Batch
-    hidden: Tensor
-    calls: list[Call]
-    tape: Tape | None = None
-
-    @property
-    def kept_bytes(self) -> int:
-        return 0 if self.tape is None else self.tape.nbytes
 
 
 @dataclass
@@ -332,33 +316,3 @@ def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
     names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
     held = dict(structure.model.named_parameters(remove_duplicate=False))
     return {name: held[name] for name in sorted(names) if name in held}
-
-
-def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
-    """What a block makes of the batch's hidden states, or the head of them."""
-    if unit == structure.block_count + 1:
-        return structure.pieces.head(stream.batch, stream.hidden)
-    return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
-
-
-def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
-    """The same, from where the batch waits; its tape is used up."""
-    tape, stream.tape = stream.tape, None
-    is_block = 1 <= unit <= structure.block_count
-    if tape is None or (is_block and holds_containers(stream.calls[unit - 1])):
-        return run_unit(structure, unit, stream)  # what a block puts there for later ones has to be computed, not taped
-    try:
-        return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
-    except Diverged:
-        return run_unit(structure, unit, stream)
-
-
-def holds_containers(call: Call) -> bool:
-    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
-    return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
-
-
-def _is_container(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return any(_is_container(part) for part in value)
-    return isinstance(value, (MutableMapping, MutableSequence, MutableSet))

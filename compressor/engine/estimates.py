@@ -15,6 +15,7 @@ import torch
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import Route, artifact_config
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
+from compressor.engine.calibration_batch import BATCH_TOKENS, TAPE_SHARE
 from compressor.engine.plan_records import Findings, Formats, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from compressor.recipe.recipe import Recipe
     from compressor.recipe.schema import LimitsSettings
 
-BATCH_TOKENS = 4096  # calibration tokens per forward pass
-# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
-# at an earlier halt, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4 times
-# at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
-TAPE_SHARE = 3
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 SPARE_DISK_BYTES = 16 << 20
 SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from compressor.data.samples import load_samples
 from compressor.engine import block_view as site
+from compressor.engine import calibration_batch, sweep
 from compressor.engine import plan as planning
-from compressor.engine import sweep
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
 from compressor.layers.packed_linear import PackedLinear
@@ -30,7 +30,7 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 def swept(model, work, monkeypatch, share, sequential=b"true"):
     """sha256 of all unit files of a sweep over six batches."""
     monkeypatch.setattr(site, "TAPE_SHARE", share)
-    monkeypatch.setattr(sweep, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(calibration_batch, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
     sweeper = sweep.Sweeper(
@@ -66,7 +66,8 @@ def test_a_forward_that_can_not_be_taped_is_run_from_its_start(tmp_path, monkeyp
         return function(tape, *arguments)
 
     monkeypatch.setattr(site, "advance", lambda *a: refuse(advance, *a))
-    monkeypatch.setattr(site, "run_on", lambda *a: refuse(run_on, *a))
+    for module in (site, calibration_batch):
+        monkeypatch.setattr(module, "run_on", lambda *a: refuse(run_on, *a))
     assert swept(model, tmp_path / "w2", monkeypatch, 100) == expected
     assert set(diverged) == {advance, run_on}
 

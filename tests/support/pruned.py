@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
-from compressor.engine.block_view import Stream
+from compressor.engine.calibration_batch import Stream
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
@@ -114,12 +114,7 @@ def carry_out(
         lambda: False,
         lambda e: None,
     )
-
-    def embed(structure, streams):
-        for stream in streams:
-            stream.hidden, stream.calls = structure.pieces.stem(stream.batch)
-
-    after, _ = run_reshape(work, step, embed)
+    after, _ = run_reshape(work, step)
     warnings = [warning for line in journal.lines.values() for warning in line["warnings"]]
     journal.close()
     written = directory / "units" / "s00"
