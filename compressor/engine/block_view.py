@@ -1,4 +1,4 @@
-"""A unit as a pass sees it, and the calibration batches on their way through it.
+"""One part of the model as a pass sees it: its weights, what they read, and what is put in their place.
 
 A batch that has given the inputs of one stage waits before that stage's products (`resumable_forward`) and goes on from
 there when the next stage is asked for, as far as memory allows; what a pass sees never depends on it.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.calibration_batch import TAPE_SHARE, Stream, run_unit
+from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
@@ -34,13 +34,16 @@ Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 
 
 @dataclass
-class UnitSite:
-    """A unit as a pass may see it (`protocol.Site`)."""
+class BlockView:
+    """One part of the model as a pass may see it (`protocol.Site`).
+
+    calibration  the batches, as they enter the part
+    """
 
     structure: Structure
     unit: int
     selected: frozenset[str]
-    streams: list[Stream]
+    calibration: list[CalibrationBatch]
     device: torch.device
     generator: torch.Generator
     needs: Needs
@@ -105,9 +108,9 @@ class UnitSite:
         if weight.name in self.put_layers:
             self.installed.take_back(weight)
         self._untie(weight)
-        for stream in self.streams:  # whoever has multiplied by the weight has to do it again
-            if stream.tape is not None and (weight.is_function or weight.parameter in stream.tape.passed):
-                stream.tape = None
+        for batch in self.calibration:  # whoever has multiplied by the weight has to do it again
+            if batch.tape is not None and (weight.is_function or weight.parameter in batch.tape.passed):
+                batch.tape = None
         if not weight.is_function:
             target = view(self.structure, weight)
             rebuilt = layer.matrix(self.dtype).to(target.device)
@@ -130,16 +133,16 @@ class UnitSite:
 
     @property
     def batches(self) -> int:
-        return len(self.streams)
+        return len(self.calibration)
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
         assert 1 <= self.unit <= self.structure.block_count, "stem and head have no output of their own"
-        stream, index = self.streams[batch], self.unit - 1
+        entering, index = self.calibration[batch], self.unit - 1
         placed = Installed(self.structure)
         try:
             for weight, module in (stand_ins or {}).items():
                 placed.place(weight, module)
-            return self.structure.pieces.block(index, stream.hidden, stream.calls[index], gradients=bool(stand_ins))
+            return self.structure.pieces.block(index, entering.hidden, entering.calls[index], gradients=bool(stand_ins))
         finally:
             placed.remove()
 
@@ -192,28 +195,28 @@ class UnitSite:
             return numbers.get((call.parameter, expert))
 
         wanted = {name for name, _ in numbers}
-        limit = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
-        kept = sum(stream.kept_bytes for stream in self.streams)
+        limit = TAPE_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
+        kept = sum(batch.kept_bytes for batch in self.calibration)
         here = 0  # what one batch keeps at this stage
-        for stream in self.streams:
-            before = stream.kept_bytes
-            waits = stream.tape is not None and not stream.tape.passed & wanted
+        for batch in self.calibration:
+            before = batch.kept_bytes
+            waits = batch.tape is not None and not batch.tape.passed & wanted
             if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
-                yield from self._ahead(stream, watched, number_of, stage)
+                yield from self._ahead(batch, watched, number_of, stage)
             else:
-                first = self._halt(stream, watched, lambda call: number_of(call) is not None, wanted)
+                first = self._halt(batch, watched, lambda call: number_of(call) is not None, wanted)
                 if first is not None:
-                    self._forget_unread(stream, first.parameter)
-                here = stream.kept_bytes
+                    self._forget_unread(batch, first.parameter)
+                here = batch.kept_bytes
                 if first is None:  # no token of this batch was routed to these experts
                     pass
                 elif len(stage) == 1:
                     yield 0, first.input.reshape(-1, first.input.shape[-1])
                 else:
-                    yield from self._ahead(stream, watched, number_of, stage)
-            if kept - before + stream.kept_bytes > limit:
-                stream.tape = None
-            kept += stream.kept_bytes - before
+                    yield from self._ahead(batch, watched, number_of, stage)
+            if kept - before + batch.kept_bytes > limit:
+                batch.tape = None
+            kept += batch.kept_bytes - before
 
     def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
         """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that a table
@@ -231,58 +234,62 @@ class UnitSite:
 
             handles.append(module.register_forward_pre_hook(note))
         try:
-            for stream in self.streams:
+            for batch in self.calibration:
                 found.clear()
                 if self.unit == 0:
-                    self.structure.pieces.stem(stream.batch)
+                    self.structure.pieces.stem(batch.inputs)
                 else:
-                    run_unit(self.structure, self.unit, stream)
+                    run_unit(self.structure, self.unit, batch)
                 yield from found
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _forget_unread(self, stream: Stream, parameter: str) -> None:
+    def _forget_unread(self, batch: CalibrationBatch, parameter: str) -> None:
         """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
-        tape = stream.tape
+        tape = batch.tape
         assert tape is not None
         if not 1 <= self.unit <= self.structure.block_count:
             return
         block = self.structure.pieces.blocks[self.unit - 1]
         relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.unit - 1}.")
-        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(stream.hidden.shape))
+        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(batch.hidden.shape))
         if kind not in self.needs:
             calls = tape.calls
             try:
-                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, stream)))
+                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, batch)))
             except Diverged:
                 self.needs[kind] = ([], frozenset())
                 tape.is_spent = True
         calls, leaves = self.needs[kind]
         if tape.is_spent:
-            stream.tape = None
+            batch.tape = None
         elif calls == tape.calls:
             tape.keep_only(leaves)
 
     def _halt(
-        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[ObservedMatmul], bool], wanted: set[str]
+        self,
+        batch: CalibrationBatch,
+        watched: dict[str, Tensor],
+        halts: Callable[[ObservedMatmul], bool],
+        wanted: set[str],
     ) -> ObservedMatmul | None:
         """Take the batch to the first product of the stage, from where it waits if that lies before it."""
-        work = partial(run_unit, self.structure, self.unit, stream)
-        if stream.tape is not None and not stream.tape.passed & wanted:
+        work = partial(run_unit, self.structure, self.unit, batch)
+        if batch.tape is not None and not batch.tape.passed & wanted:
             try:
-                return advance(stream.tape, watched, work, halts)
+                return advance(batch.tape, watched, work, halts)
             except Diverged:
                 pass  # some forwards can't be taped; from the start it goes always
-        stream.tape = Tape()
-        first = advance(stream.tape, watched, work, halts)
+        batch.tape = Tape()
+        first = advance(batch.tape, watched, work, halts)
         if first is None:
-            stream.tape = None
+            batch.tape = None
         return first
 
     def _ahead(
         self,
-        stream: Stream,
+        batch: CalibrationBatch,
         watched: dict[str, Tensor],
         number_of: Callable[[ObservedMatmul], int | None],
         stage: Stage,
@@ -298,16 +305,16 @@ class UnitSite:
             if all_come and len(caught) == len(stage):
                 raise Stop
 
-        work = partial(run_unit, self.structure, self.unit, stream)
-        stream.tape = stream.tape or Tape()
+        work = partial(run_unit, self.structure, self.unit, batch)
+        batch.tape = batch.tape or Tape()
         try:
-            run_on(stream.tape, watched, work, visit)
+            run_on(batch.tape, watched, work, visit)
         except Diverged:
             caught.clear()
-            stream.tape = Tape()
-            run_on(stream.tape, watched, work, visit)
-        if stream.tape.is_spent:
-            stream.tape = None
+            batch.tape = Tape()
+            run_on(batch.tape, watched, work, visit)
+        if batch.tape.is_spent:
+            batch.tape = None
         yield from caught.items()
 
 

@@ -30,19 +30,23 @@ TAPE_SHARE = 3
 
 
 @dataclass
-class Stream:
-    """One batch on its way through the model: hidden states, what each block is called with beside them, and the tape
-    of the block it waits in, if it does.
+class CalibrationBatch:
+    """One batch on its way through the model.
+
+    inputs  the model's own
+    hidden  hidden states, as the last part left them
+    calls   what each block is called with beside them
+    tape    of the block that the batch waits in, if it does
     """
 
-    batch: Batch
+    inputs: Batch
     hidden: Tensor
     calls: list[Call]
     tape: Tape | None = None
 
     @classmethod
-    def before_embeddings(cls, batch: Batch) -> Stream:
-        return cls(batch, torch.empty(0), [])
+    def before_embeddings(cls, inputs: Batch) -> CalibrationBatch:
+        return cls(inputs, torch.empty(0), [])
 
     @property
     def kept_bytes(self) -> int:
@@ -59,13 +63,13 @@ def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[
 
 def calibration_batches(
     structure: Structure, device: torch.device, samples: Samples | None, steps: Sequence[Step]
-) -> list[Stream]:
+) -> list[CalibrationBatch]:
     """Calibration batches before the embeddings; none if no step reads inputs."""
     name = structure.model.main_input_name
     batches = []
     for _, found in stacked_samples(samples, steps):
         value = found.to(structure.dtype) if found.is_floating_point() else found
-        batches.append(Stream.before_embeddings({name: value.to(device)}))
+        batches.append(CalibrationBatch.before_embeddings({name: value.to(device)}))
     return batches
 
 
@@ -81,33 +85,33 @@ def probe_batch(structure: Structure, device: torch.device) -> Batch:
     return example_batch(structure.model, device, samples=2, tokens=32)
 
 
-def embed(structure: Structure, streams: list[Stream]) -> None:
+def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
     """Take every batch through the embeddings."""
-    done: list[Stream] = []
-    for stream in streams:
-        hidden, calls = structure.pieces.stem(stream.batch)
+    done: list[CalibrationBatch] = []
+    for batch in batches:
+        hidden, calls = structure.pieces.stem(batch.inputs)
         shared = next((s.calls for s in done if s.hidden.shape == hidden.shape and equal_calls(s.calls, calls)), calls)
-        stream.hidden, stream.calls = hidden, shared
-        done.append(stream)
+        batch.hidden, batch.calls = hidden, shared
+        done.append(batch)
 
 
-def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+def run_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
     """What a block makes of the batch's hidden states, or the output head of them."""
     if unit == structure.block_count + 1:
-        return structure.pieces.head(stream.batch, stream.hidden)
-    return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
+        return structure.pieces.head(batch.inputs, batch.hidden)
+    return structure.pieces.block(unit - 1, batch.hidden, batch.calls[unit - 1])
 
 
-def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
+def finish_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
     """The same, from where the batch waits; its tape is used up."""
-    tape, stream.tape = stream.tape, None
+    tape, batch.tape = batch.tape, None
     is_block = 1 <= unit <= structure.block_count
-    if tape is None or (is_block and holds_containers(stream.calls[unit - 1])):
-        return run_unit(structure, unit, stream)  # what a block puts there for later ones has to be computed, not taped
+    if tape is None or (is_block and holds_containers(batch.calls[unit - 1])):
+        return run_unit(structure, unit, batch)  # what a block puts there for later ones has to be computed, not taped
     try:
-        return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
+        return run_on(tape, {}, partial(run_unit, structure, unit, batch), lambda call: None)
     except Diverged:
-        return run_unit(structure, unit, stream)
+        return run_unit(structure, unit, batch)
 
 
 def equal_calls(first: list[Call], second: list[Call]) -> bool:

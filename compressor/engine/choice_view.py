@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
 
 from compressor.engine.block_io import Installed, UnitSource, free_unit
-from compressor.engine.block_view import UnitSite
-from compressor.engine.calibration_batch import Stream, embed
+from compressor.engine.block_view import BlockView
+from compressor.engine.calibration_batch import CalibrationBatch, embed
 from compressor.engine.rewrite_sweep import ReshapeSite
 from compressor.engine.walk import Part, load_part, walk
 from compressor.errors import Interrupted
@@ -37,9 +37,9 @@ class WholeModelView:
     """
 
     begin: Callable[[], Iterator[Part]]
-    view: Callable[[Part], UnitSite]
+    view: Callable[[Part], BlockView]
 
-    def sites(self) -> Iterator[UnitSite]:
+    def sites(self) -> Iterator[BlockView]:
         for part in self.begin():
             site = self.view(part)
             site.is_open = False
@@ -59,7 +59,7 @@ class ShapingView:
     number: int
     facts: ModelFacts
     structure: Structure
-    streams: list[Stream]
+    calibration: list[CalibrationBatch]
     labels_of: list[Tensor | None]
     device: device
     seeded: Callable[[int], Generator]
@@ -81,7 +81,7 @@ class ShapingView:
 
     @property
     def batches(self) -> int:
-        return len(self.streams)
+        return len(self.calibration)
 
     def labels(self, batch: int) -> Tensor | None:
         return self.labels_of[batch]
@@ -115,28 +115,28 @@ class ShapingView:
 
     def stem(self, batch: int) -> Tensor:
         self._embed()
-        return self.streams[batch].hidden
+        return self.calibration[batch].hidden
 
     def run(self, unit: int, batch: int, hidden: Tensor) -> Tensor:
         self._embed()  # it is the stem that tells what blocks are called with
-        call = self.streams[batch].calls[unit - 1]
+        call = self.calibration[batch].calls[unit - 1]
         return self.structure.pieces.block(unit - 1, hidden, call, gradients=True)
 
     def head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
-        chosen = {name: value[samples] for name, value in self.streams[batch].batch.items()}
+        chosen = {name: value[samples] for name, value in self.calibration[batch].inputs.items()}
         with self.loaded(0), self.loaded(self.units - 1):
             return self.structure.pieces.head(chosen, hidden, gradients=True)
 
     def sites(self, bases: Callable[[ReshapeSite], list[Tensor]] | None = None) -> Iterator[ReshapeSite]:
         self._embed()
-        streams = [replace(stream) for stream in self.streams]
-        for part in walk(self.structure, streams, self._hold):
+        batches = [replace(batch) for batch in self.calibration]
+        for part in walk(self.structure, batches, self._hold):
             site = ReshapeSite(
                 self.structure,
                 part.unit,
                 self.facts,
                 Remodel(),
-                streams,
+                batches,
                 self.device,
                 self.seeded(part.unit),
                 is_open=False,
@@ -176,5 +176,5 @@ class ShapingView:
     def _embed(self) -> None:
         if not self._is_embedded:
             with self.loaded(0):
-                embed(self.structure, self.streams)
+                embed(self.structure, self.calibration)
             self._is_embedded = True

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.engine.block_io import UnitSource, free_all
-from compressor.engine.calibration_batch import Stream, run_unit
+from compressor.engine.calibration_batch import CalibrationBatch, run_unit
 from compressor.engine.walk import Holder, Part, unit_event, walk
 from compressor.errors import PassError
 from compressor.model.facts import ModelFacts, Remodel
@@ -41,7 +41,7 @@ class ReshapeSite:
     unit: int
     facts: ModelFacts
     remodel: Remodel
-    streams: list[Stream]
+    batches: list[CalibrationBatch]
     device: torch.device
     generator: torch.Generator
     is_open: bool = True
@@ -65,7 +65,7 @@ class ReshapeSite:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:
-        return [stream.hidden for stream in self.streams]
+        return [batch.hidden for batch in self.batches]
 
     def read(self, parameter: str) -> Tensor:
         if parameter in self.written:
@@ -89,24 +89,24 @@ class ReshapeSite:
         watched = self.structure.model.get_submodule(module)
         handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
         try:
-            for stream in self.streams:
+            for batch in self.batches:
                 caught.clear()
-                run_unit(self.structure, self.unit, stream)
+                run_unit(self.structure, self.unit, batch)
                 yield caught[0].reshape(-1, caught[0].shape[-1])
         finally:
             handle.remove()
 
     def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
-        for stream in self.streams:
-            yield self.project(stream, bases).reshape(-1, self.residual.width)
+        for batch in self.batches:
+            yield self.project(batch, bases).reshape(-1, self.residual.width)
 
-    def project(self, stream: Stream, bases: Sequence[Tensor]) -> Tensor:
+    def project(self, batch: CalibrationBatch, bases: Sequence[Tensor]) -> Tensor:
         """The stream after len(bases) sites, each projected, float64; that of the whole block where all are.
 
         The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
         projected one, and how far the two are apart goes along to the next site.
         """
-        x = stream.hidden.to(torch.float64)
+        x = batch.hidden.to(torch.float64)
         bases = [basis.to(x.device) for basis in bases]
         if not bases or not self.sites:
             return x
@@ -130,7 +130,7 @@ class ReshapeSite:
                 module = self.structure.model.get_submodule(tap.module)
                 hook = partial(_before, norm_input, number, first == 0)
                 handles.append(module.register_forward_pre_hook(hook))
-        entering = Stream(stream.batch, onto(0, x).to(stream.hidden.dtype), stream.calls)
+        entering = CalibrationBatch(batch.inputs, onto(0, x).to(batch.hidden.dtype), batch.calls)
         try:
             left = run_unit(self.structure, self.unit, entering).to(torch.float64)
             return left + apart[-1].view(left.shape)
@@ -141,12 +141,12 @@ class ReshapeSite:
                 handle.remove()
 
     def advance(self, bases: Sequence[Tensor]) -> None:
-        """Take the streams through the block, projected; without bases as they are."""
-        for stream in self.streams:
+        """Take the batches through the block, projected; without bases as they are."""
+        for batch in self.batches:
             if bases:
-                stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+                batch.hidden = self.project(batch, bases).to(batch.hidden.dtype)
             else:
-                stream.hidden = run_unit(self.structure, self.unit, stream)
+                batch.hidden = run_unit(self.structure, self.unit, batch)
 
 
 class _Reached(Exception):
@@ -167,7 +167,7 @@ class Reshaper:
 
     number   of the sweep
     planned  the structure that `plan` promised
-    streams  calibration batches before the stem; none if the step reads weights only
+    batches  calibration batches before the embeddings; none if the step reads weights only
     """
 
     number: int
@@ -176,7 +176,7 @@ class Reshaper:
     facts: ModelFacts
     remodel: Remodel
     journal: Journal
-    streams: list[Stream]
+    batches: list[CalibrationBatch]
     device: torch.device
     seeds: Callable[[int], int]  # unit -> seed
     is_interrupted: Callable[[], bool]
@@ -187,7 +187,7 @@ class Reshaper:
 
     def site(self, unit: int, seed_of: int) -> ReshapeSite:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.streams, self.device, generator)
+        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.batches, self.device, generator)
 
 
 def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
@@ -204,7 +204,7 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
     def done(part: Part, seconds: float) -> None:
         work.emit(unit_event(structure, work.number, part, seconds))
 
-    for part in walk(structure, work.streams if follows else [], work.holder(source), done):
+    for part in walk(structure, work.batches if follows else [], work.holder(source), done):
         key = f"{work.number}/{part.unit}"
         site = work.site(part.unit, part.unit)
         if part.unit == 0:
@@ -272,7 +272,7 @@ def _sites(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[ReshapeSi
     """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")
-    for part in walk(structure, work.streams, hold):
+    for part in walk(structure, work.batches, hold):
         site = work.site(part.unit, -1)
         site.is_open, site.warnings = False, warnings
         if part.unit == 0:

@@ -28,8 +28,14 @@ from compressor.engine.block_io import (
     unit_name,
     unit_tensors,
 )
-from compressor.engine.block_view import Needs, UnitSite, watched_parameters
-from compressor.engine.calibration_batch import Stream, batch_labels, calibration_batches, probe_batch, run_unit
+from compressor.engine.block_view import BlockView, Needs, watched_parameters
+from compressor.engine.calibration_batch import (
+    CalibrationBatch,
+    batch_labels,
+    calibration_batches,
+    probe_batch,
+    run_unit,
+)
 from compressor.engine.choice_view import ShapingView, WholeModelView
 from compressor.engine.plan import decided_plan
 from compressor.engine.plan_records import Plan, Reshape
@@ -72,10 +78,10 @@ class Sweeper:
         units, passes = self.structure.block_count + 2, [step.name for step in steps]
         self.emit({"event": "sweep", "sweep": number, "units": units, "passes": passes})
 
-    def batches(self, steps: tuple[Step, ...]) -> list[Stream]:
+    def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
         """Calibration batches before the embeddings (none if no step reads inputs), and the probe as the last one."""
         found = calibration_batches(self.structure, self.device, self.samples, steps)
-        return [*found, Stream.before_embeddings(probe_batch(self.structure, self.device))]
+        return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
 
     def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
@@ -206,7 +212,7 @@ class StoringSweep:
     number: int
     steps: tuple[Step, ...]
     before: Written
-    batches: list[Stream]
+    batches: list[CalibrationBatch]
     decisions: list[Decision | None]
 
     def line(self, unit: int) -> dict[str, Any] | None:
@@ -292,7 +298,7 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
 def _read_back(part: Part, source: UnitSource, device: torch.device) -> None:
     """Load the part as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
     structure, installed = part.structure, part.installed
-    waiting = [stream for stream in part.batches if stream.tape is not None]
+    waiting = [batch for batch in part.batches if batch.tape is not None]
     left = watched_parameters(structure, part.unit) if waiting else {}
     stands_in = bool(installed.originals)
     installed.remove()
@@ -300,8 +306,8 @@ def _read_back(part: Part, source: UnitSource, device: torch.device) -> None:
     same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
     installed.install_stored(source, device)
     if stands_in or not same:
-        for stream in waiting:
-            stream.tape = None
+        for batch in waiting:
+            batch.tape = None
 
 
 @dataclass
@@ -368,9 +374,9 @@ def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
     sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
 
 
-def _view(sweeper: Sweeper, step: Step, part: Part, seed: int) -> UnitSite:
+def _view(sweeper: Sweeper, step: Step, part: Part, seed: int) -> BlockView:
     """The loaded part as a step may see it; the last of the batches is the probe, which no pass sees."""
-    return UnitSite(
+    return BlockView(
         part.structure,
         part.unit,
         frozenset(weight.name for weight in sweeper.plan.selected[step.path]),
@@ -408,7 +414,7 @@ def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, befor
     def begin() -> Iterator[Part]:
         return walk(structure, sweeper.batches((step,)), hold)
 
-    def view(part: Part) -> UnitSite:
+    def view(part: Part) -> BlockView:
         return _view(sweeper, step, part, sweeper.seed_of(number, position, part.unit, -1))
 
     return WholeModelView(begin, view)

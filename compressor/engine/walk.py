@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, UnitSource, free_unit, load_unit, unit_name
-from compressor.engine.calibration_batch import Stream, embed, finish_unit, run_unit
+from compressor.engine.calibration_batch import CalibrationBatch, embed, finish_unit, run_unit
 from compressor.errors import Interrupted
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -42,7 +42,7 @@ class Part:
 
     structure: Structure
     unit: int
-    batches: list[Stream]
+    batches: list[CalibrationBatch]
     installed: Installed
     is_advanced: bool = False
 
@@ -63,16 +63,16 @@ class Part:
         elif self.unit == 0:
             embed(self.structure, self.batches)
         elif self.is_block:
-            for stream in self.batches:
-                stream.hidden = finish_unit(self.structure, self.unit, stream)
+            for batch in self.batches:
+                batch.hidden = finish_unit(self.structure, self.unit, batch)
 
-    def output(self, stream: Stream) -> Tensor:
+    def output(self, batch: CalibrationBatch) -> Tensor:
         """What the part makes of a batch; it goes no further."""
-        return run_unit(self.structure, self.unit, stream)
+        return run_unit(self.structure, self.unit, batch)
 
 
 def walk(
-    structure: Structure, batches: list[Stream], hold: Hold, done: Callable[[Part, float], None] | None = None
+    structure: Structure, batches: list[CalibrationBatch], hold: Hold, done: Callable[[Part, float], None] | None = None
 ) -> Iterator[Part]:
     """Every part of the model in order, each good until the next is taken."""
     for unit in range(structure.block_count + 2):

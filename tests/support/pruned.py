@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
-from compressor.engine.calibration_batch import Stream
+from compressor.engine.calibration_batch import CalibrationBatch
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
@@ -100,7 +100,7 @@ def carry_out(
     step = Step(("steps", 0), "fixed", Fixed(decision=decision, **settings))
     journal = Journal.create(directory, {})
     device = torch.device("cpu")
-    streams = [Stream(batch, torch.empty(0), []) for batch in batches]
+    streams = [CalibrationBatch(batch, torch.empty(0), []) for batch in batches]
     work = Reshaper(
         0,
         structure,
