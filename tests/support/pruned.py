@@ -18,6 +18,7 @@ from safetensors import safe_open
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
 from compressor.engine.calibration_batch import CalibrationBatch
+from compressor.engine.plan_records import parameter_count
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
@@ -48,7 +49,7 @@ class Fixed(Pass):
     def reshape(self, site, carry):
         found = prune(site, site.facts.prunable(), self.decision, ridge=self.ridge, factors=self.factors)
         for name, repair in found.items():
-            site.warn("repaired" if repair.is_solved else "cut", name, f"{repair.before} {repair.after}")
+            site.warn("repaired" if repair.after < repair.before else "cut", name, f"{repair.before} {repair.after}")
         return carry
 
 
@@ -162,6 +163,11 @@ def _over(kept, module, args, _output):
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def planned_parameters(result: Pruned) -> int:
+    """Parameters of the pruned model, as `plan` counts them before anything is written."""
+    return parameter_count(check_remodel(result.before, result.remodel, "steps"))
 
 
 def stored_numel(directory: Path) -> int:
