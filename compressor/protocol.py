@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -405,17 +405,3 @@ class Pass(BaseModel):
 
     def head(self, site: Site, carry: Carry) -> Carry:
         return carry
-
-
-@dataclass
-class Record:
-    """What the report says of one weight that a pass has stored."""
-
-    name: str
-    step: int
-    block: int
-    form: str
-    spec: dict[str, Any]
-    shape: tuple[int, int]
-    seconds: float = 0.0
-    values: dict[str, Any] = field(default_factory=dict)

@@ -8,28 +8,27 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from compressor.artifact import verify
 from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.manifest import read_manifest
-from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
-from compressor.engine.interrupt import Stop, signals
-from compressor.engine.plan import Plan, make_plan
-from compressor.engine.request import REFUSALS, check_request, find_device, named_output
+from compressor.engine.interrupt import Stop, interruptible, signals
+from compressor.engine.job import Clock, Emit, Job, fingerprint
+from compressor.engine.plan import as_built, make_plan
+from compressor.engine.plan_records import DecidedPlan, Plan
+from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+from compressor.errors import ArtifactError, GateError
 from compressor.evaluation.environment import environment, peak_rss_bytes
 from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.metrics import unmeasured
@@ -45,8 +44,6 @@ from compressor.process.resources import room
 from compressor.recipe.gates import check_gates, failed_gates
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal, has_begun, remove_work
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 def compress(
@@ -76,7 +73,7 @@ def compress(
     work = output.with_name(output.name + ".work")
     check_request(recipe, output, resume=resume, fresh=fresh, measure=measure)
     place = find_device(device)
-    with signals(Stop()) if stop is None else nullcontext(stop) as stop, _interruptible(stop), _folders_above(output):
+    with signals(Stop()) if stop is None else nullcontext(stop) as stop, interruptible(stop), folders_above(output):
         stop.work = work
         clock = Clock()
         if work.exists() and (fresh or not has_begun(work)):
@@ -86,17 +83,17 @@ def compress(
         with clock.time("plan"):
             plan = _plan(recipe, model, output, trust_remote_code, emit)
             calibration, held_out = read_samples(plan, measure=measure, trust_remote_code=trust_remote_code)
-        fingerprint = _fingerprint(plan, calibration, place)
+        shared = fingerprint(plan, calibration, place)
         pinned = plan.recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
-        journal = Journal.reopen(work, fingerprint) if resume else Journal.create(work, fingerprint)
-        with _left_as_found(work, resume), closing(journal):
+        journal = Journal.reopen(work, shared) if resume else Journal.create(work, shared)
+        with left_as_found(work, resume), closing(journal):
             job = Job(
                 source=model_label(model),
                 plan=replace(plan, recipe=pinned),
                 journal=journal,
                 calibration=calibration,
                 held_out=held_out,
-                fingerprint=fingerprint,
+                fingerprint=shared,
                 place=place,
                 trust_remote_code=trust_remote_code,
                 resumed=len(journal.lines) if resume else None,
@@ -118,65 +115,6 @@ def compress(
     return report
 
 
-@dataclass
-class Clock:
-    """Wall time of a run and of its stages."""
-
-    began: float = field(default_factory=time.perf_counter)
-    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - began
-
-
-@dataclass
-class Job:
-    """What the stages of one run share. plan.recipe is the pinned one, as it is written and reported.
-
-    source   what the model is called
-    resumed  how many units an earlier, interrupted run had committed; None if there was none
-    """
-
-    source: str
-    plan: Plan
-    journal: Journal
-    calibration: Samples | None
-    held_out: Samples | None
-    fingerprint: dict[str, Any]
-    place: torch.device
-    trust_remote_code: bool
-    resumed: int | None
-    clock: Clock
-    emit: Emit
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.plan.recipe
-
-    @property
-    def built(self) -> Path:
-        return self.journal.work / "artifact"
-
-    @property
-    def scratch(self) -> Path:
-        return self.journal.work / "scratch"
-
-    @property
-    def route(self) -> Route:
-        assert self.plan.route is not None  # a plan without a route has problems, and stops there
-        return self.plan.route
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.emit({"event": "stage", "name": name})
-        with self.clock.time(name):
-            yield
-
-
 def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
     """Everything between plan and publication. Returns the report, which lies in the built artifact.
 
@@ -185,9 +123,9 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
     for folder in (job.built, job.scratch):  # of an earlier try; its room may be needed now
         if folder.exists():
             shutil.rmtree(folder)
-    units, forms = _sweep(job, stop)
+    outcome = _sweep(job, stop)
     with job.stage("write"):
-        _write(job, units, forms)
+        _write(job, outcome)
     with job.stage("verify"):
         checked = _verify(job)
     measured = Measured()
@@ -198,11 +136,11 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
     elif job.held_out is not None:
         with job.stage("evaluate"):
             measured = _evaluate(job, job.held_out)
-    report = _report(job, forms, checked, measured)
+    report = _report(job, outcome, checked, measured)
     write_reports(report, job.built, job.recipe.report)
     if job.recipe.export.card and not checked["problems"]:
-        write_card(report, job.plan.structure.checkpoint, job.built)
-    _seal(job, forms)
+        write_card(report, outcome.plan.structure.checkpoint, job.built)
+    _seal(job, outcome)
     where = f"{job.journal.work.name}/artifact"
     if checked["problems"]:
         raise ArtifactError(
@@ -228,35 +166,54 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     return plan
 
 
-def _sweep(job: Job, stop: Stop) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """The unit files of the last sweep and the forms in them, by weight; leaves the probe in `scratch`."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the sweeps of a run leave.
+
+    plan   as the passes have decided it and the sweeps have written it
+    files  part files of the last sweep
+    forms  weight name -> the format it is in, by name
+    """
+
+    plan: DecidedPlan
+    files: list[Path]
+    forms: dict[str, StoredWeight]
+
+    @property
+    def route(self) -> Route:
+        assert self.plan.route is not None  # a plan without a route has problems, and stops there
+        return self.plan.route
+
+
+def _sweep(job: Job, stop: Stop) -> Outcome:
+    """Run the sweeps; leaves the probe in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
-        units, forms = run_sweeps(sweeper)
-        job.plan = replace(sweeper.plan, structure=sweeper.structure)  # as it came to be, no longer as planned
+        files, forms = run_sweeps(sweeper)
+    plan = as_built(sweeper.plan, sweeper.structure)
     job.scratch.mkdir()
     assert sweeper.probe is not None
-    save_probe(job.scratch / "probe.safetensors", job.plan.structure, sweeper.probe, job.place)
-    return units, {name: forms[name] for name in sorted(forms)}
+    save_probe(job.scratch / "probe.safetensors", plan.structure, sweeper.probe, job.place)
+    return Outcome(plan, files, {name: forms[name] for name in sorted(forms)})
 
 
-def _write(job: Job, units: list[Path], forms: dict[str, StoredWeight]) -> None:
+def _write(job: Job, outcome: Outcome) -> None:
     """The artifact into a directory of its own, sealed, so that the verification checks its hashes too."""
     write_artifact(
         job.built,
-        job.plan.structure,
-        units,
-        list(forms.values()),
-        job.route,
+        outcome.plan.structure,
+        outcome.files,
+        list(outcome.forms.values()),
+        outcome.route,
         job.recipe.export.shard_bytes,
-        job.plan.untied,
+        outcome.plan.untied,
         job.recipe.to_yaml(),
     )
-    _seal(job, forms)
+    _seal(job, outcome)
 
 
-def _seal(job: Job, forms: dict[str, StoredWeight]) -> None:
-    structure = job.plan.structure
+def _seal(job: Job, outcome: Outcome) -> None:
+    structure = outcome.plan.structure
     errors: dict[str, float | None] = {}
     for line in job.journal.lines.values():
         errors.update(line.get("relative_errors", {}))
@@ -268,13 +225,13 @@ def _seal(job: Job, forms: dict[str, StoredWeight]) -> None:
             for step in job.recipe.steps
             if step.settings.reshapes
         ],
-        "relative_errors": {name: errors.get(name) for name in forms},
+        "relative_errors": {name: errors.get(name) for name in outcome.forms},
     }
     seal(
         job.built,
         architecture=structure.architecture,
-        route=job.route,
-        forms=list(forms.values()),
+        route=outcome.route,
+        forms=list(outcome.forms.values()),
         source=source,
         carried=carried(structure),
     )
@@ -308,12 +265,13 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
     )
 
 
-def _report(job: Job, forms: dict[str, StoredWeight], checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
-    sizes = weight_sizes(job.plan.source.checkpoint, job.built, forms, job.plan)
+def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    plan = outcome.plan
+    sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.forms, plan)
     evaluation = job.recipe.eval
     return build_report(
         source=job.source,
-        plan=job.plan,
+        plan=plan,
         fingerprint=job.fingerprint,
         lines=list(job.journal.lines.values()),
         sizes=sizes,
@@ -327,7 +285,7 @@ def _report(job: Job, forms: dict[str, StoredWeight], checked: dict[str, Any], m
             "seconds": time.perf_counter() - job.clock.began,
             "seconds_by_stage": job.clock.seconds,
             "peak_rss_bytes": peak_rss_bytes(),
-            "predicted_peak_bytes": job.plan.peak_memory_bytes,
+            "predicted_peak_bytes": plan.peak_memory_bytes,
             "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
             "speed": measured.speed,
         },
@@ -343,66 +301,3 @@ def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
     os.replace(job.built, target)
     remove_work(job.journal.work)
     return target
-
-
-@contextmanager
-def _left_as_found(work: Path, resumed: bool) -> Iterator[None]:
-    """A refusal leaves nothing behind (docs/exit-codes.md), but for what an interrupted run had done before."""
-    try:
-        yield
-    except CompressError as error:
-        if error.exit_code in REFUSALS and not resumed:
-            with suppress(UsageError):  # someone put files of his own there: they stay, and the refusal is what is told
-                remove_work(work)
-        raise
-
-
-@contextmanager
-def _folders_above(output: Path) -> Iterator[None]:
-    """Make the folders that the output lies in; remove them again if nothing came to lie there."""
-    parent = output.absolute().parent
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"can't be made ({error.strerror})",
-            where=str(parent),
-            hint="Choose another --output.",
-            data={"reason": "not-made", "cause": error.strerror},
-        ) from error
-    try:
-        yield
-    finally:
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:
-    """What a resumed run has to share with the interrupted one."""
-    return {
-        "recipe": plan.recipe.pinned(None, None).sha256,
-        "model": plan.source.checkpoint.content_sha256,
-        "data": calibration.digest if calibration else None,
-        "compress_model": VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-@contextmanager
-def _interruptible(stop: Stop) -> Iterator[None]:
-    """raises Interrupted for a stop that was asked for, also where a library made another error of it"""
-    try:
-        yield
-    except (KeyboardInterrupt, Exception) as error:
-        if not (stop.is_asked() or isinstance(error, KeyboardInterrupt)):
-            raise
-        work = stop.work
-        if work is not None and work.is_dir() and not has_begun(work):
-            remove_work(work)
-        raise Interrupted("stopped", where="run", hint=stop.hint, data={"resumable": stop.work is not None}) from None

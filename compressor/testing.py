@@ -19,7 +19,8 @@ import yaml
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.writer import carried_tensors
-from compressor.engine.plan import Plan, make_plan
+from compressor.engine.plan import make_plan
+from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
@@ -144,7 +145,7 @@ def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
     if not said:
         assert abs(predicted - actual) <= 0.02 * actual, f"plan says {predicted} bytes, {actual} were written"
         return
-    planned = {row["name"]: row["bytes_after"] for row in plan.rows}
+    planned = {row.name: row.bytes_after for row in plan.rows}
     for row in report["weights"]:
         name, more = row["name"], row["bytes_after"] - planned[row["name"]]
         is_bounded = more <= 0 if settings.sizes_are == "upper bounds" else more >= 0

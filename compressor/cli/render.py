@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from compressor.cli.progress import json_line
 from compressor.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.engine.plan import Plan
+    from compressor.engine.plan_records import Plan, PlanRow
 
 out, err = Console(), Console(stderr=True)
 
@@ -68,19 +69,19 @@ def show_plan(plan: Plan) -> None:
         complain(problem, False)
 
 
-def _show_weights(rows: list[dict[str, Any]]) -> None:
+def _show_weights(rows: Iterable[PlanRow]) -> None:
     from compressor.evaluation.render import human_bytes
 
     table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
     for row in rows:
         table.add_row(
-            row["name"],
-            "x".join(map(str, row["shape"])),
-            row["role"],
-            row["pass"],
-            row["to"],
-            human_bytes(row["bytes_before"]),
-            human_bytes(row["bytes_after"]),
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.role,
+            row.pass_name,
+            row.format_after,
+            human_bytes(row.bytes_before),
+            human_bytes(row.bytes_after),
         )
     out.print(table)
 
@@ -203,7 +204,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def warn(warnings: list[dict[str, str]]) -> None:
+def warn(warnings: Iterable[dict[str, str]]) -> None:
     for warning in warnings:
         err.print(
             f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",

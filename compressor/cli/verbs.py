@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,15 +185,17 @@ def plan(
 
     parsed = read_recipe(recipe, set_ or [])
     found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
-    found.problems += data_problems(
-        found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code
-    )
+    problems = [
+        *found.problems,
+        *data_problems(found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code),
+    ]
     try:
         find_device(device)
         if output is not None:
             check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
     except CompressError as error:
-        found.problems.append(error)
+        problems.append(error)
+    found = replace(found, problems=tuple(problems))
     if as_json:
         json_line({"event": "result", **found.to_dict()})
     elif format_ is Format.json:

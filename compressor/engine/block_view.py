@@ -1,4 +1,4 @@
-"""A unit as a pass sees it, and the calibration batches on their way through it.
+"""One part of the model as a pass sees it: its weights, what they read, and what is put in their place.
 
 A batch that has given the inputs of one stage waits before that stage's products (`resumable_forward`) and goes on from
 there when the next stage is asked for, as far as memory allows; what a pass sees never depends on it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.plan import TAPE_SHARE
+from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
-from compressor.model.block_runner import Batch, Call, Stop
+from compressor.model.block_runner import Stop
 from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.probe_model import signature
 from compressor.model.stored_weight import StoredWeight, relative_distance
@@ -34,29 +34,16 @@ Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 
 
 @dataclass
-class Stream:
-    """One batch on its way through the model: hidden states, what each block is called with beside them, and the tape
-    of the block it waits in, if it does.
+class BlockView:
+    """One part of the model as a pass may see it (`protocol.Site`).
+
+    calibration  the batches, as they enter the part
     """
-
-    batch: Batch
-    hidden: Tensor
-    calls: list[Call]
-    tape: Tape | None = None
-
-    @property
-    def kept_bytes(self) -> int:
-        return 0 if self.tape is None else self.tape.nbytes
-
-
-@dataclass
-class UnitSite:
-    """A unit as a pass may see it (`protocol.Site`)."""
 
     structure: Structure
     unit: int
     selected: frozenset[str]
-    streams: list[Stream]
+    calibration: list[CalibrationBatch]
     device: torch.device
     generator: torch.Generator
     needs: Needs
@@ -121,9 +108,9 @@ class UnitSite:
         if weight.name in self.put_layers:
             self.installed.take_back(weight)
         self._untie(weight)
-        for stream in self.streams:  # whoever has multiplied by the weight has to do it again
-            if stream.tape is not None and (weight.is_function or weight.parameter in stream.tape.passed):
-                stream.tape = None
+        for batch in self.calibration:  # whoever has multiplied by the weight has to do it again
+            if batch.tape is not None and (weight.is_function or weight.parameter in batch.tape.passed):
+                batch.tape = None
         if not weight.is_function:
             target = view(self.structure, weight)
             rebuilt = layer.matrix(self.dtype).to(target.device)
@@ -146,16 +133,16 @@ class UnitSite:
 
     @property
     def batches(self) -> int:
-        return len(self.streams)
+        return len(self.calibration)
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
         assert 1 <= self.unit <= self.structure.block_count, "stem and head have no output of their own"
-        stream, index = self.streams[batch], self.unit - 1
+        entering, index = self.calibration[batch], self.unit - 1
         placed = Installed(self.structure)
         try:
             for weight, module in (stand_ins or {}).items():
                 placed.place(weight, module)
-            return self.structure.pieces.block(index, stream.hidden, stream.calls[index], gradients=bool(stand_ins))
+            return self.structure.pieces.block(index, entering.hidden, entering.calls[index], gradients=bool(stand_ins))
         finally:
             placed.remove()
 
@@ -208,28 +195,28 @@ class UnitSite:
             return numbers.get((call.parameter, expert))
 
         wanted = {name for name, _ in numbers}
-        limit = TAPE_SHARE * sum(stream.hidden.nbytes for stream in self.streams)
-        kept = sum(stream.kept_bytes for stream in self.streams)
+        limit = TAPE_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
+        kept = sum(batch.kept_bytes for batch in self.calibration)
         here = 0  # what one batch keeps at this stage
-        for stream in self.streams:
-            before = stream.kept_bytes
-            waits = stream.tape is not None and not stream.tape.passed & wanted
+        for batch in self.calibration:
+            before = batch.kept_bytes
+            waits = batch.tape is not None and not batch.tape.passed & wanted
             if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
-                yield from self._ahead(stream, watched, number_of, stage)
+                yield from self._ahead(batch, watched, number_of, stage)
             else:
-                first = self._halt(stream, watched, lambda call: number_of(call) is not None, wanted)
+                first = self._halt(batch, watched, lambda call: number_of(call) is not None, wanted)
                 if first is not None:
-                    self._forget_unread(stream, first.parameter)
-                here = stream.kept_bytes
+                    self._forget_unread(batch, first.parameter)
+                here = batch.kept_bytes
                 if first is None:  # no token of this batch was routed to these experts
                     pass
                 elif len(stage) == 1:
                     yield 0, first.input.reshape(-1, first.input.shape[-1])
                 else:
-                    yield from self._ahead(stream, watched, number_of, stage)
-            if kept - before + stream.kept_bytes > limit:
-                stream.tape = None
-            kept += stream.kept_bytes - before
+                    yield from self._ahead(batch, watched, number_of, stage)
+            if kept - before + batch.kept_bytes > limit:
+                batch.tape = None
+            kept += batch.kept_bytes - before
 
     def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
         """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that a table
@@ -247,58 +234,62 @@ class UnitSite:
 
             handles.append(module.register_forward_pre_hook(note))
         try:
-            for stream in self.streams:
+            for batch in self.calibration:
                 found.clear()
                 if self.unit == 0:
-                    self.structure.pieces.stem(stream.batch)
+                    self.structure.pieces.stem(batch.inputs)
                 else:
-                    run_unit(self.structure, self.unit, stream)
+                    run_unit(self.structure, self.unit, batch)
                 yield from found
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _forget_unread(self, stream: Stream, parameter: str) -> None:
+    def _forget_unread(self, batch: CalibrationBatch, parameter: str) -> None:
         """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
-        tape = stream.tape
+        tape = batch.tape
         assert tape is not None
         if not 1 <= self.unit <= self.structure.block_count:
             return
         block = self.structure.pieces.blocks[self.unit - 1]
         relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.unit - 1}.")
-        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(stream.hidden.shape))
+        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(batch.hidden.shape))
         if kind not in self.needs:
             calls = tape.calls
             try:
-                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, stream)))
+                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, batch)))
             except Diverged:
                 self.needs[kind] = ([], frozenset())
                 tape.is_spent = True
         calls, leaves = self.needs[kind]
         if tape.is_spent:
-            stream.tape = None
+            batch.tape = None
         elif calls == tape.calls:
             tape.keep_only(leaves)
 
     def _halt(
-        self, stream: Stream, watched: dict[str, Tensor], halts: Callable[[ObservedMatmul], bool], wanted: set[str]
+        self,
+        batch: CalibrationBatch,
+        watched: dict[str, Tensor],
+        halts: Callable[[ObservedMatmul], bool],
+        wanted: set[str],
     ) -> ObservedMatmul | None:
         """Take the batch to the first product of the stage, from where it waits if that lies before it."""
-        work = partial(run_unit, self.structure, self.unit, stream)
-        if stream.tape is not None and not stream.tape.passed & wanted:
+        work = partial(run_unit, self.structure, self.unit, batch)
+        if batch.tape is not None and not batch.tape.passed & wanted:
             try:
-                return advance(stream.tape, watched, work, halts)
+                return advance(batch.tape, watched, work, halts)
             except Diverged:
                 pass  # some forwards can't be taped; from the start it goes always
-        stream.tape = Tape()
-        first = advance(stream.tape, watched, work, halts)
+        batch.tape = Tape()
+        first = advance(batch.tape, watched, work, halts)
         if first is None:
-            stream.tape = None
+            batch.tape = None
         return first
 
     def _ahead(
         self,
-        stream: Stream,
+        batch: CalibrationBatch,
         watched: dict[str, Tensor],
         number_of: Callable[[ObservedMatmul], int | None],
         stage: Stage,
@@ -314,16 +305,16 @@ class UnitSite:
             if all_come and len(caught) == len(stage):
                 raise Stop
 
-        work = partial(run_unit, self.structure, self.unit, stream)
-        stream.tape = stream.tape or Tape()
+        work = partial(run_unit, self.structure, self.unit, batch)
+        batch.tape = batch.tape or Tape()
         try:
-            run_on(stream.tape, watched, work, visit)
+            run_on(batch.tape, watched, work, visit)
         except Diverged:
             caught.clear()
-            stream.tape = Tape()
-            run_on(stream.tape, watched, work, visit)
-        if stream.tape.is_spent:
-            stream.tape = None
+            batch.tape = Tape()
+            run_on(batch.tape, watched, work, visit)
+        if batch.tape.is_spent:
+            batch.tape = None
         yield from caught.items()
 
 
@@ -332,33 +323,3 @@ def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
     names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
     held = dict(structure.model.named_parameters(remove_duplicate=False))
     return {name: held[name] for name in sorted(names) if name in held}
-
-
-def run_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
-    """What a block makes of the batch's hidden states, or the head of them."""
-    if unit == structure.block_count + 1:
-        return structure.pieces.head(stream.batch, stream.hidden)
-    return structure.pieces.block(unit - 1, stream.hidden, stream.calls[unit - 1])
-
-
-def finish_unit(structure: Structure, unit: int, stream: Stream) -> Tensor:
-    """The same, from where the batch waits; its tape is used up."""
-    tape, stream.tape = stream.tape, None
-    is_block = 1 <= unit <= structure.block_count
-    if tape is None or (is_block and holds_containers(stream.calls[unit - 1])):
-        return run_unit(structure, unit, stream)  # what a block puts there for later ones has to be computed, not taped
-    try:
-        return run_on(tape, {}, partial(run_unit, structure, unit, stream), lambda call: None)
-    except Diverged:
-        return run_unit(structure, unit, stream)
-
-
-def holds_containers(call: Call) -> bool:
-    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
-    return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
-
-
-def _is_container(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return any(_is_container(part) for part in value)
-    return isinstance(value, (MutableMapping, MutableSequence, MutableSet))

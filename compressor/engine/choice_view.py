@@ -1,6 +1,8 @@
-"""What a reshaping pass that chooses is shown: single units, calibration batches, gradients, and a place to save.
+"""What a pass that chooses over the whole model is shown before its sweep.
 
-The choice comes before the sweep that carries it out (`rewrite_sweep`), and `plan` is made again with it.
+A storing pass is shown one part after the other. A reshaping pass is shown single parts, calibration batches and
+gradients, and has a place to save; its choice decides the plan (`plan.decided_plan`) before the sweep that carries it
+out (`rewrite_sweep`).
 """
 
 from __future__ import annotations
@@ -8,19 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
 
-from compressor.engine.block_io import Installed, UnitSource, free_unit, load_unit
-from compressor.engine.block_view import Stream, run_unit
-from compressor.engine.rewrite_sweep import Embed, ReshapeSite
+from compressor.engine.block_io import Installed, UnitSource, free_unit
+from compressor.engine.block_view import BlockView
+from compressor.engine.calibration_batch import CalibrationBatch, embed
+from compressor.engine.rewrite_sweep import ReshapeSite
+from compressor.engine.walk import Part, load_part, walk
 from compressor.errors import Interrupted
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.structure import Structure
 from compressor.storage.journal import Journal
+
+
+@dataclass(frozen=True)
+class WholeModelView:
+    """The model as earlier sweeps left it (`protocol.WholeModel`).
+
+    begin  begins a walk through it
+    view   a part of it as the step that decides may see it
+    """
+
+    begin: Callable[[], Iterator[Part]]
+    view: Callable[[Part], BlockView]
+
+    def sites(self) -> Iterator[BlockView]:
+        for part in self.begin():
+            site = self.view(part)
+            site.is_open = False
+            yield site
 
 
 @dataclass
@@ -36,12 +59,11 @@ class ShapingView:
     number: int
     facts: ModelFacts
     structure: Structure
-    streams: list[Stream]
+    calibration: list[CalibrationBatch]
     labels_of: list[Tensor | None]
     device: device
     seeded: Callable[[int], Generator]
     journal: Journal
-    embed: Embed
     resident: bool
     is_interrupted: Callable[[], bool]
     warnings: list[dict[str, str]] = field(default_factory=list)
@@ -59,7 +81,7 @@ class ShapingView:
 
     @property
     def batches(self) -> int:
-        return len(self.streams)
+        return len(self.calibration)
 
     def labels(self, batch: int) -> Tensor | None:
         return self.labels_of[batch]
@@ -75,9 +97,7 @@ class ShapingView:
             )
         if unit not in self._in_memory:
             source = UnitSource(self.structure) if self.source is None else self.source(unit)
-            load_unit(self.structure, unit, source, self.device)
-            self._in_memory[unit] = Installed(self.structure)
-            self._in_memory[unit].install_stored(source, self.device)
+            self._in_memory[unit] = load_part(self.structure, unit, source, self.device)
         self._users[unit] = self._users.get(unit, 0) + 1
         try:
             yield
@@ -88,42 +108,45 @@ class ShapingView:
                 self._in_memory.pop(unit).remove()
                 free_unit(self.structure, unit)
 
+    @contextmanager
+    def _hold(self, unit: int) -> Iterator[Installed]:
+        with self.loaded(unit):
+            yield self._in_memory[unit]
+
     def stem(self, batch: int) -> Tensor:
         self._embed()
-        return self.streams[batch].hidden
+        return self.calibration[batch].hidden
 
     def run(self, unit: int, batch: int, hidden: Tensor) -> Tensor:
         self._embed()  # it is the stem that tells what blocks are called with
-        call = self.streams[batch].calls[unit - 1]
+        call = self.calibration[batch].calls[unit - 1]
         return self.structure.pieces.block(unit - 1, hidden, call, gradients=True)
 
     def head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
-        chosen = {name: value[samples] for name, value in self.streams[batch].batch.items()}
+        chosen = {name: value[samples] for name, value in self.calibration[batch].inputs.items()}
         with self.loaded(0), self.loaded(self.units - 1):
             return self.structure.pieces.head(chosen, hidden, gradients=True)
 
     def sites(self, bases: Callable[[ReshapeSite], list[Tensor]] | None = None) -> Iterator[ReshapeSite]:
         self._embed()
-        streams = [replace(stream) for stream in self.streams]
-        for unit in range(self.units):
-            with self.loaded(unit):
-                site = ReshapeSite(
-                    self.structure,
-                    unit,
-                    self.facts,
-                    Remodel(),
-                    streams,
-                    self.device,
-                    self.seeded(unit),
-                    is_open=False,
-                    warnings=self.warnings,
-                )
-                yield site
-                if bases is not None and site.sites:
-                    site.advance(bases(site))
-                elif 0 < unit < self.units - 1:
-                    for stream in streams:
-                        stream.hidden = run_unit(self.structure, unit, stream)
+        batches = [replace(batch) for batch in self.calibration]
+        for part in walk(self.structure, batches, self._hold):
+            site = ReshapeSite(
+                self.structure,
+                part.unit,
+                self.facts,
+                Remodel(),
+                batches,
+                self.device,
+                self.seeded(part.unit),
+                is_open=False,
+                warnings=self.warnings,
+            )
+            yield site
+            if part.unit == 0:
+                part.advance(lambda: None)  # every batch has been through the embeddings
+            elif bases is not None and site.sites:
+                part.advance(partial(site.advance, bases(site)))
 
     def close(self) -> None:
         """Leave the model's modules as they were."""
@@ -153,5 +176,5 @@ class ShapingView:
     def _embed(self) -> None:
         if not self._is_embedded:
             with self.loaded(0):
-                self.embed(self.structure, self.streams)
+                embed(self.structure, self.calibration)
             self._is_embedded = True

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.storage.journal import has_begun
+from compressor.errors import Interrupted
+from compressor.storage.journal import has_begun, remove_work
 
 GRACE_SECONDS = 8.0  # docs/exit-codes.md promises that the process ends within 10 seconds
 TELL_SECONDS = 1.0  # for the last words, if nobody reads them
@@ -137,3 +138,17 @@ def answered(
         watcher.join()
         os.close(wakes)
         os.close(woken)
+
+
+@contextmanager
+def interruptible(stop: Stop) -> Iterator[None]:
+    """raises Interrupted for a stop that was asked for, also where a library made another error of it"""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if not (stop.is_asked() or isinstance(error, KeyboardInterrupt)):
+            raise
+        work = stop.work
+        if work is not None and work.is_dir() and not has_begun(work):
+            remove_work(work)
+        raise Interrupted("stopped", where="run", hint=stop.hint, data={"resumable": stop.work is not None}) from None

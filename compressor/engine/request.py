@@ -1,22 +1,23 @@
-"""What can be wrong with a request before a model is looked at: the output directory, the device, the options."""
+"""What can be wrong with a request before a model is looked at: the output directory, the device, the options.
+
+And that a request which is refused leaves the file system as it was.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from compressor.artifact.files import owned_files
-from compressor.errors import PreflightError, UsageError
+from compressor.errors import CompressError, PreflightError, UsageError
 from compressor.process.utf8 import check_utf8
 from compressor.recipe.recipe import Recipe
 from compressor.recipe.schema import ReportSettings
-from compressor.storage.journal import has_begun
-
-if TYPE_CHECKING:
-    pass
+from compressor.storage.journal import has_begun, remove_work
 
 REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
 LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
@@ -139,3 +140,37 @@ def check_summary(settings: ReportSettings) -> None:
 def _summary_file(settings: ReportSettings) -> Path | None:
     named = os.environ.get("GITHUB_STEP_SUMMARY")
     return Path(named) if named and settings.github_summary == "auto" else None
+
+
+@contextmanager
+def left_as_found(work: Path, resumed: bool) -> Iterator[None]:
+    """A refusal leaves nothing behind (docs/exit-codes.md), but for what an interrupted run had done before."""
+    try:
+        yield
+    except CompressError as error:
+        if error.exit_code in REFUSALS and not resumed:
+            with suppress(UsageError):  # someone put files of his own there: they stay, and the refusal is what is told
+                remove_work(work)
+        raise
+
+
+@contextmanager
+def folders_above(output: Path) -> Iterator[None]:
+    """Make the folders that the output lies in; remove them again if nothing came to lie there."""
+    parent = output.absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"can't be made ({error.strerror})",
+            where=str(parent),
+            hint="Choose another --output.",
+            data={"reason": "not-made", "cause": error.strerror},
+        ) from error
+    try:
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.engine.block_io import UnitSource, free_all, free_unit, load_unit, unit_name
-from compressor.engine.block_view import Stream, run_unit
-from compressor.errors import Interrupted, PassError
+from compressor.engine.block_io import UnitSource, free_all
+from compressor.engine.calibration_batch import CalibrationBatch, run_unit
+from compressor.engine.walk import Holder, Part, unit_event, walk
+from compressor.errors import PassError
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
@@ -31,8 +31,6 @@ from compressor.protocol import Carry
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, read_header, write_file
-
-Embed = Callable[[Structure, list[Stream]], None]  # takes every batch through the stem
 
 
 @dataclass
@@ -43,7 +41,7 @@ class ReshapeSite:
     unit: int
     facts: ModelFacts
     remodel: Remodel
-    streams: list[Stream]
+    batches: list[CalibrationBatch]
     device: torch.device
     generator: torch.Generator
     is_open: bool = True
@@ -67,7 +65,7 @@ class ReshapeSite:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:
-        return [stream.hidden for stream in self.streams]
+        return [batch.hidden for batch in self.batches]
 
     def read(self, parameter: str) -> Tensor:
         if parameter in self.written:
@@ -91,24 +89,24 @@ class ReshapeSite:
         watched = self.structure.model.get_submodule(module)
         handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
         try:
-            for stream in self.streams:
+            for batch in self.batches:
                 caught.clear()
-                run_unit(self.structure, self.unit, stream)
+                run_unit(self.structure, self.unit, batch)
                 yield caught[0].reshape(-1, caught[0].shape[-1])
         finally:
             handle.remove()
 
     def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
-        for stream in self.streams:
-            yield self.project(stream, bases).reshape(-1, self.residual.width)
+        for batch in self.batches:
+            yield self.project(batch, bases).reshape(-1, self.residual.width)
 
-    def project(self, stream: Stream, bases: Sequence[Tensor]) -> Tensor:
+    def project(self, batch: CalibrationBatch, bases: Sequence[Tensor]) -> Tensor:
         """The stream after len(bases) sites, each projected, float64; that of the whole block where all are.
 
         The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
         projected one, and how far the two are apart goes along to the next site.
         """
-        x = stream.hidden.to(torch.float64)
+        x = batch.hidden.to(torch.float64)
         bases = [basis.to(x.device) for basis in bases]
         if not bases or not self.sites:
             return x
@@ -132,7 +130,7 @@ class ReshapeSite:
                 module = self.structure.model.get_submodule(norm.module)
                 hook = partial(_before, norm_input, number, first == 0)
                 handles.append(module.register_forward_pre_hook(hook))
-        entering = Stream(stream.batch, onto(0, x).to(stream.hidden.dtype), stream.calls)
+        entering = CalibrationBatch(batch.inputs, onto(0, x).to(batch.hidden.dtype), batch.calls)
         try:
             left = run_unit(self.structure, self.unit, entering).to(torch.float64)
             return left + apart[-1].view(left.shape)
@@ -143,12 +141,12 @@ class ReshapeSite:
                 handle.remove()
 
     def advance(self, bases: Sequence[Tensor]) -> None:
-        """Take the streams through the block, projected; without bases as they are."""
-        for stream in self.streams:
+        """Take the batches through the block, projected; without bases as they are."""
+        for batch in self.batches:
             if bases:
-                stream.hidden = self.project(stream, bases).to(stream.hidden.dtype)
+                batch.hidden = self.project(batch, bases).to(batch.hidden.dtype)
             else:
-                stream.hidden = run_unit(self.structure, self.unit, stream)
+                batch.hidden = run_unit(self.structure, self.unit, batch)
 
 
 class _Reached(Exception):
@@ -169,7 +167,7 @@ class Reshaper:
 
     number   of the sweep
     planned  the structure that `plan` promised
-    streams  calibration batches before the stem; none if the step reads weights only
+    batches  calibration batches before the embeddings; none if the step reads weights only
     """
 
     number: int
@@ -178,59 +176,57 @@ class Reshaper:
     facts: ModelFacts
     remodel: Remodel
     journal: Journal
-    streams: list[Stream]
+    batches: list[CalibrationBatch]
     device: torch.device
     seeds: Callable[[int], int]  # unit -> seed
     is_interrupted: Callable[[], bool]
     emit: Callable[[dict[str, Any]], None]
 
+    def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
+        return Holder(self.structure, self.device, source, self.is_interrupted, **options)
+
     def site(self, unit: int, seed_of: int) -> ReshapeSite:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.streams, self.device, generator)
+        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.batches, self.device, generator)
 
 
-def run_reshape(work: Reshaper, step: Step, embed: Embed) -> tuple[Structure, list[Path]]:
-    """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its unit files."""
+def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
+    """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its part files."""
     structure, journal = work.structure, work.journal
-    carry = _survey(work, step, embed)
+    carry = _survey(work, step)
     follows = work.remodel.follows
     files = []
-    units = structure.block_count + 2
-    for unit in range(units):
-        if work.is_interrupted():
-            raise Interrupted("stopped between two units", hint="Continue with --resume.")
-        began, key = time.perf_counter(), f"{work.number}/{unit}"
+
+    def source(unit: int) -> UnitSource | None:
+        is_done = journal.done(f"{work.number}/{unit}") is not None
+        return None if is_done and not follows else UnitSource(structure)
+
+    def done(part: Part, seconds: float) -> None:
+        work.emit(unit_event(structure, work.number, part, seconds))
+
+    for part in walk(structure, work.batches if follows else [], work.holder(source), done):
+        key = f"{work.number}/{part.unit}"
+        site = work.site(part.unit, part.unit)
+        if part.unit == 0:
+            part.advance()  # a pass is shown what the embeddings give
+        if journal.done(key) is None:
+            carry = _write_unit(work, step, site, carry, keeps_carry=follows)
+        elif follows:
+            carry = _kept_carry(work, f"{key}/carry")
+        if follows and part.is_block:
+            part.advance(partial(site.advance, _projections(step, site, carry)))
         line = journal.done(key)
-        if line is None or follows:
-            load_unit(structure, unit, UnitSource(structure), work.device)
-            site = work.site(unit, unit)
-            if unit == 0 and follows:
-                embed(structure, work.streams)
-            if line is None:
-                carry = _write_unit(work, step, site, carry, keeps_carry=follows)
-                line = journal.done(key)
-                assert line is not None
-            else:
-                carry = _kept_carry(work, f"{key}/carry")
-            if follows:
-                _advance(work, site, step, carry)
-            if 0 < unit < units - 1:
-                free_unit(structure, unit)
+        assert line is not None
         files.append(journal.path(line))
-        seconds = time.perf_counter() - began
-        told = {"sweep": work.number, "unit": unit, "units": units, "name": unit_name(structure, unit)}
-        work.emit({"event": "unit", **told, "seconds": seconds})
     free_all(structure)
     return _reopen(work, files), files
 
 
-def _advance(work: Reshaper, site: ReshapeSite, step: Step, carry: Carry) -> None:
-    """Take the signals through the block, projected as the pass has chosen."""
-    if not 0 < site.unit <= work.structure.block_count:
-        return
+def _projections(step: Step, site: ReshapeSite, carry: Carry) -> list[Tensor]:
+    """What the pass has chosen to project the signals onto as they go on."""
     bases = step.settings.projections(carry)
     assert not bases or len(bases) == len(site.sites)
-    site.advance(bases)
+    return bases
 
 
 def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, keeps_carry: bool) -> Carry:
@@ -261,33 +257,27 @@ def _kept_carry(work: Reshaper, key: str) -> Carry:
     return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
-def _survey(work: Reshaper, step: Step, embed: Embed) -> Carry:
+def _survey(work: Reshaper, step: Step) -> Carry:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
     if work.journal.done(key) is None:
         warnings: list[dict[str, str]] = []
-        carry = step.settings.survey(_sites(work, embed, warnings), {})
+        carry = step.settings.survey(_sites(work, warnings), {})
         free_all(work.structure)
         _keep_carry(work, key, f"s{work.number:02d}-survey.safetensors", carry, warnings)
     return _kept_carry(work, key)
 
 
-def _sites(work: Reshaper, embed: Embed, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
-    """Stem, blocks and head of the model unchanged, one in memory at a time, with its signals where there are any."""
+def _sites(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
+    """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
-    for unit in range(structure.block_count + 2):
-        if work.is_interrupted():
-            raise Interrupted("stopped while surveying", hint="Continue with --resume.")
-        load_unit(structure, unit, UnitSource(structure), work.device)
-        site = work.site(unit, -1)
+    hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")
+    for part in walk(structure, work.batches, hold):
+        site = work.site(part.unit, -1)
         site.is_open, site.warnings = False, warnings
-        if unit == 0 and work.streams:
-            embed(structure, work.streams)
+        if part.unit == 0:
+            part.advance()  # a pass is shown what the embeddings give
         yield site
-        if 0 < unit <= structure.block_count:
-            for stream in work.streams:
-                stream.hidden = run_unit(structure, unit, stream)
-            free_unit(structure, unit)
 
 
 def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Tensor]:

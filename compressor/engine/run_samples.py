@@ -21,7 +21,7 @@ from compressor.data.samples import (
     random_samples,
 )
 from compressor.data.tokenizing import load_tokenizer
-from compressor.engine.plan import Plan
+from compressor.engine.plan_records import Plan
 from compressor.errors import CompressError, PreflightError, RecipeError
 from compressor.model.block_runner import output_of
 from compressor.model.probe_model import make_probe_model, shallow_config

@@ -1,6 +1,6 @@
-"""The one loop: load a unit, let each step of the sweep transform it, store it, read it back, push activations on.
+"""The sweeps of a recipe: each lets its steps transform one part after the other, and stores what they made of it.
 
-Only one block's weights are in memory (placement `stream`), or all of them (`resident`, the same loop without
+Only one block's weights are in memory (placement `stream`), or all of them (`resident`, the same walk without
 freeing). What a later block sees is computed by the earlier blocks as they are stored, so a resumed run, which
 recomputes activations through stored blocks, is bit-identical to an uninterrupted one.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,37 +18,26 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from compressor.data.samples import Samples
-from compressor.engine.block_io import (
-    Installed,
-    UnitSource,
-    free_all,
-    free_unit,
-    load_unit,
-    return_large_blocks,
-    unit_name,
-    unit_tensors,
-)
-from compressor.engine.block_view import (
-    Needs,
-    Stream,
-    UnitSite,
-    finish_unit,
-    holds_containers,
+from compressor.engine.block_io import UnitSource, free_all, load_unit, return_large_blocks, unit_name, unit_tensors
+from compressor.engine.block_view import BlockView, Needs, watched_parameters
+from compressor.engine.calibration_batch import (
+    CalibrationBatch,
+    batch_labels,
+    calibration_batches,
+    probe_batch,
     run_unit,
-    watched_parameters,
 )
-from compressor.engine.choice_view import ShapingView
-from compressor.engine.plan import BATCH_TOKENS, Plan, Reshape, plan_again
+from compressor.engine.choice_view import ShapingView, WholeModelView
+from compressor.engine.plan import decided_plan
+from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
-from compressor.errors import Interrupted, PassError
+from compressor.engine.walk import Holder, Part, Written, unit_event, unit_forms, walk
+from compressor.errors import PassError
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.model.block_runner import Batch, Call
 from compressor.model.facts import Decision
-from compressor.model.probe_model import example_batch
 from compressor.model.redefined_structure import regated
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -62,7 +50,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Sweeper:
-    """What stays the same over a run, the model as it now is, and the lines of finished units."""
+    """What stays the same over a run, the model as it now is, and the lines of finished parts."""
 
     plan: Plan
     journal: Journal
@@ -78,38 +66,48 @@ class Sweeper:
     def __post_init__(self) -> None:
         self.structure = self.plan.source
 
+    def begin(self, number: int, steps: tuple[Step, ...]) -> None:
+        """Tell of a sweep."""
+        units, passes = self.structure.block_count + 2, [step.name for step in steps]
+        self.emit({"event": "sweep", "sweep": number, "units": units, "passes": passes})
 
-def unit_forms(source: UnitSource, unit: int) -> dict[str, StoredWeight]:
-    """The forms that this unit holds, of all that the source knows."""
-    names = source.names(unit) if source.forms else []
-    return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
+    def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
+        """Calibration batches before the embeddings (none if no step reads inputs), and the probe as the last one."""
+        found = calibration_batches(self.structure, self.device, self.samples, steps)
+        return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
+
+    def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
+        return Holder(self.structure, self.device, source, self.is_interrupted, **options)
+
+    def seed_of(self, *place: int) -> int:
+        return _seed(self.seed, *place)
 
 
 def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """All sweeps of the recipe. Returns the last sweep's unit files and the forms they hold.
+    """All sweeps of the recipe. Returns the last sweep's part files and the forms they hold.
 
-    raises Interrupted between units when asked to stop; PassError naming the unit when a pass fails
+    raises Interrupted between parts when asked to stop; PassError naming the part when a pass fails
     """
     return_large_blocks()
     files: list[Path] = []
-    before: list[Path] = []
-    forms: dict[str, StoredWeight] = {}
+    stored = Written()  # by the last sweep that stored weights
     sweeps = sweeper.plan.recipe.sweeps
     for number, steps in enumerate(sweeps):
         settings = steps[0].settings
         if not settings.reshapes:
             _prepare(sweeper)
-            files, forms = _run_sweep(sweeper, number, steps, before, forms)
-            before = files
+            stored = _run_sweep(sweeper, number, steps, stored)
+            files = stored.files
         elif settings.rewrites:
             files = _run_reshape(sweeper, number, steps[0])
         else:
-            _regate(sweeper, number, steps[0], before, forms)
+            _regate(sweeper, number, steps[0], stored)
     if not files:  # nothing was written yet
-        return _run_sweep(sweeper, len(sweeps), (), before, forms)
+        stored = _run_sweep(sweeper, len(sweeps), (), stored)
+        return stored.files, stored.forms
     if sweeps[-1][0].settings.reshapes:
-        _run_probe(sweeper, before, forms)
-    return files, forms
+        _run_probe(sweeper, stored)
+    return files, stored.forms
 
 
 def _prepare(sweeper: Sweeper) -> None:
@@ -118,18 +116,17 @@ def _prepare(sweeper: Sweeper) -> None:
         find_layer(form).prepare(sweeper.structure.model)
 
 
-def _begin_reshape(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], UnitSource] | None) -> Reshape:
+def _begin_reshape(sweeper: Sweeper, number: int, step: Step, before: Written) -> Reshape:
     """What the step makes of the model, after it has chosen where it has to."""
-    structure = sweeper.structure
-    sweeper.emit({"event": "sweep", "sweep": number, "units": structure.block_count + 2, "passes": [step.name]})
+    sweeper.begin(number, (step,))
     if step.settings.decides:
-        sweeper.plan = plan_again(sweeper.plan, step, _choose(sweeper, number, step, source))
+        sweeper.plan = decided_plan(sweeper.plan, step, _choose(sweeper, number, step, before))
     return sweeper.plan.reshape_of(step)
 
 
 def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
     """Let a step change the model itself; later sweeps start from what it made."""
-    structure, reshape = sweeper.structure, _begin_reshape(sweeper, number, step, None)
+    structure, reshape = sweeper.structure, _begin_reshape(sweeper, number, step, Written())
     work = Reshaper(
         number,
         structure,
@@ -137,31 +134,26 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
         reshape.facts,
         reshape.remodel,
         sweeper.journal,
-        _batches(sweeper, (step,))[:-1],
+        calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
         sweeper.device,
-        lambda unit: _seed(sweeper.seed, number, 0, unit),
+        lambda unit: sweeper.seed_of(number, 0, unit),
         sweeper.is_interrupted,
         sweeper.emit,
     )
-    after, files = run_reshape(work, step, _embed)
+    after, files = run_reshape(work, step)
     sweeper.structure, sweeper.needs = after, {}
     return files
 
 
-def _regate(sweeper: Sweeper, number: int, step: Step, before: list[Path], forms: dict[str, StoredWeight]) -> None:
+def _regate(sweeper: Sweeper, number: int, step: Step, before: Written) -> None:
     """Let a step change what blocks do; weights stay where and as they are."""
-
-    def source(unit: int) -> UnitSource:
-        found = UnitSource(sweeper.structure, before[unit] if before else None, forms)
-        return UnitSource(sweeper.structure, found.file, unit_forms(found, unit))
-
-    reshape = _begin_reshape(sweeper, number, step, source)
+    reshape = _begin_reshape(sweeper, number, step, before)
     sweeper.structure, sweeper.needs = regated(sweeper.structure, reshape.remodel), {}
-    if forms:
+    if before.forms:
         _prepare(sweeper)
 
 
-def _choose(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], UnitSource] | None = None) -> Decision:
+def _choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decision:
     """What a reshaping step chooses over the whole model, from the journal where it is there already."""
     reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
 
@@ -170,16 +162,15 @@ def _choose(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], U
             number,
             reshape.facts,
             structure,
-            _batches(sweeper, (reshape.step,))[:-1],
-            _labels(sweeper, reshape.step),
+            calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
+            batch_labels(sweeper.samples, sweeper.device, step),
             sweeper.device,
-            lambda unit: torch.Generator().manual_seed(_seed(sweeper.seed, number, 0, unit, -1)),
+            lambda unit: torch.Generator().manual_seed(sweeper.seed_of(number, 0, unit, -1)),
             sweeper.journal,
-            _embed,
             sweeper.plan.recipe.model.placement == "resident",
             sweeper.is_interrupted,
             warnings,
-            source,
+            partial(before.source, structure),
         )
         try:
             return step.settings.choose(view)
@@ -191,215 +182,235 @@ def _choose(sweeper: Sweeper, number: int, step: Step, source: Callable[[int], U
     return decision
 
 
-def _run_probe(sweeper: Sweeper, before: list[Path], forms: dict[str, StoredWeight]) -> None:
-    """The probe through the model as it now is, unit by unit."""
+def _run_probe(sweeper: Sweeper, stored: Written) -> None:
+    """Take the probe through the model as it now is."""
     structure = sweeper.structure
-    (stream,) = _batches(sweeper, ())
-    for unit in range(structure.block_count + 2):
-        source = UnitSource(structure, before[unit] if before else None, forms)
-        installed = Installed(structure)
-        load_unit(structure, unit, source, sweeper.device)
-        installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
-        if unit == 0:
-            _embed(structure, [stream])
-        elif unit <= structure.block_count:
-            stream.hidden = run_unit(structure, unit, stream)
-            installed.remove()
-            free_unit(structure, unit)
-        else:
-            sweeper.probe = structure.pieces.head(stream.batch, stream.hidden)
-            installed.remove()
+    (probe,) = sweeper.batches(())
+    for part in walk(structure, [probe], sweeper.holder(partial(stored.source, structure))):
+        if part.is_head:
+            sweeper.probe = part.output(probe)
     free_all(structure)
 
 
-def probe_batch(structure: Structure, device: torch.device) -> Batch:
-    """Fixed inputs whose logits the written artifact has to reproduce."""
-    return example_batch(structure.model, device, samples=2, tokens=32)
+@dataclass(frozen=True)
+class StoringSweep:
+    """A sweep whose steps store weights.
+
+    before     the model as the sweeps before it wrote it
+    batches    calibration batches, and the probe as the last one
+    decisions  what each step has chosen over the whole model
+    """
+
+    sweeper: Sweeper
+    number: int
+    steps: tuple[Step, ...]
+    before: Written
+    batches: list[CalibrationBatch]
+    decisions: list[Decision | None]
+
+    def line(self, unit: int) -> dict[str, Any] | None:
+        """The journal's line of a part that is stored."""
+        return self.sweeper.journal.done(f"{self.number}/{unit}")
+
+    def source_before(self, unit: int) -> UnitSource:
+        return self.before.source(self.sweeper.structure, unit)
+
+    def source(self, unit: int) -> UnitSource:
+        """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
+        if (line := self.line(unit)) is None:
+            return self.source_before(unit)
+        forms = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
+        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), forms)
 
 
-def _run_sweep(
-    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, StoredWeight]
-) -> tuple[list[Path], dict[str, StoredWeight]]:
-    structure, journal = sweeper.structure, sweeper.journal
-    units = structure.block_count + 2
-    resident = sweeper.plan.recipe.model.placement == "resident"
-    sweeper.emit({"event": "sweep", "sweep": number, "units": units, "passes": [step.name for step in steps]})
-    after: dict[str, StoredWeight] = {}
-    files: list[Path] = []
-    decisions = _decide(sweeper, number, steps, before, forms)
-    streams = _batches(sweeper, steps)
-    for unit in range(units):
-        began = time.perf_counter()
-        if sweeper.is_interrupted():
-            raise Interrupted("stopped between two units", hint="Continue with --resume.")
-        source = UnitSource(structure, before[unit] if before else None, forms)
-        key = f"{number}/{unit}"
-        line = journal.done(key)
-        installed = Installed(structure)
-        if line is None:
-            load_unit(structure, unit, source, sweeper.device)
-            installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
-            line = _transform(sweeper, number, unit, steps, source, streams, key, installed, decisions)
-        files.append(journal.path(line))
-        kept = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
-        after.update(kept)
-        _read_back(installed, unit, UnitSource(structure, files[-1], kept), sweeper.device, streams)
-        entered = streams[-1].hidden
-        if unit == 0:
-            _embed(structure, streams)
-        elif unit < units - 1:
-            for stream in streams:
-                stream.hidden = finish_unit(structure, unit, stream)
-            installed.remove()
-            _check_probe(sweeper, unit, source, streams[-1], streams[-1].hidden, entered)
-            if not resident:
-                free_unit(structure, unit)
-        else:
-            last = streams[-1]
-            sweeper.probe = structure.pieces.head(last.batch, last.hidden)
-            installed.remove()
-            _check_probe(sweeper, unit, source, last, sweeper.probe, entered)
-        sweeper.emit(
-            {
-                "event": "unit",
-                "sweep": number,
-                "unit": unit,
-                "units": units,
-                "name": unit_name(structure, unit),
-                "seconds": time.perf_counter() - began,
-            }
-        )
+def _run_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
+    """Let the steps store weights, part by part. Returns the model as it is then written."""
+    structure = sweeper.structure
+    sweeper.begin(number, steps)
+    decisions = _decide(sweeper, number, steps, before)
+    sweep = StoringSweep(sweeper, number, steps, before, sweeper.batches(steps), decisions)
+    hold = sweeper.holder(sweep.source, keeps_blocks=sweeper.plan.recipe.model.placement == "resident")
+    after = Written()
+
+    def done(part: Part, seconds: float) -> None:
+        sweeper.emit(unit_event(structure, number, part, seconds))
+
+    for part in walk(structure, sweep.batches, hold, done):
+        if sweep.line(part.unit) is None:
+            _store_part(sweep, part)
+            _read_back(part, sweep.source(part.unit), sweeper.device)
+        stored = sweep.source(part.unit)
+        assert stored.file is not None
+        after.files.append(stored.file)
+        after.forms.update(stored.forms)
+        _take_on(sweep, part)
     free_all(structure)
-    return files, after
+    return after
 
 
-def _check_probe(
-    sweeper: Sweeper, unit: int, source: UnitSource, stream: Stream, output: torch.Tensor, entered: torch.Tensor
-) -> None:
+def _take_on(sweep: StoringSweep, part: Part) -> None:
+    """Take the batches on through the part as it is stored. raises PassError where the probe overflows"""
+    probe = sweep.batches[-1]
+    entered = probe.hidden
+    part.advance()
+    if part.is_block:
+        _check_probe(sweep, part, probe.hidden, entered)
+    if part.is_head:
+        sweep.sweeper.probe = part.output(probe)
+        _check_probe(sweep, part, sweep.sweeper.probe, entered)
+
+
+def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tensor) -> None:
     """Stop where the probe, of which the artifact has to give the outputs again, overflows.
 
-    source   the unit as it was before this sweep, to tell whose fault it is
-    output   what the unit as it is stored makes of `entered`
-    raises   PassError naming the unit
+    output   what the part as it is stored makes of `entered`
+    raises   PassError naming the part, and whose fault it is
     """
     if bool(torch.isfinite(output).all()):
         return
-    structure = sweeper.structure
-    load_unit(structure, unit, source, sweeper.device)
-    before = run_unit(structure, unit, replace(stream, hidden=entered, tape=None))
+    structure = part.structure
+    part.installed.remove()
+    load_unit(structure, part.unit, sweep.source_before(part.unit), sweep.sweeper.device)
+    before = run_unit(structure, part.unit, replace(sweep.batches[-1], hidden=entered, tape=None))
     dtype = str(structure.dtype).removeprefix("torch.")
     if bool(torch.isfinite(before).all()):
         raise PassError(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
-            where=unit_name(structure, unit),
+            where=unit_name(structure, part.unit),
             hint="Use more bits or other settings for its weights, or leave them out with `except`.",
             data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
         f"the model itself gives NaN or Inf for random tokens in {dtype}",
-        where=unit_name(structure, unit),
+        where=unit_name(structure, part.unit),
         hint="Set model.dtype: bfloat16 or float32 in the recipe.",
         data={"reason": "overflow-of-model", "dtype": dtype},
     )
 
 
-def _read_back(
-    installed: Installed, unit: int, source: UnitSource, device: torch.device, streams: list[Stream]
-) -> None:
-    """Load the unit as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
-    structure = installed.structure
-    waiting = [stream for stream in streams if stream.tape is not None]
-    left = watched_parameters(structure, unit) if waiting else {}
+def _read_back(part: Part, source: UnitSource, device: torch.device) -> None:
+    """Load the part as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
+    structure, installed = part.structure, part.installed
+    waiting = [batch for batch in part.batches if batch.tape is not None]
+    left = watched_parameters(structure, part.unit) if waiting else {}
     stands_in = bool(installed.originals)
     installed.remove()
-    load_unit(structure, unit, source, device)
+    load_unit(structure, part.unit, source, device)
     same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
     installed.install_stored(source, device)
     if stands_in or not same:
-        for stream in waiting:
-            stream.tape = None
+        for batch in waiting:
+            batch.tape = None
 
 
-def _transform(
-    sweeper: Sweeper,
-    number: int,
-    unit: int,
-    steps: tuple[Step, ...],
-    source: UnitSource,
-    streams: list[Stream],
-    key: str,
-    installed: Installed,
-    decisions: list[dict[str, Any] | None],
-) -> dict[str, Any]:
-    """Let the steps change the loaded unit, and commit it."""
-    structure = sweeper.structure
-    records: list[dict[str, Any]] = []
-    warnings: list[dict[str, str]] = []
-    put: dict[str, tuple[StoredWeight, Layer]] = {}
-    errors: dict[str, float | None] = {}
-    for position, step in enumerate(steps):
-        site = _site(sweeper, step, unit, streams, installed, _seed(sweeper.seed, number, position, unit))
-        site.decision = decisions[position]
+@dataclass
+class Changes:
+    """What the steps of a sweep have made of one part.
+
+    put     weight name -> its format, and the layer that holds it
+    errors  relative, of each stored weight as it is rebuilt
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    put: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
+
+
+def _store_part(sweep: StoringSweep, part: Part) -> None:
+    """Let the steps change the loaded part, commit it, and tell of it."""
+    changes = _run_steps(sweep, part)
+    _commit(sweep, part.unit, changes)
+    for record in changes.records:
+        sweep.sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
+    for warning in changes.warnings:
+        sweep.sweeper.emit({"event": "warning", **warning})
+
+
+def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
+    """Let each step of the sweep change the loaded part."""
+    sweeper, changes = sweep.sweeper, Changes()
+    for position, (step, decision) in enumerate(zip(sweep.steps, sweep.decisions, strict=True)):
+        view = _view(sweeper, step, part, sweeper.seed_of(sweep.number, position, part.unit))
+        view.decision = decision
         settings = step.settings
-        work = settings.stem if unit == 0 else settings.head if unit == structure.block_count + 1 else settings.block
+        work = settings.stem if part.unit == 0 else settings.head if part.is_head else settings.block
         try:
-            work(site, {})
+            work(view, {})
         except torch.OutOfMemoryError as error:
             raise PassError(
-                f"{step.name} ran out of memory", where=unit_name(structure, unit), hint="Use smaller calibration data."
+                f"{step.name} ran out of memory",
+                where=unit_name(part.structure, part.unit),
+                hint="Use smaller calibration data.",
             ) from error
         step_number = sweeper.plan.recipe.steps.index(step)
-        records += [{"step": step_number, "pass": step.name, **record} for record in site.records]
-        warnings += site.warnings
-        put.update(site.put_layers)
-        errors.update(site.errors)
-    forms = unit_forms(source, unit) | {name: form for name, (form, _) in put.items()}
-    tensors = dict(unit_tensors(unit, source, put))
+        changes.records += [{"step": step_number, "pass": step.name, **record} for record in view.records]
+        changes.warnings += view.warnings
+        changes.put.update(view.put_layers)
+        changes.errors.update(view.errors)
+    return changes
+
+
+def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
+    """Make a part durable as the steps have left it."""
+    source = sweep.source_before(unit)
+    forms = unit_forms(source, unit) | {name: form for name, (form, _) in changes.put.items()}
+    tensors = dict(unit_tensors(unit, source, changes.put))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
     facts = {
         "forms": {name: form.to_dict() for name, form in forms.items()},
-        "records": records,
-        "warnings": warnings,
-        "relative_errors": errors,
+        "records": changes.records,
+        "warnings": changes.warnings,
+        "relative_errors": changes.errors,
     }
-    journal = sweeper.journal
-    journal.commit(key, f"s{number:02d}-{unit:05d}.safetensors", lambda path: write_file(path, entries), facts)
-    for record in records:
-        sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
-    for warning in warnings:
-        sweeper.emit({"event": "warning", **warning})
-    line = journal.done(key)
-    assert line is not None
-    return line
+    file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
+    sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
 
 
-def _site(sweeper: Sweeper, step: Step, unit: int, streams: list[Stream], installed: Installed, seed: int) -> UnitSite:
-    """The loaded unit as a step may see it; the last of the streams is the probe, which no pass sees."""
-    return UnitSite(
-        sweeper.structure,
-        unit,
+def _view(sweeper: Sweeper, step: Step, part: Part, seed: int) -> BlockView:
+    """The loaded part as a step may see it; the last of the batches is the probe, which no pass sees."""
+    return BlockView(
+        part.structure,
+        part.unit,
         frozenset(weight.name for weight in sweeper.plan.selected[step.path]),
-        streams[:-1],
+        part.batches[:-1],
         sweeper.device,
         torch.Generator().manual_seed(seed),
         sweeper.needs,
-        installed,
-        selected_functions=sweeper.plan.functions_of(step, unit),
+        part.installed,
+        selected_functions=sweeper.plan.functions_of(step, part.unit),
     )
 
 
-def _decide(
-    sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: list[Path], forms: dict[str, StoredWeight]
-) -> list[dict[str, Any] | None]:
+def _decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> list[Decision | None]:
     """What each step of the sweep chooses over the whole model, read from the journal where it is there already."""
-    decisions: list[dict[str, Any] | None] = []
+    decisions: list[Decision | None] = []
     for position, step in enumerate(steps):
         if not step.settings.decides:
             decisions.append(None)
             continue
-        view = WholeModelView(sweeper, number, position, step, before, forms)
-        decisions.append(_decided(sweeper, number, position, step, lambda _, at=view: at.step.settings.decide(at)))  # type: ignore[misc]
+        view = _whole_model(sweeper, number, position, step, before)
+        decisions.append(_decided(sweeper, number, position, step, partial(_decide_on, step, view)))
     return decisions
+
+
+def _decide_on(step: Step, view: WholeModelView, warnings: list[dict[str, str]]) -> Decision | None:
+    """What a storing step chooses; it has no warnings to add."""
+    return step.settings.decide(view)
+
+
+def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, before: Written) -> WholeModelView:
+    """The model as earlier sweeps left it, as a step may see it before its own."""
+    structure = sweeper.structure
+    hold = sweeper.holder(partial(before.source, structure), stopped="stopped while deciding")
+
+    def begin() -> Iterator[Part]:
+        return walk(structure, sweeper.batches((step,)), hold)
+
+    def view(part: Part) -> BlockView:
+        return _view(sweeper, step, part, sweeper.seed_of(number, position, part.unit, -1))
+
+    return WholeModelView(begin, view)
 
 
 def _decided(
@@ -432,98 +443,6 @@ def _decided(
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-
-
-@dataclass
-class WholeModelView:
-    """The model as earlier sweeps left it (`protocol.WholeModel`)."""
-
-    sweeper: Sweeper
-    number: int
-    position: int
-    step: Step
-    before: list[Path]
-    forms: dict[str, StoredWeight]
-
-    def sites(self) -> Iterator[UnitSite]:
-        sweeper, structure = self.sweeper, self.sweeper.structure
-        streams = _batches(sweeper, (self.step,))
-        for unit in range(structure.block_count + 2):
-            if sweeper.is_interrupted():
-                raise Interrupted("stopped while deciding", hint="Continue with --resume.")
-            source = UnitSource(structure, self.before[unit] if self.before else None, self.forms)
-            installed = Installed(structure)
-            load_unit(structure, unit, source, sweeper.device)
-            installed.install_stored(UnitSource(structure, source.file, unit_forms(source, unit)), sweeper.device)
-            seed = _seed(sweeper.seed, self.number, self.position, unit, -1)
-            site = _site(sweeper, self.step, unit, streams, installed, seed)
-            site.is_open = False
-            yield site
-            if unit == 0:
-                _embed(structure, streams)
-            elif unit <= structure.block_count:
-                for stream in streams:
-                    stream.hidden = finish_unit(structure, unit, stream)
-            installed.remove()
-            if 0 < unit <= structure.block_count:
-                free_unit(structure, unit)
-
-
-def _batches(sweeper: Sweeper, steps: tuple[Step, ...]) -> list[Stream]:
-    """Calibration batches before the stem (none if no step reads inputs), and the probe as the last one."""
-    structure, device = sweeper.structure, sweeper.device
-    name = structure.model.main_input_name
-    batches: list[Batch] = []
-    for _, stacked in _stacked(sweeper, steps):
-        value = stacked.to(structure.dtype) if stacked.is_floating_point() else stacked
-        batches.append({name: value.to(device)})
-    batches.append(probe_batch(structure, device))
-    return [Stream(batch, torch.empty(0), []) for batch in batches]
-
-
-def _labels(sweeper: Sweeper, step: Step) -> list[Tensor | None]:
-    """Those of each calibration batch, where the data has them."""
-    labels = None if sweeper.samples is None else sweeper.samples.labels
-    batches = _stacked(sweeper, (step,))
-    return [None if labels is None else labels[numbers].to(sweeper.device) for numbers, _ in batches]
-
-
-def _stacked(sweeper: Sweeper, steps: tuple[Step, ...]) -> Iterator[tuple[list[int], Tensor]]:
-    """(sample numbers, samples) of each calibration batch, if any of the steps reads inputs."""
-    samples = sweeper.samples
-    if samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
-        tokens = samples.inputs[0].numel() if samples.is_text else 256
-        most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
-        yield from samples.batches(min([max(1, BATCH_TOKENS // tokens), *most]))
-
-
-def _embed(structure: Structure, streams: list[Stream]) -> None:
-    """Take every batch through the stem."""
-    done: list[Stream] = []
-    for stream in streams:
-        hidden, calls = structure.pieces.stem(stream.batch)
-        shared = next((s.calls for s in done if s.hidden.shape == hidden.shape and _equal(s.calls, calls)), calls)
-        stream.hidden, stream.calls = hidden, shared
-        done.append(stream)
-
-
-def _equal(first: list[Call], second: list[Call]) -> bool:
-    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches.
-
-    Never where blocks may put something into what they are called with: that is each batch's own.
-    """
-    if any(holds_containers(call) for calls in (first, second) for call in calls):
-        return False
-    flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (first, second)]
-    if len(flat[0]) != len(flat[1]):
-        return False
-    for a, b in zip(*flat, strict=True):
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
-                return False
-        elif a is not b and (type(a) is not type(b) or not isinstance(a, (int, float, str)) or a != b):
-            return False
-    return True
 
 
 def save_probe(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:

@@ -77,8 +77,8 @@ def build_report(
         "reshapes": [reshape.to_dict() for reshape in plan.reshapes],
         "steps": _step_rows(plan),
         "weights": _weight_rows(plan, records),
-        "skipped": plan.skipped,
-        "unused_tensors": plan.unused,
+        "skipped": list(plan.skipped),
+        "unused_tensors": list(plan.unused),
         "warnings": warnings + unmeasured_warnings(measured.metrics),
         "verification": {**NOT_VERIFIED, **verification},
         "kernels": _reference_kernels(records) if measured.kernels is None else measured.kernels,
@@ -130,13 +130,13 @@ def _step_rows(plan: Any) -> list[StepRow]:
 
 def _weight_rows(plan: Any, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What passes recorded of each weight, with its sizes. A pass may record values of its own."""
-    predicted = {row["name"]: row for row in plan.rows}
+    predicted = {row.name: row for row in plan.rows}
     rows = []
     for record in records:
         after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
         bits = 8 * after / math.prod(record["shape"]) if len(record["shape"]) == 2 else None  # of functions
         size = {
-            "bytes_before": predicted[record["name"]]["bytes_before"],
+            "bytes_before": predicted[record["name"]].bytes_before,
             "bytes_after": after,
             "bits_per_parameter": bits,
         }

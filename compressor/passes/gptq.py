@@ -23,7 +23,7 @@ solve. Memory: 8·n² bytes for H and U, 12·m·n for the working copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -142,57 +142,53 @@ class GPTQ(Pass):
 
     def _solve_group(self, site: Site, group: Group, gram: Gram | None) -> None:
         """All weights of a group as one tall matrix: one hessian, one factor, one solve."""
-        matrices = [site.matrix(weight) for weight in group]
-        tall = torch.cat(matrices)
+        tall = torch.cat([site.matrix(weight) for weight in group])  # (all out_features, in)
         width = group_width(group.weights[0], self.group_size)
-        hessian = None if gram is None else gram.hessian()
-        factor = None
-        if hessian is not None:
-            dead = revive_dead(hessian)
-            order = column_order(hessian.diagonal(), self.act_order, width)
-            ordered = hessian[order][:, order]
-            factor = inverse_factor(ordered, self.percdamp, self.max_percdamp, group.name)
-        if hessian is None or factor is None:
+        problem = None if gram is None else self._factored(gram, width, group.name)
+        if gram is None or problem is None:
             self._round_group(site, group, tall, width, gram)
             return
         if self.dead_columns == "zero":
-            tall[:, dead] = 0
-        own = order  # the column that each solved column is
+            tall[:, problem.dead] = 0
+        column_of = problem.order  # the column that each solved column is
         if self._permutes_groups:  # from here to the end all columns lie in visiting order
-            tall, hessian, dead, order = tall[:, order], ordered, dead[order], torch.arange(len(order)).to(order)
-        solved = solve(tall, factor.upper.float(), hessian.diagonal(), order, self, width, site.dtype)
-        grid, codes = solved.grid, solved.codes
-        error = tall - dequantize(codes, grid).view_as(tall)
-        damping = factor.damping * float(ordered.diagonal().mean())
-        _check_identity(solved.loss, error[:, order], ordered, damping, group.name)
-        loss = (solved.loss - damping * error.square().sum(1)).double().clamp(min=0)
+            tall, problem = tall[:, column_of], problem.in_visiting_order()
+        solved = solve(
+            tall, problem.factor.upper.float(), problem.hessian.diagonal(), problem.order, self, width, site.dtype
+        )
+        loss = _checked_loss(tall, solved, problem, group.name)
+        grid = solved.grid
         if self.refine_scales:
-            grid = refine_scales(tall, codes, grid, hessian, site.dtype)
-            error = tall - dequantize(codes, grid).view_as(tall)
-            loss = ((error @ hessian) * error).sum(1).double().clamp(min=0)
-        power = ((tall @ hessian) * tall).sum(1).double().clamp(min=1e-30)
-        plain = tall - dequantize(quantize(tall.view(codes.shape), solved.grid), solved.grid).view_as(tall)
-        rounded = ((plain @ hessian) * plain).sum(1).double().clamp(min=0)
-        row = 0
-        for weight in group:
-            rows = slice(row, row + weight.out_features)
-            row = rows.stop
+            grid = refine_scales(tall, solved.codes, grid, problem.hessian, site.dtype)
+            loss = problem.loss(tall - dequantize(solved.codes, grid).view_as(tall)).clamp(min=0)
+        errors = _output_errors(tall, loss, solved, problem)
+        back = torch.argsort(column_of) if self._permutes_groups else None
+        for weight, rows in _rows_of(group):
             record = {
-                "output_error": float((loss[rows].sum() / power[rows].sum()).sqrt()),
-                "output_error_rtn": float((rounded[rows].sum() / power[rows].sum()).sqrt()),
-                "calibration_tokens": gram.tokens if gram else 0,
-                "damping": factor.damping,
-                "factored_in": factor.dtype,
-                "failed_attempts": list(factor.attempts),
-                "dead_columns": int(dead.sum()),
+                "output_error": errors.of_solution(rows),
+                "output_error_rtn": errors.of_nearest(rows),
+                "calibration_tokens": gram.tokens,
+                "damping": problem.factor.damping,
+                "factored_in": problem.factor.dtype,
+                "failed_attempts": list(problem.factor.attempts),
+                "dead_columns": int(problem.dead.sum()),
                 "fallback": None,
             }
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
-            if self._permutes_groups:
-                back = torch.argsort(own)
-                store(site, weight, codes[rows].flatten(1)[:, back], part, self.group_size, record, back // width)
+            if back is None:
+                store(site, weight, solved.codes[rows], part, self.group_size, record)
             else:
-                store(site, weight, codes[rows], part, self.group_size, record)
+                codes = solved.codes[rows].flatten(1)[:, back]
+                store(site, weight, codes, part, self.group_size, record, back // width)
+
+    def _factored(self, gram: Gram, width: int, where: str) -> Factored | None:
+        """The hessian with its columns' order and its factor; None if no damping makes it positive definite."""
+        hessian = gram.hessian()
+        dead = revive_dead(hessian)
+        order = column_order(hessian.diagonal(), self.act_order, width)
+        ordered = hessian[order][:, order]
+        factor = inverse_factor(ordered, self.percdamp, self.max_percdamp, where)
+        return None if factor is None else Factored(hessian, ordered, order, dead, factor)
 
     def _round_group(self, site: Site, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
         """The fallback: round to nearest, said in the report."""
@@ -207,14 +203,83 @@ class GPTQ(Pass):
         grouped = tall.view(len(tall), -1, width)
         search = "mse" if self.scale_search == "hessian_diag" else self.scale_search
         grid = find_grid(grouped, self.bits, self.symmetric, search, site.dtype)
-        codes, row = quantize(grouped, grid), 0
-        for weight in group:
-            rows = slice(row, row + weight.out_features)
-            row = rows.stop
+        codes = quantize(grouped, grid)
+        index = torch.arange(tall.shape[1], device=tall.device) // width if self._permutes_groups else None
+        for weight, rows in _rows_of(group):
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
             record = {"fallback": "rtn", "calibration_tokens": gram.tokens if gram else 0}
-            index = torch.arange(tall.shape[1], device=tall.device) // width if self._permutes_groups else None
             store(site, weight, codes[rows], part, self.group_size, record, index)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """hessian  (in, in), columns as the weight has them, dead ones revived
+    ordered  (in, in) the same in visiting order
+    order    (in,) int64, the columns in visiting order
+    dead     (in,) bool, columns whose inputs were always zero
+    factor   of the damped `ordered`
+    """
+
+    hessian: torch.Tensor
+    ordered: torch.Tensor
+    order: torch.Tensor
+    dead: torch.Tensor
+    factor: Factor
+
+    @property
+    def damping(self) -> float:
+        """What was added to the diagonal."""
+        return self.factor.damping * float(self.ordered.diagonal().mean())
+
+    def in_visiting_order(self) -> Factored:
+        """The same of a weight whose columns lie in visiting order."""
+        order = torch.arange(len(self.order)).to(self.order)
+        return Factored(self.ordered, self.ordered, order, self.dead[self.order], self.factor)
+
+    def loss(self, error: torch.Tensor) -> torch.Tensor:
+        """d H dᵀ of each row d of an error (out, in), undamped; (out,) float64."""
+        return ((error @ self.hessian) * error).sum(1).double()
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Squared change of the outputs over the calibration data, by row of the tall matrix, float64.
+
+    loss     of the weights as they are stored
+    nearest  of the same grid with each weight rounded to nearest
+    power    squares of the outputs themselves
+    """
+
+    loss: torch.Tensor
+    nearest: torch.Tensor
+    power: torch.Tensor
+
+    def of_solution(self, rows: slice) -> float:
+        return float((self.loss[rows].sum() / self.power[rows].sum()).sqrt())
+
+    def of_nearest(self, rows: slice) -> float:
+        return float((self.nearest[rows].sum() / self.power[rows].sum()).sqrt())
+
+
+def _output_errors(tall: torch.Tensor, loss: torch.Tensor, solved: Solution, problem: Factored) -> OutputErrors:
+    nearest = quantize(tall.view(solved.codes.shape), solved.grid)
+    plain = tall - dequantize(nearest, solved.grid).view_as(tall)
+    return OutputErrors(loss, problem.loss(plain).clamp(min=0), problem.loss(tall).clamp(min=1e-30))
+
+
+def _checked_loss(tall: torch.Tensor, solved: Solution, problem: Factored, where: str) -> torch.Tensor:
+    """The undamped loss of each row (out,) float64, after ‖E‖² was found to be what the errors say."""
+    error, damping = tall - dequantize(solved.codes, solved.grid).view_as(tall), problem.damping
+    _check_identity(solved.loss, error[:, problem.order], problem.ordered, damping, where)
+    return (solved.loss - damping * error.square().sum(1)).double().clamp(min=0)
+
+
+def _rows_of(group: Group) -> Iterator[tuple[Weight, slice]]:
+    """Each weight of a group and its rows in the tall matrix of all."""
+    row = 0
+    for weight in group:
+        yield weight, slice(row, row + weight.out_features)
+        row += weight.out_features
 
 
 @dataclass(frozen=True)

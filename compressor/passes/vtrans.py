@@ -51,7 +51,6 @@ from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, Shap
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"
-SITES = ("heads", "ffn", "hidden", "layers")
 STREAM_CHARGE = 30.0  # of the residual stream's mask [code]
 
 

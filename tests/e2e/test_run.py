@@ -472,7 +472,7 @@ def test_exit_code_6_for_a_missing_package(llama, tmp_path):
     path = write_recipe(tmp_path, data={**SMALL, "source": "dataset:some/name"})
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "datasets.py").write_text("raise ImportError('not installed')")
-    command = [
+    arguments = [
         sys.executable,
         "-m",
         "compressor",
@@ -486,7 +486,7 @@ def test_exit_code_6_for_a_missing_package(llama, tmp_path):
     ]
     roots = os.pathsep.join([str(tmp_path / "block"), str(Path(__file__).parents[2])])
     done = subprocess.run(
-        list(map(str, command)), env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False
+        list(map(str, arguments)), env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 6, done.stderr
     assert "error[missing-dependency]" in done.stderr and "pip install datasets" in done.stderr
@@ -502,7 +502,7 @@ def test_exit_code_7_when_a_pass_fails_and_the_journal_is_kept(llama, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
     path = write_recipe(tmp_path, data={**SMALL, "samples": 600, "length": 64})
-    command = [
+    arguments = [
         sys.executable,
         "-m",
         "compressor",
@@ -515,7 +515,7 @@ def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
         "--no-eval",
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    child = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.work" / "journal.jsonl"
     deadline = time.monotonic() + 300  # planning takes minutes where others use the cores
     while not journal.exists() and time.monotonic() < deadline:

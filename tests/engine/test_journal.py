@@ -19,6 +19,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 
+
 left = [int(sys.argv[2])]
 def deadly(call):
     def wrapped(*args, **kwargs):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import compressor
 from compressor.analysis.residual_stream import residual_of
 from compressor.data.samples import load_samples
-from compressor.engine.plan import make_plan, parameter_count
+from compressor.engine.plan import make_plan
+from compressor.engine.plan_records import parameter_count
 from compressor.errors import PreflightError, RecipeError
 from compressor.methods.rotation.sliced_shapes import global_parameters, kept_width, per_site_parameters, stream_shape
 from compressor.model.block_runner import Pieces

@@ -14,10 +14,9 @@ from raising import raises
 
 import compressor
 from compressor.data.samples import load_samples
-from compressor.engine.block_view import Stream
+from compressor.engine.calibration_batch import CalibrationBatch
 from compressor.engine.choice_view import ShapingView
 from compressor.engine.plan import make_plan
-from compressor.engine.sweep import _embed
 from compressor.errors import Interrupted
 from compressor.methods.rotation.sliced_shapes import (
     SiteShape,
@@ -158,12 +157,11 @@ def view_of(model, work, *, stopped=False):
         0,
         facts,
         structure,
-        [Stream(batch, torch.empty(0), []) for batch in batches],
+        [CalibrationBatch(batch, torch.empty(0), []) for batch in batches],
         [torch.tensor([0, 1]), None],
         torch.device("cpu"),
         lambda unit: torch.Generator().manual_seed(unit + 2),
         Journal.create(work, {"run": "test"}),
-        _embed,
         False,
         lambda: stopped,
     )

@@ -11,9 +11,8 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor.data.samples import load_samples
-from compressor.engine import block_view as site
+from compressor.engine import block_view, calibration_batch, sweep
 from compressor.engine import plan as planning
-from compressor.engine import sweep
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
 from compressor.layers.packed_linear import PackedLinear
@@ -29,8 +28,8 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 
 def swept(model, work, monkeypatch, share, sequential=b"true"):
     """sha256 of all unit files of a sweep over six batches."""
-    monkeypatch.setattr(site, "TAPE_SHARE", share)
-    monkeypatch.setattr(sweep, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(block_view, "TAPE_SHARE", share)
+    monkeypatch.setattr(calibration_batch, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
     sweeper = sweep.Sweeper(
@@ -57,16 +56,17 @@ def test_a_forward_that_can_not_be_taped_is_run_from_its_start(tmp_path, monkeyp
     """Every replay is made to diverge; the bytes are those of an undisturbed sweep."""
     model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     expected = swept(model, tmp_path / "w1", monkeypatch, 100)
-    advance, run_on, diverged = site.advance, site.run_on, []
+    advance, run_on, diverged = block_view.advance, block_view.run_on, []
 
     def refuse(function, tape, *arguments):
         if tape.answers:
             diverged.append(function)
-            raise site.Diverged
+            raise block_view.Diverged
         return function(tape, *arguments)
 
-    monkeypatch.setattr(site, "advance", lambda *a: refuse(advance, *a))
-    monkeypatch.setattr(site, "run_on", lambda *a: refuse(run_on, *a))
+    monkeypatch.setattr(block_view, "advance", lambda *a: refuse(advance, *a))
+    for module in (block_view, calibration_batch):
+        monkeypatch.setattr(module, "run_on", lambda *a: refuse(run_on, *a))
     assert swept(model, tmp_path / "w2", monkeypatch, 100) == expected
     assert set(diverged) == {advance, run_on}
 

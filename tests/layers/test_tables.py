@@ -294,7 +294,7 @@ def test_every_family_has_functions_that_can_be_planned(family, tmp_path):
     model = tiny.save(family, tmp_path / "model")
     plan = make_plan(recipe(only=EVERYTHING[1:]), str(model), prove=False)
     assert not plan.problems
-    found = {row["role"] for row in plan.rows}
+    found = {row.role for row in plan.rows}
     assert found >= {"norm", "softmax"} and ("activation" in found) == (family != "opt")  # ReLU needs no table
 
 

@@ -19,7 +19,7 @@ from compressor.analysis.model_facts import facts_of
 from compressor.analysis.perturbation import InDouble
 from compressor.artifact.export_format import choose_route
 from compressor.errors import ModelError, PreflightError
-from compressor.methods.pruning.pruned_shapes import check_decision, parameters_left, pruned_remodel
+from compressor.methods.pruning.pruned_shapes import check_decision, pruned_remodel
 from compressor.model.norms import Norm, apply_norm
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.structure import read_structure
@@ -83,7 +83,7 @@ def test_pruned_is_masked_with_other_sizes_in_each_block_and_a_sub_block_gone(fa
         made.logits(result.model, made.batch_of(result.dense)), made.logits(result.dense, made.batch_of(result.dense))
     )
     assert left > 1e-2  # and the masks do something
-    assert parameters_left(facts, sites, decision) == made.stored_numel(result.directory)
+    assert made.planned_parameters(result) == made.stored_numel(result.directory)
     assert result.remodel.widths == (32, 32 if family == "bert" else 28)
     assert choose_route([], "auto", False, result.after.model).name == "custom"
     prove_by_replay(result.after)
@@ -120,7 +120,7 @@ def test_sizes_alike_in_every_block_make_a_model_of_the_same_class(family, hidde
     stock = auto.from_pretrained(result.directory, dtype=torch.float64).eval()
     batch = made.batch_of(result.dense)
     assert made.logits(stock, batch).equal(made.logits(result.model, batch))
-    assert parameters_left(facts, result.sites, decision, "stock") == made.stored_numel(result.directory)
+    assert made.planned_parameters(result) == made.stored_numel(result.directory)
     tied = config.get("tie_word_embeddings")
     assert bool(tied) == bool(structure.bindings.tied)
     if tied:
@@ -196,7 +196,7 @@ def test_a_block_of_which_nothing_is_left_is_dropped_where_the_class_can_be_shor
         "compressed_shapes"
     )
     assert result.after.model.config.num_hidden_layers == len(blocks) == len(result.after.pieces)
-    assert parameters_left(facts, sites, decision, "stock") == made.stored_numel(result.directory)
+    assert made.planned_parameters(result) == made.stored_numel(result.directory)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -324,7 +324,7 @@ class Told(made.Fixed):
 
 
 @pytest.mark.slow
-def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modelling_file(opened, tmp_path):
+def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modelling_file(opened, pruned, tmp_path):
     """GPT-2: tables shared with the head, matrices that lie transposed, biases, and no first attention."""
     model = tiny.save("gpt2", tmp_path / "model")
     structure, facts = opened("gpt2")
@@ -343,7 +343,7 @@ def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modelling_file(op
     report = compress(recipe, str(model), tmp_path / "out", measure=False)
     assert report["route"]["name"] == "custom" and report["verification"]["problems"] == []
     assert report["verification"]["max_logit_difference"] == 0.0 and report["verification"]["generated_tokens"] == 8
-    assert report["reshapes"][0]["parameters_after"] == parameters_left(facts, sites, decision)
+    assert report["reshapes"][0]["parameters_after"] == made.stored_numel(pruned("gpt2", decision).directory)
     ours = compressor.load(tmp_path / "out", kernels="reference")
     dense = hf.AutoModelForCausalLM.from_pretrained(model).eval()
     assert ours.lm_head.weight is ours.transformer.wte.weight

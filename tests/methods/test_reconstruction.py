@@ -83,10 +83,10 @@ def test_it_is_taken_only_where_held_out_tokens_come_nearer():
     x, weight = case(tokens=400)
     plain = weight[:, KEPT]
     better = repair(weight, KEPT, plain, x.split(100))
-    assert better.is_solved and better.after < better.before and not better.weight.equal(plain)
+    assert better.after < better.before and not better.weight.equal(plain)
     unlike, _ = case(tokens=100, seed=9)
     worse = repair(weight, KEPT, plain, [x[:8], -unlike * torch.arange(10)])  # inputs of another kind are held out
-    assert not worse.is_solved and worse.weight.equal(plain) and worse.shift is None and worse.after > worse.before
+    assert worse.weight.equal(plain) and worse.shift is None and worse.after > worse.before
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, None), (2, [1]), (3, [1]), (9, [1, 5])])

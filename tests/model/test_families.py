@@ -14,9 +14,8 @@ import yaml
 from many_models import classes_of, is_small, tiny_config
 from raising import raises
 
-from compressor.engine.block_view import Stream, finish_unit, run_unit
+from compressor.engine.calibration_batch import CalibrationBatch, equal_calls, finish_unit, run_unit
 from compressor.engine.plan import make_plan
-from compressor.engine.sweep import _equal
 from compressor.errors import CompressError, ModelError
 from compressor.model.block_runner import Pieces
 from compressor.model.probe_model import example_batch, make_probe_model
@@ -245,8 +244,8 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
     for seed in (0, 1):
         ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
         hidden, calls = pieces.stem({"input_ids": ids})
-        streams.append(Stream({"input_ids": ids}, hidden, calls))
-    assert not _equal(streams[0].calls, streams[1].calls)
+        streams.append(CalibrationBatch({"input_ids": ids}, hidden, calls))
+    assert not equal_calls(streams[0].calls, streams[1].calls)
     stream, watched = streams[0], watched_parameters(structure, 1)
     stream.tape = Tape()
     work = partial(run_unit, structure, 1, stream)

@@ -151,5 +151,5 @@ def test_plan_refuses_what_cannot_hold_the_index_and_says_why(family, step, expo
     plan = make_plan(recipe(export, **step), str(model), prove=False)
     (problem,) = plan.problems
     assert isinstance(problem, PreflightError) and (problem.where, problem.data["reason"]) == (where, reason)
-    assert problem.data["weight"] == next(row["name"] for row in plan.rows)
+    assert problem.data["weight"] == next(row.name for row in plan.rows)
     assert not make_plan(recipe(export, **step, act_order="static"), str(model), prove=False).problems

@@ -17,7 +17,8 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor.engine.plan import make_plan, planned_tensors
+from compressor.engine.estimates import planned_tensors
+from compressor.engine.plan import make_plan
 from compressor.errors import PreflightError, RecipeError, ShapeError
 from compressor.evaluation.quality import measure_quality
 from compressor.kernels.ops.blocks import pack_rows, power_of_two, round_to_shift, shift_exponent, unpack_rows
@@ -289,7 +290,8 @@ def recipe(**step):
 def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtype, tmp_path):
     model = tiny.save("bert", tmp_path / "model", dtype=dtype)
     settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4, "biases": True}
-    planned = planned_tensors(make_plan(recipe(**settings), str(model)))
+    plan = make_plan(recipe(**settings), str(model))
+    planned = planned_tensors(plan.structure, plan.functions, plan.forms, plan.untied)
     report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
     assert sum(report["sizes"]["by_class"].values()) == sum(tensor.nbytes for tensor in planned)
     stored = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
@@ -356,7 +358,7 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
     shared = {"reason": "shared-table", "other": "lm_head.weight"}
     assert (named.problems[0].where, named.problems[0].data) == ("model.embed_tokens", shared)
-    assert make_plan(recipe(only=["@embedding!"]), str(model), prove=False).rows == []
+    assert make_plan(recipe(only=["@embedding!"]), str(model), prove=False).rows == ()
 
 
 def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
@@ -371,7 +373,7 @@ def test_a_form_that_multiplies_is_refused_for_a_table(tmp_path):
 def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
     model = tiny.save(family, tmp_path / "model")
     plan = make_plan(recipe(only=["*", "@embedding!"], activations="dynamic"), str(model))
-    names = [row["name"] for row in plan.rows]
+    names = [row.name for row in plan.rows]
     if family in ("mixtral", "qwen3_moe"):
         assert any("expert" in str(problem.where) for problem in plan.problems)
     else:

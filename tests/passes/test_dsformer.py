@@ -61,7 +61,7 @@ def test_data_is_read_only_for_the_metric_of_outputs():
 def test_families_are_planned_with_the_modelling_file(family, step, tmp_path):
     plan = plan_of(family, tmp_path, step)
     assert not plan.problems and plan.route.name == "custom"
-    assert all(row["bytes_after"] < row["bytes_before"] for row in plan.rows if row["to"] != "dense")
+    assert all(row.bytes_after < row.bytes_before for row in plan.rows if row.format_after != "dense")
 
 
 def test_what_cannot_be_factorized_is_refused_by_name(tmp_path):
@@ -94,18 +94,18 @@ def test_what_would_grow_is_planned_dense_and_free_for_another_step(tmp_path):
     rank = {"pass": "low_rank", "rank": 12, "only": ["*_proj"]}  # k and v, 16 x 32, break even below 11
     plan = plan_of("llama", tmp_path, rank, {"pass": "rtn", "bits": 8, "group_size": -1, "only": ["{k,v}_proj"]})
     assert not plan.problems
-    forms = {(row["name"].rpartition(".")[2], row["pass"]): row["to"] for row in plan.rows}
+    forms = {(row.name.rpartition(".")[2], row.pass_name): row.format_after for row in plan.rows}
     assert forms["q_proj", "low_rank"] == "low_rank_linear" and forms["k_proj", "low_rank"] == "dense"
     assert forms["k_proj", "rtn"] == "packed_linear"
     grown = plan_of("llama", tmp_path, {"pass": "dsformer", "atoms": 32, "k": 32})
-    assert {row["to"] for row in grown.rows} == {"dense"} and grown.route.name == "dense"
+    assert {row.format_after for row in grown.rows} == {"dense"} and grown.route.name == "dense"
 
 
 def test_plan_counts_a_weight_that_may_stay_dense_as_dense(tmp_path):
     certain = plan_of("llama", tmp_path, {"pass": "dsformer", "ratio": 0.5})
     unsure = plan_of("llama", tmp_path, {"pass": "dsformer", "ratio": 0.5, "max_rel_error": 0.1})
     for few, many in zip(certain.rows, unsure.rows, strict=True):
-        assert few["bytes_after"] <= 0.5 * dense_bytes(few["shape"]) < many["bytes_after"] == many["bytes_before"]
+        assert few.bytes_after <= 0.5 * dense_bytes(few.shape) < many.bytes_after == many.bytes_before
     assert certain.weight_bytes < unsure.weight_bytes
     assert [warning["code"] for warning in unsure.warnings] == ["sizes-undecided"]
 

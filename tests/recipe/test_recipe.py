@@ -41,7 +41,7 @@ def test_shipped_recipes_plan_on_the_demo_model(name, tmp_path):
         sizes = {"num_hidden_layers": 12, "image_size": 112}
         model, matrices = str(tiny.save("vit", tmp_path / "model", **sizes)), 72
     plan = make_plan(recipe, model, prove=False)
-    found = [row for row in plan.rows if len(row["shape"]) == 2]
+    found = [row for row in plan.rows if len(row.shape) == 2]
     assert not plan.problems
     assert len(found) == (matrices if any(not s.settings.reshapes for s in recipe.steps) else 0)
 

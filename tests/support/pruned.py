@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.pruning_proof import masked
-from compressor.engine.block_view import Stream
+from compressor.engine.calibration_batch import CalibrationBatch
+from compressor.engine.plan_records import parameter_count
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_remodel
@@ -48,7 +49,7 @@ class Fixed(Pass):
     def reshape(self, site, carry):
         found = prune(site, site.facts.prunable(), self.decision, ridge=self.ridge, factors=self.factors)
         for name, repair in found.items():
-            site.warn("repaired" if repair.is_solved else "cut", name, f"{repair.before} {repair.after}")
+            site.warn("repaired" if repair.after < repair.before else "cut", name, f"{repair.before} {repair.after}")
         return carry
 
 
@@ -100,7 +101,7 @@ def carry_out(
     step = Step(("steps", 0), "fixed", Fixed(decision=decision, **settings))
     journal = Journal.create(directory, {})
     device = torch.device("cpu")
-    streams = [Stream(batch, torch.empty(0), []) for batch in batches]
+    streams = [CalibrationBatch(batch, torch.empty(0), []) for batch in batches]
     work = Reshaper(
         0,
         structure,
@@ -114,12 +115,7 @@ def carry_out(
         lambda: False,
         lambda e: None,
     )
-
-    def embed(structure, streams):
-        for stream in streams:
-            stream.hidden, stream.calls = structure.pieces.stem(stream.batch)
-
-    after, _ = run_reshape(work, step, embed)
+    after, _ = run_reshape(work, step)
     warnings = [warning for line in journal.lines.values() for warning in line["warnings"]]
     journal.close()
     written = directory / "units" / "s00"
@@ -167,6 +163,11 @@ def _over(kept, module, args, _output):
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def planned_parameters(result: Pruned) -> int:
+    """Parameters of the pruned model, as `plan` counts them before anything is written."""
+    return parameter_count(check_remodel(result.before, result.remodel, "steps"))
 
 
 def stored_numel(directory: Path) -> int:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
@@ -129,18 +128,6 @@ def pruned_shapes(
     for block in gone:
         shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
-
-
-def parameters_left(
-    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "custom"
-) -> int:
-    """Parameters of the pruned model, tied ones once: the sum of what its tensors will hold, exactly.
-
-    export  stock: blocks of which nothing is left are dropped with their norms
-    """
-    gone = dropped_blocks(sites, decision) if export == "stock" else ()
-    shapes = {**facts.shapes, **pruned_shapes(facts, sites, decision, gone)}
-    return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
 
 
 def dropped_blocks(sites: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:

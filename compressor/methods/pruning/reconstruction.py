@@ -58,10 +58,6 @@ class Repair:
     before: float
     after: float
 
-    @property
-    def is_solved(self) -> bool:
-        return self.after < self.before
-
 
 def solve(
     weight: torch.Tensor, kept: Sequence[int], moments: Moments, ridge: float = RIDGE, has_bias: bool = False

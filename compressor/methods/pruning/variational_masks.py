@@ -32,13 +32,6 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
     return 0.5 * torch.log1p(mean.square() / (log_variance.exp() + TINY))
 
 
-def kl_gradients(mean: torch.Tensor, log_variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """d KL / d mu = mu / (v + mu²) and d KL / d log sigma² = -mu² sigma² / (2 v (v + mu²)), with v = sigma² + 1e-8."""
-    variance = log_variance.exp()
-    v, square = variance + TINY, mean.square()
-    return mean / (v + square), -0.5 * square * variance / (v * (v + square))
-
-
 def soft_keep(alpha: torch.Tensor) -> torch.Tensor:
     """Between 0 and 1: about 1 where log alpha is below 0."""
     return torch.sigmoid(-SHARPNESS * alpha)

@@ -1,0 +1,144 @@
+"""Calibration batches on their way through the model, and what takes them through one part of it.
+
+A part is the embeddings (0), a block (1 to n) or the output head (n + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from compressor.data.samples import Samples
+from compressor.engine.resumable_forward import Diverged, Tape, run_on
+from compressor.model.block_runner import Batch, Call
+from compressor.model.probe_model import example_batch
+from compressor.model.structure import Structure
+from compressor.recipe.recipe import Step
+
+BATCH_TOKENS = 4096  # calibration tokens per forward pass
+IMAGE_TOKENS = 256  # that an image counts for
+# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
+# at an earlier halt, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4 times
+# at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
+TAPE_SHARE = 3
+
+
+@dataclass
+class CalibrationBatch:
+    """One batch on its way through the model.
+
+    inputs  the model's own
+    hidden  hidden states, as the last part left them
+    calls   what each block is called with beside them
+    tape    of the block that the batch waits in, if it does
+    """
+
+    inputs: Batch
+    hidden: Tensor
+    calls: list[Call]
+    tape: Tape | None = None
+
+    @classmethod
+    def before_embeddings(cls, inputs: Batch) -> CalibrationBatch:
+        return cls(inputs, torch.empty(0), [])
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.tape is None else self.tape.nbytes
+
+
+def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[tuple[list[int], Tensor]]:
+    """(sample numbers, samples) of each calibration batch, if any of the steps reads inputs."""
+    if samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
+        tokens = samples.inputs[0].numel() if samples.is_text else IMAGE_TOKENS
+        most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
+        yield from samples.batches(min([max(1, BATCH_TOKENS // tokens), *most]))
+
+
+def calibration_batches(
+    structure: Structure, device: torch.device, samples: Samples | None, steps: Sequence[Step]
+) -> list[CalibrationBatch]:
+    """Calibration batches before the embeddings; none if no step reads inputs."""
+    name = structure.model.main_input_name
+    batches = []
+    for _, found in stacked_samples(samples, steps):
+        value = found.to(structure.dtype) if found.is_floating_point() else found
+        batches.append(CalibrationBatch.before_embeddings({name: value.to(device)}))
+    return batches
+
+
+def batch_labels(samples: Samples | None, device: torch.device, step: Step) -> list[Tensor | None]:
+    """Those of each calibration batch, where the data has them."""
+    labels = None if samples is None else samples.labels
+    batches = stacked_samples(samples, (step,))
+    return [None if labels is None else labels[numbers].to(device) for numbers, _ in batches]
+
+
+def probe_batch(structure: Structure, device: torch.device) -> Batch:
+    """Fixed inputs whose logits the written artifact has to reproduce."""
+    return example_batch(structure.model, device, samples=2, tokens=32)
+
+
+def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
+    """Take every batch through the embeddings."""
+    done: list[CalibrationBatch] = []
+    for batch in batches:
+        hidden, calls = structure.pieces.stem(batch.inputs)
+        shared = next((s.calls for s in done if s.hidden.shape == hidden.shape and equal_calls(s.calls, calls)), calls)
+        batch.hidden, batch.calls = hidden, shared
+        done.append(batch)
+
+
+def run_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
+    """What a block makes of the batch's hidden states, or the output head of them."""
+    if unit == structure.block_count + 1:
+        return structure.pieces.head(batch.inputs, batch.hidden)
+    return structure.pieces.block(unit - 1, batch.hidden, batch.calls[unit - 1])
+
+
+def finish_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
+    """The same, from where the batch waits; its tape is used up."""
+    tape, batch.tape = batch.tape, None
+    is_block = 1 <= unit <= structure.block_count
+    if tape is None or (is_block and holds_containers(batch.calls[unit - 1])):
+        return run_unit(structure, unit, batch)  # what a block puts there for later ones has to be computed, not taped
+    try:
+        return run_on(tape, {}, partial(run_unit, structure, unit, batch), lambda call: None)
+    except Diverged:
+        return run_unit(structure, unit, batch)
+
+
+def equal_calls(first: list[Call], second: list[Call]) -> bool:
+    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches.
+
+    Never where blocks may put something into what they are called with: that is each batch's own.
+    """
+    if any(holds_containers(call) for calls in (first, second) for call in calls):
+        return False
+    flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (first, second)]
+    if len(flat[0]) != len(flat[1]):
+        return False
+    for a, b in zip(*flat, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
+                return False
+        elif a is not b and (type(a) is not type(b) or not isinstance(a, (int, float, str)) or a != b):
+            return False
+    return True
+
+
+def holds_containers(call: Call) -> bool:
+    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
+    return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(_is_container(part) for part in value)
+    return isinstance(value, (MutableMapping, MutableSequence, MutableSet))

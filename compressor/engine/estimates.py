@@ -1,0 +1,189 @@
+"""What a planned result needs: its tensors and bytes, memory and disk of the run, and whether they are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from compressor.artifact.artifact_config import artifact_config
+from compressor.artifact.export_format import Route
+from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
+from compressor.engine.calibration_batch import BATCH_TOKENS, TAPE_SHARE
+from compressor.engine.plan_records import Findings, Formats, Sizes
+from compressor.errors import PreflightError
+from compressor.layers import find_layer
+from compressor.storage.safetensors_file import header_bytes
+
+if TYPE_CHECKING:
+    from compressor.model.functions import Functions
+    from compressor.model.stored_weight import StoredWeight
+    from compressor.model.structure import Structure
+    from compressor.recipe.recipe import Recipe
+    from compressor.recipe.schema import LimitsSettings
+
+INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+SPARE_DISK_BYTES = 16 << 20
+SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one
+
+
+def stored_tensors(form: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    """Name, dtype, shape and bytes of each tensor of a weight in its format."""
+    layer = find_layer(form.form)
+    for suffix, (kind, shape) in layer.planned(form.weight.shape, form.spec, dtype).items():
+        size = kind.itemsize
+        for length in shape:
+            size *= length
+        yield f"{form.weight.name}.{suffix}", kind, shape, size
+
+
+def planned_tensors(
+    structure: Structure, functions: Functions, stored: Mapping[str, StoredWeight], untied: bool
+) -> list[Named]:
+    """Every tensor of the result, in the order of parts.
+
+    stored  weight name -> the format it will be in; all others stay dense
+    untied  whether the output head gets a weight of its own
+    """
+    replaced = {name for form in stored.values() for name in (form.weight.tensor, form.bias)}
+    by_unit: dict[int, list[Named]] = {}
+    for tensor, unit in structure.unit_of.items():
+        if tensor not in replaced:
+            info = structure.checkpoint.tensors[tensor]
+            kind = structure.bindings.dtype_of(tensor)
+            size = info.nbytes // info.dtype.itemsize * kind.itemsize
+            by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
+    for unit, weight in [*structure.weights(), *functions.all()]:
+        if weight.name in stored:
+            for name, kind, shape, size in stored_tensors(stored[weight.name], structure.dtype):
+                by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
+    tensors = [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    copies = untied_copies(structure, list(stored.values()), untied)
+    tensors += [replace(by_name[tensor], name=name) for name, tensor in copies.items()]
+    carried = carried_tensors(structure)
+    return tensors + [Named(name, i.dtype, i.shape, i.nbytes, i.small) for name, i in carried.items()]
+
+
+def predict_sizes(
+    recipe: Recipe,
+    structure: Structure,
+    functions: Functions,
+    formats: Formats,
+    route: Route,
+    untied: bool,
+    source_bytes: int,
+) -> Sizes:
+    """Bytes of the artifact, of the memory and of the disk that the run needs."""
+    stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
+    weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
+    side = _side_file_bytes(recipe, structure, list(formats.forms.values()), route, untied)
+    return Sizes(
+        weight_bytes=weights,
+        artifact_bytes=weights + side,
+        peak_memory_bytes=max(
+            _sweep_memory_bytes(recipe, structure, formats.forms),
+            _child_memory_bytes(recipe, structure, source_bytes, weights),
+        ),
+        disk_bytes=weights * (len(recipe.sweeps) + 1) + side + SPARE_DISK_BYTES,
+    )
+
+
+def _weight_file_bytes(tensors: list[Named], shard_bytes: int) -> int:
+    """The data of all shards and their headers."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    headers = sum(
+        header_bytes((name, by_name[name].stored_as, by_name[name].shape) for name in names)
+        for names in assign_shards(tensors, shard_bytes).values()
+    )
+    return sum(tensor.nbytes for tensor in tensors) + headers
+
+
+def _side_file_bytes(
+    recipe: Recipe, structure: Structure, forms: list[StoredWeight], route: Route, untied: bool
+) -> int:
+    """config.json, recipe.yaml, the modeling file if the export format has one, and what is carried from the source."""
+    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, "bfloat16", untied)
+    pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
+    side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
+    if route.name == "custom":
+        side += len(modelling_file(structure.model, (form.form for form in forms)))
+    checkpoint = structure.checkpoint
+    return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)
+
+
+def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> int:
+    """Peak of the sweep: interpreter, embeddings and output head, one block twice, activations, one group's solve."""
+    by_unit: dict[int, int] = {}
+    for tensor, unit in structure.unit_of.items():
+        by_unit[unit] = by_unit.get(unit, 0) + structure.checkpoint.tensors[tensor].nbytes
+    ends = by_unit.get(0, 0) + by_unit.get(structure.block_count + 1, 0)
+    blocks = [by_unit.get(unit, 0) for unit in range(1, structure.block_count + 1)]
+    held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
+    reads = {step.settings.traits.reads for step in recipe.steps}
+    tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
+    streams = 1 + TAPE_SHARE
+    if "gradients" in reads:  # a few batches keep one before each block, and all keep theirs before and after all
+        streams = max(streams, 3)
+    activations = streams * tokens * _hidden_width(structure) * structure.dtype.itemsize
+    working = 0
+    for form in forms.values():
+        if form.weight.is_function:
+            continue
+        rows, columns = form.weight.shape
+        working = max(working, 12 * columns**2 + 6 * 20 * rows * columns // 6)
+    batch = (
+        min(BATCH_TOKENS, max(tokens, 1))
+        * max((f.weight.shape[-1] for f in forms.values() if f.weight.shape), default=0)
+        * 24
+    )
+    return INTERPRETER_BYTES + ends + 2 * held + activations + working + batch
+
+
+def _child_memory_bytes(recipe: Recipe, structure: Structure, source_bytes: int, weight_bytes: int) -> int:
+    """Peak of the children that verify and evaluate, which load the whole model."""
+    vocabulary = getattr(structure.model.config.get_text_config(), "vocab_size", 0) or 0
+    logits = recipe.eval.batch_size * recipe.eval.data.length * vocabulary * 4
+    return INTERPRETER_BYTES + 2 * source_bytes + weight_bytes + 6 * logits
+
+
+def _hidden_width(structure: Structure) -> int:
+    """Values per token between blocks. Where the config has no such key, the widest that a block's weight reads."""
+    stated = getattr(structure.model.config.get_text_config(), "hidden_size", None)
+    if isinstance(stated, int):
+        return stated
+    return max((weight.shape[-1] for _, weight in structure.weights() if weight.role != "embedding"), default=0)
+
+
+def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, findings: Findings) -> None:
+    """Add a problem for memory or disk that isn't there."""
+    available = limits.memory or int(psutil.virtual_memory().available * 0.9)
+    if sizes.peak_memory_bytes > available:
+        findings.problems.append(
+            PreflightError(
+                f"about {sizes.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
+                where="memory",
+                hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+                data={"reason": "memory", "needed": sizes.peak_memory_bytes, "available": available},
+            )
+        )
+    place = output if output is not None else Path.cwd()
+    while not place.exists():
+        place = place.parent
+    free = limits.disk or shutil.disk_usage(place).free
+    if sizes.disk_bytes > free:
+        findings.problems.append(
+            PreflightError(
+                f"{sizes.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
+                where=f"disk of {place}",
+                hint="Free some space or choose another --output.",
+                data={"reason": "disk", "needed": sizes.disk_bytes, "available": free},
+            )
+        )

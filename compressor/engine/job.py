@@ -1,0 +1,91 @@
+"""One run as its stages share it: what it was asked for, what it reads, how long it has taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from compressor.artifact.modeling_file import VERSION
+from compressor.data.samples import Samples
+from compressor.engine.plan_records import Plan
+from compressor.recipe.recipe import Recipe
+from compressor.storage.journal import Journal
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Clock:
+    """Wall time of a run and of its stages."""
+
+    began: float = field(default_factory=time.perf_counter)
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of one run share.
+
+    plan     as planned, before a pass has chosen anything; its recipe is the pinned one that is written and reported
+    source   what the model is called
+    resumed  how many parts an earlier, interrupted run had committed; None if there was none
+    """
+
+    source: str
+    plan: Plan
+    journal: Journal
+    calibration: Samples | None
+    held_out: Samples | None
+    fingerprint: dict[str, Any]
+    place: torch.device
+    trust_remote_code: bool
+    resumed: int | None
+    clock: Clock
+    emit: Emit
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def built(self) -> Path:
+        return self.journal.work / "artifact"
+
+    @property
+    def scratch(self) -> Path:
+        return self.journal.work / "scratch"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.emit({"event": "stage", "name": name})
+        with self.clock.time(name):
+            yield
+
+
+def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:
+    """What a resumed run has to share with the interrupted one."""
+    return {
+        "recipe": plan.recipe.pinned(None, None).sha256,
+        "model": plan.source.checkpoint.content_sha256,
+        "data": calibration.digest if calibration else None,
+        "compress_model": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

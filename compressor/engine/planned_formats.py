@@ -1,0 +1,128 @@
+"""The quantization format of each weight from step to step; a step that can't take what it finds is a problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from compressor.engine.estimates import stored_tensors
+from compressor.engine.plan_records import Findings, Formats, PlanRow, Selected
+from compressor.errors import CompressError, PreflightError
+from compressor.layers import DENSE, find_layer
+from compressor.model.stored_weight import StoredWeight
+from compressor.model.structure import Structure
+from compressor.model.weights import Weight
+from compressor.recipe.recipe import Recipe, Step
+from compressor.recipe.yaml_source import dotted
+
+# role of a weight -> what a format has to stand for to take its place (`Layer.stands_for`); else linear
+STANDS_FOR = {"embedding": "embedding", "activation": "activation", "norm": "norm", "softmax": "attention"}
+KINDS = {
+    "linear": "a weight that is multiplied",
+    "embedding": "a table that is looked up by rows",
+    "activation": "an activation",
+    "norm": "a norm",
+    "attention": "a softmax of attention",
+}
+
+
+def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, findings: Findings) -> Formats:
+    """What each step makes of the weights it works on, and what they are after all steps."""
+    rows: list[PlanRow] = []
+    forms: dict[str, StoredWeight] = {}
+    counted_dense: set[str] = set()
+    stored_by: dict[str, Step] = {}
+    for number, step in enumerate(recipe.steps):
+        before = {weight.name: _format_of(weight, forms) for weight in selected[step.path]}
+        accepts = step.settings.traits.accepts
+        for weight in selected[step.path]:
+            name = weight.name
+            stored = step.settings.stored(weight) if before[name] in accepts else None
+            if stored is None:
+                continue
+            dense_bytes = after = math.prod(weight.shape) * structure.dtype.itemsize if weight.shape else 0
+            if stored != DENSE:
+                try:
+                    forms[name] = _stored_weight(step, weight, stored, structure.bindings.tied)
+                except CompressError as problem:
+                    findings.problems.append(problem)
+                    continue
+                stored_by[name] = step
+                after = sum(size for *_, size in stored_tensors(forms[name], structure.dtype))
+                if dense_bytes > after and _may_stay_dense(step, weight):
+                    counted_dense.add(name)
+                    after = dense_bytes
+            size = {"bytes_before": dense_bytes, "bytes_after": after}
+            rows.append(PlanRow(name, weight.shape, weight.role, number, step.name, before[name], stored, **size))
+        if refused := [name for name, found in before.items() if found not in accepts]:
+            findings.problems.append(_stored_already(step, refused, stored_by[refused[0]]))
+        findings.problems += _problems_with(step, selected[step.path])
+    return Formats(tuple(rows), forms, frozenset(counted_dense))
+
+
+def _format_of(weight: Weight, forms: dict[str, StoredWeight]) -> str:
+    return forms[weight.name].form if weight.name in forms else DENSE
+
+
+def _may_stay_dense(step: Step, weight: Weight) -> bool:
+    return DENSE in step.settings.alternatives(weight)
+
+
+def _stored_weight(step: Step, weight: Weight, stored: str, tied: dict[str, str]) -> StoredWeight:
+    """The weight in the format that a step would leave. raises CompressError where it can't have it"""
+    if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
+        raise _unfit(step, stored, weight)
+    if weight.parameter in tied and _may_stay_dense(step, weight):
+        raise _undecided_tie(step, weight, tied[weight.parameter])
+    return StoredWeight(stored, step.settings.spec(weight) or {}, weight)
+
+
+def _problems_with(step: Step, chosen: Sequence[Weight]) -> list[CompressError]:
+    """What the pass itself finds wrong with the weights it works on."""
+    found = step.settings.check(chosen)
+    return [PreflightError(text, where=dotted(step.path), data=values) for text, values in found]
+
+
+def _stored_already(step: Step, refused: list[str], earlier: Step) -> PreflightError:
+    return PreflightError(
+        f"{step.name} needs dense weights, but {earlier.name} (steps.{earlier.path[1]}) has already "
+        f"stored {len(refused)} of them, such as {refused[0]}",
+        where=dotted(step.path),
+        hint="Use `only` and `except` so that each weight has one step.",
+        data={
+            "reason": "stored-already",
+            "pass": step.name,
+            "earlier": dotted(earlier.path),
+            "weights": len(refused),
+            "weight": refused[0],
+        },
+    )
+
+
+def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
+    """A format stands in for one kind of module: no product can take the place of an embedding, nor of a norm."""
+    kind = STANDS_FOR.get(weight.role, "linear")
+    return PreflightError(
+        f"{weight.name} is {KINDS[kind]}, and {step.name} would store it as {stored}, which stands for "
+        f"{KINDS[find_layer(stored).stands_for]}",
+        where=dotted(step.path),
+        hint="Leave it out with `except`.",
+        data={
+            "reason": "other-kind",
+            "weight": weight.name,
+            "kind": kind,
+            "pass": step.name,
+            "form": stored,
+            "stands_for": find_layer(stored).stands_for,
+        },
+    )
+
+
+def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
+    """config.json has to say whether head and embedding are one, before the run has found out."""
+    return PreflightError(
+        f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
+        where=dotted(step.path),
+        hint="Leave it out with `except`.",
+        data={"reason": "undecided-tie", "weight": weight.name, "other": other, "pass": step.name},
+    )
