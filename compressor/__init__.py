@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressor.protocol import Pass as Pass
     from compressor.run import compress as compress
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Pass", "compress", "load"]
 _HOMES = {"load": "compressor.artifact.loader", "Pass": "compressor.protocol", "compress": "compressor.run"}
 

@@ -25,7 +25,6 @@ from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
 from compressor.layers import DENSE
-from compressor.model.stored_weight import StoredWeight
 from compressor.process import child
 from compressor.protocol import Pass
 from compressor.recipe.recipe import Recipe, parse_recipe
@@ -85,12 +84,13 @@ def check_pass(
 class Swept:
     """What the sweeps of a recipe leave, before an artifact is made of it.
 
-    files  part files: embeddings, blocks, output head
+    files   part files: embeddings, blocks, output head
+    stored  weight -> the format that its record in the report names; "dense" for one that was kept
     """
 
     plan: Plan
     files: list[Path]
-    forms: dict[str, StoredWeight]
+    stored: dict[str, str]
 
 
 def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
@@ -101,8 +101,9 @@ def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
         sweeper = Sweeper(
             plan, journal, calibration, torch.device("cpu"), recipe.seed, lambda event: None, lambda: False
         )
-        files, forms = run_sweeps(sweeper)
-    return Swept(plan, files, forms)
+        files, _ = run_sweeps(sweeper)
+        stored = {row["name"]: row["form"] for line in journal.lines.values() for row in line["records"]}
+    return Swept(plan, files, stored)
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
@@ -126,10 +127,10 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> bool:
 
 def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
     selected = plan.selected[plan.recipe.steps[-1].path]
-    assert set(swept.forms) == {weight.name for weight in selected}, "weights were left out"
+    assert set(swept.stored) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
         promised = (settings.stored(weight) or DENSE, *settings.alternatives(weight))
-        found = swept.forms[weight.name].form
+        found = swept.stored[weight.name]
         assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
 
 
@@ -164,10 +165,10 @@ def _check_untouched(
 ) -> None:
     part = settings.model_copy(update={"only": (only,)})
     swept = sweep(recipe_for(name, part, before=before), model, work)
-    assert swept.forms, f"{only} selects nothing"
+    assert swept.stored, f"{only} selects nothing"
     after, aside = _tensors(swept.files), carried_tensors(swept.plan.structure)
     for tensor, info in _tensors(model.glob("*.safetensors")).items():
-        if tensor.rpartition(".")[0] not in swept.forms and tensor not in aside:
+        if tensor.rpartition(".")[0] not in swept.stored and tensor not in aside:
             same = read_bytes(info).equal(read_bytes(after[tensor]))
             assert same, f"{tensor} changed though {only} doesn't select it"
 

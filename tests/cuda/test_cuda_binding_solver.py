@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cuda import devices, selftest
 from compressor.kernels.ops import gptq_solve
+from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.gptq_columns import round_columns
 from compressor.kernels.ops.gptq_solve import round_compiled, solves
 from compressor.methods.quantization.hessian import inverse_factor
@@ -83,14 +84,15 @@ def test_float64_and_devices_without_kernels_are_left_to_torch(kernels, monkeypa
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_parts_name_what_they_got(kernels, name):
-    changes, said = BAD[name]
-    with pytest.raises(ShapeError, match=said):
-        round_compiled(dataclasses.replace(columns(0, 8, 5, symmetric=False), **changes), 0, 8)
+    changes, data = BAD[name]
+    part = dataclasses.replace(columns(0, 8, 5, symmetric=False), **changes)
+    with raises(ShapeError, **{"reason": "operands", "operands": operands(**part.tensors()), **data}):
+        round_compiled(part, 0, 8)
 
 
 @pytest.mark.parametrize(("begin", "stop"), [(-1, 3), (4, 3), (0, 141)])
 def test_columns_that_are_not_there_are_refused(kernels, begin, stop):
-    with pytest.raises(ShapeError, match=f"here {begin} and {stop}"):
+    with raises(ShapeError, reason="columns", begin=begin, stop=stop):
         round_compiled(columns(0, 140, 5, symmetric=True), begin, stop)
 
 

@@ -25,6 +25,7 @@ from compressor.evaluation.compare import compare, is_report, read_subject
 from compressor.evaluation.render import render_html, render_markdown
 from compressor.model import wrong_key
 from compressor.model.checkpoint import open_checkpoint
+from compressor.model.model_files import demo_path
 from compressor.recipe.recipe import parse_recipe, recipe_folders
 from compressor.run import compress
 from compressor.storage.safetensors_file import read_header
@@ -236,7 +237,7 @@ def data(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return compressor.data.tokenizing.load_tokenizer(compressor.data.samples.demo_path())
+    return compressor.data.tokenizing.load_tokenizer(demo_path())
 
 
 @inputs(40)
@@ -247,7 +248,7 @@ def test_data_files(folder, data, tokenizer, monkeypatch, name, pack, changes):
     monkeypatch.setattr(compressor.data.samples, "load_tokenizer", lambda *args, **kwargs: tokenizer)
     sizes = {"source": str(path), "samples": 2, "length": 16, "pack": pack}
     asked = RTN.data.model_copy(update=sizes)
-    demo = compressor.data.samples.demo_path()
+    demo = demo_path()
     answered(lambda: compressor.data.samples.load_samples(asked, demo, seed=0, vocabulary=2048), {2, 6}, folder)
 
 

@@ -33,7 +33,7 @@ HANG = {
 }
 ANSWERED = """
 import sys
-from compressor.engine.interrupt import answered
+from compressor.engine.interrupt import Stop, answered
 def hang():
         {hang}
 def say(words):

@@ -18,8 +18,7 @@ FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-
-
+from compressor.storage.journal import Journal
 left = [int(sys.argv[2])]
 def deadly(call):
     def wrapped(*args, **kwargs):
