@@ -13,11 +13,13 @@ import torch
 
 from compressor import __version__
 from compressor.evaluation.environment import PACKAGES, cpu_name, environment, package_version
+from compressor.evaluation.render import human_bytes
 from compressor.kernels.cpu import LEVELS, PARALLEL_FOR, RECORD, library
 from compressor.kernels.cuda import devices
 from compressor.kernels.prepared.selftest import self_test
 from compressor.process.idle_threads import how_threads_wait
 
+LIBRARIES = ("torch", "transformers", "compressed-tensors", "bitsandbytes")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
 
 
@@ -45,6 +47,38 @@ def examine() -> dict[str, Any]:
             if package_version(name) is None
         ],
     }
+
+
+def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The ten lines that answer whether this machine is sound: a label and a sentence each. `found` is of `examine`."""
+    packages, kernels = found["packages"], found["kernels"]
+    return [
+        ("version", f"compress-model {found['compress_model']}, Python {found['python']}, {found['os']}"),
+        ("libraries", ", ".join(f"{name} {packages[name]}" for name in LIBRARIES if packages[name])),
+        ("processor", f"{found['cpu']}, {found['cores']} cores, {', '.join(found['cpu_features']) or 'no extensions'}"),
+        ("threads", f"{found['threads']}; waiting threads: {found['threads_wait']}"),
+        ("CPU kernels", _cpu_line(kernels)),
+        ("CUDA kernels", "; ".join(f"{name}: {outcome}" for name, outcome in kernels["cuda"].items())),
+        ("GPU", found["gpu"] or "none"),
+        ("memory", f"{human_bytes(found['memory_available_bytes'])} available"),
+        ("disk", f"{human_bytes(found['disk_free_bytes'])} free here; {_cache_line(found)}"),
+        (
+            "optional",
+            "; ".join(f"missing {lacking}" for lacking in found["missing_extras"]) or "everything is installed",
+        ),
+    ]
+
+
+def _cpu_line(kernels: dict[str, Any]) -> str:
+    if kernels["level"] is None:
+        return f"not in use: {kernels['cpu_library']}"
+    wrong = [f"{name}: {outcome}" for name, outcome in kernels["self_test"].items() if outcome != "ok"]
+    tested = f"{len(kernels['self_test'])} self-tests passed" if not wrong else f"WRONG: {'; '.join(wrong)}"
+    return f"{kernels['level']}; {tested}"
+
+
+def _cache_line(found: dict[str, Any]) -> str:
+    return f"cache {found['cache']} is {'writable' if found['cache_writable'] else 'not writable'}"
 
 
 def _kernels() -> dict[str, Any]:

@@ -134,6 +134,12 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def show_lines(lines: list[tuple[str, str]]) -> None:
+    """A label and a sentence a line."""
+    for label, sentence in lines:
+        out.print(f"{label:<14}{sentence}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_facts(found: dict[str, Any]) -> None:
     table = Table("", "")
     for key, value in found.items():

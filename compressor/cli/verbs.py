@@ -23,6 +23,7 @@ from compressor.cli.render import (
     render_comparison_as,
     show_evaluation,
     show_facts,
+    show_lines,
     show_plan,
     show_rows,
     show_run,
@@ -392,12 +393,17 @@ def report(
 
 
 @app.command()
-def doctor(as_json: JsonOpt = False) -> None:
-    """Versions, CPU features, kernels, GPU, memory, disk, cache, missing extras."""
-    from compressor.cli.doctor import examine
+def doctor(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every fact, each self-test among them.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check the machine: versions, processor, kernels, GPU, memory, disk and optional packages."""
+    from compressor.cli.doctor import examine, summary
 
     found = examine()
     if as_json:
         json_line({"event": "result", **found})
         return
-    show_facts(found)
+    show_lines(summary(found))
+    if verbose:
+        show_facts(found)

@@ -100,6 +100,32 @@ def test_doctor_says_what_is_there():
     assert isinstance(found["cache_writable"], bool) and found["memory_available_bytes"] > 0
 
 
+FOUND = {
+    "compress_model": "1", "python": "3.11", "os": "Linux", "packages": {"torch": "2", "transformers": "5",
+    "compressed-tensors": "0", "bitsandbytes": None}, "cpu": "CPU", "cores": 2, "cpu_features": [], "threads": 2,
+    "threads_wait": "asleep", "gpu": None, "memory_available_bytes": 1 << 30, "disk_free_bytes": 1 << 30,
+    "cache": "/c", "cache_writable": False, "missing_extras": ["x: pip install x"],
+}  # fmt: skip
+KERNELS = {
+    "avx2; 1 self-tests passed": {"level": "avx2", "cpu_library": "loaded", "self_test": {"a, avx2": "ok"}},
+    "avx2; WRONG: a, avx2: off by 3": {"level": "avx2", "cpu_library": "loaded", "self_test": {"a, avx2": "off by 3"}},
+    "not in use: no compiler": {"level": None, "cpu_library": "no compiler", "self_test": {}},
+}
+
+
+@pytest.mark.parametrize("line", KERNELS)
+def test_doctor_answers_in_ten_lines_and_names_what_is_wrong(line, monkeypatch, capsys):
+    kernels = {**KERNELS[line], "cuda": {"nvrtc (experimental)": "no CUDA device"}}
+    monkeypatch.setattr("compressor.cli.doctor.examine", lambda: {**FOUND, "kernels": kernels})
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 10 and shown[4].split(maxsplit=2)[2] == line
+    assert "not writable" in shown[8] and "missing x: pip install x" in shown[9]
+    assert main(["doctor", "--verbose"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) > 20 and "self_test" in shown
+
+
 def test_plan_predicts_and_writes_nothing(tmp_path):
     done = run("plan", "gptq-w4a16", "--model", "demo", "--output", tmp_path / "o", "--format", "json")
     found = json.loads(done.stdout)
