@@ -82,8 +82,8 @@ def _cache_line(found: dict[str, Any]) -> str:
 
 
 def _kernels() -> dict[str, Any]:
-    """The CPU library: whether it is there, the instructions in use, and each op tried at each level. The two ways to
-    CUDA kernels: whether they are there, and tried on each GPU, or why not."""
+    """The CPU library: whether it is there, the instructions in use, and each op tried at each level. The CUDA
+    kernels: whether they are there, and tried on each GPU, or why not."""
     found = library()
     record = RECORD.read_text().strip() if RECORD.is_file() else "no record of a build"
     if isinstance(found, str):

@@ -59,25 +59,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
 RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
 ModelOpt = Annotated[
     str, typer.Option("--model", help="Checkpoint directory, cached hub name, or demo.", show_default=False)
 ]
-
-
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: steps.0.bits=3.")
 ]
-
-
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOpt = Annotated[
     int | None, typer.Option(min=1, max=4096, help="CPU threads; results depend on it.", show_default=False)
 ]
-
-
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
 NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]

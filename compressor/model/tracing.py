@@ -26,8 +26,6 @@ from compressor.model.replaceable import watch_reads
 from compressor.model.routing import ChoiceTrace
 
 SMALL_BYTES = 1 << 26  # what a probe model of other sizes may always take
-
-
 Kind = tuple[Any, ...]  # signature of a block
 
 

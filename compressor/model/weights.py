@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 FUNCTION_ROLES = ("activation", "norm", "softmax")
+ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,3 @@ class Group:
 
 
 Stage = tuple[Group, ...]  # groups whose inputs one replay of the block yields
-
-
-ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,6 @@ spec.loader.exec_module(sys.modules["compressor"])
 PROGRAM = LOADER + "from compressor.process.child import serve\nserve(sys.argv[1])\n"
 LAST_WORDS = 600  # characters of standard error that are shown of a child that ended without an answer
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
-
-
 Process = subprocess.Popen[bytes] | Forked
 
 
@@ -104,22 +102,18 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
     return told["result"]
 
 
-def start(
-    program: str, arguments: Sequence[str], request_end: int, added: Mapping[str, str] | None = None
-) -> tuple[Process, int, int]:
+def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Process, int, int]:
     """A fresh process of this program: forked if a server runs that has this process's environment, else started.
 
     request_end  its standard input; closed here
-    added        variables besides; none that something reads when it is imported
     returns      the process, and the ends to read of its standard output and error
     """
     answers, answers_end = os.pipe()
     words, words_end = os.pipe()
-    streams, inherited = (request_end, answers_end, words_end), environment()
-    variables = {**inherited, **(added or {})}
+    streams, variables = (request_end, answers_end, words_end), environment()
     process: Process | None = None
     try:
-        if _server is not None and _server.environment == inherited:
+        if _server is not None and _server.environment == variables:
             process = _server.fork(program, arguments, streams, variables)
         if process is None:  # no server, or it has ended
             process = subprocess.Popen(

@@ -34,10 +34,14 @@ def stranger(program, *arguments, without=("compressor",), input="", **environme
 
 
 def run(program, *arguments, input="", cwd=".", **environment):
-    """A `subprocess.CompletedProcess` of this program, with text."""
+    """A `subprocess.CompletedProcess` of this program, with text.
+
+    environment  variables besides, set as the program begins; none that something reads when it is imported
+    """
+    program = f"import os\nos.environ.update({environment!r})\n{program}"
     request, sends = os.pipe()
     with contextlib.chdir(cwd):
-        process, answers, words = child.start(program, [str(value) for value in arguments], request, environment)
+        process, answers, words = child.start(program, [str(value) for value in arguments], request)
     with os.fdopen(sends, "w") as file, contextlib.suppress(BrokenPipeError):
         file.write(input)
     said = [part.decode() for part in child.read_both(answers, words)]

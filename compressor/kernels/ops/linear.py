@@ -36,8 +36,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
 ON_CPU = "Both have to be on the CPU."
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
-
-
 groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
 
 
