@@ -41,6 +41,7 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.token_limit import limit_of
 from compressor.process.child import started_early
 from compressor.process.resources import room
+from compressor.protocol import RewritePass, WeightPass
 from compressor.recipe.gates import check_gates, failed_gates
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal, has_begun, remove_work
@@ -215,17 +216,26 @@ def _write(job: Job, outcome: Outcome) -> None:
 def _seal(job: Job, outcome: Outcome) -> None:
     structure = outcome.plan.structure
     errors: dict[str, float | None] = {}
+    written: dict[str, float] = {}
     for line in job.journal.lines.values():
         errors.update(line.get("relative_errors", {}))
+        written.update(line.get("written", {}))
+    stored = {form.weight.parameter for form in outcome.forms.values() if form.weight.expert is None}
+    rewritten = {name: error for name, error in sorted(written.items()) if name not in stored}
     source = {
         "name": job.source,
         "sha256": job.fingerprint["model"],
         "changes": [
-            {"pass": step.name, "rewrites": step.settings.rewrites, "keeps_function": step.settings.keeps_function}
+            {
+                "pass": step.name,
+                "rewrites": isinstance(step.settings, RewritePass),
+                "keeps_function": isinstance(step.settings, RewritePass) and step.settings.keeps_function,
+            }
             for step in job.recipe.steps
-            if step.settings.reshapes
+            if not isinstance(step.settings, WeightPass)
         ],
         "relative_errors": {name: errors.get(name) for name in outcome.forms},
+        **({"rewritten": rewritten} if rewritten else {}),
     }
     seal(
         job.built,

@@ -23,10 +23,10 @@ from compressor.engine.plan import make_plan
 from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
-from compressor.errors import PassError
+from compressor.errors import Interrupted, PassError
 from compressor.layers import DENSE
 from compressor.process import child
-from compressor.protocol import Pass
+from compressor.protocol import Pass, WeightPass
 from compressor.recipe.recipe import Recipe, parse_recipe
 from compressor.run import compress
 from compressor.storage.file_names import MANIFEST
@@ -67,12 +67,12 @@ def check_pass(
     assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
     first = sweep(whole, model, scratch / "first")
     assert whole.steps[-1].settings == settings, "settings were changed while it ran"
-    again = sweep(whole, model, scratch / "again")
+    again = sweep(whole, model, scratch / "again", stops=True)
     assert [file_sha256(file) for file in first.files] == [file_sha256(file) for file in again.files], (
-        "a second run writes other bytes"
+        "a second run, stopped after each part and resumed, writes other bytes"
     )
     _check_forms(settings, plan, first)
-    if not settings.reshapes:
+    if isinstance(settings, WeightPass):
         _check_untouched(name, settings, model, scratch / "part", only, before)
     report = _check_resume(whole, model, scratch / "killed", first)
     _check_sizes(settings, plan, report)
@@ -86,24 +86,40 @@ class Swept:
 
     files   part files: embeddings, blocks, output head
     stored  weight -> the format that its record in the report names; "dense" for one that was kept
+    written parameters that stay dense and have new values
     """
 
     plan: Plan
     files: list[Path]
     stored: dict[str, str]
+    written: set[str]
 
 
-def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
-    """Run the sweeps of a recipe on the CPU, in this process, into this directory."""
-    plan = make_plan(recipe, str(model), prove=False)
-    calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
-    with closing(Journal.create(work, {})) as journal:
-        sweeper = Sweeper(
-            plan, journal, calibration, torch.device("cpu"), recipe.seed, lambda event: None, lambda: False
-        )
-        files, _ = run_sweeps(sweeper)
-        stored = {row["name"]: row["form"] for line in journal.lines.values() for row in line["records"]}
-    return Swept(plan, files, stored)
+def sweep(recipe: Recipe, model: Path, work: Path, stops: bool = False) -> Swept:
+    """Run the sweeps of a recipe on the CPU, in this process, into this directory.
+
+    stops  as often as a run can be stopped, and resumed from the journal: what the pass knew by then has to be in it
+    """
+    Journal.create(work, {}).close()
+    while True:
+        plan = make_plan(recipe, str(model), prove=False)
+        calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
+        with closing(Journal.reopen(work, {})) as journal:
+            done = len(journal.lines)
+
+            def is_interrupted(journal: Journal = journal, done: int = done) -> bool:
+                return stops and len(journal.lines) > done
+
+            place = torch.device("cpu")
+            sweeper = Sweeper(plan, journal, calibration, place, recipe.seed, lambda event: None, is_interrupted)
+            try:
+                files, _ = run_sweeps(sweeper)
+            except Interrupted:
+                continue
+            lines = journal.lines.values()
+            stored = {row["name"]: row["form"] for line in lines for row in line["records"]}
+            written = {name for line in lines for name in line.get("written", ())}
+            return Swept(plan, files, stored, written)
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
@@ -129,6 +145,7 @@ def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
     selected = plan.selected[plan.recipe.steps[-1].path]
     assert set(swept.stored) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
+        assert isinstance(settings, WeightPass)
         promised = (settings.stored(weight) or DENSE, *settings.alternatives(weight))
         found = swept.stored[weight.name]
         assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
@@ -166,9 +183,11 @@ def _check_untouched(
     part = settings.model_copy(update={"only": (only,)})
     swept = sweep(recipe_for(name, part, before=before), model, work)
     assert swept.stored, f"{only} selects nothing"
-    after, aside = _tensors(swept.files), carried_tensors(swept.plan.structure)
+    structure = swept.plan.structure
+    after, aside = _tensors(swept.files), carried_tensors(structure)
+    rescaled = {source.tensor for name in swept.written for source in structure.sources_of(name)}
     for tensor, info in _tensors(model.glob("*.safetensors")).items():
-        if tensor.rpartition(".")[0] not in swept.stored and tensor not in aside:
+        if tensor.rpartition(".")[0] not in swept.stored and tensor not in aside and tensor not in rescaled:
             same = read_bytes(info).equal(read_bytes(after[tensor]))
             assert same, f"{tensor} changed though {only} doesn't select it"
 

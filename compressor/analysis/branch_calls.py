@@ -105,7 +105,7 @@ def check_widths(
     pieces = Pieces(probe, path)
     done: set[Any] = set()
     with InDouble(), torch.no_grad():
-        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
+        hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
         kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
         for number, block in enumerate(structure.pieces.blocks):
             kind = signature(structure.model.config, block, number)
@@ -133,7 +133,7 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
 
     raises  ModelError if it can't run
     """
-    edges: _Edges = [(write, first) for write in residual.stem]
+    edges: _Edges = [(write, first) for write in residual.embeddings]
     edges += [(residual.end, last), *((consumer, last) for consumer in residual.end.consumers)]
     _narrow(probe, edges, "", residual.width)
     for block in Pieces(probe, path).blocks:
@@ -179,10 +179,10 @@ def _run_stem(pieces: Pieces) -> tuple[Tensor, list[Call]]:
         mask = torch.ones_like(batch["input_ids"])
         mask[0, :2] = 0
         try:
-            return pieces.stem({**batch, "attention_mask": mask, "use_cache": True})  # type: ignore[dict-item]
+            return pieces.embeddings({**batch, "attention_mask": mask, "use_cache": True})  # type: ignore[dict-item]
         except (TypeError, ValueError):  # it knows no cache, or one of attention alone
             pass
-    return pieces.stem(batch)
+    return pieces.embeddings(batch)
 
 
 def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:

@@ -44,7 +44,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         given,
         lambda widths: _branches(structure, residual(), widths),
         structure.pieces.blocks_path,
-        lambda remodel: misfit(structure, remodel),
+        lambda redefinition: misfit(structure, redefinition),
         prunable,
         cache(lambda: find_token_sites(structure)),
         lambda changes: config_misfit(structure, changes),

@@ -113,7 +113,7 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequ
     attributes = _attributes_of_heads(probe, path)
     with InDouble(), observed_plain_attention(probe) as attention:
         pieces = Pieces(probe, path)
-        hidden, calls = pieces.stem(example_batch(probe, torch.device("cpu")))
+        hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))
         firsts: dict[Kind, int] = {}
         for index, block in enumerate(pieces.blocks):
             kind = signature(probe.config, block, index)

@@ -82,7 +82,7 @@ def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule
         blocks[site.block].append(site)
     empty = {index for index, here in blocks.items() if len(here) == len(KINDS)}
     with InDouble(), torch.no_grad():
-        hidden, calls = pieces.stem(batch)
+        hidden, calls = pieces.embeddings(batch)
         for index in sorted(empty):
             with masked(probe, blocks[index], _nothing(blocks[index])):
                 if not torch.equal(pieces.block(index, hidden, calls[index]), hidden):

@@ -91,7 +91,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
     modules = {name: module for name, module in probe.named_modules() if not name.startswith(path + ".")}
     kinds: Kinds = {}
     with InDouble():
-        hidden, calls = pieces.stem(batch)
+        hidden, calls = pieces.embeddings(batch)
         for index, call in enumerate(calls):
             block, prefix = pieces.blocks[index], f"{path}.{index}."
             kind = signature(probe.config, block, index)
@@ -104,8 +104,8 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
                 hidden,
             )
             kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
-        stem = _find_stem(lambda: pieces.stem(batch)[0], modules, outside, hidden.shape[-1])
-        end = _find_end(_Runner(partial(pieces.head, batch), modules, outside, hidden), probe)
+        stem = _find_stem(lambda: pieces.embeddings(batch)[0], modules, outside, hidden.shape[-1])
+        end = _find_end(_Runner(partial(pieces.output_head, batch), modules, outside, hidden), probe)
     residual = Residual(
         hidden.shape[-1], end.formula.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
     )

@@ -124,7 +124,7 @@ def _bias_of(model: nn.Module, consumer: InputProjection) -> Tensor:
 
 def _streams(pieces: Pieces, batch: Batch) -> list[Tensor]:
     """The stream before the first block and after each."""
-    hidden, calls = pieces.stem(batch)
+    hidden, calls = pieces.embeddings(batch)
     streams = [hidden]
     for index, call in enumerate(calls):
         streams.append(pieces.block(index, streams[-1], call))

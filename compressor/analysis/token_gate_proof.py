@@ -35,7 +35,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
     raises  ModelError naming the block, or the model
     """
     probe = pieces.model
-    hidden, calls = pieces.stem(batch)
+    hidden, calls = pieces.embeddings(batch)
     for index, block in enumerate(pieces.blocks):
         whole = pieces.block(index, hidden, calls[index])
         with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:

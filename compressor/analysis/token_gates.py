@@ -55,7 +55,7 @@ def find_token_sites(structure: Structure) -> TokenFacts:
 def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts:
     pieces = Pieces(probe, path)
     batch = _batch(probe)
-    hidden, calls = pieces.stem(batch)
+    hidden, calls = pieces.embeddings(batch)
     if hidden.dim() != 3:
         raise ModelError(
             f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",

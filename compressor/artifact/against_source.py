@@ -5,8 +5,8 @@ parameters, codes taken for weights, a dropped tensor) is found and not repeated
 steps that made the artifact (`source.changes` in the manifest):
 
 - no step changed the model itself: every tensor that no step touched equals the source's bit for bit; every stored
-  weight is as far from the source's as the run recorded it; and the source's model with the stored layers in it
-  computes what the artifact computes
+  weight, and every dense tensor that a step has rescaled, is as far from the source's as the run recorded it; and the
+  source's model with all of these in it computes what the artifact computes
 - a step rewrote parameters: this package's reading of the source equals stock transformers' bit for bit, and the
   distance of the outputs is reported; it is judged where the steps keep the function (fuse_norms, rotate) and nothing
   was quantized
@@ -39,7 +39,7 @@ from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
-from compressor.model.weights import Weight
+from compressor.model.weights import Weight, part_of
 from compressor.storage.file_names import MANIFEST
 
 MEMORY_SHARE = 0.8  # of the available memory that a source may take before it goes to disk
@@ -139,11 +139,12 @@ def compare_tensors(
     """
     _, errors = read_changes(manifest)
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    stored = _stored_parameters(forms)
-    equal, problems = _compare_dense(source, forms, stored, prints)
+    stored, rewritten = _stored_parameters(forms), _rewritten(manifest)
+    equal, problems = _compare_dense(source, forms, stored | rewritten.keys(), prints)
+    problems += _compare_rewritten(source, own, rewritten)
     problems += _tie_problems(source, forms, stored, ties)
     largest, found = _compare_stored(source, own, forms, errors, dtype)
-    problems += found + _expert_problems(source, own, forms)
+    problems += found + _expert_problems(source, own, [f for f in forms if f.weight.parameter not in rewritten])
     return TensorComparison(equal, len(forms), largest), problems
 
 
@@ -174,6 +175,29 @@ def _compare_dense(
         elif found != expected:
             problems.append(f"{name} is not what the source holds, and no step touched it")
     return equal, problems
+
+
+def _rewritten(manifest: dict[str, Any]) -> dict[str, float]:
+    """Dense parameters that a step has given new values -> how far from the source's the run found them."""
+    found: dict[str, float] = manifest["source"].get("rewritten", {})
+    return found
+
+
+def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> list[str]:
+    """Whether those are as far from the source's as the run recorded; the problems."""
+    problems, held = [], dict(own.named_parameters(remove_duplicate=False))
+    for name, recorded in rewritten.items():
+        if (value := held.get(name)) is None:
+            problems.append(f"{name} has new values by the manifest, and the artifact has no such tensor")
+            continue
+        with _held(source, name) as meant:
+            same_shape = value.shape == meant.shape and value.dtype == meant.dtype
+            error = relative_distance(value, meant) if same_shape else float("inf")
+        if not abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5:
+            problems.append(
+                f"{name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
+            )
+    return problems
 
 
 def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]) -> list[str]:
@@ -237,7 +261,11 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
 
 
 def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
-    """Put the artifact's stored layers and experts into the source's model, in place."""
+    """Put the artifact's stored layers, its experts and what has new values into the source's model, in place."""
+    for name in _rewritten(manifest):
+        owner, _, leaf = name.rpartition(".")
+        _fetch(source.get_submodule(owner))
+        getattr(source.get_submodule(owner), leaf).data.copy_(own.get_parameter(name))
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     for kind in sorted({form.form for form in forms}):
         find_layer(kind).prepare(source)
@@ -283,15 +311,6 @@ def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remo
 def compare_outputs(found: Tensor, meant: Tensor) -> float | None:
     """Relative distance of two models' outputs; None where they have other shapes, as after dropping tokens."""
     return relative_distance(found, meant) if found.shape == meant.shape else None
-
-
-def part_of(value: Tensor, weight: Weight) -> Tensor:
-    """The part of a parameter that a weight is, as (out_features, in_features)."""
-    if weight.expert is not None:
-        value = value[weight.expert]
-    if weight.transposed:
-        value = value.t()
-    return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
 
 
 def _equal_elsewhere(meant: Tensor, found: Tensor, members: list[Weight]) -> bool:

@@ -107,6 +107,7 @@ class _Source(_Part):
     sha256: str
     changes: list[_Change] | None = None
     relative_errors: dict[str, float | None] = {}
+    rewritten: dict[ModulePath, float] = {}
 
 
 class _Manifest(_Part):

@@ -23,7 +23,7 @@ from compressor.layers.base import Layer
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, read_parameter
-from compressor.model.weights import Weight
+from compressor.model.weights import Weight, part_of
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 4 << 20
@@ -192,22 +192,20 @@ def unit_name(structure: Structure, unit: int) -> str:
 
 def view(structure: Structure, weight: Weight) -> Tensor:
     """The part of the model's parameter that holds this weight, as (out_features, in_features); writes go through."""
-    value = structure.model.get_parameter(weight.parameter).data
-    if weight.expert is not None:
-        value = value[weight.expert]
-    if weight.transposed:
-        value = value.t()
-    return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
+    return part_of(structure.model.get_parameter(weight.parameter).data, weight)
 
 
 def unit_tensors(
-    unit: int, source: UnitSource, put: dict[str, tuple[StoredWeight, Layer]]
+    unit: int, source: UnitSource, put: dict[str, tuple[StoredWeight, Layer]], written: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a unit's file will hold: every tensor of the source but those of replaced weights, and the new forms."""
+    """What a part's file will hold: every tensor of the source except those of replaced weights, and the new layers.
+
+    written  dense tensors that have new values, by their names
+    """
     replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
     for tensor in source.names(unit):
         if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
-            yield tensor, source.raw(tensor)
+            yield tensor, written[tensor] if tensor in written else source.raw(tensor)
     for name, (_, layer) in put.items():
         for suffix, value in layer.tensors().items():
             yield f"{name}.{suffix}", value

@@ -26,8 +26,8 @@ from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.probe_model import signature
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure
-from compressor.model.weights import Group, Stage, Weight
-from compressor.protocol import State
+from compressor.model.weights import Group, Producer, Stage, Weight
+from compressor.protocol.views import Folded
 
 # kind of block, product and batch -> what is called before that product, and which results are read after it
 Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
@@ -35,9 +35,12 @@ Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 
 @dataclass
 class BlockView:
-    """One part of the model as a pass may see it (`protocol.Site`).
+    """One part of the model as a pass sees it (`protocol.BlockView`).
 
     calibration  the batches, as they enter the part
+    rescalable   producers of the inputs of this part's weights
+    errors       relative, of each stored weight as it is rebuilt
+    written      parameters that stay dense and have new values
     """
 
     structure: Structure
@@ -50,9 +53,11 @@ class BlockView:
     installed: Installed
     decision: dict[str, Any] | None = None
     selected_functions: tuple[Weight, ...] = ()
+    rescalable: tuple[Producer, ...] = ()
     is_open: bool = True
     put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
-    errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
+    errors: dict[str, float | None] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
     records: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, str]] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
@@ -79,12 +84,12 @@ class BlockView:
         return list(self.selected_functions)
 
     def fold(
-        self, stage: Stage, start: Callable[[Group], State], step: Callable[[State, Tensor], State]
-    ) -> list[State]:
-        states = [start(group) for group in stage]
-        for numbered in self._inputs(stage):
-            states[numbered[0]] = step(states[numbered[0]], numbered[1])
-        return states
+        self, stage: Stage, start: Callable[[Group], Folded], step: Callable[[Folded, Tensor], Folded]
+    ) -> list[Folded]:
+        folded = [start(group) for group in stage]
+        for number, x in self._inputs(stage):
+            folded[number] = step(folded[number], x)
+        return folded
 
     def inputs(self, group: Group) -> Iterator[Tensor]:
         for _, x in self._inputs((group,)):
@@ -131,12 +136,29 @@ class BlockView:
         assert self.is_open and weight.name not in self.put_layers, "what was put can't be kept as it was"
         self._record(weight, DENSE, {}, math.prod(weight.shape) * self.dtype.itemsize, record)
 
+    def producers(self) -> list[Producer]:
+        chosen = {weight.parameter for stage in self.stages() for group in stage for weight in group}
+        return [p for p in self.rescalable if any(consumer.parameter in chosen for consumer in p.consumers)]
+
+    def read(self, parameter: str) -> Tensor:
+        return self._own_parameter(parameter).data.clone()
+
+    def write(self, parameter: str, value: Tensor) -> None:
+        target = self._own_parameter(parameter).data
+        stored = [form.weight.name for form, _ in self.put_layers.values() if form.weight.parameter == parameter]
+        assert self.is_open and not stored, f"{parameter} can't be written, {stored or 'the pass decides'}"
+        assert value.shape == target.shape, f"{parameter}: {tuple(value.shape)}, it is {tuple(target.shape)}"
+        target.copy_(value)
+        self.written.add(parameter)
+        for batch in self.calibration:
+            batch.tape = None
+
     @property
     def batches(self) -> int:
         return len(self.calibration)
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
-        assert 1 <= self.unit <= self.structure.block_count, "stem and head have no output of their own"
+        assert 1 <= self.unit <= self.structure.block_count, "embeddings and output head have no output of their own"
         entering, index = self.calibration[batch], self.unit - 1
         placed = Installed(self.structure)
         try:
@@ -148,6 +170,16 @@ class BlockView:
 
     def warn(self, code: str, where: str, message: str) -> None:
         self.warnings.append({"code": code, "where": where, "message": message})
+
+    def left_out(self) -> list[str]:
+        """Selected weights of this part that the pass has neither put nor kept."""
+        chosen = [weight.name for stage in self.stages() for group in stage for weight in group]
+        recorded = {record["name"] for record in self.records}
+        return [name for name in (*chosen, *(f.name for f in self.selected_functions)) if name not in recorded]
+
+    def _own_parameter(self, name: str) -> torch.nn.Parameter:
+        assert name in self.structure.parameters_of(self.unit), f"{name} is no parameter of this part"
+        return self.structure.model.get_parameter(name)
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
@@ -179,7 +211,7 @@ class BlockView:
                 )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, (tokens, in) input) for each batch, in order; of tables in the stem, (tokens,) row numbers.
+        """(group number, (tokens, in) input) for each batch, in order; of embeddings, (tokens,) row numbers.
 
         Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
         takes; the others look ahead from where they are, or start again.
@@ -219,8 +251,8 @@ class BlockView:
             kept += batch.kept_bytes - before
 
     def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that a table
-        of the stem looks up, or inputs (tokens, width) of a function.
+        """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that an
+        embedding looks up, or inputs (tokens, width) of a function.
         """
         found: list[tuple[int, Tensor]] = []
         handles = []
@@ -237,7 +269,7 @@ class BlockView:
             for batch in self.calibration:
                 found.clear()
                 if self.unit == 0:
-                    self.structure.pieces.stem(batch.inputs)
+                    self.structure.pieces.embeddings(batch.inputs)
                 else:
                     run_unit(self.structure, self.unit, batch)
                 yield from found

@@ -89,7 +89,7 @@ def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
     """Take every batch through the embeddings."""
     done: list[CalibrationBatch] = []
     for batch in batches:
-        hidden, calls = structure.pieces.stem(batch.inputs)
+        hidden, calls = structure.pieces.embeddings(batch.inputs)
         shared = next((s.calls for s in done if s.hidden.shape == hidden.shape and equal_calls(s.calls, calls)), calls)
         batch.hidden, batch.calls = hidden, shared
         done.append(batch)
@@ -98,7 +98,7 @@ def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
 def run_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
     """What a block makes of the batch's hidden states, or the output head of them."""
     if unit == structure.block_count + 1:
-        return structure.pieces.head(batch.inputs, batch.hidden)
+        return structure.pieces.output_head(batch.inputs, batch.hidden)
     return structure.pieces.block(unit - 1, batch.hidden, batch.calls[unit - 1])
 
 

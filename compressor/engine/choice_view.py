@@ -1,8 +1,8 @@
 """What a pass that chooses over the whole model is shown before its sweep.
 
-A storing pass is shown one part after the other. A reshaping pass is shown single parts, calibration batches and
-gradients, and has a place to save; its choice decides the plan (`plan.decided_plan`) before the sweep that carries it
-out (`rewrite_sweep`).
+A pass that stores weights is shown one part after the other. One that redefines the model is shown single parts,
+calibration batches and gradients, and has a place to save; its choice decides the plan (`plan.decided_plan`) before the
+sweep that carries it out (`rewrite_sweep`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Generator, Tensor, device, nn
 from compressor.engine.block_io import Installed, UnitSource, free_unit
 from compressor.engine.block_view import BlockView
 from compressor.engine.calibration_batch import CalibrationBatch, embed
-from compressor.engine.rewrite_sweep import ReshapeSite
+from compressor.engine.rewrite_sweep import PartView
 from compressor.engine.walk import Part, load_part, walk
 from compressor.errors import Interrupted
-from compressor.model.facts import ModelFacts, Remodel
+from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.structure import Structure
 from compressor.storage.journal import Journal
 
@@ -39,16 +39,16 @@ class WholeModelView:
     begin: Callable[[], Iterator[Part]]
     view: Callable[[Part], BlockView]
 
-    def sites(self) -> Iterator[BlockView]:
+    def views(self) -> Iterator[BlockView]:
         for part in self.begin():
-            site = self.view(part)
-            site.is_open = False
-            yield site
+            view = self.view(part)
+            view.is_open = False
+            yield view
 
 
 @dataclass
-class ShapingView:
-    """The model before a reshaping sweep (`protocol.ShapingModel`).
+class ModelView:
+    """The model before a step that redefines it (`protocol.RunnableModel`).
 
     number     of the sweep
     resident   keep every block in memory once it was loaded
@@ -76,7 +76,7 @@ class ShapingView:
         self.generator = self.seeded(-1)
 
     @property
-    def units(self) -> int:
+    def parts(self) -> int:
         return self.structure.block_count + 2
 
     @property
@@ -113,40 +113,40 @@ class ShapingView:
         with self.loaded(unit):
             yield self._in_memory[unit]
 
-    def stem(self, batch: int) -> Tensor:
+    def embeddings(self, batch: int) -> Tensor:
         self._embed()
         return self.calibration[batch].hidden
 
     def run(self, unit: int, batch: int, hidden: Tensor) -> Tensor:
-        self._embed()  # it is the stem that tells what blocks are called with
+        self._embed()  # the embeddings tell what blocks are called with
         call = self.calibration[batch].calls[unit - 1]
         return self.structure.pieces.block(unit - 1, hidden, call, gradients=True)
 
-    def head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
+    def output_head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
         chosen = {name: value[samples] for name, value in self.calibration[batch].inputs.items()}
-        with self.loaded(0), self.loaded(self.units - 1):
-            return self.structure.pieces.head(chosen, hidden, gradients=True)
+        with self.loaded(0), self.loaded(self.parts - 1):
+            return self.structure.pieces.output_head(chosen, hidden, gradients=True)
 
-    def sites(self, bases: Callable[[ReshapeSite], list[Tensor]] | None = None) -> Iterator[ReshapeSite]:
+    def views(self, bases: Callable[[PartView], list[Tensor]] | None = None) -> Iterator[PartView]:
         self._embed()
         batches = [replace(batch) for batch in self.calibration]
         for part in walk(self.structure, batches, self._hold):
-            site = ReshapeSite(
+            view = PartView(
                 self.structure,
                 part.unit,
                 self.facts,
-                Remodel(),
+                Redefinition(),
                 batches,
                 self.device,
                 self.seeded(part.unit),
                 is_open=False,
                 warnings=self.warnings,
             )
-            yield site
+            yield view
             if part.unit == 0:
                 part.advance(lambda: None)  # every batch has been through the embeddings
-            elif bases is not None and site.sites:
-                part.advance(partial(site.advance, bases(site)))
+            elif bases is not None and view.sublayers:
+                part.advance(partial(view.advance, bases(view)))
 
     def close(self) -> None:
         """Leave the model's modules as they were."""

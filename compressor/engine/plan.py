@@ -11,13 +11,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compressor.analysis.input_producers import Producers, find_producers, producers_of
 from compressor.analysis.model_facts import facts_of
 from compressor.artifact.export_format import Route, choose_route, next_route
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
 from compressor.data.parts import same_source
 from compressor.engine.estimates import check_limits, predict_sizes
-from compressor.engine.plan_records import DecidedPlan, Findings, Plan, Reshape, Sizes, parameter_count, sharer
+from compressor.engine.plan_records import (
+    DecidedPlan,
+    Findings,
+    Plan,
+    Reshape,
+    Selected,
+    Sizes,
+    parameter_count,
+    sharer,
+)
 from compressor.engine.planned_formats import follow_formats
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoTwin, try_loaders
@@ -25,7 +35,7 @@ from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
-from compressor.model.redefined_structure import check_remodel
+from compressor.model.redefined_structure import check_redefinition
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import stock_class
 from compressor.model.stored_weight import StoredWeight
@@ -33,7 +43,7 @@ from compressor.model.structure import Structure, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
 from compressor.model.unused_tensors import TELLS
-from compressor.protocol import Fact
+from compressor.protocol import Fact, RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
 
@@ -69,9 +79,10 @@ def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
     raises PreflightError for shapes that the model can't have
     """
     planned = plan.reshape_of(step)
-    remodel = step.settings.remodel(planned.facts, decision)
-    after = check_remodel(planned.before, remodel, dotted(step.path), step.settings.rewrites)
-    known = (*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, remodel=remodel, after=after))
+    assert isinstance(step.settings, RewritePass | TokenPass)
+    redefinition = step.settings.redefine(planned.facts, decision)
+    after = check_redefinition(planned.before, redefinition, dotted(step.path), isinstance(step.settings, RewritePass))
+    known = (*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, redefinition=redefinition, after=after))
     findings = Findings()
     reshapes = _follow_reshapes(plan.recipe, plan.source, known, findings)
     decided = _with_storing_steps(
@@ -104,6 +115,7 @@ def _with_storing_steps(
     _check_facts(recipe, findings)
     selected = without_odd_widths(recipe, selected, findings)
     formats = follow_formats(recipe, structure, selected, findings)
+    producers = _find_producers(recipe, structure, selected, findings)
     _check_shared_tables(structure, formats.forms, findings)
     untied = _unties_head(structure, formats.forms, findings)
     route = _export_route(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
@@ -127,6 +139,7 @@ def _with_storing_steps(
         unused=unused,
         route=route,
         untied=untied,
+        producers=producers,
         sizes=sizes,
         problems=tuple(findings.problems),
         warnings=tuple(findings.warnings),
@@ -167,7 +180,7 @@ def _follow_reshapes(
     done = {reshape.step.path for reshape in known}
     for number, sweep in enumerate(recipe.sweeps):
         for step in sweep:
-            if not step.settings.reshapes or step.path in done:
+            if isinstance(step.settings, WeightPass) or step.path in done:
                 continue
             before = reshapes[-1].after if reshapes else source
             try:
@@ -185,9 +198,10 @@ def _follow_reshapes(
 def _planned_reshape(step: Step, before: Structure, source_parameters: int) -> Reshape:
     """What a reshaping step promises to make of the model, before it has chosen anything."""
     facts = facts_of(before, source_parameters)
-    remodel = step.settings.remodel(facts, None)
-    after = check_remodel(before, remodel, dotted(step.path), step.settings.rewrites)
-    return Reshape(step, before, facts, remodel, after)
+    assert isinstance(step.settings, RewritePass | TokenPass)
+    redefinition = step.settings.redefine(facts, None)
+    after = check_redefinition(before, redefinition, dotted(step.path), isinstance(step.settings, RewritePass))
+    return Reshape(step, before, facts, redefinition, after)
 
 
 def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> ModelError:
@@ -212,14 +226,15 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             data={"reason": "shares-sweep", "pass": step.name},
         )
     earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
-    if step.settings.rewrites and (stored := [s.name for s in earlier if not s.settings.reshapes]):
+    rewrites = isinstance(step.settings, RewritePass)
+    if rewrites and (stored := [s.name for s in earlier if isinstance(s.settings, WeightPass)]):
         raise PreflightError(
             f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
             where=where,
             hint=f"Put {step.name} first.",
             data={"reason": "needs-dense", "pass": step.name, "before": stored[0]},
         )
-    if changed := [s.name for s in earlier if s.settings.reshapes and not s.settings.rewrites]:
+    if changed := [s.name for s in earlier if isinstance(s.settings, TokenPass)]:
         raise PreflightError(
             f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
             where=where,
@@ -229,11 +244,11 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
     if step.settings.only != ("*",) or step.settings.except_:
         raise PreflightError(
             f"{step.name} changes the whole residual stream and can't be confined to some weights"
-            if step.settings.rewrites
+            if rewrites
             else f"{step.name} touches no weights, so there are none to choose",
             where=where,
             hint="Drop `only` and `except`.",
-            data={"reason": "changes-all" if step.settings.rewrites else "changes-no-weights", "pass": step.name},
+            data={"reason": "changes-all" if rewrites else "changes-no-weights", "pass": step.name},
         )
 
 
@@ -252,6 +267,32 @@ def _check_facts(recipe: Recipe, findings: Findings) -> None:
             for fact in sorted(traits.requires - facts)
         ]
         facts = (facts - traits.breaks) | traits.provides
+
+
+def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, findings: Findings) -> Producers:
+    """What produces the inputs of weights, if a step scales them; a problem where none is found."""
+    steps = [step for step in recipe.steps if step.settings.traits.rescales]
+    if not steps:
+        return {}
+    producers = find_producers(structure)
+    read = {
+        consumer.parameter
+        for part in range(1, structure.block_count + 1)
+        for producer in producers_of(producers, structure, part)
+        for consumer in producer.consumers
+    }
+    for step in steps:
+        if not any(weight.parameter in read for weight in selected[step.path]):
+            findings.problems.append(
+                PreflightError(
+                    f"{step.name} scales what norms and matrices of {structure.architecture} give to its weights, and "
+                    "found none that can be scaled",
+                    where=dotted(step.path),
+                    hint="Leave this step out; gptq and rtn need no such norm.",
+                    data={"reason": "no-producer", "pass": step.name, "model": structure.architecture},
+                )
+            )
+    return producers
 
 
 def _check_shared_tables(structure: Structure, forms: Mapping[str, StoredWeight], findings: Findings) -> None:
@@ -321,7 +362,7 @@ def _tried_route(
 def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findings: Findings) -> None:
     """Say where the run decides sizes, so that those of the plan are bounds."""
     for step in recipe.steps:
-        is_decided = any(reshape.step == step and reshape.remodel.decision is not None for reshape in reshapes)
+        is_decided = any(reshape.step == step and reshape.redefinition.decision is not None for reshape in reshapes)
         if step.settings.unplanned and not is_decided:
             message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
             findings.warn("sizes-undecided", dotted(step.path), message)
@@ -366,7 +407,7 @@ def _unused_tensors(
         message = f"{_count(kept)} that {source.architecture} doesn't use are carried into the artifact as they are"
         findings.warn("unused-tensors", _some(kept), message)
     if lost:
-        changer = next(reshape.step.name for reshape in reshapes if reshape.step.settings.rewrites)
+        changer = next(reshape.step.name for reshape in reshapes if isinstance(reshape.step.settings, RewritePass))
         message = (
             f"{_count(lost)} that {source.architecture} doesn't use are left out: {changer} changes the model they fit"
         )

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressor.analysis.input_producers import Producers
 from compressor.artifact.export_format import Route
 from compressor.errors import CompressError
-from compressor.model.facts import ModelFacts, Remodel
+from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.functions import Functions
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -45,7 +46,7 @@ class Reshape:
     step: Step
     before: Structure
     facts: ModelFacts
-    remodel: Remodel
+    redefinition: Redefinition
     after: Structure
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,10 +55,10 @@ class Reshape:
             "path": dotted(self.step.path),
             "parameters_before": parameter_count(self.before),
             "parameters_after": parameter_count(self.after),
-            "widths": list(self.remodel.widths),
-            "notes": list(self.remodel.notes),
-            "decision": self.remodel.decision,
-            "tokens": self.remodel.tokens,
+            "widths": list(self.redefinition.widths),
+            "notes": list(self.redefinition.notes),
+            "decision": self.redefinition.decision,
+            "tokens": self.redefinition.tokens,
         }
 
 
@@ -99,7 +100,7 @@ class Formats:
     """What the storing steps leave, all of them together.
 
     forms          weight name -> the format it will have (only those that change)
-    counted_dense  of these the ones that may stay dense (`Pass.alternatives`) and would be larger for it
+    counted_dense  of these the ones that may stay dense (`WeightPass.alternatives`) and would be larger for it
     """
 
     rows: tuple[PlanRow, ...]
@@ -125,9 +126,10 @@ class Plan:
     structure      the model that steps which store weights work on: the source, or what `reshapes` make of it
     selected       step path -> the weights it touches
     forms          weight name -> the format it will have (only those that change)
-    counted_dense  of these the ones that may stay dense (`Pass.alternatives`) and would be larger for it
+    counted_dense  of these the ones that may stay dense (`WeightPass.alternatives`) and would be larger for it
     functions      activations, norms and softmax, if any step selects such
     unused         tensors of the source that fill nothing in the model: name, bytes, reason, whether they are carried
+    producers      of the inputs of weights, by kind of block, where a step asks for them (`Traits.rescales`)
     sizes          zero where no export format fits
     tries_loaders  whether the export format is tried on a small probe model of this class
     """
@@ -145,6 +147,7 @@ class Plan:
     unused: tuple[dict[str, Any], ...]
     route: Route | None
     untied: bool
+    producers: Producers
     sizes: Sizes
     problems: tuple[CompressError, ...]
     warnings: tuple[dict[str, str], ...]

@@ -12,6 +12,7 @@ from compressor.layers import DENSE, find_layer
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.model.weights import Weight
+from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
 
@@ -33,30 +34,33 @@ def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, fin
     counted_dense: set[str] = set()
     stored_by: dict[str, Step] = {}
     for number, step in enumerate(recipe.steps):
+        settings = step.settings
+        if not isinstance(settings, WeightPass):
+            continue
         before = {weight.name: _format_of(weight, forms) for weight in selected[step.path]}
-        accepts = step.settings.traits.accepts
+        accepts = settings.traits.accepts
         for weight in selected[step.path]:
             name = weight.name
-            stored = step.settings.stored(weight) if before[name] in accepts else None
+            stored = settings.stored(weight) if before[name] in accepts else None
             if stored is None:
                 continue
             dense_bytes = after = math.prod(weight.shape) * structure.dtype.itemsize if weight.shape else 0
             if stored != DENSE:
                 try:
-                    forms[name] = _stored_weight(step, weight, stored, structure.bindings.tied)
+                    forms[name] = _stored_weight(step, settings, weight, stored, structure.bindings.tied)
                 except CompressError as problem:
                     findings.problems.append(problem)
                     continue
                 stored_by[name] = step
                 after = sum(size for *_, size in stored_tensors(forms[name], structure.dtype))
-                if dense_bytes > after and _may_stay_dense(step, weight):
+                if dense_bytes > after and _may_stay_dense(settings, weight):
                     counted_dense.add(name)
                     after = dense_bytes
             size = {"bytes_before": dense_bytes, "bytes_after": after}
             rows.append(PlanRow(name, weight.shape, weight.role, number, step.name, before[name], stored, **size))
         if refused := [name for name, found in before.items() if found not in accepts]:
             findings.problems.append(_stored_already(step, refused, stored_by[refused[0]]))
-        findings.problems += _problems_with(step, selected[step.path])
+        findings.problems += _problems_with(step, settings, selected[step.path])
     return Formats(tuple(rows), forms, frozenset(counted_dense))
 
 
@@ -64,22 +68,22 @@ def _format_of(weight: Weight, forms: dict[str, StoredWeight]) -> str:
     return forms[weight.name].form if weight.name in forms else DENSE
 
 
-def _may_stay_dense(step: Step, weight: Weight) -> bool:
-    return DENSE in step.settings.alternatives(weight)
+def _may_stay_dense(settings: WeightPass, weight: Weight) -> bool:
+    return DENSE in settings.alternatives(weight)
 
 
-def _stored_weight(step: Step, weight: Weight, stored: str, tied: dict[str, str]) -> StoredWeight:
+def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str, tied: dict[str, str]) -> StoredWeight:
     """The weight in the format that a step would leave. raises CompressError where it can't have it"""
     if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
         raise _unfit(step, stored, weight)
-    if weight.parameter in tied and _may_stay_dense(step, weight):
+    if weight.parameter in tied and _may_stay_dense(settings, weight):
         raise _undecided_tie(step, weight, tied[weight.parameter])
-    return StoredWeight(stored, step.settings.spec(weight) or {}, weight)
+    return StoredWeight(stored, settings.spec(weight) or {}, weight)
 
 
-def _problems_with(step: Step, chosen: Sequence[Weight]) -> list[CompressError]:
+def _problems_with(step: Step, settings: WeightPass, chosen: Sequence[Weight]) -> list[CompressError]:
     """What the pass itself finds wrong with the weights it works on."""
-    found = step.settings.check(chosen)
+    found = settings.check(chosen)
     return [PreflightError(text, where=dotted(step.path), data=values) for text, values in found]
 
 

@@ -23,24 +23,24 @@ from compressor.engine.block_io import UnitSource, free_all
 from compressor.engine.calibration_batch import CalibrationBatch, run_unit
 from compressor.engine.walk import Holder, Part, unit_event, walk
 from compressor.errors import PassError
-from compressor.model.facts import ModelFacts, Remodel
+from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 from compressor.model.structure import Structure, read_structure
-from compressor.protocol import Carry
+from compressor.protocol import RewritePass, State
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, read_header, write_file
 
 
 @dataclass
-class ReshapeSite:
-    """A unit as a reshaping pass may see it (`protocol.StreamSite`)."""
+class PartView:
+    """A part as a `RewritePass` sees it (`protocol.PartView`)."""
 
     structure: Structure
     unit: int
     facts: ModelFacts
-    remodel: Remodel
+    redefinition: Redefinition
     batches: list[CalibrationBatch]
     device: torch.device
     generator: torch.Generator
@@ -61,7 +61,7 @@ class ReshapeSite:
         return f"{self.structure.pieces.blocks_path}.{self.index}"
 
     @property
-    def sites(self) -> tuple[ResidualSublayer, ...]:
+    def sublayers(self) -> tuple[ResidualSublayer, ...]:
         return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:
@@ -74,7 +74,7 @@ class ReshapeSite:
 
     def write(self, parameter: str, value: Tensor) -> None:
         assert self.is_open, "nothing can be written while a pass surveys"
-        expected = self.remodel.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
+        expected = self.redefinition.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
         assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
         self.written[parameter] = value
 
@@ -101,14 +101,14 @@ class ReshapeSite:
             yield self.project(batch, bases).reshape(-1, self.residual.width)
 
     def project(self, batch: CalibrationBatch, bases: Sequence[Tensor]) -> Tensor:
-        """The stream after len(bases) sites, each projected, float64; that of the whole block where all are.
+        """The stream after len(bases) sublayers, each projected, float64; that of the whole block where all are.
 
         The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
-        projected one, and how far the two are apart goes along to the next site.
+        projected one, and how far the two are apart is added at the next sublayer.
         """
         x = batch.hidden.to(torch.float64)
         bases = [basis.to(x.device) for basis in bases]
-        if not bases or not self.sites:
+        if not bases or not self.sublayers:
             return x
         apart: list[Tensor] = []
 
@@ -125,8 +125,8 @@ class ReshapeSite:
             return ((here + apart[-1].view(here.shape)).to(args[0].dtype), *args[1:])
 
         handles = []
-        for number, site in enumerate(self.sites[: len(bases) + 1]):
-            for first, norm in enumerate(site.norms):
+        for number, sublayer in enumerate(self.sublayers[: len(bases) + 1]):
+            for first, norm in enumerate(sublayer.norms):
                 module = self.structure.model.get_submodule(norm.module)
                 hook = partial(_before, norm_input, number, first == 0)
                 handles.append(module.register_forward_pre_hook(hook))
@@ -150,7 +150,7 @@ class ReshapeSite:
 
 
 class _Reached(Exception):
-    """Ends a block's forward at the site that is asked for."""
+    """Ends a block's forward at the sublayer that is asked for."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Reshaper:
     structure: Structure
     planned: Structure
     facts: ModelFacts
-    remodel: Remodel
+    redefinition: Redefinition
     journal: Journal
     batches: list[CalibrationBatch]
     device: torch.device
@@ -185,16 +185,17 @@ class Reshaper:
     def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
 
-    def site(self, unit: int, seed_of: int) -> ReshapeSite:
+    def view(self, unit: int, seed_of: int) -> PartView:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return ReshapeSite(self.structure, unit, self.facts, self.remodel, self.batches, self.device, generator)
+        return PartView(self.structure, unit, self.facts, self.redefinition, self.batches, self.device, generator)
 
 
 def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
     """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its part files."""
-    structure, journal = work.structure, work.journal
-    carry = _survey(work, step)
-    follows = work.remodel.follows
+    structure, journal, settings = work.structure, work.journal, step.settings
+    assert isinstance(settings, RewritePass)
+    state = _survey(work, settings)
+    follows = work.redefinition.follows
     files = []
 
     def source(unit: int) -> UnitSource | None:
@@ -206,15 +207,17 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
 
     for part in walk(structure, work.batches if follows else [], work.holder(source), done):
         key = f"{work.number}/{part.unit}"
-        site = work.site(part.unit, part.unit)
+        view = work.view(part.unit, part.unit)
         if part.unit == 0:
             part.advance()  # a pass is shown what the embeddings give
         if journal.done(key) is None:
-            carry = _write_unit(work, step, site, carry, keeps_carry=follows)
-        elif follows:
-            carry = _kept_carry(work, f"{key}/carry")
+            state = _write_part(work, step, view, state)
+        elif journal.done(f"{key}/state") is not None:
+            state = _kept_state(work, f"{key}/state")
         if follows and part.is_block:
-            part.advance(partial(site.advance, _projections(step, site, carry)))
+            bases = settings.projections(state)
+            assert not bases or len(bases) == len(view.sublayers)
+            part.advance(partial(view.advance, bases))
         line = journal.done(key)
         assert line is not None
         files.append(journal.path(line))
@@ -222,70 +225,68 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
     return _reopen(work, files), files
 
 
-def _projections(step: Step, site: ReshapeSite, carry: Carry) -> list[Tensor]:
-    """What the pass has chosen to project the signals onto as they go on."""
-    bases = step.settings.projections(carry)
-    assert not bases or len(bases) == len(site.sites)
-    return bases
-
-
-def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, keeps_carry: bool) -> Carry:
-    """Let the pass write the loaded unit, and commit it, after the carry that the next unit needs."""
+def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> State:
+    """Let the pass write the loaded part, and commit it, after the state that the next part needs."""
+    assert isinstance(step.settings, RewritePass)
+    versions = {name: tensor._version for name, tensor in state.items()}
     try:
-        carry = step.settings.reshape(site, carry)
+        after = step.settings.rewrite(view, dict(state))
     except torch.OutOfMemoryError as error:
         raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
-    key, file = f"{work.number}/{site.unit}", f"s{work.number:02d}-{site.unit:05d}"
-    if keeps_carry:
-        _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])
-    tensors = _unit_tensors(work, site.unit, site)
+    is_kept = after.keys() == state.keys() and all(
+        tensor is state[name] and tensor._version == versions[name] for name, tensor in after.items()
+    )
+    key, file = f"{work.number}/{view.unit}", f"s{work.number:02d}-{view.unit:05d}"
+    if not is_kept:
+        _keep_state(work, f"{key}/state", f"{file}-state.safetensors", after, [])
+    tensors = _part_tensors(work, view.unit, view)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {"forms": {}, "records": [], "warnings": site.warnings}
+    facts = {"forms": {}, "records": [], "warnings": view.warnings}
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
-    return carry
+    return after
 
 
-def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[dict[str, str]]) -> None:
-    held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
+def _keep_state(work: Reshaper, key: str, file: str, state: State, warnings: list[dict[str, str]]) -> None:
+    held = {name: tensor.cpu().contiguous() for name, tensor in state.items()} or {"nothing": torch.zeros(0)}
     facts = {"forms": {}, "records": [], "warnings": warnings}
     work.journal.commit(key, file, lambda path: save_file(held, path), facts)
 
 
-def _kept_carry(work: Reshaper, key: str) -> Carry:
+def _kept_state(work: Reshaper, key: str) -> State:
     line = work.journal.done(key)
     assert line is not None  # it is committed before what needs it
     return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
-def _survey(work: Reshaper, step: Step) -> Carry:
+def _survey(work: Reshaper, settings: RewritePass) -> State:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
     if work.journal.done(key) is None:
         warnings: list[dict[str, str]] = []
-        carry = step.settings.survey(_sites(work, warnings), {})
+        state = settings.survey(_views(work, warnings))
         free_all(work.structure)
-        _keep_carry(work, key, f"s{work.number:02d}-survey.safetensors", carry, warnings)
-    return _kept_carry(work, key)
+        _keep_state(work, key, f"s{work.number:02d}-survey.safetensors", state, warnings)
+    return _kept_state(work, key)
 
 
-def _sites(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
+def _views(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[PartView]:
     """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")
     for part in walk(structure, work.batches, hold):
-        site = work.site(part.unit, -1)
-        site.is_open, site.warnings = False, warnings
+        view = work.view(part.unit, -1)
+        view.is_open, view.warnings = False, warnings
         if part.unit == 0:
             part.advance()  # a pass is shown what the embeddings give
-        yield site
+        yield view
 
 
-def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Tensor]:
+def _part_tensors(work: Reshaper, unit: int, view: PartView) -> dict[str, Tensor]:
     """Every tensor that the new model keeps in this unit, by checkpoint name, in the dtype it is held in."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
     for name, now in _parameters_of(work, unit).items():
-        value = site.written[name] if name in site.written else _value(work.structure, name)
+        value = view.written[name] if name in view.written else _value(work.structure, name)
         value = value.to(planned.bindings.dtypes[now])
         parts = split_parameter(planned, now, value)
         tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
@@ -297,7 +298,7 @@ def _unit_tensors(work: Reshaper, unit: int, site: ReshapeSite) -> dict[str, Ten
 
 def _parameters_of(work: Reshaper, unit: int) -> dict[str, str]:
     """What the new model keeps of a unit: name of a parameter before -> after, which differ where blocks are gone."""
-    kept, path = work.remodel.blocks, work.structure.pieces.blocks_path
+    kept, path = work.redefinition.blocks, work.structure.pieces.blocks_path
     if kept is None:
         return {name: name for name in work.planned.parameters_of(unit)}
     if unit == work.structure.block_count + 1:

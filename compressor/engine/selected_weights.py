@@ -11,6 +11,7 @@ from compressor.model.functions import Functions, find_functions
 from compressor.model.replaceable import why_not_replaceable
 from compressor.model.structure import Structure
 from compressor.model.weights import FUNCTION_ROLES, Weight
+from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.weight_patterns import LEFT_OUT, names_it, select
 from compressor.recipe.yaml_source import dotted
@@ -53,7 +54,7 @@ def select_weights(recipe: Recipe, structure: Structure, functions: Functions, f
     known: dict[type, bool] = {}
     selected: dict[StepPath, tuple[Weight, ...]] = {}
     for step in recipe.steps:
-        if step.settings.reshapes:
+        if not isinstance(step.settings, WeightPass):
             selected[step.path] = ()
             continue
         try:
@@ -78,12 +79,12 @@ def without_odd_widths(recipe: Recipe, selected: Selected, findings: Findings) -
 
 
 def _of_even_widths(step: Step, chosen: Sequence[Weight], findings: Findings) -> tuple[Weight, ...]:
-    reasons = {}
+    reasons, settings = {}, step.settings
     for weight in chosen:
-        if step.settings.stored(weight) in (None, DENSE):
+        if not isinstance(settings, WeightPass) or settings.stored(weight) in (None, DENSE):
             continue
         try:
-            step.settings.spec(weight)
+            settings.spec(weight)
         except WidthError:
             why = f"no group size divides its {weight.in_features} inputs"
             reasons[weight.name] = Because(why, reason="odd-width", inputs=weight.in_features)

@@ -90,12 +90,14 @@ def walk(
 class Written:
     """The model as a sweep wrote it; without files it is still that of the checkpoint.
 
-    files  of its parts, in order
-    forms  weight name -> the format it is in, only those that are stored
+    files    of its parts, in order
+    forms    weight name -> the format it is in, only those that are stored
+    written  parameters that are dense and that a pass has given new values
     """
 
     files: list[Path] = field(default_factory=list)
     forms: dict[str, StoredWeight] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
 
     def source(self, structure: Structure, unit: int) -> UnitSource:
         """Where a part's tensors lie, with the formats in it."""

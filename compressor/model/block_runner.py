@@ -1,8 +1,9 @@
-"""A model taken apart into stem, blocks and head, and put through its paces piece by piece.
+"""A model taken apart into embeddings, blocks and output head, and put through its paces piece by piece.
 
-The stem is whatever runs before the first block and the head whatever runs after the last one; both are found by
-running the model with a `Port` in place of each block. A port notes the arguments that its block would get and either
-lets the hidden states through or ends the run. Nothing of the model's source is rewritten or traced symbolically.
+The embeddings are whatever runs before the first block and the output head whatever runs after the last one; both are
+found by running the model with a `Port` in place of each block. A port notes the arguments that its block would get and
+either lets the hidden states through or ends the run. Nothing of the model's source is rewritten or traced
+symbolically.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ class Port(nn.Module):
 
 
 class Pieces:
-    """A model and the path of its block list; runs stem, one block, or head.
+    """A model and the path of its block list; runs the embeddings, one block, or the output head.
 
-    The blocks' weights may be on the meta device while stem or head run, and the other way round, once `answers` says
-    what each block gives. Where it isn't known, the first `stem` runs the blocks beforehand and notes it.
+    The blocks' weights may be on the meta device while embeddings or output head run, and the other way round, once
+    `answers` says what each block gives. Where it isn't known, the first run of the embeddings finds it out beforehand.
     """
 
     def __init__(self, model: PreTrainedModel, blocks_path: str, answers: Sequence[Answer] = ()) -> None:
@@ -106,7 +107,7 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def stem(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+    def embeddings(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Hidden states before block 0, and the arguments of every block.
 
         raises ValueError if the model ends before it has called as many blocks as it has
@@ -158,9 +159,9 @@ class Pieces:
         with torch.set_grad_enabled(gradients):
             return hidden_of(self.blocks[index](hidden, *call.args, **call.kwargs))
 
-    def head(self, batch: Batch, hidden: Tensor, *, gradients: bool = False) -> Tensor:
-        """The model's output, given the hidden states after the last block; after a `stem` or with known answers."""
-        assert len(self.answers) == len(self.blocks), "what the blocks give isn't known before a run of the stem"
+    def output_head(self, batch: Batch, hidden: Tensor, *, gradients: bool = False) -> Tensor:
+        """The model's output, given the hidden states after the last block; needs known answers."""
+        assert len(self.answers) == len(self.blocks), "what the blocks give isn't known before a run of the embeddings"
         seen = 0
 
         def visit(passing: Tensor, call: Call) -> Any:
@@ -173,11 +174,11 @@ class Pieces:
             return output_of(self.model(**batch))
 
     def whole(self, batch: Batch) -> Tensor:
-        """stem -> blocks -> head."""
-        hidden, calls = self.stem(batch)
+        """embeddings -> blocks -> output head."""
+        hidden, calls = self.embeddings(batch)
         for index, call in enumerate(calls):
             hidden = self.block(index, hidden, call)
-        return self.head(batch, hidden)
+        return self.output_head(batch, hidden)
 
     @contextmanager
     def _ports(self, visit: Callable[[Tensor, Call], Tensor]) -> Iterator[None]:

@@ -108,8 +108,8 @@ Decision = dict[str, Any]  # small, sorted JSON
 
 
 @dataclass(frozen=True)
-class Remodel:
-    """What a step makes of a model's definition (`Pass.remodel`).
+class Redefinition:
+    """What a step makes of a model's definition (`RewritePass.redefine`, `TokenPass.redefine`).
 
     config   keys of config.json that change
     shapes   parameter -> its new shape, of those that change or are new; None where it is gone
@@ -179,7 +179,7 @@ class TokenFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as `Pass.remodel` sees it: no weights, but everything that decides shapes.
+    """A model as `Pass.redefinition` sees it: no weights, but everything that decides shapes.
 
     config    config.json, with the defaults of the model's class
     shapes    parameter -> shape, a tied head under its own name too
@@ -189,7 +189,7 @@ class ModelFacts:
     branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
               block; raises ModelError where one can't be
     blocks    path of the block list
-    fits      whether the model's own class holds what a Remodel asks for: None, or why not
+    fits      whether the model's own class holds what a Redefinition asks for: None, or why not
     prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
     tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
     accepts   whether the model's config class takes these values in place of its own: None, or why not
@@ -203,7 +203,7 @@ class ModelFacts:
     given: int
     branches: Callable[[Sequence[Sequence[int]]], tuple[dict[str, Any], ...]]
     blocks: str
-    fits: Callable[[Remodel], str | None]
+    fits: Callable[[Redefinition], str | None]
     prunable: Callable[..., tuple[PrunableModule, ...]]
     tokens: Callable[[], TokenFacts]
     accepts: Callable[[dict[str, Any]], str | None]

@@ -112,7 +112,7 @@ def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str],
         for name, module in probe.named_modules()
         if not name.startswith(structure.pieces.blocks_path + ".")
     ]
-    pieces.stem(batch)
+    pieces.embeddings(batch)
     for hook in hooks:
         hook.remove()
     return called, _attention_paths(structure, probe, batch, refused)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.model.checkpoint import Checkpoint
-from compressor.model.facts import Remodel
+from compressor.model.facts import Redefinition
 from compressor.model.reshaped_class import class_for, stock_class
 from compressor.model.structure import Structure, structure_of
 from compressor.model.unused_tensors import without_announcements
@@ -34,35 +34,35 @@ def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in structure.model.named_parameters(remove_duplicate=False)}
 
 
-def remodelled(structure: Structure, remodel: Remodel) -> Structure:
+def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
     """The structure of the reshaped model; its tensors have shapes but lie nowhere.
 
     raises ModelError if the model's class makes other shapes of that config
     """
-    config = _config_after(structure, remodel)
+    config = _config_after(structure, redefinition)
     if any(unused.is_carried for unused in structure.bindings.unused):  # they fit the model as it was, and stay behind
         config = without_announcements(config, structure.model.config)
     tensors: dict[str, TensorInfo] = {}
     held = structure.model.state_dict()
     for name in structure.bindings.sources:
         before = tuple(held[name].shape)
-        shape = remodel.shapes.get(name, before)
+        shape = redefinition.shapes.get(name, before)
         if shape is not None:
             found = _tensor_infos(structure, name, before, shape)
-            tensors |= {renumbered(tensor, structure, remodel): info for tensor, info in found.items()}
-    for name, shape in remodel.shapes.items():
+            tensors |= {renumbered(tensor, structure, redefinition): info for tensor, info in found.items()}
+    for name, shape in redefinition.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[renumbered(name, structure, remodel)] = _info(structure, name, shape)
+            tensors[renumbered(name, structure, redefinition)] = _info(structure, name, shape)
     if not config.get("tie_word_embeddings", True):  # what shared more than a table has a tensor of its own then
         for name, origin in structure.bindings.tied.items():
-            shape = remodel.shapes.get(name) or remodel.shapes.get(origin) or tuple(held[origin].shape)
-            tensors.setdefault(renumbered(name, structure, remodel), _info(structure, name, shape))
+            shape = redefinition.shapes.get(name) or redefinition.shapes.get(origin) or tuple(held[origin].shape)
+            tensors.setdefault(renumbered(name, structure, redefinition), _info(structure, name, shape))
     return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
 
 
-def regated(structure: Structure, remodel: Remodel) -> Structure:
+def with_token_gates(structure: Structure, redefinition: Redefinition) -> Structure:
     """The structure of a model of which only the config changes; its tensors lie where they did."""
-    return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, remodel)))
+    return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, redefinition)))
 
 
 def _reclassed(structure: Structure, checkpoint: Checkpoint) -> Structure:
@@ -72,22 +72,29 @@ def _reclassed(structure: Structure, checkpoint: Checkpoint) -> Structure:
     return structure_of(checkpoint, cls, config, str(structure.dtype).partition(".")[2])
 
 
-def _config_after(structure: Structure, remodel: Remodel) -> dict[str, Any]:
+def _config_after(structure: Structure, redefinition: Redefinition) -> dict[str, Any]:
     """config.json of the model that a step makes."""
-    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(remodel.config)}
+    config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(redefinition.config)}
     config["dtype"] = str(structure.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
     return config
 
 
-def renumbered(name: str, structure: Structure, remodel: Remodel) -> str:
+def renumbered(name: str, structure: Structure, redefinition: Redefinition) -> str:
     """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
-    if remodel.blocks is None:
+    if redefinition.blocks is None:
         return name
     place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
     if place is None:
         return name
-    return f"{name[: place.start(2)]}{remodel.blocks.index(int(place[2]))}{name[place.end(2) :]}"
+    return f"{name[: place.start(2)]}{redefinition.blocks.index(int(place[2]))}{name[place.end(2) :]}"
+
+
+def is_splittable(structure: Structure, name: str) -> bool:
+    """Whether a parameter is made up of checkpoint tensors in a way that `split_parameter` can undo."""
+    sources, bindings = structure.bindings.sources.get(name, ()), structure.bindings
+    is_whole = name not in bindings.rules
+    return bool(sources) and (is_whole or (name not in bindings.joined and all(s.rows is not None for s in sources)))
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
@@ -139,9 +146,9 @@ def _config(values: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def misfit(structure: Structure, remodel: Remodel) -> str | None:
+def misfit(structure: Structure, redefinition: Redefinition) -> str | None:
     try:
-        remodelled(structure, remodel)
+        redefined(structure, redefinition)
     except (CompressError, *REFUSALS) as error:
         return Because(error.what, **error.data) if isinstance(error, CompressError) else _of_library(error)
     return None
@@ -164,10 +171,12 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: bool = True) -> Structure:
+def check_redefinition(
+    structure: Structure, redefinition: Redefinition, where: str, rewrites: bool = True
+) -> Structure:
     """The reshaped structure. raises PreflightError saying what the model's class can't be"""
     try:
-        return remodelled(structure, remodel) if rewrites else regated(structure, remodel)
+        return redefined(structure, redefinition) if rewrites else with_token_gates(structure, redefinition)
     except (ModelError, *REFUSALS) as error:
         why = str(error) if isinstance(error, ModelError) else _in_one_line(error)
         raise PreflightError(

@@ -75,7 +75,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             hint="A model that skips or repeats blocks can't be split.",
             data={"calls": len(inputs), "blocks": len(pieces)},
         )
-    hidden, calls = pieces.stem(batch)
+    hidden, calls = pieces.embeddings(batch)
     hint = "This model can't be compressed block by block."
     for index, call in enumerate(calls):
         name = f"{blocks_path}.{index}"
@@ -105,7 +105,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
                 where=name,
                 hint=hint,
             )
-    if not torch.equal(pieces.head(batch, hidden), expected):
+    if not torch.equal(pieces.output_head(batch, hidden), expected):
         raise ModelError("the replayed logits differ though every block agrees", where="head", hint=hint)
 
 

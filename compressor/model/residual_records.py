@@ -60,16 +60,16 @@ class ResidualSublayer:
 class Residual:
     """Everything that touches the residual stream, under the model's own parameter names.
 
-    width   of the stream
-    kind    of all its norms; a `layer` stream can be centred, an `rms` stream must not be
-    stem    what the stream is made of before block 0
-    blocks  the sites of each block, in forward order
-    end     the last norm and its consumers
+    width       of the stream
+    kind        of all its norms; a `layer` stream can be centred, an `rms` stream must not be
+    embeddings  what the stream is made of before block 0
+    blocks      the sublayers of each block, in forward order
+    end         the last norm and its consumers
     """
 
     width: int
     kind: Literal["layer", "rms"]
-    stem: tuple[ResidualWrite, ...]
+    embeddings: tuple[ResidualWrite, ...]
     blocks: tuple[tuple[ResidualSublayer, ...], ...]
     end: ResidualNorm
 
@@ -80,7 +80,7 @@ class Residual:
         yield self.end
 
     def writes(self) -> Iterator[ResidualWrite]:
-        yield from self.stem
+        yield from self.embeddings
         for sites in self.blocks:
             for site in sites:
                 yield from site.writes

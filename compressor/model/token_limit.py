@@ -65,7 +65,7 @@ def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
     token = 2 if padding == 1 else 1  # a token of padding takes no position
 
     def start_runs(count: int) -> bool:
-        return _succeeds(lambda: pieces.stem({"input_ids": torch.full((1, count), token)}))
+        return _succeeds(lambda: pieces.embeddings({"input_ids": torch.full((1, count), token)}))
 
     def whole_runs(count: int) -> bool:
         return _succeeds(lambda: whole(input_ids=torch.full((1, count), token, device="meta")))

@@ -135,7 +135,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
     ]
     try:
         with watch_reads(probe) as stem_read:
-            hidden, calls = pieces.stem(batch)
+            hidden, calls = pieces.embeddings(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
         whole: dict[Kind, dict[str, Because]] = {}
@@ -153,7 +153,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
         found: list[ObservedMatmul] = []
         watched = {n: p for n, p in probe.named_parameters() if not n.startswith(path + ".")}
         with ObservedMatmuls(watched, found.append), watch_reads(probe) as seen:
-            pieces.head(batch, hidden)
+            pieces.output_head(batch, hidden)
         read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
     finally:
         for handle in handles:

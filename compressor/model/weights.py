@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 FUNCTION_ROLES = ("activation", "norm", "softmax")
 ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut", *FUNCTION_ROLES)
@@ -50,6 +53,15 @@ class Weight:
         return self.shape[1]
 
 
+def part_of(value: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The part of a parameter that a weight is, as (out_features, in_features); writes go through."""
+    if weight.expert is not None:
+        value = value[weight.expert]
+    if weight.transposed:
+        value = value.t()
+    return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
+
+
 @dataclass(frozen=True)
 class Group:
     """Weights that read the same input, in forward order."""
@@ -70,6 +82,39 @@ class Group:
 
     def __iter__(self) -> Iterator[Weight]:
         return iter(self.weights)
+
+
+@dataclass(frozen=True)
+class ScaledParameter:
+    """A parameter, and the axis of it along which a feature lies; of one (experts, ...) all experts alike.
+
+    offset  the model uses offset + parameter: 1 for the gain of some norms, else 0
+    """
+
+    parameter: str
+    axis: int
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Producer:
+    """What produces the input of weights feature by feature: a norm, or the rows of a matrix.
+
+    With any positive factor for each slice, the block computes the same when the makers are divided by the factors and
+    the consumers multiplied: column j of a consumer by the factor of slices[j].
+
+    name       path of the norm, or the parameter of the matrix
+    makers     the norm's weight and bias, or the matrix and its bias
+    consumers  everything that reads the features
+    slices     for each feature, the number of the maker's slice that makes it; several features may share one, as the
+               query heads of a key-value head do
+    """
+
+    name: str
+    kind: Literal["norm", "matrix"]
+    makers: tuple[ScaledParameter, ...]
+    consumers: tuple[ScaledParameter, ...]
+    slices: tuple[int, ...]
 
 
 Stage = tuple[Group, ...]  # groups whose inputs one replay of the block yields

@@ -10,6 +10,7 @@ from compressor.errors import RecipeError
 from compressor.protocol import Pass
 
 BUILTIN = {
+    "awq": "compressor.passes.awq:AWQ",
     "bct": "compressor.passes.bct:BCT",
     "dsformer": "compressor.passes.dsformer:DSFormer",
     "fuse_norms": "compressor.passes.fuse_norms:FuseNorms",

@@ -61,7 +61,7 @@ from compressor.methods.quantization.block_grid import quantize_blocks
 from compressor.methods.quantization.hessian import Gram
 from compressor.methods.quantization.lookup_tables import Table, activation_table, exp_table, root_table
 from compressor.model.activations import KNOWN
-from compressor.protocol import Carry, Decision, Group, Pass, Site, Stage, Traits, Weight, WholeModel
+from compressor.protocol import BlockView, Decision, Group, Stage, Traits, Weight, WeightPass, WholeModel
 
 if TYPE_CHECKING:
     from compressor.layers.base import Layer
@@ -77,7 +77,7 @@ FORMS = {  # role -> stored form, where it isn't that of a matrix
 FLOAT16_LEAST_SHIFT = -24
 
 
-class BCT(Pass):
+class BCT(WeightPass):
     """Codes of 4 or 8 bits in blocks that share a power-of-two scale; embeddings, activations and functions too."""
 
     title: ClassVar[str] = "Weights, embeddings and activations in blocks with power-of-two scales, 4/8-bit mix"
@@ -184,11 +184,11 @@ class BCT(Pass):
         errors: dict[str, list[float]] = {}
         costs: dict[str, list[int]] = {}
         count = 0
-        for site in model.sites():
-            for stage in site.stages(sequential=False):
-                for group, seen in zip(stage, self._fold(site, stage, with_gram=True), strict=True):
+        for view in model.views():
+            for stage in view.stages(sequential=False):
+                for group, seen in zip(stage, self._fold(view, stage, with_gram=True), strict=True):
                     for weight in group:
-                        matrix = site.matrix(weight)
+                        matrix = view.matrix(weight)
                         errors[weight.name] = [
                             output_error(matrix, self._quantize(weight, matrix, bits, seen)[2], seen) for bits in (4, 8)
                         ]
@@ -199,59 +199,52 @@ class BCT(Pass):
         chosen = sum(costs[name][bits[name] == 8] for name in bits)
         return {"bits": bits, "bytes": chosen, "budget_bytes": budget, "output_errors": errors}
 
-    def stem(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
-
-    def block(self, site: Site, carry: Carry) -> Carry:
+    def block(self, view: BlockView) -> None:
         from compressor.layers import find_layer
 
-        for stage in site.stages():
-            for group, seen in zip(stage, self._fold(site, stage, with_gram=False), strict=True):
+        for stage in view.stages():
+            for group, seen in zip(stage, self._fold(view, stage, with_gram=False), strict=True):
                 for weight in group:
-                    matrix, bits = site.matrix(weight), self._bits(weight, site.decision)
+                    matrix, bits = view.matrix(weight), self._bits(weight, view.decision)
                     codes, scale, rounded = self._quantize(weight, matrix, bits, seen)
                     record = {"weight_error": relative_error(matrix, rounded), "bits": bits}
                     if self.stock:
-                        site.put(weight, stock_layer(codes, scale, self.spec(weight), site.dtype), **record)
+                        view.put(weight, stock_layer(codes, scale, self.spec(weight), view.dtype), **record)
                         continue
                     spec = self._spec(weight, bits)
                     more: dict[str, Any] = {key: spec[key] for key in ("activations", "biased") if key in spec}
                     if "biased" in more:
-                        more |= self._bias_blocks(weight, site)
+                        more |= self._bias_blocks(weight, view)
                     if more.get("activations") == "static":
                         more["input_exponent"] = self._input_exponent(weight, seen)
                     layer: Any = find_layer(str(self.stored(weight)))
                     stored = layer.pack(codes, scale, bits=bits, block=tuple(spec["block"]), **more)
-                    site.put(weight, stored, **record)
-        self._put_tables(site)
-        return carry
+                    view.put(weight, stored, **record)
+        self._put_tables(view)
 
-    def head(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
-
-    def _bias_blocks(self, weight: Weight, site: Site) -> dict[str, torch.Tensor]:
+    def _bias_blocks(self, weight: Weight, view: BlockView) -> dict[str, torch.Tensor]:
         from compressor.layers.block_linear import BIAS_BLOCK
 
-        bias = site.bias(weight)
+        bias = view.bias(weight)
         assert bias is not None  # `biased` is said of weights that have one
         codes, exponents, _ = quantize_blocks(bias[None], 8, (1, BIAS_BLOCK), search=self.scale_search != "max")
         return {"bias_packed": codes[0], "bias_exponent": exponents[0]}
 
-    def _put_tables(self, site: Site) -> None:
+    def _put_tables(self, view: BlockView) -> None:
         """Tables in place of the selected functions; ranges are those that the weights, as stored, give rise to."""
         from compressor.layers import find_layer
 
-        functions = site.functions()
+        functions = view.functions()
         stage = tuple(Group((function,)) for function in functions if function.role == "activation")
-        ranges = site.fold(stage, lambda group: Range(), Range.add) if stage else []
+        ranges = view.fold(stage, lambda group: Range(), Range.add) if stage else []
         seen = {group.name: found for group, found in zip(stage, ranges, strict=True)}
         for function in functions:
             table = self._table(function, seen.get(function.name))
-            tensors = {"table": table.values.to(site.device)}
+            tensors = {"table": table.values.to(view.device)}
             if function.shape:
-                tensors["weight"] = site.gain(function)
+                tensors["weight"] = view.gain(function)
             layer = find_layer(str(self.stored(function))).from_tensors(self._function_spec(function, table), tensors)
-            site.put(function, layer, **self._bound(function, table))
+            view.put(function, layer, **self._bound(function, table))
 
     def _table(self, function: Weight, seen: Range | None) -> Table:
         if function.role == "softmax":
@@ -308,7 +301,7 @@ class BCT(Pass):
             importance = seen.square / seen.tokens
         return quantize_blocks(matrix, bits, self._block(weight), self.scale, self.scale_search != "max", importance)
 
-    def _fold(self, site: Site, stage: Stage, with_gram: bool) -> list[Seen | None]:
+    def _fold(self, view: BlockView, stage: Stage, with_gram: bool) -> list[Seen | None]:
         """What each group's inputs look like on calibration data; None where nothing is asked of them."""
         if self.traits.reads == "weights" or (stage[0].weights[0].role == "embedding" and not with_gram):
             return [None] * len(stage)
@@ -316,10 +309,10 @@ class BCT(Pass):
         def start(group: Group) -> Seen:
             weight = group.weights[0]
             if weight.role == "embedding":
-                return Seen.of_rows(weight.out_features, site.device)
-            return Seen.of_inputs(group.in_features, self._block(weight)[1], with_gram, site.device)
+                return Seen.of_rows(weight.out_features, view.device)
+            return Seen.of_inputs(group.in_features, self._block(weight)[1], with_gram, view.device)
 
-        seen = site.fold(stage, start, Seen.add)
+        seen = view.fold(stage, start, Seen.add)
         return [*seen]
 
     def _input_exponent(self, weight: Weight, seen: Seen | None) -> torch.Tensor:

@@ -64,7 +64,7 @@ from compressor.methods.factorization.sparse_coding import (
     factorize,
     refit_values,
 )
-from compressor.protocol import Carry, Pass, Site, Traits, Weight
+from compressor.protocol import BlockView, Traits, Weight, WeightPass
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear
@@ -118,7 +118,7 @@ class Solved:
         return replace(self, layer=layer)
 
 
-class DSFormer(Pass):
+class DSFormer(WeightPass):
     """A few dense atoms for each block of inputs, and for each output a fixed number of them with coefficients."""
 
     title: ClassVar[str] = "Weights as sparse combinations of dense atoms, or low rank where that is better"
@@ -236,74 +236,72 @@ class DSFormer(Pass):
         ]
         return sorted({shape for shape in found if shape is not None})
 
-    def block(self, site: Site, carry: Carry) -> Carry:
-        refines = bool(self.refine_steps and site.stages())
-        wanted = [site.output(batch) for batch in range(site.batches)] if refines else []
-        solved = self._solve(site)
+    def block(self, view: BlockView) -> None:
+        refines = bool(self.refine_steps and view.stages())
+        wanted = [view.output(batch) for batch in range(view.batches)] if refines else []
+        solved = self._solve(view)
         if refines and solved:
-            self._refine(site, solved, wanted)
-        return carry
+            self._refine(view, solved, wanted)
 
-    def head(self, site: Site, carry: Carry) -> Carry:
-        self._solve(site)
-        return carry
+    def output_head(self, view: BlockView) -> None:
+        self._solve(view)
 
-    def _solve(self, site: Site) -> list[Solved]:
-        """Store every weight of the site; returns those that did not stay dense."""
+    def _solve(self, view: BlockView) -> list[Solved]:
+        """Store every weight of the view; returns those that did not stay dense."""
         solved = []
-        for stage in site.stages():
-            metrics = stage_metrics(site, stage, self.damping, self.metric == "output")
+        for stage in view.stages():
+            metrics = stage_metrics(view, stage, self.damping, self.metric == "output")
             for group, (metric, tokens) in zip(stage, metrics, strict=True):
                 for weight in group:
-                    if (found := self._store(site, weight, metric, tokens)) is not None:
+                    if (found := self._store(view, weight, metric, tokens)) is not None:
                         solved.append(found)
         return solved
 
-    def _refine(self, site: Site, solved: list[Solved], wanted: list[torch.Tensor]) -> None:
+    def _refine(self, view: BlockView, solved: list[Solved], wanted: list[torch.Tensor]) -> None:
         """Train all factors of the block; store them again if they, as rounded, are better on held-out batches."""
         from compressor.methods.factorization.joint_training import StraightThrough, mean_loss, split, train
 
         def stand_in(one: Solved) -> StraightThrough:
-            return StraightThrough(*one.factors(), one.lower(), site.bias(one.weight))
+            return StraightThrough(*one.factors(), one.lower(), view.bias(one.weight))
 
         def loss(modules: list[StraightThrough]) -> float:
             places = {one.weight: module for one, module in zip(solved, modules, strict=True)}
-            return mean_loss(lambda batch: site.output(batch, places), wanted, split(len(wanted))[1])
+            return mean_loss(lambda batch: view.output(batch, places), wanted, split(len(wanted))[1])
 
         modules = [stand_in(one) for one in solved]
         before = loss(modules)
         places = {one.weight: module for one, module in zip(solved, modules, strict=True)}
         train(
             modules,
-            lambda batch: site.output(batch, places),
+            lambda batch: view.output(batch, places),
             wanted,
             self.refine_steps,
             self.refine_rate,
-            site.generator,
+            view.generator,
         )
         refined = [one.with_factors(*module.factors()) for one, module in zip(solved, modules, strict=True)]
         after = loss([stand_in(one) for one in refined])
         is_better = after < before
         if not is_better:
-            site.warn("not-refined", solved[0].weight.name, f"training left the block's loss at {before:.3g}")
+            view.warn("not-refined", solved[0].weight.name, f"training left the block's loss at {before:.3g}")
         for one in refined if is_better else solved:
             error = one.metric.relative_error(one.matrix, one.layer.matrix(torch.float32))
             losses = {"refine_loss_before": before, "refine_loss": after if is_better else before}
             more = {**one.record, **losses, "relative_error": error, "output_error": error**0.5}
-            site.put(one.weight, one.layer, **more)
+            view.put(one.weight, one.layer, **more)
 
-    def _store(self, site: Site, weight: Weight, metric: Metric, tokens: int) -> Solved | None:
+    def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> Solved | None:
         """The weight as it was stored; None if it stays dense."""
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
         shapes = self._shapes(weight)
         if not shapes:
-            self._keep(site, weight, "what these settings give is not smaller than the weight in 16 bits", record)
+            self._keep(view, weight, "what these settings give is not smaller than the weight in 16 bits", record)
             return None
         block = self._block(weight)
         size = max(block_bytes(weight.shape, block, *shape, self.values) for shape in shapes)
-        self._check_ratio(site, weight, size)
-        matrix = site.matrix(weight)
-        tried = [self._sparse(matrix, metric, block, atoms, k, site.generator) for atoms, k in shapes]
+        self._check_ratio(view, weight, size)
+        matrix = view.matrix(weight)
+        tried = [self._sparse(matrix, metric, block, atoms, k, view.generator) for atoms, k in shapes]
         layer, error = min(tried, key=lambda found: found[1])
         rival, rival_error = self._low_rank(matrix, metric, largest_rank(weight.shape, size, self.values))
         record |= {"relative_error": error, "relative_error_svd": rival_error, "chosen": "sparse"}
@@ -312,19 +310,19 @@ class DSFormer(Pass):
             best, error = rival, rival_error
             record |= {"chosen": "low_rank", "fallback": "svd"}
         if self.max_rel_error is not None and error > self.max_rel_error:
-            self._keep(site, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            self._keep(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
             return None
         record["output_error"] = error**0.5
-        site.put(weight, best, **record)
+        view.put(weight, best, **record)
         return Solved(weight, matrix, best, metric, record)
 
-    def _check_ratio(self, site: Site, weight: Weight, size: int) -> None:
+    def _check_ratio(self, view: BlockView, weight: Weight, size: int) -> None:
         if self.atoms is not None:
             return
         wanted = (self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape)
         if size < (1 - RATIO_TOLERANCE) * wanted:
             message = f"{size} bytes of the {wanted:.0f} asked for: no pair of atoms and k comes nearer from below"
-            site.warn("ratio-missed", weight.name, message)
+            view.warn("ratio-missed", weight.name, message)
 
     def _sparse(
         self, matrix: torch.Tensor, metric: Metric, block: int, atoms: int, k: int, generator: torch.Generator
@@ -353,6 +351,6 @@ class DSFormer(Pass):
         layer = LowRankLinear.pack(*spectrum(matrix, metric).factors(rank), self.values)
         return layer, metric.relative_error(matrix, layer.matrix(torch.float32))
 
-    def _keep(self, site: Site, weight: Weight, why: str, record: dict[str, Any]) -> None:
-        site.warn("stays-dense", weight.name, why)
-        site.keep(weight, fallback="dense", reason=why, **record)
+    def _keep(self, view: BlockView, weight: Weight, why: str, record: dict[str, Any]) -> None:
+        view.warn("stays-dense", weight.name, why)
+        view.keep(weight, fallback="dense", reason=why, **record)

@@ -23,10 +23,10 @@ from typing import ClassVar
 from compressor.lazy import torch
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
 from compressor.model.residual_records import ResidualNorm
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefinition, RewritePass, State, Traits
 
 
-class FuseNorms(Pass):
+class FuseNorms(RewritePass):
     """Gains, shifts and means of all norms on the residual stream, moved into the weights around them."""
 
     title: ClassVar[str] = "Norms folded into the weights around them; logits stay"
@@ -37,11 +37,7 @@ class FuseNorms(Pass):
     def traits(self) -> Traits:
         return Traits(reads="weights", provides=frozenset({Fact.NORMS_FOLDED}))
 
-    @property
-    def reshapes(self) -> bool:
-        return True
-
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
             for norm in model.residual.norms():
@@ -56,37 +52,37 @@ class FuseNorms(Pass):
             held = {name: None if shape is None else list(shape) for name, shape in shapes.items()}
             config["compressed_shapes"] = {name: shape for name, shape in held.items() if name not in model.tied}
         width = model.residual.width
-        return Remodel(config, shapes, (width, width), notes)
+        return Redefinition(config, shapes, (width, width), notes)
 
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        layer = site.residual.kind == "layer"
-        if site.index < 0 and layer:
-            for write in site.residual.stem:
-                site.write(write.parameter, center(site.read(write.parameter), write.axis))
-        for stream in site.sites:
+    def rewrite(self, view: PartView, state: State) -> State:
+        layer = view.residual.kind == "layer"
+        if view.index < 0 and layer:
+            for write in view.residual.embeddings:
+                view.write(write.parameter, center(view.read(write.parameter), write.axis))
+        for stream in view.sublayers:
             for norm in stream.norms:
-                _fold(site, norm)
+                _fold(view, norm)
             for write in stream.writes if layer else ():
-                site.write(write.parameter, center(site.read(write.parameter), write.axis))
-        if site.index == len(site.residual.blocks):
-            _fold(site, site.residual.end)
-        return carry
+                view.write(write.parameter, center(view.read(write.parameter), write.axis))
+        if view.index == len(view.residual.blocks):
+            _fold(view, view.residual.end)
+        return state
 
 
-def _fold(site: StreamSite, norm: ResidualNorm) -> None:
+def _fold(view: PartView, norm: ResidualNorm) -> None:
     """Move one norm's gain and shift into its consumers; a gain that stays part of the model becomes 1."""
-    gain = norm.formula.offset + site.read(f"{norm.module}.weight") if norm.formula.has_weight else None
-    shift = site.read(f"{norm.module}.bias") if norm.formula.has_bias else None
+    gain = norm.formula.offset + view.read(f"{norm.module}.weight") if norm.formula.has_weight else None
+    shift = view.read(f"{norm.module}.bias") if norm.formula.has_bias else None
     for consumer in norm.consumers:
-        matrix = site.read(consumer.parameter)
+        matrix = view.read(consumer.parameter)
         if shift is not None:  # by the weight as it was
             added = fold_shift(matrix, shift, consumer.axis)
             name = consumer.bias or _bias_name(consumer.parameter)
-            site.write(name, added if consumer.bias is None else site.read(name) + added)
+            view.write(name, added if consumer.bias is None else view.read(name) + added)
         if gain is not None:
-            site.write(consumer.parameter, fold_gain(matrix, gain, consumer.axis))
+            view.write(consumer.parameter, fold_gain(matrix, gain, consumer.axis))
     if gain is not None and norm.formula.kind == "rms":
-        site.write(f"{norm.module}.weight", torch.full_like(gain, 1.0 - norm.formula.offset))
+        view.write(f"{norm.module}.weight", torch.full_like(gain, 1.0 - norm.formula.offset))
 
 
 def _held(norm: ResidualNorm) -> list[str]:

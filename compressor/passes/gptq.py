@@ -36,14 +36,14 @@ from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
-from compressor.protocol import Carry, Group, Pass, Site, Stage, Traits, Weight
+from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
 CHECKED_ROWS = 256  # evenly spaced; a wrong solve is wrong in every row, and all rows would cost as much as the solve
 IDENTITY_TOLERANCE = 1e-2  # float32 sums over a whole matrix; the tests ask for 1e-10 in float64
 
 
-class GPTQ(Pass):
+class GPTQ(WeightPass):
     """Round column by column, spreading each error over the columns that follow."""
 
     title: ClassVar[str] = "Weights to 2-8 bits with second-order error feedback on calibration data"
@@ -95,24 +95,20 @@ class GPTQ(Pass):
     def _permutes_groups(self) -> bool:
         return self.act_order == "group" and self.group_size != -1
 
-    def block(self, site: Site, carry: Carry) -> Carry:
+    def block(self, view: BlockView) -> None:
         dtype = getattr(torch, self.hessian_dtype)
-        for stage in site.stages(sequential=self.true_sequential):
-            grams = site.fold(stage, lambda group: Gram.zeros(group.in_features, dtype, site.device), Gram.add)
-            for group, gram in zip(stage, self._enough_tokens(site, stage, grams), strict=True):
-                self._solve_group(site, group, gram)
-        return carry
+        for stage in view.stages(sequential=self.true_sequential):
+            grams = view.fold(stage, lambda group: Gram.zeros(group.in_features, dtype, view.device), Gram.add)
+            for group, gram in zip(stage, self._enough_tokens(view, stage, grams), strict=True):
+                self._solve_group(view, group, gram)
 
-    def head(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
-
-    def _enough_tokens(self, site: Site, stage: Stage, grams: list[Gram]) -> list[Gram | None]:
+    def _enough_tokens(self, view: BlockView, stage: Stage, grams: list[Gram]) -> list[Gram | None]:
         """Each group's second moments, blended for starved experts; None means round to nearest."""
         result: list[Gram | None] = []
         for group, gram in zip(stage, grams, strict=True):
             if group.expert is not None:
                 siblings = [other for other, g in zip(grams, stage, strict=True) if _same_layer(g, group)]
-                result.append(self._expert_gram(site, group, gram, siblings))
+                result.append(self._expert_gram(view, group, gram, siblings))
                 continue
             wanted = group.in_features if self.min_tokens == "auto" else self.min_tokens
             if gram.tokens < wanted / 8:
@@ -122,11 +118,11 @@ class GPTQ(Pass):
                     hint="Raise data.samples or data.length, or set min_tokens.",
                 )
             if gram.tokens < wanted:
-                site.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
+                view.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
             result.append(gram)
         return result
 
-    def _expert_gram(self, site: Site, group: Group, gram: Gram, siblings: Sequence[Gram]) -> Gram | None:
+    def _expert_gram(self, view: BlockView, group: Group, gram: Gram, siblings: Sequence[Gram]) -> Gram | None:
         wanted = max(64, group.in_features // 32)
         if self.min_tokens_per_expert != "auto":
             wanted = self.min_tokens_per_expert
@@ -135,18 +131,18 @@ class GPTQ(Pass):
         seen = f"expert saw {gram.tokens} of the {wanted} calibration tokens it needs"
         if self.sparse_expert == "error":
             raise PassError(seen, where=group.name, hint="Use more calibration data, or sparse_expert: blend.")
-        site.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
+        view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
         if self.sparse_expert == "rtn" or not any(other.tokens for other in siblings):
             return None
         return blend(gram, siblings, wanted, share_inputs=len(group.weights) > 1)
 
-    def _solve_group(self, site: Site, group: Group, gram: Gram | None) -> None:
+    def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
         """All weights of a group as one tall matrix: one hessian, one factor, one solve."""
-        tall = torch.cat([site.matrix(weight) for weight in group])  # (all out_features, in)
+        tall = torch.cat([view.matrix(weight) for weight in group])  # (all out_features, in)
         width = group_width(group.weights[0], self.group_size)
         problem = None if gram is None else self._factored(gram, width, group.name)
         if gram is None or problem is None:
-            self._round_group(site, group, tall, width, gram)
+            self._round_group(view, group, tall, width, gram)
             return
         if self.dead_columns == "zero":
             tall[:, problem.dead] = 0
@@ -154,12 +150,12 @@ class GPTQ(Pass):
         if self._permutes_groups:  # from here to the end all columns lie in visiting order
             tall, problem = tall[:, column_of], problem.in_visiting_order()
         solved = solve(
-            tall, problem.factor.upper.float(), problem.hessian.diagonal(), problem.order, self, width, site.dtype
+            tall, problem.factor.upper.float(), problem.hessian.diagonal(), problem.order, self, width, view.dtype
         )
         loss = _checked_loss(tall, solved, problem, group.name)
         grid = solved.grid
         if self.refine_scales:
-            grid = refine_scales(tall, solved.codes, grid, problem.hessian, site.dtype)
+            grid = refine_scales(tall, solved.codes, grid, problem.hessian, view.dtype)
             loss = problem.loss(tall - dequantize(solved.codes, grid).view_as(tall)).clamp(min=0)
         errors = _output_errors(tall, loss, solved, problem)
         back = torch.argsort(column_of) if self._permutes_groups else None
@@ -176,10 +172,10 @@ class GPTQ(Pass):
             }
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
             if back is None:
-                store(site, weight, solved.codes[rows], part, self.group_size, record)
+                store(view, weight, solved.codes[rows], part, self.group_size, record)
             else:
                 codes = solved.codes[rows].flatten(1)[:, back]
-                store(site, weight, codes, part, self.group_size, record, back // width)
+                store(view, weight, codes, part, self.group_size, record, back // width)
 
     def _factored(self, gram: Gram, width: int, where: str) -> Factored | None:
         """The hessian with its columns' order and its factor; None if no damping makes it positive definite."""
@@ -190,7 +186,7 @@ class GPTQ(Pass):
         factor = inverse_factor(ordered, self.percdamp, self.max_percdamp, where)
         return None if factor is None else Factored(hessian, ordered, order, dead, factor)
 
-    def _round_group(self, site: Site, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
+    def _round_group(self, view: BlockView, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
         """The fallback: round to nearest, said in the report."""
         if gram is not None and self.on_failure == "error":
             raise PassError(
@@ -199,16 +195,16 @@ class GPTQ(Pass):
                 hint="Use more calibration data, raise max_percdamp, or set on_failure: rtn.",
             )
         if gram is not None:
-            site.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
+            view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
         grouped = tall.view(len(tall), -1, width)
         search = "mse" if self.scale_search == "hessian_diag" else self.scale_search
-        grid = find_grid(grouped, self.bits, self.symmetric, search, site.dtype)
+        grid = find_grid(grouped, self.bits, self.symmetric, search, view.dtype)
         codes = quantize(grouped, grid)
         index = torch.arange(tall.shape[1], device=tall.device) // width if self._permutes_groups else None
         for weight, rows in _rows_of(group):
             part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
             record = {"fallback": "rtn", "calibration_tokens": gram.tokens if gram else 0}
-            store(site, weight, codes[rows], part, self.group_size, record, index)
+            store(view, weight, codes[rows], part, self.group_size, record, index)
 
 
 @dataclass(frozen=True)

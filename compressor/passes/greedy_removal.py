@@ -47,9 +47,9 @@ from compressor.methods.pruning.masked_forward import (
 )
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import pruned_remodel
+from compressor.methods.pruning.pruned_shapes import pruned_redefinition
 from compressor.model.facts import PrunableModule
-from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
 
 KINDS = ("heads", "ffn")
 Losses = tuple[float, float]  # on the search part and on the confirming part
@@ -68,7 +68,7 @@ class Candidate:
     units: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-class GreedyRemoval(Pass):
+class GreedyRemoval(RewritePass):
     """Blocks, sub-blocks and heads removed one after the other while the loss on calibration data allows it."""
 
     title: ClassVar[str] = "Blocks, sub-blocks and heads removed while the loss stays within a bound"
@@ -99,10 +99,6 @@ class GreedyRemoval(Pass):
         return Traits(reads="inputs")
 
     @property
-    def reshapes(self) -> bool:
-        return True
-
-    @property
     def decides(self) -> bool:
         return True
 
@@ -110,7 +106,7 @@ class GreedyRemoval(Pass):
     def unplanned(self) -> str:
         return "what goes is found in the run"
 
-    def choose(self, model: ShapingModel) -> Decision:
+    def choose(self, model: RunnableModel) -> Decision:
         """raises PassError for data that can't be searched on"""
         sites = model.facts.prunable(KINDS)
         size = model_size(model.facts, sites, measure="parameters", of="blocks", tokens=1)
@@ -134,18 +130,18 @@ class GreedyRemoval(Pass):
             "figures": {"dense": list(base), "after": list(search.now), "evaluations": remember.count},
         }
 
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         sites = model.prunable(KINDS)
         self._protected(sites)
         if decision is None:  # how much goes is for the run to find; nothing may
             decision = {"sites": {}, "hidden": None, "removed": []}
-            return replace(pruned_remodel(model, sites, decision, self.export), decision=None)
-        return replace(pruned_remodel(model, sites, decision, self.export), decision=decision)
+            return replace(pruned_redefinition(model, sites, decision, self.export), decision=None)
+        return replace(pruned_redefinition(model, sites, decision, self.export), decision=decision)
 
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        assert site.remodel.decision is not None  # this pass always decides
-        prune(site, site.facts.prunable(KINDS), site.remodel.decision)
-        return carry
+    def rewrite(self, view: PartView, state: State) -> State:
+        assert view.redefinition.decision is not None  # this pass always decides
+        prune(view, view.facts.prunable(KINDS), view.redefinition.decision)
+        return state
 
     def _protected(self, sites: Sequence[PrunableModule]) -> set[int]:
         """raises PreflightError for a protected block that there isn't"""
@@ -272,7 +268,7 @@ class Search:
 class Trial:
     """Measures the model with units gone; streams of the last trial serve up to the first block that differs."""
 
-    model: ShapingModel
+    model: RunnableModel
     dense: Dense
     sites: Sequence[PrunableModule]
     places: Places
@@ -283,7 +279,7 @@ class Trial:
     gone: dict[str, set[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ShapingModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
+    def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
         """raises PassError if a part of the samples would be empty"""
         dense = Dense.of(model)
         rows = [len(stream) for stream in dense.before]
@@ -318,7 +314,7 @@ class Trial:
         self._advance(draws, gone)
         make = distilled(self.model, self.dense) if self.loss == "distill" else labelled(self.model)
         sums = [0.0, 0.0]
-        with self.model.loaded(self.model.units - 1):
+        with self.model.loaded(self.model.parts - 1):
             for draw, streams, confirms in zip(draws, self.streams, self.confirms, strict=True):
                 found = losses(self.model, draw, self.places, streams[-1], make).double().cpu()
                 for part in (0, 1):
@@ -332,7 +328,7 @@ class Trial:
         self.gone = gone
         for streams in self.streams:
             del streams[start:]
-        for unit in range(start, self.model.units - 1):
+        for unit in range(start, self.model.parts - 1):
             with self.model.loaded(unit), torch.no_grad():
                 for draw, streams in zip(draws, self.streams, strict=True):
                     with masked(self.model, unit, draw.masks, self.places):
@@ -342,7 +338,7 @@ class Trial:
 class Remembered:
     """Evaluations in order, read back where an interrupted run had made them."""
 
-    def __init__(self, model: ShapingModel, save_every: int) -> None:
+    def __init__(self, model: RunnableModel, save_every: int) -> None:
         self._model, self._save_every = model, save_every
         saved = model.saved()
         self._known: list[Losses] = []

@@ -38,14 +38,14 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.protocol import Carry, Group, Pass, Site, Traits, Weight
+from compressor.protocol import BlockView, Group, Traits, Weight, WeightPass
 
 STUDIED_MAGNITUDE = 6.0  # what the paper's appendix C calls an outlier; for the report where the split is off
 MOST_COLUMNS = 128  # the paper saw at most 7 features in models up to 13B
 LISTED_FEATURES = 16  # largest ones in the report's row of a weight
 
 
-class LLMInt8(Pass):
+class LLMInt8(WeightPass):
     """Round weights to int8 rows; at run time activations too, but for outlier features."""
 
     title: ClassVar[str] = "Weights and activations to int8, outlier features in 16 bits"
@@ -112,19 +112,15 @@ class LLMInt8(Pass):
         found = {"threshold": self.threshold, "outliers": self.outliers}
         return found if self.outliers == "dynamic" else {**found, "outlier_columns": 0}
 
-    def block(self, site: Site, carry: Carry) -> Carry:
-        for stage in site.stages(sequential=False):
+    def block(self, view: BlockView) -> None:
+        for stage in view.stages(sequential=False):
             counts: list[Outliers] = []
             if self._counts:
-                counts = site.fold(stage, partial(Outliers.none, self._limit, site.device), Outliers.add)
+                counts = view.fold(stage, partial(Outliers.none, self._limit, view.device), Outliers.add)
             for group, count in zip_longest(stage, counts):
-                self._store(site, group, count)
-        return carry
+                self._store(view, group, count)
 
-    def head(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
-
-    def _store(self, site: Site, group: Group, count: Outliers | None) -> None:
+    def _store(self, view: BlockView, group: Group, count: Outliers | None) -> None:
         from compressor.layers.int8_split_linear import Int8SplitLinear
 
         columns = None
@@ -144,12 +140,12 @@ class LLMInt8(Pass):
             if dropped:
                 largest = float(count.largest[dropped].max())
                 message = f"{len(dropped)} outlier features beyond max_outlier_columns are rounded, up to {largest:.3g}"
-                site.warn("outliers-dropped", group.name, message)
+                view.warn("outliers-dropped", group.name, message)
         for weight in group:
-            matrix = site.matrix(weight)
-            layer = Int8SplitLinear.pack(matrix, self.threshold, site.dtype, columns)
+            matrix = view.matrix(weight)
+            layer = Int8SplitLinear.pack(matrix, self.threshold, view.dtype, columns)
             error = (layer.matrix(torch.float32) - matrix).norm() / matrix.norm().clamp(min=1e-30)
-            site.put(weight, layer, weight_error=float(error), **record)
+            view.put(weight, layer, weight_error=float(error), **record)
 
 
 @dataclass

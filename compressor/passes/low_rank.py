@@ -40,13 +40,13 @@ from compressor.methods.factorization.low_rank import (
     spectrum,
     stage_metrics,
 )
-from compressor.protocol import Carry, Decision, Pass, Site, Traits, Weight, WholeModel
+from compressor.protocol import BlockView, Decision, Traits, Weight, WeightPass, WholeModel
 
 FORM, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 
 
-class LowRank(Pass):
+class LowRank(WeightPass):
     """Two thin matrices in place of each, by the SVD that calibration inputs weigh."""
 
     title: ClassVar[str] = "Weights as products of two thin matrices, by an SVD weighted with calibration data"
@@ -143,42 +143,38 @@ class LowRank(Pass):
         tails: dict[str, list[float]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         dense: dict[str, int] = {}
-        for site in model.sites():
-            for stage in site.stages(sequential=False):
-                for group, (metric, _) in zip(stage, self._metrics(site, stage), strict=True):
+        for view in model.views():
+            for stage in view.stages(sequential=False):
+                for group, (metric, _) in zip(stage, self._metrics(view, stage), strict=True):
                     for weight in group:
-                        found = spectrum(site.matrix(weight), metric)
+                        found = spectrum(view.matrix(weight), metric)
                         tails[weight.name] = found.tails().tolist()
                         shapes[weight.name] = (weight.out_features, weight.in_features)
-                        dense[weight.name] = weight.out_features * weight.in_features * site.dtype.itemsize
+                        dense[weight.name] = weight.out_features * weight.in_features * view.dtype.itemsize
         assert self.budget is not None
         ranks, size = share_out(tails, shapes, dense, self.budget, self.values)
         errors = {name: 0.0 if rank is None else tails[name][rank] for name, rank in ranks.items()}
         return {"ranks": ranks, "bytes": size, "budget_bytes": self.budget, "relative_errors": errors}
 
-    def block(self, site: Site, carry: Carry) -> Carry:
-        for stage in site.stages():
-            for group, (metric, tokens) in zip(stage, self._metrics(site, stage), strict=True):
+    def block(self, view: BlockView) -> None:
+        for stage in view.stages():
+            for group, (metric, tokens) in zip(stage, self._metrics(view, stage), strict=True):
                 for weight in group:
-                    self._store(site, weight, metric, tokens)
-        return carry
+                    self._store(view, weight, metric, tokens)
 
-    def head(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
+    def _metrics(self, view: BlockView, stage: Any) -> list[tuple[Metric, int]]:
+        return stage_metrics(view, stage, self.damping, self.metric == "output")
 
-    def _metrics(self, site: Site, stage: Any) -> list[tuple[Metric, int]]:
-        return stage_metrics(site, stage, self.damping, self.metric == "output")
-
-    def _store(self, site: Site, weight: Weight, metric: Metric, tokens: int) -> None:
+    def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> None:
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
         if not self._planned_rank(weight.shape):
-            self._keep(site, weight, "no product of rank 1 or more is smaller than the weight in 16 bits", record)
+            self._keep(view, weight, "no product of rank 1 or more is smaller than the weight in 16 bits", record)
             return
-        matrix = site.matrix(weight)
+        matrix = view.matrix(weight)
         found = spectrum(matrix, metric)
-        rank = self._rank(weight, found, site.decision)
+        rank = self._rank(weight, found, view.decision)
         if rank is None:
-            self._keep(site, weight, "the rank it needs would not make it smaller", record)
+            self._keep(view, weight, "the rank it needs would not make it smaller", record)
             return
         from compressor.layers.low_rank_linear import LowRankLinear
 
@@ -188,9 +184,9 @@ class LowRank(Pass):
         record |= {"rank": rank, "relative_error": error, "output_error": error**0.5}
         if self.max_rel_error is not None and error > self.max_rel_error:
             del record["output_error"]  # of what is not stored
-            self._keep(site, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            self._keep(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
             return
-        site.put(weight, layer, **record)
+        view.put(weight, layer, **record)
 
     def _rank(self, weight: Weight, found: Spectrum, decision: Decision | None) -> int | None:
         """None: dense."""
@@ -201,9 +197,9 @@ class LowRank(Pass):
             return rank if shrinks(weight.shape, low_rank_bytes(weight.shape, rank, self.values)) else None
         return self._planned_rank(weight.shape)
 
-    def _keep(self, site: Site, weight: Weight, why: str, record: dict[str, Any]) -> None:
-        site.warn("stays-dense", weight.name, why)
-        site.keep(weight, fallback="dense", reason=why, **record)
+    def _keep(self, view: BlockView, weight: Weight, why: str, record: dict[str, Any]) -> None:
+        view.warn("stays-dense", weight.name, why)
+        view.keep(weight, fallback="dense", reason=why, **record)
 
 
 def share_out(

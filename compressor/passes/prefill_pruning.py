@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeInt
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError, values_of
-from compressor.protocol import Decision, ModelFacts, Pass, Remodel, Traits
+from compressor.protocol import Decision, ModelFacts, Redefinition, TokenPass, Traits
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); our choice: early blocks don't know yet what matters
 NOTE = (
@@ -34,7 +34,7 @@ NOTE = (
 )
 
 
-class PrefillPruning(Pass):
+class PrefillPruning(TokenPass):
     """Tokens of long prompts dropped block by block while the first word is computed."""
 
     title: ClassVar[str] = "Prompt tokens dropped on the way to the first word, and taken back when needed"
@@ -53,15 +53,7 @@ class PrefillPruning(Pass):
     def traits(self) -> Traits:
         return Traits(reads="weights")
 
-    @property
-    def reshapes(self) -> bool:
-        return True
-
-    @property
-    def rewrites(self) -> bool:
-        return False
-
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """raises PreflightError for a block that isn't there, or a model whose blocks can't be gated"""
         prefix = re.escape(model.blocks) + r"\.(\d+)\."
         found = (re.match(prefix, name) for name in model.shapes)
@@ -82,7 +74,7 @@ class PrefillPruning(Pass):
                 )
         gates = {number: share for number, share in keep.items() if share < 1}
         if not gates:
-            return Remodel(notes=("every token goes on: nothing is changed",))
+            return Redefinition(notes=("every token goes on: nothing is changed",))
         modules = dict(model.config.get("compressed_modules") or {})
         for number in range(depth):
             path = f"{model.blocks}.{number}"
@@ -102,12 +94,12 @@ class PrefillPruning(Pass):
                 "revive": self.revive,
             }
             modules[path] = {"form": "lazy_block", "spec": spec, "shape": []}
-        remodel = Remodel({"compressed_modules": modules}, notes=(NOTE,))
-        if (why := model.fits(remodel)) is not None:
+        redefinition = Redefinition({"compressed_modules": modules}, notes=(NOTE,))
+        if (why := model.fits(redefinition)) is not None:
             raise PreflightError(
                 f"tokens of {model.architecture} can't be dropped in prefill: {why}",
                 where="prefill_pruning",
                 hint="It is for causal language models whose blocks take a cache.",
                 data={"reason": "not-gated", "model": model.architecture, "because": values_of(why)},
             )
-        return remodel
+        return redefinition

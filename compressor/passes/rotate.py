@@ -26,10 +26,10 @@ from compressor.methods.rotation.rotation import (
     randomized_hadamard,
     rotate_part,
 )
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, StreamSite, Traits
+from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefinition, RewritePass, State, Traits
 
 
-class Rotate(Pass):
+class Rotate(RewritePass):
     """One orthogonal matrix for the residual stream, multiplied into the weights; logits stay."""
 
     title: ClassVar[str] = "Residual stream rotated, so that rounding weights costs less; logits stay"
@@ -45,20 +45,16 @@ class Rotate(Pass):
         reads = "inputs" if self.rotation == "pca" else "weights"
         return Traits(reads=reads, requires=frozenset({Fact.NORMS_FOLDED}))  # type: ignore[arg-type]
 
-    @property
-    def reshapes(self) -> bool:
-        return True
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
+        return Redefinition(widths=(model.residual.width,) * 2)
 
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
-        return Remodel(widths=(model.residual.width,) * 2)
-
-    def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
+    def survey(self, views: Iterator[PartView]) -> State:
         if self.rotation == "pca":
-            return {"q": pca(pooled_covariance(sites)[0])[1]}
-        first = next(sites)
+            return {"q": pca(pooled_covariance(views)[0])[1]}
+        first = next(views)
         make = randomized_hadamard if self.rotation == "hadamard" else random_orthogonal
         return {"q": make(first.residual.width, first.generator)}
 
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        rotate_part(site, carry["q"].to(device=site.device, dtype=torch.float64))
-        return carry
+    def rewrite(self, view: PartView, state: State) -> State:
+        rotate_part(view, state["q"].to(device=view.device, dtype=torch.float64))
+        return state

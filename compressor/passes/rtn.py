@@ -13,10 +13,10 @@ from pydantic import Field
 
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
-from compressor.protocol import Carry, Pass, Site, Traits, Weight
+from compressor.protocol import BlockView, Traits, Weight, WeightPass
 
 
-class RTN(Pass):
+class RTN(WeightPass):
     """Round each weight to the nearest point of its grid; no calibration data."""
 
     title: ClassVar[str] = "Round to nearest; the baseline, needs no calibration data"
@@ -34,17 +34,13 @@ class RTN(Pass):
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric)
 
-    def block(self, site: Site, carry: Carry) -> Carry:
-        for stage in site.stages(sequential=False):
+    def block(self, view: BlockView) -> None:
+        for stage in view.stages(sequential=False):
             for group in stage:
                 for weight in group:
-                    matrix = site.matrix(weight)
+                    matrix = view.matrix(weight)
                     grouped = matrix.view(len(matrix), -1, group_width(weight, self.group_size))
-                    grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, site.dtype)
+                    grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, view.dtype)
                     codes = quantize(grouped, grid)
                     error = (dequantize(codes, grid) - grouped).norm() / matrix.norm().clamp(min=1e-30)
-                    store(site, weight, codes, grid, self.group_size, {"weight_error": float(error)})
-        return carry
-
-    def head(self, site: Site, carry: Carry) -> Carry:
-        return self.block(site, carry)
+                    store(view, weight, codes, grid, self.group_size, {"weight_error": float(error)})

@@ -63,16 +63,26 @@ from compressor.methods.rotation.rotation import (
 from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
     global_parameters,
-    global_remodel,
+    global_redefinition,
     kept_width,
     per_site_parameters,
-    per_site_remodel,
+    per_site_redefinition,
     scheduled_widths,
     stream_shape,
     uniform_widths,
     widest_that_shrinks,
 )
-from compressor.protocol import Carry, Decision, Fact, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.protocol import (
+    Decision,
+    Fact,
+    ModelFacts,
+    PartView,
+    Redefinition,
+    RewritePass,
+    RunnableModel,
+    State,
+    Traits,
+)
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
 HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %
@@ -80,7 +90,7 @@ HARD = "models trained on far more text than Llama 2 lose much more from this; m
 ENOUGH = 4  # calibration tokens for each dimension of the stream
 
 
-class SliceGPT(Pass):
+class SliceGPT(RewritePass):
     """Rows and columns of every matrix deleted along the least principal axes of the residual stream."""
 
     title: ClassVar[str] = "Residual stream cut to its principal axes: a narrower dense model"
@@ -117,10 +127,6 @@ class SliceGPT(Pass):
         return Traits(reads="inputs", requires=frozenset({Fact.NORMS_FOLDED}))
 
     @property
-    def reshapes(self) -> bool:
-        return True
-
-    @property
     def decides(self) -> bool:
         return self.orientation == "auto" or self.schedule == "variance"
 
@@ -138,23 +144,23 @@ class SliceGPT(Pass):
             )
         return kept
 
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """raises PreflightError for a width of nothing, or a model that grows"""
         kept, shape = self._kept(model.residual.width), stream_shape(model.residual, model.shapes)
         notes: tuple[str, ...] = (HARD,) if self.sparsity > HARD_FROM else ()
         if decision is not None:
             widths, one = decision["widths"], decision["orientation"] == "global"
-            found = global_remodel(model, widths[0]) if one else per_site_remodel(model, widths)
+            found = global_redefinition(model, widths[0]) if one else per_site_redefinition(model, widths)
             return replace(found, notes=(*notes, *decision["notes"]), decision=decision)
         if self.orientation != "per_site":
             if (why := _why_not_global(model, kept)) is None:
                 self._refuse_growth(model, lambda width: global_parameters(shape, width), shape.width)
-                return replace(global_remodel(model, kept), notes=notes)
+                return replace(global_redefinition(model, kept), notes=notes)
             notes += (f"{model.architecture} can't be narrower by its config alone ({why}): sliced per site",)
         self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
-        return replace(per_site_remodel(model, uniform_widths(shape, kept)), notes=notes)
+        return replace(per_site_redefinition(model, uniform_widths(shape, kept)), notes=notes)
 
-    def choose(self, model: ShapingModel) -> Decision:
+    def choose(self, model: RunnableModel) -> Decision:
         """{orientation, widths, figures: [{orientation, widths, parameters, divergence}], notes}"""
         facts = model.facts
         shape, kept = stream_shape(facts.residual, facts.shapes), self._kept(facts.residual.width)
@@ -184,12 +190,12 @@ class SliceGPT(Pass):
         )
         return {"orientation": best["orientation"], "widths": best["widths"], "figures": figures, "notes": [note]}
 
-    def survey(self, sites: Iterator[StreamSite], carry: Carry) -> Carry:
-        first = next(sites)
-        if first.remodel.follows:
-            return carry
-        width, kept, generator = first.residual.width, first.remodel.widths[1], first.generator
-        covariance, tokens = pooled_covariance(chain([first], sites), self._normalises(per_site=False))
+    def survey(self, views: Iterator[PartView]) -> State:
+        first = next(views)
+        if first.redefinition.follows:
+            return {}
+        width, kept, generator = first.residual.width, first.redefinition.widths[1], first.generator
+        covariance, tokens = pooled_covariance(chain([first], views), self._normalises(per_site=False))
         values, q = pca(covariance)
         _warn_if_few(first, tokens, values)
         found = {"q": q[:, :kept], "eigenvalues": values, "tokens": torch.tensor(tokens)}
@@ -198,74 +204,75 @@ class SliceGPT(Pass):
         assert found["q"].shape == (width, kept)
         return found
 
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        width, kept = site.residual.width, site.remodel.widths[1]
-        if site.remodel.follows:
-            return self._slice_sites(site, carry)
-        rotate_part(site, carry["q"].to(site.device))
+    def rewrite(self, view: PartView, state: State) -> State:
+        width, kept = view.residual.width, view.redefinition.widths[1]
+        if view.redefinition.follows:
+            return self._slice_sublayers(view, state)
+        rotate_part(view, state["q"].to(view.device))
         ratio = (width / kept) ** 0.5
-        if site.index < 0:
-            for write in site.residual.stem:  # a class that scales its embedding by sqrt(hidden) now does so by less
+        if view.index < 0:
+            # a class that scales its embedding by sqrt(hidden) now does so by less
+            for write in view.residual.embeddings:
                 if write.scale is not None and abs(write.scale - width**0.5) < 1e-2 and width > 1:
-                    site.write(write.parameter, site.read(write.parameter) * ratio)
-        norms = [norm for stream in site.sites for norm in stream.norms]
-        if site.index == len(site.residual.blocks):
-            norms.append(site.residual.end)
+                    view.write(write.parameter, view.read(write.parameter) * ratio)
+        norms = [norm for stream in view.sublayers for norm in stream.norms]
+        if view.index == len(view.residual.blocks):
+            norms.append(view.residual.end)
         for norm in norms:
-            gain = torch.full((kept,), ratio - norm.formula.offset, dtype=torch.float64, device=site.device)
-            site.write(f"{norm.module}.weight", gain)
-        return carry
+            gain = torch.full((kept,), ratio - norm.formula.offset, dtype=torch.float64, device=view.device)
+            view.write(f"{norm.module}.weight", gain)
+        return state
 
-    def projections(self, carry: Carry) -> list[torch.Tensor]:
-        return [carry[f"basis_{number}"] for number in range(len(carry) - 2)]
+    def projections(self, state: State) -> list[torch.Tensor]:
+        return [state[f"basis_{number}"] for number in range(len(state) - 2)]
 
-    def _slice_sites(self, site: StreamSite, carry: Carry) -> Carry:
-        """The paper's algorithm 1 for one unit: `basis` (D, d) of the next site goes along, `site` says which it is.
+    def _slice_sublayers(self, view: PartView, state: State) -> State:
+        """The paper's algorithm 1 for one part: the state holds the basis (D, d) of the next sublayer, and its number.
 
         Signals are those of the model sliced so far: cutting to d columns of Q is projecting onto them, seen from
         another basis.
         """
-        widths = site.remodel.widths[1:]
-        if site.index < 0:
-            values, q, tokens = self._axes(site, [])
-            _warn_if_few(site, tokens, values)
-            basis = self._spread(site, q[:, : widths[0]])
-            rotate_writes(site, site.residual.stem, basis)
-            return {"basis": basis, "site": torch.tensor(0)}
-        if not site.sites:
-            return carry  # the head reads the original basis
-        at = int(carry["site"])
-        bases = self._bases(site, carry["basis"].to(site.device), widths[at + 1 : at + 1 + len(site.sites)])
-        for number, (stream, basis, following) in enumerate(zip(site.sites, bases, bases[1:])):
+        widths = view.redefinition.widths[1:]
+        if view.index < 0:
+            values, q, tokens = self._axes(view, [])
+            _warn_if_few(view, tokens, values)
+            basis = self._spread(view, q[:, : widths[0]])
+            rotate_writes(view, view.residual.embeddings, basis)
+            return {"basis": basis, "sublayer": torch.tensor(0)}
+        if not view.sublayers:
+            return state  # the output head reads the original basis
+        at = int(state["sublayer"])
+        bases = self._bases(view, state["basis"].to(view.device), widths[at + 1 : at + 1 + len(view.sublayers)])
+        for number, (stream, basis, following) in enumerate(zip(view.sublayers, bases, bases[1:])):
             for norm in stream.norms:
-                rotate_consumers(site, norm, basis)
-            site.write(f"{site.path}.shortcut_{number}", basis.t() @ following)
-            rotate_writes(site, stream.writes, following)
+                rotate_consumers(view, norm, basis)
+            view.write(f"{view.path}.shortcut_{number}", basis.t() @ following)
+            rotate_writes(view, stream.writes, following)
         found = {f"basis_{number}": basis for number, basis in enumerate(bases[:-1])}
-        return {"basis": bases[-1], "site": torch.tensor(at + len(site.sites)), **found}
+        return {"basis": bases[-1], "sublayer": torch.tensor(at + len(view.sublayers)), **found}
 
-    def _bases(self, site: StreamSite, entering: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
-        """The basis at each site of a block, and the one it leaves the stream in; widths of all but the first."""
+    def _bases(self, view: PartView, entering: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
+        """The basis at each sublayer of a block, and the one it leaves the stream in; widths of all but the first."""
         bases = [entering]
         for number, width in enumerate(widths):
-            if site.index == len(site.residual.blocks) - 1 and number == len(widths) - 1:
-                bases.append(torch.eye(site.residual.width, dtype=torch.float64, device=site.device))
+            if view.index == len(view.residual.blocks) - 1 and number == len(widths) - 1:
+                bases.append(torch.eye(view.residual.width, dtype=torch.float64, device=view.device))
             else:
-                bases.append(self._spread(site, self._axes(site, bases)[1][:, :width]))
+                bases.append(self._spread(view, self._axes(view, bases)[1][:, :width]))
         return bases
 
-    def _axes(self, site: StreamSite, bases: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _axes(self, view: PartView, bases: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Eigenvalues and axes of the signals behind these sites, and how many tokens were seen."""
-        covariance = Covariance.zeros(site.residual.width, site.device)
-        for x in site.projected(bases):
+        covariance = Covariance.zeros(view.residual.width, view.device)
+        for x in view.projected(bases):
             covariance.add(
-                x, normalised=self._normalises(per_site=True), where=site.path if site.index >= 0 else "stem"
+                x, normalised=self._normalises(per_site=True), where=view.path if view.index >= 0 else "embeddings"
             )
         return *pca(covariance.matrix), covariance.tokens
 
-    def _spread(self, site: StreamSite, q: torch.Tensor) -> torch.Tensor:
+    def _spread(self, view: PartView, q: torch.Tensor) -> torch.Tensor:
         if self.final_orientation == "random":
-            return q @ random_orthogonal(q.shape[1], site.generator).to(q.device)
+            return q @ random_orthogonal(q.shape[1], view.generator).to(q.device)
         return q
 
     def _refuse_growth(self, model: ModelFacts, count: Callable[[int], int], width: int) -> None:
@@ -284,19 +291,19 @@ class SliceGPT(Pass):
                 data=told,
             )
 
-    def _look(self, model: ShapingModel) -> dict[str, Any]:
+    def _look(self, model: RunnableModel) -> dict[str, Any]:
         """The dense model once: spectra at each site, second moments pooled over all, and the stream at the end."""
         spectra: list[torch.Tensor] = []
         pooled = None
-        for site in model.sites():
-            for norm in norms_of(site):
-                if self.schedule == "variance" and site.sites:
-                    raw = norm_covariance(site, norm, self._normalises(per_site=True))
+        for view in model.views():
+            for norm in norms_of(view):
+                if self.schedule == "variance" and view.sublayers:
+                    raw = norm_covariance(view, norm, self._normalises(per_site=True))
                     spectra.append(pca(raw.matrix)[0])
                 if self.orientation == "auto":
-                    shared = norm_covariance(site, norm, self._normalises(per_site=False)).matrix
+                    shared = norm_covariance(view, norm, self._normalises(per_site=False)).matrix
                     pooled = of_trace_one(shared) + (0 if pooled is None else pooled)
-            end = site.states()
+            end = view.states()
         return {"spectra": spectra, "pooled": pooled, "end": end}
 
     def _affordable(
@@ -315,32 +322,32 @@ class SliceGPT(Pass):
             least = max(self.round_to, widest // 2 - widest // 2 % self.round_to)
             widths = scheduled_widths(shape, [values.tolist() for values in spectra], budget, self.round_to, least)
         try:
-            per_site_remodel(facts, widths)
+            per_site_redefinition(facts, widths)
         except CompressError as error:
             return None, error.what
         return widths, ""
 
-    def _end_of_global(self, model: ShapingModel, pooled: torch.Tensor, kept: int) -> list[torch.Tensor]:
+    def _end_of_global(self, model: RunnableModel, pooled: torch.Tensor, kept: int) -> list[torch.Tensor]:
         """The stream at the end of a model cut along one rotation."""
         q = pca(pooled)[1][:, :kept]
-        for site in model.sites(lambda site: [q] * len(site.sites)):
-            end = site.states()
+        for view in model.views(lambda view: [q] * len(view.sublayers)):
+            end = view.states()
         return [(hidden.to(q) @ q @ q.t()).to(hidden) for hidden in end]
 
-    def _end_per_site(self, model: ShapingModel, widths: tuple[int, ...]) -> list[torch.Tensor]:
+    def _end_per_site(self, model: RunnableModel, widths: tuple[int, ...]) -> list[torch.Tensor]:
         """The same for a rotation at each site."""
         carried: dict[str, Any] = {"at": 0}
 
-        def bases(site: StreamSite) -> list[torch.Tensor]:
+        def bases(view: PartView) -> list[torch.Tensor]:
             at = carried["at"]
-            found = self._bases(site, carried["basis"], widths[at + 1 : at + 1 + len(site.sites)])
-            carried.update(basis=found[-1], at=at + len(site.sites))
+            found = self._bases(view, carried["basis"], widths[at + 1 : at + 1 + len(view.sublayers)])
+            carried.update(basis=found[-1], at=at + len(view.sublayers))
             return found[:-1]
 
-        for site in model.sites(bases):
-            if site.index < 0:
-                carried["basis"] = self._axes(site, [])[1][:, : widths[0]]
-            end = site.states()
+        for view in model.views(bases):
+            if view.index < 0:
+                carried["basis"] = self._axes(view, [])[1][:, : widths[0]]
+            end = view.states()
         return end
 
 
@@ -349,10 +356,10 @@ def _why_not_global(model: ModelFacts, kept: int) -> str | None:
     gainless = next((norm.module for norm in model.residual.norms() if not norm.formula.has_weight), None)
     if gainless is not None:  # a folded LayerNorm, or a class whose norms never had a gain
         return f"{gainless} has no gain to make up for the width that it divides by"
-    return model.fits(global_remodel(model, kept))
+    return model.fits(global_redefinition(model, kept))
 
 
-def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+def _divergence(model: RunnableModel, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     """Mean KL divergence of the outputs from the dense model's, in nats; of a model without a head the relative square
     error of its output. One sample at a time, since logits are large.
     """
@@ -361,7 +368,7 @@ def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[tor
         for sample in range(len(first)):
             chosen = slice(sample, sample + 1)
             with torch.no_grad():
-                p, q = (model.head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
+                p, q = (model.output_head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
             if model.facts.residual.end.consumers:
                 errors = divergence_terms(p, q).sum(-1)
             else:
@@ -370,9 +377,9 @@ def _divergence(model: ShapingModel, wanted: list[torch.Tensor], found: list[tor
     return total / count
 
 
-def _warn_if_few(site: StreamSite, tokens: int, eigenvalues: torch.Tensor) -> None:
-    width = site.residual.width
+def _warn_if_few(view: PartView, tokens: int, eigenvalues: torch.Tensor) -> None:
+    width = view.residual.width
     rank = int((eigenvalues > RANK_TOLERANCE * eigenvalues[0]).sum())
     if tokens < ENOUGH * width:
         seen = f"{tokens:,} calibration tokens span {rank} of {width} directions"
-        site.warn("few-tokens", "slicegpt", f"{seen}; {ENOUGH * width:,} are meant")
+        view.warn("few-tokens", "slicegpt", f"{seen}; {ENOUGH * width:,} are meant")

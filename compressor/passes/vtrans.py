@@ -43,18 +43,18 @@ from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import pruned_remodel
+from compressor.methods.pruning.pruned_shapes import pruned_redefinition
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.model.facts import PrunableModule
-from compressor.protocol import Carry, Decision, ModelFacts, Pass, Remodel, ShapingModel, StreamSite, Traits
+from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
 
 HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
 HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"
 STREAM_CHARGE = 30.0  # of the residual stream's mask [code]
 
 
-class VTrans(Pass):
+class VTrans(RewritePass):
     """Heads, MLP units, channels and whole sub-blocks dropped by trained masks, down to a size that is asked for."""
 
     title: ClassVar[str] = "Structured pruning by variational masks: fewer heads, narrower MLPs, still dense"
@@ -114,10 +114,6 @@ class VTrans(Pass):
         return Traits(reads="gradients" if self.decides else "weights")
 
     @property
-    def reshapes(self) -> bool:
-        return True
-
-    @property
     def decides(self) -> bool:
         return self.target > 0
 
@@ -139,7 +135,7 @@ class VTrans(Pass):
         named = tuple(kind for kind in ("heads", "ffn") if kind in self.sites)
         return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
 
-    def choose(self, model: ShapingModel) -> Decision:
+    def choose(self, model: RunnableModel) -> Decision:
         """Train the masks and cut to the target. raises PassError for data that can't be trained on"""
         facts = model.facts
         sites = self._prunable(facts)
@@ -155,7 +151,7 @@ class VTrans(Pass):
 
     def decided(
         self,
-        model: ShapingModel,
+        model: RunnableModel,
         sites: Sequence[PrunableModule],
         size: Size,
         scores: Mapping[str, Sequence[float]],
@@ -179,7 +175,7 @@ class VTrans(Pass):
             model.warn("coarse-units", "vtrans.target", f"{missed:.1%} more than asked for went, since units are large")
         return {**decision, "means": folded, "figures": {"size": kept.size, "of": size.full, **figures}}
 
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """raises PreflightError for a target out of reach, or a model without the structure asked for"""
         sites = self._prunable(model)
         size = self._size(model, sites)
@@ -187,21 +183,23 @@ class VTrans(Pass):
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
             kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
-            return replace(pruned_remodel(model, sites, _decision(kept), self.export), notes=self._notes, decision=None)
-        remodel = pruned_remodel(model, sites, decision, self.export)
-        return replace(remodel, decision=decision, notes=self._notes, follows=self.reconstruct)
+            return replace(
+                pruned_redefinition(model, sites, _decision(kept), self.export), notes=self._notes, decision=None
+            )
+        redefinition = pruned_redefinition(model, sites, decision, self.export)
+        return replace(redefinition, decision=decision, notes=self._notes, follows=self.reconstruct)
 
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        decision = site.remodel.decision
+    def rewrite(self, view: PartView, state: State) -> State:
+        decision = view.redefinition.decision
         if decision is None:  # nothing goes
-            return carry
-        sites = site.facts.prunable(self._kinds)
+            return state
+        sites = view.facts.prunable(self._kinds)
         means: dict[str, list[float]] = decision["means"]
         if self.reconstruct:  # readers that lose nothing give the dense output as they are
             units = {own.name: own.units for own in sites}
             means = {name: found for name, found in means.items() if len(found) < units[name]}
-        prune(site, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
-        return carry
+        prune(view, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
+        return state
 
     @property
     def _notes(self) -> tuple[str, ...]:

@@ -40,18 +40,7 @@ from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
 from compressor.methods.divergence import divergence_terms
-from compressor.protocol import (
-    Carry,
-    Decision,
-    Fact,
-    ModelFacts,
-    Pass,
-    Remodel,
-    ShapingModel,
-    StreamSite,
-    TokenFacts,
-    Traits,
-)
+from compressor.protocol import Decision, Fact, ModelFacts, Redefinition, RunnableModel, TokenFacts, TokenPass, Traits
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known
@@ -63,7 +52,7 @@ PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what 
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
-class ZeroTPrune(Pass):
+class ZeroTPrune(TokenPass):
     """Unimportant and redundant tokens dropped in a few blocks, with no training."""
 
     title: ClassVar[str] = "Tokens dropped between blocks by the attention graph: less work, same weights"
@@ -127,14 +116,6 @@ class ZeroTPrune(Pass):
         )
 
     @property
-    def reshapes(self) -> bool:
-        return True
-
-    @property
-    def rewrites(self) -> bool:
-        return False
-
-    @property
     def decides(self) -> bool:
         return self.target_macs is not None
 
@@ -146,7 +127,7 @@ class ZeroTPrune(Pass):
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "exact"
 
-    def remodel(self, model: ModelFacts, decision: Decision | None) -> Remodel:
+    def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """raises PreflightError for a block that isn't there, is wrapped already or would leave too few tokens, and for
         a target that can't be reached
         """
@@ -174,16 +155,13 @@ class ZeroTPrune(Pass):
         notes = [f"{saved:.2f} % fewer multiply-accumulates{of}, the gates' own included; weights stay as they are"]
         if decision is not None:
             notes += decision["notes"]
-        return Remodel(
+        return Redefinition(
             {"compressed_modules": modules},
             widths=(facts.width, facts.width),
             notes=tuple(notes),
             decision=decision,
             tokens=tokens,
         )
-
-    def reshape(self, site: StreamSite, carry: Carry) -> Carry:
-        raise AssertionError("it writes no parameter")
 
     def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, dict[str, Any]]:
         """Settings of the `token_gate` of each block from the first that drops tokens."""
@@ -246,7 +224,7 @@ class ZeroTPrune(Pass):
             "blocks": rows,
         }
 
-    def choose(self, model: ShapingModel) -> Decision:
+    def choose(self, model: RunnableModel) -> Decision:
         """{keep: {block: rate}, figures: [{keep, divergence, macs}], notes}"""
         assert self.target_macs is not None
         facts = model.facts.tokens()
@@ -425,10 +403,10 @@ class _Search:
     """
 
     def __init__(
-        self, model: ShapingModel, facts: TokenFacts, settings: ZeroTPrune, rates: Mapping[int, float]
+        self, model: RunnableModel, facts: TokenFacts, settings: ZeroTPrune, rates: Mapping[int, float]
     ) -> None:
         self.model, self.facts, self.settings = model, facts, settings
-        stems = [model.stem(batch) for batch in range(model.batches)]
+        stems = [model.embeddings(batch) for batch in range(model.batches)]
         self.lengths = [(x.shape[0], x.shape[1]) for x in stems]
         self.samples = sum(count for count, _ in self.lengths)
         self.expected: list[torch.Tensor] = []
@@ -471,7 +449,7 @@ class _Search:
             with self.model.loaded(at + 1), self._gated(at, gates.get(at)):
                 hidden = [self.model.run(at + 1, batch, x) for batch, x in enumerate(hidden)]
         for batch, x in enumerate(hidden):
-            output = self.model.head(batch, x)
+            output = self.model.output_head(batch, x)
             yield (output if output.dim() == 2 else output.mean(1, keepdim=True)).double()
 
     @contextmanager

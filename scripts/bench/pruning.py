@@ -38,7 +38,7 @@ from compressor.data.samples import Samples, load_samples
 from compressor.evaluation.model_loading import load_model
 from compressor.model.facts import Decision, PrunableModule
 from compressor.passes.vtrans import VTrans
-from compressor.protocol import ShapingModel
+from compressor.protocol import RunnableModel
 from compressor.recipe.recipe import Recipe, Step, parse_recipe
 from compressor.run import compress
 
@@ -53,7 +53,7 @@ class Ranked(VTrans):
     draw: int = 0
     given: dict[str, Any] = Field(default_factory=dict)
 
-    def choose(self, model: ShapingModel) -> Decision:
+    def choose(self, model: RunnableModel) -> Decision:
         if self.ranking == "given":
             return self.given
         sites = self._prunable(model.facts)
@@ -61,7 +61,7 @@ class Ranked(VTrans):
         return self.decided(model, sites, self._size(model.facts, sites), scores, {}, {})
 
 
-def magnitudes(model: ShapingModel, sites: Sequence[PrunableModule]) -> dict[str, list[float]]:
+def magnitudes(model: RunnableModel, sites: Sequence[PrunableModule]) -> dict[str, list[float]]:
     """Mean square of the entries that go with each unit, relative to the mean over all units of that kind of site.
 
     Relative, since heads and MLP units differ in scale and no single number would compare them.

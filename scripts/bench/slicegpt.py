@@ -308,7 +308,7 @@ class PerSite:
 
     def __call__(self, input_ids: Tensor, use_cache: bool) -> argparse.Namespace:
         pieces, residual = self.sliced.pieces, self.sliced.residual
-        x, calls = pieces.stem({"input_ids": input_ids})
+        x, calls = pieces.embeddings({"input_ids": input_ids})
         for (site, branch), shortcut in zip(reference.all_sites(pieces, residual, calls), self.shortcuts, strict=True):
             x = x @ shortcut + branch(reference.normed(x, residual.width, site.norms[0].formula.eps))
         head = pieces.model.get_output_embeddings()

@@ -136,7 +136,7 @@ def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
 
 
 def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
-    stem = known("vit").stem
+    stem = known("vit").embeddings
     assert stem == (
         ResidualWrite("vit.embeddings.cls_token", 2, 1.0),
         ResidualWrite("vit.embeddings.position_embeddings", 2, 1.0),
@@ -146,14 +146,14 @@ def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(k
 
 
 def test_the_scale_of_gemmas_table_is_the_root_of_its_width(known):
-    (table,) = known("gemma").stem
+    (table,) = known("gemma").embeddings
     assert table.scale == pytest.approx(32**0.5, rel=1e-11)  # stated to 12 digits
 
 
 def test_the_head_is_a_reader_of_its_own_even_if_the_checkpoint_ties_it(known):
     residual = known("gpt2")
     assert residual.end.consumers == (InputProjection("lm_head.weight", 1, None),)
-    assert [write.parameter for write in residual.stem] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert [write.parameter for write in residual.embeddings] == ["transformer.wte.weight", "transformer.wpe.weight"]
 
 
 def test_norms_on_heads_are_not_on_the_stream(tmp_path):

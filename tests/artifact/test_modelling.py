@@ -111,10 +111,10 @@ class SignLinear(Layer):
         return F.linear(x, self.matrix(x.dtype), self.bias)
 '''
 PASS = '''
-from compressor.protocol import Pass, Traits
+from compressor.protocol import Traits, WeightPass
 
 
-class Signs(Pass):
+class Signs(WeightPass):
     """Keep signs."""
 
     @property
@@ -124,18 +124,17 @@ class Signs(Pass):
     def spec(self, weight):
         return {"rank": 1}
 
-    def block(self, site, carry):
+    def block(self, view):
         from other_package.signs import SignLinear
 
-        for stage in site.stages(sequential=False):
+        for stage in view.stages(sequential=False):
             for group in stage:
                 for weight in group:
-                    matrix = site.matrix(weight)
-                    layer = SignLinear(weight.shape, site.dtype, bias=False)
+                    matrix = view.matrix(weight)
+                    layer = SignLinear(weight.shape, view.dtype, bias=False)
                     layer.weight_signs = matrix.sign().to(layer.weight_signs.dtype)
-                    layer.weight_size = matrix.abs().mean(1, keepdim=True).to(site.dtype)
-                    site.put(weight, layer)
-        return carry
+                    layer.weight_size = matrix.abs().mean(1, keepdim=True).to(view.dtype)
+                    view.put(weight, layer)
 '''
 
 

@@ -188,10 +188,10 @@ def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orient
     step = {"pass": "slicegpt", "orientation": orientation}
     plan = make_plan(recipe(FUSED, step), str(model), prove=False)
     assert not plan.problems and plan.route.name == "custom"
-    remodel = plan.reshapes[1].remodel
-    assert remodel.widths == (32, *[24] * 4, 32)
-    assert "OPTForCausalLM can't be narrower by its config alone" in remodel.notes[-1]
-    assert remodel.notes[-1].endswith("sliced per site")
+    redefinition = plan.reshapes[1].redefinition
+    assert redefinition.widths == (32, *[24] * 4, 32)
+    assert "OPTForCausalLM can't be narrower by its config alone" in redefinition.notes[-1]
+    assert redefinition.notes[-1].endswith("sliced per site")
 
 
 def test_settings_of_no_sense_are_refused(tmp_path):

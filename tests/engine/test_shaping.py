@@ -15,7 +15,7 @@ from raising import raises
 import compressor
 from compressor.data.samples import load_samples
 from compressor.engine.calibration_batch import CalibrationBatch
-from compressor.engine.choice_view import ShapingView
+from compressor.engine.choice_view import ModelView
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted
 from compressor.methods.rotation.sliced_shapes import (
@@ -153,7 +153,7 @@ def view_of(model, work, *, stopped=False):
     structure = read_structure(model)
     facts = make_plan(recipe({"pass": "slicegpt"}), str(model), prove=False).reshapes[0].facts
     batches: list[Batch] = [{"input_ids": torch.arange(24).view(2, 12) + 7 * n} for n in range(2)]
-    return ShapingView(
+    return ModelView(
         0,
         facts,
         structure,
@@ -172,13 +172,13 @@ def test_gradients_through_single_blocks_are_those_of_the_whole_model(model, tmp
     scale = torch.ones(2, requires_grad=True)  # one factor for each block's MLP output
     entering = []
     with torch.no_grad():
-        hidden = view.stem(0)
+        hidden = view.embeddings(0)
         for unit in (1, 2):
             entering.append(hidden)
             with view.loaded(unit):
                 hidden = view.run(unit, 0, hidden)
     hidden.requires_grad_()
-    view.head(0, hidden).square().mean().backward()
+    view.output_head(0, hidden).square().mean().backward()
     upstream = hidden.grad
     for unit in (2, 1):
         x = entering[unit - 1].clone().requires_grad_()
@@ -202,16 +202,16 @@ def test_gradients_through_single_blocks_are_those_of_the_whole_model(model, tmp
 def test_the_stream_goes_on_projected_where_asked_and_unchanged_where_not(model, tmp_path):
     view = view_of(model, tmp_path / "work")
     whole = torch.eye(32, dtype=torch.float64)
-    unchanged = [site.states() for site in view.sites()]
-    same = [site.states() for site in view.sites(lambda site: [whole] * len(site.sites))]
-    cut = [site.states() for site in view.sites(lambda site: [whole[:, :16]] * len(site.sites))]
-    assert len(unchanged) == view.units == 4
+    unchanged = [part.states() for part in view.views()]
+    same = [part.states() for part in view.views(lambda part: [whole] * len(part.sublayers))]
+    cut = [part.states() for part in view.views(lambda part: [whole[:, :16]] * len(part.sublayers))]
+    assert len(unchanged) == view.parts == 4
     for first, second, third in zip(unchanged[2:], same[2:], cut[2:]):
         assert torch.allclose(first[1], second[1], atol=1e-5)
         assert not torch.allclose(first[1], third[1], atol=1e-2)
     with torch.no_grad():
         dense = hf.AutoModelForCausalLM.from_pretrained(model)(input_ids=torch.arange(24).view(2, 12)).logits
-        assert torch.allclose(view.head(0, unchanged[3][0][1:], slice(1, 2)), dense[1:], atol=1e-5)
+        assert torch.allclose(view.output_head(0, unchanged[3][0][1:], slice(1, 2)), dense[1:], atol=1e-5)
 
 
 def test_a_saved_state_is_the_last_one_and_survives_a_torn_commit(model, tmp_path):
@@ -234,7 +234,7 @@ def test_a_saved_state_is_the_last_one_and_survives_a_torn_commit(model, tmp_pat
 def test_choosing_stops_between_two_units_when_asked(model, tmp_path):
     view = view_of(model, tmp_path / "work", stopped=True)
     with raises(Interrupted, where=None, stage="choosing-shapes"):
-        next(view.sites())
+        next(view.views())
 
 
 def test_settings_that_choose_say_so():

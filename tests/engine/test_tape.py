@@ -69,7 +69,7 @@ def test_a_block_that_halts_at_every_product_computes_the_same_bits(family):
     model.config.use_cache = False
     use_eager_experts(model.config)
     pieces = Pieces(model, find_blocks(model))
-    hidden, calls = pieces.stem(example_batch(model, torch.device("cpu")))
+    hidden, calls = pieces.embeddings(example_batch(model, torch.device("cpu")))
     block = pieces.blocks[0]
     watched = named(block)
     work = partial(pieces.block, 0, hidden, calls[0])

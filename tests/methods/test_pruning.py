@@ -19,7 +19,7 @@ from compressor.analysis.model_facts import facts_of
 from compressor.analysis.perturbation import InDouble
 from compressor.artifact.export_format import choose_route
 from compressor.errors import ModelError, PreflightError
-from compressor.methods.pruning.pruned_shapes import check_decision, pruned_remodel
+from compressor.methods.pruning.pruned_shapes import check_decision, pruned_redefinition
 from compressor.model.norms import Norm, apply_norm
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.structure import read_structure
@@ -84,7 +84,7 @@ def test_pruned_is_masked_with_other_sizes_in_each_block_and_a_sub_block_gone(fa
     )
     assert left > 1e-2  # and the masks do something
     assert made.planned_parameters(result) == made.stored_numel(result.directory)
-    assert result.remodel.widths == (32, 32 if family == "bert" else 28)
+    assert result.redefinition.widths == (32, 32 if family == "bert" else 28)
     assert choose_route([], "auto", False, result.after.model).name == "custom"
     prove_by_replay(result.after)
 
@@ -94,7 +94,7 @@ def test_nothing_pruned_leaves_every_bit(family, opened, pruned):
     structure, facts = opened(family)
     decision = {"sites": {site.name: list(range(site.units)) for site in facts.prunable()}, "hidden": list(range(32))}
     result = pruned(family, {**decision, "hidden": None} if family == "bert" else decision, "custom")
-    assert not result.remodel.shapes and not result.remodel.config
+    assert not result.redefinition.shapes and not result.redefinition.config
     before = load_file(structure.checkpoint.directory / "model.safetensors")
     after = {k: v for f in result.directory.glob("*.safetensors") for k, v in load_file(f).items()}
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
@@ -134,10 +134,10 @@ def test_a_class_whose_heads_are_tied_to_its_width_loses_mlp_units_alone_as_stoc
     _, facts = opened(family)
     decision = even([site for site in facts.prunable() if site.kind == "ffn"])
     result = pruned(family, decision, "stock")
-    assert apart(result, decision) < TOLERANCE and "compressed_shapes" not in result.remodel.config
+    assert apart(result, decision) < TOLERANCE and "compressed_shapes" not in result.redefinition.config
     because = {"reason": "count-not-in-config", "kind": "heads"}
     with raises(PreflightError, where="export", reason="no-stock-model", because=because):
-        pruned_remodel(facts, facts.prunable(), even(facts.prunable()), "stock")
+        pruned_redefinition(facts, facts.prunable(), even(facts.prunable()), "stock")
 
 
 def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
@@ -145,26 +145,26 @@ def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
     sites = facts.prunable()
     stock = {"where": "export", "reason": "no-stock-model"}
     with raises(PreflightError, **stock, because={"reason": "uneven", "kind": "ffn"}):
-        pruned_remodel(facts, sites, {"sites": {sites[1].name: list(range(60))}}, "stock")
+        pruned_redefinition(facts, sites, {"sites": {sites[1].name: list(range(60))}}, "stock")
     with raises(PreflightError, **stock, because={"reason": "gone", "site": "model.layers.1.mlp"}):
-        pruned_remodel(facts, sites, {"sites": {}, "removed": [sites[3].name]}, "stock")
+        pruned_redefinition(facts, sites, {"sites": {}, "removed": [sites[3].name]}, "stock")
     with raises(PreflightError, **stock, because={"reason": "eps-of-other-norms", "key": "rms_norm_eps"}):
         other = opened("qwen3")[1]
-        pruned_remodel(other, other.prunable(), {"sites": {}, "hidden": HIDDEN}, "stock")
-    assert "compressed_shapes" in pruned_remodel(facts, sites, even(sites), "custom").config
+        pruned_redefinition(other, other.prunable(), {"sites": {}, "hidden": HIDDEN}, "stock")
+    assert "compressed_shapes" in pruned_redefinition(facts, sites, even(sites), "custom").config
 
 
 def test_a_class_that_splits_by_its_config_needs_as_many_heads_in_every_block(opened, pruned):
     _, facts = opened("phi3")
     sites = facts.prunable()
     with raises(PreflightError, where="model.layers.0.self_attn", reason="blocks-differ", kind="heads"):
-        pruned_remodel(facts, sites, {"sites": {sites[0].name: [1]}})
+        pruned_redefinition(facts, sites, {"sites": {sites[0].name: [1]}})
     decision = {
         "sites": {site.name: [1] if site.kind == "heads" else made.middle(site, n) for n, site in enumerate(sites)}
     }
     result = pruned("phi3", decision)
     assert apart(result, decision) < TOLERANCE
-    assert result.remodel.config["num_key_value_heads"] == 1 and result.remodel.config["compressed_shapes"]
+    assert result.redefinition.config["num_key_value_heads"] == 1 and result.redefinition.config["compressed_shapes"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -188,9 +188,11 @@ def test_a_block_of_which_nothing_is_left_is_dropped_where_the_class_can_be_shor
     decision = {"sites": {}, "removed": [site.name for site in sites if site.block == 0]}
     result = pruned(family, decision)
     assert apart(result, decision) < TOLERANCE
-    blocks = result.remodel.blocks
+    blocks = result.redefinition.blocks
     if family == "gpt2":
-        assert blocks is None and "removed" in {m["form"] for m in result.remodel.config["compressed_modules"].values()}
+        assert blocks is None and "removed" in {
+            m["form"] for m in result.redefinition.config["compressed_modules"].values()
+        }
         return
     assert blocks == tuple(range(1, len(result.before.pieces))) and not result.after.model.config.to_dict().get(
         "compressed_shapes"
@@ -242,7 +244,7 @@ def test_a_pruned_model_is_pruned_again(opened, pruned, tmp_path):
 def test_the_residual_stream_of_a_post_norm_model_is_not_made_narrower(opened):
     _, facts = opened("bert")
     with raises(ModelError, where="bert.encoder.layer.0.output.LayerNorm", reason="post-norm"):
-        pruned_remodel(facts, facts.prunable(), {"sites": {}, "hidden": HIDDEN})
+        pruned_redefinition(facts, facts.prunable(), {"sites": {}, "hidden": HIDDEN})
 
 
 def test_a_narrower_rms_norm_takes_the_factor_of_the_worked_example(opened, pruned):
@@ -319,8 +321,8 @@ def test_a_decision_that_does_not_fit_the_model_is_refused(decision, data, opene
 class Told(made.Fixed):
     export: str = "auto"
 
-    def remodel(self, model, decision):
-        return pruned_remodel(model, model.prunable(), self.decision, self.export)
+    def redefine(self, model, decision):
+        return pruned_redefinition(model, model.prunable(), self.decision, self.export)
 
 
 @pytest.mark.slow

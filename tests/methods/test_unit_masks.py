@@ -101,7 +101,9 @@ def test_a_base_model_is_compared_by_its_hidden_states():
     dense = Dense.of(whole)
     (same, half) = (
         next(
-            distilled(whole, dense)(0, dense.after[0], lambda part, f=f: whole.head(0, dense.after[0][part] * f, part))
+            distilled(whole, dense)(
+                0, dense.after[0], lambda part, f=f: whole.output_head(0, dense.after[0][part] * f, part)
+            )
         )
         for f in (1, 0.5)
     )
@@ -114,14 +116,14 @@ def test_labels_that_are_missing_or_do_not_fit_are_errors():
     whole = shaping.Whole(tiny.build("bert"), shaping.token_batches(1, 2, 5))
     hidden = Dense.of(whole).after[0]
 
-    def head(samples):
-        return whole.head(0, hidden[samples], samples)
+    def output_head(samples):
+        return whole.output_head(0, hidden[samples], samples)
 
     with raises(PassError, where="loss: task", reason="no-labels"):
-        next(labelled(whole)(0, hidden, head))
+        next(labelled(whole)(0, hidden, output_head))
     whole.given_labels = [torch.tensor([0, 5])]
     with raises(PassError, where="loss: task", reason="labels", largest=5, shape=[2]):
-        next(labelled(whole)(0, hidden, head))
+        next(labelled(whole)(0, hidden, output_head))
     empty = shaping.Whole(tiny.build("bert"), [])
     with raises(PassError, where="data", reason="no-batch"):
         Dense.of(empty)
@@ -235,8 +237,8 @@ class Broken(shaping.Whole):
 
     bad, seen = (), -1
 
-    def head(self, batch, hidden, samples=slice(None)):
-        found = super().head(batch, hidden, samples)
+    def output_head(self, batch, hidden, samples=slice(None)):
+        found = super().output_head(batch, hidden, samples)
         self.seen += found.requires_grad
         return found * math.nan if found.requires_grad and self.seen in self.bad else found
 

@@ -216,7 +216,7 @@ def test_every_stage_sees_what_a_plain_hook_on_the_model_sees(family, saved):
     with torch.no_grad():
         probe(**batch)
     done()
-    hidden, calls = pieces.stem(batch)
+    hidden, calls = pieces.embeddings(batch)
     done = noting(seen)
     for index, call in enumerate(calls):
         for _ in range(3):
@@ -243,7 +243,7 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
     streams = []
     for seed in (0, 1):
         ids = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
-        hidden, calls = pieces.stem({"input_ids": ids})
+        hidden, calls = pieces.embeddings({"input_ids": ids})
         streams.append(CalibrationBatch({"input_ids": ids}, hidden, calls))
     assert not equal_calls(streams[0].calls, streams[1].calls)
     stream, watched = streams[0], watched_parameters(structure, 1)
@@ -281,5 +281,5 @@ def test_a_stock_model_keeps_a_number_of_heads_that_its_config_takes(saved):
 def test_what_cannot_be_narrower_everywhere_is_sliced_per_site(family, config, sparsity, why, saved):
     step = {"pass": "slicegpt", "sparsity": sparsity, "orientation": "global", "round_to": 1}
     found = reshaped(saved(family, **config), {"pass": "fuse_norms"}, step)
-    assert "compressed_modules" in found.remodel.config
-    assert any(re.search(why, note) for note in found.remodel.notes), found.remodel.notes
+    assert "compressed_modules" in found.redefinition.config
+    assert any(re.search(why, note) for note in found.redefinition.notes), found.redefinition.notes

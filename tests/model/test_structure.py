@@ -159,7 +159,7 @@ def test_a_block_that_writes_into_its_input_is_refused_by_name():
 def test_a_port_answers_for_its_block():
     model = tiny.build("gemma3")
     pieces = Pieces(model, "model.layers")
-    hidden, calls = pieces.stem(example_batch(model, torch.device("cpu")))
+    hidden, calls = pieces.embeddings(example_batch(model, torch.device("cpu")))
     assert hidden.shape[-1] == 32 and len(calls) == 3
     assert list(model.model.layers.children()) == pieces.blocks, "the blocks are back in place"
 

@@ -82,7 +82,7 @@ def test_the_signal_carried_is_that_of_the_sliced_model(family, width, twin):
     pieces, residual, batch, _ = twin(family)
     sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, width))
     assert error(reference.run(sliced, batch)[0], sliced.carried) < 1e-9
-    assert pieces.model.get_parameter(residual.stem[0].parameter).shape[residual.stem[0].axis] == width
+    assert pieces.model.get_parameter(residual.embeddings[0].parameter).shape[residual.embeddings[0].axis] == width
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -250,8 +250,8 @@ def test_uniform_counts_make_a_model_of_its_own_class_that_plain_transformers_lo
 
 def test_nothing_asked_for_plans_nothing(facts, tmp_path):
     settings = recipe({**FAST, "target": 0}).steps[0].settings
-    remodel = settings.remodel(facts("llama", tmp_path), None)
-    assert not remodel.shapes and not remodel.config and not settings.decides and not settings.unplanned
+    redefinition = settings.redefine(facts("llama", tmp_path), None)
+    assert not redefinition.shapes and not redefinition.config and not settings.decides and not settings.unplanned
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_greedy_removal_ends_at_its_target_and_keeps_what_is_protected(facts, tm
     left = {site.name: len(decision["sites"].get(site.name, ())) for site in sites}
     assert blocks.of(left) <= 0.8 * blocks.full
     with raises(PreflightError, where="greedy_removal.protect_layers", block=5, blocks=2):
-        GreedyRemoval(protect_layers=(5,)).remodel(known, None)
+        GreedyRemoval(protect_layers=(5,)).redefine(known, None)
 
 
 @pytest.mark.slow

@@ -21,17 +21,17 @@ from compressor.engine.calibration_batch import CalibrationBatch
 from compressor.engine.plan_records import parameter_count
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import pruned_remodel
+from compressor.methods.pruning.pruned_shapes import pruned_redefinition
 from compressor.model.facts import PrunableModule
 from compressor.model.probe_model import example_batch
-from compressor.model.redefined_structure import check_remodel
+from compressor.model.redefined_structure import check_redefinition
 from compressor.model.structure import Structure, read_structure
-from compressor.protocol import Pass, Traits
+from compressor.protocol import RewritePass, Traits
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 
 
-class Fixed(Pass):
+class Fixed(RewritePass):
     """Prunes what it is told to."""
 
     decision: dict[str, Any]
@@ -42,15 +42,11 @@ class Fixed(Pass):
     def traits(self):
         return Traits(reads="weights")
 
-    @property
-    def reshapes(self):
-        return True
-
-    def reshape(self, site, carry):
-        found = prune(site, site.facts.prunable(), self.decision, ridge=self.ridge, factors=self.factors)
+    def rewrite(self, view, state):
+        found = prune(view, view.facts.prunable(), self.decision, ridge=self.ridge, factors=self.factors)
         for name, repair in found.items():
-            site.warn("repaired" if repair.after < repair.before else "cut", name, f"{repair.before} {repair.after}")
-        return carry
+            view.warn("repaired" if repair.after < repair.before else "cut", name, f"{repair.before} {repair.after}")
+        return state
 
 
 @dataclass
@@ -58,7 +54,7 @@ class Pruned:
     """dense  the model as it was
     model     as it is read back from what was written
     after     its structure
-    remodel   what was planned
+    redefinition   what was planned
     """
 
     dense: Any
@@ -67,7 +63,7 @@ class Pruned:
     after: Structure
     sites: tuple[PrunableModule, ...]
     facts: Any
-    remodel: Any
+    redefinition: Any
     directory: Path
     warnings: list[dict[str, str]]
 
@@ -95,8 +91,8 @@ def carry_out(
 ) -> Pruned:
     """Plan and write it; with `batches` their signals are there while units are written."""
     sites = facts.prunable()
-    remodel = replace(pruned_remodel(facts, sites, decision, export), follows=bool(batches))
-    planned = check_remodel(structure, remodel, "steps")
+    redefinition = replace(pruned_redefinition(facts, sites, decision, export), follows=bool(batches))
+    planned = check_redefinition(structure, redefinition, "steps")
     dense = type(structure.model).from_pretrained(structure.checkpoint.directory, dtype=torch.float64).eval()
     step = Step(("steps", 0), "fixed", Fixed(decision=decision, **settings))
     journal = Journal.create(directory, {})
@@ -107,7 +103,7 @@ def carry_out(
         structure,
         planned,
         facts,
-        remodel,
+        redefinition,
         journal,
         streams,
         device,
@@ -121,7 +117,7 @@ def carry_out(
     written = directory / "units" / "s00"
     model, info = type(after.model).from_pretrained(written, dtype=torch.float64, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return Pruned(dense, model.eval(), structure, after, sites, facts, remodel, written, warnings)
+    return Pruned(dense, model.eval(), structure, after, sites, facts, redefinition, written, warnings)
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
@@ -167,7 +163,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def planned_parameters(result: Pruned) -> int:
     """Parameters of the pruned model, as `plan` counts them before anything is written."""
-    return parameter_count(check_remodel(result.before, result.remodel, "steps"))
+    return parameter_count(check_redefinition(result.before, result.redefinition, "steps"))
 
 
 def stored_numel(directory: Path) -> int:

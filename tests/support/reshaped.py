@@ -115,7 +115,7 @@ def sliced(
     cut = reference.slice_model(pieces, residual, batch, widths, basis)
     logits = reference.run(cut, batch)[1]
     if project:
-        for added in residual.stem:
+        for added in residual.embeddings:
             model.get_parameter(added.parameter).data = cut.whole.model.get_parameter(added.parameter).data
     modules, shortcuts, at = norms_of(residual, widths), {}, 0
     for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):

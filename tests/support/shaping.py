@@ -1,4 +1,4 @@
-"""A whole model in memory as passes that choose see it (`protocol.ShapingModel`), and where its masks sit, by hand."""
+"""A whole model in memory as passes that choose see it (`protocol.RunnableModel`), and where its masks sit, by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Whole:
         self.open, self.most_loaded = set(), 0
 
     @property
-    def units(self):
+    def parts(self):
         return len(self.pieces) + 2
 
     @property
@@ -46,17 +46,17 @@ class Whole:
         yield
         self.open.remove(unit)
 
-    def stem(self, batch):
-        hidden, self.calls[batch] = self.pieces.stem(self.inputs[batch])
+    def embeddings(self, batch):
+        hidden, self.calls[batch] = self.pieces.embeddings(self.inputs[batch])
         return hidden
 
     def run(self, unit, batch, hidden):
         assert unit in self.open
         return self.pieces.block(unit - 1, hidden, self.calls[batch][unit - 1], gradients=True)
 
-    def head(self, batch, hidden, samples=slice(None)):
+    def output_head(self, batch, hidden, samples=slice(None)):
         chosen = {name: value[samples] for name, value in self.inputs[batch].items()}
-        return self.pieces.head(chosen, hidden, gradients=True)
+        return self.pieces.output_head(chosen, hidden, gradients=True)
 
     def save(self, step, tensors):
         self.state = (step, {name: value.clone() for name, value in tensors.items()})

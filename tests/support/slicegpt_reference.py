@@ -108,10 +108,10 @@ def slice_model(
     sliced = Sliced(pieces, residual, Pieces(copy.deepcopy(pieces.model), pieces.blocks_path))
     model, width = pieces.model, residual.width
     with InDouble(), torch.no_grad():
-        x, calls = pieces.stem(batch)
+        x, calls = pieces.embeddings(batch)
         sites = all_sites(pieces, residual, calls)
         q = basis(x)
-        cut(model, residual.stem, q[:, : widths[0]])
+        cut(model, residual.embeddings, q[:, : widths[0]])
         for index, (site, branch) in enumerate(sites):
             kept = q[:, : widths[index]]  # (D, w)
             for norm in site.norms:
@@ -132,14 +132,14 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
     """The signal after the last block, and the logits, of the sliced model on its own."""
     width = sliced.residual.width
     with InDouble(), torch.no_grad():
-        x, calls = sliced.pieces.stem(batch)
+        x, calls = sliced.pieces.embeddings(batch)
         for (site, branch), shortcut in zip(all_sites(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
             x = x @ shortcut + branch(normed(x, width, site.norms[0].formula.eps))
         end = sliced.residual.end
         last = {end.module: sliced.whole.model.get_submodule(end.module)}
         with answering(last, {end.module: lambda h: normed(h, width, end.formula.eps)}):
             sliced.whole.answers = sliced.pieces.answers  # the head runs alone
-            return x, sliced.whole.head(batch, x)
+            return x, sliced.whole.output_head(batch, x)
 
 
 def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Sequence[Tensor]) -> Tensor:
@@ -149,7 +149,7 @@ def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Seque
     returns  logits
     """
     with InDouble(), torch.no_grad():
-        x, calls = pieces.stem(batch)
+        x, calls = pieces.embeddings(batch)
         for (site, branch), kept in zip(all_sites(pieces, residual, calls), bases, strict=True):
             x = x @ kept @ kept.t()
             x = x + branch(normed(x, residual.width, site.norms[0].formula.eps))

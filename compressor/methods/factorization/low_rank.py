@@ -13,7 +13,7 @@ from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Gram
 from compressor.model.weights import Group, Stage
-from compressor.protocol import Site
+from compressor.protocol import BlockView
 
 REFERENCE_BYTES = 2  # ratios are of the bytes of a weight in 16 bits, whatever dtype the model is held in
 TINY = 1e-30  # in place of zeros that are divided by
@@ -79,20 +79,20 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
     )
 
 
-def stage_metrics(site: Site, stage: Stage, damping: float, of_outputs: bool) -> list[tuple[Metric, int]]:
+def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: bool) -> list[tuple[Metric, int]]:
     """The metric of each group, and the tokens that it is from; H = I where no data is asked for, or none came."""
     if not of_outputs:
         return [(metric_of(None, group.in_features, damping, group.name), 0) for group in stage]
 
     def start(group: Group) -> Gram:
         exact = group.in_features <= EXACT_INPUTS
-        return Gram.zeros(group.in_features, torch.float64 if exact else torch.float32, site.device)
+        return Gram.zeros(group.in_features, torch.float64 if exact else torch.float32, view.device)
 
     found = []
-    for group, gram in zip(stage, site.fold(stage, start, Gram.add), strict=True):
+    for group, gram in zip(stage, view.fold(stage, start, Gram.add), strict=True):
         if gram.tokens < group.in_features:
             message = f"{gram.tokens} calibration tokens for {group.in_features} inputs"
-            site.warn("few-tokens", group.name, message if gram.tokens else f"{message}; weights count alike")
+            view.warn("few-tokens", group.name, message if gram.tokens else f"{message}; weights count alike")
         found.append((metric_of(gram.hessian(), group.in_features, damping, group.name), gram.tokens))
     return found
 

@@ -26,7 +26,7 @@ from compressor.methods.pruning.variational_masks import (
 )
 
 if TYPE_CHECKING:
-    from compressor.protocol import ShapingModel
+    from compressor.protocol import RunnableModel
 
 RETRIES = 3  # times that a loss of NaN sends the masks back to the last finite ones, at half the rate
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
@@ -64,7 +64,7 @@ class Trained:
 
 
 def train_masks(
-    model: ShapingModel,
+    model: RunnableModel,
     places: Places,
     size: Size,
     sizes: Mapping[str, int],

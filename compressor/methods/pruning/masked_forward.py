@@ -19,7 +19,7 @@ from compressor.methods.pruning.size_budget import STREAM
 
 if TYPE_CHECKING:
     from compressor.model.norms import Norm
-    from compressor.protocol import ShapingModel
+    from compressor.protocol import RunnableModel
 
 
 Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
@@ -110,7 +110,7 @@ def masked_norm(
 
 
 @contextmanager
-def masked(model: ShapingModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
+def masked(model: RunnableModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
     """Multiply what the readers of a unit get by their masks, while the unit runs."""
     with ExitStack() as stack:
         for reader in places.readers:
@@ -124,22 +124,22 @@ def masked(model: ShapingModel, unit: int, masks: Mapping[str, torch.Tensor], pl
         yield
 
 
-def masked_head(model: ShapingModel, draw: Draw, places: Places, last: torch.Tensor) -> Head:
+def masked_head(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor) -> Head:
     """The output of a draw, whose stream after the last block is given."""
 
     def head(samples: slice) -> torch.Tensor:
         rows = {name: z[samples] for name, z in draw.masks.items()}
-        with masked(model, model.units - 1, rows, places):
-            return model.head(draw.batch, last[samples], samples)
+        with masked(model, model.parts - 1, rows, places):
+            return model.output_head(draw.batch, last[samples], samples)
 
     return head
 
 
-def run_blocks(model: ShapingModel, draws: Sequence[Draw], places: Places, streams: Sequence[torch.Tensor]) -> None:
+def run_blocks(model: RunnableModel, draws: Sequence[Draw], places: Places, streams: Sequence[torch.Tensor]) -> None:
     """Forward through all blocks without gradients; every draw keeps the stream before each of them."""
     for draw, stream in zip(draws, streams, strict=True):
         draw.entered = [stream]
-    for unit in range(1, model.units - 1):
+    for unit in range(1, model.parts - 1):
         with model.loaded(unit), torch.no_grad():
             for draw in draws:
                 fixed = {name: z.detach() for name, z in draw.masks.items()}
@@ -148,7 +148,7 @@ def run_blocks(model: ShapingModel, draws: Sequence[Draw], places: Places, strea
 
 
 def gradients(
-    model: ShapingModel,
+    model: RunnableModel,
     draws: Sequence[Draw],
     places: Places,
     streams: Sequence[torch.Tensor],
@@ -158,7 +158,7 @@ def gradients(
     run_blocks(model, draws, places, streams)
     total = 0.0
     slopes: list[torch.Tensor] = []
-    head = model.units - 1
+    head = model.parts - 1
     with model.loaded(head), torch.enable_grad():
         for draw in draws:
             last = draw.entered[-1].detach().requires_grad_()
@@ -188,7 +188,7 @@ class Dense:
     after: list[torch.Tensor]
 
     @classmethod
-    def of(cls, model: ShapingModel) -> Dense:
+    def of(cls, model: RunnableModel) -> Dense:
         """raises PassError if there is no calibration batch"""
         if not model.batches:
             raise PassError(
@@ -198,13 +198,13 @@ class Dense:
                 data={"reason": "no-batch"},
             )
         with model.loaded(0), torch.no_grad():
-            before = [model.stem(batch) for batch in range(model.batches)]
+            before = [model.embeddings(batch) for batch in range(model.batches)]
         draws = [Draw(batch, {}) for batch in range(model.batches)]
         run_blocks(model, draws, Places(()), before)
         return cls(before, [draw.entered[-1] for draw in draws])
 
 
-def distilled(model: ShapingModel, dense: Dense, weight: float = 1.0) -> Loss:
+def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0) -> Loss:
     """How far the output is from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
 
     A model without a head gives its last hidden states: there it is the squared error over their variance, summed over
@@ -214,14 +214,14 @@ def distilled(model: ShapingModel, dense: Dense, weight: float = 1.0) -> Loss:
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
         for part in _slices(last):
             with torch.no_grad():
-                wanted = _wide(model.head(batch, dense.after[batch][part], part))
+                wanted = _wide(model.output_head(batch, dense.after[batch][part], part))
             found = _wide(head(part))
             yield weight * (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
 
     return loss
 
 
-def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
+def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
     """Cross-entropy with the data's labels. raises PassError where there are none, or none that fit"""
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
@@ -249,17 +249,17 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
     return loss
 
 
-def losses(model: ShapingModel, draw: Draw, places: Places, last: torch.Tensor, loss: Loss) -> torch.Tensor:
+def losses(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor, loss: Loss) -> torch.Tensor:
     """(samples,) without gradients, from the stream after the last block."""
     with torch.no_grad():
         fixed = Draw(draw.batch, {name: z.detach() for name, z in draw.masks.items()})
         return torch.cat([part.detach() for part in loss(draw.batch, last, masked_head(model, fixed, places, last))])
 
 
-def predictions(model: ShapingModel, dense: Dense, batch: int) -> int:
+def predictions(model: RunnableModel, dense: Dense, batch: int) -> int:
     """How many predictions the model makes for a batch: one for each token, or one for each sample."""
     with torch.no_grad():
-        one = model.head(batch, dense.after[batch][:1], slice(0, 1))
+        one = model.output_head(batch, dense.after[batch][:1], slice(0, 1))
     return len(dense.after[batch]) * (one.shape[1] if one.dim() == 3 else 1)
 
 

@@ -13,7 +13,7 @@ from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_
 from compressor.methods.pruning.reconstruction import Batches, Repair, repair
 from compressor.model.facts import Decision, PrunableModule
 from compressor.model.residual_records import Residual
-from compressor.protocol import StreamSite
+from compressor.protocol import PartView
 
 
 def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Tensor:
@@ -24,7 +24,7 @@ def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Te
 
 
 def prune(
-    site: StreamSite,
+    view: PartView,
     sites: Sequence[PrunableModule],
     decision: Decision,
     *,
@@ -34,25 +34,25 @@ def prune(
     """Write the narrower parameters of one unit; what loses nothing is left as it is.
 
     factors  site name -> what the signal of each kept unit is multiplied by from now on, folded into the reader
-    ridge    solve readers that lose columns again for the dense output (`reconstruction`); needs a remodel
+    ridge    solve readers that lose columns again for the dense output (`reconstruction`); needs a redefinition
              that `follows`. None: they are cut
     returns  site name -> what came of it, where readers were solved
     """
-    own = [s for s in sites if s.block == site.index]
-    narrows = decision.get("hidden") is not None and len(decision["hidden"]) < site.residual.width
-    residual = site.residual if narrows else None
-    shapes = site.remodel.shapes
+    own = [s for s in sites if s.block == view.index]
+    narrows = decision.get("hidden") is not None and len(decision["hidden"]) < view.residual.width
+    residual = view.residual if narrows else None
+    shapes = view.redefinition.shapes
     values = {
-        name: site.read(name)
+        name: view.read(name)
         for name, shape in shapes.items()
-        if shape is not None and unit_of(name, site, residual) == site.index and not _is_new(name, own, decision)
+        if shape is not None and part_of(name, view, residual) == view.index and not _is_new(name, own, decision)
     }
     kept = kept_slices({name: tuple(value.shape) for name, value in values.items()}, own, decision, residual)
     gains = _gains(residual, decision) if residual is not None else {}
-    is_stock = "compressed_shapes" not in site.remodel.config
+    is_stock = "compressed_shapes" not in view.redefinition.config
     repairs: dict[str, Repair] = {}
     for s in own if factors or ridge is not None else ():
-        found = _new_reader(site, s, decision, (factors or {}).get(s.name), ridge)
+        found = _new_reader(view, s, decision, (factors or {}).get(s.name), ridge)
         if found is not None:
             repairs |= {s.name: found.repair} if found.repair is not None else {}
             values |= found.values
@@ -62,14 +62,14 @@ def prune(
         if name in gains:
             offset, factor = gains[name]
             value = (offset + value) * factor - offset
-        if residual is not None and is_stock and site.index < 0:
+        if residual is not None and is_stock and view.index < 0:
             value = value * _embedding_factor(name, residual, decision)
         if shapes.get(name, ()) is not None:
-            site.write(name, value)
+            view.write(name, value)
     for s in own:
         if s.bias and (path := _left_bias(s, decision)) and f"{path}.bias" in shapes:
-            bias = values[s.bias] if s.bias in values else site.read(s.bias)
-            site.write(f"{path}.bias", narrowed(bias, kept.get(s.bias, {})))
+            bias = values[s.bias] if s.bias in values else view.read(s.bias)
+            view.write(f"{path}.bias", narrowed(bias, kept.get(s.bias, {})))
     return repairs
 
 
@@ -82,13 +82,13 @@ class _Reader:
 
 
 def _new_reader(
-    site: StreamSite, s: PrunableModule, decision: Decision, factors: Sequence[float] | None, ridge: float | None
+    view: PartView, s: PrunableModule, decision: Decision, factors: Sequence[float] | None, ridge: float | None
 ) -> _Reader | None:
     units = kept_units(s, decision)
     is_cut = len(units) < s.units
     if factors is None and not (is_cut and ridge is not None and (units or s.bias)):
         return None
-    weight, axis = site.read(s.cuts[0].parameter), s.cuts[0].axis
+    weight, axis = view.read(s.cuts[0].parameter), s.cuts[0].axis
     matrix = weight if axis == 1 else weight.t()
     columns = sorted(column for unit in units for column in s.columns[unit])
     plain = matrix[:, torch.tensor(columns, dtype=torch.int64, device=matrix.device)]
@@ -98,12 +98,12 @@ def _new_reader(
     values: dict[str, torch.Tensor] = {}
     found = None
     if is_cut and ridge is not None:
-        batches = Batches(lambda: site.inputs(s.output_projection), len(site.states()))
-        assert batches.count, "the remodel doesn't follow, so there are no inputs to solve for"
+        batches = Batches(lambda: view.inputs(s.output_projection), len(view.states()))
+        assert batches.count, "the redefinition doesn't follow, so there are no inputs to solve for"
         found = repair(matrix, columns, plain, batches, ridge, s.bias is not None)
         plain = found.weight
         if found.shift is not None and s.bias is not None:
-            values[s.bias] = site.read(s.bias) + found.shift
+            values[s.bias] = view.read(s.bias) + found.shift
     if columns:
         values[s.cuts[0].parameter] = plain if axis == 1 else plain.t()
     return _Reader(values, found)
@@ -121,13 +121,13 @@ def _left_bias(site: PrunableModule, decision: Decision) -> str | None:
     return next(entry.path for entry in site.layout.removal or () if entry.adds)
 
 
-def unit_of(name: str, site: StreamSite, residual: Residual | None) -> int | None:
-    """Number of the unit that stores a parameter, as `StreamSite.index` counts; None: another block's."""
-    if name.startswith(site.path + "."):
-        return site.index
-    if residual is None or name.startswith(site.path.rpartition(".")[0] + "."):
+def part_of(name: str, view: PartView, residual: Residual | None) -> int | None:
+    """Number of the part that stores a parameter, as `PartView.index` counts; None: another block's."""
+    if name.startswith(view.path + "."):
+        return view.index
+    if residual is None or name.startswith(view.path.rpartition(".")[0] + "."):
         return None
-    return -1 if any(write.parameter == name for write in residual.stem) else len(residual.blocks)
+    return -1 if any(write.parameter == name for write in residual.embeddings) else len(residual.blocks)
 
 
 def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
@@ -142,7 +142,7 @@ def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, flo
 
 def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
     """A class that multiplies its embedding by the root of its width now does so by less."""
-    for write in residual.stem:
+    for write in residual.embeddings:
         if write.parameter == name and write.scale is not None and is_root(write.scale, residual.width):
             return (residual.width / len(decision["hidden"])) ** 0.5
     return 1.0

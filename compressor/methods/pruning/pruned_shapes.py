@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
-from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Remodel
+from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Redefinition
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, ResidualNorm
 
@@ -72,9 +72,9 @@ def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: s
             )
 
 
-def pruned_remodel(
+def pruned_redefinition(
     facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
-) -> Remodel:
+) -> Redefinition:
     """The definition of the pruned model.
 
     export  stock: a model of the same class or an error; custom: the modeling file, also where a stock model would do
@@ -85,13 +85,13 @@ def pruned_remodel(
     widths = (width, len(decision["hidden"]) if _narrows(facts, decision) else width)
     shapes = pruned_shapes(facts, sites, decision)
     if not shapes:
-        return Remodel(widths=widths, decision=decision)
+        return Redefinition(widths=widths, decision=decision)
     why: str | None = "the recipe asks for it"
     if export != "custom":
-        remodel = _stock(facts, sites, decision)
-        if isinstance(remodel, Remodel):
-            return replace(remodel, widths=widths, decision=decision)
-        why = remodel
+        redefinition = _stock(facts, sites, decision)
+        if isinstance(redefinition, Redefinition):
+            return replace(redefinition, widths=widths, decision=decision)
+        why = redefinition
         if export == "stock":
             raise PreflightError(
                 f"{facts.architecture} can't be pruned so by its config alone: {why}",
@@ -99,8 +99,8 @@ def pruned_remodel(
                 hint="Prune every block alike, or use export: auto, which adds a modelling file.",
                 data={"reason": "no-stock-model", "model": facts.architecture, "because": values_of(why)},
             )
-    remodel = _custom(facts, sites, decision, shapes, why)
-    return replace(remodel, widths=widths, decision=decision)
+    redefinition = _custom(facts, sites, decision, shapes, why)
+    return replace(redefinition, widths=widths, decision=decision)
 
 
 def pruned_shapes(
@@ -187,7 +187,7 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 # a stock model
 
 
-def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Remodel | str:
+def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Redefinition | str:
     """The model of the same class, or why there is none."""
     gone = dropped_blocks(sites, decision)
     stay = [site for site in sites if site.block not in gone]
@@ -215,8 +215,8 @@ def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decisio
         if facts.config.get(key):
             return "it is no model of its own class any more"
     blocks = tuple(block for block in range(count) if block not in gone) if gone else None
-    remodel = Remodel(config, pruned_shapes(facts, sites, decision, gone), blocks=blocks)
-    return facts.fits(remodel) or remodel
+    redefinition = Redefinition(config, pruned_shapes(facts, sites, decision, gone), blocks=blocks)
+    return facts.fits(redefinition) or redefinition
 
 
 def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
@@ -259,7 +259,7 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
         if not all(norm.formula.has_weight for norm in residual.norms()):
             return "its norms have no gain that could take the factor of a narrower stream"
         config |= {key: residual.end.formula.eps * width / kept for key in keys}
-    scaled = [write for write in residual.stem if write.scale is not None and is_root(write.scale, width)]
+    scaled = [write for write in residual.embeddings if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
         return "its table is scaled by the width of the stream and shared with the head"
     heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
@@ -282,7 +282,7 @@ def _custom(
     decision: Decision,
     shapes: dict[str, tuple[int, ...] | None],
     why: str | None,
-) -> Remodel:
+) -> Redefinition:
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
     said: dict[str, Any] = {}
     for kind in KINDS:  # what the class can't take block by block it may take from the config
@@ -317,7 +317,7 @@ def _custom(
     before = facts.config.get("compressed_shapes") or {}
     kept = {name: shape for name, shape in before.items() if shapes.get(name, ()) is not None}
     own = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
-    return Remodel({**said, **own}, dict(shapes))
+    return Redefinition({**said, **own}, dict(shapes))
 
 
 def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:

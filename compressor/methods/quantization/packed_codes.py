@@ -1,4 +1,4 @@
-"""What passes that leave integer codes share: the form, its settings, and handing codes to the site."""
+"""What passes that leave integer codes share: the form, its settings, and handing codes to the view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compressor.errors import ShapeError, WidthError
 from compressor.lazy import torch
 from compressor.methods.quantization.uniform_grid import Grid
 from compressor.model.weights import Weight
-from compressor.protocol import Site
+from compressor.protocol import BlockView
 
 GroupSize = Literal[-1, 32, 64, 128]
 
@@ -45,7 +45,7 @@ def packed_spec(
 
 
 def store(
-    site: Site,
+    view: BlockView,
     weight: Weight,
     codes: torch.Tensor,
     grid: Grid,
@@ -53,7 +53,7 @@ def store(
     record: Mapping[str, Any],
     index: torch.Tensor | None = None,
 ) -> None:
-    """Hand codes (out, ...) to the site in their stored form, scales in the site's dtype.
+    """Hand codes (out, ...) to the view in their stored form, scales in the view's dtype.
 
     index  (in,) the group of each input, where groups aren't neighbours
     """
@@ -62,10 +62,10 @@ def store(
 
     spec = packed_spec(weight, grid.bits, group_size, grid.symmetric)
     codes = codes.reshape(weight.shape).to(torch.int8)
-    scale = grid.scale.to(site.dtype)
+    scale = grid.scale.to(view.dtype)
     zero_point = None if grid.symmetric else grid.zero_point.to(torch.int8)
     if zero_point is not None and stored_form(grid.bits, grid.symmetric, index is not None) == ByteLinear.form:
         tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
-        site.put(weight, ByteLinear.from_tensors(spec, {k: v.contiguous() for k, v in tensors.items()}), **record)
+        view.put(weight, ByteLinear.from_tensors(spec, {k: v.contiguous() for k, v in tensors.items()}), **record)
         return
-    site.put(weight, PackedLinear.pack(codes, scale, zero_point, **spec, index=index), **record)
+    view.put(weight, PackedLinear.pack(codes, scale, zero_point, **spec, index=index), **record)

@@ -20,7 +20,7 @@ from compressor.lazy import torch
 if TYPE_CHECKING:
     from compressor.model.facts import ModelFacts
     from compressor.model.residual_records import ResidualNorm, ResidualWrite
-    from compressor.protocol import StreamSite
+    from compressor.protocol import PartView
 
 # eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); far above that is a failure
 ORTHOGONAL_TOLERANCE = 1e-12
@@ -196,7 +196,7 @@ def _dct(m: int) -> torch.Tensor:
 def untied_head(
     model: ModelFacts,
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...] | None], tuple[str, ...]]:
-    """(config, shapes, notes) of a Remodel in which the head has weights of its own, where it shared them."""
+    """(config, shapes, notes) of a Redefinition in which the head has weights of its own, where it shared them."""
     shared = [consumer.parameter for consumer in model.residual.end.consumers if consumer.parameter in model.tied]
     if not shared:
         return {}, {}, ()
@@ -205,40 +205,40 @@ def untied_head(
     return {"tie_word_embeddings": False}, {name: model.shapes[name] for name in shared}, (note,)
 
 
-def rotate_part(site: StreamSite, q: torch.Tensor) -> None:
+def rotate_part(view: PartView, q: torch.Tensor) -> None:
     """Rotate every parameter of the unit along the stream.
 
     q  (D, d) float64: the whole orthogonal matrix, or the columns that are kept
     """
-    if site.index < 0:
-        rotate_writes(site, site.residual.stem, q)
-    for stream in site.sites:
+    if view.index < 0:
+        rotate_writes(view, view.residual.embeddings, q)
+    for stream in view.sublayers:
         for norm in stream.norms:
-            rotate_consumers(site, norm, q)
-        rotate_writes(site, stream.writes, q)
-    if site.index == len(site.residual.blocks):
-        rotate_consumers(site, site.residual.end, q)
+            rotate_consumers(view, norm, q)
+        rotate_writes(view, stream.writes, q)
+    if view.index == len(view.residual.blocks):
+        rotate_consumers(view, view.residual.end, q)
 
 
-def rotate_consumers(site: StreamSite, norm: ResidualNorm, q: torch.Tensor) -> None:
+def rotate_consumers(view: PartView, norm: ResidualNorm, q: torch.Tensor) -> None:
     for consumer in norm.consumers:
-        site.write(consumer.parameter, rotate(site.read(consumer.parameter), q, consumer.axis))
+        view.write(consumer.parameter, rotate(view.read(consumer.parameter), q, consumer.axis))
 
 
-def rotate_writes(site: StreamSite, writes: tuple[ResidualWrite, ...], q: torch.Tensor) -> None:
+def rotate_writes(view: PartView, writes: tuple[ResidualWrite, ...], q: torch.Tensor) -> None:
     for write in writes:
-        site.write(write.parameter, rotate(site.read(write.parameter), q, write.axis))
+        view.write(write.parameter, rotate(view.read(write.parameter), q, write.axis))
 
 
-def pooled_covariance(sites: Iterator[StreamSite], normalised: bool = False) -> tuple[torch.Tensor, int]:
-    """(sum over all sites of their second moments, each of trace 1; tokens): (D, D) float64.
+def pooled_covariance(views: Iterator[PartView], normalised: bool = False) -> tuple[torch.Tensor, int]:
+    """(sum over all sublayers of their second moments, each of trace 1; tokens): (D, D) float64.
 
-    Without the scaling the last sites would decide alone, since the stream grows with depth.
+    Without the scaling the last sublayers would decide alone, since the stream grows with depth.
     """
     total, tokens = None, 0
-    for site in sites:
-        for norm in norms_of(site):
-            covariance = norm_covariance(site, norm, normalised)
+    for view in views:
+        for norm in norms_of(view):
+            covariance = norm_covariance(view, norm, normalised)
             scaled = of_trace_one(covariance.matrix)
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
     assert total is not None  # there is a head
@@ -250,16 +250,16 @@ def of_trace_one(matrix: torch.Tensor) -> torch.Tensor:
     return matrix / (float(matrix.trace()) or 1.0)
 
 
-def norms_of(site: StreamSite) -> list[ResidualNorm]:
+def norms_of(view: PartView) -> list[ResidualNorm]:
     """A norm for each place of the unit where the stream is read; of the head the last norm."""
-    is_head = site.index == len(site.residual.blocks)
-    return [stream.norms[0] for stream in site.sites] + ([site.residual.end] if is_head else [])
+    is_head = view.index == len(view.residual.blocks)
+    return [stream.norms[0] for stream in view.sublayers] + ([view.residual.end] if is_head else [])
 
 
-def norm_covariance(site: StreamSite, norm: ResidualNorm, normalised: bool) -> Covariance:
+def norm_covariance(view: PartView, norm: ResidualNorm, normalised: bool) -> Covariance:
     """Second moments of what a norm reads. raises PassError if no calibration token reached it, or one isn't finite"""
-    covariance = Covariance.zeros(site.residual.width, site.device)
-    for x in site.signals(norm):
+    covariance = Covariance.zeros(view.residual.width, view.device)
+    for x in view.signals(norm):
         covariance.add(x, normalised=normalised, where=norm.module)
     if not covariance.tokens:
         raise PassError("no calibration token reached it", where=norm.module, hint="Give calibration data.")

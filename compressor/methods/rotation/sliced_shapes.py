@@ -13,7 +13,7 @@ from math import prod
 from typing import Any, Literal
 
 from compressor.lazy import torch
-from compressor.model.facts import ModelFacts, Remodel
+from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.residual_records import Residual, ResidualNorm
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
@@ -63,7 +63,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         touching.add(name)
         return prod(shapes[name]) // residual.width
 
-    embeddings = sum(vectors(write.parameter) for write in residual.stem)
+    embeddings = sum(vectors(write.parameter) for write in residual.embeddings)
     sites = []
     for block in residual.blocks:
         for site in block:
@@ -165,7 +165,7 @@ def scheduled_widths(
     return tuple(widths)
 
 
-def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
+def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinition:
     """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before.
 
     widths  at each site and, last, before the head
@@ -183,7 +183,7 @@ def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
         modules[norm.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
         shapes.update({f"{norm.module}.weight": None} if norm.formula.has_weight else {})
 
-    for write in residual.stem:
+    for write in residual.embeddings:
         narrow(write.parameter, write.axis, widths[0])
     for site, width, following in zip(sites, widths, widths[1:]):
         for norm in site.norms:
@@ -204,10 +204,10 @@ def per_site_remodel(model: ModelFacts, widths: Sequence[int]) -> Remodel:
         shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
     before = model.config.get("compressed_shapes") or {}
     config = {"compressed_shapes": {**before, **held}, "compressed_modules": modules}
-    return Remodel(config, shapes, (residual.width, *widths), follows=True)
+    return Redefinition(config, shapes, (residual.width, *widths), follows=True)
 
 
-def global_remodel(model: ModelFacts, kept: int) -> Remodel:
+def global_redefinition(model: ModelFacts, kept: int) -> Redefinition:
     """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
     width = model.residual.width
     shapes: dict[str, tuple[int, ...] | None] = {}
@@ -220,7 +220,7 @@ def global_remodel(model: ModelFacts, kept: int) -> Remodel:
     heads = model.config.get("num_attention_heads")
     if heads:
         config["head_dim"] = model.config.get("head_dim") or width // heads
-    return Remodel(config, shapes, (width, kept))
+    return Redefinition(config, shapes, (width, kept))
 
 
 def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:

@@ -1,0 +1,117 @@
+"""What a step chooses over the whole model before its sweep: made once, then read from the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from compressor.engine.block_io import free_all
+from compressor.engine.block_view import BlockView
+from compressor.engine.calibration_batch import (
+    batch_labels,
+    calibration_batches,
+)
+from compressor.engine.choice_view import ModelView, WholeModelView
+from compressor.engine.sweeper import Sweeper
+from compressor.engine.walk import Part, Written, walk
+from compressor.errors import PassError
+from compressor.model.facts import Decision
+from compressor.protocol import RewritePass, TokenPass, WeightPass
+from compressor.recipe.recipe import Step
+
+
+def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> list[Decision | None]:
+    """What each step of a sweep that stores weights chooses over the whole model."""
+    decisions: list[Decision | None] = []
+    for position, step in enumerate(steps):
+        if not step.settings.decides:
+            decisions.append(None)
+            continue
+        view = _whole_model(sweeper, number, position, step, before)
+
+        def made(_warnings: list[dict[str, str]], step: Step = step, view: WholeModelView = view) -> Decision | None:
+            assert isinstance(step.settings, WeightPass)
+            return step.settings.decide(view)
+
+        decisions.append(_decided(sweeper, number, position, step, made))
+    return decisions
+
+
+def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, before: Written) -> WholeModelView:
+    """The model as earlier sweeps left it, as a step may see it before its own."""
+    structure = sweeper.structure
+    hold = sweeper.holder(partial(before.source, structure), stopped="stopped while deciding")
+
+    def begin() -> Iterator[Part]:
+        return walk(structure, sweeper.batches((step,)), hold)
+
+    def view(part: Part) -> BlockView:
+        return sweeper.view(step, part, sweeper.seed_of(number, position, part.unit, -1))
+
+    return WholeModelView(begin, view)
+
+
+def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decision:
+    """What a step that redefines the model chooses over the whole of it."""
+    reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
+
+    def made(warnings: list[dict[str, str]]) -> Decision:
+        assert isinstance(step.settings, RewritePass | TokenPass)
+        view = ModelView(
+            number,
+            reshape.facts,
+            structure,
+            calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
+            batch_labels(sweeper.samples, sweeper.device, step),
+            sweeper.device,
+            lambda unit: torch.Generator().manual_seed(sweeper.seed_of(number, 0, unit, -1)),
+            sweeper.journal,
+            sweeper.plan.recipe.model.placement == "resident",
+            sweeper.is_interrupted,
+            warnings,
+            partial(before.source, structure),
+        )
+        try:
+            return step.settings.choose(view)
+        finally:
+            view.close()
+
+    decision = _decided(sweeper, number, 0, step, made)
+    assert decision is not None
+    return decision
+
+
+def _decided(
+    sweeper: Sweeper,
+    number: int,
+    position: int,
+    step: Step,
+    decide: Callable[[list[dict[str, str]]], Decision | None],
+) -> Decision | None:
+    """The decision of a step: from the journal, or made now and committed with the warnings it adds to the list."""
+    key, journal = f"{number}/decision/{position}", sweeper.journal
+    if journal.done(key) is None:
+        sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
+        warnings: list[dict[str, str]] = []
+        try:
+            made = decide(warnings)
+        except torch.OutOfMemoryError as error:
+            raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+        free_all(sweeper.structure)
+        text = json.dumps(made, sort_keys=True)
+        facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}
+        journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
+        for warning in warnings:
+            sweeper.emit({"event": "warning", **warning})
+    line = journal.done(key)
+    assert line is not None
+    found: Decision | None = line["decision"]
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

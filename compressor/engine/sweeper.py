@@ -1,0 +1,81 @@
+"""What stays the same over all sweeps of a run, and the model as it now is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.analysis.input_producers import producers_of
+from compressor.data.samples import Samples
+from compressor.engine.block_io import UnitSource
+from compressor.engine.block_view import BlockView, Needs
+from compressor.engine.calibration_batch import (
+    CalibrationBatch,
+    calibration_batches,
+    probe_batch,
+)
+from compressor.engine.plan_records import Plan
+from compressor.engine.walk import Holder, Part
+from compressor.model.structure import Structure
+from compressor.recipe.recipe import Step
+from compressor.storage.journal import Journal
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Sweeper:
+    """What stays the same over a run, and the model as it now is.
+
+    probe  the output of the model as it is stored, once the last part has run
+    """
+
+    plan: Plan
+    journal: Journal
+    samples: Samples | None
+    device: torch.device
+    seed: int
+    emit: Emit
+    is_interrupted: Callable[[], bool]
+    probe: Tensor | None = None
+    needs: Needs = field(default_factory=dict)
+    structure: Structure = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.structure = self.plan.source
+
+    def begin(self, number: int, steps: tuple[Step, ...]) -> None:
+        """Tell of a sweep."""
+        units, passes = self.structure.block_count + 2, [step.name for step in steps]
+        self.emit({"event": "sweep", "sweep": number, "units": units, "passes": passes})
+
+    def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
+        """Calibration batches before the embeddings (none if no step reads inputs), and the probe as the last one."""
+        found = calibration_batches(self.structure, self.device, self.samples, steps)
+        return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
+
+    def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
+        return Holder(self.structure, self.device, source, self.is_interrupted, **options)
+
+    def seed_of(self, *place: int) -> int:
+        return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
+
+    def view(self, step: Step, part: Part, seed: int) -> BlockView:
+        """The loaded part as a step may see it; the last of the batches is the probe, which no pass sees."""
+        return BlockView(
+            part.structure,
+            part.unit,
+            frozenset(weight.name for weight in self.plan.selected[step.path]),
+            part.batches[:-1],
+            self.device,
+            torch.Generator().manual_seed(seed),
+            self.needs,
+            part.installed,
+            selected_functions=self.plan.functions_of(step, part.unit),
+            rescalable=producers_of(self.plan.producers, part.structure, part.unit),
+        )

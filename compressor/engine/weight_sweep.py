@@ -1,0 +1,259 @@
+"""A sweep whose steps store weights: each part is changed, stored, read back, and run as it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.engine.block_io import UnitSource, free_all, load_unit, unit_name, unit_tensors
+from compressor.engine.block_view import watched_parameters
+from compressor.engine.calibration_batch import (
+    CalibrationBatch,
+    run_unit,
+)
+from compressor.engine.decisions import decide
+from compressor.engine.sweeper import Sweeper
+from compressor.engine.walk import Part, Written, unit_event, unit_forms, walk
+from compressor.errors import PassError
+from compressor.layers.base import Layer
+from compressor.model.facts import Decision
+from compressor.model.redefined_structure import split_parameter
+from compressor.model.stored_weight import StoredWeight, relative_distance
+from compressor.model.weight_names import read_parameter
+from compressor.protocol import WeightPass
+from compressor.recipe.recipe import Step
+from compressor.storage.safetensors_file import Entry, write_file
+
+
+@dataclass(frozen=True)
+class StoringSweep:
+    """A sweep whose steps store weights.
+
+    before     the model as the sweeps before it wrote it
+    batches    calibration batches, and the probe as the last one
+    decisions  what each step has chosen over the whole model
+    """
+
+    sweeper: Sweeper
+    number: int
+    steps: tuple[Step, ...]
+    before: Written
+    batches: list[CalibrationBatch]
+    decisions: list[Decision | None]
+
+    def line(self, unit: int) -> dict[str, Any] | None:
+        """The journal's line of a part that is stored."""
+        return self.sweeper.journal.done(f"{self.number}/{unit}")
+
+    def written(self, unit: int) -> set[str]:
+        """Dense parameters of a part that is stored whose values are no longer the checkpoint's."""
+        line = self.line(unit)
+        assert line is not None
+        own = self.sweeper.structure.parameters_of(unit)
+        return {*line["written"], *(name for name in self.before.written if name in own)}
+
+    def source_before(self, unit: int) -> UnitSource:
+        return self.before.source(self.sweeper.structure, unit)
+
+    def source(self, unit: int) -> UnitSource:
+        """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
+        if (line := self.line(unit)) is None:
+            return self.source_before(unit)
+        forms = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
+        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), forms)
+
+
+def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
+    """Let the steps store weights, part by part. Returns the model as it is then written."""
+    structure = sweeper.structure
+    sweeper.begin(number, steps)
+    decisions = decide(sweeper, number, steps, before)
+    sweep = StoringSweep(sweeper, number, steps, before, sweeper.batches(steps), decisions)
+    hold = sweeper.holder(sweep.source, keeps_blocks=sweeper.plan.recipe.model.placement == "resident")
+    after = Written()
+
+    def done(part: Part, seconds: float) -> None:
+        sweeper.emit(unit_event(structure, number, part, seconds))
+
+    for part in walk(structure, sweep.batches, hold, done):
+        if sweep.line(part.unit) is None:
+            _store_part(sweep, part)
+            _read_back(part, sweep.source(part.unit), sweeper.device)
+        stored = sweep.source(part.unit)
+        assert stored.file is not None
+        after.files.append(stored.file)
+        after.forms.update(stored.forms)
+        after.written.update(sweep.written(part.unit))
+        _take_on(sweep, part)
+    free_all(structure)
+    return after
+
+
+def _take_on(sweep: StoringSweep, part: Part) -> None:
+    """Take the batches on through the part as it is stored. raises PassError where the probe overflows"""
+    probe = sweep.batches[-1]
+    entered = probe.hidden
+    part.advance()
+    if part.is_block:
+        _check_probe(sweep, part, probe.hidden, entered)
+    if part.is_head:
+        sweep.sweeper.probe = part.output(probe)
+        _check_probe(sweep, part, sweep.sweeper.probe, entered)
+
+
+def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tensor) -> None:
+    """Stop where the probe, of which the artifact has to give the outputs again, overflows.
+
+    output   what the part as it is stored makes of `entered`
+    raises   PassError naming the part, and whose fault it is
+    """
+    if bool(torch.isfinite(output).all()):
+        return
+    structure = part.structure
+    part.installed.remove()
+    load_unit(structure, part.unit, sweep.source_before(part.unit), sweep.sweeper.device)
+    before = run_unit(structure, part.unit, replace(sweep.batches[-1], hidden=entered, tape=None))
+    dtype = str(structure.dtype).removeprefix("torch.")
+    if bool(torch.isfinite(before).all()):
+        raise PassError(
+            f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
+            where=unit_name(structure, part.unit),
+            hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+            data={"reason": "overflow-as-stored", "dtype": dtype},
+        )
+    raise PassError(
+        f"the model itself gives NaN or Inf for random tokens in {dtype}",
+        where=unit_name(structure, part.unit),
+        hint="Set model.dtype: bfloat16 or float32 in the recipe.",
+        data={"reason": "overflow-of-model", "dtype": dtype},
+    )
+
+
+def _read_back(part: Part, source: UnitSource, device: torch.device) -> None:
+    """Load the part as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
+    structure, installed = part.structure, part.installed
+    waiting = [batch for batch in part.batches if batch.tape is not None]
+    left = watched_parameters(structure, part.unit) if waiting else {}
+    stands_in = bool(installed.originals)
+    installed.remove()
+    load_unit(structure, part.unit, source, device)
+    same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
+    installed.install_stored(source, device)
+    if stands_in or not same:
+        for batch in waiting:
+            batch.tape = None
+
+
+@dataclass
+class Changes:
+    """What the steps of a sweep have made of one part.
+
+    put      weight name -> its format, and the layer that holds it
+    errors   relative, of each stored weight as it is rebuilt
+    written  parameters that stay dense and have new values
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    put: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
+
+
+def _store_part(sweep: StoringSweep, part: Part) -> None:
+    """Let the steps change the loaded part, commit it, and tell of it."""
+    changes = _run_steps(sweep, part)
+    _commit(sweep, part.unit, changes)
+    for record in changes.records:
+        sweep.sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
+    for warning in changes.warnings:
+        sweep.sweeper.emit({"event": "warning", **warning})
+
+
+def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
+    """Let each step of the sweep change the loaded part."""
+    sweeper, changes = sweep.sweeper, Changes()
+    for position, (step, decision) in enumerate(zip(sweep.steps, sweep.decisions, strict=True)):
+        view = sweeper.view(step, part, sweeper.seed_of(sweep.number, position, part.unit))
+        view.decision = decision
+        settings = step.settings
+        assert isinstance(settings, WeightPass)
+        work = settings.embeddings if part.unit == 0 else settings.output_head if part.is_head else settings.block
+        try:
+            work(view)
+        except torch.OutOfMemoryError as error:
+            raise PassError(
+                f"{step.name} ran out of memory",
+                where=unit_name(part.structure, part.unit),
+                hint="Use smaller calibration data.",
+            ) from error
+        if left := view.left_out():
+            raise PassError(
+                f"{step.name} has neither stored this weight nor kept it dense",
+                where=left[0],
+                hint="Report this to the authors of the pass; until then leave the weight out with `except`.",
+                data={"reason": "left-out", "pass": step.name, "weights": len(left)},
+            )
+        step_number = sweeper.plan.recipe.steps.index(step)
+        changes.records += [{"step": step_number, "pass": step.name, **record} for record in view.records]
+        changes.warnings += view.warnings
+        changes.put.update(view.put_layers)
+        changes.errors.update(view.errors)
+        changes.written |= view.written
+    return changes
+
+
+def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
+    """Make a part durable as the steps have left it."""
+    structure, source = sweep.sweeper.structure, sweep.source_before(unit)
+    forms = unit_forms(source, unit) | {name: form for name, (form, _) in changes.put.items()}
+    values: dict[str, Tensor] = {}
+    for name in sorted(changes.written):
+        values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
+    tensors = dict(unit_tensors(unit, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    facts = {
+        "forms": {name: form.to_dict() for name, form in forms.items()},
+        "records": changes.records,
+        "warnings": changes.warnings,
+        "relative_errors": changes.errors | _errors_of_rescaled(sweep, unit, changes),
+        "written": _written_errors(sweep, unit, changes),
+    }
+    file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
+    sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
+
+
+def _errors_of_rescaled(sweep: StoringSweep, unit: int, changes: Changes) -> dict[str, float | None]:
+    """How far each stored weight is from the checkpoint's, of those that were given new values before they were stored.
+
+    For the others the distance from what they were when they were stored is the same.
+    """
+    checkpoint, dtype = UnitSource(sweep.sweeper.structure), sweep.sweeper.structure.dtype
+    rescaled = changes.written | sweep.before.written
+    errors: dict[str, float | None] = {}
+    for name, (form, layer) in changes.put.items():
+        if form.weight.parameter in rescaled:
+            meant = checkpoint.read(form.weight.tensor)
+            errors[name] = relative_distance(layer.matrix(dtype), meant.t() if form.weight.transposed else meant)
+    return errors
+
+
+def _written_errors(sweep: StoringSweep, unit: int, changes: Changes) -> dict[str, float]:
+    """How far each parameter that stays dense and has new values is from the checkpoint's."""
+    structure = sweep.sweeper.structure
+    stored = {form.weight.parameter for form, _ in changes.put.values() if form.weight.expert is None}
+    checkpoint, model = UnitSource(structure), structure.model
+    return {
+        name: relative_distance(
+            model.get_parameter(name).data, read_parameter(name, structure.bindings, checkpoint.read, model)
+        )
+        for name in sorted(changes.written - stored)
+    }
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
