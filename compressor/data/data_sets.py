@@ -61,7 +61,9 @@ def open_dataset(settings: Columns) -> Any:
                 raise RecipeError(
                     f"has no split {settings.split!r}",
                     where=settings.source,
-                    hint=f"It has: {known or 'none'}.",
+                    hint=f"Set split to one of: {known}."
+                    if known
+                    else "Choose another data set: this one has no splits.",
                     data={"split": settings.split, "known": list(splits)},
                 )
             return splits[settings.split]
@@ -87,12 +89,16 @@ def _check_folder(folder: Path, source: str) -> None:
                     open_.append(Path(entry.path))
         except OSError as error:
             raise RecipeError(
-                f"holds {os.path.basename(error.filename or here)!r}, which can't be looked up ({error.strerror})",
+                f"contains {os.path.basename(error.filename or here)!r}, which can't be accessed ({error.strerror})",
                 where=source,
-                hint="Remove it, or check its permissions.",
+                hint="Give yourself read permission for it (chmod), or move it out of the folder.",
             ) from error
         if count > MOST_FILES:
-            raise RecipeError(f"holds more than {MOST_FILES} files", where=source, hint="Give a smaller folder.")
+            raise RecipeError(
+                f"contains more than {MOST_FILES} files",
+                where=source,
+                hint="Copy the files that are needed to a folder of their own and name that one.",
+            )
 
 
 def _check_named(folder: Path, source: str) -> None:
@@ -110,9 +116,9 @@ def _check_named(folder: Path, source: str) -> None:
         for name in _named_files(described):
             if "://" in name or os.path.isabs(name) or ".." in Path(name).parts:
                 raise RecipeError(
-                    f"names {name!r}, which lies outside of the data set's folder",
+                    f"names the file {name!r} outside of the data set's folder",
                     where=at,
-                    hint="Keep all files of a data set in one folder.",
+                    hint="Save the data set again with save_to_disk, or move the file into the folder.",
                     data={"reason": "leads-out", "name": name},
                 )
 

@@ -48,9 +48,9 @@ def find_file(source: str) -> Path:
     path, mode = look_up(source)
     if mode is None:
         raise RecipeError(
-            "is a link that leads nowhere" if path.is_symlink() else "no such data file",
+            "is a link to a file that doesn't exist" if path.is_symlink() else "no such data file",
             where=source,
-            hint="Built in: stdlib, random. Else a path or dataset:NAME.",
+            hint="Check the path, or use a built-in source (stdlib, random) or dataset:NAME.",
             data={"reason": "broken-link" if path.is_symlink() else "no-such-file"},
         )
     check_regular(mode, source)
@@ -66,7 +66,7 @@ def kind_of(path: Path) -> tuple[str, str]:
         raise RecipeError(
             f"files that end in {kind} are not read",
             where=path.name,
-            hint=f"Kinds that are: {KNOWN}; or a folder.",
+            hint=f"Convert it to one of: {KNOWN}; or name a folder.",
             data={"reason": "other-format", "ending": kind},
         )
     known = kind in (*JSON_LINES, ".json", *CSV, *PARQUET, *ARROW)
@@ -85,7 +85,7 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         raise RecipeError(
             f"can't be read ({error.strerror})",
             where=path.name,
-            hint="Check its permissions.",
+            hint="Give yourself read permission for it (chmod +r).",
             data={"reason": "not-read", "cause": error.strerror},
         ) from error
 
@@ -95,9 +95,9 @@ def check_size(size: int, name: str) -> None:
     most = memory_share()
     if size > most:
         raise RecipeError(
-            f"holds {size} bytes of data, and {most} can be held in memory here",
+            f"contains {size:,} bytes of data, and {most:,} fit into memory here",
             where=name,
-            hint="Give a part of it: a few thousand documents are enough.",
+            hint="Use a file with a part of it: a few thousand documents are enough.",
             data={"size": size, "limit": most},
         )
 
@@ -117,9 +117,9 @@ def look_up(source: str) -> tuple[Path, int | None]:
     except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long, a null character
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(
-            f"can't be looked up ({why})",
+            f"can't be accessed ({why})",
             where=source[:200],
-            hint="Give another path.",
+            hint="Name another path, or check the permissions of its folders.",
             data={"reason": "not-looked-up", "cause": why},
         ) from error
 
@@ -137,7 +137,7 @@ def check_regular(mode: int, where: str) -> None:
     raise RecipeError(
         f"is a {kind}, not a file",
         where=where,
-        hint="Save the data to a file first.",
+        hint="Write the data to a regular file and name that one.",
         data={"reason": "no-regular-file", "kind": kind},
     )
 
@@ -151,14 +151,16 @@ def reading(name: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise DependencyError(
-            f"needs a package that is not installed ({error})", where=name, hint="Install it with pip."
+            f"needs a package that is not installed ({error})",
+            where=name,
+            hint="Install the package that the message names with pip.",
         ) from error
     except Exception as error:  # the readers of many formats, each with exceptions of its own; EOFError among them
         said = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
             where=name,
-            hint="Check that the file is complete and of the kind that its name says.",
+            hint="Copy the file again if it is incomplete, or correct its suffix if it has another format.",
             data={"reason": "not-read", "error": type(error).__name__, "cause": said},
         ) from error
 
@@ -168,7 +170,7 @@ def load_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise DependencyError(f"needs the package {package}", where="data", hint="pip install datasets") from error
+        raise DependencyError(f"needs the package {package}", where="data", hint="Run pip install datasets.") from error
 
 
 def decompressed(path: Path, ending: str, content: bytes, most: int | None) -> bytes:

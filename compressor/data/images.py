@@ -18,7 +18,10 @@ from compressor.lazy import torch
 from compressor.process.utf8 import parse_json
 
 PROCESSOR = "preprocessor_config.json"
-FORM = "Give `images` as uint8 of shape (n, height, width) or (n, height, width, channels), and `labels` as (n,)."
+FORM = (
+    "Save it with numpy.savez: `images` as uint8 of shape (n, height, width) or (n, height, width, channels), "
+    "and `labels` as whole numbers of shape (n,)."
+)
 
 
 def read_images(source: str) -> tuple[torch.Tensor, list[int] | None, bytes]:
@@ -81,14 +84,14 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
                 raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORM, data=values)
             if key == "images" and dtype != numpy.uint8:
                 raise RecipeError(
-                    f"`images` is {dtype}, and is read as uint8",
+                    f"`images` has the dtype {dtype}; uint8 is needed",
                     where=name,
-                    hint="Give the pixels from 0 to 255, as uint8; the model's own normalisation follows.",
+                    hint="Save the pixels from 0 to 255 as uint8; they are normalized by preprocessor_config.json.",
                     data={"array": key, "dtype": str(dtype)},
                 )
             if key == "labels" and dtype.kind not in "iuf":
                 raise RecipeError(
-                    f"`labels` is {dtype}, not whole numbers",
+                    f"`labels` has the dtype {dtype}; whole numbers are needed",
                     where=name,
                     hint=FORM,
                     data={"array": key, "dtype": str(dtype)},
@@ -142,12 +145,15 @@ def _processor(model_directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"can't be read ({error})",
             where=PROCESSOR,
-            hint="Download it again.",
+            hint="Download the model's preprocessor_config.json again.",
             data={"reason": "not-read", "cause": str(error)},
         ) from error
     if not isinstance(stated, dict):
         raise ModelError(
-            "is not a JSON object", where=PROCESSOR, hint="Download it again.", data={"reason": "no-object"}
+            "is not a JSON object",
+            where=PROCESSOR,
+            hint="Download the model's preprocessor_config.json again.",
+            data={"reason": "no-object"},
         )
     return stated
 
@@ -161,7 +167,7 @@ def _numbers(stated: dict[str, Any], key: str, channels: int) -> torch.Tensor:
         raise ModelError(
             f"{key} is {value!r:.80}, for images of {channels} channels",
             where=PROCESSOR,
-            hint=f"Give one number, or one for each of the channels that the model reads, in {key}.",
+            hint=f"Set {key} to one number, or to a list of {channels} numbers.",
             data={"key": key, "value": f"{value!r:.80}", "channels": channels},
         )
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)

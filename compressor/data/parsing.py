@@ -56,15 +56,15 @@ def _decode(content: bytes, name: str, is_cut: bool) -> str:
         raise RecipeError(
             f"is not {encoding.upper()} (byte {at})",
             where=name,
-            hint="Save it as UTF-8.",
+            hint=f"Convert it to UTF-8, for example with iconv -f ENCODING -t UTF-8 {name}.",
             data={"reason": "bad-encoding", "encoding": encoding, "byte": at},
         ) from error
     if (at := text.find("\0")) >= 0:
         line = text.count("\n", 0, at) + 1
         raise RecipeError(
-            f"holds a null character (line {line})",
+            f"contains a null character (line {line})",
             where=name,
-            hint="It isn't text, or is UTF-16 without a byte order mark; save it as UTF-8.",
+            hint="Use a text file; if it is UTF-16 without a byte order mark, convert it: iconv -f UTF-16LE -t UTF-8.",
             data={"reason": "null-character", "line": line},
         )
     return text
@@ -80,7 +80,7 @@ def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
                 raise RecipeError(
                     "is not a JSON object",
                     where=f"{name}:{number}",
-                    hint="Each line is one object.",
+                    hint='Write one object per line, such as {"text": "..."}.',
                     data={"reason": "no-object"},
                 )
             found.append(row)
@@ -95,7 +95,7 @@ def _load_json(text: str, where: str) -> Any:
         raise RecipeError(
             f"is not JSON ({str(error)[:160]})",
             where=where,
-            hint="Correct it there.",
+            hint="Correct the file at that place, or export it again.",
             data={"reason": "bad-json", "cause": str(error)[:160], **twin},
         ) from error
 
@@ -135,15 +135,15 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
                 raise RecipeError(
                     "is not a JSON object",
                     where=f"{name}, row {number}",
-                    hint="Each row is one object.",
+                    hint='Write the rows as objects, such as [{"text": "..."}, ...].',
                     data={"reason": "no-object"},
                 )
         return _from_objects(tree, field, name)
     if not isinstance(tree, dict):
         raise RecipeError(
-            "holds no rows",
+            "contains no rows",
             where=name,
-            hint="Give an array of objects, or an object of columns.",
+            hint='Write an array of objects ([{"text": "..."}]) or an object of columns ({"text": ["..."]}).',
             data={"reason": "no-rows"},
         )
     values = tree.get(field)
@@ -152,9 +152,9 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
     labels = tree.get(LABEL)
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(values)):
         raise RecipeError(
-            f"the columns {field!r} and {LABEL!r} differ in length",
+            f"the columns {field!r} and {LABEL!r} have different lengths",
             where=name,
-            hint="Give each row one value of both.",
+            hint=f"Give every row a text and a label, or remove {LABEL!r} if accuracy isn't measured.",
             data={"reason": "unequal-columns", "columns": [field, LABEL]},
         )
     return values, labels
@@ -190,7 +190,7 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
             raise RecipeError(
                 f"has {len(row)} fields, the header has {len(header)}",
                 where=f"{name}:{line}",
-                hint="Quote texts that hold the separator or a line break.",
+                hint='Put "..." around texts that contain the separator or a line break.',
                 data={"fields": len(row), "header": len(header)},
             )
         values.append(row[place])
@@ -209,9 +209,9 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
     except csv.Error as error:
         if not is_cut or reader.line_num < text.count("\n"):  # else the cut went through a quoted text
             raise RecipeError(
-                f"is no CSV ({error})",
+                f"is not valid CSV ({error})",
                 where=f"{name}:{reader.line_num}",
-                hint="Check the quotes there and before.",
+                hint="Look for a quote that is not closed in this line and those before it.",
                 data={"reason": "bad-csv", "cause": str(error)},
             ) from error
     finally:

@@ -53,9 +53,9 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
         messages = _messages(value, field, rows.name, number)
         if render is None:
             raise RecipeError(
-                f"holds chat messages in {field!r}, and the model's tokenizer has no chat template",
+                f"contains chat messages in {field!r}, and the model's tokenizer has no chat template",
                 where=rows.name,
-                hint="Name a column of text with `field`, or add chat_template.jinja to the model.",
+                hint="Set `field` to a column of text, or copy chat_template.jinja beside the model's config.json.",
                 data={"reason": "no-chat-template", "field": field},
             )
         try:
@@ -64,7 +64,7 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
             raise RecipeError(
                 f"the model's chat template refuses it ({type(error).__name__}: {str(error)[:160]})",
                 where=f"{rows.name}, row {number}",
-                hint="Leave such rows out, or name a column of text with `field`.",
+                hint="Remove or correct this row, or set `field` to a column of text.",
                 data={"reason": "chat-refused", "error": type(error).__name__, "cause": str(error)[:160]},
             ) from error
         texts.append(text_of(text, field, rows.name, number))
@@ -81,14 +81,14 @@ def whole_labels(labels: list[Any], name: str) -> list[int]:
             raise RecipeError(
                 f"has {found}: a label is missing or not a whole number",
                 where=f"{name}, row {row}",
-                hint=f"Give each row a class number from 0 on in {LABEL!r}, or drop that column.",
+                hint=f"Write a class number (0, 1, ...) into {LABEL!r} of every row, or remove that column.",
                 data={"reason": "no-whole-label", "label": None if label is None else f"{label!r:.60}"},
             )
         if not 0 <= label < 2**31:
             raise RecipeError(
-                f"has the label {int(label)}, which is no class number",
+                f"has the label {int(label)}; class numbers are 0 to {2**31 - 1}",
                 where=f"{name}, row {row}",
-                hint="Class numbers begin at 0; leave rows without a class out.",
+                hint="Remove this row if it has no class, or write its class number.",
                 data={"reason": "label-out-of-range", "label": int(label)},
             )
         numbers.append(int(label))
@@ -99,7 +99,7 @@ def text_of(value: Any, field: str, name: str, row: int) -> str:
     where = f"{name}, row {row}"
     if not isinstance(value, str):
         found = FOUND.get(type(value), type(value).__name__)
-        hint = "Leave such rows out." if value is None else "Name a column of texts with `field`."
+        hint = "Remove the rows without text." if value is None else "Set `field` to a column that contains text."
         values = {"reason": "no-text", "found": found, "field": field}
         raise RecipeError(f"has {found} in {field!r}, not text", where=where, hint=hint, data=values)
     try:
@@ -108,7 +108,7 @@ def text_of(value: Any, field: str, name: str, row: int) -> str:
         raise RecipeError(
             f"has half a surrogate pair in {field!r} (character {error.start + 1})",
             where=where,
-            hint="Write that character as UTF-8.",
+            hint="Write the whole character, or remove the row.",
             data={"reason": "half-pair", "field": field, "character": error.start + 1},
         ) from error
     return value
@@ -130,9 +130,9 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
     found = chat_of(value)
     if found is None:
         raise RecipeError(
-            f"has no chat in {field!r}, as row 1 has",
+            f"has no chat in {field!r}, while row 1 has one",
             where=where,
-            hint="Leave such rows out.",
+            hint="Remove this row, or write its chat as a list of objects with `role` and `content`.",
             data={"reason": "no-chat", "field": field},
         )
     messages = []
@@ -143,7 +143,7 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
                 raise RecipeError(
                     f"message {number} in {field!r} has no text in {key!r}",
                     where=where,
-                    hint="A chat is a list of objects with `role` and `content`, both text.",
+                    hint=f"Write a text into {key!r} of this message, or remove the row.",
                     data={"reason": "no-message-text", "message": number, "field": field, "key": key},
                 )
             text_of(told[key], f"{field}.{key}", name, row)
@@ -162,4 +162,6 @@ def no_field(field: str, keys: list[Any], where: str, what: str, known: str) -> 
 
 def two_columns(column: str, name: str) -> RecipeError:
     values = {"reason": "two-columns", "column": column}
-    return RecipeError(f"has two columns {column!r}", where=name, hint="Rename one of them.", data=values)
+    return RecipeError(
+        f"has two columns {column!r}", where=name, hint="Rename one of the two columns in the file.", data=values
+    )

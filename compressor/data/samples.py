@@ -215,9 +215,9 @@ def _check_room(settings: Settings) -> None:
     size, most = settings.samples * settings.length * TOKEN_BYTES, memory_share()
     if size > most:
         raise RecipeError(
-            f"{asked} are {size} bytes, {most} can be held in memory here",
+            f"{asked} take {size:,} bytes, and {most:,} fit into memory here",
             where="random",
-            hint="Ask for fewer samples, or shorter ones.",
+            hint="Set a smaller samples or length.",
             data={"samples": settings.samples, "length": settings.length, "size": size, "limit": most},
         )
 
@@ -256,33 +256,37 @@ def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
         return
     if reads_pixels:
         raise RecipeError(
-            "this model reads pixels, the data is text",
+            "the model reads pixels, but the data is text",
             where=f"data.source {settings.source!r}",
-            hint="Give a .npz file with `images` and `labels`.",
+            hint="Set source to a .npz file with `images` and `labels`.",
             data={"reads": "pixels", "data": "text"},
         )
     raise RecipeError(
-        "this model reads text, the data is images",
+        "the model reads text, but the data is images",
         where=f"data.source {settings.source!r}",
-        hint="Give text: stdlib, a text file, rows of text, or dataset:NAME.",
+        hint="Set source to stdlib, a text file, a file with rows of text, or dataset:NAME.",
         data={"reads": "text", "data": "images"},
     )
 
 
 def _stdlib(split: str) -> tuple[list[str], None, str]:
     if split not in STDLIB_SHA256:
-        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="It has train and heldout.")
+        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="Set split to train or heldout.")
     content = gzip.decompress((Path(__file__).parent.parent / "text" / f"{split}.txt.gz").read_bytes())
     digest = hashlib.sha256(content).hexdigest()
     if digest != STDLIB_SHA256[split]:
-        raise RecipeError(f"the shipped text has hash {digest}", where=f"stdlib {split}", hint="Reinstall the package.")
+        raise RecipeError(
+            f"the built-in text has sha256 {digest}, {STDLIB_SHA256[split]} is expected",
+            where=f"stdlib {split}",
+            hint="Run pip install --force-reinstall compress-model.",
+        )
     return content.decode().split(DOCUMENT_BREAK), None, digest
 
 
 def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]:
     """The numbers of the documents or images that are drawn, in order. raises RecipeError if there are too few"""
     if count < samples:
-        hint = f"Set samples to {count} or less, or give more." if count else "Give more."
+        hint = f"Set samples to {count} or less, or use larger data." if count else "Use larger data."
         values = {"available": count, "samples": samples, "of": of}
         raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint, data=values)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
@@ -294,6 +298,6 @@ def _check_hash(settings: Settings, digest: str) -> None:
         raise RecipeError(
             f"has sha256 {digest}, the recipe pins {settings.sha256}",
             where=settings.source,
-            hint="Use the pinned data, or update data.sha256.",
+            hint="Use the data of that hash, or set sha256 to the new one if this data is the right one.",
             data={"reason": "sha256", "found": digest, "pinned": settings.sha256},
         )

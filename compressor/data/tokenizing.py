@@ -27,7 +27,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     where, references = tokenizer_code(directory)
     if references and not trust_remote_code:
         raise ModelError(
-            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
+            f"its tokenizer is code bundled with the model: {required_code(directory, references)}",
             where=where,
             hint=FLAG,
             data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
@@ -65,9 +65,9 @@ def pack(
         ids += [*made, end] if made and end is not None else made
     if not ids and any(document.strip() for document in documents):
         raise RecipeError(
-            "the model's tokenizer makes no tokens of its text",
+            "the model's tokenizer gives no tokens for its text",
             where=where,
-            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+            hint="Copy all files of the tokenizer (tokenizer.json and others) beside config.json.",
             data={"reason": "no-tokens"},
         )
     windows = len(ids) // settings.length
@@ -75,14 +75,14 @@ def pack(
         raise RecipeError(
             f"the text has {len(ids)} tokens, one sample needs {settings.length}",
             where=where,
-            hint="Give more text or set a smaller length.",
+            hint="Use a longer text, or set a smaller length.",
             data={"tokens": len(ids), "length": settings.length},
         )
     if windows < settings.samples:
         raise RecipeError(
             f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
             where=where,
-            hint=f"Set samples to {windows} or less, or give more text.",
+            hint=f"Set samples to {windows} or less, or use a longer text.",
             data={"available": windows, "samples": settings.samples, "length": settings.length},
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
@@ -96,6 +96,6 @@ def tokens_of(
     ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
     if not ids:
         raise RecipeError(
-            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
+            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Remove documents without text."
         )
     return torch.tensor(ids)

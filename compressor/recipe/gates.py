@@ -97,9 +97,9 @@ def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
         name, equals, bound = text.partition("=")
         if not equals:
             raise UsageError(
-                f"{text!r} is not NAME=BOUND",
+                f"{text!r} does not have the form NAME=BOUND",
                 where=where,
-                hint="For example size_ratio=0.6",
+                hint="Write it as in size_ratio=0.6.",
                 data={"reason": "no-bound", "gate": text},
             )
         if (problem := unknown_gate(name)) is not None:

@@ -18,16 +18,16 @@ def apply_override(source: Source, override: str) -> None:
     place = f"--set {override}"
     if not is_utf8(override):
         raise RecipeError(
-            "holds bytes that are not UTF-8",
+            "contains bytes that are not UTF-8",
             where=printable(place),
-            hint="Give the value as UTF-8.",
+            hint="Write the value in UTF-8; `locale` shows the encoding of this terminal.",
             data={"reason": "not-utf-8"},
         )
     if not equals or not key:
         raise RecipeError(
-            "KEY=VALUE is needed",
+            "it does not have the form KEY=VALUE",
             where=place,
-            hint="For example --set steps.0.bits=3",
+            hint="Write it as in --set steps.0.bits=3.",
             data={"reason": "no-key-and-value"},
         )
     path: KeyPath = tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in key.split("."))
@@ -38,9 +38,9 @@ def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
     """Put a value where `path` leads. The path must lead through the recipe; only the last key may be new."""
     if path[0] == "steps" and (len(path) < 3 or path[2:] == ("sweep",) or (path[2] == "sweep" and len(path) < 5)):
         raise RecipeError(
-            "--set changes a step's settings, never the steps",
+            "--set can change the settings of a step, but not the steps",
             where=place,
-            hint="For example --set steps.0.bits=3",
+            hint="Edit the recipe file to change the steps; a setting is changed as in --set steps.0.bits=3.",
             data={"reason": "changes-steps"},
         )
     node = source.value
@@ -55,13 +55,14 @@ def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
             raise RecipeError(
                 f"{dotted(path[: depth + 1])!r} is not in the recipe",
                 where=place,
-                hint="--set never creates a step.",
+                hint="Check the number of the step with compress-model plan, or add the step to the recipe file.",
                 data={"reason": "not-in-recipe", "key": dotted(path[: depth + 1])},
             ) from None
     last = path[-1]
     if isinstance(node, list):
         if not isinstance(last, int) or last >= len(node):
-            raise RecipeError(f"the list has {len(node)} entries", where=place, hint="Give the whole list instead.")
+            hint = f"Set the whole list, as in --set {dotted(path[:-1])}=[...]."
+            raise RecipeError(f"the list has {len(node)} entries", where=place, hint=hint)
         node[last] = value
     elif isinstance(node, dict):
         node[last] = value

@@ -130,7 +130,7 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         "no such recipe file",
         where=name,
-        hint=f"Recipes that come along: {', '.join(known)}.",
+        hint=f"Check the path, or use a bundled recipe: {', '.join(known)}.",
         data={"reason": "no-such-recipe", "known": known},
     )
 
@@ -154,9 +154,9 @@ def parse_recipe(
     source = read_yaml(content, name)
     if not isinstance(source.value, dict):
         raise RecipeError(
-            "a recipe is a map of keys",
+            "the recipe is not a map of keys",
             where=source.where(()),
-            hint="Start with `version: 1`.",
+            hint="Write `version: 1` in its first line, and `steps:` below it.",
             data={"reason": "not-a-map"},
         )
     for override in overrides:
@@ -190,9 +190,9 @@ def _sweeps(steps: Any, source: Source) -> tuple[tuple[Step, ...], ...]:
     """A step alone is a sweep of its own."""
     if not isinstance(steps, list) or not steps:
         raise RecipeError(
-            "at least one step is needed",
+            "the recipe has no steps",
             where=source.where(("steps",)),
-            hint="steps: [{pass: gptq}]",
+            hint="Add a step, as in steps: [{pass: gptq}].",
             data={"reason": "no-steps"},
         )
     sweeps = []
@@ -221,9 +221,9 @@ def _name_of(file: str) -> str:
 def _step(entry: Any, source: Source, path: KeyPath) -> Step:
     if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
         raise RecipeError(
-            "a step names its pass",
+            "the step does not name its pass",
             where=source.where(path),
-            hint="{pass: NAME, ...}; passes: " + ", ".join(pass_names()),
+            hint="Write it as {pass: NAME, ...} with one of: " + ", ".join(pass_names()),
             data={"reason": "step-without-pass", "known": pass_names()},
         )
     try:

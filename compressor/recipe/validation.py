@@ -109,7 +109,7 @@ def _unknown_key(key: Any, known: list[str], where: str) -> RecipeError:
     return RecipeError(
         f"unknown key {key!r}",
         where=where,
-        hint=f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(known) + ".",
+        hint=f"Did you mean {near[0]!r}?" if near else "Use one of these keys: " + ", ".join(known) + ".",
         data={"reason": "unknown-key", "key": key, "near": near, "known": known},
     )
 

@@ -27,13 +27,13 @@ def compile_pattern(pattern: str, where: str) -> Glob:
     if REGEX_SIGNS.search(body):
         guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
         raise RecipeError(
-            f"pattern {pattern[:200]!r} looks like a regex",
+            f"pattern {pattern[:200]!r} looks like a regular expression",
             where=where,
-            hint=f"Globs are used here: {guess[:200]!r}",
+            hint=f"Write it as a glob: {guess[:200]!r}.",
             data={"reason": "regex", "pattern": pattern[:200], "glob": guess[:200]},
         )
     if not body:
-        raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
+        raise RecipeError("the pattern is empty", where=where, hint="Write '*' to match every weight.")
     depth = _plain(body)
     text = body if "." in depth or body == "**" else f"**.{body}"
     try:
@@ -69,7 +69,7 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
             raise RecipeError(
                 f"all {len(found)} weights that {pattern!r} matches are left out by `except`",
                 where=place,
-                hint="Drop the pattern, or narrow `except`.",
+                hint=f"Remove {pattern!r} from `only`, or remove these weights from `except`.",
                 data={"reason": "left-out", "pattern": pattern, "weights": len(found)},
             )
         chosen |= found
@@ -110,7 +110,7 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
             raise RecipeError(
                 f"pattern {pattern!r} matches none of {len(names)} weights.",
                 where=where,
-                hint=f"Near names: {', '.join(near or parts[:3])}.",
+                hint=f"Use names such as {', '.join(near or parts[:3])}; compress-model inspect lists all of them.",
                 data={"reason": "matches-none", "pattern": pattern, "weights": len(names), "near": near or parts[:3]},
             )
         result |= found
@@ -124,7 +124,9 @@ def _role(pattern: str, where: str) -> str:
         raise RecipeError(
             f"unknown role {pattern!r}",
             where=where,
-            hint=f"Did you mean @{near[0]}?" if near else "Roles: " + ", ".join(f"@{role}" for role in ROLES),
+            hint=f"Did you mean @{near[0]}?"
+            if near
+            else "Use one of the roles " + ", ".join(f"@{role}" for role in ROLES),
             data={"reason": "unknown-role", "pattern": pattern, "near": near},
         )
     return role

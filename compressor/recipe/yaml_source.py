@@ -55,7 +55,7 @@ def read_yaml(content: bytes, name: str) -> Source:
         raise RecipeError(
             f"is not UTF-8 (byte {error.start})",
             where=name,
-            hint="Save it as UTF-8.",
+            hint=f"Convert it to UTF-8, for example with iconv -f ENCODING -t UTF-8 {name}.",
             data={"reason": "not-utf-8", "byte": error.start},
         ) from error
     loader = None
@@ -63,7 +63,12 @@ def read_yaml(content: bytes, name: str) -> Source:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError("is empty", where=name, hint="Start with `version: 1`.", data={"reason": "empty"})
+            raise RecipeError(
+                "is empty",
+                where=name,
+                hint="Write `version: 1` in its first line, and `steps:` below it.",
+                data={"reason": "empty"},
+            )
         source = Source(name, None)
         source.value = _value(loader, node, (), source, [0])
         return source
@@ -108,7 +113,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
                 raise RecipeError(
                     f"key {key!r} appears twice",
                     where=at,
-                    hint="Keep one of them.",
+                    hint="Remove one of the two.",
                     data={"reason": "key-twice", "key": key},
                 )
             source.positions[(*path, key)] = at
@@ -126,7 +131,7 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
-        hint = "Use plain text, numbers, lists and maps."
+        hint = f"Remove {node.tag}, and write plain text, numbers, lists and maps."
         raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint, data=_tag(node))
     if not is_utf8(node.value):
         raise RecipeError(
