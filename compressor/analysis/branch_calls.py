@@ -34,7 +34,7 @@ from compressor.model.probe_model import example_batch, signature
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
 
-HINT = "No matrix can be put beside its branches."
+HINT = "Leave slicegpt out for this model; gptq, rtn and llm_int8 don't need this."
 PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
 CONSTANTS = (type(None), bool, int, float, str)
 
@@ -120,9 +120,9 @@ def check_widths(
                 narrow(hidden[..., : shape[0]], *calls[index].args, **calls[index].kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ModelError(
-                    f"its branches can't take {shape[:-1]} values and give {shape[1:]} back ({error})",
+                    f"its branches can't read {shape[:-1]} values and write {shape[1:]} ({error})",
                     where=f"{path}.{number}",
-                    hint="Keep the stream's width the same there.",
+                    hint="Set schedule: uniform, or orientation: global, or leave slicegpt out.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
         _check_ends(probe, path, residual, stem or widths[0][0], widths[-1][-1])
@@ -142,9 +142,9 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
         probe(**example_batch(probe, torch.device("cpu")))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
-            f"a stream that begins with {first} values can't end with {last} ({error})",
+            f"a residual stream that begins with {first} values can't end with {last} ({error})",
             where=type(probe).__name__,
-            hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
+            hint="Set orientation: global, or leave slicegpt out for this model.",
             data={"first": first, "last": last, "cause": str(error)},
         ) from error
 
@@ -198,14 +198,16 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = known.pop(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
-            raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
+            raise ModelError(
+                "its forward takes *args, so its arguments have no names", where=type(block).__name__, hint=HINT
+            )
 
     with recorded_calls(block) as calls:
         try:
             output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
-                f"can't be run on its own ({error})",
+                f"it can't be run alone ({error})",
                 where=type(block).__name__,
                 hint=HINT,
                 data={"reason": "not-on-its-own", "cause": str(error)},
@@ -221,20 +223,23 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], 
         for name in names:
             norm = next((call for call in record.calls if call.name == name), None)
             if norm is None:
-                raise ModelError("this norm is not called by its block itself", where=f"{where}.{name}", hint=HINT)
+                raise ModelError(
+                    "this norm is called by another module than its block", where=f"{where}.{name}", hint=HINT
+                )
             ways += [
                 {"norm": name, "steps": _steps(first, norm.output, record, where)}
                 for first in _readers(norm, norm.output, record)
             ]
         if not ways:
-            raise ModelError(
-                "no module takes the whole of what this norm gives", where=f"{where}.{names[0]}", hint=HINT
-            )
+            raise ModelError("no module reads the whole output of this norm", where=f"{where}.{names[0]}", hint=HINT)
         found.append({"norm": names, "shortcut": True, "branches": ways})
     output = record.output
     if isinstance(output, tuple) and any(part is not None for part in output[1:]):
         raise ModelError(
-            "it returns more than the residual stream", where=where, hint=HINT, data={"reason": "returns-more"}
+            "it returns other tensors beside the residual stream",
+            where=where,
+            hint=HINT,
+            data={"reason": "returns-more"},
         )
     return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
 
@@ -259,7 +264,9 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
             return steps
         if len(following) > 1:
             names = " and ".join(other.name for other in following)
-            raise ModelError(f"what it gives goes to {names}, so no row of modules is left", where=place, hint=HINT)
+            raise ModelError(
+                f"its output is read by {names}, so the branch is not one chain of modules", where=place, hint=HINT
+            )
         call, x = following[0], output
 
 
@@ -309,7 +316,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
         _stream(rotated, path, batch, found)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ModelError(
-            f"it can't run branch by branch ({error})",
+            f"it can't be run branch by branch ({error})",
             where=names[len(found)],
             hint=HINT,
             data={"reason": "no-branches", "cause": str(error)},
@@ -317,7 +324,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
     for name, before, after in zip(names, expected, found):
         if before.shape != after.shape or not size(before - after) <= TOLERANCE * size(before):
             raise ModelError(
-                "run branch by branch, it computes something else",
+                "run branch by branch, it gives other outputs",
                 where=name,
                 hint=HINT,
                 data={"reason": "other-values"},

@@ -46,7 +46,7 @@ from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_cl
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
 
-HINT = "It can't be pruned."
+HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_int8 don't need this."
 
 Kind = tuple[Any, ...]
 
@@ -93,7 +93,7 @@ def find_prunable(
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
                     where=renumbered(where, f"{path}.{at}", f"{path}.{index}"),
-                    hint="Leave this kind of site out, or choose another model.",
+                    hint=f"Leave {kind} out of vtrans' `sites`; where the pass is greedy_removal, leave the pass out.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
     return tuple(sites)
@@ -142,7 +142,7 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequ
                     IndexError,
                     AttributeError,
                 ) as error:  # the model's own code
-                    told = f"it can't be run with its parts pushed ({error})"
+                    told = f"it can't be run with its parts perturbed ({error})"
                     refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
     return Seen(prove_sites(probe, path, found, refused), refused, firsts)
 
@@ -174,12 +174,14 @@ def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[st
     try:
         models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
+        raise ModelError(
+            f"a model of twice the width and heads can't be built ({error})", where=cls.__name__, hint=HINT
+        ) from error
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
     groups = next((count for count in heads if count), None)
     if groups is None:
         raise ModelError(
-            "its config tells no number of attention heads",
+            "its config.json has no number of attention heads",
             where=cls.__name__,
             hint=HINT,
             data={"reason": "no-head-count"},

@@ -69,9 +69,9 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
     for name, entry in reshaping(model.config)[1].items():
         if entry["form"] == RotatedBlock.form:
             raise ModelError(
-                "has matrices beside its branches already, as a sliced model has",
+                "this block of a sliced model has its own rotation matrices already",
                 where=name,
-                hint=HINT,
+                hint="Use slicegpt once, and put fuse_norms and rotate before it.",
                 data={"reason": "sliced-already"},
             )
     probe, path = float64_probe_model(model, pieces), pieces.blocks_path
@@ -112,7 +112,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
     for norm in residual.norms():
         if norm.formula.kind != residual.kind:
             raise ModelError(
-                "LayerNorm and RMSNorm stand on one residual stream",
+                "both LayerNorm and RMSNorm read the residual stream",
                 where=norm.module,
                 hint=HINT,
                 data={"reason": "two-kinds-of-norm"},
@@ -164,7 +164,12 @@ class _Runner:
         states: dict[str, Tensor] = {}
         for name, seen in calls:
             if name in states:
-                raise ModelError("this norm runs more than once", where=name, hint=HINT, data={"reason": "norm-twice"})
+                raise ModelError(
+                    "this norm runs more than once in a forward pass of its block",
+                    where=name,
+                    hint=HINT,
+                    data={"reason": "norm-twice"},
+                )
             states[name] = _rows(seen)
         return {**states, "": _rows(output)}
 
@@ -195,7 +200,7 @@ def _find_stem(
         before = run()
     if calls:
         raise ModelError(
-            "the embeddings pass this norm before the first block",
+            "this norm is applied to the embeddings before the first block",
             where=calls[0][0],
             hint=HINT,
             data={"reason": "norm-before-blocks"},
@@ -220,7 +225,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
     for name in (*on_stream, ""):
         if not _same(moved[name] - before[name], _rows(pushed - runner.x)):
             raise ModelError(
-                "something reads the residual stream past its norms, or scales it",
+                "a layer reads the residual stream without a norm, or scales it",
                 where=name or where,
                 hint=HINT,
                 data={"reason": "past-norms-or-scaled"},
@@ -237,7 +242,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
         norms = tuple(_find_norm(runner, name, held) for name in group)
         if not written:
             raise ModelError(
-                "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
+                "what the branches after this norm write is scaled before it is added to the residual stream",
                 where=group[0],
                 hint=HINT,
                 data={"reason": "scaled-branches"},
@@ -259,7 +264,7 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
             raise ModelError(
                 "the residual stream passes through this norm (post-norm)"
                 if passes
-                else "this norm stands on a branch's output, so its gain acts on the residual stream itself",
+                else "this norm is applied to a branch's output, so its gain acts on the residual stream itself",
                 where=name,
                 hint=HINT,
                 data={"reason": "post-norm" if passes else "norm-on-branch"},
@@ -295,14 +300,14 @@ def _find_writes(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) 
                 continue
             if moved[0] == 0:
                 raise ModelError(
-                    "this is added to the residual stream before the first norm",
+                    "its output is added to the residual stream before the first norm",
                     where=name,
                     hint=HINT,
                     data={"reason": "added-before-norm"},
                 )
             if not all(_same(change, changes[moved[0]]) for change in changes[moved[0] :]):
                 raise ModelError(
-                    "what this adds doesn't stay on the residual stream",
+                    "what it adds to the residual stream is changed later in the block",
                     where=name,
                     hint=HINT,
                     data={"reason": "does-not-stay"},
@@ -362,7 +367,7 @@ def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
         raise ModelError(
-            f"{found} of the stream's width after the last block; it has to be one",
+            f"{found} of the residual stream's width after the last block; exactly one norm is needed",
             where=where,
             hint=HINT,
             data={"reason": "norms-at-end", "count": len(seen)},
@@ -371,14 +376,14 @@ def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
     before, moved = runner.states(held), runner.states(held, runner.pushed())
     if size(moved[""] - before[""]) > TOLERANCE * size(before[""]):
         raise ModelError(
-            "the head reads the residual stream past its norm",
+            "the output head reads the residual stream without its norm",
             where=where,
             hint=HINT,
             data={"reason": "head-past-norm"},
         )
     if not points_along(moved[seen[0]] - before[seen[0]], runner.direction):
         raise ModelError(
-            "this norm doesn't see the residual stream itself",
+            "the input of this norm is not the residual stream itself",
             where=seen[0],
             hint=HINT,
             data={"reason": "norm-beside-stream"},

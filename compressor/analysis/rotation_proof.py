@@ -20,7 +20,7 @@ from compressor.model.norms import Norm, apply_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualWrite
 
-HINT = "Its residual stream can't be rotated."
+HINT = "Leave fuse_norms, rotate and slicegpt out for this model; gptq, rtn and llm_int8 don't need this."
 
 
 def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> None:
@@ -52,14 +52,14 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
         wanted = center(before, -1) if residual.kind == "layer" else before
         if size(_rotated(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
             raise ModelError(
-                "its residual stream doesn't turn with everything that was found to touch it",
+                "rotating the residual stream changes its output: a layer that reads or writes it was not found",
                 where=f"{path}.{index - 1}" if index else "stem",
                 hint=HINT,
                 data={"reason": "does-not-turn"},
             )
     if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(
-            "its output changes when its residual stream is turned",
+            "rotating the residual stream changes the model's output: a layer that reads the stream was not found",
             where="head",
             hint=HINT,
             data={"reason": "output-changes"},
@@ -111,7 +111,7 @@ def _bias_of(model: nn.Module, consumer: InputProjection) -> Tensor:
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or leaf != "weight":
         raise ModelError(
-            "it has no bias that could take its norm's shift",
+            "it has no bias and is not a linear layer, so the shift of its norm can't be folded into it",
             where=consumer.parameter,
             hint=HINT,
             data={"reason": "no-bias"},

@@ -34,7 +34,7 @@ from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
 from compressor.model.structure import Structure
 
-CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
+CAUSAL_HINT = "Use prefill_pruning for a causal model; zero_tprune is for encoders."
 TOKENS = 13  # of the text a probe model reads
 UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # what attention may get and a gate doesn't compute
 
@@ -58,7 +58,7 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts
     hidden, calls = pieces.stem(batch)
     if hidden.dim() != 3:
         raise ModelError(
-            f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
+            f"its blocks get a tensor of shape {tuple(hidden.shape)}; (batch, tokens, width) is needed",
             where=type(probe).__name__,
             hint=HINT,
             data={"reason": "no-tokens", "shape": list(hidden.shape)},
@@ -78,7 +78,7 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts
         following = pieces.block(index, hidden, call)
         if following.shape != hidden.shape:
             raise ModelError(
-                f"gives {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
+                f"it returns {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
             )
         hidden = following
     everywhere = [
@@ -94,9 +94,9 @@ def _refuse_outputs(model: PreTrainedModel) -> None:
     for key in ("output_attentions",):
         if getattr(model.config, key, False):
             raise ModelError(
-                f"config.json asks for {key}, which would be of another size after each gate",
+                f"config.json sets {key}, whose tensors would have another size after each gate",
                 where=type(model).__name__,
-                hint=f"Set {key} to false.",
+                hint=f"Set {key} to false in config.json.",
                 data={"reason": "asks-for-output", "key": key},
             )
 
@@ -117,12 +117,12 @@ def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
     for key in ("image_size", "patch_size"):
         value = getattr(probe.config, key, None)
         if value is None:
-            raise ModelError(f"its config has no {key}", where=type(probe).__name__, hint=HINT)
+            raise ModelError(f"its config.json has no {key}", where=type(probe).__name__, hint=HINT)
         sizes.append((value, value) if isinstance(value, int) else tuple(value))
     rows, columns = (side // patch for side, patch in zip(*sizes))
     if not 0 <= tokens - rows * columns <= 8:  # one for the class, one for distillation, a few registers
         raise ModelError(
-            f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
+            f"its blocks get {tokens} tokens for {rows} x {columns} patches, so the tokens are not the patches",
             where=type(probe).__name__,
             hint=HINT,
             data={"reason": "tokens-not-patches", "tokens": tokens, "rows": rows, "columns": columns},
@@ -153,7 +153,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                 continue
             if name != "attention_mask" or not isinstance(value, Tensor):
                 raise ModelError(
-                    f"its blocks get {name}, which belongs to tokens and can't be narrowed with them",
+                    f"its blocks get the argument {name}, whose values per token can't be reduced to the kept tokens",
                     where=where,
                     hint=HINT,
                     data={"reason": "argument-of-tokens", "argument": name},
@@ -162,7 +162,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
             rows = value if value.dim() == 2 else value[:, :1]
             if not attended(value, len(hidden)).equal(wanted) or (value.dim() == 4 and not _same_rows(rows)):
                 raise ModelError(
-                    "its attention is not the same for all queries (causal, or within a window)",
+                    "its queries don't all see the same keys (causal attention, or a sliding window)",
                     where=where,
                     hint=CAUSAL_HINT,
                     data={"reason": "causal"},
@@ -188,13 +188,13 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
         output = block(hidden, *call.args, **call.kwargs)
     first = next((i for i, one in enumerate(seen) if is_inside(attention, one.name)), None)
     if first is None:
-        raise ModelError("its attention is not called by the block itself", where=where, hint=HINT)
+        raise ModelError("its attention is called by another module than the block", where=where, hint=HINT)
     at = next(
         (i for i in range(first + 1, len(seen)) if _reads_stream(block, hidden, call, seen[first], seen[i])), None
     )
     if at is None:
         raise ModelError(
-            "no module after its attention reads the residual stream, so there is no place between them",
+            "no module after its attention reads the residual stream, so there is no place for a gate",
             where=where,
             hint=HINT,
         )
@@ -205,7 +205,9 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
         entering = next((value for value in one.values if isinstance(value, Tensor)), None)
         if entering is None or entering.shape[:2] != hidden.shape[:2]:
             raise ModelError(
-                "does not get the tokens themselves, so it can't be given fewer", where=f"{where}.{one.name}", hint=HINT
+                "its input is not one vector per token, so it can't run on fewer tokens",
+                where=f"{where}.{one.name}",
+                hint=HINT,
             )
         given = one.output[0] if isinstance(one.output, tuple) else one.output
         goes_on = any(is_one_tensor(given, value) for other in behind[number + 1 :] for value in other.values)
@@ -233,9 +235,9 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
     used = [name for name, found in notes.items() if found]
     if len(used) != 1 or len(notes[used[0]]) != 1:
         raise ModelError(
-            "its attention isn't called through transformers' attention interface, so queries and keys aren't seen"
+            "its attention doesn't use transformers' attention interface, so its queries and keys can't be read"
             if not used
-            else f"it has {len(used)} attentions, of which a gate can follow one",
+            else f"it has {len(used)} attentions, and a gate can follow only one",
             where=where,
             hint=HINT,
         )
@@ -248,7 +250,11 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
         )
     for given in others:
         if strange := [name for name in UNKNOWN if given.get(name) is not None]:
-            raise ModelError(f"its attention gets {strange[0]}, which a gate doesn't compute", where=where, hint=HINT)
+            raise ModelError(
+                f"its attention gets the argument {strange[0]}, which a token gate can't compute",
+                where=where,
+                hint=HINT,
+            )
     return used[0], query
 
 
@@ -259,7 +265,7 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
     before, after = (_stream(block(x, *call.args, **call.kwargs)) for x in (hidden, changed))
     if torch.equal(before[0, 0], after[0, 0]):
         raise ModelError(
-            "its first token doesn't see its last: it is causal, or attends within a window",
+            "its first token doesn't see its last (causal attention, or a sliding window)",
             where=where,
             hint=CAUSAL_HINT,
             data={"reason": "causal"},

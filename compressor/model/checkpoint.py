@@ -137,7 +137,11 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     else:
         tensors, files = read_header(regular_file(directory, directory / name)), {name}
     if not tensors:
-        raise ModelError("the checkpoint holds no tensors", where=directory.name, hint="Download the model again.")
+        raise ModelError(
+            "the checkpoint contains no tensors",
+            where=directory.name,
+            hint="Download the model again: hf download NAME.",
+        )
     if others := _other_weights(directory, files):
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         unread.append(f"{name} is read, as transformers does; {shown} hold weights too, and are not read")
@@ -161,9 +165,9 @@ def resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except HFValidationError as error:
         raise ModelError(
-            "no such directory, and no name that a hub model can have",
+            "there is no such directory, and a hub model can't have this name",
             where=name[:200] if name.isprintable() and name else repr(name[:200]),
-            hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
+            hint="Pass --model with a checkpoint directory, the name of a model in the local hub cache, or demo.",
             data={"reason": "no-model-name"},
         ) from error
     except LocalEntryNotFoundError as error:
@@ -189,7 +193,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ModelError(
             f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
             where=name,
-            hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+            hint="Download the model again; if the values are the same, choose another checkpoint.",
             data={"reason": "not-finite", "bad": len(bad), "values": tensor.numel(), "first": bad[0].tolist()},
         )
 
@@ -197,10 +201,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def _refuse_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         raise ModelError(
-            "holds an adapter, which transformers adds to the weights where peft is installed",
+            "the directory contains an adapter, which transformers adds to the weights if peft is installed",
             where=f"{directory.name}/adapter_config.json",
             hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
-            "or give a directory without it.",
+            "or pass a directory without it.",
             data={"reason": "adapter"},
         )
 
@@ -209,7 +213,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
     """The file that transformers' from_pretrained starts with. raises ModelError if there is none to read"""
     if parts := sorted(path.name for path in directory.glob("shard-*.safetensors") if DISTRIBUTED.match(path.name)):
         raise ModelError(
-            f"the weights lie in parts of a distributed run ({parts[0]})",
+            f"the weights are stored as shards of a distributed run ({parts[0]})",
             where=directory.name,
             hint="Load the model with transformers and save it with save_pretrained(DIR).",
             data={"reason": "distributed", "file": parts[0]},
@@ -221,7 +225,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
             raise ModelError(
                 f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
                 where="config.json",
-                hint="Correct it, or remove it to read model.safetensors.",
+                hint="Correct transformers_weights, or remove the key to read model.safetensors.",
                 data={"reason": "transformers-weights", "value": repr(stated)},
             )
         return str(stated)
@@ -244,7 +248,7 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
     """
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
-        raise ModelError("has no usable `weight_map`", where=where, hint="Download it again.")
+        raise ModelError("has no usable `weight_map`", where=where, hint="Download this file again: hf download NAME.")
     tensors: dict[str, TensorInfo] = {}
     files = sorted(set(mapping.values()))
     twice: list[str] = []
@@ -253,15 +257,15 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
             raise ModelError(
                 f"names the file {shard!r}, which is not a plain name in this directory",
                 where=where,
-                hint="Refused: a checkpoint must not reach outside its directory.",
+                hint="Download the model again from a source you trust, or correct the name in the index.",
                 data={"reason": "no-plain-name", "file": shard},
             )
         path = directory / shard
         if not path.is_file():
             raise ModelError(
-                "shard is missing",
+                "the index names this shard, but the file is missing",
                 where=shard,
-                hint="Download the model again; the index names it.",
+                hint="Download the missing file, or the model again: hf download NAME.",
                 data={"reason": "missing-shard"},
             )
         held = read_header(regular_file(directory, path))
@@ -269,9 +273,9 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
         tensors.update(held)
     if lost := [name for name in mapping if name not in tensors]:
         raise ModelError(
-            f"lacks {len(lost)} tensors, such as {min(lost)}",
+            f"has none of {len(lost)} tensors that the index expects there, such as {min(lost)}",
             where=mapping[min(lost)],
-            hint="Index and shards are not of one model.",
+            hint="Download the index and all shards again from one revision: hf download NAME.",
             data={"reason": "lacks-tensors", "count": len(lost), "first": min(lost)},
         )
     if not twice:
@@ -287,13 +291,13 @@ def _no_weights(directory: Path) -> ModelError:
         return ModelError(
             f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
             where=directory.name,
-            hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
+            hint="If you trust its source, load it with transformers and write safetensors with save_pretrained(DIR).",
             data={"reason": "only-pickles", "names": pickles[:3]},
         )
     return ModelError(
-        "no model.safetensors or index was found",
+        "no model.safetensors or model.safetensors.index.json was found",
         where=directory.name,
-        hint="Download the model again.",
+        hint="Check the path, or download the model again: hf download NAME.",
         data={"reason": "no-weights"},
     )
 
@@ -305,18 +309,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"can't be read ({error.strerror})",
             where=path.name,
-            hint="Check the file.",
+            hint="Give yourself read permission for it (chmod +r).",
             data={"reason": "unreadable", "cause": error.strerror},
         ) from error
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"is not valid JSON ({error})",
             where=path.name,
-            hint="Download it again.",
+            hint="Correct the file at that place, or download it again.",
             data={"reason": "bad-json", "cause": str(error), **halves(error)},
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
-            "is not a JSON object", where=path.name, hint="Download it again.", data={"reason": "no-json-object"}
+            "is not a JSON object",
+            where=path.name,
+            hint="Download this file again: hf download NAME.",
+            data={"reason": "no-json-object"},
         )
     return value

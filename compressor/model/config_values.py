@@ -18,7 +18,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")  # what transformers can 
 LARGEST_SIZE, LARGEST_COUNT = 10**8, 10**6
 SIZES = re.compile(r"size|dim|embd|inner|position|ctx|window|length|rank|channel|hidden")
 FREE = re.compile(r"theta|token|_ids?$|seed|scal|factor|base|freq|version|eps")  # integers that nothing is made of
-HINT = "Correct it, or download config.json again."
+HINT = "Correct the value in config.json, or download that file again."
 Path = tuple[str, ...]  # of a key in config.json
 
 
@@ -42,7 +42,7 @@ def check_values(checkpoint: Checkpoint) -> None:
             raise ModelError(
                 "has no `model_type`",
                 where=where,
-                hint="Add the type of the model, such as llama.",
+                hint='Add the type of the model, for example "model_type": "llama".',
                 data={"reason": "no-model-type"},
             )
         raise wrong_value("model_type", kind, where, "the name of a model type is needed")

@@ -36,9 +36,9 @@ def load_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if dtype not in COMPUTED_IN:
         raise ModelError(
-            f"dtype is {str(stated).removeprefix('torch.')}, in which no model can be made",
+            f"dtype is {str(stated).removeprefix('torch.')}, in which no model can compute",
             where="config.json",
-            hint="Set it to float32, bfloat16 or float16.",
+            hint='Set "dtype" to "float32", "bfloat16" or "float16".',
         )
     return dtype
 

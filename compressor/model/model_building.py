@@ -41,9 +41,9 @@ def parse_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
     remote = trust_remote_code and "AutoConfig" in (checkpoint.config.get("auto_map") or ())
     if kind not in CONFIG_MAPPING and not remote:
         raise ModelError(
-            f"model_type is {kind!r}, which this transformers doesn't know; it can't read its config.json",
+            f"model_type is {kind!r}, which the installed transformers doesn't know",
             where=where_of(checkpoint),
-            hint="Update transformers, or check `model_type`.",
+            hint="Run pip install -U transformers, or correct `model_type` in config.json.",
             data={"reason": "unknown-model-type", "model_type": kind},
         )
 
@@ -87,7 +87,7 @@ def guarded(
             raise ModelError(
                 f"{failed} ({_said(error)})",
                 where=subject,
-                hint="This model can't be compressed block by block.",
+                hint="Choose another model; if transformers runs this one, report this message with its config.json.",
                 data={"reason": "not-in-blocks", "cause": _said(error)},
             ) from error
         cls, again = type(config), retry or work
@@ -132,11 +132,16 @@ def refusal(
             },
         )
     if isinstance(error, ImportError):
-        return DependencyError(f"{failed} ({said})", where=subject, hint="Install what it names.", data={"cause": said})
+        return DependencyError(
+            f"{failed} ({said})",
+            where=subject,
+            hint="Install the package that the message names with pip.",
+            data={"cause": said},
+        )
     return ModelError(
         f"{failed} ({said})",
         where=subject,
-        hint="Loading it with transformers alone shows the whole error.",
+        hint="Load it with transformers alone; if that works, report this message with the model's config.json.",
         data={"reason": "fails", "cause": said},
     )
 
@@ -165,7 +170,7 @@ def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if type(value) is int and value > 1 and value in largest.shape
     ]
     raise ModelError(
-        f"asks for {total:,} bytes of buffers beside {checkpoint.nbytes:,} bytes of weights; {name} alone has shape "
+        f"needs {total:,} bytes of buffers for {checkpoint.nbytes:,} bytes of weights; {name} alone has shape "
         f"{tuple(largest.shape)}" + (f", after {' or '.join(keys)}" if keys else ""),
         where=where_of(checkpoint),
         hint=HINT,

@@ -49,7 +49,7 @@ def refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> N
         raise ModelError(
             "encoder-decoder models have two stacks of blocks",
             where=cls.__name__,
-            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+            hint="Choose a model with one stack of blocks: a decoder, an encoder or a ViT.",
             data={"reason": "two-stacks"},
         )
 
@@ -65,7 +65,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         raise ModelError(
             "config.json names no `architectures`",
             where=where,
-            hint="Add the model's class name.",
+            hint='Add the class of the model, for example "architectures": ["LlamaForCausalLM"].',
             data={"reason": "no-architecture"},
         )
     check_kernels(checkpoint.config)
@@ -74,7 +74,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
     references = _code_of(checkpoint, name, cls, named)
     if references and not trust:
         raise ModelError(
-            f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
+            f"{name} is code bundled with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
             data={
@@ -87,7 +87,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
-            hint="Update transformers, or check `architectures` in config.json.",
+            hint="Run pip install -U transformers, or correct `architectures` in config.json.",
             data={"reason": "unknown-architecture", "architecture": name, "transformers": transformers.__version__},
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
@@ -102,7 +102,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         raise ModelError(
             f"{name} is not a model class",
             where=where,
-            hint="Check `architectures` in config.json.",
+            hint="Write the model's class into `architectures` in config.json, or download that file again.",
             data={"reason": "no-model-class", "name": name},
         )
     return config, class_for(cls, config)

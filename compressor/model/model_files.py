@@ -44,7 +44,7 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             "file is missing",
             where=name,
-            hint=f"A checkpoint directory has one ({directory.name}).",
+            hint=f"Check that {directory.name} is a checkpoint directory, or download the model again.",
             data={"reason": "missing", "directory": directory.name},
         ) from error
     except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
@@ -52,7 +52,7 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             f"can't be read ({said})",
             where=name,
-            hint="Download the model again.",
+            hint="Check the permissions of the file, or download the model again.",
             data={"reason": "unreadable", "cause": str(said)},
         ) from error
     if not stat.S_ISREG(found.st_mode):
@@ -60,7 +60,7 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             f"is {kind}, a regular file is needed",
             where=name,
-            hint="Not opened. Remove it from the directory.",
+            hint="Remove it from the directory, or put a regular file in its place.",
             data={"reason": "no-regular-file", "kind": kind},
         )
     if not _leads_inside(directory, path):
@@ -98,9 +98,9 @@ def entries(directory: Path) -> Iterator[Path]:
             count += 1
             if count > MAX_ENTRIES:
                 raise ModelError(
-                    f"holds more than {MAX_ENTRIES:,} files, which no model's directory does",
+                    f"contains more than {MAX_ENTRIES:,} files; it isn't the directory of a model",
                     where=str(directory),
-                    hint="Move the model's files into a directory of their own.",
+                    hint="Pass the directory that contains only the model's files.",
                     data={"reason": "too-many-files", "limit": MAX_ENTRIES},
                 )
             yield path
@@ -126,7 +126,7 @@ def _name(directory: Path, path: Path) -> str:
 
 
 def _refusal(name: str, what: str, reason: str) -> ModelError:
-    hint = "Refused: put the file itself into the directory if it belongs there."
+    hint = "Replace the link by the file itself if it belongs to the model, else remove the link."
     return ModelError(what, where=name, hint=hint, data={"reason": reason})
 
 

@@ -94,9 +94,9 @@ def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: tor
     needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
     if needed > there:
         raise PreflightError(
-            f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
+            f"a probe model with a few of its blocks needs {needed:,} bytes of memory, {there:,} are available",
             where=cls.__name__,
-            hint="Use a machine with more memory.",
+            hint="Free memory on this machine, or use one with more.",
             data={"needed": needed, "available": there},
         )
 
@@ -116,18 +116,18 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
         seen = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
         if not hasattr(seen, "image_size"):
             raise ModelError(
-                "its config.json doesn't say which size the images have",
+                "its config.json has no size of the images",
                 where=type(model).__name__,
-                hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+                hint="Add `image_size` to config.json, or to its `vision_config`.",
                 data={"reason": "no-image-size"},
             )
         size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
         pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
         return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
     raise ModelError(
-        f"its main input is {model.main_input_name!r}",
+        f"its main input is {model.main_input_name!r}, not token ids or pixels",
         where=type(model).__name__,
-        hint="Only models that read token ids or pixels are supported.",
+        hint="Choose a model that reads token ids (input_ids) or pixels (pixel_values).",
     )
 
 
@@ -139,7 +139,7 @@ def refuse_two_towers(model: PreTrainedModel) -> None:
         raise ModelError(
             "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
             where=type(model).__name__,
-            hint="Save the tower that is needed as a model of its own.",
+            hint="Save one tower as a model of its own, for example model.text_model.save_pretrained(DIR).",
             data={"reason": "two-towers"},
         )
 

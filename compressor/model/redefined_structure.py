@@ -119,9 +119,9 @@ def _tensor_infos(
         rows = shape[1] if whole else source.rows[1] - source.rows[0]
         if not whole and shape[1] != before[1]:
             raise ModelError(
-                "several tensors fill its rows, and their number changes",
+                "it is joined from several tensors along its rows, and the step changes the number of rows",
                 where=name,
-                hint="This model can't be reshaped.",
+                hint="Leave slicegpt, vtrans and greedy_removal out; gptq, rtn and llm_int8 can be used.",
             )
         infos[source.tensor] = _info(structure, name, (rows, *shape[2:]))
     return infos
@@ -171,9 +171,9 @@ def check_remodel(structure: Structure, remodel: Remodel, where: str, rewrites: 
     except (ModelError, *REFUSALS) as error:
         why = str(error) if isinstance(error, ModelError) else _in_one_line(error)
         raise PreflightError(
-            f"{structure.architecture} can't have the shapes this step makes ({why})",
+            f"{structure.architecture} can't be built with the shapes that this step makes ({why})",
             where=where,
-            hint="Choose other settings; docs/passes says which models each orientation fits.",
+            hint="Set another sparsity, target or orientation; docs/passes lists the models that each pass fits.",
             data={
                 "model": structure.architecture,
                 "because": error.data if isinstance(error, ModelError) else {"cause": why},

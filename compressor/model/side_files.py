@@ -136,7 +136,7 @@ def _module_folders(directory: Path) -> set[str]:
         raise ModelError(
             f"is not a list of modules ({type(error).__name__}: {error})",
             where=MODULES,
-            hint="Download it again, or remove it if the model isn't one of sentence-transformers.",
+            hint="Download it again, or remove it if the model is not of sentence-transformers.",
             data={"reason": "no-module-list", "cause": f"{type(error).__name__}: {error}"},
         ) from error
 

@@ -240,9 +240,9 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     if checkpoint.is_compressed_artifact:
         raise ModelError(
-            "is an artifact of this tool already",
+            "the model is an artifact of compress-model",
             where=directory.name,
-            hint="Start from the checkpoint it was made from.",
+            hint="Pass --model with the checkpoint that it was made from (`source` in its manifest).",
             data={"reason": "is-artifact"},
         )
     check_values(checkpoint)
@@ -265,7 +265,7 @@ def _check_generation(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             where=name,
-            hint="Correct it, download it again, or take it away.",
+            hint="Correct the file, download it again, or remove it.",
             data={"reason": "unreadable", "cause": f"{type(error).__name__}: {error}"},
         ) from error
 
@@ -307,7 +307,11 @@ def find_blocks(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not candidates:
-        raise ModelError("it has no list of blocks", where=type(model).__name__, hint="This model can't be split.")
+        raise ModelError(
+            "it has no list of blocks (nn.ModuleList)",
+            where=type(model).__name__,
+            hint="Choose a decoder, an encoder or a ViT of transformers.",
+        )
     return max(candidates, key=lambda name: (candidates[name], -len(name)))
 
 

@@ -53,7 +53,7 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
         raise ModelError(
             "`auto_map` is not a map",
             where=where,
-            hint="Check the file, or download it again.",
+            hint='Write a map such as {"AutoModel": "modeling_x.XModel"}, or download the file again.',
             data={"reason": "auto-map"},
         )
     result: dict[str, list[str]] = {}
@@ -62,9 +62,9 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
         for reference in references:
             if not isinstance(reference, str) or not _is_reference(reference):
                 raise ModelError(
-                    f"`auto_map` says {reference!r} for {name}, which is no module and class beside it",
+                    f"`auto_map` has {reference!r} for {name}; the name of a module beside it and of a class is needed",
                     where=where,
-                    hint="An entry looks like modeling_x.XForCausalLM.",
+                    hint="Write an entry such as modeling_x.XForCausalLM, or download the file again.",
                     data={"reason": "auto-map-entry", "name": name, "value": repr(reference)},
                 )
         result[name] = references
@@ -168,7 +168,7 @@ def check_kernels(config: Any, where: str = "config.json") -> None:
                 raise ModelError(
                     f"{key} {value!r} names code of another repository",
                     where=where,
-                    hint="Refused. Remove the key: transformers' own attention is used then.",
+                    hint="Remove the key from config.json; transformers then uses its own attention.",
                     data={"reason": "code-elsewhere", "key": key, "value": str(value)},
                 )
         check_kernels(value, where)
@@ -180,13 +180,17 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
         return {}
     if regular_file(directory, path).stat().st_size > MAX_JSON_BYTES:
-        raise ModelError(f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download it again.")
+        raise ModelError(
+            f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download this file again: hf download NAME."
+        )
     try:
         value = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"is not valid JSON ({error})", where=name, hint="Download it again.") from error
+        raise ModelError(
+            f"is not valid JSON ({error})", where=name, hint="Download this file again: hf download NAME."
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=name, hint="Download it again.")
+        raise ModelError("is not a JSON object", where=name, hint="Download this file again: hf download NAME.")
     return value
 
 
@@ -198,9 +202,9 @@ def read_generated(directory: Path, name: str, expected: str) -> str:
     text = regular_file(directory, directory / name).read_bytes()
     if text != expected.encode():
         raise ArtifactError(
-            "is not the modelling file this release writes",
+            "is not the modeling file that this release writes",
             where=name,
-            hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
+            hint="Verify it with the release that wrote it (compress_manifest.json names it); nothing of it was run.",
             data={"reason": "changed-code"},
         )
     return expected

@@ -218,7 +218,11 @@ def _convert(rule: Rule, tensors: Iterable[tuple[Source, Tensor]], model: PreTra
 def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoint: Checkpoint) -> Source:
     if len(parts) > 1:
         names = ", ".join(part.tensor for part in parts)
-        raise ModelError(f"{len(parts)} tensors fill it ({names})", where=target, hint="Keep one of them.")
+        raise ModelError(
+            f"{len(parts)} tensors have values for it ({names})",
+            where=target,
+            hint="Remove all but one from the checkpoint.",
+        )
     _check_shape(parts[0].tensor, checkpoint.tensors[parts[0].tensor].shape, shape)
     return parts[0]
 
@@ -226,9 +230,9 @@ def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoin
 def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> None:
     if tuple(found) != tuple(wanted):
         raise ModelError(
-            f"the checkpoint has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
+            f"the checkpoint has shape {tuple(found)}, config.json needs {tuple(wanted)}",
             where=where,
-            hint="The config and the weights are not of one model.",
+            hint="Download config.json and the weights again from one revision: hf download NAME.",
             data={"reason": "shape", "shape": list(found), "expected": list(wanted)},
         )
 
@@ -242,9 +246,9 @@ def _realized(
     for name, value in made.items():
         if name not in state:
             raise ModelError(
-                f"transformers makes {name} of it, which {type(model).__name__} doesn't have",
+                f"transformers loads it as {name}, which {type(model).__name__} doesn't have",
                 where=parts[0].tensor,
-                hint="The config and the weights are not of one model.",
+                hint="Download config.json and the weights again from one revision: hf download NAME.",
             )
         _check_shape(name, value.shape, state[name].shape)
     return list(made)
@@ -320,14 +324,11 @@ def _refuse_missing(
         output = model.get_output_embeddings()
         is_head = output is not None and all(model.get_submodule(name.rpartition(".")[0]) is output for name in missing)
         raise ModelError(
-            f"the checkpoint has no tensor for {shown}",
+            f"the checkpoint has no tensor for {shown}, so {type(model).__name__} would have random values there",
             where=str(checkpoint.directory.name),
-            hint=f"{type(model).__name__} would start with random values there. "
-            + (
-                "If the head shares the embedding's weights, set tie_word_embeddings to true in config.json."
-                if is_head
-                else "Check `architectures` in config.json."
-            ),
+            hint="Set tie_word_embeddings to true in config.json if the output head shares the embedding's weights."
+            if is_head
+            else "Correct `architectures` in config.json, or download the model again.",
             data={
                 "reason": "missing-tensors",
                 "names": missing,
