@@ -45,15 +45,15 @@ def find_layer(form: str) -> type[Layer]:
     plugins = [point for point in _plugins(tuple(sys.path)) if point.name == form]
     if len(found) + len(plugins) > 1:
         raise ArtifactError(
-            f"stored form {form!r} is defined {len(found) + len(plugins)} times",
+            f"quantization format {form!r} is defined {len(found) + len(plugins)} times",
             hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
         )
     if plugins:
         return plugins[0].load()
     if not found:
         raise ArtifactError(
-            f"unknown stored form {form!r}",
-            hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)),
+            f"unknown quantization format {form!r}",
+            hint="Install the package that defines it, or use one of: dense, " + ", ".join(sorted(BUILTIN)),
             data={"form": form},
         )
     module, _, name = found[0].partition(":")

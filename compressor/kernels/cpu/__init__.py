@@ -58,9 +58,9 @@ def library() -> Library | str:
         return f"cpu library {record}"
     if functions.ABI != ABI:
         raise KernelError(
-            f"the CPU library has ABI {functions.ABI}, {ABI} expected",
+            f"the compiled CPU library has ABI {functions.ABI}, and this release needs {ABI}",
             where=str(functions.__file__),
-            hint="Install compress-model again.",
+            hint="Run pip install --force-reinstall compress-model, which compiles the library again.",
         )
     address = parallel_for_address()
     functions.use_parallel_for(address)
@@ -80,7 +80,10 @@ def required_library() -> Library:
     """raises KernelError if it isn't there"""
     found = library()
     if isinstance(found, str):
-        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
+        raise KernelError(
+            found,
+            hint="Install a C++17 compiler (apt install g++), then run pip install --force-reinstall compress-model.",
+        )
     return found
 
 
@@ -99,7 +102,7 @@ def _level(functions: ModuleType) -> int:
         raise KernelError(
             f"COMPRESSOR_CPU is {wanted!r}, this processor offers {', '.join(known)}",
             where="environment",
-            hint="Unset it, or set it to one of these.",
+            hint=f"Unset COMPRESSOR_CPU, or set it to {known[-1]}.",
             data={"level": wanted, "known": known},
         )
     return LEVELS.index(wanted)

@@ -59,7 +59,7 @@ def tried(kernels: Kernels, device: torch.device) -> Kernels:
         said = "; ".join(f"{name}: {text}" for name, text in wrong.items())
         raise KernelError(
             f"{kernels.name} fails its self-test on {device}: {said}",
-            hint="Don't use these kernels here: load with kernels='reference'.",
+            hint="Load with kernels='reference', and report this message with that of compress-model doctor --verbose.",
             data={"reason": "self-test", "kernels": kernels.name, "device": str(device), "wrong": wrong},
         )
     return kernels
@@ -74,7 +74,7 @@ def kernels_of(device: torch.device) -> Kernels:
     if isinstance(found, str):
         raise KernelError(
             f"no CUDA kernels on {device}: {found}",
-            hint="Install nvidia-cuda-nvrtc of your CUDA release, or load with kernels='reference'.",
+            hint="Run pip install nvidia-cuda-nvrtc for the CUDA release of torch, or load with kernels='reference'.",
             data={"reason": "no-kernels", "device": str(device), "why": found},
         )
     return found

@@ -81,7 +81,7 @@ def load(path: str) -> Nvrtc:
     try:
         functions = ctypes.CDLL(path)
     except OSError as error:
-        hint = "Install nvidia-cuda-nvrtc again."
+        hint = "Run pip install --force-reinstall nvidia-cuda-nvrtc, or load with kernels='reference'."
         data = {"reason": "not-loaded", "error": str(error)}
         raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=hint, data=data) from error
     functions.nvrtcGetErrorString.restype = c_char_p

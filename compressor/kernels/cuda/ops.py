@@ -346,7 +346,7 @@ def linear_dense_sparse(
     if dense_scale is not None or value_scale is not None:
         raise KernelError(
             f"{name}: int8 factors have no CUDA kernel in torch yet",
-            hint="Give them as 16-bit floats.",
+            hint="Convert the factors to float16 or bfloat16 first, or load with kernels='reference'.",
             data={"reason": "int8-factors", "operation": name},
         )
     fits = (

@@ -15,7 +15,7 @@ def check_call(name: str, **tensors: Tensor | None) -> None:
     """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere than on the CPU"""
     _check_gradients(name, tensors)
     if any(tensor is not None and not tensor.is_cpu for tensor in tensors.values()):
-        raise _elsewhere(name, "All tensors have to be on the CPU.", tensors)
+        raise _elsewhere(name, "Move all tensors to the CPU with .cpu().", tensors)
 
 
 def check_cuda_call(name: str, **tensors: Tensor | None) -> None:
@@ -23,7 +23,7 @@ def check_cuda_call(name: str, **tensors: Tensor | None) -> None:
     _check_gradients(name, tensors)
     places = [tensor.device for tensor in tensors.values() if tensor is not None]
     if not devices.is_cuda(places[0]) or places.count(places[0]) != len(places):
-        hint = "All have to be on one CUDA device; a model that was moved is prepared anew."
+        hint = "Move all tensors to one CUDA device; call `prepare` again for a model that was moved."
         raise _elsewhere(name, hint, tensors)
 
 

@@ -34,7 +34,7 @@ LAYOUT = "cpu2"
 CUDA_LAYOUTS = {mma1.LAYOUT: mma1, mma8a1.LAYOUT: mma8a1}  # linear_weight_only, linear_dynamic_int8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
-ON_CPU = "Both have to be on the CPU."
+ON_CPU = "Move x and the weight to the CPU; call `prepare` again for a model that was moved."
 BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
 groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
 
@@ -49,7 +49,8 @@ def _check_layout(layout: str, tensor: Tensor) -> None:
         raise ShapeError(f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected")
     if not tensor.is_cpu:
         raise KernelError(
-            f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {' or '.join(map(repr, CUDA_LAYOUTS))}."
+            f"layout {LAYOUT!r} and a weight on {tensor.device}",
+            hint=f"Use layout {' or '.join(map(repr, CUDA_LAYOUTS))} for a weight on a GPU.",
         )
 
 
@@ -88,7 +89,7 @@ def pack_weight(
         )
     places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
     if len(places) > 1:
-        hint = "All have to be on one device."
+        hint = "Move all four to the device of the codes."
         told = f"codes, scale, zero point and permutation on {sorted(places)}"
         raise KernelError(told, hint=hint, data={"devices": sorted(places)})
     expected = (out, groups_of(columns, group_size))
@@ -204,7 +205,7 @@ def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> N
         elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
         raise KernelError(
             f"{name}: x and weight on the CPU, others on {elsewhere}",
-            hint="All have to be there.",
+            hint="Move the others to the CPU too, with .cpu().",
             data={"op": name, "others": elsewhere},
         )
 

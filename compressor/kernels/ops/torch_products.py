@@ -89,7 +89,10 @@ def _linear(
         sums = torch._int_mm(codes, packed[at:].view(torch.int8).view(out_features, columns).t())
         y = sums.float() * (absmax / 127).unsqueeze(1) * scales
     elif rows.dtype != torch.float32:
-        raise KernelError(f"{layout} takes float32 inputs, these are {rows.dtype}", hint="Prepare the model again.")
+        raise KernelError(
+            f"{layout} takes float32 inputs, these are {rows.dtype}",
+            hint="Call `prepare` again after the model's dtype has changed, or convert the inputs to float32.",
+        )
     elif layout == INT8:
         y = torch._weight_int8pack_mm(rows, packed[at:].view(torch.int8).view(out_features, columns), scales)
     else:

@@ -40,8 +40,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     """
     if activations not in (None, DYNAMIC_INT8):
         raise KernelError(
-            f"activations {activations!r}",
-            hint=f"Use None or {DYNAMIC_INT8!r}.",
+            f"activations={activations!r} is unknown",
+            hint=f"Pass activations=None (weight-only) or {DYNAMIC_INT8!r} (dynamic activation quantization).",
             data={"reason": "activations", "activations": activations},
         )
     choices: dict[str, Choice] = {}
@@ -62,7 +62,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
             continue
         choices[name] = choice
         if choice.is_fallback and strict:
-            hint = f"Leave strict out to use the {choice.kernel}."
+            hint = f"Pass strict=False to use the {choice.kernel} for this layer."
             raise KernelError(
                 "; ".join(choice.skipped),
                 where=name,

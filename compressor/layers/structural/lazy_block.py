@@ -228,9 +228,9 @@ class LazyBlock(Layer):
         """How much the last token attends to each key of this block, mean over heads; (batch, keys) float32."""
         if key.shape[2] != columns.shape[1]:
             raise ModelError(
-                f"the cache holds {key.shape[2]} keys where {columns.shape[1]} were put",
+                f"the cache returned {key.shape[2]} keys, but {columns.shape[1]} were stored",
                 where=f"block {self.number}",
-                hint="Use a cache that grows with its tokens (DynamicCache).",
+                hint="Pass past_key_values=DynamicCache(), or no cache, to generate.",
             )
         groups = query.shape[1] // key.shape[1]
         last, keys = query[:, :, -1:].float(), key.float().repeat_interleave(groups, 1)

@@ -48,7 +48,7 @@ def last_seen(seen: list[tuple[Tensor, Tensor, float]], where: str) -> tuple[Ten
     """The latest note, taken off the list. raises ModelError if there is none"""
     if not seen:
         raise ModelError(
-            "its attention wasn't called through transformers' attention interface, so the gate saw no keys",
+            "its attention didn't use transformers' attention interface, so the token gate could not read the keys",
             where=where,
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
             data={"reason": "attention-not-seen"},

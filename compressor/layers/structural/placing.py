@@ -23,7 +23,7 @@ from compressor.layers.base import Layer
 
 SPREAD = 0.02  # of what stands in for weights until they are loaded, as in most families' own initialization
 IN_PLACE = ("block", "settings")  # what a layer stands for that changes a module rather than replacing it
-RESHAPED_HINT = "config.json is not of this model class, or was changed by hand."
+RESHAPED_HINT = "Copy config.json again from where the artifact was written, or build the artifact again."
 
 
 def reshape(
@@ -55,7 +55,7 @@ def reshape(
     for form in sorted({str(entry["form"]) for entry in modules.values()}):
         if form not in forms:
             raise ModelError(
-                f"a module is of the unknown form {form!r}", where="compressed_modules", data={"form": form}
+                f"a module has the unknown format {form!r}", where="compressed_modules", data={"form": form}
             )
         forms[form].prepare(model)
     for path, entry in modules.items():
@@ -97,7 +97,7 @@ def _set_shape(owner: nn.Module, leaf: str, shape: Sequence[int] | None, name: s
     if not all(isinstance(n, int) and n > 0 for n in shape) or (old is not None and old.dim() != len(shape)):
         found = "a new parameter" if old is None else f"a parameter of shape {tuple(old.shape)}"
         raise ModelError(
-            f"shape {list(shape)} is asked for {found}",
+            f"config.json gives the shape {list(shape)} to {found}",
             where=name,
             hint=RESHAPED_HINT,
             data={"reason": "shape", "shape": list(shape), "old": None if old is None else list(old.shape)},

@@ -154,9 +154,9 @@ class TokenGate(Layer):
         lengths = valid.sum(1).tolist()
         if min(lengths) == 0:
             raise ModelError(
-                "a sample has no tokens but padding",
+                "a sample consists of padding only",
                 where=name,
-                hint="Leave it out of the batch.",
+                hint="Remove this sample from the batch, or correct its attention_mask.",
                 data={"reason": "all-padding"},
             )
         counts = [tokens_after(length, gate["before"], sum(gate["protect"]), gate["minimum"]) for length in lengths]
@@ -237,7 +237,7 @@ def attended(mask: Any, samples: int) -> Tensor:
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise ModelError(
-            f"a {type(mask).__name__} is no attention mask a token gate can read",
+            f"a token gate can't read an attention mask of type {type(mask).__name__}",
             where="attention_mask",
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
         )

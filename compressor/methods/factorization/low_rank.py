@@ -60,7 +60,7 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         raise PassError(
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
-            hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "not-finite"},
         )
     mean = float(hessian.double().diagonal().mean())
@@ -72,9 +72,9 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         if int(info) == 0:
             return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
     raise PassError(
-        f"its second moments are not positive definite even with damping {share:g}",
+        f"the Hessian of its inputs is not positive definite even with damping {share:g}",
         where=where,
-        hint="Raise damping, use more calibration data, or leave this weight out with `except`.",
+        hint=f"Set a damping above {share:g} or more data.samples, or leave this weight out with `except`.",
         data={"reason": "not-positive-definite", "damping": share},
     )
 

@@ -163,7 +163,7 @@ class _State:
             raise PassError(
                 f"the loss is NaN or infinite at step {step + 1}, after {RETRIES} returns to the last finite masks",
                 where="mask training",
-                hint="Lower mask_rate, use model.dtype float32, or check the model's outputs on the calibration data.",
+                hint="Set a smaller mask_rate or model.dtype: float32, or check the model's outputs on this data.",
                 data={"reason": "not-finite", "step": step + 1, "returns": RETRIES},
             )
         self.retries += 1

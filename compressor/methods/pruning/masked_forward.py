@@ -194,7 +194,7 @@ class Dense:
             raise PassError(
                 "no calibration batch was given",
                 where="data",
-                hint="Give calibration data.",
+                hint="Set data.source and data.samples in the recipe.",
                 data={"reason": "no-batch"},
             )
         with model.loaded(0), torch.no_grad():
@@ -230,7 +230,7 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
             raise PassError(
                 "the calibration data has no labels",
                 where="loss: task",
-                hint="Use loss: distill, or labelled data.",
+                hint="Set loss: distill, or use data with a label column and data.pack: false.",
                 data={"reason": "no-labels"},
             )
         for part in _slices(last):
@@ -241,7 +241,7 @@ def labelled(model: ShapingModel, weight: float = 1.0) -> Loss:
                 raise PassError(
                     f"labels up to {int(labels.max())} don't fit outputs of {shape} for each sample",
                     where="loss: task",
-                    hint="Use loss: distill, or labels that the model's head was trained for.",
+                    hint="Set loss: distill, or use labels that the model's output head was trained for.",
                     data={"reason": "labels", "largest": int(labels.max()), "shape": list(found.shape[1:])},
                 )
             yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")

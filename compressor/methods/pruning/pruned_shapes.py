@@ -49,25 +49,25 @@ def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: s
     named = [*decision["sites"], *decision.get("removed", ())]
     if unknown := [name for name in named if name not in known]:
         raise PreflightError(
-            f"{unknown[0]} is no site that can be pruned",
+            f"{unknown[0]} is not a prunable module of this model",
             where=where,
-            hint="Choose again for this model.",
+            hint="Begin again with --fresh, so that the choice is made for this model.",
             data={"reason": "no-site", "site": unknown[0]},
         )
     for site in sites:
         kept = kept_units(site, decision)
         if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < site.units):
             raise PreflightError(
-                f"{list(kept)} of {site.name} are not units of it, which has {site.units}, in ascending order",
+                f"{list(kept)} are not ascending numbers of units of {site.name}, which has {site.units}",
                 where=where,
-                hint="Choose again for this model.",
+                hint="Begin again with --fresh, so that the choice is made for this model.",
                 data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
             )
         if not kept and site.layout.removal is None:
             raise PreflightError(
-                "nothing of this sub-block would stay, and no layer can take its place",
+                "every unit of this sub-block would be removed, and the sub-block itself can't be",
                 where=site.name,
-                hint="Keep one.",
+                hint="Keep at least one unit: set a smaller target, or protect this block with protect_layers.",
                 data={"reason": "nothing-kept"},
             )
 
@@ -94,9 +94,9 @@ def pruned_remodel(
         why = remodel
         if export == "stock":
             raise PreflightError(
-                f"{facts.architecture} can't be pruned so by its config alone: {why}",
+                f"the config of {facts.architecture} can't describe the pruned model: {why}",
                 where="export",
-                hint="Prune every block alike, or use export: auto, which adds a modelling file.",
+                hint="Set export: auto, which adds a modeling file, or uniform: true if the pass is vtrans.",
                 data={"reason": "no-stock-model", "model": facts.architecture, "because": values_of(why)},
             )
     remodel = _custom(facts, sites, decision, shapes, why)
@@ -226,14 +226,14 @@ def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[st
         return {}
     if 0 in counts:
         gone = next(s.name for s in sites if not kept_units(s, decision))
-        return Because(f"{gone} is gone altogether", reason="gone", site=gone)
+        return Because(f"{gone} is removed as a whole", reason="gone", site=gone)
     if len(counts) > 1:
         kind = sites[0].kind
         return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
     keys = sites[0].layout.config
     if keys is None:
         kind = sites[0].kind
-        return Because(f"its config doesn't say how many {kind} there are", reason="count-not-in-config", kind=kind)
+        return Because(f"its config.json has no number of {kind}", reason="count-not-in-config", kind=kind)
     return keys.of(next(iter(counts)))
 
 
@@ -252,12 +252,12 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
         if any(site.layout.has_norms for site in sites):
             return Because(
-                f"norms inside its blocks have the same {keys[0]} as those of the stream",
+                f"norms inside its blocks share {keys[0]} with those of the residual stream",
                 reason="eps-of-other-norms",
                 key=keys[0],
             )
         if not all(norm.formula.has_weight for norm in residual.norms()):
-            return "its norms have no gain that could take the factor of a narrower stream"
+            return "its norms have no gain to hold the factor of a narrower residual stream"
         config |= {key: residual.end.formula.eps * width / kept for key in keys}
     scaled = [write for write in residual.stem if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
@@ -293,7 +293,7 @@ def _custom(
             raise PreflightError(
                 f"blocks can't differ in their number of {kind} ({partly[0].layout.per_layer}), and {why}",
                 where=partly[0].name,
-                hint="Prune every block alike.",
+                hint="Set uniform: true if the pass is vtrans; where it is greedy_removal, remove only whole blocks.",
                 data={"reason": "blocks-differ", "kind": kind},
             )
         said |= {} if isinstance(found, str) else found
@@ -362,9 +362,9 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
         divisor = norm.formula.divisor or width
         if norm.formula.kind == "layer":
             raise PreflightError(
-                "this LayerNorm has no gain, and no layer computes it over fewer values",
+                "this LayerNorm has no gain, so it can't be computed for a narrower residual stream",
                 where=norm.module,
-                hint="Keep all.",
+                hint="Leave hidden out of `sites`.",
             )
         return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
     if norm.formula.kind == "layer":

@@ -60,7 +60,7 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, 
         raise PassError(
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
-            hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "not-finite"},
         )
     mean = float(hessian.diagonal().mean())

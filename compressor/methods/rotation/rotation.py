@@ -99,7 +99,7 @@ class Covariance:
             raise PassError(
                 "the calibration signal has NaN or Inf",
                 where=where,
-                hint="Run in float32 (model.dtype) or check the model.",
+                hint="Set model.dtype: float32, or check the model's outputs on this data.",
                 data={"reason": "signal-not-finite"},
             )
         if normalised:
@@ -123,7 +123,7 @@ def pca(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not bool(torch.isfinite(matrix).all()):
         raise PassError(
             "the covariance has NaN or Inf",
-            hint="Run in float32 (model.dtype) or check the model.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "covariance-not-finite"},
         )
     try:
@@ -262,5 +262,7 @@ def norm_covariance(site: StreamSite, norm: ResidualNorm, normalised: bool) -> C
     for x in site.signals(norm):
         covariance.add(x, normalised=normalised, where=norm.module)
     if not covariance.tokens:
-        raise PassError("no calibration token reached it", where=norm.module, hint="Give calibration data.")
+        raise PassError(
+            "no calibration token reached it", where=norm.module, hint="Set data.source and data.samples in the recipe."
+        )
     return covariance
