@@ -109,7 +109,7 @@ def compress(
         raise GateError(
             f"{failed_gates(report['gates'])} did not hold",
             where=target.name,
-            hint=f"The result and its report are in {target}.",
+            hint=f"Read the report in {target}, then change the recipe or the bounds of its gates.",
             data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
         )
     return report
@@ -146,7 +146,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
         raise ArtifactError(
             "; ".join(checked["problems"]),
             where=where,
-            hint="Not published; kept there with its report for a look.",
+            hint=f"Read the report in {where}, and report this message with the recipe; the output was not published.",
             data={"problems": list(checked["problems"])},
         )
     if problems := check_files(job.built, read_manifest(job.built)):

@@ -234,7 +234,8 @@ def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, kee
     try:
         carry = step.settings.reshape(site, carry)
     except torch.OutOfMemoryError as error:
-        raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+        hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
+        raise PassError(f"{step.name} ran out of memory", hint=hint) from error
     key, file = f"{work.number}/{site.unit}", f"s{work.number:02d}-{site.unit:05d}"
     if keeps_carry:
         _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])

@@ -277,7 +277,7 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
         raise PassError(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
             where=unit_name(structure, part.unit),
-            hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+            hint="Set more bits for these weights, leave them out with `except`, or set model.dtype: float32.",
             data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
@@ -341,7 +341,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
             raise PassError(
                 f"{step.name} ran out of memory",
                 where=unit_name(part.structure, part.unit),
-                hint="Use smaller calibration data.",
+                hint="Set a smaller data.samples or data.length, then begin again with --fresh.",
             ) from error
         step_number = sweeper.plan.recipe.steps.index(step)
         changes.records += [{"step": step_number, "pass": step.name, **record} for record in view.records]
@@ -428,7 +428,8 @@ def _decided(
         try:
             made = decide(warnings)
         except torch.OutOfMemoryError as error:
-            raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+            hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
+            raise PassError(f"{step.name} ran out of memory", hint=hint) from error
         free_all(sweeper.structure)
         text = json.dumps(made, sort_keys=True)
         facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}

@@ -329,7 +329,7 @@ class BCT(Pass):
             raise PassError(
                 "no calibration token reached it, so its input range is unknown",
                 where=weight.name,
-                hint="Give more calibration data, or set activations: dynamic.",
+                hint="Set a larger data.samples, or activations: dynamic.",
             )
         return shift_exponent(seen.largest, 127).to(torch.int8)
 
@@ -399,14 +399,14 @@ def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
         raise ShapeError(
             f"{does}, and no stock loader has a table to put there",
             where=weight.name,
-            hint="Leave it out with `except`, or set stock: false.",
+            hint="Set stock: false, or leave it out with `except`.",
             data={"reason": "no-stock-table", "role": weight.role},
         )
     if width < weight.in_features and weight.in_features % width:
         raise ShapeError(
             f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups are of one size",
             where=weight.name,
-            hint="Choose another block_shape, leave this weight out with `except`, or set stock: false.",
+            hint="Set stock: false, or a narrower block_shape such as [1, 32], or leave this weight out with `except`.",
             data={"reason": "blocks-do-not-divide", "width": width, "in_features": weight.in_features},
         )
     return {"bits": bits, "group_size": width if width <= weight.in_features else -1, "symmetric": True}

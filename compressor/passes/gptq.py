@@ -119,7 +119,7 @@ class GPTQ(Pass):
                 raise PassError(
                     f"{gram.tokens} calibration tokens for {group.in_features} inputs are too few",
                     where=group.name,
-                    hint="Raise data.samples or data.length, or set min_tokens.",
+                    hint=f"Set a larger data.samples or data.length, or min_tokens: {gram.tokens}.",
                 )
             if gram.tokens < wanted:
                 site.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
@@ -134,7 +134,7 @@ class GPTQ(Pass):
             return gram
         seen = f"expert saw {gram.tokens} of the {wanted} calibration tokens it needs"
         if self.sparse_expert == "error":
-            raise PassError(seen, where=group.name, hint="Use more calibration data, or sparse_expert: blend.")
+            raise PassError(seen, where=group.name, hint="Set a larger data.samples, or sparse_expert: blend.")
         site.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
         if self.sparse_expert == "rtn" or not any(other.tokens for other in siblings):
             return None
@@ -196,7 +196,7 @@ class GPTQ(Pass):
             raise PassError(
                 f"its hessian is not positive definite even with damping {self.max_percdamp:g}",
                 where=group.name,
-                hint="Use more calibration data, raise max_percdamp, or set on_failure: rtn.",
+                hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
             )
         if gram is not None:
             site.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
@@ -446,7 +446,7 @@ def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tens
         raise PassError(
             f"the solve does not check out: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",
             where=where,
-            hint="Try hessian_dtype: float64; please report this.",
+            hint="Set hessian_dtype: float64, and report this message with the recipe and the model's name.",
             data={"reason": "wrong-loss", "loss": found, "direct": direct},
         )
 

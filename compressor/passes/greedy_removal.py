@@ -154,7 +154,7 @@ class GreedyRemoval(Pass):
             raise PreflightError(
                 f"block {wrong[0]} is protected, and there are {count}",
                 where="greedy_removal.protect_layers",
-                hint="Drop it.",
+                hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
             )
         return {block % count for block in self.protect_layers}
@@ -293,7 +293,7 @@ class Trial:
             raise PassError(
                 f"{total} calibration samples can't be split into {1 - share:g} and {share:g}",
                 where="greedy_removal.confirm",
-                hint="Give more samples.",
+                hint="Set a larger data.samples, or a confirm nearer to 0.5.",
             )
         drawn = torch.randperm(total, generator=model.generator)
         is_confirming = torch.zeros(total, dtype=torch.bool)

@@ -134,7 +134,7 @@ class LLMInt8(Pass):
                 raise PassError(
                     "its calibration inputs hold NaN or Inf",
                     where=group.name,
-                    hint="The model overflows in this dtype on this data: set model.dtype, or look at the data.",
+                    hint="Set model.dtype: float32, or check the model's outputs on this data.",
                     data={"reason": "not-finite"},
                 )
             record = count.record(group)

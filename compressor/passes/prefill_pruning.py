@@ -90,7 +90,7 @@ class PrefillPruning(Pass):
                 raise PreflightError(
                     f"{path} is a {modules[path]['form']} already and can't be gated as well",
                     where="prefill_pruning",
-                    hint="Leave out one of the two steps.",
+                    hint="Remove one of the two steps from the recipe.",
                 )
             spec = {
                 "number": number,
@@ -107,7 +107,7 @@ class PrefillPruning(Pass):
             raise PreflightError(
                 f"tokens of {model.architecture} can't be dropped in prefill: {why}",
                 where="prefill_pruning",
-                hint="It is for causal language models whose blocks take a cache.",
+                hint="Use a causal language model whose blocks take a cache, or zero_tprune for an encoder.",
                 data={"reason": "not-gated", "model": model.architecture, "because": values_of(why)},
             )
         return remodel

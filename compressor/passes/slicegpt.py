@@ -133,7 +133,7 @@ class SliceGPT(Pass):
             raise PreflightError(
                 f"nothing is left of a width of {width} at sparsity {self.sparsity}, rounded to {self.round_to}",
                 where="slicegpt.round_to",
-                hint="Set round_to to at most half the width.",
+                hint=f"Set round_to to {width // 2} or less, or a smaller sparsity.",
                 data={"width": width, "sparsity": self.sparsity, "round_to": self.round_to},
             )
         return kept

@@ -222,7 +222,7 @@ class VTrans(Pass):
             raise PreflightError(
                 f"it has {odd.units} units and others of its kind have another number",
                 where=odd.name,
-                hint="Counts can't be uniform here; set uniform: false.",
+                hint="Set uniform: false.",
             )
         return sites
 
@@ -235,7 +235,7 @@ class VTrans(Pass):
             raise PreflightError(
                 f"block {wrong[0]} is protected, and there are {count}",
                 where="vtrans.protect_layers",
-                hint="Drop it.",
+                hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
             )
         protected = {block % count for block in self.protect_layers}
@@ -314,7 +314,7 @@ class VTrans(Pass):
                 f"{self.target:g} of the {self.measure} can't go: with the least that sites, minimums and align allow, "
                 f"{reachable:g} goes",
                 where="vtrans.target",
-                hint=f"Set target to {reachable:g} or less, or allow more: sites, min_heads, min_ffn, align, of.",
+                hint=f"Set target to {reachable:g} or less, or allow more with sites, min_heads, min_ffn, align or of.",
                 data={"target": self.target, "measure": self.measure, "reachable": reachable},
             ) from error
 

@@ -55,7 +55,7 @@ from compressor.protocol import (
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known
-REACH = "Give more or earlier `blocks`, a smaller min_tokens, or a larger target."
+REACH = "Set more or earlier `blocks`, a smaller min_tokens, or a larger target_macs."
 STEP = 0.05  # of a keep rate in the search
 POLISHING = 8  # rounds at most, after the target is met
 PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
@@ -165,7 +165,7 @@ class ZeroTPrune(Pass):
                 raise PreflightError(
                     f"block {block} is a {modules[path]['form']} already, and a gate needs it as its class makes it",
                     where="zero_tprune",
-                    hint="Prune tokens of the model before it was changed so.",
+                    hint="Start from the checkpoint without this change, or name other `blocks`.",
                 )
             modules[path] = {"form": "token_gate", "spec": gate, "shape": []}
         tokens = self.account(facts, rates, facts.tokens or NOMINAL_TOKENS)
@@ -346,7 +346,7 @@ class ZeroTPrune(Pass):
             raise PreflightError(
                 f"there is no block {unknown[0]}; the model has {depth}",
                 where=where,
-                hint=f"Count from 0 to {depth - 1}.",
+                hint=f"Set block numbers from 0 to {depth - 1}.",
                 data={"reason": "no-block", "block": unknown[0], "blocks": depth},
             )
         return asked
@@ -406,7 +406,7 @@ class ZeroTPrune(Pass):
             raise PreflightError(
                 f"{found[1]} of {facts.tokens} tokens would be left after block {found[0]}; {FEWEST} is the least",
                 where="zero_tprune.keep",
-                hint="Keep more there, or in the blocks before.",
+                hint=f"Set a larger keep for block {found[0]}, or for the blocks before it.",
                 data={
                     "reason": "too-few",
                     "block": found[0],
