@@ -83,7 +83,7 @@ def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[s
         raise ArtifactError(
             "doesn't say how the artifact and its source compare",
             where=MANIFEST,
-            hint="It is of an earlier release: verify without --source, or build the artifact again.",
+            hint="Verify without --source, or build the artifact again with this release.",
         )
     return source["changes"], source.get("relative_errors", {})
 

@@ -100,7 +100,7 @@ def owned_files(directory: Path) -> list[Path]:
         raise UsageError(
             "is a link",
             where=str(directory),
-            hint="Move it away first, or choose another --output.",
+            hint="Pass the directory itself, or choose another --output.",
             data={"reason": "is-link"},
         )
     try:
@@ -132,7 +132,7 @@ def owned_files(directory: Path) -> list[Path]:
             raise UsageError(
                 f"{what} ({', '.join(sorted(names)[:3])})",
                 where=str(directory),
-                hint="Move them away first, or choose another --output.",
+                hint="Move these files to another directory, or choose another --output.",
                 data={"reason": reason, "names": sorted(names)},
             )
     return sorted(owned)

@@ -70,7 +70,7 @@ def _check_hashes(directory: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(
             "; ".join(problems[:4]),
             where=directory.name,
-            hint="Copy or build the artifact again.",
+            hint="Copy the artifact again from where it was written, or build it again.",
             data={"reason": "not-as-written", "problems": list(problems)},
         )
 
@@ -223,7 +223,7 @@ def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
         raise ArtifactError(
             f"makes no model ({type(error).__name__}: {str(error)[:300]})",
             where=where,
-            hint="Copy or build the artifact again.",
+            hint="Copy the artifact again from where it was written, or build it again.",
         ) from error
 
 
@@ -231,7 +231,11 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     name = checkpoint.config.get("dtype")
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
-        raise ArtifactError(f"dtype {name!r} is none of torch's", where="config.json", hint="Build the artifact again.")
+        raise ArtifactError(
+            f"dtype {name!r} is none of torch's",
+            where="config.json",
+            hint="Copy the artifact again from where it was written, or build it again.",
+        )
     return dtype
 
 

@@ -22,7 +22,7 @@ from compressor.storage.file_names import MANIFEST, is_plain
 FORMAT_VERSION = 1
 MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
 MAX_SIZE = 2**40  # of one dimension, far above any weight's
-BAD_HINT = "Copy or build the artifact again."
+BAD_HINT = "Copy the artifact again from where it was written, or build it again."
 
 
 def _inside(name: str) -> str:
@@ -152,7 +152,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"format version {version!r}, this release reads {FORMAT_VERSION}",
             where=directory.name,
-            hint="Update compress-model.",
+            hint="Install the release of compress-model that wrote it (`tool` in the manifest), or build it again.",
         )
     try:
         _Manifest.model_validate(manifest)
@@ -173,6 +173,6 @@ def model_class(name: str, where: str) -> type[transformers.PreTrainedModel]:
         raise ArtifactError(
             f"architecture {name!r} is not a model class of transformers {transformers.__version__}",
             where=where,
-            hint="Update transformers, or build the artifact again.",
+            hint="Run pip install -U transformers, or build the artifact again with this transformers.",
         )
     return cls
