@@ -102,7 +102,13 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
     show_message: Callable[[], str] | None = getattr(error, "format_message", None)
     if show_message is not None:  # of the parser of arguments
         message = show_message()
-        return UsageError(message, hint="See compress-model --help.") if message else None
+        return (
+            UsageError(
+                message, hint="Run compress-model --help for the commands, or add --help to this one for its options."
+            )
+            if message
+            else None
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)
         return UsageError(
@@ -113,7 +119,7 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
     if isinstance(error, RecursionError):
         return PreflightError(
             f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",
-            hint="Look for a file of the model, the recipe or the data that is nested very deeply.",
+            hint="Check the JSON and YAML files of the model, recipe and data for very deep nesting.",
             data={"reason": "nested-too-deeply", "limit": sys.getrecursionlimit()},
         )
     if isinstance(error, LostStream):
@@ -121,11 +127,11 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
         return PreflightError(
             what,
             where=error.filename,
-            hint="Free some room for it, or send it elsewhere.",
+            hint="Free space on that disk, or redirect the output to another one.",
             data={"reason": "lost-stream", "cause": error.strerror},
         )
     if (lack := ran_out(error)) is not None:
-        hint = "Free some room on this machine, then try again."
+        hint = "Free memory or disk space, as the message says, then run the command again."
         return PreflightError(lack.what, where=lack.where, hint=hint, data=lack.data)
     return None
 

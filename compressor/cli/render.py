@@ -224,7 +224,11 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"can't be written ({error.strerror})", where=str(path), hint="Name another file.") from error
+        raise UsageError(
+            f"can't be written ({error.strerror})",
+            where=str(path),
+            hint="Choose a file in a directory that you may write to.",
+        ) from error
 
 
 def number(value: Any) -> str:

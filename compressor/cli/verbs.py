@@ -98,7 +98,7 @@ def _main(
     except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
         raise UsageError(
             "the working directory is gone",
-            hint="Change to a directory that exists.",
+            hint="Run cd to a directory that exists, then the command again.",
             data={"reason": "no-working-directory"},
         ) from error
 
@@ -148,8 +148,8 @@ def run(
                 stop=ctx.obj,
             )
     except BrokenPipeError as error:
-        hint = "Continue with --resume, and read all of its standard output."
-        raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
+        hint = "Continue with --resume, and redirect the output to a file or a program that reads all of it."
+        raise Interrupted("the program that read the standard output has closed it", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
             show_run(ended["report"], Path(ended["output"]))
@@ -373,9 +373,13 @@ def report(
 
     found = read_subject(path)
     if not is_report(found):
-        raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
+        raise UsageError(
+            "holds no report.json",
+            where=str(path),
+            hint="Pass an artifact directory, or the directory that compress-model eval --output wrote.",
+        )
     if html is not None and is_evaluation(found):
-        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
+        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown FILE.")
     targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
     for target, render in targets:
         if target is not None:

@@ -160,7 +160,7 @@ def _interpreter() -> list[str]:
         raise PreflightError(
             "Python does not know its own interpreter, so no process can be started",
             where="sys.executable",
-            hint="Run it from an ordinary Python interpreter.",
+            hint="Start it with a Python executable: python -m compressor.",
         )
     flags = ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
     return [sys.executable, "-P", *flags]
@@ -240,7 +240,7 @@ def _died(status: int, words: str, doing: str) -> Exception:
         return PassError(
             "it was killed (SIGKILL), as the system does when memory runs out",
             where=where,
-            hint="Free some memory, then try again (a run: with --resume).",
+            hint="Free memory, then run the command again (for a run: with --resume).",
             data={"signal": name},
         )
     if name in CRASHES:
@@ -248,9 +248,12 @@ def _died(status: int, words: str, doing: str) -> Exception:
         return PassError(
             f"it crashed in native code ({name}){told}",
             where=where,
-            hint="Check the installation with compress-model doctor, and report it if that is sound.",
+            hint="Run compress-model doctor; if it finds no problem, report this message with its output.",
             data={"signal": name, "last_words": words[-LAST_WORDS:]},
         )
     return PassError(
-        f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).", data={"signal": name}
+        f"it was ended by {name}",
+        where=where,
+        hint="Run the command again (for a run: with --resume).",
+        data={"signal": name},
     )

@@ -21,7 +21,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
     folder  where the work was done, if the error names no file
     """
     if isinstance(error, LostStream):
-        hint = "Free some room for it, or send it elsewhere, then continue with --resume."
+        hint = "Free space on that disk, or redirect the output to another one, then continue with --resume."
         return PassError(
             f"can't be written ({error.strerror})",
             where=error.filename,
@@ -41,7 +41,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
         return PassError(
             f"memory ran out{asked}",
             where=folder.name if folder is not None else None,
-            hint="Free some memory, or use smaller data, then try again (a run: with --resume).",
+            hint="Free memory, then run the command again (for a run: with --resume), or set a smaller data.samples.",
             data={"reason": "out-of-memory", "cause": str(error)[:200]},
         )
     return None
@@ -65,6 +65,6 @@ def disk_full(path: Path, needed_bytes: int | None) -> PassError:
     return PassError(
         f"the disk is full: {needed}{free:,} free",
         where=path.name,
-        hint="Free some space, then run again with --resume; what is done is kept.",
+        hint="Free space on that disk, then continue with --resume; finished parts are kept.",
         data={"reason": "disk-full", "needed": needed_bytes, "free": free},
     )

@@ -37,7 +37,7 @@ def check_utf8(name: str | os.PathLike[str], hint: str) -> None:
     text = os.fspath(name)
     if not is_utf8(text):
         raise UsageError(
-            "holds bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
+            "contains bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
         )
 
 

@@ -23,7 +23,7 @@ from compressor.storage.files import file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-AGAIN = "Start again with --fresh."
+AGAIN = "Begin again with --fresh, which deletes the finished parts."
 
 
 class Journal:
@@ -52,7 +52,9 @@ class Journal:
             if error.errno in FULL:
                 raise disk_full(work, None) from error
             raise UsageError(
-                f"the work directory can't be made ({error.strerror})", where=str(work), hint="Choose another --output."
+                f"the work directory can't be made ({error.strerror})",
+                where=str(work),
+                hint="Pass --output in a directory that you may write to.",
             ) from error
 
     @classmethod
@@ -60,16 +62,16 @@ class Journal:
         """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
         if not has_begun(work):
             raise ResumeError(
-                "there is no interrupted run here",
+                "there is no interrupted run to resume",
                 where=work.name,
-                hint="Start without --resume.",
+                hint="Run the same command without --resume.",
                 data={"reason": "no-interrupted-run"},
             )
         if links := _links(work):
             raise ResumeError(
-                f"holds a link, a pipe or the like, which no run makes ({links[0]})",
+                f"contains a link, a pipe or another special file, which no run creates ({links[0]})",
                 where=work.name,
-                hint="Move it away first, then start again with --fresh.",
+                hint="Move this file to another directory, then begin again with --fresh.",
                 data={"reason": "link", "name": links[0]},
             )
         stored = _read_run(work)
@@ -80,7 +82,7 @@ class Journal:
             raise ResumeError(
                 "the interrupted run differs: " + "; ".join(differences),
                 where=work.name,
-                hint="Restore what differs, or start again with --fresh.",
+                hint="Use the values of the interrupted run again, or begin again with --fresh.",
                 data={
                     "reason": "differs",
                     "was": {name: stored.get(name) for name in differing},
@@ -111,7 +113,7 @@ class Journal:
             path = self.work / UNITS / line["file"]
             if not path.is_file() or file_sha256(path) != line["sha256"]:
                 raise ResumeError(
-                    "the file is missing or changed since it was committed",
+                    "this stored part is missing, or was changed after the run wrote it",
                     where=line["file"],
                     hint=AGAIN,
                     data={"reason": "unit-changed"},
@@ -141,7 +143,9 @@ class Journal:
             if error.errno in FULL:
                 raise disk_full(path, None) from error
             raise PassError(
-                f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume."
+                f"can't be written ({error.strerror})",
+                where=file,
+                hint="Correct the permissions or the disk, then continue with --resume.",
             ) from error
         self.lines[key] = {**line, "checked": True}
         return path
@@ -215,14 +219,18 @@ def remove_work(work: Path) -> None:
     raises UsageError if it holds anything else, or a run is using it
     """
     if work.is_symlink() or not work.is_dir():
-        raise UsageError("is not a work directory of this tool", where=str(work), hint="Move it away first.")
+        raise UsageError(
+            "is not a work directory of compress-model",
+            where=str(work),
+            hint="Move or rename it, then run the command again.",
+        )
     ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"} if has_begun(work) else {UNITS, Path(RUN).stem + ".tmp"}
     foreign = sorted({path.name for path in work.iterdir()} - ours) + _links(work)
     if foreign:
         raise UsageError(
-            f"holds things this tool did not write ({', '.join(foreign[:3])})",
+            f"contains files that compress-model did not write ({', '.join(foreign[:3])})",
             where=str(work),
-            hint="Move them away first.",
+            hint="Move these files to another directory, then run the command again.",
             data={"reason": "foreign-files", "names": foreign[:3]},
         )
     if (work / LOCK).exists():
@@ -255,7 +263,7 @@ def _open_lock(work: Path) -> TextIO:
         raise UsageError(
             f"can't be opened ({error.strerror})",
             where=f"{work.name}/{LOCK}",
-            hint="Move the work directory away.",
+            hint="Move or rename the work directory, then run the command again.",
             data={"reason": "not-opened", "cause": error.strerror},
         ) from error
     return os.fdopen(handle, "w")

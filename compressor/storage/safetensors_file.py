@@ -107,7 +107,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise _bad(path, f"its header claims {length} bytes, the file has {size}")
             text = file.read(length)
     except OSError as error:
-        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+        raise ModelError(
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Give yourself read permission for it (chmod +r).",
+        ) from error
     header = _parse(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -251,8 +255,8 @@ def _nbytes(stored_as: str, shape: Iterable[int]) -> int:
 
 def _bad(path: Path, what: str, reason: str = "unsound", **values: Any) -> ModelError:
     return ModelError(
-        f"is not a sound safetensors file: {what}",
+        f"is not a valid safetensors file: {what}",
         where=path.name,
-        hint="Download or copy the file again.",
+        hint="Download or copy this file again.",
         data={"reason": reason, **values},
     )
