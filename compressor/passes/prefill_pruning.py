@@ -42,12 +42,14 @@ class PrefillPruning(Pass):
 
     keep: dict[NonNegativeInt, Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
-        description="Block number -> share of its tokens that go on behind it; null: 0.9, 0.7 and 0.5 at a quarter, "
-        "half and three quarters of the depth.",
+        description="Share of the tokens that is kept after a block, by block number. null: 0.9, 0.7 and 0.5 at a "
+        "quarter, half and three quarters of the depth.",
     )
-    sink: NonNegativeInt = Field(4, le=MOST, description="So many tokens at the start always go on.")
-    min_prompt: Count = Field(256, description="Shorter prompts are left alone.")
-    revive: bool = Field(True, description="Whether later words may take tokens back.")
+    sink: NonNegativeInt = Field(
+        4, le=MOST, description="Number of tokens at the start of the prompt that are always kept."
+    )
+    min_prompt: Count = Field(256, description="Number of tokens below which a prompt is not pruned.")
+    revive: bool = Field(True, description="Let later tokens bring back dropped tokens that they attend to.")
 
     @property
     def traits(self) -> Traits:
