@@ -1,4 +1,4 @@
-"""The proof that a token gate can stand in each block of a model as it was found, on a probe model."""
+"""Proves on a probe model that a token gate works at the place that was found in each block."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROOF = {
 
 
 def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
-    """Gated blocks give what they would for the tokens kept, and the model bears it; a sample alone gives the same.
+    """Check that gated blocks give kept tokens the same outputs, that the model runs, and that padding has no effect.
 
     raises  ModelError naming the block, or the model
     """
@@ -71,7 +71,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
 
 
 def _check_output(probe: PreTrainedModel, output: Tensor, tokens: int) -> None:
-    """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
+    """Check that a base model returns fewer tokens, or an output head one answer for each sample."""
     has_head = probe.base_model is not probe
     if output.dim() != 2 and has_head:
         raise ModelError(
