@@ -1,8 +1,8 @@
 """Reads a Hugging Face checkpoint directory: headers first, tensors one at a time, never a pickle.
 
-Of several weight files it reads those that transformers' from_pretrained reads, and says which it leaves.
+Of several weight files it reads those that transformers' from_pretrained reads, and reports the others.
 
-Nothing outside the directory is touched: an index that names `../x`, or a link that leads out, is refused. The one
+No file outside the directory is opened: an index that names `../x`, or a link that leads out, is refused. The one
 exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
 """
 
@@ -37,8 +37,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 class Checkpoint:
     """directory  the model's folder
     config     config.json, parsed
-    tensors    checkpoint name -> where it lies
-    metadata   what the index of a sharded checkpoint says beside its files
+    tensors    checkpoint name -> its place in the files
+    metadata   the metadata in the index of a sharded checkpoint
     unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
     """
 
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def is_compressed_artifact(self) -> bool:
-        """Whether this tool wrote it, and not as a plain checkpoint that can be compressed further."""
+        """Whether it is an artifact, except a dense one, which can be compressed further."""
         is_ours = (self.directory / "compress_manifest.json").is_file()
         return "compressed_weights" in self.config or (is_ours and self.quantization_config is not None)
 
@@ -77,45 +77,45 @@ class Checkpoint:
 
     @property
     def weight_file_bytes(self) -> int:
-        """Size of the files that hold the weights, headers included."""
+        """Size of the weight files, headers included."""
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
 
     @cached_property
     def content_sha256(self) -> str:
-        """Hash over config.json and every weight file's own hash; reads the whole checkpoint once."""
+        """Hash of config.json and of every weight file's hash. Reads the whole checkpoint once."""
         files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
         lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @cached_property
     def side_files(self) -> SideFiles:
-        """The files that an artifact takes over beside the weights, and those that it doesn't, with the reason."""
+        """The files beside the weights that are copied to an artifact, and those that are not, with the reason."""
         return find_side_files(self.directory, self.config)
 
     @property
     def carried_config(self) -> dict[str, Any]:
-        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own.
+        """config.json for the artifact. Its `auto_map` has no model, since the artifact has another class.
 
-        Without the name of the source's weight file: the artifact's have other names.
+        The name of the source's weight file is removed, since the artifact's files have other names.
         """
         values = {key: value for key, value in self.config.items() if key not in ("auto_map", "transformers_weights")}
         return {**values, "auto_map": self.side_files.auto_map} if self.side_files.auto_map else values
 
     @cached_property
     def licence(self) -> Licence:
-        """What the model card says."""
+        """The licence in the model card."""
         return read_licence(self.directory)
 
     @property
     def license(self) -> str | None:
-        """Its identifiers in one line, for the report."""
+        """The licence's identifiers in one line, for the report."""
         return ", ".join(self.licence.identifiers) or None
 
 
 def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Read config.json and every safetensors header.
 
-    raises ModelError for anything missing, torn, unsafe, or stored as a pickle
+    raises  ModelError for anything that is missing, incomplete, unsafe or stored as a pickle
     """
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
@@ -144,12 +144,12 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         )
     if others := _other_weights(directory, files):
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        unread.append(f"{name} is read, as transformers does; {shown} hold weights too, and are not read")
+        unread.append(f"{name} is read, as transformers does; {shown} contain weights too and are not read")
     return Checkpoint(directory, config, tensors, metadata, tuple(unread))
 
 
 def resolve_model(name: str) -> Path:
-    """The directory of a model given as `demo`, a path, or the name of one in the local Hugging Face cache."""
+    """The directory of a model that is given as `demo`, a path, or a name in the local Hugging Face cache."""
     if name == "demo":
         from compressor.model.model_files import demo_path
 
@@ -180,13 +180,13 @@ def resolve_model(name: str) -> Path:
 
 
 def model_label(name: str) -> str:
-    """What a report calls a model: its hub name, `demo`, or the last part of its path."""
+    """The name of a model in a report: its hub name, `demo`, or the last part of its path."""
     path = Path(os.path.expanduser(name))
     return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """raises ModelError with the count and the first place of NaN or Inf"""
+    """raises ModelError with the number of NaN and Inf values and the first position"""
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = (~finite).nonzero()
@@ -210,7 +210,7 @@ def _refuse_adapter(directory: Path) -> None:
 
 
 def _weights_file(directory: Path, config: dict[str, Any]) -> str:
-    """The file that transformers' from_pretrained starts with. raises ModelError if there is none to read"""
+    """The file that transformers' from_pretrained opens first. raises ModelError if there is none"""
     if parts := sorted(path.name for path in directory.glob("shard-*.safetensors") if DISTRIBUTED.match(path.name)):
         raise ModelError(
             f"the weights are stored as shards of a distributed run ({parts[0]})",
@@ -236,15 +236,15 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _other_weights(directory: Path, read: set[str]) -> list[str]:
-    """Names of weight files that a torch user could take for the model's, beside those that are read; sorted."""
+    """Sorted names of further weight files of torch that are not read."""
     found = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern)}
     return sorted(map(printable, found - read))
 
 
 def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
-    """Every tensor of the files that the index names, the files, and a sentence if tensors lie in more than one.
+    """Every tensor of the files in the index, the files, and a sentence if a tensor is in more than one of them.
 
-    As in transformers the last file, by name, wins, and what the index says of single tensors is not looked at.
+    As in transformers, the last file by name wins, and the index entries of single tensors are not used.
     """
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):

@@ -1,4 +1,4 @@
-"""Which class of transformers, or of a checkpoint's own code, a checkpoint is loaded with, and its config."""
+"""Finds the class, of transformers or of a checkpoint's own code, that loads a checkpoint, and its config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compressor.model.trusted_code import FLAG, auto_map, check_kernels, file_of
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a checkpoint, or of the model that an artifact stands for."""
+    """The config of a checkpoint, or of the model in an artifact."""
     checkpoint = open_checkpoint(directory)
     check_values(checkpoint)
     if "compressed_weights" in checkpoint.config:
@@ -34,9 +34,9 @@ def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedCon
 
 
 def class_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that transformers loads a checkpoint with, in whatever form its weights are.
+    """The class with which transformers loads a checkpoint, for any format of its weights.
 
-    raises ModelError for an unknown architecture, and for encoder-decoder models
+    raises  ModelError for an unknown architecture, and for encoder-decoder models
     """
     check_values(checkpoint)
     config, cls = config_and_class(checkpoint, trust_remote_code)
@@ -55,9 +55,9 @@ def refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> N
 
 
 def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """The config and the class of transformers, or of the checkpoint's code where transformers has none of that name.
+    """The config and the class of transformers, or those of the checkpoint's code if transformers lacks the name.
 
-    trust  code of the checkpoint may run, where it is needed
+    trust  code of the checkpoint may run if it is needed
     """
     where = checkpoint.directory.name
     name = checkpoint.architecture
@@ -96,7 +96,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         if reference.endswith("." + name):
             try:
                 cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
-            except Exception as error:  # any: it runs the checkpoint's own file
+            except Exception as error:  # any: the checkpoint's own file runs
                 raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(
@@ -109,9 +109,9 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
 
 
 def _code_of(checkpoint: Checkpoint, name: str, cls: Any, named: dict[str, list[str]]) -> list[str]:
-    """The references of `auto_map` that have to be run, because transformers lacks the config's class or the model's.
+    """The references of `auto_map` that must run because transformers lacks the class of the config or of the model.
 
-    [] where transformers has both: then its own are used, and the code isn't run
+    [] if transformers has both: then its own classes are used, and the code doesn't run
     """
     kind = checkpoint.config.get("model_type")
     if cls is not None and isinstance(kind, str) and kind in CONFIG_MAPPING:

@@ -115,12 +115,12 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
 
 
 def _beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What a block is called with beside the hidden states, flattened."""
+    """The arguments of a block without the hidden states, flattened."""
     return tree_leaves((args[1:], {name: kwargs[name] for name in sorted(kwargs) if name != "hidden_states"}))
 
 
 def _same_leaves(before: list[Any], after: list[Any]) -> bool:
-    """Whether two calls hold the same tensors; whatever else they hold says nothing."""
+    """Whether two calls have the same tensors. Other arguments are ignored."""
     if len(before) != len(after):
         return False
     pairs = [(a, b) for a, b in zip(before, after) if isinstance(a, Tensor) or isinstance(b, Tensor)]
