@@ -1,8 +1,8 @@
-"""Data files as bytes: found by name, of a known kind, regular, small enough to be read, decompressed.
+"""Reads data files as bytes: finds them by name, checks their kind and size, and decompresses them.
 
-A file's kind follows from its ending, in any case, after an ending of compression is taken off (`train.jsonl.gz`).
-An ending that says nothing of data (.md, .py, none) is plain text, one document. Endings of other formats are refused.
-Only regular files are opened: a FIFO, device or socket would block for ever.
+A file's kind follows from its suffix, in any case, without a suffix of compression (`train.jsonl.gz`). A suffix that
+names no data format (.md, .py, none) is plain text, one document. Suffixes of other formats are refused. Only regular
+files are opened: a FIFO, device or socket would block forever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPRESSED = (*UNPACKERS, *CODECS)
 KNOWN = (
     "text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .npz; also with .gz, .bz2, .xz, .zst, .lz4"
 )
-# formats that hold no plain text, or that are no data; so that they are refused by name and not as bad UTF-8
+# formats without plain text or data, so that they are refused by name and not as bad UTF-8
 # fmt: off
 OTHER_FORMATS = {
     ".7z", ".avi", ".avro", ".bin", ".bmp", ".db", ".doc", ".docx", ".egg", ".exe", ".gguf", ".gif", ".h5", ".hdf5",
@@ -58,7 +58,7 @@ def find_file(source: str) -> Path:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """(ending that says the kind, or "" for plain text; ending of compression or ""). raises RecipeError"""
+    """(suffix of the kind, or "" for plain text; suffix of the compression or ""). raises RecipeError"""
     endings = [ending.lower() for ending in path.suffixes]
     packed = endings.pop() if endings and endings[-1] in COMPRESSED else ""
     kind = endings[-1] if endings else ""
@@ -74,7 +74,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def read_regular(path: Path, most: int | None = None) -> bytes:
-    """A file's bytes. raises RecipeError if it is no regular file, can't be read, or is larger than memory allows"""
+    """A file's bytes. raises RecipeError if it is not regular, can't be read, or is too large for the memory"""
     try:
         found = path.stat()
         check_regular(found.st_mode, path.name)
@@ -91,7 +91,7 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
 
 
 def check_size(size: int, name: str) -> None:
-    """raises RecipeError for data of so many bytes that reading them would fill the memory"""
+    """raises RecipeError for data that is too large for the memory"""
     most = memory_share()
     if size > most:
         raise RecipeError(
@@ -103,18 +103,18 @@ def check_size(size: int, name: str) -> None:
 
 
 def memory_share() -> int:
-    """Bytes of data that may be read: as text and as tokens they take several times as much."""
+    """Number of bytes of data that may be read: as text and as tokens they need several times as much."""
     return psutil.virtual_memory().available // 4
 
 
 def look_up(source: str) -> tuple[Path, int | None]:
-    """The path of a source and the mode of what lies there, through links; None for nothing."""
+    """The path of a source and the mode of the file there, through links; None if there is none."""
     path = Path(os.path.expanduser(source))
     try:
         return path, path.stat().st_mode
     except FileNotFoundError:
         return path, None
-    except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long, a null character
+    except (OSError, ValueError) as error:  # no permission, circular links, a long name, a null character
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(
             f"can't be accessed ({why})",
@@ -144,7 +144,7 @@ def check_regular(mode: int, where: str) -> None:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever a library raises of a damaged file is the file's fault. raises RecipeError, DependencyError"""
+    """Turn any exception of a library for a damaged file into a RecipeError. raises RecipeError, DependencyError"""
     try:
         yield
     except CompressError:
@@ -155,7 +155,7 @@ def reading(name: str) -> Iterator[None]:
             where=name,
             hint="Install the package that the message names with pip.",
         ) from error
-    except Exception as error:  # the readers of many formats, each with exceptions of its own; EOFError among them
+    except Exception as error:  # readers of many formats, each with its own exceptions, such as EOFError
         said = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
@@ -174,7 +174,7 @@ def load_package(name: str) -> Any:
 
 
 def decompressed(path: Path, ending: str, content: bytes, most: int | None) -> bytes:
-    """What a compressed file holds, or its first `most` bytes."""
+    """The content of a compressed file, or its first `most` bytes."""
     limit = memory_share() if most is None else most
     with reading(path.name):
         packed = io.BytesIO(content)

@@ -1,6 +1,6 @@
-"""Images and labels of an .npz file, scaled and normalised as the model's preprocessor_config.json says.
+"""Reads images and labels of an .npz file, and normalizes them by the model's preprocessor_config.json.
 
-A file may claim any size and hold any type: its headers are read first, and nothing is unpacked that they don't allow.
+A file may declare any size and any dtype. So its headers are read first, and only allowed arrays are unpacked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORM = (
 def read_images(source: str) -> tuple[torch.Tensor, list[int] | None, bytes]:
     """(images (n, height, width, channels) uint8, a class number for each or None, content of the file).
 
-    raises RecipeError for a file that holds anything else, or more than memory does
+    raises  RecipeError for a file with other arrays, or one that is too large for the memory
     """
     path = find_file(source)
     content = read_regular(path)
@@ -40,7 +40,7 @@ def read_images(source: str) -> tuple[torch.Tensor, list[int] | None, bytes]:
 
 
 def check_images(source: str) -> None:
-    """What the headers of the file say, without reading the images. raises as `read_images` does"""
+    """Check the headers of the file without reading the images. raises as `read_images` does"""
     path = find_file(source)
     with reading(path.name), path.open("rb") as file:
         _arrays(file, path.name, only_headers=True)
@@ -64,7 +64,7 @@ def normalised(images: torch.Tensor, model_directory: Path) -> torch.Tensor:
 
 
 def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
-    """`images` and, where there are any, `labels`, both checked; nothing with only_headers, after the same checks."""
+    """`images` and, if the file has them, `labels`, both checked. With only_headers: only the checks."""
     import numpy
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -99,7 +99,7 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
         shape = shapes.get("images")
         if shape is None:
             raise RecipeError(
-                f"has no `images` (it holds {', '.join(members) or 'nothing'})",
+                f"has no `images` (it contains {', '.join(members) or 'nothing'})",
                 where=name,
                 hint=FORM,
                 data={"reason": "no-images", "names": list(members)},
@@ -159,7 +159,7 @@ def _processor(model_directory: Path) -> dict[str, Any]:
 
 
 def _numbers(stated: dict[str, Any], key: str, channels: int) -> torch.Tensor:
-    """One finite number for all channels, or one each, as (1, channels or 1, 1, 1). raises ModelError"""
+    """One finite number for all channels, or one for each, as (1, channels or 1, 1, 1). raises ModelError"""
     value = stated[key]
     values = value if isinstance(value, list) else [value]
     are_numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)

@@ -1,7 +1,7 @@
-"""Rows of one data file: JSON, CSV, Parquet, Arrow or plain text, and texts and labels as they stand in it.
+"""Parses the rows of one data file (JSON, CSV, Parquet, Arrow or plain text) into texts and labels.
 
-Rows are read as they are: nothing is turned into text that isn't, and no row is left out. What can't be read is a
-`RecipeError` that names the file and the row; whatever exception a library makes of a damaged file becomes one too.
+Rows are read unchanged: no other value is converted to text, and no row is left out. A value that can't be read is a
+`RecipeError` that names the file and the row. Any exception of a library for a damaged file becomes one too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MARKS = (  # the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-ROW_BYTES = 64  # least memory that a row takes as a Python string
+ROW_BYTES = 64  # smallest memory of a row as a Python string
 NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.0*)?")
 
 
 def parse(kind: str, content: bytes, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
-    """(values, labels) of a file's content; is_cut: more of it follows, so that the last row may be a part."""
+    """(values, labels) of a file's content. is_cut: the content is a beginning, so the last row may be incomplete."""
     if kind in (*PARQUET, *ARROW):
         with reading(name):
             file = load_package("pyarrow").BufferReader(content)
@@ -71,7 +71,7 @@ def _decode(content: bytes, name: str, is_cut: bool) -> str:
 
 
 def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
-    """Lines end at a line feed only: a text may hold other line separators."""
+    """Objects of lines. Lines end only at a line feed, since a text may contain other line separators."""
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip(" \t\r"):
@@ -101,7 +101,7 @@ def _load_json(text: str, where: str) -> Any:
 
 
 class _TwinKey(ValueError):
-    """A key that comes twice in one object."""
+    """A key that appears twice in one object."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r} comes twice in one object")
@@ -200,14 +200,14 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
 
 
 def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[int, list[str]]]:
-    """(line it ends on, fields) of each row that isn't blank. A text may be of any length and hold line breaks."""
+    """(line of its end, fields) of each row that is not blank. A text may have any length and contain line breaks."""
     rows: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     before = csv.field_size_limit(len(text) + 1)
     try:
         rows += ((reader.line_num, row) for row in reader if row)
     except csv.Error as error:
-        if not is_cut or reader.line_num < text.count("\n"):  # else the cut went through a quoted text
+        if not is_cut or reader.line_num < text.count("\n"):  # else the content ends inside a quoted text
             raise RecipeError(
                 f"is not valid CSV ({error})",
                 where=f"{name}:{reader.line_num}",
@@ -220,12 +220,12 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
 
 
 def _number(text: str) -> Any:
-    """A CSV label: a whole number as int; else as it is, to be refused where labels are used."""
+    """A CSV label: an integer as int. Other values stay text and are refused where labels are used."""
     return int(float(text)) if NUMBER.fullmatch(text.strip()) else text or None
 
 
 def open_arrow(kind: str, file: Any, field: str, name: str) -> Any:
-    """Open a Parquet or Arrow file and see from its header that it has the field; returns what `_from_arrow` reads."""
+    """Open a Parquet or Arrow file, and check in its header that it has the field. `_from_arrow` reads the result."""
     if kind in PARQUET:
         opened = load_package("pyarrow.parquet").ParquetFile(file)
         names = opened.schema_arrow.names

@@ -1,6 +1,6 @@
-"""Rows of a source, as found, to texts and labels; a value that is no text or no class number is refused, with its row.
+"""Turns the rows of a source into texts and labels. A value that is not a text or class number is refused by its row.
 
-A chat is a list of messages, objects with `role` and `content`, and becomes text by the model's own chat template.
+A chat is a list of messages, objects with `role` and `content`. The model's own chat template turns it into text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from compressor.errors import RecipeError
 
-LABEL = "label"  # the column that holds class numbers
+LABEL = "label"  # the column of class numbers
 FOUND = {
     type(None): "null",
     bool: "a truth value",
@@ -26,10 +26,10 @@ FOUND = {
 
 @dataclass(frozen=True)
 class Rows:
-    """values  one entry a document, as found: text, or what `texts_of` refuses, or a chat (list of messages)
-    labels  one a document, as found; None where there are none
+    """values  one entry per document, unchanged: a text, a chat (list of messages), or a value that `texts_of` refuses
+    labels  one per document, unchanged; None if there are none
     sha256  of the file, or of a data set's texts
-    is_whole_text  one document that is the whole of a text file, and may be cut anywhere
+    is_whole_text  the one document is a whole text file and may be divided anywhere
     """
 
     values: list[Any]
@@ -42,8 +42,8 @@ class Rows:
 def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], Any] | None) -> tuple[list[str], bool]:
     """(texts, whether they are rendered chats).
 
-    render  writes a chat by the model's chat template; None where it has none
-    raises  RecipeError with the row whose value is no text
+    render  turns a chat into text by the model's chat template; None if it has none
+    raises  RecipeError with the row whose value is not a text
     """
     is_chat = bool(rows.values) and chat_of(rows.values[0]) is not None
     if not is_chat:
@@ -60,7 +60,7 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
             )
         try:
             text = render(messages)
-        except Exception as error:  # whatever the model's own template makes of these messages
+        except Exception as error:  # any exception of the model's own template for these messages
             raise RecipeError(
                 f"the model's chat template refuses it ({type(error).__name__}: {str(error)[:160]})",
                 where=f"{rows.name}, row {number}",
@@ -72,7 +72,7 @@ def texts_of(rows: Rows, field: str, render: Callable[[list[dict[str, Any]]], An
 
 
 def whole_labels(labels: list[Any], name: str) -> list[int]:
-    """Labels as class numbers. raises RecipeError with the first row that has none, or no whole number from 0 on"""
+    """Labels as class numbers. raises RecipeError with the first row without an integer from 0 on"""
     numbers = []
     for row, label in enumerate(labels, 1):
         is_number = isinstance(label, (int, float)) and not isinstance(label, bool)
@@ -115,7 +115,7 @@ def text_of(value: Any, field: str, name: str, row: int) -> str:
 
 
 def chat_of(value: Any) -> list[Any] | None:
-    """A chat is a list of objects; an old data set stores it as an object of lists."""
+    """The chat in a value: a list of objects. Old data sets store it as an object of lists."""
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         return value
     if isinstance(value, dict) and {"role", "content"} <= value.keys():
@@ -137,7 +137,7 @@ def _messages(value: Any, field: str, name: str, row: int) -> list[dict[str, Any
         )
     messages = []
     for number, message in enumerate(found, 1):
-        told = {key: part for key, part in message.items() if part is not None}  # columns that other rows have
+        told = {key: part for key, part in message.items() if part is not None}  # None: a column of other rows
         for key in ("role", "content"):
             if not isinstance(told.get(key), str):
                 raise RecipeError(

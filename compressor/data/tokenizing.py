@@ -1,4 +1,4 @@
-"""Texts to tokens, by the model's own tokenizer."""
+"""Turns texts into tokens with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; code of the directory runs only where the user trusts it.
+    """The model's own tokenizer. Code of the directory runs only if the user trusts it.
 
-    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
+    raises  RecipeError if there is none that can be used, ModelError if one needs code that is not trusted
     """
     from transformers import AutoTokenizer
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -33,11 +33,11 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
             data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
         )
     try:
-        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
+        if where == "config.json" and references:  # of the slow class and the fast one, if there are both
             cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
             return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
+    except Exception as error:  # any exception of a library or of the tokenizer's code gives the reason
         raise RecipeError(
             f"the model has no usable tokenizer ({_first_line(error)})",
             where=directory.name,
@@ -54,9 +54,9 @@ def _first_line(error: Exception) -> str:
 def pack(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
 ) -> tuple[torch.Tensor, ...]:
-    """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
+    """Join the documents, with an end-of-text token after each, divide them into windows, and draw `samples` of these.
 
-    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
+    Windows never overlap, and a document without tokens adds none. raises RecipeError if the text is too short
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids: list[int] = []
