@@ -1,4 +1,4 @@
-"""Changes of a recipe's settings from the command line: `--set`, and flags that stand for a setting."""
+"""Changes a recipe's settings from the command line: by `--set`, and by options for a single setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressor.recipe.yaml_source import Source, dotted, read_yaml
 
 
 def apply_override(source: Source, override: str) -> None:
-    """One `a.b.0.c=VALUE` of --set; VALUE is YAML."""
+    """Apply one `a.b.0.c=VALUE` of --set. VALUE is YAML."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not is_utf8(override):
@@ -35,7 +35,7 @@ def apply_override(source: Source, override: str) -> None:
 
 
 def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
-    """Put a value where `path` leads. The path must lead through the recipe; only the last key may be new."""
+    """Set the value at `path`. All keys of the path except the last must be in the recipe."""
     if path[0] == "steps" and (len(path) < 3 or path[2:] == ("sweep",) or (path[2] == "sweep" and len(path) < 5)):
         raise RecipeError(
             "--set can change the settings of a step, but not the steps",
@@ -67,7 +67,7 @@ def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"{dotted(path[:-1])!r} holds a plain value", where=place)
+        raise RecipeError(f"{dotted(path[:-1])!r} is a plain value, not a map or a list", where=place)
     for known in [p for p in source.positions if p[: len(path)] == path]:
         del source.positions[known]
     source.positions[path] = place

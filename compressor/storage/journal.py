@@ -1,8 +1,8 @@
-"""What is durably done. One commit per unit: temporary file, sync, rename, one appended line.
+"""Records durably which parts of a run are done. Each part is one commit: temporary file, sync, rename, one line.
 
-The journal knows nothing of models. There is no moment without a valid state: a file counts once its line is
-appended, a torn last line is ignored, and a file without a line is written again. A line says its own hash, so one that
-anything else changed is found when the journal is reopened, whatever its facts are.
+The journal knows nothing about models. Its state is valid at every moment: a file is valid once its line is appended,
+an incomplete last line is ignored, and a file without a line is written again. A line contains its own hash, so a
+changed line is found when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AGAIN = "Begin again with --fresh, which deletes the finished parts."
 
 
 class Journal:
-    """A work directory. Open it with `create` or `reopen`; close it to release the lock."""
+    """A work directory. Open it with `create` or `reopen`, and close it to release the lock."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -41,7 +41,7 @@ class Journal:
 
     @classmethod
     def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """A fresh journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
+        """A new journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
             (work / UNITS).mkdir(parents=True)
             _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
@@ -59,7 +59,7 @@ class Journal:
 
     @classmethod
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
+        """Continue a journal. raises ResumeError naming what differs from the interrupted run, or the damaged file"""
         if not has_begun(work):
             raise ResumeError(
                 "there is no interrupted run to resume",
@@ -107,7 +107,7 @@ class Journal:
         self._lock.close()
 
     def done(self, key: str) -> dict[str, Any] | None:
-        """The line of a committed unit. raises ResumeError if its file is not what was committed"""
+        """The line of a committed part. raises ResumeError if its file was changed since"""
         line = self.lines.get(key)
         if line is not None and not line.get("checked"):
             path = self.work / UNITS / line["file"]
@@ -122,11 +122,11 @@ class Journal:
         return line
 
     def commit(self, key: str, file: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
-        """Make one unit durable and return its path.
+        """Store one part durably and return its path.
 
-        write   writes the whole content to the path it gets
-        facts   JSON values, kept in the unit's line
-        raises  PassError when the disk is full; what was committed before stays
+        write   writes the whole content to the path in its argument
+        facts   JSON values, stored in the part's line
+        raises  PassError if the disk is full; earlier commits stay
         """
         path = self.work / UNITS / file
         temporary = path.with_suffix(".tmp")
@@ -163,7 +163,7 @@ class Journal:
         path = self.work / LINES
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:  # a torn last line: cut it off, so that the next one starts cleanly
+        if whole != content:  # an incomplete last line: remove it before the next one
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         lines = {}
@@ -183,7 +183,7 @@ class Journal:
 
 
 def _read_run(work: Path) -> dict[str, Any]:
-    """What the interrupted run was. raises ResumeError for what no run wrote"""
+    """The fingerprint of the interrupted run. raises ResumeError for a file that no run wrote"""
     try:
         stored = json.loads((work / RUN).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -203,20 +203,20 @@ def _read_run(work: Path) -> dict[str, Any]:
 
 
 def _line_sha256(line: dict[str, Any]) -> str:
-    """The hash of a line's values, as they are when JSON is read again: there a key is text, and sorted as such."""
+    """The hash of a line's values as they are after reading the JSON, where every key is text and sorted as text."""
     values = json.loads(json.dumps(line))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def has_begun(work: Path) -> bool:
-    """Whether a work directory has anything to resume: before run.json is there, nothing is committed."""
+    """Whether a work directory can be resumed. Without run.json there is no commit."""
     return (work / RUN).exists()
 
 
 def remove_work(work: Path) -> None:
-    """Delete a work directory that a journal of ours made.
+    """Delete a work directory that a journal made.
 
-    raises UsageError if it holds anything else, or a run is using it
+    raises  UsageError if it contains other files, or if a run is using it
     """
     if work.is_symlink() or not work.is_dir():
         raise UsageError(
@@ -242,7 +242,7 @@ def remove_work(work: Path) -> None:
 
 
 def _links(work: Path) -> list[str]:
-    """What is neither a folder nor a regular file; a journal makes no such, and a link may lead anywhere."""
+    """Entries that are neither folders nor regular files. A journal creates none, and a link may lead anywhere."""
     return sorted(
         path.relative_to(work).as_posix()
         for path in work.rglob("*")
@@ -251,9 +251,9 @@ def _links(work: Path) -> list[str]:
 
 
 def _open_lock(work: Path) -> TextIO:
-    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off.
+    """The lock file, created if it is missing. A link in its place is not followed, and a file is not truncated.
 
-    raises UsageError for what can't be opened, such as a folder
+    raises  UsageError if it can't be opened, such as a folder
     """
     try:
         handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -270,7 +270,7 @@ def _open_lock(work: Path) -> TextIO:
 
 
 def _lock(file: TextIO, work: Path) -> None:
-    """raises UsageError while another process holds it"""
+    """raises UsageError while another process has the lock"""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
