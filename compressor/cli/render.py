@@ -1,4 +1,4 @@
-"""What the command line prints: tables, Markdown, JSON, warnings and errors."""
+"""Prints the output of the command line: tables, Markdown, JSON, warnings and errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class PageFormat(str, Enum):
 
 def complain(error: CompressError, as_json: bool) -> None:
     if as_json:
-        with contextlib.suppress(OSError):  # the line on standard error says it too
+        with contextlib.suppress(OSError):  # the line on standard error has it too
             json_line(error.event())
-    with contextlib.suppress(OSError):  # of a terminal that was closed: nobody is there to be told
+    with contextlib.suppress(OSError):  # a closed terminal: there is no reader
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(plan: Plan) -> None:
-    """Each weight, what steps change of the model, the predicted sizes, the warnings and all problems but the first."""
+    """Print each weight, the changes of the model, the predicted sizes, the warnings and all problems after the first."""
     from compressor.evaluation.render import human_bytes
 
     if plan.rows:
@@ -97,7 +97,7 @@ def _show_reshape(reshape: dict[str, Any]) -> None:
 
 
 def show_structure(found: dict[str, Any], weights: bool) -> None:
-    """What `inspect_path` found. weights: by their full names"""
+    """Print the result of `inspect_path`. weights: show full names"""
     from compressor.evaluation.render import human_bytes
 
     out.print(
@@ -117,7 +117,7 @@ def show_structure(found: dict[str, Any], weights: bool) -> None:
 
 
 def show_verification(found: dict[str, Any], directory: Path, has_source: bool) -> None:
-    """Of an artifact without problems."""
+    """Print the result for an artifact without problems."""
     for note in found["notes"]:
         err.print(f"documentation: {note}", highlight=False, markup=False)
     out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
@@ -127,7 +127,7 @@ def show_verification(found: dict[str, Any], directory: Path, has_source: bool) 
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Rows of one kind, their keys as the header."""
+    """Print rows as a table with their keys as the header."""
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -135,7 +135,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def show_lines(lines: list[tuple[str, str]]) -> None:
-    """A label and a sentence a line."""
+    """Print a label and a sentence per line."""
     for label, sentence in lines:
         out.print(f"{label:<14}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
