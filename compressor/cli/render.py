@@ -49,7 +49,7 @@ def complain(error: CompressError, as_json: bool) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """Print each weight, the changes of the model, the predicted sizes, the warnings and all problems after the first."""
+    """Print each weight, the changes of the model, the predicted sizes, the warnings and further problems."""
     from compressor.evaluation.render import human_bytes
 
     if plan.rows:

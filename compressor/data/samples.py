@@ -223,7 +223,7 @@ def _check_room(settings: Settings) -> None:
 
 
 def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
-    """(texts, unchanged labels or None, sha256 of the content). raises RecipeError, also for chats: they need a model"""
+    """(texts, unchanged labels or None, sha256 of the content). raises RecipeError; a chat needs a model"""
     texts, _, rows = _read_texts(settings, None, False)
     return texts, rows.labels, rows.sha256
 
