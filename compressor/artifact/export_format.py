@@ -130,9 +130,9 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
     """What of the model its stock class hasn't, and why that matters."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
-    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
+    told = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
     form = modules[name]["form"] if modules else None
-    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is removed"
     cls = type(model).__name__
     why = f"{what}, which {cls} of stock transformers doesn't have"
     return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
@@ -152,7 +152,7 @@ def _stock_family(
         (
             form.weight.name,
             Because(
-                f"is stored for {family} and others for {first}, and a checkpoint has one loader",
+                f"is stored for {family} and others for {first}, but a checkpoint has only one loader",
                 reason="two-loaders",
                 loader=family,
                 others=first,

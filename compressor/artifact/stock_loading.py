@@ -95,7 +95,7 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
     method = asked.get("quant_method") if isinstance(asked, dict) else asked
     if method != (route if route in FAMILIES else None):
         raise ArtifactError(
-            f"quantization_config asks for {method!r}, and the manifest says {route}",
+            f"quantization_config has the method {method!r}, but the manifest has {route}",
             where="config.json",
             hint="Copy the artifact again from where it was written, or build it again.",
             data={"reason": "other-route", "asked": str(method), "route": route},
@@ -118,14 +118,14 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
         if references != ([expected[name]] if name in expected else []):
             files = ", ".join(sorted({file_of(reference) for reference in references})) or "nothing"
             should = file_of(expected[name]) if name in expected else "nothing"
-            problems.append(f"config.json: auto_map names {files} for {name}, and this tool writes {should}")
+            problems.append(f"config.json: auto_map names {files} for {name}, but compress-model writes {should}")
     for name in code_files(checkpoint.directory):
         if name == own:
             continue
         if name.partition("/")[0] == CUSTOM_GENERATE:
-            problems.append(f"{name} takes the place of the model's generate() where code is trusted")
+            problems.append(f"{name} replaces the model's generate() if code is trusted")
         elif name not in manifest["files"]:
-            problems.append(f"{name} is code that this tool did not write")
+            problems.append(f"{name} is code that compress-model did not write")
     return problems
 
 

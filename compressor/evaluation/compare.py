@@ -53,7 +53,7 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[st
     ]
     weights = dict.fromkeys(name for table in tables for name in table)
     differ = _other_samples(subjects)
-    message = "measured on different samples; their metrics can't be set against each other"
+    message = "they were measured on different samples, so their metrics can't be compared"
     names = [_name(path, subject) for path, subject in zip(paths, subjects, strict=True)]
     if differ and (changes := [name for name in gates or {} if split_gate(name)[1] in CHANGE]):
         raise UsageError(
@@ -78,10 +78,10 @@ def _read_report(file: Path) -> dict[str, Any]:
         report = parse_json(file.read_text("utf-8"))
         kind = next((key for key in VERSIONS if key in report), None)
         if kind is None:
-            raise UsageError("is not a report of this tool", where=str(file))
+            raise UsageError("is not a report of compress-model", where=str(file))
         if report[kind] != VERSIONS[kind]:
             raise UsageError(
-                f"{kind} {str(report[kind])[:40]} is unknown, this release reads {VERSIONS[kind]}",
+                f"{kind} {str(report[kind])[:40]} is unknown; this release reads {VERSIONS[kind]}",
                 where=str(file),
                 hint="Run pip install -U compress-model, or measure again with this release.",
                 data={"reason": "version", "key": kind, "version": str(report[kind])[:40], "known": VERSIONS[kind]},

@@ -253,7 +253,7 @@ def _make_output(output: Path) -> None:
             output.mkdir(parents=True)
         except OSError as error:
             raise UsageError(
-                f"can't be made ({error.strerror})",
+                f"can't be created ({error.strerror})",
                 where=str(output),
                 hint="Pass --output with a new or empty directory that you may write to.",
                 data={"reason": "not-made", "cause": error.strerror},
