@@ -127,7 +127,7 @@ def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWe
     if "weight_packed" not in tensors:
         return "compressed-tensors holds no packed codes; it drops them at the first call, so prepare the model before"
     if weights.type != "int" or weights.num_bits not in (2, 3, 4, 8) or scheme.input_activations is not None:
-        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with rounded inputs"
+        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with activation quantization"
     groups, columns = tensors["weight_scale"].shape[1], int(tensors["weight_shape"][1])
     spec = {"bits": int(weights.num_bits), "symmetric": weights.symmetric}
     return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)
