@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop = Stop()
 
     def tell() -> None:
-        given_up = "the part at work is given up. " if stop.has_begun else ""
+        given_up = "the unfinished part is dropped. " if stop.has_begun else ""
         message = f"stopping: {given_up}{stop.hint}"
         with contextlib.suppress(OSError):  # a stream that can't be written doesn't prevent the stop
             if as_json:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_verb(arguments: list[str], stop: Stop, as_json: bool) -> int:
     try:
         for argument in arguments:
-            check_utf8(argument, "Rename the file, or give the text as UTF-8.")
+            check_utf8(argument, "Rename the file, or write the text in UTF-8.")
         code = app(arguments, standalone_mode=False, prog_name="compress-model", obj=stop) or 0
         sys.stdout.flush()
     except SystemExit as error:  # from the shell completion

@@ -57,7 +57,7 @@ def show_plan(plan: Plan) -> None:
     for reshape in plan.reshapes:
         _show_reshape(reshape.to_dict())
     if plan.route is not None:
-        out.print(f"route {plan.route.name}: {plan.route.reason}", highlight=False)
+        out.print(f"export format {plan.route.name}: {plan.route.reason}", highlight=False)
     out.print(
         f"weights {human_bytes(plan.source_bytes)} -> {human_bytes(plan.weight_bytes)}; artifact "
         f"{human_bytes(plan.artifact_bytes)}; memory about {human_bytes(plan.peak_memory_bytes)}; disk "
@@ -104,7 +104,7 @@ def show_structure(found: dict[str, Any], weights: bool) -> None:
         f"{found['architecture']}, {found['dtype']}, {found['block_count']} blocks in {found['blocks']}",
         highlight=False,
     )
-    table = Table("unit", "tensors", "bytes", "weight groups")
+    table = Table("part", "tensors", "bytes", "weight groups")
     for unit in found["units"]:
         groups = [
             ", ".join(
@@ -122,7 +122,7 @@ def show_verification(found: dict[str, Any], directory: Path, has_source: bool) 
         err.print(f"documentation: {note}", highlight=False, markup=False)
     out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
     if found["not_compared"]:
-        how = "" if has_source else " Give it with --source MODEL."
+        how = "" if has_source else " Pass --source MODEL to compare them."
         out.print(f"not compared with its source: {found['not_compared']}.{how}", highlight=False)
 
 

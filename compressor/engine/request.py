@@ -56,7 +56,7 @@ def find_device(asked: str) -> torch.device:
 
 def named_output(output: Path) -> Path:
     """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
-    check_utf8(output.absolute(), "Choose another --output.")
+    check_utf8(output.absolute(), "Pass --output with a name in UTF-8.")
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     if not named.name or "\0" in str(named):
         raise UsageError(
