@@ -1,7 +1,7 @@
-"""compress-model: smaller, faster models that load where you already work, with an honest report.
+"""compress-model: post-training compression of Hugging Face models, with a report of what it cost.
 
-Public names are imported at their first use, so that `import compressor` is instant. One thing is done at once: torch's
-threads are told to sleep while they wait (`idle_threads`), since torch asks for that when it is imported.
+Public names are imported at their first use, so that `import compressor` is fast. One setting is made at once: torch's
+threads sleep while they wait (`idle_threads`), since torch reads it when it is imported.
 """
 
 from __future__ import annotations

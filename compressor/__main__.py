@@ -1,4 +1,4 @@
-"""The process of the command `compress-model`, and of `python -m compressor`."""
+"""Starts the command `compress-model`, also as `python -m compressor`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from compressor.process.streams import mend_streams
 
 
 def main() -> int:
-    """Run the command of this process's arguments and return its exit code."""
-    leave_out_working_directory()  # before anything is imported that could lie there
+    """Run the command in this process's arguments and return its exit code."""
+    leave_out_working_directory()  # before any import that could be found there
     mend_streams()
     from compressor.cli.main import INTERRUPTED, main
 
     code = main()
-    if code == INTERRUPTED:  # a thread that is still at work, or a library's clean-up, must not hold up the end
+    if code == INTERRUPTED:  # a running thread, or the clean-up of a library, must not delay the end
         os._exit(code)
     return code
 

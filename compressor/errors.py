@@ -1,7 +1,7 @@
-"""Errors a user can act on. Each says what was found, where, and what to do, and carries its exit code.
+"""Defines the errors that a user can act on. Each has the finding, its place, the next action and an exit code.
 
-Anything that is not a `CompressError` is our own bug: the command line keeps its traceback and exits with 1.
-The exit codes are documented in docs/exit-codes.md.
+Any other exception is a bug of this project: the command line prints its traceback and ends with code 1. The exit codes
+are documented in docs/exit-codes.md.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 
 class CompressError(Exception):
-    """Root of every error that a user can act on.
+    """Base class of every error that a user can act on.
 
-    what   what was found, with the real values
-    where  the weight, file, recipe position or setting it was found at
-    hint   what to do about it
-    data   the values of the message by name, for programs: {"reachable": 0.42}. JSON values. Where the class and the
-           place don't tell two errors apart, "reason" does
+    what   the finding, with the actual values
+    where  its place: the weight, file, position in the recipe, or setting
+    hint   the next action of the user
+    data   the values of the message by name, for programs: {"reachable": 0.42}. JSON values. If class and place don't
+           identify the error, "reason" does
     """
 
     exit_code: ClassVar[int] = 1
@@ -49,7 +49,7 @@ class CompressError(Exception):
 
 
 class UsageError(CompressError):
-    """A flag, argument or output directory that can't be used."""
+    """An option, argument or output directory that can't be used."""
 
     exit_code, code_name = 2, "usage"
 
@@ -61,71 +61,71 @@ class RecipeError(CompressError):
 
 
 class ResumeError(CompressError):
-    """A journal that doesn't belong to the run being asked for."""
+    """A journal that doesn't belong to the requested run."""
 
     exit_code, code_name = 2, "resume"
 
 
 class GateError(CompressError):
-    """The artifact is sound but a quality gate of the recipe doesn't hold."""
+    """The artifact is valid, but a quality gate of the recipe doesn't hold."""
 
     exit_code, code_name = 3, "gate-failed"
 
 
 class ArtifactError(CompressError):
-    """An artifact that doesn't load, or doesn't compute what it should."""
+    """An artifact that doesn't load, or gives wrong outputs."""
 
     exit_code, code_name = 4, "verification-failed"
 
 
 class ModelError(CompressError):
-    """A checkpoint that is missing, corrupt, unsafe or of an unsupported structure."""
+    """A checkpoint that is missing, damaged, unsafe or not supported."""
 
     exit_code, code_name = 5, "model"
 
 
 class ShapeError(CompressError):
-    """A weight whose shape doesn't fit the settings asked for."""
+    """A weight whose shape doesn't fit the settings."""
 
     exit_code, code_name = 5, "shape"
 
 
 class WidthError(ShapeError):
-    """A weight with a number of inputs that no group size divides; it may stay dense where no pattern names it."""
+    """A weight whose number of inputs no group size divides. It may stay dense if no pattern names it."""
 
 
 class PreflightError(CompressError):
-    """A run that can't end well: memory, disk, or an order of steps that can't work."""
+    """A run that can't succeed: too little memory or disk, or an order of steps that doesn't work."""
 
     exit_code, code_name = 5, "preflight"
 
 
 class DependencyError(CompressError):
-    """An optional package is needed; the hint names the extra to install."""
+    """An optional package is missing. The hint says how to install it."""
 
     exit_code, code_name = 6, "missing-dependency"
 
 
 class KernelError(CompressError):
-    """A kernel that was asked for can't be used here."""
+    """A requested kernel can't be used on this machine."""
 
     exit_code, code_name = 6, "kernel"
 
 
 class PassError(CompressError):
-    """A numerical or data failure inside a pass; the journal is kept."""
+    """A numerical or data failure inside a pass. The journal is kept."""
 
     exit_code, code_name = 7, "pass-failed"
 
 
 class Interrupted(CompressError):
-    """Ctrl-C, SIGTERM or SIGHUP; what was done is kept and can be resumed."""
+    """Ctrl-C, SIGTERM or SIGHUP. Finished work is kept and can be resumed."""
 
     exit_code, code_name = 130, "interrupted"
 
 
 class Because(str):
-    """A reason that becomes part of an error's message, with its values: those the error holds as `because`."""
+    """A reason as part of an error's message, with its values, which are `because` in the error's data."""
 
     data: dict[str, Any]
 
@@ -136,18 +136,18 @@ class Because(str):
 
 
 def values_of(why: str | None) -> dict[str, Any]:
-    """The values of a reason; none of a plain text."""
+    """The values of a reason; {} for plain text."""
     return why.data if isinstance(why, Because) else {}
 
 
 def error_to_dict(error: CompressError) -> dict[str, Any]:
-    """JSON values that `error_from` makes the same error of, in another process."""
+    """JSON values from which `error_from` makes the same error in another process."""
     classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]
     return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint, "data": error.data}
 
 
 def error_from(told: dict[str, Any]) -> CompressError:
-    """The error of another process; of a class that isn't known here, its nearest base class that is."""
+    """The error of another process. A class that is unknown here is replaced by its nearest known base class."""
     known = {cls.__name__: cls for cls in _with_subclasses(CompressError)}
     cls = next(known[name] for name in told["classes"] if name in known)
     return cls(told["what"], where=told["where"], hint=told["hint"], data=told["data"])

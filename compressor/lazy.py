@@ -1,7 +1,7 @@
-"""torch, imported at its first use.
+"""Provides torch as a module that is imported at its first use.
 
-Settings, schema and help must not wait for torch, yet a pass keeps its settings and its mathematics in one file.
-Such a file says `from compressor.lazy import torch`; type checkers see the real module.
+Settings, schema and help must load without torch, but a pass has its settings and its mathematics in one file. Such a
+file has `from compressor.lazy import torch`. Type checkers see the real module.
 """
 
 from __future__ import annotations

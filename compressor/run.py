@@ -1,6 +1,6 @@
-"""From recipe and model to a published artifact: plan, sweep, write, verify, evaluate, gate, publish.
+"""Runs a recipe on a model up to the published artifact: plan, sweep, write, verify, evaluate, gate, publish.
 
-The output directory appears only when all of it passed. Until then everything lies in `OUTPUT.work` beside it.
+The output directory is created only after all stages have passed. Until then all files are in `OUTPUT.work` beside it.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def compress(
     resume   continue the interrupted run that left `OUTPUT.work`
     fresh    replace an earlier result or work directory of this tool
     measure  evaluate before and after; without it no gate can hold, so a recipe with gates is refused
-    stop     of a caller who handles signals; without it Ctrl-C, SIGTERM and SIGHUP stop the run while it lasts, if
-             this is the main thread
-    raises   CompressError; its class says which kind (docs/exit-codes.md)
+    stop     of a caller that handles signals; without it the run handles Ctrl-C, SIGTERM and SIGHUP, if this is the
+             main thread
+    raises   CompressError; its class gives the kind (docs/exit-codes.md)
     """
     output = named_output(output)
     work = output.with_name(output.name + ".work")
@@ -110,18 +110,18 @@ def compress(
         raise GateError(
             f"{failed_gates(report['gates'])} did not hold",
             where=target.name,
-            hint=f"The result and its report are in {target}.",
+            hint=f"Read the report in {target}, then change the recipe or the bounds of its gates.",
             data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
         )
     return report
 
 
 def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
-    """Everything between plan and publication. Returns the report, which lies in the built artifact.
+    """Run all stages between plan and publication. Returns the report, which is in the built artifact.
 
-    raises ArtifactError when what was written doesn't verify; the artifact then holds a report that says so
+    raises  ArtifactError if the artifact fails its verification; its report then has that status
     """
-    for folder in (job.built, job.scratch):  # of an earlier try; its room may be needed now
+    for folder in (job.built, job.scratch):  # from an earlier attempt; the disk space may be needed
         if folder.exists():
             shutil.rmtree(folder)
     outcome = _sweep(job, stop)
@@ -147,7 +147,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
         raise ArtifactError(
             "; ".join(checked["problems"]),
             where=where,
-            hint="Not published; kept there with its report for a look.",
+            hint=f"Read the report in {where}, and report this message with the recipe; the output was not published.",
             data={"problems": list(checked["problems"])},
         )
     if problems := check_files(job.built, read_manifest(job.built)):
@@ -156,7 +156,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
 
 
 def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emit: Emit) -> Plan:
-    """raises the first problem of the plan"""
+    """Make the plan. raises its first problem"""
     plan = make_plan(recipe, model, output=output, trust_remote_code=trust_remote_code)
     for warning in plan.warnings:
         emit({"event": "warning", **warning})
@@ -169,11 +169,11 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the sweeps of a run leave.
+    """The result of the sweeps of a run.
 
-    plan   as the passes have decided it and the sweeps have written it
-    files  part files of the last sweep
-    forms  weight name -> the format it is in, by name
+    plan   with the decisions of the passes, as the sweeps have written it
+    files  files of the last sweep, one per part of the model
+    forms  weight name -> name of its quantization format
     """
 
     plan: DecidedPlan
@@ -182,12 +182,12 @@ class Outcome:
 
     @property
     def route(self) -> Route:
-        assert self.plan.route is not None  # a plan without a route has problems, and stops there
+        assert self.plan.route is not None  # a plan without an export format has problems and ends there
         return self.plan.route
 
 
 def _sweep(job: Job, stop: Stop) -> Outcome:
-    """Run the sweeps; leaves the probe in `scratch`."""
+    """Run the sweeps. The probe stays in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
         files, forms = run_sweeps(sweeper)
@@ -199,7 +199,7 @@ def _sweep(job: Job, stop: Stop) -> Outcome:
 
 
 def _write(job: Job, outcome: Outcome) -> None:
-    """The artifact into a directory of its own, sealed, so that the verification checks its hashes too."""
+    """Write the artifact and its manifest into a directory of its own, so that verification checks the hashes too."""
     write_artifact(
         job.built,
         outcome.plan.structure,
@@ -248,7 +248,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
 
 
 def _verify(job: Job) -> dict[str, Any]:
-    """What the fresh process found; that the artifact does not load or run is a problem found, too."""
+    """The result of verification in a fresh process. An artifact that does not load or run is a problem in it."""
     try:
         return verify.verify_in_child(
             job.built,
@@ -304,7 +304,7 @@ def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measu
 
 
 def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
-    """Move the built artifact to where it belongs, and drop the work directory."""
+    """Move the built artifact to its output directory, and delete the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
     if target.exists() or target.is_symlink():
         remove_artifact(target)

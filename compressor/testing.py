@@ -1,4 +1,4 @@
-"""The contract of a pass, as one check that built-in and third-party passes share.
+"""Checks the contract of a pass. Built-in and third-party passes use the same check.
 
 from compressor.testing import check_pass
 def test_contract(tmp_path):
@@ -38,7 +38,7 @@ from compressor.storage.safetensors_file import read_bytes, read_header
 def recipe_for(
     name: str, settings: Pass, samples: int = 8, length: int = 16, before: Sequence[dict[str, Any]] = ()
 ) -> Recipe:
-    """A recipe of this one step, after those of `before`, on random tokens, with no evaluation."""
+    """A recipe with this step after those of `before`, on random tokens, without evaluation."""
     step = {"pass": name, **settings.model_dump(mode="json", by_alias=True)}
     text = {
         "version": 1,
@@ -53,12 +53,12 @@ def recipe_for(
 def check_pass(
     name: str, settings: Pass, model: Path, scratch: Path, only: str, before: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Run a pass on a small checkpoint and check everything a user of it relies on. Returns the report.
+    """Run a pass on a small checkpoint and check its contract. Returns the report.
 
-    only    a pattern for some of the model's weights; all others must come out unchanged (a pass that reshapes the
-            model has none)
-    before  steps that it needs first, as a recipe has them
-    raises  AssertionError naming the promise that doesn't hold
+    only    a pattern for some of the model's weights; all others must stay unchanged (not for a pass that reshapes the
+            model)
+    before  steps that it needs first, as in a recipe
+    raises  AssertionError naming the broken part of the contract
     """
     whole = recipe_for(name, settings, before=before)
     assert whole.steps[-1].settings == settings, "settings don't survive YAML"
@@ -82,11 +82,11 @@ def check_pass(
 
 @dataclass
 class Swept:
-    """What the sweeps of a recipe leave, before an artifact is made of it.
+    """The result of the sweeps of a recipe, before an artifact is made from it.
 
-    files   part files: embeddings, blocks, output head
-    stored  weight -> the format that its record in the report names; "dense" for one that was kept
-    written parameters that stay dense and have new values
+    files    one file per part: embeddings, blocks, output head
+    stored   weight -> the format in its record in the report; "dense" for a weight that was kept
+    written  parameters that stay dense and have new values
     """
 
     plan: Plan
@@ -123,14 +123,14 @@ def sweep(recipe: Recipe, model: Path, work: Path, stops: bool = False) -> Swept
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
-    """Hashes of everything that is the model: weights, config, tokenizer; not what tells of one run."""
+    """Hashes of the files of the model: weights, config, tokenizer. Files about a single run are left out."""
     told = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
     return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in told}
 
 
 def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> bool:
     """Run in a fresh process that is killed at its `step`-th fsync or rename; False if the run ended before."""
-    text = make_plan(recipe, str(model), prove=False).recipe.to_yaml()  # written, no length is unset any more
+    text = make_plan(recipe, str(model), prove=False).recipe.to_yaml()  # in the resolved text every length is set
     request = {"step": step, "recipe": text, "model": str(model), "output": str(output)}
     try:
         child.ask("compressor.contract", request, "is killed")
@@ -152,9 +152,9 @@ def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
 
 
 def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
-    """Where plan claims to know the sizes they are right within 2 %; else it says so, and they are the bounds it says.
+    """Check the planned sizes: exact ones within 2 %, other ones (with a warning) as the bounds that they are.
 
-    Headers aren't bounded: digits in a name or an offset may come or go.
+    Headers are not bounded: the number of digits in a name or an offset may change.
     """
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
     said = any(warning["code"] == "sizes-undecided" for warning in plan.warnings)

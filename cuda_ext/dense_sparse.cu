@@ -1,20 +1,20 @@
-// y (M, N) = sum over blocks b of z_b S_b^T + bias, z_b = x_b D_b^T. x (M, B * w) is cut into B blocks of w columns; D_b
-// (m, w) has m dense atoms; a row of S_b (N, m) has k stored values, and the product takes the atoms that they name.
-// x, D, bias and y are float16 or bfloat16, all of one type; z and all sums are float32; one rounding at the end. Atoms
-// and values that are stored as int8 are exact in both types: they come as such, with their steps beside them.
+// y (M, N) = sum over blocks b of z_b S_b^T + bias, z_b = x_b D_b^T. x (M, B * w) has B blocks of w columns. D_b
+// (m, w) has m dense atoms. A row of S_b (N, m) has k stored values, each with the number of its atom.
+// x, D, bias and y are float16 or bfloat16, all of one type. z and all sums are float32, with one rounding at the end.
+// Atoms and values that are stored as int8 are exact in both types: they are passed as such, with separate steps.
 //
-// Two kernels. `responses` writes z to a workspace: one kernel for both steps would make z again for each block of
-// outputs, and with 4096 of them, 256 to a block, and 256 atoms that is all of the dense product that S saves. It is a
-// product with mma: m * B * w multiply-adds for a row of x are about as many as the N * B * k of the sparse step, and fma
-// have a fifteenth of the rate (data sheets of A100 and H100). `combine` gathers: z of a few rows of x in shared memory,
-// the values streamed.
+// Two kernels. `responses` writes z to a workspace. One kernel for both steps would compute z again for each block of
+// outputs. With 4096 outputs, 256 per block, and 256 atoms that is all of the dense matmul that S saves. It is a matmul
+// with mma: m * B * w multiply-adds for a row of x are about as many as the N * B * k of the sparse step, and fma has a
+// fifteenth of the rate (data sheets of A100 and H100). `combine` gathers: it has z of a few rows of x in shared memory
+// and streams the values.
 //
 // Order of a sum, the same in every call of a shape: an output's values in order of b and then t, SPLIT apart, one fma
 // each; then the SPLIT parts; then the step of the values, the bias. No atomics.
 //
-// Layout "ds1" of S: entry[ceil(N / 32)][B][k][32], a word each: the atom's number in the lower half, the value as a
-// number of x's type in the upper one. So the 32 lanes of a warp, an output each, read 128 bytes that follow each other.
-// What pads N has atom 0 and value 0.
+// Layout "ds1" of S: entry[ceil(N / 32)][B][k][32], one word each: the atom's number in the lower half, the value as a
+// number of x's type in the upper half. So the 32 lanes of a warp, one output each, read 128 consecutive bytes.
+// Padding of N has atom 0 and value 0.
 //
 // Layout of z: z[ceil(M / ROWS)][B][ceil(m / 4) * 4][ROWS] float32, ROWS as `combine` takes them.
 #include "device.h"
@@ -41,7 +41,7 @@ struct Arguments {
   int padded;  // m, rounded up to 4
 };
 
-// Where 8 columns (16 bytes) of a row of a stage are; turned by the row, so that ldmatrix meets every bank.
+// The place of 8 columns (16 bytes) of a row of a stage; rotated by the row, so that ldmatrix reads every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_W + (chunk ^ turn) * 8; }
 
 // z^T = D x^T: a block has 64 atoms (blockIdx.y) of one block of columns (blockIdx.z), each of its 4 warps 16 of them

@@ -114,7 +114,7 @@ DEVICE u32 subtract_f16x2(u32 a, u32 b) {
   return r;
 }
 
-// sub.bf16x2 needs sm_90; a * 1 - b is the same number and needs sm_80. The sign of b is turned by hand.
+// sub.bf16x2 needs sm_90; a * 1 - b is the same number and needs sm_80. The sign of b is inverted in software.
 DEVICE u32 subtract_bf16x2(u32 a, u32 b) {
   u32 r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));

@@ -1,13 +1,13 @@
-// GPTQ: columns begin to stop - 1 of a block are rounded one by one, and every later column of the block, to end - 1, takes
-// their errors. Each element sees the operations of compressor/kernels/ops/gptq_columns.py in their order, each rounded to
-// float32: product and difference apart, true division, half to even. So the codes are those of torch on a CPU, bit for
-// bit. (Not those of torch on a GPU: it divides by a number by multiplying with the inverse.)
+// GPTQ: rounds columns begin to stop - 1 of a block one by one, and adds their errors to every later column of the block,
+// to end - 1. Each element gets the operations of compressor/kernels/ops/gptq_columns.py in the same order, each rounded
+// to float32: product and difference are separate, true division, half to even. So the codes are those of torch on a CPU,
+// bit for bit. (Not those of torch on a GPU, which divides by multiplying with the inverse.)
 //
 //   q = clamp(round(w[j] / s) + z)      e[j] = (w[j] - (q - z) * s) / U[j, j]      w[p] -= U[j, p] * e[j] for p > j
 //
-// Rows of the weight don't see each other: a thread has one, and takes the columns in panels of PANEL. A panel is in
-// registers; it takes the errors of all columns before it, oldest first, then its own. So a column is read and written
-// once, and U comes once per block of threads, the rows of one panel at a time, through shared memory.
+// Rows of the weight are independent: a thread has one row, and processes the columns in panels of PANEL. A panel is in
+// registers. It gets the errors of all earlier columns, oldest first, then its own. So a column is read and written once,
+// and U is read once per block of threads, the rows of one panel at a time, through shared memory.
 #include "device.h"
 
 namespace gptq_solve {

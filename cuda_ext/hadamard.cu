@@ -1,19 +1,19 @@
 // y = x H_n * scale for each row of x (rows, n). One read, one write; float32 inside, one rounding at the end. y may be x.
 // H_n is Sylvester's matrix for n a power of two from 8 to 32768, and H_(n / m) (x) H_m, Sylvester's factor outside, for
-// n / m a power of two and m one of 12, 20, 28, 36 (which m is told by n; 2^p * 40 is 2^(p + 1) * 20).
+// n / m a power of two and m one of 12, 20, 28, 36 (n determines m; 2^p * 40 is 2^(p + 1) * 20).
 //
 // Powers of two: `rows`.
 //
-// A thread has CHUNKS runs of 8 neighbours, `threads * 8` apart. A butterfly joins elements that differ in one bit of
-// their index, and where the bit is tells how they meet:
+// A thread has CHUNKS runs of 8 neighbours, `threads * 8` apart. A butterfly combines elements that differ in one bit of
+// their index, and the bit decides how they are exchanged:
 //
 //   bits 0 to 2    in the run                  bits 8 and on            in shared memory, among the block's warps
 //   bits 3 to 7    by shuffles in the warp     above threads * 8        among the runs of a thread
 //
-// In shared memory the block's warps are turned into lanes: lane l then has 8 neighbours of warp l % warps.
+// In shared memory the block's warps and lanes are transposed: lane l then has 8 neighbours of warp l % warps.
 //
 // Other sizes: `rows_of_runs`. A run is m neighbours, which the thread multiplies by H_m in registers, m additions or half
-// of them for an output; the bits of the run's number then meet in lanes, warps, and runs of a thread as above, 4
+// of them for an output; the bits of the run's number are then exchanged in lanes, warps, and runs of a thread as above, 4
 // neighbours at a time.
 #include "device.h"
 
@@ -216,7 +216,7 @@ DEVICE void multiply_run(float (&v)[M / QUAD][QUAD]) {
   for (int j = 0; j < M; j++) v[j / QUAD][j % QUAD] = sum[j];
 }
 
-// The type is known at run time: a kernel for each would take minutes to compile, and all threads branch alike.
+// The type is a run-time value: a kernel for each would take minutes to compile, and all threads take the same branch.
 DEVICE void load_quad(float (&v)[QUAD], const void* x, u64 index, int type) {
   if (type == FLOAT32) {
     const Words4 words = load16((const float*)x + index);

@@ -1,16 +1,16 @@
 // LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): y = (x without its outlier columns, rounded to int8) @ W^T
 // + (those columns of x) @ (those of W)^T + bias, with W (N, K) int8 and w ~ code * absmax / 127.
 //
-//   an outlier column  has any |x| >= threshold among the rows of the call, or is one of the columns that are given
-//   its weights        are given, too, or else code * absmax / 127, rounded to x's type
+//   an outlier column  has any |x| >= threshold among the rows of the call, or is one of the given columns
+//   its weights        are given too, else they are code * absmax / 127, rounded to x's type
 //
-// The operations in float32 and their order are those of the CPU library, so the bits are: the sum of products of codes, to
-// float32, times absmax / 127, times the row's largest magnitude over 127; then the outlier columns, ascending, a product
-// and a sum for each, both rounded; the bias; the rounding to x's type. NaN or infinity in a row makes that row NaN.
+// The operations in float32 and their order are those of the CPU library, so the bits are the same: the sum of products of
+// codes, to float32, times absmax / 127, times the row's largest magnitude over 127; then the outlier columns, ascending,
+// a product and a sum for each, both rounded; the bias; the rounding to x's type. A row with NaN or infinity gives NaN.
 //
-// Which columns are outliers is a mask of K bits: bit k % 32 of word k / 32. A warp walks it with ballots, so a mask
-// without outliers costs a few instructions. One row: `one_row` does all, each block for itself, since a scan of x costs
-// less than a launch. More rows: `flag_columns`, a slice of the rows a block; `round_rows`; `product`.
+// The outlier columns are a mask of K bits: bit k % 32 of word k / 32. A warp reads it with ballots, so a mask without
+// outliers costs a few instructions. One row: `one_row` does everything in each block, since a scan of x costs less than
+// a launch. More rows: `flag_columns`, a slice of the rows per block; `round_rows`; `product`.
 #include "device.h"
 
 namespace int8_outlier {
@@ -48,7 +48,7 @@ DEVICE u32 outliers_of(const Arguments& args, const float (&v)[8]) {
   return bits;
 }
 
-// Word `word` of the mask of the columns that are given; those outside K are none.
+// Word `word` of the mask of the given columns; those outside K are ignored.
 DEVICE u32 given_columns(const Arguments& args, int word) {
   u32 bits = 0;
   for (int c = 0; c < args.column_count; c++) {
@@ -148,7 +148,7 @@ DEVICE float round_to(float f, int type) {
   return type == FLOAT16 ? f16_to_float(float_to_f16(f)) : bf16_to_float(float_to_bf16(f));
 }
 
-// The weight of outlier column k, the c-th that is given, for output n.
+// The weight of outlier column k, the c-th given one, for output n.
 DEVICE float column_weight_of(const Arguments& args, int n, int c, int k, float absmax) {
   if (args.columns) return load_as_float(args.column_weight, u64(n) * args.column_count + c, args.type);
   const float code = __int2float_rn(args.weight[u64(n) * args.K + k]);
@@ -156,8 +156,8 @@ DEVICE float column_weight_of(const Arguments& args, int n, int c, int k, float 
   return round_to(exact, args.type);
 }
 
-// Calls take(c, k) for each outlier column k, ascending: all lanes of a warp together. `mask` is read where no columns
-// are given.
+// Calls take(c, k) for each outlier column k, ascending: all lanes of a warp together. `mask` is read if no columns are
+// given.
 template <class Take>
 DEVICE void for_each_outlier(const Arguments& args, const u32* mask, int lane, const Take& take) {
   if (args.columns) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
     if (lane == 0) sums[warp * EACH + i] = sum[i];
   }
   __syncthreads();
-  if (thread >= OUTPUTS) return;  // two whole warps go on
+  if (thread >= OUTPUTS) return;  // two whole warps continue
   const int n = n0 + thread, known = n < args.N ? n : args.N - 1;
   const float absmax = args.absmax[known];
   float value = scaled(sums[thread], absmax, row.step);
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(THREADS) one_row(Arguments args) {
 // ---- more rows ----
 constexpr int TILE = 64, TILE_K = 64, PRODUCT_THREADS = 128, STAGES = 4;
 
-// Where 16 columns of a row of a tile are; turned by the row, so that ldmatrix meets every bank.
+// The place of 16 columns of a row of a tile; rotated by the row, so that ldmatrix reads every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk ^ turn) * 16; }
 
 DEVICE int turn_of(int row) { return row / 2 % 4; }

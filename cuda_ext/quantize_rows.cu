@@ -1,6 +1,6 @@
-// Rows of x (M, K) rounded to int8, each by its own largest magnitude: x ~ code * scale, scale = largest / 127, code from
-// -127 to 127, half to even. Codes are padded to a multiple of 64 columns with 0. Where a weight has zero points its product
-// needs the sums of codes in each group of columns, too. Codes, scales and sums are the CPU library's bits.
+// Rounds rows of x (M, K) to int8, each by its own largest magnitude: x ~ code * scale, scale = largest / 127, code from
+// -127 to 127, half to even. Codes are padded to a multiple of 64 columns with 0. The matmul of a weight with zero points
+// also needs the sums of codes in each group of columns. Codes, scales and sums have the bits of the CPU library.
 #include "device.h"
 
 namespace quantize_rows {

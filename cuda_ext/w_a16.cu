@@ -2,11 +2,11 @@
 // or 8 bits. x, y and bias are float16 or bfloat16. Sums are float32; a scale acts on the sum of its group; one rounding at
 // the end.
 //
-// Two kernels: `decode` for up to 16 rows of x, `tiled` for more. For up to 64 rows, K is cut into slices so
-// that there are blocks enough to keep the memory busy; their sums go to a workspace, and `add_slices` adds them in
-// the order of K. The number of slices depends on the shape alone, so the same call gives the same bits on every GPU.
+// Two kernels: `decode` for up to 16 rows of x, `tiled` for more. For up to 64 rows, K is divided into slices, so
+// that there are enough blocks to keep the memory busy. Their sums are written to a workspace, and `add_slices` adds them
+// in the order of K. The number of slices depends only on the shape, so the same call gives the same bits on every GPU.
 //
-// Layout "mma1" of the codes and how they become numbers: codes.h.
+// codes.h describes layout "mma1" of the codes and how they are turned into numbers.
 #include "codes.h"
 
 namespace w_a16 {  // names of several sources meet in one library
@@ -55,7 +55,7 @@ DEVICE void fetch_words(const Arguments& args, u32* stage, int tile, const Copy&
   }
 }
 
-// Where 8 columns (16 bytes) of a row of a stage of x are; turned by the row, so that ldmatrix meets every bank.
+// The place of 8 columns (16 bytes) of a row of a stage of x; rotated by the row, so that ldmatrix reads every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk ^ turn) * 8; }
 
 // A finished sum of this block's slice.

@@ -1,11 +1,11 @@
-// Products of 4- and 8-bit weights with inputs that quantize_rows.cu has rounded to int8:
+// Multiplies 4- and 8-bit weights by inputs that quantize_rows.cu has rounded to int8:
 //
 //   x[m, k] ~ x_code[m, k] * x_scale[m]                W[n, k] = (code[n, k] - zero_point[j, n]) * scale[j, n], j = k / g
 //   y[m, n] = x_scale[m] * (sum over j of scale[j, n] * sum over k in j of x_code[m, k] * (code[n, k] - zero_point[j, n])) + bias[n]
 //
 // Sums of integers are exact. Each output adds its groups in the order of K in float32, one fma a group; then come x_scale,
-// the bias and the rounding to y's type. Those are the CPU library's operations, so its bits are the same, and a row's
-// bits don't depend on the other rows or on the kernel that takes it. K is therefore not cut into slices.
+// the bias and the rounding to y's type. These are the CPU library's operations, so the bits are the same, and a row's
+// bits don't depend on the other rows or on the kernel. K is therefore not divided into slices.
 //
 // Codes are made signed: code - c, c = 8 or 128. The zero point acts on the sum of a group: the sum of x_code * (code - z)
 // is that of x_code * (code - c) less (z - c) times the sum of x_code.
@@ -19,8 +19,8 @@
 //   8 bits  [k / 32][n / 16][lane]   word 0: n, k   word 1: n+8, k  word 2: n, k+16 word 3: n+8, k+16; code - 128
 //
 // These are the registers of the left operand (16 outputs x 32 columns), and those of outputs n, or n + 8, are the two
-// registers of a right operand (8 outputs), so one packed tensor serves both kernels. Four bits are multiplied where they
-// are, in the upper half of a byte: sums are 16 times what they stand for.
+// registers of a right operand (8 outputs), so one packed tensor serves both kernels. Four bits are multiplied in their
+// place, the upper half of a byte: sums are 16 times the true ones.
 #include "device.h"
 
 namespace w_a8 {
@@ -112,7 +112,7 @@ DEVICE float scale_of(const Arguments& args, int group, int n) {
   return n < args.N ? load_as_float(args.scale, u64(group) * args.N + n, args.scale_type) : 0.f;
 }
 
-// Where 16 columns of a row of a tile of x are; turned by the row, so that ldmatrix meets every bank.
+// The place of 16 columns of a row of a tile of x; rotated by the row, so that ldmatrix reads every bank.
 DEVICE int place_of(int row, int chunk, int turn) { return row * TILE_K + (chunk ^ turn) * 16; }
 
 DEVICE int turn_of(int row) { return row / 2 % 4; }

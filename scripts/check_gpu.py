@@ -3,8 +3,8 @@ kernels as torch operations, then times them.
 
     scripts/check_gpu [--json out/gpu.json] [--checks-only]
 
-Exit code 0: all right. 4: a kernel computes something wrong, nothing is timed. 6: no GPU that the kernels run on, or no
-NVRTC. The JSON has the device's name, every check, and one row for each shape and number of rows of x.
+Exit code 0: success. 4: a kernel gives wrong results, nothing is timed. 6: no GPU for the kernels, or no NVRTC. The
+JSON has the device's name, every check, and one row for each shape and number of rows of x.
 
 Times: a CUDA graph calls the kernel once for each of many copies of the weight, which take at least four times the L2
 cache and 160 MB, so that weights come from memory; the median of replays over the number of copies. `call_seconds` is
@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not a part of it
+sys.path.append(str(ROOT))  # cuda_ext is a folder beside the package, not part of it
 
 import gpu_against_torch  # noqa: E402
 import gpu_binding  # noqa: E402
@@ -51,7 +51,7 @@ ROTATION_BYTES = 160_000_000
 REPLAYS = 20
 MARGIN = 256  # bytes of canary on both sides of an operand
 MOST_OF_COPY = {8192: 1.05, 32768: 1.15}  # docs/kernels-cuda.md: times of a transform over a copy, by the longest rows
-# docs/kernels-cuda.md: seconds for W4A16 8192 x 8192, by a word of the device's name and rows of x
+# docs/kernels-cuda.md: seconds for W4A16 8192 x 8192, by part of the device's name and rows of x
 GOALS = {("H200", 1): 12.5e-6, ("H200", 64): 18e-6, ("H100", 1): 16e-6}
 
 
@@ -70,7 +70,7 @@ class DeviceArray:
         self.address = self._bytes.data_ptr() + MARGIN
 
     def read(self) -> NDArray:
-        """The array; raises AssertionError if something was written around it."""
+        """The array. raises AssertionError if memory around it was overwritten"""
         found = self._bytes.cpu().numpy()
         inside = found[MARGIN : MARGIN + self._array.nbytes]
         assert (found[:MARGIN] == arrays.CANARY).all(), "bytes before the array were overwritten"
@@ -83,7 +83,7 @@ class DeviceMemory:
     """The memory of a GPU, or of the CPU, to test this script with the emulated kernels."""
 
     device: str
-    # tensor cores may cut off what a sum can't hold instead of rounding (Fasi, Higham, Mikaitis and Pranesh 2021,
+    # tensor cores may truncate a sum instead of rounding (Fasi, Higham, Mikaitis and Pranesh 2021,
     # "Numerical behavior of NVIDIA tensor cores"): twice the error
     products_unit: float = 2 * arrays.UNIT
 
@@ -96,7 +96,7 @@ class DeviceMemory:
 
 
 def require_gpu() -> torch.device:
-    """Raises NoGpu with what is missing and what to do."""
+    """The device. raises NoGpu with what is missing and what to do"""
     if not torch.version.cuda:
         raise NoGpu(f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch")
     if not torch.cuda.is_available():
@@ -107,7 +107,7 @@ def require_gpu() -> torch.device:
 def check(
     kernels: Kernels, memory: DeviceMemory, chosen: Mapping[str, Sequence[Any]], seeds: int
 ) -> list[dict[str, Any]]:
-    """Runs the cases chosen of each kernel with every seed; a wrong one doesn't stop the others."""
+    """Run the chosen cases of each kernel with every seed. A wrong one doesn't stop the others."""
     found = []
     for kernel, case in ((name, case) for name, cases in chosen.items() for case in cases):
         for seed in range(seeds):
@@ -207,7 +207,7 @@ def time_shape(kernels: Kernels, m: int, n: int, k: int, copy_rate: float) -> di
         "N": n,
         "K": k,
         "seconds": ours,
-        "seconds_again": again,  # what these two differ by is noise
+        "seconds_again": again,  # the difference of these two is noise
         "call_seconds": seconds_of(calls, graphed=False),
         "torch_float16_seconds": torch_seconds,
         "gigabytes_per_second": moved / ours / 1e9,

@@ -1,4 +1,4 @@
-"""Write docs/settings.md, which is made from the code; --check says whether it is up to date."""
+"""Writes docs/settings.md from the code. --check reports whether it is up to date."""
 
 from __future__ import annotations
 

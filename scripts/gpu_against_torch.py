@@ -1,8 +1,8 @@
-"""Times dense x sparse products and GPTQ columns on a GPU against the way that torch has for them: see check_gpu.py.
+"""Times dense x sparse matmuls and GPTQ columns on a GPU, compared with torch: see check_gpu.py.
 
-The torch way of a product with sparse factors is the layer's (an embedding bag, float32), and the dense product in
-float16 is there to compare with; that of GPTQ columns is `round_columns`, a dozen calls for each column. Both are
-launched from Python, as a user would, so ours is timed from Python, too, beside the time in a CUDA graph.
+In torch, a matmul with sparse factors is that of the layer (an embedding bag, float32), and the dense matmul in float16
+is a further comparison. GPTQ columns are `round_columns`, a dozen calls for each column. Both are launched from Python,
+as a user does, so ours is timed from Python too, beside the time in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels as torch operations on a GPU; a part of check_gpu.py."""
+"""Checks the CUDA kernels as torch operations on a GPU; part of check_gpu.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cuda_ext.cases import hadamard  # noqa: E402
 OUT, COLUMNS, GROUP = 70, 1088, 64  # a tail, two slices of K
 ROWS = (0, 1, 16, 20, 70)
 HADAMARD_SIZES = (8, 256, 4096, 32768, 96, 5120, 14336, 36864)
-# twice 2^-24: tensor cores may cut off (see check_gpu.py); one rounding of y
+# twice 2^-24: tensor cores may truncate (see check_gpu.py); one rounding of y
 UNIT, OUTPUT_UNIT = 2.0**-23, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -48,7 +48,7 @@ def layer(dtype: torch.dtype, symmetric: bool, act_order: bool, bias: bool, bits
 
 
 def judge(y: Tensor, exact: Tensor, size: Tensor) -> str:
-    """What is wrong with y, "" for nothing: COLUMNS additions, for each group and slice two more, the bias."""
+    """The error in y, or "": COLUMNS additions, two more for each group and slice, and the bias."""
     inside = (COLUMNS + 2 * (COLUMNS // GROUP) + 5) * UNIT * size
     off = (y.cpu().double() - exact).abs()
     right = off <= inside + OUTPUT_UNIT[y.dtype] * (exact.abs() + inside) + 2.0**-25
@@ -85,7 +85,7 @@ def products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def rounded_products(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Prepared layers of inputs rounded to int8, strict, against float64 of rows rounded by IEEE arithmetic."""
+    """Prepared layers with dynamic activation quantization, strict, against float64 of rows rounded by IEEE."""
     for dtype in OUTPUT_UNIT:
         made = torch.Generator().manual_seed(2)
         weight = layer(dtype, False, True, bias=False).float()(torch.eye(COLUMNS)).t().double()
@@ -153,7 +153,7 @@ def columns(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def of_torch(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
-    """What only a real device shows: torch's own checks, another stream, a CUDA graph."""
+    """Checks that need a real device: torch's own checks, another stream, a CUDA graph."""
     model = nn.Sequential(layer(torch.float16, False, True, bias=True)).to(device)
     prepare(model, strict=True)
     x = torch.randn(4, COLUMNS, device=device).half()
@@ -212,7 +212,7 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def checks(device: torch.device) -> list[dict[str, str]]:
-    """Each case and its problem, "" for none. What CUDA, torch or we refuse is a problem of its case."""
+    """Each case and its problem, "" for none. An error of CUDA, torch or this package is a problem of its case."""
     found = []
     parts = [
         products(device),

@@ -1,4 +1,4 @@
-"""Times the CUDA kernels for rounded inputs on a GPU; a part of check_gpu.py, which says how time is taken.
+"""Times the CUDA kernels with dynamic activation quantization on a GPU; part of check_gpu.py, which describes timing.
 
 W4A8 with groups of 128 and zero points, the rounding of x included, against torch's dense float16 product and
 torch._int_mm, which has neither rounding nor scales. LLM.int8() with 8 outlier columns against torch's float16 and
@@ -44,7 +44,7 @@ def require(name: str, code: int) -> None:
 
 
 def copies_of(weight_bytes: int) -> int:
-    """How many weights it takes for each to come from memory: four times the L2 cache, and two at least."""
+    """Number of weights with which each is read from memory: four times the L2 cache, and at least two."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, -(-max(ROTATION_BYTES, 4 * l2_bytes) // weight_bytes))
 
@@ -115,7 +115,7 @@ def outlier_calls(kernels: Kernels, x: torch.Tensor, n: int) -> Calls:
 
 
 def bitsandbytes_calls(x: torch.Tensor, n: int) -> Calls | None:
-    """bitsandbytes' layer, None where it isn't installed."""
+    """bitsandbytes' layer; None if it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     make = importlib.import_module("bitsandbytes").nn.Linear8bitLt
@@ -131,7 +131,7 @@ def time_w4_a8(kernels: Kernels, m: int, n: int, k: int, seconds_of: Timer) -> d
     ours = seconds_of(calls, True)
     dense = seconds_of(dense_calls(x, n), True)
     int_mm = seconds_of(int8_calls(m, n, k), True) if m > 16 else None
-    again = seconds_of(calls, True)  # what differs from `seconds` is noise
+    again = seconds_of(calls, True)  # the difference to `seconds` is noise
     row = {"kernel": "w4_a8", "M": m, "N": n, "K": k, "seconds": ours, "seconds_again": again}
     row |= {"torch_float16_seconds": dense, "torch_int_mm_seconds": int_mm}
     return row | {"tera_operations_per_second": 2 * m * n * k / ours / 1e12}
@@ -157,7 +157,7 @@ def time_int8(kernels: Kernels, seconds_of: Timer) -> list[dict[str, Any]]:
 
 
 def judge_int8(rows: Iterable[dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    """The goals that are set for this device: what is measured has to be at least `least`."""
+    """The goals for this device: a measured value must be at least `least`."""
     goals: list[tuple[str, float, float]] = []
     for row in rows if any(name in device for name in GOAL_DEVICES) else ():
         shape = f"{row['M']} x {row['N']} x {row['K']}"

@@ -1,1 +1,1 @@
-"""What is found out about a model by running it: the residual stream, prunable units, token gates."""
+"""Finds the residual stream, the prunable units and the places of token gates of a model by running it."""

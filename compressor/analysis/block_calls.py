@@ -1,4 +1,4 @@
-"""The calls of modules that a block makes itself, recorded while it runs, and which of their tensors are one."""
+"""Records the module calls that a block makes itself while it runs, and compares the identity of their tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 @dataclass
 class ModuleCall:
-    """One call of a module that a block made itself.
+    """One call of a module, made by the block itself and not by another module of it.
 
-    nth  number of the call among those of the same module, from 0
+    nth  number of this call among the calls of the same module, from 0
     """
 
     name: str
@@ -31,20 +31,20 @@ class ModuleCall:
 
     @property
     def values(self) -> list[Any]:
-        """What the module is called with."""
+        """All arguments of the call."""
         return [*self.args, *self.kwargs.values()]
 
     def positional(self) -> Iterator[tuple[str, Any]]:
-        """The arguments given by position, with the names that the module's forward has for them; "" in *args."""
+        """The positional arguments with their names in the module's forward; "" for those in *args."""
         parameters = inspect.signature(self.module.forward).parameters.values()
         names = [p.name for p in parameters if p.kind in BY_POSITION]
         return zip((*names, *("",) * len(self.args)), self.args)
 
 
 def recorded_calls(block: nn.Module) -> AbstractContextManager[list[ModuleCall]]:
-    """Record the calls that a block makes itself, not those that its modules make, in the order of their beginnings.
+    """Record the calls that a block makes itself (not those of its modules), in the order in which they begin.
 
-    What they hold stays alive, so addresses tell tensors apart.
+    Their tensors stay alive, so that addresses identify them.
     """
     count: dict[str, int] = {}
 
@@ -57,7 +57,7 @@ def recorded_calls(block: nn.Module) -> AbstractContextManager[list[ModuleCall]]
 
 
 def is_one_tensor(a: Any, b: Any) -> bool:
-    """Whether two values are one tensor, or views of all of one."""
+    """Whether two values are the same tensor, or views of the whole of the same tensor."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     return (a.data_ptr(), a.numel(), a.dtype) == (b.data_ptr(), b.numel(), b.dtype)

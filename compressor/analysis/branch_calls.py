@@ -1,10 +1,10 @@
-"""How the branches of a block are called, found by running it: what `rotated_block` needs to know.
+"""Finds by running a block how its branches are called. `rotated_block` needs this.
 
-A branch is one module, or several in a row, that a norm's output goes through on its way back to the residual stream.
-Which modules these are, and what else they are called with, is seen when a probe model with random weights runs: a
-value that a module gets is the norm's output, one of the block's own arguments (the very same object, or the same value
-under the same name), or a constant. That nothing was missed is then proven: with each block running as it was found,
-beside matrices that change nothing, the probe model's logits must stay.
+A branch is a chain of one or more modules that reads a norm's output and writes to the residual stream. A probe model
+with random weights shows which modules these are, and their other arguments. An argument is the norm's output, one of
+the block's own arguments (the same object, or the same value under the same name), or a constant. A proof shows that
+nothing was missed: every block runs branch by branch with identity matrices on the residual path, and the probe model's
+logits must stay the same.
 
 Time: a few forward passes of each kind of block in float64.
 """
@@ -34,24 +34,24 @@ from compressor.model.probe_model import example_batch, signature
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
 
-HINT = "No matrix can be put beside its branches."
-PROBE = "compressor_probe"  # an argument that no model has, to see where a block hands on what it doesn't know
+HINT = "Leave slicegpt out for this model; gptq, rtn and llm_int8 don't need this."
+PROBE = "compressor_probe"  # an argument that no model has; it shows where a block passes on unknown arguments
 CONSTANTS = (type(None), bool, int, float, str)
 
 Kind = tuple[Any, ...]
 Spec = dict[str, Any]
 _Edges = list[
     tuple[InputProjection | ResidualWrite | ResidualNorm, int]
-]  # what touches the stream, and how many of its values are left there
+]  # a read or write of the stream, and the stream's width there
 
 
 @dataclass
 class _Record:
-    """What a block did when it ran.
+    """What one run of a block showed.
 
-    known  its arguments by name, as its forward declares them
-    rest   those it doesn't declare
-    calls  in the order of their beginnings; everything they hold stays alive, so addresses tell tensors apart
+    known  the arguments that its forward declares, by name
+    rest   the other arguments
+    calls  in the order in which they begin; their tensors stay alive, so that addresses identify them
     """
 
     known: dict[str, Any]
@@ -61,16 +61,16 @@ class _Record:
 
 
 def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
-    """Settings of a rotated_block for each kind of block, by `compressor.model.probe_model.signature`.
+    """The settings of a rotated_block for each kind of block (`compressor.model.probe_model.signature`).
 
     residual  what `read_residual` found in this structure
-    raises    ModelError naming the block and what is in the way
+    raises    ModelError naming the block and the reason
     """
     return branches_of(float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
 
 
 def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
-    """The same, given a float64 probe model with random weights that has the first blocks of the model, at `path`."""
+    """The same for a float64 probe model with random weights. `path` is that of its blocks, the model's first ones."""
     pieces = Pieces(probe, path)
     found: dict[Kind, Spec] = {}
     with InDouble(), torch.no_grad():
@@ -91,14 +91,13 @@ def check_widths(
     widths: Sequence[Sequence[int]],
     stem: int | None = None,
 ) -> None:
-    """Run every kind of block, and stem and head, at other widths, on random weights.
+    """Check by running that every kind of block, the embeddings and the output head work at other widths.
 
-    Some experts give as many values as they take and nothing else, and GPT-2 wants to end with the width that it began
-    with.
+    Some experts can only write as many values as they read, and GPT-2 must end with the width that it begins with.
 
-    widths  of each block: before each of its sites, and after the last
-    stem    width of the embeddings, where a site without branches stands between them and the first of these
-    raises  ModelError naming the block and its widths, or the model's ends
+    widths  of each block: before each of its sublayers, and after the last
+    stem    width of the embeddings, if a sublayer without branches is between them and the first of these
+    raises  ModelError naming the block and its widths, or the model's class
     """
     probe = float64_probe_model(structure.model, structure.pieces)
     path = structure.pieces.blocks_path
@@ -120,16 +119,18 @@ def check_widths(
                 narrow(hidden[..., : shape[0]], *calls[index].args, **calls[index].kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ModelError(
-                    f"its branches can't take {shape[:-1]} values and give {shape[1:]} back ({error})",
+                    f"its branches can't read {shape[:-1]} values and write {shape[1:]} ({error})",
                     where=f"{path}.{number}",
-                    hint="Keep the stream's width the same there.",
+                    hint="Set schedule: uniform, or orientation: global, or leave slicegpt out.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
         _check_ends(probe, path, residual, stem or widths[0][0], widths[-1][-1])
 
 
 def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
-    """Run a model whose stem gives `first` values and whose head takes `last`, with nothing between. Changes the probe.
+    """Run a model without blocks whose embeddings have `first` values and whose output head reads `last`.
+
+    It changes the probe model.
 
     raises  ModelError if it can't run
     """
@@ -142,9 +143,9 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
         probe(**example_batch(probe, torch.device("cpu")))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
-            f"a stream that begins with {first} values can't end with {last} ({error})",
+            f"a residual stream that begins with {first} values can't end with {last} ({error})",
             where=type(probe).__name__,
-            hint="Slice the head too, or leave the embeddings whole and turn and cut their sum.",
+            hint="Set orientation: global, or leave slicegpt out for this model.",
             data={"first": first, "last": last, "cause": str(error)},
         ) from error
 
@@ -159,7 +160,7 @@ def _block_edges(sites: Sequence[ResidualSublayer], widths: Sequence[int]) -> _E
 
 
 def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
-    """Cut matrices to so many values along the stream, and give norms for what is left; all of it random."""
+    """Give matrices and norms random values at the new widths of the stream."""
     shapes: dict[str, list[int]] = {}
     norms: dict[str, dict[str, Any]] = {}
     for edge, kept in edges:
@@ -173,20 +174,20 @@ def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
 
 
 def _run_stem(pieces: Pieces) -> tuple[Tensor, list[Call]]:
-    """What the blocks are called with, with a cache and padding where the model knows them: None says nothing."""
+    """The arguments of the blocks, with a cache and padding if the model has them, since None shows nothing."""
     batch = example_batch(pieces.model, torch.device("cpu"))
     if "input_ids" in batch:
         mask = torch.ones_like(batch["input_ids"])
         mask[0, :2] = 0
         try:
             return pieces.embeddings({**batch, "attention_mask": mask, "use_cache": True})  # type: ignore[dict-item]
-        except (TypeError, ValueError):  # it knows no cache, or one of attention alone
+        except (TypeError, ValueError):  # it has no cache, or only one of attention
             pass
     return pieces.embeddings(batch)
 
 
 def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
-    """Run a block and note the calls that it makes itself, not those that its modules make."""
+    """Run a block and record the calls that it makes itself, not those of its modules."""
     parameters = inspect.signature(block.forward).parameters
     takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     kwargs = {**call.kwargs, PROBE: object()} if takes_more else dict(call.kwargs)
@@ -198,14 +199,16 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = known.pop(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL and known.pop(parameter.name):
-            raise ModelError("takes any number of arguments without names", where=type(block).__name__, hint=HINT)
+            raise ModelError(
+                "its forward takes *args, so its arguments have no names", where=type(block).__name__, hint=HINT
+            )
 
     with recorded_calls(block) as calls:
         try:
             output = block(hidden, *call.args, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
-                f"can't be run on its own ({error})",
+                f"it can't be run alone ({error})",
                 where=type(block).__name__,
                 hint=HINT,
                 data={"reason": "not-on-its-own", "cause": str(error)},
@@ -221,26 +224,29 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], 
         for name in names:
             norm = next((call for call in record.calls if call.name == name), None)
             if norm is None:
-                raise ModelError("this norm is not called by its block itself", where=f"{where}.{name}", hint=HINT)
+                raise ModelError(
+                    "this norm is called by another module than its block", where=f"{where}.{name}", hint=HINT
+                )
             ways += [
                 {"norm": name, "steps": _steps(first, norm.output, record, where)}
                 for first in _readers(norm, norm.output, record)
             ]
         if not ways:
-            raise ModelError(
-                "no module takes the whole of what this norm gives", where=f"{where}.{names[0]}", hint=HINT
-            )
+            raise ModelError("no module reads the whole output of this norm", where=f"{where}.{names[0]}", hint=HINT)
         found.append({"norm": names, "shortcut": True, "branches": ways})
     output = record.output
     if isinstance(output, tuple) and any(part is not None for part in output[1:]):
         raise ModelError(
-            "it returns more than the residual stream", where=where, hint=HINT, data={"reason": "returns-more"}
+            "it returns other tensors beside the residual stream",
+            where=where,
+            hint=HINT,
+            data={"reason": "returns-more"},
         )
     return {"sites": found, "returns": len(output) if isinstance(output, tuple) else None}
 
 
 def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dict[str, Any]]:
-    """The modules in a row that `x` goes through, beginning with `call`."""
+    """The chain of modules that reads `x`, beginning with `call`."""
     steps = []
     while True:
         output, take = call.output, None
@@ -259,23 +265,25 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
             return steps
         if len(following) > 1:
             names = " and ".join(other.name for other in following)
-            raise ModelError(f"what it gives goes to {names}, so no row of modules is left", where=place, hint=HINT)
+            raise ModelError(
+                f"its output is read by {names}, so the branch is not one chain of modules", where=place, hint=HINT
+            )
         call, x = following[0], output
 
 
 def _readers(source: ModuleCall, value: Any, record: _Record) -> list[ModuleCall]:
-    """Calls after `source` that are given its output `value`, under whatever shape."""
+    """Calls after `source` whose argument is its output `value`, in any shape."""
     found = []
     for call in record.calls[next(i for i, call in enumerate(record.calls) if call is source) + 1 :]:
         if any(is_one_tensor(other, value) for other in call.values):
             found.append(call)
-            if is_one_tensor(call.output, value):  # dropout out of training: later ones read what it gave
+            if is_one_tensor(call.output, value):  # dropout in eval mode returns its input: later calls read its output
                 break
     return found
 
 
 def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) -> list[Any]:
-    """Where an argument of a module comes from."""
+    """The source of an argument of a module."""
     if is_one_tensor(value, x):
         return [INPUT]
     if name in record.known and record.known[name] is value:
@@ -295,7 +303,7 @@ def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) ->
 
 
 def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
-    """raises ModelError naming the first block that computes something else when it runs by its spec"""
+    """raises ModelError naming the first block whose output differs when it runs by its spec"""
     batch = example_batch(probe, torch.device("cpu"))
     rotated = copy.deepcopy(probe)
     for index, block in enumerate(Pieces(rotated, path).blocks):
@@ -309,7 +317,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
         _stream(rotated, path, batch, found)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ModelError(
-            f"it can't run branch by branch ({error})",
+            f"it can't be run branch by branch ({error})",
             where=names[len(found)],
             hint=HINT,
             data={"reason": "no-branches", "cause": str(error)},
@@ -317,7 +325,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
     for name, before, after in zip(names, expected, found):
         if before.shape != after.shape or not size(before - after) <= TOLERANCE * size(before):
             raise ModelError(
-                "run branch by branch, it computes something else",
+                "run branch by branch, it gives other outputs",
                 where=name,
                 hint=HINT,
                 data={"reason": "other-values"},
@@ -325,7 +333,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
 
 
 def _stream(model: PreTrainedModel, path: str, batch: Batch, outputs: list[Tensor] | None = None) -> list[Tensor]:
-    """What each block of a run gave, and the model's output; put into `outputs` as they come."""
+    """The output of each block of a run, and of the model; they are appended to `outputs` during the run."""
     outputs = [] if outputs is None else outputs
 
     def keep(_module: nn.Module, _args: Any, out: Any) -> None:

@@ -1,4 +1,4 @@
-"""A small model of the same class with random weights in float64, on which the analyses look for what they need."""
+"""Makes the probe model of the analyses: a small model of the same class with random weights in float64."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from compressor.model.block_runner import Pieces
 from compressor.model.probe_model import PROBE_SEED, make_probe_model, shallow_config
 from compressor.model.reshaped_class import reshaping
 
-PROBE_VOCABULARY = 256  # the probe model's; rows of embeddings and heads are all alike
+PROBE_VOCABULARY = 256  # the probe model's; all rows of an embedding or output head work alike
 
 
 def float64_probe_model(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
     """A shallow probe model in float64, untied, with a small vocabulary.
 
-    Its weights are random, its gains not one and its biases not zero, which would hide what is wrong with a fold.
+    Its weights are random. No gain is 1 and no bias is 0, since such values would hide an error in a fold.
     """
     config = shallow_config(model.config, model, pieces)
     text = config.get_text_config()
@@ -31,7 +31,7 @@ def float64_probe_model(model: PreTrainedModel, pieces: Pieces) -> PreTrainedMod
 
 
 def _shorten_embeddings(config: PretrainedConfig, vocabulary: int, path: str) -> None:
-    """Embeddings and heads that a reshaped model's config gives the vocabulary's rows get the probe model's."""
+    """Reduce the vocabulary of embeddings and output heads in the shapes of a reshaped model's config."""
     shapes = reshaping(config)[0]
     for name, shape in shapes.items():
         if shape and shape[0] == vocabulary and not name.startswith(path + "."):
@@ -39,7 +39,7 @@ def _shorten_embeddings(config: PretrainedConfig, vocabulary: int, path: str) ->
 
 
 def fill(model: nn.Module) -> None:
-    """Give a float64 model seeded random parameters of its own under each name, so that head and embedding are two."""
+    """Fill each parameter with its own seeded random values, so that a tied output head and embedding are separate."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.dim() < 2:

@@ -1,4 +1,4 @@
-"""The facts of a model that a pass may ask for (`model.facts`), found by running it."""
+"""Collects the facts of a model that a pass may use (`model.facts`). Most of them are found by running it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from compressor.model.structure import Structure
 
 
 def facts_of(structure: Structure, given: int) -> ModelFacts:
-    """What a pass may know of the model; what takes a run is found when asked for.
+    """The facts of a model for its passes. A fact that needs a run of the model is found at its first use.
 
-    given  its parameters before any step
+    given  number of parameters before any step
     """
 
     @cache
@@ -52,7 +52,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
 
 
 def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequence[int]]) -> tuple[dict[str, Any], ...]:
-    """Settings of a rotated_block for each block."""
+    """The settings of a rotated_block for each block."""
     found = find_branches(structure, residual)
     check_widths(structure, residual, found, widths)
     config, blocks = structure.model.config, structure.pieces.blocks

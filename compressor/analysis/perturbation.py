@@ -1,11 +1,11 @@
-"""Finds what a parameter does to a stream by changing it a little and looking where the effect points.
+"""Finds by small changes of a parameter whether it writes to the residual stream or reads a norm.
 
-All of it runs in float64 on random weights, so that "nothing else changes" can be told from rounding by ten digits.
+All of it runs in float64 on random weights, so that "nothing else changes" differs from rounding by ten digits.
 
-- A parameter adds to the stream along an axis if pushing it along a direction e of that axis moves the stream along e
-  and nowhere else.
-- A parameter reads a norm along an axis if, with the norm's output held to two directions, pushing it at right angles
-  to both changes nothing, while pushing it along one does.
+- A parameter writes to the stream along an axis if perturbing it along a direction e of that axis changes the stream
+  along e only.
+- A parameter reads a norm along an axis if, with the norm's output restricted to two directions, a perturbation
+  orthogonal to both changes nothing, while a perturbation along one of them does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-TOLERANCE = 1e-9  # of the effect looked at; rounding in float64 stays below 1e-12
+TOLERANCE = 1e-9  # relative to the measured effect; rounding in float64 stays below 1e-12
 Answer = Callable[[Tensor], Tensor]
 
 
 class InDouble(TorchFunctionMode):
-    """Leaves float64 tensors float64 where a model's own code asks for float32, as most norms and routers do."""
+    """Keeps float64 tensors in float64 where a model's code converts to float32, as most norms and routers do."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -37,7 +37,7 @@ class InDouble(TorchFunctionMode):
 
 @contextmanager
 def answering(modules: Mapping[str, nn.Module], answers: Mapping[str, Answer]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Replace outputs of modules by what `answers` makes of their inputs; yields the calls in forward order."""
+    """Replace the outputs of modules by functions of their inputs (`answers`). Yields the calls in forward order."""
     calls: list[tuple[str, Tensor]] = []
 
     def hook(name: str) -> Callable[..., Tensor | None]:
@@ -56,9 +56,9 @@ def answering(modules: Mapping[str, nn.Module], answers: Mapping[str, Answer]) -
 
 @contextmanager
 def perturbed(parameter: Tensor, axis: int, direction: Tensor, rest: Tensor) -> Iterator[None]:
-    """Add rest ⊗ direction to a parameter, the direction along `axis`, and take it back exactly.
+    """Add rest ⊗ direction to a parameter, the direction along `axis`, and restore it exactly at the end.
 
-    rest  the parameter's shape without `axis`
+    rest  has the parameter's shape without `axis`
     """
     before = parameter.clone()
     try:
@@ -83,16 +83,16 @@ def points_along(change: Tensor, direction: Tensor) -> bool:
 
 
 def factor_along(change: Tensor, direction: Tensor) -> float | None:
-    """The one factor f with which the rows that change at all are f * direction, to 12 digits; None if they differ."""
+    """The factor f, to 12 digits, such that all rows that change are f * direction; None if the factors differ."""
     factors = (change @ direction).reshape(-1)
     moved = factors[factors.abs() > TOLERANCE * size(factors)]
     if moved.numel() == 0 or size(moved - moved[0]) > TOLERANCE * size(moved):
         return None
-    return float(f"{float(moved[0]):.12g}")  # without the rounding of the difference it was taken from
+    return float(f"{float(moved[0]):.12g}")  # without the rounding error of the difference
 
 
 def unit(width: int, generator: torch.Generator, apart_from: Sequence[Tensor] = ()) -> Tensor:
-    """A random unit vector at right angles to the given orthonormal ones."""
+    """A random unit vector orthogonal to the given orthonormal ones."""
     vector = torch.randn(width, dtype=torch.float64, generator=generator)
     for other in apart_from:
         vector = vector - (vector @ other) * other
@@ -100,9 +100,9 @@ def unit(width: int, generator: torch.Generator, apart_from: Sequence[Tensor] = 
 
 
 class Plane:
-    """Holds a norm's output to base + a_t * slope: the same two directions for every token t, in different shares.
+    """Restricts a norm's output to base + a_t * slope: two directions, with another factor a_t for every token t.
 
-    Tokens must differ, or attention would weigh all alike and its queries would do nothing.
+    Tokens must differ, or attention would give all of them the same weight and its queries would have no effect.
     """
 
     def __init__(self, width: int, generator: torch.Generator) -> None:
@@ -117,15 +117,15 @@ class Plane:
         return (self.base + shares * self.slope) * x.shape[-1] ** 0.5  # entries of about 1, as after a norm
 
     def moved(self, by: Tensor) -> Answer:
-        """The same, and `by` (D,) added at every token."""
+        """The same, with `by` (D,) added at every token."""
         return lambda x: self(x) + by
 
 
 def reads(run: Callable[[], Tensor], before: Tensor, parameter: Tensor, axis: int, plane: Plane, rest: Tensor) -> bool:
-    """Whether a parameter multiplies, along `axis`, what is held to `plane` while `run` runs.
+    """Whether a parameter multiplies, along `axis`, the norm's output that is restricted to `plane` during `run`.
 
-    before  what `run` gives with the parameter as it is
-    rest    a push over the parameter's other axes
+    before  the result of `run` with the unchanged parameter
+    rest    the perturbation over the parameter's other axes
     """
     with perturbed(parameter, axis, plane.base + plane.slope, rest):
         within = size(run() - before)

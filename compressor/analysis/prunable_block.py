@@ -1,4 +1,4 @@
-"""Finds the units of one block by pushing and differentiating it; `prunable_units` says how, and of what model."""
+"""Finds the prunable units of one block by perturbing and differentiating it. `prunable_units` describes the method."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from compressor.model.plain_attention import ObservedAttention
 from compressor.model.probe_model import PROBE_SEED
 from compressor.model.tracing import Product
 
-ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU sleep on a token
+ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU are 0 for a token
 
 
 class Finder:
-    """Finds the sites of one block of the probe model."""
+    """Finds the prunable modules of one block of the probe model."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Finder:
         return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
 
     def _run(self, x: Tensor) -> list[ObservedMatmul]:
-        """The block's products, in forward order."""
+        """The block's matmuls, in forward order."""
         self.attention.calls.clear()
         calls: list[ObservedMatmul] = []
         with ObservedMatmuls(self.parameters, calls.append):
@@ -85,7 +85,7 @@ class Finder:
     def _read_by_heads(
         self, before: list[ObservedMatmul], unit_of_head: Tensor, groups: int, heads: int, head_dim: int
     ) -> tuple[str, Tensor]:
-        """The product that reads what attention returns, and the unit of each of its input columns."""
+        """The matmul that reads the output of attention, and the unit of each of its input columns."""
         where = self.where
         push = self._random((*self.inputs[0].shape[:-1], heads, head_dim))
         changes = []
@@ -134,21 +134,21 @@ class Finder:
         if len(sites) > 1:
             names = " and ".join(site.output_projection for site in sites)
             raise ModelError(
-                f"{names} both read units, and one can be pruned",
+                f"{names} both read units, and only one of them can be pruned",
                 where=self.where,
                 data={"reason": "two-readers", "readers": [site.output_projection for site in sites]},
             )
         return sites[0]
 
     def _width(self, name: str) -> int:
-        """Input columns of a product."""
+        """Number of input columns of a matmul."""
         return self.parameters[name].shape[0 if self.products[name].transposed else 1]
 
     def _output_axis(self, name: str) -> int:
         return 1 if name in self.products and self.products[name].transposed else 0
 
     def _is_column_by_column(self, reader: str) -> bool:
-        """Whether one column of a product's input comes, token by token, from few rows of some other matrix."""
+        """Whether one column of a matmul's input depends, token by token, on few rows of some other matrix."""
         x = self.inputs[0].clone().requires_grad_(True)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -160,7 +160,7 @@ class Finder:
                     return False
                 others = [call for call in calls if call.parameter != reader]
                 weights = [self.parameters[call.parameter] for call in others]
-                for column in range(min(8, self._width(reader))):  # a ReLU may sleep on some
+                for column in range(min(8, self._width(reader))):  # a ReLU may be 0 for some
                     last = read.view(*x.shape[:-1], -1)[:, -1, column].sum()
                     found = torch.autograd.grad(last, weights, retain_graph=True, allow_unused=True)
                     for call, gradient in zip(others, found):
@@ -171,14 +171,16 @@ class Finder:
                         if 0 < rows <= max(2, gradient.shape[axis] // self._width(reader)):
                             (given,) = torch.autograd.grad(last, [call.input], retain_graph=True)
                             given = given.view(*x.shape[:-1], -1)
-                            return not bool((given[:, :-1] != 0).any())  # attention's values are of other tokens too
+                            return not bool(
+                                (given[:, :-1] != 0).any()
+                            )  # the values of attention depend on other tokens too
                 return False
         finally:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(False)
 
     def _gradients(self, reader: str, x: Tensor, sums: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Tensor]]:
-        """Gradients of what `sums` makes of a product's input, by parameter."""
+        """Gradients, by parameter, of the numbers that `sums` computes from a matmul's input."""
         wanted = {name: p for name, p in self.parameters.items() if p.dim() <= 2 and name != reader}
         for parameter in wanted.values():
             parameter.requires_grad_(True)
@@ -195,9 +197,9 @@ class Finder:
                 parameter.requires_grad_(False)
 
     def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[tuple[Cut, ...], list[str]]:
-        """What belongs to each of `count` units; `units` (columns,) says whose each column of the reader's input is.
+        """The slices of each of `count` units. `units` (columns,) is the unit of each input column of `reader`.
 
-        Also the matrices whose rows act on more than one of them.
+        Also returns the matrices whose rows act on more than one of them.
         """
         codes = [torch.ones(count, dtype=torch.float64), *unit_codes(count)]
         owned: dict[str, Tensor] = {}
@@ -210,7 +212,7 @@ class Finder:
 
             gradients = self._gradients(reader, x, sums)
             for name in gradients[0]:
-                # with one unit all that comes before it would be its own, so only matrices are asked
+                # with one unit, every earlier parameter would belong to it, so only matrices are tried
                 if name not in self.products and (count == 1 or self.parameters[name].dim() != 1):
                     continue
                 found = decoded_units([g[name] for g in gradients], self._output_axis(name), count)
@@ -231,14 +233,14 @@ class Finder:
                 made.add(bias)
         if len(cuts) == 1:
             raise ModelError(
-                "no matrix makes its units one by one",
+                "no matrix computes its units one by one",
                 where=f"{self.where}.{_owner(reader)}",
                 data={"reason": "no-maker"},
             )
         return tuple(cuts), shared
 
     def _bias(self, weight: str, length: int) -> str | None:
-        """The bias beside a weight: attention takes no notice of a shift of its keys, so no gradient would show it."""
+        """The bias of a weight. Attention ignores a shift of its keys, so no gradient shows the bias of the keys."""
         owner = _owner(weight)
         name = f"{owner}.bias" if owner else "bias"
         found = self.parameters.get(name)
@@ -283,8 +285,8 @@ class Finder:
         return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
 
     def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> tuple[RemovedModule, ...]:
-        """Modules that go when no unit stays: the one that holds all of them if it gives what the reader gives, else
-        the reader, and those that make its input.
+        """Modules that are removed if no unit is kept: the one that contains all of them if its output is that of
+        `reader`, else `reader` and the modules that compute its input.
         """
         layer = getattr(self.block.get_submodule(caller), "layer_idx", None) if caller is not None else None
 
@@ -314,7 +316,7 @@ class Finder:
         )
 
     def _outputs(self, paths: Sequence[str]) -> dict[str, tuple[Tensor, int | None]]:
-        """What modules give: the tensor, or the first of a tuple, and the length of the tuple."""
+        """The outputs of modules: the tensor, or the first of a tuple, and the length of the tuple."""
         found: dict[str, tuple[Tensor, int | None]] = {}
 
         def hook(path: str) -> Callable[..., None]:
@@ -336,7 +338,7 @@ def _owner(parameter: str) -> str:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The innermost module that holds all of them, or is the only one; "" is the block itself."""
+    """The innermost module that contains all of them, or is the only one; "" is the block itself."""
     parts = [path.split(".") for path in paths]
     common = []
     for names in zip(*parts):

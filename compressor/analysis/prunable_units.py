@@ -1,21 +1,22 @@
-"""What of a model can be pruned: heads and MLP units, found by running a probe model, and proven by taking some away.
+"""Finds the heads and neurons of a model that can be pruned by running a probe model, and proves it.
 
-No family is named anywhere. In a float64 probe model with random weights:
+No model family is named anywhere. In a float64 probe model with random weights:
 
-1. Attention is whatever calls transformers' attention interface. What it returns is pushed, head by head in different
-   shares, and the first product whose input moves is its output projection; the share says whose each column is.
-2. An MLP's output projection is a product whose input a matrix of the same block makes column by column.
-3. A row of a matrix belongs to the unit whose columns of the output projection's input it can change. That is asked of
-   all rows and units at once: with each unit's columns weighted by a number of its own, the gradient of a row that
-   feeds one unit is, along all of the row, that number times the unweighted one. A second set of numbers confirms it.
-   So fused and interleaved projections, gates and grouped heads need no case of their own, and what all heads share (a
-   norm over head_dim) belongs to none and stays.
-4. That nothing was missed is then proven: the probe model with some units taken away, and with all of them, has to
-   compute what it computes with the output projection's input set to 0 there. The same with the stock class and a
-   config of fewer units.
+1. Attention is the module that calls transformers' attention interface. Its output is perturbed by another amount for
+   each head. The first matmul whose input changes is the output projection, and the amount identifies the head of each
+   column.
+2. An MLP's output projection is a matmul whose input is computed column by column by a matrix of the same block.
+3. A row of a matrix belongs to the unit whose columns of the output projection's input it can change. One gradient
+   answers this for all rows and units: each unit's columns are weighted by a number of their own, and the gradient of
+   a row that acts on one unit is that number times the unweighted gradient, along the whole row. A second set of
+   numbers confirms it. So fused and interleaved projections, gates and grouped heads need no special case. A parameter
+   that all heads share (a norm over head_dim) belongs to no unit and stays.
+4. A proof shows that nothing was missed: the probe model without some units, and without all of them, must compute the
+   same as with the output projection's input set to 0 there. The same is tried with the stock class and a config with
+   fewer units.
 
-What attention modules say of their number of heads is found by making the model twice, once twice as wide with twice
-the heads: an attribute that doubles counts heads.
+The attributes of attention modules that count heads are found by making the model twice, once with twice the width and
+twice the heads: an attribute that doubles counts heads.
 
 Time: some tens of forward and backward passes of each kind of block; memory: the probe model in float64, with
 gradients.
@@ -46,17 +47,17 @@ from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_cl
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
 
-HINT = "It can't be pruned."
+HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_int8 don't need this."
 
 Kind = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a probe model shows.
+    """What a probe model showed.
 
-    sites    of its blocks
-    refused  (block, kind) -> where and why, of those that have none
+    sites    prunable modules of its blocks
+    refused  (block, kind) -> where and why, for blocks without a prunable module of the kind
     first    kind of block -> the first such block of the probe model
     """
 
@@ -66,7 +67,7 @@ class Seen:
 
 
 def look(structure: Structure) -> Seen:
-    """What a probe model shows; `find_prunable` reads it."""
+    """Run a probe model and collect what `find_prunable` reads."""
     probe = float64_probe_model(structure.model, structure.pieces)
     return _find_in_probe(probe, structure.pieces.blocks_path, structure.traced.groups)
 
@@ -74,11 +75,11 @@ def look(structure: Structure) -> Seen:
 def find_prunable(
     structure: Structure, kinds: Sequence[str] = KINDS, seen: Seen | None = None
 ) -> tuple[PrunableModule, ...]:
-    """The sites of these kinds in every block, in forward order of the blocks.
+    """The prunable modules of these kinds in every block, in forward order of the blocks.
 
-    seen    what `look` returned, to spare another look
-    raises  ModelError naming the module and what is in the way, if a block has none of some kind. What a `removed`
-            layer has replaced is no site and not missed
+    seen    the result of `look`, so that the probe model runs only once
+    raises  ModelError naming the module and the reason, if a block has none of some kind. A sub-block that a `removed`
+            layer has replaced is not expected
     """
     model, path = structure.model, structure.pieces.blocks_path
     seen = seen or look(structure)
@@ -93,14 +94,14 @@ def find_prunable(
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
                     where=renumbered(where, f"{path}.{at}", f"{path}.{index}"),
-                    hint="Leave this kind of site out, or choose another model.",
+                    hint=f"Leave {kind} out of vtrans' `sites`; where the pass is greedy_removal, leave the pass out.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
     return tuple(sites)
 
 
 def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
-    """Whether a block has lost its sub-block of a kind."""
+    """Whether the sub-block of this kind was removed from a block."""
     return any(
         entry["form"] == Removed.form and name.startswith(block + ".") and (entry["spec"]["of"] == kind)
         for name, entry in reshaping(config)[1].items()
@@ -142,16 +143,16 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequ
                     IndexError,
                     AttributeError,
                 ) as error:  # the model's own code
-                    told = f"it can't be run with its parts pushed ({error})"
+                    told = f"it can't be run with its parts perturbed ({error})"
                     refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
     return Seen(prove_sites(probe, path, found, refused), refused, firsts)
 
 
-# what attention modules say of their heads
+# attributes of attention modules that count heads
 
 
 def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
-    """Module path inside a block -> integer attributes that double when heads and width do, with their values."""
+    """Module path inside a block -> the integer attributes that double with heads and width, with their values."""
     cls = stock_class(probe)
     plain = copy.deepcopy(probe.config)
     for key in (SHAPES, MODULES):
@@ -174,12 +175,14 @@ def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[st
     try:
         models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"can't be made twice as wide ({error})", where=cls.__name__, hint=HINT) from error
+        raise ModelError(
+            f"a model of twice the width and heads can't be built ({error})", where=cls.__name__, hint=HINT
+        ) from error
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
     groups = next((count for count in heads if count), None)
     if groups is None:
         raise ModelError(
-            "its config tells no number of attention heads",
+            "its config.json has no number of attention heads",
             where=cls.__name__,
             hint=HINT,
             data={"reason": "no-head-count"},
@@ -194,11 +197,11 @@ def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[st
     return found
 
 
-# the same in every block of a kind
+# copies for every block of a kind
 
 
 def _renamed(site: PrunableModule, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableModule:
-    """The same site of another block: `old` in front of every name becomes `new`."""
+    """The same prunable module of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
         return renumbered(full, old, new)

@@ -1,8 +1,8 @@
-"""The proof that units of a model can go as it was found, on a float64 probe model with random weights.
+"""Proves on a float64 probe model with random weights that the units that were found can be removed.
 
-The probe model with some units taken away, other ones in each block, has to compute what it computes with the readers'
-inputs at 0 there; and so with all of them taken away. Once as the modeling file makes it, and once as the model's own
-class does with other numbers in its config. What neither can do is refused.
+The probe model without some units (other ones in each block) must compute the same as with the inputs of the output
+projections set to 0 there. The same holds without all units. The pruned model is made once by the modeling file, and
+once by the model's own class with other numbers in its config. Units that neither of them can remove are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfi
 from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
 from compressor.model.reshaped_class import is_reshaped
 
-FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configs call an MLP's width
+FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # the names of an MLP's width in configs
 FORMS = {Removed.form: Removed, Resized.form: Resized}
 
 Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, and why
@@ -39,7 +39,7 @@ Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, 
 def prove_sites(
     probe: PreTrainedModel, path: str, found: Sequence[PrunableModule], refused: Refused
 ) -> list[PrunableModule]:
-    """The sites that hold, with what is known of them from here on; the others go to `refused`."""
+    """The prunable modules that pass the proof, with the facts that it showed. The others are added to `refused`."""
     proven: list[PrunableModule] = []
     for kind in KINDS:
         sites = [site for site in found if site.kind == kind]
@@ -68,13 +68,13 @@ def prove_sites(
 
 
 def _shared(site: PrunableModule) -> str:
-    """What may stand in the way: matrices whose rows act on more than one unit, as before a norm over all heads."""
+    """A possible reason: matrices whose rows act on more than one unit, as before a norm over all heads."""
     names = ", ".join(site.layout.shared)
     return f"; rows of {names} act on more than one of them" if names else ""
 
 
 def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
-    """The same, in forward order, with `vanishes` where a block without units can be left out."""
+    """The same, in forward order, with `vanishes` set where a block without units can be removed."""
     pieces = Pieces(probe, path)
     batch = example_batch(probe, torch.device("cpu"))
     blocks: dict[int, list[PrunableModule]] = {index: [] for index in range(len(pieces))}
@@ -101,7 +101,7 @@ def _nothing(sites: Sequence[PrunableModule]) -> Decision:
 
 
 def _counts_on(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> bool:
-    """Whether the class makes a model without one block in which those after it compute what they did."""
+    """Whether the class can make a model without one block whose later blocks compute the same."""
     gone, count = sites[0].block, len(Pieces(probe, path))
     text = probe.config.get_text_config()
     if is_reshaped(probe.config) or text is not probe.config:
@@ -131,7 +131,7 @@ def _renumbered(name: str, path: str, gone: int) -> str:
 
 
 def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model with these parameters, each under its own name. raises ModelError if it has others"""
+    """The model with these parameters, by name. raises ModelError if it has others"""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name in sorted(shapes.keys() | values.keys()):
         if name not in shapes or name not in values or shapes[name] != values[name].shape:
@@ -142,7 +142,7 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
 
 
 def _drop_some(sites: Sequence[PrunableModule]) -> Decision:
-    """As many units of every site, but others in each: those in the middle among them."""
+    """Drop the same number of units of every prunable module, but other units in each, some of them in the middle."""
     chosen = {}
     for number, site in enumerate(sites):
         generator = torch.Generator().manual_seed(PROBE_SEED + number)
@@ -157,7 +157,7 @@ def _difference(
     decision: Decision,
     make: Callable[[PreTrainedModel, Sequence[PrunableModule], Decision], PreTrainedModel],
 ) -> str | None:
-    """What tells the pruned probe model from the masked one; None if nothing does."""
+    """How the pruned probe model differs from the masked one; None if it does not."""
     batch = example_batch(probe, torch.device("cpu"))
     share = "some" if any(decision["sites"].values()) else "all"
     with InDouble(), torch.no_grad():
@@ -166,15 +166,15 @@ def _difference(
         try:
             output = output_of(make(probe, sites, decision)(**batch))
         except (CompressError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-            return f"with {share} of them gone it can't run ({error})"
+            return f"with {share} of them removed it can't run ({error})"
     if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
-        return f"with {share} of them gone it computes something else than with their inputs at 0"
+        return f"with {share} of them removed it gives other outputs than with their inputs set to 0"
     return None
 
 
 @contextmanager
 def masked(model: nn.Module, sites: Sequence[PrunableModule], decision: Decision) -> Iterator[None]:
-    """The model with the inputs of readers at 0 where units are gone: what a pruned model has to compute."""
+    """Set the inputs of output projections to 0 where units are removed. A pruned model must compute the same."""
     handles = []
     for site in sites:
         gone = set(range(site.units)) - set(kept_units(site, decision))
@@ -193,7 +193,7 @@ def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple
 
 
 def _pruned(probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
-    """The probe model without what goes, as the modeling file would make it."""
+    """The pruned probe model as the modeling file would make it."""
     values = {name: parameter for name, parameter in probe.named_parameters(remove_duplicate=False)}
     kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
     modules: dict[str, Any] = {}
@@ -217,7 +217,7 @@ def _pruned(probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: D
 
 
 def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> UnitsInConfig | None:
-    """Keys of config.json that might say how many units every block has; whether they do is for a proof."""
+    """Keys of config.json that may hold the number of units of every block. A proof decides whether they do."""
     if is_reshaped(probe.config) or len({site.units for site in sites}) > 1:
         return None
     text = probe.config.get_text_config()
@@ -238,7 +238,7 @@ def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> Uni
 def _of_stock_class(
     keys: UnitsInConfig, probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision
 ) -> PreTrainedModel:
-    """The probe model without what goes, as its own class makes it of a config."""
+    """The pruned probe model as its own class makes it from a config."""
     units = len(kept_units(sites[0], decision))
     config = copy.deepcopy(probe.config)
     for key, value in keys.of(units).items():

@@ -1,10 +1,10 @@
-"""What reads a model's residual stream and what writes to it: found on a probe model, and proven by rotating it.
+"""Finds the reads and writes of a model's residual stream on a probe model, and proves them by rotating the stream.
 
-Per block: the norms on the stream, the matrices that read each norm, and every parameter that adds to the stream. The
-same for stem and head. No family is named anywhere; `perturbation` has the two tests that decide. That nothing was
-missed is then proven: with the norms folded and everything that touches the stream rotated by one random orthogonal
-matrix, the probe model's logits must stay (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1; section 3.1). A model for
-which they don't is refused.
+For each block: the norms on the stream, the matrices that read each norm, and every parameter that adds to the stream.
+The same for the embeddings and the output head. No model family is named anywhere; `perturbation` has the two tests
+that decide. A proof shows that nothing was missed: with the norms folded and all reads and writes rotated by one random
+orthogonal matrix, the probe model's logits must stay the same (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1 and
+section 3.1). If they change, the model is refused.
 
 Time: some tens of forward passes of each kind of block in float64; memory: the probe model in float64, two blocks or a
 few.
@@ -53,11 +53,13 @@ from compressor.model.residual_records import (
 )
 from compressor.model.structure import Structure
 
-Kinds = dict[tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]]  # signature -> first such block, and its sites
+Kinds = dict[
+    tuple[Any, ...], tuple[int, tuple[ResidualSublayer, ...]]
+]  # signature -> first such block, and its sublayers
 
 
 def read_residual(structure: Structure) -> Residual:
-    """Find what touches the residual stream, and prove on a probe model with random weights that it is all.
+    """Find all reads and writes of the residual stream, and prove on a probe model that none is missing.
 
     raises  ModelError naming the module, if the stream of this model can't be rotated
     """
@@ -65,13 +67,13 @@ def read_residual(structure: Structure) -> Residual:
 
 
 def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
-    """The same for a model that may be on the meta device, and its pieces; its weights are not looked at."""
+    """The same for a model, which may be on the meta device, and its pieces. Its weights are not read."""
     for name, entry in reshaping(model.config)[1].items():
         if entry["form"] == RotatedBlock.form:
             raise ModelError(
-                "has matrices beside its branches already, as a sliced model has",
+                "this block of a sliced model has its own rotation matrices already",
                 where=name,
-                hint=HINT,
+                hint="Use slicegpt once, and put fuse_norms and rotate before it.",
                 data={"reason": "sliced-already"},
             )
     probe, path = float64_probe_model(model, pieces), pieces.blocks_path
@@ -81,9 +83,9 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
 
 
 def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
-    """What reads and writes the stream of a float64 model with random weights; `path` is that of its block list.
+    """The reads and writes of the stream of a float64 model with random weights. `path` is that of its block list.
 
-    raises  ModelError naming the module that stands in the way
+    raises  ModelError naming the module that prevents it
     """
     pieces = Pieces(probe, path)
     batch = example_batch(probe, torch.device("cpu"))
@@ -112,7 +114,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
     for norm in residual.norms():
         if norm.formula.kind != residual.kind:
             raise ModelError(
-                "LayerNorm and RMSNorm stand on one residual stream",
+                "both LayerNorm and RMSNorm read the residual stream",
                 where=norm.module,
                 hint=HINT,
                 data={"reason": "two-kinds-of-norm"},
@@ -123,7 +125,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
 def _every_block(
     kinds: Kinds, config: PretrainedConfig, blocks: Sequence[nn.Module], path: str
 ) -> tuple[tuple[ResidualSublayer, ...], ...]:
-    """The sites of each block, after the first block of its kind."""
+    """The sublayers of each block, copied from the first block of its kind."""
     found = []
     for index, block in enumerate(blocks):
         first, sites = kinds[signature(config, block, index)]
@@ -132,9 +134,9 @@ def _every_block(
 
 
 class _Runner:
-    """A block, or the head, as a function of the stream that enters it, with its norms of the stream's width.
+    """A block, or the output head, as a function of the stream at its input, with its norms of the stream's width.
 
-    `states` runs it with some of those norms held to their planes.
+    `states` runs it with some of those norms restricted to their planes.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class _Runner:
         self.planes = {name: Plane(self.width, self.generator) for name in self.norms}
 
     def states(self, held: Mapping[str, Answer], x: Tensor | None = None) -> dict[str, Tensor]:
-        """What each norm got, in forward order, and last, under "", the output; each as (tokens, features).
+        """The input of each norm in forward order, then the output under ""; each of shape (tokens, features).
 
         raises  ModelError if a norm runs twice
         """
@@ -164,12 +166,17 @@ class _Runner:
         states: dict[str, Tensor] = {}
         for name, seen in calls:
             if name in states:
-                raise ModelError("this norm runs more than once", where=name, hint=HINT, data={"reason": "norm-twice"})
+                raise ModelError(
+                    "this norm runs more than once in a forward pass of its block",
+                    where=name,
+                    hint=HINT,
+                    data={"reason": "norm-twice"},
+                )
             states[name] = _rows(seen)
         return {**states, "": _rows(output)}
 
     def pushed(self) -> Tensor:
-        """The input moved along the direction, by a different amount at each token."""
+        """The input, perturbed along the direction by another amount at each token."""
         rest = torch.randn(*self.x.shape[:-1], 1, dtype=torch.float64, generator=self.generator)
         return self.x + rest * self.direction
 
@@ -179,7 +186,7 @@ class _Runner:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])  # some families flatten the tokens of all samples on the way
+    return x.reshape(-1, x.shape[-1])  # some families flatten the tokens of all samples inside a block
 
 
 def _norms(modules: Mapping[str, nn.Module], width: int) -> dict[str, Norm]:
@@ -195,7 +202,7 @@ def _find_stem(
         before = run()
     if calls:
         raise ModelError(
-            "the embeddings pass this norm before the first block",
+            "this norm is applied to the embeddings before the first block",
             where=calls[0][0],
             hint=HINT,
             data={"reason": "norm-before-blocks"},
@@ -212,7 +219,7 @@ def _find_stem(
 
 
 def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
-    """The sites of one block in forward order."""
+    """The sublayers of one block in forward order."""
     on_stream = _norms_on_stream(runner, where)
     held = {name: runner.planes[name] for name in on_stream}
     pushed = runner.pushed()
@@ -220,12 +227,12 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
     for name in (*on_stream, ""):
         if not _same(moved[name] - before[name], _rows(pushed - runner.x)):
             raise ModelError(
-                "something reads the residual stream past its norms, or scales it",
+                "a layer reads the residual stream without a norm, or scales it",
                 where=name or where,
                 hint=HINT,
                 data={"reason": "past-norms-or-scaled"},
             )
-    groups: list[list[str]] = []  # norms that see the same stream
+    groups: list[list[str]] = []  # norms that read the same stream
     for name in on_stream:
         if groups and torch.equal(before[groups[-1][0]], before[name]):
             groups[-1].append(name)
@@ -237,7 +244,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
         norms = tuple(_find_norm(runner, name, held) for name in group)
         if not written:
             raise ModelError(
-                "what the branches after this norm add to the residual stream isn't added as a matrix gives it",
+                "what the branches after this norm write is scaled before it is added to the residual stream",
                 where=group[0],
                 hint=HINT,
                 data={"reason": "scaled-branches"},
@@ -247,7 +254,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
 
 
 def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
-    """Norms of the block that see the stream itself, in forward order."""
+    """Norms of the block whose input is the stream itself, in forward order."""
     before, moved = runner.states(runner.planes), runner.states(runner.planes, runner.pushed())
     for name in before:
         if not name:
@@ -259,7 +266,7 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
             raise ModelError(
                 "the residual stream passes through this norm (post-norm)"
                 if passes
-                else "this norm stands on a branch's output, so its gain acts on the residual stream itself",
+                else "this norm is applied to a branch's output, so its gain acts on the residual stream itself",
                 where=name,
                 hint=HINT,
                 data={"reason": "post-norm" if passes else "norm-on-branch"},
@@ -282,7 +289,7 @@ def _norms_on_stream(runner: _Runner, where: str) -> list[str]:
 
 
 def _find_writes(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) -> list[tuple[ResidualWrite, ...]]:
-    """What adds to the stream between one site's norm and the next one's. `firsts` names a norm of each site."""
+    """The writes between the norm of one sublayer and that of the next. `firsts` names a norm of each sublayer."""
     before = runner.states(held)
     found: list[list[ResidualWrite]] = [[] for _ in firsts]
     for name, parameter in runner.parameters.items():
@@ -295,14 +302,14 @@ def _find_writes(runner: _Runner, held: Mapping[str, Plane], firsts: list[str]) 
                 continue
             if moved[0] == 0:
                 raise ModelError(
-                    "this is added to the residual stream before the first norm",
+                    "its output is added to the residual stream before the first norm",
                     where=name,
                     hint=HINT,
                     data={"reason": "added-before-norm"},
                 )
             if not all(_same(change, changes[moved[0]]) for change in changes[moved[0] :]):
                 raise ModelError(
-                    "what this adds doesn't stay on the residual stream",
+                    "what it adds to the residual stream is changed later in the block",
                     where=name,
                     hint=HINT,
                     data={"reason": "does-not-stay"},
@@ -317,7 +324,7 @@ def _same(change: Tensor, wanted: Tensor) -> bool:
 
 
 def _find_norm(runner: _Runner, name: str, held: Mapping[str, Plane]) -> ResidualNorm:
-    """What reads a norm; raises ModelError if nothing does."""
+    """A norm with its consumers. raises ModelError if it has none"""
     plane = held[name]
 
     def run() -> Tensor:
@@ -339,7 +346,7 @@ def _find_norm(runner: _Runner, name: str, held: Mapping[str, Plane]) -> Residua
 
 
 def _bias(runner: _Runner, run: Callable[[], Tensor], name: str, axis: int, plane: Plane, rest: Tensor) -> str | None:
-    """The parameter beside `name` that acts as its bias: a push of it does what one of W along plane.base does."""
+    """The bias of parameter `name`: perturbing it has the effect of perturbing W along plane.base."""
     owner = name.rpartition(".")[0]
     parameter = runner.parameters[name]
     for other, candidate in runner.parameters.items():
@@ -362,7 +369,7 @@ def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
     if len(seen) != 1:
         found = f"{len(seen)} norms" if seen else "no LayerNorm or RMSNorm"
         raise ModelError(
-            f"{found} of the stream's width after the last block; it has to be one",
+            f"{found} of the residual stream's width after the last block; exactly one norm is needed",
             where=where,
             hint=HINT,
             data={"reason": "norms-at-end", "count": len(seen)},
@@ -371,14 +378,14 @@ def _find_end(runner: _Runner, probe: PreTrainedModel) -> ResidualNorm:
     before, moved = runner.states(held), runner.states(held, runner.pushed())
     if size(moved[""] - before[""]) > TOLERANCE * size(before[""]):
         raise ModelError(
-            "the head reads the residual stream past its norm",
+            "the output head reads the residual stream without its norm",
             where=where,
             hint=HINT,
             data={"reason": "head-past-norm"},
         )
     if not points_along(moved[seen[0]] - before[seen[0]], runner.direction):
         raise ModelError(
-            "this norm doesn't see the residual stream itself",
+            "the input of this norm is not the residual stream itself",
             where=seen[0],
             hint=HINT,
             data={"reason": "norm-beside-stream"},

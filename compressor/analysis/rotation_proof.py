@@ -1,7 +1,7 @@
-"""Norms folded into their consumers, and the proof that a residual stream can be rotated.
+"""Folds norms into their consumers, and proves that a residual stream can be rotated.
 
-With the norms folded and everything that touches the stream rotated by one orthogonal matrix, the logits must stay
-(Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). If one read or write was missed, they don't.
+With the norms folded and all reads and writes of the stream rotated by one orthogonal matrix, the logits must stay the
+same (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1). If a read or write was missed, they change.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from compressor.model.norms import Norm, apply_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualWrite
 
-HINT = "Its residual stream can't be rotated."
+HINT = "Leave fuse_norms, rotate and slicegpt out for this model; gptq, rtn and llm_int8 don't need this."
 
 
 def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> None:
-    """Fold the norms, rotate everything that touches the stream, and ask for the same logits. Changes the probe model.
+    """Fold the norms, rotate all reads and writes of the stream, and compare the logits. Changes the probe model.
 
     raises  ModelError naming the first block whose stream is not the rotated one
     """
@@ -52,14 +52,14 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
         wanted = center(before, -1) if residual.kind == "layer" else before
         if size(_rotated(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
             raise ModelError(
-                "its residual stream doesn't turn with everything that was found to touch it",
+                "rotating the residual stream changes its output: a layer that reads or writes it was not found",
                 where=f"{path}.{index - 1}" if index else "stem",
                 hint=HINT,
                 data={"reason": "does-not-turn"},
             )
     if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(
-            "its output changes when its residual stream is turned",
+            "rotating the residual stream changes the model's output: a layer that reads the stream was not found",
             where="head",
             hint=HINT,
             data={"reason": "output-changes"},
@@ -67,25 +67,25 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
 
 
 def gainless_norm(norm: ResidualNorm) -> Answer:
-    """What is left of a folded norm, as a function: x / sqrt(mean(x²) + eps)."""
+    """A folded norm as a function: x / sqrt(mean(x²) + eps)."""
     formula = norm.formula
     left = Norm("rms", 0.0, formula.eps, formula.width, has_weight=False, has_bias=False, divisor=formula.divisor)
     return lambda x: apply_norm(x, None, None, left)
 
 
 def fold_norm(model: nn.Module, norm: ResidualNorm) -> None:
-    """Move a norm's gain and shift into its consumers, in place; in float64, rounded once to their dtype.
+    """Move a norm's gain and shift into its consumers, in place. Computed in float64, rounded once to their dtype.
 
-    The norm itself is left as it is. From here on it has to compute `gainless_norm`, and where it was a LayerNorm, what
-    the stream is made of has to be centred (`center_writers`).
+    The norm itself is not changed. Afterwards it must compute `gainless_norm`, and if it is a LayerNorm, the writes of
+    the stream must be centred (`center_writes`).
 
-    raises  ModelError if a consumer has no bias to take a shift and can't be given one
+    raises  ModelError if a consumer has no bias for the shift and can't get one
     """
     gain = norm.formula.offset + _double(model, f"{norm.module}.weight") if norm.formula.has_weight else None
     shift = _double(model, f"{norm.module}.bias") if norm.formula.has_bias else None
     for consumer in norm.consumers:
         parameter = model.get_parameter(consumer.parameter).data
-        if shift is not None:  # before the gain: the shift is multiplied by the weight as it was
+        if shift is not None:  # before the gain: the shift is multiplied by the original weight
             bias = _bias_of(model, consumer)
             bias.copy_(bias.double() + fold_shift(parameter.double(), shift, consumer.axis))
         if gain is not None:
@@ -93,7 +93,7 @@ def fold_norm(model: nn.Module, norm: ResidualNorm) -> None:
 
 
 def center_writes(model: nn.Module, writes: Iterable[ResidualWrite]) -> None:
-    """Take from everything that is added to a LayerNorm stream its mean over the width, in place."""
+    """Subtract from every write of a LayerNorm stream its mean over the width, in place."""
     for write in writes:
         parameter = model.get_parameter(write.parameter).data
         parameter.copy_(center(parameter.double(), write.axis))
@@ -104,14 +104,14 @@ def _double(model: nn.Module, name: str) -> Tensor:
 
 
 def _bias_of(model: nn.Module, consumer: InputProjection) -> Tensor:
-    """The consumer's bias; a linear module without one gets zeros."""
+    """The consumer's bias. A linear module without one gets a bias of zeros."""
     if consumer.bias is not None:
         return model.get_parameter(consumer.bias).data
     owner, _, leaf = consumer.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Linear) or leaf != "weight":
         raise ModelError(
-            "it has no bias that could take its norm's shift",
+            "it has no bias and is not a linear layer, so the shift of its norm can't be folded into it",
             where=consumer.parameter,
             hint=HINT,
             data={"reason": "no-bias"},
@@ -132,7 +132,7 @@ def _streams(pieces: Pieces, batch: Batch) -> list[Tensor]:
 
 
 def _rotated(tensor: Tensor, axis: int, mirrors: list[Tensor]) -> Tensor:
-    """Along `axis`, by the product of two reflections: dense, orthogonal, and cheaper than a matrix of that size."""
+    """Rotated along `axis` by the product of two reflections, which is orthogonal, dense and cheaper than a matrix."""
     rows = tensor.movedim(axis, -1)
     for mirror in mirrors:
         rows = rows - 2 * (rows @ mirror).unsqueeze(-1) * mirror

@@ -1,4 +1,4 @@
-"""The proof that a token gate can stand in each block of a model as it was found, on a probe model."""
+"""Proves on a probe model that a token gate works at the place that was found in each block."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROOF = {
 
 
 def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
-    """Gated blocks give what they would for the tokens kept, and the model bears it; a sample alone gives the same.
+    """Check that gated blocks give kept tokens the same outputs, that the model runs, and that padding has no effect.
 
     raises  ModelError naming the block, or the model
     """
@@ -42,7 +42,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
             fewer = pieces.block(index, hidden, calls[index])
         if not choices or not _are_of(fewer, whole, choices[0]):
             raise ModelError(
-                "with fewer tokens after its attention, it computes something else for them",
+                "the tokens that are kept get other outputs once some are dropped after its attention",
                 where=f"{pieces.blocks_path}.{index}",
                 hint=HINT,
             )
@@ -55,7 +55,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
             output = output_of(probe(**batch))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise ModelError(
-                f"its head needs every token ({str(error)[:200]})",
+                f"its output head can't run with fewer tokens ({str(error)[:200]})",
                 where=type(probe).__name__,
                 hint=HINT,
                 data={"reason": "head-needs-all", "cause": str(error)[:200]},
@@ -65,17 +65,19 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
             alone = {name: value[1:, :-PADDED] for name, value in batch.items()}
             other = output_of(probe(**alone))
             if not torch.allclose(output[1:], other, rtol=0, atol=TOLERANCE * float(output.abs().max())):
-                raise ModelError("what it makes of a sample depends on padding", where=type(probe).__name__, hint=HINT)
+                raise ModelError(
+                    "the output of a sample changes with its padding", where=type(probe).__name__, hint=HINT
+                )
 
 
 def _check_output(probe: PreTrainedModel, output: Tensor, tokens: int) -> None:
-    """A base model gives its tokens, of which there are fewer; a head gives one answer for each sample."""
+    """Check that a base model returns fewer tokens, or an output head one answer for each sample."""
     has_head = probe.base_model is not probe
     if output.dim() != 2 and has_head:
         raise ModelError(
-            f"its head gives an output of shape {tuple(output.shape)}, one for each of {tokens} tokens or positions",
+            f"its output head gives a tensor of shape {tuple(output.shape)}, one answer for each of {tokens} tokens",
             where=type(probe).__name__,
-            hint="Zero-TPrune is for heads that give one answer for a sample, and for embeddings.",
+            hint="Use zero_tprune with a model that gives one answer per sample, or with its base model.",
             data={"reason": "answer-per-token", "shape": list(output.shape), "tokens": tokens},
         )
 
@@ -86,4 +88,4 @@ def _are_of(fewer: Tensor, whole: Tensor, chosen: Tensor) -> bool:
     return fewer.shape == wanted.shape and float((fewer - wanted).abs().max()) <= TOLERANCE * float(whole.abs().max())
 
 
-HINT = "Tokens of this model can't be pruned."
+HINT = "Leave zero_tprune out for this model; llm_int8 makes it faster without dropping tokens."

@@ -1,11 +1,11 @@
-"""Where a gate can stand in each block of a model, found by running it: what `token_gate` needs.
+"""Finds by running a model where a token gate can be placed in each of its blocks. `token_gate` needs this.
 
-A gate stands after the attention residual and before the MLP. On a probe model with random weights: the module that
-calls transformers' attention interface is the attention; the first later module whose output can be made zero while the
-block's output still depends on the attention reads the residual stream, so the gate stands before it. What a later
-module gives either goes straight into the next one, or is added by the block's own code to a tensor of all tokens. That
-nothing was missed is proven: everything after attention works on one token at a time, so a gated block must give what
-the block itself gives for the tokens that were kept.
+A gate is placed after the attention residual and before the MLP. In a probe model with random weights, the attention
+is the module that calls transformers' attention interface. The first later module whose output can be set to 0 while
+the block's output still depends on the attention reads the residual stream, so the gate is placed before it. The output
+of a later module either is the input of the next one, or the block's own code adds it to a tensor of all tokens. A
+proof shows that nothing was missed: everything after attention works on one token at a time, so a gated block must give
+the kept tokens the same outputs as the block itself.
 
 Time: a few forward passes of a probe model.
 """
@@ -34,15 +34,15 @@ from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
 from compressor.model.structure import Structure
 
-CAUSAL_HINT = "zero_tprune is for encoders; prompts of causal models are pruned by prefill_pruning."
-TOKENS = 13  # of the text a probe model reads
-UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # what attention may get and a gate doesn't compute
+CAUSAL_HINT = "Use prefill_pruning for a causal model; zero_tprune is for encoders."
+TOKENS = 13  # length of the probe model's text
+UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # arguments of attention that a gate can't compute
 
 
 def find_token_sites(structure: Structure) -> TokenFacts:
-    """What a token pruner has to know of a model.
+    """The facts of a model that pruning tokens needs.
 
-    raises  ModelError naming the block, or the model, and what is in the way
+    raises  ModelError naming the block, or the model, and the reason
     """
     model, path = structure.model, structure.pieces.blocks_path
     config = shallow_config(model.config, model, structure.pieces)
@@ -58,7 +58,7 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts
     hidden, calls = pieces.embeddings(batch)
     if hidden.dim() != 3:
         raise ModelError(
-            f"its blocks get a tensor of shape {tuple(hidden.shape)}, not tokens of one width each",
+            f"its blocks get a tensor of shape {tuple(hidden.shape)}; (batch, tokens, width) is needed",
             where=type(probe).__name__,
             hint=HINT,
             data={"reason": "no-tokens", "shape": list(hidden.shape)},
@@ -78,7 +78,7 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts
         following = pieces.block(index, hidden, call)
         if following.shape != hidden.shape:
             raise ModelError(
-                f"gives {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
+                f"it returns {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
             )
         hidden = following
     everywhere = [
@@ -94,15 +94,15 @@ def _refuse_outputs(model: PreTrainedModel) -> None:
     for key in ("output_attentions",):
         if getattr(model.config, key, False):
             raise ModelError(
-                f"config.json asks for {key}, which would be of another size after each gate",
+                f"config.json sets {key}, whose tensors would have another size after each gate",
                 where=type(model).__name__,
-                hint=f"Set {key} to false.",
+                hint=f"Set {key} to false in config.json.",
                 data={"reason": "asks-for-output", "key": key},
             )
 
 
 def _batch(probe: PreTrainedModel) -> Batch:
-    """Two samples; of text the second has padding."""
+    """Two samples; the second has padding if they are text."""
     batch = example_batch(probe, torch.device("cpu"), samples=2, tokens=TOKENS)
     if "input_ids" in batch:
         mask = torch.ones_like(batch["input_ids"])
@@ -112,17 +112,17 @@ def _batch(probe: PreTrainedModel) -> Batch:
 
 
 def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """Rows and columns of the image's patches, which are its last tokens. raises ModelError if the tokens are others"""
+    """Rows and columns of the image's patches, its last tokens. raises ModelError if the tokens are not patches"""
     sizes = []
     for key in ("image_size", "patch_size"):
         value = getattr(probe.config, key, None)
         if value is None:
-            raise ModelError(f"its config has no {key}", where=type(probe).__name__, hint=HINT)
+            raise ModelError(f"its config.json has no {key}", where=type(probe).__name__, hint=HINT)
         sizes.append((value, value) if isinstance(value, int) else tuple(value))
     rows, columns = (side // patch for side, patch in zip(*sizes))
-    if not 0 <= tokens - rows * columns <= 8:  # one for the class, one for distillation, a few registers
+    if not 0 <= tokens - rows * columns <= 8:  # a class token, a distillation token and a few registers
         raise ModelError(
-            f"its blocks get {tokens} tokens for {rows} x {columns} patches, so tokens aren't its patches",
+            f"its blocks get {tokens} tokens for {rows} x {columns} patches, so the tokens are not the patches",
             where=type(probe).__name__,
             hint=HINT,
             data={"reason": "tokens-not-patches", "tokens": tokens, "rows": rows, "columns": columns},
@@ -131,7 +131,7 @@ def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
 
 
 def _arguments(block: nn.Module, hidden: Tensor, call: Call) -> dict[str, Any]:
-    """What a block is called with, by name; beside the stream."""
+    """The arguments of a block by name, without the stream."""
     signature_ = inspect.signature(block.forward)
     bound = signature_.bind(hidden, *call.args, **call.kwargs)
     found = dict(list(bound.arguments.items())[1:])
@@ -142,7 +142,7 @@ def _arguments(block: nn.Module, hidden: Tensor, call: Call) -> dict[str, Any]:
 
 
 def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Batch) -> str | None:
-    """Name of the argument that tells blocks which tokens are padding. raises ModelError for anything else of tokens"""
+    """Name of the argument that marks padding. raises ModelError for other arguments with values per token"""
     names = set()
     n = hidden.shape[1]
     for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
@@ -153,7 +153,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
                 continue
             if name != "attention_mask" or not isinstance(value, Tensor):
                 raise ModelError(
-                    f"its blocks get {name}, which belongs to tokens and can't be narrowed with them",
+                    f"its blocks get the argument {name}, whose values per token can't be reduced to the kept tokens",
                     where=where,
                     hint=HINT,
                     data={"reason": "argument-of-tokens", "argument": name},
@@ -162,7 +162,7 @@ def _mask_argument(pieces: Pieces, calls: list[Call], hidden: Tensor, batch: Bat
             rows = value if value.dim() == 2 else value[:, :1]
             if not attended(value, len(hidden)).equal(wanted) or (value.dim() == 4 and not _same_rows(rows)):
                 raise ModelError(
-                    "its attention is not the same for all queries (causal, or within a window)",
+                    "its queries don't all see the same keys (causal attention, or a sliding window)",
                     where=where,
                     hint=CAUSAL_HINT,
                     data={"reason": "causal"},
@@ -188,13 +188,13 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
         output = block(hidden, *call.args, **call.kwargs)
     first = next((i for i, one in enumerate(seen) if is_inside(attention, one.name)), None)
     if first is None:
-        raise ModelError("its attention is not called by the block itself", where=where, hint=HINT)
+        raise ModelError("its attention is called by another module than the block", where=where, hint=HINT)
     at = next(
         (i for i in range(first + 1, len(seen)) if _reads_stream(block, hidden, call, seen[first], seen[i])), None
     )
     if at is None:
         raise ModelError(
-            "no module after its attention reads the residual stream, so there is no place between them",
+            "no module after its attention reads the residual stream, so there is no place for a gate",
             where=where,
             hint=HINT,
         )
@@ -205,7 +205,9 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
         entering = next((value for value in one.values if isinstance(value, Tensor)), None)
         if entering is None or entering.shape[:2] != hidden.shape[:2]:
             raise ModelError(
-                "does not get the tokens themselves, so it can't be given fewer", where=f"{where}.{one.name}", hint=HINT
+                "its input is not one vector per token, so it can't run on fewer tokens",
+                where=f"{where}.{one.name}",
+                hint=HINT,
             )
         given = one.output[0] if isinstance(one.output, tuple) else one.output
         goes_on = any(is_one_tensor(given, value) for other in behind[number + 1 :] for value in other.values)
@@ -217,7 +219,7 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
 
 
 def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tuple[str, Tensor]:
-    """The module that calls transformers' attention interface, and the queries it hands on."""
+    """The module that calls transformers' attention interface, and its queries."""
     notes: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
     others: list[dict[str, Any]] = []
 
@@ -233,9 +235,9 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
     used = [name for name, found in notes.items() if found]
     if len(used) != 1 or len(notes[used[0]]) != 1:
         raise ModelError(
-            "its attention isn't called through transformers' attention interface, so queries and keys aren't seen"
+            "its attention doesn't use transformers' attention interface, so its queries and keys can't be read"
             if not used
-            else f"it has {len(used)} attentions, of which a gate can follow one",
+            else f"it has {len(used)} attentions, and a gate can follow only one",
             where=where,
             hint=HINT,
         )
@@ -248,18 +250,22 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
         )
     for given in others:
         if strange := [name for name in UNKNOWN if given.get(name) is not None]:
-            raise ModelError(f"its attention gets {strange[0]}, which a gate doesn't compute", where=where, hint=HINT)
+            raise ModelError(
+                f"its attention gets the argument {strange[0]}, which a token gate can't compute",
+                where=where,
+                hint=HINT,
+            )
     return used[0], query
 
 
 def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> None:
-    """A causal model's first token sees itself alone, and votes all go to it; and generation needs every key."""
+    """raises ModelError for a causal model: all votes go to its first token, and generation needs every key"""
     changed = hidden.clone()
     changed[0, -1] += 1  # the first sample has no padding
     before, after = (_stream(block(x, *call.args, **call.kwargs)) for x in (hidden, changed))
     if torch.equal(before[0, 0], after[0, 0]):
         raise ModelError(
-            "its first token doesn't see its last: it is causal, or attends within a window",
+            "its first token doesn't see its last (causal attention, or a sliding window)",
             where=where,
             hint=CAUSAL_HINT,
             data={"reason": "causal"},
@@ -267,9 +273,9 @@ def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> N
 
 
 def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: ModuleCall, candidate: ModuleCall) -> bool:
-    """Whether the block's output depends on the attention also past this module."""
+    """Whether the block's output depends on the attention also without this module."""
     outputs = []
-    for other in (lambda x: x, lambda x: x.flip(-1)):  # not a multiple, which a norm would undo
+    for other in (lambda x: x, lambda x: x.flip(-1)):  # not a multiple of x, which a norm would remove
         with _answering(block, attention, other), _answering(block, candidate, torch.zeros_like):
             outputs.append(_stream(block(hidden, *call.args, **call.kwargs)))
     return not torch.equal(*outputs)
@@ -277,7 +283,7 @@ def _reads_stream(block: nn.Module, hidden: Tensor, call: Call, attention: Modul
 
 @contextmanager
 def _answering(block: nn.Module, call: ModuleCall, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """One call of a module gives something else, made of what it would give."""
+    """Replace the output of one call of a module by a function of it."""
     count = -1
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -295,7 +301,7 @@ def _answering(block: nn.Module, call: ModuleCall, answer: Callable[[Tensor], Te
 
 
 def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> tuple[int, int]:
-    """Entries of the matrices that multiply every token, before and after the gate."""
+    """Number of entries of the matrices that multiply every token, before and after the gate."""
     found: list[ObservedMatmul] = []
     with ObservedMatmuls(dict(block.named_parameters()), found.append):
         block(hidden, *call.args, **call.kwargs)
@@ -306,9 +312,9 @@ def _entries(block: nn.Module, hidden: Tensor, call: Call, after: set[str]) -> t
 
 
 def _outside(structure: Structure, patches: tuple[int, int] | None) -> int:
-    """Multiply-accumulates of a sample in stem and head, which don't depend on how many tokens are left.
+    """Multiply-accumulates of a sample in the embeddings and the output head; they don't depend on dropped tokens.
 
-    The head's matrices multiply one token: with per-token heads no gate is built.
+    The output head's matrices multiply one token: models with an answer per token get no gate.
     """
     total = sum(weight.out_features * weight.in_features for weight in _head_weights(structure))
     if patches is not None:

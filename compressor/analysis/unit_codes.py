@@ -1,4 +1,4 @@
-"""Tells which unit each row of a matrix belongs to: every unit is weighted by a number of its own."""
+"""Identifies the unit of each row of a matrix: every unit is weighted by a number of its own."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from torch import Tensor
 
 from compressor.model.probe_model import PROBE_SEED
 
-FAINT = 1e-6  # of the largest gradient of a matrix: below, its rounding may hide whose it is
-SAME = 1e-7  # of a gradient: above its rounding, and below the distance of two codes up to a million units
+FAINT = 1e-6  # of the largest gradient of a matrix: below it, rounding may hide the unit
+SAME = 1e-7  # relative to a gradient: above its rounding, and below the distance of two codes for up to a million units
 
 
 def unit_codes(count: int) -> list[Tensor]:
-    """Two sets of numbers that tell units apart."""
+    """Two sets of numbers that identify units."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
     even = torch.arange(count, dtype=torch.float64)
     return [1 + (even + 1) / count, 1 + (torch.randperm(count, generator=generator).double() + 1) / count]
 
 
 def decoded_units(values: Sequence[Tensor], axis: int, count: int) -> Tensor:
-    """The unit of each index along `axis`, or -1: values are what all units together do, and with the codes' weights.
+    """The unit of each index along `axis`, or -1.
 
-    An index belongs to a unit if both weighted values are the unweighted one times that unit's codes.
+    An index belongs to a unit if both weighted values are the unweighted value times that unit's codes.
+
+    values  the effect of all units, unweighted, and weighted with each set of codes
     """
     plain, *weighted = (value.movedim(axis, 0).reshape(value.shape[axis], -1) for value in values)
     norms = plain.square().sum(1)

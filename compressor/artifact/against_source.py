@@ -81,9 +81,9 @@ def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[s
     source = manifest["source"]
     if source.get("changes") is None:
         raise ArtifactError(
-            "doesn't say how the artifact and its source compare",
+            "has no record of the changes between the artifact and its source",
             where=MANIFEST,
-            hint="It is of an earlier release: verify without --source, or build the artifact again.",
+            hint="Verify without --source, or build the artifact again with this release.",
         )
     return source["changes"], source.get("relative_errors", {})
 
@@ -173,7 +173,7 @@ def _compare_dense(
         elif found[0] != expected[0]:
             problems.append(f"{name} is {found[0]}, and {expected[0]} in the source")
         elif found != expected:
-            problems.append(f"{name} is not what the source holds, and no step touched it")
+            problems.append(f"{name} differs from the source, although no step changed it")
     return equal, problems
 
 
@@ -207,10 +207,10 @@ def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], 
     for group in sorted(map(sorted, ties_of(source))):
         is_parted = any(name in stored or name.startswith(own_modules) for name in group)
         if not is_parted and frozenset(group) not in ties:
-            problems.append(f"{' and '.join(group)} share one tensor in the source, and not in the artifact")
+            problems.append(f"{' and '.join(group)} share one tensor in the source, but not in the artifact")
     for group in sorted(map(sorted, ties)):
         if frozenset(group) not in ties_of(source):
-            problems.append(f"{' and '.join(group)} share one tensor in the artifact, and not in the source")
+            problems.append(f"{' and '.join(group)} share one tensor in the artifact, but not in the source")
     return problems
 
 
@@ -225,7 +225,9 @@ def _compare_stored(
         recorded = errors.get(weight.name)
         if recorded is None:
             if not error < 1:  # as far from it as zeros would be; NaN fails too
-                problems.append(f"{weight.name} doesn't resemble the source's weight (relative error {error:.3g})")
+                problems.append(
+                    f"{weight.name} is not an approximation of the source's weight (relative error {error:.3g})"
+                )
             continue
         difference = abs(error - recorded)
         largest = max(largest, difference)
@@ -256,7 +258,7 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
     for name, members in experts.items():
         with _held(source, name) as whole:
             if not _equal_elsewhere(whole, own.get_parameter(name), members):
-                problems.append(f"{name} is not what the source holds in the experts that no step touched")
+                problems.append(f"{name} differs from the source in experts that no step changed")
     return problems
 
 

@@ -44,7 +44,9 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
         return Route(family, f"every weight fits {family}; plain transformers loads it")
     if stock_only and asked == "custom":
         raise PreflightError(
-            "format custom and stock_only exclude each other", where="export", hint="Drop one of them."
+            "format: custom and stock_only: true exclude each other",
+            where="export",
+            hint="Set export.stock_only: false, or export.format: auto.",
         )
     reason = f"{foreign[0][0]} {foreign[0][1]}" if foreign else "the recipe asks for it"
     because = values_of(foreign[0][1]) if foreign else {}
@@ -63,16 +65,16 @@ def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
     for kind, name in names.items():
         if not find_layer(kind).weight_only:
             raise PreflightError(
-                f"is stored as {kind}, which does more than multiply, and an expert is no module that could be one",
+                f"{kind} also changes the layer's inputs, and an expert is no layer but part of a larger tensor",
                 where=name,
-                hint="Leave the experts out with `except`, or choose a pass that changes weights only.",
+                hint='Set except: ["@experts"] for this step, or use a weight-only pass such as gptq or rtn.',
                 data={"reason": "expert-form", "form": kind},
             )
     if len({str(sorted_spec(form)) for form in experts}) > 1:
         raise PreflightError(
-            "experts are stored in more than one scheme",
+            "the experts have more than one quantization format",
             where="steps",
-            hint="Stock loaders read all experts with one scheme: use the same bits and group_size for all of them.",
+            hint="Give all experts to one step, or to steps with the same bits and group_size.",
         )
     return names
 
@@ -84,7 +86,7 @@ def _no_stock_loader(reason: str, because: dict[str, Any], weights: int | None, 
         f"stock transformers can't load {what}; {reason}",
         where="export",
         hint="Set export.stock_only: false and export.format: auto"
-        + (" (or custom)." if weights is None else ", or leave these weights out."),
+        + (" (or custom)." if weights is None else ", or leave these weights out with `except`."),
         data={"reason": "no-stock-loader", "because": because, "weights": weights, "weight": at},
     )
 
@@ -93,11 +95,11 @@ def _no_custom_experts(
     reason: str, because: dict[str, Any], expert: str, at: str | None, shaped: bool
 ) -> PreflightError:
     return PreflightError(
-        f"the modelling file can't hold experts, and the stock format won't do: {reason}",
+        f"a modeling file can't hold experts, and no stock format fits: {reason}",
         where=expert,
-        hint="Leave the experts out with `except`."
+        hint='Set except: ["@experts"] for the steps that quantize.'
         if shaped
-        else "Use symmetric: true for experts, and leave out what keeps them from the stock format.",
+        else 'Set symmetric: true for the experts, or leave them out with except: ["@experts"].',
         data={"reason": "no-custom-experts", "because": because, "weight": at},
     )
 
@@ -128,9 +130,9 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
     """What of the model its stock class hasn't, and why that matters."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
-    told = {"removed": "is what is left of a part of the model", "resized": "has numbers of its own"}
+    told = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
     form = modules[name]["form"] if modules else None
-    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is gone"
+    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is removed"
     cls = type(model).__name__
     why = f"{what}, which {cls} of stock transformers doesn't have"
     return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
@@ -150,7 +152,7 @@ def _stock_family(
         (
             form.weight.name,
             Because(
-                f"is stored for {family} and others for {first}, and a checkpoint has one loader",
+                f"is stored for {family} and others for {first}, but a checkpoint has only one loader",
                 reason="two-loaders",
                 loader=family,
                 others=first,

@@ -65,7 +65,7 @@ def compare_files(directory: Path, manifest: dict[str, Any]) -> tuple[list[str],
             problems.append(str(error))
             continue
         if path.stat().st_size != facts["bytes"] or file_sha256(path) != facts["sha256"]:
-            told.append(f"{name} is not what was written (its hash differs)")
+            told.append(f"{name} was changed after it was written (its hash differs)")
     try:
         present = [path for path in entries(directory) if path.is_symlink() or not path.is_dir()]
     except ModelError as error:
@@ -98,16 +98,16 @@ def owned_files(directory: Path) -> list[Path]:
     """
     if directory.is_symlink():
         raise UsageError(
-            "is a link",
+            "is a link, not a directory",
             where=str(directory),
-            hint="Move it away first, or choose another --output.",
+            hint="Pass the directory itself, or choose another --output.",
             data={"reason": "is-link"},
         )
     try:
         manifest = read_manifest(directory)
     except (ArtifactError, ModelError) as error:
         raise UsageError(
-            f"exists and is not an artifact of this tool ({error})",
+            f"exists and is not an artifact of compress-model ({error})",
             where=str(directory),
             hint="Choose another --output.",
             data={"reason": "no-artifact", "cause": str(error)},
@@ -132,7 +132,7 @@ def owned_files(directory: Path) -> list[Path]:
             raise UsageError(
                 f"{what} ({', '.join(sorted(names)[:3])})",
                 where=str(directory),
-                hint="Move them away first, or choose another --output.",
+                hint="Move these files to another directory, or choose another --output.",
                 data={"reason": reason, "names": sorted(names)},
             )
     return sorted(owned)

@@ -70,7 +70,7 @@ def _check_hashes(directory: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(
             "; ".join(problems[:4]),
             where=directory.name,
-            hint="Copy or build the artifact again.",
+            hint="Copy the artifact again from where it was written, or build it again.",
             data={"reason": "not-as-written", "problems": list(problems)},
         )
 
@@ -127,7 +127,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transform
         _place_layer(model, module, stored.forms[name], stored.layers[name], stored.dtype)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if (left := next((name for name, value in tensors if value.is_meta), None)) is not None:
-        raise ArtifactError(f"the manifest leaves {left} without a value", where=MANIFEST, hint=BAD_HINT)
+        raise ArtifactError(f"the manifest has no value for {left}", where=MANIFEST, hint=BAD_HINT)
     return model
 
 
@@ -223,7 +223,7 @@ def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
         raise ArtifactError(
             f"makes no model ({type(error).__name__}: {str(error)[:300]})",
             where=where,
-            hint="Copy or build the artifact again.",
+            hint="Copy the artifact again from where it was written, or build it again.",
         ) from error
 
 
@@ -231,7 +231,11 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     name = checkpoint.config.get("dtype")
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
-        raise ArtifactError(f"dtype {name!r} is none of torch's", where="config.json", hint="Build the artifact again.")
+        raise ArtifactError(
+            f"dtype {name!r} is not a dtype of torch",
+            where="config.json",
+            hint="Copy the artifact again from where it was written, or build it again.",
+        )
     return dtype
 
 
@@ -256,9 +260,9 @@ def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: to
     for form in forms.values():
         stored = _stored_names(checkpoint, form)
         if not stored:
-            raise ArtifactError("none of its stored tensors is there", where=form.weight.name)
+            raise ArtifactError("all of its stored tensors are missing", where=form.weight.name)
         if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
-            raise ArtifactError(f"its bias {form.weight.bias!r} is not there", where=form.weight.name)
+            raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
         shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:

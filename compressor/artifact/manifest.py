@@ -22,16 +22,16 @@ from compressor.storage.file_names import MANIFEST, is_plain
 FORMAT_VERSION = 1
 MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
 MAX_SIZE = 2**40  # of one dimension, far above any weight's
-BAD_HINT = "Copy or build the artifact again."
+BAD_HINT = "Copy the artifact again from where it was written, or build it again."
 
 
 def _inside(name: str) -> str:
     """A relative path in its plainest form; it names nothing outside the directory."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
-        raise ValueError("leads out of the directory or isn't a plain relative path")
+        raise ValueError("leads out of the directory or is not a plain relative path")
     if not is_plain(name):
-        raise ValueError("holds signs that no file name here has")
+        raise ValueError("contains characters that a file name of an artifact can't have")
     return name
 
 
@@ -44,7 +44,7 @@ def _module_path(name: str) -> str:
 
 def _known_role(role: str) -> str:
     if role not in ROLES:
-        raise ValueError(f"is none of {', '.join(ROLES)}")
+        raise ValueError(f"is not one of {', '.join(ROLES)}")
     return role
 
 
@@ -85,7 +85,7 @@ class _WeightEntry(_Part):
         if len(self.shape) < 2 and self.role in ("attention", "mlp", "experts", "router", "head", "embedding"):
             raise ValueError(f"shape {self.shape} is not that of a matrix")
         if (self.rows is None) != (self.expert is None) or (self.rows is not None and self.rows[0] >= self.rows[1]):
-            raise ValueError(f"rows {self.rows} of expert {self.expert} are no part of a parameter")
+            raise ValueError(f"rows {self.rows} of expert {self.expert} are not part of a parameter")
         return self
 
 
@@ -151,9 +151,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ArtifactError("is not a JSON object", where=MANIFEST, hint=BAD_HINT)
     if (version := manifest.get("format_version")) != FORMAT_VERSION:
         raise ArtifactError(
-            f"format version {version!r}, this release reads {FORMAT_VERSION}",
+            f"the artifact has format version {version!r}, and this release reads {FORMAT_VERSION}",
             where=directory.name,
-            hint="Update compress-model.",
+            hint="Install the release of compress-model that wrote it (`tool` in the manifest), or build it again.",
         )
     try:
         _Manifest.model_validate(manifest)
@@ -174,6 +174,6 @@ def model_class(name: str, where: str) -> type[transformers.PreTrainedModel]:
         raise ArtifactError(
             f"architecture {name!r} is not a model class of transformers {transformers.__version__}",
             where=where,
-            hint="Update transformers, or build the artifact again.",
+            hint="Run pip install -U transformers, or build the artifact again with this transformers.",
         )
     return cls

@@ -294,9 +294,9 @@ def _is_type_checking(node: ast.stmt) -> bool:
 
 def _refusal(module: str, line: int, what: str, reason: str, name: str | None = None) -> ArtifactError:
     return ArtifactError(
-        f"{what}, so a modelling file can't hold it",
+        f"{what}, so it can't be copied into a modeling file",
         where=f"{module}, line {line}",
-        hint="A stored form uses torch, transformers, the standard library and the modules in its `helpers`, "
-        "each name imported with `from` as it is called there.",
+        hint="Import only torch, transformers, the standard library and the modules in the class's `helpers`, "
+        "each name with `from` and under its own name.",
         data={"reason": reason, "name": name},
     )

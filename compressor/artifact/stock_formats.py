@@ -54,7 +54,7 @@ def stocks_of(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock |
         if key not in known:
             stock = find_layer(form.form).stock(sorted_spec(form))
             if isinstance(stock, Stock) and stock.family not in FAMILIES:
-                told = f"is stored for {stock.family}, for which this release can't write a config"
+                told = f"is stored for {stock.family}, and this release can't write a config for it"
                 stock = Because(told, reason="unknown-loader", loader=stock.family)
             elif isinstance(stock, str):
                 stock = Because(stock, **{"reason": "no-stock-form", "form": form.form, **values_of(stock)})
@@ -77,10 +77,12 @@ def _compressed_tensors_refuses(described: Sequence[Described], model: PreTraine
         if form.weight.transposed:
             why = Because("is a Conv1D, which compressed-tensors can't target", reason="conv1d")
         elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
-            told = "is an expert, of which stock loaders read packed symmetric codes only"
+            told = "is an expert, and stock loaders read only packed symmetric codes of experts"
             why = Because(told, reason="expert-codes")
         elif _has_packed_zeros(settings) and schemes > 1:
-            told = f"has packed zero points, which stock loaders read where all weights share one scheme, not {schemes}"
+            told = (
+                f"has packed zero points, which stock loaders read only if all weights share one scheme, not {schemes}"
+            )
             why = Because(told, reason="packed-zeros", schemes=schemes)
         elif dense_experts:
             told = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
@@ -157,13 +159,13 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
         why = None
         if not _bitsandbytes_replaces(module):
             kind = type(module).__name__
-            told = f"is a {kind}, and bitsandbytes replaces plain Linear and Conv1D only"
+            told = f"is a {kind}, and bitsandbytes replaces only plain Linear and Conv1D"
             why = Because(told, reason="other-module", module=kind)
         elif len(thresholds) > 1:
-            told = f"shares the model with thresholds {thresholds}, and bitsandbytes takes one for a checkpoint"
+            told = f"is in a model with the thresholds {thresholds}, and bitsandbytes has one threshold per checkpoint"
             why = Because(told, reason="thresholds", thresholds=thresholds)
         elif not should_convert_module(module_of(form), skipped):
-            told = "has a name that bitsandbytes can't tell from that of a dense module"
+            told = "has a name that bitsandbytes can't distinguish from that of a dense module"
             why = Because(told, reason="ambiguous-name")
         if why is not None:
             refused.append((form.weight.name, why))
@@ -206,9 +208,9 @@ def check_loader(route: str) -> None:
     package = FAMILIES[route].package if route in FAMILIES else None
     if package is not None and find_spec(package) is None:
         raise DependencyError(
-            f"loading what {route} reads needs the package {package}, which isn't installed",
+            f"loading the format {route} needs the package {package}, which is not installed",
             where="export",
-            hint=f"pip install compress-model[{package}], or set export.format: custom, which needs no package.",
+            hint=f"Run pip install compress-model[{package}], or set export.format: custom, which needs no package.",
             data={"route": route, "package": package},
         )
 

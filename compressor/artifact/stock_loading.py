@@ -47,7 +47,7 @@ def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str
         raise ArtifactError(
             "; ".join(problems),
             where=directory.name,
-            hint="Nothing of it was run.",
+            hint="None of this code was run. Load the artifact only from a source you trust, or build it again.",
             data={"reason": "foreign-code", "problems": list(problems)},
         )
     cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
@@ -73,7 +73,7 @@ def stock_works(
     except CompressError:
         raise
     except ImportError as error:
-        hint = "Install what it names."
+        hint = "Install the package that the message names with pip."
         raise DependencyError(f"{who} can't load it ({error})", where=directory.name, hint=hint) from error
     except Exception as error:
         if (lack := ran_out(error)) is not None:
@@ -86,18 +86,18 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
     """raises ArtifactError for a route that this release doesn't write, or a config.json that asks for another"""
     if route not in ("dense", "custom", *FAMILIES):
         raise ArtifactError(
-            f"route {route!r} is none that this release writes",
+            f"export format {route!r} is not one that this release reads",
             where=MANIFEST,
-            hint="Update compress-model.",
+            hint="Run pip install -U compress-model, or build the artifact again with this release.",
             data={"reason": "unknown-route", "route": route},
         )
     asked = checkpoint.quantization_config
     method = asked.get("quant_method") if isinstance(asked, dict) else asked
     if method != (route if route in FAMILIES else None):
         raise ArtifactError(
-            f"quantization_config asks for {method!r}, and the manifest says {route}",
+            f"quantization_config has the method {method!r}, but the manifest has {route}",
             where="config.json",
-            hint="Copy or build the artifact again.",
+            hint="Copy the artifact again from where it was written, or build it again.",
             data={"reason": "other-route", "asked": str(method), "route": route},
         )
 
@@ -118,14 +118,14 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
         if references != ([expected[name]] if name in expected else []):
             files = ", ".join(sorted({file_of(reference) for reference in references})) or "nothing"
             should = file_of(expected[name]) if name in expected else "nothing"
-            problems.append(f"config.json: auto_map names {files} for {name}, and this tool writes {should}")
+            problems.append(f"config.json: auto_map names {files} for {name}, but compress-model writes {should}")
     for name in code_files(checkpoint.directory):
         if name == own:
             continue
         if name.partition("/")[0] == CUSTOM_GENERATE:
-            problems.append(f"{name} takes the place of the model's generate() where code is trusted")
+            problems.append(f"{name} replaces the model's generate() if code is trusted")
         elif name not in manifest["files"]:
-            problems.append(f"{name} is code that this tool did not write")
+            problems.append(f"{name} is code that compress-model did not write")
     return problems
 
 

@@ -151,7 +151,7 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
         tensor = artifact.checkpoint.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            found.problems.append(f"{name} holds NaN or Inf")
+            found.problems.append(f"{name} contains NaN or Inf")
 
 
 def _compare_models(artifact: Artifact, probe: Path | None, source: SourceRequest | None, found: Findings) -> None:
@@ -229,7 +229,9 @@ def _run_own(artifact: Artifact, inputs: dict[str, Any], found: Findings) -> tup
 def _check_shapes(outputs: dict[str, Tensor], reference: Tensor, found: Findings) -> None:
     for name, value in outputs.items():
         if value.shape != reference.shape:
-            found.problems.append(f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is right")
+            found.problems.append(
+                f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is expected"
+            )
 
 
 def _compare_stock_layers(
@@ -262,7 +264,7 @@ def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings)
     found.tolerance, found.max_logit_difference = tolerance, max(differences.values())
     for name, difference in differences.items():
         if not bool(torch.isfinite(outputs[name]).all()):
-            found.problems.append(f"{name}: outputs hold NaN or Inf")
+            found.problems.append(f"{name}: outputs contain NaN or Inf")
         elif not difference <= tolerance:  # NaN fails too
             found.problems.append(f"{name}: outputs differ by {difference:.3g}, {tolerance:.3g} is allowed")
 

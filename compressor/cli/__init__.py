@@ -1,1 +1,1 @@
-"""The command line: arguments in, tables and exit codes out."""
+"""Implements the command line: it reads arguments, and prints tables and sets exit codes."""

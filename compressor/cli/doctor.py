@@ -1,4 +1,4 @@
-"""What this machine and installation offer, for `compress-model doctor`."""
+"""Examines this machine and installation, for `compress-model doctor`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
 
 
 def examine() -> dict[str, Any]:
-    """JSON facts: versions, CPU, kernels with the reason for each, GPU, memory, disk, cache, missing extras."""
+    """The facts as JSON values: versions, CPU, kernels with reasons, GPU, memory, disk, cache, missing extras."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     return {
@@ -50,7 +50,7 @@ def examine() -> dict[str, Any]:
 
 
 def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The ten lines that answer whether this machine is sound: a label and a sentence each. `found` is of `examine`."""
+    """Ten lines that show whether this machine works, each a label and a sentence. `found` comes from `examine`."""
     packages, kernels = found["packages"], found["kernels"]
     return [
         ("version", f"compress-model {found['compress_model']}, Python {found['python']}, {found['os']}"),
@@ -82,8 +82,8 @@ def _cache_line(found: dict[str, Any]) -> str:
 
 
 def _kernels() -> dict[str, Any]:
-    """The CPU library: whether it is there, the instructions in use, and each op tried at each level. The CUDA
-    kernels: whether they are there, and tried on each GPU, or why not."""
+    """The CPU library: whether it is installed, its instruction set, and a test of each op at each level. The CUDA
+    kernels: a test on each GPU, or the reason why there are none."""
     found = library()
     record = RECORD.read_text().strip() if RECORD.is_file() else "no record of a build"
     if isinstance(found, str):

@@ -1,4 +1,4 @@
-"""The command line as a process: arguments in, exit code out, and every error told in its way."""
+"""Runs the command line as a process: it handles signals, reports every error and returns the exit code."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     stop = Stop()
 
     def tell() -> None:
-        given_up = "the part at work is given up. " if stop.has_begun else ""
+        given_up = "the unfinished part is dropped. " if stop.has_begun else ""
         message = f"stopping: {given_up}{stop.hint}"
-        with contextlib.suppress(OSError):  # of a stream that can't be written: the stop goes on
+        with contextlib.suppress(OSError):  # a stream that can't be written doesn't prevent the stop
             if as_json:
                 json_line({"event": "stopping", "message": message})
         with contextlib.suppress(OSError):
@@ -41,13 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     def last_words() -> None:
         if err.is_terminal:
-            err.show_cursor()  # that a progress display hid
+            err.show_cursor()  # a progress display has hidden it
         complain(_stopped(stop), as_json)
 
     with answered(stop, tell, last_words, INTERRUPTED):
         try:
             return _run_verb(arguments, stop, as_json)
-        except KeyboardInterrupt:  # it came while an error was being told
+        except KeyboardInterrupt:  # it came while an error was reported
             complain(_stopped(stop), as_json)
             return INTERRUPTED
         finally:
@@ -57,31 +57,31 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_verb(arguments: list[str], stop: Stop, as_json: bool) -> int:
     try:
         for argument in arguments:
-            check_utf8(argument, "Rename the file, or give the text as UTF-8.")
+            check_utf8(argument, "Rename the file, or write the text in UTF-8.")
         code = app(arguments, standalone_mode=False, prog_name="compress-model", obj=stop) or 0
         sys.stdout.flush()
-    except SystemExit as error:  # of the completion of a shell's command line
-        if isinstance(error.__context__, BrokenPipeError):  # which rich ends the process for
+    except SystemExit as error:  # from the shell completion
+        if isinstance(error.__context__, BrokenPipeError):  # rich ends the process for it
             return INTERRUPTED
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         found = error.error if isinstance(error, Raised) else error
         return _tell(found, stop, as_json)
-    if code == INTERRUPTED:  # typer's own way to say KeyboardInterrupt, while it reads the arguments
+    if code == INTERRUPTED:  # typer's code for KeyboardInterrupt while it reads the arguments
         complain(_stopped(stop), as_json)
     return code
 
 
 def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
-    """One line for what a user can act on; anything else is our bug and keeps its traceback. Returns the exit code."""
-    if isinstance(error, BrokenPipeError):  # `| head` has read what it wanted
+    """Print one line for an error that a user can act on, else the traceback of the bug. Returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # `| head` has closed the pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  flushed, in vain, as Python ends
         return INTERRUPTED
     known = _refusal(error, stop)
     if known is not None:
         complain(known, as_json)
         return known.exit_code
-    if getattr(error, "format_message", None) is not None:  # no arguments: the help was shown
+    if getattr(error, "format_message", None) is not None:  # no arguments: the help is shown
         return UsageError.exit_code
     with contextlib.suppress(OSError):
         traceback.print_exception(error, file=sys.stderr)
@@ -94,15 +94,21 @@ def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
 
 
 def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
-    """What a user can act on in this error, or None."""
+    """The error for the user, or None if it is a bug."""
     if isinstance(error, CompressError):
         return error
     if stop.is_asked() or isinstance(error, KeyboardInterrupt):
         return _stopped(stop)
     show_message: Callable[[], str] | None = getattr(error, "format_message", None)
-    if show_message is not None:  # of the parser of arguments
+    if show_message is not None:  # an error of the argument parser
         message = show_message()
-        return UsageError(message, hint="See compress-model --help.") if message else None
+        return (
+            UsageError(
+                message, hint="Run compress-model --help for the commands, or add --help to this one for its options."
+            )
+            if message
+            else None
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)
         return UsageError(
@@ -113,7 +119,7 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
     if isinstance(error, RecursionError):
         return PreflightError(
             f"Python's limit of {sys.getrecursionlimit()} nested calls was reached",
-            hint="Look for a file of the model, the recipe or the data that is nested very deeply.",
+            hint="Check the JSON and YAML files of the model, recipe and data for very deep nesting.",
             data={"reason": "nested-too-deeply", "limit": sys.getrecursionlimit()},
         )
     if isinstance(error, LostStream):
@@ -121,11 +127,11 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
         return PreflightError(
             what,
             where=error.filename,
-            hint="Free some room for it, or send it elsewhere.",
+            hint="Free space on that disk, or redirect the output to another one.",
             data={"reason": "lost-stream", "cause": error.strerror},
         )
     if (lack := ran_out(error)) is not None:
-        hint = "Free some room on this machine, then try again."
+        hint = "Free memory or disk space, as the message says, then run the command again."
         return PreflightError(lack.what, where=lack.where, hint=hint, data=lack.data)
     return None
 
@@ -135,7 +141,7 @@ def _stopped(stop: Stop) -> Interrupted:
 
 
 def _quiet_libraries() -> None:
-    """Let no warning of a library stand between a user and what this tool says, unless they asked for warnings."""
+    """Hide the warnings of libraries, unless the user has turned them on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

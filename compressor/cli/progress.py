@@ -1,4 +1,4 @@
-"""Events of a run, shown: one live display on a terminal, plain lines elsewhere, JSON lines on request."""
+"""Shows the events of a run: as a live display on a terminal, as plain lines elsewhere, or as JSON lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = {
 
 @contextmanager
 def show(mode: Mode, console: Console) -> Iterator[Emit]:
-    """Yields the function that events go to."""
+    """Yield the function that shows events."""
     if mode == "json":
         yield json_line
     elif mode == "quiet":
@@ -37,7 +37,7 @@ def show(mode: Mode, console: Console) -> Iterator[Emit]:
 
 
 def json_line(event: dict[str, Any]) -> None:
-    """One event on one line of standard output."""
+    """Print one event as one line on standard output."""
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 

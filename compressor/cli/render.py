@@ -1,4 +1,4 @@
-"""What the command line prints: tables, Markdown, JSON, warnings and errors."""
+"""Prints the output of the command line: tables, Markdown, JSON, warnings and errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class PageFormat(str, Enum):
 
 def complain(error: CompressError, as_json: bool) -> None:
     if as_json:
-        with contextlib.suppress(OSError):  # the line on standard error says it too
+        with contextlib.suppress(OSError):  # the line on standard error has it too
             json_line(error.event())
-    with contextlib.suppress(OSError):  # of a terminal that was closed: nobody is there to be told
+    with contextlib.suppress(OSError):  # a closed terminal: there is no reader
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(plan: Plan) -> None:
-    """Each weight, what steps change of the model, the predicted sizes, the warnings and all problems but the first."""
+    """Print each weight, the changes of the model, the predicted sizes, the warnings and further problems."""
     from compressor.evaluation.render import human_bytes
 
     if plan.rows:
@@ -57,7 +57,7 @@ def show_plan(plan: Plan) -> None:
     for reshape in plan.reshapes:
         _show_reshape(reshape.to_dict())
     if plan.route is not None:
-        out.print(f"route {plan.route.name}: {plan.route.reason}", highlight=False)
+        out.print(f"export format {plan.route.name}: {plan.route.reason}", highlight=False)
     out.print(
         f"weights {human_bytes(plan.source_bytes)} -> {human_bytes(plan.weight_bytes)}; artifact "
         f"{human_bytes(plan.artifact_bytes)}; memory about {human_bytes(plan.peak_memory_bytes)}; disk "
@@ -97,14 +97,14 @@ def _show_reshape(reshape: dict[str, Any]) -> None:
 
 
 def show_structure(found: dict[str, Any], weights: bool) -> None:
-    """What `inspect_path` found. weights: by their full names"""
+    """Print the result of `inspect_path`. weights: show full names"""
     from compressor.evaluation.render import human_bytes
 
     out.print(
         f"{found['architecture']}, {found['dtype']}, {found['block_count']} blocks in {found['blocks']}",
         highlight=False,
     )
-    table = Table("unit", "tensors", "bytes", "weight groups")
+    table = Table("part", "tensors", "bytes", "weight groups")
     for unit in found["units"]:
         groups = [
             ", ".join(
@@ -117,17 +117,17 @@ def show_structure(found: dict[str, Any], weights: bool) -> None:
 
 
 def show_verification(found: dict[str, Any], directory: Path, has_source: bool) -> None:
-    """Of an artifact without problems."""
+    """Print the result for an artifact without problems."""
     for note in found["notes"]:
         err.print(f"documentation: {note}", highlight=False, markup=False)
     out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
     if found["not_compared"]:
-        how = "" if has_source else " Give it with --source MODEL."
+        how = "" if has_source else " Pass --source MODEL to compare them."
         out.print(f"not compared with its source: {found['not_compared']}.{how}", highlight=False)
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Rows of one kind, their keys as the header."""
+    """Print rows as a table with their keys as the header."""
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -135,7 +135,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def show_lines(lines: list[tuple[str, str]]) -> None:
-    """A label and a sentence a line."""
+    """Print a label and a sentence per line."""
     for label, sentence in lines:
         out.print(f"{label:<14}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
@@ -224,7 +224,11 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"can't be written ({error.strerror})", where=str(path), hint="Name another file.") from error
+        raise UsageError(
+            f"can't be written ({error.strerror})",
+            where=str(path),
+            hint="Choose a file in a directory that you may write to.",
+        ) from error
 
 
 def number(value: Any) -> str:

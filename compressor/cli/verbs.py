@@ -1,4 +1,4 @@
-"""The verbs of the command line and their arguments. What each does lies in the module it calls."""
+"""Defines the commands of the command line and their arguments. The work of each is in the module that it calls."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from compressor.errors import ArtifactError, CompressError, GateError, Interrupt
 
 
 class Raised(Exception):
-    """Carries what a verb raised past typer, which gives some exceptions a meaning of its own."""
+    """Carries an exception of a command past typer, which handles some exceptions itself."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class Verbs(TyperGroup):
-    """The verbs. typer would take an EOFError of a library for an abort, and a broken pipe for exit code 1."""
+    """The commands. typer would treat an EOFError of a library as an abort, and a broken pipe as exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -59,24 +59,37 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes along.", show_default=False)]
+RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe.", show_default=False)]
 ModelOpt = Annotated[
-    str, typer.Option("--model", help="Checkpoint directory, cached hub name, or demo.", show_default=False)
+    str,
+    typer.Option(
+        "--model", help="Checkpoint directory, name of a model in the local hub cache, or demo.", show_default=False
+    ),
 ]
 SetOpt = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: steps.0.bits=3.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, for example steps.0.bits=3.")
 ]
-DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceOpt = Annotated[str, typer.Option(help="Device for the work: auto, cpu, cuda or cuda:N.")]
 ThreadsOpt = Annotated[
-    int | None, typer.Option(min=1, max=4096, help="CPU threads; results depend on it.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="Number of CPU threads. Results are reproducible only for the same number.",
+        show_default=False,
+    ),
 ]
-ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this output.")]
-FreshOpt = Annotated[bool, typer.Option("--fresh", help="Replace what this tool wrote there before.")]
-NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the measurements; the recipe must have no gates.")]
-TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON event a line on standard output.")]
-FormatOpt = Annotated[Format, typer.Option("--format", help="How to print.")]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")]
+FreshOpt = Annotated[
+    bool, typer.Option("--fresh", help="Delete what an earlier run wrote to this --output, and begin again.")
+]
+NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the evaluation. The recipe must have no gates.")]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code that is bundled with the checkpoint to run.")
+]
+QuietOpt = Annotated[bool, typer.Option("--quiet", help="Print only warnings and errors.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON event per line on standard output.")]
+FormatOpt = Annotated[Format, typer.Option("--format", help="Choose the output format.")]
 DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
 
 
@@ -92,13 +105,13 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Compress a Hugging Face checkpoint by a recipe, with an honest report of what it cost."""
+    """Compress a Hugging Face checkpoint by a recipe, and report what it cost."""
     try:
         os.getcwd()
-    except OSError as error:  # torch's libraries would end the process as they are imported, without a word of ours
+    except OSError as error:  # importing torch's libraries would end the process without an error message
         raise UsageError(
             "the working directory is gone",
-            hint="Change to a directory that exists.",
+            hint="Run cd to a directory that exists, then the command again.",
             data={"reason": "no-working-directory"},
         ) from error
 
@@ -108,7 +121,7 @@ def run(
     ctx: typer.Context,
     recipe: RecipeArg,
     model: ModelOpt,
-    output: Annotated[Path, typer.Option(help="Directory to publish; must not exist.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Directory for the artifact. It must not exist.", show_default=False)],
     set_: SetOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
@@ -119,7 +132,7 @@ def run(
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compress, write, verify, measure, gate, publish."""
+    """Compress a model by a recipe, verify and measure the artifact, check its gates, and publish it."""
     from compressor.recipe.recipe import read_recipe
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
@@ -148,8 +161,8 @@ def run(
                 stop=ctx.obj,
             )
     except BrokenPipeError as error:
-        hint = "Continue with --resume, and read all of its standard output."
-        raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
+        hint = "Continue with --resume, and redirect the output to a file or a program that reads all of it."
+        raise Interrupted("the program that read the standard output has closed it", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
             show_run(ended["report"], Path(ended["output"]))
@@ -159,18 +172,21 @@ def run(
 def plan(
     recipe: RecipeArg,
     model: ModelOpt,
-    output: Annotated[Path | None, typer.Option(help="Where the result would go; its disk is checked.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for the artifact. Its disk space is checked.")] = None,
     set_: SetOpt = None,
     device: DeviceOpt = "auto",
     resume: ResumeOpt = False,
     fresh: FreshOpt = False,
     no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are refusals.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     format_: FormatOpt = Format.table,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what would be done to each weight, what it would weigh, and every problem; writes nothing."""
+    """Dry run: show what happens to each weight, the predicted sizes, memory and time, and every problem.
+
+    Writes nothing.
+    """
     from compressor.engine.plan import make_plan
     from compressor.engine.request import check_request, find_device, named_output
     from compressor.engine.run_samples import data_problems
@@ -204,20 +220,22 @@ def plan(
 @app.command(name="eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="Checkpoint or artifact directory, or demo.", show_default=False)],
-    recipe: Annotated[str | None, typer.Option(help="Take `eval` from this recipe.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data source: stdlib, a path, dataset:NAME.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated metrics.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Use the section `eval` of this recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help="Measure on this data: stdlib, a path or dataset:NAME.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Measure these metrics (separated by commas).")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Model to compare with: for KL, agreement, ratios and changes.")
+        str | None, typer.Option(help="Compare with this model. KL divergence, agreement, ratios and changes need it.")
     ] = None,
     gate: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=BOUND", help="A bound that must hold; exit code 3 if it doesn't.")
+        list[str] | None,
+        typer.Option(metavar="NAME=BOUND", help="Require this bound. If it does not hold, the exit code is 3."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Directory for report.json, report.md and junit.xml.", show_default=False)
+        Path | None,
+        typer.Option(help="Write report.json, report.md and junit.xml to this directory.", show_default=False),
     ] = None,
     strict_kernels: Annotated[
-        bool, typer.Option("--strict-kernels", help="A layer for which there is no kernel is an error.")
+        bool, typer.Option("--strict-kernels", help="End with an error if a layer has no kernel.")
     ] = False,
     set_: SetOpt = None,
     threads: ThreadsOpt = None,
@@ -225,7 +243,7 @@ def eval_(
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure any model or artifact; gates apply."""
+    """Measure a model or an artifact, and check its gates."""
     from compressor.evaluation.eval_command import measure_model
     from compressor.recipe.gates import failed_gates
 
@@ -249,30 +267,33 @@ def eval_(
         if not quiet:
             show_evaluation(found)
     if failed := failed_gates(found["gates"]):
-        hint = f"The report is in {output}." if output else None
+        hint = f"Read the report in {output}." if output else None
         raise GateError(f"{failed} did not hold", where=found["model"]["source"], hint=hint)
 
 
 @app.command()
 def compare(
     paths: Annotated[
-        list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints.", show_default=False)
+        list[Path], typer.Argument(help="Two or more artifacts, reports or checkpoints to compare.", show_default=False)
     ],
     format_: Annotated[
-        PageFormat | None, typer.Option("--format", help="How to print; else by --output's suffix, or a table.")
+        PageFormat | None,
+        typer.Option("--format", help="Choose the output format. Default: by the suffix of --output, else a table."),
     ] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="Errors of every weight too.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Show the error of every weight too.")] = False,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
-            "--fail-on", metavar="NAME=BOUND", help="A gate on the last against the first; exit code 3 if it fails."
+            "--fail-on",
+            metavar="NAME=BOUND",
+            help="Require this bound of the last model against the first. If it fails, the exit code is 3.",
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write it to this file instead of printing.", show_default=False)
+        Path | None, typer.Option(help="Write to this file instead of printing.", show_default=False)
     ] = None,
 ) -> None:
-    """Bytes, metrics and errors side by side."""
+    """Compare the bytes, metrics and errors of several artifacts."""
     from compressor.evaluation.compare import compare as side_by_side
     from compressor.recipe.gates import failed_gates, read_gates
 
@@ -298,7 +319,7 @@ def inspect(
     trust_remote_code: TrustOpt = False,
     format_: FormatOpt = Format.table,
 ) -> None:
-    """Stem, blocks, head, weight groups, stored forms and bytes; reads headers only."""
+    """Show the embeddings, blocks, output head, weight groups, quantization formats and bytes. Reads headers only."""
     from compressor.artifact.inspection import inspect_path
 
     found = inspect_path(path, trust_remote_code)
@@ -313,12 +334,12 @@ def verify(
     directory: DirArg,
     source: Annotated[
         str | None,
-        typer.Option("--source", help="Compare with the checkpoint that it was made of.", show_default=False),
+        typer.Option("--source", help="Compare with the checkpoint that it was made from.", show_default=False),
     ] = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Check hashes, keys, dtypes, finite values, and outputs through both loaders in a fresh process."""
+    """Check an artifact in a fresh process: hashes, keys, dtypes, finite values, and the outputs of both loaders."""
     from compressor.artifact.verify import verify_in_child
     from compressor.model.checkpoint import resolve_model
 
@@ -336,10 +357,12 @@ def verify(
 
 @app.command()
 def passes(
-    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.", show_default=False)] = None,
-    format_: Annotated[TextFormat, typer.Option("--format", help="How to print.")] = TextFormat.table,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of one pass, to show its settings.", show_default=False)
+    ] = None,
+    format_: Annotated[TextFormat, typer.Option("--format", help="Choose the output format.")] = TextFormat.table,
 ) -> None:
-    """The passes there are; with NAME its settings, their types, defaults and meaning."""
+    """List the passes. With NAME, list the settings of that pass with their types, defaults and meaning."""
     from compressor.recipe.reference_docs import pass_rows, setting_rows
 
     rows = setting_rows(name) if name else pass_rows()
@@ -354,7 +377,7 @@ def passes(
 
 @app.command()
 def schema() -> None:
-    """JSON Schema of the recipe, for editors."""
+    """Print the JSON Schema of recipes, for editors."""
     from compressor.recipe.json_schema import recipe_json_schema
 
     print_json(recipe_json_schema())
@@ -363,19 +386,23 @@ def schema() -> None:
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="Artifact directory or report.json.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(help="Write the HTML form here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the Markdown form here.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the JUnit form here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as HTML to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML to this file.")] = None,
 ) -> None:
-    """Render a report again; without options prints its Markdown form."""
+    """Render a report again. Without options, print it as Markdown."""
     from compressor.evaluation.compare import is_report, read_subject
     from compressor.evaluation.render import is_evaluation, render_html, render_junit, render_markdown
 
     found = read_subject(path)
     if not is_report(found):
-        raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
+        raise UsageError(
+            "contains no report.json",
+            where=str(path),
+            hint="Pass an artifact directory, or the directory that compress-model eval --output wrote.",
+        )
     if html is not None and is_evaluation(found):
-        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
+        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown FILE.")
     targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
     for target, render in targets:
         if target is not None:
@@ -386,10 +413,10 @@ def report(
 
 @app.command()
 def doctor(
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show every fact, each self-test among them.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every fact, with each self-test.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Check the machine: versions, processor, kernels, GPU, memory, disk and optional packages."""
+    """Check this machine: versions, processor, kernels, GPU, memory, disk and optional packages."""
     from compressor.cli.doctor import examine, summary
 
     found = examine()

@@ -1,1 +1,1 @@
-"""Samples for calibration and evaluation, from texts, images and data sets."""
+"""Reads samples for calibration and evaluation from texts, images and data sets."""

@@ -1,4 +1,4 @@
-"""Data sets that are read through `datasets`: by name, or from a folder that names no file outside of it."""
+"""Reads data sets with `datasets`: by name, or from a folder that names no file outside of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compressor.errors import RecipeError
 
 MOST_FILES = 100_000  # in the folder of a data set
 CARD = "README.md"
-NAMING = ("splits", "filename", "data_files", "data_dir")  # keys of what describes a data set
+NAMING = ("splits", "filename", "data_files", "data_dir")  # keys in the description of a data set that name files
 
 
 def read_dataset(settings: Columns) -> Rows:
@@ -32,14 +32,14 @@ def read_dataset(settings: Columns) -> Rows:
         values = chosen.column(settings.field).to_pylist()
         labels = chosen.column(LABEL).to_pylist() if LABEL in columns else None
     if not values:
-        raise RecipeError("holds no rows", where=settings.source, data={"reason": "no-rows"})
+        raise RecipeError("contains no rows", where=settings.source, data={"reason": "no-rows"})
     is_text = all(isinstance(value, str) for value in values)
     content = "\0".join(values) if is_text else json.dumps(values, sort_keys=True, default=repr)
     return Rows(values, labels, hashlib.sha256(content.encode()).hexdigest(), settings.source)
 
 
 def columns_of(table: Any, field: str, source: str) -> list[str]:
-    """The columns to read. raises RecipeError if the field is none of them"""
+    """The columns to read. raises RecipeError if the field is not one of them"""
     names = list(table.column_names)
     if field not in names:
         raise no_field(field, names, source, "has no column", "Columns")
@@ -61,7 +61,9 @@ def open_dataset(settings: Columns) -> Any:
                 raise RecipeError(
                     f"has no split {settings.split!r}",
                     where=settings.source,
-                    hint=f"It has: {known or 'none'}.",
+                    hint=f"Set split to one of: {known}."
+                    if known
+                    else "Choose another data set: this one has no splits.",
                     data={"split": settings.split, "known": list(splits)},
                 )
             return splits[settings.split]
@@ -71,7 +73,7 @@ def open_dataset(settings: Columns) -> Any:
 
 
 def _check_folder(folder: Path, source: str) -> None:
-    """raises RecipeError if anything in it, also through links, is no regular file or folder"""
+    """raises RecipeError if an entry of it, also through links, is neither a regular file nor a folder"""
     seen: set[tuple[int, int]] = set()
     open_, count = [folder], 0
     while open_:
@@ -87,16 +89,20 @@ def _check_folder(folder: Path, source: str) -> None:
                     open_.append(Path(entry.path))
         except OSError as error:
             raise RecipeError(
-                f"holds {os.path.basename(error.filename or here)!r}, which can't be looked up ({error.strerror})",
+                f"contains {os.path.basename(error.filename or here)!r}, which can't be accessed ({error.strerror})",
                 where=source,
-                hint="Remove it, or check its permissions.",
+                hint="Give yourself read permission for it (chmod), or move it out of the folder.",
             ) from error
         if count > MOST_FILES:
-            raise RecipeError(f"holds more than {MOST_FILES} files", where=source, hint="Give a smaller folder.")
+            raise RecipeError(
+                f"contains more than {MOST_FILES} files",
+                where=source,
+                hint="Copy the files that are needed to a folder of their own and name that one.",
+            )
 
 
 def _check_named(folder: Path, source: str) -> None:
-    """raises RecipeError if what describes a data set names files that lie elsewhere than in its folder"""
+    """raises RecipeError if the description of a data set names files outside of its folder"""
     described_by = [folder / CARD, *folder.rglob("state.json"), *folder.rglob("dataset_dict.json")]
     for path in (path for path in described_by if path.is_file()):
         at = os.path.join(source, path.relative_to(folder).as_posix())
@@ -110,15 +116,15 @@ def _check_named(folder: Path, source: str) -> None:
         for name in _named_files(described):
             if "://" in name or os.path.isabs(name) or ".." in Path(name).parts:
                 raise RecipeError(
-                    f"names {name!r}, which lies outside of the data set's folder",
+                    f"names the file {name!r} outside of the data set's folder",
                     where=at,
-                    hint="Keep all files of a data set in one folder.",
+                    hint="Save the data set again with save_to_disk, or move the file into the folder.",
                     data={"reason": "leads-out", "name": name},
                 )
 
 
 def _named_files(value: Any, is_named: bool = False) -> Iterator[str]:
-    """What stands under `splits`, `filename`, `data_files` or `data_dir`, at any depth."""
+    """The values of `splits`, `filename`, `data_files` or `data_dir`, at any depth."""
     if isinstance(value, str) and is_named:
         yield value
     elif isinstance(value, list):

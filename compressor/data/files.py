@@ -1,8 +1,8 @@
-"""Data files as bytes: found by name, of a known kind, regular, small enough to be read, decompressed.
+"""Reads data files as bytes: finds them by name, checks their kind and size, and decompresses them.
 
-A file's kind follows from its ending, in any case, after an ending of compression is taken off (`train.jsonl.gz`).
-An ending that says nothing of data (.md, .py, none) is plain text, one document. Endings of other formats are refused.
-Only regular files are opened: a FIFO, device or socket would block for ever.
+A file's kind follows from its suffix, in any case, without a suffix of compression (`train.jsonl.gz`). A suffix that
+names no data format (.md, .py, none) is plain text, one document. Suffixes of other formats are refused. Only regular
+files are opened: a FIFO, device or socket would block forever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPRESSED = (*UNPACKERS, *CODECS)
 KNOWN = (
     "text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, .npz; also with .gz, .bz2, .xz, .zst, .lz4"
 )
-# formats that hold no plain text, or that are no data; so that they are refused by name and not as bad UTF-8
+# formats without plain text or data, so that they are refused by name and not as bad UTF-8
 # fmt: off
 OTHER_FORMATS = {
     ".7z", ".avi", ".avro", ".bin", ".bmp", ".db", ".doc", ".docx", ".egg", ".exe", ".gguf", ".gif", ".h5", ".hdf5",
@@ -48,9 +48,9 @@ def find_file(source: str) -> Path:
     path, mode = look_up(source)
     if mode is None:
         raise RecipeError(
-            "is a link that leads nowhere" if path.is_symlink() else "no such data file",
+            "is a link to a file that doesn't exist" if path.is_symlink() else "no such data file",
             where=source,
-            hint="Built in: stdlib, random. Else a path or dataset:NAME.",
+            hint="Check the path, or use a built-in source (stdlib, random) or dataset:NAME.",
             data={"reason": "broken-link" if path.is_symlink() else "no-such-file"},
         )
     check_regular(mode, source)
@@ -58,7 +58,7 @@ def find_file(source: str) -> Path:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """(ending that says the kind, or "" for plain text; ending of compression or ""). raises RecipeError"""
+    """(suffix of the kind, or "" for plain text; suffix of the compression or ""). raises RecipeError"""
     endings = [ending.lower() for ending in path.suffixes]
     packed = endings.pop() if endings and endings[-1] in COMPRESSED else ""
     kind = endings[-1] if endings else ""
@@ -66,7 +66,7 @@ def kind_of(path: Path) -> tuple[str, str]:
         raise RecipeError(
             f"files that end in {kind} are not read",
             where=path.name,
-            hint=f"Kinds that are: {KNOWN}; or a folder.",
+            hint=f"Convert it to one of: {KNOWN}; or name a folder.",
             data={"reason": "other-format", "ending": kind},
         )
     known = kind in (*JSON_LINES, ".json", *CSV, *PARQUET, *ARROW)
@@ -74,7 +74,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def read_regular(path: Path, most: int | None = None) -> bytes:
-    """A file's bytes. raises RecipeError if it is no regular file, can't be read, or is larger than memory allows"""
+    """A file's bytes. raises RecipeError if it is not regular, can't be read, or is too large for the memory"""
     try:
         found = path.stat()
         check_regular(found.st_mode, path.name)
@@ -85,41 +85,41 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         raise RecipeError(
             f"can't be read ({error.strerror})",
             where=path.name,
-            hint="Check its permissions.",
+            hint="Give yourself read permission for it (chmod +r).",
             data={"reason": "not-read", "cause": error.strerror},
         ) from error
 
 
 def check_size(size: int, name: str) -> None:
-    """raises RecipeError for data of so many bytes that reading them would fill the memory"""
+    """raises RecipeError for data that is too large for the memory"""
     most = memory_share()
     if size > most:
         raise RecipeError(
-            f"holds {size} bytes of data, and {most} can be held in memory here",
+            f"contains {size:,} bytes of data, and {most:,} fit into memory here",
             where=name,
-            hint="Give a part of it: a few thousand documents are enough.",
+            hint="Use a file with a part of it: a few thousand documents are enough.",
             data={"size": size, "limit": most},
         )
 
 
 def memory_share() -> int:
-    """Bytes of data that may be read: as text and as tokens they take several times as much."""
+    """Number of bytes of data that may be read: as text and as tokens they need several times as much."""
     return psutil.virtual_memory().available // 4
 
 
 def look_up(source: str) -> tuple[Path, int | None]:
-    """The path of a source and the mode of what lies there, through links; None for nothing."""
+    """The path of a source and the mode of the file there, through links; None if there is none."""
     path = Path(os.path.expanduser(source))
     try:
         return path, path.stat().st_mode
     except FileNotFoundError:
         return path, None
-    except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long, a null character
+    except (OSError, ValueError) as error:  # no permission, circular links, a long name, a null character
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(
-            f"can't be looked up ({why})",
+            f"can't be accessed ({why})",
             where=source[:200],
-            hint="Give another path.",
+            hint="Name another path, or check the permissions of its folders.",
             data={"reason": "not-looked-up", "cause": why},
         ) from error
 
@@ -137,28 +137,30 @@ def check_regular(mode: int, where: str) -> None:
     raise RecipeError(
         f"is a {kind}, not a file",
         where=where,
-        hint="Save the data to a file first.",
+        hint="Write the data to a regular file and name that one.",
         data={"reason": "no-regular-file", "kind": kind},
     )
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever a library raises of a damaged file is the file's fault. raises RecipeError, DependencyError"""
+    """Turn any exception of a library for a damaged file into a RecipeError. raises RecipeError, DependencyError"""
     try:
         yield
     except CompressError:
         raise
     except ImportError as error:
         raise DependencyError(
-            f"needs a package that is not installed ({error})", where=name, hint="Install it with pip."
+            f"needs a package that is not installed ({error})",
+            where=name,
+            hint="Install the package that the message names with pip.",
         ) from error
-    except Exception as error:  # the readers of many formats, each with exceptions of its own; EOFError among them
+    except Exception as error:  # readers of many formats, each with its own exceptions, such as EOFError
         said = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
             where=name,
-            hint="Check that the file is complete and of the kind that its name says.",
+            hint="Copy the file again if it is incomplete, or correct its suffix if it has another format.",
             data={"reason": "not-read", "error": type(error).__name__, "cause": said},
         ) from error
 
@@ -168,11 +170,11 @@ def load_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise DependencyError(f"needs the package {package}", where="data", hint="pip install datasets") from error
+        raise DependencyError(f"needs the package {package}", where="data", hint="Run pip install datasets.") from error
 
 
 def decompressed(path: Path, ending: str, content: bytes, most: int | None) -> bytes:
-    """What a compressed file holds, or its first `most` bytes."""
+    """The content of a compressed file, or its first `most` bytes."""
     limit = memory_share() if most is None else most
     with reading(path.name):
         packed = io.BytesIO(content)

@@ -1,6 +1,6 @@
-"""Images and labels of an .npz file, scaled and normalised as the model's preprocessor_config.json says.
+"""Reads images and labels of an .npz file, and normalizes them by the model's preprocessor_config.json.
 
-A file may claim any size and hold any type: its headers are read first, and nothing is unpacked that they don't allow.
+A file may declare any size and any dtype. So its headers are read first, and only allowed arrays are unpacked.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from compressor.lazy import torch
 from compressor.process.utf8 import parse_json
 
 PROCESSOR = "preprocessor_config.json"
-FORM = "Give `images` as uint8 of shape (n, height, width) or (n, height, width, channels), and `labels` as (n,)."
+FORM = (
+    "Save it with numpy.savez: `images` as uint8 of shape (n, height, width) or (n, height, width, channels), "
+    "and `labels` as whole numbers of shape (n,)."
+)
 
 
 def read_images(source: str) -> tuple[torch.Tensor, list[int] | None, bytes]:
     """(images (n, height, width, channels) uint8, a class number for each or None, content of the file).
 
-    raises RecipeError for a file that holds anything else, or more than memory does
+    raises  RecipeError for a file with other arrays, or one that is too large for the memory
     """
     path = find_file(source)
     content = read_regular(path)
@@ -37,7 +40,7 @@ def read_images(source: str) -> tuple[torch.Tensor, list[int] | None, bytes]:
 
 
 def check_images(source: str) -> None:
-    """What the headers of the file say, without reading the images. raises as `read_images` does"""
+    """Check the headers of the file without reading the images. raises as `read_images` does"""
     path = find_file(source)
     with reading(path.name), path.open("rb") as file:
         _arrays(file, path.name, only_headers=True)
@@ -61,7 +64,7 @@ def normalised(images: torch.Tensor, model_directory: Path) -> torch.Tensor:
 
 
 def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
-    """`images` and, where there are any, `labels`, both checked; nothing with only_headers, after the same checks."""
+    """`images` and, if the file has them, `labels`, both checked. With only_headers: only the checks."""
     import numpy
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -81,14 +84,14 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
                 raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORM, data=values)
             if key == "images" and dtype != numpy.uint8:
                 raise RecipeError(
-                    f"`images` is {dtype}, and is read as uint8",
+                    f"`images` has the dtype {dtype}; uint8 is needed",
                     where=name,
-                    hint="Give the pixels from 0 to 255, as uint8; the model's own normalisation follows.",
+                    hint="Save the pixels from 0 to 255 as uint8; they are normalized by preprocessor_config.json.",
                     data={"array": key, "dtype": str(dtype)},
                 )
             if key == "labels" and dtype.kind not in "iuf":
                 raise RecipeError(
-                    f"`labels` is {dtype}, not whole numbers",
+                    f"`labels` has the dtype {dtype}; whole numbers are needed",
                     where=name,
                     hint=FORM,
                     data={"array": key, "dtype": str(dtype)},
@@ -96,7 +99,7 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
         shape = shapes.get("images")
         if shape is None:
             raise RecipeError(
-                f"has no `images` (it holds {', '.join(members) or 'nothing'})",
+                f"has no `images` (it contains {', '.join(members) or 'nothing'})",
                 where=name,
                 hint=FORM,
                 data={"reason": "no-images", "names": list(members)},
@@ -142,18 +145,21 @@ def _processor(model_directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"can't be read ({error})",
             where=PROCESSOR,
-            hint="Download it again.",
+            hint="Download the model's preprocessor_config.json again.",
             data={"reason": "not-read", "cause": str(error)},
         ) from error
     if not isinstance(stated, dict):
         raise ModelError(
-            "is not a JSON object", where=PROCESSOR, hint="Download it again.", data={"reason": "no-object"}
+            "is not a JSON object",
+            where=PROCESSOR,
+            hint="Download the model's preprocessor_config.json again.",
+            data={"reason": "no-object"},
         )
     return stated
 
 
 def _numbers(stated: dict[str, Any], key: str, channels: int) -> torch.Tensor:
-    """One finite number for all channels, or one each, as (1, channels or 1, 1, 1). raises ModelError"""
+    """One finite number for all channels, or one for each, as (1, channels or 1, 1, 1). raises ModelError"""
     value = stated[key]
     values = value if isinstance(value, list) else [value]
     are_numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
@@ -161,7 +167,7 @@ def _numbers(stated: dict[str, Any], key: str, channels: int) -> torch.Tensor:
         raise ModelError(
             f"{key} is {value!r:.80}, for images of {channels} channels",
             where=PROCESSOR,
-            hint=f"Give one number, or one for each of the channels that the model reads, in {key}.",
+            hint=f"Set {key} to one number, or to a list of {channels} numbers.",
             data={"key": key, "value": f"{value!r:.80}", "channels": channels},
         )
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)

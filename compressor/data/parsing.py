@@ -1,7 +1,7 @@
-"""Rows of one data file: JSON, CSV, Parquet, Arrow or plain text, and texts and labels as they stand in it.
+"""Parses the rows of one data file (JSON, CSV, Parquet, Arrow or plain text) into texts and labels.
 
-Rows are read as they are: nothing is turned into text that isn't, and no row is left out. What can't be read is a
-`RecipeError` that names the file and the row; whatever exception a library makes of a damaged file becomes one too.
+Rows are read unchanged: no other value is converted to text, and no row is left out. A value that can't be read is a
+`RecipeError` that names the file and the row. Any exception of a library for a damaged file becomes one too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MARKS = (  # the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-ROW_BYTES = 64  # least memory that a row takes as a Python string
+ROW_BYTES = 64  # smallest memory of a row as a Python string
 NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.0*)?")
 
 
 def parse(kind: str, content: bytes, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
-    """(values, labels) of a file's content; is_cut: more of it follows, so that the last row may be a part."""
+    """(values, labels) of a file's content. is_cut: the content is a beginning, so the last row may be incomplete."""
     if kind in (*PARQUET, *ARROW):
         with reading(name):
             file = load_package("pyarrow").BufferReader(content)
@@ -56,22 +56,22 @@ def _decode(content: bytes, name: str, is_cut: bool) -> str:
         raise RecipeError(
             f"is not {encoding.upper()} (byte {at})",
             where=name,
-            hint="Save it as UTF-8.",
+            hint=f"Convert it to UTF-8, for example with iconv -f ENCODING -t UTF-8 {name}.",
             data={"reason": "bad-encoding", "encoding": encoding, "byte": at},
         ) from error
     if (at := text.find("\0")) >= 0:
         line = text.count("\n", 0, at) + 1
         raise RecipeError(
-            f"holds a null character (line {line})",
+            f"contains a null character (line {line})",
             where=name,
-            hint="It isn't text, or is UTF-16 without a byte order mark; save it as UTF-8.",
+            hint="Use a text file; if it is UTF-16 without a byte order mark, convert it: iconv -f UTF-16LE -t UTF-8.",
             data={"reason": "null-character", "line": line},
         )
     return text
 
 
 def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
-    """Lines end at a line feed only: a text may hold other line separators."""
+    """Objects of lines. Lines end only at a line feed, since a text may contain other line separators."""
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip(" \t\r"):
@@ -80,7 +80,7 @@ def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
                 raise RecipeError(
                     "is not a JSON object",
                     where=f"{name}:{number}",
-                    hint="Each line is one object.",
+                    hint='Write one object per line, such as {"text": "..."}.',
                     data={"reason": "no-object"},
                 )
             found.append(row)
@@ -95,13 +95,13 @@ def _load_json(text: str, where: str) -> Any:
         raise RecipeError(
             f"is not JSON ({str(error)[:160]})",
             where=where,
-            hint="Correct it there.",
+            hint="Correct the file at that place, or export it again.",
             data={"reason": "bad-json", "cause": str(error)[:160], **twin},
         ) from error
 
 
 class _TwinKey(ValueError):
-    """A key that comes twice in one object."""
+    """A key that appears twice in one object."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r} comes twice in one object")
@@ -135,15 +135,15 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
                 raise RecipeError(
                     "is not a JSON object",
                     where=f"{name}, row {number}",
-                    hint="Each row is one object.",
+                    hint='Write the rows as objects, such as [{"text": "..."}, ...].',
                     data={"reason": "no-object"},
                 )
         return _from_objects(tree, field, name)
     if not isinstance(tree, dict):
         raise RecipeError(
-            "holds no rows",
+            "contains no rows",
             where=name,
-            hint="Give an array of objects, or an object of columns.",
+            hint='Write an array of objects ([{"text": "..."}]) or an object of columns ({"text": ["..."]}).',
             data={"reason": "no-rows"},
         )
     values = tree.get(field)
@@ -152,9 +152,9 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
     labels = tree.get(LABEL)
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(values)):
         raise RecipeError(
-            f"the columns {field!r} and {LABEL!r} differ in length",
+            f"the columns {field!r} and {LABEL!r} have different lengths",
             where=name,
-            hint="Give each row one value of both.",
+            hint=f"Give every row a text and a label, or remove {LABEL!r} if accuracy isn't measured.",
             data={"reason": "unequal-columns", "columns": [field, LABEL]},
         )
     return values, labels
@@ -190,7 +190,7 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
             raise RecipeError(
                 f"has {len(row)} fields, the header has {len(header)}",
                 where=f"{name}:{line}",
-                hint="Quote texts that hold the separator or a line break.",
+                hint='Put "..." around texts that contain the separator or a line break.',
                 data={"fields": len(row), "header": len(header)},
             )
         values.append(row[place])
@@ -200,18 +200,18 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
 
 
 def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[int, list[str]]]:
-    """(line it ends on, fields) of each row that isn't blank. A text may be of any length and hold line breaks."""
+    """(line of its end, fields) of each row that is not blank. A text may have any length and contain line breaks."""
     rows: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     before = csv.field_size_limit(len(text) + 1)
     try:
         rows += ((reader.line_num, row) for row in reader if row)
     except csv.Error as error:
-        if not is_cut or reader.line_num < text.count("\n"):  # else the cut went through a quoted text
+        if not is_cut or reader.line_num < text.count("\n"):  # else the content ends inside a quoted text
             raise RecipeError(
-                f"is no CSV ({error})",
+                f"is not valid CSV ({error})",
                 where=f"{name}:{reader.line_num}",
-                hint="Check the quotes there and before.",
+                hint="Look for a quote that is not closed in this line and those before it.",
                 data={"reason": "bad-csv", "cause": str(error)},
             ) from error
     finally:
@@ -220,12 +220,12 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
 
 
 def _number(text: str) -> Any:
-    """A CSV label: a whole number as int; else as it is, to be refused where labels are used."""
+    """A CSV label: an integer as int. Other values stay text and are refused where labels are used."""
     return int(float(text)) if NUMBER.fullmatch(text.strip()) else text or None
 
 
 def open_arrow(kind: str, file: Any, field: str, name: str) -> Any:
-    """Open a Parquet or Arrow file and see from its header that it has the field; returns what `_from_arrow` reads."""
+    """Open a Parquet or Arrow file, and check in its header that it has the field. `_from_arrow` reads the result."""
     if kind in PARQUET:
         opened = load_package("pyarrow.parquet").ParquetFile(file)
         names = opened.schema_arrow.names

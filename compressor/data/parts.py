@@ -1,12 +1,12 @@
-"""One source for calibration and evaluation: divided by the hash of its documents; two sources: without overlap.
+"""Divides one source into calibration and evaluation data by the hash of its documents, and finds overlaps of two.
 
-A document belongs to evaluation when its hash says so, and to calibration otherwise. So its part depends on its text
-alone: not on the seed, the number of samples, or what else the source holds, and equal documents are in one part.
-A quarter goes to evaluation: the defaults ask twice as many samples for calibration, and a large source has more than
-enough of both.
+The hash of a document decides whether it belongs to evaluation or to calibration. So its part depends only on its text,
+not on the seed, the number of samples or the rest of the source, and equal documents are in the same part. A quarter of
+the documents is for evaluation: the defaults use twice as many samples for calibration, and a large source has enough
+of both.
 
-The text of a file is one document; and a few long documents can't be divided evenly. They are cut into blocks first,
-at line ends or spaces, and neighbours of one part are joined again.
+The text of a file is one document, and a few long documents can't be divided evenly. They are first divided into blocks
+at line ends or spaces, and neighbouring blocks of one part are joined again.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 EVALUATION, CALIBRATION = "evaluation", "calibration"
-DIVISOR = 4  # one document in so many is for evaluation
-FEWEST = 64  # documents that are divided as they are; of this many the share is 16 +- 3.5
-BLOCK_CHARACTERS = 8192  # about four samples of the usual 512 tokens, so that few samples hold a seam
+DIVISOR = 4  # one document of this many is for evaluation
+FEWEST = 64  # smallest number of documents that are divided whole; of this many the share is 16 +- 3.5
+BLOCK_CHARACTERS = 8192  # about four samples of the usual 512 tokens, so that few samples contain a seam
 LEAST_CHARACTERS = 128
-# Phrases that any two texts of a kind share (headings, boilerplate) are no leak. A document as long as this one is.
+# Phrases that two texts of a kind share (headings, boilerplate) are no leak. A document of this length is one.
 LONG_CHARACTERS = 100
-SHORT_SHARE = 0.01  # of evaluation's characters, that shorter shared documents may make up
-# Lines of two text files of one kind may well be equal (of the built-in texts' long lines, 1 % are).
+SHORT_SHARE = 0.01  # largest share of evaluation's characters in shorter shared documents
+# Lines of two text files of a kind may be equal (of the built-in texts' long lines, 1 % are).
 LINE_SHARE = 0.25
 
 
 class Place(Protocol):
-    """Where documents come from: part of `data.Settings`."""
+    """The source of documents: part of `data.Settings`."""
 
     @property
     def source(self) -> str: ...
@@ -42,12 +42,12 @@ class Place(Protocol):
 
 
 def same_source(one: Place, other: Place) -> bool:
-    """Whether both sections read the same documents, as far as their settings tell; random tokens are none."""
+    """Whether both sections read the same documents, by their settings. Random tokens are not documents."""
     return one.source != "random" and _documents_of(one) == _documents_of(other)
 
 
 def _documents_of(section: Place) -> tuple[str | None, ...]:
-    """What the choice of documents depends on: a file has no splits, and images have no column."""
+    """The settings that choose the documents: a file has no splits, and images have no column."""
     if section.source == "stdlib":
         return "stdlib", section.split
     name = section.source.removeprefix("dataset:")
@@ -65,12 +65,12 @@ def is_for_evaluation(document: str | bytes) -> bool:
 
 
 def positions_of(documents: Sequence[str | bytes], part: str) -> list[int]:
-    """Which of the documents belong to a part."""
+    """Numbers of the documents that belong to a part."""
     return [number for number, document in enumerate(documents) if is_for_evaluation(document) == (part == EVALUATION)]
 
 
 def part_of_texts(documents: Sequence[str], part: str) -> list[str]:
-    """A part of texts that may be cut: documents that are few are cut into blocks, of which a part is taken."""
+    """A part of texts that may be divided: if there are few documents, a part of their blocks."""
     if len(set(documents)) >= FEWEST:
         return [documents[number] for number in positions_of(documents, part)]
     size = max(LEAST_CHARACTERS, min(BLOCK_CHARACTERS, sum(map(len, documents)) // FEWEST))
@@ -88,8 +88,8 @@ def part_of_texts(documents: Sequence[str], part: str) -> list[str]:
 
 
 def blocks(text: str, size: int) -> list[str]:
-    """The text in pieces that join to it again, each of `size` characters or a little more: up to a line end that comes
-    soon, else to a space, else cut there."""
+    """The text in blocks that join to it again, each of `size` characters or a little more: up to the next line end if
+    it is near, else up to a space, else exactly `size`."""
     found, start = [], 0
     while start < len(text):
         end = start + size
@@ -104,10 +104,10 @@ def blocks(text: str, size: int) -> list[str]:
 def overlap(
     calibration: Sequence[Any], evaluation: Sequence[Any], *, by_lines: bool
 ) -> tuple[list[tuple[int, Any]], bool]:
-    """(documents of evaluation that calibration holds too, with their numbers; whether they are too many or too long).
+    """(documents of evaluation that are in calibration too, with their numbers; whether they are too many or too long).
 
-    Documents are compared without their white space at the ends and by its runs. by_lines: texts of files, which are
-    one document, are compared line by line.
+    Documents are compared without white space at the ends, and with each run of white space as one. by_lines: texts of
+    files, which are one document, are compared line by line.
     """
     if by_lines:
         calibration, evaluation = (
@@ -128,7 +128,7 @@ def overlap(
 
 
 def _hash(document: str | bytes) -> bytes:
-    """Of an image's bytes, or of a text whose white space doesn't count."""
+    """Hash of an image's bytes, or of a text without regard to white space."""
     content = " ".join(document.split()).encode() if isinstance(document, str) else document
     return hashlib.sha256(content).digest()
 

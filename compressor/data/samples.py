@@ -1,9 +1,9 @@
-"""Calibration and evaluation samples: tokenized, cut, drawn, and pinned by hash. `sources` reads them.
+"""Makes calibration and evaluation samples: tokenizes, divides and draws documents, and checks their hash.
 
-The built-in text `stdlib` is shipped, not read from the running interpreter: the standard library's sources change with
-every patch release and distributions strip parts of them, so figures would not be comparable. It is a fixed excerpt
-of CPython 3.11's library (PSF licence, compressor/demo/LICENSE), cut by scripts/train/demo.py from files that the demo
-model was trained on (`train`) and from files held out of its training (`heldout`).
+The built-in text `stdlib` is bundled and not read from the running interpreter: the standard library's sources change
+with every patch release and distributions remove parts of them, so results would not be comparable. It is a fixed
+excerpt of CPython 3.11's library (PSF licence, compressor/demo/LICENSE). scripts/train/demo.py takes it from files on
+which the demo model was trained (`train`) and from files held out of its training (`heldout`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DOCUMENT_BREAK = "\n\f\n"  # between the documents of the built-in text
 
 @dataclass(frozen=True)
 class Samples:
-    """What the model reads, without padding: samples of unequal length stay apart.
+    """The inputs of the model, without padding: samples of different lengths are not batched together.
 
-    inputs  one entry a sample: token ids (length,) int64, or pixels (channels, height, width) float32
-    labels  (samples,) int64 when the data has them
+    inputs  one entry per sample: token ids (length,) int64, or pixels (channels, height, width) float32
+    labels  (samples,) int64 if the data has them
     sha256  of the source's content; `digest` is that of the samples themselves
-    part    which part of a source that was divided: `name`, `documents` in it, `of` how many; None for all of it
+    part    the part of a divided source: `name`, number of `documents` in it, `of` how many; None for all of it
     """
 
     inputs: tuple[torch.Tensor, ...]
@@ -72,7 +72,7 @@ class Samples:
         return total.hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(sample numbers, stacked samples) of at most `size` samples of one length; no padding ever."""
+        """(sample numbers, stacked samples) of at most `size` samples of one length, always without padding."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(self.inputs):
             by_shape.setdefault(tuple(sample.shape), []).append(number)
@@ -84,11 +84,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Documents:
-    """What a source holds for a model: texts, or images (n, height, width, channels) uint8.
+    """The documents of a source: texts, or images (n, height, width, channels) uint8.
 
-    labels  a class number for each; None where there are none
-    has_special_tokens  the texts hold them already, as chats do that the model's template wrote
-    is_whole_text  one text that may be cut anywhere
+    labels  a class number for each; None if there are none
+    has_special_tokens  the texts already contain them, as chats from the model's template do
+    is_whole_text  one text that may be divided anywhere
     part    as `Samples.part`
     """
 
@@ -102,7 +102,7 @@ class Documents:
 
     @property
     def contents(self) -> list[str] | list[bytes]:
-        """What documents are told apart by."""
+        """The contents that identify the documents."""
         return self.texts if self.images is None else [image.numpy().tobytes() for image in self.images]
 
 
@@ -124,14 +124,14 @@ def load_samples(
 def load_documents(
     settings: Settings, model_directory: Path, vocabulary: int | None, *, trust_remote_code: bool = False
 ) -> Documents:
-    """All that the source holds, of the hash that the recipe pins. raises as `load_samples` does"""
+    """All documents of the source, with the hash in the recipe if it has one. raises as `load_samples` does"""
     _check_kind(settings, reads_pixels=vocabulary is None)
     if _is_images(settings.source):
         images, labels, content = read_images(settings.source)
         found = Documents([], images, labels, hashlib.sha256(content).hexdigest())
     else:
         texts, has_special_tokens, rows = _read_texts(settings, model_directory, trust_remote_code)
-        # packed text has no sample of its own for a label
+        # packed text has no sample for a single label
         labels = None if settings.pack or rows.labels is None else whole_labels(rows.labels, rows.name)
         found = Documents(texts, None, labels, rows.sha256, has_special_tokens, rows.is_whole_text)
     _check_hash(settings, found.sha256)
@@ -139,9 +139,9 @@ def load_documents(
 
 
 def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
-    """One part of documents that calibration and evaluation share (`data_parts`).
+    """One part of the documents of a source for both calibration and evaluation (`parts`).
 
-    pack  whether the texts may be cut, because samples don't stand for documents
+    pack  whether the texts may be divided, because a sample is not a document
     """
     if pack and documents.images is None:
         texts = part_of_texts(documents.texts, part)
@@ -160,7 +160,7 @@ def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
 def draw_samples(
     documents: Documents, settings: Settings, model_directory: Path, seed: int, *, trust_remote_code: bool = False
 ) -> Samples:
-    """`samples` of the documents, drawn by seed. raises RecipeError if they are too few or too short"""
+    """Draw `samples` of the documents by the seed. raises RecipeError if they are too few or too short"""
     where = settings.source if documents.part is None else f"{settings.source}, its part for {documents.part['name']}"
     if documents.images is not None:
         numbers = _draw(len(documents.images), settings.samples, seed, where, "images")
@@ -182,7 +182,7 @@ def draw_samples(
 def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: str = "") -> Samples:
     """Random tokens (length,) in [0, vocabulary). Those of evaluation are never those of calibration."""
     _check_kind(settings, reads_pixels=vocabulary is None)
-    assert vocabulary is not None  # or it reads pixels
+    assert vocabulary is not None  # else the model reads pixels
     _check_room(settings)
     drawn = seed if part != EVALUATION else int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4])
     shape = (settings.samples, settings.length)
@@ -193,10 +193,10 @@ def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: 
 
 
 def check_data(settings: Settings, *, reads_pixels: bool) -> None:
-    """What can be seen of the data without reading all of it: that it is there, of a kind that the model reads, and
-    that its first rows hold the field.
+    """Check without reading all of the data that it is there, that the model reads its kind, and that its first rows
+    have the field.
 
-    raises RecipeError, DependencyError for a missing package
+    raises  RecipeError, DependencyError for a missing package
     """
     _check_kind(settings, reads_pixels=reads_pixels)
     if settings.source == "stdlib":
@@ -210,26 +210,26 @@ def check_data(settings: Settings, *, reads_pixels: bool) -> None:
 
 
 def _check_room(settings: Settings) -> None:
-    """raises RecipeError for more random tokens than memory may hold"""
+    """raises RecipeError for more random tokens than fit into memory"""
     asked = f"{settings.samples} samples of {settings.length} tokens"
     size, most = settings.samples * settings.length * TOKEN_BYTES, memory_share()
     if size > most:
         raise RecipeError(
-            f"{asked} are {size} bytes, {most} can be held in memory here",
+            f"{asked} take {size:,} bytes, and {most:,} fit into memory here",
             where="random",
-            hint="Ask for fewer samples, or shorter ones.",
+            hint="Set a smaller samples or length.",
             data={"samples": settings.samples, "length": settings.length, "size": size, "limit": most},
         )
 
 
 def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
-    """(texts, labels as found or None, sha256 of the content). raises RecipeError, for chats too: they need a model"""
+    """(texts, unchanged labels or None, sha256 of the content). raises RecipeError; a chat needs a model"""
     texts, _, rows = _read_texts(settings, None, False)
     return texts, rows.labels, rows.sha256
 
 
 def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -> tuple[list[str], bool, Rows]:
-    """(texts, whether they are chats written by the model's template, rows that they come from)."""
+    """(texts, whether they are chats from the model's template, the rows of the texts)."""
     if settings.source == "stdlib":
         texts, _, digest = _stdlib(settings.split)
         return texts, False, Rows([], None, digest, "stdlib")
@@ -251,38 +251,42 @@ def _is_images(source: str) -> bool:
 
 
 def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
-    """raises RecipeError if the model reads text and the source holds images, or the other way round"""
+    """raises RecipeError if the model reads text and the source has images, or the other way round"""
     if _is_images(settings.source) == reads_pixels:
         return
     if reads_pixels:
         raise RecipeError(
-            "this model reads pixels, the data is text",
+            "the model reads pixels, but the data is text",
             where=f"data.source {settings.source!r}",
-            hint="Give a .npz file with `images` and `labels`.",
+            hint="Set source to a .npz file with `images` and `labels`.",
             data={"reads": "pixels", "data": "text"},
         )
     raise RecipeError(
-        "this model reads text, the data is images",
+        "the model reads text, but the data is images",
         where=f"data.source {settings.source!r}",
-        hint="Give text: stdlib, a text file, rows of text, or dataset:NAME.",
+        hint="Set source to stdlib, a text file, a file with rows of text, or dataset:NAME.",
         data={"reads": "text", "data": "images"},
     )
 
 
 def _stdlib(split: str) -> tuple[list[str], None, str]:
     if split not in STDLIB_SHA256:
-        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="It has train and heldout.")
+        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="Set split to train or heldout.")
     content = gzip.decompress((Path(__file__).parent.parent / "text" / f"{split}.txt.gz").read_bytes())
     digest = hashlib.sha256(content).hexdigest()
     if digest != STDLIB_SHA256[split]:
-        raise RecipeError(f"the shipped text has hash {digest}", where=f"stdlib {split}", hint="Reinstall the package.")
+        raise RecipeError(
+            f"the built-in text has sha256 {digest}, {STDLIB_SHA256[split]} is expected",
+            where=f"stdlib {split}",
+            hint="Run pip install --force-reinstall compress-model.",
+        )
     return content.decode().split(DOCUMENT_BREAK), None, digest
 
 
 def _draw(count: int, samples: int, seed: int, where: str, of: str) -> list[int]:
-    """The numbers of the documents or images that are drawn, in order. raises RecipeError if there are too few"""
+    """Numbers of the drawn documents or images, in order. raises RecipeError if there are too few"""
     if count < samples:
-        hint = f"Set samples to {count} or less, or give more." if count else "Give more."
+        hint = f"Set samples to {count} or less, or use larger data." if count else "Use larger data."
         values = {"available": count, "samples": samples, "of": of}
         raise RecipeError(f"has {count} {of}, {samples} samples were asked for", where=where, hint=hint, data=values)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
@@ -294,6 +298,6 @@ def _check_hash(settings: Settings, digest: str) -> None:
         raise RecipeError(
             f"has sha256 {digest}, the recipe pins {settings.sha256}",
             where=settings.source,
-            hint="Use the pinned data, or update data.sha256.",
+            hint="Use the data of that hash, or set sha256 to the new one if this data is the right one.",
             data={"reason": "sha256", "found": digest, "pinned": settings.sha256},
         )

@@ -1,4 +1,4 @@
-"""What data needs to know of a recipe's `data` section, as protocols."""
+"""Defines as protocols the settings of a recipe's `data` section that reading data needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Columns(Protocol):
-    """Which of a source's rows and columns are wanted: part of `data.Settings`."""
+    """The rows and columns to read from a source: part of `data.Settings`."""
 
     @property
     def source(self) -> str: ...

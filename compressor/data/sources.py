@@ -1,4 +1,4 @@
-"""Rows of a source, whichever kind it is: a data file or a data set."""
+"""Reads the rows of a source: a data file or a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compressor.data.rows import Rows, chat_of, text_of
 from compressor.data.settings import Columns
 from compressor.errors import RecipeError
 
-HEAD_BYTES = 1 << 20  # what `plan` looks at of a file
+HEAD_BYTES = 1 << 20  # bytes of a file that `plan` reads
 
 
 def read_rows(settings: Columns) -> Rows:
@@ -35,12 +35,12 @@ def read_rows(settings: Columns) -> Rows:
     values, labels = parse(kind, plain, settings.field, path.name, False)
     if not values:
         reason = "no-rows" if kind else "empty"
-        raise RecipeError("holds no rows" if kind else "is empty", where=path.name, data={"reason": reason})
+        raise RecipeError("contains no rows" if kind else "is empty", where=path.name, data={"reason": reason})
     return Rows(values, labels, hashlib.sha256(content).hexdigest(), path.name, is_whole_text=not kind)
 
 
 def check_rows(settings: Columns) -> None:
-    """The cheap part of `read_rows`: that the source is there, of a known kind, and its first rows hold the field.
+    """The cheap checks of `read_rows`: the source is there and of a known kind, and its first rows have the field.
 
     A data set by name is not looked up, because that may download it. raises as `read_rows` does
     """
@@ -63,7 +63,7 @@ def check_rows(settings: Columns) -> None:
     else:
         plain, is_cut = read_regular(path, HEAD_BYTES), size > HEAD_BYTES
     if is_cut and kind in (".json", *PARQUET, *ARROW):
-        return  # can't be read in part
+        return  # it can't be read in part
     values, _ = parse(kind, plain, settings.field, path.name, is_cut)
     for number, value in enumerate(values, 1):
         if chat_of(value) is None:

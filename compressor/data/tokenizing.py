@@ -1,4 +1,4 @@
-"""Texts to tokens, by the model's own tokenizer."""
+"""Turns texts into tokens with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; code of the directory runs only where the user trusts it.
+    """The model's own tokenizer. Code of the directory runs only if the user trusts it.
 
-    raises RecipeError if there is none that can be used, ModelError if one needs code that isn't trusted
+    raises  RecipeError if there is none that can be used, ModelError if one needs code that is not trusted
     """
     from transformers import AutoTokenizer
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -27,17 +27,17 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     where, references = tokenizer_code(directory)
     if references and not trust_remote_code:
         raise ModelError(
-            f"its tokenizer is code that comes with the model: {required_code(directory, references)}",
+            f"its tokenizer is code bundled with the model: {required_code(directory, references)}",
             where=where,
             hint=FLAG,
             data={"reason": "own-tokenizer", "files": sorted({file_of(reference) for reference in references})},
         )
     try:
-        if where == "config.json" and references:  # of the slow class and the fast one, where there are both
+        if where == "config.json" and references:  # of the slow class and the fast one, if there are both
             cls: Any = get_class_from_dynamic_module(references[-1], directory, local_files_only=True)
             return cast("PreTrainedTokenizerBase", cls.from_pretrained(directory, local_files_only=True))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a library, or of the tokenizer's code: whatever it raises says why
+    except Exception as error:  # any exception of a library or of the tokenizer's code gives the reason
         raise RecipeError(
             f"the model has no usable tokenizer ({_first_line(error)})",
             where=directory.name,
@@ -54,9 +54,9 @@ def _first_line(error: Exception) -> str:
 def pack(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
 ) -> tuple[torch.Tensor, ...]:
-    """Documents end to end, an end-of-text token behind each, cut into windows; `samples` of them, drawn by seed.
+    """Join the documents, with an end-of-text token after each, divide them into windows, and draw `samples` of these.
 
-    Windows never overlap, and a document without tokens adds none. raises RecipeError when the text is too short
+    Windows never overlap, and a document without tokens adds none. raises RecipeError if the text is too short
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids: list[int] = []
@@ -65,9 +65,9 @@ def pack(
         ids += [*made, end] if made and end is not None else made
     if not ids and any(document.strip() for document in documents):
         raise RecipeError(
-            "the model's tokenizer makes no tokens of its text",
+            "the model's tokenizer gives no tokens for its text",
             where=where,
-            hint="Copy all files of the tokenizer beside config.json, tokenizer.json among them.",
+            hint="Copy all files of the tokenizer (tokenizer.json and others) beside config.json.",
             data={"reason": "no-tokens"},
         )
     windows = len(ids) // settings.length
@@ -75,14 +75,14 @@ def pack(
         raise RecipeError(
             f"the text has {len(ids)} tokens, one sample needs {settings.length}",
             where=where,
-            hint="Give more text or set a smaller length.",
+            hint="Use a longer text, or set a smaller length.",
             data={"tokens": len(ids), "length": settings.length},
         )
     if windows < settings.samples:
         raise RecipeError(
             f"the text gives {windows} samples of {settings.length} tokens, {settings.samples} were asked for",
             where=where,
-            hint=f"Set samples to {windows} or less, or give more text.",
+            hint=f"Set samples to {windows} or less, or use a longer text.",
             data={"available": windows, "samples": settings.samples, "length": settings.length},
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
@@ -96,6 +96,6 @@ def tokens_of(
     ids = tokenizer(text, truncation=True, max_length=settings.length, add_special_tokens=special_tokens)["input_ids"]
     if not ids:
         raise RecipeError(
-            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Leave such rows out."
+            "has no tokens", where=f"{settings.source}, document {number + 1}", hint="Remove documents without text."
         )
     return torch.tensor(ids)

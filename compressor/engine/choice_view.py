@@ -93,7 +93,9 @@ class ModelView:
     def loaded(self, unit: int) -> Iterator[None]:
         if self.is_interrupted():
             raise Interrupted(
-                "stopped while choosing shapes", hint="Continue with --resume.", data={"stage": "choosing-shapes"}
+                "stopped while choosing shapes",
+                hint="Run the same command with --resume to continue.",
+                data={"stage": "choosing-shapes"},
             )
         if unit not in self._in_memory:
             source = UnitSource(self.structure) if self.source is None else self.source(unit)

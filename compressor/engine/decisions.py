@@ -100,7 +100,8 @@ def _decided(
         try:
             made = decide(warnings)
         except torch.OutOfMemoryError as error:
-            raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
+            hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
+            raise PassError(f"{step.name} ran out of memory", hint=hint) from error
         free_all(sweeper.structure)
         text = json.dumps(made, sort_keys=True)
         facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}

@@ -170,7 +170,7 @@ def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, find
             PreflightError(
                 f"about {sizes.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
                 where="memory",
-                hint="Use fewer or shorter calibration samples, or a machine with more memory.",
+                hint="Set a smaller data.samples or data.length, or use a machine with more memory.",
                 data={"reason": "memory", "needed": sizes.peak_memory_bytes, "available": available},
             )
         )
@@ -183,7 +183,7 @@ def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, find
             PreflightError(
                 f"{sizes.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
                 where=f"disk of {place}",
-                hint="Free some space or choose another --output.",
+                hint="Free space on that disk, or choose an --output on another one.",
                 data={"reason": "disk", "needed": sizes.disk_bytes, "available": free},
             )
         )

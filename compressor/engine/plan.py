@@ -155,7 +155,7 @@ def _check_class(source: Structure) -> None:
             f"{cls.__name__} is code of the checkpoint. An artifact is loaded and verified with a class of "
             "transformers, which has none of this name",
             where=source.checkpoint.directory.name,
-            hint="`compress-model eval --trust-remote-code` measures such a model; compressing it isn't supported.",
+            hint="Choose a model of transformers; compress-model eval --trust-remote-code can measure this one.",
             data={"reason": "own-class", "class": cls.__name__},
         )
 
@@ -208,7 +208,7 @@ def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> Model
     refusal = ModelError(
         f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
         where=structure.architecture,
-        hint="Use another pass; if transformers runs the model as it is, please report this.",
+        hint="Use another pass. If transformers runs the model, report this message with its config.json.",
         data={"reason": "not-taken-apart", "pass": step.name, "error": type(error).__name__},
     )
     refusal.__cause__ = error
@@ -222,7 +222,7 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
         raise PreflightError(
             f"{step.name} changes the model itself and can't share a sweep",
             where=where,
-            hint="Give it a step alone.",
+            hint=f"Write {step.name} as a step of its own, outside of `sweep`.",
             data={"reason": "shares-sweep", "pass": step.name},
         )
     earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
@@ -231,14 +231,14 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
         raise PreflightError(
             f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
             where=where,
-            hint=f"Put {step.name} first.",
+            hint=f"Move the step {step.name} before {stored[0]} in the recipe.",
             data={"reason": "needs-dense", "pass": step.name, "before": stored[0]},
         )
     if changed := [s.name for s in earlier if isinstance(s.settings, TokenPass)]:
         raise PreflightError(
             f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
             where=where,
-            hint=f"Put {step.name} first, and give a model one {changed[0]}.",
+            hint=f"Move the step {step.name} before {changed[0]}, and use {changed[0]} only once.",
             data={"reason": "needs-own-blocks", "pass": step.name, "before": changed[0]},
         )
     if step.settings.only != ("*",) or step.settings.except_:
@@ -247,7 +247,7 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
             if rewrites
             else f"{step.name} touches no weights, so there are none to choose",
             where=where,
-            hint="Drop `only` and `except`.",
+            hint=f"Remove `only` and `except` from the step {step.name}.",
             data={"reason": "changes-all" if rewrites else "changes-no-weights", "pass": step.name},
         )
 
@@ -261,7 +261,9 @@ def _check_facts(recipe: Recipe, findings: Findings) -> None:
             PreflightError(
                 f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
                 where=dotted(step.path),
-                hint="Change the order of the steps.",
+                hint=f"Put fuse_norms just before {step.name}."
+                if fact is Fact.NORMS_FOLDED
+                else f"Put {step.name} before the steps that drop tokens.",
                 data={"reason": "needs-fact", "pass": step.name, "fact": fact.value},
             )
             for fact in sorted(traits.requires - facts)
@@ -304,7 +306,7 @@ def _check_shared_tables(structure: Structure, forms: Mapping[str, StoredWeight]
                 PreflightError(
                     f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
                     where=form.weight.name,
-                    hint="Leave it out with `except`; an embedding of its own can be stored in blocks.",
+                    hint=f'Set except: ["{form.weight.name}"] for this step.',
                     data={"reason": "shared-table", "other": other},
                 )
             )

@@ -92,7 +92,7 @@ def _stored_already(step: Step, refused: list[str], earlier: Step) -> PreflightE
         f"{step.name} needs dense weights, but {earlier.name} (steps.{earlier.path[1]}) has already "
         f"stored {len(refused)} of them, such as {refused[0]}",
         where=dotted(step.path),
-        hint="Use `only` and `except` so that each weight has one step.",
+        hint=f"Leave these weights out of one of the two steps with `except`, or remove the step {step.name}.",
         data={
             "reason": "stored-already",
             "pass": step.name,
@@ -110,7 +110,7 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
         f"{weight.name} is {KINDS[kind]}, and {step.name} would store it as {stored}, which stands for "
         f"{KINDS[find_layer(stored).stands_for]}",
         where=dotted(step.path),
-        hint="Leave it out with `except`.",
+        hint=f'Set except: ["{weight.name}"] for this step.',
         data={
             "reason": "other-kind",
             "weight": weight.name,
@@ -127,6 +127,6 @@ def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
     return PreflightError(
         f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
         where=dotted(step.path),
-        hint="Leave it out with `except`.",
+        hint=f'Set except: ["{weight.name}"] for this step.',
         data={"reason": "undecided-tie", "weight": weight.name, "other": other, "pass": step.name},
     )

@@ -33,14 +33,14 @@ def find_device(asked: str) -> torch.device:
         raise UsageError(
             "is not a device",
             where=f"--device {asked}",
-            hint="Use auto, cpu, cuda or cuda:N.",
+            hint="Pass --device auto, cpu, cuda or cuda:N.",
             data={"reason": "no-device"},
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(
             "is not supported",
             where=f"--device {asked}",
-            hint="Use auto, cpu, cuda or cuda:N.",
+            hint="Pass --device auto, cpu, cuda or cuda:N.",
             data={"reason": "unsupported-device"},
         )
     count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
@@ -48,7 +48,7 @@ def find_device(asked: str) -> torch.device:
         raise PreflightError(
             f"{count or 'no'} CUDA devices were found",
             where=f"--device {asked}",
-            hint="Use --device cpu or auto.",
+            hint="Pass --device cpu or auto; compress-model doctor says why no CUDA device is found.",
             data={"reason": "no-such-card", "found": count},
         )
     return device
@@ -56,20 +56,20 @@ def find_device(asked: str) -> torch.device:
 
 def named_output(output: Path) -> Path:
     """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
-    check_utf8(output.absolute(), "Choose another --output.")
+    check_utf8(output.absolute(), "Pass --output with a name in UTF-8.")
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     if not named.name or "\0" in str(named):
         raise UsageError(
             "can't be an output",
             where=repr(str(output)),
-            hint="Name a directory to make.",
+            hint="Pass --output with the name of a new directory.",
             data={"reason": "no-output-name"},
         )
     if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
         raise UsageError(
             "the name is too long",
             where=f"{named.name[:40]}...",
-            hint="Choose another --output.",
+            hint="Pass --output with a shorter name.",
             data={"reason": "name-too-long"},
         )
     return named
@@ -85,23 +85,28 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
         raise UsageError(
             "the recipe has gates, which need the evaluation",
             where="--no-eval",
-            hint="Drop one of them.",
+            hint="Leave --no-eval out, or remove eval.gates from the recipe.",
             data={"reason": "gates-unmeasured"},
         )
     if resume and fresh:
         raise UsageError(
             "--resume and --fresh exclude each other",
             where="run",
-            hint="Give one of them.",
+            hint="Pass --resume to continue the interrupted run, or --fresh to begin again.",
             data={"reason": "resume-and-fresh"},
         )
     check_summary(recipe.report)
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not os.access(above, os.W_OK):
-        raise UsageError("is not writable", where=str(above), hint="Choose another --output.")
+        raise UsageError(
+            "is not writable", where=str(above), hint="Pass --output in a directory that you may write to."
+        )
     if output.is_symlink():
         raise UsageError(
-            "is a link", where=str(output), hint="Name the directory itself.", data={"reason": "output-is-link"}
+            "is a link",
+            where=str(output),
+            hint="Pass the path that the link leads to, or another --output.",
+            data={"reason": "output-is-link"},
         )
     if output.exists() and not fresh:
         kind = "directory" if output.is_dir() else "file"
@@ -118,7 +123,7 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
         raise UsageError(
             "an interrupted run lies there",
             where=str(work),
-            hint="Continue it with --resume, or drop it with --fresh.",
+            hint="Continue it with --resume, or delete it and begin again with --fresh.",
             data={"reason": "interrupted-run"},
         )
 
@@ -165,7 +170,7 @@ def folders_above(output: Path) -> Iterator[None]:
         raise UsageError(
             f"can't be made ({error.strerror})",
             where=str(parent),
-            hint="Choose another --output.",
+            hint="Pass --output in a directory that you may write to.",
             data={"reason": "not-made", "cause": error.strerror},
         ) from error
     try:

@@ -107,7 +107,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
         raise PreflightError(
             f"the tokenizer made token {largest}, the model knows {vocabulary}",
             where=key,
-            hint="Tokenizer and model are not of one family.",
+            hint="Copy the tokenizer files of this very model beside its config.json, or use data.source: random.",
             data={"reason": "unknown-token", "token": largest, "vocabulary": vocabulary},
         )
     longest = max(len(sample) for sample in samples.inputs)
@@ -141,11 +141,11 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
             raise
         except Exception as error:  # any: it is the model's own code that says so
             failure = error
-    shape, asked = tuple(sample.shape[1:]), "Give images of the size and with the channels that the model is made for."
+    shape, asked = tuple(sample.shape[1:]), "Use images with the size and channels that the model's config.json names."
     raise PreflightError(
         f"samples of shape {shape} can't be read by the model ({' '.join(str(failure).split())[:200]})",
         where=key,
-        hint="Choose other data." if samples.is_text else asked,
+        hint=f"Set a smaller {key}.length; if that fails too, report this message." if samples.is_text else asked,
         data={"reason": "shape", "shape": list(shape), "cause": str(failure)[:200]},
     ) from failure
 
@@ -157,7 +157,7 @@ def check_length(length: int, limit: Limit, key: str) -> None:
         raise PreflightError(
             f"samples of {length} tokens, the model takes {most}",
             where=f"{key}.length",
-            hint=f"Set it to {most}.",
+            hint=f"Set {key}.length to {most} or less.",
             data={"length": length, "limit": most},
         )
 

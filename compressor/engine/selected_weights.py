@@ -127,7 +127,7 @@ def _not_storable(step: Step, refused: list[str], why: Because) -> PreflightErro
     return PreflightError(
         f"can't be stored by {step.name}{count}: {why}",
         where=refused[0],
-        hint="Drop the pattern that names it, or leave it out with `except`; it then stays dense.",
+        hint="End the pattern that names it with `!`, or add the name to `except`; the weight then stays dense.",
         data={"reason": "not-storable", "pass": step.name, "weights": len(refused), "because": values_of(why)},
     )
 
@@ -136,7 +136,7 @@ def _no_weight_left(step: Step, why: Because) -> PreflightError:
     return PreflightError(
         f"no weight is left for {step.name}: {why}",
         where=dotted(step.path),
-        hint="Choose other settings or another pass for this model.",
+        hint=f"Set another group or block size, or remove the step {step.name} for this model.",
         data={"reason": "no-weight-left", "pass": step.name, "because": values_of(why)},
     )
 

@@ -130,7 +130,7 @@ class Holder:
     @contextmanager
     def __call__(self, unit: int) -> Iterator[Installed]:
         if self.is_interrupted():
-            raise Interrupted(self.stopped, hint="Continue with --resume.")
+            raise Interrupted(self.stopped, hint="Run the same command with --resume to continue.")
         structure, source = self.structure, self.source(unit)
         installed = Installed(structure) if source is None else load_part(structure, unit, source, self.device)
         try:

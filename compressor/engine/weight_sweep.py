@@ -122,7 +122,7 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
         raise PassError(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
             where=unit_name(structure, part.unit),
-            hint="Use more bits or other settings for its weights, or leave them out with `except`.",
+            hint="Set more bits for these weights, leave them out with `except`, or set model.dtype: float32.",
             data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
@@ -189,7 +189,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
             raise PassError(
                 f"{step.name} ran out of memory",
                 where=unit_name(part.structure, part.unit),
-                hint="Use smaller calibration data.",
+                hint="Set a smaller data.samples or data.length, then begin again with --fresh.",
             ) from error
         if left := view.left_out():
             raise PassError(

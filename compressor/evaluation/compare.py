@@ -11,7 +11,7 @@ from compressor.model.checkpoint import open_checkpoint, resolve_model
 from compressor.process.utf8 import parse_json
 from compressor.recipe.gates import CHANGE, GateRow, check_gates, split_gate
 
-BAD_REPORT = "Copy the report again, or measure again with `compress-model eval`."
+BAD_REPORT = "Copy the report again from where it was written, or measure again with `compress-model eval`."
 VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
 
 
@@ -53,13 +53,13 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[st
     ]
     weights = dict.fromkeys(name for table in tables for name in table)
     differ = _other_samples(subjects)
-    message = "measured on different samples; their metrics can't be set against each other"
+    message = "they were measured on different samples, so their metrics can't be compared"
     names = [_name(path, subject) for path, subject in zip(paths, subjects, strict=True)]
     if differ and (changes := [name for name in gates or {} if split_gate(name)[1] in CHANGE]):
         raise UsageError(
             message,
             where=", ".join(names),
-            hint=f"Measure both alike, or drop {', '.join(changes)}.",
+            hint=f"Measure both with the same data (compress-model eval), or leave out {', '.join(changes)}.",
             data={"reason": "other-samples", "gates": changes},
         )
     return {
@@ -78,12 +78,12 @@ def _read_report(file: Path) -> dict[str, Any]:
         report = parse_json(file.read_text("utf-8"))
         kind = next((key for key in VERSIONS if key in report), None)
         if kind is None:
-            raise UsageError("is not a report of this tool", where=str(file))
+            raise UsageError("is not a report of compress-model", where=str(file))
         if report[kind] != VERSIONS[kind]:
             raise UsageError(
-                f"{kind} {str(report[kind])[:40]} is unknown, this release reads {VERSIONS[kind]}",
+                f"{kind} {str(report[kind])[:40]} is unknown; this release reads {VERSIONS[kind]}",
                 where=str(file),
-                hint="Update compress-model.",
+                hint="Run pip install -U compress-model, or measure again with this release.",
                 data={"reason": "version", "key": kind, "version": str(report[kind])[:40], "known": VERSIONS[kind]},
             )
         validate_report(report)
@@ -91,7 +91,11 @@ def _read_report(file: Path) -> dict[str, Any]:
     except jsonschema.ValidationError as error:
         raise UsageError(f"{error.json_path}: {error.message[:160]}", where=str(file), hint=BAD_REPORT) from error
     except OSError as error:
-        raise UsageError(f"can't be read ({error.strerror})", where=str(file), hint="Check the file.") from error
+        raise UsageError(
+            f"can't be read ({error.strerror})",
+            where=str(file),
+            hint="Give yourself read permission for it (chmod +r).",
+        ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"is not a report ({str(error)[:160]})",

@@ -132,9 +132,9 @@ def _check_baseline(asked: Recipe, baseline: str | None) -> None:
     """raises UsageError for gates that compare two models where there is one"""
     if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
         raise UsageError(
-            f"gates that compare two models: {', '.join(lacking)}",
+            f"these gates compare two models: {', '.join(lacking)}",
             where="eval",
-            hint="Pass --baseline MODEL, or drop them.",
+            hint="Pass --baseline with the uncompressed model, or leave these gates out.",
             data={"reason": "no-baseline", "gates": lacking},
         )
 
@@ -171,15 +171,21 @@ def _evaluation_report(
 def check_kernels(kernels: list[dict[str, str]] | None) -> None:
     """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
     if kernels is None:
-        hint = "Evaluate an artifact, with speed among the metrics."
+        hint = "Evaluate an artifact with speed among eval.metrics, or leave --strict-kernels out."
         raise UsageError(
-            "--strict-kernels, and no kernels were chosen", where="eval", hint=hint, data={"reason": "no-kernels"}
+            "--strict-kernels was given, but no kernels were chosen",
+            where="eval",
+            hint=hint,
+            data={"reason": "no-kernels"},
         )
     rows = [row for row in kernels if row["chosen"].startswith(FALLBACKS)]
     slow = [f"{row['op']}: {row['why']}" for row in rows]
     if slow:
         raise KernelError(
-            "; ".join(slow), where="eval", hint="Leave --strict-kernels out to use that.", data={"fallbacks": rows}
+            "; ".join(slow),
+            where="eval",
+            hint="Leave --strict-kernels out, or run compress-model doctor to see what is missing.",
+            data={"fallbacks": rows},
         )
 
 
@@ -247,24 +253,27 @@ def _make_output(output: Path) -> None:
             output.mkdir(parents=True)
         except OSError as error:
             raise UsageError(
-                f"can't be made ({error.strerror})",
+                f"can't be created ({error.strerror})",
                 where=str(output),
-                hint="Choose another --output.",
+                hint="Pass --output with a new or empty directory that you may write to.",
                 data={"reason": "not-made", "cause": error.strerror},
             ) from error
         return
     if not output.is_dir():
         raise UsageError(
-            "is not a directory", where=str(output), hint="Choose another --output.", data={"reason": "no-directory"}
+            "is not a directory",
+            where=str(output),
+            hint="Pass --output with a new or empty directory that you may write to.",
+            data={"reason": "no-directory"},
         )
     present = {path.name for path in output.iterdir()}
     if present and not (present <= FILES and _is_ours(output / "report.json")):
         names = sorted(present - FILES)
         foreign = names or ["a report of another kind"]
         raise UsageError(
-            f"holds what no evaluation wrote ({', '.join(foreign[:3])})",
+            f"contains files that no evaluation wrote ({', '.join(foreign[:3])})",
             where=str(output),
-            hint="Choose another --output.",
+            hint="Pass --output with a new or empty directory that you may write to.",
             data={"reason": "foreign-files" if names else "other-report", "names": names[:3]},
         )
 

@@ -57,8 +57,8 @@ def _check_labels(labels: Tensor, outputs: Tensor, where: str) -> None:
     if outputs.dim() != 2 or int(labels.max()) < outputs.shape[1]:
         return
     raise ModelError(
-        f"the data has the label {int(labels.max())}, the model's classes are 0 to {outputs.shape[1] - 1}",
+        f"the data has the label {int(labels.max())}, but the model's classes are 0 to {outputs.shape[1] - 1}",
         where=where,
-        hint="Use the data that the model was trained for.",
+        hint="Evaluate on data with the model's own classes, or leave accuracy out of eval.metrics.",
         data={"label": int(labels.max()), "classes": outputs.shape[1]},
     )

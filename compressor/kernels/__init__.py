@@ -1,6 +1,6 @@
-"""Arithmetic on stored forms. `reference` is plain torch; faster kernels have to agree with it.
+"""Implements fast arithmetic on quantization formats. `reference` is plain torch; faster kernels must agree with it.
 
-`prepare(model)` puts the fastest kernels of this machine into a model, `explain(model)` says which and why.
+`prepare(model)` puts the fastest kernels of this machine into a model. `explain(model)` lists them with the reasons.
 """
 
 from __future__ import annotations

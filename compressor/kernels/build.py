@@ -1,7 +1,7 @@
-"""Compiles the CPU kernels while the package is installed, and records how it went for `compress-model doctor`.
+"""Compiles the CPU kernels while the package is installed, and records the result for `compress-model doctor`.
 
-Read by setuptools alone, in an environment that has nothing else. A missing or failing compiler doesn't fail the
-installation: the extension is optional, and the record says what happened.
+Only setuptools reads it, in an environment without other packages. A missing or failing compiler does not stop the
+installation: the extension is optional, and the record has the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wno-uninitialized"]
-FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12's own AVX-512 header
+FLAGS += ["-Wno-maybe-uninitialized"]  # for gcc 12's AVX-512 header
 RECORD = "_cpu_build.txt"
 
 
@@ -29,7 +29,7 @@ class BuildKernels(build_ext):
             outcome = f"built with: {command}"
         except Exception as error:
             outcome = f"not built: {type(error).__name__}: {error}"
-            raise  # setuptools turns it into a warning, since the extension is optional
+            raise  # setuptools makes it a warning, since the extension is optional
         finally:
             self._record(ext, outcome)
 

@@ -1,6 +1,6 @@
-"""Stored forms. A layer knows how to hold, rebuild and multiply one weight; it knows nothing of passes.
+"""Implements the quantization formats. A layer stores, rebuilds and multiplies one weight, and knows no passes.
 
-A form has a name, one file and one class. `find_layer("packed_linear")` imports it; other packages add theirs through
+A format has a name, one file and one class. `find_layer("packed_linear")` imports it. Other packages add theirs through
 the entry point group `compressor.layers`.
 """
 
@@ -40,20 +40,20 @@ BUILTIN = {
 
 
 def find_layer(form: str) -> type[Layer]:
-    """The class of a stored form. Raises ArtifactError naming the known forms."""
+    """The class of a quantization format. raises ArtifactError naming the known formats"""
     found = [BUILTIN[form]] if form in BUILTIN else []
     plugins = [point for point in _plugins(tuple(sys.path)) if point.name == form]
     if len(found) + len(plugins) > 1:
         raise ArtifactError(
-            f"stored form {form!r} is defined {len(found) + len(plugins)} times",
+            f"quantization format {form!r} is defined {len(found) + len(plugins)} times",
             hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
         )
     if plugins:
         return plugins[0].load()
     if not found:
         raise ArtifactError(
-            f"unknown stored form {form!r}",
-            hint="Known forms: dense, " + ", ".join(sorted(BUILTIN)),
+            f"unknown quantization format {form!r}",
+            hint="Install the package that defines it, or use one of: dense, " + ", ".join(sorted(BUILTIN)),
             data={"form": form},
         )
     module, _, name = found[0].partition(":")
@@ -62,5 +62,5 @@ def find_layer(form: str) -> type[Layer]:
 
 @cache
 def _plugins(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Forms of other packages on this search path. Looking through all packages takes 20 ms, a plan asks 150 times."""
+    """Formats of other packages on this search path, cached: a search takes 20 ms, and a plan needs 150 of them."""
     return tuple(entry_points(group="compressor.layers"))

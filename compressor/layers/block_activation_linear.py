@@ -1,12 +1,13 @@
-"""A weight in blocks, as block_linear stores it, whose input is rounded to 8 bits in blocks before it is multiplied.
+"""Multiplies an input that is quantized to 8 bits in blocks by a weight in the blocks of block_linear.
 
-Tensors beside those of block_linear, with static activations only:
+Further tensors beside those of block_linear, only with static activations:
     input_exponent  int8 (ceil(in / C),): the scale of each block of C inputs is 2**exponent, found on calibration data
 
-Input block of C, as the weight's blocks are wide: x = c * 2**e with c in -127 .. 127. Dynamic: e is the smallest that
-holds the block of this token. Static: e is stored, and larger values saturate. With shifts on both sides the product is
-one of integers: y[t, r] = sum over blocks b of 2**(e_x[t, b] + e_w[r, b]) * sum over the block of c_x * c_w. The
-forward pass multiplies what the codes stand for, which is the same but for the order of the float sums.
+A block of the input has C values, the width of the weight's blocks: x = c * 2**e with c in -127 .. 127. Dynamic: e is
+the smallest exponent that covers the block of this token. Static: e is stored, and larger values saturate. With shifts
+on both sides the matmul is one of integers: y[t, r] = sum over blocks b of 2**(e_x[t, b] + e_w[r, b]) * sum over the
+block of c_x * c_w. The forward pass multiplies the dequantized values, which is the same except for the order of float
+sums.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from compressor.layers.block_linear import BlockLinear
 
 
 class BlockActivationLinear(BlockLinear):
-    """Drop-in for nn.Linear that rounds its input block by block, then multiplies by the dequantized weight."""
+    """Replaces nn.Linear. Quantizes its input block by block, then multiplies by the dequantized weight."""
 
     form = "block_activation_linear"
     weight_only = False
@@ -53,7 +54,7 @@ class BlockActivationLinear(BlockLinear):
         return F.linear(round_to_shift(x, self.block[1], exponent), self.matrix(x.dtype), self.shift(x.dtype))
 
     def outside(self, x: Tensor) -> Tensor | None:
-        """Values beyond 127 codes of their block, which saturate; none where each token finds its own scale."""
+        """Number of values beyond the codes of their block, which saturate; None if each token has its own scale."""
         if self.activations != "static":
             return None
         limit = 127 * power_of_two(self.input_exponent, torch.float32).repeat_interleave(self.block[1])

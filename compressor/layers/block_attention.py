@@ -1,13 +1,13 @@
-"""What attention does between its projections: scores, softmax from a table, and the mix of values.
+"""Computes attention between its projections: scores, softmax from a lookup table, and the sum of values.
 
 Tensors: table  float32 (entries,): exp(-(entries - 1 - k) * step), the last at 0
 
-With `bits`, the intermediate results (queries, keys, values and the softmax's output) are rounded to 8-bit codes in
-blocks of `block` along their last dimension, each with the smallest shift that holds it, before they are multiplied.
+With `bits`, the intermediate results (queries, keys, values and the softmax's output) are quantized before they are
+multiplied: to 8-bit codes in blocks of `block` along their last dimension, each with the smallest shift that covers it.
 
-transformers lets a model name its attention implementation (AttentionInterface). Ours, `table_softmax`, is the plain
-one (scores in full, float32 softmax), and hands each attention module that has a child `products` to that child. The
-child is a layer of this form, so it is stored, loaded and replaced as any other.
+transformers lets a model name its attention implementation (AttentionInterface). `table_softmax` is the plain one (all
+scores, float32 softmax). If an attention module has a child `products`, it calls this child. The child is a layer of
+this format, so it is stored, loaded and replaced like any other.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from compressor.kernels.ops.lookup_tables import softmax
 from compressor.layers.base import Layer
 
 IMPLEMENTATION = "table_softmax"
-PRODUCTS = "products"  # of an attention module, the child that is a BlockAttention
+PRODUCTS = "products"  # name of the child of an attention module that is a BlockAttention
 
 
 class BlockAttention(Layer):
     """The child `products` of an attention module.
 
-    entries, step, lookup  of the table of exp
-    bits, block            8 and the length of a block, or None: intermediate results stay as they are
+    entries, step, lookup  of the lookup table of exp
+    bits, block            8 and the length of a block, or None: intermediate results are not quantized
     """
 
     form = "block_attention"
@@ -56,11 +56,11 @@ class BlockAttention(Layer):
         return cls(**spec)
 
     def round(self, x: Tensor) -> Tensor:
-        """x in blocks of 8 bits along its last dimension, where that is asked for."""
+        """x, quantized to 8 bits in blocks along its last dimension if `bits` is set."""
         return x if self.block is None else round_to_shift(x, self.block)
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Scores (..., keys) -> what the values are multiplied with, float32."""
+        """Scores (..., keys) -> the weights of the values, float32."""
         return self.round(softmax(scores, self.table, self.step, self.lookup == "linear"))
 
     def spec(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as transformers calls it: query (batch, heads, tokens, width), key and value (batch, fewer heads, ...).
+    """Attention with transformers' interface: query (batch, heads, tokens, width), key and value (batch, groups, ...).
 
     returns  (batch, tokens, heads, width) and the weights (batch, heads, tokens, keys)
     """

@@ -1,4 +1,4 @@
-"""A table of which rows are looked up, as codes with one scale per block; the tensors are those of block_linear."""
+"""Stores an embedding as codes with one scale per block, with the tensors of block_linear."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compressor.layers.block_linear import BlockLinear
 
 
 class BlockEmbedding(BlockLinear):
-    """Drop-in for nn.Embedding that rebuilds only the rows that are asked for."""
+    """Replaces nn.Embedding. Dequantizes only the rows that are looked up."""
 
     form = "block_embedding"
     stands_for = "embedding"

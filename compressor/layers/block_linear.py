@@ -1,7 +1,7 @@
-"""A weight as 4- or 8-bit codes with one scale per block of rows and columns, as BCT stores it.
+"""Stores a weight as 4- or 8-bit codes with one scale per block of rows and columns (BCT).
 
 Tensors (docs/format.md), for a weight (out, in) in blocks of R x C:
-    weight_packed    uint8 (out, ceil(in * bits / 8)), signed codes; at 4 bits two a byte, the low half first
+    weight_packed    uint8 (out, ceil(in * bits / 8)), signed codes; at 4 bits two per byte, the low half first
     weight_exponent  int8 (ceil(out / R), ceil(in / C)): the scale is 2**exponent        (scale: shift)
     weight_scale     float16 of the same shape                                          (scale: float16)
 
@@ -11,8 +11,8 @@ Tensors (docs/format.md), for a weight (out, in) in blocks of R x C:
     bytes = out * ceil(in * bits / 8) + s * ceil(out / R) * ceil(in / C),  s = 1 for shifts, 2 for float16,
             and with `biased` out + ceil(out / BIAS_BLOCK)
 
-Else a bias stays in the dtype of the model. With 4 bits and an odd `in`, the last half byte of each row is zero, and
-the settings say `odd`, since the bytes alone don't tell.
+Without `biased`, a bias stays in the dtype of the model. With 4 bits and an odd `in`, the last half byte of each row is
+zero, and the parameters have `odd`, since the number of bytes does not show it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BIAS_BLOCK = 64
 
 
 class BlockLinear(Layer):
-    """Drop-in for nn.Linear that multiplies by the dequantized weight."""
+    """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
     form = "block_linear"
     helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.ops.blocks",)
@@ -83,7 +83,7 @@ class BlockLinear(Layer):
         return (self.bias_packed * scale[: self.out_features]).to(dtype)
 
     def shift(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the product."""
+        """The bias."""
         return self.vector(dtype) if self.biased else self.bias
 
     def codes(self) -> Tensor:
@@ -97,7 +97,7 @@ class BlockLinear(Layer):
         return self.weight_scale.to(torch.float32)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the codes stand for."""
+        """The dequantized weight (out, in)."""
         shape = (self.out_features, self.in_features)
         return (self.codes() * expand_blocks(self.scales(), self.block, shape)).to(dtype)
 
@@ -110,7 +110,7 @@ class BlockLinear(Layer):
 
         codes   (out, in) int8 in -q .. q
         scale   one per block: exponents int8, or scales float16
-        more    further settings of the form, by the names of its spec or its tensors
+        more    further parameters of the format, by the names of its spec or its tensors
         raises  ShapeError if the shapes don't fit each other
         """
         form = "shift" if scale.dtype == torch.int8 else "float16"

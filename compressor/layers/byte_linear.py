@@ -1,10 +1,11 @@
-"""A weight as one 8-bit code a byte with a scale and a zero point per group of inputs.
+"""Stores a weight as one 8-bit code per byte, with a scale and a zero point per group of inputs.
 
-Tensors, as compressed-tensors' `naive-quantized` names and lays them out (docs/format.md):
+Tensors with the names and layout of compressed-tensors' `naive-quantized` (docs/format.md):
     weight             int8 (out, in), signed codes
     weight_scale       (out, groups), dtype of the model
     weight_zero_point  int8 (out, groups)
-Why beside `packed_linear`: stock loaders read these zero points in any mixture of schemes, packed ones only alone.
+It exists beside `packed_linear` because stock loaders read these zero points in any mixture of schemes, but packed ones
+only if all weights share one scheme.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from compressor.layers.base import Layer, Stock, integer_scheme
 
 
 class ByteLinear(Layer):
-    """Drop-in for nn.Linear that multiplies by the dequantized weight."""
+    """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
     form = "byte_linear"
     helpers = ("compressor.kernels.ops.packed_codes",)
@@ -50,7 +51,7 @@ class ByteLinear(Layer):
         return Stock("compressed-tensors", {"format": "naive-quantized", "weights": weights})
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the codes stand for."""
+        """The dequantized weight (out, in)."""
         return dequantize(self.weight, self.weight_scale, self.weight_zero_point).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,21 +1,22 @@
-"""LLM.int8(): a weight as int8 rows, multiplied by int8 tokens, with outlier columns multiplied in 16 bits.
+"""Implements LLM.int8(): int8 rows of a weight are multiplied by int8 tokens, and outlier columns in 16 bits.
 
-Tensors, the first three as bitsandbytes names and lays them out (docs/format.md):
+Tensors, the first three with the names and layout of bitsandbytes (docs/format.md):
     weight           int8 (out, in), codes = round(127 · w / SCB)
     SCB              float32 (out,), the largest |w| of each row: w = codes · SCB / 127
-    weight_format    uint8 (), 0: rows lie one after the other
+    weight_format    uint8 (), 0: rows are stored one after the other
     outlier_columns  int32 (k,), ascending; calibrated only, absent for k = 0
-    outlier_weight   (out, k) in the model's dtype, those columns of the weight as they were; their codes are 0, and SCB
-                     is taken without them
+    outlier_weight   (out, k) in the model's dtype, the unchanged outlier columns of the weight; their codes are 0, and
+                     SCB is computed without them
 
-Running. Tokens x (tokens, in) lose their outlier columns, the rest of each is rounded to int8 by its own largest
-magnitude; the int8 product is exact, scaled in float32; the outlier columns multiply in the type of x, with sums in
-float32; bias and the cast to that type come last, so the result is rounded once. What an outlier column is:
-- dynamic: any |x| of the tokens in this call is >= threshold. The weight's column is the dequantized one. A token's
-  result depends on its batch: another token can make a column an outlier.
-- calibrated: the stored columns, whatever x holds. A token's result is the same bits in any batch.
-- threshold 0: none; everything is int8. (bitsandbytes has it so; as a limit of small thresholds it would mean all.)
-A token that holds NaN or Inf gives NaN.
+Forward: the outlier columns of tokens x (tokens, in) are separated. The rest of each token is rounded to int8 by its
+own largest magnitude. The int8 matmul is exact, and its result is scaled in float32. The outlier columns are multiplied
+in the dtype of x, with sums in float32. The bias and the cast to that dtype come last, so the result is rounded once.
+An outlier column is:
+- dynamic: a column in which |x| of any token in this call is >= threshold. The weight's column is the dequantized one.
+  A token's result depends on its batch, because another token can make a column an outlier.
+- calibrated: a stored column, for any x. A token's result has the same bits in any batch.
+- threshold 0: no column; everything is int8. (As in bitsandbytes. As a limit of small thresholds it would be all.)
+A token with NaN or Inf gives NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from compressor.layers.base import Layer, Stock
 
 
 class Int8SplitLinear(Layer):
-    """Drop-in for nn.Linear that rounds its input too. For inference: rounding has no useful gradient, none is kept."""
+    """Replaces nn.Linear and quantizes its input too. For inference only: rounding has no useful gradient."""
 
     form = "int8_split_linear"
     weight_only = False
@@ -58,7 +59,7 @@ class Int8SplitLinear(Layer):
         bias: bool = False,
         columns: int | None = None,
     ) -> None:
-        """columns: how many outlier columns are stored; None finds them in each call."""
+        """columns: number of stored outlier columns; None: they are found in each call."""
         super().__init__()
         if in_features > MOST_INPUTS:
             raise ShapeError(
@@ -88,11 +89,11 @@ class Int8SplitLinear(Layer):
 
     @classmethod
     def pack(cls, matrix: Tensor, threshold: float, dtype: torch.dtype, columns: Tensor | None = None) -> Self:
-        """Round a weight.
+        """Quantize a weight.
 
         matrix   (out, in) float32
         dtype    of the model, in which outlier columns are stored
-        columns  (k,) int64, ascending: the columns to store as they are; None finds them in each call
+        columns  (k,) int64, ascending: the columns to store unchanged; None: they are found in each call
         """
         out, inputs = matrix.shape
         layer = cls(inputs, out, threshold, dtype, columns=None if columns is None else len(columns))
@@ -104,7 +105,7 @@ class Int8SplitLinear(Layer):
         return layer.to(matrix.device)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that codes and stored columns stand for."""
+        """The dequantized weight (out, in), with the stored columns."""
         rebuilt = dequantize_rows(self.weight, self.SCB).to(dtype)
         if self.columns:
             rebuilt[:, self.outlier_columns.long()] = self.outlier_weight.to(dtype)
@@ -155,7 +156,7 @@ class Int8SplitLinear(Layer):
         layer.fill(tensors)
         if int(layer.weight_format):
             raise ShapeError(
-                f"weight_format {int(layer.weight_format)}, only 0 is read (rows one after the other)",
+                f"weight_format {int(layer.weight_format)}, only 0 can be read (rows one after the other)",
                 data={"tensor": "weight_format", "value": int(layer.weight_format)},
             )
         if layer.columns:

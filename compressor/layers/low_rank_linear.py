@@ -1,4 +1,4 @@
-"""A weight (out, in) as the product of two thin matrices, of rank r.
+"""Stores a weight (out, in) as the product of two thin matrices of rank r.
 
 Tensors (docs/format.md):
     weight_left   (out, r), weight_right (r, in): float16, bfloat16 or int8
@@ -6,8 +6,8 @@ Tensors (docs/format.md):
 
     W' = left · diag(scale) · right        bytes = v · r · (out + in), and 4 · r with int8; v is 2, or 1 with int8
 
-Running costs r · (out + in) multiply-adds a token. Products are of the input's type: a bfloat16 model rounds the r
-values in between.
+The forward pass costs r · (out + in) multiply-adds per token. Matmuls have the input's dtype: a bfloat16 model rounds
+the r values in between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compressor.layers.base import Layer
 
 
 class LowRankLinear(Layer):
-    """Drop-in for nn.Linear that multiplies by one thin matrix and then by the other."""
+    """Replaces nn.Linear. Multiplies by one thin matrix and then by the other."""
 
     form = "low_rank_linear"
     weight_only = False
@@ -34,7 +34,7 @@ class LowRankLinear(Layer):
     def __init__(
         self, in_features: int, out_features: int, rank: int, values: str, dtype: torch.dtype, bias: bool = False
     ) -> None:
-        """values: the stored type, float16 | bfloat16 | int8"""
+        """values: the stored dtype, float16 | bfloat16 | int8"""
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.rank, self.values = rank, values
@@ -70,14 +70,14 @@ class LowRankLinear(Layer):
         return cls.from_tensors({"rank": left.shape[1], "values": values}, tensors)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """left (out, r) and right (r, in), the scale in the latter."""
+        """left (out, r) and right (r, in), with the scale folded into the latter."""
         right = self.weight_right.to(torch.float32)
         if self.values == "int8":
             right = right * self.weight_scale[:, None]
         return self.weight_left.to(dtype), right.to(dtype)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the factors stand for."""
+        """The product of the factors (out, in)."""
         left, right = self.factors(torch.float32)
         return (left @ right).to(dtype)
 

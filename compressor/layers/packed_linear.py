@@ -1,6 +1,6 @@
-"""A weight as packed integer codes with a scale, and maybe a zero point, per group of inputs.
+"""Stores a weight as packed integer codes, with a scale and optionally a zero point per group of inputs.
 
-Tensors, as compressed-tensors' `pack-quantized` names and lays them out (docs/format.md):
+Tensors with the names and layout of compressed-tensors' `pack-quantized` (docs/format.md):
     weight_packed      int32 (out, ceil(in * bits / 32))
     weight_scale       (out, groups), dtype of the model
     weight_shape       int64 (2,) = [out, in]
@@ -22,7 +22,7 @@ from compressor.layers.base import Layer, Stock, integer_scheme
 
 
 class PackedLinear(Layer):
-    """Drop-in for nn.Linear that multiplies by the dequantized weight."""
+    """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
     form = "packed_linear"
     helpers = ("compressor.kernels.ops.packed_codes",)
@@ -66,7 +66,7 @@ class PackedLinear(Layer):
     @classmethod
     def stock(cls, spec: dict[str, Any]) -> Stock | str:
         if spec.get("act_order_index"):
-            return "stores the group of each input (act_order: group), which no stock format holds"
+            return "stores the group of each input (act_order: group), which no stock format can hold"
         weights = integer_scheme(spec["bits"], spec["group_size"], spec["symmetric"])
         return Stock("compressed-tensors", {"format": "pack-quantized", "weights": weights})
 
@@ -82,7 +82,7 @@ class PackedLinear(Layer):
         return (unpack_codes(packed, self.bits, self.out_features) - 2 ** (self.bits - 1)).view(torch.int8).t()
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the codes stand for."""
+        """The dequantized weight (out, in)."""
         index = self.weight_g_idx if self.act_order_index else None
         return dequantize(self.codes(), self.weight_scale, self.zero_points(), index).to(dtype)
 
@@ -107,7 +107,7 @@ class PackedLinear(Layer):
         codes       (out, in) int8 in [-2**(bits-1), 2**(bits-1) - 1]
         scale       (out, groups), in the dtype to store
         zero_point  (out, groups) int8 in the range of the codes; None when symmetric
-        index       (in,) the group of each input; None: the groups lie one after the other
+        index       (in,) the group of each input; None: the groups are consecutive
         raises      ShapeError if the shapes don't fit each other
         """
         out, columns = codes.shape

@@ -1,16 +1,16 @@
-"""A weight as few dense atoms for each block of inputs, of which every output combines a fixed number.
+"""Stores a weight as few dense atoms for each block of inputs; every output combines a fixed number of them.
 
 With the inputs in blocks of B, W = [W_1, ..., W_n], each W_b (out, B) is S_b D_b: D_b (m, B) dense, S_b (out, m) with k
-entries stored a row. Tensors (docs/format.md):
+stored entries per row. Tensors (docs/format.md):
     weight_atoms        (n, m, B), D: float16, bfloat16 or int8
     weight_atom_scale   float32 (n, m), int8 only
-    weight_values       (out, n, k), the stored entries of S, of the same type
+    weight_values       (out, n, k), the stored entries of S, of the same dtype
     weight_value_scale  float32 (out,), int8 only
-    weight_index        uint8 (ceil(out * n * bits / 8),), which entries they are (`sparse_factors`)
+    weight_index        uint8 (ceil(out * n * bits / 8),), the positions of the entries (`sparse_factors`)
 
     bytes = v · m · in + v · out · n · k + ceil(out · n · min(k · ceil(log2 m), m) / 8), and 4 · (n · m + out) with int8
 
-v is 2, or 1 with int8. Running costs m · in + out · n · k multiply-adds a token, in float32 at least.
+v is 2, or 1 with int8. The forward pass costs m · in + out · n · k multiply-adds per token, in float32 or wider.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compressor.layers.base import Layer
 
 
 class SparseFactorLinear(Layer):
-    """Drop-in for nn.Linear that multiplies by the atoms once and gathers what each output combines."""
+    """Replaces nn.Linear. Multiplies by the atoms once, then gathers the products of each output."""
 
     form = "sparse_factor_linear"
     weight_only = False
@@ -48,9 +48,9 @@ class SparseFactorLinear(Layer):
         dtype: torch.dtype,
         bias: bool = False,
     ) -> None:
-        """values: the stored type, float16 | bfloat16 | int8
+        """values: the stored dtype, float16 | bfloat16 | int8
 
-        raises ShapeError if block doesn't divide the inputs, or k > atoms
+        raises  ShapeError if block doesn't divide the inputs, or k > atoms
         """
         super().__init__()
         if in_features % block or not 1 <= k <= atoms:
@@ -102,7 +102,7 @@ class SparseFactorLinear(Layer):
         return packed.view(self.out_features, blocks, self.k)
 
     def _check_index(self) -> None:
-        """raises ShapeError for stored bits that don't name k atoms a row"""
+        """raises ShapeError for stored bits that don't name k atoms per row"""
         rows = self.out_features * self.in_features // self.block
         index = unpack_index(self.weight_index, rows, self.atoms, self.k)
         if index.shape != (rows, self.k):
@@ -125,7 +125,7 @@ class SparseFactorLinear(Layer):
         return atoms.to(dtype), values.to(dtype)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the factors stand for."""
+        """The product of the factors (out, in)."""
         atoms, values = self.factors(torch.float32)
         blocks, index = len(atoms), self.index()
         spread = values.new_zeros(self.out_features, blocks, self.atoms).scatter_(2, index, values)

@@ -1,4 +1,4 @@
-"""An activation read from a table, as BCT stores it.
+"""Reads an activation from a lookup table (BCT).
 
 Tensors: table  float32 (entries,), f(low + k * step) at k = 0 .. entries - 1
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 from compressor.kernels.ops.lookup_tables import activate
 from compressor.layers.base import Layer
 
-STRAIGHT = 1e-4  # GELU from 4.3 on, where going on straight costs 4e-5
+STRAIGHT = 1e-4  # for GELU from 4.3 on, where the asymptote has an error of 4e-5
 
 
 class TableActivation(Layer):
-    """Drop-in for an activation module.
+    """Replaces an activation module.
 
-    function  its name, for a reader of the settings; the table is what counts
+    function  its name, as information; the lookup table decides
     low       input of the first entry
     step      between two entries
     lookup    linear | nearest
-    slopes    left and right of the table, where it goes on as a straight line
+    slopes    left and right of the lookup table, where the function continues as a straight line
     """
 
     form = "table_activation"
@@ -48,7 +48,7 @@ class TableActivation(Layer):
         return activate(x, self.table, self.low, self.step, self.lookup == "linear", self.slopes).to(x.dtype)
 
     def outside(self, x: Tensor) -> Tensor:
-        """How many inputs lie beyond an end of the table where the function isn't straight yet."""
+        """Number of inputs beyond an end of the lookup table where the function is not straight yet."""
         rises = ((self.table[1] - self.table[0]) / self.step, (self.table[-1] - self.table[-2]) / self.step)
         bent = [abs(rise - slope) > STRAIGHT for rise, slope in zip(rises, self.slopes)]
         high = self.low + (len(self.table) - 1) * self.step

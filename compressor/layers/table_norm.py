@@ -1,12 +1,12 @@
-"""LayerNorm or RMSNorm whose 1 / sqrt is read from a table, as BCT stores it.
+"""Computes LayerNorm or RMSNorm with 1 / sqrt from a lookup table (BCT).
 
 Tensors
-    weight  (width,) in the dtype of the model: the gain, where the norm has one
+    weight  (width,) in the dtype of the model: the gain, if the norm has one
     table   float32 (entries,): 1 / sqrt(1 + k * step), over [1, 4)
 
 Mean and mean square are summed in float32; variance + eps = a * 4**s with a in [1, 4), and only 1 / sqrt(a) is read, so
-the relative error is the same at every scale: at most step**2 / 8 * 3 / 4 with lines between the entries. A bias stays
-in the dtype of the model.
+the relative error is the same at every scale: at most step**2 / 8 * 3 / 4 with linear interpolation. A bias stays in
+the dtype of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compressor.layers.base import Layer
 
 
 class TableNorm(Layer):
-    """Drop-in for a norm over the last dimension.
+    """Replaces a norm over the last dimension.
 
     kind    layer (subtracts the mean) | rms
     offset  the gain is offset + weight: 1 in Gemma, else 0
@@ -63,7 +63,7 @@ class TableNorm(Layer):
         )  # fmt: skip
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The gain (width,), as the dense model holds it."""
+        """The gain (width,), as in the dense model."""
         assert self.weight is not None
         return self.weight.to(dtype)
 

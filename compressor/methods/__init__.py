@@ -1,1 +1,1 @@
-"""The mathematics of the passes, on tensors; it knows no model and no engine."""
+"""Implements the mathematics of the passes on tensors, without knowledge of models and the engine."""

@@ -1,4 +1,4 @@
-"""How far a compressed model's predictions are from the dense model's."""
+"""Measures the distance of a compressed model's predictions from the dense model's."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints and the structure of models: read, built, traced and run block by block."""
+"""Reads checkpoints, and builds, traces and runs their models block by block."""

@@ -1,4 +1,4 @@
-"""Activations that are known by their formula, and how a module is recognized as one of them."""
+"""Defines the known activations by their formulas, and recognizes a module that computes one of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Function = Callable[["torch.Tensor"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Known:
-    """An activation: its formula, and what bounds and ends of its table follow from.
+    """An activation: its formula, and the numbers that give the error bound and the range of its lookup table.
 
     steepness  max |f'|; curvature max |f''|
-    reach      beyond +-reach the function is its asymptotes to 2e-6, so that a table need not go further
+    reach      beyond +-reach the function equals its asymptotes to 2e-6, so a lookup table ends there
     slopes     of the asymptotes on the left and on the right
     """
 
@@ -44,7 +44,8 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 # GELU: f'' = phi(x) (2 - x^2), largest at 0: 2 phi(0) = sqrt(2 / pi); f' is largest at sqrt(2). SiLU and its scaled
-# twin: f''(0) = a / 2. The rest by differentiation; tests/layers/test_tables.py scans all of them at a million points.
+# form: f''(0) = a / 2. The others by differentiation. tests/layers/test_tables.py scans all of them at a million
+# points.
 KNOWN = {
     "gelu": Known(_gelu, 1.128905, math.sqrt(2 / math.pi), 8.0, (0.0, 1.0)),
     "gelu_tanh": Known(_gelu_tanh, 1.1290, math.sqrt(2 / math.pi), 8.0, (0.0, 1.0)),
@@ -56,7 +57,7 @@ KNOWN = {
 
 
 def recognize(module: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
-    """Which known activation a module computes, by running it; None if none of them to 1e-6."""
+    """The known activation that a module computes to 1e-6, found by running it; None if it computes none of them."""
     x = torch.linspace(-12.0, 12.0, 4801)
     result = module(x)
     for name, known in KNOWN.items():

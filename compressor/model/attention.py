@@ -1,7 +1,7 @@
-"""Which implementation of attention and experts a model is run with: one that torch alone can run.
+"""Selects the implementation of attention and experts: one that torch alone can run.
 
-config.json may ask for another (`flash_attention_2`, or a repository of kernels on the hub). Those need packages that
-are not installed, run on other devices only, or would download code. The model computes the same without them.
+config.json may name another (`flash_attention_2`, or a repository of kernels on the hub). Those need packages that are
+not installed, run only on other devices, or would download code. The model computes the same without them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PLAIN = {"attn_implementation": ("eager", "sdpa"), "experts_implementation": ("e
 
 
 def replaced_implementations(config: dict[str, Any]) -> dict[str, str]:
-    """Of config.json and its parts: the keyword of `from_pretrained` -> what is asked for and is not run here."""
+    """Keyword of `from_pretrained` -> the implementation that config.json, or a part of it, names and is not used."""
     found: dict[str, str] = {}
     for key, value in config.items():
         name = key.removeprefix("_")
@@ -27,11 +27,11 @@ def replaced_implementations(config: dict[str, Any]) -> dict[str, str]:
 
 
 def plain_options(config: dict[str, Any]) -> dict[str, None]:
-    """Keywords for `from_pretrained` that make it choose by itself, where config.json asks for another."""
+    """Keywords that let `from_pretrained` choose, where config.json names another implementation."""
     return dict.fromkeys(replaced_implementations(config))
 
 
 def choose_plain(model_config: Any, config: dict[str, Any]) -> None:
-    """The same for a config object that was made of config.json; it is changed."""
+    """The same for a config object that was made from config.json. Changes the object."""
     for name in replaced_implementations(config):
         setattr(model_config, f"_{name}", None)

@@ -1,9 +1,8 @@
-"""A model taken apart into embeddings, blocks and output head, and put through its paces piece by piece.
+"""Runs a model part by part: its embeddings, its blocks one by one, and its output head.
 
-The embeddings are whatever runs before the first block and the output head whatever runs after the last one; both are
-found by running the model with a `Port` in place of each block. A port notes the arguments that its block would get and
-either lets the hidden states through or ends the run. Nothing of the model's source is rewritten or traced
-symbolically.
+The embeddings are everything before the first block, and the output head is everything after the last one. Both are
+found by running the model with a `Port` in place of each block. A port records the arguments of its block, and either
+passes the hidden states on or ends the run. The model's source is neither rewritten nor traced symbolically.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Batch = dict[str, Tensor]  # the model's own inputs: input_ids or pixel_values
 
 @dataclass(frozen=True)
 class Call:
-    """What one block is called with, beside the hidden states."""
+    """The arguments of one block, except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -31,10 +30,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a block gives the hidden states: bare, or as the first tensor of a tuple, list or mapping.
+    """How a block returns the hidden states: alone, or as the first tensor of a tuple, list or mapping.
 
-    leaves  what else it gives, with None in place of every tensor: a model that needs one of those is no plain stack
-            of blocks, which the proof by replay finds out
+    leaves  its other outputs, with None in place of every tensor: a model that needs one of these tensors is not a
+            plain stack of blocks, which `replay_proof` finds
     hidden  number of the leaf that is the hidden states
     """
 
@@ -44,7 +43,7 @@ class Answer:
 
     @classmethod
     def of(cls, output: Any) -> Answer:
-        """raises TypeError for an output that holds no tensor"""
+        """raises TypeError for an output without a tensor"""
         leaves, spec = tree_flatten(output)
         at = next((number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
         if at is None:
@@ -52,14 +51,14 @@ class Answer:
         return cls(spec, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves), at)
 
     def around(self, hidden: Tensor) -> Any:
-        """What the block would have given, with these hidden states."""
+        """The output of the block with these hidden states."""
         return tree_unflatten([*self.leaves[: self.hidden], hidden, *self.leaves[self.hidden + 1 :]], self.spec)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block gives: the first tensor of it.
+    """The hidden states in the output of a block: its first tensor.
 
-    raises TypeError for an output that holds no tensor
+    raises  TypeError for an output without a tensor
     """
     if isinstance(output, Tensor):
         return output
@@ -70,11 +69,11 @@ def hidden_of(output: Any) -> Tensor:
 
 
 class Stop(Exception):
-    """Ends a forward pass early; raised by what watches it, and never left to a caller."""
+    """Ends a forward pass early. The code that observes the pass raises and catches it."""
 
 
 class Port(nn.Module):
-    """Stands in for a block; anything else asked of it is answered by the block itself."""
+    """Takes the place of a block. All its other attributes are those of the block."""
 
     def __init__(self, block: nn.Module, visit: Callable[[Tensor, Call], Any]) -> None:
         super().__init__()
@@ -92,10 +91,10 @@ class Port(nn.Module):
 
 
 class Pieces:
-    """A model and the path of its block list; runs the embeddings, one block, or the output head.
+    """A model and the path of its block list. Runs the embeddings, one block, or the output head.
 
-    The blocks' weights may be on the meta device while embeddings or output head run, and the other way round, once
-    `answers` says what each block gives. Where it isn't known, the first run of the embeddings finds it out beforehand.
+    The blocks' weights may be on the meta device while the embeddings or the output head run, and the other way round,
+    once `answers` describes the output of each block. Until it does, the first `embeddings` also runs the blocks to fill it.
     """
 
     def __init__(self, model: PreTrainedModel, blocks_path: str, answers: Sequence[Answer] = ()) -> None:
@@ -108,9 +107,9 @@ class Pieces:
         return len(self.blocks)
 
     def embeddings(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Hidden states before block 0, and the arguments of every block.
+        """The hidden states before block 0, and the arguments of every block.
 
-        raises ValueError if the model ends before it has called as many blocks as it has
+        raises  ValueError if the model ends before it has called all its blocks
         """
         if len(self.answers) != len(self.blocks):
             self.answers = self._answers_in(batch)
@@ -131,7 +130,7 @@ class Pieces:
         return first[0], calls
 
     def _answers_in(self, batch: Batch) -> list[Answer]:
-        """How each block gives the hidden states. A run of its own, since blocks may put into a cache what they see."""
+        """How each block returns the hidden states. It takes a run of its own, since blocks may write to a cache."""
         answers: list[Answer] = []
 
         def visit(hidden: Tensor, call: Call) -> Any:
@@ -155,13 +154,13 @@ class Pieces:
                 pass
 
     def block(self, index: int, hidden: Tensor, call: Call, *, gradients: bool = False) -> Tensor:
-        """Hidden states after one block."""
+        """The hidden states after one block."""
         with torch.set_grad_enabled(gradients):
             return hidden_of(self.blocks[index](hidden, *call.args, **call.kwargs))
 
     def output_head(self, batch: Batch, hidden: Tensor, *, gradients: bool = False) -> Tensor:
-        """The model's output, given the hidden states after the last block; needs known answers."""
-        assert len(self.answers) == len(self.blocks), "what the blocks give isn't known before a run of the embeddings"
+        """The model's output for the hidden states after the last block. Needs `answers`."""
+        assert len(self.answers) == len(self.blocks), "the outputs of the blocks are unknown until `embeddings` has run"
         seen = 0
 
         def visit(passing: Tensor, call: Call) -> Any:
@@ -174,7 +173,7 @@ class Pieces:
             return output_of(self.model(**batch))
 
     def whole(self, batch: Batch) -> Tensor:
-        """embeddings -> blocks -> output head."""
+        """Embeddings -> blocks -> output head."""
         hidden, calls = self.embeddings(batch)
         for index, call in enumerate(calls):
             hidden = self.block(index, hidden, call)
@@ -193,7 +192,7 @@ class Pieces:
 
 
 class Noted(Protocol):
-    """What is noted of a call; its output is added when it is there."""
+    """The record of a call. Its output is added after the call."""
 
     output: Any
 
@@ -205,9 +204,10 @@ Note = TypeVar("Note", bound=Noted)
 def own_calls(
     block: nn.Module, note: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Note]
 ) -> Iterator[list[Note]]:
-    """Note the calls of modules that a block makes itself while it runs, not those that its modules make.
+    """Record the module calls that a block makes itself while it runs, not those of its modules.
 
-    note  (name inside the block, module, args, kwargs) -> what goes into the list, in the order of their beginnings
+    note  (name inside the block, module, args, kwargs) -> the record; records are listed in the order in which the
+          calls begin
     """
     calls: list[Note] = []
     running: list[Note] = []
@@ -234,7 +234,7 @@ def own_calls(
 
 @contextmanager
 def without_cache(*models: PreTrainedModel) -> Iterator[None]:
-    """Texts are scored as a whole: nothing that acts on a cache of keys and values, as dropping tokens does, acts."""
+    """Run models without a key-value cache, on whole texts: code that needs a cache, such as token dropping, is off."""
     configs = [config for config in (m.config.get_text_config() for m in models) if hasattr(config, "use_cache")]
     before = [config.use_cache for config in configs]
     for config in configs:
@@ -247,5 +247,5 @@ def without_cache(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def output_of(output: Any) -> Tensor:
-    """Logits if the model has them, else the last hidden states."""
+    """The logits if the model has them, else the last hidden states."""
     return output.logits if "logits" in output else output.last_hidden_state

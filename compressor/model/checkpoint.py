@@ -1,8 +1,8 @@
 """Reads a Hugging Face checkpoint directory: headers first, tensors one at a time, never a pickle.
 
-Of several weight files it reads those that transformers' from_pretrained reads, and says which it leaves.
+Of several weight files it reads those that transformers' from_pretrained reads, and reports the others.
 
-Nothing outside the directory is touched: an index that names `../x`, or a link that leads out, is refused. The one
+No file outside the directory is opened: an index that names `../x`, or a link that leads out, is refused. The one
 exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
 """
 
@@ -37,8 +37,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 class Checkpoint:
     """directory  the model's folder
     config     config.json, parsed
-    tensors    checkpoint name -> where it lies
-    metadata   what the index of a sharded checkpoint says beside its files
+    tensors    checkpoint name -> its place in the files
+    metadata   the metadata in the index of a sharded checkpoint
     unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
     """
 
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def is_compressed_artifact(self) -> bool:
-        """Whether this tool wrote it, and not as a plain checkpoint that can be compressed further."""
+        """Whether it is an artifact, except a dense one, which can be compressed further."""
         is_ours = (self.directory / "compress_manifest.json").is_file()
         return "compressed_weights" in self.config or (is_ours and self.quantization_config is not None)
 
@@ -77,45 +77,45 @@ class Checkpoint:
 
     @property
     def weight_file_bytes(self) -> int:
-        """Size of the files that hold the weights, headers included."""
+        """Size of the weight files, headers included."""
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
 
     @cached_property
     def content_sha256(self) -> str:
-        """Hash over config.json and every weight file's own hash; reads the whole checkpoint once."""
+        """Hash of config.json and of every weight file's hash. Reads the whole checkpoint once."""
         files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
         lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @cached_property
     def side_files(self) -> SideFiles:
-        """The files that an artifact takes over beside the weights, and those that it doesn't, with the reason."""
+        """The files beside the weights that are copied to an artifact, and those that are not, with the reason."""
         return find_side_files(self.directory, self.config)
 
     @property
     def carried_config(self) -> dict[str, Any]:
-        """config.json with what stays of its `auto_map`: the artifact's class is one of transformers, or its own.
+        """config.json for the artifact. Its `auto_map` has no model, since the artifact has another class.
 
-        Without the name of the source's weight file: the artifact's have other names.
+        The name of the source's weight file is removed, since the artifact's files have other names.
         """
         values = {key: value for key, value in self.config.items() if key not in ("auto_map", "transformers_weights")}
         return {**values, "auto_map": self.side_files.auto_map} if self.side_files.auto_map else values
 
     @cached_property
     def licence(self) -> Licence:
-        """What the model card says."""
+        """The licence in the model card."""
         return read_licence(self.directory)
 
     @property
     def license(self) -> str | None:
-        """Its identifiers in one line, for the report."""
+        """The licence's identifiers in one line, for the report."""
         return ", ".join(self.licence.identifiers) or None
 
 
 def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Read config.json and every safetensors header.
 
-    raises ModelError for anything missing, torn, unsafe, or stored as a pickle
+    raises  ModelError for anything that is missing, incomplete, unsafe or stored as a pickle
     """
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
@@ -137,15 +137,19 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     else:
         tensors, files = read_header(regular_file(directory, directory / name)), {name}
     if not tensors:
-        raise ModelError("the checkpoint holds no tensors", where=directory.name, hint="Download the model again.")
+        raise ModelError(
+            "the checkpoint contains no tensors",
+            where=directory.name,
+            hint="Download the model again: hf download NAME.",
+        )
     if others := _other_weights(directory, files):
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        unread.append(f"{name} is read, as transformers does; {shown} hold weights too, and are not read")
+        unread.append(f"{name} is read, as transformers does; {shown} contain weights too and are not read")
     return Checkpoint(directory, config, tensors, metadata, tuple(unread))
 
 
 def resolve_model(name: str) -> Path:
-    """The directory of a model given as `demo`, a path, or the name of one in the local Hugging Face cache."""
+    """The directory of a model that is given as `demo`, a path, or a name in the local Hugging Face cache."""
     if name == "demo":
         from compressor.model.model_files import demo_path
 
@@ -161,9 +165,9 @@ def resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except HFValidationError as error:
         raise ModelError(
-            "no such directory, and no name that a hub model can have",
+            "there is no such directory, and a hub model can't have this name",
             where=name[:200] if name.isprintable() and name else repr(name[:200]),
-            hint="Give a checkpoint directory, the name of a model in the local Hugging Face cache, or demo.",
+            hint="Pass --model with a checkpoint directory, the name of a model in the local hub cache, or demo.",
             data={"reason": "no-model-name"},
         ) from error
     except LocalEntryNotFoundError as error:
@@ -176,20 +180,20 @@ def resolve_model(name: str) -> Path:
 
 
 def model_label(name: str) -> str:
-    """What a report calls a model: its hub name, `demo`, or the last part of its path."""
+    """The name of a model in a report: its hub name, `demo`, or the last part of its path."""
     path = Path(os.path.expanduser(name))
     return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """raises ModelError with the count and the first place of NaN or Inf"""
+    """raises ModelError with the number of NaN and Inf values and the first position"""
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = (~finite).nonzero()
         raise ModelError(
             f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
             where=name,
-            hint="The checkpoint is damaged, or was trained to overflow; download it again.",
+            hint="Download the model again; if the values are the same, choose another checkpoint.",
             data={"reason": "not-finite", "bad": len(bad), "values": tensor.numel(), "first": bad[0].tolist()},
         )
 
@@ -197,19 +201,19 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def _refuse_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         raise ModelError(
-            "holds an adapter, which transformers adds to the weights where peft is installed",
+            "the directory contains an adapter, which transformers adds to the weights if peft is installed",
             where=f"{directory.name}/adapter_config.json",
             hint="Merge it into the weights first (peft: merge_and_unload, then save_pretrained), "
-            "or give a directory without it.",
+            "or pass a directory without it.",
             data={"reason": "adapter"},
         )
 
 
 def _weights_file(directory: Path, config: dict[str, Any]) -> str:
-    """The file that transformers' from_pretrained starts with. raises ModelError if there is none to read"""
+    """The file that transformers' from_pretrained opens first. raises ModelError if there is none"""
     if parts := sorted(path.name for path in directory.glob("shard-*.safetensors") if DISTRIBUTED.match(path.name)):
         raise ModelError(
-            f"the weights lie in parts of a distributed run ({parts[0]})",
+            f"the weights are stored as shards of a distributed run ({parts[0]})",
             where=directory.name,
             hint="Load the model with transformers and save it with save_pretrained(DIR).",
             data={"reason": "distributed", "file": parts[0]},
@@ -221,7 +225,7 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
             raise ModelError(
                 f"transformers_weights is {stated!r}, not the name of a safetensors file or index of this directory",
                 where="config.json",
-                hint="Correct it, or remove it to read model.safetensors.",
+                hint="Correct transformers_weights, or remove the key to read model.safetensors.",
                 data={"reason": "transformers-weights", "value": repr(stated)},
             )
         return str(stated)
@@ -232,19 +236,19 @@ def _weights_file(directory: Path, config: dict[str, Any]) -> str:
 
 
 def _other_weights(directory: Path, read: set[str]) -> list[str]:
-    """Names of weight files that a torch user could take for the model's, beside those that are read; sorted."""
+    """Sorted names of further weight files of torch that are not read."""
     found = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern)}
     return sorted(map(printable, found - read))
 
 
 def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
-    """Every tensor of the files that the index names, the files, and a sentence if tensors lie in more than one.
+    """Every tensor of the files in the index, the files, and a sentence if a tensor is in more than one of them.
 
-    As in transformers the last file, by name, wins, and what the index says of single tensors is not looked at.
+    As in transformers, the last file by name wins, and the index entries of single tensors are not used.
     """
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
-        raise ModelError("has no usable `weight_map`", where=where, hint="Download it again.")
+        raise ModelError("has no usable `weight_map`", where=where, hint="Download this file again: hf download NAME.")
     tensors: dict[str, TensorInfo] = {}
     files = sorted(set(mapping.values()))
     twice: list[str] = []
@@ -253,15 +257,15 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
             raise ModelError(
                 f"names the file {shard!r}, which is not a plain name in this directory",
                 where=where,
-                hint="Refused: a checkpoint must not reach outside its directory.",
+                hint="Download the model again from a source you trust, or correct the name in the index.",
                 data={"reason": "no-plain-name", "file": shard},
             )
         path = directory / shard
         if not path.is_file():
             raise ModelError(
-                "shard is missing",
+                "the index names this shard, but the file is missing",
                 where=shard,
-                hint="Download the model again; the index names it.",
+                hint="Download the missing file, or the model again: hf download NAME.",
                 data={"reason": "missing-shard"},
             )
         held = read_header(regular_file(directory, path))
@@ -269,9 +273,9 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
         tensors.update(held)
     if lost := [name for name in mapping if name not in tensors]:
         raise ModelError(
-            f"lacks {len(lost)} tensors, such as {min(lost)}",
+            f"has none of {len(lost)} tensors that the index expects there, such as {min(lost)}",
             where=mapping[min(lost)],
-            hint="Index and shards are not of one model.",
+            hint="Download the index and all shards again from one revision: hf download NAME.",
             data={"reason": "lacks-tensors", "count": len(lost), "first": min(lost)},
         )
     if not twice:
@@ -287,13 +291,13 @@ def _no_weights(directory: Path) -> ModelError:
         return ModelError(
             f"only pickled weights were found ({', '.join(pickles[:3])}); loading one can run any code",
             where=directory.name,
-            hint="Convert it where you trust it: transformers' save_pretrained(DIR) writes safetensors.",
+            hint="If you trust its source, load it with transformers and write safetensors with save_pretrained(DIR).",
             data={"reason": "only-pickles", "names": pickles[:3]},
         )
     return ModelError(
-        "no model.safetensors or index was found",
+        "no model.safetensors or model.safetensors.index.json was found",
         where=directory.name,
-        hint="Download the model again.",
+        hint="Check the path, or download the model again: hf download NAME.",
         data={"reason": "no-weights"},
     )
 
@@ -305,18 +309,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"can't be read ({error.strerror})",
             where=path.name,
-            hint="Check the file.",
+            hint="Give yourself read permission for it (chmod +r).",
             data={"reason": "unreadable", "cause": error.strerror},
         ) from error
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"is not valid JSON ({error})",
             where=path.name,
-            hint="Download it again.",
+            hint="Correct the file at that place, or download it again.",
             data={"reason": "bad-json", "cause": str(error), **halves(error)},
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
-            "is not a JSON object", where=path.name, hint="Download it again.", data={"reason": "no-json-object"}
+            "is not a JSON object",
+            where=path.name,
+            hint="Download this file again: hf download NAME.",
+            data={"reason": "no-json-object"},
         )
     return value

@@ -1,4 +1,4 @@
-"""The values of config.json: checked before anything is made of them, and named in refusals."""
+"""Checks the values of config.json before a model is made from them, and names a wrong one in the error."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from compressor.errors import ModelError
 from compressor.model.checkpoint import Checkpoint
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")  # what transformers can make a model in
-# Above these no model has a size or a count of anything: the largest known have 10^7 positions and 1536 experts.
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # dtypes in which transformers can make a model
+# No model has larger sizes or counts than these: the largest known have 10^7 positions and 1536 experts.
 LARGEST_SIZE, LARGEST_COUNT = 10**8, 10**6
 SIZES = re.compile(r"size|dim|embd|inner|position|ctx|window|length|rank|channel|hidden")
-FREE = re.compile(r"theta|token|_ids?$|seed|scal|factor|base|freq|version|eps")  # integers that nothing is made of
-HINT = "Correct it, or download config.json again."
+FREE = re.compile(
+    r"theta|token|_ids?$|seed|scal|factor|base|freq|version|eps"
+)  # integers that are not a size or a count
+HINT = "Correct the value in config.json, or download that file again."
 Path = tuple[str, ...]  # of a key in config.json
 
 
 def where_of(checkpoint: Checkpoint) -> str:
-    """How a message calls the config.json of a checkpoint."""
+    """The name of a checkpoint's config.json in messages."""
     return f"{checkpoint.directory.name}/config.json"
 
 
 def check_values(checkpoint: Checkpoint) -> None:
-    """Check the keys of config.json that are read before a config class is known, and every count and size.
+    """Check the keys of config.json that are read before the config class is known, and every count and size.
 
     raises  ModelError naming the key and its value
     """
@@ -42,7 +44,7 @@ def check_values(checkpoint: Checkpoint) -> None:
             raise ModelError(
                 "has no `model_type`",
                 where=where,
-                hint="Add the type of the model, such as llama.",
+                hint='Add the type of the model, for example "model_type": "llama".',
                 data={"reason": "no-model-type"},
             )
         raise wrong_value("model_type", kind, where, "the name of a model type is needed")
@@ -60,7 +62,7 @@ def check_values(checkpoint: Checkpoint) -> None:
         if type(value) is not int or FREE.search(key) or (len(path) == 1 and key not in whole):
             continue
         if key in block_keys and len(path) == 1 and not 1 <= value <= tensors:
-            why = "at least 1 is needed" if value < 1 else f"the checkpoint holds {tensors} tensors, too few for that"
+            why = "at least 1 is needed" if value < 1 else f"the checkpoint has {tensors} tensors, too few for that"
             raise wrong_value(key, value, where, why)
         most = LARGEST_SIZE if SIZES.search(key) and key not in block_keys else LARGEST_COUNT
         if value > most:
@@ -68,7 +70,7 @@ def check_values(checkpoint: Checkpoint) -> None:
 
 
 def _known_keys(kind: str) -> tuple[set[str], set[str]]:
-    """Keys that the config class of a model type reads as whole numbers, and those of them that count its blocks."""
+    """Keys that the config class of a model type reads as integers, and those of them that count its blocks."""
     blocks = {"num_hidden_layers"}
     if kind not in CONFIG_MAPPING:
         return blocks | {"num_labels"}, blocks
@@ -82,7 +84,7 @@ def _known_keys(kind: str) -> tuple[set[str], set[str]]:
 
 
 def leaves(values: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every key with its value, those of maps inside maps too; a map comes after what it holds."""
+    """Every key with its value, also in nested maps. A map comes after its entries."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from leaves(value, (*prefix, key))

@@ -1,4 +1,4 @@
-"""A checkpoint's model without its weights: parameters on the meta device, and what fills them."""
+"""Makes a checkpoint's model without its weights: parameters on the meta device, and the tensors that fill them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from compressor.model.weight_names import Bindings, bind
 def bound_model(
     checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
 ) -> tuple[Checkpoint, PreTrainedModel, Bindings, torch.dtype]:
-    """A checkpoint's model on the meta device, each parameter in the dtype it is held in, and what fills it.
+    """A checkpoint's model on the meta device, each parameter in its dtype, and the tensors that fill it.
 
-    returns  the checkpoint as it is read (a shared tensor under its owner's name, ties as they are); model; bindings;
-             the model's dtype
+    returns  the checkpoint as it is read (a shared tensor under its owner's name, ties unchanged); model; bindings; the
+             model's dtype
     """
     model_dtype = load_dtype(dtype, config, checkpoint)
     name, most, failed = cls.__name__, most_modules(checkpoint), "it can't be built"
     empty = guarded(lambda config: empty_on_meta(cls, config, most, model_dtype), checkpoint, config, name, failed)
-    # the sizes are those of the checkpoint from here on, so anything may be made
+    # from here on the sizes are those of the checkpoint, so the model can be made
     bindings = bind(empty, checkpoint, model_dtype)
     check_buffers(empty, checkpoint)
     model = guarded(lambda config: skeleton(cls, config, model_dtype), checkpoint, config, name, failed)
-    if bindings.owned:  # from here on, and in the artifact, under the name that most checkpoints give it
+    if bindings.owned:  # from here on, and in the artifact, it has the name that most checkpoints use
         tensors = {bindings.owned.get(name, name): info for name, info in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=tensors)
         bindings = bind(empty, checkpoint, model_dtype)
     if bindings.apart:
         part(model, bindings.apart)
-        model.config.tie_word_embeddings = False  # what it stands for, also when it is read again
+        model.config.tie_word_embeddings = False  # what config.json means, also when it is read again
         checkpoint = replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False})
     hold(model, bindings.dtypes)
     return checkpoint, model, bindings, model_dtype
@@ -47,9 +47,9 @@ def bound_model(
 def skeleton(
     cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, *, cached: bool = False
 ) -> PreTrainedModel:
-    """The model made with `dtype`, parameters on the meta device and buffers real, in eval mode.
+    """The model made with `dtype` in eval mode, with parameters on the meta device and real buffers.
 
-    cached  keep the key-value cache and the family's own expert kernels, as a user of the model wants them
+    cached  keep the key-value cache and the family's own expert kernels, for a user of the model
     """
     config = copy.deepcopy(config) if cached else run_in_pieces(config)
     with init_empty_weights(include_buffers=False):
@@ -60,9 +60,9 @@ def skeleton(
 
 @torch.no_grad()
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Compute what the class computes once more, in float32: so from_pretrained does, which makes the model empty.
+    """Compute the buffers of the class again, in float32, as from_pretrained does, which makes the model empty.
 
-    The constructor computes it in the model's dtype, and a 16-bit table of positions is another one.
+    The constructor computes them in the model's dtype, and 16-bit position embeddings differ from float32 ones.
     """
     models = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What a pass may know of a model before it runs, and what a pass that changes the model's definition answers."""
+"""Defines the facts of a model that a pass may use, and the answer of a pass that changes the model's definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("heads", "ffn")
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter that loses slices along `axis`; unit u owns the indices rows[u]."""
+    """A parameter that is pruned along `axis`. Unit u has the indices rows[u]."""
 
     parameter: str
     axis: int
@@ -22,27 +22,27 @@ class Cut:
 
 @dataclass(frozen=True)
 class UnitsInConfig:
-    """How config.json says how many units every block has.
+    """The keys of config.json that give the number of units of every block.
 
-    per_unit  key -> its value for each unit
-    fixed     keys that have to be there beside them
+    per_unit  key -> its value per unit
+    fixed     further keys that must be set
     """
 
     per_unit: Mapping[str, int]
     fixed: Mapping[str, Any]
 
     def of(self, units: int) -> dict[str, Any]:
-        """Keys of config.json for so many units."""
+        """The keys of config.json for this number of units."""
         return {key: number * units for key, number in self.per_unit.items()} | dict(self.fixed)
 
 
 @dataclass(frozen=True)
 class RemovedModule:
-    """A module that a `removed` layer replaces where no unit stays.
+    """A module that a `removed` layer replaces if no unit is kept.
 
-    returns  length of the tuple that it gives; None: a tensor
-    layer    number by which a cache knows it
-    adds     it gives what the output projection gave
+    returns  length of the tuple that it returns; None: a tensor
+    layer    its layer number in a cache
+    adds     its output is that of the output projection
     """
 
     path: str
@@ -53,17 +53,16 @@ class RemovedModule:
 
 @dataclass(frozen=True)
 class PruningLayout:
-    """What pruning has to know of a sub-block beside its parameters.
+    """The facts of a sub-block that pruning needs, except its parameters.
 
-    head_dim, query_heads  of a unit, where the kind is heads; else 0
-    attributes  module path -> attribute -> number for each unit
-    shared      until it is proven: matrices whose rows act on more than one unit
+    head_dim, query_heads  of a unit, if the kind is heads; else 0
+    attributes  module path -> attribute -> number per unit
+    shared      matrices whose rows act on more than one unit, until the proof has passed
     has_norms   the block has norms of another width than the stream's, which may have the same eps
-    removal     modules that are replaced when no unit stays; None where the sub-block has to stay
-    per_layer   None, or why blocks can't differ in their number of units
-    config      None where config.json can't say how many units there are
-    vanishes    without any unit, of the other kind neither, the block does nothing, and a model of its class can be
-                without it
+    removal     modules that are replaced if no unit is kept; None if the sub-block must stay
+    per_layer   None, or the reason why blocks can't differ in their number of units
+    config      None if config.json can't give the number of units
+    vanishes    without units of either kind the block does nothing, and the model's class can be made without it
     """
 
     head_dim: int = 0
@@ -79,17 +78,17 @@ class PruningLayout:
 
 @dataclass(frozen=True)
 class PrunableModule:
-    """A sub-block of which units can go.
+    """A sub-block whose units can be removed.
 
-    name               module path of the sub-block; where it is none of its own, that of its output projection
-    kind               heads: a unit is a key-value head and the query heads that read it; ffn: a neuron, a column of
+    name               module path of the sub-block; if it is not a module, that of its output projection
+    kind               heads: a unit is a key-value head with the query heads that read it; ffn: a neuron, a column of
                        the matrix after the activation
-    output_projection  path of the module that reads what the units give; unit u is gone when this module's input is 0
-                       at columns[u]
-    cuts               what gets smaller; the first is the output projection along its input axis
-    bias               of the output projection, which stays when all units are gone
-    cost               parameters of one unit
-    layout             what else pruning has to know
+    output_projection  path of the module that reads the outputs of the units; unit u is removed if this module's input
+                       is 0 at columns[u]
+    cuts               the parameters that get smaller; the first is the output projection along its input axis
+    bias               of the output projection; it stays when all units are removed
+    cost               number of parameters of one unit
+    layout             further facts that pruning needs
     """
 
     name: str
@@ -109,17 +108,17 @@ Decision = dict[str, Any]  # small, sorted JSON
 
 @dataclass(frozen=True)
 class Redefinition:
-    """What a step makes of a model's definition (`RewritePass.redefine`, `TokenPass.redefine`).
+    """The new definition of a model after a step (`RewritePass.redefine`).
 
     config   keys of config.json that change
-    shapes   parameter -> its new shape, of those that change or are new; None where it is gone
-    widths   of the residual stream: before this step, and after it at each site where they differ
+    shapes   parameter -> its new shape, for those that change or are new; None if it is removed
+    widths   of the residual stream: before this step, and after it at each sublayer where they differ
     notes    sentences for the plan and the report
-    follows  whether a unit's signals are there while it is written: those of the model as cut so far, where the pass
-             has `projections`, else of the model unchanged
-    decision the choice these shapes follow from (`Pass.choose`), for the pass's own later calls and the report
-    blocks   numbers of the blocks that stay, where some go altogether: the model then counts fewer
-    tokens   of a token pruner, for the report: see `compressor.passes.zero_tprune`
+    follows  whether the signals of a part are available while it is written: those of the model as changed so far if
+             the pass has `projections`, else those of the unchanged model
+    decision the choice that gave these shapes (`Pass.choose`), for later calls of the pass and for the report
+    blocks   numbers of the blocks that stay, if some are removed; the model then has fewer blocks
+    tokens   counts of a pass that drops tokens, for the report: see `compressor.passes.zero_tprune`
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -134,12 +133,12 @@ class Redefinition:
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """Where a token gate stands in a block, and what a token costs there.
+    """The place of a token gate in a block, and the work of a token there.
 
-    attention  name in the block of the module that attends
+    attention  name of the attention module in the block
     after      {call, nth, spread} of each module after the attention residual (`token_gate`)
-    mask       name of the block's argument that tells padding
-    before     entries of the matrices that multiply a token before the gate; `behind`, after it
+    mask       name of the block's argument that marks padding
+    before     number of entries of the matrices that multiply a token before the gate; `behind`: after it
     width      of all heads together
     """
 
@@ -154,13 +153,13 @@ class BlockTokens:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a token pruner has to know of a model.
+    """The facts of a model that pruning tokens needs.
 
-    tokens   of each sample; None where it is as long as its text
+    tokens   of each sample; None if it is as long as its text
     width    of the residual stream
-    protect  how many at the beginning and the end are no patches, or special
-    patches  rows and columns of an image's
-    outside  multiply-accumulates of a sample in stem and head
+    protect  number of protected tokens at the beginning and the end: special tokens, and those that are no patches
+    patches  rows and columns of an image's patches
+    outside  multiply-accumulates of a sample in the embeddings and the output head
     """
 
     tokens: int | None
@@ -171,7 +170,7 @@ class TokenFacts:
     outside: int
 
     def gate(self, block: int, before: Sequence[float], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of a `token_gate` in a block, after gates that keep so much."""
+        """Settings of a `token_gate` in a block, after gates that keep these shares (`before`)."""
         found = self.blocks[block]
         place = {"attention": found.attention, "after": [dict(entry) for entry in found.after], "mask": found.mask}
         return {**place, "protect": list(self.protect), "before": list(before), **settings}
@@ -179,20 +178,20 @@ class TokenFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as `Pass.redefinition` sees it: no weights, but everything that decides shapes.
+    """The facts of a model for `RewritePass.redefine`: no weights, but everything that decides shapes.
 
     config    config.json, with the defaults of the model's class
-    shapes    parameter -> shape, a tied head under its own name too
+    shapes    parameter -> shape, also of a tied output head under its own name
     tied      parameter -> the parameter whose storage it shares
-    stream    tells what touches the residual stream; `residual` asks it. raises ModelError where it can't be told
-    given     parameters of the model as it was given, before any step
-    branches  widths (of each block: before its sites, and after the last) -> settings of a `rotated_block` for each
-              block; raises ModelError where one can't be
+    stream    finds the reads and writes of the residual stream for `residual`. raises ModelError if it can't
+    given     number of parameters before any step
+    branches  widths (of each block: before its sublayers, and after the last) -> settings of a `rotated_block` for
+              each block; raises ModelError if a block can't be one
     blocks    path of the block list
-    fits      whether the model's own class holds what a Redefinition asks for: None, or why not
-    prunable  kinds ("heads", "ffn") -> what of every block can be pruned; raises ModelError where a block has none
-    tokens    what a token pruner has to know; raises ModelError for a model whose tokens can't be pruned
-    accepts   whether the model's config class takes these values in place of its own: None, or why not
+    fits      whether the model's class can have the shapes of a Redefinition: None, or why not
+    prunable  kinds ("heads", "ffn") -> the prunable modules of every block; raises ModelError if a block has none
+    tokens    the facts for pruning tokens; raises ModelError for a model whose tokens can't be pruned
+    accepts   whether the model's config class accepts these values in place of its own: None, or why not
     """
 
     architecture: str
@@ -210,5 +209,5 @@ class ModelFacts:
 
     @property
     def residual(self) -> Residual:
-        """What touches the residual stream. raises ModelError for a model whose stream can't be rotated"""
+        """The reads and writes of the residual stream. raises ModelError for a model whose stream can't be rotated"""
         return self.stream()

@@ -1,7 +1,7 @@
-"""The functions of a model that a step may replace: activations, norms, and the softmax of attention.
+"""Finds the functions of a model that a step may replace: activations, norms, and the softmax of attention.
 
-They are found by running: a module is a norm or a known activation if it computes one, and attention is wherever the
-model calls transformers' attention interface. Each is a `Weight` of the role activation, norm or softmax.
+They are found by running: a module is a norm or a known activation if it computes one, and attention is the module that
+calls transformers' attention interface. Each function is a `Weight` of the role activation, norm or softmax.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from compressor.model.structure import Structure
 from compressor.model.weights import Weight
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
-# Two orders of float32 sums of a small random model; another formula is off by more than a hundredth
+# Bound for two orders of float32 sums of a small random model. Another formula differs by more than 0.01.
 TOLERANCE = 1e-3
 
 
 @dataclass
 class Functions:
-    """by_unit  unit -> its functions, in the order of the model's modules
-    refused  role -> why the model has none that can be replaced
+    """by_unit  number of the part -> its functions, in the order of the model's modules
+    refused  role -> why the model has no such function that can be replaced
     """
 
     by_unit: dict[int, list[Weight]] = field(default_factory=dict)
@@ -42,9 +42,9 @@ class Functions:
 
 
 def find_functions(structure: Structure) -> Functions:
-    """Runs a shallow probe model with random weights on the CPU; the model itself is only looked at.
+    """Find them by running a shallow probe model with random weights on the CPU. The model itself is not run.
 
-    No stored form of a norm divides by anything but its width, so the norms of a narrower stream are refused.
+    Every quantization format of a norm divides by its width, so the norms of a narrower stream are refused.
     """
     found = Functions()
     outside, attention = _run_probe(structure, found.refused)
@@ -65,7 +65,7 @@ def find_functions(structure: Structure) -> Functions:
 
 
 def _function(structure: Structure, path: str, module: nn.Module, norm: Norm | None) -> Weight | None:
-    """A module as a function, if it is one; `norm` is what describe_norm says of it."""
+    """The function that a module computes, or None. `norm` is the result of describe_norm for it."""
     if next(module.children(), None) is not None:
         return None
     if type(module).__module__ in ACTIVATIONS and next(module.parameters(), None) is None:
@@ -84,12 +84,12 @@ def _function(structure: Structure, path: str, module: nn.Module, norm: Norm | N
 
 
 def _named(structure: Structure, path: str, role: str, facts: dict[str, Any] | None = None) -> Weight:
-    """A function that has no tensor of its own, named as the checkpoint would name it."""
+    """A function without a tensor, with the name that the checkpoint would give it."""
     return Weight(_checkpoint_name(structure, path), "", path, (), role, facts=facts or {})
 
 
 def _checkpoint_name(structure: Structure, path: str) -> str:
-    """A path of the model in the checkpoint's names, which may lack the model's prefix, or have one more."""
+    """A module path in the names of the checkpoint, which may lack the model's prefix or have another one."""
     first = structure.pieces.blocks_path + "."
     for parameter, sources in structure.bindings.sources.items():
         tensor = sources[0].tensor
@@ -101,7 +101,7 @@ def _checkpoint_name(structure: Structure, path: str) -> str:
 
 
 def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
-    """Modules outside the blocks that the stem calls, and paths of attention modules, of the model itself."""
+    """Modules outside the blocks that run before the first block, and paths of the model's attention modules."""
     config = shallow_config(structure.model.config, structure.model, structure.pieces)
     probe = make_probe_model(type(structure.model), config, torch.device("cpu"), torch.float32)
     batch = example_batch(probe, torch.device("cpu"))
@@ -128,7 +128,7 @@ def _attention_paths(
             plain = output_of(probe(**batch)).float()
     seen = {id(call.module) for call in observed.calls}
     if not seen:
-        refused["softmax"] = "its attention doesn't go through transformers' AttentionInterface"
+        refused["softmax"] = "its attention doesn't use transformers' AttentionInterface"
         return []
     difference = float((own - plain).abs().max())
     if not difference <= TOLERANCE * float(own.abs().max()):

@@ -1,7 +1,7 @@
-"""The dtypes in which transformers' from_pretrained holds a model, as far as a checkpoint decides them.
+"""Gives the dtypes of a model's parameters as transformers' from_pretrained does.
 
-A model has one dtype, config.json's, but not every tensor takes it: a class may make a parameter or buffer in a dtype
-of its own (a router, rotary frequencies), and may name some that stay float32 in a model of 16 bits
+A model has one dtype, that of config.json, but not every tensor has it: a class may make a parameter or buffer in a
+dtype of its own (a router, rotary frequencies), and may name some that stay float32 in a 16-bit model
 (`_keep_in_fp32_modules`, `_keep_in_fp32_modules_strict`).
 """
 
@@ -20,13 +20,13 @@ COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the whole model: the one asked for, or with `source` what dtype="auto" gives.
+    """The dtype of the whole model: `asked`, or for `source` that of dtype="auto".
 
-    raises ModelError for one that no model can be made in
+    raises  ModelError for a dtype in which no model can be made
     """
     if asked != "source":
         found = getattr(torch, asked)
-        assert isinstance(found, torch.dtype)  # the recipe knows three
+        assert isinstance(found, torch.dtype)  # the recipe accepts only these three
         return found
     stated = getattr(config, "dtype", None)
     if stated is None:
@@ -36,15 +36,15 @@ def load_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if dtype not in COMPUTED_IN:
         raise ModelError(
-            f"dtype is {str(stated).removeprefix('torch.')}, in which no model can be made",
+            f"dtype is {str(stated).removeprefix('torch.')}, in which no model can compute",
             where="config.json",
-            hint="Set it to float32, bfloat16 or float16.",
+            hint='Set "dtype" to "float32", "bfloat16" or "float16".',
         )
     return dtype
 
 
 def held_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Parameter or persistent buffer -> the dtype in which it is held once a checkpoint's tensor has filled it.
+    """Parameter or persistent buffer -> its dtype after a checkpoint's tensor has filled it.
 
     model  made with `dtype`, on any device
     """
@@ -57,7 +57,7 @@ def held_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
 
 
 def hold(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give these parameters and buffers their dtypes, in place; what shares storage goes on sharing it."""
+    """Convert these parameters and buffers to their dtypes, in place. Those that share storage still share it."""
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in dtypes and tensor.dtype != dtypes[name]:
@@ -65,13 +65,13 @@ def hold(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def hold_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold a model that was made with `dtype` and filled with nothing as if a checkpoint had filled all of it."""
+    """Convert an empty model that was made with `dtype` as if a checkpoint had filled all of it."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     hold(model, {name: held for name, held in held_dtypes(model, dtype).items() if name not in tied})
 
 
 def _first_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the first floating tensor, by name, of the first file; transformers looks no further."""
+    """The dtype of the first floating tensor, by name, of the first file. transformers uses the same."""
     first = min(info.file for info in checkpoint.tensors.values())
     for name in sorted(name for name, info in checkpoint.tensors.items() if info.file == first):
         if checkpoint.tensors[name].dtype in COMPUTED_IN:

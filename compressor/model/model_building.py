@@ -1,9 +1,9 @@
-"""Guarded building: what a config, a class or a probe model raises is a refusal that names the key of config.json.
+"""Builds configs and models so that any failure becomes an error that names the wrong key of config.json.
 
-config.json is somebody else's file, and transformers checks only part of it: a wrong value may end in any exception,
-in a loop over 10^12 layers or in a buffer of a terabyte. So counts and sizes are checked before anything is made from
-them (`config_values`), the class is made on the meta device first, where parameters cost nothing, and when something
-fails the key is looked for (`wrong_key`).
+config.json comes from anywhere, and transformers checks only part of it: a wrong value may end in any exception, in a
+loop over 10^12 layers or in a buffer of a terabyte. So counts and sizes are checked before anything is made from them
+(`config_values`), the class is made on the meta device first, where parameters cost nothing, and after a failure the
+wrong key is searched for (`wrong_key`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from compressor.model.config_values import HINT, key_of, leaves, shown_value, va
 from compressor.model.wrong_key import wrong_keys
 from compressor.process.resources import ran_out
 
-BUFFER_BYTES = 1 << 30  # buffers that a class makes itself: position ids, masks, rotary tables; at most this much
+BUFFER_BYTES = 1 << 30  # limit for the buffers that a class makes itself: position ids, masks, rotary frequencies
 MODULES_PER_TENSOR = 16  # wrappers, activations and dropout included
 
 Made = TypeVar("Made")
 
 
 def parse_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    """The config as transformers reads it. raises ModelError naming the key that can't be read"""
+    """The config as transformers reads it. raises ModelError naming a key that can't be read"""
     kind = checkpoint.config["model_type"]
     remote = trust_remote_code and "AutoConfig" in (checkpoint.config.get("auto_map") or ())
     if kind not in CONFIG_MAPPING and not remote:
         raise ModelError(
-            f"model_type is {kind!r}, which this transformers doesn't know; it can't read its config.json",
+            f"model_type is {kind!r}, which the installed transformers doesn't know",
             where=where_of(checkpoint),
-            hint="Update transformers, or check `model_type`.",
+            hint="Run pip install -U transformers, or correct `model_type` in config.json.",
             data={"reason": "unknown-model-type", "model_type": kind},
         )
 
@@ -68,26 +68,26 @@ def guarded(
     *,
     retry: Callable[[PretrainedConfig], object] | None = None,
 ) -> Made:
-    """The result of `work(config)`, or a refusal that names the key of config.json whose value makes it fail.
+    """The result of `work(config)`, or an error that names the key of config.json whose value makes it fail.
 
     subject, failed  what did not work, such as "LlamaForCausalLM" and "it can't be built"
-    retry            does what any loader of the model does. If that works the config isn't to blame, and no key is
-                     looked for; else it is what is tried with other values. `work` unless given
-    raises           ModelError; DependencyError where a package is missing and no key of config.json asks for it;
-                     PassError where memory ran out
+    retry            does what any loader of the model does. If it works, the config is not the cause, and no key is
+                     searched for. Else it is tried with other values. Default: `work`
+    raises           ModelError; DependencyError if a package is missing and no key of config.json needs it; PassError
+                     if memory ran out
     """
     try:
         return work(config)
     except CompressError:
         raise
     except Exception as error:  # any: the model's own code fails in its own ways
-        if (lack := ran_out(error)) is not None:  # no key of config.json is to blame
+        if (lack := ran_out(error)) is not None:  # no key of config.json is the cause
             raise lack from error
         if retry is not None and _works(retry, config):
             raise ModelError(
                 f"{failed} ({_said(error)})",
                 where=subject,
-                hint="This model can't be compressed block by block.",
+                hint="Choose another model; if transformers runs this one, report this message with its config.json.",
                 data={"reason": "not-in-blocks", "cause": _said(error)},
             ) from error
         cls, again = type(config), retry or work
@@ -102,7 +102,7 @@ def refusal(
     cls: type[PretrainedConfig] | None = None,
     attempt: Callable[[dict[str, Any]], object] | None = None,
 ) -> CompressError:
-    """What to say of a failure: the key whose change alone mends it, else what was raised.
+    """The error of a failure: it names the key whose change alone corrects it, else the exception.
 
     cls      the config class, whose defaults are tried
     attempt  does the same with other values of config.json
@@ -132,11 +132,16 @@ def refusal(
             },
         )
     if isinstance(error, ImportError):
-        return DependencyError(f"{failed} ({said})", where=subject, hint="Install what it names.", data={"cause": said})
+        return DependencyError(
+            f"{failed} ({said})",
+            where=subject,
+            hint="Install the package that the message names with pip.",
+            data={"cause": said},
+        )
     return ModelError(
         f"{failed} ({said})",
         where=subject,
-        hint="Loading it with transformers alone shows the whole error.",
+        hint="Load it with transformers alone; if that works, report this message with the model's config.json.",
         data={"reason": "fails", "cause": said},
     )
 
@@ -144,16 +149,16 @@ def refusal(
 def empty_on_meta(
     cls: type[PreTrainedModel], config: PretrainedConfig, most_modules: int, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model made with `dtype`, all of it on the meta device; it costs no memory whatever the sizes are.
+    """The model made with `dtype`, all of it on the meta device, so that it needs no memory at any size.
 
-    raises  ValueError when it would have more than `most_modules` modules, and whatever the class raises
+    raises  ValueError if it would have more than `most_modules` modules, and whatever the class raises
     """
     with torch.device("meta"), init.meta_device_safe_creation_ops(), _at_most(most_modules):
         return cls._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """raises ModelError when a class would fill more memory with tables of its own than any real model does"""
+    """raises ModelError if the buffers of a class need more memory than those of any real model"""
     buffers = sorted(model.named_buffers(), key=lambda item: -item[1].nbytes)
     total = sum(buffer.nbytes for _, buffer in buffers)
     if total <= max(BUFFER_BYTES, checkpoint.nbytes):
@@ -165,7 +170,7 @@ def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if type(value) is int and value > 1 and value in largest.shape
     ]
     raise ModelError(
-        f"asks for {total:,} bytes of buffers beside {checkpoint.nbytes:,} bytes of weights; {name} alone has shape "
+        f"needs {total:,} bytes of buffers for {checkpoint.nbytes:,} bytes of weights; {name} alone has shape "
         f"{tuple(largest.shape)}" + (f", after {' or '.join(keys)}" if keys else ""),
         where=where_of(checkpoint),
         hint=HINT,
@@ -181,13 +186,13 @@ def check_buffers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def most_modules(checkpoint: Checkpoint) -> int:
-    """More modules than a class makes for that many tensors."""
+    """An upper limit for the number of modules that a class makes for that many tensors."""
     return 1000 + MODULES_PER_TENSOR * len(checkpoint.tensors)
 
 
 @contextmanager
 def _at_most(count: int) -> Iterator[None]:
-    """Count the modules put into others, so that a loop over a wrong number of layers ends."""
+    """Count the submodules that are made, so that a loop over a wrong number of layers ends."""
     seen = 0
 
     def count_one(_parent: nn.Module, _name: str, _child: nn.Module | None) -> None:
@@ -204,7 +209,7 @@ def _at_most(count: int) -> Iterator[None]:
 
 
 def _from_json(cls: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
-    """A config from the values of a config.json, as `from_pretrained` makes it."""
+    """The config from the values of a config.json, as `from_pretrained` makes it."""
     return cls.from_dict(cls._decode_special_floats(copy.deepcopy(values)))
 
 

@@ -1,4 +1,4 @@
-"""What the front matter of a model card (README.md) says of the licence."""
+"""Reads the licence from the front matter of a model card (README.md)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from compressor.model.model_files import regular_file
 from compressor.process.utf8 import is_utf8
 from compressor.storage.file_names import CARD
 
-MAX_BYTES = 1 << 20  # of what is read of a card; front matter is short
-MAX_LENGTH = 300  # of one value
+MAX_BYTES = 1 << 20  # number of bytes of a card that are read; front matter is short
+MAX_LENGTH = 300  # characters of one value
 KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class Licence:
-    """As the hub has it: identifiers such as apache-2.0, and for `other` a name and a link or file.
+    """A licence as the hub defines it: identifiers such as apache-2.0, and for `other` a name and a link or file.
 
-    identifiers  in the card's order; usually one, () if none is stated
+    identifiers  in the card's order; usually one, () if the card has none
     """
 
     identifiers: tuple[str, ...] = ()
@@ -30,14 +30,14 @@ class Licence:
     link: str | None = None
 
     def front_matter(self) -> dict[str, Any]:
-        """The keys of a card: what was stated, or `other`."""
+        """The keys for a model card: the stated ones, or `other`."""
         one = self.identifiers[0] if len(self.identifiers) == 1 else list(self.identifiers) or "other"
         stated = {"license": one, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in stated.items() if value is not None}
 
 
 def read_licence(directory: Path) -> Licence:
-    """The licence that a directory's card states; a card that states none, or isn't YAML there, gives an empty one."""
+    """The licence in a directory's card. It is empty if the card has none or its front matter is not YAML."""
     path = directory / CARD
     if not path.is_symlink() and not path.exists():
         return Licence()
@@ -60,7 +60,7 @@ def _front_matter(text: str) -> dict[str, Any]:
     whole = _load("\n".join(lines))
     if isinstance(whole, dict):
         return whole
-    result: dict[str, Any] = {}  # something else in it isn't YAML: read the keys about the licence alone
+    result: dict[str, Any] = {}  # another part of it is not YAML: read only the keys about the licence
     for key in KEYS:
         for number, line in enumerate(lines):
             if re.match(rf"{key}\s*:", line):

@@ -1,4 +1,4 @@
-"""Which class of transformers, or of a checkpoint's own code, a checkpoint is loaded with, and its config."""
+"""Finds the class, of transformers or of a checkpoint's own code, that loads a checkpoint, and its config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compressor.model.trusted_code import FLAG, auto_map, check_kernels, file_of
 
 
 def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a checkpoint, or of the model that an artifact stands for."""
+    """The config of a checkpoint, or of the model in an artifact."""
     checkpoint = open_checkpoint(directory)
     check_values(checkpoint)
     if "compressed_weights" in checkpoint.config:
@@ -34,9 +34,9 @@ def config_of(directory: Path, trust_remote_code: bool = False) -> PretrainedCon
 
 
 def class_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that transformers loads a checkpoint with, in whatever form its weights are.
+    """The class with which transformers loads a checkpoint, for any format of its weights.
 
-    raises ModelError for an unknown architecture, and for encoder-decoder models
+    raises  ModelError for an unknown architecture, and for encoder-decoder models
     """
     check_values(checkpoint)
     config, cls = config_and_class(checkpoint, trust_remote_code)
@@ -49,15 +49,15 @@ def refuse_two_stacks(config: PretrainedConfig, cls: type[PreTrainedModel]) -> N
         raise ModelError(
             "encoder-decoder models have two stacks of blocks",
             where=cls.__name__,
-            hint="Only models with one stack (decoders, encoders, ViTs) are supported.",
+            hint="Choose a model with one stack of blocks: a decoder, an encoder or a ViT.",
             data={"reason": "two-stacks"},
         )
 
 
 def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """The config and the class of transformers, or of the checkpoint's code where transformers has none of that name.
+    """The config and the class of transformers, or those of the checkpoint's code if transformers lacks the name.
 
-    trust  code of the checkpoint may run, where it is needed
+    trust  code of the checkpoint may run if it is needed
     """
     where = checkpoint.directory.name
     name = checkpoint.architecture
@@ -65,7 +65,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         raise ModelError(
             "config.json names no `architectures`",
             where=where,
-            hint="Add the model's class name.",
+            hint='Add the class of the model, for example "architectures": ["LlamaForCausalLM"].',
             data={"reason": "no-architecture"},
         )
     check_kernels(checkpoint.config)
@@ -74,7 +74,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
     references = _code_of(checkpoint, name, cls, named)
     if references and not trust:
         raise ModelError(
-            f"{name} is code that comes with the checkpoint: {required_code(checkpoint.directory, references)}",
+            f"{name} is code bundled with the checkpoint: {required_code(checkpoint.directory, references)}",
             where=where,
             hint=FLAG,
             data={
@@ -87,7 +87,7 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         raise ModelError(
             f"transformers {transformers.__version__} has no architecture {name!r}",
             where=where,
-            hint="Update transformers, or check `architectures` in config.json.",
+            hint="Run pip install -U transformers, or correct `architectures` in config.json.",
             data={"reason": "unknown-architecture", "architecture": name, "transformers": transformers.__version__},
         )
     config = parse_config(checkpoint, trust_remote_code=bool(references))
@@ -96,22 +96,22 @@ def config_and_class(checkpoint: Checkpoint, trust: bool) -> tuple[PretrainedCon
         if reference.endswith("." + name):
             try:
                 cls = get_class_from_dynamic_module(reference, checkpoint.directory, local_files_only=True)
-            except Exception as error:  # any: it runs the checkpoint's own file
+            except Exception as error:  # any: the checkpoint's own file runs
                 raise refusal(error, checkpoint, name, "it can't be imported from the checkpoint's code") from error
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(
             f"{name} is not a model class",
             where=where,
-            hint="Check `architectures` in config.json.",
+            hint="Write the model's class into `architectures` in config.json, or download that file again.",
             data={"reason": "no-model-class", "name": name},
         )
     return config, class_for(cls, config)
 
 
 def _code_of(checkpoint: Checkpoint, name: str, cls: Any, named: dict[str, list[str]]) -> list[str]:
-    """The references of `auto_map` that have to be run, because transformers lacks the config's class or the model's.
+    """The references of `auto_map` that must run because transformers lacks the class of the config or of the model.
 
-    [] where transformers has both: then its own are used, and the code isn't run
+    [] if transformers has both: then its own classes are used, and the code doesn't run
     """
     kind = checkpoint.config.get("model_type")
     if cls is not None and isinstance(kind, str) and kind in CONFIG_MAPPING:

@@ -1,10 +1,10 @@
-"""Which files of a model's directory may be opened.
+"""Checks which files of a model's directory may be opened.
 
-A directory of a model comes from anywhere. Opening a FIFO or a device in it can block for ever, and a link can lead to
-a file of somebody else. So a file is opened only if it is a regular file that lies inside the directory. The one
-exception is the Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
+A model's directory comes from anywhere. Opening a FIFO or a device in it can block forever, and a link can lead to
+somebody else's file. So a file is opened only if it is a regular file inside the directory. The one exception is the
+Hugging Face cache, whose snapshots are links into `blobs/` of the same model's folder.
 
-transformers opens more files than this package names. So the whole directory is checked before it is handed over.
+transformers opens more files than this package names. So the whole directory is checked before transformers reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from compressor.errors import ModelError
 from compressor.process.utf8 import check_utf8
 
-MAX_ENTRIES = 10_000  # of one directory, with its folders; a model's directory holds a few dozen
+MAX_ENTRIES = 10_000  # files and folders of one directory; a model's directory has a few dozen
 MAX_DEPTH = 8  # folders below the directory
 KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -29,12 +29,12 @@ KINDS = {
 
 
 def is_hidden(relative: Path) -> bool:
-    """Whether a name starts with a dot somewhere, as those of .git and .cache/huggingface do; loaders open no such."""
+    """Whether a part of the path starts with a dot, as .git and .cache/huggingface do. Loaders open no such files."""
     return any(part.startswith(".") for part in relative.parts)
 
 
 def regular_file(directory: Path, path: Path) -> Path:
-    """`path`, if it may be opened. raises ModelError for what is missing, leads out, or is no regular file"""
+    """`path`, if it may be opened. raises ModelError if it is missing, leads out, or is not a regular file"""
     name = _name(directory, path)
     try:
         found = os.stat(path)
@@ -44,15 +44,15 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             "file is missing",
             where=name,
-            hint=f"A checkpoint directory has one ({directory.name}).",
+            hint=f"Check that {directory.name} is a checkpoint directory, or download the model again.",
             data={"reason": "missing", "directory": directory.name},
         ) from error
-    except (OSError, ValueError) as error:  # a link in a circle, a name too long, no permission; a name with a NUL
+    except (OSError, ValueError) as error:  # a circular link, a long name, no permission; a name with a NUL
         said = getattr(error, "strerror", None) or error
         raise ModelError(
             f"can't be read ({said})",
             where=name,
-            hint="Download the model again.",
+            hint="Check the permissions of the file, or download the model again.",
             data={"reason": "unreadable", "cause": str(said)},
         ) from error
     if not stat.S_ISREG(found.st_mode):
@@ -60,7 +60,7 @@ def regular_file(directory: Path, path: Path) -> Path:
         raise ModelError(
             f"is {kind}, a regular file is needed",
             where=name,
-            hint="Not opened. Remove it from the directory.",
+            hint="Remove it from the directory, or put a regular file in its place.",
             data={"reason": "no-regular-file", "kind": kind},
         )
     if not _leads_inside(directory, path):
@@ -69,21 +69,21 @@ def regular_file(directory: Path, path: Path) -> Path:
 
 
 def check_directory(directory: Path) -> None:
-    """The directory has a name that can be written, and every entry, except hidden ones, may be opened, or is a folder.
+    """Check that the directory's name is UTF-8, and that every entry (except hidden ones) is a folder or may be opened.
 
-    raises UsageError for such a name, ModelError naming the first entry that isn't so, or for a directory that is too
-           large or too deep to be a model's
+    raises  UsageError for the name, ModelError naming the first entry that may not be opened, or for a directory that
+            is too large or too deep for a model
     """
-    check_utf8(directory.absolute(), "Rename the directory, or the folder that it lies in.")
+    check_utf8(directory.absolute(), "Rename the directory, or the folder that contains it.")
     for path in entries(directory):
         if path.is_symlink() or not path.is_dir():
             regular_file(directory, path)
 
 
 def entries(directory: Path) -> Iterator[Path]:
-    """Every entry below a directory, folders first, except hidden ones; links to folders are not followed.
+    """Every entry below a directory, folders first, except hidden ones. Links to folders are not followed.
 
-    raises ModelError for more than MAX_ENTRIES, for more than MAX_DEPTH folders, and for a folder that can't be read
+    raises  ModelError for more than MAX_ENTRIES entries or MAX_DEPTH levels, and for a folder that can't be read
     """
     count, waiting = 0, [(directory, 0)]
     while waiting:
@@ -98,16 +98,16 @@ def entries(directory: Path) -> Iterator[Path]:
             count += 1
             if count > MAX_ENTRIES:
                 raise ModelError(
-                    f"holds more than {MAX_ENTRIES:,} files, which no model's directory does",
+                    f"contains more than {MAX_ENTRIES:,} files; it isn't the directory of a model",
                     where=str(directory),
-                    hint="Move the model's files into a directory of their own.",
+                    hint="Pass the directory that contains only the model's files.",
                     data={"reason": "too-many-files", "limit": MAX_ENTRIES},
                 )
             yield path
             if path.is_dir() and not path.is_symlink():
                 if depth == MAX_DEPTH:
                     raise ModelError(
-                        f"lies more than {MAX_DEPTH} folders deep",
+                        f"is more than {MAX_DEPTH} folders deep",
                         where=_name(directory, path),
                         hint="Move it out of the model's directory.",
                         data={"reason": "too-deep", "limit": MAX_DEPTH},
@@ -126,10 +126,10 @@ def _name(directory: Path, path: Path) -> str:
 
 
 def _refusal(name: str, what: str, reason: str) -> ModelError:
-    hint = "Refused: put the file itself into the directory if it belongs there."
+    hint = "Replace the link by the file itself if it belongs to the model, else remove the link."
     return ModelError(what, where=name, hint=hint, data={"reason": reason})
 
 
 def demo_path() -> Path:
-    """The directory of the embedded demo model."""
+    """The directory of the bundled demo model."""
     return Path(__file__).parent.parent / "demo"

@@ -1,13 +1,13 @@
-"""Names of modules and parameters: what lies inside a module, and the same name in another block."""
+"""Compares and renumbers names of modules and parameters."""
 
 from __future__ import annotations
 
 
 def is_inside(name: str, module: str) -> bool:
-    """Whether `name` is that of the module itself, or of something in it."""
+    """Whether `name` is that of the module, or of a module or parameter inside it."""
     return name == module or name.startswith(module + ".")
 
 
 def renumbered(name: str, old: str, new: str) -> str:
-    """The same name in another block: `old` in front of it becomes `new`; any other name stays."""
+    """The same name in another block: the prefix `old` becomes `new`. Other names stay."""
     return new + name.removeprefix(old) if name.startswith(old) else name

@@ -1,7 +1,7 @@
-"""What a normalization module computes, found by running it: LayerNorm or RMSNorm, its gain, and its eps.
+"""Finds by running a normalization module what it computes: LayerNorm or RMSNorm, its gain, and its eps.
 
-A family is free to name its norm, store the gain as 1 + weight, or call eps by another name. What counts is the formula
-that the module's output follows, so a copy of it is run and compared.
+Families name their norms and eps differently, and may store the gain as 1 + weight. The formula of the output decides,
+so a copy of the module is run and compared with it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SEED = 0
 class Norm:
     """The formula of one norm over its last dimension.
 
-    kind        layer: the mean is subtracted first; rms: it isn't
+    kind        layer: the mean is subtracted first; rms: it is not
     offset      the gain is offset + weight: 1 for Gemma, else 0
-    eps         added to the mean square before its root
+    eps         added to the mean square before the square root
     width       size of the last dimension
-    has_weight  there is a gain; without one it is 1
+    has_weight  it has a gain; without one the gain is 1
     has_bias    a shift is added at the end
-    divisor     of the sum of squares where that is not the width: a stream cut to fewer values keeps its first one
+    divisor     of the sum of squares, if it is not the width: a narrower stream keeps the divisor of the original one
     """
 
     kind: Literal["layer", "rms"]
@@ -62,11 +62,11 @@ def apply_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
 
 
 def describe_norm(module: torch.nn.Module) -> Norm | None:
-    """The norm that `module` computes, or None if it is none of these.
+    """The norm that `module` computes, or None if it computes neither kind.
 
-    Candidates are modules without children whose only parameters are a weight (width,) and maybe a bias, and those
-    without parameters that state a `normalized_shape`, and maybe a `divisor`. A float32 copy with random parameters is
-    run on random inputs of ordinary size, and on some so small that a wrong eps would show; both must agree with
+    Candidates are modules without children whose only parameters are a weight (width,) and perhaps a bias, and those
+    without parameters that have a `normalized_shape` and perhaps a `divisor`. A float32 copy with random parameters
+    runs on random inputs of ordinary size, and on inputs so small that a wrong eps shows. Both results must agree with
     `apply_norm`. The module itself is not run, and its parameters may be on the meta device.
     """
     width, eps = _width(module), _eps(module)
@@ -79,7 +79,7 @@ def describe_norm(module: torch.nn.Module) -> Norm | None:
         for name, _ in module.named_parameters(recurse=False)
     }
     x = torch.randn(2, 3, width, generator=generator, dtype=torch.float32) + 1.0
-    # where the mean square is about eps; if eps is 0, any that is not would show in so small an input
+    # the mean square is about eps; if eps is 0, any other value would show for such a small input
     inputs = (x, x * (eps**0.5 or 1e-10))
     outputs = _run_copy(module, filled, inputs)
     if outputs is None:
@@ -92,7 +92,7 @@ def describe_norm(module: torch.nn.Module) -> Norm | None:
                 kind, offset, eps, width, weight is not None, bias is not None, None if divisor == width else divisor
             )
             wanted = (apply_norm(x, weight, bias, norm) for x in inputs)
-            # float32 has 7 digits and a norm rounds a few times; another formula is off by a tenth and more
+            # float32 has 7 digits and a norm rounds a few times; another formula differs by 0.1 or more
             if all(torch.allclose(y, z, rtol=1e-4, atol=1e-5) for y, z in zip(outputs, wanted)):
                 return norm
     return None
@@ -114,7 +114,7 @@ def _width(module: torch.nn.Module) -> int | None:
 
 
 def _eps(module: torch.nn.Module) -> float | None:
-    """The number that the module calls its eps; None also where it leaves the choice to the dtype (nn.RMSNorm)."""
+    """The module's attribute for eps; None also if the dtype decides it (nn.RMSNorm)."""
     for name in EPS_NAMES:
         value = getattr(module, name, None)
         if isinstance(value, (int, float)):
@@ -125,15 +125,15 @@ def _eps(module: torch.nn.Module) -> float | None:
 def _run_copy(
     module: torch.nn.Module, filled: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor] | None:
-    """Outputs of a float32 copy that has `filled` for parameters; None if it can't take such inputs."""
+    """Outputs of a float32 copy with the parameters `filled`; None if it can't run on such inputs."""
     probe = copy.deepcopy(module).eval()
     for name, value in filled.items():
         setattr(probe, name, torch.nn.Parameter(value, requires_grad=False))
     try:
         with torch.no_grad():
-            # forward itself, so that hooks on the module stay out of it
+            # forward itself, so that hooks of the module don't run
             outputs = [probe.float().forward(x) for x in inputs]
-    except (TypeError, ValueError, RuntimeError):  # wants further arguments or another shape, so it is no such norm
+    except (TypeError, ValueError, RuntimeError):  # it needs other arguments or another shape, so it is not such a norm
         return None
     same = all(isinstance(y, torch.Tensor) and y.shape == x.shape for x, y in zip(inputs, outputs))
     return outputs if same else None

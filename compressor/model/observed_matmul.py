@@ -1,4 +1,4 @@
-"""Multiplications by a parameter, observed while a model runs."""
+"""Observes the matmuls with a parameter while a model runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class ObservedMatmul:
-    """One multiplication of an input by (part of) a parameter.
+    """One matmul of an input with (part of) a parameter.
 
     input       (..., in_features) as the model passed it
-    row_offset  elements into the parameter where the matrix starts; tells the expert of a fused parameter
-    transposed  the matrix lies as (in, out)
+    row_offset  elements into the parameter where the matrix starts; identifies the expert of a fused parameter
+    transposed  the matrix is stored as (in, out)
     """
 
     parameter: str
@@ -29,16 +29,17 @@ class ObservedMatmul:
 
 
 class ObservedMatmuls(TorchFunctionMode):
-    """Reports every multiplication by a watched parameter while it is active, module or not.
+    """Reports every matmul with a watched parameter while it is active, inside and outside of modules.
 
-    Watching the multiplication rather than modules sees nn.Linear, Conv1D and one expert of a fused parameter alike.
-    `watched` maps parameter names to parameters; `on_call` may raise `Stop` to end the run before the product.
+    It sees nn.Linear, Conv1D and one expert of a fused parameter in the same way, because it observes the matmul and
+    not the module. `watched` maps parameter names to parameters. `on_call` may raise `Stop` to end the run before the
+    matmul.
     """
 
     def __init__(self, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], None]) -> None:
         super().__init__()
         self._names = {parameter.untyped_storage()._cdata: name for name, parameter in watched.items()}
-        self._keep = list(watched.values())  # storages stay alive, so their addresses stay unique
+        self._keep = list(watched.values())  # storages stay alive, so that their addresses stay unique
         self._on_call = on_call
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -62,7 +63,7 @@ class ObservedMatmuls(TorchFunctionMode):
         self.visit(ObservedMatmul(name, x, weight.numel(), int(weight.storage_offset()), transposed))
 
     def visit(self, call: ObservedMatmul) -> None:
-        """Called before each watched product."""
+        """Called before each matmul with a watched parameter."""
         self._on_call(call)
 
 

@@ -1,4 +1,4 @@
-"""Plain attention in place of a model's own, observed and, if wanted, changed while the model runs."""
+"""Replaces a model's attention by plain attention, and records and optionally changes it while the model runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMPLEMENTATION = "observed_plain_attention"
 class AttentionCall:
     """One call of transformers' attention interface.
 
-    module              that called it
+    module              the module that called it
     heads, groups       of queries, and of keys and values
     value_width         of one head
     """
@@ -34,7 +34,7 @@ class AttentionCall:
 @dataclass
 class ObservedAttention:
     """calls   in their order
-    change  what is made of an attention's output (samples, tokens, heads, head_dim)
+    change  a function that is applied to the output of attention (samples, tokens, heads, head_dim)
     """
 
     calls: list[AttentionCall]
@@ -43,7 +43,7 @@ class ObservedAttention:
 
 @contextmanager
 def observed_plain_attention(model: PreTrainedModel) -> Iterator[ObservedAttention]:
-    """While inside, the model's attention is `attend`, and each call of it is recorded."""
+    """Inside this context the model's attention is `attend`, and each call of it is recorded."""
     observed, before = ObservedAttention([]), model.config._attn_implementation
 
     def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Says from config.json, file names and headers alone that a checkpoint is quantized already, and refuses it."""
+"""Refuses a checkpoint that is already quantized, as config.json, file names and headers show."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from compressor.storage.safetensors_file import TensorInfo
 
 HINT = "Start from the original 16-bit or 32-bit checkpoint."
 CONFIG_KEYS = ("quantization_config", "compression_config")
-# what exporters write beside config.json: modelopt, AutoGPTQ and GPTQModel, AutoAWQ, quanto, torchao
+# files that exporters write beside config.json: modelopt, AutoGPTQ and GPTQModel, AutoAWQ, quanto, torchao
 CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
-# last part of a tensor's name -> it belongs to a quantized matrix of the module that it is named for
+# last parts of tensor names that mark a quantized matrix of the module in the rest of the name
 LEAVES = (
     *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
     *("weight_zero_point", "weight_shape", "weight_g_idx", "SCB", "weight_format", "absmax", "quant_map", "W_q"),
     *("weight_scales", "weight_blocks", "qscales", "_qdata", "_scale_and_zero"),
 )
-FLOATING = ("F64", "F32", "F16", "BF16")  # what a floating parameter can be read from
+FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes from which a floating parameter can be read
 
 
 def refuse_stated(checkpoint: Checkpoint) -> None:
-    """raises ModelError if config.json, or a file beside it, says that the model is quantized"""
+    """raises ModelError if config.json, or a file beside it, declares that the model is quantized"""
     sections = {"": checkpoint.config} | {
         f"{key}.": value for key, value in checkpoint.config.items() if isinstance(value, dict)
     }
@@ -36,17 +36,17 @@ def refuse_stated(checkpoint: Checkpoint) -> None:
     for name in CONFIG_FILES:
         if (checkpoint.directory / name).is_file():
             told = {"reason": "config-file", "file": name}
-            raise _refusal(f"{name} lies beside its weights", None, checkpoint, told)
+            raise _refusal(f"{name} is in its directory", None, checkpoint, told)
 
 
 def refuse_codes(
     filled: Iterable[tuple[str, str]], unused: Iterable[str], modules: Iterable[str], checkpoint: Checkpoint
 ) -> None:
-    """raises ModelError if tensors that fill floating parameters hold codes, or codes lie beside modules
+    """raises ModelError if tensors for floating parameters contain codes, or there are tensors of quantized weights
 
-    filled   (tensor, floating parameter that it fills)
-    unused   tensors that fill nothing
-    modules  names of the model's modules, as checkpoints call them
+    filled   (tensor, the floating parameter that it fills)
+    unused   tensors that fill no parameter
+    modules  names of the model's modules in the checkpoint
     """
     codes = [
         (tensor, parameter) for tensor, parameter in filled if checkpoint.tensors[tensor].stored_as not in FLOATING
@@ -54,14 +54,14 @@ def refuse_codes(
     if codes:
         tensor = codes[0][0]
         kind = _kind(checkpoint.tensors, tensor)
-        what = f"{len(codes)} tensors hold {kind}, such as {tensor}, where weights belong"
+        what = f"{len(codes)} tensors contain {kind} in place of weights, such as {tensor}"
         stored_as = checkpoint.tensors[tensor].stored_as
         told = {"reason": "codes", "tensors": len(codes), "stored_as": stored_as, "tensor": tensor}
         raise _refusal(what, None, checkpoint, told)
     known = set(modules)
     beside = [name for name in unused if name.rpartition(".")[2] in LEAVES and name.rpartition(".")[0] in known]
     if beside:
-        what = f"{len(beside)} tensors of quantized weights are there, such as {beside[0]}"
+        what = f"it has {len(beside)} tensors of quantized weights, such as {beside[0]}"
         told = {"reason": "tensors-beside", "tensors": len(beside), "tensor": beside[0]}
         raise _refusal(what, None, checkpoint, told)
 

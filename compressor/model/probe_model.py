@@ -1,4 +1,4 @@
-"""A small model of a class with random weights, on which is found out what the model does."""
+"""Makes a probe model: a small model of the same class with random weights, on which structure is found."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PROBE_SEED = 0
 
 
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
-    """The config with the fewest blocks that still show every kind of block (at least two where there are two).
+    """The config with the smallest number of blocks that has every kind of block (at least two if the model has two).
 
-    These are the first ones, but of a sliced model the last block, often the only one of its widths, may follow on few.
+    These are the first blocks. Of a sliced model, the last block, often the only one of its widths, may be added.
     """
     count = len(pieces)
     kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
@@ -41,14 +41,16 @@ def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pie
 
 
 def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:
-    """The config with these of its blocks alone; only the last of them may be out of its place."""
+    """The config with only these of its blocks. Only the last of them may change its number."""
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
     for key, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(text, key, [value[index] for index in chosen])
     passes = getattr(text, "num_hidden_layers", count)
-    text.num_hidden_layers = len(chosen) + passes - count  # more passes than blocks stay more
+    text.num_hidden_layers = (
+        len(chosen) + passes - count
+    )  # a model that runs blocks more than once keeps the additional runs
     if is_reshaped(config) and chosen[-1] != len(chosen) - 1:
         old, new = f"{path}.{chosen[-1]}", f"{path}.{len(chosen) - 1}"
         for entries in reshaping(shallow):
@@ -60,16 +62,16 @@ def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: 
 
 
 def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
-    """The stream's widths in a rotated block; of another block nothing is known."""
+    """The stream's widths in a rotated block; [] for another block."""
     return reshaping(config)[1].get(f"{pieces.blocks_path}.{index}", {}).get("shape", [])
 
 
 def make_probe_model(
     cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model of `config`: parameters on the meta device, or seeded random ones elsewhere.
+    """The model of `config`, with parameters on the meta device, or seeded random ones on another device.
 
-    raises  PreflightError where memory can't hold those
+    raises  PreflightError if they don't fit into memory
     """
     config = run_in_pieces(config)
     if device.type == "meta":
@@ -85,26 +87,26 @@ def make_probe_model(
 
 
 def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """raises PreflightError for parameters that memory can't hold, before the system ends the process for it"""
+    """raises PreflightError for parameters that don't fit into memory, before the system kills the process"""
     try:
         with torch.device("meta"):
             empty = cls._from_config(config, dtype=dtype)
-    except Exception:  # a class that reads values while it is made; what is wrong with it shows when it is made
+    except Exception:  # a class that reads values while it is made; an error shows when it is made
         return
     needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
     if needed > there:
         raise PreflightError(
-            f"a twin of a few of its blocks takes {needed:,} bytes of memory, {there:,} are available",
+            f"a probe model with a few of its blocks needs {needed:,} bytes of memory, {there:,} are available",
             where=cls.__name__,
-            hint="Use a machine with more memory.",
+            hint="Free memory on this machine, or use one with more.",
             data={"needed": needed, "available": there},
         )
 
 
 def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2, tokens: int = PROBE_TOKENS) -> Batch:
-    """Seeded random inputs of the kind the model takes: token ids or pixels.
+    """Seeded random inputs of the kind that the model reads: token ids or pixels.
 
-    raises  ModelError for a model that reads something else, or both of them in two towers
+    raises  ModelError for a model that reads other inputs, or both of them in two towers
     """
     refuse_two_towers(model)
     generator = torch.Generator().manual_seed(PROBE_SEED)
@@ -116,36 +118,36 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
         seen = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
         if not hasattr(seen, "image_size"):
             raise ModelError(
-                "its config.json doesn't say which size the images have",
+                "its config.json has no size of the images",
                 where=type(model).__name__,
-                hint="Only models with `image_size` in their config, or in its `vision_config`, are supported.",
+                hint="Add `image_size` to config.json, or to its `vision_config`.",
                 data={"reason": "no-image-size"},
             )
         size = seen.image_size if isinstance(seen.image_size, (tuple, list)) else (seen.image_size,) * 2
         pixels = torch.randn(samples, getattr(seen, "num_channels", 3), *size, generator=generator)
         return {"pixel_values": pixels.to(device=device, dtype=model.dtype)}
     raise ModelError(
-        f"its main input is {model.main_input_name!r}",
+        f"its main input is {model.main_input_name!r}, not token ids or pixels",
         where=type(model).__name__,
-        hint="Only models that read token ids or pixels are supported.",
+        hint="Choose a model that reads token ids (input_ids) or pixels (pixel_values).",
     )
 
 
 def refuse_two_towers(model: PreTrainedModel) -> None:
-    """raises ModelError for a model of a text tower and an image tower side by side, as CLIP is"""
+    """raises ModelError for a model with a text tower and an image tower, such as CLIP"""
     parts = [name for name in ("text_config", "vision_config") if getattr(model.config, name, None) is not None]
     towers = [name for name in ("text_model", "vision_model") if isinstance(getattr(model, name, None), nn.Module)]
     if len(parts) == 2 and len(towers) == 2:
         raise ModelError(
             "reads texts and images in two towers, and only one stack of blocks can be compressed at a time",
             where=type(model).__name__,
-            hint="Save the tower that is needed as a model of its own.",
+            hint="Save one tower as a model of its own, for example model.text_model.save_pretrained(DIR).",
             data={"reason": "two-towers"},
         )
 
 
 def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
-    """Blocks of one signature do the same multiplications on the same shapes."""
+    """Blocks of the same signature do the same matmuls on the same shapes."""
     kinds = getattr(config.get_text_config(), "layer_types", None)
     shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
     kind = kinds[index] if isinstance(kinds, (list, tuple)) and index < len(kinds) else None
@@ -153,10 +155,10 @@ def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[A
 
 
 def run_in_pieces(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the config for a model whose blocks are run one by one, and more than once on the same input.
+    """A copy of the config for a model whose blocks run one by one, and more than once on the same input.
 
-    No cache anywhere: the language model inside a model of images and text has a config of its own, and each replay of
-    a block would append to a cache. And one expert at a time, so that each expert's own tokens can be seen.
+    It has no cache, also not in a config inside it (the language model of a model of images and text), since each run
+    of a block would append to the cache. Experts run one at a time, so that the tokens of each expert can be observed.
     """
     config = copy.deepcopy(config)
     for part in _with_parts(config):
@@ -172,7 +174,7 @@ def _with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def use_eager_experts(config: PretrainedConfig) -> None:
-    """One expert at a time, so that each expert's own tokens can be seen."""
+    """Run one expert at a time, so that the tokens of each expert can be observed."""
     for part in _with_parts(config):
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"

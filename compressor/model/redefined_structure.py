@@ -1,7 +1,7 @@
-"""The structure that a model will have once a step has reshaped it, from headers alone.
+"""Computes the structure of a model after a step that reshapes it, from headers alone.
 
-`plan` looks at it to count bytes and to select what later steps do; the sweep then writes tensors of exactly these
-shapes, and reads them back as a checkpoint like any other (`compressor.engine.rewrite_sweep`).
+`plan` uses it to count bytes and to select the weights of later steps. The sweep then writes tensors of exactly these
+shapes, and reads them again as an ordinary checkpoint (`compressor.engine.rewrite_sweep`).
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from compressor.model.structure import Structure, structure_of
 from compressor.model.unused_tensors import without_announcements
 from compressor.storage.safetensors_file import TensorInfo
 
-# what transformers raises for a config whose numbers it doesn't take, and for a model that can't be made of one
+# the exceptions of transformers for a config with numbers that it refuses, and for a model that can't be made from it
 REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
 
 
 def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape, tied ones under each of their names."""
+    """Parameter -> shape; tied ones under each of their names."""
     return {name: tuple(p.shape) for name, p in structure.model.named_parameters(remove_duplicate=False)}
 
 
 def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
-    """The structure of the reshaped model; its tensors have shapes but lie nowhere.
+    """The structure of the reshaped model. Its tensors have shapes but no file yet.
 
-    raises ModelError if the model's class makes other shapes of that config
+    raises  ModelError if the model's class makes other shapes from that config
     """
     config = _config_after(structure, redefinition)
-    if any(unused.is_carried for unused in structure.bindings.unused):  # they fit the model as it was, and stay behind
+    if any(
+        unused.is_carried for unused in structure.bindings.unused
+    ):  # they belong to the model before this step, and are not copied
         config = without_announcements(config, structure.model.config)
     tensors: dict[str, TensorInfo] = {}
     held = structure.model.state_dict()
@@ -53,7 +55,7 @@ def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
     for name, shape in redefinition.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
             tensors[renumbered(name, structure, redefinition)] = _info(structure, name, shape)
-    if not config.get("tie_word_embeddings", True):  # what shared more than a table has a tensor of its own then
+    if not config.get("tie_word_embeddings", True):  # then everything that shared a tensor has one of its own
         for name, origin in structure.bindings.tied.items():
             shape = redefinition.shapes.get(name) or redefinition.shapes.get(origin) or tuple(held[origin].shape)
             tensors.setdefault(renumbered(name, structure, redefinition), _info(structure, name, shape))
@@ -61,19 +63,19 @@ def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
 
 
 def with_token_gates(structure: Structure, redefinition: Redefinition) -> Structure:
-    """The structure of a model of which only the config changes; its tensors lie where they did."""
+    """The structure of a model whose config alone changes. Its tensors stay in their files."""
     return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, redefinition)))
 
 
 def _reclassed(structure: Structure, checkpoint: Checkpoint) -> Structure:
-    """The structure of a checkpoint whose config may ask for another class of the same architecture."""
+    """The structure of a checkpoint whose config may need another class of the same architecture."""
     config = _config(checkpoint.config)
     cls = class_for(stock_class(structure.model), config)
     return structure_of(checkpoint, cls, config, str(structure.dtype).partition(".")[2])
 
 
 def _config_after(structure: Structure, redefinition: Redefinition) -> dict[str, Any]:
-    """config.json of the model that a step makes."""
+    """config.json of the model after a step."""
     config = {**copy.deepcopy(structure.checkpoint.config), **copy.deepcopy(redefinition.config)}
     config["dtype"] = str(structure.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
@@ -81,7 +83,7 @@ def _config_after(structure: Structure, redefinition: Redefinition) -> dict[str,
 
 
 def renumbered(name: str, structure: Structure, redefinition: Redefinition) -> str:
-    """A parameter or tensor of a block that stays, as it is called where fewer blocks are counted."""
+    """The new name of a parameter or tensor of a block that stays, when the model has fewer blocks."""
     if redefinition.blocks is None:
         return name
     place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
@@ -98,14 +100,14 @@ def is_splittable(structure: Structure, name: str) -> bool:
 
 
 def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str, Tensor]:
-    """A parameter as the checkpoint tensors that make it up: the inverse of `binding.read_parameter`."""
+    """A parameter as the checkpoint tensors that fill it: the inverse of `weight_names.read_parameter`."""
     sources = structure.bindings.sources[name]
     if name not in structure.bindings.rules:
         return {sources[0].tensor: value}
-    assert name not in structure.bindings.joined  # it got a tensor of its own (`_tensor_infos`)
+    assert name not in structure.bindings.joined  # it has a tensor of its own now (`_tensor_infos`)
     parts = {}
     for source in sources:
-        assert source.rows is not None  # joined by rows, or the model was refused (`binding._placed`)
+        assert source.rows is not None  # joined by rows, or the model was refused (`weight_names._placed`)
         parts[source.tensor] = value[source.expert, source.rows[0] : source.rows[1]]
     return parts
 
@@ -113,9 +115,9 @@ def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str,
 def _tensor_infos(
     structure: Structure, name: str, before: tuple[int, ...], shape: tuple[int, ...]
 ) -> dict[str, TensorInfo]:
-    """The tensors that will make up a parameter that had one shape and gets another."""
+    """The tensors that will fill a parameter whose shape changes."""
     infos: dict[str, TensorInfo] = {}
-    if name in structure.bindings.joined:  # its own name is right too, and then no rule has to be undone
+    if name in structure.bindings.joined:  # its own name is correct too, and then no rule must be inverted
         return {name: _info(structure, name, shape)}
     for source in structure.bindings.sources[name]:
         if name not in structure.bindings.rules:
@@ -126,16 +128,16 @@ def _tensor_infos(
         rows = shape[1] if whole else source.rows[1] - source.rows[0]
         if not whole and shape[1] != before[1]:
             raise ModelError(
-                "several tensors fill its rows, and their number changes",
+                "it is joined from several tensors along its rows, and the step changes the number of rows",
                 where=name,
-                hint="This model can't be reshaped.",
+                hint="Leave slicegpt, vtrans and greedy_removal out; gptq, rtn and llm_int8 can be used.",
             )
         infos[source.tensor] = _info(structure, name, (rows, *shape[2:]))
     return infos
 
 
 def _info(structure: Structure, name: str, shape: tuple[int, ...]) -> TensorInfo:
-    """Of a parameter that is or comes to be; one that was tied is held as what it shared."""
+    """The tensor of a present or new parameter. A formerly tied one has the dtype of the tensor that it shared."""
     bindings = structure.bindings
     dtype = bindings.dtypes.get(bindings.tied.get(name, name), structure.dtype)
     return TensorInfo(Path(), dtype, tuple(shape), 0, math.prod(shape) * dtype.itemsize)
@@ -174,15 +176,15 @@ def _in_one_line(error: Exception) -> str:
 def check_redefinition(
     structure: Structure, redefinition: Redefinition, where: str, rewrites: bool = True
 ) -> Structure:
-    """The reshaped structure. raises PreflightError saying what the model's class can't be"""
+    """The reshaped structure. raises PreflightError with the reason if the model's class can't have these shapes"""
     try:
         return redefined(structure, redefinition) if rewrites else with_token_gates(structure, redefinition)
     except (ModelError, *REFUSALS) as error:
         why = str(error) if isinstance(error, ModelError) else _in_one_line(error)
         raise PreflightError(
-            f"{structure.architecture} can't have the shapes this step makes ({why})",
+            f"{structure.architecture} can't be built with the shapes that this step makes ({why})",
             where=where,
-            hint="Choose other settings; docs/passes says which models each orientation fits.",
+            hint="Set another sparsity, target or orientation; docs/passes lists the models that each pass fits.",
             data={
                 "model": structure.architecture,
                 "because": error.data if isinstance(error, ModelError) else {"cause": why},

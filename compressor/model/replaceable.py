@@ -1,9 +1,9 @@
-"""Whether a layer can take the place of the module that holds a weight.
+"""Decides whether a quantized layer can replace the module of a weight.
 
-A stored form stands for a module that multiplies by its weight, adds its bias and does no more. A router that also
-picks experts, or a parameter that is no module's `weight`, has no such place: it can be quantized, but nothing that
-loads the artifact would compute with it. Nor has a module whose `weight` other code reads, be it for its dtype: a
-stored form has none.
+A quantized layer replaces a module that multiplies by its weight, adds its bias and does nothing else. It can't replace
+a router that also chooses experts, or a parameter that is not the `weight` of a module: such a weight can be quantized,
+but no loader of the artifact would compute with it. It can't replace a module whose `weight` other code reads, even
+only for its dtype, because a quantized layer has no `weight`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from compressor.errors import Because
 from compressor.model.weights import Weight
 
 SELF_EVIDENT = (nn.Linear.forward, Conv1D.forward)
-# Two orders of float32 sums over random values; a module that does more is off by far more than this
+# Bound for two orders of float32 sums over random values. A module that does more differs by far more.
 TOLERANCE = 1e-3
-ROWS = 3  # of the input that a module is tried with
+ROWS = 3  # rows of the input with which a module is tried
 
 
 def why_not_replaceable(
     model: PreTrainedModel, weight: Weight, known: dict[type, bool], is_read: bool
 ) -> Because | None:
-    """What keeps a stored form from taking the place of a weight's module; None if nothing does.
+    """The reason why a quantized layer can't replace a weight's module; None if it can.
 
-    Tables are looked up and experts are stored by their names in the checkpoint, so both have rules of their own.
+    Embeddings are looked up by rows, and experts are stored by their names in the checkpoint, so both have other rules.
 
-    known    class of module -> whether it multiplies and does no more; what is found out is added
-    is_read  code reads the weight that isn't its module's own (`watch_reads`)
+    known    class of module -> whether it multiplies and does nothing else; new results are added
+    is_read  other code than its module's own reads the weight (`watch_reads`)
     """
     if is_read:
-        told = "is read by other code than its module's own, where a stored form has no such tensor"
+        told = "is read by other code than its module's own, and a quantized layer has no such tensor"
         return Because(told, reason="read-elsewhere")
     if weight.expert is not None or weight.role in ("embedding", "shortcut") or weight.is_function:
         return None
     owner, _, leaf = weight.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if leaf != "weight":
-        told = f"is a parameter of a {type(module).__name__}, which multiplies by it beside other work"
+        told = f"is a parameter of a {type(module).__name__}, which multiplies by it and does other work"
         return Because(told, reason="multiplies-beside", module=type(module).__name__)
     cls = type(module)
     if cls not in known:
@@ -59,7 +59,7 @@ def why_not_replaceable(
 
 @contextmanager
 def watch_reads(model: nn.Module) -> Iterator[set[str]]:
-    """The parameters called `weight` that are read while no module's own forward that holds them runs."""
+    """The parameters called `weight` that are read while the forward of their module doesn't run."""
     names = {module: f"{name}.weight" for name, module in model.named_modules() if "weight" in module._parameters}
     running: dict[nn.Module, int] = dict.fromkeys(names, 0)
     read: set[str] = set()
@@ -102,7 +102,7 @@ def _computes_product(module: nn.Module) -> bool:
         x = torch.randn(ROWS, weight.shape[1], generator=generator)
         try:
             found = made(x)
-        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):  # it wants more than one input
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):  # it needs more than one input
             return False
         expected = F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
     return isinstance(found, Tensor) and found.shape == expected.shape and _close(found, expected)

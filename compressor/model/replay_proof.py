@@ -1,7 +1,7 @@
-"""The proof that a model can be run block by block.
+"""Proves that a model can be run block by block.
 
-Stem, blocks and head of a probe model with random weights, replayed one by one, must give the probe model's own logits
-bit for bit. If not, the model is refused before any work.
+The embeddings, the blocks and the output head of a probe model with random weights run one after the other. They must
+give the probe model's own logits bit for bit. If they don't, the model is refused before any work.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from compressor.model.probe_model import example_batch, make_probe_model, shallo
 from compressor.model.structure import Structure, run_whole_or_shallow
 from compressor.model.tracing import check_output, checked
 
+HINT = "Choose another model; if transformers runs this one, report this message with its config.json."
+
 
 def prove_by_replay(structure: Structure) -> None:
-    """Replay stem, blocks and head of a shallow probe model on the CPU; its logits must come out bit for bit.
+    """Run the parts of a shallow probe model one by one on the CPU, and check its logits bit for bit.
 
-    raises ModelError naming the first block that differs
+    raises  ModelError naming the first block that differs
     """
     cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
 
@@ -35,19 +37,19 @@ def prove_by_replay(structure: Structure) -> None:
         prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
 
     run = partial(run_whole_or_shallow, structure.model, pieces, structure.dtype, checkpoint)
-    failed = "a small twin of it can't be run on the CPU"
+    failed = "a probe model of it can't be run on the CPU"
     guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
 
 
 def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
-    """Compare the model's own output on `batch` with stem -> blocks -> head, each block run twice.
+    """Compare the model's output on `batch` with that of embeddings -> blocks -> output head, each block run twice.
 
-    raises  ModelError naming the first block that can't be run by itself, and what is in the way
+    raises  ModelError naming the first block that can't run alone, with the reason
     """
     pieces = Pieces(model, blocks_path)
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    given: list[list[Any]] = []  # what else each block was called with
+    given: list[list[Any]] = []  # the other arguments of each block
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
@@ -63,7 +65,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         check_output(expected)
     except (IndexError, KeyError) as error:  # a block called without hidden states
         raise ModelError(
-            "its blocks don't take the hidden states first", where=blocks_path, hint="This model can't be split."
+            "the first argument of its blocks is not the hidden states", where=blocks_path, hint=HINT
         ) from error
     finally:
         for hook in hooks:
@@ -72,50 +74,53 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         raise ModelError(
             f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
             where=blocks_path,
-            hint="A model that skips or repeats blocks can't be split.",
+            hint="Choose a model that runs every block once; models that skip or repeat blocks are not supported.",
             data={"calls": len(inputs), "blocks": len(pieces)},
         )
     hidden, calls = pieces.embeddings(batch)
-    hint = "This model can't be compressed block by block."
     for index, call in enumerate(calls):
         name = f"{blocks_path}.{index}"
         if not torch.equal(hidden, inputs[index]):
-            raise ModelError("the replayed input of this block differs from the model's own", where=name, hint=hint)
+            raise ModelError(
+                "the input of this block differs when the blocks are run one by one", where=name, hint=HINT
+            )
         is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
         before, hidden = hidden, pieces.block(index, hidden, call)
         if not torch.equal(before, inputs[index]):
             raise ModelError(
-                "this block writes into its input, so it can't be run twice",
+                "this block changes its input in place, so it can't be run twice",
                 where=name,
-                hint=hint,
+                hint=HINT,
                 data={"reason": "writes-into-input"},
             )
         if not torch.equal(hidden, outputs[index]):
             raise ModelError(
-                "earlier blocks hand this one more than hidden states, which can't be replayed"
+                "earlier blocks pass this one more than hidden states, which can't be replayed"
                 if is_told_more
-                else "the replayed output of this block differs from the model's own",
+                else "the output of this block differs when the blocks are run one by one",
                 where=name,
-                hint=hint,
+                hint=HINT,
                 data={"reason": "told-more" if is_told_more else "output-differs"},
             )
         if not torch.equal(pieces.block(index, before, call), hidden):
             raise ModelError(
-                "this block changes what it is called with (a cache, say), so a second run of it gives something else",
+                "this block changes its arguments (such as a cache), so a second run of it gives other outputs",
                 where=name,
-                hint=hint,
+                hint=HINT,
             )
     if not torch.equal(pieces.output_head(batch, hidden), expected):
-        raise ModelError("the replayed logits differ though every block agrees", where="head", hint=hint)
+        raise ModelError(
+            "the output differs when the blocks are run one by one, though every block agrees", where="head", hint=HINT
+        )
 
 
 def _beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What a block is called with beside the hidden states, flattened."""
+    """The arguments of a block without the hidden states, flattened."""
     return tree_leaves((args[1:], {name: kwargs[name] for name in sorted(kwargs) if name != "hidden_states"}))
 
 
 def _same_leaves(before: list[Any], after: list[Any]) -> bool:
-    """Whether two calls hold the same tensors; whatever else they hold says nothing."""
+    """Whether two calls have the same tensors. Other arguments are ignored."""
     if len(before) != len(after):
         return False
     pairs = [(a, b) for a, b in zip(before, after) if isinstance(a, Tensor) or isinstance(b, Tensor)]

@@ -1,8 +1,8 @@
-"""The class of a model whose config says that its parameters have other shapes than the architecture's own.
+"""Makes the class of a model whose config gives its parameters other shapes than the architecture's own.
 
-Such a class is a subclass of the stock one, of the same name, that reshapes each instance as it is made
-(`placing`). So the model is read, run, cut down to a probe model and loaded like any other; its checkpoint
-goes on naming the stock model type and architecture.
+Such a class is a subclass of the stock one, of the same name, that reshapes each instance when it is made (`placing`).
+So the model is read, run, reduced to a probe model and loaded like any other. Its checkpoint still names the stock
+model type and architecture.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SHAPES, MODULES = "compressed_shapes", "compressed_modules"  # keys of config.js
 
 
 def is_reshaped(config: PretrainedConfig | Mapping[str, Any]) -> bool:
-    """Whether a config asks for other shapes or structural layers; a parsed config.json will do."""
+    """Whether a config, or a parsed config.json, has other shapes or structural layers."""
     return any(reshaping(config))
 
 
 def reshaping(config: PretrainedConfig | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a config says of shapes and of structural layers.
+    """The shapes and the structural layers in a config.
 
-    raises  ModelError for what isn't as `compressor.layers.structural.placing` has it
+    raises  ModelError for values that `compressor.layers.structural.placing` can't read
     """
     values = config if isinstance(config, Mapping) else vars(config)
     shapes, modules = (values.get(key) or {} for key in (SHAPES, MODULES))
@@ -42,18 +42,18 @@ def reshaping(config: PretrainedConfig | Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def structural_forms(config: PretrainedConfig | Mapping[str, Any]) -> list[str]:
-    """Names of the structural forms in a config, sorted."""
+    """Sorted names of the structural layers in a config."""
     return sorted({entry["form"] for entry in reshaping(config)[1].values()})
 
 
 def class_for(cls: type[PreTrainedModel], config: PretrainedConfig | Mapping[str, Any]) -> type[PreTrainedModel]:
-    """The class that makes what a config describes: `cls` itself, or the reshaped one."""
+    """The class for a config: `cls` itself, or its reshaped subclass."""
     return reshaped_class(cls) if is_reshaped(config) else cls  # type: ignore[arg-type]
 
 
 @cache
 def reshaped_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of a stock class whose instances are reshaped as their config says."""
+    """A subclass of a stock class whose instances have the shapes of their config."""
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
@@ -65,6 +65,6 @@ def reshaped_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def stock_class(model: PreTrainedModel | type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of transformers that a model, or a reshaped class, comes from."""
+    """The class of transformers of a model or of a reshaped class."""
     cls = model if isinstance(model, type) else type(model)
     return cls.__dict__.get("stock", cls)

@@ -1,4 +1,4 @@
-"""Records of what touches a model's residual stream; `residual_stream` fills them in by running the model."""
+"""Defines the records of the reads and writes of a model's residual stream. `residual_stream` fills them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from compressor.model.norms import Norm
 
 @dataclass(frozen=True)
 class ResidualWrite:
-    """A parameter that adds to the stream along `axis`: an output projection, a bias, an embedding, a convolution.
+    """A parameter that adds to the stream along `axis`: an output projection, a bias, an embedding or a convolution.
 
-    scale  what the stream gets is scale times the parameter (1 for most embeddings and biases, sqrt(hidden) for
-           Gemma's embedding); None where the factor varies, as in a product
+    scale  the stream gets scale times the parameter (1 for most embeddings and biases, sqrt(hidden) for Gemma's
+           embedding); None if the factor varies, as in a matmul
     """
 
     parameter: str
@@ -27,7 +27,7 @@ class ResidualWrite:
 class InputProjection:
     """A parameter that multiplies a norm's output along `axis`.
 
-    bias  the parameter added to its product, of its shape without `axis`; None if there is none
+    bias  the parameter that is added to the product, of its shape without `axis`; None if there is none
     """
 
     parameter: str
@@ -37,7 +37,7 @@ class InputProjection:
 
 @dataclass(frozen=True)
 class ResidualNorm:
-    """A norm on the residual stream, what it computes, and its consumers: what reads its output."""
+    """A norm on the residual stream, its formula, and its consumers: the parameters that read its output."""
 
     module: str
     formula: Norm
@@ -46,10 +46,10 @@ class ResidualNorm:
 
 @dataclass(frozen=True)
 class ResidualSublayer:
-    """One place where branches leave the stream and come back to it.
+    """A sublayer: branches that read the stream and write to it.
 
-    norms   one, or several that all see the same stream (GPT-NeoX's parallel blocks)
-    writes  what the branches add before the next sublayer
+    norms   one norm, or several that read the same stream (GPT-NeoX's parallel blocks)
+    writes  the writes of the branches before the next sublayer
     """
 
     norms: tuple[ResidualNorm, ...]
@@ -58,7 +58,7 @@ class ResidualSublayer:
 
 @dataclass(frozen=True)
 class Residual:
-    """Everything that touches the residual stream, under the model's own parameter names.
+    """All reads and writes of the residual stream, under the model's own parameter names.
 
     width       of the stream
     kind        of all its norms; a `layer` stream can be centred, an `rms` stream must not be
@@ -87,7 +87,7 @@ class Residual:
 
 
 def renamed(site: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
-    """The same site of another block: `old` in front of every name becomes `new`."""
+    """The same sublayer of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
         return renumbered(full, old, new)

@@ -1,8 +1,8 @@
-"""Which products of a block choose experts, found by following what they give.
+"""Finds the matmuls of a block that choose experts, by following their outputs.
 
-A router is known by what it computes: it has as many outputs as there are experts, and whole numbers (the chosen
-experts, or their order) are computed from its output. Names differ from family to family (`gate`, `router`,
-`router.layer`), and a `gate_proj` is no router.
+A router is recognized by what it computes: it has as many outputs as there are experts, and integers (the chosen
+experts, or their order) are computed from its output. Names differ between families (`gate`, `router`,
+`router.layer`), and a `gate_proj` is not a router.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 
 
 class ChoiceTrace(ObservedMatmuls):
-    """Notes every product with a watched parameter, and what is chosen by its output, while it is active.
+    """Records every matmul with a watched parameter, and what its output chooses, while it is active.
 
-    calls          the products by one matrix, in order
-    chosen_by      parameters of whose output whole numbers were computed, value for value: no other product, and no
-                   operation that gives more or fewer values, lies between
-    whole          parameters that hold several matrices and aren't multiplied one matrix at a time as they lie -> how
-                   they are
-    expert_counts  how many matrices the parameters hold that hold several
+    calls          the matmuls with one matrix, in order
+    chosen_by      parameters from whose output integers were computed, value for value: without another matmul or an
+                   operation that returns more or fewer values in between
+    whole          parameters with several matrices that aren't multiplied one matrix at a time -> how they are used
+    expert_counts  the numbers of matrices of parameters that have several
     """
 
     def __init__(self, watched: Mapping[str, Tensor]) -> None:
@@ -37,7 +36,7 @@ class ChoiceTrace(ObservedMatmuls):
         self.whole: dict[str, Because] = {}
         self.expert_counts: set[int] = set()
         self._watched = dict(watched)
-        self._made_by: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor is kept, so that its id stays its own
+        self._made_by: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor is kept, so that its id stays unique
         self._current: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -70,7 +69,7 @@ class ChoiceTrace(ObservedMatmuls):
             self.expert_counts.add(parameter.shape[0])
         elif matrices > 1:
             self.expert_counts.add(matrices)
-            told = "it holds several matrices, of which a product reads one"
+            told = "it contains several matrices, and a matmul reads one of them"
             self.whole[call.parameter] = Because(told, reason="several-matrices")
         self.calls.append(call)
 

@@ -1,8 +1,8 @@
-"""Which files of a checkpoint go into its artifact beside the weights.
+"""Selects the files of a checkpoint that are copied to its artifact beside the weights.
 
-Every file does, unless a rule here says why not: other loaders need files that no list of ours could know, such as the
-modules of sentence-transformers, the vocabulary of a tokenizer, or the code of a processor. What is left out is
-reported with its reason.
+Every file is copied unless a rule here gives a reason against it, because other loaders need files that no list can
+know: the modules of sentence-transformers, the vocabulary of a tokenizer, or the code of a processor. The files that
+are left out are reported with the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OWN = "the artifact has its own file of this name"
 MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
 GENERATE = "code that takes the place of the model's generate()"
 CACHE = "compiled Python"
-NOT_UTF8 = "the name holds bytes that are not UTF-8"
+NOT_UTF8 = "the name contains bytes that are not UTF-8"
 ODD_NAME = "control characters or a backslash in the name, which not every system can write"
 
 
@@ -52,7 +52,7 @@ ODD_NAME = "control characters or a backslash in the name, which not every syste
 class SideFiles:
     """carried   paths relative to the checkpoint, sorted
     left_out  reason -> names, a folder as "name/"
-    auto_map  what config.json still names of it: code for what prepares a model's inputs
+    auto_map  the entries that config.json keeps: code that prepares the model's inputs
     """
 
     carried: list[Path]
@@ -60,7 +60,7 @@ class SideFiles:
     auto_map: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For plan and report."""
+        """JSON values for the plan and the report."""
         return {
             "carried": [path.as_posix() for path in self.carried],
             "left_out": [{"reason": reason, "files": names} for reason, names in self.left_out.items()],
@@ -68,10 +68,10 @@ class SideFiles:
 
 
 def find_side_files(directory: Path, config: dict[str, Any]) -> SideFiles:
-    """What of a checkpoint to copy, and what not and why; only files of settings are opened.
+    """The files of a checkpoint to copy, and the others with the reason. Only settings files are opened.
 
     config  config.json, parsed
-    raises  ModelError for a link that leads out, what is no regular file, or a settings file that can't be read
+    raises  ModelError for a link that leads out, a file that is not regular, or a settings file that can't be read
     """
     modules = _module_folders(directory)
     kept_map, unused = _code(directory, config)
@@ -101,7 +101,7 @@ def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str])
     if not is_plain(name):
         return ODD_NAME
     if len(path.parts) > 1 and top in modules:
-        return None  # with its weights: they are no part of the model that is compressed
+        return None  # with its weights, which are not part of the compressed model
     if len(path.parts) > 1 and top in folders:
         return OTHER_WEIGHTS
     if is_weight_file(path) or is_weight_index(path):
@@ -118,14 +118,14 @@ def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str])
 
 
 def _shown(name: str) -> str:
-    """A name for plan and report, which may be none that they could hold as it is."""
+    """A name for the plan and the report, escaped if they can't contain it unchanged."""
     if is_plain(name):
         return name
     return name.encode("unicode_escape").decode("ascii") if is_utf8(name) else printable(name)
 
 
 def _module_folders(directory: Path) -> set[str]:
-    """Folders that modules.json names. raises ModelError if it isn't a list of modules"""
+    """Folders that modules.json names. raises ModelError if it is not a list of modules"""
     path = directory / MODULES
     if not path.is_symlink() and not path.exists():
         return set()
@@ -136,13 +136,13 @@ def _module_folders(directory: Path) -> set[str]:
         raise ModelError(
             f"is not a list of modules ({type(error).__name__}: {error})",
             where=MODULES,
-            hint="Download it again, or remove it if the model isn't one of sentence-transformers.",
+            hint="Download it again, or remove it if the model is not of sentence-transformers.",
             data={"reason": "no-module-list", "cause": f"{type(error).__name__}: {error}"},
         ) from error
 
 
 def _code(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """(the `auto_map` that stays in config.json, files of code that nothing will name any more)."""
+    """(the `auto_map` that stays in config.json, code files that nothing names any more)."""
     dropped: list[str] = []
     kept: dict[str, Any] = {}
     for name, references in auto_map(config, "config.json").items():
@@ -164,4 +164,4 @@ SETTINGS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "image_processor_config.json",
-)  # those of transformers that may hold an `auto_map`, beside config.json
+)  # settings files of transformers that may have an `auto_map`, beside config.json

@@ -1,4 +1,4 @@
-"""How one weight is stored: its quantization format and the parameters of that, as journal and manifest hold it."""
+"""Describes how one weight is stored: its quantization format and the format's parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressor.model.weights import Weight
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """How one weight is stored; JSON in the journal and the manifest."""
+    """How one weight is stored. It is JSON in the journal and the manifest."""
 
     form: str
     spec: dict[str, Any]
@@ -26,7 +26,7 @@ class StoredWeight:
 
     @property
     def bias(self) -> str | None:
-        """The dense bias that this form stores in its own way, if it does."""
+        """Name of the dense bias, if this format stores the bias too."""
         return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
 
     @classmethod
@@ -37,13 +37,13 @@ class StoredWeight:
         return cls(entry["form"], entry["spec"], Weight(**values))
 
 
-DISTANCE_ELEMENTS = 1 << 22  # compared at once, so that no second copy of a matrix is made
+DISTANCE_ELEMENTS = 1 << 22  # compared at a time, so that no second copy of a matrix is needed
 
 
 def relative_distance(found: torch.Tensor, meant: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of `meant`; 0 for two zero matrices, Inf for one.
+    """Frobenius norm of the difference divided by that of `meant`; 0 if both are zero, Inf if only `meant` is.
 
-    found, meant  of one shape, any floating type; differences are float32, their sums float64
+    found, meant  of the same shape and any floating dtype; differences are float32, their sums float64
     """
     rows = max(1, DISTANCE_ELEMENTS // max(1, meant[:1].numel())) if meant.dim() > 1 else DISTANCE_ELEMENTS
     difference = size = 0.0

@@ -1,7 +1,7 @@
-"""Stem, blocks, head and weight groups of a model, found by running it.
+"""Finds the embeddings, blocks, output head and weight groups of a model by running it.
 
-What a run of a shallow probe model shows (`tracing`) is put together here with the checkpoint's names. `replay_proof`
-shows that the model can be run in these pieces.
+It combines the trace of a shallow probe model (`tracing`) with the names of the checkpoint. `replay_proof` proves that
+the model can be run in these parts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from compressor.model.weights import Group, Stage, Weight
 
 @dataclass
 class Structure:
-    """A checkpoint, its model on the meta device, and what running it showed.
+    """A checkpoint, its model on the meta device, and the results of running it.
 
-    traced      what a run of its shallow probe model showed
-    dtype       the model's; single parameters may be held in another (`bindings.dtypes`)
-    left_dense  parameter that is multiplied -> why it can't be compressed, as far as stages were asked for
+    traced      the results of a run of its shallow probe model
+    dtype       the model's; single parameters may have another (`bindings.dtypes`)
+    left_dense  parameter of a matmul -> why it can't be compressed, for the stages that were computed so far
     """
 
     checkpoint: Checkpoint
@@ -59,15 +59,15 @@ class Structure:
         return len(self.pieces)
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor of the checkpoint, in the dtype that transformers holds it in. raises ModelError for NaN or Inf"""
+        """A tensor of the checkpoint, in the dtype that transformers gives it. raises ModelError for NaN or Inf"""
         value = self.checkpoint.read(tensor)
         if value.is_floating_point():
             check_finite(tensor, value)
         return value.to(self.bindings.dtype_of(tensor))
 
     def stages(self, unit: int) -> list[Stage]:
-        """Weight groups of a unit: 0 stem (its embeddings), 1..n blocks, n + 1 head; in forward order."""
-        if unit not in self._stages:  # kept, because a layer may stand in for a module later
+        """Weight groups of a part in forward order. Parts: 0 embeddings, 1..n blocks, n + 1 output head."""
+        if unit not in self._stages:  # kept, because a layer may replace a module later
             self._stages[unit] = self._find_stages(unit)
         return self._stages[unit]
 
@@ -89,7 +89,7 @@ class Structure:
         return stages
 
     def weights(self) -> Iterator[tuple[int, Weight]]:
-        """(unit, weight) for every matrix that can be compressed, in forward order."""
+        """(part, weight) for every matrix that can be compressed, in forward order."""
         for unit in range(self.block_count + 2):
             for stage in self.stages(unit):
                 for group in stage:
@@ -98,8 +98,8 @@ class Structure:
 
     @cached_property
     def whole(self) -> list[tuple[int, Weight, Because]]:
-        """(unit, weight, why) for tensors that hold several matrices, such as all experts of a block, and that can't
-        be stored in parts.
+        """(part, weight, why) for tensors that contain several matrices, such as all experts of a block, and can't be
+        divided.
         """
         found = []
         for index, block in enumerate(self.pieces.blocks):
@@ -108,7 +108,7 @@ class Structure:
             for product in (product for group in self.traced.groups[kind] for product in group):
                 sources = self.bindings.sources.get(prefix + product.parameter, ())
                 if product.fused_experts and any(source.rows is None for source in sources):
-                    told = "the checkpoint holds all experts of a block in one tensor"
+                    told = "the checkpoint stores all experts of a block in one tensor"
                     reasons[product.parameter] = Because(told, reason="experts-in-one-tensor")
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
@@ -118,7 +118,7 @@ class Structure:
         return found
 
     def is_read_elsewhere(self, weight: Weight) -> bool:
-        """Whether code reads this weight that isn't its module's own (`compressor.model.replaceable.watch_reads`)."""
+        """Whether other code than its module's own reads this weight (`compressor.model.replaceable.watch_reads`)."""
         prefix = self.pieces.blocks_path + "."
         if not weight.parameter.startswith(prefix):
             return weight.parameter in self.traced.read[None]
@@ -129,7 +129,7 @@ class Structure:
 
     @cached_property
     def unit_of(self) -> dict[str, int]:
-        """Checkpoint tensor -> unit that stores it."""
+        """Checkpoint tensor -> number of the part that stores it."""
         head = {product.parameter for product in self.traced.head}
         units = {}
         for tensor, parameter in self.bindings.parameters_by_tensor.items():
@@ -142,11 +142,11 @@ class Structure:
         return units
 
     def sources_of(self, parameter: str) -> tuple[Source, ...]:
-        """The tensors that fill a parameter; those of its owner where it is tied."""
+        """The tensors that fill a parameter; those of its owner if it is tied."""
         return self.bindings.sources.get(self.bindings.tied.get(parameter, parameter), ())
 
     def parameters_of(self, unit: int) -> list[str]:
-        """Parameter and buffer names that this unit's tensors fill."""
+        """Names of the parameters and buffers that the tensors of this part fill."""
         units = self.unit_of
         return sorted(name for name, sources in self.bindings.sources.items() if units[sources[0].tensor] == unit)
 
@@ -161,7 +161,7 @@ class Structure:
             kind = role or self._role(product, name, prefix)
             bias = self._bias(name)
             sources = self.bindings.sources.get(name)
-            if sources is None:  # a tied head has no tensor of its own
+            if sources is None:  # a tied output head has no tensor of its own
                 weight = _weight(name.removesuffix(".weight"), name, name, parameter, product, kind, bias)
                 grouped.setdefault(None, []).append(weight)
                 continue
@@ -188,7 +188,7 @@ class Structure:
             return "experts"
         if product.routes:
             return "router"
-        if re.fullmatch(r"shortcut_\d+", product.parameter):  # of a block that is a rotated_block
+        if re.fullmatch(r"shortcut_\d+", product.parameter):  # in a rotated_block
             return "shortcut"
         parts = name.rpartition(".")[0].split(".")
         depth = len(prefix.rstrip(".").split("."))
@@ -198,7 +198,7 @@ class Structure:
         return "mlp"
 
     def to_dict(self) -> dict[str, Any]:
-        """What `inspect` shows."""
+        """JSON values for `compress-model inspect`."""
         units: dict[int, dict[str, Any]] = {}
         for tensor, unit in self.unit_of.items():
             entry = units.setdefault(unit, {"tensors": 0, "bytes": 0})
@@ -233,16 +233,16 @@ class Structure:
 
 
 def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code: bool = False) -> Structure:
-    """Open a checkpoint and take its model apart; nothing but headers and the probe model is in memory afterwards.
+    """Open a checkpoint and find its structure. Afterwards only headers and the probe model are in memory.
 
-    raises ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be split
+    raises  ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be divided
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     if checkpoint.is_compressed_artifact:
         raise ModelError(
-            "is an artifact of this tool already",
+            "the model is an artifact of compress-model",
             where=directory.name,
-            hint="Start from the checkpoint it was made from.",
+            hint="Pass --model with the checkpoint that it was made from (`source` in its manifest).",
             data={"reason": "is-artifact"},
         )
     check_values(checkpoint)
@@ -255,7 +255,7 @@ def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code:
 
 
 def _check_generation(checkpoint: Checkpoint) -> None:
-    """raises ModelError for settings of generation that can't be read; stock transformers would make up others"""
+    """raises ModelError for generation settings that can't be read; stock transformers would use its defaults"""
     name = transformers.utils.GENERATION_CONFIG_NAME
     if not (checkpoint.directory / name).is_file():
         return
@@ -265,7 +265,7 @@ def _check_generation(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             where=name,
-            hint="Correct it, download it again, or take it away.",
+            hint="Correct the file, download it again, or remove it.",
             data={"reason": "unreadable", "cause": f"{type(error).__name__}: {error}"},
         ) from error
 
@@ -280,7 +280,7 @@ def structure_of(
     def traced(config: PretrainedConfig) -> Traced:
         return trace(cls, shallow_config(config, model, pieces), pieces.blocks_path, model_dtype)
 
-    failed = "a small twin of it can't be run in pieces"
+    failed = "a probe model of it can't be run part by part"
     run = partial(run_whole_or_shallow, model, pieces, model_dtype, checkpoint)
     shown = guarded(traced, checkpoint, config, cls.__name__, failed, retry=run)
     pieces.answers = [shown.answers[signature(model.config, block, n)] for n, block in enumerate(pieces.blocks)]
@@ -290,13 +290,13 @@ def structure_of(
 def run_whole_or_shallow(
     model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype, checkpoint: Checkpoint, config: PretrainedConfig
 ) -> None:
-    """Run the model of a config that isn't `model`'s own, whole if it is small and else with few blocks."""
+    """Run the model of another config than `model`'s own: the whole model if it is small, else with few blocks."""
     small = (lambda: config, lambda: shallow_config(config, model, pieces))
     run_whole(type(model), (make() for make in small), dtype, checkpoint.nbytes)
 
 
 def find_blocks(model: PreTrainedModel) -> str:
-    """Path of the module list whose members hold most of the parameters; they may be of several classes.
+    """Path of the module list whose members have most of the parameters. They may be of several classes.
 
     raises ModelError for encoder-decoder models and models without such a list
     """
@@ -307,7 +307,11 @@ def find_blocks(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not candidates:
-        raise ModelError("it has no list of blocks", where=type(model).__name__, hint="This model can't be split.")
+        raise ModelError(
+            "it has no list of blocks (nn.ModuleList)",
+            where=type(model).__name__,
+            hint="Choose a decoder, an encoder or a ViT of transformers.",
+        )
     return max(candidates, key=lambda name: (candidates[name], -len(name)))
 
 

@@ -1,9 +1,8 @@
-"""How many tokens a model takes in one sample, found by running it.
+"""Finds by running a model how many tokens it accepts in one sample.
 
-`max_position_embeddings` doesn't tell: a model may keep rows of its position table for padding (RoBERTa has two fewer
-positions than it says), or say nothing. So what lies before the blocks is run on the CPU with parameters that take no
-memory, where a row that isn't in a table is an error; and a shallow probe model is run whole on the meta device, where
-a mask or bias of another size is one.
+`max_position_embeddings` is not reliable: a model may reserve rows of its position embedding for padding (RoBERTa has
+two positions fewer), or not have the key. So the embeddings run on the CPU with parameters that need no memory, where
+a missing row is an error. A shallow probe model runs on the meta device, where a mask or bias of another size is one.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from compressor.model.structure import find_blocks
 Runs = Callable[[int], bool]
 Limit = Callable[
     [int], int | None
-]  # number of tokens -> None if a model takes them in one sample, else how many it takes
+]  # number of tokens -> None if a model accepts them in one sample, else the largest number that it accepts
 
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
-    """None if a model of this class takes samples of `length` tokens, or reads none; else the most that it takes."""
+    """None if a model of this class accepts samples of `length` tokens, or reads no tokens; else its limit."""
     if cls.main_input_name != "input_ids":
         return None
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
     for runs in _probes(cls, config):
-        if runs(min(PROBE_TOKENS, most)) and not runs(most):  # one that can't be run on few tokens tells nothing
+        if runs(min(PROBE_TOKENS, most)) and not runs(most):  # if it can't run on few tokens, there is no answer
             most = _largest(runs, min(PROBE_TOKENS, most), most)
     return None if most == length else most
 
@@ -57,12 +56,14 @@ def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
     start = skeleton(cls, shallow, torch.float32)
     for module in start.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # one number, as often as needed
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(
+                parameter.shape
+            )  # one number, repeated without memory
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     pieces = Pieces(start, find_blocks(start))
     whole = make_probe_model(cls, shallow, torch.device("meta"), torch.float32)
     padding = getattr(config.get_text_config(), "pad_token_id", None)
-    token = 2 if padding == 1 else 1  # a token of padding takes no position
+    token = 2 if padding == 1 else 1  # a padding token has no position
 
     def start_runs(count: int) -> bool:
         return _succeeds(lambda: pieces.embeddings({"input_ids": torch.full((1, count), token)}))
@@ -77,6 +78,6 @@ def _succeeds(run: Callable[[], object]) -> bool:
     try:
         with torch.no_grad():
             run()
-    except Exception:  # whatever the model's own code makes of more positions than it has
+    except Exception:  # any exception of the model's code for more positions than it has
         return False
     return True

@@ -1,8 +1,8 @@
-"""What a shallow probe model shows when it runs: which parameters are multiplied, and which read the same input.
+"""Traces a shallow probe model: which parameters are used in matmuls, and which of them read the same input.
 
-The probe model is the same class at the same widths with few blocks. It runs on the meta device, or with random weights
-on the CPU where an operation depends on values. Every multiplication by a parameter is noted with the identity of its
-input; weights that read the same tensor form a group.
+The probe model has the same class and widths, but few blocks. It runs on the meta device, or with random weights on the
+CPU if an operation depends on values. Every matmul with a parameter is recorded with the identity of its input. Weights
+that read the same tensor form a group.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from compressor.model.probe_model import example_batch, make_probe_model, signat
 from compressor.model.replaceable import watch_reads
 from compressor.model.routing import ChoiceTrace
 
-SMALL_BYTES = 1 << 26  # what a probe model of other sizes may always take
+SMALL_BYTES = 1 << 26  # memory that a probe model of other sizes may always use
 Kind = tuple[Any, ...]  # signature of a block
 
 
 @dataclass(frozen=True)
 class Product:
-    """One traced multiplication inside a block (names relative to it) or in the head (full names).
+    """One traced matmul inside a block (names relative to it) or in the output head (full names).
 
-    routes  its output chooses experts, or it is the one output of a gate in a block that has experts
+    routes  its output chooses experts, or is the one output of a gate in a block with experts
     """
 
     parameter: str
@@ -44,16 +44,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one run of a probe model showed.
+    """The results of one run of a probe model.
 
-    groups      kind of block -> its products, grouped by input, in forward order
-    whole       kind of block -> parameters that hold several matrices but aren't multiplied one expert at a time -> how
-                they are multiplied
-    answers     kind of block -> how it gives the hidden states
-    head        products of the head
+    groups      kind of block -> its matmuls, grouped by input, in forward order
+    whole       kind of block -> parameters with several matrices that aren't multiplied one expert at a time -> how
+                they are used
+    answers     kind of block -> how it returns the hidden states
+    head        matmuls of the output head
     after       modules outside the blocks that were used only after the last block
-    embeddings  what the stem looks rows up in
-    read        kind of block, None for what is outside of them -> weights that other code reads (`watch_reads`)
+    embeddings  embedding modules that run before the first block
+    read        kind of block (None: outside of the blocks) -> weights that other code reads (`watch_reads`)
     """
 
     groups: dict[Kind, tuple[tuple[Product, ...], ...]]
@@ -66,23 +66,23 @@ class Traced:
 
 
 def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
-    """Run a probe model of `config` once and note what it multiplies; `path` is that of the block list.
+    """Run a probe model of `config` once and record its matmuls. `path` is that of the block list.
 
-    raises  whatever the model's code raises when it is run in stem, blocks and head
+    raises  whatever the model's code raises when its parts run one by one
     """
     try:
         return _trace_probe(make_probe_model(cls, config, torch.device("meta"), dtype), path)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
-        pass  # an operation that depends on values, or a model that can't be run so on the CPU either
+        pass  # an operation depends on values, or the model can't run on the CPU either
     return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype), path)
 
 
 def run_whole(
     cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype, most_bytes: int
 ) -> None:
-    """Run the first probe model whose random weights are small enough as a whole, as anyone who loads it would.
+    """Run the first probe model whose random weights are small enough as a whole, as a user does.
 
-    raises  ValueError when the weights of each would take more than `most_bytes`, and whatever the model's code raises
+    raises  ValueError if the weights of each need more than `most_bytes`, and whatever the model's code raises
     """
     for config in configs:
         needed = sum(p.nbytes for p in make_probe_model(cls, config, torch.device("meta"), dtype).parameters())
@@ -91,20 +91,20 @@ def run_whole(
             with torch.no_grad(), checked(probe):
                 check_output(output_of(probe(**example_batch(probe, torch.device("cpu")))))
             return
-    raise ValueError(f"it would take {needed:,} bytes of weights")
+    raise ValueError(f"it needs {needed:,} bytes of weights")
 
 
 def check_output(output: Tensor) -> None:
-    """raises ValueError where a model with random weights computes something else than numbers"""
+    """raises ValueError if the output of a model with random weights has NaN or Inf"""
     if not bool(torch.isfinite(output).all()):
         raise ValueError("its output with random weights is NaN or Inf")
 
 
 @contextmanager
 def checked(model: nn.Module) -> Iterator[None]:
-    """While the model runs: raises ValueError where one of its modules gives NaN, which later ones may hide.
+    """Inside this context, a module of the model that gives NaN raises ValueError. Later modules may hide NaN.
 
-    As seen with torch 2.13 and AVX-512: attention over scores that are all NaN gives numbers.
+    Example: with torch 2.13 and AVX-512, attention over scores that are all NaN gives numbers.
     """
 
     def check(name: str, output: Any) -> None:
@@ -170,7 +170,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
         owner = name.rpartition(".")[0]
         if product not in products and owner not in before:
             products.append(product)
-    # a subclass may scale, shift or mask what it looks up, which a form that stands in for nn.Embedding wouldn't
+    # a subclass may scale, shift or mask its rows, which a layer that replaces nn.Embedding would not do
     looked_up = [
         name for name in dict.fromkeys(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding
     ]
@@ -179,13 +179,13 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
 
 
 def _of_any_block(name: str, path: str) -> str:
-    """A parameter's name, with a star for the number of its block."""
+    """A parameter's name, with a star in place of the number of its block."""
     inside = name.removeprefix(path + ".")
     return name if inside == name else f"{path}.*.{inside.partition('.')[2]}"
 
 
 def _grouped(traced: ChoiceTrace, block: nn.Module) -> tuple[tuple[Product, ...], ...]:
-    """Products by identity of what they read. Experts of one fused parameter form one entry."""
+    """Matmuls grouped by the identity of their input. Experts of one fused parameter form one entry."""
     groups: dict[Any, list[Product]] = {}
     numbers = itertools.count()
     seen: set[str] = set()
@@ -208,6 +208,6 @@ def _grouped(traced: ChoiceTrace, block: nn.Module) -> tuple[tuple[Product, ...]
 
 
 def _list_lengths(block: nn.Module) -> set[int]:
-    """Lengths of the lists of equal modules in a block: experts that are modules lie in such a list."""
+    """Lengths of the lists of equal modules in a block: experts that are modules are in such a list."""
     lists = (module for module in block.modules() if isinstance(module, nn.ModuleList) and len(module) > 1)
     return {len(members) for members in lists if len({type(member) for member in members}) == 1}

@@ -1,11 +1,11 @@
-"""Which code comes with a model, and the rule that keeps it from running.
+"""Finds the code that is bundled with a model, and prevents it from running without permission.
 
-Nothing of a model's directory is imported unless the user passes --trust-remote-code. The one exception is the modeling
-file of a custom artifact: if its text is exactly what this release generates for that config, the text that was
-compared is what runs (`run_generated`). It is taken by its own path and never through `auto_map`.
+No file of a model's directory is imported unless the user passes --trust-remote-code. The one exception is the modeling
+file of a custom artifact: if its text is exactly what this release generates for that config, the compared text runs
+(`run_generated`). It is found by its own path and never through `auto_map`.
 
 transformers imports code of a directory in two ways only: an entry of an `auto_map`, and `custom_generate/generate.py`.
-Both need `trust_remote_code=True`; without an explicit False it asks on a terminal. So every call of ours says one of
+Both need `trust_remote_code=True`. Without an explicit False it asks on a terminal, so every call here passes one of
 the two.
 """
 
@@ -26,7 +26,7 @@ from compressor.model.model_files import entries, regular_file
 from compressor.process.utf8 import parse_json
 
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
-CUSTOM_GENERATE = "custom_generate"  # folder whose generate.py takes the place of a model's `generate`
+CUSTOM_GENERATE = "custom_generate"  # folder whose generate.py replaces a model's `generate`
 FLAG = "Read that code, then pass --trust-remote-code to run it."
 MAX_JSON_BYTES = 64 << 20  # of a settings file; the largest seen are below 1 MiB
 
@@ -37,23 +37,23 @@ def is_code(name: str | Path) -> bool:
 
 
 def code_files(directory: Path) -> list[str]:
-    """Every file that could be imported, relative to the directory, sorted; nothing is opened."""
+    """Sorted paths, relative to the directory, of every file that could be imported. No file is opened."""
     return sorted(path.relative_to(directory).as_posix() for path in entries(directory) if is_code(path))
 
 
 def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
-    """An `auto_map` as name of an Auto class -> references, such as "modeling_x.XForCausalLM".
+    """An `auto_map` as a map from the name of an Auto class to references such as "modeling_x.XForCausalLM".
 
-    raises ModelError for what isn't such a map, or a reference that isn't to a module beside it
+    raises  ModelError if it is not such a map, or a reference is not to a module beside it
     """
     found = values.get("auto_map") or {}
-    if isinstance(found, list):  # of a tokenizer, an older form: the slow class and the fast one
+    if isinstance(found, list):  # the older form of tokenizers: the slow class and the fast one
         found = {"AutoTokenizer": found}
     if not isinstance(found, dict):
         raise ModelError(
             "`auto_map` is not a map",
             where=where,
-            hint="Check the file, or download it again.",
+            hint='Write a map such as {"AutoModel": "modeling_x.XModel"}, or download the file again.',
             data={"reason": "auto-map"},
         )
     result: dict[str, list[str]] = {}
@@ -62,9 +62,9 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
         for reference in references:
             if not isinstance(reference, str) or not _is_reference(reference):
                 raise ModelError(
-                    f"`auto_map` says {reference!r} for {name}, which is no module and class beside it",
+                    f"`auto_map` has {reference!r} for {name}; the name of a module beside it and of a class is needed",
                     where=where,
-                    hint="An entry looks like modeling_x.XForCausalLM.",
+                    hint="Write an entry such as modeling_x.XForCausalLM, or download the file again.",
                     data={"reason": "auto-map-entry", "name": name, "value": repr(reference)},
                 )
         result[name] = references
@@ -72,19 +72,19 @@ def auto_map(values: dict[str, Any], where: str) -> dict[str, list[str]]:
 
 
 def is_model_entry(name: str) -> bool:
-    """Whether an entry of an `auto_map` is for a model or its config, not for what prepares its inputs."""
+    """Whether an entry of an `auto_map` is for a model or its config, not for code that prepares its inputs."""
     return name.startswith(("AutoConfig", "AutoModel")) or name.startswith("TFAuto") or name.startswith("FlaxAuto")
 
 
 def file_of(reference: str) -> str:
-    """The file that a reference of an `auto_map` names, with the repository in front where it is another one."""
+    """The file that a reference of an `auto_map` names, with the repository in front if it is another one."""
     repository, _, rest = reference.rpartition("--")
     file = rest.rpartition(".")[0].replace(".", "/") + ".py"
     return f"{repository}--{file}" if repository else file
 
 
 def files_behind(directory: Path, references: list[str]) -> set[str]:
-    """The files that references name and those that these import from beside them, where they exist; none is run."""
+    """The existing files that references name, and those that these import from their folder. None of them runs."""
     waiting = [file_of(reference) for reference in references]
     found: set[str] = set()
     while waiting:
@@ -100,19 +100,19 @@ def files_behind(directory: Path, references: list[str]) -> set[str]:
 
 
 def required_code(directory: Path, references: list[str]) -> str:
-    """The files that have to run for a class that transformers doesn't have, for a message."""
+    """The files that must run for a class that transformers doesn't have, as text for a message."""
     names = sorted({file_of(reference) for reference in references})
     is_there = {name: "--" in name or (directory / name).is_file() for name in names}
     return ", ".join(name if is_there[name] else f"{name} (which is missing)" for name in names)
 
 
 def tokenizer_code(directory: Path) -> tuple[str, list[str]]:
-    """(file that names them, references of a tokenizer's own code), of which transformers has no class; [] if it has.
+    """(file that names them, references to a tokenizer's own code); no references if transformers has the class.
 
-    transformers reads only the `auto_map` of tokenizer_config.json. That of config.json counts where a class is stated
-    that nothing else says where to find.
+    transformers reads only the `auto_map` of tokenizer_config.json. That of config.json is used if a class is named
+    that is found nowhere else.
 
-    raises ModelError for a tokenizer_config.json or config.json that can't be read
+    raises  ModelError for a tokenizer_config.json or config.json that can't be read
     """
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -127,11 +127,11 @@ def tokenizer_code(directory: Path) -> tuple[str, list[str]]:
 
 
 def carried_code_problems(directory: Path, source: Path | None, trust: bool, own: re.Pattern[str]) -> list[str]:
-    """Code of an artifact, beside its model's, that `run` can't have carried over, or that nobody has vouched for.
+    """Problems with code of an artifact (except its model's) that `run` did not copy, or that the user does not trust.
 
-    source  the checkpoint that it was made of: its code is what is carried, byte for byte. None: it isn't at hand
+    source  the checkpoint that it was made from: its code is copied byte for byte. None: it is not available
     trust   the user has read the code
-    own     names of modeling files, which are judged by what this release writes
+    own     names of modeling files, which are compared with what this release writes
     """
     if source is not None:
         carried = [name for name in code_files(directory) if not own.fullmatch(name)]
@@ -146,7 +146,7 @@ def carried_code_problems(directory: Path, source: Path | None, trust: bool, own
 
 
 def _same(name: str, directory: Path, source: Path) -> bool:
-    """Whether two directories hold the same file of a name."""
+    """Whether two directories have the same file under this name."""
     both = (directory / name, source / name)
     if not all(path.is_file() for path in both):
         return False
@@ -157,7 +157,7 @@ def _same(name: str, directory: Path, source: Path) -> bool:
 def check_kernels(config: Any, where: str = "config.json") -> None:
     """Attention of another repository (`"attn_implementation": "owner/kernel"`) is code too.
 
-    raises ModelError for a config, or a config within it, that names such
+    raises  ModelError if a config, or a config inside it, names one
     """
     if not isinstance(config, dict):
         return
@@ -168,53 +168,57 @@ def check_kernels(config: Any, where: str = "config.json") -> None:
                 raise ModelError(
                     f"{key} {value!r} names code of another repository",
                     where=where,
-                    hint="Refused. Remove the key: transformers' own attention is used then.",
+                    hint="Remove the key from config.json; transformers then uses its own attention.",
                     data={"reason": "code-elsewhere", "key": key, "value": str(value)},
                 )
         check_kernels(value, where)
 
 
 def read_settings(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON file of settings, {} if there is none. raises ModelError for what can't be read"""
+    """A JSON settings file; {} if there is none. raises ModelError if it can't be read"""
     path = directory / name
     if not path.is_symlink() and not path.exists():
         return {}
     if regular_file(directory, path).stat().st_size > MAX_JSON_BYTES:
-        raise ModelError(f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download it again.")
+        raise ModelError(
+            f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download this file again: hf download NAME."
+        )
     try:
         value = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"is not valid JSON ({error})", where=name, hint="Download it again.") from error
+        raise ModelError(
+            f"is not valid JSON ({error})", where=name, hint="Download this file again: hf download NAME."
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=name, hint="Download it again.")
+        raise ModelError("is not a JSON object", where=name, hint="Download this file again: hf download NAME.")
     return value
 
 
 def read_generated(directory: Path, name: str, expected: str) -> str:
     """The text of a modeling file, if it is exactly the expected one.
 
-    raises ArtifactError for another text: it is not run
+    raises  ArtifactError for another text, which does not run
     """
     text = regular_file(directory, directory / name).read_bytes()
     if text != expected.encode():
         raise ArtifactError(
-            "is not the modelling file this release writes",
+            "is not the modeling file that this release writes",
             where=name,
-            hint="Not run. Verify with the release that wrote it (compress_manifest.json names it).",
+            hint="Verify it with the release that wrote it (compress_manifest.json names it); nothing of it was run.",
             data={"reason": "changed-code"},
         )
     return expected
 
 
 def run_generated(text: str, path: Path) -> ModuleType:
-    """A module of our own from a text that `read_generated` returned; the file isn't opened again.
+    """The module from a text that `read_generated` returned. The file is not opened again.
 
     path  where transformers may look up the source of a class
     """
     digest = hashlib.sha256(f"{path}\n{text}".encode()).hexdigest()
     module = ModuleType(f"compressor_generated_{digest[:16]}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # classes are looked up by the module they name
+    sys.modules[module.__name__] = module  # classes are looked up by the name of their module
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))  # for inspect
     exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
@@ -230,7 +234,7 @@ def _relative_imports(path: Path) -> Iterator[str]:
     """Files, relative to the module's folder, that a module imports with a leading dot."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):  # not importable, so it imports nothing
+    except (SyntaxError, ValueError, RecursionError):  # it can't be imported, so it imports nothing
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:

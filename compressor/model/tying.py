@@ -1,7 +1,7 @@
-"""Which parameters share another's storage, as transformers' from_pretrained decides it.
+"""Finds the parameters that share storage, as transformers' from_pretrained does.
 
-The class and config.json say which may be tied. Two that both have a tensor are tied only if the tensors are equal; of
-two that have one tensor between them, whichever has it gives it to the other.
+The class and config.json name the parameters that may be tied. If both of a pair have a tensor, they are tied only if
+the tensors are equal. If only one of them has a tensor, it fills both.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 @dataclass(frozen=True)
 class Ties:
     """tied    parameter -> the one whose tensor fills it
-    copies  of these the ones that have an equal tensor of their own, which isn't needed
-    apart   parameters that config.json ties to another and that differ from it, so that they stay on their own
-    owners  of these that have a tensor, the one that the class would rather see it under: tied -> that one
+    copies  those of them that have an equal tensor of their own, which isn't needed
+    apart   parameters that config.json ties to another but whose tensor differs, so that they stay separate
+    owners  tied parameter with a tensor -> the parameter under whose name the class prefers that tensor
     """
 
     tied: dict[str, str]
@@ -31,7 +31,7 @@ def find_ties(model: PreTrainedModel, found: Collection[str], equal: Callable[[s
     """Follow `PreTrainedModel.tie_weights`, pair by pair.
 
     found  parameters that have a tensor
-    equal  (parameter, parameter) -> whether both hold the same values once loaded
+    equal  (parameter, parameter) -> whether both have the same values after loading
     """
     pairs = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
     present = set(found)
@@ -52,7 +52,7 @@ def find_ties(model: PreTrainedModel, found: Collection[str], equal: Callable[[s
         elif source not in present:
             backup = next((other for other, its in pairs[number + 1 :] if its == source and other in present), None)
             if backup is None:
-                continue  # nothing fills them, and whoever asks for every parameter says so
+                continue  # nothing fills them; code that needs every parameter reports it
             source = backup
         tied[target] = tied.get(source, source)
         present.add(target)
@@ -61,7 +61,7 @@ def find_ties(model: PreTrainedModel, found: Collection[str], equal: Callable[[s
 
 
 def part(model: PreTrainedModel, names: Collection[str]) -> None:
-    """Give parameters that stay on their own a place of their own; on the meta device."""
+    """Give parameters that stay separate a storage of their own, on the meta device."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)

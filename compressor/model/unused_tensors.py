@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint that fill nothing in the model, and what becomes of them.
+"""Classifies the tensors of a checkpoint that fill no parameter of the model.
 
-A class knows some of them (`_keys_to_ignore_on_load_unexpected`: layers that predict further tokens, which other
-programs run), others nobody does. All are carried into the artifact byte for byte, but for what a model computes
-itself and what it has twice.
+A class names some of them (`_keys_to_ignore_on_load_unexpected`: layers that predict further tokens, which other
+programs run). The others are unknown. All are copied to the artifact byte for byte, except tensors that the model
+computes itself and tensors that it has twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPUTED: tuple[tuple[re.Pattern[str], int | None], ...] = (
     (re.compile(r"(^|\.)(attn|attention)\.bias$"), 4),  # a causal mask (1, 1, positions, positions)
     (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), 0),
 )
-# keys of config.json that announce layers which predict further tokens: DeepSeek and GLM, transformers 5, Qwen, MiniMax
+# keys of config.json that declare layers which predict further tokens: DeepSeek and GLM, transformers 5, Qwen, MiniMax
 ANNOUNCING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 Reason = Literal["ignored", "unknown", "computed", "copy"]
 TELLS: dict[str, str] = {
@@ -37,8 +37,8 @@ TELLS: dict[str, str] = {
 class Unused:
     """tensor    its name in the checkpoint
     reported  what transformers reports as unexpected for it
-    reason    ignored: the class names it; unknown: nobody does; computed: by the model; copy: of what it is tied to
-    of        the parameter that it is a copy of
+    reason    ignored: the class names it; unknown; computed: by the model; copy: of the parameter that it is tied to
+    of        the parameter of which it is a copy
     """
 
     tensor: str
@@ -52,7 +52,7 @@ class Unused:
 
 
 def unused_tensor(name: str, info: TensorInfo, reported: tuple[str, ...], model: PreTrainedModel) -> Unused:
-    """Say why a tensor fills nothing."""
+    """The record of a tensor that fills no parameter, with the reason."""
     if any(pattern.search(name) and dims in (None, len(info.shape)) for pattern, dims in COMPUTED):
         return Unused(name, reported, "computed")
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -61,7 +61,7 @@ def unused_tensor(name: str, info: TensorInfo, reported: tuple[str, ...], model:
 
 
 def without_announcements(values: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """config.json without a promise of layers that predict further tokens; `config` says what it has by default."""
+    """config.json without the keys of layers that predict further tokens. `config` gives their defaults."""
     nested = "text_config" if isinstance(values.get("text_config"), dict) else None
     sections = {None: values} | ({nested: values[nested]} if nested else {})
     changed = {name: {key: 0 for key in ANNOUNCING if section.get(key)} for name, section in sections.items()}

@@ -1,9 +1,9 @@
-"""Which checkpoint tensors fill which module parameters, in the names each side uses.
+"""Maps the tensors of a checkpoint to the parameters of the model that they fill.
 
 transformers renames tensors while loading and fuses some of them (a Mixtral expert's w1 and w3 become rows of one
-`(experts, ...)` parameter), or takes one apart (a fused qkv projection). Users and files know checkpoint names, the
-running model knows parameter names. `bind` asks transformers' own conversion rules for the translation, so a model
-loads here exactly as `from_pretrained` does, but one block at a time.
+`(experts, ...)` parameter), or splits one (a fused qkv projection). Users and files use checkpoint names, the running
+model uses parameter names. `bind` applies transformers' own conversion rules, so that a model is loaded exactly as by
+`from_pretrained`, but one block at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
 class Source:
     """One checkpoint tensor and the part of a parameter that it fills.
 
-    expert   index along the parameter's first dimension, None when the tensor fills the parameter from its start
-    rows     (start, stop) along the next dimension, None when it fills all of them
+    expert   index along the parameter's first dimension; None if the tensor fills the parameter from its start
+    rows     (start, stop) along the next dimension; None if it fills all of them
     """
 
     tensor: str
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rule:
-    """transformers' rule that makes a parameter of tensors, and the first of the parameters that it makes."""
+    """A rule of transformers that makes parameters from tensors, and the first of these parameters."""
 
     converter: WeightConverter
     first: str
@@ -56,13 +56,13 @@ class Rule:
 @dataclass(frozen=True)
 class Bindings:
     """sources   parameter or buffer name -> the tensors that fill it
-    rules       parameter name -> the rule that joins them, or takes one apart (absent for plain renames)
+    rules       parameter name -> the rule that joins or splits tensors (absent for plain renames)
     tied        parameter name -> the parameter whose storage it shares
-    apart       parameters that config.json ties although their tensors differ from those of the others
-    dtypes      name of what has sources -> the dtype in which transformers holds it
-    joined      parameter name -> why no part of a tensor is its own, so that it can only stay as it is
-    unused      checkpoint tensors that fill nothing
-    owned       tensor -> the parameter that the class would rather see it under, of those that share it
+    apart       parameters that config.json ties although their tensors differ
+    dtypes      name of a parameter or buffer with sources -> its dtype in transformers
+    joined      parameter name -> why it can't be divided into tensors, so that it must stay unchanged
+    unused      checkpoint tensors that fill no parameter
+    owned       tensor -> the parameter under whose name the class prefers it, of those that share it
     """
 
     sources: dict[str, tuple[Source, ...]]
@@ -76,7 +76,7 @@ class Bindings:
 
     @cached_property
     def parameters_by_tensor(self) -> dict[str, str]:
-        """Checkpoint tensor -> parameter it goes to; the first, where a rule makes several of it."""
+        """Checkpoint tensor -> the parameter that it fills; the first one if a rule makes several of it."""
         names: dict[str, str] = {}
         for name, sources in self.sources.items():
             for source in sources:
@@ -84,21 +84,21 @@ class Bindings:
         return names
 
     def parameter_of(self) -> dict[str, str]:
-        """Checkpoint tensor -> parameter it goes to."""
+        """Checkpoint tensor -> the parameter that it fills."""
         return self.parameters_by_tensor
 
     def dtype_of(self, tensor: str) -> torch.dtype:
-        """The dtype that transformers casts a checkpoint tensor to, before any rule."""
+        """The dtype to which transformers converts a checkpoint tensor before any rule."""
         name = self.parameters_by_tensor[tensor]
         return self.dtypes[self.rules[name].first if name in self.rules else name]
 
 
 def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> Bindings:
-    """Translate every checkpoint tensor. `model` may be on the meta device; it was made with `dtype`.
+    """Map every checkpoint tensor. `model` may be on the meta device; it was made with `dtype`.
 
-    Headers only are read, but for two tensors that config.json ties and the checkpoint has both of.
+    Only headers are read, except for two tensors that config.json ties if the checkpoint has both.
 
-    raises ModelError when a parameter has no tensor, a shape differs, or tensors hold codes instead of weights
+    raises  ModelError if a parameter has no tensor, a shape differs, or tensors contain codes instead of weights
     """
     renamed = _Renaming(model)
     state = dict(model.state_dict())
@@ -149,7 +149,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
 
 class _Renaming:
-    """transformers' renaming rules of one model; a call gives the parameter's name and the rule's pattern."""
+    """The renaming rules of transformers for one model. A call returns the parameter's name and the rule's pattern."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         rules = get_model_conversion_mapping(model)
@@ -161,12 +161,12 @@ class _Renaming:
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         target, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
-        if target not in self.state and key in self.state:  # a name that is right already
+        if target not in self.state and key in self.state:  # the name is already correct
             target, pattern = rename_source_key(key, [], [], self.prefix, self.state)
         return target, pattern
 
     def reported(self, target: str, pattern: str | None) -> tuple[str, ...]:
-        """What transformers reports as unexpected for a tensor that fills nothing."""
+        """The names that transformers reports as unexpected for a tensor that fills no parameter."""
         if pattern is None:
             return (target,)
         patterns = self.by_pattern[pattern].target_patterns
@@ -174,7 +174,7 @@ class _Renaming:
 
 
 def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
-    """The value of one parameter or buffer as transformers would load it; `read` gets checkpoint names."""
+    """The value of one parameter or buffer as transformers loads it. `read` takes checkpoint names."""
     sources = bindings.sources[name]
     rule = bindings.rules.get(name)
     if rule is None:
@@ -184,7 +184,7 @@ def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor],
 
 
 def fill(module_name: str, tensor: Tensor | None, model: nn.Module) -> None:
-    """Set a parameter or buffer by full name; None puts it back on the meta device, freeing its memory."""
+    """Set a parameter or buffer by full name. None moves it to the meta device, which frees its memory."""
     path, _, leaf = module_name.rpartition(".")
     owner = model.get_submodule(path)
     table = owner._parameters if leaf in owner._parameters else owner._buffers
@@ -201,13 +201,13 @@ def fill(module_name: str, tensor: Tensor | None, model: nn.Module) -> None:
 
 
 def _convert(rule: Rule, tensors: Iterable[tuple[Source, Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter that a rule makes of these tensors."""
+    """Every parameter that a rule makes from these tensors."""
     converter = copy.deepcopy(rule.converter)
     for source, tensor in tensors:
         converter.add_tensor(rule.first, source.tensor, source.pattern, tensor)  # type: ignore[arg-type]
     try:
         made: dict[str, Any] = converter.convert(rule.first, model=model, config=model.config)
-    except Exception as error:  # transformers raises many kinds; the cause is kept
+    except Exception as error:  # transformers raises many kinds of exceptions; the cause is kept
         raise ModelError(
             f"transformers could not join {len(rule.converter.source_patterns)} kinds of tensors ({error})",
             where=rule.first,
@@ -218,7 +218,11 @@ def _convert(rule: Rule, tensors: Iterable[tuple[Source, Tensor]], model: PreTra
 def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoint: Checkpoint) -> Source:
     if len(parts) > 1:
         names = ", ".join(part.tensor for part in parts)
-        raise ModelError(f"{len(parts)} tensors fill it ({names})", where=target, hint="Keep one of them.")
+        raise ModelError(
+            f"{len(parts)} tensors have values for it ({names})",
+            where=target,
+            hint="Remove all but one from the checkpoint.",
+        )
     _check_shape(parts[0].tensor, checkpoint.tensors[parts[0].tensor].shape, shape)
     return parts[0]
 
@@ -226,9 +230,9 @@ def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoin
 def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> None:
     if tuple(found) != tuple(wanted):
         raise ModelError(
-            f"the checkpoint has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
+            f"the checkpoint has shape {tuple(found)}, config.json needs {tuple(wanted)}",
             where=where,
-            hint="The config and the weights are not of one model.",
+            hint="Download config.json and the weights again from one revision: hf download NAME.",
             data={"reason": "shape", "shape": list(found), "expected": list(wanted)},
         )
 
@@ -236,15 +240,15 @@ def _check_shape(where: str, found: Iterable[int], wanted: Iterable[int]) -> Non
 def _realized(
     rule: Rule, parts: list[Source], state: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint
 ) -> list[str]:
-    """The parameters that a rule makes, by letting it work on tensors without values. raises ModelError for a shape"""
+    """The parameters that a rule makes, found with tensors without values. raises ModelError for a wrong shape"""
     shapes = [(part, checkpoint.tensors[part.tensor].shape) for part in parts]
     made = _convert(rule, [(part, torch.empty(shape, device="meta")) for part, shape in shapes], model)
     for name, value in made.items():
         if name not in state:
             raise ModelError(
-                f"transformers makes {name} of it, which {type(model).__name__} doesn't have",
+                f"transformers loads it as {name}, which {type(model).__name__} doesn't have",
                 where=parts[0].tensor,
-                hint="The config and the weights are not of one model.",
+                hint="Download config.json and the weights again from one revision: hf download NAME.",
             )
         _check_shape(name, value.shape, state[name].shape)
     return list(made)
@@ -253,9 +257,9 @@ def _realized(
 def _placed(
     rule: Rule, parts: list[Source], shape: torch.Size, model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[Source, ...] | None:
-    """Where each tensor's rows land in (experts, rows, ...), by sending numbered rows through the same rule.
+    """The position of each tensor's rows in (experts, rows, ...), found by applying the rule to numbered rows.
 
-    None if they aren't kept together, or aren't rows
+    None if the rows are not kept together, or the rule does not move rows
     """
     probes = []
     for number, part in enumerate(parts):
@@ -263,7 +267,7 @@ def _placed(
         probes.append((part, (torch.arange(rows) + (number << ROWS_SHIFT)).reshape(rows, 1)))
     try:
         placed = _convert(rule, probes, model)[rule.first]
-    except ModelError:  # it asks for more than rows, so rows say nothing
+    except ModelError:  # the rule needs more than rows
         return None
     if placed.dim() != 3 or tuple(placed.shape[:2]) != tuple(shape[:2]):
         return None
@@ -281,10 +285,10 @@ def _placed(
 
 
 def _are_equal(one: str, other: str, known: Bindings, model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
-    """Whether two parameters hold the same values once loaded."""
+    """Whether two parameters have the same values after loading."""
     infos = [[checkpoint.tensors[source.tensor] for source in known.sources[name]] for name in (one, other)]
     if not all(info.file.is_file() for both in infos for info in both):
-        return False  # of a model that is only planned; what is equal was found when its source was read
+        return False  # a model that is only planned; equal tensors were found when its source was read
     is_plain = one not in known.rules and other not in known.rules and known.dtypes[one] == known.dtypes[other]
     if is_plain and same_bytes(infos[0][0], infos[1][0]):
         return True
@@ -320,14 +324,11 @@ def _refuse_missing(
         output = model.get_output_embeddings()
         is_head = output is not None and all(model.get_submodule(name.rpartition(".")[0]) is output for name in missing)
         raise ModelError(
-            f"the checkpoint has no tensor for {shown}",
+            f"the checkpoint has no tensor for {shown}, so {type(model).__name__} would have random values there",
             where=str(checkpoint.directory.name),
-            hint=f"{type(model).__name__} would start with random values there. "
-            + (
-                "If the head shares the embedding's weights, set tie_word_embeddings to true in config.json."
-                if is_head
-                else "Check `architectures` in config.json."
-            ),
+            hint="Set tie_word_embeddings to true in config.json if the output head shares the embedding's weights."
+            if is_head
+            else "Correct `architectures` in config.json, or download the model again.",
             data={
                 "reason": "missing-tensors",
                 "names": missing,

@@ -1,4 +1,4 @@
-"""The weights of a model by the names of its checkpoint, and the groups that read one input."""
+"""Defines the weights of a model by the names of its checkpoint, and the groups that read the same input."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ROLES = ("attention", "mlp", "experts", "head", "embedding", "router", "shortcut
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix of the checkpoint, named as the checkpoint names it (without `.weight`), or one function of the model.
+    """One matrix of the checkpoint, with the checkpoint's name (without `.weight`), or one function of the model.
 
-    parameter   the module parameter that holds it, e.g. `model.layers.0.mlp.experts.gate_up_proj`; of a function the
-                path of its module
+    parameter   its module parameter, e.g. `model.layers.0.mlp.experts.gate_up_proj`; of a function the path of its
+                module
     shape       (out_features, in_features); of a norm (width,) of its gain, of other functions ()
     transposed  stored as (in, out), as GPT-2's Conv1D does
     expert      index along the first dimension of a fused (experts, ...) parameter, else None
     rows        (start, stop) of the parameter's output rows that this matrix fills
     bias        checkpoint name of the bias, if there is one
-    role        attention | mlp | experts | router | head | embedding | shortcut (beside the branches of a sliced
+    role        attention | mlp | experts | router | head | embedding | shortcut (on the residual path of a sliced
                 block), or of a function activation | norm | softmax
-    facts       what a function computes, as found by running it: {"function": "gelu"}, {"kind": "rms", "eps": ...}
+    facts       what a function computes, found by running it: {"function": "gelu"}, {"kind": "rms", "eps": ...}
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Finds the key of config.json that makes a model fail, by putting other values in the place of each one."""
+"""Finds the key of config.json that makes a model fail, by trying other values for each key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from compressor.model.config_values import Path, leaves, value_at
 
-SEARCH_SECONDS = 5.0  # of processor time, for looking for the key; only a failure costs it
-SMALL_NUMBERS = (1, 2, 4, 8)  # tried where the default doesn't help, or isn't known
+SEARCH_SECONDS = 5.0  # processor time for the search; only a failure costs it
+SMALL_NUMBERS = (1, 2, 4, 8)  # tried if the default doesn't help or is unknown
 
 
 def wrong_keys(
@@ -22,11 +22,11 @@ def wrong_keys(
     defaults: Mapping[str, Any],
     aliases: Mapping[str, str],
 ) -> list[Path]:
-    """Up to three keys such that changing one of them alone makes `attempt` succeed.
+    """Up to three keys such that a change of one of them alone makes `attempt` succeed.
 
-    The likelier ones are tried first, and the others only if none of these is it: keys that the failing lines read
-    (the innermost first), keys whose value isn't a positive number or has the type that the message names, and those
-    with any value but the default.
+    The likely keys are tried first, and the others only if none of these is the cause: keys that the failing lines
+    read (the innermost first), keys whose value is not a positive number or has the type in the message, and keys with
+    another value than the default.
     """
     ends = time.process_time() + SEARCH_SECONDS
     named, said = _named(error, aliases), str(error)
@@ -43,13 +43,13 @@ def wrong_keys(
             found: list[Path] = []
             for path in group:
                 if any(inner[: len(path)] == path for inner in found):
-                    continue  # a map is wrong for what it holds
+                    continue  # a map is wrong because of its entries
                 for other in others(defaults, path):
                     if time.process_time() > ends or len(found) == 3:
                         return found
                     try:
                         attempt(_changed(values, path, other))
-                    except Exception:  # this change didn't mend it
+                    except Exception:  # this change doesn't correct it
                         continue
                     found.append(path)
                     break
@@ -63,7 +63,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _defaults_of(defaults: Mapping[str, Any], path: Path) -> list[Any]:
-    """What the class has for a key, and nothing at all."""
+    """The default of the class for a key, and None."""
     default = value_at(defaults, path)
     return [None] if default is None else [default, None]
 
@@ -74,7 +74,7 @@ def _small_numbers(defaults: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def _changed(values: dict[str, Any], path: Path, other: Any) -> dict[str, Any]:
-    """config.json with another value for one key; None leaves the key out."""
+    """config.json with another value for one key. None leaves the key out."""
     changed = copy.deepcopy(values)
     node = changed
     for part in path[:-1]:
@@ -87,7 +87,7 @@ def _changed(values: dict[str, Any], path: Path, other: Any) -> dict[str, Any]:
 
 
 def _named(error: Exception, aliases: Mapping[str, str]) -> list[str]:
-    """Attributes that the failing lines read, the innermost first, as keys of config.json."""
+    """Keys of config.json that the failing lines read as attributes, the innermost first."""
     found: list[str] = []
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         words = re.findall(r"(?:\.|\[\"|\['|get\(\")([A-Za-z_]\w*)", frame.line or "")

@@ -83,35 +83,42 @@ class BCT(WeightPass):
     title: ClassVar[str] = "Weights, embeddings and activations in blocks with power-of-two scales, 4/8-bit mix"
     paper: ClassVar[str] = "Dong & Chen 2023, arXiv 2304.01483"
 
-    bits: Literal[4, 8] = Field(8, description="Bits per weight; with a budget each matrix gets 4 or 8.")
+    bits: Literal[4, 8] = Field(8, description="Bits per weight. With a budget, each matrix gets 4 or 8.")
     block_shape: tuple[Side, Side] = Field(
-        (64, 64), description="Rows and columns of a matrix that share a scale; [1, B] for one row."
+        (64, 64), description="Rows and columns of a block that shares a scale. [1, B] is a block of one row."
     )
-    scale: Literal["shift", "float16"] = Field("shift", description="Powers of two in a byte, or float16 numbers.")
+    scale: Literal["shift", "float16"] = Field(
+        "shift", description="Type of the scales: powers of two in one byte, or float16."
+    )
     scale_search: Literal["max", "mse", "output"] = Field(
-        "mse", description="No clipping, least squared error, or that weighted by the calibration inputs."
+        "mse",
+        description="How a scale is chosen. max: without clipping. mse: with the least squared error. output: with the "
+        "least squared error, weighted by the calibration inputs.",
     )
     activations: Literal["none", "dynamic", "static"] = Field(
         "none",
-        description="8-bit inputs in blocks: scales found for each token, or on calibration data.",
+        description="Quantize the inputs to 8 bits in blocks. dynamic: with scales of each token. static: with scales "
+        "from calibration data.",
     )
-    biases: bool = Field(False, description="Store the biases of the selected matrices in 8-bit blocks too.")
+    biases: bool = Field(False, description="Also store the biases of the selected matrices in 8-bit blocks.")
     table_entries: Literal[256, 1024] = Field(
-        256, description="Entries of a function's table, where `only` names @activation, @norm or @softmax."
+        256, description="Entries of a lookup table, if `only` names @activation, @norm or @softmax."
     )
     table_lookup: Literal["linear", "nearest"] = Field(
-        "linear", description="A line between two entries, or the nearest one."
+        "linear", description="How a lookup table is read. linear: between two entries. nearest: the nearest entry."
     )
-    embedding_bits: Literal[4, 8] = Field(8, description="Bits of a table, where `only` names @embedding.")
-    embedding_block: Side | None = Field(None, description="Columns of a row that share a scale; null is the row.")
+    embedding_bits: Literal[4, 8] = Field(8, description="Bits per weight of an embedding, if `only` names @embedding.")
+    embedding_block: Side | None = Field(
+        None, description="Columns of an embedding that share a scale. null: the whole row."
+    )
     stock: bool = Field(
-        False, description="Blocks of one row as compressed-tensors groups, loaded by plain transformers."
+        False, description="Store blocks of one row as compressed-tensors groups, which stock transformers loads."
     )
     budget: PositiveInt | None = Field(
-        None, description="Bytes that the selected matrices may fill; chooses 4 or 8 bits for each, tables included."
+        None, description="Bytes that the selected matrices and lookup tables may use. Each matrix gets 4 or 8 bits."
     )
     budget_bits: float | None = Field(
-        None, gt=4, le=16, description="The same as bits a weight of the selected matrices, scales included."
+        None, gt=4, le=16, description="The same budget as bits per weight of the selected matrices, scales included."
     )
 
     @model_validator(mode="after")
@@ -322,7 +329,7 @@ class BCT(WeightPass):
             raise PassError(
                 "no calibration token reached it, so its input range is unknown",
                 where=weight.name,
-                hint="Give more calibration data, or set activations: dynamic.",
+                hint="Set a larger data.samples, or activations: dynamic.",
             )
         return shift_exponent(seen.largest, 127).to(torch.int8)
 
@@ -392,14 +399,14 @@ def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
         raise ShapeError(
             f"{does}, and no stock loader has a table to put there",
             where=weight.name,
-            hint="Leave it out with `except`, or set stock: false.",
+            hint="Set stock: false, or leave it out with `except`.",
             data={"reason": "no-stock-table", "role": weight.role},
         )
     if width < weight.in_features and weight.in_features % width:
         raise ShapeError(
             f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups are of one size",
             where=weight.name,
-            hint="Choose another block_shape, leave this weight out with `except`, or set stock: false.",
+            hint="Set stock: false, or a narrower block_shape such as [1, 32], or leave this weight out with `except`.",
             data={"reason": "blocks-do-not-divide", "width": width, "in_features": weight.in_features},
         )
     return {"bits": bits, "group_size": width if width <= weight.in_features else -1, "symmetric": True}

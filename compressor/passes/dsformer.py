@@ -125,29 +125,51 @@ class DSFormer(WeightPass):
     paper: ClassVar[str] = "Chand, Prabhu & Kumar 2023, arXiv 2312.13211"
 
     ratio: float | None = Field(
-        None, gt=0, lt=1, description="Bytes kept, of each weight in 16 bits. Null is 0.5 unless atoms and k are given."
+        None,
+        gt=0,
+        lt=1,
+        description="Share of each weight's bytes in 16 bits that is kept. null: 0.5, unless atoms and k are set.",
     )
     density: float | None = Field(
-        None, gt=0, le=1, description="With ratio: k / atoms as near to it as bytes allow. Null tries 0.35 and 0.7."
+        None,
+        gt=0,
+        le=1,
+        description="With ratio: the value for k / atoms, as near as the bytes allow. null: try 0.35 and 0.7.",
     )
     block_size: Count | None = Field(
-        None, description="Inputs that share atoms; null is the largest divisor of a weight's inputs up to 384."
+        None, description="Inputs that share atoms. null: the largest divisor of a weight's inputs up to 384."
     )
-    atoms: Count | None = Field(None, le=4096, description="Atoms a block, in place of ratio.")
-    k: Count | None = Field(None, description="Atoms that each output combines, of each block.")
-    values: Literal["float16", "bfloat16", "int8"] = Field("float16", description="Stored type of all numbers.")
+    atoms: Count | None = Field(None, le=4096, description="Number of atoms of a block. It replaces ratio.")
+    k: Count | None = Field(None, description="Number of atoms of each block that an output combines.")
+    values: Literal["float16", "bfloat16", "int8"] = Field(
+        "float16", description="Dtype in which all numbers are stored."
+    )
     metric: Literal["output", "weight"] = Field(
-        "output", description="Least error of the outputs on calibration data, or of the weights (needs no data)."
+        "output",
+        description="Error that is minimized. output: of the outputs on calibration data. weight: of the weights (no "
+        "data).",
     )
-    sweeps: int = Field(2, ge=1, le=10, description="Times that all blocks of a weight are solved in turn.")
-    pursuits: int = Field(3, ge=1, le=50, description="Pursuits and updates of the atoms, for each block and sweep.")
+    sweeps: int = Field(2, ge=1, le=10, description="How often all blocks of a weight are solved one after the other.")
+    pursuits: int = Field(
+        3, ge=1, le=50, description="Matching pursuits and updates of the atoms for each block and sweep."
+    )
     refine_steps: int = Field(
-        0, ge=0, le=5000, description="Steps of training a block's factors together, towards the dense block's outputs."
+        0,
+        ge=0,
+        le=5000,
+        description="Training steps in which a block's factors learn the dense block's outputs together.",
     )
-    refine_rate: float = Field(1e-3, gt=0, le=0.1, description="Learning rate, times the size of what is trained.")
-    damping: float = Field(0.01, gt=0, le=1, description="Damping as a fraction of the mean of diag(H).")
+    refine_rate: float = Field(
+        1e-3, gt=0, le=0.1, description="Learning rate of the refinement, relative to the size of the trained values."
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Damping as a fraction of the mean of diag(H), where H is the Hessian of the inputs.",
+    )
     max_rel_error: float | None = Field(
-        None, gt=0, le=1, description="Beyond this share of the squared output a matrix stays dense."
+        None, gt=0, le=1, description="Leave a matrix dense if its error exceeds this share of the squared output."
     )
 
     @model_validator(mode="after")

@@ -50,32 +50,60 @@ class GPTQ(WeightPass):
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv 2210.17323"
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight.")
-    group_size: GroupSize = Field(128, description="Inputs that share a scale; -1 is one scale per row.")
-    symmetric: bool = Field(True, description="Grid centred on zero. False stores a zero point per group.")
-    scale_search: Literal["minmax", "mse", "hessian_diag"] = Field(
-        "mse", description="Range by extremes, shrunk for least error, or for least error weighted by diag(H)."
+    group_size: GroupSize = Field(128, description="Inputs that share a scale. -1: one scale per row.")
+    symmetric: bool = Field(
+        True, description="true: the grid is centred on zero. false: a zero point is stored per group."
     )
-    refine_scales: bool = Field(False, description="Least-squares scales for the chosen codes; never raises the loss.")
+    scale_search: Literal["minmax", "mse", "hessian_diag"] = Field(
+        "mse",
+        description="How a scale is chosen. minmax: by the extremes. mse: with the least squared error. hessian_diag: "
+        "with the least squared error, weighted by diag(H).",
+    )
+    refine_scales: bool = Field(
+        False, description="Refit the scales to the chosen codes by least squares. It never increases the loss."
+    )
     act_order: Literal["none", "static", "group_aware", "group"] = Field(
         "static",
-        description="Order of columns: as they lie, by decreasing diag(H), so within and between groups, or by "
-        "decreasing diag(H) with groups of columns so ordered (stores an index; needs the modelling file).",
+        description="Order in which columns are quantized. none: as they are stored. static: by decreasing diag(H). "
+        "group_aware: by diag(H) within groups and between them. group: by decreasing diag(H), with groups made of "
+        "columns in that order (stores an index and needs a modeling file).",
     )
-    block_size: Literal[32, 64, 128, 256, 512] = Field(128, description="Columns per lazy update; speed only.")
-    percdamp: float = Field(0.01, gt=0, lt=1, description="Damping as a fraction of the mean of diag(H).")
-    max_percdamp: float = Field(1.0, gt=0, le=1, description="Most damping tried before giving up on a weight.")
-    on_failure: Literal["rtn", "error"] = Field("rtn", description="When no damping helps: round to nearest, or stop.")
-    dead_columns: Literal["rtn", "zero"] = Field("rtn", description="Inputs that were always zero: nearest code, or 0.")
-    true_sequential: bool = Field(True, description="Later groups of a block see the earlier ones quantized.")
+    block_size: Literal[32, 64, 128, 256, 512] = Field(
+        128, description="Columns per lazy update. It changes only the speed."
+    )
+    percdamp: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="Damping as a fraction of the mean of diag(H), where H is the Hessian of the inputs.",
+    )
+    max_percdamp: float = Field(1.0, gt=0, le=1, description="Largest damping that is tried for a weight.")
+    on_failure: Literal["rtn", "error"] = Field(
+        "rtn", description="If no damping helps. rtn: round to nearest. error: stop."
+    )
+    dead_columns: Literal["rtn", "zero"] = Field(
+        "rtn", description="Weights of inputs that were always zero. rtn: the nearest code. zero: 0."
+    )
+    true_sequential: bool = Field(
+        True, description="Calibrate later matrices of a block on the outputs of those that are already quantized."
+    )
     hessian_dtype: Literal["float32", "float64"] = Field(
-        "float32", description="Type that H is summed and factored in."
+        "float32", description="Dtype in which H is summed and factored."
     )
-    min_tokens: Count | Literal["auto"] = Field("auto", description="Warn below it; auto is in_features.")
+    min_tokens: Count | Literal["auto"] = Field(
+        "auto",
+        description="Calibration tokens below which a weight gets a warning, and below an eighth of which the run ends "
+        "with an error. auto: in_features.",
+    )
     min_tokens_per_expert: Count | Literal["auto"] = Field(
-        "auto", description="Below it `sparse_expert` applies; auto is max(64, in_features / 32)."
+        "auto",
+        description="Number of calibration tokens below which `sparse_expert` applies. auto: max(64, in_features / "
+        "32).",
     )
     sparse_expert: Literal["blend", "rtn", "error"] = Field(
-        "blend", description="An expert with few tokens: blend in its siblings' hessian, round to nearest, or stop."
+        "blend",
+        description="An expert with few tokens. blend: mix in the other experts' Hessian. rtn: round to nearest. "
+        "error: stop.",
     )
 
     @model_validator(mode="after")
@@ -115,7 +143,7 @@ class GPTQ(WeightPass):
                 raise PassError(
                     f"{gram.tokens} calibration tokens for {group.in_features} inputs are too few",
                     where=group.name,
-                    hint="Raise data.samples or data.length, or set min_tokens.",
+                    hint=f"Set a larger data.samples or data.length, or min_tokens: {gram.tokens}.",
                 )
             if gram.tokens < wanted:
                 view.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
@@ -130,7 +158,7 @@ class GPTQ(WeightPass):
             return gram
         seen = f"expert saw {gram.tokens} of the {wanted} calibration tokens it needs"
         if self.sparse_expert == "error":
-            raise PassError(seen, where=group.name, hint="Use more calibration data, or sparse_expert: blend.")
+            raise PassError(seen, where=group.name, hint="Set a larger data.samples, or sparse_expert: blend.")
         view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
         if self.sparse_expert == "rtn" or not any(other.tokens for other in siblings):
             return None
@@ -192,7 +220,7 @@ class GPTQ(WeightPass):
             raise PassError(
                 f"its hessian is not positive definite even with damping {self.max_percdamp:g}",
                 where=group.name,
-                hint="Use more calibration data, raise max_percdamp, or set on_failure: rtn.",
+                hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
             )
         if gram is not None:
             view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
@@ -442,7 +470,7 @@ def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tens
         raise PassError(
             f"the solve does not check out: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",
             where=where,
-            hint="Try hessian_dtype: float64; please report this.",
+            hint="Set hessian_dtype: float64, and report this message with the recipe and the model's name.",
             data={"reason": "wrong-loss", "loss": found, "direct": direct},
         )
 

@@ -75,24 +75,35 @@ class GreedyRemoval(RewritePass):
     paper: ClassVar[str] = "Nagarajan et al. 2022, arXiv 2010.03688"
 
     max_loss_increase: NonNegativeFloat = Field(
-        0.01, description="Mean loss, in nats, that all removal together may add to the dense model's."
+        0.01, description="How much all removals together may increase the dense model's mean loss, in nats."
     )
     loss: Literal["distill", "task"] = Field(
-        "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
+        "distill",
+        description="distill: distance from the dense model's outputs. task: cross-entropy with the data's labels.",
     )
-    tiers: tuple[Tier, ...] = Field(("sub_blocks", "heads"), min_length=1, description="What is tried, in this order.")
+    tiers: tuple[Tier, ...] = Field(
+        ("sub_blocks", "heads"), min_length=1, description="Kinds of parts that are tried, in this order."
+    )
     order: Literal["loss", "last_first"] = Field(
-        "loss", description="Try what adds least loss first, or the last block first without ranking."
+        "loss",
+        description="loss: try the part that adds the least loss first. last_first: the last block first, without "
+        "ranking.",
     )
-    target: float | None = Field(None, gt=0, le=0.9, description="Stop once this share of the blocks' parameters went.")
-    max_evaluations: Count = Field(200, description="Losses measured at most.")
-    confirm: float = Field(0.3, gt=0, lt=1, description="Share of the samples that only confirms.")
-    retry: bool = Field(False, description="Try what failed again at the end of its tier.")
+    target: float | None = Field(
+        None, gt=0, le=0.9, description="Stop when this share of the blocks' parameters is removed."
+    )
+    max_evaluations: Count = Field(200, description="Largest number of losses that are measured.")
+    confirm: float = Field(0.3, gt=0, lt=1, description="Share of the samples that is used only to confirm a removal.")
+    retry: bool = Field(False, description="Try failed parts again at the end of their tier.")
     export: Literal["auto", "stock", "custom"] = Field(
-        "auto", description="stock: a model of its own class or an error; auto: the modelling file where it must be."
+        "auto",
+        description="stock: keep the model's class, or stop with an error. custom: use a modeling file. auto: use one "
+        "if needed.",
     )
-    protect_layers: tuple[int, ...] = Field((), description="Blocks of which nothing goes; -1 is the last.")
-    save_every: Count = Field(16, description="Evaluations between two states that a resume can start from.")
+    protect_layers: tuple[int, ...] = Field((), description="Numbers of blocks that stay whole. -1 is the last.")
+    save_every: Count = Field(
+        16, description="Evaluations between two saved states. A resumed run starts from the last one."
+    )
 
     @property
     def traits(self) -> Traits:
@@ -150,7 +161,7 @@ class GreedyRemoval(RewritePass):
             raise PreflightError(
                 f"block {wrong[0]} is protected, and there are {count}",
                 where="greedy_removal.protect_layers",
-                hint="Drop it.",
+                hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
             )
         return {block % count for block in self.protect_layers}
@@ -289,7 +300,7 @@ class Trial:
             raise PassError(
                 f"{total} calibration samples can't be split into {1 - share:g} and {share:g}",
                 where="greedy_removal.confirm",
-                hint="Give more samples.",
+                hint="Set a larger data.samples, or a confirm nearer to 0.5.",
             )
         drawn = torch.randperm(total, generator=model.generator)
         is_confirming = torch.zeros(total, dtype=torch.bool)

@@ -51,20 +51,23 @@ class LLMInt8(WeightPass):
     title: ClassVar[str] = "Weights and activations to int8, outlier features in 16 bits"
     paper: ClassVar[str] = "Dettmers et al. 2022, arXiv 2208.07339"
 
-    threshold: float = Field(
-        6.0, ge=0, description="|x| from which a feature is an outlier; 0 turns the split off, and .inf means the same."
-    )
+    threshold: float = Field(6.0, ge=0, description="|x| from which a feature is an outlier. 0 or .inf: no feature is.")
     outliers: Literal["dynamic", "calibrated"] = Field(
         "dynamic",
-        description="Found in each call among its tokens, or fixed on calibration data with their weights stored as "
-        "they were (needs the modelling file).",
+        description="dynamic: found in each call. calibrated: fixed on calibration data, with their weights stored "
+        "unchanged (needs a modeling file).",
     )
-    min_frequency: float = Field(0.0, ge=0, le=1, description="Calibrated: least share of tokens that reach threshold.")
+    min_frequency: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="For calibrated: smallest share of tokens that reach the threshold in an outlier feature.",
+    )
     max_outlier_columns: Count = Field(
-        MOST_COLUMNS, description="Calibrated: most columns of a weight; the largest are kept."
+        MOST_COLUMNS, description="For calibrated: largest number of outlier columns of a weight. The largest are kept."
     )
     outlier_report: bool = Field(
-        False, description="Count outlier features on calibration data for the report, also when dynamic."
+        False, description="Count outlier features on calibration data for the report, also for dynamic."
     )
 
     @field_validator("threshold")
@@ -130,7 +133,7 @@ class LLMInt8(WeightPass):
                 raise PassError(
                     "its calibration inputs hold NaN or Inf",
                     where=group.name,
-                    hint="The model overflows in this dtype on this data: set model.dtype, or look at the data.",
+                    hint="Set model.dtype: float32, or check the model's outputs on this data.",
                     data={"reason": "not-finite"},
                 )
             record = count.record(group)

@@ -56,22 +56,32 @@ class LowRank(WeightPass):
         None,
         gt=0,
         lt=1,
-        description="Bytes kept, of each weight in 16 bits. Null is 0.5 if nothing else says the rank.",
+        description="Share of each weight's bytes in 16 bits that is kept. null: 0.5, unless another setting gives the "
+        "rank.",
     )
-    rank: Count | None = Field(None, description="The same rank for all.")
+    rank: Count | None = Field(None, description="The rank of all selected weights.")
     energy: float | None = Field(
-        None, gt=0, lt=1, description="Least rank that keeps this share of the squared output."
+        None, gt=0, lt=1, description="Use the smallest rank that keeps this share of the squared output."
     )
     budget: PositiveInt | None = Field(
-        None, description="Bytes that the selected matrices may fill; ranks are chosen over the whole model."
+        None, description="Bytes that the selected matrices may use. The ranks are chosen over the whole model."
     )
-    values: Literal["float16", "bfloat16", "int8"] = Field("float16", description="Stored type of both factors.")
+    values: Literal["float16", "bfloat16", "int8"] = Field(
+        "float16", description="Dtype in which both factors are stored."
+    )
     metric: Literal["output", "weight"] = Field(
-        "output", description="Least error of the outputs on calibration data, or of the weights (needs no data)."
+        "output",
+        description="Error that is minimized. output: of the outputs on calibration data. weight: of the weights (no "
+        "data).",
     )
-    damping: float = Field(0.01, gt=0, le=1, description="Damping as a fraction of the mean of diag(H).")
+    damping: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Damping as a fraction of the mean of diag(H), where H is the Hessian of the inputs.",
+    )
     max_rel_error: float | None = Field(
-        None, gt=0, le=1, description="Beyond this share of the squared output a matrix stays dense."
+        None, gt=0, le=1, description="Leave a matrix dense if its error exceeds this share of the squared output."
     )
 
     @model_validator(mode="after")

@@ -42,12 +42,14 @@ class PrefillPruning(TokenPass):
 
     keep: dict[NonNegativeInt, Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
-        description="Block number -> share of its tokens that go on behind it; null: 0.9, 0.7 and 0.5 at a quarter, "
-        "half and three quarters of the depth.",
+        description="Share of the tokens that is kept after a block, by block number. null: 0.9, 0.7 and 0.5 at a "
+        "quarter, half and three quarters of the depth.",
     )
-    sink: NonNegativeInt = Field(4, le=MOST, description="So many tokens at the start always go on.")
-    min_prompt: Count = Field(256, description="Shorter prompts are left alone.")
-    revive: bool = Field(True, description="Whether later words may take tokens back.")
+    sink: NonNegativeInt = Field(
+        4, le=MOST, description="Number of tokens at the start of the prompt that are always kept."
+    )
+    min_prompt: Count = Field(256, description="Number of tokens below which a prompt is not pruned.")
+    revive: bool = Field(True, description="Let later tokens bring back dropped tokens that they attend to.")
 
     @property
     def traits(self) -> Traits:
@@ -82,7 +84,7 @@ class PrefillPruning(TokenPass):
                 raise PreflightError(
                     f"{path} is a {modules[path]['form']} already and can't be gated as well",
                     where="prefill_pruning",
-                    hint="Leave out one of the two steps.",
+                    hint="Remove one of the two steps from the recipe.",
                 )
             spec = {
                 "number": number,
@@ -99,7 +101,7 @@ class PrefillPruning(TokenPass):
             raise PreflightError(
                 f"tokens of {model.architecture} can't be dropped in prefill: {why}",
                 where="prefill_pruning",
-                hint="It is for causal language models whose blocks take a cache.",
+                hint="Use a causal language model whose blocks take a cache, or zero_tprune for an encoder.",
                 data={"reason": "not-gated", "model": model.architecture, "because": values_of(why)},
             )
         return redefinition

@@ -37,7 +37,9 @@ class Rotate(RewritePass):
     keeps_function: ClassVar[bool] = True
 
     rotation: Literal["hadamard", "random", "pca"] = Field(
-        "hadamard", description="Randomized Hadamard, random orthogonal, or principal axes of calibration signals."
+        "hadamard",
+        description="hadamard: randomized Hadamard matrix. random: random orthogonal matrix. pca: principal axes of "
+        "the residual stream on calibration data.",
     )
 
     @property

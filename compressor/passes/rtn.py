@@ -23,9 +23,13 @@ class RTN(WeightPass):
     paper: ClassVar[str] = ""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight.")
-    group_size: GroupSize = Field(128, description="Inputs that share a scale; -1 is one scale per row.")
-    symmetric: bool = Field(True, description="Grid centred on zero. False stores a zero point per group.")
-    scale_search: Literal["minmax", "mse"] = Field("mse", description="Range by extremes, or shrunk for least error.")
+    group_size: GroupSize = Field(128, description="Inputs that share a scale. -1: one scale per row.")
+    symmetric: bool = Field(
+        True, description="true: the grid is centred on zero. false: a zero point is stored per group."
+    )
+    scale_search: Literal["minmax", "mse"] = Field(
+        "mse", description="How a scale is chosen. minmax: by the extremes. mse: with the least squared error."
+    )
 
     @property
     def traits(self) -> Traits:

@@ -96,21 +96,29 @@ class SliceGPT(RewritePass):
     title: ClassVar[str] = "Residual stream cut to its principal axes: a narrower dense model"
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024"
 
-    sparsity: float = Field(0.25, ge=0, le=0.5, description="Share of the stream's width that goes; not of parameters.")
-    round_to: Count = Field(8, description="Widths are rounded down to a multiple, for fast products.")
+    sparsity: float = Field(
+        0.25, ge=0, le=0.5, description="Share of the residual stream's width that is removed (not of the parameters)."
+    )
+    round_to: Count = Field(8, description="Round widths down to a multiple of this number, for fast matmuls.")
     orientation: Literal["per_site", "global", "auto"] = Field(
         "per_site",
-        description="A rotation at each site and matrices beside the branches, or one for the whole stream (per_site "
-        "where the model's class can't be narrower), or whichever is better at the size of the latter.",
+        description="per_site: one rotation for each sublayer, with matrices on the residual path. global: one "
+        "rotation for the whole residual stream (per_site if the model's class can't be narrower). auto: the better of "
+        "the two at the size of global.",
     )
     schedule: Literal["uniform", "variance"] = Field(
-        "uniform", description="One width for all sites, or within as many parameters more where more variance is held."
+        "uniform",
+        description="uniform: one width for all sublayers. variance: wider where the stream has more variance, with as "
+        "many parameters.",
     )
     covariance: Literal["raw", "normalised"] | None = Field(
-        None, description="Signals as they are, or each token scaled to length 1; null: raw per site, else normalised."
+        None,
+        description="raw: tokens unchanged. normalised: each token scaled to length 1. null: raw for per_site, else "
+        "normalised.",
     )
     final_orientation: Literal["random", "pca"] = Field(
-        "random", description="Spread the kept axes evenly, which later quantization likes, or keep them in order."
+        "random",
+        description="random: mix the kept axes, which makes later quantization more exact. pca: keep them in order.",
     )
 
     @model_validator(mode="after")
@@ -139,7 +147,7 @@ class SliceGPT(RewritePass):
             raise PreflightError(
                 f"nothing is left of a width of {width} at sparsity {self.sparsity}, rounded to {self.round_to}",
                 where="slicegpt.round_to",
-                hint="Set round_to to at most half the width.",
+                hint=f"Set round_to to {width // 2} or less, or a smaller sparsity.",
                 data={"width": width, "sparsity": self.sparsity, "round_to": self.round_to},
             )
         return kept

@@ -60,43 +60,59 @@ class VTrans(RewritePass):
     title: ClassVar[str] = "Structured pruning by variational masks: fewer heads, narrower MLPs, still dense"
     paper: ClassVar[str] = "Dutta et al. 2024, arXiv 2406.05276"
 
-    target: float = Field(0.2, ge=0, le=0.9, description="Share that goes, of what `measure` and `of` name.")
+    target: float = Field(0.2, ge=0, le=0.9, description="Share that is removed, of what `measure` and `of` name.")
     measure: Literal["parameters", "flops", "bytes"] = Field(
         "parameters",
-        description="What the target counts; bytes fall as parameters do, flops are multiplications for one token.",
+        description="What the target counts. bytes decrease as parameters do. flops are multiplications for one token.",
     )
     of: Literal["blocks", "model"] = Field(
-        "blocks", description="Of all blocks (norms and biases too), or of the whole model with embeddings and head."
+        "blocks",
+        description="blocks: all blocks, with norms and biases. model: the whole model, with embeddings and output "
+        "head.",
     )
-    tokens: Count = Field(512, description="Keys that a query meets, for measure: flops.")
+    tokens: Count = Field(512, description="Number of keys that a query attends to, for measure: flops.")
     sites: tuple[Literal["heads", "ffn", "hidden", "layers"], ...] = Field(
-        ("heads", "ffn"), min_length=1, description="What may go: hidden is the residual stream, layers sub-blocks."
+        ("heads", "ffn"),
+        min_length=1,
+        description="What may be removed. hidden: channels of the residual stream. layers: whole sub-blocks.",
     )
     export: Literal["auto", "stock", "custom"] = Field(
-        "auto", description="stock: a model of its own class or an error; auto: the modelling file where it must be."
+        "auto",
+        description="stock: keep the model's class, or stop with an error. custom: use a modeling file. auto: use one "
+        "if needed.",
     )
-    uniform: bool | None = Field(None, description="As many units in every block; null: where export is stock.")
+    uniform: bool | None = Field(
+        None, description="Keep the same number of units in every block. null: only if export is stock."
+    )
     loss: Literal["distill", "task"] = Field(
-        "distill", description="Distance from the dense model's outputs, or cross-entropy with the data's labels."
+        "distill",
+        description="distill: distance from the dense model's outputs. task: cross-entropy with the data's labels.",
     )
-    steps: Count = Field(400, description="Of mask training.")
+    steps: Count = Field(400, description="Number of training steps of the masks.")
     samples: Count = Field(
-        16, description="Calibration samples of a batch at most, and of a step of training at least."
+        16, description="Largest number of calibration samples in a batch, and smallest number in a training step."
     )
-    mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks; falls to 0 in a straight line.")
+    mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks. It decreases linearly to 0.")
     multiplier_rate: PositiveFloat = Field(0.1, description="Learning rate of the Lagrangian's multipliers.")
     warmup: float = Field(0.1, ge=0, le=0.9, description="Share of the steps over which the target rises from 0.")
-    kl_factor: NonNegativeFloat = Field(1e-6, description="Weight of the bottleneck's term.")
-    heads_charge: PositiveFloat = Field(256.0, description="What that term of heads is multiplied with.")
-    align: Count = Field(8, description="MLP units and channels are kept by a multiple of this; heads one by one.")
-    reconstruct: bool = Field(True, description="Repair readers by least squares, instead of folding the masks' means.")
-    min_heads: Count = Field(1, description="Key-value heads that every attention keeps.")
-    min_ffn: float = Field(0.1, gt=0, le=1, description="Share of its units that every MLP keeps.")
-    min_hidden: float = Field(0.5, gt=0, le=1, description="Share of the residual stream that stays.")
-    protect_layers: tuple[int, ...] = Field(
-        (0, -1), description="Blocks whose sub-blocks stay, where sites name layers; -1 is the last."
+    kl_factor: NonNegativeFloat = Field(1e-6, description="Weight of the information bottleneck in the loss.")
+    heads_charge: PositiveFloat = Field(256.0, description="Factor of the bottleneck's term for heads.")
+    align: Count = Field(
+        8, description="Keep neurons and channels in multiples of this number. Heads are kept one by one."
     )
-    save_every: Count = Field(50, description="Steps of training between two states that a resume can start from.")
+    reconstruct: bool = Field(
+        True,
+        description="Correct the output projections by least squares, instead of folding the masks' means into them.",
+    )
+    min_heads: Count = Field(1, description="Smallest number of key-value heads that each attention keeps.")
+    min_ffn: float = Field(0.1, gt=0, le=1, description="Smallest share of its neurons that each MLP keeps.")
+    min_hidden: float = Field(0.5, gt=0, le=1, description="Smallest share of the residual stream that is kept.")
+    protect_layers: tuple[int, ...] = Field(
+        (0, -1), description="Numbers of blocks whose sub-blocks stay, if `sites` names layers. -1 is the last."
+    )
+    save_every: Count = Field(
+        50, description="Training steps between two saved states. A resumed run starts from the last one."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> VTrans:
@@ -220,7 +236,7 @@ class VTrans(RewritePass):
             raise PreflightError(
                 f"it has {odd.units} units and others of its kind have another number",
                 where=odd.name,
-                hint="Counts can't be uniform here; set uniform: false.",
+                hint="Set uniform: false.",
             )
         return sites
 
@@ -233,7 +249,7 @@ class VTrans(RewritePass):
             raise PreflightError(
                 f"block {wrong[0]} is protected, and there are {count}",
                 where="vtrans.protect_layers",
-                hint="Drop it.",
+                hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
             )
         protected = {block % count for block in self.protect_layers}
@@ -312,7 +328,7 @@ class VTrans(RewritePass):
                 f"{self.target:g} of the {self.measure} can't go: with the least that sites, minimums and align allow, "
                 f"{reachable:g} goes",
                 where="vtrans.target",
-                hint=f"Set target to {reachable:g} or less, or allow more: sites, min_heads, min_ffn, align, of.",
+                hint=f"Set target to {reachable:g} or less, or allow more with sites, min_heads, min_ffn, align or of.",
                 data={"target": self.target, "measure": self.measure, "reachable": reachable},
             ) from error
 

@@ -44,7 +44,7 @@ from compressor.protocol import Decision, Fact, ModelFacts, Redefinition, Runnab
 
 FEWEST = 4  # tokens, below which nothing is left to attend to
 NOMINAL_TOKENS = 64  # of a text, where its length isn't known
-REACH = "Give more or earlier `blocks`, a smaller min_tokens, or a larger target."
+REACH = "Set more or earlier `blocks`, a smaller min_tokens, or a larger target_macs."
 STEP = 0.05  # of a keep rate in the search
 POLISHING = 8  # rounds at most, after the target is met
 PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
@@ -59,35 +59,52 @@ class ZeroTPrune(TokenPass):
     paper: ClassVar[str] = "Wang et al. 2023/24, arXiv 2305.17328"
 
     keep: Rate | dict[int, Rate] | None = Field(
-        None, description="Share of the tokens that each gate leaves, or one for each block ({3: 0.9, 6: 0.8}); 0.8."
+        None,
+        description="Share of the tokens that each gate keeps, or a share for each block ({3: 0.9, 6: 0.8}). null: "
+        "0.8.",
     )
     blocks: tuple[int, ...] | None = Field(
         None,
-        description="Blocks with a gate, from 0; null: those after a quarter, half and three quarters, and with "
-        "target_macs any from a quarter on.",
+        description="Numbers of the blocks with a gate, from 0. null: those after a quarter, half and three quarters "
+        "of the depth, and with target_macs any block from a quarter on.",
     )
     target_macs: float | None = Field(
-        None, gt=0, lt=1, description="Share of the model's multiply-accumulates to end with; looks for `keep`."
+        None, gt=0, lt=1, description="Share of the model's multiply-accumulates that is left. `keep` is searched for."
     )
-    s_share: float = Field(0.3, ge=0, le=1, description="Share of the dropped tokens that similarity takes.")
+    s_share: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="Share of the dropped tokens that are dropped because they are similar to another token.",
+    )
     partition: Literal["sequential", "alternate", "random"] = Field(
-        "sequential", description="How tokens are split into those that may go as similar and their references."
+        "sequential",
+        description="How tokens are divided into those that may be dropped as similar and those they are compared "
+        "with.",
     )
     order: Literal["ISI", "IS", "SI"] = Field(
-        "ISI", description="I'-S-I; importance first; or similarity first, its halves not guided by importance."
+        "ISI",
+        description="Order of importance (I) and similarity (S). ISI: as in the paper, I'-S-I. IS: importance first. "
+        "SI: similarity first, not guided by importance.",
     )
     iterations: tuple[Count, Count, Count] = Field(
-        (30, 5, 1), description="Votes at most, in the first quarter of blocks, the middle, and the last quarter."
+        (30, 5, 1),
+        description="Largest number of votes in the first quarter of the blocks, in the middle and in the last "
+        "quarter.",
     )
     tolerance: float = Field(
-        1e-3, ge=0, description="Voting stops when importance moves by no more (L1; it sums to 1)."
+        1e-3, ge=0, description="Stop voting when the importance changes by no more than this (L1 norm; it sums to 1)."
     )
     head_filter: tuple[float, float] | None = Field(
-        None, description="Bounds of a head's variance of n s; heads outside don't count. null: all heads count."
+        None,
+        description="Ignore heads whose variance of importance (times the number of tokens) is outside these two "
+        "bounds. null: use all heads.",
     )
-    head_aggregation: Literal["rms", "mean"] = Field("rms", description="How heads are combined.")
-    min_tokens: int = Field(8, ge=FEWEST, le=MOST, description="Tokens of a sample that a gate leaves at least.")
-    seed: int = Field(0, description="Of the random partition.")
+    head_aggregation: Literal["rms", "mean"] = Field("rms", description="How the importance of the heads is combined.")
+    min_tokens: int = Field(
+        8, ge=FEWEST, le=MOST, description="Smallest number of tokens of a sample that a gate keeps."
+    )
+    seed: int = Field(0, description="Seed of partition: random.")
 
     @model_validator(mode="after")
     def _one_way_to_say_where(self) -> ZeroTPrune:
@@ -146,7 +163,7 @@ class ZeroTPrune(TokenPass):
                 raise PreflightError(
                     f"block {block} is a {modules[path]['form']} already, and a gate needs it as its class makes it",
                     where="zero_tprune",
-                    hint="Prune tokens of the model before it was changed so.",
+                    hint="Start from the checkpoint without this change, or name other `blocks`.",
                 )
             modules[path] = {"form": "token_gate", "spec": gate, "shape": []}
         tokens = self.account(facts, rates, facts.tokens or NOMINAL_TOKENS)
@@ -324,7 +341,7 @@ class ZeroTPrune(TokenPass):
             raise PreflightError(
                 f"there is no block {unknown[0]}; the model has {depth}",
                 where=where,
-                hint=f"Count from 0 to {depth - 1}.",
+                hint=f"Set block numbers from 0 to {depth - 1}.",
                 data={"reason": "no-block", "block": unknown[0], "blocks": depth},
             )
         return asked
@@ -384,7 +401,7 @@ class ZeroTPrune(TokenPass):
             raise PreflightError(
                 f"{found[1]} of {facts.tokens} tokens would be left after block {found[0]}; {FEWEST} is the least",
                 where="zero_tprune.keep",
-                hint="Keep more there, or in the blocks before.",
+                hint=f"Set a larger keep for block {found[0]}, or for the blocks before it.",
                 data={
                     "reason": "too-few",
                     "block": found[0],

@@ -1,1 +1,1 @@
-"""Processes: started fresh, with sound streams and search paths."""
+"""Starts fresh processes, and repairs the streams and search path of this one."""

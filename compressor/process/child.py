@@ -1,14 +1,13 @@
-"""Fresh processes of this package: each does one thing, answers, and ends with the process that asked.
+"""Runs functions of this package in fresh processes: each gets one request, answers it, and ends with its parent.
 
 `ask("compressor.artifact.verify", request, ...)` calls `main(request)` of that module in a new interpreter and returns
-what that returned. An error arrives here as it was raised there: a `CompressError` with its class, place and hint,
-anything else as `ChildBug` with the traceback. The request goes through standard input and the answer through standard
-output, so neither needs room on a disk; whatever libraries print goes to standard error, and is shown where the child
-failed.
+its result. An error is raised here as it was raised there: a `CompressError` with its class, place and hint, any other
+exception as `ChildBug` with the traceback. The request is passed through standard input and the answer through standard
+output, so neither needs disk space. The output of libraries goes to standard error and is shown if the child fails.
 
-The child is this very package, loaded by its path: neither the working directory nor the folder of the package is on
-its search path. It has a process group of its own, so that what it starts in turn ends with it, and it ends itself when
-its standard input closes, which happens however the asking process ended.
+The child loads this very package by its path: neither the working directory nor the folder of the package is on its
+search path. It has a process group of its own, so that processes that it starts end with it. It ends itself when its
+standard input closes, which happens whenever the parent ends.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ sys.modules["compressor"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["compressor"])
 """  # the package in the folder that is the program's first argument
 PROGRAM = LOADER + "from compressor.process.child import serve\nserve(sys.argv[1])\n"
-LAST_WORDS = 600  # characters of standard error that are shown of a child that ended without an answer
+LAST_WORDS = 600  # characters of standard error that are shown for a child that ended without an answer
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
 Process = subprocess.Popen[bytes] | Forked
 
 
 class ChildBug(Exception):
-    """An error that nobody foresaw, in a child; a note holds the child's traceback."""
+    """An unexpected error in a child. A note has the child's traceback."""
 
 
 _server: ForkServer | None = None
@@ -56,9 +55,9 @@ _server: ForkServer | None = None
 
 @contextmanager
 def started_early() -> Iterator[None]:
-    """Within it, `ask` is quick: a server imports torch and transformers now, and forks the processes (`fork_server`).
+    """Inside this context `ask` is fast: a server imports torch and transformers now, and forks the processes.
 
-    Within another one it does nothing.
+    A nested context does nothing. See `fork_server`.
     """
     global _server
     if _server is not None:
@@ -73,11 +72,11 @@ def started_early() -> Iterator[None]:
 
 
 def ask(module: str, request: dict[str, Any], doing: str) -> Any:
-    """What `main(request)` of that module returns in a fresh, offline process.
+    """The result of `main(request)` of that module in a fresh, offline process.
 
     request  JSON values
-    doing    what the process does, for messages: "verifies the artifact"
-    raises   the CompressError that the child raised; PassError if it was killed or crashed; ChildBug
+    doing    the work of the process, for messages: "verifies the artifact"
+    raises   the CompressError of the child; PassError if it was killed or crashed; ChildBug
     """
     request_end, closes_with_us = os.pipe()
     try:
@@ -103,10 +102,10 @@ def ask(module: str, request: dict[str, Any], doing: str) -> Any:
 
 
 def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Process, int, int]:
-    """A fresh process of this program: forked if a server runs that has this process's environment, else started.
+    """Start a fresh process of this program: forked by a server with this process's environment, else started.
 
     request_end  its standard input; closed here
-    returns      the process, and the ends to read of its standard output and error
+    returns      the process, and the read ends of its standard output and error
     """
     answers, answers_end = os.pipe()
     words, words_end = os.pipe()
@@ -131,7 +130,7 @@ def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Pro
 
 
 def read_both(first: int, second: int) -> tuple[bytes, bytes]:
-    """Everything that comes out of two pipes, until both are closed; closes them."""
+    """Read two pipes until both are closed, and close them."""
     found: dict[int, bytearray] = {first: bytearray(), second: bytearray()}
     with open(first, "rb", 0), open(second, "rb", 0), selectors.DefaultSelector() as selector:
         for pipe in found:
@@ -147,27 +146,30 @@ def read_both(first: int, second: int) -> tuple[bytes, bytes]:
 
 
 def command(program: str, *arguments: str) -> list[str]:
-    """A Python that runs this program without the working directory on its search path. raises PreflightError"""
+    """The command of a Python that runs this program without the working directory on its search path.
+
+    raises  PreflightError
+    """
     return [*_interpreter(), "-c", program, *arguments]
 
 
 def _interpreter() -> list[str]:
     """The command of this Python, without the working directory on its search path.
 
-    raises  PreflightError where Python is embedded, and there is no interpreter to start
+    raises  PreflightError if Python is embedded and there is no interpreter to start
     """
     if not sys.executable:
         raise PreflightError(
             "Python does not know its own interpreter, so no process can be started",
             where="sys.executable",
-            hint="Run it from an ordinary Python interpreter.",
+            hint="Start it with a Python executable: python -m compressor.",
         )
     flags = ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
     return [sys.executable, "-P", *flags]
 
 
 def environment() -> dict[str, str]:
-    """The variables of a child: offline, quiet, and PYTHONPATH without the working directory."""
+    """The environment variables of a child: offline, quiet, and PYTHONPATH without the working directory."""
     changed = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1"}
     path = os.pathsep.join(named_entries(os.environ.get("PYTHONPATH", "")))
     return {**os.environ, **changed, "PYTHONPATH": path}
@@ -175,10 +177,10 @@ def environment() -> dict[str, str]:
 
 def serve(module: str) -> None:
     """In the child: answer one request, read as a line from standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     asked, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # nobody answers a library's question
+    os.dup2(nothing, 0)  # no user answers a library's question
     os.dup2(2, 1)
     line = b""
     while not line.endswith(b"\n"):
@@ -200,7 +202,7 @@ def serve(module: str) -> None:
     with os.fdopen(answers, "wb") as file:
         file.write(json.dumps(told).encode() + b"\n")
     sys.stderr.flush()
-    os._exit(0)  # to take an interpreter with torch apart takes a second, and nobody needs it
+    os._exit(0)  # ending an interpreter with torch normally takes a second, without a use
 
 
 def _send(pipe: int, request: dict[str, Any]) -> None:
@@ -208,19 +210,19 @@ def _send(pipe: int, request: dict[str, Any]) -> None:
     try:
         while line:
             line = line[os.write(pipe, line) :]
-    except BrokenPipeError:  # the child died; its status says how
+    except BrokenPipeError:  # the child ended; its status gives the reason
         pass
 
 
 def end(child: Process) -> None:
-    """End the child, and whatever it started, if it hasn't ended."""
+    """End the child and the processes that it started, if it has not ended."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
 def _end_with_parent(asked: int) -> None:
-    """Wait for the pipe from the parent to close, and end this process and what it started."""
+    """Wait until the pipe from the parent closes, then end this process and those that it started."""
     while os.read(asked, 1):
         pass
     if os.getpgid(0) == os.getpid():
@@ -240,17 +242,20 @@ def _died(status: int, words: str, doing: str) -> Exception:
         return PassError(
             "it was killed (SIGKILL), as the system does when memory runs out",
             where=where,
-            hint="Free some memory, then try again (a run: with --resume).",
+            hint="Free memory, then run the command again (for a run: with --resume).",
             data={"signal": name},
         )
     if name in CRASHES:
-        told = f"; its last words: {words[-LAST_WORDS:]}" if words else ""
+        told = f"; its last output: {words[-LAST_WORDS:]}" if words else ""
         return PassError(
             f"it crashed in native code ({name}){told}",
             where=where,
-            hint="Check the installation with compress-model doctor, and report it if that is sound.",
+            hint="Run compress-model doctor; if it finds no problem, report this message with its output.",
             data={"signal": name, "last_words": words[-LAST_WORDS:]},
         )
     return PassError(
-        f"it was ended by {name}", where=where, hint="Try again (a run: with --resume).", data={"signal": name}
+        f"it was ended by {name}",
+        where=where,
+        hint="Run the command again (for a run: with --resume).",
+        data={"signal": name},
     )

@@ -1,10 +1,10 @@
-"""A process that has imported torch and transformers, and forks a fresh process whenever it is asked for one.
+"""Implements a server process that has imported torch and transformers, and forks a fresh process on request.
 
-The two imports take seconds. A run starts this server before its sweep, so that they happen meanwhile, and each check
-of the artifact then begins at once. A forked process is as fresh as one that was just started and has imported both:
-nothing of `compressor` is imported here, and no model, no operation of torch and no random number was ever made.
+The two imports take seconds. A run starts this server before its sweep, so that they run in parallel, and each check of
+the artifact then begins at once. A forked process is as fresh as one that was just started and has imported both:
+nothing of `compressor` is imported here, and there was no model, no operation of torch and no random number.
 
-This file is run by its path, so it imports the standard library alone.
+This file is run by its path, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-# What a process that loads a model imports first; the others come with these.
+# The first imports of a process that loads a model. They import the others.
 IMPORTS = ("torch", "transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
 NUMBER_BYTES = 8
 LOST = 255  # the exit code of a process whose server ended before it
 
 
 class Forked:
-    """A process that the server forked, with the members of `subprocess.Popen` that are needed of it."""
+    """A process that the server forked, with the needed members of `subprocess.Popen`."""
 
     returncode: int | None = None
 
@@ -35,11 +35,11 @@ class Forked:
         self.pid, self._link, self._busy = pid, link, busy
 
     def poll(self) -> int | None:
-        """The exit code as Popen has it, None while it runs."""
+        """The exit code as in Popen; None while it runs."""
         return self._read(socket.MSG_DONTWAIT)
 
     def wait(self) -> int:
-        """The exit code, once it has ended."""
+        """Wait for its end and return the exit code."""
         code = self._read(socket.MSG_WAITALL)
         assert code is not None
         return code
@@ -56,15 +56,15 @@ class Forked:
 
 
 class ForkServer:
-    """The asking side. It forks one process at a time.
+    """The client side. It forks one process at a time.
 
-    environment  the variables that the server starts with; a process may have others, but what Python, torch and
-                 libraries read when they are imported stays as it was here
+    environment  the variables at the server's start. A process may have others, but not those that Python, torch and
+                 libraries read when they are imported
     """
 
     def __init__(self, interpreter: Sequence[str], environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
-        self._busy = threading.Lock()  # while a process runs; its exit code comes over the same link
+        self._busy = threading.Lock()  # held while a process runs; its exit code is sent over the same link
         self._link, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -89,9 +89,9 @@ class ForkServer:
             return None
         try:
             pid = self._ask(json.dumps(asked).encode(), streams)
-        except OSError:  # the other end is closed, or this one is, by the next lines
+        except OSError:  # the other end is closed, or the next lines have closed this one
             pid = None
-        except BaseException:  # such as Ctrl-C: what comes next over the link isn't known any more
+        except BaseException:  # such as Ctrl-C: the state of the link is unknown
             self._link.close()
             raise
         if pid is None:
@@ -110,17 +110,17 @@ class ForkServer:
         return int.from_bytes(said, "big") if said else None
 
     def close(self) -> None:
-        """End the server; processes that it forked go on."""
+        """End the server. Processes that it forked continue."""
         self._link.close()
         self._process.kill()
         self._process.wait()
 
 
 def _serve(link: socket.socket) -> str | None:
-    """In the server: fork a process for each request. Returns its program in a forked one, None in the server."""
+    """In the server: fork a process for each request. Returns the program in a forked process, None in the server."""
     for name in IMPORTS:
         importlib.import_module(name)
-    gc.freeze()  # the collector of a forked process needn't look at, and so copy, what was imported here
+    gc.freeze()  # so that the garbage collector of a forked process doesn't visit, and so copy, the imported objects
     while True:
         length, descriptors, _, _ = socket.recv_fds(link, NUMBER_BYTES, 4)
         if not length:
@@ -136,19 +136,19 @@ def _serve(link: socket.socket) -> str | None:
         for descriptor in descriptors:
             os.close(descriptor)
         try:
-            os.setpgid(pid, pid)  # whoever comes first: the one that asked may end the group at once
+            os.setpgid(pid, pid)  # both sides set it: the client may end the group at once
         except (PermissionError, ProcessLookupError):
             pass
         try:
             link.sendall(pid.to_bytes(NUMBER_BYTES, "big"))
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             link.sendall(code.to_bytes(NUMBER_BYTES, "big", signed=True))
-        except BrokenPipeError:  # nobody asks any more
+        except BrokenPipeError:  # the client has ended
             return None
 
 
 def _take_on(arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> None:
-    """Make a forked process what the request says: streams, working directory, variables, arguments."""
+    """Set up a forked process for its request: streams, working directory, variables, arguments."""
     *streams, here = descriptors
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -164,7 +164,7 @@ def _take_on(arguments: Sequence[str], environment: Mapping[str, str], descripto
 
 
 def _run(program: str) -> None:
-    """As `python -c` does it."""
+    """Run the program as `python -c` does."""
     sys.modules["__main__"] = main = ModuleType("__main__")
     exec(compile(program, "<string>", "exec"), vars(main))
 

@@ -1,9 +1,9 @@
-"""How torch's threads wait while there is no work for them: asleep, unless the user wants otherwise.
+"""Lets torch's threads sleep while they have no work, unless the user has chosen otherwise.
 
-The threads of an OpenMP runtime spin for milliseconds after each operation, in case another one follows. On cores that
-other processes want too, this time is lost to everybody: the thread with work waits for a core that a spinning one
-holds. A runtime reads how to wait once, when torch is imported, from the environment; so `import compressor` says it
-there, and child processes inherit it.
+The threads of an OpenMP runtime spin for milliseconds after each operation, because another one may follow. On cores
+that other processes need too, this time is lost: a thread with work waits for a core that a spinning thread uses. A
+runtime reads its setting once from the environment, when torch is imported. So `import compressor` sets it there, and
+child processes inherit it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 
 POLICY = "OMP_WAIT_POLICY"
-# What users say to OpenMP runtimes about waiting: to all of them, to GNU's (torch on Linux), to Intel's and LLVM's.
+# The variables for waiting: of all OpenMP runtimes, of GNU's (torch on Linux), of Intel's and LLVM's.
 VARIABLES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 CHOSEN = tuple(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)  # by the user, or a parent
@@ -20,13 +20,13 @@ TORCH_WAS_FIRST = "torch" in sys.modules
 
 
 def wait_asleep() -> None:
-    """Let OpenMP's threads of this process, if torch isn't imported yet, and of its children sleep while they wait."""
+    """Let OpenMP's threads of this process (if torch is not imported yet) and of its children sleep while they wait."""
     if not CHOSEN:
         os.environ[POLICY] = "passive"
 
 
 def how_threads_wait() -> str:
-    """How those of this process do, for people."""
+    """How the threads of this process wait, as text for a user."""
     if CHOSEN:
         return f"{', '.join(CHOSEN)} (environment)"
     if TORCH_WAS_FIRST:
@@ -35,5 +35,5 @@ def how_threads_wait() -> str:
 
 
 def environment_of_user() -> dict[str, str]:
-    """The environment without what `wait_asleep` adds, for programs of others."""
+    """The environment without the variables of `wait_asleep`, for other programs."""
     return {name: value for name, value in os.environ.items() if CHOSEN or name != POLICY}

@@ -1,4 +1,4 @@
-"""A machine that runs out of memory or disk is neither the user's mistake nor our bug; no torch here."""
+"""Turns exceptions about exhausted memory or disk into errors that a user can act on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from compressor.errors import PassError
 from compressor.process.streams import LostStream
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's RuntimeErrors say so
+NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # texts of torch's RuntimeErrors
 
 
 def ran_out(error: BaseException, folder: Path | None = None) -> PassError | None:
-    """The error to show in place of one that says that memory or disk ran out; None for any other.
+    """The error for an exception about exhausted memory or disk; None for any other exception.
 
-    folder  where the work was done, if the error names no file
+    folder  the folder of the work, if the exception names no file
     """
     if isinstance(error, LostStream):
-        hint = "Free some room for it, or send it elsewhere, then continue with --resume."
+        hint = "Free space on that disk, or redirect the output to another one, then continue with --resume."
         return PassError(
             f"can't be written ({error.strerror})",
             where=error.filename,
@@ -31,7 +31,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         named = Path(error.filename) if isinstance(error.filename, str) else folder
         return disk_full(named or folder or Path.cwd(), None)
-    if type(error).__name__ == "SafetensorError":  # carries the system's error as text only
+    if type(error).__name__ == "SafetensorError":  # it has the system's error only as text
         if any(f"os error {number}" in str(error) for number in NO_ROOM):
             return disk_full(folder or Path.cwd(), None)
         return None
@@ -41,7 +41,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
         return PassError(
             f"memory ran out{asked}",
             where=folder.name if folder is not None else None,
-            hint="Free some memory, or use smaller data, then try again (a run: with --resume).",
+            hint="Free memory, then run the command again (for a run: with --resume), or set a smaller data.samples.",
             data={"reason": "out-of-memory", "cause": str(error)[:200]},
         )
     return None
@@ -49,7 +49,7 @@ def ran_out(error: BaseException, folder: Path | None = None) -> PassError | Non
 
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """raises PassError, in place of the library's error, when memory or disk run out"""
+    """raises PassError in place of the library's exception if memory or disk run out"""
     try:
         yield
     except Exception as error:
@@ -59,12 +59,12 @@ def room(folder: Path) -> Iterator[None]:
 
 
 def disk_full(path: Path, needed_bytes: int | None) -> PassError:
-    """The error for a write that found no room. needed_bytes is None where it isn't known"""
+    """The error for a write on a full disk. needed_bytes is None if it is unknown."""
     free = shutil.disk_usage(path.parent).free
     needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes to write, "
     return PassError(
         f"the disk is full: {needed}{free:,} free",
         where=path.name,
-        hint="Free some space, then run again with --resume; what is done is kept.",
+        hint="Free space on that disk, then continue with --resume; finished parts are kept.",
         data={"reason": "disk-full", "needed": needed_bytes, "free": free},
     )

@@ -1,8 +1,8 @@
-"""Where Python looks for modules, without the working directory: what lies there was not chosen to be run.
+"""Removes the working directory from Python's search path, because the user did not choose to run its files.
 
 `python -m` and `python -c` put the working directory first, and so does an empty entry or `.` in PYTHONPATH. A
-`torch.py` that came with a download would then run in place of torch. Entries of PYTHONPATH that name a folder stay.
-This module imports nothing that could be found there.
+downloaded `torch.py` there would then run in place of torch. Entries of PYTHONPATH that name a folder stay. This module
+imports nothing that could be found there.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import sys
 
 
 def named_entries(pythonpath: str) -> list[str]:
-    """The folders that PYTHONPATH names, as absolute paths, without the working directory as `` or `.`."""
+    """The folders in PYTHONPATH as absolute paths, without the working directory as an empty entry or `.`."""
     entries = pythonpath.split(os.pathsep) if pythonpath else []
     return [os.path.abspath(entry) for entry in entries if os.path.normpath(entry or ".") != "."]
 
 
 def leave_out_working_directory() -> None:
-    """Change this process's search path, and the variables that processes which it starts inherit.
+    """Change this process's search path and the variables that its child processes inherit.
 
-    For the start of a process of our own alone, before it imports what could lie in the working directory.
+    Call it only at the start of a process, before it imports anything that could be in the working directory.
     """
     pythonpath = os.environ.get("PYTHONPATH", "")
     try:
         here = os.getcwd()
-    except FileNotFoundError:  # it was deleted, so nothing lies there
+    except FileNotFoundError:  # it was deleted, so it has no files
         here = ""
     if not sys.flags.safe_path and sys.path[0] in ("", here):
         del sys.path[0]

@@ -1,7 +1,7 @@
-"""Standard streams that can be written to, whatever a shell made of them.
+"""Repairs the standard streams, so that every text can be written to them.
 
-`>&-` leaves no standard output at all: the next file to be opened would get its number, and what libraries print would
-go into it. PYTHONIOENCODING and the locale may name an encoding that lacks a sign of a text.
+After `>&-` there is no standard output: the next file that is opened would get its number, and the output of libraries
+would be written into it. PYTHONIOENCODING and the locale may name an encoding that lacks a character of a text.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 
 class LostStream(OSError):
-    """A standard stream that can't be written, other than because its reader went away; `filename` says which."""
+    """A standard stream that can't be written for another reason than a closed pipe. `filename` is its name."""
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream that says so when it is the one that fails, and writes every text in any encoding."""
+    """A standard stream that names itself if it fails, and writes every text in any encoding."""
 
     def __init__(self, old: Any, told_as: str) -> None:
         self.told_as = told_as
@@ -46,24 +46,24 @@ class Stream(io.TextIOWrapper):
 
 
 def mend_streams() -> None:
-    """Give this process the streams that it lacks, as /dev/null, and let no sign of a text fail to be written.
+    """Open missing streams of this process as /dev/null, and make every character of a text writable.
 
-    For the start of a process of our own alone, before it opens any file.
+    Call it only at the start of a process, before it opens any file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
-    # one that was closed as Python started is None
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+    # a stream that was closed when Python started is None
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = Stream(sys.stdout or open(1, "w", closefd=False), "standard output")  # noqa: SIM115
     sys.stderr = Stream(sys.stderr or open(2, "w", closefd=False), "standard error")  # noqa: SIM115
 
 
 def let_go_of_lost() -> None:
-    """Put /dev/null in the place of a stream that can't be written: Python writes what it still holds as it ends, and
-    would end with a message and a code of its own."""
+    """Replace a stream that can't be written by /dev/null. Otherwise Python would write its buffer at the end, and end
+    with its own message and exit code."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()

@@ -1,7 +1,7 @@
-"""Text that UTF-8 can hold. Every file and library that a run writes with needs it.
+"""Checks that text can be written as UTF-8, which every file and library of a run needs.
 
-Python keeps bytes of a name that are not UTF-8 as lone halves of surrogate pairs, and an escape such as `\\ud800` in
-JSON or YAML makes one too. Such a text fails only where it is written, so it is refused where it comes in.
+Python stores bytes of a name that are not UTF-8 as lone halves of surrogate pairs, and an escape such as `\\ud800` in
+JSON or YAML makes one too. Such a text fails only when it is written, so it is refused when it is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from compressor.errors import UsageError
 
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # without one, JSON that was UTF-8 holds no surrogate
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # without one, JSON in UTF-8 contains no surrogate
 
 
 def is_utf8(text: str) -> bool:
@@ -27,38 +27,38 @@ def is_utf8(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text with `\\xff` in place of a byte, and `\\ud800` in place of half a pair, that can't be written."""
+    """The text with `\\xff` in place of a byte and `\\ud800` in place of half a pair that can't be written."""
     bytes_shown = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
     return bytes_shown.encode(errors="backslashreplace").decode()
 
 
 def check_utf8(name: str | os.PathLike[str], hint: str) -> None:
-    """raises UsageError for the name of a file, or another word of a user, that can't be written"""
+    """raises UsageError for a file name, or another text of the user, that can't be written"""
     text = os.fspath(name)
     if not is_utf8(text):
         raise UsageError(
-            "holds bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
+            "contains bytes that are not UTF-8", where=printable(text), hint=hint, data={"reason": "not-utf-8"}
         )
 
 
 class HalfPair(ValueError):
-    """A string of a JSON file holds half of a surrogate pair, shown as `half`."""
+    """A string of a JSON file contains half of a surrogate pair, shown as `half`."""
 
     def __init__(self, half: str) -> None:
-        super().__init__(f"a string holds {half}, half of a surrogate pair")
+        super().__init__(f"a string contains {half}, half of a surrogate pair")
         self.half = half
 
 
 def halves(error: BaseException) -> dict[str, str]:
-    """For the data of an error: the half of a pair that `parse_json` found, if that is what was wrong."""
+    """The half of a pair that `parse_json` found, if that was the error, for the error's data."""
     return {"half": error.half} if isinstance(error, HalfPair) else {}
 
 
 def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """`json.loads`, for a file of anybody's.
+    """`json.loads` for a file from anywhere.
 
-    pairs   what is made of an object, in place of a dict
-    raises  ValueError, also for a string with half a surrogate pair; RecursionError for what is nested too deeply
+    pairs   makes the value of an object, in place of a dict
+    raises  ValueError, also for a string with half a surrogate pair; RecursionError for very deep nesting
     """
     whole = text.decode("utf-8") if isinstance(text, bytes) else text
     value = json.loads(whole, object_pairs_hook=pairs)

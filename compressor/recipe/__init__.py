@@ -1,1 +1,1 @@
-"""Recipes: YAML in, checked settings out."""
+"""Reads recipes from YAML and checks their settings."""

@@ -1,7 +1,7 @@
-"""Quality gates: a bound on a measured value decides the exit code of a CI job.
+"""Checks quality gates: bounds on measured values that decide the exit code of a CI job.
 
-NAME is an upper bound on the value after; NAME_min a lower one; NAME_increase_percent bounds the relative rise;
-NAME_drop_points bounds before - after, in percent points. `GATED` says which names and forms there are.
+NAME is an upper bound on the value after compression, NAME_min a lower bound. NAME_increase_percent bounds the relative
+increase, and NAME_drop_points bounds before - after in percentage points. `GATED` lists the names and forms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VALUE, CHANGE = ("", "_min"), ("_increase_percent", "_drop_points")
 
 
 class GateRow(TypedDict):
-    """A gate of the report. margin: how far the value is on the right side; interval: what it was judged by, if any."""
+    """A gate in the report. margin: distance of the value to the bound; interval: the interval that decided, if any."""
 
     name: str
     metric: str
@@ -31,9 +31,9 @@ class GateRow(TypedDict):
 
 @dataclass(frozen=True)
 class Gated:
-    """metrics   the entries of `eval.metrics` any of which measures it; empty: always known
-    forms     suffixes a gate on it may have; a change can be bounded only where `before` is measured too
-    compares  whether even the bare value is one of two models
+    """metrics   the entries of `eval.metrics`, any of which measures it; empty: it is always known
+    forms     allowed suffixes of a gate on it; a change can be bounded only if `before` is measured too
+    compares  whether the value itself compares two models
     """
 
     metrics: frozenset[str]
@@ -60,13 +60,13 @@ SPEED_RATIOS = {
 
 
 def split_gate(name: str) -> tuple[str, str]:
-    """NAME_min -> (NAME, "_min"); a bare name has the form ""."""
+    """NAME_min -> (NAME, "_min"); a name without suffix has the form ""."""
     form = next((suffix for suffix in (*CHANGE, "_min") if name.endswith(suffix)), "")
     return name.removesuffix(form), form
 
 
 def unknown_gate(name: str) -> str | None:
-    """What is wrong with a gate's name, with the nearest known ones."""
+    """The error in a gate's name with the nearest known names; None if it is known."""
     if name in GATE_NAMES:
         return None
     metric, _ = split_gate(name)
@@ -84,22 +84,22 @@ def compares_models(name: str) -> bool:
 
 
 def unmeasured_gates(names: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
-    """Gate -> the entry of `eval.metrics` it lacks, for those that could never hold."""
+    """Gate -> the missing entry of `eval.metrics`, for gates that could never hold."""
     asked = set(metrics)
     lacking = {name: GATED[split_gate(name)[0]].metrics for name in names}
     return {name: " or ".join(sorted(needed)) for name, needed in lacking.items() if needed and not needed & asked}
 
 
 def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
-    """NAME=BOUND texts of an option. raises UsageError"""
+    """Parse the NAME=BOUND texts of an option. raises UsageError"""
     gates = {}
     for text in texts:
         name, equals, bound = text.partition("=")
         if not equals:
             raise UsageError(
-                f"{text!r} is not NAME=BOUND",
+                f"{text!r} does not have the form NAME=BOUND",
                 where=where,
-                hint="For example size_ratio=0.6",
+                hint="Write it as in size_ratio=0.6.",
                 data={"reason": "no-bound", "gate": text},
             )
         if (problem := unknown_gate(name)) is not None:
@@ -124,16 +124,16 @@ def check_gates(
     sizes: Mapping[str, Any],
     confidence: float | None = None,
 ) -> list[GateRow]:
-    """One row per gate. What wasn't measured fails.
+    """One row per gate. A gate on a value that was not measured fails.
 
-    With a confidence, a gate that the value misses still passes unless the bootstrap interval of that same quantity
-    (the metric's `intervals`) lies wholly beyond the bound.
+    With a confidence, a gate whose value is beyond the bound still passes unless the whole bootstrap interval of the
+    same quantity (the metric's `intervals`) is beyond the bound.
     """
     return [_check(name, bound, metrics, speed, sizes, confidence) for name, bound in sorted(gates.items())]
 
 
 def failed_gates(gates: Iterable[Mapping[str, Any]]) -> str:
-    """The gates that don't hold, in one line; empty if all do."""
+    """The gates that don't hold, in one line; empty if all hold."""
     return ", ".join(
         f"{gate['name']} {'was not measured' if gate['value'] is None else format(gate['value'], '.6g')}"
         f" (bound {gate['bound']:g})"

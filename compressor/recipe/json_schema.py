@@ -1,4 +1,4 @@
-"""JSON Schema of the recipe, for editors."""
+"""Makes the JSON Schema of recipes, for editors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compressor.recipe.schema import SECTIONS
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of the recipe; one alternative per pass."""
+    """The JSON Schema (draft 2020-12) of recipes, with one alternative per pass."""
     definitions: dict[str, Any] = {}
 
     def lifted(model: type[BaseModel]) -> dict[str, Any]:

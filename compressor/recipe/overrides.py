@@ -1,4 +1,4 @@
-"""Changes of a recipe's settings from the command line: `--set`, and flags that stand for a setting."""
+"""Changes a recipe's settings from the command line: by `--set`, and by options for a single setting."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from compressor.recipe.yaml_source import Source, dotted, read_yaml
 
 
 def apply_override(source: Source, override: str) -> None:
-    """One `a.b.0.c=VALUE` of --set; VALUE is YAML."""
+    """Apply one `a.b.0.c=VALUE` of --set. VALUE is YAML."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not is_utf8(override):
         raise RecipeError(
-            "holds bytes that are not UTF-8",
+            "contains bytes that are not UTF-8",
             where=printable(place),
-            hint="Give the value as UTF-8.",
+            hint="Write the value in UTF-8; `locale` shows the encoding of this terminal.",
             data={"reason": "not-utf-8"},
         )
     if not equals or not key:
         raise RecipeError(
-            "KEY=VALUE is needed",
+            "it does not have the form KEY=VALUE",
             where=place,
-            hint="For example --set steps.0.bits=3",
+            hint="Write it as in --set steps.0.bits=3.",
             data={"reason": "no-key-and-value"},
         )
     path: KeyPath = tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in key.split("."))
@@ -35,12 +35,12 @@ def apply_override(source: Source, override: str) -> None:
 
 
 def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
-    """Put a value where `path` leads. The path must lead through the recipe; only the last key may be new."""
+    """Set the value at `path`. All keys of the path except the last must be in the recipe."""
     if path[0] == "steps" and (len(path) < 3 or path[2:] == ("sweep",) or (path[2] == "sweep" and len(path) < 5)):
         raise RecipeError(
-            "--set changes a step's settings, never the steps",
+            "--set can change the settings of a step, but not the steps",
             where=place,
-            hint="For example --set steps.0.bits=3",
+            hint="Edit the recipe file to change the steps; a setting is changed as in --set steps.0.bits=3.",
             data={"reason": "changes-steps"},
         )
     node = source.value
@@ -55,18 +55,19 @@ def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
             raise RecipeError(
                 f"{dotted(path[: depth + 1])!r} is not in the recipe",
                 where=place,
-                hint="--set never creates a step.",
+                hint="Check the number of the step with compress-model plan, or add the step to the recipe file.",
                 data={"reason": "not-in-recipe", "key": dotted(path[: depth + 1])},
             ) from None
     last = path[-1]
     if isinstance(node, list):
         if not isinstance(last, int) or last >= len(node):
-            raise RecipeError(f"the list has {len(node)} entries", where=place, hint="Give the whole list instead.")
+            hint = f"Set the whole list, as in --set {dotted(path[:-1])}=[...]."
+            raise RecipeError(f"the list has {len(node)} entries", where=place, hint=hint)
         node[last] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"{dotted(path[:-1])!r} holds a plain value", where=place)
+        raise RecipeError(f"{dotted(path[:-1])!r} is a plain value, not a map or a list", where=place)
     for known in [p for p in source.positions if p[: len(path)] == path]:
         del source.positions[known]
     source.positions[path] = place

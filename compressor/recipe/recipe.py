@@ -1,6 +1,6 @@
-"""YAML -> Recipe. Every field is checked before any weight is opened, and every error names its place.
+"""Reads YAML into a Recipe. Every field is checked before any weight is opened, and every error names its place.
 
-The sections beside `steps` are the classes of `settings`, each step is the class of its pass.
+The sections besides `steps` are the classes of `schema`. Each step is an instance of its pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Data = TypeVar("Data", bound=DataSettings)
 
 @dataclass(frozen=True)
 class Step:
-    """path  where it stands in the recipe, e.g. ("steps", 0)"""
+    """path  its place in the recipe, e.g. ("steps", 0)"""
 
     path: KeyPath
     name: str
@@ -64,14 +64,14 @@ class Recipe:
 
     @property
     def reads_data(self) -> bool:
-        """Whether any step needs the calibration samples."""
+        """Whether any step needs calibration samples."""
         return any(step.settings.traits.reads != "weights" for step in self.steps)
 
     def pinned(self, calibration: str | None, held_out: str | None) -> Recipe:
-        """The recipe as it may be handed on: no folder of this machine, and the data's hashes filled in.
+        """The recipe for the artifact: without folders of this machine, and with the hashes of the data.
 
-        calibration, held_out  sha256 of what was read for `data` and `eval.data`; None for what wasn't
-        Random tokens are made by the seed and depend on the model's vocabulary, so they stay unpinned.
+        calibration, held_out  sha256 of the data for `data` and `eval.data`; None if it was not read
+        Random tokens follow from the seed and the model's vocabulary, so they get no hash.
         """
 
         def pin(data: DataSettings, sha256: str | None) -> DataSettings:
@@ -83,9 +83,9 @@ class Recipe:
         return replace(self, data=pin(self.data, calibration), eval=measured)
 
     def fit_lengths(self, limit: Callable[[int], int | None]) -> Recipe:
-        """The recipe with each `length` that nobody set brought down to what a model takes.
+        """The recipe with each `length` that is not set reduced to the limit of a model.
 
-        limit  number of tokens -> None if the model takes them in one sample, else how many it takes
+        limit  number of tokens -> None if the model accepts them in one sample, else its limit
         """
         unset = [part.length for part in (self.data, self.eval.data) if "length" not in part.model_fields_set]
         most = limit(max(unset)) if unset else None
@@ -99,7 +99,7 @@ class Recipe:
         return replace(self, data=fit(self.data), eval=self.eval.model_copy(update={"data": fit(self.eval.data)}))
 
     def resolved(self) -> dict[str, Any]:
-        """Every default filled in; reading it again gives the same recipe."""
+        """The recipe with every default. Reading it again gives the same recipe."""
         sweeps = [[_resolved_step(step) for step in sweep] for sweep in self.sweeps]
         sections = {key: getattr(self, key).model_dump(mode="json") for key in SECTIONS}
         steps = [sweep[0] if len(sweep) == 1 else {"sweep": sweep} for sweep in sweeps]
@@ -113,12 +113,12 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
 
-Option = tuple[str, KeyPath, Any]  # (the flag as it was typed, where its value belongs, the value)
+Option = tuple[str, KeyPath, Any]  # (the option as the user wrote it, the place of its value, the value)
 TOP_KEYS = ("version", "name", "seed", *SECTIONS, "steps")
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or the bare name of a recipe that comes with the package. raises RecipeError"""
+    """A file, or the name of a bundled recipe. raises RecipeError"""
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
@@ -130,13 +130,13 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         "no such recipe file",
         where=name,
-        hint=f"Recipes that come along: {', '.join(known)}.",
+        hint=f"Check the path, or use a bundled recipe: {', '.join(known)}.",
         data={"reason": "no-such-recipe", "known": known},
     )
 
 
 def recipe_folders() -> list[Path]:
-    """Where shipped recipes lie: inside an installed package, or beside it in a checkout."""
+    """The folders of bundled recipes: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     return [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
 
@@ -150,13 +150,13 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = (), options: Sequen
 def parse_recipe(
     content: bytes, name: str = "recipe", overrides: Sequence[str] = (), options: Sequence[Option] = ()
 ) -> Recipe:
-    """overrides are `KEY=VALUE` texts of --set, options settings that another flag stands for"""
+    """Parse a recipe. `overrides` are `KEY=VALUE` texts of --set, `options` are settings of other options."""
     source = read_yaml(content, name)
     if not isinstance(source.value, dict):
         raise RecipeError(
-            "a recipe is a map of keys",
+            "the recipe is not a map of keys",
             where=source.where(()),
-            hint="Start with `version: 1`.",
+            hint="Write `version: 1` in its first line, and `steps:` below it.",
             data={"reason": "not-a-map"},
         )
     for override in overrides:
@@ -187,12 +187,12 @@ def _build(source: Source) -> Recipe:
 
 
 def _sweeps(steps: Any, source: Source) -> tuple[tuple[Step, ...], ...]:
-    """A step alone is a sweep of its own."""
+    """The sweeps of `steps`. A single step is a sweep of its own."""
     if not isinstance(steps, list) or not steps:
         raise RecipeError(
-            "at least one step is needed",
+            "the recipe has no steps",
             where=source.where(("steps",)),
-            hint="steps: [{pass: gptq}]",
+            hint="Add a step, as in steps: [{pass: gptq}].",
             data={"reason": "no-steps"},
         )
     sweeps = []
@@ -214,16 +214,16 @@ def _sweeps(steps: Any, source: Source) -> tuple[tuple[Step, ...], ...]:
 
 
 def _name_of(file: str) -> str:
-    """A name for a recipe that states none, from its file's."""
+    """A name for a recipe without one, made from its file's name."""
     return re.sub(r"[^a-z0-9]+", "-", Path(file).stem.lower()).strip("-")[:80] or "recipe"
 
 
 def _step(entry: Any, source: Source, path: KeyPath) -> Step:
     if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
         raise RecipeError(
-            "a step names its pass",
+            "the step does not name its pass",
             where=source.where(path),
-            hint="{pass: NAME, ...}; passes: " + ", ".join(pass_names()),
+            hint="Write it as {pass: NAME, ...} with one of: " + ", ".join(pass_names()),
             data={"reason": "step-without-pass", "known": pass_names()},
         )
     try:

@@ -1,4 +1,4 @@
-"""Tables of passes and settings, made from the code; the CLI and the docs show the same ones."""
+"""Makes the tables of passes and settings for the command line and the docs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def setting_rows(name: str) -> list[dict[str, Any]]:
 
 
 def settings_of(model: type[BaseModel]) -> list[dict[str, Any]]:
-    """Setting, type, default and meaning of each field."""
+    """The setting, type, default and meaning of each field."""
     schema = model.model_json_schema(by_alias=True)
     definitions = schema.get("$defs", {})
     return [
@@ -50,7 +50,7 @@ def recipe_reference() -> str:
 
 
 def _section(key: str, model: type[BaseModel]) -> list[str]:
-    """A section, and behind it the sections inside it."""
+    """A section, followed by the sections inside it."""
     parts = [f"### `{key}`\n\n{(model.__doc__ or '').strip()}\n\n{_markdown(settings_of(model))}"]
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

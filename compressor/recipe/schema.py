@@ -1,4 +1,4 @@
-"""The sections of a recipe as frozen pydantic classes: types, defaults, and what each setting means.
+"""Defines the sections of a recipe as frozen pydantic classes: types, defaults and the meaning of each setting.
 
 docs/settings.md and the JSON Schema are generated from these classes.
 """
@@ -43,7 +43,7 @@ SHA256 = r"^[0-9a-f]{64}$"
 
 
 def parse_bytes(value: Any) -> Any:
-    """4GiB, 500MB or a number -> bytes; anything else is left for the schema to refuse."""
+    """Turn 4GiB, 500MB or a number into bytes. Any other value is returned as it is, and the schema refuses it."""
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", value)
@@ -59,7 +59,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0, le=MOST_BYTES)]
 
 
 def bare_source(source: str) -> str:
-    """A data source as it may be told to others: a path that says where it lies on this machine by its last part."""
+    """A data source as it may be published: of an absolute path, or one with "..", only the last part is kept."""
     kind, colon, name = source.partition(":") if source.startswith("dataset:") else ("", "", source)
     path = Path(os.path.expanduser(name))
     return f"{kind}{colon}{path.name}" if path.is_absolute() or ".." in path.parts else source
@@ -70,69 +70,85 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """How the model is held while it is compressed."""
+    """How the model is held in memory while it is compressed."""
 
     dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
-        "source", description="Type of what stays dense."
+        "source", description="Dtype of the weights that stay dense. source: the dtype of the checkpoint."
     )
     placement: Literal["stream", "resident"] = Field(
-        "stream", description="stream frees each block when it is done; resident keeps all of them."
+        "stream", description="stream: free each block when it is finished. resident: keep all blocks in memory."
     )
 
 
 class DataSettings(Section):
-    """Text or images, as the model reads them."""
+    """Calibration data: text or images, as the model reads them."""
 
     source: str = Field(
         "stdlib",
         min_length=1,
-        description="stdlib, random, the path of a file or of a saved data set, or dataset:NAME.",
+        description="Source of the data: stdlib, random, the path of a file or of a saved data set, or dataset:NAME.",
     )
-    config: str | None = Field(None, description="Configuration of dataset:NAME.")
-    split: str = Field("train", description="Split of a data set; stdlib has train and heldout.")
-    field: str = Field("text", description="Column or JSON key that holds the text, or chats.")
-    samples: int = Field(128, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
+    config: str | None = Field(None, description="Configuration of the data set dataset:NAME.")
+    split: str = Field("train", description="Split of the data set. stdlib has train and heldout.")
+    field: str = Field("text", description="Column or JSON key with the text or the chat of a document.")
+    samples: int = Field(128, ge=1, le=MOST_SAMPLES, description="Number of samples that are drawn.")
     length: int = Field(
-        512, ge=2, le=MOST, description="Tokens per sample. Unset: 512, or what the model takes if it is less."
+        512,
+        ge=2,
+        le=MOST,
+        description="Tokens per sample. If it is not set: 512, or the model's limit if that is smaller.",
     )
-    pack: bool = Field(True, description="Join documents and cut to exact length; false: one document a sample.")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="Choice of samples; null is the recipe's seed.")
-    sha256: str | None = Field(None, pattern=SHA256, description="Hash that the data must have.")
+    pack: bool = Field(
+        True,
+        description="true: join the documents and cut them into samples of `length`. false: one document per sample.",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Seed that chooses the samples. null: the recipe's seed."
+    )
+    sha256: str | None = Field(None, pattern=SHA256, description="Hash that the data must have. Other data is refused.")
 
 
 class EvalDataSettings(DataSettings):
-    """Text or images to measure on; the same keys as `data`."""
+    """Evaluation data, with the same keys as `data`."""
 
-    split: str = Field("heldout", description="Split of a data set.")
-    samples: int = Field(64, ge=1, le=MOST_SAMPLES, description="How many samples are drawn.")
+    split: str = Field("heldout", description="Split of the data set. stdlib has train and heldout.")
+    samples: int = Field(64, ge=1, le=MOST_SAMPLES, description="Number of samples that are drawn.")
 
 
 class ExportSettings(Section):
-    """What is written."""
+    """How the artifact is written."""
 
     format: Literal["auto", "compressed-tensors", "bitsandbytes", "custom"] = Field(
-        "auto", description="auto: the stock format where it can hold every weight, else one modelling file."
+        "auto",
+        description="Export format. auto: a stock format if it can hold every weight, else custom (a modeling file).",
     )
-    stock_only: bool = Field(False, description="Refuse in plan what stock transformers can't load by itself.")
-    shard_bytes: Bytes = Field(4 << 30, description="Largest weight file.")
-    card: bool = Field(True, description="Write a model card, README.md.")
+    stock_only: bool = Field(False, description="Refuse a recipe whose artifact stock transformers can't load.")
+    shard_bytes: Bytes = Field(4 << 30, description="Size limit of each weight file, in bytes or as in 4GiB.")
+    card: bool = Field(True, description="Write a model card (README.md).")
 
 
 class EvalSettings(Section):
-    """What is measured before and after, and what must hold."""
+    """What is measured before and after compression, and which bounds must hold."""
 
     metrics: tuple[Metric, ...] = Field(
-        ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"), description="What to measure."
+        ("perplexity", "kl_divergence", "top1_agreement", "size", "speed", "memory"),
+        description="The metrics to measure.",
     )
     data: EvalDataSettings = Field(
-        default_factory=lambda: EvalDataSettings(), description="Never the calibration samples: one source is divided."
+        default_factory=lambda: EvalDataSettings(),
+        description="Evaluation data. If it names the same source as `data`, that source is divided.",
     )
     batch_size: Count = Field(8, description="Samples per forward pass.")
     gates: dict[str, FiniteFloat] = Field(
-        {}, description="NAME: upper bound; NAME_min; NAME_increase_percent; NAME_drop_points."
+        {},
+        description="Bounds that must hold: NAME (upper bound), NAME_min (lower bound), NAME_increase_percent or "
+        "NAME_drop_points, each with a number.",
     )
     confidence: float | None = Field(
-        None, gt=0.5, lt=1, description="A gate fails only when this bootstrap interval lies wholly beyond its bound."
+        None,
+        gt=0.5,
+        lt=1,
+        description="A gate fails only if the whole bootstrap interval of this confidence lies beyond its bound.",
     )
 
     @field_validator("gates")
@@ -155,19 +171,25 @@ class EvalSettings(Section):
 
 
 class ReportSettings(Section):
-    """Which renderings of report.json are written."""
+    """Which forms of the report are written beside report.json."""
 
-    html: bool = Field(True, description="report.html, self-contained.")
-    markdown: bool = Field(True, description="report.md.")
-    junit: bool = Field(True, description="junit.xml with one case per gate.")
-    github_summary: Literal["auto", "never"] = Field("auto", description="auto: when $GITHUB_STEP_SUMMARY is set.")
+    html: bool = Field(True, description="Write report.html, a page without external files.")
+    markdown: bool = Field(True, description="Write report.md.")
+    junit: bool = Field(True, description="Write junit.xml with one test case per gate.")
+    github_summary: Literal["auto", "never"] = Field(
+        "auto", description="auto: write the report to $GITHUB_STEP_SUMMARY if it is set."
+    )
 
 
 class LimitsSettings(Section):
-    """Preflight refuses a run whose plan exceeds one of them."""
+    """Limits of a run. A run whose plan exceeds one of them is refused before it starts."""
 
-    memory: Bytes | None = Field(None, description="null: what is free, less 10 %.")
-    disk: Bytes | None = Field(None, description="null: what is free.")
+    memory: Bytes | None = Field(
+        None, description="Memory that the run may use, in bytes or as in 16GiB. null: the free memory minus 10 %."
+    )
+    disk: Bytes | None = Field(
+        None, description="Disk space that the run may use, in bytes or as in 50GiB. null: the free space."
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -1,4 +1,4 @@
-"""Settings checked by their class, and every problem told with its place in the recipe."""
+"""Checks settings by their class, and reports every problem with its place in the recipe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath)
 
 
 def _problem(error: ErrorDetails, model: type[BaseModel], source: Source, path: KeyPath) -> RecipeError:
-    """What pydantic found, at its place in the recipe."""
+    """The error for one problem of pydantic, with its place in the recipe."""
     location = tuple(part for part in error["loc"] if isinstance(part, (str, int)))
     at = _known_path(source.value, (*path, *location))
     if error["type"] == "extra_forbidden":
@@ -51,14 +51,14 @@ def _problem(error: ErrorDetails, model: type[BaseModel], source: Source, path: 
 
 
 def _values_of(error: ErrorDetails) -> dict[str, Any]:
-    """What pydantic found, by name; the kind of error is its reason. A value that was given is told as text."""
+    """The values of a problem of pydantic, by name. Its kind is the reason, and the given value is text."""
     told = {key: value for key, value in error.get("ctx", {}).items() if isinstance(value, (str, int, float, list))}
     found = {"found": repr(error["input"])[:120]} if not isinstance(error["input"], dict) else {}
     return {"reason": error["type"].replace("_", "-"), **found, **told}
 
 
 def _stray_boolean(model: type[BaseModel], value: dict[Any, Any]) -> KeyPath | None:
-    """Where a boolean stands that is none; pydantic would read it as 0 or 1."""
+    """The place of a boolean in a field of another type. pydantic would read it as 0 or 1."""
     for name, field in model.model_fields.items():
         key = field.alias or name
         found = value.get(key)
@@ -75,7 +75,7 @@ def _stray_boolean(model: type[BaseModel], value: dict[Any, Any]) -> KeyPath | N
 
 
 def _leaf_types(annotation: Any) -> Iterable[Any]:
-    """The types a value of this annotation may have: those inside unions and containers, and of literals."""
+    """The types that a value of this annotation may have: those in unions and containers, and those of literals."""
     members = get_args(annotation)
     if not members:
         yield annotation if isinstance(annotation, type) else type(annotation)
@@ -84,7 +84,7 @@ def _leaf_types(annotation: Any) -> Iterable[Any]:
 
 
 def _known_path(tree: Any, path: KeyPath) -> KeyPath:
-    """The longest prefix of a pydantic location that stands in the recipe (union branches don't)."""
+    """The longest prefix of a pydantic location that is in the recipe (union branches are not)."""
     known: KeyPath = ()
     for part in path:
         try:
@@ -109,7 +109,7 @@ def _unknown_key(key: Any, known: list[str], where: str) -> RecipeError:
     return RecipeError(
         f"unknown key {key!r}",
         where=where,
-        hint=f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(known) + ".",
+        hint=f"Did you mean {near[0]!r}?" if near else "Use one of these keys: " + ", ".join(known) + ".",
         data={"reason": "unknown-key", "key": key, "near": near, "known": known},
     )
 

@@ -1,9 +1,9 @@
-"""Globs over weight names: the one language of `only` and `except`.
+"""Selects weights by globs over their names, for `only` and `except`.
 
-`*` is any run without a dot, `**` any run, `?` one character but a dot, `{a,b}` either, `{0..7}` a number range,
+`*` is any text without a dot, `**` any text, `?` one character except a dot, `{a,b}` either, `{0..7}` a number range,
 `[0-3]` one character of a set. A pattern without a dot matches the last part of a name. `@role` matches by role, which
-is the only way to select functions (activations, norms, softmax); `except` leaves them out by name too.
-A trailing `!` says the pattern may be absent. Docs: docs/recipe.md.
+is the only way to select functions (activations, norms, softmax); `except` can leave them out by name too. With a
+trailing `!`, the pattern may match nothing. Docs: docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from compressor.errors import RecipeError
 from compressor.model.weights import FUNCTION_ROLES, ROLES, Weight
 from compressor.storage.glob import DOT, Glob, TooManyPlaces
 
-LEFT_OUT = ("head", "embedding", "router", "shortcut")  # unless named
+LEFT_OUT = ("head", "embedding", "router", "shortcut")  # unless a pattern names them
 REGEX_SIGNS = re.compile(r"^re:|^\.\*|\\|[\^$|()+]")
 MAX_ALTERNATIVES = 1000
 
 
 def compile_pattern(pattern: str, where: str) -> Glob:
-    """The glob, ready to match whole names. raises RecipeError for what isn't a glob"""
+    """The glob, which matches whole names. raises RecipeError for a text that is not a glob"""
     body = pattern.removesuffix("!")
     if REGEX_SIGNS.search(body):
         guess = re.sub(r"^re:|[\^$\\()+]", "", body).replace(".*", "**").replace("***", "**")
         raise RecipeError(
-            f"pattern {pattern[:200]!r} looks like a regex",
+            f"pattern {pattern[:200]!r} looks like a regular expression",
             where=where,
-            hint=f"Globs are used here: {guess[:200]!r}",
+            hint=f"Write it as a glob: {guess[:200]!r}.",
             data={"reason": "regex", "pattern": pattern[:200], "glob": guess[:200]},
         )
     if not body:
-        raise RecipeError("pattern is empty", where=where, hint="Use '*' for everything.")
+        raise RecipeError("the pattern is empty", where=where, hint="Write '*' to match every weight.")
     depth = _plain(body)
     text = body if "." in depth or body == "**" else f"**.{body}"
     try:
         glob = Glob()
         at = 0
-        if text.startswith("**."):  # or nothing
+        if text.startswith("**."):  # `**.` may match nothing
             at = _translate("**.", glob, 0)
             glob.skips[0].append(at)
             text = text[3:]
@@ -57,7 +57,7 @@ def compile_pattern(pattern: str, where: str) -> Glob:
 def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weight], where: str) -> list[Weight]:
     """The weights that `only` matches and `except` doesn't, in their own order.
 
-    raises RecipeError for a pattern that matches nothing, or that `except` shadows wholly
+    raises  RecipeError for a pattern that matches nothing, or only weights that `except` leaves out
     """
     out = _match_all(excluded, weights, f"{where}.except")
     chosen: set[str] = set()
@@ -69,7 +69,7 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
             raise RecipeError(
                 f"all {len(found)} weights that {pattern!r} matches are left out by `except`",
                 where=place,
-                hint="Drop the pattern, or narrow `except`.",
+                hint=f"Remove {pattern!r} from `only`, or remove these weights from `except`.",
                 data={"reason": "left-out", "pattern": pattern, "weights": len(found)},
             )
         chosen |= found
@@ -77,10 +77,10 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
 
 
 def names_it(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:
-    """Names of the weights that a pattern means, rather than takes along with all others.
+    """Names of the weights that a pattern names explicitly.
 
-    `*`, `**`, the roles of most weights and patterns with a `!` take along; a name, a part of one, or a role that `*`
-    leaves out means.
+    `*`, `**`, the roles of most weights and patterns with a `!` match many weights and name none. A name, a part of
+    one, or a role that `*` leaves out names weights.
     """
     most = {f"@{role}" for role in ROLES if role not in (*LEFT_OUT, "experts")}
     meant = [p for p in patterns if re.search(r"\w", p) and p not in most and not p.endswith("!")]
@@ -110,7 +110,7 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
             raise RecipeError(
                 f"pattern {pattern!r} matches none of {len(names)} weights.",
                 where=where,
-                hint=f"Near names: {', '.join(near or parts[:3])}.",
+                hint=f"Use names such as {', '.join(near or parts[:3])}; compress-model inspect lists all of them.",
                 data={"reason": "matches-none", "pattern": pattern, "weights": len(names), "near": near or parts[:3]},
             )
         result |= found
@@ -124,19 +124,21 @@ def _role(pattern: str, where: str) -> str:
         raise RecipeError(
             f"unknown role {pattern!r}",
             where=where,
-            hint=f"Did you mean @{near[0]}?" if near else "Roles: " + ", ".join(f"@{role}" for role in ROLES),
+            hint=f"Did you mean @{near[0]}?"
+            if near
+            else "Use one of the roles " + ", ".join(f"@{role}" for role in ROLES),
             data={"reason": "unknown-role", "pattern": pattern, "near": near},
         )
     return role
 
 
 def _plain(pattern: str) -> str:
-    """The pattern without what stands in braces and brackets, where a dot separates nothing."""
+    """The pattern without its braces and brackets, in which a dot is no separator."""
     return re.sub(r"\{[^{}]*\}|\[[^\[\]]*\]", "", pattern)
 
 
 def _translate(text: str, glob: Glob, start: int) -> int:
-    """Add what a glob matches to the places of another, from `start` on; returns the place behind it."""
+    """Add the pattern to the places of a glob, beginning at `start`. Returns the place after it."""
     place, at = start, 0
     while at < len(text):
         sign = text[at]
@@ -170,7 +172,7 @@ def _alternatives(body: str, glob: Glob, start: int) -> int:
     if span:
         first, last = int(span[1]), int(span[2])
         if last < first or last - first >= MAX_ALTERNATIVES:
-            raise ValueError(f"range {body} must rise and hold at most {MAX_ALTERNATIVES} numbers")
+            raise ValueError(f"range {body} must be ascending and have at most {MAX_ALTERNATIVES} numbers")
         ends = [glob.text(start, str(number)) for number in range(first, last + 1)]
     elif "{" in body:
         raise ValueError("braces can't be nested")

@@ -1,4 +1,4 @@
-"""YAML as plain values that remember their place, read safely: no tags, no duplicate keys, no exponential aliases."""
+"""Reads YAML safely into plain values with their places: no tags, no duplicate keys, no exponential aliases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressor.process.utf8 import is_utf8
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000
 MAX_DEPTH = 50
-LARGEST = 2**63  # whole numbers stay below it: libraries hold them in 64 bits
+LARGEST = 2**63  # integers must be smaller: libraries store them in 64 bits
 SCALARS = ("str", "int", "float", "bool", "null")
 Path = tuple[str | int, ...]
 
@@ -29,7 +29,7 @@ class Source:
     positions: dict[Path, str] = field(default_factory=dict)
 
     def where(self, path: Path) -> str:
-        """The position of the nearest known ancestor, with the dotted path."""
+        """The position of the value or its nearest known ancestor, with the dotted path."""
         known = path
         while known and known not in self.positions:
             known = known[:-1]
@@ -42,7 +42,7 @@ def dotted(path: Path) -> str:
 
 
 def read_yaml(content: bytes, name: str) -> Source:
-    """raises RecipeError with file:line:column"""
+    """Parse YAML. raises RecipeError with file:line:column"""
     if len(content) > MAX_BYTES:
         raise RecipeError(
             f"has {len(content):,} bytes, at most {MAX_BYTES:,} are read",
@@ -55,7 +55,7 @@ def read_yaml(content: bytes, name: str) -> Source:
         raise RecipeError(
             f"is not UTF-8 (byte {error.start})",
             where=name,
-            hint="Save it as UTF-8.",
+            hint=f"Convert it to UTF-8, for example with iconv -f ENCODING -t UTF-8 {name}.",
             data={"reason": "not-utf-8", "byte": error.start},
         ) from error
     loader = None
@@ -63,7 +63,12 @@ def read_yaml(content: bytes, name: str) -> Source:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError("is empty", where=name, hint="Start with `version: 1`.", data={"reason": "empty"})
+            raise RecipeError(
+                "is empty",
+                where=name,
+                hint="Write `version: 1` in its first line, and `steps:` below it.",
+                data={"reason": "empty"},
+            )
         source = Source(name, None)
         source.value = _value(loader, node, (), source, [0])
         return source
@@ -103,12 +108,12 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
             is_word = isinstance(key_node, yaml.ScalarNode) and not key_node.tag.endswith(":merge")
             key = _scalar(loader, key_node, at) if is_word else None
             if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise RecipeError("a key must be a plain word", where=at)
+                raise RecipeError("a key must be plain text", where=at)
             if key in result:
                 raise RecipeError(
                     f"key {key!r} appears twice",
                     where=at,
-                    hint="Keep one of them.",
+                    hint="Remove one of the two.",
                     data={"reason": "key-twice", "key": key},
                 )
             source.positions[(*path, key)] = at
@@ -122,21 +127,21 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
 
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
-    """A text, number, boolean or null. raises RecipeError for any other, and for one that nothing could use"""
+    """A text, number, boolean or null. raises RecipeError for other values, and for values that no setting can have"""
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
-        hint = "Use plain text, numbers, lists and maps."
+        hint = f"Remove {node.tag}, and write plain text, numbers, lists and maps."
         raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint, data=_tag(node))
     if not is_utf8(node.value):
         raise RecipeError(
-            f"{_shown(node)} holds half of a surrogate pair",
+            f"{_shown(node)} contains half of a surrogate pair",
             where=place,
             data={"reason": "surrogate", "value": _shown(node)},
         )
     try:
         value = loader.construct_object(node)
-    except (ValueError, OverflowError, LookupError) as error:  # what a tag such as !!bool makes of a text that is none
+    except (ValueError, OverflowError, LookupError) as error:  # a tag such as !!bool on a text that is not one
         raise RecipeError(
             f"{_shown(node)} can't be read ({error})",
             where=place,

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, and the journal of a run."""
+"""Writes files completely or not at all, and keeps the journal of a run."""

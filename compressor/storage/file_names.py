@@ -1,4 +1,4 @@
-"""Names of files: which hold weights, whatever program wrote them, which an artifact may have and has of its own."""
+"""Classifies file names: weight files of any program, names that an artifact may have, and an artifact's own files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.\w+)?\.json$")
 
 
 def is_plain(name: str) -> bool:
-    """Whether an artifact may hold a file of this name: the manifest lists it, and any system can write it as it is.
+    """Whether an artifact may have a file of this name, so that the manifest can list it and any system can write it.
 
-    No control characters, which a terminal or a report would obey, no backslash, which is a separator on Windows, and
-    nothing that isn't text, as bytes that aren't UTF-8.
+    It has no control characters (a terminal or a report would interpret them), no backslash (a separator on Windows),
+    and is valid UTF-8.
     """
     return not any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign == "\\" for sign in name)
 
@@ -32,5 +32,5 @@ def is_weight_file(path: Path) -> bool:
 
 
 def is_weight_index(path: Path) -> bool:
-    """Whether it says which file holds which tensor."""
+    """Whether a file is an index that maps tensors to files."""
     return INDEX.search(path.name) is not None

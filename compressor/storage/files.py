@@ -1,4 +1,4 @@
-"""Small facts about files that storage shares; no torch here, so that a journal opens at once."""
+"""Small functions about files that storage shares. Imports no torch, so that a journal opens at once."""
 
 from __future__ import annotations
 

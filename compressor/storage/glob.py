@@ -1,8 +1,8 @@
-"""Matches globs in time linear in the name, whatever the pattern.
+"""Matches globs in linear time for any pattern.
 
-A regular expression tries one split of a name after the other, and with many `**` there are too many. Here all places
-of the pattern that the name could have reached are followed at once. A set of places is met again and again by similar
-names, so what follows from it is kept.
+A regular expression tries one division of a name after the other, and many `**` give too many of them. This matcher
+follows all places of the pattern that the name can have reached at once. Similar names give the same sets of places, so
+the next set is cached.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MAX_PLACES = 20_000  # of one pattern; a range of 1000 numbers has 4000
+MAX_PLACES = 20_000  # for one pattern; a range of 1000 numbers has 4000
 DOT = "."
 Accepts = Callable[[str], bool]
 
 
 class TooManyPlaces(ValueError):
-    """A pattern that would have more than `MAX_PLACES`."""
+    """A pattern with more than `MAX_PLACES` places."""
 
 
 @dataclass
 class Glob:
     """Places are numbered; the first is 0.
 
-    steps    place -> (which sign leads on, to which place)
-    skips    place -> places that are reached without a sign
-    last     where a whole name has to end
+    steps    place -> (test of a character, next place)
+    skips    place -> places that are reached without a character
+    last     place at the end of a whole name
     """
 
     steps: list[list[tuple[Accepts, int]]] = field(default_factory=lambda: [[]])
@@ -53,7 +53,7 @@ class Glob:
         return len(self.steps) - 1
 
     def sign(self, at: int, accepts: Accepts) -> int:
-        """One sign from a place on; returns the place behind it."""
+        """Add one character after a place. Returns the place after it."""
         to = self.place()
         self.steps[at].append((accepts, to))
         return to
@@ -64,7 +64,7 @@ class Glob:
         return at
 
     def run(self, at: int, accepts: Accepts) -> int:
-        """Any number of signs."""
+        """Add any number of characters after a place."""
         to = self.place()
         self.skips[at].append(to)
         self.steps[to].append((accepts, to))

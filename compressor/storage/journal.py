@@ -1,8 +1,8 @@
-"""What is durably done. One commit per unit: temporary file, sync, rename, one appended line.
+"""Records durably which parts of a run are done. Each part is one commit: temporary file, sync, rename, one line.
 
-The journal knows nothing of models. There is no moment without a valid state: a file counts once its line is
-appended, a torn last line is ignored, and a file without a line is written again. A line says its own hash, so one that
-anything else changed is found when the journal is reopened, whatever its facts are.
+The journal knows nothing about models. Its state is valid at every moment: a file is valid once its line is appended,
+an incomplete last line is ignored, and a file without a line is written again. A line contains its own hash, so a
+changed line is found when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from compressor.storage.files import file_sha256
 
 RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-AGAIN = "Start again with --fresh."
+AGAIN = "Begin again with --fresh, which deletes the finished parts."
 
 
 class Journal:
-    """A work directory. Open it with `create` or `reopen`; close it to release the lock."""
+    """A work directory. Open it with `create` or `reopen`, and close it to release the lock."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -41,7 +41,7 @@ class Journal:
 
     @classmethod
     def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """A fresh journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
+        """A new journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
             (work / UNITS).mkdir(parents=True)
             _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
@@ -52,24 +52,26 @@ class Journal:
             if error.errno in FULL:
                 raise disk_full(work, None) from error
             raise UsageError(
-                f"the work directory can't be made ({error.strerror})", where=str(work), hint="Choose another --output."
+                f"the work directory can't be made ({error.strerror})",
+                where=str(work),
+                hint="Pass --output in a directory that you may write to.",
             ) from error
 
     @classmethod
     def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
-        """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
+        """Continue a journal. raises ResumeError naming what differs from the interrupted run, or the damaged file"""
         if not has_begun(work):
             raise ResumeError(
-                "there is no interrupted run here",
+                "there is no interrupted run to resume",
                 where=work.name,
-                hint="Start without --resume.",
+                hint="Run the same command without --resume.",
                 data={"reason": "no-interrupted-run"},
             )
         if links := _links(work):
             raise ResumeError(
-                f"holds a link, a pipe or the like, which no run makes ({links[0]})",
+                f"contains a link, a pipe or another special file, which no run creates ({links[0]})",
                 where=work.name,
-                hint="Move it away first, then start again with --fresh.",
+                hint="Move this file to another directory, then begin again with --fresh.",
                 data={"reason": "link", "name": links[0]},
             )
         stored = _read_run(work)
@@ -80,7 +82,7 @@ class Journal:
             raise ResumeError(
                 "the interrupted run differs: " + "; ".join(differences),
                 where=work.name,
-                hint="Restore what differs, or start again with --fresh.",
+                hint="Use the values of the interrupted run again, or begin again with --fresh.",
                 data={
                     "reason": "differs",
                     "was": {name: stored.get(name) for name in differing},
@@ -105,13 +107,13 @@ class Journal:
         self._lock.close()
 
     def done(self, key: str) -> dict[str, Any] | None:
-        """The line of a committed unit. raises ResumeError if its file is not what was committed"""
+        """The line of a committed part. raises ResumeError if its file was changed since"""
         line = self.lines.get(key)
         if line is not None and not line.get("checked"):
             path = self.work / UNITS / line["file"]
             if not path.is_file() or file_sha256(path) != line["sha256"]:
                 raise ResumeError(
-                    "the file is missing or changed since it was committed",
+                    "this stored part is missing, or was changed after the run wrote it",
                     where=line["file"],
                     hint=AGAIN,
                     data={"reason": "unit-changed"},
@@ -120,11 +122,11 @@ class Journal:
         return line
 
     def commit(self, key: str, file: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
-        """Make one unit durable and return its path.
+        """Store one part durably and return its path.
 
-        write   writes the whole content to the path it gets
-        facts   JSON values, kept in the unit's line
-        raises  PassError when the disk is full; what was committed before stays
+        write   writes the whole content to the path in its argument
+        facts   JSON values, stored in the part's line
+        raises  PassError if the disk is full; earlier commits stay
         """
         path = self.work / UNITS / file
         temporary = path.with_suffix(".tmp")
@@ -141,7 +143,9 @@ class Journal:
             if error.errno in FULL:
                 raise disk_full(path, None) from error
             raise PassError(
-                f"can't be written ({error.strerror})", where=file, hint="Fix it and run with --resume."
+                f"can't be written ({error.strerror})",
+                where=file,
+                hint="Correct the permissions or the disk, then continue with --resume.",
             ) from error
         self.lines[key] = {**line, "checked": True}
         return path
@@ -159,7 +163,7 @@ class Journal:
         path = self.work / LINES
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:  # a torn last line: cut it off, so that the next one starts cleanly
+        if whole != content:  # an incomplete last line: remove it before the next one
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         lines = {}
@@ -179,7 +183,7 @@ class Journal:
 
 
 def _read_run(work: Path) -> dict[str, Any]:
-    """What the interrupted run was. raises ResumeError for what no run wrote"""
+    """The fingerprint of the interrupted run. raises ResumeError for a file that no run wrote"""
     try:
         stored = json.loads((work / RUN).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -199,30 +203,34 @@ def _read_run(work: Path) -> dict[str, Any]:
 
 
 def _line_sha256(line: dict[str, Any]) -> str:
-    """The hash of a line's values, as they are when JSON is read again: there a key is text, and sorted as such."""
+    """The hash of a line's values as they are after reading the JSON, where every key is text and sorted as text."""
     values = json.loads(json.dumps(line))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def has_begun(work: Path) -> bool:
-    """Whether a work directory has anything to resume: before run.json is there, nothing is committed."""
+    """Whether a work directory can be resumed. Without run.json there is no commit."""
     return (work / RUN).exists()
 
 
 def remove_work(work: Path) -> None:
-    """Delete a work directory that a journal of ours made.
+    """Delete a work directory that a journal made.
 
-    raises UsageError if it holds anything else, or a run is using it
+    raises  UsageError if it contains other files, or if a run is using it
     """
     if work.is_symlink() or not work.is_dir():
-        raise UsageError("is not a work directory of this tool", where=str(work), hint="Move it away first.")
+        raise UsageError(
+            "is not a work directory of compress-model",
+            where=str(work),
+            hint="Move or rename it, then run the command again.",
+        )
     ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"} if has_begun(work) else {UNITS, Path(RUN).stem + ".tmp"}
     foreign = sorted({path.name for path in work.iterdir()} - ours) + _links(work)
     if foreign:
         raise UsageError(
-            f"holds things this tool did not write ({', '.join(foreign[:3])})",
+            f"contains files that compress-model did not write ({', '.join(foreign[:3])})",
             where=str(work),
-            hint="Move them away first.",
+            hint="Move these files to another directory, then run the command again.",
             data={"reason": "foreign-files", "names": foreign[:3]},
         )
     if (work / LOCK).exists():
@@ -234,7 +242,7 @@ def remove_work(work: Path) -> None:
 
 
 def _links(work: Path) -> list[str]:
-    """What is neither a folder nor a regular file; a journal makes no such, and a link may lead anywhere."""
+    """Entries that are neither folders nor regular files. A journal creates none, and a link may lead anywhere."""
     return sorted(
         path.relative_to(work).as_posix()
         for path in work.rglob("*")
@@ -243,9 +251,9 @@ def _links(work: Path) -> list[str]:
 
 
 def _open_lock(work: Path) -> TextIO:
-    """The lock's file, made if need be; a link in its place is not followed, and nothing is cut off.
+    """The lock file, created if it is missing. A link in its place is not followed, and a file is not truncated.
 
-    raises UsageError for what can't be opened, such as a folder
+    raises  UsageError if it can't be opened, such as a folder
     """
     try:
         handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -255,14 +263,14 @@ def _open_lock(work: Path) -> TextIO:
         raise UsageError(
             f"can't be opened ({error.strerror})",
             where=f"{work.name}/{LOCK}",
-            hint="Move the work directory away.",
+            hint="Move or rename the work directory, then run the command again.",
             data={"reason": "not-opened", "cause": error.strerror},
         ) from error
     return os.fdopen(handle, "w")
 
 
 def _lock(file: TextIO, work: Path) -> None:
-    """raises UsageError while another process holds it"""
+    """raises UsageError while another process has the lock"""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Safetensors files: a strict header reader and a writer that streams.
+"""Reads headers of safetensors files strictly, and writes such files tensor by tensor.
 
-The header is checked here, before any library maps the file, so that a truncated or lying file ends in a sentence.
-The writer copies tensors one by one, so a shard of any size is written in constant memory; its bytes equal those of
-the safetensors library for the same tensors. Format: docs/format.md.
+The header is checked here, before any library maps the file, so that an incomplete or wrong file gives a clear error.
+The writer copies tensors one by one, so a file of any size is written in constant memory. Its bytes equal those of the
+safetensors library for the same tensors. Format: docs/format.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from compressor.errors import ModelError
 from compressor.process.resources import disk_full
 from compressor.process.utf8 import halves, parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 COPY_BYTES = 1 << 24
-# Every dtype of the format by its name there, in the library's order: it writes tensors of a later one first.
+# Every dtype of the format by its name there, in the library's order: it writes tensors of later ones first.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -48,17 +48,17 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Dtypes of which an element is not whole bytes: bits of one. torch has none with the file's shape, so they are read as
-# bytes, and only ever copied.
+# Dtypes with less than a byte per element -> bits. torch has none with the file's shape, so they are read as bytes
+# and only copied.
 SMALL_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 RANK = {name: number for number, name in enumerate([*SMALL_BITS, *DTYPES])}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` is absolute in `file`, sizes are bytes.
+    """The place of a tensor: `offset` is absolute in `file`, sizes are in bytes.
 
-    small  the name of a dtype of SMALL_BITS; `dtype` is then uint8, that of the bytes
+    small  the name of a dtype in SMALL_BITS; `dtype` is then uint8, that of the bytes
     """
 
     file: Path
@@ -76,7 +76,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. `read` returns it, contiguous, when its turn comes; of one of SMALL_BITS the bytes."""
+    """A tensor to write. `read` returns it, contiguous, when it is written; for a dtype in SMALL_BITS its bytes."""
 
     name: str
     dtype: torch.dtype
@@ -96,7 +96,7 @@ class Entry:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a file, in the order of the header.
 
-    raises ModelError saying what is wrong with the file
+    raises  ModelError with the reason if the file is not valid
     """
     try:
         size = path.stat().st_size
@@ -107,7 +107,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise _bad(path, f"its header claims {length} bytes, the file has {size}")
             text = file.read(length)
     except OSError as error:
-        raise ModelError(f"can't be read ({error.strerror})", where=path.name, hint="Check the file.") from error
+        raise ModelError(
+            f"can't be read ({error.strerror})",
+            where=path.name,
+            hint="Give yourself read permission for it (chmod +r).",
+        ) from error
     header = _parse(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -128,7 +132,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def write_file(path: Path, entries: Iterable[Entry]) -> None:
     """Write tensors in the library's order with metadata {"format": "pt"}, then sync the file.
 
-    raises PassError when the disk is full; nothing is left behind then
+    raises  PassError if the disk is full; then no file is left
     """
     ordered = sorted(entries, key=lambda entry: (-RANK[entry.stored_as], entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -158,7 +162,7 @@ def write_file(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
-    """Size of everything before the data in a file with these tensors (name, dtype's name there, shape)."""
+    """Number of bytes before the data in a file with these tensors (name, name of the dtype, shape)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, stored_as, shape in sorted(entries, key=lambda entry: (-RANK[entry[1]], entry[0])):
@@ -170,7 +174,7 @@ def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
 
 
 def read_bytes(info: TensorInfo) -> Tensor:
-    """One tensor, read with one seek; no file stays mapped. Of a dtype of SMALL_BITS: its bytes (nbytes,)."""
+    """Read one tensor with one seek. No file stays mapped. For a dtype in SMALL_BITS: its bytes (nbytes,)."""
     buffer = bytearray(info.nbytes)
     with info.file.open("rb") as file:
         file.seek(info.offset)
@@ -183,7 +187,7 @@ def read_bytes(info: TensorInfo) -> Tensor:
 
 
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two tensors of one dtype and shape are equal bit for bit; read piece by piece."""
+    """Whether two tensors of the same dtype and shape are equal bit for bit. They are read piece by piece."""
     if (first.stored_as, first.shape) != (second.stored_as, second.shape):
         return False
     with first.file.open("rb") as one, second.file.open("rb") as other:
@@ -251,8 +255,8 @@ def _nbytes(stored_as: str, shape: Iterable[int]) -> int:
 
 def _bad(path: Path, what: str, reason: str = "unsound", **values: Any) -> ModelError:
     return ModelError(
-        f"is not a sound safetensors file: {what}",
+        f"is not a valid safetensors file: {what}",
         where=path.name,
-        hint="Download or copy the file again.",
+        hint="Download or copy this file again.",
         data={"reason": reason, **values},
     )

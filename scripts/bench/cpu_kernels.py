@@ -1,29 +1,29 @@
-"""CPU kernels against this machine's ceilings and against other libraries, in one run.
+"""Compares the CPU kernels with this machine's limits and with other libraries, in one run.
 
     python scripts/bench/cpu_kernels.py [--output FILE] [--threads 1] [--peers llama.cpp=ENVIRONMENT]
     python scripts/bench/cpu_kernels.py --quick
 
 Every row is y = x @ W.T with random float32 x (M, K) and W (N, K); quantizing activations is inside the timed region.
-Copies of a weight are used in turn, at least 160 MB and the size of the last cache of each, so that they come from
-memory: between two uses of a copy those of a dozen candidates are read. All candidates and the reading of memory
-bandwidth are called in turn, each warmed by other copies first, and medians are reported;
-"/ W4A8" is a time over that of "ours W4A8 g64". "ours W4A8 g64"
-is there twice: what these two differ by is noise, and so is every smaller difference.
+Copies of a weight are used in turn, at least 160 MB and the size of the last cache of each, so that they are read from
+memory: between two uses of a copy, the copies of a dozen candidates are read. All candidates and the measurement of
+memory bandwidth are called in turn, each warmed by other copies first, and medians are reported. "/ W4A8" is a time
+divided by that of "ours W4A8 g64". "ours W4A8 g64" runs twice: the difference of the two is noise, and so is every
+smaller difference.
 
-Ceilings are of the same process and the same number of threads: reading memory (ceilings.cpp), and the peaks of int8
-and float instructions; the int8 peak that goals are of is that of vectors, whether or not the processor has tiles (AMX)
-too. A row's fraction of the ceiling is of bandwidth for M < 16, of the int8 peak above.
+Limits are measured in the same process with the same number of threads: memory bandwidth (ceilings.cpp), and the peaks
+of int8 and float instructions. The int8 peak for the goals is that of vectors, also if the processor has tiles (AMX). A
+row's fraction of the limit is of bandwidth for M < 16, and of the int8 peak above.
 
-Peers: torch's dense product in float32 and bfloat16, its int4pack and int8pack, oneDNN's W8A8, bitsandbytes'
-Linear8bitLt, and with --peers llama.cpp, from an environment of its own (peers/requirements-llama-cpp.txt).
-Each answer is checked against float64 before it is timed. --quick runs tiny shapes to see that all of it works; its
-times mean nothing, no goal is judged, and figures are written only to a file that --output names.
+Peers: torch's dense matmul in float32 and bfloat16, its int4pack and int8pack, oneDNN's W8A8, bitsandbytes'
+Linear8bitLt, and with --peers llama.cpp, from an environment of its own (peers/requirements-llama-cpp.txt). Each result
+is compared with float64 before it is timed. --quick runs tiny shapes to test the script: its times mean nothing, no
+goal is checked, and figures are written only to a file that --output names.
 
---decode adds tokens a second of a Llama of random weights and about 100 M parameters at 1 and 16 sequences: dense, and
-with its blocks' linear layers in 4 bits, prepared with and without int8 inputs. What isn't in 4 bits is float32, or
-bfloat16 where that is said; the goal is for the faster of each side.
+--decode adds tokens per second of a Llama of random weights and about 100 M parameters at 1 and 16 sequences: dense,
+and with its blocks' linear layers in 4 bits, prepared with and without int8 inputs. Everything else is float32, or
+bfloat16 where the name says so. The goal compares the faster ones.
 
-Hadamard transforms, dense x sparse products and tables follow, against torch's ways (kernel_operations.py).
+Hadamard transforms, dense x sparse matmuls and lookup tables follow, compared with torch (kernel_operations.py).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ SHAPES = (Shape(4096, 4096), Shape(11008, 4096), Shape(4096, 11008))
 ROWS = (1, 4, 16, 64, 256)
 QUICK_SHAPES, QUICK_ROWS = (Shape(256, 256),), (1, 16)
 ROTATION = 160_000_000
-FEW = 3  # calls of what is marked slow
-LEAST = 7  # of others, however long they take: of four, a neighbour's burst took the median
+FEW = 3  # calls of candidates that are marked slow
+LEAST = 7  # smallest number of calls of others: with four, a burst of another process changed the median
 WARMING = 0.003  # seconds
 BY_PEAK = 16  # rows of x from which arithmetic, not memory, is the limit
 
@@ -71,8 +71,8 @@ BY_PEAK = 16  # rows of x from which arithmetic, not memory, is the limit
 class Row:
     """One candidate at one shape; `seconds` is the median over `calls`.
 
-    The read bandwidth is that of the same minutes or of the beginning, whichever is more: reading alone, between the
-    products' calls, has been slower than they read.
+    The read bandwidth is the larger of that of the same minutes and that of the beginning: reading alone, between the
+    calls of matmuls, has been slower than the matmuls read.
     """
 
     shape: str
@@ -90,7 +90,7 @@ class Row:
 
 @dataclass
 class Goal:
-    """`measured` is the worst case; None if this run can't tell"""
+    """`measured` is the worst case; None if this run didn't measure it"""
 
     name: str
     wanted: str
@@ -121,12 +121,12 @@ def after_warming(call: Callable[[], float]) -> float:
 def interleave(
     found: list[Candidate], ceilings: Ceilings, seconds: float, least: int
 ) -> tuple[list[list[float]], float]:
-    """Times of each candidate, called in turn for so long, without their first; and the read bandwidth between them.
+    """Times of each candidate, called in turn for this long, without the first ones; and the read bandwidth between
+    them.
 
-    Each turn has another order: reading memory leaves empty caches to whoever comes next. And each candidate works for
-    some milliseconds, copy after copy, before it is timed, as in a model, where layer follows layer: otherwise its code
-    comes from memory, and the clock of the memory from where the one before it left it. One row took up to twice as
-    long then.
+    Each round has another order, because reading memory leaves empty caches for the next candidate. Each candidate
+    works for some milliseconds, copy after copy, before it is timed, as layer after layer in a model. Otherwise its
+    code is read from memory and the memory's clock depends on the candidate before: one row took up to twice as long.
     """
     times: list[list[float]] = [[] for _ in found]
     order, shuffle = list(range(len(found) + 1)), random.Random(0).shuffle
@@ -180,10 +180,10 @@ def median_time(call: Callable[[], Any], calls: int) -> float:
 
 
 def overhead(quick: bool) -> dict[str, float]:
-    """Seconds of a 576x576 W4A8 product of one row: as prepared layers call it, through torch's registry, the kernel,
-    and what is between layer and kernel.
+    """Seconds of a 576x576 W4A8 matmul of one row: by prepared layers, through torch's registry, by the kernel, and the
+    difference of layer and kernel.
 
-    The compiled function called with no rows costs what calling it does; that is taken off the kernel.
+    The cost of a call is that of the compiled function with no rows; it is subtracted from the kernel.
     """
     shape, group, calls = Shape(576, 576), 64, 200 if quick else 5000
     codes, scale, zero, _ = kernel_peers.integer_weight(shape, 4, group)
@@ -209,21 +209,21 @@ def overhead(quick: bool) -> dict[str, float]:
 
 
 def packing(shape: Shape) -> float:
-    """seconds for a gigabyte of codes, as `pack_weight` takes them: one byte each"""
+    """Seconds for a gigabyte of codes for `pack_weight`, one byte each."""
     codes, scale, zero, _ = kernel_peers.integer_weight(shape, 4, 64)
     call = partial(torch.ops.compressor.pack_weight, codes, scale, zero, None, 4, 64, ops.LAYOUT)
     return median_time(call, 5) / codes.numel() * 1e9
 
 
 def noise(rows: list[Row]) -> float:
-    """the largest relative difference between the two that are the same"""
+    """The largest relative difference between the two equal candidates."""
     times = {(row.shape, row.rows, row.name): row.seconds for row in rows}
     pairs = [(times[s, m, n], times[s, m, f"{n} again"]) for s, m, n in times if (s, m, f"{n} again") in times]
     return max(max(pair) / min(pair) - 1 for pair in pairs)
 
 
 def goals(rows: list[Row], threads: int, extra: dict[str, float], decoding: dict[str, dict[str, float]]) -> list[Goal]:
-    """What docs/kernels.md promises of the CPU kernels, and the worst case of this run."""
+    """The goals of docs/kernels.md for the CPU kernels, and the worst case of this run."""
     cases: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault((row.shape, row.rows), {})[row.name] = row
@@ -354,7 +354,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="OUTxIN", help="others than the usual")
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="others than the usual")
     parser.add_argument("--peers", type=peers_of, metavar="llama.cpp=ENVIRONMENT")
-    parser.add_argument("--cache-mb", type=int, help="the last cache, where the system doesn't say or says wrong")
+    parser.add_argument(
+        "--cache-mb", type=int, help="set the size of the last cache if the system reports none or a wrong one"
+    )
     parser.add_argument("--decode", action="store_true", help="also decode with a small model, dense and prepared")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all of it works")
     settings = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""One process of threads.py: a Llama of real widths and random weights that decodes when it is told to.
+"""Runs one process of threads.py: a Llama of real widths and random weights that decodes on request.
 
     python -c "import compressor, decode_worker; decode_worker.main()" prepared|dense|write MODEL [DIR]
 
-What is imported first matters: torch reads then how its threads wait.
+The order of imports matters: torch reads at its import how its threads wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 2048
 
 
 def model_of(name: str) -> LlamaForCausalLM:
-    """bfloat16, MLPs of four times the width"""
+    """A bfloat16 Llama with MLPs of four times the width."""
     hidden = int(name.removeprefix("llama:").partition(",")[0])
     shape = {"vocab_size": VOCABULARY, "intermediate_size": 4 * hidden, "eos_token_id": 0, "bos_token_id": 0}
     return random_llama(name, **shape).bfloat16().eval()

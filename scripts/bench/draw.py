@@ -1,4 +1,4 @@
-"""Draw the plots of docs/benchmarks.md from files that the benchmarks wrote.
+"""Draws the plots of docs/benchmarks.md from the files of the benchmarks.
 
     python scripts/bench/draw.py kernels --files cpu-kernels-*.json --output docs/plots/cpu-kernels.svg
     python scripts/bench/draw.py quality --pruning FILES --slicing FILES --factorization FILE --output quality.svg
@@ -150,7 +150,7 @@ def draw_threads(decoding: Result, solvers: list[Result]) -> Figure:
 
 
 def read(paths: list[Path], names: list[str] | None = None) -> list[Result]:
-    """names  of processors, one a file, where those in the files tell them apart too little"""
+    """names  of processors, one per file, if the names in the files don't distinguish them"""
     results = [json.loads(path.read_text()) for path in paths]
     for result, name in zip(results, names or []):
         result["cpu"] = name

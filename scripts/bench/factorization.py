@@ -1,15 +1,15 @@
-"""Quality against bytes of dsformer, low_rank and gptq on one model.
+"""Measures quality against bytes of dsformer, low_rank and gptq on one model.
 
     python scripts/bench/factorization.py --model CHECKPOINT --calibration DATA --test DATA --output FILE
 
 Each point is a run of the pass on the matrices of all blocks; embeddings and output head stay. The artifact is loaded
 as `compressor.load` does and measured in this process: perplexity of a causal model on packed text, accuracy of a
 classifier on single samples (a .tsv with text and label), and for both the KL divergence from the dense model's
-outputs. Points that FILE already has are kept. Bytes are those of the stored matrices alone, without biases and
-everything dense.
+outputs. Points that FILE already has are kept. Bytes are those of the stored matrices only, without biases and
+dense weights.
 
-`bytes_saved` is how many bytes fewer dsformer takes than low_rank with the same stored type at the same KL divergence,
-where low_rank's curve, straight lines between its points on logarithmic scales, has that divergence.
+`bytes_saved` is the share of bytes that dsformer saves compared with low_rank of the same stored dtype at the same KL
+divergence, on low_rank's curve of straight lines between its points on logarithmic scales.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def steps(settings: argparse.Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """Method, what it was asked for, and its step of a recipe."""
+    """Method, its requested value, and its step of a recipe."""
     for bits in settings.bits:
         yield "gptq", bits, {"pass": "gptq", "bits": bits, "group_size": settings.group_size}
     for values in settings.values:
@@ -177,7 +177,7 @@ def quality(found: list[Tensor], wanted: list[Tensor], samples: Samples, causal:
 
 
 def bytes_saved(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each dsformer point: 1 - its bytes / low_rank's at the same KL divergence."""
+    """For each dsformer point: 1 - its bytes / low_rank's at the same KL divergence."""
     saved = []
     for row in rows:
         if not row["method"].startswith("dsformer"):

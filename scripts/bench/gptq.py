@@ -1,4 +1,4 @@
-"""GPTQ side by side with llm-compressor: same model, tokens, samples and threads, each in a process of its own.
+"""Compares GPTQ with llm-compressor: same model, tokens, samples and threads, each in a process of its own.
 
     python scripts/bench/gptq.py --model demo
 
@@ -6,7 +6,7 @@ The peer gets an environment of its own, .venv-llm-compressor, made once from sc
 --peer-python names another. Measured per side: wall time of the whole process, wall time of the core
 (their `oneshot`, our sweep; no imports, loading, saving or verifying), peak resident bytes, and perplexity of the dense
 model and both results under one evaluator, loaded through plain transformers. Our process also verifies its result in
-a fresh process and writes its report; that time is in the whole. Both run with their defaults but for bits and group
+a fresh process and writes its report; that time is in the whole. Both run with their defaults except for bits and group
 size; --peer-observer repeats the peer with a searched range.
 
 `share_of_floor` is the time that the unavoidable arithmetic would take (see `floor`) over the time our sweep took.
@@ -226,7 +226,7 @@ def perplexity(directory: Path, tokens: torch.Tensor) -> float:
 
 
 def floor(model: Path, settings: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the arithmetic that can't be avoided, at the rates this machine multiplies 1024 x 1024 matrices with.
+    """Seconds of the unavoidable arithmetic, at this machine's rate for 1024 x 1024 matmuls.
 
     One forward pass in the model's dtype; tokens * in^2 multiply-adds per shared input and 2 * rows * in^2 operations
     per weight in float32. Attention, norms and activations are not in it.

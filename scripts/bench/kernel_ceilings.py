@@ -1,4 +1,4 @@
-"""What a machine can do at most, by ceilings.cpp: memory's bandwidths and the peaks of instructions."""
+"""Measures a machine's limits with ceilings.cpp: memory bandwidths and the peaks of instructions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 HERE = Path(__file__).parent
 PEAKS = ("int8", "float", "bf16", "int8_tiles", "bf16_tiles")
-PIECE = 16 * 2**20  # bytes of one reading of memory
+PIECE = 16 * 2**20  # bytes of one read of memory
 
 
 class Ceilings:
     """This machine's limits on `threads`, by ceilings.cpp.
 
-    A buffer of four times the last cache is read in pieces of the size of a weight, one after the other: a longer
-    reading meets more of what else the machine does, and its median would lie below what a product can reach.
+    A buffer of four times the last cache is read in pieces of the size of a weight, one after the other: a longer read
+    is disturbed more by other processes, and its median would be below the bandwidth that a matmul reaches.
     """
 
     def __init__(self, threads: int, cache: int, quick: bool) -> None:

@@ -1,4 +1,4 @@
-"""Decoding with a Llama of random weights, dense against prepared, for cpu_kernels.py --decode."""
+"""Measures decoding with a Llama of random weights, dense and prepared, for cpu_kernels.py --decode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressor.kernels.prepared.prepare import prepare
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 
-MODEL, VOCABULARY = "llama:768,12", 8192  # 98 M parameters; the head stays dense, and should not rule
+MODEL, VOCABULARY = "llama:768,12", 8192  # 98 M parameters; the output head stays dense and should not dominate
 QUICK_MODEL, QUICK_VOCABULARY = "llama:128,2", 64
 GROUP, PROMPT = 64, 16
 SEQUENCES = (1, 16)
@@ -24,7 +24,7 @@ TOLERANCE = {"prepared W4A16": 1e-3, "prepared W4A8": 0.1, "prepared W4A8, bf16"
 
 
 class Decoder:
-    """A model after its prompt; a step decodes one token a sequence."""
+    """A model after its prompt. A step decodes one token per sequence."""
 
     def __init__(self, model: LlamaForCausalLM, prompt: Tensor) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
@@ -40,7 +40,7 @@ class Decoder:
 
 
 def rounded(linear: nn.Linear) -> PackedLinear:
-    """4 bits, to nearest, symmetric groups"""
+    """The layer in 4 bits, rounded to nearest, in symmetric groups."""
     grouped = linear.weight.detach().unflatten(1, (-1, GROUP))
     grid = find_grid(grouped, 4, True, "minmax", grouped.dtype)
     codes = quantize(grouped, grid).flatten(1).to(torch.int8)
@@ -59,7 +59,7 @@ def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def models(quick: bool) -> dict[str, LlamaForCausalLM]:
-    """raises ArithmeticError if a prepared model answers otherwise than its codes"""
+    """The models. raises ArithmeticError if the outputs of a prepared model differ from those of its codes"""
     name, vocabulary = (QUICK_MODEL, QUICK_VOCABULARY) if quick else (MODEL, VOCABULARY)
     dense = random_llama(name, vocab_size=vocabulary).eval()
     stored = packed(dense)
@@ -68,7 +68,7 @@ def models(quick: bool) -> dict[str, LlamaForCausalLM]:
     wanted = stored(input_ids=tokens).logits.double()
     for key in TOLERANCE:
         model = copy.deepcopy(stored)
-        if key.endswith("bf16"):  # all but the weights in 4 bits
+        if key.endswith("bf16"):  # all except the weights in 4 bits
             model = model.bfloat16()
         prepare(model, activations="int8" if "W4A8" in key else None, strict=True)
         error = float((model(input_ids=tokens).logits.double() - wanted).norm() / wanted.norm())
@@ -79,7 +79,7 @@ def models(quick: bool) -> dict[str, LlamaForCausalLM]:
 
 
 def decode(quick: bool) -> dict[str, dict[str, float]]:
-    """Tokens a second by sequences and model; all models take each step in turn."""
+    """Tokens per second by sequences and model. All models take each step in turn."""
     steps = 3 if quick else 48
     result = {}
     found = models(quick)

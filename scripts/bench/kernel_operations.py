@@ -1,8 +1,7 @@
-"""Operations beside the products with integers against what torch offers for the same: weights that stay dense, for few
-rows, Hadamard, dense x sparse, tables.
+"""Compares further operations with torch: dense weights for few rows, Hadamard, dense x sparse, lookup tables.
 
-Ours and torch's ways are called in turn, each turn in another order, and medians are compared. Each answer is first
-held to ours; a copy, a dense weight in place of the factors, and silu are there to compare times with alone.
+Our operations and torch's are called in turn, each round in another order, and medians are compared. Each result is
+first compared with ours. A copy, a dense weight in place of the factors, and silu are there only to compare times.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ def butterflies(x: Tensor, scale: float) -> Tensor:
 def compare(
     name: str, ours: Callable[[], Tensor], others: dict[str, Callable[[], Tensor]], unlike: set[str], seconds: float
 ) -> Operation:
-    """unlike: which of the others compute something else of the same shape
+    """unlike: the other operations that have different results of the same shape
 
-    raises ArithmeticError if another answers differently
+    raises  ArithmeticError if the result of another operation differs
     """
     answer = ours()
     for other, call in others.items():
@@ -77,7 +76,7 @@ def compare(
 
 
 def dense_products(seconds: float, quick: bool) -> list[Operation]:
-    """A head of 8192 x 768, of which copies are used in turn, so that it comes from memory."""
+    """An output head of 8192 x 768, whose copies are used in turn, so that it is read from memory."""
     made = torch.Generator().manual_seed(0)
     out, columns, copies = (64, 48, 2) if quick else (8192, 768, 8)
     found = []
@@ -92,7 +91,7 @@ def dense_products(seconds: float, quick: bool) -> list[Operation]:
 
 
 def operations(seconds: float, quick: bool) -> list[Operation]:
-    """All of them for so long each; tiny if quick."""
+    """All operations for this long each; tiny shapes if quick."""
     made = torch.Generator().manual_seed(0)
     found = dense_products(seconds, quick)
     for rows, n in ((1, 64), (16, 48)) if quick else ((1, 4096), (64, 4096), (64, 3584)):

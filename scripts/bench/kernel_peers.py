@@ -1,7 +1,7 @@
-"""What cpu_kernels.py times: our operations, torch's, bitsandbytes' and llama.cpp's, on weights of one shape.
+"""Defines the candidates of cpu_kernels.py: our operations, torch's, bitsandbytes' and llama.cpp's, for one shape.
 
-A `Candidate` holds enough copies of its weight that no cache has it when its turn comes, and multiplies by one of them.
-Its answer is checked against float64 once, when it is made.
+A `Candidate` has enough copies of its weight that no cache has it when it is called, and multiplies by one of them.
+Its result is compared with float64 once, when it is made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compressor.kernels.prepared.stock import StoredWeight
 
 HERE = Path(__file__).parent
 CHECKED = 128  # rows of the weight that are compared with float64
-# Relative error of the answer to the product that it stands for, on these weights: bfloat16 results have 8 bits,
+# Relative error of the result, on these weights: bfloat16 results have 8 bits,
 # int8 activations of normal inputs about 1 %, LLM.int8()'s int8 weights as much again.
 TOLERANCE = {"float32": 1e-4, "bf16": 0.01, "int8": 0.03}
 
@@ -81,9 +81,9 @@ def timed(
     clone: Callable[[Any], Any] = Tensor.clone,
     slow: bool = False,
 ) -> Candidate:
-    """A candidate of this process; `weight` has the first rows of what `packed` stands for.
+    """A candidate of this process; `weight` has the first rows of the dequantized `packed`.
 
-    raises ArithmeticError if its answer is wrong
+    raises  ArithmeticError if its result is wrong
     """
     error = relative_error(multiply(packed), x, weight)
     if not error <= TOLERANCE[kind]:
@@ -116,7 +116,7 @@ def integer_weight(
 def prepared_layer(
     weight: IntegerWeight, activations: str | None, dtype: torch.dtype, bias: torch.nn.Parameter | None = None
 ) -> PreparedInteger:
-    """A layer of a prepared model, without the stored tensors, which its product doesn't read."""
+    """A layer of a prepared model, without the stored tensors, which its matmul doesn't read."""
     stored = StoredWeight("packed_linear", {}, bias, lambda tensors: weight)
     return PreparedInteger(stored, weight, choose(weight, activations, dtype))
 
@@ -131,12 +131,12 @@ def ours(
     rotation: int,
     whole: bool = False,
 ) -> Candidate:
-    """whole: columns lie in any groups, as act-order leaves them, there is a bias, and the layer itself is called"""
+    """whole: columns are in any groups, as after act-order, there is a bias, and the layer itself is called"""
     index = torch.randperm(shape.columns) // group if whole else None
     bias = torch.nn.Parameter(torch.zeros(shape.out), requires_grad=False) if whole else None
     codes, scale, zero, weight = integer_weight(shape, bits, group, index)
 
-    def pack(_: Any = None) -> PreparedInteger:  # a clone's memory would lie in other pages
+    def pack(_: Any = None) -> PreparedInteger:  # a clone would have other memory pages
         return prepared_layer(IntegerWeight(codes, scale, zero, bits, group, index), activations, x.dtype, bias)
 
     layer = pack()

@@ -1,4 +1,4 @@
-"""Peak memory of a streamed sweep at several depths, each in a child process; JSON on standard output.
+"""Measures the peak memory of a streamed sweep at several depths, each in a child process; JSON on standard output.
 
     python scripts/bench/measure_memory.py --depths 12 48
     python scripts/bench/measure_memory.py --steps "[{pass: fuse_norms}, {pass: slicegpt, sparsity: 0.25}]"

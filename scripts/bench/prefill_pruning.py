@@ -1,9 +1,9 @@
-"""Time to the first token against agreement with the model unchanged, for dropping prompt tokens (prefill_pruning).
+"""Measures the time to the first token against agreement with the unchanged model, for prefill_pruning.
 
     python scripts/bench/prefill_pruning.py --model CHECKPOINT --test TEXT
     python scripts/bench/prefill_pruning.py --model llama:1024,8 --prompt 1024 --time-only --output FILE
 
-Prompts are windows of the text; each is followed by `--tokens` tokens that the model unchanged makes (greedy). For each
+Prompts are windows of the text; each is followed by `--tokens` tokens of the unchanged model (greedy). For each
 schedule:
 
   agreement     share of prompts whose first token is the unchanged model's
@@ -177,14 +177,14 @@ def quality(dense: PreTrainedModel, shares: tuple[float, ...], prompts: Tensor, 
 
 
 def run(model: PreTrainedModel, prompt: Tensor, made: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-    """(log probabilities (tokens, vocabulary), the tokens that were fed); its own tokens where `made` is None."""
+    """(log probabilities (tokens, vocabulary), the input tokens); its own tokens if `made` is None."""
     out = model(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
     told, fed = [], []
     for number in range(tokens):
         told.append(out.logits[0, -1].double().log_softmax(-1))
         fed.append(told[-1].argmax() if made is None else made[number])
         if number < tokens - 1:
-            name = "cache" if "cache" in out else "past_key_values"  # by release of transformers
+            name = "cache" if "cache" in out else "past_key_values"  # depends on the release of transformers
             out = model(input_ids=fed[-1].view(1, 1), use_cache=True, **{name: out[name]})
     return torch.stack(told), torch.stack(fed)
 
@@ -197,7 +197,7 @@ def compared(wanted: list[Any], found: list[Any], part: slice) -> dict[str, floa
 
 
 class choosing:
-    """Gates weigh tokens by attention, at random, or by how near to the end they are."""
+    """Inside this context gates rank tokens by attention, at random, or by their distance to the end."""
 
     def __init__(self, by: str) -> None:
         self.by, self.own = by, lazy_block.LazyBlock._scores

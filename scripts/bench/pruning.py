@@ -1,13 +1,13 @@
-"""Trained masks beside magnitude and random structured pruning, at the same sizes, with and without the repair.
+"""Compares trained masks with magnitude and random structured pruning, at equal sizes, with and without the repair.
 
     scripts/bench/pruning.py --model MODEL --calibrate train.txt --test test.txt
     scripts/bench/pruning.py --model MODEL --calibrate train.tsv --test test.tsv
 
 A .tsv with columns text and label is measured by accuracy, any other text by perplexity. Every row is an artifact that
-`compress` wrote through the same pass, vtrans; the rivals differ in nothing but the scores of units:
+`compress` wrote with the same pass, vtrans; the methods differ only in the scores of units:
 
-    magnitude  mean square of everything that goes with a unit
-    random     numbers drawn by seed; each seed has a row of its own
+    magnitude  mean square of all entries that are removed with a unit
+    random     random numbers; each seed has a row of its own
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ METHODS = ("vtrans", "magnitude", "random 0", "random 1")
 
 
 class Ranked(VTrans):
-    """The same pass with scores that nothing was trained for, or with a decision that was made before."""
+    """The same pass with untrained scores, or with a given decision."""
 
     title: ClassVar[str] = "Baselines"
     ranking: Literal["magnitude", "random", "given"] = "magnitude"
@@ -62,9 +62,9 @@ class Ranked(VTrans):
 
 
 def magnitudes(model: RunnableModel, sites: Sequence[PrunableModule]) -> dict[str, list[float]]:
-    """Mean square of the entries that go with each unit, relative to the mean over all units of that kind of site.
+    """Mean square of the entries that are removed with each unit, relative to the mean over all units of its kind.
 
-    Relative, since heads and MLP units differ in scale and no single number would compare them.
+    It is relative because heads and neurons differ in scale.
     """
     found: dict[str, Tensor] = {}
     for site in sites:
@@ -159,7 +159,7 @@ class Bench:
                     yield from self.both(method, Ranked(**of_target, ranking=name, draw=int(seed or 0)))
 
     def both(self, method: str, settings: VTrans) -> Iterator[dict[str, Any]]:
-        """With the repair, and the same decision without."""
+        """Rows with the repair, and for the same decision without it."""
         with tempfile.TemporaryDirectory() as scratch:
             began = time.perf_counter()
             report = compress(
@@ -220,7 +220,7 @@ class Bench:
 
 @torch.no_grad()
 def accuracy(model: Any, samples: Samples) -> float:
-    """Percent of samples."""
+    """Accuracy in percent of samples."""
     assert samples.labels is not None
     right = 0
     for numbers, batch in samples.batches(32):

@@ -1,4 +1,4 @@
-"""Models of random weights, for what depends on shapes alone."""
+"""Makes models of random weights, for measurements that depend only on shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a benchmark leaves its figures: a JSON file outside of the tree, named by --output."""
+"""Writes the figures of a benchmark to a JSON file outside of the tree, named by --output."""
 
 from __future__ import annotations
 

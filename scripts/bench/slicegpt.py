@@ -1,4 +1,4 @@
-"""SliceGPT side by side with simpler ways to a narrower model, and what a narrower model saves in time.
+"""Compares SliceGPT with simpler ways to a narrower model, and measures the time that a narrower model saves.
 
     python scripts/bench/slicegpt.py quality --model CHECKPOINT --calibration TEXT --test TEXT
     python scripts/bench/slicegpt.py speed --model llama:1024,4
@@ -12,10 +12,10 @@
   pca_global_rms the same, each token divided by its root mean square first
   pca_per_site   SliceGPT as published (tests/support/slicegpt_reference.py): a rotation for each norm, matrices between
 
-All but the last leave a plain model of the same architecture, so at one width they have equally many parameters. A norm
-on a narrower stream divides by the root mean square over the width that was (`narrow`); for the two without a rotation
-the other choice, over the width that is left, is tried too, and the better of both on calibration text is reported.
-pca_per_site is measured at the same width, as the paper counts, and at the widest at which it has no more parameters
+All except the last give a plain model of the same architecture, so at one width they have the same number of
+parameters. A norm on a narrower stream divides by the root mean square over the original width (`narrow`). For the two
+methods without a rotation the new width is tried too, and the better of both on calibration text is reported.
+pca_per_site is measured at the same width, as in the paper, and at the largest width without more parameters
 (pca_per_site_equal).
 
 With --peer-source, a checkout of github.com/microsoft/TransformerCompression, its own code slices the same model with
@@ -23,7 +23,7 @@ the same tokens in an environment of its own, .venv-transformer-compression, mad
 scripts/bench/peers/transformer_compression.py, which says more; --peer-python names another.
 
 `speed` compares seconds of prefill and of decoding one token, dense against narrowed, in turn in one process, with
-the operations that were saved. Random weights do as well there, and `llama:HIDDEN,BLOCKS` makes some.
+the operations that were saved. Random weights are sufficient there, and `llama:HIDDEN,BLOCKS` makes some.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def quality(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give a tied output head a matrix of its own: it and the embedding are rotated differently."""
+    """Give a tied output head a matrix of its own, since it and the embedding are rotated differently."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.clone())
@@ -217,7 +217,7 @@ def row(method: str, sparsity: float, width: int, parameters: int, found: float)
 
 
 def windows(path: Path, tokenizer: Any, length: int) -> Tensor:
-    """(windows, length) int64: the text's tokens, cut without overlap, the incomplete last window dropped."""
+    """(windows, length) int64: the text's tokens, divided without overlap, without the incomplete last window."""
     ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", add_special_tokens=False).input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
 
@@ -256,10 +256,11 @@ def find_bases(model: PreTrainedModel, residual: Residual, calibration: Tensor) 
 
 
 def channel_weight(model: PreTrainedModel, residual: Residual) -> Tensor:
-    """How much weight stands on each channel of the stream, (D,) float64.
+    """The weight of each channel of the stream, (D,) float64.
 
-    The sum, over every matrix that reads or writes the stream, of the channel's share of that matrix's squared entries,
-    gains folded in; a share, so that no single matrix decides. Our choice: the plainest reading of magnitude pruning.
+    It is the sum, over every matrix that reads or writes the stream, of the channel's share of that matrix's squared
+    entries, with gains folded in. It is a share, so that no single matrix dominates. This is our choice, the plainest
+    form of magnitude pruning.
     """
     folded = copy.deepcopy(model)
     for norm in residual.norms():
@@ -361,14 +362,14 @@ def speed(settings: argparse.Namespace) -> dict[str, Any]:
     untie(dense)
     residual = residual_of(dense, Pieces(dense, find_blocks(dense)))
     width = residual.width
-    basis = random_orthogonal(width, torch.Generator().manual_seed(0))  # time doesn't depend on which
+    basis = random_orthogonal(width, torch.Generator().manual_seed(0))  # the time doesn't depend on the basis
     models = {0.0: dense}
     for sparsity in settings.sparsity:
         models[sparsity] = narrow(dense, residual, basis[:, : kept_width(width, sparsity, ROUND_TO)], width)
     tokens = torch.randint(0, dense.config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
     seconds: dict[float, dict[str, list[float]]] = {sparsity: {"prefill": [], "decode": []} for sparsity in models}
     for number in range(settings.repeats + 1):
-        for sparsity, model in models.items():  # in turn, so that what else the machine does hits all alike
+        for sparsity, model in models.items():  # in turn, so that other load on the machine affects all of them
             for stage, took in timed(model, tokens, settings.decode).items():
                 if number:  # the first is warm-up
                     seconds[sparsity][stage].append(took)
@@ -388,7 +389,7 @@ def speed(settings: argparse.Namespace) -> dict[str, Any]:
                 "operations": operations[sparsity][stage],
             }
             if sparsity:
-                # of pairs measured next to each other, which cancels most of what else the machine did
+                # of neighbouring measurements, which cancels most of the other load on the machine
                 time_ratio = statistics.median(mine / theirs for mine, theirs in zip(own, whole, strict=True))
                 ratio = operations[sparsity][stage] / operations[0.0][stage]
                 found[stage] |= {

@@ -1,4 +1,4 @@
-"""GPTQ's solve by the library and by torch, and the Hessian by halves and by one product, call by call in turns.
+"""Compares GPTQ's solve in the library and in torch, and the Hessian by halves and by one matmul, call by call.
 
     python scripts/bench/solver.py
 
@@ -115,7 +115,7 @@ def bench(size: int, tokens: int, repeats: int, threads: list[int]) -> list[dict
 def plain_solve(
     weight: torch.Tensor, upper: torch.Tensor, scale: torch.Tensor, low: int, high: int, block: int = 128
 ) -> torch.Tensor:
-    """Codes (out, in) of weight (out, in) by the textbook loop; scale (out, in) is each column's."""
+    """Codes (out, in) of weight (out, in) by the textbook loop; scale (out, in) of each column."""
     weight, codes = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
@@ -134,7 +134,7 @@ def plain_solve(
 def in_turns(
     ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, prepare: Callable[[], Any]
 ) -> tuple[float, float]:
-    """Median seconds of both, called alternately; neither the first call of each nor `prepare` is counted."""
+    """Median seconds of both, called alternately, without the first call of each and without `prepare`."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
         for call, kept in zip((ours, theirs), times, strict=True):

@@ -1,4 +1,4 @@
-"""What threads gain and cost with default settings, alone and beside a neighbour that keeps every core busy.
+"""Measures the speed of threads with default settings, alone and beside a process that keeps every core busy.
 
     python scripts/bench/threads.py [--output FILE] [--rounds 5] [--model llama:2048,4] [--before PYTHON]
 
@@ -59,7 +59,7 @@ GPTQ_SAMPLES, GPTQ_LENGTH, GPTQ_ROUNDS = 16, 256, 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """first  what the process imports before anything else"""
+    """first  the first import of the process"""
 
     name: str
     kind: str = "prepared"
@@ -78,7 +78,7 @@ CANDIDATES = (
 
 
 def plain_environment() -> dict[str, str]:
-    """Nothing said about threads."""
+    """The environment without variables for threads."""
     said = {*VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in said}
     paths = os.pathsep.join([str(ROOT), str(HERE)])
@@ -106,7 +106,7 @@ class Worker:
         return line
 
     def seconds(self, sequences: int) -> tuple[float, float]:
-        """Of a step, the median of a few, fewer if they take long; and what processors work for one, all together."""
+        """Seconds of a step, the median of a few (fewer if slow), and its seconds of all processors together."""
         assert self.child.stdin is not None
         self.child.stdin.write(f"{sequences} {STEPS} {LONGEST}\n")
         self.child.stdin.flush()
@@ -119,7 +119,7 @@ class Worker:
 
 
 class Neighbour:
-    """Busy while it is wanted, for nothing else than to be there; ends with this process."""
+    """A process that keeps the cores busy on request. It ends with this process."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", NEIGHBOUR]
@@ -188,7 +188,7 @@ def sweep_seconds(checkpoint: Path, output: Path) -> float:
 
 
 def gptq(model: str, neighbour: Neighbour, scratch: Path, rounds: int) -> dict[bool, list[float]]:
-    """Seconds of each sweep of one block, by whether the neighbour was there."""
+    """Seconds of each sweep of one block, with and without the neighbour."""
     one_block = f"{model.partition(',')[0]},1"
     code = "import compressor, decode_worker; decode_worker.main()"
     command = [sys.executable, "-c", code, "write", one_block, str(scratch / "model")]
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         neighbour = Neighbour()
         stack.callback(neighbour.end)
-        with ThreadPoolExecutor(2) as pool:  # not all at once: each needs most memory to begin with
+        with ThreadPoolExecutor(2) as pool:  # not all at once: each needs the most memory at its start
             workers = list(pool.map(lambda candidate: Worker(candidate, settings.model), candidates))
         for worker in workers:
             stack.callback(worker.end)

@@ -1,10 +1,10 @@
-"""The tables of docs/passes/zero_tprune.md: tokens pruned with no training, five ways at equal work.
+"""Makes the tables of docs/passes/zero_tprune.md: five ways to prune tokens without training, at equal work.
 
     python scripts/bench/zero_tprune.py --vit VIT_DIRECTORY --text SST2_DIRECTORY
 
 --vit is what scripts/train/vit.py writes, --text what scripts/train/sst2.py writes; either may be left out. The pass
-runs as a user runs it, by a recipe with `target_macs`, and its artifact is measured. Against it stand, with the gates
-and counts that it chose: random tokens, those that the class token attends to most, and the same ranking without
+runs as a user runs it, by a recipe with `target_macs`, and its artifact is measured. It is compared, with the gates
+and counts that it chose, with: random tokens, those that the class token attends to most, and the same ranking without
 similarity; and ToMe (Bolya et al. 2023, arXiv 2210.09461): in every block the r most alike tokens of two alternate
 halves are merged, a mean weighted by how many patches each stands for, whose logarithm is added to attention scores.
 Multiply-accumulates are counted by formula; those of the ranking itself are counted for ours and for nothing else.
@@ -58,7 +58,7 @@ Chooser = Callable[[Tensor, Tensor, int], Tensor]  # (attention, keys, how many 
 
 
 def prune(model: Path, data: Path, settings: dict[str, Any], samples: int) -> tuple[Any, dict[str, Any]]:
-    """The loaded artifact of a recipe with zero_tprune, and what its report says of tokens."""
+    """The loaded artifact of a recipe with zero_tprune, and the tokens in its report."""
     step = {"pass": "zero_tprune", **settings}
     calibration = {"source": str(data), "samples": samples, "length": 64, "pack": False}
     tree = {"version": 1, "name": "bench", "data": calibration, "steps": [step], "report": {"html": False}}
@@ -84,7 +84,7 @@ def share_right(run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor)
 
 
 def run_pruned(model: Any, left: list[int], choose: Chooser) -> Callable[[Tensor], Tensor]:
-    """A ViT of which each block gives so many tokens, chosen by its own attention."""
+    """A ViT whose blocks keep these numbers of tokens, chosen by their own attention."""
 
     def run(pixels: Tensor) -> Tensor:
         x = model.vit.embeddings(pixels)
@@ -124,7 +124,7 @@ def by_gate(gate: dict[str, Any]) -> Chooser:
 
 
 def run_merged(model: Any, removed: list[int]) -> Callable[[Tensor], Tensor]:
-    """ToMe: each block merges so many tokens between attention and MLP."""
+    """ToMe: each block merges this number of tokens between attention and MLP."""
 
     def run(pixels: Tensor) -> Tensor:
         x = model.vit.embeddings(pixels)
@@ -166,7 +166,7 @@ def merge(x: Tensor, size: Tensor, metric: Tensor, count: int) -> tuple[Tensor, 
 
 
 def merging_schedule(tokens: int, blocks: list[Any], budget: int) -> tuple[list[int], int]:
-    """Tokens that each block merges, as even as can be, with at most so many multiply-accumulates; and how many."""
+    """Tokens that each block merges, as evenly as possible, within a number of multiply-accumulates; and its value."""
     for removed in range(tokens * len(blocks)):
         each, more = divmod(removed, len(blocks))
         schedule, total, now = [each + (at < more) for at in range(len(blocks))], 0, tokens

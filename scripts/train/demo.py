@@ -1,4 +1,4 @@
-"""Train the demo model and cut the built-in text, both from the Python standard library's own sources.
+"""Trains the demo model and writes the built-in text, both from the Python standard library's own sources.
 
     python scripts/train/demo.py --out compressor/demo --text compressor/text
 
@@ -7,8 +7,8 @@ training_log.json into --out, and train.txt.gz and heldout.txt.gz into --text. T
 of training_log.json. Deterministic for one Python version, one seed, one thread count and one set of library versions;
 all of them are in the log. About 40 minutes on two CPU cores.
 
-The split is by file content: a document whose sha256 starts with a byte below 26 is held out (about a tenth). Nothing
-that is fitted, the tokenizer and the unigram model included, sees a held-out document.
+The split is by file content: a document whose sha256 starts with a byte below 26 is held out (about a tenth). No fitted
+model, tokenizer and unigram model included, sees a held-out document.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SKIPPED_NAMES = ("_sysconfigdata", "cjkencodings", "test_unicode_identifiers", "
 
 @dataclass(frozen=True)
 class Document:
-    """One file of the corpus. `digest` is the sha256 of its text and decides which side it is on."""
+    """One file of the corpus. `digest` is the sha256 of its text and decides its split."""
 
     name: str
     text: str
@@ -211,7 +211,7 @@ def train(
 
 
 def windows(documents: list[torch.Tensor], length: int) -> torch.Tensor:
-    """(windows, length) int64: the documents end to end, cut without overlap, the incomplete last window dropped."""
+    """(windows, length) int64: the joined documents, divided without overlap, without the incomplete last window."""
     stream = torch.cat(documents)
     return stream[: len(stream) // length * length].view(-1, length)
 
@@ -259,7 +259,7 @@ def corpus_sha256(documents: list[Document]) -> str:
 
 
 def line_overlap(heldout: list[Document], training: list[Document]) -> float:
-    """Fraction of held-out lines of 40 characters or more that stand in a training document too."""
+    """Fraction of held-out lines of 40 characters or more that are in a training document too."""
     known = {line.strip() for document in training for line in document.text.splitlines()}
     lines = [line.strip() for document in heldout for line in document.text.splitlines() if len(line.strip()) >= 40]
     return sum(line in known for line in lines) / len(lines)

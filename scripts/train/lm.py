@@ -1,4 +1,4 @@
-"""Train a Llama of 7 million parameters on encyclopedia text, so that a compressed model has something to lose.
+"""Trains a Llama of 7 million parameters on encyclopedia text, so that compression has a quality to measure.
 
     python scripts/train/lm.py --text TEXT_FILE --valid TEXT_FILE --out CHECKPOINT_DIRECTORY
 

@@ -1,4 +1,4 @@
-"""Fine-tune a small encoder on SST-2 sentences, so that a compressed model has an accuracy to lose.
+"""Fine-tunes a small encoder on SST-2 sentences, so that compression has an accuracy to measure.
 
     python scripts/train/sst2.py --base MODEL_DIRECTORY --data SST2_DIRECTORY --out CHECKPOINT_DIRECTORY
 

@@ -1,4 +1,4 @@
-"""Train a small ViT on handwritten digits, so that a token pruner has an accuracy to lose.
+"""Trains a small ViT on handwritten digits, so that pruning tokens has an accuracy to measure.
 
     python scripts/train/vit.py --data MNIST_DIRECTORY --out CHECKPOINT_DIRECTORY
     python scripts/train/vit.py --out CHECKPOINT_DIRECTORY            (scikit-learn's digits, which it ships)
@@ -32,7 +32,7 @@ MEAN, SPREAD = 0.1307, 0.3081  # of MNIST's pixels in [0, 1]
 
 
 def read_idx(path: Path) -> numpy.ndarray:
-    """An array of bytes in the IDX format. raises ValueError if it is something else"""
+    """An array of bytes in the IDX format. raises ValueError for another format"""
     content = gzip.decompress(path.read_bytes())
     zero, kind, dimensions = struct.unpack_from(">HBB", content)
     if zero != 0 or kind != 8:

@@ -1,4 +1,4 @@
-"""What touches the residual stream is found on a probe model, and a model whose stream can't be rotated is refused."""
+"""Residual-stream reads and writes are found on a probe model; a model whose stream can't be rotated is refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def structure_of(family, tmp_path, **config):
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """What touches the stream of a tiny family; read once."""
+    """The residual-stream reads and writes of a tiny family; read once."""
 
     @cache
     def read(family):
@@ -97,7 +97,7 @@ def known(tmp_path_factory):
 
 @pytest.fixture
 def found(tmp_path):
-    """A float64 probe model of a family, the path of its blocks, and what touches its stream."""
+    """A float64 probe model of a family, the path of its blocks, and the reads and writes of its stream."""
 
     def find(family, **config):
         structure = structure_of(family, tmp_path, **config)
@@ -406,7 +406,7 @@ def test_a_shift_with_no_bias_to_take_it_is_refused_by_name():
 
 
 def test_gpt_oss_expert_biases_are_found(tmp_path):
-    """Fused experts with biases of their own: a reader's bias has its shape without the width."""
+    """Fused experts with biases of their own: an input projection's bias has its shape without the width."""
     config = hf.GptOssConfig(
         **{**tiny.COMMON, "intermediate_size": 16},
         num_key_value_heads=2,

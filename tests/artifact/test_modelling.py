@@ -1,4 +1,4 @@
-"""The modelling file of a custom artifact: any stored form, also another package's, without this package."""
+"""The modeling file of a custom artifact: any quantization format, also another package's, without this package."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Signs(WeightPass):
 
 @pytest.fixture
 def other_package(tmp_path, monkeypatch):
-    """A distribution with a stored form and a pass, announced through entry points as an installed one is."""
+    """A distribution with a quantization format and a pass, registered through entry points like an installed one."""
     root = tmp_path / "site"
     (root / "other_package").mkdir(parents=True)
     for name, text in (("__init__", ""), ("halves", HALVES), ("signs", SIGNS), ("passes", PASS)):

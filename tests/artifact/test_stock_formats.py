@@ -151,7 +151,9 @@ def test_packed_zero_points_beside_another_scheme_take_the_modelling_file(tmp_pa
     steps = [{"symmetric": False, "only": ["down_proj"]}, {"bits": 3, "except": ["down_proj"]}]
     plan = plan_of(tmp_path, "llama", *steps)
     assert plan.route.name == "custom"
-    assert "down_proj has packed zero points, which stock loaders read where all weights share one" in plan.route.reason
+    assert (
+        "down_proj has packed zero points, which stock loaders read only if all weights share one" in plan.route.reason
+    )
     (problem,) = plan_of(tmp_path, "llama", *steps, stock_only=True).problems
     because = {"reason": "packed-zeros", "schemes": 2}
     with raises(PreflightError, where="export", reason="no-stock-loader", because=because):

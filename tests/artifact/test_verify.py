@@ -180,7 +180,7 @@ def test_a_router_that_was_packed_is_found(built, tmp_path):
     source = tiny.save("qwen3_moe", tmp_path / "m")
     artifact = built(source, tmp_path / "out", {**RTN, "bits": 8})
     router_packed(artifact)
-    assert any("mlp.gate.weight is not what the source" in problem for problem in found(artifact, source)["problems"])
+    assert any("mlp.gate.weight differs from the source" in problem for problem in found(artifact, source)["problems"])
 
 
 def test_a_rotation_keeps_the_outputs_and_a_wrong_one_is_found(built, tmp_path):
@@ -275,4 +275,4 @@ def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
     shapes = iter((slice(None), slice(None), slice(1, None)))
     plain = verifying.output_of
     monkeypatch.setattr(verifying, "output_of", lambda output: plain(output)[next(shapes)])
-    assert found(artifact, None)["problems"] == ["own loader: outputs have shape (1, 32, 96), (2, 32, 96) is right"]
+    assert found(artifact, None)["problems"] == ["own loader: outputs have shape (1, 32, 96), (2, 32, 96) is expected"]

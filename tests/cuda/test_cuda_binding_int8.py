@@ -1,4 +1,4 @@
-"""CUDA kernels of rounded inputs under torch, with the emulated library on the CPU: the bits are the CPU library's."""
+"""CUDA kernels with dynamic activation quantization in torch, emulated on the CPU: the bits of the CPU library."""
 
 from __future__ import annotations
 

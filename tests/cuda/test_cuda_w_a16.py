@@ -1,4 +1,4 @@
-"""The CUDA product of weights of few bits with inputs as they are, emulated: decoding, hostile rows."""
+"""The weight-only CUDA matmul, emulated: decoding, hostile rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA products of rounded inputs, emulated: the CPU library's bits, hostile rows."""
+"""The CUDA matmuls with dynamic activation quantization, emulated: the CPU library's bits, hostile rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples are read, cut and pinned; bad data end in a sentence."""
+"""Samples are read, divided and pinned by hash; bad data gives a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of every kind are read as they are; what is damaged, unknown or no text ends in a sentence with its place."""
+"""Files of every kind are read unchanged; a damaged, unknown or non-text file gives an error with its place."""
 
 from __future__ import annotations
 

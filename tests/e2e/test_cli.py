@@ -138,7 +138,7 @@ def test_plan_says_width_and_parameters_of_a_sliced_model(capsys):
     assert main(["plan", "slicegpt-25", "--model", "demo"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "slicegpt: 1,705,600 -> 1,279,200 parameters (-25.0 %), width 128 -> 96 (-25.0 %)" in told
-    assert "lm_head.weight shared the table's weights and gets its own: 262,144 parameters more" in told
+    assert "lm_head.weight shared the embedding's weights and gets its own: 262,144 parameters more" in told
 
 
 def test_plan_lists_every_problem_at_once(tmp_path):

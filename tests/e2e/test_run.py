@@ -75,7 +75,7 @@ def test_stock_transformers_loads_what_was_computed(family, tmp_path):
 
 
 def test_a_gpt2_artifact_loads_where_this_package_is_not_installed(tmp_path):
-    """Conv1D weights take the modelling file; it runs in an interpreter that can't import compressor."""
+    """Conv1D weights need the modeling file; it runs in an interpreter that can't import compressor."""
     model = tiny.save("gpt2", tmp_path / "m", dtype=torch.bfloat16)
     report = compress(recipe(), str(model), tmp_path / "out", measure=False)
     assert report["route"]["name"] == "custom" and "Conv1D" in report["route"]["reason"]

@@ -1,4 +1,4 @@
-"""A pass that halts and goes on computes what a pass from the start computes, each operation once."""
+"""A forward that pauses and resumes computes the same as a forward from the start, each operation once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             y = torch.tanh(self.first(x))
-            big = torch.cat([y, y])  # dead at the halt
+            big = torch.cat([y, y])  # not used after the pause
             z = self.touch(big[: len(x)].clone())
             return self.second(z) + x
 
@@ -83,7 +83,7 @@ def test_a_block_that_halts_at_every_product_computes_the_same_bits(family):
         seen.append(reached.parameter)
         went_on = run_on(tape, watched, work, lambda call: None)
         assert torch.equal(went_on, expected)
-        if tape.is_spent:  # this family writes into what the tape keeps: start again, as the sweep does
+        if tape.is_spent:  # this family changes tensors that the recorded forward keeps: start again, as the sweep does
             tape = Tape()
     assert set(seen) == set(watched)
 

@@ -1,4 +1,4 @@
-"""Layers of tables in a prepared model: the bits of the layer that was there, and what is said of the choice."""
+"""Lookup-table layers in a prepared model: the bits of the replaced layer, and the reasons of the choice."""
 
 from __future__ import annotations
 

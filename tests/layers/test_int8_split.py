@@ -43,8 +43,8 @@ def plain_model(x, w, threshold, exact_columns=None):
 
 
 def close(found, expected, steps=8):
-    """Equal but for float32 roundings: scales (2), products (3), sum of the two parts; none is larger than the result's
-    largest entry times 2⁻²⁴.
+    """Equal except for float32 rounding: scales (2), products (3), sum of the two parts; none is larger than the
+    result's largest entry times 2⁻²⁴.
     """
     return float((found.double() - expected).abs().max()) <= steps * 2**-24 * float(expected.abs().max())
 

@@ -100,7 +100,7 @@ def recipe(*steps, **sections):
 
 
 def as_artifact(written, directory):
-    """The checkpoint as an artifact with no weight in a stored form."""
+    """The checkpoint as an artifact without a quantized weight."""
     structure = read_structure(written.directory)
     route = choose_route([], "auto", False, structure.model)
     units = [written.directory / "model.safetensors"]

@@ -1,4 +1,4 @@
-"""Look-up tables: bounds at a million points, the functions of a model, and whole runs."""
+"""Lookup tables: bounds at a million points, the functions of a model, and whole runs."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ class Told(made.Fixed):
 
 @pytest.mark.slow
 def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modelling_file(opened, pruned, tmp_path):
-    """GPT-2: tables shared with the head, matrices that lie transposed, biases, and no first attention."""
+    """GPT-2: an embedding shared with the output head, transposed matrices, biases, and no first attention."""
     model = tiny.save("gpt2", tmp_path / "model")
     structure, facts = opened("gpt2")
     sites = facts.prunable()

@@ -1,4 +1,4 @@
-"""A cut matrix, solved again, is what least squares gives, and is taken where it is better on other tokens."""
+"""A pruned matrix, solved again, is the least-squares solution, and is used if it is better on held-out tokens."""
 
 from __future__ import annotations
 

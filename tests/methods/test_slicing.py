@@ -1,4 +1,4 @@
-"""Sizes of sliced models follow from a few numbers, and those from what touches the stream."""
+"""Sizes of sliced models follow from a few numbers, and those from the residual-stream reads and writes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def shapes_of(model):
 
 
 def residual_at(width, family, blocks):
-    """What touches the stream of a large model: as in a small one with as many blocks, but wider."""
+    """The residual-stream reads and writes of a large model: those of a small one with as many blocks, but wider."""
     small = tiny.build(family, num_hidden_layers=blocks).to("meta")
     return replace(residual_of(small, Pieces(small, find_blocks(small))), width=width)
 

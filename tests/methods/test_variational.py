@@ -1,4 +1,4 @@
-"""Masks of the variational bottleneck, what a model weighs under them, and the cut that meets a budget."""
+"""Masks of the variational bottleneck, the size of a model under them, and the pruning that meets a budget."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ RTN8 = b"version: 1\nname: t\nsteps: [{pass: rtn, bits: 8, group_size: -1}]\n"
 
 @pytest.fixture(scope="module")
 def custom(tmp_path_factory):
-    """A custom artifact: of a GPT-2, whose Conv1D no stock format holds."""
+    """A custom artifact of a GPT-2, whose Conv1D no stock format can hold."""
     folder = tmp_path_factory.mktemp("custom")
     compress(parse_recipe(RTN8, "t"), str(tiny.save("gpt2", folder / "model")), folder / "out", measure=False)
     return folder / "out"

@@ -1,4 +1,4 @@
-"""Groups of columns in visiting order (the reference's desc_act): the mathematics, the stored index, the route."""
+"""Groups of columns in visiting order (the reference's desc_act): mathematics, stored index, export format."""
 
 from __future__ import annotations
 

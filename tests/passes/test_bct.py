@@ -1,4 +1,4 @@
-"""BCT: block quantization, its stored forms, the choice of bits under a budget, and whole runs."""
+"""BCT: block quantization, its formats, the choice of bits under a budget, and whole runs."""
 
 from __future__ import annotations
 

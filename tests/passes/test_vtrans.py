@@ -271,7 +271,7 @@ def test_the_same_seed_decides_the_same_and_another_seed_otherwise(facts, tmp_pa
     settings, known = recipe(FAST).steps[0].settings, facts("llama", tmp_path)
     first, whole = chosen(settings, known, seed=4)
     assert first == chosen(settings, known, seed=4)[0] != chosen(settings, known, seed=5)[0]
-    for state in whole.states:  # and so does a training that goes on from there
+    for state in whole.states:  # and so does a training that resumes from there
         assert chosen(settings, known, 4, state)[0] == first
     assert [step for step, _ in whole.states] == [2, 4]
 
@@ -354,7 +354,7 @@ def test_a_sub_block_that_does_nothing_is_all_that_goes(tmp_path):
 
 
 class Additive:
-    """Losses that add up over what is gone; the confirming part may know better."""
+    """Losses that add up over removed parts; the confirming samples may give other losses."""
 
     def __init__(self, costs, confirm=None):
         self.costs, self.confirm, self.asked = costs, confirm or costs, 0

@@ -131,7 +131,7 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def masked_logits(pruned: Pruned, decision: dict[str, Any]) -> torch.Tensor:
-    """What the dense model makes with the inputs of readers at 0, and norms that see only the kept stream."""
+    """The output of the dense model with inputs of output projections set to 0, and norms over the kept stream only."""
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(masked(pruned.dense, pruned.sites, decision))
         if decision.get("hidden") is not None:

@@ -76,7 +76,7 @@ def untied(family: str, **config: Any) -> Any:
 
 @cache
 def taken_apart(family: str, **config: Any) -> tuple[Residual, dict[Any, Any]]:
-    """What touches the stream, and the settings of rotated blocks."""
+    """The residual-stream reads and writes, and the settings of rotated blocks."""
     model = tiny.build(family, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
     residual = residual_of(model, pieces)
@@ -95,7 +95,7 @@ def sliced(
 ) -> Written:
     """Slice a tiny model at each site, to one width or (None) to another at each, and write its checkpoint.
 
-    project  leave the tables whole, and turn and cut their sum: a first site of block 0 that has no branches
+    project  keep the embeddings whole, and rotate and slice their sum: a first sublayer of block 0 without branches
     """
     config |= {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
     model = untied(family, **config)

@@ -26,11 +26,11 @@ Basis = Callable[[Tensor], Tensor]  # signal (tokens, D) -> orthogonal matrix (D
 
 @dataclass
 class Sliced:
-    """The probe model with its matrices cut, and what its own forward doesn't have.
+    """The probe model with sliced matrices, and the matrices that its own forward doesn't have.
 
-    whole      the model before it was cut; its head is still that of the sliced one
-    shortcuts  one (w_k, w_k+1) for each site, beside its branches
-    carried    the signal that the sweep brought out of the last block, (..., D)
+    whole      the model before slicing; its output head is also that of the sliced one
+    shortcuts  one (w_k, w_k+1) for each sublayer, on its residual path
+    carried    the signal after the last block of the sweep, (..., D)
     """
 
     pieces: Pieces
@@ -91,7 +91,7 @@ def fold(model: nn.Module, residual: Residual) -> None:
 
 
 def cut(model: nn.Module, edges: Sequence[Any], columns: Tensor) -> None:
-    """Turn and cut parameters along the axis with which they touch the stream."""
+    """Rotate and slice parameters along the axis with which they read or write the stream."""
     for edge in edges:
         parameter = model.get_parameter(edge.parameter)
         parameter.data = rotate(parameter.data, columns, edge.axis)
@@ -103,7 +103,7 @@ def cut(model: nn.Module, edges: Sequence[Any], columns: Tensor) -> None:
 def slice_model(
     pieces: Pieces, residual: Residual, batch: Batch, widths: Sequence[int], basis: Basis = principal
 ) -> Sliced:
-    """Slice a folded float64 model in place; widths of every site and, last, of the head (all of it: not cut)."""
+    """Slice a folded float64 model in place; widths of every sublayer and, last, of the output head (not sliced)."""
     assert widths[-1] == residual.width
     sliced = Sliced(pieces, residual, Pieces(copy.deepcopy(pieces.model), pieces.blocks_path))
     model, width = pieces.model, residual.width
@@ -143,9 +143,9 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Sequence[Tensor]) -> Tensor:
-    """The same function without a matrix being cut: a whole folded model whose stream is projected at each site.
+    """The same function without sliced matrices: a whole folded model whose stream is projected at each sublayer.
 
-    bases    (D, w) of each site
+    bases    (D, w) of each sublayer
     returns  logits
     """
     with InDouble(), torch.no_grad():

@@ -1,11 +1,11 @@
-"""The library of CPU kernels, compiled from the C++ sources beside this file, if the installation has it.
+"""Loads the library of CPU kernels, compiled from the C++ sources beside this file, if the installation has it.
 
-Levels of instructions: scalar; avx2; avxvnni, which has the bodies of avx2 but for products of integers; avx512vnni;
-and amx, which has those of avx512vnni but for products that tiles do faster. All give the same bits. A processor may
-have one of them and not one before it. The best one of the processor is used, or the one that the environment
-variable COMPRESSOR_CPU names.
+Instruction levels: scalar; avx2; avxvnni, which equals avx2 except for integer products; avx512vnni; and amx, which
+equals avx512vnni except for products that are faster with tiles. All give the same bits. A processor may have a level
+without having an earlier one. The best level of the processor is used, or the one in the environment variable
+COMPRESSOR_CPU.
 
-It has no threads of its own: it shares its work out among those of torch, by torch's function torch_parallel_for.
+The library has no threads. It divides its work among those of torch, by torch's function torch_parallel_for.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 @dataclass(frozen=True)
 class Library:
     """functions          the compiled module; its functions are declared in ops.h
-    level              index into LEVELS of the instructions in use
-    has_torch_threads  whether it works on torch's threads; if not, in the calling thread alone
+    level              index into LEVELS of the level in use
+    has_torch_threads  whether it uses torch's threads; if not, only the calling thread
     """
 
     functions: ModuleType
@@ -41,7 +41,7 @@ class Library:
 
     @property
     def kernel(self) -> str:
-        """What a choice calls it."""
+        """Its name in a Choice."""
         return f"cpu library, {LEVELS[self.level]}" + ("" if self.has_torch_threads else ", one thread")
 
 
@@ -49,7 +49,7 @@ class Library:
 def library() -> Library | str:
     """The compiled library, or why it can't be used.
 
-    raises KernelError if COMPRESSOR_CPU asks for what this processor lacks, or the library is of another release
+    raises  KernelError if COMPRESSOR_CPU names a level that this processor lacks, or the library is of another release
     """
     try:
         functions = importlib.import_module("compressor.kernels._cpu")
@@ -58,9 +58,9 @@ def library() -> Library | str:
         return f"cpu library {record}"
     if functions.ABI != ABI:
         raise KernelError(
-            f"the CPU library has ABI {functions.ABI}, {ABI} expected",
+            f"the compiled CPU library has ABI {functions.ABI}, and this release needs {ABI}",
             where=str(functions.__file__),
-            hint="Install compress-model again.",
+            hint="Run pip install --force-reinstall compress-model, which compiles the library again.",
         )
     address = parallel_for_address()
     functions.use_parallel_for(address)
@@ -68,24 +68,29 @@ def library() -> Library | str:
 
 
 def parallel_for_address() -> int:
-    """Where torch's function lies in memory by which it shares out a loop among its threads; 0 if it has none."""
+    """The address of torch's function that divides a loop among its threads; 0 if there is none."""
     try:
-        found = getattr(ctypes.CDLL(torch._C.__file__), PARALLEL_FOR)  # looked up in what torch._C depends on, too
+        found = getattr(
+            ctypes.CDLL(torch._C.__file__), PARALLEL_FOR
+        )  # also searched in the libraries that torch._C depends on
     except (AttributeError, OSError):
         return 0
     return ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 def required_library() -> Library:
-    """raises KernelError if it isn't there"""
+    """The library. raises KernelError if it is not available"""
     found = library()
     if isinstance(found, str):
-        raise KernelError(found, hint="Install a C++17 compiler and install compress-model again.")
+        raise KernelError(
+            found,
+            hint="Install a C++17 compiler (apt install g++), then run pip install --force-reinstall compress-model.",
+        )
     return found
 
 
 def levels_here(functions: ModuleType) -> list[int]:
-    """indices into LEVELS of what this processor has, the best one last"""
+    """Indices into LEVELS of this processor's levels, the best one last."""
     return [level for level in range(len(LEVELS)) if functions.has_level(level)]
 
 
@@ -99,7 +104,7 @@ def _level(functions: ModuleType) -> int:
         raise KernelError(
             f"COMPRESSOR_CPU is {wanted!r}, this processor offers {', '.join(known)}",
             where="environment",
-            hint="Unset it, or set it to one of these.",
+            hint=f"Unset COMPRESSOR_CPU, or set it to {known[-1]}.",
             data={"level": wanted, "known": known},
         )
     return LEVELS.index(wanted)

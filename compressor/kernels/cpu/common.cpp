@@ -13,7 +13,7 @@
 
 namespace compressor {
 
-// What cpuid says is asked once: a virtual machine takes microseconds to say it.
+// The result of cpuid is cached: a virtual machine takes microseconds for it.
 #if defined(COMPRESSOR_AVXVNNI) && !defined(AVXVNNI_EMULATED)
 static bool avxvnni_is_there() {
   static const bool there = [] {

@@ -1,4 +1,4 @@
-// What all CPU kernels share: number formats, the packed weight "cpu2", threads, and how a level of instructions is named.
+// Declarations for all CPU kernels: number formats, the packed weight "cpu2", threads, and the instruction levels.
 // Plain C++17; no torch and no Python. Every op is one extern "C" function of pointers, int64_t and double (ops.h).
 #pragma once
 #include <cmath>
@@ -23,7 +23,7 @@
 
 namespace compressor {
 
-enum Level : int64_t { SCALAR, AVX2, AVXVNNI, AVX512VNNI, AMX };  // AVXVNNI has the bodies of AVX2 but for products of integers
+enum Level : int64_t { SCALAR, AVX2, AVXVNNI, AVX512VNNI, AMX };  // AVXVNNI has the bodies of AVX2, except for products of integers
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Error : int64_t { OK = 0, BAD_SHAPE = -1, BAD_LEVEL = -2, BAD_LAYOUT = -3, BAD_DTYPE = -4, BAD_INDEX = -5 };
 

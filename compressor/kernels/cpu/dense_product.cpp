@@ -1,4 +1,4 @@
-// y = x @ W.T + bias for few rows of x and a weight as it is stored, in 32 or 16 bits: what a model reads that stays dense, such as its head.
+// y = x @ W.T + bias for few rows of x and a dense weight in 32 or 16 bits, such as a model's output head.
 // Lane l of 16 adds the columns k with k % 16 = l, one fma each in the order of k; lanes are added 8, 4, 2 and 1 apart, then the bias:
 //   |y - exact| <= (ceil(K / 16) + 5) 2^-24 sum |x| |w|, before the rounding to y's type
 // Every level, number of threads and batch gives the same bits.
@@ -13,9 +13,9 @@ namespace {
 constexpr int LANES = 16, OUTPUTS = 6, ROWS = 4;  // times each other, 24 registers of 16 sums
 constexpr int64_t CHUNK = 1024;                   // of k: those of OUTPUTS are 24 KiB, and are read again for every ROWS rows
 constexpr int64_t MANY = 64;                      // rows whose sums are kept at a time
-constexpr int64_t AHEAD = 16384;  // bytes; the weight is asked for in the order of its memory. 6144 took 1.4 times as long, none 1.5 times
+constexpr int64_t AHEAD = 16384;  // bytes; the weight is prefetched in the order of its memory. 6144 took 1.4 times as long, none 1.5 times
 
-// Lines of the weight that are asked for while others are multiplied: `pace` bytes for each 16 columns of `divisor` / 64 blocks of rows.
+// Lines of the weight that are prefetched while others are multiplied: `pace` bytes for each 16 columns of `divisor` / 64 blocks of rows.
 struct Stream {
   const char* next;
   int64_t due, pace, divisor;
@@ -32,7 +32,7 @@ struct Block {
   float* sums;
 };
 
-// Columns [from, to), one after the other: all of them, or what is left of a row after whole registers.
+// Columns [from, to), one after the other: all of them, or the rest of a row after whole registers.
 void add_rest(const Block& b, int64_t from) {
   for (int64_t r = 0; r < b.outputs; r++)
     for (int64_t m = 0; m < b.rows; m++)
@@ -122,7 +122,7 @@ template <int64_t DTYPE> void block_avx512(const Block& b, Stream& stream) {
   add_rest(b, to);
 }
 
-// Totals of ROWS sums that lie one after the other.
+// Totals of ROWS consecutive sums.
 TARGET_AVX2 void totals_avx2(const float* sums, float* out) {
   __m128 four[ROWS];
   UNROLL for (int m = 0; m < ROWS; m++) {

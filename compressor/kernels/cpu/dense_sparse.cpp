@@ -14,11 +14,11 @@ using namespace compressor;
 
 namespace {
 
-constexpr int LANES = 16;            // of a dot product, and rows of x that meet an entry together
+constexpr int LANES = 16;            // of a dot product, and rows of x that are multiplied by an entry together
 constexpr int FEW = 8;               // rows that do so in one register, with all blocks of an output at once
 constexpr int TOGETHER = 4;          // outputs of few rows, so that their sums don't wait for each other
 constexpr int ATOMS = 4;             // that read a row of x together
-constexpr int64_t PANELS = 4;        // of LANES rows: the factors are read once for so many
+constexpr int64_t PANELS = 4;        // of LANES rows: the factors are read once for this many
 constexpr int64_t ATOMS_A_TASK = 16;
 
 struct Factors {
@@ -193,7 +193,7 @@ void entries_at(int64_t level, const Factors& f, const float* z, const uint16_t*
       const uint16_t* indices[8];
       const float* values[8];
       float* totals[8];
-      float ignored[8][LANES] = {};  // of outputs that aren't there
+      float ignored[8][LANES] = {};  // of missing outputs
       for (int64_t i = 0; i < 8; i++) {
         const int64_t here = std::min(n + i, count - 1);
         indices[i] = index + here * apart, values[i] = value + here * apart;
@@ -240,7 +240,7 @@ void codes_to_float(int64_t level, const int8_t* codes, float scale, float* out,
 #endif
   for (int64_t i = 0; i < count; i++) out[i] = float(codes[i]) * scale;
 }
-// All values of `count` outputs from the first on: as they are, or in `out`.
+// All values of `count` outputs from the first on: in place, or in `out`.
 const float* values_of(int64_t level, const Factors& f, int64_t first, int64_t count, float* out) {
   const int64_t entries = f.blocks * f.k;
   if (!f.value_scale) return as_floats(level, f.value, f.value_dtype, first * entries, out, count * entries);

@@ -1,6 +1,6 @@
-// GPTQ: columns of a block rounded one by one. Rows of the weight are the lanes; a tile of rows and its errors stay in L1.
-// Every element sees the operations of the torch version in its order: products and differences rounded apart, true
-// division, half to even. So the codes are equal, whatever the level or the number of threads.
+// GPTQ: rounds the columns of a block one by one. Rows of the weight are the lanes; a tile of rows and its errors stay in L1.
+// Every element gets the operations of the torch version in the same order: products and differences are rounded
+// separately, true division, half to even. So the codes are equal for every level and number of threads.
 #include <algorithm>
 
 #include "common.h"
@@ -10,8 +10,8 @@ using namespace compressor;
 
 namespace {
 
-constexpr int PANEL = 4;   // columns that take their updates together
-constexpr int WIDTH = 16;  // lanes of a vector; the compiler splits it where registers are narrower
+constexpr int PANEL = 4;   // columns that are updated together
+constexpr int WIDTH = 16;  // lanes of a vector; the compiler splits it if registers are narrower
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 
 struct Task {
@@ -22,7 +22,7 @@ struct Task {
   float low, high;
 };
 
-// LANES rows from `first` on: columns [begin, stop) rounded, columns [stop, end) given the errors of those.
+// LANES rows from `first` on: rounds columns [begin, stop) and adds their errors to columns [stop, end).
 template <int LANES> ALWAYS_INLINE void solve_rows(const Task& t, int64_t first, float* errors) {
   constexpr int V = LANES / WIDTH;
   const int64_t lanes = std::min<int64_t>(LANES, t.rows - first);

@@ -1,6 +1,6 @@
 // y = x (H_blocks (x) H_m) * scale for each row, H_blocks Sylvester's matrix of a power of two and H_m given. Each block of m
-// is multiplied by H_m first, added up in the order of its rows; then pairs of blocks meet in butterflies, from
-// neighbours to halves. Every element is the result of the same sums in the same order, whatever the width of registers.
+// is first multiplied by H_m, summed in the order of its rows; then pairs of blocks are combined in butterflies, from
+// neighbours to halves. Every element is the result of the same sums in the same order, for any width of registers.
 #include <algorithm>
 #include <utility>
 

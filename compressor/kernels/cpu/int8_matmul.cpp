@@ -1,4 +1,4 @@
-// c = a @ b.T of int8 in exact int32. Sums of integers don't depend on their order, so levels and threads agree by themselves.
+// c = a @ b.T of int8 in exact int32. Sums of integers don't depend on their order, so all levels and threads agree.
 #include <algorithm>
 
 #include "common.h"
@@ -66,7 +66,7 @@ TARGET_AVX2 void tile_avx2(const Rows& a, const int8_t* b, int32_t* c, int64_t r
     m += here;
   }
 }
-// ROWS rows of a + 128, without sign as vpdpbusd wants one operand, times four of b; 128 * sum(b) is taken away at the end.
+// ROWS rows of a + 128, unsigned as vpdpbusd needs one operand, times four of b; 128 * sum(b) is subtracted at the end.
 template <int ROWS>
 TARGET_AVX512 void block_avx512(const Rows& a, int64_t m, const int8_t* const* b, int64_t K, int32_t (*sums)[4]) {
   const __m512i ones = _mm512_set1_epi8(1);

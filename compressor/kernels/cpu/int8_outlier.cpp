@@ -1,6 +1,6 @@
 // LLM.int8(): y = (x without its outlier columns, rounded to int8) @ W.T + (those columns of x) @ (those of W).T + bias.
-// The same steps and roundings as compressor.kernels.ops.int8_split, but that a token's outlier columns add up one after the
-// other, each product and sum rounded, so that its result doesn't depend on the number of tokens.
+// The same steps and roundings as compressor.kernels.ops.int8_split, except that a token's outlier columns are added one after
+// the other, with each product and sum rounded, so that its result doesn't depend on the number of tokens.
 #include <algorithm>
 
 #include "int8_row.h"
@@ -97,7 +97,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
       scale[m] = take_row(level, row, w, codes + m * padded, minus_sum + m);
       if (broken) scale[m] = NAN;
     }
-    // Weights of outlier columns are wanted for each row of a tile; a tile's rows come one after the other on one thread.
+    // Weights of outlier columns are needed for each row of a tile; one thread processes a tile's rows one after the other.
     int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       float* weights = (float*)scratch(6, size_t(count) * TILE * 4 + 4);
       if (m == 0)

@@ -1,6 +1,6 @@
-// f(x) from a table of equally spaced values, with the roundings of compressor.kernels.ops.tables.look_up: place = (x - low) / step
+// f(x) from a lookup table of equally spaced values, rounded as compressor.kernels.ops.lookup_tables.look_up: place = (x - low) / step
 // in float32, clamped to the table; between two entries torch.lerp, whose product and sum are one fma. With slopes, those of
-// `activate`. An inverse root reads the root of x's mantissa alone, as inverse_root does.
+// `activate`. An inverse root reads only the root of x's mantissa, as inverse_root does.
 #include <algorithm>
 
 #include "common.h"
@@ -56,7 +56,7 @@ ALWAYS_INLINE void look_up(const Table& t, const float* x, float* y, int64_t cou
   for (int64_t i = 0; i < count; i++) weight[i] -= right[i];
   for (int64_t i = 0; i < count; i++) y[i] = __builtin_fmaf(weight[i], rise[i], left[i]);
 }
-// Beyond the ends, straight on: product and sum are rounded each, as torch does it.
+// Beyond the ends, a straight line: product and sum are rounded separately, as in torch.
 ALWAYS_INLINE void go_on(const Table& t, const float* x, float* y, int64_t count) {
   const float first = t.values[0], end = t.values[t.entries - 1];
   if (t.left_slope != 0)

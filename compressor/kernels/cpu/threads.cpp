@@ -1,4 +1,4 @@
-// Tasks shared out among torch's threads, and the memory that each thread keeps.
+// Divides tasks among torch's threads, and keeps memory for each thread.
 //
 // The threads are those of torch's own operations: a pool of this library would compete with them for the cores, since
 // each lets its threads spin while the other works. This file knows torch by the address of one function of its stable
@@ -27,8 +27,8 @@ thread_local bool team_is_lost = false;
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { team_is_lost = true; });
 #endif
 
-// Each thread takes half of its fair share of what is left, so that one which comes late, because another process has its
-// core, is not waited for, and the last ones to work end one task apart.
+// Each thread takes half of its fair share of the remaining tasks, so that nobody waits for a thread that starts late
+// because another process has its core, and the last threads end one task apart.
 struct Tasks {
   const std::function<void(int64_t)>& f;
   const int64_t count, threads;

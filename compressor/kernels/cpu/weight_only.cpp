@@ -1,11 +1,11 @@
-// y = x @ (2-, 3-, 4- or 8-bit weight).T with x as it is. Integers are what this processor multiplies fastest, so the inputs
-// of a group become whole numbers: x = v * 2^(e-F), with e the exponent of the group's largest magnitude, |v| < 2^(F+1), and v
-// is written with signed digits of 8 bits whose products are summed exactly (int8_product.h). 16-bit inputs have 8 or 11
+// y = x @ (2-, 3-, 4- or 8-bit weight).T, weight-only. This processor multiplies integers fastest, so the inputs of a group
+// are turned into integers: x = v * 2^(e-F), with e the exponent of the group's largest magnitude, |v| < 2^(F+1), and v is
+// written in signed digits of 8 bits whose products are summed exactly (int8_product.h). 16-bit inputs have 8 or 11
 // significant bits and get three digits, F = 21: exact down to 2^-11 (float16) or 2^-14 (bfloat16) of the largest in the
 // group. float32 gets four, F = 29.
 // With D digits, w = (code - zero) * scale, before the bias and the rounding to y's type:
 //   |y - exact| <= (K/group + 2 D + 2) 2^-24 sum |x| |w| + sum over groups of 2^-(F+1) max|x| sum |w|, max|x| at least 2^-96
-// Columns with NaN or Inf are left out of it and added in float32, so that y is what float32 products give.
+// Columns with NaN or Inf are left out of it and added in float32, so that y is that of float32 products.
 #include <algorithm>
 
 #include "float_product.h"

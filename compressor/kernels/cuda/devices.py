@@ -1,4 +1,4 @@
-"""Which CUDA kernels a device has, and its stream. All that differs between a GPU and the emulation is here."""
+"""Gives the CUDA kernels of a device and its stream. Every difference between a GPU and the emulation is here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressor.kernels.cuda import driver, nvrtc
 from compressor.kernels.cuda.interface import LOWEST_CAPABILITY, Kernels
 from compressor.kernels.cuda.selftest import self_test
 
-NAME = "nvrtc"  # what compiles the kernels, where they are named as one choice among others
+NAME = "nvrtc"  # the name of these kernels in a list of choices
 
 
 def is_cuda(device: torch.device) -> bool:
@@ -25,15 +25,15 @@ def stream_of(device: torch.device) -> int:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device the current one, for what torch allocates and launches meanwhile."""
+    """Make the device the current one inside this context, for torch's allocations and launches."""
     return torch.cuda.device(device)
 
 
 @cache
 def kernels_on(device: torch.device) -> Kernels | str:
-    """Kernels compiled for this device and tried on it, or the reason why there are none.
+    """Kernels compiled for this device and tested on it, or the reason why there are none.
 
-    raises KernelError if they are there and compute something wrong
+    raises  KernelError if they fail their self-test
     """
     compiler = nvrtc.nvrtc()
     if isinstance(compiler, str):
@@ -51,7 +51,7 @@ def kernels_on(device: torch.device) -> Kernels | str:
 
 
 def tried(kernels: Kernels, device: torch.device) -> Kernels:
-    """The kernels, if their self-test passes; raises KernelError."""
+    """The kernels, if they pass their self-test. raises KernelError"""
     with current(device):
         outcome = self_test(kernels, device, stream_of(device))
     wrong = {name: said for name, said in outcome.items() if said != "ok"}
@@ -59,29 +59,29 @@ def tried(kernels: Kernels, device: torch.device) -> Kernels:
         said = "; ".join(f"{name}: {text}" for name, text in wrong.items())
         raise KernelError(
             f"{kernels.name} fails its self-test on {device}: {said}",
-            hint="Don't use these kernels here: load with kernels='reference'.",
+            hint="Load with kernels='reference', and report this message with that of compress-model doctor --verbose.",
             data={"reason": "self-test", "kernels": kernels.name, "device": str(device), "wrong": wrong},
         )
     return kernels
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    """The kernels that calls on this device use.
+    """The kernels for calls on this device.
 
-    raises KernelError with the reason if there are none
+    raises  KernelError with the reason if there are none
     """
     found = kernels_on(device)
     if isinstance(found, str):
         raise KernelError(
             f"no CUDA kernels on {device}: {found}",
-            hint="Install nvidia-cuda-nvrtc of your CUDA release, or load with kernels='reference'.",
+            hint="Run pip install nvidia-cuda-nvrtc for the CUDA release of torch, or load with kernels='reference'.",
             data={"reason": "no-kernels", "device": str(device), "why": found},
         )
     return found
 
 
 def report() -> dict[str, str]:
-    """For `doctor`: the outcome of the self-test on each GPU, or what is missing. See docs/kernels-cuda.md."""
+    """The result of the self-test on each GPU, or what is missing, for `doctor`. See docs/kernels-cuda.md."""
     if torch.cuda.is_available():
         devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         found = "; ".join(f"{device}: {_outcome(device)}" for device in devices)
@@ -95,6 +95,6 @@ def report() -> dict[str, str]:
 def _outcome(device: torch.device) -> str:
     try:
         found = kernels_on(device)
-    except KernelError as error:  # doctor goes on and reports it
+    except KernelError as error:  # doctor continues and reports it
         return str(error)
     return found if isinstance(found, str) else f"{found.name}, self-test ok"

@@ -1,4 +1,4 @@
-"""The CUDA driver, as far as kernels that NVRTC compiled need it: load code, find a kernel, launch it."""
+"""Calls the CUDA driver to load code that NVRTC compiled, find a kernel, and launch it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "libcuda.so.1"
 
 @dataclass(frozen=True)
 class Driver:
-    """The driver with a device's primary context, which is the one that torch uses."""
+    """The driver with a device's primary context, which torch uses too."""
 
     functions: ctypes.CDLL
     context: c_void_p
@@ -54,9 +54,9 @@ def _check(functions: ctypes.CDLL, code: int) -> None:
 
 
 def load_code(driver: Driver, code: Code) -> dict[str, c_void_p]:
-    """C++ name of each kernel -> its handle. Code stays loaded as long as the process.
+    """C++ name of each kernel -> its handle. Code stays loaded until the process ends.
 
-    raises KernelError if the driver doesn't take it, such as code of a younger CUDA release than the driver's
+    raises  KernelError if the driver refuses it, such as code of a newer CUDA release than the driver's
     """
     functions, module = driver.functions, c_void_p()
     _check(functions, functions.cuCtxSetCurrent(driver.context))
@@ -69,10 +69,10 @@ def load_code(driver: Driver, code: Code) -> dict[str, c_void_p]:
 
 
 def launch(driver: Driver, handle: c_void_p, planned: Launch, stream: int) -> int:
-    """0, or the driver's error. Waits for nothing; the driver copies the argument."""
+    """Launch a kernel. Returns 0 or the driver's error, without waiting. The driver copies the argument."""
     functions = driver.functions
     arguments = (c_void_p * 1)(addressof(planned.argument))
-    # a thread that has used no CUDA yet has no context
+    # a thread that has not used CUDA yet has no context
     code = functions.cuCtxSetCurrent(driver.context)
     return code or functions.cuLaunchKernel(
         handle, *planned.grid, planned.threads, 1, 1, 0, stream, ctypes.cast(arguments, c_void_p), None
@@ -80,8 +80,8 @@ def launch(driver: Driver, handle: c_void_p, planned: Launch, stream: int) -> in
 
 
 def compiled_kernels(driver: Driver, code_of: Callable[[str, tuple[str, ...]], Code], target: str) -> Kernels:
-    """The launchers over machine code, of all sources at once: NVRTC leaves the interpreter free, and the self-test
-    wants every one of them.
+    """The launchers of all sources. They are compiled in parallel, since NVRTC releases the interpreter and the
+    self-test needs all of them.
 
     code_of  source and the C++ names of its kernels -> machine code; called by several threads
     """

@@ -1,9 +1,9 @@
-"""Layout "ds1" of the sparse factor of a weight: which atoms an output combines, and how much of each. Plain torch.
+"""Packs the sparse factor of a weight into layout "ds1": the atoms of each output and their values. Plain torch.
 
-    packed = int32 (ceil(out / 32), blocks, k, 32), a word for each stored value: the atom's number in the lower half,
-             the value's 16 bits in the upper one; outputs beyond the last have value 0 of atom 0
+    packed = int32 (ceil(out / 32), blocks, k, 32), one word for each stored value: the atom's number in the lower half,
+             the value's 16 bits in the upper half; outputs beyond the last have value 0 of atom 0
 
-The 32 lanes of a warp, an output each, read a line of 128 bytes: cuda_ext/dense_sparse.cu.
+The 32 lanes of a warp, one output each, read a line of 128 bytes: cuda_ext/dense_sparse.cu.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def packed_shape(out: int, blocks: int, k: int) -> tuple[int, int, int, int]:
 
 
 def refusal(atoms: Tensor, values: Tensor, inputs: torch.dtype | None) -> str | None:
-    """Why no CUDA kernel multiplies by factors; atoms (blocks, m, width), values (out, blocks, k), inputs: dtype of x,
-    None if it isn't known."""
+    """The reason why no CUDA kernel multiplies by these factors; None if one does. atoms (blocks, m, width), values
+    (out, blocks, k), inputs: dtype of x, None if it is unknown."""
     (blocks, count, width), (out, _, k) = atoms.shape, values.shape
     kinds = {tensor.dtype for tensor in (atoms, values)} | ({inputs} if inputs is not None else set())
     if len(kinds) > 1 or not kinds <= set(DTYPES):
@@ -44,7 +44,7 @@ def refusal(atoms: Tensor, values: Tensor, inputs: torch.dtype | None) -> str | 
 def pack(index: Tensor, values: Tensor, atoms: int) -> Tensor:
     """index (out, blocks, k) uint16, values (out, blocks, k) float16 or bfloat16 -> the packed words
 
-    raises ShapeError for other shapes or dtypes, or an index that names no atom
+    raises  ShapeError for other shapes or dtypes, or an index that names no atom
     """
     if index.dim() != 3 or index.shape != values.shape or index.dtype != torch.uint16 or values.dtype not in DTYPES:
         found = f"index {index.dtype} {tuple(index.shape)}, values {values.dtype} {tuple(values.shape)}"

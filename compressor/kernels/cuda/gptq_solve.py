@@ -1,7 +1,7 @@
-"""GPTQ's columns on a CUDA device: `gptq_columns.round_columns` in one launch or a few, cuda_ext/gptq_solve.cu.
+"""Rounds GPTQ's columns on a CUDA device: `gptq_columns.round_columns` in few launches of cuda_ext/gptq_solve.cu.
 
-Codes, errors and updates have the bits of torch on a CPU; torch on a GPU divides by multiplying with the inverse, so
-its codes may differ in ties of rounding.
+Codes, errors and updates have the bits of torch on a CPU. torch on a GPU divides by multiplying with the inverse, so
+its codes may differ in rounding ties.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from compressor.kernels.cuda import devices
 from compressor.kernels.cuda.interface import Kernels
 from compressor.kernels.ops.gptq_columns import Columns
 
-MOST_COLUMNS = 128  # rounded in a launch; gptq_solve.cu: MAX_COLUMNS
+MOST_COLUMNS = 128  # per launch; gptq_solve.cu: MAX_COLUMNS
 
 
 def takes(work: torch.Tensor) -> bool:
-    """Whether it lies on a CUDA device, where round_columns has to be this one or torch's."""
+    """Whether a matrix is on a CUDA device, where round_columns must be this one or torch's."""
     return devices.is_cuda(work.device)
 
 
 def solves(work: torch.Tensor) -> bool:
-    """Whether there are kernels on its device for it.
+    """Whether its device has kernels for it.
 
-    raises KernelError if they are there and fail their self-test
+    raises  KernelError if they fail their self-test
     """
     return work.dtype == torch.float32 and isinstance(devices.kernels_on(work.device), Kernels)
 
 
 def round_columns(part: Columns, begin: int, stop: int) -> None:
-    """Round columns begin to stop - 1 of the part and update all that follow. Those that were rounded are left as they
-    were in `work`. A column of a group that isn't there gets codes of NaN.
+    """Round columns begin to stop - 1 of the part and update all later ones. Rounded columns stay unchanged in `work`.
+    A column of a missing group gets codes of NaN.
 
-    part    float32, its shapes checked, all on one device
-    raises  ShapeError for more columns than it can take, KernelError
+    part    float32, with checked shapes, all on one device
+    raises  ShapeError for too many columns, KernelError
     """
     device = part.work.device
     group_of = part.group_of.int().contiguous()

@@ -1,4 +1,4 @@
-"""What calls of the CUDA kernels have in common."""
+"""Defines the interface of the CUDA launchers: types, error codes and addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from compressor.errors import KernelError, ShapeError
 
-BAD_CALL = -1  # what a launcher returns for a shape, a type, an address or a workspace that no kernel takes
+BAD_CALL = -1  # a launcher's result for a shape, type, address or workspace that no kernel accepts
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # device.h: Type
 LOWEST_CAPABILITY = (8, 0)
 
@@ -19,9 +19,9 @@ class Kernels:
     """The launchers on one device.
 
     name        such as "nvrtc, sm_90a"
-    functions   by the names of plans.PLANS and plans.SIZES; a launcher takes the arguments of its plan and the stream.
+    functions   by the names of plans.PLANS and plans.SIZES; a launcher has the arguments of its plan and the stream.
                 Addresses are ints, 0 for none. It returns 0, BAD_CALL or an error of the driver
-    error_text  what an error means
+    error_text  gives the meaning of an error
     """
 
     name: str
@@ -29,7 +29,7 @@ class Kernels:
     error_text: Callable[[int], str]
 
     def error(self, code: int, what: str) -> ShapeError | KernelError:
-        """What a launcher's code other than 0 means."""
+        """The error for a launcher's result other than 0."""
         data = {"call": what, "kernels": self.name, "code": code}
         if code == BAD_CALL:
             return ShapeError(f"{what}: {self.name} takes no such shapes", data={"reason": "bad-call", **data})

@@ -1,14 +1,13 @@
-"""Layout "mma1" of 2-, 3-, 4- and 8-bit weights: codes, scales and zero points in one tensor, for tensor cores.
+"""Packs 2-, 3-, 4- and 8-bit weights into layout "mma1": codes, scales and zero points in one tensor, for tensor cores.
 
     packed = [ceil(N/64)][ceil(K/64)] tiles of 512 * bits bytes | scales (groups, N) | zero points (groups, N) uint8, if
              any | zeros, up to a multiple of 8 | 8 * ((N - 1) % 64 + (K - 1) % 64 + groups) + variant more
     variant = 0 float16, 1 bfloat16, 2 float32 scales; 3 more with zero points
 
-A call reads no memory of the device to find out what it was given, so the size has to tell: modulo 8 it is the variant,
-and it grows with each of N, K, the number of groups and the bits, so that two weights which differ in one of them
-differ in size. (With a further tile, 8 * 63 bytes less of the filling at most, and 1024 or more of codes.) Tiles are
-drawn in docs/kernels-cuda.md. The parts of layout "mma8a1" are laid out by the functions here, too; its tiles are
-another matter. Plain torch.
+A call does not read device memory to identify a weight, so the size identifies it: modulo 8 it is the variant, and it
+grows with each of N, K, the number of groups and the bits. So two weights that differ in one of them differ in size.
+(A further tile has at most 8 * 63 bytes less of filling, and 1024 or more of codes.) docs/kernels-cuda.md shows the
+tiles. The functions here also place the sections of layout "mma8a1", which has other tiles. Plain torch.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ TORCH = {kind: dtype for dtype, kind in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Plane:
-    """Words of a tile that hold some bits of each code.
+    """Words of a tile with some bits of each code.
 
     low    the first of these bits
-    width  how many
-    order  where a code is among them, slowest first, by the axes of _view; 8 / width neighbours share a byte
+    width  the number of bits
+    order  the position of a code, slowest axis first, by the axes of _view; 8 / width neighbours share a byte
     """
 
     low: int
@@ -55,7 +54,7 @@ PLANES = {
 
 @dataclass(frozen=True)
 class Sections:
-    """Where the parts of a packed tensor begin, in bytes; zero_at is None without zero points."""
+    """The beginnings of the sections of a packed tensor, in bytes; zero_at is None without zero points."""
 
     scale_at: int
     zero_at: int | None
@@ -68,20 +67,20 @@ def groups_of(columns: int, group_size: int) -> int:
 
 
 def _content(out: int, columns: int, group_size: int, scale_bytes: int, has_zeros: bool, bits: int) -> tuple[int, int]:
-    """Bytes of the tiles, and of all that is before the filling."""
+    """Bytes of the tiles, and of everything before the filling."""
     tiles = (-(-out // TILE)) * (-(-columns // TILE)) * (TILE * TILE * bits // 8)
     return tiles, tiles + groups_of(columns, group_size) * out * (scale_bytes + has_zeros)
 
 
 def packed_bytes(out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool, bits: int) -> int:
-    """The size of a packed tensor. Arithmetic alone, so that sizes may be symbols."""
+    """The size of a packed tensor. Only arithmetic, so that sizes may be symbols."""
     _, content = _content(out, columns, group_size, scale_dtype.itemsize, has_zeros, bits)
     filling = (out - 1) % TILE + (columns - 1) % TILE + groups_of(columns, group_size)
     return 8 * (-(-content // 8) + filling) + DTYPES[scale_dtype] + 3 * has_zeros
 
 
 def sections(size: int, out: int, columns: int, group_size: int, bits: int) -> Sections | None:
-    """The parts of a packed tensor of `size` bytes; None if no weight of this shape has this size."""
+    """The sections of a packed tensor of `size` bytes; None if no weight of this shape has this size."""
     has_zeros, kind = divmod(size % 8, 3)
     if has_zeros > 1 or size != packed_bytes(out, columns, group_size, TORCH[kind], bool(has_zeros), bits):
         return None
@@ -92,7 +91,7 @@ def sections(size: int, out: int, columns: int, group_size: int, bits: int) -> S
 
 
 def refusal(bits: int, group_size: int) -> str | None:
-    """Why the layout doesn't hold such a weight."""
+    """The reason why the layout can't store such a weight; None if it can."""
     if bits not in PLANES:
         *others, last = PLANES
         return f"layout {LAYOUT} holds {', '.join(map(str, others))} or {last} bits, these are {bits}"
@@ -104,7 +103,7 @@ def refusal(bits: int, group_size: int) -> str | None:
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
     """codes (out, in) uint8 below 2**bits, scale (out, groups), zero_point (out, groups) uint8 -> uint8 (bytes,)
 
-    raises ShapeError for other bits or groups; shapes and dtypes are checked by ops.pack_weight
+    raises  ShapeError for other bits or groups; ops.pack_weight checks shapes and dtypes
     """
     if (reason := refusal(bits, group_size)) is not None:
         raise ShapeError(reason, data={"reason": "not-packed", "bits": bits, "group_size": group_size})
@@ -112,7 +111,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
 
 
 def join(tiles: Tensor, columns: int, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """The packed tensor (bytes,) of the bytes of its tiles, scale (out, groups) and zero_point (out, groups)."""
+    """The packed tensor (bytes,) from the bytes of its tiles, scale (out, groups) and zero_point (out, groups)."""
     out = len(scale)
     size = packed_bytes(out, columns, group_size, scale.dtype, zero_point is not None, bits)
     found = sections(size, out, columns, group_size, bits)
@@ -127,13 +126,13 @@ def join(tiles: Tensor, columns: int, scale: Tensor, zero_point: Tensor | None, 
 
 
 def _view(padded: Tensor) -> Tensor:
-    """(out, in), whole tiles, by what tells the place of a code: output 64 tile + 16 piece + 8 half + row, column
-    64 tile + 32 step pair + 16 step + 8 half + 2 pair + upper."""
+    """(out, in), whole tiles, with an axis for each part of a code's position: output 64 tile + 16 piece + 8 half +
+    row, column 64 tile + 32 step pair + 16 step + 8 half + 2 pair + upper."""
     return padded.view(len(padded) // TILE, 4, 2, 8, padded.shape[1] // TILE, 2, 2, 2, 4, 2)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(out, in) uint8 -> the bytes of the tiles; the last ones are filled up with code 2**(bits - 1)."""
+    """(out, in) uint8 -> the bytes of the tiles. The last tiles are filled with code 2**(bits - 1)."""
     out, columns = codes.shape
     rows, across = -(-out // TILE), -(-columns // TILE)
     padded = torch.full((rows * TILE, across * TILE), 2 ** (bits - 1), dtype=torch.uint8, device=codes.device)

@@ -1,9 +1,9 @@
-"""Layout "mma8a1" of 4- and 8-bit weights that are multiplied with inputs of int8, in one tensor. Plain torch.
+"""Packs 4- and 8-bit weights for int8 inputs into layout "mma8a1", in one tensor. Plain torch.
 
-    packed = [ceil(N/64)][ceil(K/64)] tiles of 512 * bits bytes, then what layout "mma1" has behind its tiles (`mma1`)
+    packed = [ceil(N/64)][ceil(K/64)] tiles of 512 * bits bytes, then the sections that follow the tiles in `mma1`
 
-Tiles are drawn in docs/kernels-cuda.md: codes less 2**(bits - 1), in two's complement, as the lanes of mma.m16n8k32
-hold them.
+docs/kernels-cuda.md shows the tiles: codes minus 2**(bits - 1), in two's complement, in the order of the lanes of
+mma.m16n8k32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_COLUMNS = 1 << 24  # w_a8.cu, quantize_rows.cu: MAX_COLUMNS
 
 
 def packed_bytes(out: int, columns: int, group_size: int, scale_dtype: torch.dtype, has_zeros: bool, bits: int) -> int:
-    """The size of a packed tensor. Arithmetic alone, so that sizes may be symbols."""
+    """The size of a packed tensor. Only arithmetic, so that sizes may be symbols."""
     return mma1.packed_bytes(out, columns, group_size, scale_dtype, has_zeros, bits)
 
 
@@ -53,7 +53,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(out, in) uint8 -> the bytes of the tiles; the last ones are filled up with code 2**(bits - 1), which is 0."""
+    """(out, in) uint8 -> the bytes of the tiles. The last tiles are filled with code 2**(bits - 1), which is 0."""
     out, columns = codes.shape
     rows, across = -(-out // TILE), -(-columns // TILE)
     middle = 2 ** (bits - 1)

@@ -1,8 +1,8 @@
-"""Kernels from their source, where they run: NVRTC makes machine code (CUBIN) of one GPU, and a folder keeps it.
+"""Compiles kernels with NVRTC to machine code (CUBIN) of one GPU, and caches it.
 
-NVRTC is the one that torch's CUDA wheel brings (nvidia-cuda-nvrtc), else the system's. Each source is compiled as one
-string, device.h put in its place, with no include path. Cache: ~/.cache/compress-model/cuda (XDG_CACHE_HOME where it is
-set), one file for each hash of source, target and NVRTC's version.
+NVRTC is that of torch's CUDA wheel (nvidia-cuda-nvrtc), else the system's. Each source is compiled as one string that
+includes device.h, without an include path. Cache: ~/.cache/compress-model/cuda (or in XDG_CACHE_HOME), one file for
+each hash of source, target and NVRTC's version.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Nvrtc:
 
 @dataclass(frozen=True)
 class Code:
-    """cubin  what the driver loads
+    """cubin  the machine code for the driver
     names  C++ name of a kernel -> its symbol
     """
 
@@ -48,7 +48,7 @@ class Code:
 
 
 def candidates() -> list[str]:
-    """Files that may be NVRTC: of nvidia's Python packages, torch's CUDA release first, then of the system."""
+    """Files that may be NVRTC: those of nvidia's Python packages (torch's CUDA release first), then the system's."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     found = [
@@ -68,7 +68,7 @@ def candidates() -> list[str]:
 def nvrtc() -> Nvrtc | str:
     """NVRTC of this installation, or why there is none.
 
-    raises KernelError if it is there and doesn't load
+    raises  KernelError if it doesn't load
     """
     paths = candidates()
     if not paths:
@@ -81,7 +81,7 @@ def load(path: str) -> Nvrtc:
     try:
         functions = ctypes.CDLL(path)
     except OSError as error:
-        hint = "Install nvidia-cuda-nvrtc again."
+        hint = "Run pip install --force-reinstall nvidia-cuda-nvrtc, or load with kernels='reference'."
         data = {"reason": "not-loaded", "error": str(error)}
         raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=hint, data=data) from error
     functions.nvrtcGetErrorString.restype = c_char_p
@@ -97,7 +97,7 @@ def _check(functions: ctypes.CDLL, code: int, where: str) -> None:
 
 
 def targets(compiler: Nvrtc) -> set[int]:
-    """Compute capabilities that it knows, as 10 * major + minor."""
+    """Compute capabilities that NVRTC knows, as 10 * major + minor."""
     functions, count = compiler.functions, c_int()
     _check(functions, functions.nvrtcGetNumSupportedArchs(byref(count)), compiler.path)
     found = (c_int * count.value)()
@@ -106,7 +106,7 @@ def targets(compiler: Nvrtc) -> set[int]:
 
 
 def target_of(capability: tuple[int, int]) -> str:
-    """sm_80, sm_90a: from 9.0 on with the instructions of that GPU alone."""
+    """The target, such as sm_80 or sm_90a: from 9.0 on with the instructions of that GPU only."""
     return f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
 
 
@@ -116,7 +116,7 @@ def source_text(name: str) -> str:
     taken: set[str] = set()
 
     def header(found: re.Match[str]) -> str:
-        """A header of ours, once; those of the emulation stay where NVRTC doesn't look, behind #else."""
+        """Insert a header of this project once. Those of the emulation stay behind #else, where NVRTC ignores them."""
         name = found[1]
         if name.startswith("emulate"):
             return found[0]
@@ -134,7 +134,7 @@ def source_text(name: str) -> str:
 def compile_source(compiler: Nvrtc, name: str, text: str, kernels: tuple[str, ...], target: str) -> Code:
     """Machine code of `kernels`, C++ names in `text`, for `target`, such as "sm_90a".
 
-    raises KernelError with NVRTC's own words
+    raises  KernelError with NVRTC's message
     """
     functions, program = compiler.functions, c_void_p()
     made = functions.nvrtcCreateProgram(byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None)
@@ -173,7 +173,7 @@ def cache_folder() -> Path:
 
 
 def cached_code(compiler: Nvrtc, name: str, kernels: tuple[str, ...], target: str) -> Code:
-    """compile_source of a source of ours, or what an earlier process kept. A damaged file is made again."""
+    """The result of compile_source for a source of this project, cached in a file. A damaged file is written again."""
     text = source_text(name)
     key = json.dumps([text, kernels, target, compiler.version])
     path = cache_folder() / f"{name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
@@ -188,7 +188,7 @@ def cached_code(compiler: Nvrtc, name: str, kernels: tuple[str, ...], target: st
 
 
 def _read(path: Path) -> Code | None:
-    """A file: one line of JSON, names and the hash of the rest; then the code."""
+    """Read a cache file: one line of JSON with names and the hash of the code, then the code."""
     if not path.is_file():
         return None
     head, _, cubin = path.read_bytes().partition(b"\n")
@@ -202,7 +202,7 @@ def _read(path: Path) -> Code | None:
 
 
 def _write(path: Path, code: Code) -> None:
-    """Under another name first, so that no other process reads a half."""
+    """Write a cache file under another name first, so that no other process reads an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({"names": code.names, "sha256": hashlib.sha256(code.cubin).hexdigest()})
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,8 +1,8 @@
-"""Torch operations over the CUDA launchers, registered for CUDA devices where compressor.kernels.ops.linear has them.
+"""Implements the operations of compressor.kernels.ops.linear for CUDA devices with the CUDA launchers.
 
-x may be strided; y has its dtype. Sums are float32 or exact, the bias is added in float32, and y is rounded once. They
-allocate with torch, use torch's current stream and wait for nothing, so a CUDA graph can hold them. None of them has
-a gradient.
+x may be strided; y has its dtype. Sums are float32 or exact, the bias is added in float32, and y is rounded once. The
+operations allocate with torch, use torch's current stream and don't wait, so a CUDA graph can contain them. None of
+them has a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compressor.kernels.cuda.plans import hadamard_factor
 from compressor.kernels.ops.checks import check_cuda_call
 from compressor.kernels.ops.registry import register_cuda
 
-# op -> the layout of its weights, the types of its inputs
+# op -> the layout of its weights, the dtypes of its inputs
 LAYOUTS = {
     "linear_weight_only": mma1.LAYOUT,
     "linear_dynamic_int8": mma8a1.LAYOUT,
@@ -33,7 +33,7 @@ INPUTS = {
     "linear_int8_outlier": tuple(DTYPES),
     "linear_dense_sparse": ds1.DTYPES,
 }
-# as in plans. Checked here too, since ctypes cuts longer ints off
+# as in plans. Checked here too, since ctypes truncates larger ints
 MOST_OUTPUTS, MOST_COLUMNS = 65535 * 64, 1 << 30
 MOST_INT8_COLUMNS = 65536  # int8_outlier.cu: MAX_COLUMNS
 MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less, in an int
@@ -42,8 +42,8 @@ MOST_ROWS = 2**31 - 128  # launchers round them up to blocks of 128 rows or less
 def refusal(
     op: str, out_features: int, in_features: int, bits: int, group_size: int, inputs: torch.dtype | None
 ) -> str | None:
-    """Why no CUDA kernel computes `op` for a weight; inputs: the dtype of x, None if it isn't known. Factors of
-    linear_dense_sparse: `ds1.refusal`."""
+    """The reason why no CUDA kernel computes `op` for a weight; None if one does. inputs: the dtype of x, None if it is
+    unknown. For factors of linear_dense_sparse: `ds1.refusal`."""
     if op == "linear_weight_only":
         reason = mma1.refusal(bits, group_size)
     elif op == "linear_dynamic_int8":
@@ -63,7 +63,7 @@ def refusal(
 
 
 def _named(op: str) -> str:
-    """The types of its inputs, for people."""
+    """The dtypes of an operation's inputs, as text for a message."""
     *others, last = (str(dtype).removeprefix("torch.") for dtype in INPUTS[op])
     return f"{', '.join(others)} or {last}"
 
@@ -72,14 +72,14 @@ def _named(op: str) -> str:
 def _sections(
     op: str, inputs: torch.dtype, columns: int, size: int, out: int, bits: int, group_size: int, layout: str
 ) -> mma1.Sections | None:
-    """Where the parts of a packed weight are; None if the call doesn't fit it. Kept: it costs more than a launch."""
+    """The sections of a packed weight; None if the call doesn't fit it. Cached, since it costs more than a launch."""
     if layout != LAYOUTS[op] or refusal(op, out, columns, bits, group_size, inputs):
         return None
     return mma1.sections(size, out, columns, group_size, bits)
 
 
 def _described(**tensors: Tensor | None) -> dict[str, str | None]:
-    """Operands as an error's data has them: "torch.float16 (2, 200)"."""
+    """Operands for an error's data, such as "torch.float16 (2, 200)"."""
     return {role: None if t is None else f"{t.dtype} {tuple(t.shape)}" for role, t in tensors.items()}
 
 
@@ -89,7 +89,7 @@ def _too_many_rows(name: str, x: Tensor, rows: int, most: int) -> ShapeError:
 
 
 def _at_16_bytes(x: Tensor) -> Tensor:
-    """Contiguous, and where kernels read it 16 bytes at a time."""
+    """x, contiguous and aligned, so that kernels can read 16 bytes at a time."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -105,9 +105,9 @@ def _taken(
     group_size: int,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, mma1.Sections, int]:
-    """x in packed order, packed and bias as kernels read them, where the parts of packed are, and the rows of x
+    """x in packed order, packed and bias as kernels read them, the sections of packed, and the rows of x
 
-    raises ShapeError, KernelError
+    raises  ShapeError, KernelError
     """
     check_cuda_call(name, x=x, packed=packed, bias=bias, permutation=permutation)
     columns = x.shape[-1] if x.dim() else 0
@@ -195,7 +195,7 @@ def linear_dynamic_int8(
 ) -> Tensor:
     """y = x' W^T + bias, each row of x' rounded to int8 by its largest magnitude; W 4- or 8-bit in layout "mma8a1".
 
-    The CPU library's bits.
+    The result has the bits of the CPU library.
 
     x            (..., in) float16, bfloat16 or float32, in a multiple of 8
     packed       uint8, of ops.pack_weight
@@ -212,7 +212,7 @@ def linear_dynamic_int8(
     padded = -(-columns // mma8a1.TILE) * mma8a1.TILE
     codes = torch.empty(rows, padded, dtype=torch.int8, device=device)
     scale = torch.empty(rows, dtype=torch.float32, device=device)
-    # what zero points are multiplied with
+    # factors of the zero points
     sums = None if where.zero_at is None else torch.empty(rows, where.groups, dtype=torch.int32, device=device)
     codes_at, scale_at, sums_at = codes.data_ptr(), scale.data_ptr(), 0 if sums is None else sums.data_ptr()
     at = packed.data_ptr()
@@ -244,7 +244,7 @@ def linear_int8_outlier(
 ) -> Tensor:
     """LLM.int8() in one call, as `compressor.kernels.ops.linear.linear_int8_outlier`, of the weight as it is stored.
 
-    The CPU library's bits.
+    The result has the bits of the CPU library.
 
     x                (..., in) float16, bfloat16 or float32, in a multiple of 16 up to 65,536
     packed           (out, in) int8, the codes: w = codes * weight_absmax / 127
@@ -262,7 +262,7 @@ def linear_int8_outlier(
     columns = x.shape[-1] if x.dim() else 0
     out = weight_absmax.numel()
     count = 0 if outlier_columns is None else outlier_columns.numel()
-    # of no columns it holds no numbers: any type will do
+    # without columns it is empty, so any dtype is allowed
     weight_dtype = x.dtype if outlier_weight is None or count else outlier_weight.dtype
     wanted = [
         (packed, torch.int8, (out, columns)),
@@ -293,7 +293,7 @@ def linear_int8_outlier(
             },
         )
     if not threshold >= 0:
-        data = {"reason": "threshold", "operation": name, "threshold": str(threshold)}  # NaN is no JSON
+        data = {"reason": "threshold", "operation": name, "threshold": str(threshold)}  # NaN is not valid JSON
         raise ShapeError(f"{name}: threshold {threshold}, 0 or more expected", data=data)
     if (rows := x.numel() // columns) > MOST_ROWS:
         raise _too_many_rows(name, x, rows, MOST_ROWS)
@@ -301,7 +301,7 @@ def linear_int8_outlier(
     y = x.new_empty((*x.shape[:-1], out))
     if not y.numel():
         return y
-    # without columns of its own threshold 0 says that none is one
+    # without calibrated columns, threshold 0 means that no column is an outlier
     others = [None if t is None or not t.numel() else t.contiguous() for t in (outlier_columns, outlier_weight, bias)]
     columns_at, column_weight_at, bias_at = (0 if t is None else t.data_ptr() for t in others)
     weight_absmax = weight_absmax.contiguous()
@@ -330,15 +330,15 @@ def linear_dense_sparse(
 ) -> Tensor:
     """y[n] = sum over b, t of (x_b · D_b[index[n, b, t]]) · value[n, b, t] + bias[n]: `kernels.dense_sparse`.
 
-    Its z = x_b D_b^T and sums are float32, in an order that depends on the shape alone.
+    Its z = x_b D_b^T and sums are float32, in an order that depends only on the shape.
 
     x        (..., blocks · width) float16 or bfloat16, width a multiple of 8
     dense    (blocks, atoms, width) in the dtype of x, D; at most 4096 atoms
-    index    int32 (ceil(out / 32), blocks, k, 32), of ds1.pack: values and which they are. An output of a word that
+    index    int32 (ceil(out / 32), blocks, k, 32), of ds1.pack: values and their atoms. An output with a word that
              names no atom is NaN
-    value    (out, blocks, k) in the dtype of x; its shape alone is read
+    value    (out, blocks, k) in the dtype of x; only its shape is read
     bias     (out,) in the dtype of x
-    scales   None: int8 factors are not bound
+    scales   None: int8 factors are not supported
     raises   ShapeError, KernelError
     """
     name = "linear_dense_sparse"
@@ -346,7 +346,7 @@ def linear_dense_sparse(
     if dense_scale is not None or value_scale is not None:
         raise KernelError(
             f"{name}: int8 factors have no CUDA kernel in torch yet",
-            hint="Give them as 16-bit floats.",
+            hint="Convert the factors to float16 or bfloat16 first, or load with kernels='reference'.",
             data={"reason": "int8-factors", "operation": name},
         )
     fits = (

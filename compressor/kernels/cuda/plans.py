@@ -1,4 +1,4 @@
-"""Which kernels of cuda_ext/*.cu a call launches, with which grids and arguments, and which calls no kernel takes.
+"""Plans the launches of a call: kernels of cuda_ext/*.cu, grids and arguments; None for a call that no kernel accepts.
 
 A function here has the arguments of its launcher, without the stream. Addresses are ints, 0 for none. It allocates
 nothing and reads no operand, so a launcher can be part of a CUDA graph.
@@ -16,11 +16,11 @@ FLOAT16, BFLOAT16, FLOAT32 = 0, 1, 2  # device.h: Type
 
 @dataclass(frozen=True)
 class Launch:
-    """source    the .cu file without its ending
-    kernel    as C++ names it, one of KERNELS[source]
+    """source    the .cu file without its suffix
+    kernel    C++ name, one of KERNELS[source]
     grid      blocks in x, y, z
     threads   of a block
-    argument  the only one of the kernel, by value
+    argument  the kernel's only argument, by value
     """
 
     source: str
@@ -31,9 +31,9 @@ class Launch:
 
 
 BITS = (2, 3, 4, 8)  # of w_a16.cu
-RUNS = {12: 4, 20: 4, 28: 2, 36: 2}  # hadamard.cu: a factor of n -> the runs that a thread has at most
+RUNS = {12: 4, 20: 4, 28: 2, 36: 2}  # hadamard.cu: a factor of n -> largest number of runs of a thread
 
-# the kernels of each source that are ever launched
+# all kernels of each source that are launched
 KERNELS: dict[str, tuple[str, ...]] = {
     "w_a16": tuple(
         f"w_a16::{kernel}"
@@ -147,10 +147,10 @@ def _w_a16_fits(m: int, n: int, k: int) -> bool:
 
 
 def _w_a16_slices(m: int, n: int, k: int) -> tuple[int, int]:
-    """Tiles of a slice, slices, none of them empty.
+    """(tiles of a slice, number of slices), with no empty slice.
 
-    Up to 64 rows K is cut into slices until there are about 1,024 blocks, 8 for each of the 132 multiprocessors of an
-    H100, but not below 8 tiles, so that the stages fill: our choice. More rows have work enough without.
+    For up to 64 rows K is divided into slices until there are about 1,024 blocks, 8 for each of the 132 multiprocessors
+    of an H100, but of at least 8 tiles, so that the stages fill (our choice). More rows have enough work without it.
     """
     tiles = _ceil(k, 64)
     slices = 1 if m > 64 else 1024 // _ceil(n, 64)
@@ -172,7 +172,7 @@ def w_a16(
     x: int, packed: int, scale: int, zero_point: int, bias: int, y: int, workspace: int, workspace_bytes: int,
     m: int, n: int, k: int, bits: int, group_size: int, x_type: int, scale_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     if bits not in BITS or not _w_a16_fits(m, n, k) or (group_size != -1 and (group_size < 64 or group_size % 64)):
         return None
     if x_type not in (FLOAT16, BFLOAT16) or scale_type not in (FLOAT16, BFLOAT16, FLOAT32):
@@ -212,7 +212,7 @@ def _int8_group_fits(group_size: int) -> bool:
 def quantize_rows(
     x: int, codes: int, scale: int, sums: int, m: int, k: int, group_size: int, kind: int
 ) -> list[Launch] | None:
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     if m < 0 or k < 1 or k % 8 or k > MOST_INT8_COLUMNS or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
     if not _int8_group_fits(group_size):
@@ -231,7 +231,7 @@ def w_a8(
     x: int, x_scale: int, x_sum: int, packed: int, scale: int, zero_point: int, bias: int, y: int,
     m: int, n: int, k: int, bits: int, group_size: int, scale_type: int, y_type: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     if m < 0 or n < 0 or n > 65535 * 64 or k < 1 or k > MOST_INT8_COLUMNS or bits not in (4, 8):
         return None
     kinds = (FLOAT16, BFLOAT16, FLOAT32)
@@ -260,7 +260,7 @@ def w_a8(
 
 
 def _int8_outlier_slices(m: int) -> tuple[int, int]:
-    """Rows of a slice, slices: blocks enough for 2048 columns each, and few words to join. Our choice."""
+    """(rows of a slice, number of slices): enough blocks of 2048 columns each, and few words to join (our choice)."""
     rows = max(64, _ceil(m, 32))
     return rows, _ceil(m, rows)
 
@@ -278,7 +278,7 @@ def int8_outlier(
     x: int, weight: int, absmax: int, columns: int, column_weight: int, bias: int, y: int, workspace: int,
     workspace_bytes: int, m: int, n: int, k: int, column_count: int, threshold: float, kind: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     needed = int8_outlier_workspace_bytes(m, n, k)
     threshold = c_float(threshold).value
     if needed < 0 or kind not in (FLOAT16, BFLOAT16, FLOAT32) or not threshold >= 0 or not 0 <= column_count <= k:
@@ -325,7 +325,7 @@ def _factors_fit(rows: int, n: int, blocks: int, m: int, w: int, k: int) -> bool
 
 
 def _rows_of_responses(rows: int, m: int) -> int:
-    """Rows of x that `combine` takes at once: those that share a look at an entry."""
+    """Rows of x that `combine` processes at once: they share the read of an entry."""
     return 1 if rows == 1 or _ceil(m, 4) * 4 * 8 > 4096 else 8
 
 
@@ -342,7 +342,7 @@ def dense_sparse(
     x: int, atoms: int, atom_step: int, entries: int, step: int, bias: int, y: int, workspace: int,
     workspace_bytes: int, rows: int, n: int, blocks: int, m: int, w: int, k: int, kind: int,
 ) -> list[Launch] | None:  # fmt: skip
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     needed = dense_sparse_workspace_bytes(rows, n, blocks, m, w, k)
     if needed < 0 or kind not in (FLOAT16, BFLOAT16):
         return None
@@ -370,7 +370,7 @@ def gptq_solve(
     work: int, errors: int, codes: int, upper: int, scale: int, zero: int, group_of: int,
     rows: int, groups: int, begin: int, stop: int, end: int, low: float, high: float,
 ) -> list[Launch] | None:  # fmt: skip
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     if rows < 0 or rows > 0x7FFFFFFF - 64 or groups < 0 or not 0 <= begin <= stop <= end <= 1 << 16:
         return None
     if stop - begin > 128 or not c_float(low).value <= c_float(high).value:
@@ -385,7 +385,7 @@ def gptq_solve(
 
 
 def hadamard_factor(n: int) -> int:
-    """The m of n = 2^p m that hadamard.cu multiplies in registers, 1 for a power of two; 0 for an n that it refuses."""
+    """The m of n = 2^p m that hadamard.cu multiplies in registers; 1 for a power of two, 0 for an n that it refuses."""
     if n < 8:
         return 0
     odd = n // (n & -n)
@@ -396,7 +396,7 @@ def hadamard_factor(n: int) -> int:
 
 
 def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list[Launch] | None:
-    """None for a call that no kernel takes."""
+    """The launches; None for a call that no kernel accepts."""
     m = hadamard_factor(n)
     if rows < 0 or m == 0 or rows > 1 << 40 or kind not in (FLOAT16, BFLOAT16, FLOAT32):
         return None
@@ -416,7 +416,7 @@ def hadamard(x: int, y: int, rows: int, n: int, scale: float, kind: int) -> list
     return [Launch("hadamard", f"hadamard::{kernel}", (blocks, 1, 1), threads, argument)]
 
 
-# by name: the launchers, and those that only compute the size of a workspace
+# by name: the launchers, and the functions that only compute the size of a workspace
 PLANS: dict[str, Callable[..., list[Launch] | None]] = {
     "compressor_w_a16": w_a16,
     "compressor_quantize_rows": quantize_rows,

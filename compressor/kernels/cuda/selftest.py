@@ -1,4 +1,4 @@
-"""Small products and transforms on a device, held to float64: are the kernels sound there?"""
+"""Tests the kernels on a device with small products and transforms, compared with float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INT8_SHAPES = {
 
 
 def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, str]:
-    """ "kernel, dtype" -> "ok", or what was wrong"""
+    """ "kernel, dtype" -> "ok", or the error"""
     found = {}
     for dtype in (torch.float16, torch.bfloat16):
         for bits, shapes in SHAPES.items():
@@ -55,8 +55,8 @@ def self_test(kernels: Kernels, device: torch.device, stream: int) -> dict[str, 
 
 
 def _judge(y: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, operations: int) -> str:
-    """The bound: each of the operations is off by twice 2^-24 of `size` at most (tensor cores may cut off), and y is
-    rounded once."""
+    """Compare y with the bound: each operation has an error of at most 2 · 2^-24 of `size` (tensor cores may truncate),
+    and y is rounded once."""
     inside = operations * 2 * UNIT[torch.float32] * size
     allowed = inside + UNIT[y.dtype] * (exact.abs() + inside) + 2.0**-25  # half of float16's smallest step
     off = (y.cpu().double() - exact).abs()
@@ -107,7 +107,7 @@ def int8_product(
     columns: int,
     group: int,
 ) -> str:
-    """Codes and steps of the rows have to be equal to those of IEEE arithmetic, the product within its bound."""
+    """Check that codes and steps of the rows equal IEEE arithmetic, and that the product is within its bound."""
     made = torch.Generator().manual_seed(rows)
     groups = mma1.groups_of(columns, group)
     codes = torch.randint(0, 2**bits, (OUT, columns), generator=made, dtype=torch.uint8)
@@ -120,7 +120,7 @@ def int8_product(
     x_codes, step = (x.float() * (1 / largest * 127)).round(), largest / 127
     rounded = x_codes.double() * step.double()
     exact = rounded @ weight.t() + bias.double()
-    # the terms of an output are what its groups add
+    # the terms of an output are the sums of its groups
     size = sum(
         ((rounded[:, index == j] @ weight[:, index == j].t()).abs() for j in range(groups)),
         start=bias.double().abs().expand(rows, OUT),
@@ -153,7 +153,7 @@ def int8_product(
 def outlier_product(
     kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int, calibrated: bool
 ) -> str:
-    """LLM.int8() of rows rounded by IEEE arithmetic, with three outlier columns, the last one among them."""
+    """Check LLM.int8() of rows rounded by IEEE arithmetic, with three outlier columns, one of them the last column."""
     made = torch.Generator().manual_seed(rows)
     columns, threshold = 336, 6.0
     x, bias = (torch.randn(shape, generator=made) for shape in ((rows, columns), (OUT,)))
@@ -194,7 +194,7 @@ def outlier_product(
 
 
 def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: torch.dtype, rows: int) -> str:
-    """Three blocks of 72 inputs and 66 atoms, of which each output combines five."""
+    """Check three blocks of 72 inputs and 66 atoms; each output combines five of them."""
     made = torch.Generator().manual_seed(rows)
     blocks, atoms, width, k = 3, 66, 72, 5
     x, dense, values, bias = (
@@ -224,7 +224,7 @@ def factor_product(kernels: Kernels, device: torch.device, stream: int, dtype: t
 
 
 def solved_columns(kernels: Kernels, device: torch.device, stream: int, symmetric: bool) -> str:
-    """Columns 3 to 16 of 20: codes, errors and updates have to be those of torch on the CPU."""
+    """Check that codes, errors and updates of columns 3 to 16 of 20 are those of torch on the CPU."""
     part, begin, stop = trial_columns(symmetric, rows=70)
     ours = [tensor.to(device, copy=True) for tensor in (part.work, part.errors, part.codes)]
     given = [

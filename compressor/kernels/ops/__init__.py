@@ -1,1 +1,1 @@
-"""One operation, one file: what it computes in plain torch, and the compiled code for it."""
+"""Defines the operations, one per file: their arithmetic in plain torch, and calls of the compiled code."""

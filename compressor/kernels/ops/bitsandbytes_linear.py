@@ -1,10 +1,10 @@
-"""What a bitsandbytes 8-bit layer computes, in our own words: the yardstick that verification holds theirs to.
+"""Computes the output of a bitsandbytes 8-bit layer independently, as the reference for verification.
 
-Read in bitsandbytes 0.50.2 (`MatMul8bitLt` and its portable operators), and tried against it. It differs from
-`compressor.kernels.ops.int8_split` in four ways: activations are cast to float16 before they are rounded; only outlier
-values, not whole columns, are left out when a token's largest magnitude is taken (with a single token the two
-coincide); 1/127² is the constant 6.200124e-05, 1.8e-5 too large; the result is rounded to the model's type before and
-after the outlier part is added.
+It follows bitsandbytes 0.50.2 (`MatMul8bitLt` and its portable operators), and was compared with it. It differs from
+`compressor.kernels.ops.int8_split` in four ways: activations are cast to float16 before they are rounded; a token's
+largest magnitude leaves out only outlier values, not whole columns (for a single token this is the same); 1/127² is the
+constant 6.200124e-05, 1.8e-5 too large; the result is rounded to the model's dtype before and after the outlier part is
+added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONSTANT = 2.0**-15  # bounds the relative error of their 1/127² and of a few f
 
 
 def bitsandbytes_forward(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Their result for a layer in the form int8_split_linear with dynamic outliers, without their roundings of it.
+    """Their result for a layer of the format int8_split_linear with dynamic outliers, without their final roundings.
 
     x        (..., in) of the model's dtype
     returns  (expected, allowed), both (..., out) float32: theirs is within `allowed` of `expected`. With a, o and b the

@@ -1,8 +1,8 @@
-"""Quantization of a matrix block by block, and the packing of its codes, in plain torch.
+"""Quantizes a matrix block by block and packs its codes, in plain torch.
 
 A block of `rows` x `columns` neighbours shares one scale: the power of two 2**e ("shift"), stored as its exponent, or a
 float16 number. Codes are symmetric, -q .. q with q = 2**(bits - 1) - 1. Blocks at the right and lower edge may be
-smaller. These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
+smaller. The source of these functions is copied into the modeling file of a custom artifact, so they use only torch.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ LOWEST_EXPONENT, HIGHEST_EXPONENT = -126, 127  # 2**e is a normal float32
 
 
 def block_counts(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks a matrix has down and across."""
+    """Numbers of blocks of a matrix, vertically and horizontally."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def expand_blocks(values: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """One value a block -> one value an element: (blocks down, blocks across) -> shape."""
+    """One value per block -> one value per element: (vertical blocks, horizontal blocks) -> shape."""
     wide = values.repeat_interleave(block[1], 1)[:, : shape[1]]
     return wide.repeat_interleave(block[0], 0)[: shape[0]]
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes (rows, columns) int8 -> uint8 (rows, ceil(columns * bits / 8)), each row from a byte's start.
+    """Signed codes (rows, columns) int8 -> uint8 (rows, ceil(columns * bits / 8)); each row begins with a new byte.
 
-    Two's complement; at 4 bits two codes a byte, the low half first.
+    Two's complement; at 4 bits two codes per byte, the low half first.
     """
     if bits == 8:
         return codes.contiguous().view(torch.uint8)
@@ -53,10 +53,10 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shift_exponent(largest: Tensor, limit: int) -> Tensor:
-    """The smallest e with limit * 2**e >= largest, as int32; 0 where largest is 0. Clamped to what float32 can shift.
+    """The smallest e with limit * 2**e >= largest, as int32; 0 if largest is 0. Clamped to the exponents of float32.
 
-    By frexp, in integers: largest = m * 2**p with m in [1/2, 1), limit = n * 2**r likewise, so e is p - r where m <= n
-    and p - r + 1 where not. A rounded logarithm would err at powers of two.
+    Computed with frexp, in integers: largest = m * 2**p with m in [1/2, 1) and limit = n * 2**r, so e is p - r if
+    m <= n, else p - r + 1. A rounded logarithm would be wrong at powers of two.
     """
     mantissa, power = torch.frexp(largest.to(torch.float32))
     parts = torch.frexp(torch.tensor(float(limit)))
@@ -68,8 +68,8 @@ def shift_exponent(largest: Tensor, limit: int) -> Tensor:
 def round_to_shift(x: Tensor, columns: int, exponent: Tensor | None = None) -> Tensor:
     """Each row of x in blocks of `columns` along its last dimension, rounded to 8-bit codes times a shift.
 
-    exponent  (blocks,) int8, fixed by calibration: larger values saturate at 127 codes; None: found from each block
-    returns   what the codes stand for, in the dtype of x; a block with NaN or Inf stays as it is
+    exponent  (blocks,) int8 from calibration: larger values saturate at 127 codes; None: computed from each block
+    returns   the dequantized values in the dtype of x; a block with NaN or Inf stays unchanged
     """
     length = x.shape[-1]
     blocks = -(-length // columns)

@@ -1,4 +1,4 @@
-"""What the wrappers of compiled operations ask of their tensors before they pass on addresses."""
+"""Checks the tensors of a compiled operation before their addresses are passed to it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from compressor.kernels.cuda import devices
 
 
 def check_call(name: str, **tensors: Tensor | None) -> None:
-    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere than on the CPU"""
+    """raises RuntimeError if a gradient is needed, KernelError for tensors that are not on the CPU"""
     _check_gradients(name, tensors)
     if any(tensor is not None and not tensor.is_cpu for tensor in tensors.values()):
-        raise _elsewhere(name, "All tensors have to be on the CPU.", tensors)
+        raise _elsewhere(name, "Move all tensors to the CPU with .cpu().", tensors)
 
 
 def check_cuda_call(name: str, **tensors: Tensor | None) -> None:
-    """The same, KernelError for tensors that aren't all on one CUDA device."""
+    """The same, with KernelError for tensors that are not all on one CUDA device."""
     _check_gradients(name, tensors)
     places = [tensor.device for tensor in tensors.values() if tensor is not None]
     if not devices.is_cuda(places[0]) or places.count(places[0]) != len(places):
-        hint = "All have to be on one CUDA device; a model that was moved is prepared anew."
+        hint = "Move all tensors to one CUDA device; call `prepare` again for a model that was moved."
         raise _elsewhere(name, hint, tensors)
 
 
@@ -40,7 +40,7 @@ def _elsewhere(name: str, hint: str, tensors: dict[str, Tensor | None]) -> Kerne
 
 
 def operands(**tensors: Tensor | None) -> dict[str, Any]:
-    """Operands of a call for the data of an error: dtype and shape by name, None for one that wasn't given."""
+    """Operands of a call for the data of an error: dtype and shape by name, None for a missing one."""
     return {
         role: None if tensor is None else {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
         for role, tensor in tensors.items()

@@ -1,7 +1,7 @@
-"""Products of few rows with a weight as it is stored, by the compiled library: what a compressed model keeps dense.
+"""Multiplies few rows by a dense weight with the compiled library, for the layers that a compressed model keeps dense.
 
-Importing this module registers torch.ops.compressor.linear_dense. torch's own product is made for many rows; a step of
-decoding has one for each sequence, and a language model's head is read whole for them.
+Importing this module registers torch.ops.compressor.linear_dense. torch's own matmul is made for many rows. A decoding
+step has one row for each sequence and reads a language model's whole output head for it.
 """
 
 from __future__ import annotations

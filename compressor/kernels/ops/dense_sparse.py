@@ -1,8 +1,8 @@
-"""Products with weights of sparse combinations of dense atoms, by the compiled library.
+"""Multiplies by weights that are sparse combinations of dense atoms, with the compiled library.
 
 Importing this module registers torch.ops.compressor.linear_dense_sparse. The same in plain torch:
-`sparse_factors.sparse_product`. The operands are those of `sparse_factor_linear` after loading: its
-stored factors with their scales, and its `index()` as uint16.
+`sparse_factors.sparse_product`. The operands are those of `sparse_factor_linear` after loading: its stored factors with
+their scales, and its `index()` as uint16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linear_dense_sparse(
 ) -> Tensor:
     """y[n] = sum over b, t of (x_b · D_b[index[n, b, t]]) · value[n, b, t] + bias[n].
 
-    Sums are float32, in an order that depends on the shape of the weight alone. With u = 2^-24, to first order and
+    Sums are float32, in an order that depends only on the shape of the weight. With u = 2^-24, to first order and
     before y is rounded: |y - exact| <= (ceil(width / 16) + blocks · k + 4) u · sum |value| |D| |x| + u |exact|.
 
     x            (..., blocks · width) float32, bfloat16 or float16

@@ -1,4 +1,4 @@
-"""The inner loop of GPTQ in torch, which compiled code has to agree with: columns of a sub-block rounded one by one."""
+"""Implements the inner loop of GPTQ in torch, with which compiled code must agree: it rounds columns one by one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Columns:
-    """work        (n, out) the columns with all earlier updates; those not yet rounded are updated in place
-    errors      (n, out) written: errors over pivots
-    codes       (n, out) written: whole numbers
+    """work        (n, out) the columns with all earlier updates; columns that are not rounded yet are updated in place
+    errors      (n, out) written: errors divided by pivots
+    codes       (n, out) written: integers
     upper       (n, n) their part of U
     group_of    (n,) int64 the group of each column, an index into scale and zero_point
     scale       (groups, out)
@@ -35,7 +35,7 @@ class Columns:
 
 
 def trial_columns(symmetric: bool, rows: int) -> tuple[Columns, int, int]:
-    """A random part of 20 columns for a self-test, on the CPU, and which of them to round: 3 to 16."""
+    """A random part of 20 columns on the CPU for a self-test, and the columns to round: 3 to 16."""
     made = torch.Generator().manual_seed(0)
     count, groups = 20, 2
     upper = (torch.randn(count, count, generator=made) * 0.3).triu()
@@ -49,11 +49,12 @@ def trial_columns(symmetric: bool, rows: int) -> tuple[Columns, int, int]:
 
 
 def round_columns(part: Columns, begin: int, stop: int) -> None:
-    """Round columns begin to stop - 1 of the part and update all columns of it that follow, in torch.
+    """Round columns begin to stop - 1 of the part and update all its later columns, in torch.
 
-    Not by addr_: it contracts product and sum in full vectors but not in their tails, so its bits depend on the shape.
+    It does not use addr_, which fuses product and sum in full vectors but not in their tails, so that its bits depend
+    on the shape.
 
-    The part is taken to be as `Columns` says; `compressor.kernels.ops.gptq_solve` checks it.
+    The part is not checked here; `compressor.kernels.ops.gptq_solve` checks it.
     """
     count, groups = len(part.work), part.group_of.tolist()
     pivots = part.upper.diagonal().tolist()

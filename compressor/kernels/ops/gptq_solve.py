@@ -1,9 +1,9 @@
-"""The inner loop of GPTQ by whatever is there for it: compiled code, or torch (`compressor.kernels.ops.gptq_columns`).
+"""Runs the inner loop of GPTQ with compiled code, or with torch (`compressor.kernels.ops.gptq_columns`).
 
-All do the same operations on every element in the same order, each rounded to float32, so their codes are equal bit
-for bit (on a CUDA device: see `compressor.kernels.cuda.gptq_solve`). Importing this module registers
-torch.ops.compressor.gptq_solve_, which needs no compiled library: float64, other devices and installations without the
-library or the CUDA kernels use torch.
+Both do the same operations on every element in the same order, each rounded to float32, so their codes are equal bit
+for bit (for CUDA devices see `compressor.kernels.cuda.gptq_solve`). Importing this module registers
+torch.ops.compressor.gptq_solve_, which works without the compiled library: float64, other devices, and installations
+without the library or the CUDA kernels use torch.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def gptq_solve_(
     low: int,
     high: int,
 ) -> None:
-    """Round columns begin to stop - 1 and give their errors to all columns that follow, in place.
+    """Round columns begin to stop - 1 and spread their errors over all later columns, in place.
 
     Column j: code = clamp(round(work[j] / scale) + zero_point), half to even; error = (work[j] - (code - zero_point) ·
-    scale) / upper[j, j]; work[i] -= upper[j, i] · error for i > j. What `work` then holds of rounded columns is
+    scale) / upper[j, j]; work[i] -= upper[j, i] · error for i > j. Rounded columns of `work` are then
     undefined. Frantar et al. 2022, arXiv 2210.17323, algorithm 1. Arguments: as in `Columns`, float32 or float64.
 
-    raises ShapeError for other shapes or dtypes, KernelError if a CUDA device reports one
+    raises  ShapeError for other shapes or dtypes, KernelError for an error of a CUDA device
     """
     part = Columns(work, errors, codes, upper, group_of, scale, zero_point, low, high)
     if solves(work):
@@ -51,9 +51,9 @@ def gptq_solve_(
 
 
 def solves(work: Tensor) -> bool:
-    """Whether the compiled library, or a CUDA kernel on its device, can take this matrix.
+    """Whether the compiled library, or a CUDA kernel on its device, can process this matrix.
 
-    raises KernelError if they are there and fail their self-test
+    raises  KernelError if they fail their self-test
     """
     if on_cuda.takes(work):
         return on_cuda.solves(work)
@@ -61,7 +61,7 @@ def solves(work: Tensor) -> bool:
 
 
 def check_columns(part: Columns, begin: int, stop: int) -> None:
-    """raises ShapeError if a part isn't what `Columns` says; what groups a CUDA device holds isn't looked at"""
+    """raises ShapeError if a part doesn't fit `Columns`. Group numbers on a CUDA device are not read."""
     work, tensors = part.work, part.tensors()
     count, out = work.shape if work.dim() == 2 else (-1, -1)
     groups = len(part.scale) if part.scale.dim() == 2 else -1
@@ -87,11 +87,11 @@ def check_columns(part: Columns, begin: int, stop: int) -> None:
 
 
 def round_compiled(part: Columns, begin: int, stop: int, level: int | None = None, threads: int | None = None) -> None:
-    """The same by the library, or by the kernel of a CUDA device.
+    """The same with the library, or with the kernel of a CUDA device.
 
-    level    of instructions; None is the one in use
-    threads  None is torch's number; both of the library alone
-    raises   ShapeError; KernelError if the library is missing or tensors lie elsewhere
+    level    instruction level of the library; None: the one in use
+    threads  of the library; None: torch's number
+    raises   ShapeError; KernelError if the library is missing or a tensor is on another device
     """
     check_columns(part, begin, stop)
     if part.work.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Rows times a Hadamard matrix, by the compiled library, in n log n sums.
+"""Multiplies rows by a Hadamard matrix with the compiled library, in n log n sums.
 
 Importing this module registers torch.ops.compressor.hadamard. The matrices: `compressor.kernels.ops.hadamard_matrix`.
 """
@@ -27,8 +27,8 @@ def _base(m: int) -> Tensor:
 def hadamard(x: Tensor, scale: float) -> Tensor:
     """x (H_{2^p} ⊗ H_m) · scale for each row of x, n = 2^p · m with m of 1, 12, 20, 28 or 36; not padded.
 
-    With m = 1 it is Sylvester's matrix in its natural order, and scale 1 / sqrt(n) undoes itself. With u = 2^-24, to
-    first order and before the rounding to x's dtype: |y - exact| <= (p + m + 1) u · |scale| · sum |x|.
+    With m = 1 it is Sylvester's matrix in its natural order, and with scale 1 / sqrt(n) it is its own inverse. With u =
+    2^-24, to first order and before the rounding to x's dtype: |y - exact| <= (p + m + 1) u · |scale| · sum |x|.
 
     x        (..., n) float32, bfloat16 or float16
     returns  (..., n) in the dtype of x; results don't depend on instructions, threads or the other rows

@@ -1,4 +1,4 @@
-"""Hadamard matrices: n x n of +1 and -1 with H Hᵀ = n I.
+"""Makes Hadamard matrices: n x n of +1 and -1 with H Hᵀ = n I.
 
 Sylvester's (1867) for powers of two, Paley's (1933, "On orthogonal matrices") for the odd factors 3, 5, 7 and 9:
 

@@ -1,8 +1,8 @@
-"""Second moments of inputs, half of them: what lies left of the diagonal's panels mirrors the rest.
+"""Adds second moments of inputs to one triangle of a Hessian; the other triangle mirrors it.
 
-torch has no symmetric product. Columns are halved: each half's own moments, then one product of the two halves, so that
-most of the work lies in large products. Importing this module registers torch.ops.compressor.hessian_add_, which needs
-no compiled library.
+torch has no symmetric product. Columns are divided in halves: the moments of each half, then one product of the two
+halves, so that most of the work is in large products. Importing this module registers
+torch.ops.compressor.hessian_add_, which works without the compiled library.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 from compressor.errors import ShapeError
 from compressor.kernels.ops.registry import register, register_cuda
 
-# Columns that aren't halved any more. Of 64, 128, 192 and 256 best, or within 5 %, at 300 to 11,008 columns (AVX-512).
+# Columns that aren't divided further. The best of 64, 128, 192 and 256, or within 5 %, for 300 to 11,008 columns
+# (AVX-512).
 PANEL = 128
 
 
 def hessian_add_(hessian: Tensor, x: Tensor, keep: float, weight: float) -> None:
     """hessian = keep · hessian + weight · xᵀ x, in place, on and right of the panels on the diagonal.
 
-    What is left of its row's panel is neither read nor written: take the upper triangle (`Gram.hessian` mirrors it).
+    Entries left of their row's panel are neither read nor written: use the upper triangle (`Gram.hessian` mirrors it).
 
     hessian  (in, in) float32 or float64, on any device
     x        (tokens, in), converted to the dtype of hessian: products of 16-bit inputs are exact in float32

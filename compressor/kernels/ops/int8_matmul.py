@@ -1,4 +1,4 @@
-"""Rows rounded to int8, and exact products of int8 matrices, by the compiled library.
+"""Rounds rows to int8, and multiplies int8 matrices exactly, with the compiled library.
 
 Importing this module registers torch.ops.compressor.quantize_rows and torch.ops.compressor.int8_matmul. The arithmetic
 in plain torch is in `compressor.kernels.ops.int8_split`. Results don't depend on instructions or threads.
@@ -18,15 +18,15 @@ MOST_COLUMNS = 65536  # (a + 128) * b <= 255 * 128, and 255 * 128 * 65536 < 2^31
 
 
 def quantize_rows(x: Tensor, threshold: float, exclude_columns: bool) -> tuple[Tensor, Tensor]:
-    """Each row rounded to int8 by its own largest magnitude: codes = round(x · (127 / absmax)), half to even.
+    """Round each row to int8 by its own largest magnitude: codes = round(x · (127 / absmax)), half to even.
 
     x                (..., in) float32, bfloat16 or float16
     threshold        columns in which any |x| >= threshold are outliers, whose codes are 0; 0 or less: there are none
-    exclude_columns  True: absmax leaves out outlier columns. False: it leaves out only what is itself >= threshold, as
-                     bitsandbytes does, so that the rest of an outlier column makes the steps of its row wider
-    returns          codes (..., in) int8 in [-127, 127] and absmax (...) float32, as `int8_split.round_rows` gives
-                     them: absmax below 2^-120 is 0 with codes 0; a row with NaN or Inf, be it an outlier, has codes 0
-                     and absmax NaN
+    exclude_columns  True: absmax leaves out outlier columns. False: it leaves out only values >= threshold, as
+                     bitsandbytes does, so that other values of an outlier column count for their rows
+    returns          codes (..., in) int8 in [-127, 127] and absmax (...) float32, as in `int8_split.round_rows`: absmax
+                     below 2^-120 is 0 with codes 0; a row with NaN or Inf, also in an outlier, has codes 0 and absmax
+                     NaN
     raises           ShapeError for another dtype or no dimension
     """
     check_call("quantize_rows", x=x)

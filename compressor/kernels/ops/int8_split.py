@@ -1,6 +1,6 @@
-"""The arithmetic of LLM.int8(), in plain torch: rows rounded to int8, an exact integer product, columns set apart.
+"""Implements the arithmetic of LLM.int8() in plain torch: int8 rows, an exact integer matmul, separate outlier columns.
 
-These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
+The source of these functions is copied into the modeling file of a custom artifact, so they use only torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-EXACT_INPUTS = 1024  # 127² · 1024 < 2²⁴: float32 adds up so many products of codes exactly, in any order
-MOST_INPUTS = 2**31 // 127**2  # beyond it an int32 sum of products of codes can overflow
-SMALLEST_ABSMAX = 2.0**-120  # 127 / absmax would overflow float32 not far below it
+EXACT_INPUTS = 1024  # 127² · 1024 < 2²⁴: float32 sums this many products of codes exactly, in any order
+MOST_INPUTS = 2**31 // 127**2  # above it, an int32 sum of products of codes can overflow
+SMALLEST_ABSMAX = 2.0**-120  # 127 / absmax would overflow float32 slightly below it
 
 
 def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     matrix   (rows, columns) float32
     returns  codes (rows, columns) int8 in [-127, 127] and absmax (rows,) float32. A row of zeros, or of values below
-             SMALLEST_ABSMAX, has zeros and absmax 0; a row that holds NaN or Inf has zeros and absmax NaN
+             SMALLEST_ABSMAX, has zeros and absmax 0; a row with NaN or Inf has zeros and absmax NaN
     """
     absmax = matrix.abs().amax(1)
     usable = absmax.isfinite() & (absmax >= SMALLEST_ABSMAX)
@@ -35,22 +35,24 @@ def dequantize_rows(codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 def int8_matmul(first: Tensor, second: Tensor) -> Tensor:
-    """first @ second.T, exact. torch's integer product where it is exact, else float32_matmul; both give the same.
+    """first @ second.T, exact: with torch's integer matmul if it is exact, else with float32_matmul.
 
     first    (rows, in) int8 in [-127, 127]
     second   (out, in) int8 in [-127, 127]
-    returns  (rows, out) int32; exact while in <= MOST_INPUTS
+    returns  (rows, out) int32; exact for in <= MOST_INPUTS
     """
-    usable = first.device.type == "cpu" and len(first) and first.shape[1] > 1  # torch 2.13 gives garbage for one column
+    usable = (
+        first.device.type == "cpu" and len(first) and first.shape[1] > 1
+    )  # torch 2.13 gives wrong results for one column
     if usable and int_mm_is_exact():
         return torch._int_mm(first, second.t())
     return float32_matmul(first, second)
 
 
 def float32_matmul(first: Tensor, second: Tensor) -> Tensor:
-    """int8_matmul by float32 products of EXACT_INPUTS columns at a time, added as integers.
+    """int8_matmul with float32 matmuls of EXACT_INPUTS columns at a time, whose results are added as integers.
 
-    Also where float32 products are set to use TF32 or bfloat16: both hold a code exactly, and sums stay in float32.
+    It is also exact if float32 matmuls use TF32 or bfloat16: both represent a code exactly, and sums stay in float32.
     """
     total = torch.zeros(first.shape[0], second.shape[0], dtype=torch.int32, device=first.device)
     for a, b in zip(first.split(EXACT_INPUTS, 1), second.split(EXACT_INPUTS, 1), strict=True):
@@ -60,7 +62,7 @@ def float32_matmul(first: Tensor, second: Tensor) -> Tensor:
 
 @cache
 def int_mm_is_exact() -> bool:
-    """Whether pairs of the largest products survive: some processors add them up in 16 bits, and saturate."""
+    """Whether torch's integer matmul is exact: some processors add pairs of products in 16 bits, and saturate."""
     if not hasattr(torch, "_int_mm"):
         return False
     largest = torch.full((32, 256), 127, dtype=torch.int8)
@@ -74,12 +76,12 @@ def find_outliers(x: Tensor, threshold: float) -> Tensor:
 
 
 def rounded_product(x: Tensor, codes: Tensor, absmax: Tensor, without: Tensor | None) -> Tensor:
-    """What the int8 part adds to x @ W.T: rows of x rounded, an integer product, scaled by both scales over 127².
+    """The int8 part of x @ W.T: rounded rows of x, an integer matmul, scaled by both scales divided by 127².
 
-    x        (tokens, in), any floating type
+    x        (tokens, in), any floating dtype
     codes    (out, in) int8 of W, and its absmax (out,) float32
-    without  (k,) columns that the int8 part leaves out, also when it finds the largest magnitude of a row
-    returns  (tokens, out) float32; NaN in the row of a token that holds NaN or Inf
+    without  (k,) columns that the int8 part leaves out, also from the largest magnitude of a row
+    returns  (tokens, out) float32; NaN in the row of a token with NaN or Inf
     """
     rows = x.float()
     broken = ~rows.isfinite().all(1)
@@ -91,10 +93,10 @@ def rounded_product(x: Tensor, codes: Tensor, absmax: Tensor, without: Tensor | 
 
 
 def columns_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T with the columns added one after the other, so that a token's sum doesn't depend on its neighbours.
+    """x @ weight.T with the columns added one after the other, so that a token's sum doesn't depend on other tokens.
 
-    A matrix product adds up in an order that depends on the number of tokens. Products and sums are separate operations
-    here, each rounded as IEEE 754 says, however it is vectorized.
+    A matmul sums in an order that depends on the number of tokens. Here products and sums are separate operations,
+    each rounded by IEEE 754, for any vectorization.
 
     x        (tokens, k)
     weight   (out, k)
@@ -102,7 +104,7 @@ def columns_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     by_column, weights = x.float().t().contiguous(), weight.float().t().contiguous()
     total = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
-    product = torch.empty_like(total)  # one buffer: fresh memory for each column would cost ten times the arithmetic
+    product = torch.empty_like(total)  # one buffer: new memory for each column would cost ten times the arithmetic
     for column, row in zip(by_column, weights, strict=True):
         torch.mul(column.unsqueeze(1), row, out=product)
         total += product

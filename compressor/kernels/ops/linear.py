@@ -1,17 +1,18 @@
-"""The operations of this package in torch's registry, under `torch.ops.compressor`, with shapes for tracing.
+"""Registers the linear operations of this package under `torch.ops.compressor`, with shapes for tracing.
 
-    pack_weight           codes, scales and zero points -> one packed tensor, which a kernel reads in one stream
+    pack_weight           codes, scales and zero points -> one packed tensor, which a kernel reads sequentially
     unpack_weight         the inverse
-    linear_weight_only    x @ W.T with x as it is (W2A16, W3A16, W4A16, W8A16)
-    linear_int8_outlier   LLM.int8(): the same with columns of large magnitude kept in floating point, in one call
-    linear_dynamic_int8   x @ W.T with the rows of x rounded to int8 by their own largest magnitude (W2A8 to W8A8)
+    linear_weight_only    x @ W.T, weight-only (W2A16, W3A16, W4A16, W8A16)
+    linear_int8_outlier   LLM.int8(): int8 matmul with columns of large magnitude in floating point, in one call
+    linear_dynamic_int8   x @ W.T with dynamic activation quantization: rows of x are rounded to int8 by their own
+                          largest magnitude (W2A8 to W8A8)
 
 x (..., in) is float32, bfloat16 or float16 and may be strided; y (..., out) has its dtype. Sums and scales are float32,
-the bias (out,) is added in float32, and y is rounded once. Results don't depend on the level of instructions, the
-number of threads or the other rows of x. Layout "cpu2" is drawn in docs/kernels.md. None of them has a gradient.
+the bias (out,) is added in float32, and y is rounded once. Results don't depend on the instruction level, the number
+of threads or the other rows of x. docs/kernels.md shows layout "cpu2". None of them has a gradient.
 
-They run on the CPU by the compiled library; without it they raise KernelError with the reason. On CUDA devices
-`compressor.kernels.cuda.ops` runs them, in the layouts of CUDA_LAYOUTS.
+On the CPU they use the compiled library; without it they raise KernelError with the reason. On CUDA devices
+`compressor.kernels.cuda.ops` implements them, in the layouts of CUDA_LAYOUTS.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ LAYOUT = "cpu2"
 CUDA_LAYOUTS = {mma1.LAYOUT: mma1, mma8a1.LAYOUT: mma8a1}  # linear_weight_only, linear_dynamic_int8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {"linear_weight_only": (2, 3, 4, 8), "linear_dynamic_int8": (2, 3, 4, 8)}
-ON_CPU = "Both have to be on the CPU."
-BYTES_A_THREAD = 256 * 1024  # of packed weight; below it waking another thread costs more than it saves
+ON_CPU = "Move x and the weight to the CPU; call `prepare` again for a model that was moved."
+BYTES_A_THREAD = 256 * 1024  # of packed weight; for less, waking another thread costs more than it saves
 groups_of = mma1.groups_of  # groups of a row; group_size -1 is the whole row
 
 
 def group_columns(in_features: int, group_size: int) -> int:
-    """Columns of a group as the kernels count them: a multiple of 8."""
+    """Columns of a group in the kernels: a multiple of 8."""
     return -(-in_features // 8) * 8 if group_size == -1 else group_size
 
 
@@ -49,7 +50,8 @@ def _check_layout(layout: str, tensor: Tensor) -> None:
         raise ShapeError(f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected")
     if not tensor.is_cpu:
         raise KernelError(
-            f"layout {LAYOUT!r} and a weight on {tensor.device}", hint=f"Use {' or '.join(map(repr, CUDA_LAYOUTS))}."
+            f"layout {LAYOUT!r} and a weight on {tensor.device}",
+            hint=f"Use layout {' or '.join(map(repr, CUDA_LAYOUTS))} for a weight on a GPU.",
         )
 
 
@@ -62,12 +64,12 @@ def pack_weight(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """Codes in the order that the kernels read them.
+    """Pack codes in the order in which the kernels read them.
 
     codes        (out, in) uint8 in [0, 2**bits - 1]
-    scale        (out, groups) float32, bfloat16 or float16, kept as it is
+    scale        (out, groups) float32, bfloat16 or float16, stored unchanged
     zero_point   (out, groups) uint8; None: 2**(bits - 1)
-    permutation  (in,) int64: columns in the order in which they form groups; None: as they are
+    permutation  (in,) int64: columns in the order in which they form groups; None: the original order
     group_size   a multiple of 8, or -1 for whole rows; the last group may be short
     layout       "cpu2" for the CPU library. For CUDA kernels, with group_size a multiple of 64 or -1: "mma1" for
                  linear_weight_only; "mma8a1" for linear_dynamic_int8, 4 or 8 bits
@@ -88,7 +90,7 @@ def pack_weight(
         )
     places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
     if len(places) > 1:
-        hint = "All have to be on one device."
+        hint = "Move all four to the device of the codes."
         told = f"codes, scale, zero point and permutation on {sorted(places)}"
         raise KernelError(told, hint=hint, data={"devices": sorted(places)})
     expected = (out, groups_of(columns, group_size))
@@ -139,7 +141,7 @@ def unpack_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codes (out, in) uint8 in packed order, scale (out, groups) float32, zero_point (out, groups) uint8
 
-    raises ShapeError if the packed tensor is of another shape, type or layout
+    raises  ShapeError if the packed tensor has another shape, dtype or layout
     """
     if packed.dtype != torch.uint8 or (group_size < 1 and group_size != -1) or min(out_features, in_features) < 0:
         raise _unlike(packed, out_features, in_features, bits, group_size, layout)
@@ -193,7 +195,7 @@ def _unlike(
 
 
 def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> None:
-    """raises RuntimeError where a gradient is wanted, KernelError for tensors elsewhere: the library reads addresses"""
+    """raises RuntimeError if a gradient is needed, KernelError for tensors that are not on the CPU"""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
     if not (x.is_cpu and packed.is_cpu):
@@ -204,7 +206,7 @@ def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> N
         elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
         raise KernelError(
             f"{name}: x and weight on the CPU, others on {elsewhere}",
-            hint="All have to be there.",
+            hint="Move the others to the CPU too, with .cpu().",
             data={"op": name, "others": elsewhere},
         )
 
@@ -218,7 +220,7 @@ def check_bias(name: str, bias: Tensor | None, out: int) -> None:
 
 
 def threads_for(size: int) -> int:
-    """How many threads share the work on so many bytes."""
+    """Number of threads for the work on this many bytes."""
     most = size // BYTES_A_THREAD
     return min(torch.get_num_threads(), most) if most > 1 else 1
 
@@ -287,14 +289,14 @@ def linear_int8_outlier(
     bias: Tensor | None,
     threshold: float,
 ) -> Tensor:
-    """What layers of the form int8_split_linear compute (`compressor.layers.int8_split_linear`), in one call.
+    """The forward pass of the format int8_split_linear (`compressor.layers.int8_split_linear`) in one call.
 
     x                (..., in)
     packed           of pack_int8_rows; on CUDA the codes, int8 (out, in)
     weight_absmax    (out,) float32
     outlier_columns  (k,) int64, on CUDA int32, calibrated; None: columns with any |x| >= threshold, none for 0
     outlier_weight   (out, k), those columns of the weight; with outlier_columns
-    returns          (..., out) in the dtype of x; a token's bits don't depend on the others but by what is an outlier
+    returns          (..., out) in the dtype of x; other tokens change a token's bits only through the outlier columns
     """
     _check_call("linear_int8_outlier", x, packed, weight_absmax, outlier_columns, outlier_weight)
     out = weight_absmax.numel()

@@ -1,13 +1,13 @@
-"""Functions read from lookup tables of equally spaced values, and what is made of them, in plain torch.
+"""Reads functions from lookup tables of equally spaced values, and computes activations and norms with them.
 
-A table holds f(low + k * step) for k = 0 .. entries - 1 in float32. `step` has few significant bits and the knots
-low + k * step are exact in float32, so that dividing by it finds a knot's number exactly. Between knots:
+A table has f(low + k * step) for k = 0 .. entries - 1 in float32. `step` has few significant bits and the knots
+low + k * step are exact in float32, so that a division gives a knot's number exactly. Between knots:
 
     linear   |error| <= step**2 / 8 * max |f''|
     nearest  |error| <= step / 2 * max |f'|
 
-These functions are copied by source into the modeling file of a custom artifact, so they use torch alone. A prepared
-model gives them what reads the table in place of `look_up` (`compressor.kernels.prepared.prepared_lookup_table`).
+The source of these functions is copied into the modeling file of a custom artifact, so they use only torch. A prepared
+model passes a faster function in place of `look_up` (`compressor.kernels.prepared.prepared_lookup_table`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def look_up(x: Tensor, table: Tensor, low: float, step: float, linear: bool) -> 
     return torch.lerp(table[left], table[left + 1], place - left)
 
 
-Read = Callable[[Tensor, Tensor, float, float, bool], Tensor]  # look_up, or another that gives the same
+Read = Callable[[Tensor, Tensor, float, float, bool], Tensor]  # look_up, or a function with the same results
 
 
 def activate(x: Tensor, table: Tensor, low: float, step: float, linear: bool, slopes: tuple[float, float]) -> Tensor:
-    """An activation of x (...), in float32; beyond the table it goes on from its ends with these slopes."""
+    """An activation of x (...), in float32. Beyond the table it continues from the ends with these slopes."""
     x = x.to(torch.float32)
     high = low + (len(table) - 1) * step
     inside = look_up(x, table, low, step, linear)
@@ -44,9 +44,9 @@ def activate(x: Tensor, table: Tensor, low: float, step: float, linear: bool, sl
 
 
 def softmax(scores: Tensor, table: Tensor, step: float, linear: bool, read: Read = look_up) -> Tensor:
-    """Softmax over the last dimension of scores (...), float32; the table holds exp up to 0.
+    """Softmax over the last dimension of scores (...), float32. The table has exp up to 0.
 
-    What lies further than the table below its row's largest score, as all that is masked, gets exactly 0.
+    A score that is further below its row's largest one than the table reaches, such as a masked one, gets exactly 0.
     """
     scores = scores.to(torch.float32)
     below = scores - scores.amax(-1, keepdim=True)
@@ -56,7 +56,7 @@ def softmax(scores: Tensor, table: Tensor, step: float, linear: bool, read: Read
 
 
 def inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
-    """1 / sqrt(x) for x (...) float32 > 0, as x = a * 4**s with a in [1, 4): the table holds 1 / sqrt(a) from 1 on."""
+    """1 / sqrt(x) for x (...) float32 > 0, from x = a * 4**s with a in [1, 4): the table has 1 / sqrt(a) from 1 on."""
     mantissa, power = torch.frexp(x)  # mantissa in [1/2, 1)
     half = torch.div(power - 1, 2, rounding_mode="floor")
     a = torch.ldexp(mantissa, power - 2 * half)
@@ -64,7 +64,7 @@ def inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     return torch.where(torch.isfinite(x) & (x > 0), root, torch.rsqrt(x))
 
 
-Root = Callable[[Tensor, Tensor, float, bool], Tensor]  # inverse_root, or another that gives the same
+Root = Callable[[Tensor, Tensor, float, bool], Tensor]  # inverse_root, or a function with the same results
 
 
 def normalize(

@@ -1,6 +1,6 @@
-"""Packing and unpacking of integer codes, in plain torch. Layout: docs/format.md, "Packed codes".
+"""Packs and unpacks integer codes, in plain torch. Layout: docs/format.md, "Packed codes".
 
-These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
+The source of these functions is copied into the modeling file of a custom artifact, so they use only torch.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, index: T
     codes       (out, in) int8
     scale       (out, groups), groups divides in
     zero_point  (out, groups) int8 or None, meaning 0
-    index       (in,) int32 group of each input; None: the groups lie one after the other
+    index       (in,) int32 group of each input; None: the groups are consecutive
     returns     (out, in) in the scale's dtype; the same arithmetic as compressed-tensors, so the same bits
     """
     out, columns = codes.shape
     groups = scale.shape[1]
-    if index is not None:  # one group an input
+    if index is not None:  # one group per input
         scale = scale.index_select(1, index)
         zero_point = zero_point if zero_point is None else zero_point.index_select(1, index)
         groups = columns

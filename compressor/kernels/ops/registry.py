@@ -1,4 +1,4 @@
-"""The namespace `compressor` in torch's registry: an operation's schema, what runs it, and its shapes for tracing."""
+"""Registers operations in the namespace `compressor` of torch: schema, implementation, and shapes for tracing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def register(name: str, schema: str, run: Callable[..., object], fake: Callable[
     """Define torch.ops.compressor.<name>.
 
     schema  arguments and results, "(Tensor x) -> Tensor"
-    run     on the CPU
-    fake    the same on shapes alone: tensors without contents
+    run     the implementation on the CPU
+    fake    the same for shapes only: tensors without contents
     """
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, run, "CPU")
@@ -23,5 +23,5 @@ def register(name: str, schema: str, run: Callable[..., object], fake: Callable[
 
 
 def register_cuda(name: str, run: Callable[..., object]) -> None:
-    """What runs torch.ops.compressor.<name>, which is defined already, on tensors of CUDA devices."""
+    """Set the implementation of the defined torch.ops.compressor.<name> for CUDA devices."""
     _LIBRARY.impl(name, run, "CUDA")

@@ -1,6 +1,6 @@
-"""Which entries of a row are stored, as packed bits, and the product with a matrix of so few entries, in plain torch.
+"""Packs the positions of the stored entries of a sparse matrix, and multiplies by such a matrix, in plain torch.
 
-These functions are copied by source into the modeling file of a custom artifact, so they use torch alone.
+The source of these functions is copied into the modeling file of a custom artifact, so they use only torch.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 256  # what is gathered then stays in the cache: 256 to 1024 are alike, all at once is half as fast
+TOKENS_AT_ONCE = (
+    256  # the gathered values then fit into the cache: 256 to 1024 are equally fast, all at once is half as fast
+)
 
 
 def row_bits(atoms: int, k: int) -> int:
-    """Bits that say which k of a row's atoms are stored: k numbers, or a bit for each atom where that is less."""
+    """Number of bits for the positions of a row's k atoms: k numbers, or one bit per atom if that is less."""
     return min(k * number_bits(atoms), atoms)
 
 
@@ -24,8 +26,8 @@ def number_bits(atoms: int) -> int:
 def pack_index(index: Tensor, atoms: int) -> Tensor:
     """index (rows, k), ascending in each row and < atoms -> uint8 (ceil(rows * row_bits / 8),).
 
-    One stream of bits, row after row, bit i of it in byte i // 8 at i % 8 from the low end. A row is its k numbers of
-    `number_bits` each, low bit first, or where that is not more bits than there are atoms, atom j's bit at j.
+    One stream of bits, row after row; bit i is in byte i // 8 at i % 8 from the low end. A row has k numbers of
+    `number_bits` each, low bit first, or if that takes at least as many bits as there are atoms, atom j's bit at j.
     """
     k, width = index.shape[1], number_bits(atoms)
     if k * width < atoms:
@@ -38,7 +40,7 @@ def pack_index(index: Tensor, atoms: int) -> Tensor:
 
 
 def unpack_index(packed: Tensor, rows: int, atoms: int, k: int) -> Tensor:
-    """The inverse: int64 (rows, k); (n,) of what is named, if bits were changed so that rows don't name k each."""
+    """The inverse: int64 (rows, k). If changed bits don't name k atoms per row: (n,) of all named ones."""
     width = number_bits(atoms)
     count = rows * row_bits(atoms, k)
     bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
@@ -51,12 +53,13 @@ def unpack_index(packed: Tensor, rows: int, atoms: int, k: int) -> Tensor:
 
 
 def sparse_product(tokens: Tensor, atoms: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """tokens W'ᵀ for W' = [S_1 D_1, ..., S_n D_n]: each block's tokens times its atoms once, then k of them a row.
+    """tokens W'ᵀ for W' = [S_1 D_1, ..., S_n D_n]: each block's tokens times its atoms, then k of these products per
+    row.
 
     tokens   (tokens, blocks * width)
     atoms    (blocks, m, width), D
-    values   (out, blocks, k), the stored entries of S; index (out, blocks, k) int64 which they are
-    returns  (tokens, out); all of it in the type of `tokens`
+    values   (out, blocks, k), the stored entries of S; index (out, blocks, k) int64, their positions
+    returns  (tokens, out); everything is in the dtype of `tokens`
     """
     blocks, count, width = atoms.shape
     out = values.shape[0]

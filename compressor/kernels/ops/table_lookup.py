@@ -1,4 +1,4 @@
-"""Functions read from a table, by the compiled library.
+"""Reads functions from lookup tables with the compiled library.
 
 Importing this module registers torch.ops.compressor.table_lookup and table_inverse_root. The same in plain torch:
 `look_up`, `activate` with slopes, and `inverse_root` of `compressor.kernels.ops.lookup_tables`.
@@ -14,7 +14,7 @@ from compressor.kernels.ops.checks import check_call, refuse
 from compressor.kernels.ops.linear import DTYPES, cpu_library, threads_for
 from compressor.kernels.ops.registry import register
 
-MOST_ENTRIES = 2**22  # a place is a float32, and half an entry has to be one
+MOST_ENTRIES = 2**22  # a position is a float32, and half an entry must be exact
 
 
 def table_lookup(
@@ -26,16 +26,16 @@ def table_lookup(
     left_slope: float = 0.0,
     right_slope: float = 0.0,
 ) -> Tensor:
-    """f(x) by the entries table[k] = f(low + k · step), step = (high - low) / (entries - 1).
+    """f(x) from the entries table[k] = f(low + k · step), step = (high - low) / (entries - 1).
 
-    The float32 operations of `look_up`, in its order: place = (x - low) / step, clamped; then the nearest entry (half
-    to even), or between two entries the line of torch.lerp, product and sum in one fma, which is how torch computes it
-    where the processor has AVX2. Rounded once to x's dtype. `high` of a stored table is low + (entries - 1) · step: its
+    It does the float32 operations of `look_up` in the same order: position = (x - low) / step, clamped; then the
+    nearest entry (half to even), or torch.lerp between two entries, with product and sum in one fma, as torch computes
+    it on processors with AVX2. Rounded once to x's dtype. `high` of a stored table is low + (entries - 1) · step: its
     knots are exact, so that the division gives back the stored step.
 
     x        (...) float32, bfloat16 or float16, computed on as float32
     table    (entries,) float32, 2 to 2^22 entries
-    slopes   with which f goes on as a straight line outside [low, high], as in `activate`; 0: the first or last entry
+    slopes   of the straight lines that continue f outside [low, high], as in `activate`; 0: the first or last entry
     returns  (...) in the dtype of x; NaN for NaN
     raises   ShapeError for another dtype or shape, or high <= low
     """
@@ -82,11 +82,11 @@ register(
 
 
 def table_inverse_root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
-    """1 / sqrt(x) as `inverse_root` finds it, with its bits: x = a * 4**s with a in [1, 4), and 1 / sqrt(a) is read.
+    """1 / sqrt(x) with the bits of `inverse_root`: x = a * 4**s with a in [1, 4), and 1 / sqrt(a) is read.
 
-    x        (...) float32: variances, one a row, so there are few
+    x        (...) float32: variances, one per row, so there are few
     table    (entries,) float32, 1 / sqrt(1 + k · step), 2 to 2^22 entries
-    returns  (...) float32; Inf for 0, 0 for Inf, NaN for NaN and what is negative
+    returns  (...) float32; Inf for 0, 0 for Inf, NaN for NaN and negative numbers
     raises   ShapeError for another dtype or shape, or step <= 0
     """
     check_call("table_inverse_root", x=x, table=table)

@@ -1,12 +1,12 @@
-"""torch's own products of the same meaning as ours, for installations without the CPU library.
+"""Multiplies quantized weights with torch's own matmuls, for installations without the CPU library.
 
     layout           op                   weights it takes
     torch_int4       linear_weight_only   4 bits, groups of 32 to 256, float32 inputs   _weight_int4pack_mm_for_cpu
     torch_int8       linear_weight_only   8 bits, rows, symmetric, float32 inputs       _weight_int8pack_mm
     torch_int8_rows  linear_dynamic_int8  8 bits, rows, symmetric                       _int_mm, where it is exact
 
-With 16-bit inputs torch rounds the sum before the bias is added, and scales to 16 bits: another meaning, so those are
-left out. The packed weight is one tensor: the scales, then the codes as torch wants them.
+With 16-bit inputs torch rounds the sum before the bias is added, and rounds scales to 16 bits. The results differ, so
+these are not used. The packed weight is one tensor: the scales, then the codes in torch's layout.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from compressor.errors import KernelError
 from compressor.kernels.ops.int8_split import MOST_INPUTS, int_mm_is_exact, round_rows
 
 INT4, INT8, INT8_ROWS = LAYOUTS = "torch_int4", "torch_int8", "torch_int8_rows"
-GROUPS = (32, 64, 128, 256)  # of torch's int4 product
-OUTPUTS = 16  # it wants a multiple of
+GROUPS = (32, 64, 128, 256)  # of torch's int4 matmul
+OUTPUTS = 16  # the number of outputs must be a multiple of it
 
 
 def layout_for(
     op: str, bits: int, group_size: int, shape: tuple[int, int], centred: bool, inputs: torch.dtype | None
 ) -> tuple[str | None, str]:
-    """The layout that takes a weight, or None; and the reason.
+    """The layout for a weight, or None, and the reason.
 
     shape    (out, in)
     centred  whether all zero points are 2**(bits - 1)
-    inputs   dtype of x; None: not known
+    inputs   dtype of x; None: unknown
     """
     out, columns = shape
     if bits == 8 and group_size == -1 and centred:
         if op == "linear_dynamic_int8":
-            exact = int_mm_is_exact() and 1 < columns <= MOST_INPUTS  # torch 2.13 gives garbage for one column
+            exact = int_mm_is_exact() and 1 < columns <= MOST_INPUTS  # torch 2.13 gives wrong results for one column
             return (INT8_ROWS, "") if exact else (None, f"torch's product isn't exact for {columns} inputs here")
         if inputs == torch.float32:
             return INT8, ""
@@ -74,7 +74,7 @@ def _linear(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """x (..., in) -> (..., out) in the dtype of x; float32 sums and scales, the bias added before y is rounded."""
+    """x (..., in) -> (..., out) in the dtype of x. Sums and scales are float32; the bias is added before rounding."""
     if permutation is not None:
         x = x.index_select(-1, permutation)
     rows = x.reshape(-1, x.shape[-1])
@@ -89,7 +89,10 @@ def _linear(
         sums = torch._int_mm(codes, packed[at:].view(torch.int8).view(out_features, columns).t())
         y = sums.float() * (absmax / 127).unsqueeze(1) * scales
     elif rows.dtype != torch.float32:
-        raise KernelError(f"{layout} takes float32 inputs, these are {rows.dtype}", hint="Prepare the model again.")
+        raise KernelError(
+            f"{layout} takes float32 inputs, these are {rows.dtype}",
+            hint="Call `prepare` again after the model's dtype has changed, or convert the inputs to float32.",
+        )
     elif layout == INT8:
         y = torch._weight_int8pack_mm(rows, packed[at:].view(torch.int8).view(out_features, columns), scales)
     else:

@@ -1,4 +1,4 @@
-"""Whether something follows a call, or wants its gradient: a compiled function reads addresses, and tells nobody."""
+"""Decides whether a call must be visible to torch, because it is traced or needs a gradient."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
-# Looked up once: each name costs as much as the question.
+# Looked up once: each name lookup costs as much as the check.
 _compiling, _modes, _tracing = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_watched(x: Tensor) -> bool:
-    """Whether a call has to go through torch's registry: a compiler or a tracer records it, or x has no memory of its
-    own (fake tensors, those within `torch.vmap`, subclasses)."""
+    """Whether a call must use torch's registry: a compiler or a tracer records it, or x has no memory of its own (fake
+    tensors, tensors inside `torch.vmap`, subclasses)."""
     return _compiling() or type(x) not in _PLAIN or _modes() > 0 or _tracing() or _wrapped(x)
 
 
@@ -33,7 +33,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(x: Tensor, y: Tensor, name: str) -> Tensor:
-    """y, of which a backward pass says that there is no gradient, where x wants one."""
+    """y. If x needs a gradient, a backward pass through y raises an error."""
     if x.requires_grad and torch.is_grad_enabled() and not _compiling():
         return _NoGradient.apply(x, y, name)
     return y

@@ -1,1 +1,1 @@
-"""Kernels in a loaded model: which one each layer gets, and the layers that call it."""
+"""Chooses a kernel for each layer of a loaded model, and implements the layers that call it."""

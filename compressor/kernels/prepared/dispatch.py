@@ -1,7 +1,7 @@
-"""Which kernel multiplies by a weight or reads a table, and why not a better one. Decided once, at preparation.
+"""Chooses the kernel for a weight or a lookup table, with the reasons against better ones. Decided once, in `prepare`.
 
-In order: the CUDA kernels, the CPU library, a torch operation of the same meaning, the reference (dequantize and
-multiply). What comes before the choice was not used for the reason that is kept with it.
+In order: the CUDA kernels, the CPU library, a torch operation with the same results, the reference (dequantize and
+multiply). A choice has the reason for each better one that was not used.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from compressor.kernels.ops.table_lookup import MOST_ENTRIES
 from compressor.kernels.prepared.selftest import tried_library
 
 DYNAMIC_INT8 = "int8"
-TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # what computes where no kernel of ours does
+TORCH_OP, REFERENCE = FALLBACKS = "torch op", "reference"  # the implementations without kernels of this package
 MOST_INT8_INPUTS = 65536  # 255 * 127 * 65536 < 2**31: int32 sums are exact
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight (out, in) as whole numbers: (codes - zero_point) * scale, what every stored integer form comes down to.
+    """A weight (out, in) as integers: (codes - zero_point) * scale, which covers every integer format.
 
     codes        (out, in) uint8 in [0, 2**bits - 1]
     scale        (out, groups) float32, bfloat16 or float16
     zero_point   (out, groups) uint8; None: 2**(bits - 1)
     group_size   columns of a group, -1 for whole rows
-    group_index  (in,) the group of each column; None: the groups lie one after the other
+    group_index  (in,) the group of each column; None: the groups are consecutive
     """
 
     codes: Tensor
@@ -43,17 +43,17 @@ class IntegerWeight:
     group_index: Tensor | None = None
 
     def permutation(self) -> Tensor | None:
-        """(in,) int64: the columns sorted by group, as a kernel wants them; None: they are."""
+        """(in,) int64: the columns sorted by group, as kernels need them; None: they are sorted."""
         return None if self.group_index is None else torch.argsort(self.group_index, stable=True)
 
 
 @dataclass(frozen=True)
 class OutlierWeight:
-    """A weight of LLM.int8(): rows of int8, and which inputs are kept in floating point.
+    """A weight of LLM.int8(): rows of int8, and the inputs that are kept in floating point.
 
     codes      (out, in) int8 in [-127, 127]; absmax (out,) float32: codes * absmax / 127
     threshold  of a call's own outlier columns, 0 for none; without calibrated ones
-    columns    (k,) int64 calibrated, with their weight (out, k); or None
+    columns    (k,) int64 calibrated columns, with their weight (out, k); or None
     """
 
     codes: Tensor
@@ -65,7 +65,7 @@ class OutlierWeight:
 
 @dataclass(frozen=True)
 class FactorWeight:
-    """A weight of few atoms for each block of inputs, of which every output combines k (`layers/sparse_factor_linear`).
+    """A weight of few atoms for each block of inputs; every output combines k of them (`layers/sparse_factor_linear`).
 
     atoms        (blocks, m, width), values (out, blocks, k): float32, bfloat16 or float16; or int8, times their scales
     index        (out, blocks, k) uint16, which atoms
@@ -80,7 +80,7 @@ class FactorWeight:
 
 
 Weight = IntegerWeight | OutlierWeight | FactorWeight
-FACTORS = "factors"  # the layout of a FactorWeight: as it is
+FACTORS = "factors"  # the layout of a FactorWeight, which is not packed
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
@@ -96,9 +96,9 @@ def device_of(weight: Weight) -> torch.device:
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel   what multiplies or looks up, such as "cpu library, avx512vnni"
+    """kernel   the kernel, such as "cpu library, avx512vnni"
     op       its name in torch.ops.compressor; None: the layer's own forward
-    skipped  what was not used, each with the reason
+    skipped  kernels that were not used, each with the reason
     layout   of the packed weight; None with op None, and of tables
     """
 
@@ -109,17 +109,17 @@ class Choice:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether no kernel of ours computes: torch does, or the reference."""
+        """Whether no kernel of this package is used, but torch or the reference."""
         return self.kernel in FALLBACKS
 
 
 def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | None = None) -> Choice:
-    """The best kernel here.
+    """The best kernel on this machine.
 
-    weight       a str says why the stored form has no such numbers
-    activations  "int8": inputs are rounded to int8, row by row, which changes results; None: inputs as they are
-    inputs       dtype of x, None if it isn't known: not every CUDA kernel takes float32
-    raises       KernelError if the CPU library or CUDA kernels are there and fail their self-test
+    weight       a str is the reason why the format has no such numbers
+    activations  "int8": dynamic activation quantization, row by row, which changes results; None: weight-only
+    inputs       dtype of x, None if it is unknown: not every CUDA kernel accepts float32
+    raises       KernelError if the CPU library or CUDA kernels fail their self-test
     """
     skipped: list[str] = []
     refused = _refusal_on_cuda(weight, activations, inputs)
@@ -131,7 +131,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
             return Choice(kernels.name, op, (), cuda_ops.LAYOUTS[op])
         skipped.append(f"{devices.NAME} ({kernels})")
     else:
-        skipped.append(f"{devices.NAME} ({refused})")  # and nothing is compiled for a weight that isn't taken
+        skipped.append(f"{devices.NAME} ({refused})")  # nothing is compiled for a refused weight
     found = tried_library()
     reason = weight if isinstance(weight, str) else _refusal(weight, activations)
     if isinstance(found, str):
@@ -139,7 +139,7 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
     elif reason is not None:
         skipped.append(f"cpu library ({reason})")
     else:
-        assert not isinstance(weight, str)  # it would be the reason
+        assert not isinstance(weight, str)  # else it is the reason
         layout = FACTORS if isinstance(weight, FactorWeight) else LAYOUT
         return Choice(found.kernel, _op(weight, activations), tuple(skipped), layout)
     of_torch, why = _torch_layout(weight, activations, inputs)
@@ -151,12 +151,12 @@ def choose(weight: Weight | str, activations: str | None, inputs: torch.dtype | 
 
 
 def _on_the_cpu(what: str) -> str:
-    """Why no CUDA kernel is used there."""
+    """The reason why no CUDA kernel is used on the CPU."""
     return f"{what} are on the CPU" if torch.cuda.is_available() else "no CUDA device"
 
 
 def choose_lookup_table(table: Tensor, op: str) -> Choice:
-    """The best way to read a function from a table (entries,) here; op: the operation that does it."""
+    """The best kernel on this machine for a lookup table (entries,). op: its operation."""
     refused = f"{op} has no CUDA kernel in torch yet" if devices.is_cuda(table.device) else _on_the_cpu("tables")
     skipped = [f"{devices.NAME} ({refused})"]
     found = tried_library()
@@ -172,7 +172,7 @@ def choose_lookup_table(table: Tensor, op: str) -> Choice:
 
 
 def choose_dense(weight: Tensor) -> Choice | None:
-    """The library's product with a weight (out, in) that stays dense; None where torch's is used."""
+    """The library's matmul with a dense weight (out, in); None if torch's is used."""
     found = tried_library()
     if isinstance(found, str) or LEVELS[found.level] == "scalar" or weight.device.type != "cpu":
         return None
@@ -182,7 +182,7 @@ def choose_dense(weight: Tensor) -> Choice | None:
 
 
 def _torch_layout(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> tuple[str | None, str]:
-    """The layout of a torch product of the same meaning, or None; and the reason."""
+    """The layout of a torch matmul with the same results, or None, and the reason."""
     if isinstance(weight, str):
         return None, weight
     if device_of(weight).type != "cpu":
@@ -205,7 +205,7 @@ def _op(weight: Weight, activations: str | None) -> str:
 
 
 def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torch.dtype | None) -> str | None:
-    """Why no CUDA kernel takes this weight."""
+    """The reason why no CUDA kernel can be used for this weight; None if one can."""
     if not isinstance(weight, str) and devices.is_cuda(device_of(weight)):
         if isinstance(weight, FactorWeight):
             if weight.atom_scale is not None or weight.value_scale is not None:
@@ -221,7 +221,7 @@ def _refusal_on_cuda(weight: Weight | str, activations: str | None, inputs: torc
 
 
 def _refusal(weight: Weight, activations: str | None) -> str | None:
-    """Why no kernel takes this weight."""
+    """The reason why no CPU kernel can be used for this weight; None if one can."""
     if device_of(weight).type != "cpu":
         return f"weights are on {device_of(weight).type}"
     if isinstance(weight, FactorWeight):

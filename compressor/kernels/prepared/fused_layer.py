@@ -1,4 +1,4 @@
-"""What the fused call of the CPU library reads of a layer."""
+"""Defines the attributes of a layer that the fused call of the CPU library reads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Layers of one format that multiply one input in one call of the CPU library.
+"""Multiplies one input by several layers of the same format in one call of the CPU library.
 
-What is known before the input comes is looked up once. Between two layers a model reads more than the caches hold, and
-then each name and each attribute of a tensor costs microseconds, where a small product takes some tens of them.
+Everything that does not depend on the input is looked up once. Between two layers a model reads more data than the
+caches can keep. Then each lookup of a name or attribute costs microseconds, while a small matmul takes some tens of
+them.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from compressor.errors import KernelError, ShapeError
 from compressor.kernels.ops import linear as ops
 from compressor.kernels.prepared.fused_layer import FusedLayer
 
-FIELDS = 6  # of a weight in ops.h: packed, its bytes, bias, its type, outputs, y
+FIELDS = 6  # of a weight in ops.h: packed, its bytes, bias, its dtype, outputs, y
 BIAS, BIAS_DTYPE, Y = 2, 3, 5
 
 
 class Bound(NamedTuple):
-    """What doesn't depend on the input.
+    """The values that don't depend on the input.
 
-    size     bytes of the packed weights together
-    given    (weights, FIELDS) as ops.h has it; a call fills in biases and outputs
-    parts    of each weight its layer, its outputs and where its row of `given` begins
+    size     bytes of all packed weights
+    given    (weights, FIELDS) as in ops.h; a call sets biases and outputs
+    parts    for each weight its layer, its number of outputs and the beginning of its row in `given`
     weights  the packed weights, whose addresses are in `given`
     """
 
@@ -50,10 +51,10 @@ class LinearCall:
         self.bound: Bound | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"bound": None}  # a copy's weights lie elsewhere
+        return self.__dict__ | {"bound": None}  # a copy has its weights at other addresses
 
     def forget(self) -> None:
-        """The layers have other packed weights now."""
+        """Look everything up again, since the layers have other packed weights."""
         self.bound = None
 
     def _bind(self) -> Bound:
@@ -79,7 +80,7 @@ class LinearCall:
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (..., in) -> (..., out) for each layer, in the dtype of x, without gradients
 
-        raises ShapeError; KernelError if x isn't on the CPU
+        raises  ShapeError; KernelError if x is not on the CPU
         """
         run, level, size, columns, bits, group, given, parts, _ = self.bound or self._bind()
         kind, (*lead, width) = ops.DTYPES.get(x.dtype), x.shape or (0,)
@@ -97,7 +98,7 @@ class LinearCall:
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
         for layer, out, at in parts:
-            y = x.new_empty(*lead, out)  # sizes one by one are parsed in two thirds of the time of a tuple
+            y = x.new_empty(*lead, out)  # single sizes are parsed in two thirds of the time of a tuple
             given[at + Y] = y.data_ptr()
             outputs.append(y)
             if (bias := layer.bias) is not None:

@@ -1,7 +1,7 @@
-"""The walk over a model that puts prepared layers in.
+"""Replaces the layers of a model by prepared ones, which call kernels.
 
-prepare(model)         the linear layers of stored forms multiply by the best kernel there is, tables are read by it
-explain(model)         which kernel each layer got, and why not a better one
+prepare(model)         let quantized linear layers and lookup tables use the best kernels of this machine
+explain(model)         the kernel of each layer, with the reasons against better ones
 chosen_kernels(model)  the same as rows of a report
 """
 
@@ -22,26 +22,26 @@ from compressor.kernels.prepared.prepared_lookup_table import OPS, PreparedLooku
 from compressor.kernels.prepared.shared_input import SharedInput
 from compressor.kernels.prepared.stock import adopt
 
-# names that a module's children have in transformers where all of them are given the same tensor
+# names of a module's children in transformers that all read the same tensor
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
 def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = False) -> dict[str, Choice]:
-    """Put kernels into a model, in place: its class, its other modules and its state_dict stay as they are.
+    """Put kernels into a model, in place. Its class, its other modules and its state_dict don't change.
 
     model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them;
-                 where there are some, linear layers that stay dense multiply few rows by the CPU library too
-    activations  None: inputs are taken as they are, results differ from the reference as float32 sums do.
-                 "int8": inputs are rounded to int8, row by row: faster, and less exact. A model that was prepared
-                 before is prepared anew where this or the machine asks for other kernels
+                 if it has any, its dense linear layers multiply few rows with the CPU library too
+    activations  None: weight-only; results differ from the reference by float32 rounding. "int8": dynamic activation
+                 quantization, row by row: faster and less exact. A prepared model can be prepared again with other
+                 activations, or after it was moved
     strict       a layer that falls back to a torch op or the reference is an error
-    returns      what was chosen for each layer of a stored form, by name
+    returns      the choice for each quantized layer, by name
     raises       KernelError with strict, or for other activations
     """
     if activations not in (None, DYNAMIC_INT8):
         raise KernelError(
-            f"activations {activations!r}",
-            hint=f"Use None or {DYNAMIC_INT8!r}.",
+            f"activations={activations!r} is unknown",
+            hint=f"Pass activations=None (weight-only) or {DYNAMIC_INT8!r} (dynamic activation quantization).",
             data={"reason": "activations", "activations": activations},
         )
     choices: dict[str, Choice] = {}
@@ -62,7 +62,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
             continue
         choices[name] = choice
         if choice.is_fallback and strict:
-            hint = f"Leave strict out to use the {choice.kernel}."
+            hint = f"Pass strict=False to use the {choice.kernel} for this layer."
             raise KernelError(
                 "; ".join(choice.skipped),
                 where=name,
@@ -92,7 +92,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
 
 
 def _share_inputs(model: nn.Module) -> None:
-    """Let prepared layers side by side under the names of TOGETHER share calls, where their formats agree."""
+    """Let neighbouring prepared layers with the names in TOGETHER share calls, if their formats are equal."""
     for module in model.modules():
         children = dict(module.named_children())
         for names in TOGETHER:
@@ -108,7 +108,7 @@ def _put(model: nn.Module, name: str, made: nn.Module) -> None:
     setattr(model.get_submodule(owner), leaf, made)
 
 
-UNPACKING = "compressed-tensors"  # the form whose layers have a forward and hooks of their own, which unpack weights
+UNPACKING = "compressed-tensors"  # the format whose layers have their own forward and hooks, which unpack weights
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
@@ -116,13 +116,13 @@ HOOKS = (
 
 
 def _keep_hooks(module: nn.Module, made: nn.Module) -> None:
-    """A hook's handle holds the very dictionary, so that it can still be removed."""
+    """Move hooks to another module with their dictionaries, so that their handles can still remove them."""
     for name in HOOKS:
         setattr(made, name, getattr(module, name))
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """A linear layer of torch without hooks and without another forward, which might be about what it multiplies by."""
+    """Whether a module is torch's linear layer without hooks or another forward, which could change its weight."""
     return type(module) is nn.Linear and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
 
 
@@ -133,7 +133,7 @@ def _prepare_dense(model: nn.Module) -> None:
 
 
 def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
-    """Name, form, choice and module of each layer that `prepare` has chosen for."""
+    """Name, format, choice and module of each layer with a choice of `prepare`."""
     for name, module in model.named_modules():
         if isinstance(module, (PreparedLinear, PreparedDense, PreparedLookupTable)):
             yield name, module.form, module.choice, module
@@ -142,7 +142,7 @@ def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
 
 
 def explain(model: nn.Module) -> str:
-    """One line for each prepared layer: what computes, and beneath it what was not used and why."""
+    """One line for each prepared layer with its kernel, and below it the unused kernels with the reasons."""
     lines = []
     for name, form, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
@@ -163,8 +163,8 @@ def explain(model: nn.Module) -> str:
 
 
 def chosen_kernels(model: nn.Module) -> list[dict[str, str]]:
-    """The rows of a report: for each stored form, or "dense" (`op`), and kernel `chosen`: how many layers and calls,
-    and `why`.
+    """The rows of a report: for each format, or "dense" (`op`), and kernel `chosen`: numbers of layers and calls, and
+    `why`.
     """
     layers: dict[tuple[str, Choice], list[nn.Module]] = {}
     for _, form, choice, module in _chosen(model):

@@ -1,4 +1,4 @@
-"""Linear layers that stay dense, and multiply few rows by the CPU library."""
+"""Implements dense linear layers that multiply few rows with the CPU library."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from compressor.kernels.prepared.dispatch import Choice
 
 
 class PreparedDense(nn.Linear):
-    """A linear layer that stays dense, of a model whose others are prepared: it multiplies few rows by `linear_dense`.
+    """A dense linear layer of a model with prepared layers. It multiplies few rows with `linear_dense`.
 
-    Its parameters are those of the layer that was there, so a weight that is tied stays tied. Many rows, a product that
-    wants a gradient, autocast and compiled graphs are torch's.
+    Its parameters are those of the replaced layer, so a tied weight stays tied. It uses torch for many rows, for
+    gradients, autocast and compiled graphs.
     """
 
     def __init__(self, layer: nn.Linear, choice: Choice) -> None:

@@ -1,11 +1,11 @@
-"""Linear layers of stored forms that multiply by a kernel, one class for each kind of weight.
+"""Implements quantized linear layers that call a kernel, with one class for each kind of weight.
 
-    PreparedInteger   IntegerWeight: by the CPU library in one fused call with the layers of the same input
+    PreparedInteger   IntegerWeight: in the CPU library one fused call with the layers of the same input
     PreparedOutlier   OutlierWeight, LLM.int8()
     PreparedFactors   FactorWeight, a dense times a sparse factor
 
-A prepared layer keeps the stored tensors under their names, so that a state_dict is what it was, and beside them one
-packed copy for the kernel, which no state_dict holds.
+A prepared layer keeps the stored tensors under their names, so that the state_dict doesn't change, and one packed copy
+for the kernel, which is not in the state_dict.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from compressor.kernels.prepared.linear_call import LinearCall
 from compressor.kernels.prepared.shared_input import SharedInput
 from compressor.kernels.prepared.stock import StoredWeight
 
-# by layout, which says where it runs, and by name
+# by layout (which decides the device) and by name
 RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
     ops.LAYOUT: {"linear_int8_outlier": ops.linear_int8_outlier},  # the others have a LinearCall
     FACTORS: {"linear_dense_sparse": linear_dense_sparse},
@@ -45,11 +45,11 @@ RUN: dict[str | None, dict[str, Callable[..., Tensor]]] = {
 
 
 class PreparedLinear(nn.Module):
-    """What the three classes have in common. Not for training: a backward pass through a layer is an error.
+    """The base class of the three. Not for training: a backward pass through a layer is an error.
 
-    packed  what the kernel reads of the weight: codes in its layout, or the index of factors (on CUDA with the values)
-    words   the format, for people
-    scales  names of the tensors that kernels read as float32, whatever the model is cast to
+    packed  the packed weight for the kernel: codes in its layout, or the index of factors (on CUDA with the values)
+    words   the format as text
+    scales  names of the tensors that kernels read as float32, for any dtype of the model
     """
 
     scales: ClassVar[tuple[str, ...]] = ()
@@ -57,7 +57,7 @@ class PreparedLinear(nn.Module):
     words: str
 
     def __init__(self, stored: StoredWeight, weight: Weight, choice: Choice) -> None:
-        """weight: what `stored` stands for"""
+        """weight: the numbers of `stored`"""
         super().__init__()
         assert choice.op is not None
         self.choice, self.read, self.names = choice, stored.read, tuple(stored.tensors)
@@ -69,30 +69,30 @@ class PreparedLinear(nn.Module):
         self.register_load_state_dict_post_hook(_take_again)
 
     def _take(self, weight: Weight) -> None:
-        """What the kernel reads, and its other arguments, from the stored tensors."""
+        """Make the kernel's tensors and other arguments from the stored tensors."""
         self.out_features, self.in_features = shape_of(weight)
         for name, tensor in self._packed(weight).items():
             self.register_buffer(name, tensor, persistent=False)
 
     def _packed(self, weight: Any) -> dict[str, Tensor | None]:
-        """`packed` and the other tensors that the kernel reads; sets `words` and the numbers that it is given."""
+        """`packed` and the other tensors of the kernel. Sets `words` and the kernel's numbers."""
         raise NotImplementedError
 
     def arguments(self) -> tuple[Any, ...]:
-        """Of the operation, after x."""
+        """The arguments of the operation after x."""
         raise NotImplementedError
 
     def read_tensors(self) -> list[Tensor | None]:
-        """What a product reads of the weight."""
+        """The tensors of the weight that a matmul reads."""
         return [self.packed]
 
     def stored(self) -> StoredWeight:
-        """What it was made from."""
+        """The stored weight from which it was made."""
         tensors = {name: getattr(self, name) for name in self.names}
         return StoredWeight(self.form, tensors, self.bias, self.read)
 
     def _apply(self, *arguments: Any, **named: Any) -> Self:
-        """`to` and its like: the packed weight may move."""
+        """Handle `to` and similar calls, which may move the packed weight."""
         kept = {name: getattr(self, name) for name in self.scales}
         super()._apply(*arguments, **named)
         for name, scale in kept.items():
@@ -105,7 +105,7 @@ class PreparedLinear(nn.Module):
         name, layout = self.name, self.choice.layout
         if is_watched(x) and layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *self.arguments())
-        with torch.no_grad():  # the registry costs as much as a small product, so it is for those who watch
+        with torch.no_grad():  # the registry costs as much as a small matmul, so only watched calls use it
             y = RUN[layout][name](x.detach(), *self.arguments())
         return without_gradient(x, y, name)
 
@@ -114,10 +114,10 @@ class PreparedLinear(nn.Module):
 
 
 class PreparedInteger(PreparedLinear):
-    """Codes, scales and zero points.
+    """A weight of codes, scales and zero points.
 
-    call    of this layer alone, with what is known of it looked up; None where the CPU library isn't what multiplies
-    shared  the layers that it is multiplied with, and its number among them
+    call    of this layer only, with its values looked up; None if it doesn't use the CPU library
+    shared  the layers with which it shares a call, and its number among them
     """
 
     permutation: Tensor
@@ -173,14 +173,14 @@ class PreparedInteger(PreparedLinear):
         return without_gradient(x, y, self.name)
 
     def fused_format(self) -> tuple[Any, ...]:
-        """Layers of one format can be multiplied in one call."""
+        """The format; layers of the same format can share a call."""
         if self.call is None or self.ordered:
             return (id(self),)
         return self.choice, self.in_features, self.bits, self.group_size
 
 
 class PreparedOutlier(PreparedLinear):
-    """Rows of int8, and columns of large magnitude in floating point."""
+    """A weight of int8 rows, with columns of large magnitude in floating point."""
 
     scales = ("absmax",)
     absmax: Tensor
@@ -201,7 +201,7 @@ class PreparedOutlier(PreparedLinear):
 
 
 class PreparedFactors(PreparedLinear):
-    """Few atoms for each block of inputs, and which of them every output combines."""
+    """A weight of few atoms for each block of inputs, and the atoms of every output."""
 
     scales = ("atom_scale", "value_scale")
     atoms: Tensor
@@ -232,7 +232,7 @@ class PreparedFactors(PreparedLinear):
 
 
 def prepared_linear(stored: StoredWeight, weight: Weight, choice: Choice) -> PreparedLinear:
-    """A layer that multiplies by `weight`, which is what `stored` stands for."""
+    """A layer that multiplies by `weight`, the numbers of `stored`."""
     if isinstance(weight, IntegerWeight):
         return PreparedInteger(stored, weight, choice)
     if isinstance(weight, OutlierWeight):
@@ -241,8 +241,8 @@ def prepared_linear(stored: StoredWeight, weight: Weight, choice: Choice) -> Pre
 
 
 def _take_again(layer: PreparedLinear, keys: Any) -> None:
-    """After load_state_dict the kernel's copy is made again from what was loaded."""
+    """Make the kernel's copy again from the loaded tensors after load_state_dict."""
     stored = layer.stored()
     weight = stored.read(stored.tensors)
-    assert not isinstance(weight, str)  # the same form as before
+    assert not isinstance(weight, str)  # the same format as before
     layer._take(weight)

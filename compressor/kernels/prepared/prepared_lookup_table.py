@@ -1,7 +1,7 @@
-"""Layers that read a function from a lookup table by the CPU library: what `prepare` puts in their place.
+"""Implements layers that read a function from a lookup table with the CPU library.
 
-The arithmetic is that of `lookup_tables`, the entries are read by `table_lookup` or `table_inverse_root`, and the
-outputs have the bits of the layer that was there.
+The arithmetic is that of `lookup_tables`, `table_lookup` or `table_inverse_root` read the entries, and the outputs have
+the bits of the replaced layer.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
 from compressor.kernels.ops.watched import is_watched, without_gradient
 from compressor.kernels.prepared.dispatch import Choice
 
-STANDS_FOR = ("activation", "norm", "attention")  # what such layers are drop-ins for
+STANDS_FOR = ("activation", "norm", "attention")  # the kinds of modules that such layers replace
 
 
 def reads_lookup_table(module: nn.Module) -> bool:
-    """Whether it is a layer of this package, or of its modeling file, that reads a table and isn't prepared."""
+    """Whether a module is a layer of this package, or of its modeling file, that reads a table and is not prepared."""
     return getattr(module, "form", None) in FUNCTIONS and getattr(module, "stands_for", None) in STANDS_FOR
 
 
 class PreparedLookupTable(nn.Module):
-    """An activation, a norm or the softmax of attention, from the table of a stored form.
+    """An activation, a norm or the softmax of attention from a stored lookup table.
 
-    It holds the tensors of that form under their names. Not for training: a backward pass through it is an error.
+    It has the tensors of the format under their names. Not for training: a backward pass through it is an error.
     """
 
     table: Tensor
@@ -50,7 +50,7 @@ class PreparedLookupTable(nn.Module):
         return without_gradient(x, y, self.form)
 
     def round(self, x: Tensor) -> Tensor:
-        """Of attention: what is multiplied there, in blocks of 8 bits where its layer is stored so."""
+        """For attention: quantize an intermediate result to 8 bits in blocks, if the layer is stored so."""
         block = self.spec["block"]
         return x if block is None else round_to_shift(x, block)
 
@@ -63,7 +63,7 @@ def _read(
 ) -> Tensor:
     """`look_up`, or with slopes `activate`"""
     high = low + (len(table) - 1) * step
-    # the registry costs as much as a short look-up, so it is for those who watch
+    # the registry costs as much as a short look-up, so only watched calls use it
     run = torch.ops.compressor.table_lookup if is_watched(x) else table_lookup
     return run(x, table, low, high, linear, *slopes)
 

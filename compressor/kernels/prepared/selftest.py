@@ -1,4 +1,4 @@
-"""Small problems for each compiled operation at each level of instructions, held to torch: is the library sound?"""
+"""Tests each compiled operation at each instruction level with small problems, compared with torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from compressor.kernels.ops.int8_split import columns_product, round_rows, round
 from compressor.kernels.ops.lookup_tables import activate, inverse_root
 
 ROWS, OUT, COLUMNS, GROUP = 14, 70, 96, 32
-FEW = 2  # without VNNI few and many rows are multiplied in different ways
+FEW = 2  # without VNNI, few and many rows use different code
 UNIT = 2.0**-24  # half a unit in the last place of float32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """call      functions, level -> what the operation said, 0 if it did its work, and its result
-    expected  the result, in float64 or whole numbers
-    allowed   how far off it may be, wider than the operation's bound (docs/kernels.md); 0: not at all
+    """call      functions, level -> the operation's error code (0: none) and its result
+    expected  the result, in float64 or integers
+    allowed   largest error, larger than the operation's bound (docs/kernels.md); 0: exact
     """
 
     name: str
@@ -37,31 +37,31 @@ class Problem:
     allowed: Tensor | float = 0.0
 
     def outcome(self, functions: ModuleType, level: int) -> str:
-        """ "ok", or what was wrong"""
+        """ "ok", or the error"""
         error, result = self.call(functions, level)
         distance = (result.double() - self.expected.double()).abs()
-        if not error and bool((distance <= self.allowed).all()):  # NaN is not
+        if not error and bool((distance <= self.allowed).all()):  # False for NaN
             return "ok"
         return f"error {error}, off by {float(distance.max()):.3g}"
 
 
 def self_test(levels: Iterable[int] | None = None) -> dict[str, str]:
-    """ "op, level" -> "ok", or what was wrong
+    """ "op, level" -> "ok", or the error
 
-    levels  indices into LEVELS; None: all that this processor has
-    raises  KernelError if the library isn't there
+    levels  indices into LEVELS; None: all levels of this processor
+    raises  KernelError if there is no library
     """
     functions = ops.cpu_library().functions
     here = levels_here(functions) if levels is None else list(levels)
-    with _disable_current_modes():  # a model of fake tensors may be what asks first
+    with _disable_current_modes():  # the first caller may be a model of fake tensors
         return {f"{p.name}, {LEVELS[level]}": p.outcome(functions, level) for p in problems() for level in here}
 
 
 @cache
 def tried_library() -> Library | str:
-    """The compiled library, tried at the level in use, or why it can't be used.
+    """The compiled library, tested at the level in use, or why it can't be used.
 
-    raises KernelError if it computes something wrong, or as `library` does
+    raises  KernelError if it fails its self-test, or as `library` does
     """
     found = library()
     if isinstance(found, str):
@@ -79,7 +79,7 @@ def tried_library() -> Library | str:
 
 
 def problems() -> list[Problem]:
-    """Whatever the default device and dtype are."""
+    """The problems, for any default device and dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -109,7 +109,7 @@ def _at(tensor: Tensor | None) -> int:
 
 
 def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """For a result: what no result is."""
+    """A tensor for a result, filled with a value that no result has."""
     return torch.full(shape, torch.nan if dtype.is_floating_point else 0x55, dtype=dtype, device="cpu")
 
 
@@ -238,7 +238,7 @@ def _hadamard(x: Tensor) -> Problem:
 
 
 def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
-    """Results are those of `lookup_tables`, but for a last place."""
+    """Results are those of `lookup_tables`, except for the last place."""
     table, low, step, slopes = torch.rand(33, generator=made) + 1, -2.0, 0.125, (0.0, 1.0)
     positive = x.abs() + 2.0**-20
     for linear in (True, False):
@@ -265,7 +265,7 @@ def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
 
 
 def _columns() -> Problem:
-    """Codes, errors and updates have to be those of torch, bit for bit."""
+    """Codes, errors and updates must be those of torch, bit for bit."""
     part, begin, stop = trial_columns(symmetric=False, rows=OUT)
     start, expected = part.work, replace(part, work=part.work.clone())
     round_columns(expected, begin, stop)

@@ -1,7 +1,7 @@
-"""Layers that read the same input, such as q, k and v, in one call of a kernel.
+"""Runs layers that read the same input, such as q, k and v, in one call of a kernel.
 
-At one row a small layer's product takes as long as calling it. The first of such layers that is called multiplies by
-the weights of all of them; the others find their outputs there, as long as they come with the very same tensor.
+At one row, the matmul of a small layer takes as long as its call. The first of these layers that is called multiplies
+by the weights of all of them. The others then return their stored outputs, if their input is the very same tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compressor.kernels.prepared.linear_call import LinearCall
 
 @dataclass
 class Waiting:
-    """Outputs of one call that their layers haven't asked for, by the layers' numbers; of which input they are."""
+    """Outputs of one call that their layers have not returned yet, by the layers' numbers, and the input."""
 
     x: Tensor
     version: int
@@ -45,8 +45,8 @@ class SharedInput:
         return self.call.layers
 
     def product(self, number: int, x: Tensor) -> Tensor | None:
-        """x (..., in) -> (..., out) of the layer of this number; None where it has to multiply by itself."""
-        if not self.together or x.is_inference():  # such tensors don't count their changes
+        """x (..., in) -> (..., out) of the layer of this number; None if it must multiply by itself."""
+        if not self.together or x.is_inference():  # inference tensors don't count their changes
             return None
         thread = get_ident()
         found = self.waiting.get(thread)

@@ -1,7 +1,7 @@
-"""Stored weights as modules hold them: our own layers', and those of compressed-tensors and bitsandbytes.
+"""Reads the stored weights of modules: of this package's layers, compressed-tensors and bitsandbytes.
 
-Readers are here, and not methods of the layers, since the source of a layer goes into modeling files that know torch
-alone. Both kinds name their tensors alike.
+These functions are not methods of the layers, since the source of a layer is copied into modeling files that use only
+torch. All kinds of layers have the same names for their tensors.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Reader = Callable[[dict[str, Tensor]], Weight | str]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """form     its name: of our layers, or the library that the module is of
+    """form     name of the format, or of the library of the module
     tensors  by their names in the module
-    read     what they stand for, or why no kernel takes it
+    read     turns them into numbers, or gives the reason why no kernel can use them
     """
 
     form: str
@@ -36,7 +36,7 @@ class StoredWeight:
 
 
 def adopt(module: nn.Module) -> StoredWeight | None:
-    """What a module stores, None if it isn't a linear layer of a stored form."""
+    """The stored weight of a module; None if it is not a quantized linear layer."""
     form = getattr(module, "form", None)
     if isinstance(form, str) and getattr(module, "stands_for", None) == "linear":
         layer: Any = module
@@ -60,7 +60,7 @@ def _packed(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight:
     if not spec["symmetric"]:
         zero_point = unpack_codes(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
     codes, index = unpack_codes(tensors["weight_packed"], bits, columns), tensors.get("weight_g_idx")
-    if index is not None and bool((index < 0).all()):  # compressed-tensors' word for columns in their own order
+    if index is not None and bool((index < 0).all()):  # compressed-tensors' value for columns in their own order
         index = None
     return IntegerWeight(codes, tensors["weight_scale"], zero_point, bits, spec["group_size"], index)
 
@@ -82,7 +82,7 @@ def _int8_rows(spec: dict[str, Any], tensors: dict[str, Tensor]) -> OutlierWeigh
 
 
 def _of_bitsandbytes(module: Any) -> StoredWeight:
-    """Multiplied as int8_split_linear is; how bitsandbytes differs is in `bitsandbytes_linear`."""
+    """Multiplied like int8_split_linear. `bitsandbytes_linear` describes the differences of bitsandbytes."""
     weight, scale = module.weight.data, getattr(module.weight, "SCB", None)
     scale = module.state.SCB if scale is None else scale
     if weight.dtype != torch.int8 or scale is None:
@@ -95,7 +95,7 @@ def _of_bitsandbytes(module: Any) -> StoredWeight:
 
 
 def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight | str:
-    """block_linear: a group is what a row has of a block, with the block's scale; a power of two is exact"""
+    """block_linear: a group is the part of a block in one row, with the block's scale; a power of two is exact"""
     if spec.get("biased"):
         return "its bias is stored in blocks too"
     bits, (rows, width) = spec["bits"], spec["block"]
@@ -110,7 +110,7 @@ def _blocks(spec: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerWeight |
 
 
 def _factors(spec: dict[str, Any], tensors: dict[str, Tensor]) -> FactorWeight:
-    """sparse_factor_linear; its scales are there with int8 alone"""
+    """sparse_factor_linear; it has scales only with int8"""
     atoms, values = tensors["weight_atoms"], tensors["weight_values"]
     out, blocks, k = values.shape
     index = unpack_index(tensors["weight_index"], out * blocks, spec["atoms"], k).view(out, blocks, k)
@@ -127,7 +127,7 @@ def _of_compressed_tensors(scheme: Any, tensors: dict[str, Tensor]) -> IntegerWe
     if "weight_packed" not in tensors:
         return "compressed-tensors holds no packed codes; it drops them at the first call, so prepare the model before"
     if weights.type != "int" or weights.num_bits not in (2, 3, 4, 8) or scheme.input_activations is not None:
-        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with rounded inputs"
+        return f"compressed-tensors scheme of {weights.num_bits} bits {weights.type}, or with activation quantization"
     groups, columns = tensors["weight_scale"].shape[1], int(tensors["weight_shape"][1])
     spec = {"bits": int(weights.num_bits), "symmetric": weights.symmetric}
     return _packed({**spec, "group_size": -1 if groups == 1 else columns // groups}, tensors)

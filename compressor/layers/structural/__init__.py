@@ -1,1 +1,1 @@
-"""Layers that change the architecture: narrower streams, removed parts, gated tokens."""
+"""Implements layers that change the architecture: a narrower residual stream, removed sub-blocks, token gates."""

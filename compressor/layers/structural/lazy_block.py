@@ -1,14 +1,14 @@
-"""A decoder block that passes on only the prompt's tokens that the next word looks at, and takes others back later.
+"""Implements a decoder block that drops tokens of the prompt that the next token hardly attends to.
 
 Fu, Cho, Merth, Mehta, Rastegari, Najibi 2024, "LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM
-Inference", arXiv 2407.14057. A gate stands after a block: of the tokens that came in, those go on that the last one
-attends to most there (mean over heads). What stays behind has no keys and values in later blocks; its hidden state
-waits in a store beside the cache. When a later word attends to a waiting token, it goes on with the word, and later
-blocks compute the keys and values that were missing.
+Inference", arXiv 2407.14057. A gate is placed after a block. It keeps the tokens that the last token attends to most in
+this block (mean over heads). A dropped token has no keys and values in later blocks. Its hidden state waits in a store
+beside the cache. If a later token attends to a waiting token, the waiting one enters the next block together with it,
+and later blocks compute the missing keys and values.
 
-Nothing is dropped where there is no cache (training, scoring of texts), in prompts shorter than `min_prompt`, and in
-blocks before the first gate. Tokens keep their own positions. The model's output has a place for every token that was
-asked for: that of a dropped one holds what it was when it stayed behind.
+No token is dropped without a cache (training, scoring of texts), in prompts shorter than `min_prompt`, and in blocks
+before the first gate. Tokens keep their own positions. The model's output has a row for every input token: the row of a
+dropped token is its hidden state when it was dropped.
 
 No tensors. `compressor.passes.prefill_pruning` chooses gates.
 """
@@ -30,19 +30,19 @@ from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
 from compressor.layers.structural.observed_attention import last_seen, register_watching, watching
 
-MASKED = -1e30  # a score that no other falls below
+MASKED = -1e30  # lower than any other score
 
 
 @dataclass
 class LazyTokens:
-    """What a cache has to know beside keys and values, all by row of the batch; slots count tokens from the start.
+    """The state of a cache beside keys and values, for each row of the batch. A slot is the number of a token.
 
-    slots    (batch, q) of the tokens that go into the next block, in the order they lie there
-    columns  block -> (batch, keys) slots of its keys, in the order they lie in the cache
-    waiting  block -> slots (batch, w) and states (batch, w, width) of tokens that never entered it
-    valid    (batch, tokens) what isn't padding
-    tables   what blocks are told of positions: ids and embeddings, (batch or 1, tokens, width) each
-    new      tokens of the current call
+    slots    (batch, q) of the tokens that enter the next block, in their order there
+    columns  block -> (batch, keys) slots of its keys, in their order in the cache
+    waiting  block -> slots (batch, w) and states (batch, w, width) of tokens that have not entered it
+    valid    (batch, tokens) which tokens are not padding
+    tables   position arguments of the blocks: ids and embeddings, (batch or 1, tokens, width) each
+    new      number of tokens of the current call
     """
 
     slots: Tensor
@@ -53,7 +53,7 @@ class LazyTokens:
     waiting: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, as a beam search asks the cache to."""
+        """Keep these rows of the batch, as a beam search does with the cache."""
 
         def taken(value: Tensor) -> Tensor:
             return value if value.shape[0] == 1 else value.index_select(0, rows.to(value.device))
@@ -65,15 +65,15 @@ class LazyTokens:
 
 
 class LazyBlock(Layer):
-    """The model's own block; its class is also a subclass of the block's.
+    """The model's own block with a gate. Its class is also a subclass of the block's.
 
     spec  number       of the block
-          begin        number of the block with the first gate; blocks before it do as ever
+          begin        number of the block with the first gate; earlier blocks are unchanged
           last         whether it is the model's last block
-          keep         share of the tokens that go on behind it; null where it has no gate
-          sink         so many tokens at the start always go on
-          min_prompt   shorter prompts are left alone
-          revive       whether tokens come back
+          keep         share of the tokens that are kept after it; null if it has no gate
+          sink         number of tokens at the start that are always kept
+          min_prompt   shorter prompts are not pruned
+          revive       whether dropped tokens can be brought back
     """
 
     form = "lazy_block"
@@ -103,9 +103,9 @@ class LazyBlock(Layer):
 
     @staticmethod
     def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
-        """Make a lazy block of a model's block, in place.
+        """Turn a model's block into a lazy block, in place.
 
-        raises  ModelError for a block that is one already, or is no decoder's, or whose attention can't be told
+        raises  ModelError for a block that already is one, is not a decoder's, or whose attention can't be identified
         """
         where = f"block {spec['number']} ({type(block).__name__})"
         if isinstance(block, Layer):
@@ -163,7 +163,7 @@ class LazyBlock(Layer):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _state(self, kept: Any, hidden: Tensor, given: dict[str, Any]) -> LazyTokens | None:
-        """The tokens of this call; begun by the block of the first gate, and None where nothing is dropped."""
+        """The tokens of this call. The block of the first gate creates it; None if no token is dropped."""
         state: LazyTokens | None = getattr(kept, "lazy_tokens", None)
         if self.number > self.begin:
             return state
@@ -185,7 +185,7 @@ class LazyBlock(Layer):
         return state
 
     def _narrowed(self, given: dict[str, Any], state: LazyTokens, columns: Tensor) -> dict[str, Any]:
-        """The block's other arguments for the tokens that came in."""
+        """The block's other arguments for the tokens that entered it."""
         narrowed = {**given, "attention_mask": _mask(given.get("attention_mask"), state, columns)}
         tables = [_rows(table, state.slots) for table in state.tables]
         if torch.is_tensor(given.get("position_ids")):
@@ -197,7 +197,7 @@ class LazyBlock(Layer):
         return narrowed
 
     def _gate(self, state: LazyTokens, hidden: Tensor, scores: Tensor, is_prompt: bool) -> Tensor:
-        """Choose who goes on, and who comes back with them."""
+        """Choose the tokens to keep, and the waiting tokens to bring back."""
         assert self.keep is not None
         columns, following = state.columns[self.number], self.number + 1
         count = math.ceil(self.keep * columns.shape[1] - 1e-9)
@@ -225,12 +225,12 @@ class LazyBlock(Layer):
         return torch.cat([_rows(states, chosen), hidden], 1)
 
     def _scores(self, state: LazyTokens, columns: Tensor, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        """How much the last token attends to each key of this block, mean over heads; (batch, keys) float32."""
+        """Attention of the last token to each key of this block, mean over heads: (batch, keys) float32."""
         if key.shape[2] != columns.shape[1]:
             raise ModelError(
-                f"the cache holds {key.shape[2]} keys where {columns.shape[1]} were put",
+                f"the cache returned {key.shape[2]} keys, but {columns.shape[1]} were stored",
                 where=f"block {self.number}",
-                hint="Use a cache that grows with its tokens (DynamicCache).",
+                hint="Pass past_key_values=DynamicCache(), or no cache, to generate.",
             )
         groups = query.shape[1] // key.shape[1]
         last, keys = query[:, :, -1:].float(), key.float().repeat_interleave(groups, 1)
@@ -248,13 +248,13 @@ class LazyBlock(Layer):
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Positions of the best, in ascending order; of equal ones the first."""
+    """Positions of the `count` largest scores, in ascending order. Of equal scores the first wins."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(1).values
 
 
 def _others(chosen: Tensor, length: int) -> Tensor:
-    """The positions that are not chosen, ascending; each row has chosen equally many."""
+    """The positions that are not chosen, ascending. Each row has the same number of chosen ones."""
     free = torch.ones(chosen.shape[0], length, dtype=torch.bool, device=chosen.device).scatter(1, chosen, False)
     return free.nonzero()[:, 1].view(chosen.shape[0], -1)
 
@@ -266,14 +266,14 @@ def _rows(values: Tensor, places: Tensor) -> Tensor:
 
 
 def _tables(given: dict[str, Any]) -> list[Tensor]:
-    """Of a block's arguments: position ids, if there are any, then embeddings, if there are any."""
+    """The position ids and the position embeddings in a block's arguments, as far as it has them."""
     ids, embeddings = given.get("position_ids"), given.get("position_embeddings")
     found = [] if embeddings is None else [embeddings] if torch.is_tensor(embeddings) else list(embeddings)
     return found if ids is None else [ids[:, :, None], *found]
 
 
 def _valid(mask: Tensor | None, before: Tensor, batch: int, new: int) -> Tensor:
-    """(batch, tokens) what the last token of this call may attend to."""
+    """(batch, tokens) which tokens the last token of this call may attend to."""
     if mask is None:
         return torch.cat([before, before.new_ones(batch, new)], 1)
     last = mask[:, 0, -1, : before.shape[1] + new]
@@ -282,10 +282,10 @@ def _valid(mask: Tensor | None, before: Tensor, batch: int, new: int) -> Tensor:
 
 
 def _mask(given: Tensor | None, state: LazyTokens, columns: Tensor) -> Tensor | None:
-    """What each token that came in may attend to: valid keys no later than it, and itself."""
+    """The keys that each token may attend to: valid keys that are not later, and itself."""
     q, keys = state.slots.shape[1], columns.shape[1]
     if given is None and (q in (1, keys)):
-        return None  # attention is causal by itself: tokens lie in their order, or there is one
+        return None  # attention is causal itself: tokens are in their order, or there is one
     earlier = columns[:, None, :] <= state.slots[:, :, None]
     same = columns[:, None, :] == state.slots[:, :, None]
     allowed = ((earlier & state.valid.gather(1, columns)[:, None, :]) | same)[:, None]
@@ -295,7 +295,7 @@ def _mask(given: Tensor | None, state: LazyTokens, columns: Tensor) -> Tensor | 
 
 
 def _every_place(state: LazyTokens, hidden: Tensor) -> Tensor:
-    """The tokens of this call, each at its place; those that came back have none."""
+    """The tokens of this call, each in its row. Tokens that were brought back have no row."""
     began = state.valid.shape[1] - state.new
     if state.slots.shape[1] == state.new and began:
         return hidden
@@ -309,10 +309,10 @@ def _every_place(state: LazyTokens, hidden: Tensor) -> Tensor:
 
 @cache
 def _lazy_cache(kind: type) -> type:
-    """The cache's class, whose rows take their lazy tokens with them."""
+    """A subclass of the cache's class that selects rows of the lazy tokens too."""
 
     class Lazy(kind):  # type: ignore[misc]
-        lazy_tokens: Any = None  # a LazyTokens once a prompt is in
+        lazy_tokens: Any = None  # a LazyTokens after the prompt
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)

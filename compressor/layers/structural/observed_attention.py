@@ -1,4 +1,4 @@
-"""Queries and keys of an attention module, as transformers' attention interface gets them; attention stays as it is."""
+"""Observes the queries and keys of an attention module in transformers' attention interface. Outputs don't change."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compressor.errors import ModelError
 
-WATCHED = "watched_attention"  # an implementation of attention that hands on to the model's own
+WATCHED = "watched_attention"  # an implementation of attention that calls the model's own
 
 
 def register_watching() -> None:
-    """What a model needs before `watching` is used on it."""
+    """Register the implementation that `watching` needs."""
     AttentionInterface.register(WATCHED, attend_watched)
 
 
 class _Watched:
-    """The config of an attention module whose queries and keys are to be seen; else it is that config."""
+    """The config of an observed attention module. All its other attributes are those of the original config."""
 
     _attn_implementation = WATCHED
 
@@ -35,7 +35,7 @@ class _Watched:
 
 @contextmanager
 def watching(attention: nn.Module, seen: list[tuple[Tensor, Tensor, float]]) -> Iterator[None]:
-    """Note (query, key, scaling) of each call that a module makes through transformers' attention interface."""
+    """Record (query, key, scaling) of each call of transformers' attention interface by a module."""
     config = attention.config
     attention.config = _Watched(config, seen)  # type: ignore[assignment]
     try:
@@ -45,10 +45,10 @@ def watching(attention: nn.Module, seen: list[tuple[Tensor, Tensor, float]]) -> 
 
 
 def last_seen(seen: list[tuple[Tensor, Tensor, float]], where: str) -> tuple[Tensor, Tensor, float]:
-    """The latest note, taken off the list. raises ModelError if there is none"""
+    """Remove and return the latest record. raises ModelError if there is none"""
     if not seen:
         raise ModelError(
-            "its attention wasn't called through transformers' attention interface, so the gate saw no keys",
+            "its attention didn't use transformers' attention interface, so the token gate could not read the keys",
             where=where,
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
             data={"reason": "attention-not-seen"},
@@ -59,7 +59,7 @@ def last_seen(seen: list[tuple[Tensor, Tensor, float]], where: str) -> tuple[Ten
 def attend_watched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The attention that the model would use itself, after a note of what it got."""
+    """Record the arguments, then call the model's own attention."""
     config: Any = module.config
     own = sys.modules[type(module).__module__]
     eager: Any = getattr(own, "eager_attention_forward", None)

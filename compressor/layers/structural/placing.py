@@ -1,13 +1,13 @@
-"""Turns a model as its class makes it into one of other shapes: what `compressed_shapes` and `compressed_modules` say.
+"""Gives a model the shapes in `compressed_shapes` and the layers in `compressed_modules`, two keys of config.json.
 
-    compressed_shapes   parameter name -> its shape, or null for one that is gone. Also one that the class doesn't have,
-                        where its module has a place for it: the bias of a nn.Linear made without
-    compressed_modules  path -> {"form", "spec", "shape"} of a structural layer: one that is part of what the model
-                        computes, not a way to store a weight. It takes the place of the module there; one that stands
-                        for a block is that block from then on, its children and their names included, and one that
-                        stands for settings only sets attributes of the module there
+    compressed_shapes   parameter name -> its shape, or null if it is removed. It may be a parameter that the class
+                        doesn't have but its module can have: the bias of a nn.Linear that was made without one
+    compressed_modules  path -> {"form", "spec", "shape"} of a structural layer: it changes what the model computes and
+                        is not a quantization format. It replaces the module there. A layer for a block becomes that
+                        block and keeps its children with their names. A layer for settings only sets attributes of
+                        the module there
 
-Both are keys of config.json. Weights inside may be stored in any form, which comes after this.
+Weights inside may have any quantization format, which is applied afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import nn
 from compressor.errors import ModelError
 from compressor.layers.base import Layer
 
-SPREAD = 0.02  # of what stands in for weights until they are loaded, as in most families' own initialization
-IN_PLACE = ("block", "settings")  # what a layer stands for that changes a module rather than replacing it
-RESHAPED_HINT = "config.json is not of this model class, or was changed by hand."
+SPREAD = 0.02  # standard deviation of new parameters until they are loaded, as in most families' own initialization
+IN_PLACE = ("block", "settings")  # kinds of layers that change a module instead of replacing it
+RESHAPED_HINT = "Copy config.json again from where the artifact was written, or build the artifact again."
 
 
 def reshape(
@@ -32,12 +32,12 @@ def reshape(
     modules: Mapping[str, Mapping[str, Any]],
     forms: Mapping[str, type[Layer]],
 ) -> None:
-    """Give a fresh model these shapes and layers, in place. New parameters are random, and wait to be loaded.
+    """Give a new model these shapes and layers, in place. New parameters are random until they are loaded.
 
-    What lies in a block that the model doesn't have (a probe model has few) is skipped.
+    Entries for a block that the model doesn't have (a probe model has few) are skipped.
 
-    forms   name of a structural form -> its class
-    raises  ModelError naming a parameter or module that the model doesn't have, or a shape it can't take
+    forms   name of a structural layer -> its class
+    raises  ModelError naming a parameter or module that the model doesn't have, or a shape that it can't have
     """
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -55,7 +55,7 @@ def reshape(
     for form in sorted({str(entry["form"]) for entry in modules.values()}):
         if form not in forms:
             raise ModelError(
-                f"a module is of the unknown form {form!r}", where="compressed_modules", data={"form": form}
+                f"a module has the unknown format {form!r}", where="compressed_modules", data={"form": form}
             )
         forms[form].prepare(model)
     for path, entry in modules.items():
@@ -72,7 +72,7 @@ def reshape(
 
 
 def _module_at(model: nn.Module, path: str, name: str) -> nn.Module | None:
-    """The module, or None if it lies in a list that is shorter here. `name` is what an error is about."""
+    """The module, or None if it is in a list that is shorter here. `name` is the place in an error."""
     module = model
     for part in path.split(".") if path else []:
         child = module._modules.get(part)
@@ -97,7 +97,7 @@ def _set_shape(owner: nn.Module, leaf: str, shape: Sequence[int] | None, name: s
     if not all(isinstance(n, int) and n > 0 for n in shape) or (old is not None and old.dim() != len(shape)):
         found = "a new parameter" if old is None else f"a parameter of shape {tuple(old.shape)}"
         raise ModelError(
-            f"shape {list(shape)} is asked for {found}",
+            f"config.json gives the shape {list(shape)} to {found}",
             where=name,
             hint=RESHAPED_HINT,
             data={"reason": "shape", "shape": list(shape), "old": None if old is None else list(old.shape)},
@@ -108,12 +108,14 @@ def _set_shape(owner: nn.Module, leaf: str, shape: Sequence[int] | None, name: s
     if leaf == "weight":
         _state_sizes(owner, shape)
     for before, after in zip(old.shape if old is not None else (), shape):
-        if before != after and getattr(owner, "hidden_dim", None) == before:  # routers of experts compute with it
+        if (
+            before != after and getattr(owner, "hidden_dim", None) == before
+        ):  # routers of experts use it in their forward
             owner.hidden_dim = after  # type: ignore[assignment]
 
 
 def _state_sizes(module: nn.Module, shape: Sequence[int]) -> None:
-    """What a module says of its weight's shape, and some compute with."""
+    """Update a module's attributes for the shape of its weight, which some modules compute with."""
     stated: dict[str, Any] = {}
     if isinstance(module, nn.Linear):
         stated = {"out_features": shape[0], "in_features": shape[1]}

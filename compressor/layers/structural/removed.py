@@ -1,13 +1,13 @@
-"""What stands where a sub-block, or a part of it, was: it gives zeros, or the bias that is left of it.
+"""Replaces a removed sub-block, or a part of it, by a layer that returns zeros or its remaining bias.
 
-    y = bias, or 0, for every token          whatever x is
+    y = bias, or 0, for every token          for any x
 
 Tensors
 
-    bias  (width,) in the dtype of the model, where the spec asks for it: what a sub-block without units still adds
+    bias  (width,) in the dtype of the model, if the spec has one: the write of a sub-block without units
 
-An attention that is gone goes on telling the key-value cache how many tokens it has seen, by a key and a value of one
-zero each: models ask the cache of some layer, often the first, for its length.
+In place of an attention it still writes to the key-value cache, with a key and a value of one zero per token, because
+models read the number of tokens from the cache of some layer, often the first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from compressor.layers.base import Layer
 
 
 class Removed(Layer):
-    """Takes whatever the module in whose place it stands took; the first tensor tells samples and tokens.
+    """Accepts all arguments of the replaced module. The first tensor gives the numbers of samples and tokens.
 
-    width    values for each token, D; 0 where nothing of what follows is left either
+    width    values for each token, D; 0 if what follows is removed too
     returns  None: a tensor; n: a tuple of n, the tensor first and the others None
-    layer    of an attention, its number in the cache; else None
-    has_bias there is a bias
-    of       heads or ffn: what was here, for a reader of the config
+    layer    layer number of an attention in the cache; else None
+    has_bias it has a bias
+    of       heads or ffn: the kind of the removed sub-block, as information in the config
     """
 
     form = "removed"

@@ -1,7 +1,7 @@
-"""The model's own module with other numbers in its attributes, as one of fewer heads needs them.
+"""Sets attributes of the model's own module, such as the number of heads after pruning.
 
-Modules that hold their count of heads, or the width of all heads, as a number of their own compute with it. Which
-attributes these are, `compressor.analysis.prunable_units` found by making the model twice. No tensors.
+Some modules keep their number of heads, or the width of all heads, in an attribute and compute with it.
+`compressor.analysis.prunable_units` finds these attributes by making the model twice. No tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import nn
 from compressor.errors import ModelError
 from compressor.layers.base import Layer
 
-EPS_ATTRIBUTES = ("eps", "variance_epsilon", "epsilon")  # what norms call theirs
+EPS_ATTRIBUTES = ("eps", "variance_epsilon", "epsilon")  # the names of eps in norms
 
 
 class Resized(Layer):
-    """Never stands in a model itself: it sets what the spec says, and the module stays what it is.
+    """Sets the attributes in the spec on a module. It is never part of a model itself.
 
-    attributes  name -> number, of attributes that the module has
-    eps         of a norm, under whatever name; optional
+    attributes  name -> number, for attributes that the module has
+    eps         of a norm, for any name of the attribute; optional
     """
 
     form = "resized"

@@ -1,10 +1,10 @@
-"""What is left of a LayerNorm or RMSNorm whose gain and shift went into its readers, also on a stream of fewer values.
+"""Computes a norm whose gain and shift are folded into its consumers, also on a narrower residual stream.
 
     y = x / sqrt(sum(x²) / D + eps)
 
-D is the *original* width of the residual stream (Ashkboos et al. 2024, arXiv 2401.15024), so that a stream rotated by
-an orthogonal matrix and cut to its first d values is scaled as the whole one was. A divisor of d loads as well and
-gives a slightly wrong model, hence it is stored. Sums are taken in float32. No tensors.
+D is the *original* width of the residual stream (Ashkboos et al. 2024, arXiv 2401.15024), so that a stream that is
+rotated by an orthogonal matrix and sliced to its first d values has the scale of the whole stream. With a divisor of d
+a model would load too, but with wrong outputs, so the divisor is stored. Sums are float32. No tensors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from compressor.layers.base import Layer
 class RmsNorm(Layer):
     """A norm without parameters over the last dimension.
 
-    features  values of its input, d
-    width     what their sum of squares is divided by, D
+    features  width of its input, d
+    width     divisor of the sum of squares, D
     """
 
     form = "rms_norm"

@@ -1,14 +1,14 @@
-"""A block with a matrix beside its branches, for a residual stream that has another basis and width at each site.
+"""Implements a block with matrices on the residual path, for a stream with another basis and width at each sublayer.
 
-    x <- x @ shortcut_k + sum of branches(norm(x))        at each site k, in forward order
+    x <- x @ shortcut_k + sum of branches(norm(x))        at each sublayer k, in forward order
 
 Ashkboos et al. 2024, arXiv 2401.15024, figure 4. Tensors
 
-    shortcut_0, shortcut_1, ...  (d_k, d_k+1) in the dtype of the model, for row vectors: as a nn.Linear's weight each
-                                 would lie transposed
+    shortcut_0, shortcut_1, ...  (d_k, d_k+1) in the dtype of the model, for row vectors; the weight of a nn.Linear
+                                 would be its transpose
 
-beside those of the block itself, whose names stay as they are. What the branches of a block are, and with which of the
-block's own arguments they are called, `compressor.analysis.branch_calls` found by running it.
+beside those of the block itself, whose names don't change. `compressor.analysis.branch_calls` finds the branches of a
+block and their arguments by running it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
 
-INPUT, ARGUMENT, CONSTANT = "input", "argument", "constant"  # what a value of a call is
+INPUT, ARGUMENT, CONSTANT = "input", "argument", "constant"  # the kinds of arguments of a call
 
 
 class RotatedBlock(Layer):
-    """The model's own block with another forward; its class is also a subclass of the block's.
+    """The model's own block with another forward. Its class is also a subclass of the block's.
 
-    shape  (d_0, d_1, ..., d_n) of the spec's n sites: the stream's width before each, and after the last
-    spec   sites    [{"norm": [name], "shortcut": bool, "branches": [{"norm": name, "steps": [step]}]}]; names are of
-                    modules inside the block, and a site without branches only changes the basis
-           returns  None: the block gives the stream; n: a tuple of n, the stream first and the others None
+    shape  (d_0, d_1, ..., d_n) for the spec's n sublayers: the stream's width before each, and after the last
+    spec   sites    [{"norm": [name], "shortcut": bool, "branches": [{"norm": name, "steps": [step]}]}], the sublayers;
+                    names are of modules inside the block, and a sublayer without branches only changes the basis
+           returns  None: the block returns the stream; n: a tuple of n, the stream first and the others None
 
     A step calls one module:
 
         call    its name inside the block
-        args    its arguments, each ["input"] (what the step before gave, the norm first of all), ["argument", name]
+        args    its arguments, each ["input"] (the output of the step before; first, of the norm), ["argument", name]
                 (the block's own) or ["constant", value]
         kwargs  the same by name
-        rest    whether it gets whatever else the block is called with
-        take    None, or which part of the tuple it returns goes on
+        rest    whether it also gets all other arguments of the block
+        take    None, or the index in the tuple that it returns
     """
 
     form = "rotated_block"
@@ -55,16 +55,16 @@ class RotatedBlock(Layer):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        """The shortcuts alone, without a block."""
+        """Only the shortcuts, without a block."""
         made = cls()
         made._set_up(shape, spec, dtype, torch.get_default_device())
         return made
 
     @staticmethod
     def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
-        """Make a rotated block of a model's block, in place; shortcuts start as what keeps all they can.
+        """Turn a model's block into a rotated block, in place. Shortcuts start as (parts of) identity matrices.
 
-        raises  ModelError if it is one already, or shape and spec don't fit together
+        raises  ModelError if it already is one, or if shape and spec don't fit each other
         """
         if isinstance(block, RotatedBlock):
             raise ModelError(
@@ -83,7 +83,7 @@ class RotatedBlock(Layer):
         self.sites, self.returns, self.widths = spec["sites"], spec["returns"], tuple(shape)
         if len(self.widths) != len(self.sites) + 1:
             raise ModelError(
-                f"{len(self.widths)} widths for {len(self.sites)} sites; there has to be one more than sites",
+                f"{len(self.widths)} widths for {len(self.sites)} sublayers; one more than sublayers is needed",
                 where="rotated_block",
                 data={"reason": "widths", "widths": len(self.widths), "sites": len(self.sites)},
             )
@@ -95,14 +95,14 @@ class RotatedBlock(Layer):
                 self.register_parameter(f"shortcut_{number}", shortcut)
             elif before != after:
                 raise ModelError(
-                    f"site {number} takes {before} values and gives {after} without a shortcut",
+                    f"sublayer {number} reads {before} values and writes {after} without a shortcut",
                     where="rotated_block",
                     data={"reason": "no-shortcut", "site": number, "before": before, "after": after},
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):
-            self._parameters.pop(name, None)  # a stored form takes a shortcut's place; torch would refuse
+            self._parameters.pop(name, None)  # a quantized layer replaces the shortcut; torch would refuse
         super().__setattr__(name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class RotatedBlock(Layer):
             added = [self._branch(branch["steps"], normed[branch["norm"]], known, rest) for branch in site["branches"]]
             if site["shortcut"]:
                 shortcut = getattr(self, f"shortcut_{number}")
-                x = shortcut(x) if isinstance(shortcut, nn.Module) else x @ shortcut  # a module once it is quantized
+                x = shortcut(x) if isinstance(shortcut, nn.Module) else x @ shortcut  # a module after quantization
             for branch in added:
                 x = x + branch
         return x if self.returns is None else (x, *(None,) * (self.returns - 1))

@@ -1,17 +1,17 @@
-"""A block that goes on with fewer tokens after its attention: what Zero-TPrune stores.
+"""Implements a block that drops tokens after its attention (Zero-TPrune).
 
-Wang, Dedhia, Jha 2023/24, arXiv 2305.17328. A gate has no tensors; the block keeps its own forward and weights. When
-the first module after the attention residual is called, the gate ranks the tokens by the queries and keys that the
-attention got (`token_ranking`), and this module and those after it get the kept ones alone. What comes back
-is spread over all tokens only where the block's own code adds it to something, and the block gives the kept tokens.
+Wang, Dedhia, Jha 2023/24, arXiv 2305.17328. A gate has no tensors, and the block keeps its own forward and weights.
+When the first module after the attention residual is called, the gate ranks the tokens by the queries and keys of the
+attention (`token_ranking`). This module and those after it get only the kept tokens. Their outputs are spread over all
+tokens only where the block's own code adds them to a tensor of all tokens. The block returns the kept tokens.
 
-How many of a sample's tokens stay is a function of how many it has, so samples of one length stay a rectangle. With
-padding, the kept ones move to the front and the batch is padded to its longest; what a later block's attention mask has
-to say then follows from the mask as the model made it, so every block after a gate is one of this form too (`keep` 1
-where it drops nothing). The output of a model carries the mask of what is left as `kept_mask`.
+The number of kept tokens is a function of the number of tokens, so samples of one length stay a rectangle. With
+padding, the kept tokens move to the front and the batch is padded to its longest sample. The attention mask of a later
+block then follows from the model's own mask, so every block after a gate has this layer too (`keep` 1 if it drops
+nothing). The model's output has the mask of the kept tokens as `kept_mask`.
 
-Attention goes on as it was (sdpa, eager, ...); a gate computes scores of its own. Which modules stand where,
-`compressor.analysis.token_gates` found by running the block.
+Attention is unchanged (sdpa, eager, ...); a gate computes its own scores. `compressor.analysis.token_gates` finds the
+modules by running the block.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ KEPT_MASK = "kept_mask"
 
 
 class TokenGate(Layer):
-    """The model's own block with a gate; its class is also a subclass of the block's.
+    """The model's own block with a gate. Its class is also a subclass of the block's.
 
     shape  ()
     spec   attention   name inside the block of the module that calls transformers' attention interface
-           after       [{"call": name, "nth": its nth call in this block, "spread": whether the block's code adds what
-                       it gives to a tensor of all tokens}] of the modules after the attention residual, in order
+           after       [{"call": name, "nth": its nth call in this block, "spread": whether the block's code adds its
+                       output to a tensor of all tokens}] of the modules after the attention residual, in order
            mask        name of the block's argument that is the attention mask, or null
-           protect     [first, last]: how many tokens at both ends are never dropped
-           minimum     tokens that a gate leaves at least
+           protect     [first, last]: numbers of tokens at both ends that are never dropped
+           minimum     smallest number of tokens that a gate keeps
            before      `keep` of the gates before this block, in order
-           keep        share of the unprotected tokens that this gate leaves
+           keep        share of the unprotected tokens that this gate keeps
            similar, partition, order, iterations, tolerance, filter, heads, seed: see `choose_tokens`
     """
 
@@ -59,7 +59,7 @@ class TokenGate(Layer):
 
     token_gate: dict[str, Any]
     _names: tuple[str, ...]  # of the block's own arguments after the stream, in order
-    choices: list[Tensor] | None = None  # where `noting_choices` asks for it
+    choices: list[Tensor] | None = None  # a list inside `noting_choices`
 
     @classmethod
     def prepare(cls, model: nn.Module) -> None:
@@ -76,9 +76,9 @@ class TokenGate(Layer):
 
     @staticmethod
     def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
-        """Make a gated block of a model's block, in place.
+        """Turn a model's block into a gated block, in place.
 
-        raises  ModelError if it is one already
+        raises  ModelError if it already is one
         """
         if isinstance(block, TokenGate):
             raise ModelError("has a token gate already", where=type(block).__name__, data={"reason": "already-gated"})
@@ -91,7 +91,7 @@ class TokenGate(Layer):
     @staticmethod
     @contextmanager
     def wrapped(block: nn.Module, spec: dict[str, Any]) -> Iterator[None]:
-        """The same for a while."""
+        """The same inside this context only."""
         plain = type(block)
         TokenGate.wrap(block, (), spec)
         try:
@@ -141,8 +141,8 @@ class TokenGate(Layer):
     def _masked(
         self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], list[int], Tensor | None]:
-        """The block's arguments with a mask for the tokens that are left, how many each sample has, and (b, n) which
-        they are; None if all are.
+        """The block's arguments with a mask for the remaining tokens, their number in each sample, and (b, n) which
+        ones they are; None if all remain.
         """
         b, n, _ = hidden.shape
         gate, name = self.token_gate, self.token_gate["mask"]
@@ -154,13 +154,13 @@ class TokenGate(Layer):
         lengths = valid.sum(1).tolist()
         if min(lengths) == 0:
             raise ModelError(
-                "a sample has no tokens but padding",
+                "a sample consists of padding only",
                 where=name,
-                hint="Leave it out of the batch.",
+                hint="Remove this sample from the batch, or correct its attention_mask.",
                 data={"reason": "all-padding"},
             )
         counts = [tokens_after(length, gate["before"], sum(gate["protect"]), gate["minimum"]) for length in lengths]
-        if counts != lengths:  # some have moved to the front
+        if counts != lengths:  # some moved to the front
             valid = front(counts, n, hidden.device)
             shown = shortened(mask, valid, n)
             if place < len(args):
@@ -172,7 +172,7 @@ class TokenGate(Layer):
         return args, kwargs, counts, valid
 
     def _chosen(self, seen: list[tuple[Tensor, Tensor, float]], valid: Tensor | None, left: list[int]) -> Tensor:
-        """Indices (b, longest) of the kept tokens, in order; the tail of shorter samples is padding."""
+        """Indices (b, longest) of the kept tokens, in order. The end of shorter samples is padding."""
         query, key, scaling = last_seen(seen, self.token_gate["attention"])
         b, _, n, _ = query.shape
         whole = torch.ones(b, n, dtype=torch.bool, device=query.device) if valid is None else valid
@@ -194,7 +194,7 @@ class TokenGate(Layer):
 
 @contextmanager
 def noting_choices(block: nn.Module) -> Iterator[list[Tensor]]:
-    """(b, left) indices of the tokens that a gate kept, of those that came in; one for each call that dropped any."""
+    """Record the (b, left) indices of the tokens that a gate kept, for each call that dropped any."""
     assert isinstance(block, TokenGate)
     block.choices = []
     try:
@@ -204,7 +204,7 @@ def noting_choices(block: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class _Passage:
-    """Narrows tensors (b, n, ...) to the kept tokens, and spreads them again."""
+    """Reduces tensors (b, n, ...) to the kept tokens, and spreads them again."""
 
     def __init__(self, shape: torch.Size, choose: Callable[[], Tensor]) -> None:
         self.shape, self.choose = tuple(shape), choose
@@ -230,14 +230,14 @@ class _Passage:
 
 
 def attended(mask: Any, samples: int) -> Tensor:
-    """Which tokens are attended to, (b, n) bool, by a mask as transformers hands it to blocks.
+    """The tokens, (b, n) bool, that a mask of transformers' blocks allows.
 
-    mask    (b, 1, queries, n) bool or whole numbers, which are true where not 0, or added to scores; or (b, n)
-    raises  ModelError for another kind
+    mask    (b, 1, queries, n) bool or integers (not 0 is true), or floats that are added to scores; or (b, n)
+    raises  ModelError for another kind of mask
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise ModelError(
-            f"a {type(mask).__name__} is no attention mask a token gate can read",
+            f"a token gate can't read an attention mask of type {type(mask).__name__}",
             where="attention_mask",
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
         )
@@ -249,7 +249,7 @@ def attended(mask: Any, samples: int) -> Tensor:
 
 
 def shortened(mask: Tensor, valid: Tensor, tokens: int) -> Tensor:
-    """A mask of the same kind for (b, tokens) of which some are `valid`."""
+    """A mask of the same kind for (b, tokens) with the tokens `valid`."""
     if mask.dim() == 2:
         return valid.to(mask.dtype)
     rows = 1 if mask.shape[2] == 1 else tokens
@@ -262,12 +262,12 @@ def shortened(mask: Tensor, valid: Tensor, tokens: int) -> Tensor:
 
 
 def front(counts: list[int], tokens: int, device: torch.device) -> Tensor:
-    """(b, tokens) bool: the first so many of each sample."""
+    """(b, tokens) bool: the first `counts` tokens of each sample."""
     return torch.arange(tokens, device=device) < torch.tensor(counts, device=device)[:, None]
 
 
 def unprotected(valid: Tensor, protect: list[int]) -> Tensor:
-    """The valid tokens but so many at their beginning and end."""
+    """The valid tokens except the protected ones at their beginning and end."""
     first, last = protect
     if first:
         valid = valid & (valid.cumsum(1) > first)
@@ -275,14 +275,14 @@ def unprotected(valid: Tensor, protect: list[int]) -> Tensor:
 
 
 def last_gate(config: Any) -> dict[str, Any] | None:
-    """The gate of the last gated block of a model, of whose tokens its output is made."""
+    """The gate of the last gated block of a model, whose kept tokens are in the output."""
     modules = getattr(config, "compressed_modules", None) or {}
     gates = [entry["spec"] for entry in modules.values() if entry["form"] == TokenGate.form]
     return max(gates, key=lambda gate: len(gate["before"]) + (gate["keep"] < 1), default=None)
 
 
 def _add_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Let the output say which of its tokens are no padding; a tuple stays as it is."""
+    """Add to the output the mask of its tokens that are not padding. A tuple is not changed."""
     gate = last_gate(model.config)
     mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
     states = getattr(output, "last_hidden_state", None)

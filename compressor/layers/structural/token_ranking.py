@@ -1,9 +1,9 @@
-"""Which tokens of a transformer may go, by its own attention: the mathematics of Zero-TPrune.
+"""Chooses by attention the tokens to drop: the mathematics of Zero-TPrune.
 
-Wang, Dedhia, Jha 2023/24, arXiv 2305.17328. Token i votes for j with the attention A_ij that it pays to it, so the
-importance s of tokens is the stationary distribution of a walk on that graph (weighted PageRank), and the similarity of
-two tokens is the cosine of their keys. Nothing here knows of models; a sample's result never depends on what else is in
-its batch, nor on padding.
+Wang, Dedhia, Jha 2023/24, arXiv 2305.17328. Token i votes for token j with its attention A_ij. So the importance s of
+tokens is the stationary distribution of a walk on that graph (weighted PageRank). The similarity of two tokens is the
+cosine of their keys. This module knows no models. A sample's result does not depend on other samples in its batch or on
+padding.
 
 Shapes: b samples, h heads, n tokens. Every selection breaks ties by index, so it is deterministic.
 """
@@ -22,7 +22,7 @@ from compressor.layers.structural.token_counts import split_removed
 
 
 def attention_graph(query: Tensor, key: Tensor, scaling: float, valid: Tensor | None) -> Tensor:
-    """What attention gives before it mixes values: (b, h, n, n) float32, rows sum to 1, nothing goes to padding.
+    """The attention weights: (b, h, n, n) float32, rows sum to 1, padding gets 0.
 
     query  (b, h, n, width), key (b, h or a divisor of it, n, width)
     valid  (b, n) bool; None: all are tokens
@@ -38,8 +38,8 @@ def page_rank(graph: Tensor, alive: Tensor | None, iterations: int, tolerance: f
     """Importance of each token for each head, (b, h, n): s <- A^T s from uniform, sum 1.
 
     graph       (b, h, n, n), rows sum to 1
-    alive       (b, n) bool: tokens that vote and are voted for, others get 0; None: all
-    iterations  at most; a head of a sample stops when s moves by no more than `tolerance` (L1)
+    alive       (b, n) bool: tokens that vote and get votes, others get 0; None: all
+    iterations  upper limit; a head of a sample stops when s changes by no more than `tolerance` (L1)
     """
     b, h, n, _ = graph.shape
     if alive is None:
@@ -47,14 +47,14 @@ def page_rank(graph: Tensor, alive: Tensor | None, iterations: int, tolerance: f
     else:
         voters = alive.to(graph.dtype)[:, None, None, :]
         start = voters / voters.sum(-1, keepdim=True)
-        total = (graph @ voters.transpose(2, 3)).transpose(2, 3)  # of each row, over those who are left
+        total = (graph @ voters.transpose(2, 3)).transpose(2, 3)  # sum of each row over the remaining tokens
         share, lost = torch.where(total > 0, 1 / total, 0), (total == 0).to(graph.dtype)
         s = start.expand(b, h, 1, n)
     moving = None
     for step in range(iterations):
         if alive is None:
             following = s @ graph
-        else:  # rows of the graph that is left sum to 1; who looked at removed tokens alone votes for all
+        else:  # rows of the remaining graph sum to 1; a token that attended only to removed tokens votes for all
             following = (s * share) @ graph * voters + (s * lost).sum(-1, keepdim=True) * start
         if step + 1 == iterations:
             return (following if moving is None else torch.where(moving, following, s)).squeeze(2)
@@ -67,9 +67,9 @@ def page_rank(graph: Tensor, alive: Tensor | None, iterations: int, tolerance: f
 
 
 def head_weights(importance: Tensor, candidates: Tensor, bounds: Sequence[float] | None) -> Tensor:
-    """1 for heads that tell tokens apart neither too little nor too much, else 0: (b, h).
+    """1 for heads whose variance of importance is within bounds, else 0: (b, h).
 
-    A head's measure is the population variance of n s over the n candidates, 0 for a uniform s whatever n is. If a
+    A head's measure is the population variance of n s over the n candidates, which is 0 for a uniform s and any n. If a
     sample has no head within the bounds, all of its heads count.
 
     importance  (b, h, n); candidates (b, n) bool
@@ -86,7 +86,7 @@ def head_weights(importance: Tensor, candidates: Tensor, bounds: Sequence[float]
 
 
 def combine_heads(importance: Tensor, weights: Tensor, how: str) -> Tensor:
-    """(b, n) from (b, h, n): the root mean square (a token that few heads care for survives), or the mean."""
+    """(b, n) from (b, h, n): the root mean square (a token that matters to few heads is kept), or the mean."""
     weights = (weights / weights.sum(1, keepdim=True)).unsqueeze(-1)
     if how == "mean":
         return (importance * weights).sum(1)
@@ -94,17 +94,17 @@ def combine_heads(importance: Tensor, weights: Tensor, how: str) -> Tensor:
 
 
 def best_first(score: Tensor, candidates: Tensor) -> Tensor:
-    """Indices (b, n) of candidates by falling score >= 0, the lower index first among equals; then all others."""
+    """Indices (b, n) of candidates by decreasing score >= 0 (of equal ones the lower index first); then all others."""
     return score.masked_fill(~candidates, -1.0).sort(dim=1, descending=True, stable=True).indices
 
 
 def partition(order: Tensor, candidates: Tensor, how: str, seed: int) -> Tensor:
-    """The half of the candidates that may be dropped as similar, (b, n) bool; the other half are references.
+    """The half of the candidates that may be dropped as similar, (b, n) bool. The other half are references.
 
     order       candidates from the most to the least important
     sequential  the less important half (of an odd number the smaller one)
-    alternate   every second one, beginning with the second
-    random      a seeded half, the same for a token whatever stands around its sample
+    alternate   every second candidate, beginning with the second
+    random      a seeded half, the same for a sample in any batch
     """
     count = candidates.sum(1, keepdim=True)
     if how == "random":
@@ -122,10 +122,10 @@ def partition(order: Tensor, candidates: Tensor, how: str, seed: int) -> Tensor:
 
 
 def drop_similar(keys: Tensor, order: Tensor, droppable: Tensor, candidates: Tensor, removed: Tensor) -> Tensor:
-    """The `removed` (b,) droppable tokens that are most like a reference, (b, n) bool.
+    """The `removed` (b,) droppable tokens that are most similar to a reference, (b, n) bool.
 
-    Among equals the less important goes first, then the one of higher index. References are never dropped, so each
-    dropped token leaves its like behind.
+    Of equal ones the less important is dropped first, then the one of higher index. References are never dropped, so
+    a token similar to each dropped one is kept.
 
     keys  (b, h, n, width), averaged over heads
     """
@@ -147,13 +147,13 @@ def first_of(order: Tensor, count: Tensor) -> Tensor:
 def choose_tokens(
     graph: Tensor, keys: Tensor, valid: Tensor, candidates: Tensor, counts: Sequence[int], gate: Mapping[str, Any]
 ) -> Tensor:
-    """The tokens that stay, (b, n) bool: those of `valid` that are no candidates, and the best candidates.
+    """The kept tokens, (b, n) bool: those of `valid` that are not candidates, and the best candidates.
 
-    counts  how many candidates of each sample stay
-    gate    similar (share of the removed that the similarity stage takes), partition, order, iterations, tolerance,
-            filter (bounds of `head_weights` or None), heads (rms | mean), seed
-    order   ISI: a single vote guides the partition, similar tokens go, then the unimportant of what is left, by
-            PageRank on what is left. IS: the unimportant go first. SI: the partition follows the tokens' places
+    counts  number of candidates of each sample that are kept
+    gate    similar (share of the removed tokens that the similarity stage removes), partition, order, iterations,
+            tolerance, filter (bounds of `head_weights` or None), heads (rms | mean), seed
+    order   ISI: a single vote guides the partition, similar tokens are dropped, then the unimportant ones of the rest,
+            by PageRank on the rest. IS: the unimportant are dropped first. SI: the partition follows the positions
     """
 
     def importance(alive: Tensor, among: Tensor, iterations: int) -> Tensor:
@@ -175,7 +175,7 @@ def choose_tokens(
         score = importance(valid, left, gate["iterations"])
         kept = [n - i for n, (_, i) in zip(others, split)]
         similar = [min(s, k // 2) for s, k in zip(similar, kept)]
-        kept = [count + s for count, s in zip(counts, similar)]  # what the second stage can't take goes in the first
+        kept = [count + s for count, s in zip(counts, similar)]  # the first stage removes what the second can't
         left = first_of(best_first(score, left), _like(kept, graph)) & left
         return protected | (unlike(score, left, similar) if any(similar) else left)
     if any(similar):
@@ -189,7 +189,7 @@ def choose_tokens(
 
 
 def _by_place(candidates: Tensor) -> Tensor:
-    return candidates.flip(1).cumsum(1).flip(1).to(torch.float32)  # falls from the first to the last
+    return candidates.flip(1).cumsum(1).flip(1).to(torch.float32)  # decreases from the first to the last
 
 
 def _like(counts: Sequence[int], tensor: Tensor) -> Tensor:

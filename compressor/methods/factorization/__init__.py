@@ -1,1 +1,1 @@
-"""Low-rank and dense-sparse factors of a matrix."""
+"""Factorizes a matrix into low-rank or dense-sparse factors."""

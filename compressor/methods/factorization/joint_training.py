@@ -1,8 +1,8 @@
-"""Factors of a block's weights trained together, towards what the block gave before: choices of atoms included.
+"""Trains the factors of a block's weights together, towards the block's dense outputs, with the choice of atoms.
 
-A weight is S_b D_b block by block, with S_b = P(latent): of each row the k entries that matter most, |entry| times the
-size of its atom. P has no useful gradient, so the gradient of S_b is passed straight through to all of the latent
-matrix; an entry that is not chosen can grow until it is (the straight-through estimator of Bengio, Léonard and
+A weight is S_b D_b block by block, with S_b = P(latent): the k most important entries of each row, by |entry| times the
+norm of its atom. P has no useful gradient, so the gradient of S_b is passed straight through to the whole latent
+matrix, and an entry that is not chosen can grow until it is (the straight-through estimator of Bengio, Léonard and
 Courville 2013, arXiv 1308.3432).
 """
 
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHECK_EVERY = 50  # steps
-HELD_OUT = 10  # one batch of so many is not trained on, and says which step was best
+HELD_OUT = 10  # one batch of this many is not trained on; it decides which step was best
 
 
 class StraightThrough(nn.Module):
-    """Stands in for a linear module, with the factors that it is stored as.
+    """Replaces a linear module by the factors in which it is stored.
 
     atoms  (blocks, m, B), values (out, blocks, k), index (out, blocks, k), as `SparseFactorLinear` has them
-    lower  (blocks, B, B), L of each block's second moments, in which atoms are measured
+    lower  (blocks, B, B), L of each block's second moments, which gives the norm of atoms
     """
 
     lower: Tensor
@@ -35,13 +35,13 @@ class StraightThrough(nn.Module):
         self.register_buffer("lower", lower)
 
     def support(self) -> Tensor:
-        """Which entries of each row are kept: (out, blocks, k) int64, ascending."""
+        """Indices of the kept entries of each row: (out, blocks, k) int64, ascending."""
         with torch.no_grad():
             sizes = (self.atoms @ self.lower).norm(dim=2)
             return (self.latent.abs() * sizes).topk(self.k, dim=2).indices.sort(2).values
 
     def weight(self) -> Tensor:
-        """(out, in); the gradient of the kept entries is that of all."""
+        """(out, in). The gradient of the kept entries is passed to all entries."""
         kept = torch.zeros_like(self.latent).scatter_(2, self.support(), 1.0)
         chosen = self.latent + (self.latent * kept - self.latent).detach()
         return torch.einsum("onm,nmb->onb", chosen, self.atoms).flatten(1)
@@ -50,19 +50,19 @@ class StraightThrough(nn.Module):
         return F.linear(x, self.weight().to(x.dtype), self.bias)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """atoms, values and index, as they were given."""
+        """atoms, values and index, in the shapes of the arguments."""
         index = self.support()
         return self.atoms.detach(), self.latent.detach().gather(2, index), index
 
 
 def split(batches: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held out; one batch alone is both."""
+    """Numbers of the batches to train on, and of the held-out ones. A single batch is both."""
     held = max(1, batches // HELD_OUT)
     return (list(range(batches - held)), list(range(batches - held, batches))) if batches > 1 else ([0], [0])
 
 
 def mean_loss(run: Callable[[int], Tensor], targets: Sequence[Tensor], batches: Sequence[int]) -> float:
-    """Mean squared difference of outputs, over all values of these batches."""
+    """Mean squared difference of the outputs, over all values of these batches."""
     with torch.no_grad():
         errors = [(run(b).float() - targets[b].float()).square().sum() for b in batches]
         return float(sum(errors)) / sum(targets[b].numel() for b in batches)
@@ -76,11 +76,11 @@ def train(
     rate: float,
     generator: torch.Generator,
 ) -> None:
-    """Adam, in place, on one batch a step; at the end the modules are as at the best check on held-out batches.
+    """Train with Adam, in place, on one batch per step. At the end the modules have the state of the best check.
 
-    run      batch number -> the block's output with the modules in place
-    targets  the outputs wanted, by batch
-    rate     of learning, times the root mean square of each parameter
+    run      batch number -> the block's output with these modules
+    targets  the target outputs, by batch
+    rate     learning rate, relative to the root mean square of each parameter
     """
     training, held = split(len(targets))
     parameters = [parameter for module in modules for parameter in (module.atoms, module.latent)]

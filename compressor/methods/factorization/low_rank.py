@@ -1,7 +1,8 @@
-"""Matrices as products of two thin ones, best for given inputs, and what such a product takes in bytes.
+"""Approximates matrices by products of two thin ones, optimal for given inputs, and computes the bytes of the factors.
 
-The error of a stand-in W' for a weight W (out, in) is that of its outputs on calibration inputs x with second moments
-H = mean of x xᵀ, damped: E(W') = tr((W - W') H (W - W')ᵀ) = ‖(W - W') L‖², where H = L Lᵀ. Relative: E(W') / E(0).
+The error of an approximation W' of a weight W (out, in) is that of its outputs on calibration inputs x with damped
+second moments H = mean of x xᵀ: E(W') = tr((W - W') H (W - W')ᵀ) = ‖(W - W') L‖², where H = L Lᵀ. The relative error
+is E(W') / E(0).
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from compressor.methods.quantization.hessian import Gram
 from compressor.model.weights import Group, Stage
 from compressor.protocol import BlockView
 
-REFERENCE_BYTES = 2  # ratios are of the bytes of a weight in 16 bits, whatever dtype the model is held in
-TINY = 1e-30  # in place of zeros that are divided by
-LADDER = 3  # how often damping is raised tenfold before giving up
+REFERENCE_BYTES = 2  # ratios refer to the bytes of a weight in 16 bits, for any dtype of the model
+TINY = 1e-30  # replaces a divisor of 0
+LADDER = 3  # how often damping is increased tenfold before the error
 SCALE_BYTES = 4
-EXACT_INPUTS = 1024  # up to which second moments are summed, and spectra found, in float64
+EXACT_INPUTS = 1024  # up to this number, second moments and spectra are computed in float64
 
 
 @dataclass(frozen=True)
 class Metric:
-    """hessian  (in, in) float64, or float32 where there are many inputs; damped
-    lower    L of H = L Lᵀ, of the same type
-    damping  what was added to the diagonal, as a fraction of its mean; 0 where no input was seen and H = I
+    """hessian  (in, in) float64, or float32 if there are many inputs; damped
+    lower    L of H = L Lᵀ, of the same dtype
+    damping  added to the diagonal, as a fraction of its mean; 0 if there was no input and H = I
     """
 
     hessian: torch.Tensor
@@ -35,7 +36,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """For the report: what errors are of."""
+        """What the errors measure, for the report."""
         return "output" if self.damping else "weight"
 
     def error(self, change: torch.Tensor) -> float:
@@ -43,14 +44,14 @@ class Metric:
         return float((change.to(self.lower.dtype) @ self.lower).square().sum())
 
     def relative_error(self, matrix: torch.Tensor, stand_in: torch.Tensor) -> float:
-        """E of the stand-in as a share of E of nothing."""
+        """E of the approximation divided by E(0)."""
         return self.error(matrix - stand_in) / max(self.error(matrix), TINY)
 
 
 def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where: str) -> Metric:
-    """The metric of second moments (in, in) known up to a factor; None, or all zero: H = I.
+    """The metric of second moments (in, in), which are known up to a factor. None, or all zero: H = I.
 
-    raises PassError if they hold NaN or Inf, or if no damping makes them positive definite
+    raises  PassError if they contain NaN or Inf, or if no damping makes them positive definite
     """
     if hessian is None or not bool(hessian.any()):
         device = None if hessian is None else hessian.device
@@ -60,7 +61,7 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         raise PassError(
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
-            hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "not-finite"},
         )
     mean = float(hessian.double().diagonal().mean())
@@ -72,15 +73,15 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
         if int(info) == 0:
             return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
     raise PassError(
-        f"its second moments are not positive definite even with damping {share:g}",
+        f"the Hessian of its inputs is not positive definite even with damping {share:g}",
         where=where,
-        hint="Raise damping, use more calibration data, or leave this weight out with `except`.",
+        hint=f"Set a damping above {share:g} or more data.samples, or leave this weight out with `except`.",
         data={"reason": "not-positive-definite", "damping": share},
     )
 
 
 def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: bool) -> list[tuple[Metric, int]]:
-    """The metric of each group, and the tokens that it is from; H = I where no data is asked for, or none came."""
+    """The metric of each group, and its number of tokens. H = I without data, or if no token reached the group."""
     if not of_outputs:
         return [(metric_of(None, group.in_features, damping, group.name), 0) for group in stage]
 
@@ -99,9 +100,9 @@ def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: boo
 
 @dataclass(frozen=True)
 class Spectrum:
-    """W L = U Σ Vᵀ of a weight, from which its best stand-in of any rank follows.
+    """W L = U Σ Vᵀ of a weight, which gives its best approximation of any rank.
 
-    left    (out, n), U, of the metric's type as all of it
+    left    (out, n), U; all have the metric's dtype
     values  (n,) σ, descending
     right   (n, in), Vᵀ L⁻¹
     """
@@ -113,7 +114,7 @@ class Spectrum:
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (out, r) and C (r, in) with A C the optimum of E at this rank (Eckart and Young).
 
-        A column of A and its row of C get the same norm, so that neither leaves the range of 16 bits before the other.
+        A column of A and its row of C have the same norm, so that both stay in the range of 16 bits.
         """
         left, right = self.left[:, :rank] * self.values[:rank], self.right[:rank]
         sizes = [part.norm(dim=dim).clamp(min=TINY) for part, dim in ((left, 0), (right, 1))]
@@ -121,13 +122,13 @@ class Spectrum:
         return left * balance, right / balance[:, None]
 
     def tails(self) -> torch.Tensor:
-        """(n + 1,) E of the best stand-in of rank 0, 1, ... n, as a share of E(0)."""
+        """(n + 1,) E of the best approximation of rank 0, 1, ... n, divided by E(0)."""
         squares = self.values.square()
         left = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))
         return left / left[0].clamp(min=TINY)
 
     def rank_of_energy(self, energy: float) -> int:
-        """The least rank whose share of Σ σ² reaches `energy`; at least 1."""
+        """The smallest rank whose share of Σ σ² is at least `energy`; at least 1."""
         kept = 1 - self.tails()
         reaches = (kept >= energy * (1 - 1e-12)).nonzero()
         return max(1, int(reaches[0])) if len(reaches) else len(self.values)
@@ -141,23 +142,23 @@ def spectrum(matrix: torch.Tensor, metric: Metric) -> Spectrum:
 
 
 def dense_bytes(shape: Sequence[int]) -> int:
-    """What ratios are of: the weight in 16 bits."""
+    """Bytes of the weight in 16 bits, to which ratios refer."""
     return REFERENCE_BYTES * shape[0] * shape[1]
 
 
 def value_bytes(values: str) -> int:
-    """Of one stored number: float16, bfloat16 or int8."""
+    """Bytes of one stored number: float16, bfloat16 or int8."""
     return 1 if values == "int8" else 2
 
 
 def low_rank_bytes(shape: Sequence[int], rank: int, values: str) -> int:
-    """Of A (out, r) and C (r, in), and with int8 a scale for each r."""
+    """Bytes of A (out, r) and C (r, in), and for int8 of a scale for each r."""
     scale = SCALE_BYTES if values == "int8" else 0
     return rank * (value_bytes(values) * (shape[0] + shape[1]) + scale)
 
 
 def largest_rank(shape: Sequence[int], size: int, values: str) -> int:
-    """The largest rank that `size` bytes hold, at most min(shape); 0 if none does."""
+    """The largest rank that fits into `size` bytes, at most min(shape); 0 if none fits."""
     return min(size // low_rank_bytes(shape, 1, values), *shape)
 
 

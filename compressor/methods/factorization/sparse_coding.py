@@ -1,7 +1,8 @@
-"""A matrix as sparse combinations of few atoms: orthogonal matching pursuit, dictionary updates, blocks in turn.
+"""Approximates a matrix by sparse combinations of few atoms, with orthogonal matching pursuit and dictionary updates.
 
-W (out, in) is cut into blocks of B columns, W_b = S_b D_b with atoms D_b (m, B) and coefficients S_b (out, m), k a row.
-What is minimised is E of `low_rank`; over block b with the others fixed it is, up to a constant,
+W (out, in) is divided into blocks of B columns, W_b = S_b D_b with atoms D_b (m, B) and coefficients S_b (out, m), k in
+each row. The blocks are solved one after the other. The error is E of `low_rank`. For block b with the others fixed it
+is, up to a constant,
 
     ‖(R_b - S_b D_b) L_b‖²    R_b = W_b + (Σ_{c≠b} (W_c - S_c D_c) H_cb) H_bb⁻¹    H_bb = L_b L_bᵀ
 """
@@ -16,8 +17,10 @@ from functools import lru_cache
 from compressor.lazy import torch
 from compressor.methods.factorization.low_rank import SCALE_BYTES, Metric, value_bytes
 
-RIDGE = 1e-6  # of the atoms' squared norm, in the least squares on a support; of the mean diagonal in those of atoms
-VALUES_AT_ONCE = 1 << 20  # values of the largest temporary of a pursuit: 4 MB, which caches hold; all at once is slower
+RIDGE = 1e-6  # relative to the atoms' squared norm (least squares on a support), or to the mean diagonal (atoms)
+VALUES_AT_ONCE = (
+    1 << 20
+)  # values of the largest temporary of a pursuit: 4 MB, which fit into caches; larger ones are slower
 
 
 @dataclass
@@ -46,15 +49,15 @@ def spread(values: torch.Tensor, index: torch.Tensor, atoms: int) -> torch.Tenso
 
 
 def pursue(targets: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batched orthogonal matching pursuit: k atoms for each target, one by one the one that its residual is most along.
+    """Batched orthogonal matching pursuit: k atoms for each target, each time the one most parallel to the residual.
 
-    Least squares on the atoms chosen so far (with a ridge) after every choice, as in Pati, Rezaiifar and Krishnaprasad
-    1993. All in terms of G = A Aᵀ: with q_j the orthonormalised chosen atoms, p_j = A q_j follows from earlier ones,
-    and the residual's products with all atoms lose c_j p_j. The p_j at the chosen atoms are a Cholesky factor of G
-    there, from which coefficients follow at the end.
+    After every choice it solves least squares (with a ridge) on the atoms chosen so far, as in Pati, Rezaiifar and
+    Krishnaprasad 1993. Everything is computed from G = A Aᵀ: with the orthonormalised chosen atoms q_j, p_j = A q_j
+    follows from earlier ones, and c_j p_j is subtracted from the residual's products with all atoms. The p_j at the
+    chosen atoms are a Cholesky factor of G there, which gives the coefficients at the end.
 
     targets  (rows, B)
-    atoms    (m, B), any norms; one of zeros is chosen last
+    atoms    (m, B), of any norm; an atom of zeros is chosen last
     returns  values (rows, k), index (rows, k) int64 ascending
     """
     step = max(1, VALUES_AT_ONCE // (k * len(atoms)))
@@ -68,7 +71,7 @@ def _pursue(targets: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.T
     unit = atoms / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
     gram = unit @ unit.t()
     gram.diagonal().add_(RIDGE)
-    products = targets @ unit.t()  # of what is left of the target, with each atom
+    products = targets @ unit.t()  # products of the target's residual with each atom
     directions = targets.new_zeros(rows, k, count)  # p_j
     amounts = targets.new_zeros(rows, k)  # c_j
     index = torch.zeros(rows, k, dtype=torch.int64, device=targets.device)
@@ -93,7 +96,7 @@ def _pursue(targets: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.T
 
 
 def refit(targets: torch.Tensor, atoms: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Least squares of targets (rows, B) on the atoms of their supports (rows, k); returns values (rows, k)."""
+    """Least squares of targets (rows, B) on the atoms of their supports (rows, k). Returns values (rows, k)."""
     gram = atoms @ atoms.t()
     small = gram[index[:, :, None], index[:, None, :]]
     diagonal = small.diagonal(dim1=1, dim2=2)
@@ -107,7 +110,7 @@ def improve_atoms(
 ) -> torch.Tensor:
     """The best atoms for given coefficients, D = (SᵀS + εI)⁻¹ Sᵀ R; the metric L cancels from these equations.
 
-    An atom that no row uses starts anew as the target that is represented worst.
+    An atom that no row uses is replaced by the target with the largest error.
     """
     coefficients = spread(values, index, len(atoms))
     normal = coefficients.t() @ coefficients
@@ -122,7 +125,7 @@ def improve_atoms(
 
 
 def first_atoms(target: torch.Tensor, lower: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Atoms (count, B) to start from: V_rᵀ L⁻¹ of R L = U Σ Vᵀ, or if those are too few, rows of the target R."""
+    """First atoms (count, B): V_rᵀ L⁻¹ of R L = U Σ Vᵀ, and rows of the target R if those are too few."""
     seen = target @ lower
     if count <= min(seen.shape):
         _, _, right = torch.linalg.svd(seen, full_matrices=False)
@@ -131,9 +134,9 @@ def first_atoms(target: torch.Tensor, lower: torch.Tensor, count: int, generator
 
 
 def spread_rows(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Numbers (count,) of rows far apart in direction: k-means++ with distance 1 - cos², blind to sign.
+    """Numbers (count,) of rows with distant directions: k-means++ with distance 1 - cos², which ignores the sign.
 
-    Where there are fewer directions than wanted, numbers repeat.
+    Numbers repeat if there are fewer directions than `count`.
     """
     unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
     alive = (rows != 0).any(1)
@@ -146,7 +149,7 @@ def spread_rows(rows: torch.Tensor, count: int, generator: torch.Generator) -> t
         number = int(torch.multinomial(odds.cpu(), 1, generator=generator))
         chosen.append(number)
         far = torch.minimum(far, 1 - (unit @ unit[number]).square())
-        far = torch.where(far > 1e-6, far, torch.zeros_like(far))  # the same direction, but for rounding
+        far = torch.where(far > 1e-6, far, torch.zeros_like(far))  # the same direction, except for rounding
     return torch.tensor(chosen, device=rows.device)
 
 
@@ -165,15 +168,15 @@ def choose_shape(
 ) -> tuple[int, int] | None:
     """(atoms, k) of at most `size` bytes; None if not even one atom fits.
 
-    Of those that use all of it but `tolerance` (where there are such, else of the largest ones), k / atoms nearest to
-    `density` on a logarithmic scale. More atoms than outputs are never chosen.
+    Candidates use all of `size` except `tolerance`; if there are none, they are the largest ones. Of these, k / atoms
+    is nearest to `density` on a logarithmic scale. There are never more atoms than outputs.
     """
     found: list[tuple[bool, float, int, int]] = []
     for k in range(1, shape[0] + 1):
         if block_bytes(shape, block, k, k, values) > size:
             break
         low, high = k, shape[0]
-        while low < high:  # the most atoms that fit
+        while low < high:  # the largest number of atoms that fits
             middle = (low + high + 1) // 2
             low, high = (middle, high) if block_bytes(shape, block, middle, k, values) <= size else (low, middle - 1)
         used = block_bytes(shape, block, low, k, values) / size
@@ -195,17 +198,17 @@ def factorize(
     generator: torch.Generator,
     watch: Callable[[float], None] = lambda error: None,
 ) -> SparseFactors:
-    """Blocks in turn, each by alternating pursuit and closed-form atoms; a block changes only where E falls.
+    """Solve the blocks one after the other by alternating pursuit and closed-form atoms. A change must decrease E.
 
-    Blocks that were not solved yet count as W itself, so each makes up for the errors of those before it. (With zeros
-    in their place the first blocks would make up for what later ones bring anyway: twice the error in the end.)
+    Blocks that are not solved yet count as W itself, so each block corrects the errors of earlier ones. (With zeros in
+    their place, the first blocks would compensate for the missing later ones: twice the final error.)
 
-    The first atoms of a block are the directions of its SVD, in the metric; where there are more atoms than those, they
-    are rows of its target far apart in direction.
+    The first atoms of a block are the directions of its SVD, in the metric. If more atoms are needed, they are rows of
+    its target with distant directions.
 
     matrix  (out, in) float32 or float64, in divisible by `block`
-    rounds  pursuits a block and sweep
-    watch   gets E after each accepted change, once all blocks are solved; for tests
+    rounds  pursuits per block and sweep
+    watch   called with E after each accepted change, once all blocks are solved; for tests
     """
     out, blocks = len(matrix), matrix.shape[1] // block
     rest = torch.zeros_like(matrix)  # W - W'
@@ -251,7 +254,7 @@ def block_target(
 
 
 def refit_values(matrix: torch.Tensor, metric: Metric, found: SparseFactors) -> SparseFactors:
-    """The best values for given atoms and index, block after block; what rounding the atoms has cost is made up for."""
+    """The best values for given atoms and index, block after block. They correct the rounding of the atoms."""
     block = found.atoms.shape[2]
     rest, values = matrix - found.matrix(), found.values.clone()
     for b in range(len(found.atoms)):
@@ -264,7 +267,7 @@ def refit_values(matrix: torch.Tensor, metric: Metric, found: SparseFactors) -> 
 
 
 def balance(found: SparseFactors) -> SparseFactors:
-    """The same matrix with the coefficients of every atom of equal mean square over all rows, as rounding likes it."""
+    """The same matrix with coefficients of equal mean square for every atom, which rounds with a smaller error."""
     atoms, values = found.atoms.clone(), found.values.clone()
     for b in range(len(atoms)):
         sizes = spread(values[:, b], found.index[:, b], atoms.shape[1]).square().mean(0).sqrt()

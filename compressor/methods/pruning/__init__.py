@@ -1,1 +1,1 @@
-"""Which heads and neurons can be removed, and what is left then."""
+"""Chooses heads and neurons to remove, and computes the pruned model."""

@@ -1,7 +1,7 @@
-"""Trains masks of a frozen model towards a size: task loss, bottleneck and Lagrangian, resumable to the bit.
+"""Trains masks of a frozen model towards a target size, with task loss, information bottleneck and Lagrangian.
 
-Every random number follows from (seed, step, batch, mask), and what one step leaves to the next is a handful of
-vectors, so a training that goes on from a saved state is bit by bit the uninterrupted one.
+Every random number follows from (seed, step, batch, mask), and the state between two steps is a few vectors. So a
+training that resumes from a saved state gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from compressor.methods.pruning.variational_masks import (
 if TYPE_CHECKING:
     from compressor.protocol import RunnableModel
 
-RETRIES = 3  # times that a loss of NaN sends the masks back to the last finite ones, at half the rate
+RETRIES = 3  # how often a loss of NaN resets the masks to the last finite ones, at half the rate
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
 
 
 @dataclass(frozen=True)
 class Course:
     """target       share of the size to remove
-    samples         at least so many of a step
+    samples         smallest number per step
     warmup          share of the steps over which the target rises from 0
-    kl_factor       of the bottleneck's term; each mask has its own multiplier beside it
+    kl_factor       weight of the bottleneck's term; each mask has its own factor too
     save_every      steps between two saved states
     """
 
@@ -55,7 +55,7 @@ class Course:
 @dataclass(frozen=True)
 class Trained:
     """removed  share of the size that the soft masks remove at the end
-    losses  of each step since the last start, per prediction, without the other terms
+    losses  task loss of each step since the last start, per prediction
     """
 
     masks: Masks
@@ -71,11 +71,11 @@ def train_masks(
     charges: Mapping[str, float],
     course: Course,
 ) -> Trained:
-    """Masks of a frozen model for a share of its size.
+    """Train masks of a frozen model that remove a share of its size.
 
-    sizes    units of each mask, by name: those of the readers, their switches, and STREAM
-    charges  what the bottleneck's term of each mask is multiplied with
-    raises   PassError when the loss stays NaN or infinite
+    sizes    units of each mask, by name: those of the output projections, their switches, and STREAM
+    charges  factor of the bottleneck's term of each mask
+    raises   PassError if the loss stays NaN or infinite
     """
     seed = model.generator.initial_seed()
     dense = Dense.of(model)
@@ -115,7 +115,7 @@ def train_masks(
 
 @dataclass
 class _State:
-    """What one step leaves to the next."""
+    """The state between two steps."""
 
     masks: Masks
     multipliers: torch.Tensor
@@ -140,7 +140,7 @@ class _State:
         return self.masks.mean, self.masks.log_variance, self.multipliers
 
     def regularize(self, size: Size, places: Places, charges: torch.Tensor, course: Course, step: int) -> None:
-        """Set the gradients of everything but the task's loss."""
+        """Set the gradients of all terms except the task loss."""
         self.optimizer.zero_grad()
         target = warmed(course.target, step, math.ceil(course.warmup * course.steps))
         with torch.enable_grad():
@@ -153,17 +153,17 @@ class _State:
 
     def advance(self, course: Course, step: int) -> None:
         self.last_finite = (self.masks.mean.detach().clone(), self.masks.log_variance.detach().clone())
-        left = 1 - step / course.steps  # in a straight line to 0, as in the authors' code
+        left = 1 - step / course.steps  # linearly to 0, as in the authors' code
         self.optimizer.param_groups[0]["lr"] = course.mask_rate * left * 0.5**self.retries
         self.optimizer.step()
 
     def step_back(self, step: int) -> None:
-        """raises PassError at the fourth time"""
+        """Return to the last finite masks. raises PassError the fourth time"""
         if self.retries == RETRIES:
             raise PassError(
-                f"the loss is NaN or infinite at step {step + 1}, after {RETRIES} returns to the last finite masks",
+                f"the loss is NaN or infinite at step {step + 1}, after {RETRIES} resets to the last finite masks",
                 where="mask training",
-                hint="Lower mask_rate, use model.dtype float32, or check the model's outputs on the calibration data.",
+                hint="Set a smaller mask_rate or model.dtype: float32, or check the model's outputs on this data.",
                 data={"reason": "not-finite", "step": step + 1, "returns": RETRIES},
             )
         self.retries += 1
@@ -208,7 +208,7 @@ def _removed(masks: Masks, size: Size, places: Places) -> torch.Tensor:
 def _draw(
     masks: Masks, dense: Dense, batches: list[int], places: Places, device: torch.device, seeds: tuple[int, int]
 ) -> tuple[list[Draw], list[list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Draws with fresh noise for each sample, and for each draw and mask (z, noise) in the order of the masks."""
+    """Draws with new noise for each sample, and (z, noise) of each draw and mask in the order of the masks."""
     means = masks.split(masks.mean.detach())
     deviations = masks.split((0.5 * masks.log_variance.detach()).exp())
     draws, leaves = [], []
@@ -234,7 +234,7 @@ def _collect(masks: Masks, leaves: list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def _schedule(dense: Dense, course: Course, seed: int) -> Iterator[list[int]]:
-    """The batches of each step: all of them in another order each time around, at least `samples` samples a step."""
+    """The batches of each step: all of them, in another order each round, and at least `samples` samples per step."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(course.steps):

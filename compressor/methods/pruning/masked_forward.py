@@ -1,8 +1,8 @@
-"""A model run with masks on the units of its sub-blocks, block by block, and the masks' gradients.
+"""Runs a model block by block with masks on the units of its sub-blocks, and computes the masks' gradients.
 
-The forward pass keeps nothing but the stream before each block. The backward pass goes from block to block in reverse
-and runs each one again with gradients, so memory is that of one block and one stream for each block; a block's weights
-are loaded twice a step. Weights take no gradients, masks alone do.
+The forward pass keeps only the stream before each block. The backward pass visits the blocks in reverse order and runs
+each one again with gradients. So the memory is that of one block and of one stream per block, and a block's weights are
+loaded twice per step. Only the masks have gradients, not the weights.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
 # (batch, stream after the last block, head) -> losses (samples,) of some samples at a time, in order
 Loss = Callable[[int, "torch.Tensor", Head], Iterator["torch.Tensor"]]
-HEAD_TOKENS = 512  # tokens that go through the head at once: with 128,000 words their logits fill 262 MB
+HEAD_TOKENS = 512  # tokens that pass the output head at once: for a vocabulary of 128,000 their logits need 262 MB
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The module that reads the units of a sub-block.
+    """The output projection of a sub-block, which reads its units.
 
     name     of the sub-block
-    unit     of the model that it lies in (1 is the first block)
-    columns  of the module's input, (features,) int64: which unit each belongs to
+    unit     number of its part of the model (1 is the first block)
+    columns  (features,) int64: the unit of each column of the module's input
     switch   name of the mask of the whole sub-block, if it has one
     """
 
@@ -47,7 +47,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class StreamNorm:
-    """A norm that reads the residual stream, and the unit of the model that it lies in."""
+    """A norm that reads the residual stream, and the number of its part of the model."""
 
     unit: int
     module: str
@@ -56,7 +56,7 @@ class StreamNorm:
 
 @dataclass(frozen=True)
 class Places:
-    """Where masks sit."""
+    """The places of the masks."""
 
     readers: tuple[Reader, ...]
     norms: tuple[StreamNorm, ...] = ()
@@ -68,7 +68,7 @@ class Places:
 
 @dataclass
 class Draw:
-    """One calibration batch of a step, and its masks (samples, units), by name; a missing one leaves all as it is."""
+    """One calibration batch of a step, and its masks (samples, units), by name. A missing mask changes nothing."""
 
     batch: int
     masks: dict[str, torch.Tensor]
@@ -76,7 +76,7 @@ class Draw:
 
 
 def reader_columns(units: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Which unit each column belongs to, from the columns of each unit."""
+    """The unit of each column, from the columns of each unit."""
     unit_of = {column: unit for unit, columns in enumerate(units) for column in columns}
     assert sorted(unit_of) == list(range(len(unit_of))), "every column belongs to one unit"
     return torch.tensor([unit_of[column] for column in range(len(unit_of))])
@@ -87,8 +87,8 @@ def masked_norm(
 ) -> torch.Tensor:
     """The norm of a stream whose channels are multiplied by z.
 
-    rms    over the old width, dropped channels counting as zeros
-    layer  mean and variance weighted by z: over the kept channels alone where z is 0 or 1
+    rms    over the old width, with dropped channels as zeros
+    layer  mean and variance weighted by z: over the kept channels only if z is 0 or 1
 
     x        (samples, tokens, width)
     z        (samples, 1, width)
@@ -100,7 +100,7 @@ def masked_norm(
         mean = squares.mean(-1, keepdim=True) if norm.divisor is None else squares.sum(-1, keepdim=True) / norm.divisor
         y = y * torch.rsqrt(mean + norm.eps)
     else:
-        weights = z.clamp(min=0)  # a mean below 0 has no meaning as a share
+        weights = z.clamp(min=0)  # a negative mean is no share
         total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
         y = x - (x * weights).sum(-1, keepdim=True) / total
         y = y * torch.rsqrt((y.square() * weights).sum(-1, keepdim=True) / total + norm.eps) * z
@@ -111,7 +111,7 @@ def masked_norm(
 
 @contextmanager
 def masked(model: RunnableModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
-    """Multiply what the readers of a unit get by their masks, while the unit runs."""
+    """Multiply the inputs of a part's output projections by their masks while the part runs."""
     with ExitStack() as stack:
         for reader in places.readers:
             if reader.unit == unit and (z := _expanded(reader, masks)) is not None:
@@ -125,7 +125,7 @@ def masked(model: RunnableModel, unit: int, masks: Mapping[str, torch.Tensor], p
 
 
 def masked_head(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor) -> Head:
-    """The output of a draw, whose stream after the last block is given."""
+    """The output of a draw from its stream after the last block."""
 
     def head(samples: slice) -> torch.Tensor:
         rows = {name: z[samples] for name, z in draw.masks.items()}
@@ -136,7 +136,7 @@ def masked_head(model: RunnableModel, draw: Draw, places: Places, last: torch.Te
 
 
 def run_blocks(model: RunnableModel, draws: Sequence[Draw], places: Places, streams: Sequence[torch.Tensor]) -> None:
-    """Forward through all blocks without gradients; every draw keeps the stream before each of them."""
+    """Run all blocks without gradients. Every draw keeps the stream before each of them."""
     for draw, stream in zip(draws, streams, strict=True):
         draw.entered = [stream]
     for unit in range(1, model.parts - 1):
@@ -154,7 +154,7 @@ def gradients(
     streams: Sequence[torch.Tensor],
     loss: Loss,
 ) -> float:
-    """The sum of the losses; its gradients are added to `.grad` of the draws' masks, which are leaves."""
+    """The sum of the losses. Its gradients are added to `.grad` of the draws' masks, which are leaves."""
     run_blocks(model, draws, places, streams)
     total = 0.0
     slopes: list[torch.Tensor] = []
@@ -182,7 +182,7 @@ def gradients(
 
 @dataclass(frozen=True)
 class Dense:
-    """The model unchanged, to compare masked ones with: the stream of each batch before and after the blocks."""
+    """The dense model as the reference: the stream of each batch before and after the blocks."""
 
     before: list[torch.Tensor]
     after: list[torch.Tensor]
@@ -194,7 +194,7 @@ class Dense:
             raise PassError(
                 "no calibration batch was given",
                 where="data",
-                hint="Give calibration data.",
+                hint="Set data.source and data.samples in the recipe.",
                 data={"reason": "no-batch"},
             )
         with model.loaded(0), torch.no_grad():
@@ -205,10 +205,10 @@ class Dense:
 
 
 def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0) -> Loss:
-    """How far the output is from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
+    """Distance of the output from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
 
-    A model without a head gives its last hidden states: there it is the squared error over their variance, summed over
-    tokens and averaged over channels.
+    For a model without an output head it is the squared error of the last hidden states divided by their variance,
+    summed over tokens and averaged over channels.
     """
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
@@ -222,7 +222,7 @@ def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0) -> Loss:
 
 
 def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
-    """Cross-entropy with the data's labels. raises PassError where there are none, or none that fit"""
+    """Cross-entropy with the data's labels. raises PassError if there are none, or they don't fit"""
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
         labels = model.labels(batch)
@@ -230,7 +230,7 @@ def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
             raise PassError(
                 "the calibration data has no labels",
                 where="loss: task",
-                hint="Use loss: distill, or labelled data.",
+                hint="Set loss: distill, or use data with a label column and data.pack: false.",
                 data={"reason": "no-labels"},
             )
         for part in _slices(last):
@@ -241,7 +241,7 @@ def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
                 raise PassError(
                     f"labels up to {int(labels.max())} don't fit outputs of {shape} for each sample",
                     where="loss: task",
-                    hint="Use loss: distill, or labels that the model's head was trained for.",
+                    hint="Set loss: distill, or use labels that the model's output head was trained for.",
                     data={"reason": "labels", "largest": int(labels.max()), "shape": list(found.shape[1:])},
                 )
             yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")
@@ -257,7 +257,7 @@ def losses(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor,
 
 
 def predictions(model: RunnableModel, dense: Dense, batch: int) -> int:
-    """How many predictions the model makes for a batch: one for each token, or one for each sample."""
+    """Number of predictions of the model for a batch: one per token, or one per sample."""
     with torch.no_grad():
         one = model.output_head(batch, dense.after[batch][:1], slice(0, 1))
     return len(dense.after[batch]) * (one.shape[1] if one.dim() == 3 else 1)
@@ -270,12 +270,12 @@ def _slices(stream: torch.Tensor) -> Iterator[slice]:
 
 
 def _wide(output: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
+    """The output in float32 or wider."""
     return output if output.dtype == torch.float64 else output.float()
 
 
 def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
-    """Whether a model's output is its hidden states, which have the stream's width, rather than logits."""
+    """Whether a model's output is its hidden states, which have the stream's width, and not logits."""
     return output.dim() == 3 and output.shape[-1] == stream.shape[-1]
 
 
@@ -288,7 +288,7 @@ def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def _expanded(reader: Reader, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """(samples, features): the mask of each column of the reader's input."""
+    """(samples, features): the mask of each column of the output projection's input."""
     z = masks[reader.name][:, reader.columns] if reader.name in masks else None
     if reader.switch is None or reader.switch not in masks:
         return z

@@ -1,4 +1,4 @@
-"""What a model weighs as a function of what is kept of its prunable sub-blocks: parameters, or multiplications."""
+"""Computes the size of a model, in parameters or multiplications, as a function of its kept prunable units."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def model_size(
     tokens: int,
     narrows: bool = False,
 ) -> Size:
-    """What the model, or all its blocks, weigh by the units of these sites.
+    """The size of the model, or of all its blocks, as a function of the units of these prunable modules.
 
     parameters  tied ones count once
-    flops       multiplications for one token: entries of every matrix it goes through, and for each query head scores
-                and sums over `tokens` keys; look-ups, biases and norms none
+    flops       multiplications for one token: entries of every matrix that multiplies it, and for each query head the
+                scores and sums over `tokens` keys; none for look-ups, biases and norms
     narrows     the residual stream gets narrower too
     """
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
     heads = facts.residual.end.consumers if (of, measure) == ("model", "flops") else ()
     multiplied = {reader.parameter for reader in heads}
-    rest: dict[str, int] = {}  # parameter -> entries that no unit owns
+    rest: dict[str, int] = {}  # parameter -> entries that belong to no unit
     for name, shape in facts.shapes.items():
         is_counted = name.startswith(inside) or (of == "model" and (measure == "parameters" or name in multiplied))
         is_again = name in facts.tied and measure == "parameters"
@@ -62,7 +62,7 @@ def model_size(
 
 
 def _beside(facts: ModelFacts, site: PrunableModule, rest: Mapping[str, int]) -> int:
-    """What a `removed` layer takes away beside the units; its bias stays."""
+    """Size, besides the units, that a `removed` layer removes; its bias stays."""
     paths = [f"{entry.path}." for entry in site.layout.removal or ()]
     gone = [name for name in rest if any(name.startswith(path) for path in paths)]
     stays = rest.get(site.bias or "", 0) if any(entry.adds for entry in site.layout.removal or ()) else 0

@@ -1,6 +1,6 @@
-"""The parameters of a pruned model, unit by unit: what stays of each, and readers solved again for the dense output.
+"""Computes the parameters of a pruned model part by part, and corrects output projections for the dense output.
 
-What goes is decided and described in `compressor.methods.pruning.pruned_shapes`.
+`compressor.methods.pruning.pruned_shapes` describes what is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compressor.protocol import PartView
 
 
 def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Tensor:
-    """A parameter without what goes."""
+    """A parameter without its removed indices."""
     for axis, kept in axes.items():
         value = value.index_select(axis, torch.tensor(kept, device=value.device))
     return value
@@ -31,12 +31,12 @@ def prune(
     factors: Mapping[str, Sequence[float]] | None = None,
     ridge: float | None = None,
 ) -> dict[str, Repair]:
-    """Write the narrower parameters of one unit; what loses nothing is left as it is.
+    """Write the narrower parameters of one part. A parameter that loses nothing is not changed.
 
-    factors  site name -> what the signal of each kept unit is multiplied by from now on, folded into the reader
-    ridge    solve readers that lose columns again for the dense output (`reconstruction`); needs a redefinition
-             that `follows`. None: they are cut
-    returns  site name -> what came of it, where readers were solved
+    factors  name of a prunable module -> factor of each kept unit's signal, folded into the output projection
+    ridge    solve pruned output projections again for the dense output (`reconstruction`); needs a redefinition that
+             `follows`. None: their columns are only removed
+    returns  name of a prunable module -> the result, where its output projection was solved
     """
     own = [s for s in sites if s.block == view.index]
     narrows = decision.get("hidden") is not None and len(decision["hidden"]) < view.residual.width
@@ -56,7 +56,7 @@ def prune(
         if found is not None:
             repairs |= {s.name: found.repair} if found.repair is not None else {}
             values |= found.values
-            kept.setdefault(s.cuts[0].parameter, {}).pop(s.cuts[0].axis, None)  # it has these columns alone already
+            kept.setdefault(s.cuts[0].parameter, {}).pop(s.cuts[0].axis, None)  # it already has only these columns
     for name, value in values.items():
         value = narrowed(value, kept.get(name, {}))
         if name in gains:
@@ -75,7 +75,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Reader:
-    """A reader's new matrix, of its kept columns alone, and bias, under their names before."""
+    """The new matrix of an output projection (only its kept columns) and its bias, under their names."""
 
     values: dict[str, torch.Tensor]
     repair: Repair | None
@@ -115,14 +115,14 @@ def _is_new(name: str, sites: Sequence[PrunableModule], decision: Decision) -> b
 
 
 def _left_bias(site: PrunableModule, decision: Decision) -> str | None:
-    """Path of the `removed` layer that keeps the bias of a sub-block of which nothing else stays."""
+    """Path of the `removed` layer that keeps the bias of a removed sub-block."""
     if kept_units(site, decision):
         return None
     return next(entry.path for entry in site.layout.removal or () if entry.adds)
 
 
 def part_of(name: str, view: PartView, residual: Residual | None) -> int | None:
-    """Number of the part that stores a parameter, as `PartView.index` counts; None: another block's."""
+    """Number of the part that stores a parameter, as in `PartView.index`; None: another block."""
     if name.startswith(view.path + "."):
         return view.index
     if residual is None or name.startswith(view.path.rpartition(".")[0] + "."):
@@ -131,7 +131,7 @@ def part_of(name: str, view: PartView, residual: Residual | None) -> int | None:
 
 
 def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
-    """Gain -> (offset, factor) where a narrower stream changes it."""
+    """Gain -> (offset, factor), for gains that a narrower stream changes."""
     if residual.kind == "layer":
         return {}
     factor = (residual.width / len(decision["hidden"])) ** 0.5
@@ -141,7 +141,7 @@ def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, flo
 
 
 def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
-    """A class that multiplies its embedding by the root of its width now does so by less."""
+    """The factor that keeps an embedding's scale if its class multiplies it by the square root of the width."""
     for write in residual.embeddings:
         if write.parameter == name and write.scale is not None and is_root(write.scale, residual.width):
             return (residual.width / len(decision["hidden"])) ** 0.5

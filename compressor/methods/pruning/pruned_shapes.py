@@ -1,22 +1,22 @@
-"""A model with fewer heads, fewer MLP units and a narrower residual stream: its shapes, its size, and its parameters.
+"""Computes the shapes of a model with fewer heads, fewer neurons and a narrower residual stream.
 
-What can go was found by `compressor.analysis.prunable_units`; what goes is a Decision of some pass:
+`compressor.analysis.prunable_units` finds what can be removed. A pass decides what is removed, as a Decision:
 
-    sites    site name -> indices of the units that stay, ascending; a site that isn't named stays whole
+    sites    name of a prunable module -> ascending indices of the units that stay; a module without entry stays whole
     hidden   indices of the residual stream that stay, or null: all of them
-    removed  names of sites of which nothing stays; the same as an empty list under `sites`
+    removed  names of prunable modules that are removed as a whole; the same as an empty list under `sites`
 
-The matrices get smaller and nothing else happens to them, so the pruned model computes what the model computed with the
-inputs of the output projections (`PrunableModule.output_projection`) multiplied by 0 at the columns that went. Of the
-residual stream that is so with norms that see only what is kept:
+The matrices only get smaller. So the pruned model computes what the model computes with the inputs of the output
+projections (`PrunableModule.output_projection`) multiplied by 0 at the removed columns. For the residual stream this
+holds with norms over the kept values:
 
     RMSNorm    sum(x²)/D + eps over D values, of which d are left, is d/D (sum(x²)/d + eps D/d): gain times sqrt(D/d),
                eps times D/d
     LayerNorm  mean and variance over the kept values; the gain and the shift stay
 
-Where config.json can say all of it (the same number in every block, found to hold by `prunable_units`), the result
-is a model of its own class. Else the modeling file has it: shapes one by one, attributes where attention counts its
-heads, and a `removed` layer where nothing is left of a sub-block.
+If config.json can describe the result (the same number in every block, as `prunable_units` has proven), it is a model
+of the same class. Else the modeling file describes it: shapes one by one, attributes of attention modules that count
+heads, and a `removed` layer for a removed sub-block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from compressor.model.residual_records import Residual, ResidualNorm
 
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
-WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # what configs call the stream's width
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # the names of the stream's width in configs
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -44,30 +44,30 @@ def kept_units(site: PrunableModule, decision: Decision) -> tuple[int, ...]:
 
 
 def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
-    """raises PreflightError for a site that there isn't, units it doesn't have, or one that has to stay"""
+    """raises PreflightError for an unknown prunable module, units that it doesn't have, or one that must stay"""
     known = {site.name: site for site in sites}
     named = [*decision["sites"], *decision.get("removed", ())]
     if unknown := [name for name in named if name not in known]:
         raise PreflightError(
-            f"{unknown[0]} is no site that can be pruned",
+            f"{unknown[0]} is not a prunable module of this model",
             where=where,
-            hint="Choose again for this model.",
+            hint="Begin again with --fresh, so that the choice is made for this model.",
             data={"reason": "no-site", "site": unknown[0]},
         )
     for site in sites:
         kept = kept_units(site, decision)
         if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < site.units):
             raise PreflightError(
-                f"{list(kept)} of {site.name} are not units of it, which has {site.units}, in ascending order",
+                f"{list(kept)} are not ascending numbers of units of {site.name}, which has {site.units}",
                 where=where,
-                hint="Choose again for this model.",
+                hint="Begin again with --fresh, so that the choice is made for this model.",
                 data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
             )
         if not kept and site.layout.removal is None:
             raise PreflightError(
-                "nothing of this sub-block would stay, and no layer can take its place",
+                "every unit of this sub-block would be removed, and the sub-block itself can't be",
                 where=site.name,
-                hint="Keep one.",
+                hint="Keep at least one unit: set a smaller target, or protect this block with protect_layers.",
                 data={"reason": "nothing-kept"},
             )
 
@@ -77,8 +77,8 @@ def pruned_redefinition(
 ) -> Redefinition:
     """The definition of the pruned model.
 
-    export  stock: a model of the same class or an error; custom: the modeling file, also where a stock model would do
-    raises  PreflightError for a decision that doesn't fit the model, or a stock model that can't be
+    export  stock: a model of the same class or an error; custom: the modeling file, also if a stock model is possible
+    raises  PreflightError for a decision that doesn't fit the model, or a stock model that is impossible
     """
     check_decision(sites, decision)
     width = _reads_width(facts, sites)
@@ -86,7 +86,7 @@ def pruned_redefinition(
     shapes = pruned_shapes(facts, sites, decision)
     if not shapes:
         return Redefinition(widths=widths, decision=decision)
-    why: str | None = "the recipe asks for it"
+    why: str | None = "the recipe has export: custom"
     if export != "custom":
         redefinition = _stock(facts, sites, decision)
         if isinstance(redefinition, Redefinition):
@@ -94,9 +94,9 @@ def pruned_redefinition(
         why = redefinition
         if export == "stock":
             raise PreflightError(
-                f"{facts.architecture} can't be pruned so by its config alone: {why}",
+                f"the config of {facts.architecture} can't describe the pruned model: {why}",
                 where="export",
-                hint="Prune every block alike, or use export: auto, which adds a modelling file.",
+                hint="Set export: auto, which adds a modeling file, or uniform: true if the pass is vtrans.",
                 data={"reason": "no-stock-model", "model": facts.architecture, "because": values_of(why)},
             )
     redefinition = _custom(facts, sites, decision, shapes, why)
@@ -106,9 +106,9 @@ def pruned_redefinition(
 def pruned_shapes(
     facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, gone: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
-    """Parameter -> its new shape, of those that change or are new; None where it is gone. Tied ones are not named.
+    """Parameter -> its new shape, for those that change or are new; None if it is removed. Tied ones have no entry.
 
-    gone  blocks that are dropped altogether
+    gone  blocks that are removed as a whole
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
     residual = facts.residual if _narrows(facts, decision) else None
@@ -131,7 +131,7 @@ def pruned_shapes(
 
 
 def dropped_blocks(sites: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
-    """Blocks that do nothing any more, so that a model without them computes the same."""
+    """Blocks that do nothing after pruning, so that a model without them computes the same."""
     left = {site.block for site in sites if kept_units(site, decision) or not site.layout.vanishes}
     return tuple(sorted({site.block for site in sites} - left))
 
@@ -142,9 +142,9 @@ def kept_slices(
     decision: Decision,
     residual: Residual | None,
 ) -> Kept:
-    """What stays of every parameter that loses something, along each axis; removed sub-blocks are not here.
+    """The kept indices along each axis of every parameter that gets smaller, except those of removed sub-blocks.
 
-    residual  of the model, where its stream gets narrower
+    residual  of the model, if its stream gets narrower
     """
     kept: Kept = {}
     for site in sites:
@@ -161,7 +161,7 @@ def kept_slices(
 
 
 def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:
-    """Every parameter along the residual stream and the axis that lies along it."""
+    """Every parameter that reads or writes the residual stream, and its axis along the stream."""
     for norm in residual.norms():
         yield from ((f"{norm.module}.{leaf}", 0) for leaf, has in _leaves(norm) if has)
         yield from ((consumer.parameter, consumer.axis) for consumer in norm.consumers)
@@ -173,7 +173,7 @@ def _leaves(norm: ResidualNorm) -> tuple[tuple[str, bool], ...]:
 
 
 def _reads_width(facts: ModelFacts, sites: Sequence[PrunableModule]) -> int:
-    """The stream's width: what a reader gives back to it."""
+    """The stream's width: the outputs of an output projection."""
     if not sites:
         return facts.residual.width
     return facts.shapes[sites[0].cuts[0].parameter][1 - sites[0].cuts[0].axis]
@@ -188,7 +188,7 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 
 
 def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Redefinition | str:
-    """The model of the same class, or why there is none."""
+    """The pruned model of the same class, or the reason why there is none."""
     gone = dropped_blocks(sites, decision)
     stay = [site for site in sites if site.block not in gone]
     config: dict[str, Any] = {}
@@ -201,7 +201,7 @@ def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decisio
     if gone:
         depths = [key for key in DEPTH_KEYS if facts.config.get(key) == count]
         if not depths or len(gone) == count:
-            return "its config can't say that blocks are gone"
+            return "its config can't describe removed blocks"
         kept = [block for block in range(count) if block not in gone]
         config |= {key: len(kept) for key in depths}
         lists = [key for key, value in facts.config.items() if isinstance(value, list) and len(value) == count]
@@ -220,20 +220,20 @@ def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decisio
 
 
 def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
-    """What config.json says of how many units of one kind every block has, or why it can't."""
+    """The keys of config.json for the number of units of one kind in every block, or the reason why there are none."""
     counts = {len(kept_units(site, decision)) for site in sites}
     if all(len(kept_units(site, decision)) == site.units for site in sites):
         return {}
     if 0 in counts:
         gone = next(s.name for s in sites if not kept_units(s, decision))
-        return Because(f"{gone} is gone altogether", reason="gone", site=gone)
+        return Because(f"{gone} is removed as a whole", reason="gone", site=gone)
     if len(counts) > 1:
         kind = sites[0].kind
         return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
     keys = sites[0].layout.config
     if keys is None:
         kind = sites[0].kind
-        return Because(f"its config doesn't say how many {kind} there are", reason="count-not-in-config", kind=kind)
+        return Because(f"its config.json has no number of {kind}", reason="count-not-in-config", kind=kind)
     return keys.of(next(iter(counts)))
 
 
@@ -242,26 +242,26 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
     width = residual.width
     key = next((key for key in WIDTH_KEYS if facts.config.get(key) == width), None)
     if key is None:
-        return "its config doesn't say how wide its residual stream is"
+        return "its config has no width of the residual stream"
     config: dict[str, Any] = {key: kept}
     if residual.kind == "rms":
         keys = [key for key in EPS_KEYS if key in facts.config]
         if not keys:
-            return "its config doesn't say what eps its norms have"
+            return "its config has no eps of its norms"
         if not sites:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
         if any(site.layout.has_norms for site in sites):
             return Because(
-                f"norms inside its blocks have the same {keys[0]} as those of the stream",
+                f"norms inside its blocks share {keys[0]} with those of the residual stream",
                 reason="eps-of-other-norms",
                 key=keys[0],
             )
         if not all(norm.formula.has_weight for norm in residual.norms()):
-            return "its norms have no gain that could take the factor of a narrower stream"
+            return "its norms have no gain to hold the factor of a narrower residual stream"
         config |= {key: residual.end.formula.eps * width / kept for key in keys}
     scaled = [write for write in residual.embeddings if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
-        return "its table is scaled by the width of the stream and shared with the head"
+        return "its embedding is scaled by the width of the stream and shared with the output head"
     heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
     if heads:
         config["head_dim"] = facts.config.get("head_dim") or width // heads
@@ -269,7 +269,7 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
 
 
 def is_root(scale: float, width: int) -> bool:
-    """Whether a class multiplies by the root of its width; Gemma does so in 16 bits."""
+    """Whether a scale is the square root of the width; Gemma computes it in 16 bits."""
     return width > 1 and abs(scale - width**0.5) < 1e-2
 
 
@@ -285,7 +285,7 @@ def _custom(
 ) -> Redefinition:
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
     said: dict[str, Any] = {}
-    for kind in KINDS:  # what the class can't take block by block it may take from the config
+    for kind in KINDS:  # a number that the class can't have block by block may be possible in the config
         alike = [site for site in sites if site.kind == kind and site.layout.per_layer]
         found = _kind_config(alike, decision)
         partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
@@ -293,7 +293,7 @@ def _custom(
             raise PreflightError(
                 f"blocks can't differ in their number of {kind} ({partly[0].layout.per_layer}), and {why}",
                 where=partly[0].name,
-                hint="Prune every block alike.",
+                hint="Set uniform: true if the pass is vtrans; where it is greedy_removal, remove only whole blocks.",
                 data={"reason": "blocks-differ", "kind": kind},
             )
         said |= {} if isinstance(found, str) else found
@@ -321,7 +321,7 @@ def _custom(
 
 
 def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:
-    """What takes the place of a sub-block of which nothing stays; `width` is that of its reader's output."""
+    """The layers that replace a removed sub-block; `width` is that of its output projection's output."""
     modules = {}
     for entry in site.layout.removal or ():
         spec = {
@@ -336,7 +336,7 @@ def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:
 
 
 def resized_modules(site: PrunableModule, units: int) -> dict[str, Any]:
-    """What modules that count heads need to be told."""
+    """The new attributes of modules that count heads."""
     return {
         path: {
             "form": "resized",
@@ -362,9 +362,9 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
         divisor = norm.formula.divisor or width
         if norm.formula.kind == "layer":
             raise PreflightError(
-                "this LayerNorm has no gain, and no layer computes it over fewer values",
+                "this LayerNorm has no gain, so it can't be computed for a narrower residual stream",
                 where=norm.module,
-                hint="Keep all.",
+                hint="Leave hidden out of `sites`.",
             )
         return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
     if norm.formula.kind == "layer":
@@ -379,7 +379,7 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
 
 
 def _narrow_removed(modules: dict[str, Any], facts: ModelFacts, kept: int) -> dict[str, Any]:
-    """What stands for a sub-block adds to the stream, and so gets as narrow."""
+    """The layers in place of removed sub-blocks, with the narrower width of the stream."""
     return {
         path: {**entry, "shape": [kept]} if entry["form"] == "removed" and entry["shape"] != [0] else entry
         for path, entry in modules.items()

@@ -1,16 +1,15 @@
-"""The matrix after a pruned one, solved again so that what is left gives what all of it gave.
+"""Solves a pruned output projection again, so that its kept inputs give the output of the dense matrix.
 
-A reader W (out, n) loses all inputs but those in K. With the inputs X (tokens, n) of the model as it was,
+An output projection W (out, n) keeps only the inputs in K. With the inputs X (tokens, n) of the dense model,
 
     W' = argmin |X W^T - X_K W'^T - 1 s^T|² + lambda |W'|²
        = W C[:, K] (C[K, K] + lambda I)^-1          lambda = ridge * mean of diag C
 
-where C = X^T X, and s = 0. Where the reader has a bias, s is its change: then C is the covariance of X, and
-s = W mean(X) - W' mean(X_K). (Oshin Dutta et al., arXiv 2406.05276 and their code have the first; centring C beside a
-bias is ours, as it is what least squares with an intercept gives.) Sums are float64: n² of them for one matrix.
+where C = X^T X and s = 0. If the output projection has a bias, s is its change: then C is the covariance of X, and
+s = W mean(X) - W' mean(X_K). (The first form is that of Oshin Dutta et al., arXiv 2406.05276, and their code. Centring
+C for a bias is our addition; it is least squares with an intercept.) Sums are float64: n² of them for one matrix.
 
-Nothing is trained, so little can go wrong but one thing: few tokens. So the result counts only where it is nearer to
-the dense output on tokens that were not summed.
+With few tokens the result can be worse. So it is used only if it is nearer to the dense output on held-out tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from dataclasses import dataclass
 
 from compressor.lazy import torch
 
-RIDGE = 1e-2  # of the mean squared input; our choice, as the paper's text was not read
-HELD_OUT = 4  # one batch in so many
+RIDGE = 1e-2  # relative to the mean squared input; our choice, since the paper's text was not read
+HELD_OUT = 4  # one batch of this many is held out
 
 
 @dataclass
@@ -49,8 +48,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Repair:
-    """weight (out, len(K)) and shift (out,) or None, and errors on held-out tokens: mean squared, of the mean squared
-    dense output, before (the plain cut) and after (solved), whichever of them `weight` is.
+    """weight (out, len(K)) and shift (out,) or None, and errors on held-out tokens: mean squared, relative to the mean
+    squared dense output, before (columns removed) and after (solved). `weight` is the better of the two.
     """
 
     weight: torch.Tensor
@@ -62,10 +61,10 @@ class Repair:
 def solve(
     weight: torch.Tensor, kept: Sequence[int], moments: Moments, ridge: float = RIDGE, has_bias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W' (out, len(kept)) and s (out,), None without a bias; float64.
+    """W' (out, len(kept)) and s (out,), which is None without a bias; float64.
 
     weight  W (out, n)
-    ridge   above 0, so that there is one solution however few the tokens
+    ridge   above 0, so that the solution is unique for any number of tokens
     """
     if ridge <= 0:
         raise ValueError(f"ridge is {ridge}; without one there may be many solutions")
@@ -74,7 +73,7 @@ def solve(
     gram = moments.gram - moments.tokens * torch.outer(mean, mean) if has_bias else moments.gram
     damping = ridge * float(gram.diagonal().mean())
     solved = wide[:, index]
-    if damping > 0 and len(kept):  # else there is nothing to learn from
+    if damping > 0 and len(kept):  # else there are no inputs
         inner = gram[index][:, index]
         inner.diagonal().add_(damping)
         factor = torch.linalg.cholesky(inner)
@@ -89,7 +88,7 @@ def output_error(
     kept: Sequence[int],
     batches: Iterable[torch.Tensor],
 ) -> float:
-    """Mean of |W x - W' x_K - s|² over tokens, of the mean of |W x|²; 0 where there is no output at all."""
+    """Mean of |W x - W' x_K - s|² over tokens, divided by the mean of |W x|²; 0 if there is no output."""
     wide = weight.to(torch.float64)
     difference = wide.clone()
     difference[:, torch.tensor(list(kept), dtype=torch.int64, device=weight.device)] -= cut.to(torch.float64)
@@ -109,10 +108,10 @@ def repair(
     ridge: float = RIDGE,
     has_bias: bool = False,
 ) -> Repair:
-    """The solved matrix, or the plain one where that is nearer to the dense output on held-out batches.
+    """The solved matrix, or the plain one if that is nearer to the dense output on held-out batches.
 
-    plain   what would be used without: W[:, kept], or that with factors
-    inputs  batches of the reader's inputs in the dense model, gone through twice
+    plain   the matrix without solving: W[:, kept], or that with factors
+    inputs  batches of the output projection's inputs in the dense model, read twice
     """
     batches = inputs if isinstance(inputs, Batches) else Batches(lambda: iter(inputs), len(inputs))
     moments = Moments.zeros(weight.shape[1], weight.device)
@@ -128,9 +127,9 @@ def repair(
 
 @dataclass(frozen=True)
 class Batches:
-    """Calibration batches that can be gone through again, in two parts: one in HELD_OUT is held out.
+    """Calibration batches that can be read more than once, in two parts: one in HELD_OUT is held out.
 
-    A single batch is split by its tokens.
+    A single batch is divided by its tokens.
     """
 
     start: Callable[[], Iterator[torch.Tensor]]

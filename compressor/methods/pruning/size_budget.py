@@ -1,10 +1,10 @@
-"""What a model weighs as a function of how many units each of its sub-blocks keeps, and which to keep for a target.
+"""Computes the size of a model from the units that its sub-blocks keep, and chooses the units for a target size.
 
 The size is linear in the units of each sub-block, and where the residual stream is pruned too, linear in its width:
 
     size = fixed + d * per_width + sum over parts of n (unit + d * unit_per_width)
 
-It is the same for parameters, bytes and multiplications, with other numbers, and for whole counts as for soft ones.
+The formula holds for parameters, bytes and multiplications, each with other numbers, and for whole and soft counts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from itertools import pairwise
 from typing import Any
 
 STREAM = "hidden"  # name of the residual stream's own mask
-TOLERANCE = 0.01  # of the whole size: how far below its target a cut should end
+TOLERANCE = 0.01  # relative to the whole size: how far below its target a choice may end
 
 
 @dataclass(frozen=True)
 class Part:
-    """A sub-block that can lose units.
+    """A sub-block whose units can be removed.
 
-    unit, unit_per_width  what one unit weighs: apart from the stream's width, and for each channel of it
-    rest                  what goes beside the units where none is left
-    least                 fewest units it may keep
-    align                 it keeps a multiple of this, or all
-    allowed               it keeps one of these numbers, or all; empty: any
+    unit, unit_per_width  size of one unit: independent of the stream's width, and for each channel of it
+    rest                  further size that is removed if no unit is kept
+    least                 smallest number of units that it may keep
+    align                 it keeps a multiple of this, or all units
+    allowed               it keeps one of these numbers, or all units; empty: any number
     """
 
     name: str
@@ -43,24 +43,24 @@ class Part:
     allowed: tuple[int, ...] = ()
 
     def may_keep(self, count: int) -> bool:
-        """Whether `least`, `align` and `allowed` let it keep so many of its units."""
+        """Whether `least`, `align` and `allowed` allow this number of units."""
         fits = count >= self.least and count % self.align == 0 and (not self.allowed or count in self.allowed)
         return fits or count == self.units
 
     @property
     def counts(self) -> list[int]:
-        """The numbers of units that it may keep, from all of them down."""
+        """The allowed numbers of units, descending from all of them."""
         return [count for count in range(self.units, -1, -1) if self.may_keep(count)]
 
     @property
     def floor(self) -> int:
-        """Fewest units that it may keep."""
+        """The smallest allowed number of units."""
         return self.counts[-1]
 
 
 @dataclass(frozen=True)
 class Size:
-    """width  channels of the residual stream; `least_width` and `align_width` bound it where it is pruned"""
+    """width  channels of the residual stream; `least_width` and `align_width` bound it if it is pruned"""
 
     parts: tuple[Part, ...]
     fixed: int
@@ -70,7 +70,7 @@ class Size:
     align_width: int = 1
 
     def of(self, counts: Mapping[str, Any], width: Any = None) -> Any:
-        """The size with that many units of each part; whole numbers or tensors (whose `rest` never goes)."""
+        """The size with that many units of each part: integers, or tensors (for which `rest` is never removed)."""
         d = self.width if width is None else width
         total = self.fixed + d * self.per_width
         for part in self.parts:
@@ -86,14 +86,14 @@ class Size:
 
     @property
     def narrowest(self) -> int:
-        """Fewest channels that `least_width` and `align_width` allow together."""
+        """The smallest number of channels that `least_width` and `align_width` allow together."""
         return min(self.width, -(-self.least_width // self.align_width) * self.align_width)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """units  of each part, in order; none where the part is removed
-    width     channels of the stream, or None where it isn't pruned
+    """units  of each part, in order; none if the part is removed
+    width     channels of the stream; None if it is not pruned
     """
 
     units: dict[str, tuple[int, ...]]
@@ -102,7 +102,7 @@ class Kept:
 
 
 class Unreachable(Exception):
-    """No choice within the bounds is as small as asked for; `least` is the smallest found."""
+    """No choice within the bounds is as small as the target. `least` is the smallest size that was found."""
 
     def __init__(self, least: int) -> None:
         super().__init__(f"no less than {least}")
@@ -111,7 +111,7 @@ class Unreachable(Exception):
 
 @dataclass(frozen=True)
 class _Move:
-    """Units that go together: some of a part (of several parts, where counts are uniform), or parts as a whole."""
+    """Units that are removed together: some of a part (of several parts if counts are uniform), or whole parts."""
 
     score: float
     drops: tuple[tuple[str, tuple[int, ...]], ...]
@@ -127,16 +127,16 @@ def cut(
     uniform: bool = False,
     prunes_width: bool = False,
 ) -> Kept:
-    """Drop the units of the lowest scores until the size is at most `target`, then take back what still fits.
+    """Remove the units with the lowest scores until the size is at most `target`, then add back what still fits.
 
-    Units go by `align` at a time, the lowest of a part together with the mean of their scores, so every step leaves
-    counts that may be kept. Where one would lead past the target by more than 1 % of the whole, lighter ones of higher
-    scores go first. Scores are not divided by what a unit weighs: masks are trained against the weight of their
-    units already, and doing it twice took a trained small model to perplexity 369 where this gives 106.
+    `align` units are removed at a time: the lowest ones of a part together, with the mean of their scores, so that
+    every step leaves allowed counts. If a step would miss the target by more than 1 % of the whole, smaller units with
+    higher scores are removed first. Scores are not divided by the size of a unit: masks are already trained against
+    the size of their units, and doing it twice gave a trained small model perplexity 369 instead of 106.
 
-    scores     of each unit, by part (and by channel under STREAM); larger is more needed
-    removable  parts that may go as a whole (together, if several) -> the score of that; the last of a kind stays
-    uniform    parts of one kind keep equally many; they must have equally many units
+    scores     of each unit, by part (and of each channel under STREAM); larger is more important
+    removable  parts that may be removed as a whole (several: together) -> their score; the last of a kind stays
+    uniform    parts of one kind keep the same number; they must have the same number of units
     raises     Unreachable
     """
     state = _State(size, {part.name: set(range(part.units)) for part in size.parts}, set(range(size.width)))
@@ -147,17 +147,17 @@ def cut(
     moves += [
         _Move(score, tuple((name, ()) for name in names), whole=True) for names, score in (removable or {}).items()
     ]
-    moves.sort(key=lambda move: move.score)  # stable: equal scores go in the order of parts and units
+    moves.sort(key=lambda move: move.score)  # stable: equal scores keep the order of parts and units
     done: list[_Move] = []
     heavy: list[_Move] = []
     for move in moves:
         if state.size <= target:
             break
         if state.size - state.weight(move) < target - TOLERANCE * size.full:
-            heavy.append(move)  # later and lighter ones may come closer
+            heavy.append(move)  # later, smaller ones may come closer to the target
         elif state.drop(move):
             done.append(move)
-    for move in [*heavy, *moves]:  # what had to wait for a heavy one comes last
+    for move in [*heavy, *moves]:  # those that waited for a large one come last
         if state.size > target and state.drop(move):
             done.append(move)
     if state.size > target:
@@ -171,7 +171,7 @@ def cut(
 
 @dataclass
 class _State:
-    """What is kept so far, and its size."""
+    """The kept units so far, and their size."""
 
     base: Size
     units: dict[str, set[int]]
@@ -194,7 +194,7 @@ class _State:
         return part.unit + len(self.channels) * part.unit_per_width
 
     def weight(self, move: _Move) -> int:
-        """What goes with a move as things are."""
+        """The size that a move would remove now."""
         total = 0
         for name, units in move.drops:
             if name == STREAM:
@@ -205,7 +205,7 @@ class _State:
         return total
 
     def drop(self, move: _Move) -> bool:
-        """Whether anything went."""
+        """Remove the units of a move. Returns whether there were any."""
         if move.whole and self._is_last_of_its_kind(move):
             return False
         if not move.whole and not self._may_keep(
@@ -224,7 +224,7 @@ class _State:
         return weight > 0
 
     def _may_keep(self, units: Mapping[str, set[int]]) -> bool:
-        """Whether parts may keep these units; of the stream and of removed parts nothing is asked."""
+        """Whether parts may keep these units. The stream and removed parts are not checked."""
         present = [name for name in units if name != STREAM and name not in self._removed]
         return all(self._parts[name].may_keep(len(units[name])) for name in present)
 
@@ -268,7 +268,7 @@ def _unit_moves(size: Size, scores: Mapping[str, Sequence[float]], uniform: bool
 
 
 def _chunks(scores: Sequence[float], counts: Sequence[int]) -> list[tuple[float, tuple[int, ...]]]:
-    """(mean score, units) of the lowest units, as many at a time as lead from each of `counts` to the next."""
+    """(mean score, units) of the lowest units, in groups that lead from each of `counts` to the next."""
     order = sorted(range(len(scores)), key=lambda unit: scores[unit])
     found = []
     for before, after in pairwise(counts):
@@ -283,5 +283,5 @@ def _aligned(count: int, least: int, align: int) -> list[int]:
 
 
 def target_size(full: int, share: float) -> int:
-    """The largest whole size at least `share` smaller than `full`; the share as the decimal that was written."""
+    """The largest integer size that is at least `share` smaller than `full`. The share is read as a decimal number."""
     return full - math.ceil(full * Fraction(str(share)))

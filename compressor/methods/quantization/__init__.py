@@ -1,1 +1,1 @@
-"""Grids, codes, second moments and lookup tables."""
+"""Implements quantization grids, packed codes, Hessians and lookup tables."""

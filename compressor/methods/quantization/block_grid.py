@@ -1,12 +1,14 @@
-"""Quantization of a matrix block by block: codes, and the scale of each block that errs least."""
+"""Quantizes a matrix block by block: codes, and for each block the scale with the smallest error."""
 
 from __future__ import annotations
 
 from compressor.lazy import torch
 
-SHIFTS_TRIED = 4  # at 4 bits, Gaussian blocks of 4,096 are best clipped at about half their largest value
+SHIFTS_TRIED = (
+    4  # at 4 bits, Gaussian blocks of 4,096 values have the smallest error if clipped at half their largest value
+)
 SCALES_TRIED = 33  # float16: from the largest value down to 0.36 of it, in steps of 0.02
-SLAB_ELEMENTS = 1 << 22  # of a matrix that are searched at once
+SLAB_ELEMENTS = 1 << 22  # elements of a matrix that are searched at once
 FLOAT16_TINY, FLOAT16_MAX = 2.0**-24, 65504.0
 
 
@@ -18,9 +20,9 @@ def quantize_blocks(
     search: bool = True,
     importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes int8 (out, in), one scale a block (exponents int8, or float16), and the matrix the two stand for.
+    """Codes int8 (out, in), one scale per block (exponents int8, or float16), and the dequantized matrix.
 
-    search      try smaller scales too and keep the one with the least squared error of its block
+    search      try smaller scales too, and keep the one with the least squared error of its block
     importance  (in,) weight of each column's squared error
     """
     rows, columns = matrix.shape
@@ -63,7 +65,7 @@ def _best_scales(
 
 
 def _candidates(largest: torch.Tensor, limit: int, scale: str, search: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(as stored, as float32) for each scale to try, from the one that holds the largest value downwards."""
+    """(as stored, as float32) for each scale to try, descending from the one that covers the largest value."""
     from compressor.kernels.ops.blocks import LOWEST_EXPONENT, power_of_two, shift_exponent
 
     if scale == "shift":

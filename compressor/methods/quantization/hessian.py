@@ -1,4 +1,4 @@
-"""Second moments of calibration inputs and the triangular factor that GPTQ walks along."""
+"""Sums the Hessian of calibration inputs, and computes the triangular factor that GPTQ uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compressor.lazy import torch
 
 @dataclass
 class Gram:
-    """Sum of x xᵀ over tokens: matrix (in, in) float32 or float64, upper panels only until `hessian` is asked for."""
+    """Sum of x xᵀ over tokens: matrix (in, in) float32 or float64. Only upper panels are summed before `hessian`."""
 
     matrix: torch.Tensor
     tokens: int = 0
@@ -21,7 +21,9 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> Gram:
         """Add x (tokens, in). Products of 16-bit inputs are exact in float32."""
-        from compressor.kernels.ops.hessian import hessian_add_  # imports torch, for which settings must not wait
+        from compressor.kernels.ops.hessian import (
+            hessian_add_,
+        )  # it imports torch, and settings must load without torch
 
         hessian_add_(self.matrix, x, 1.0, 1.0)
         self.tokens += x.shape[0]
@@ -37,8 +39,8 @@ class Gram:
 @dataclass(frozen=True)
 class Factor:
     """upper     U with Uᵀ U = (H + damping I)⁻¹, (in, in)
-    damping   what was added to the diagonal, as a fraction of its mean
-    attempts  what was tried before, for the report
+    damping   added to the diagonal, as a fraction of its mean
+    attempts  earlier attempts, for the report
     """
 
     upper: torch.Tensor
@@ -48,19 +50,19 @@ class Factor:
 
 
 def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, where: str) -> Factor | None:
-    """U of the damped hessian by one reversed Cholesky and one triangular inversion.
+    """U of the damped Hessian by one reversed Cholesky and one triangular inversion.
 
     J H J = L Lᵀ with J the reversal; R = J L J is upper, H = R Rᵀ, U = R⁻¹. Half the work of factoring H⁻¹.
-    Tries float32, then float64, then 10 and 100 times the damping (at most max_percdamp). None if all of it fails.
+    Tries float32, then float64, then 10 and 100 times the damping (at most max_percdamp). None if all of them fail.
 
     hessian  (in, in), not modified
-    raises   PassError if the hessian holds NaN or Inf
+    raises   PassError if the Hessian contains NaN or Inf
     """
     if not bool(torch.isfinite(hessian).all()):
         raise PassError(
             "the calibration inputs of this weight overflow to NaN or Inf",
             where=where,
-            hint="Run in float32 (model.dtype) or check the model's outputs on this text.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "not-finite"},
         )
     mean = float(hessian.diagonal().mean())

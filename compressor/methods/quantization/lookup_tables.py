@@ -1,11 +1,11 @@
-"""Tables of functions at equally spaced knots, with bounds on what reading between the knots costs.
+"""Computes lookup tables of functions at equally spaced knots, with bounds on the error between the knots.
 
 Bounds hold for a function with |f'| <= steepness and |f''| <= curvature everywhere, by Taylor's theorem:
     linear   step**2 / 8 * curvature
     nearest  step / 2 * steepness
-to which float32 adds a rounding of the result. Steps have STEP_BITS significant bits and knots are whole multiples of
-them (of 1 + multiples for the root), so every knot is exact in float32; that makes a step at most 1 / 64 wider than the
-narrowest.
+float32 adds the rounding of the result. Steps have STEP_BITS significant bits, and knots are integer multiples of them
+(1 + multiples for the root), so every knot is exact in float32. This makes a step at most 1 / 64 wider than the
+smallest possible one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compressor.lazy import torch
 from compressor.model.activations import KNOWN, Function
 
 STEP_BITS = 8
-NARROWEST = 1 / 16  # of a calibrated range: less would spend the table on rounding errors
+NARROWEST = 1 / 16  # of a calibrated range: a smaller one would fill the lookup table with rounding errors
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Table:
         return self.low + (len(self.values) - 1) * self.step
 
     def bound(self, steepness: float, curvature: float, linear: bool) -> float:
-        """What reading between the knots can cost, in exact arithmetic."""
+        """The largest error between the knots, in exact arithmetic."""
         return self.step**2 / 8 * curvature if linear else self.step / 2 * steepness
 
 
 def tabulate(function: Function, low: float, high: float, entries: int, base: float = 0.0) -> Table:
-    """The table of a float64 function that covers low .. high, with base + whole steps for its knots.
+    """The lookup table of a float64 function over low .. high, with knots at base + whole steps.
 
-    raises ValueError for an empty range
+    raises  ValueError for an empty range
     """
     if not low < high:
-        raise ValueError(f"a table from {low} to {high} covers nothing")
+        raise ValueError(f"a lookup table from {low} to {high} is empty")
     step = _round_up((high - low) / (entries - 1))
     while math.ceil((base - low) / step) + math.ceil((high - base) / step) > entries - 1:
         step = _round_up(step * (1 + 2.0**-STEP_BITS))
@@ -53,7 +53,7 @@ def tabulate(function: Function, low: float, high: float, entries: int, base: fl
 
 
 def activation_table(name: str, smallest: float, largest: float, entries: int) -> Table:
-    """The table of a known activation over the inputs that calibration saw, as far as its asymptotes don't serve."""
+    """The lookup table of a known activation over its calibration inputs, without the range of its asymptotes."""
     known = KNOWN[name]
     low = min(0.0, max(smallest, -known.reach))
     high = max(0.0, min(largest, known.reach))
@@ -63,7 +63,7 @@ def activation_table(name: str, smallest: float, largest: float, entries: int) -
 
 
 def exp_table(low: float, entries: int) -> Table:
-    """exp from `low` up to 0, where the last knot lies. Steepness and curvature there are at most 1."""
+    """exp from `low` to 0, which is the last knot. Steepness and curvature are at most 1 there."""
     return tabulate(torch.exp, low, 0.0, entries)
 
 

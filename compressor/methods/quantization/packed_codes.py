@@ -1,4 +1,4 @@
-"""What passes that leave integer codes share: the form, its settings, and handing codes to the view."""
+"""Helps passes that store integer codes: the quantization format, its parameters, and storing the codes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def group_width(weight: Weight, group_size: int) -> int:
 
 
 def stored_form(bits: int, symmetric: bool, act_order_index: bool = False) -> str:
-    """Packed codes; 8-bit ones with zero points one a byte, which stock loaders read in more cases at equal size."""
+    """The format's name: packed codes, except 8-bit codes with zero points, which are one per byte.
+
+    Stock loaders read the latter in more cases, at equal size.
+    """
     return "byte_linear" if bits == 8 and not symmetric and not act_order_index else "packed_linear"
 
 
 def packed_spec(
     weight: Weight, bits: int, group_size: int, symmetric: bool, act_order_index: bool = False
 ) -> dict[str, Any]:
-    """Settings of the stored form. raises ShapeError when group_size doesn't divide the inputs
+    """Format parameters. raises ShapeError if group_size doesn't divide the inputs
 
     act_order_index  the group of each input is stored, because groups aren't neighbours
     """
@@ -53,9 +56,9 @@ def store(
     record: Mapping[str, Any],
     index: torch.Tensor | None = None,
 ) -> None:
-    """Hand codes (out, ...) to the view in their stored form, scales in the view's dtype.
+    """Store codes (out, ...) in their quantization format, with scales in the dtype of the model.
 
-    index  (in,) the group of each input, where groups aren't neighbours
+    index  (in,) the group of each input, if groups aren't neighbours
     """
     from compressor.layers.byte_linear import ByteLinear
     from compressor.layers.packed_linear import PackedLinear

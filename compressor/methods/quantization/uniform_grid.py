@@ -1,9 +1,9 @@
-"""Uniform quantization grids: range, scale, zero point, rounding, and the search for a better range.
+"""Computes uniform quantization grids: range, scale, zero point, rounding, and the search for a better range.
 
-Codes are signed, in [-2**(bits-1), 2**(bits-1) - 1]; w = (code - zero_point) * scale. All arithmetic is float32 on
-scales that were rounded to their stored type first, so that what is optimized is what is stored.
-Source: Frantar et al. 2022 (arXiv 2210.17323) and its reference implementation for the min-max grid; the search over
-shrunken ranges with the error exponent 2.4 is the reference implementation's too.
+Codes are signed, in [-2**(bits-1), 2**(bits-1) - 1]; w = (code - zero_point) * scale. All arithmetic is float32 with
+scales that are first rounded to their stored dtype, so that the optimized values are the stored ones.
+Source: Frantar et al. 2022 (arXiv 2210.17323) and its reference implementation, for the min-max grid and for the search
+over smaller ranges with the error exponent 2.4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from compressor.lazy import torch
 
 ERROR_EXPONENT = 2.4  # IST-DASLab/gptq, quant.py
-SMALLEST_SHRINK = 0.40  # below it no group of ours ever improved; the reference sweeps to 0.21
+SMALLEST_SHRINK = 0.40  # below it no tested group improved; the reference tries down to 0.21
 COARSE_STEP, FINE_STEP = 0.06, 0.02
 CHUNK_ELEMENTS = 1 << 18  # one chunk of rows and its temporaries stay in the L2 cache
 
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 18  # one chunk of rows and its temporaries stay in the L2
 @dataclass(frozen=True)
 class Grid:
     """scale       (out, groups) float32, exactly representable in the stored dtype
-    zero_point  (out, groups) float32 holding whole numbers in the codes' range
+    zero_point  (out, groups) float32, integers in the range of the codes
     """
 
     bits: int
@@ -47,11 +47,11 @@ def find_grid(
     stored: torch.dtype,
     importance: torch.Tensor | None = None,
 ) -> Grid:
-    """A grid per row of each group.
+    """One grid per row of each group.
 
     weight      (out, groups, group_size) float32
-    stored      dtype the scales will have on disk
-    importance  (groups, group_size) diagonal of the hessian, for hessian_diag
+    stored      dtype of the scales on disk
+    importance  (groups, group_size) diagonal of the Hessian, for hessian_diag
     """
     out, groups, size = weight.shape
     scale = torch.empty(out, groups, device=weight.device)
@@ -71,7 +71,7 @@ def quantize(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Nearest codes (half to even, clamped after adding the zero point).
 
     weight   (out, groups, group_size) float32
-    returns  the same shape, float32 holding whole numbers
+    returns  the same shape, integers in float32
     """
     codes = torch.round(weight / grid.scale.unsqueeze(-1)) + grid.zero_point.unsqueeze(-1)
     return codes.clamp_(grid.low, grid.high)
@@ -96,26 +96,26 @@ def _grid_of_range(
     if not symmetric:
         below = torch.round(-low / scale).clamp_(0, levels)
         below = torch.where(empty, torch.full_like(below, half), below)
-    # The lowest or highest code times the scale must not overflow the stored type, as -8 * (65504 / 7.5) would.
+    # The lowest or highest code times the scale must not overflow the stored dtype, as -8 * (65504 / 7.5) would.
     most = torch.finfo(stored).max * (1 - torch.finfo(stored).eps) / torch.maximum(below, levels - below)
     scale = torch.where(scale > most, most.to(stored).float(), scale)
     return scale, below - half
 
 
 def round_scale(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """Scales as they are stored, never 0.
+    """Scales with their stored values, never 0.
 
     scale    float32, not negative
-    stored   the type on disk
-    returns  float32, exactly representable in `stored`: rounded to nearest where that is a normal number. A subnormal
-             float16 scale is rounded up, since its steps are coarse and a scale too small cuts off the largest weights
+    stored   the dtype on disk
+    returns  float32, exactly representable in `stored`: rounded to nearest if that is a normal number. A subnormal
+             float16 scale is rounded up, since its steps are coarse and a smaller scale would clip the largest weights
     """
     rounded = scale.to(stored).float()
     kind = torch.finfo(stored)
     if stored == torch.float16:
         step = kind.smallest_normal * kind.eps
         rounded = torch.where(scale < kind.smallest_normal, torch.ceil(scale / step) * step, rounded).clamp_(min=step)
-    # Subnormal numbers of the other types are subnormal in float32 too, which some processors are set to treat as 0.
+    # Subnormal numbers of the other dtypes are subnormal in float32 too, and some processors treat them as 0.
     return rounded if stored == torch.float16 else rounded.clamp_(min=kind.smallest_normal)
 
 
@@ -128,9 +128,9 @@ def _search(
     stored: torch.dtype,
     importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shrink each range by the factor with the least error: a coarse sweep, then a finer one around each winner.
+    """Shrink each range by the factor with the least error: a coarse search, then a finer one around each best factor.
 
-    Twelve-fold cheaper than the reference's hundred steps; ties go to the larger scale.
+    It costs a twelfth of the reference's hundred steps. Of equal errors the larger scale wins.
     """
     work = torch.empty_like(part)
     error = torch.empty_like(part)

@@ -1,1 +1,1 @@
-"""Rotations of the residual stream, and the shapes of a sliced one."""
+"""Rotates the residual stream, and computes the shapes of a sliced one."""

@@ -1,9 +1,9 @@
-"""Linear algebra of a rotated residual stream: folding norms, centring, orthogonal matrices, and their cost.
+"""Implements the linear algebra of a rotated residual stream: folding norms, centring and orthogonal matrices.
 
 An RMSNorm without gain commutes with an orthogonal map, rms(x Q) = rms(x) Q (Ashkboos et al. 2024, arXiv 2401.15024,
-section 3.1). Whatever touches the stream touches it along one axis of a parameter: the input axis of a matrix that
-reads it, the output axis of one that adds to it, the last axis of an embedding, the only axis of a bias. So one
-function, `rotate`, rotates all of them, and the axis says the rest; Conv1D and fused experts need no case of their own.
+section 3.1). Every read and write of the stream is along one axis of a parameter: the input axis of an input
+projection, the output axis of an output projection, the last axis of an embedding, the only axis of a bias. So one
+function, `rotate`, rotates all of them along a given axis, and Conv1D and fused experts need no special case.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from compressor.model.residual_records import ResidualNorm, ResidualWrite
     from compressor.protocol import PartView
 
-# eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); far above that is a failure
+# eigh and QR lose a few units in the last place per dimension (measured: 4e-15 at 512); much more is a failure
 ORTHOGONAL_TOLERANCE = 1e-12
 
 
 def fold_gain(matrix: torch.Tensor, gain: torch.Tensor, axis: int) -> torch.Tensor:
-    """W diag(g): the gain of a norm moved into a matrix that reads its output.
+    """W diag(g): fold the gain of a norm into a matrix that reads its output.
 
     matrix  any shape, with `axis` along the norm's output
-    gain    (matrix.shape[axis],), the whole factor: 1 + weight where a family stores it less one
+    gain    (matrix.shape[axis],), the whole factor: 1 + weight if a family stores the gain minus 1
     """
     return matrix * _along(gain, axis, matrix.dim())
 
 
 def fold_shift(matrix: torch.Tensor, shift: torch.Tensor, axis: int) -> torch.Tensor:
-    """W c: what to add to the matrix's bias in place of a norm's shift c. W must not have the gain folded in yet.
+    """W c: the addition to the matrix's bias that replaces a norm's shift c. The gain must not be folded into W yet.
 
     returns  the matrix's shape without `axis`
     """
@@ -44,9 +44,9 @@ def fold_shift(matrix: torch.Tensor, shift: torch.Tensor, axis: int) -> torch.Te
 
 
 def center(matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    """Subtract the mean along `axis`, so that what is added to the stream has mean zero over its width.
+    """Subtract the mean along `axis`, so that the write to the stream has mean zero over its width.
 
-    Makes LayerNorm an RMSNorm. Of an RMSNorm model it would change the function, so it is for LayerNorm models alone.
+    It turns LayerNorm into RMSNorm. It is only for LayerNorm models: an RMSNorm model's outputs would change.
     """
     return matrix - matrix.mean(axis, keepdim=True)
 
@@ -69,7 +69,7 @@ def _along(vector: torch.Tensor, axis: int, dims: int) -> torch.Tensor:
 class Covariance:
     """Sum of xᵀ x over tokens, (D, D) float64; not centred.
 
-    Padding must not reach it: `add` takes a mask, and a masked token contributes nothing, not even NaN.
+    Padding must not be added: `add` takes a mask, and a masked token contributes nothing, not even NaN.
     """
 
     matrix: torch.Tensor
@@ -85,11 +85,11 @@ class Covariance:
         """Add the tokens of x that are not masked.
 
         x           (..., D)
-        mask        (...), true or 1 where a token counts
-        normalised  divide each token by its root mean square first, so that a few huge ones don't decide alone; one of
-                    zeros (a padding token that was looked up) stays zeros, as in a norm
-        where       what gives the signal, for the error
-        raises      PassError if a token that counts is not finite
+        mask        (...), true or 1 for tokens that are added
+        normalised  divide each token by its root mean square first, so that a few large ones don't dominate; a token
+                    of zeros (the embedding of padding) stays zeros, as in a norm
+        where       the source of the signal, for the error
+        raises      PassError if a token that is added is not finite
         """
         rows = x.reshape(-1, x.shape[-1])
         if mask is not None:
@@ -99,7 +99,7 @@ class Covariance:
             raise PassError(
                 "the calibration signal has NaN or Inf",
                 where=where,
-                hint="Run in float32 (model.dtype) or check the model.",
+                hint="Set model.dtype: float32, or check the model's outputs on this data.",
                 data={"reason": "signal-not-finite"},
             )
         if normalised:
@@ -116,14 +116,14 @@ def pca(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     covariance  (D, D), computed on in float64
     returns     eigenvalues (D,) and Q (D, D), both float64; in each column of Q the entry largest in magnitude (the
                 first of equals) is positive. Within equal eigenvalues any basis is valid: compare Q_d Q_dᵀ, not Q.
-    raises      PassError if it isn't finite, doesn't converge, or Q isn't orthogonal to 1e-12 even after one QR
+    raises      PassError if it is not finite, doesn't converge, or Q is not orthogonal to 1e-12 even after one QR
     """
     matrix = covariance.to(torch.float64)
     trace = float(matrix.diagonal().sum())
     if not bool(torch.isfinite(matrix).all()):
         raise PassError(
             "the covariance has NaN or Inf",
-            hint="Run in float32 (model.dtype) or check the model.",
+            hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "covariance-not-finite"},
         )
     try:
@@ -159,7 +159,7 @@ def orthogonality_error(q: torch.Tensor) -> float:
 def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     """(n, n) float64 from the Haar measure: Q of a Gaussian matrix's QR, with R's diagonal made positive.
 
-    Without the signs the result depends on LAPACK's convention and isn't uniform (Mezzadri 2007, arXiv
+    Without the signs the result depends on LAPACK's convention and is not uniform (Mezzadri 2007, arXiv
     math-ph/0609050).
     """
     gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator, device=generator.device)
@@ -170,9 +170,9 @@ def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
 def randomized_hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
     """(n, n) float64: diag(s) (H ⊗ M) with random signs s, the Hadamard matrix H of the largest power of two in n.
 
-    M is for the odd factor m = n / 2^k, for which no Hadamard matrix need exist: our choice is the orthonormal DCT-II
-    matrix, deterministic and with entries of at most sqrt(2 / m), so that n = 2^k has all entries ±1/sqrt(n) and other
-    n come within a factor sqrt(2) of it.
+    M is for the odd factor m = n / 2^k, for which there may be no Hadamard matrix. Our choice is the orthonormal DCT-II
+    matrix: it is deterministic and has entries of at most sqrt(2 / m). So for n = 2^k all entries are ±1/sqrt(n), and
+    for other n they are at most sqrt(2) times larger.
     """
     if n < 1:
         raise ValueError(f"a matrix of {n} dimensions")
@@ -186,7 +186,7 @@ def randomized_hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _dct(m: int) -> torch.Tensor:
-    """The orthonormal DCT-II matrix, (m, m): rows are cosines of rising frequency."""
+    """The orthonormal DCT-II matrix, (m, m): its rows are cosines of increasing frequency."""
     index = torch.arange(m, dtype=torch.float64)
     cosines = torch.cos(torch.pi / m * index[:, None] * (index[None] + 0.5)) * (2.0 / m) ** 0.5
     cosines[0] /= 2**0.5
@@ -196,17 +196,17 @@ def _dct(m: int) -> torch.Tensor:
 def untied_head(
     model: ModelFacts,
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...] | None], tuple[str, ...]]:
-    """(config, shapes, notes) of a Redefinition in which the head has weights of its own, where it shared them."""
+    """(config, shapes, notes) of a Redefinition that gives a tied output head weights of its own."""
     shared = [consumer.parameter for consumer in model.residual.end.consumers if consumer.parameter in model.tied]
     if not shared:
         return {}, {}, ()
     count = sum(prod(model.shapes[name]) for name in shared)
-    note = f"{shared[0]} shared the table's weights and gets its own: {count:,} parameters more"
+    note = f"{shared[0]} shared the embedding's weights and gets its own: {count:,} parameters more"
     return {"tie_word_embeddings": False}, {name: model.shapes[name] for name in shared}, (note,)
 
 
 def rotate_part(view: PartView, q: torch.Tensor) -> None:
-    """Rotate every parameter of the unit along the stream.
+    """Rotate every parameter of this part of the model along the stream.
 
     q  (D, d) float64: the whole orthogonal matrix, or the columns that are kept
     """
@@ -231,9 +231,9 @@ def rotate_writes(view: PartView, writes: tuple[ResidualWrite, ...], q: torch.Te
 
 
 def pooled_covariance(views: Iterator[PartView], normalised: bool = False) -> tuple[torch.Tensor, int]:
-    """(sum over all sublayers of their second moments, each of trace 1; tokens): (D, D) float64.
+    """(sum over all sublayers of their second moments, each scaled to trace 1; tokens): (D, D) float64.
 
-    Without the scaling the last sublayers would decide alone, since the stream grows with depth.
+    Without the scaling the last sublayers would dominate, since the stream grows with depth.
     """
     total, tokens = None, 0
     for view in views:
@@ -241,26 +241,28 @@ def pooled_covariance(views: Iterator[PartView], normalised: bool = False) -> tu
             covariance = norm_covariance(view, norm, normalised)
             scaled = of_trace_one(covariance.matrix)
             total, tokens = scaled if total is None else total + scaled, covariance.tokens
-    assert total is not None  # there is a head
+    assert total is not None  # there is an output head
     return total, tokens
 
 
 def of_trace_one(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix of second moments over its trace; signals that are zeros alone leave zeros."""
+    """A matrix of second moments divided by its trace. Signals of zeros give zeros."""
     return matrix / (float(matrix.trace()) or 1.0)
 
 
 def norms_of(view: PartView) -> list[ResidualNorm]:
-    """A norm for each place of the unit where the stream is read; of the head the last norm."""
+    """One norm of each sublayer of this part of the model; of the output head the last norm."""
     is_head = view.index == len(view.residual.blocks)
     return [stream.norms[0] for stream in view.sublayers] + ([view.residual.end] if is_head else [])
 
 
 def norm_covariance(view: PartView, norm: ResidualNorm, normalised: bool) -> Covariance:
-    """Second moments of what a norm reads. raises PassError if no calibration token reached it, or one isn't finite"""
+    """Second moments of a norm's input. raises PassError if no calibration token reached it, or one is not finite"""
     covariance = Covariance.zeros(view.residual.width, view.device)
     for x in view.signals(norm):
         covariance.add(x, normalised=normalised, where=norm.module)
     if not covariance.tokens:
-        raise PassError("no calibration token reached it", where=norm.module, hint="Give calibration data.")
+        raise PassError(
+            "no calibration token reached it", where=norm.module, hint="Set data.source and data.samples in the recipe."
+        )
     return covariance

@@ -1,7 +1,7 @@
-"""A model whose residual stream is narrower: its shapes, and how many parameters, before anything is computed.
+"""Computes the shapes and the number of parameters of a model with a narrower residual stream.
 
-Every parameter that touches the stream keeps its other axes, so its size is a number of vectors times a width: `reads`
-and `writes` below count those vectors. What doesn't touch the stream stays as it is.
+A parameter that reads or writes the stream keeps its other axes, so its size is a number of vectors times a width.
+`reads` and `writes` below count these vectors. Other parameters don't change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_e
 
 @dataclass(frozen=True)
 class SiteShape:
-    """reads   vectors that read this site's stream: output rows of all its consumers
-    writes  vectors that its branches add from: input columns of all its writes, and one for each bias
+    """reads   vectors that read this sublayer's stream: output rows of all its input projections
+    writes  vectors that write to it: input columns of all its output projections, and one for each bias
     """
 
     reads: int
@@ -31,14 +31,14 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class StreamShape:
-    """The numbers of a model that decide its size when sliced.
+    """The numbers of a model that decide its size after slicing.
 
     width        of the stream, D
-    embeddings   vectors that make up the stream before block 0: rows of embeddings, columns of convolutions, biases
-    sites        of all blocks, in order
-    head         rows of the head, which counts as a matrix of its own
-    kept         parameters that don't touch the stream: biases of consumers (those that a LayerNorm's shift makes
-                 included), norms on heads, matrices inside a branch
+    embeddings   vectors that write to the stream before block 0: rows of embeddings, columns of convolutions, biases
+    sites        sublayers of all blocks, in order
+    head         rows of the output head, which counts as a separate matrix
+    kept         parameters that neither read nor write the stream: biases of input projections (with those for a
+                 LayerNorm's shift), norms on heads, matrices inside a branch
     norms        norms on the stream, the last one included
     end_norm     parameters of the last norm
     """
@@ -55,7 +55,7 @@ class StreamShape:
 def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> StreamShape:
     """The numbers of a model.
 
-    shapes  parameter name -> shape, of every parameter, a tied head under its own name too
+    shapes  parameter name -> shape of every parameter, also of a tied output head under its own name
     """
     touching: set[str] = set()
 
@@ -70,7 +70,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
             reads = sum(vectors(consumer.parameter) for norm in site.norms for consumer in norm.consumers)
             sites.append(SiteShape(reads, sum(vectors(write.parameter) for write in site.writes)))
     head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
-    made = 0  # biases that a shift brings into being
+    made = 0  # new biases for a norm's shift
     norms = tuple(residual.norms())
     for norm in norms:
         touching |= {f"{norm.module}.{leaf}" for leaf in ("weight", "bias")}
@@ -82,13 +82,13 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
-    """floor((1 - sparsity) * width), then down to a multiple of round_to; 0.9 of 10 leaves 1, as decimals say."""
+    """floor((1 - sparsity) * width) in decimals, rounded down to a multiple of round_to: sparsity 0.9 of 10 gives 1."""
     exact = int((1 - Decimal(repr(sparsity))) * width)
     return exact - exact % round_to
 
 
 def uniform_widths(shape: StreamShape, width: int, *, head_sliced: bool = False) -> tuple[int, ...]:
-    """`width` at every site, and at the end either that or all of it."""
+    """`width` at every sublayer, and at the end either `width` or the whole width."""
     return (width,) * len(shape.sites) + (width if head_sliced else shape.width,)
 
 
@@ -99,17 +99,17 @@ def per_site_parameters(
     embedding: Literal["slice", "project"] = "slice",
     tied: bool = False,
 ) -> int:
-    """Parameters of a model with a rotation of its own at each site, and a matrix (w_k, w_k+1) beside its branches.
+    """Parameters of a model with a rotation for each sublayer, and a matrix (w_k, w_k+1) on its residual path.
 
-    widths     at each site and, last, before the head: len(sites) + 1 numbers
-    embedding  slice: narrower embeddings, and a head of its own; project: whole embeddings and a matrix (D, w_0) after
-               their sum, the head in the original basis behind the last norm with its own gain
-    tied       with project: head and embedding stay one
+    widths     at each sublayer and, last, before the output head: len(sites) + 1 numbers
+    embedding  slice: narrower embeddings and a separate output head; project: whole embeddings, then a matrix (D, w_0),
+               and an output head in the original basis after the last norm with its gain
+    tied       with project: output head and embedding stay tied
     """
     if len(widths) != len(shape.sites) + 1:
-        raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sites and the head")
+        raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sublayers and the output head")
     if embedding == "project" and widths[-1] != shape.width:
-        raise ValueError("a projected embedding leaves the head in the original basis, at its full width")
+        raise ValueError("a projected embedding keeps the output head in the original basis, at its full width")
     total = shape.kept
     for site, width, following in zip(shape.sites, widths, widths[1:]):
         total += site.reads * width + site.writes * following + width * following
@@ -120,7 +120,7 @@ def per_site_parameters(
 
 
 def global_parameters(shape: StreamShape, width: int) -> int:
-    """Parameters of a model with one rotation: nothing beside the branches, and a constant gain in every norm."""
+    """Parameters of a model with one rotation: no matrices on the residual path, and a constant gain in every norm."""
     vectors = shape.embeddings + shape.head + sum(site.reads + site.writes for site in shape.sites)
     return shape.kept + (vectors + shape.norms) * width
 
@@ -128,17 +128,17 @@ def global_parameters(shape: StreamShape, width: int) -> int:
 def scheduled_widths(
     shape: StreamShape, spectra: Sequence[Sequence[float]], budget: int, round_to: int, least: int
 ) -> tuple[int, ...]:
-    """Widths at each site, and the whole width at the end, that lose least variance within a number of parameters.
+    """Widths at each sublayer, and the whole width at the end, that lose the least variance for a number of parameters.
 
-    Greedy from the full widths down: the next `round_to` directions go where the share of a site's variance that they
-    hold, per parameter that goes with them, is least. Shares fall along a site's axes, so what is taken later always
-    costs more: the exchange argument of the fractional knapsack, but for the last step and the shortcut matrices, whose
-    size depends on two widths at once.
+    Greedy from the full widths: the next `round_to` directions are removed at the sublayer where their share of the
+    variance per removed parameter is smallest. Shares fall along a sublayer's axes, so later removals always cost
+    more. This is the exchange argument of the fractional knapsack, except for the last step and the shortcut matrices,
+    whose size depends on two widths.
 
-    spectra  eigenvalues of each site's second moments, largest first
-    budget   parameters, at most
-    least    no site gets narrower
-    raises   ValueError if even the least widths are too many
+    spectra  eigenvalues of each sublayer's second moments, largest first
+    budget   largest number of parameters
+    least    smallest width of a sublayer
+    raises   ValueError if even the smallest widths have more parameters
     """
     full = shape.width - shape.width % round_to
     widths = [*([full] * len(shape.sites)), shape.width]
@@ -146,11 +146,13 @@ def scheduled_widths(
     for values in spectra:
         share = torch.as_tensor(values, dtype=torch.float64).clamp_min(0)
         share = share / share.sum()
-        tails.append([*share.flip(0).cumsum(0).flip(0).tolist(), 0.0])  # [w]: what is lost when w directions stay
+        tails.append(
+            [*share.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        )  # [w]: the variance that is lost if w directions stay
     count = per_site_parameters(shape, widths)
 
     def saved(at: int) -> int:
-        """By round_to fewer directions at one site."""
+        """Parameters that are saved by round_to fewer directions at one sublayer."""
         site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.embeddings
         return round_to * (site.reads + before + widths[at + 1])
 
@@ -166,9 +168,9 @@ def scheduled_widths(
 
 
 def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinition:
-    """Blocks with matrices beside their branches, norms that divide by the old width, and a head as wide as before.
+    """Blocks with matrices on the residual path, norms that divide by the old width, and an output head of full width.
 
-    widths  at each site and, last, before the head
+    widths  at each sublayer and, last, before the output head
     """
     residual = model.residual
     sites = [site for block in residual.blocks for site in block]
@@ -208,7 +210,7 @@ def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinit
 
 
 def global_redefinition(model: ModelFacts, kept: int) -> Redefinition:
-    """A stock model of that hidden size: every parameter along the stream, and what config.json has to say."""
+    """A stock model of that hidden size: the shape of every parameter along the stream, and the keys of config.json."""
     width = model.residual.width
     shapes: dict[str, tuple[int, ...] | None] = {}
     edges = [(consumer.parameter, consumer.axis) for norm in model.residual.norms() for consumer in norm.consumers]
@@ -230,9 +232,9 @@ def _resized(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
 def widest_that_shrinks(count: Callable[[int], int], dense: int, width: int, round_to: int = 1) -> int | None:
     """The largest multiple of round_to, at most `width`, at which a model has fewer parameters than `dense`.
 
-    None if not even round_to does. `count` must not fall as the width grows.
+    None if even round_to has more. `count` must not decrease with the width.
     """
-    low, high = 0, width // round_to  # `low` shrinks or is 0; the answer lies in [low, high]
+    low, high = 0, width // round_to  # `low` has fewer parameters or is 0; the answer is in [low, high]
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if count(middle * round_to) < dense else (low, middle - 1)

@@ -1,4 +1,4 @@
-"""Run llm-compressor's GPTQ on given tokens, in its own environment, and write what it cost.
+"""Runs llm-compressor's GPTQ on given tokens, in its own environment, and writes its time and memory.
 
     PEER_PYTHON scripts/bench/peers/llm_compressor.py --model DIR --tokens FILE --output DIR --report FILE \
         --bits 4 --group-size 128 --threads 2 [--observer memoryless_mse] [--batch-size 1] [--profile FILE]
@@ -83,7 +83,7 @@ def main() -> None:
     )
     stages.end("tokens")
 
-    # `dtype="auto"` keeps the checkpoint's type, as our side does.
+    # `dtype="auto"` keeps the checkpoint's dtype, as our side does.
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     stages.end("load")
 

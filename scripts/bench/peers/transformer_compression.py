@@ -1,11 +1,11 @@
-"""Slice a Llama with microsoft/TransformerCompression, in its own environment, and score the results.
+"""Slices a Llama with microsoft/TransformerCompression, in its own environment, and scores the results.
 
     PYTHONPATH=CHECKOUT/src PEER_PYTHON scripts/bench/peers/transformer_compression.py --model DIR --tokens FILE \
         --report FILE --sparsity 0.2 0.3 --threads 2
 
 A child of scripts/bench/slicegpt.py, which imports nothing of it and nothing of `compressor`. Written for commit
-6b12cdee6ad51791d7c776b3a046bc408b9e77e9, which pins transformers 4.41 and knows models of the hub by name only, so the
-model is handed to its adapter here. The token file is a safetensors file with `calibration` and `test`, both
+6b12cdee6ad51791d7c776b3a046bc408b9e77e9, which pins transformers 4.41 and knows only names of hub models, so the
+model is passed to its adapter here. The token file is a safetensors file with `calibration` and `test`, both
 (samples, length) int64. All else is its default: random orientation, damping 0.01, head not sliced.
 
 Two things it does change an RMSNorm model before anything is sliced: it subtracts the mean of every row of the
