@@ -21,8 +21,9 @@ from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
+from compressor.engine.events import Emit, warning_event
 from compressor.engine.interrupt import Stop, interruptible, signals
-from compressor.engine.job import Clock, Emit, Job, fingerprint
+from compressor.engine.job import Clock, Job, fingerprint
 from compressor.engine.plan import as_built, make_plan
 from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
@@ -158,7 +159,7 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     """raises the first problem of the plan"""
     plan = make_plan(recipe, model, output=output, trust_remote_code=trust_remote_code)
     for warning in plan.warnings:
-        emit({"event": "warning", **warning})
+        emit(warning_event(warning))
     if plan.problems:
         first = plan.problems[0]
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""

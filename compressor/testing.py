@@ -140,7 +140,7 @@ def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
     Headers aren't bounded: digits in a name or an offset may come or go.
     """
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
-    said = any(warning["code"] == "sizes-undecided" for warning in plan.warnings)
+    said = any(warning.code == "sizes-undecided" for warning in plan.warnings)
     assert said == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
     assert said == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
     if not said:

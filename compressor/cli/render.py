@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compressor.cli.progress import json_line
-from compressor.errors import CompressError, UsageError
+from compressor.errors import CompressError, Notice, UsageError
 
 if TYPE_CHECKING:
     from compressor.engine.plan_records import Plan, PlanRow
@@ -148,7 +148,7 @@ def show_facts(found: dict[str, Any]) -> None:
     out.print(table)
 
 
-def show_run(report: dict[str, Any], output: Path) -> None:
+def show_run(report: Mapping[str, Any], output: Path) -> None:
     from compressor.evaluation.render import human_bytes
 
     sizes = report["sizes"]
@@ -210,14 +210,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def warn(warnings: Iterable[dict[str, str]]) -> None:
-    for warning in warnings:
-        err.print(
-            f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+def warn(notices: Iterable[Notice]) -> None:
+    for notice in notices:
+        err.print(str(notice), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_text(path: Path, text: str) -> None:

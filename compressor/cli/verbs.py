@@ -32,7 +32,8 @@ from compressor.cli.render import (
     warn,
     write_text,
 )
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+from compressor.engine.events import Event, ResultEvent
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, Notice, UsageError
 
 
 class Raised(Exception):
@@ -124,14 +125,14 @@ def run(
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
-    ended: dict[str, Any] = {}
+    ended: list[ResultEvent] = []
     try:
         with show(mode, err) as emit:
             from compressor.run import compress
 
-            def keep(event: dict[str, Any]) -> None:
+            def keep(event: Event) -> None:
                 if event["event"] == "result":
-                    ended.update(event)
+                    ended.append(event)
                 emit(event)
 
             compress(
@@ -152,7 +153,7 @@ def run(
         raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
-            show_run(ended["report"], Path(ended["output"]))
+            show_run(ended[0]["report"], Path(ended[0]["output"]))
 
 
 @app.command()
@@ -245,7 +246,7 @@ def eval_(
     if as_json:
         json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})
     else:
-        warn(found["warnings"])
+        warn(map(Notice.from_json, found["warnings"]))
         if not quiet:
             show_evaluation(found)
     if failed := failed_gates(found["gates"]):
@@ -282,7 +283,7 @@ def compare(
     suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
     chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
     text = render_comparison_as(found, found["rows"] + (found["weights"] if weights else []), chosen)
-    warn(found["warnings"])
+    warn(map(Notice.from_json, found["warnings"]))
     if output is None:
         sys.stdout.write(text)
     else:

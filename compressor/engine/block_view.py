@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.engine.block_io import Installed, view
 from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
+from compressor.errors import Notice
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Stop
@@ -54,7 +55,7 @@ class BlockView:
     put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
     records: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -147,7 +148,7 @@ class BlockView:
             placed.remove()
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()

@@ -22,7 +22,7 @@ from compressor.engine.block_view import BlockView
 from compressor.engine.calibration_batch import CalibrationBatch, embed
 from compressor.engine.rewrite_sweep import ReshapeSite
 from compressor.engine.walk import Part, load_part, walk
-from compressor.errors import Interrupted
+from compressor.errors import Interrupted, Notice
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.structure import Structure
 from compressor.storage.journal import Journal
@@ -66,7 +66,7 @@ class ShapingView:
     journal: Journal
     resident: bool
     is_interrupted: Callable[[], bool]
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     source: Callable[[int], UnitSource] | None = None
     _in_memory: dict[int, Installed] = field(default_factory=dict)
     _users: dict[int, int] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class ShapingView:
         return None if line is None else (line["step"], load_file(self.journal.path(line)))
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def _embed(self) -> None:
         if not self._is_embedded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,10 @@ import transformers
 
 from compressor.artifact.modeling_file import VERSION
 from compressor.data.samples import Samples
+from compressor.engine.events import Emit, StageName
 from compressor.engine.plan_records import Plan
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Job:
         return self.journal.work / "scratch"
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: StageName) -> Iterator[None]:
         self.emit({"event": "stage", "name": name})
         with self.clock.time(name):
             yield

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressor.artifact.export_format import Route
-from compressor.errors import CompressError
+from compressor.errors import CompressError, Notice
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.functions import Functions
 from compressor.model.stored_weight import StoredWeight
@@ -32,10 +32,10 @@ class Findings:
     """
 
     problems: list[CompressError] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Plan:
     untied: bool
     sizes: Sizes
     problems: tuple[CompressError, ...]
-    warnings: tuple[dict[str, str], ...]
+    warnings: tuple[Notice, ...]
     tries_loaders: bool
 
     @property
@@ -188,7 +188,7 @@ class Plan:
             "weights": [row.to_json() for row in self.rows],
             "skipped": list(self.skipped),
             "problems": [problem.event() for problem in self.problems],
-            "warnings": list(self.warnings),
+            "warnings": [notice.to_json() for notice in self.warnings],
             "route": None if self.route is None else {"name": self.route.name, "reason": self.route.reason},
             "untied_head": self.untied,
             "side_files": self.source.checkpoint.side_files.to_dict(),

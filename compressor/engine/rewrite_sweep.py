@@ -21,8 +21,9 @@ from torch import Tensor
 
 from compressor.engine.block_io import UnitSource, free_all
 from compressor.engine.calibration_batch import CalibrationBatch, run_unit
+from compressor.engine.events import Emit
 from compressor.engine.walk import Holder, Part, unit_event, walk
-from compressor.errors import PassError
+from compressor.errors import Notice, PassError
 from compressor.model.facts import ModelFacts, Remodel
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
@@ -46,7 +47,7 @@ class ReshapeSite:
     generator: torch.Generator
     is_open: bool = True
     written: dict[str, Tensor] = field(default_factory=dict)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
 
     @property
     def residual(self) -> Residual:
@@ -79,7 +80,7 @@ class ReshapeSite:
         self.written[parameter] = value
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def signals(self, norm: ResidualNorm) -> Iterator[Tensor]:
         return self.inputs(norm.module)
@@ -180,7 +181,7 @@ class Reshaper:
     device: torch.device
     seeds: Callable[[int], int]  # unit -> seed
     is_interrupted: Callable[[], bool]
-    emit: Callable[[dict[str, Any]], None]
+    emit: Emit
 
     def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
@@ -240,14 +241,14 @@ def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, kee
         _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])
     tensors = _unit_tensors(work, site.unit, site)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {"forms": {}, "records": [], "warnings": site.warnings}
+    facts = {"forms": {}, "records": [], "warnings": [notice.to_json() for notice in site.warnings]}
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
     return carry
 
 
-def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[dict[str, str]]) -> None:
+def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[Notice]) -> None:
     held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
-    facts = {"forms": {}, "records": [], "warnings": warnings}
+    facts = {"forms": {}, "records": [], "warnings": [notice.to_json() for notice in warnings]}
     work.journal.commit(key, file, lambda path: save_file(held, path), facts)
 
 
@@ -261,14 +262,14 @@ def _survey(work: Reshaper, step: Step) -> Carry:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
     if work.journal.done(key) is None:
-        warnings: list[dict[str, str]] = []
+        warnings: list[Notice] = []
         carry = step.settings.survey(_sites(work, warnings), {})
         free_all(work.structure)
         _keep_carry(work, key, f"s{work.number:02d}-survey.safetensors", carry, warnings)
     return _kept_carry(work, key)
 
 
-def _sites(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[ReshapeSite]:
+def _sites(work: Reshaper, warnings: list[Notice]) -> Iterator[ReshapeSite]:
     """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")

@@ -30,11 +30,12 @@ from compressor.engine.calibration_batch import (
     run_unit,
 )
 from compressor.engine.choice_view import ShapingView, WholeModelView
+from compressor.engine.events import Emit, warning_event
 from compressor.engine.plan import decided_plan
 from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.engine.walk import Holder, Part, Written, unit_event, unit_forms, walk
-from compressor.errors import PassError
+from compressor.errors import Notice, PassError
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
 from compressor.model.facts import Decision
@@ -44,8 +45,6 @@ from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
 from compressor.storage.safetensors_file import Entry, write_file
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -157,7 +156,7 @@ def _choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decis
     """What a reshaping step chooses over the whole model, from the journal where it is there already."""
     reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
 
-    def choose(warnings: list[dict[str, str]]) -> Decision:
+    def choose(warnings: list[Notice]) -> Decision:
         view = ShapingView(
             number,
             reshape.facts,
@@ -312,7 +311,7 @@ class Changes:
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     put: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)
 
@@ -322,9 +321,10 @@ def _store_part(sweep: StoringSweep, part: Part) -> None:
     changes = _run_steps(sweep, part)
     _commit(sweep, part.unit, changes)
     for record in changes.records:
-        sweep.sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
+        name, seconds = record["name"], record["seconds"]
+        sweep.sweeper.emit({"event": "weight", "name": name, "pass": record["pass"], "seconds": seconds})
     for warning in changes.warnings:
-        sweep.sweeper.emit({"event": "warning", **warning})
+        sweep.sweeper.emit(warning_event(warning))
 
 
 def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
@@ -360,7 +360,7 @@ def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
     facts = {
         "forms": {name: form.to_dict() for name, form in forms.items()},
         "records": changes.records,
-        "warnings": changes.warnings,
+        "warnings": [notice.to_json() for notice in changes.warnings],
         "relative_errors": changes.errors,
     }
     file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
@@ -394,7 +394,7 @@ def _decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Writ
     return decisions
 
 
-def _decide_on(step: Step, view: WholeModelView, warnings: list[dict[str, str]]) -> Decision | None:
+def _decide_on(step: Step, view: WholeModelView, warnings: list[Notice]) -> Decision | None:
     """What a storing step chooses; it has no warnings to add."""
     return step.settings.decide(view)
 
@@ -418,23 +418,28 @@ def _decided(
     number: int,
     position: int,
     step: Step,
-    decide: Callable[[list[dict[str, str]]], Decision | None],
+    decide: Callable[[list[Notice]], Decision | None],
 ) -> Decision | None:
     """The decision of a step: from the journal, or made now and committed with the warnings it adds to the list."""
     key, journal = f"{number}/decision/{position}", sweeper.journal
     if journal.done(key) is None:
         sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
-        warnings: list[dict[str, str]] = []
+        warnings: list[Notice] = []
         try:
             made = decide(warnings)
         except torch.OutOfMemoryError as error:
             raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
         free_all(sweeper.structure)
         text = json.dumps(made, sort_keys=True)
-        facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}
+        facts = {
+            "forms": {},
+            "records": [],
+            "warnings": [notice.to_json() for notice in warnings],
+            "decision": json.loads(text),
+        }
         journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
         for warning in warnings:
-            sweeper.emit({"event": "warning", **warning})
+            sweeper.emit(warning_event(warning))
     line = journal.done(key)
     assert line is not None
     found: Decision | None = line["decision"]

@@ -19,8 +19,9 @@ from compressor.artifact.findings import Findings
 from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.engine.request import _summary_file
+from compressor.errors import WarningRow
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
-from compressor.evaluation.sections import DataFacts, KernelRow, ModelFacts, Run, RunSizes, Seeds, StepRow, WarningRow
+from compressor.evaluation.sections import DataFacts, KernelRow, ModelFacts, Run, RunSizes, Seeds, StepRow
 from compressor.recipe.gates import GateRow
 from compressor.recipe.schema import ReportSettings, bare_source
 
@@ -59,7 +60,10 @@ def build_report(
     """
     recipe = plan.recipe
     records = [record for line in lines for record in line["records"]]
-    warnings = [*plan.warnings, *(warning for line in lines for warning in line["warnings"])]
+    warnings = [
+        *(notice.to_json() for notice in plan.warnings),
+        *(warning for line in lines for warning in line["warnings"]),
+    ]
     report = {
         "report_version": REPORT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},

@@ -5,12 +5,6 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 
-class WarningRow(TypedDict):
-    code: str
-    where: str
-    message: str
-
-
 class Sizes(TypedDict):
     """Of an evaluation; what is compared is null without a baseline."""
 

@@ -230,7 +230,7 @@ def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
     model = tiny.save("llama", tmp_path / "m")
     edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.M", "AutoProcessor": "gone.P"})
     plan = make_plan(parse_recipe(RTN8, "t"), str(model), prove=False)
-    assert [(row["code"], row["where"]) for row in plan.warnings] == [("code-not-used", "modeling_x.py")]
+    assert [(row.code, row.where) for row in plan.warnings] == [("code-not-used", "modeling_x.py")]
     assert "auto_map" not in plan.source.checkpoint.carried_config
 
 

@@ -353,7 +353,7 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     model = tiny.save("qwen3", tmp_path / "model")
     plan = make_plan(recipe(only=["*", "@embedding!"]), str(model), prove=False)
     assert not plan.problems and len(plan.rows) == 14
-    assert [(w["code"], w["where"]) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
+    assert [(w.code, w.where) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
     assert {"name": "model.embed_tokens", "reason": "shares its table with lm_head.weight"} in plan.skipped
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
     shared = {"reason": "shared-table", "other": "lm_head.weight"}
@@ -377,7 +377,7 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
     if family in ("mixtral", "qwen3_moe"):
         assert any("expert" in str(problem.where) for problem in plan.problems)
     else:
-        shared = any(warning["code"] == "shared-table" for warning in plan.warnings)
+        shared = any(warning.code == "shared-table" for warning in plan.warnings)
         assert shared == (family in ("qwen3", "opt", "gpt2"))
         assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
 

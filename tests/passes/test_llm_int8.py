@@ -51,7 +51,7 @@ def plan_of(family, tmp_path, *steps, **sections):
 
 
 def test_plan_says_where_calibration_decides_the_size(tmp_path):
-    decided = [w["code"] for w in plan_of("llama", tmp_path, {"outliers": "calibrated"}).warnings]
+    decided = [w.code for w in plan_of("llama", tmp_path, {"outliers": "calibrated"}).warnings]
     assert decided == ["sizes-undecided"]
     assert make_plan(recipe(), str(tmp_path / "m"), prove=False).warnings == ()
 
