@@ -11,13 +11,13 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from compressor.artifact import verify
 from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
+from compressor.artifact.findings import Findings
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
@@ -35,6 +35,7 @@ from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.metrics import unmeasured
 from compressor.evaluation.report import build_report, write_card, write_reports
 from compressor.evaluation.saturation import uncounted
+from compressor.evaluation.sections import Report
 from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.evaluation.weight_sizes import weight_sizes
 from compressor.model.checkpoint import model_label
@@ -60,7 +61,7 @@ def compress(
     trust_remote_code: bool = False,
     emit: Emit = lambda event: None,
     stop: Stop | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Compress `model` by `recipe` into `output` and return the report.
 
     resume   continue the interrupted run that left `OUTPUT.work`
@@ -116,7 +117,7 @@ def compress(
     return report
 
 
-def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
+def _carry_out(job: Job, stop: Stop) -> Report:
     """Everything between plan and publication. Returns the report, which lies in the built artifact.
 
     raises ArtifactError when what was written doesn't verify; the artifact then holds a report that says so
@@ -130,7 +131,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
     with job.stage("verify"):
         checked = _verify(job)
     measured = Measured()
-    if checked["problems"]:
+    if checked.problems:
         why = "the artifact failed its verification"
         metrics = unmeasured(job.recipe.eval.metrics, why) if job.held_out else {}
         measured = Measured(metrics, saturation=uncounted(why))
@@ -139,16 +140,16 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             measured = _evaluate(job, job.held_out)
     report = _report(job, outcome, checked, measured)
     write_reports(report, job.built, job.recipe.report)
-    if job.recipe.export.card and not checked["problems"]:
+    if job.recipe.export.card and not checked.problems:
         write_card(report, outcome.plan.structure.checkpoint, job.built)
     _seal(job, outcome)
     where = f"{job.journal.work.name}/artifact"
-    if checked["problems"]:
+    if checked.problems:
         raise ArtifactError(
-            "; ".join(checked["problems"]),
+            "; ".join(checked.problems),
             where=where,
             hint="Not published; kept there with its report for a look.",
-            data={"problems": list(checked["problems"])},
+            data={"problems": list(checked.problems)},
         )
     if problems := check_files(job.built, read_manifest(job.built)):
         raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
@@ -238,7 +239,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
     )
 
 
-def _verify(job: Job) -> dict[str, Any]:
+def _verify(job: Job) -> Findings:
     """What the fresh process found; that the artifact does not load or run is a problem found, too."""
     try:
         return verify.verify_in_child(
@@ -249,7 +250,7 @@ def _verify(job: Job) -> dict[str, Any]:
             trust_remote_code=job.trust_remote_code,
         )
     except ArtifactError as error:
-        return {"problems": [error.what]}
+        return Findings(problems=[error.what])
 
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
@@ -266,7 +267,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
     )
 
 
-def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -> Report:
     plan = outcome.plan
     sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.forms, plan)
     evaluation = job.recipe.eval
@@ -294,7 +295,7 @@ def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measu
     )
 
 
-def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
+def _publish(job: Job, report: Report, output: Path) -> Path:
     """Move the built artifact to where it belongs, and drop the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
     if target.exists() or target.is_symlink():

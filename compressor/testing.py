@@ -24,6 +24,7 @@ from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
+from compressor.evaluation.sections import Report
 from compressor.layers import DENSE
 from compressor.process import child
 from compressor.protocol import Pass
@@ -32,7 +33,7 @@ from compressor.run import compress
 from compressor.storage.file_names import MANIFEST
 from compressor.storage.files import file_sha256
 from compressor.storage.journal import Journal
-from compressor.storage.safetensors_file import read_bytes, read_header
+from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_header
 
 
 def recipe_for(
@@ -52,7 +53,7 @@ def recipe_for(
 
 def check_pass(
     name: str, settings: Pass, model: Path, scratch: Path, only: str, before: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
+) -> Report:
     """Run a pass on a small checkpoint and check everything a user of it relies on. Returns the report.
 
     only    a pattern for some of the model's weights; all others must come out unchanged (a pass that reshapes the
@@ -134,7 +135,7 @@ def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
         assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
 
 
-def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
+def _check_sizes(settings: Pass, plan: Plan, report: Report) -> None:
     """Where plan claims to know the sizes they are right within 2 %; else it says so, and they are the bounds it says.
 
     Headers aren't bounded: digits in a name or an offset may come or go.
@@ -173,7 +174,7 @@ def _check_untouched(
             assert same, f"{tensor} changed though {only} doesn't select it"
 
 
-def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> dict[str, Any]:
+def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> Report:
     assert kill_at(7, recipe, model, output), "the run ended before it could be killed"
     report = compress(recipe, str(model), output, measure=False, resume=True)
     written = _tensors(output.glob("*.safetensors"))
@@ -183,7 +184,7 @@ def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) ->
     return report
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, Any]:
+def _tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
     return {name: info for file in files for name, info in read_header(file).items()}
 
 

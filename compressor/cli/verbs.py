@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -34,6 +34,9 @@ from compressor.cli.render import (
 )
 from compressor.engine.events import Event, ResultEvent
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, Notice, UsageError
+
+if TYPE_CHECKING:
+    from compressor.evaluation.sections import Report
 
 
 class Raised(Exception):
@@ -153,7 +156,7 @@ def run(
         raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
-            show_run(ended[0]["report"], Path(ended[0]["output"]))
+            show_run(cast("Report", ended[0]["report"]), Path(ended[0]["output"]))
 
 
 @app.command()
@@ -191,9 +194,9 @@ def plan(
         problems.append(error)
     found = replace(found, problems=tuple(problems))
     if as_json:
-        json_line({"event": "result", **found.to_dict()})
+        json_line({"event": "result", **found.to_json()})
     elif format_ is Format.json:
-        print_json(found.to_dict())
+        print_json(found.to_json())
     else:
         show_plan(found)
     if found.problems:
@@ -304,7 +307,7 @@ def inspect(
 
     found = inspect_path(path, trust_remote_code)
     if format_ is Format.json:
-        print_json(found)
+        print_json(found.to_json())
         return
     show_structure(found, weights)
 
@@ -328,9 +331,9 @@ def verify(
         directory.absolute(), None, sealed=True, source=original, trust_remote_code=trust_remote_code
     )
     if as_json:
-        json_line({"event": "result", **found})
-    if found["problems"]:
-        raise ArtifactError("; ".join(found["problems"]), where=str(directory))
+        json_line({"event": "result", **found.to_json()})
+    if found.problems:
+        raise ArtifactError("; ".join(found.problems), where=str(directory))
     if not as_json:
         show_verification(found, directory, has_source=original is not None)
 
@@ -375,13 +378,15 @@ def report(
     found = read_subject(path)
     if not is_report(found):
         raise UsageError("holds no report.json", where=str(path), hint="Give an artifact, or what eval --output wrote.")
-    if html is not None and is_evaluation(found):
-        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
-    targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
-    for target, render in targets:
-        if target is not None:
-            write_text(target, render(found))
-    if not any(target for target, _ in targets):
+    if html is not None:
+        if is_evaluation(found):
+            raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
+        write_text(html, render_html(found))
+    if markdown is not None:
+        write_text(markdown, render_markdown(found))
+    if junit is not None:
+        write_text(junit, render_junit(found))
+    if html is None and markdown is None and junit is None:
         print(render_markdown(found))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 from compressor.errors import Notice
 
 StageName = Literal["plan", "write", "verify", "evaluate"]
+_OfPass = TypedDict("_OfPass", {"pass": str})
 
 
 class StageEvent(TypedDict):
@@ -40,12 +41,19 @@ class UnitEvent(TypedDict):
     seconds: float
 
 
-WeightEvent = TypedDict(  # a weight is done, and its part committed
-    "WeightEvent", {"event": Literal["weight"], "name": str, "pass": str, "seconds": float}
-)
-DecideEvent = TypedDict(  # a pass begins to choose over the whole model
-    "DecideEvent", {"event": Literal["decide"], "sweep": int, "pass": str}
-)
+class WeightEvent(_OfPass):
+    """A weight is done, and its part committed."""
+
+    event: Literal["weight"]
+    name: str
+    seconds: float
+
+
+class DecideEvent(_OfPass):
+    """A pass begins to choose over the whole model."""
+
+    event: Literal["decide"]
+    sweep: int
 
 
 class WarningEvent(TypedDict):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
@@ -18,6 +18,20 @@ from compressor.engine.events import Emit, StageName
 from compressor.engine.plan_records import Plan
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal
+
+
+class Fingerprint(TypedDict):
+    """What a resumed run has to share with the interrupted one, as run.json holds it. recipe, model, data: hashes"""
+
+    recipe: str
+    model: str
+    data: str | None
+    compress_model: str
+    torch: str
+    transformers: str
+    device: str
+    threads: int
+    cpu_capability: str
 
 
 @dataclass
@@ -49,7 +63,7 @@ class Job:
     journal: Journal
     calibration: Samples | None
     held_out: Samples | None
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     place: torch.device
     trust_remote_code: bool
     resumed: int | None
@@ -75,7 +89,7 @@ class Job:
             yield
 
 
-def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:
+def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> Fingerprint:
     """What a resumed run has to share with the interrupted one."""
     return {
         "recipe": plan.recipe.pinned(None, None).sha256,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from compressor.analysis.model_facts import facts_of
 from compressor.artifact.export_format import Route, choose_route, next_route
@@ -17,7 +17,16 @@ from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
 from compressor.data.parts import same_source
 from compressor.engine.estimates import check_limits, predict_sizes
-from compressor.engine.plan_records import DecidedPlan, Findings, Plan, Reshape, Sizes, parameter_count, sharer
+from compressor.engine.plan_records import (
+    DecidedPlan,
+    Findings,
+    Plan,
+    Reshape,
+    Sizes,
+    UnusedRow,
+    parameter_count,
+    sharer,
+)
 from compressor.engine.planned_formats import follow_formats
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoTwin, try_loaders
@@ -338,7 +347,7 @@ def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
 
 def _unused_tensors(
     source: Structure, structure: Structure, reshapes: Sequence[Reshape], findings: Findings
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[UnusedRow, ...]:
     """The tensors of the source that fill nothing in the model, with warnings of them and of what else its directory
     holds that isn't compressed.
     """
@@ -351,7 +360,7 @@ def _unused_tensors(
         )
         findings.warn("not-tied", name, message)
     carried = carried_tensors(structure)
-    rows = [
+    rows: list[UnusedRow] = [
         {
             "name": unused.tensor,
             "bytes": checkpoint.tensors[unused.tensor].nbytes,
@@ -374,9 +383,9 @@ def _unused_tensors(
     return tuple(rows)
 
 
-def _count(rows: list[dict[str, Any]]) -> str:
+def _count(rows: list[UnusedRow]) -> str:
     return f"{len(rows)} tensors ({sum(row['bytes'] for row in rows):,} bytes)"
 
 
-def _some(rows: list[dict[str, Any]]) -> str:
+def _some(rows: list[UnusedRow]) -> str:
     return ", ".join(row["name"] for row in rows[:4])

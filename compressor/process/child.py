@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def started_early() -> Iterator[None]:
         server.close()
 
 
-def ask(module: str, request: dict[str, Any], doing: str) -> Any:
+def ask(module: str, request: Mapping[str, object], doing: str) -> Any:
     """What `main(request)` of that module returns in a fresh, offline process.
 
     request  JSON values
@@ -203,7 +203,7 @@ def serve(module: str) -> None:
     os._exit(0)  # to take an interpreter with torch apart takes a second, and nobody needs it
 
 
-def _send(pipe: int, request: dict[str, Any]) -> None:
+def _send(pipe: int, request: Mapping[str, object]) -> None:
     line = json.dumps(request).encode() + b"\n"
     try:
         while line:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,7 +40,7 @@ class Journal:
             raise
 
     @classmethod
-    def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+    def create(cls, work: Path, fingerprint: Mapping[str, object]) -> Journal:
         """A fresh journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
             (work / UNITS).mkdir(parents=True)
@@ -56,7 +56,7 @@ class Journal:
             ) from error
 
     @classmethod
-    def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+    def reopen(cls, work: Path, fingerprint: Mapping[str, object]) -> Journal:
         """Continue. raises ResumeError naming everything that differs from the interrupted run, or what is damaged"""
         if not has_begun(work):
             raise ResumeError(

@@ -199,7 +199,8 @@ def test_the_evaluation_counts_what_saturates_weight_by_weight(tmp_path):
     ids = torch.arange(48).view(3, 16)
     save_file({f"{number}": row for number, row in enumerate(ids)}, tmp_path / "tokens.safetensors")
     asked = {"before": None, "after": str(tmp_path / "out"), "tokens": str(tmp_path / "tokens.safetensors")}
-    asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0, "trust_remote_code": False}
+    asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0}
+    asked |= {"confidence": None, "trust_remote_code": False}
     found = measure_quality(asked)["saturation"]
     ours, read = compressor.load(tmp_path / "out", kernels="reference"), {}
     for name, module in ours.named_modules():

@@ -244,7 +244,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
 
         with monkeypatch.context() as patched:
             patched.setattr(compressor.artifact.verify, "load", spoiled)
-            problems = verify(directory, None, sealed=True, deep=True)["problems"]
+            problems = verify(directory, None, sealed=True, deep=True).problems
         assert any("layers.1.mlp.down_proj" in problem for problem in problems), (name, problems)
 
 
