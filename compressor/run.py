@@ -24,6 +24,7 @@ from compressor.data.samples import Samples
 from compressor.engine.events import Emit, warning_event
 from compressor.engine.interrupt import Stop, interruptible, signals
 from compressor.engine.job import Clock, Job, fingerprint
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan import as_built, make_plan
 from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
@@ -218,7 +219,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
     structure = outcome.plan.structure
     errors: dict[str, float | None] = {}
     for line in job.journal.lines.values():
-        errors.update(line.get("relative_errors", {}))
+        errors.update(LineFacts.of(line).relative_errors or {})
     source = {
         "name": job.source,
         "sha256": job.fingerprint["model"],
@@ -275,7 +276,7 @@ def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -
         source=job.source,
         plan=plan,
         fingerprint=job.fingerprint,
-        lines=list(job.journal.lines.values()),
+        facts=[LineFacts.of(line) for line in job.journal.lines.values()],
         sizes=sizes,
         measured=measured,
         gates=check_gates(evaluation.gates, measured.metrics, measured.speed, sizes, evaluation.confidence),

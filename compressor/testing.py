@@ -19,6 +19,7 @@ import yaml
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.writer import carried_tensors
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan import make_plan
 from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
@@ -103,7 +104,8 @@ def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
             plan, journal, calibration, torch.device("cpu"), recipe.seed, lambda event: None, lambda: False
         )
         files, _ = run_sweeps(sweeper)
-        stored = {row["name"]: row["form"] for line in journal.lines.values() for row in line["records"]}
+        records = [record.weight for line in journal.lines.values() for record in LineFacts.of(line).records]
+        stored = {weight.name: weight.form for weight in records}
     return Swept(plan, files, stored)
 
 

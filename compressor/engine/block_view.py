@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
 from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
+from compressor.engine.line_facts import WeightRecord
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
 from compressor.errors import Notice
 from compressor.layers import DENSE
@@ -54,7 +55,7 @@ class BlockView:
     is_open: bool = True
     put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)  # relative, of each stored weight as it is rebuilt
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[WeightRecord] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
@@ -152,19 +153,19 @@ class BlockView:
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
-        self.records = [known for known in self.records if known["name"] != weight.name]  # it may be put again
+        self.records = [known for known in self.records if known.name != weight.name]  # it may be put again
         self.records.append(
-            {
-                "name": weight.name,
-                "unit": self.unit,
-                "form": form,
-                "spec": spec,
-                "shape": list(weight.shape),
-                "role": weight.role,
-                "bytes_after": size,
-                "seconds": now - self.began,
-                **more,
-            }
+            WeightRecord(
+                name=weight.name,
+                unit=self.unit,
+                form=form,
+                spec=spec,
+                shape=weight.shape,
+                role=weight.role,
+                bytes_after=size,
+                seconds=now - self.began,
+                own=more,
+            )
         )
         self.began = now
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.engine.block_io import UnitSource, free_all
 from compressor.engine.calibration_batch import CalibrationBatch, run_unit
 from compressor.engine.events import Emit
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.walk import Holder, Part, unit_event, walk
 from compressor.errors import Notice, PassError
 from compressor.model.facts import ModelFacts, Remodel
@@ -241,14 +242,14 @@ def _write_unit(work: Reshaper, step: Step, site: ReshapeSite, carry: Carry, kee
         _keep_carry(work, f"{key}/carry", f"{file}-carry.safetensors", carry, [])
     tensors = _unit_tensors(work, site.unit, site)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {"forms": {}, "records": [], "warnings": [notice.to_json() for notice in site.warnings]}
+    facts = LineFacts(warnings=tuple(site.warnings)).to_json()
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
     return carry
 
 
 def _keep_carry(work: Reshaper, key: str, file: str, carry: Carry, warnings: list[Notice]) -> None:
     held = {name: tensor.cpu().contiguous() for name, tensor in carry.items()} or {"nothing": torch.zeros(0)}
-    facts = {"forms": {}, "records": [], "warnings": [notice.to_json() for notice in warnings]}
+    facts = LineFacts(warnings=tuple(warnings)).to_json()
     work.journal.commit(key, file, lambda path: save_file(held, path), facts)
 
 

@@ -31,6 +31,7 @@ from compressor.engine.calibration_batch import (
 )
 from compressor.engine.choice_view import ShapingView, WholeModelView
 from compressor.engine.events import Emit, warning_event
+from compressor.engine.line_facts import DecisionFacts, LineFacts, StepRecord
 from compressor.engine.plan import decided_plan
 from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
@@ -43,7 +44,7 @@ from compressor.model.redefined_structure import regated
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
-from compressor.storage.journal import Journal
+from compressor.storage.journal import Journal, Line
 from compressor.storage.safetensors_file import Entry, write_file
 
 
@@ -207,7 +208,7 @@ class StoringSweep:
     batches: list[CalibrationBatch]
     decisions: list[Decision | None]
 
-    def line(self, unit: int) -> dict[str, Any] | None:
+    def line(self, unit: int) -> Line | None:
         """The journal's line of a part that is stored."""
         return self.sweeper.journal.done(f"{self.number}/{unit}")
 
@@ -218,8 +219,7 @@ class StoringSweep:
         """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
         if (line := self.line(unit)) is None:
             return self.source_before(unit)
-        forms = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
-        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), forms)
+        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
 
 
 def _run_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
@@ -310,7 +310,7 @@ class Changes:
     errors  relative, of each stored weight as it is rebuilt
     """
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
     put: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)
@@ -321,8 +321,8 @@ def _store_part(sweep: StoringSweep, part: Part) -> None:
     changes = _run_steps(sweep, part)
     _commit(sweep, part.unit, changes)
     for record in changes.records:
-        name, seconds = record["name"], record["seconds"]
-        sweep.sweeper.emit({"event": "weight", "name": name, "pass": record["pass"], "seconds": seconds})
+        name, seconds = record.weight.name, record.weight.seconds
+        sweep.sweeper.emit({"event": "weight", "name": name, "pass": record.pass_name, "seconds": seconds})
     for warning in changes.warnings:
         sweep.sweeper.emit(warning_event(warning))
 
@@ -344,7 +344,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
                 hint="Use smaller calibration data.",
             ) from error
         step_number = sweeper.plan.recipe.steps.index(step)
-        changes.records += [{"step": step_number, "pass": step.name, **record} for record in view.records]
+        changes.records += [StepRecord(step_number, step.name, record) for record in view.records]
         changes.warnings += view.warnings
         changes.put.update(view.put_layers)
         changes.errors.update(view.errors)
@@ -357,12 +357,7 @@ def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
     forms = unit_forms(source, unit) | {name: form for name, (form, _) in changes.put.items()}
     tensors = dict(unit_tensors(unit, source, changes.put))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {
-        "forms": {name: form.to_dict() for name, form in forms.items()},
-        "records": changes.records,
-        "warnings": [notice.to_json() for notice in changes.warnings],
-        "relative_errors": changes.errors,
-    }
+    facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), changes.errors).to_json()
     file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
     sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
 
@@ -431,19 +426,13 @@ def _decided(
             raise PassError(f"{step.name} ran out of memory", hint="Use smaller calibration data.") from error
         free_all(sweeper.structure)
         text = json.dumps(made, sort_keys=True)
-        facts = {
-            "forms": {},
-            "records": [],
-            "warnings": [notice.to_json() for notice in warnings],
-            "decision": json.loads(text),
-        }
+        facts = DecisionFacts(json.loads(text), tuple(warnings)).to_json()
         journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
         for warning in warnings:
             sweeper.emit(warning_event(warning))
     line = journal.done(key)
     assert line is not None
-    found: Decision | None = line["decision"]
-    return found
+    return DecisionFacts.of(line).decision
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ import yaml
 from compressor.artifact.findings import Findings
 from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
+from compressor.engine.line_facts import LineFacts, StepRecord
 from compressor.engine.plan_records import DecidedPlan, Plan, route_row
 from compressor.engine.request import _summary_file
 from compressor.errors import WarningRow
@@ -56,7 +58,7 @@ def build_report(
     source: str,
     plan: DecidedPlan,
     fingerprint: Fingerprint,
-    lines: list[dict[str, Any]],
+    facts: Sequence[LineFacts],
     sizes: RunSizes,
     measured: Measured,
     gates: list[GateRow],
@@ -70,13 +72,12 @@ def build_report(
 
     source  what the model is called
     plan    with the pinned recipe
-    lines   of the journal
+    facts   of the lines of the journal
     """
     recipe = plan.recipe
-    records = [record for line in lines for record in line["records"]]
+    records = [record for line in facts for record in line.records]
     assert plan.route is not None  # a plan without a route has problems, and stops there
-    warnings = [notice.to_json() for notice in plan.warnings]
-    warnings += [warning for line in lines for warning in line["warnings"]]
+    notices = [*plan.warnings, *(notice for line in facts for notice in line.warnings)]
     report: Report = {
         "report_version": REPORT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
@@ -99,10 +100,10 @@ def build_report(
         "weights": _weight_rows(plan, records),
         "skipped": list(plan.skipped),
         "unused_tensors": list(plan.unused),
-        "warnings": [*warnings, *unmeasured_warnings(measured.metrics)],
+        "warnings": [*(notice.to_json() for notice in notices), *unmeasured_warnings(measured.metrics)],
         "verification": verification.to_json(),
         "kernels": _reference_kernels(records) if measured.kernels is None else measured.kernels,
-        "run": {**run, "seconds_by_weight": {record["name"]: record["seconds"] for record in records}},
+        "run": {**run, "seconds_by_weight": {record.weight.name: record.weight.seconds for record in records}},
         "environment": environment,
     }
     return finite(report)
@@ -148,27 +149,36 @@ def _step_rows(plan: Plan) -> list[StepRow]:
     ]
 
 
-def _weight_rows(plan: Plan, records: list[dict[str, Any]]) -> list[WeightRow]:
+def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
     """What passes recorded of each weight, with its sizes. A pass may record values of its own."""
     predicted = {row.name: row for row in plan.rows}
     rows = []
     for record in records:
-        after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
-        bits = 8 * after / math.prod(record["shape"]) if len(record["shape"]) == 2 else None  # of functions
-        size = {
-            "bytes_before": predicted[record["name"]].bytes_before,
+        weight = record.weight
+        after = weight.bytes_after  # what was stored; a pass that decides stores less than plan's upper bound
+        row: WeightRow = {
+            "step": record.step,
+            "pass": record.pass_name,
+            "name": weight.name,
+            "unit": weight.unit,
+            "form": weight.form,
+            "spec": dict(weight.spec),
+            "shape": list(weight.shape),
+            "role": weight.role,
+            "fallback": weight.own.get("fallback"),
+            "bytes_before": predicted[weight.name].bytes_before,
             "bytes_after": after,
-            "bits_per_parameter": bits,
+            # of functions there is none
+            "bits_per_parameter": 8 * after / math.prod(weight.shape) if len(weight.shape) == 2 else None,
         }
-        row = {"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size}
-        rows.append(cast("WeightRow", row))
+        rows.append(cast("WeightRow", {**weight.own, **row}))
     return rows
 
 
-def _reference_kernels(records: list[dict[str, Any]]) -> list[KernelRow]:
+def _reference_kernels(records: Sequence[StepRecord]) -> list[KernelRow]:
     """The `kernels` of a run whose speed was not measured."""
     why = "speed was not measured; quality is that of stock transformers"
-    forms = sorted({record["form"] for record in records} - {"dense"})
+    forms = sorted({record.weight.form for record in records} - {"dense"})
     return [{"op": form, "chosen": "reference", "why": why} for form in forms]
 
 
