@@ -18,7 +18,7 @@ from compressor.artifact import verify
 from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.findings import Findings
-from compressor.artifact.manifest import read_manifest
+from compressor.artifact.manifest import Source, read_manifest
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.events import Emit, warning_event
@@ -220,7 +220,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
     errors: dict[str, float | None] = {}
     for line in job.journal.lines.values():
         errors.update(LineFacts.of(line).relative_errors or {})
-    source = {
+    source: Source = {
         "name": job.source,
         "sha256": job.fingerprint["model"],
         "changes": [

@@ -29,6 +29,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from compressor.artifact.findings import TensorComparison
+from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.stock_loading import OFFLINE
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
@@ -73,19 +74,20 @@ def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) 
     return size > (MEMORY_SHARE * psutil.virtual_memory().available if limit is None else limit)
 
 
-def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+def read_changes(manifest: Manifest) -> tuple[list[Change], dict[str, float | None]]:
     """The steps that changed the model itself, and the recorded error of each stored weight.
 
     raises ArtifactError for an artifact whose manifest doesn't say it
     """
     source = manifest["source"]
-    if source.get("changes") is None:
+    changes = source.get("changes")
+    if changes is None:
         raise ArtifactError(
             "doesn't say how the artifact and its source compare",
             where=MANIFEST,
             hint="It is of an earlier release: verify without --source, or build the artifact again.",
         )
-    return source["changes"], source.get("relative_errors", {})
+    return changes, source.get("relative_errors", {})
 
 
 def why_not_comparable(checkpoint: Checkpoint) -> str | None:
@@ -127,7 +129,7 @@ def compare_tensors(
     dtype: torch.dtype,
     prints: dict[str, Print],
     ties: set[frozenset[str]],
-    manifest: dict[str, Any],
+    manifest: Manifest,
 ) -> tuple[TensorComparison, list[str]]:
     """Hold every tensor of an artifact to the source's.
 
@@ -236,7 +238,7 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
     return problems
 
 
-def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
+def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
     """Put the artifact's stored layers and experts into the source's model, in place."""
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     for kind in sorted({form.form for form in forms}):

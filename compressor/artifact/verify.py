@@ -32,7 +32,7 @@ from compressor.artifact.against_source import Print, prints_of, ties_of
 from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
-from compressor.artifact.manifest import read_manifest
+from compressor.artifact.manifest import Manifest, read_manifest
 from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
@@ -67,7 +67,7 @@ class Request(TypedDict):
 @dataclass(frozen=True)
 class Artifact:
     directory: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     checkpoint: Checkpoint
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,7 @@ from compressor.errors import CompressError, Notice, UsageError
 
 if TYPE_CHECKING:
     from compressor.artifact.findings import Findings
+    from compressor.engine.events import ResultEvent
     from compressor.engine.plan_records import Plan, PlanRow, ReshapeRow
     from compressor.evaluation.sections import ComparedRow, Comparison, EvaluationReport, MetricRow, Report, SpeedRow
     from compressor.model.overview import Overview
@@ -142,7 +143,7 @@ def show_lines(lines: list[tuple[str, str]]) -> None:
         out.print(f"{label:<14}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_facts(found: dict[str, Any]) -> None:
+def show_facts(found: Mapping[str, object]) -> None:
     table = Table("", "")
     for key, value in found.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -150,9 +151,10 @@ def show_facts(found: dict[str, Any]) -> None:
     out.print(table)
 
 
-def show_run(report: Report, output: Path) -> None:
+def show_run(result: ResultEvent) -> None:
     from compressor.evaluation.render import human_bytes
 
+    report, output = cast("Report", result["report"]), Path(result["output"])
     sizes = report["sizes"]
     table = Table("", "before", "after", title=f"{report['recipe']['name']} on {report['model']['source']}")
     table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))

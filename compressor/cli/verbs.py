@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -34,9 +34,6 @@ from compressor.cli.render import (
 )
 from compressor.engine.events import Event, ResultEvent
 from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, Notice, UsageError
-
-if TYPE_CHECKING:
-    from compressor.evaluation.sections import Report
 
 
 class Raised(Exception):
@@ -156,7 +153,7 @@ def run(
         raise Interrupted("whatever read its standard output went away", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
-            show_run(cast("Report", ended[0]["report"]), Path(ended[0]["output"]))
+            show_run(ended[0])
 
 
 @app.command()
@@ -382,10 +379,9 @@ def report(
         if is_evaluation(found):
             raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown.")
         write_text(html, render_html(found))
-    if markdown is not None:
-        write_text(markdown, render_markdown(found))
-    if junit is not None:
-        write_text(junit, render_junit(found))
+    for target, render in ((markdown, render_markdown), (junit, render_junit)):
+        if target is not None:
+            write_text(target, render(found))
     if html is None and markdown is None and junit is None:
         print(render_markdown(found))
 
