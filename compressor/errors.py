@@ -1,13 +1,67 @@
 """Defines the errors that a user can act on. Each has the finding, its place, the next action and an exit code.
 
 Any other exception is a bug of this project: the command line prints its traceback and ends with code 1. The exit codes
-are documented in docs/exit-codes.md.
+are documented in docs/exit-codes.md. A `Notice` is a warning: the run continues.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypedDict
+
+
+class WarningRow(TypedDict):
+    """A `Notice` as JSON values."""
+
+    code: str
+    where: str
+    message: str
+
+
+class ErrorEvent(TypedDict):
+    """A `CompressError` as the `error` event of --json output. code: the exit code; name: its class"""
+
+    event: Literal["error"]
+    code: int
+    name: str
+    message: str
+    where: str | None
+    hint: str | None
+    data: dict[str, Any]
+
+
+class ErrorMessage(TypedDict):
+    """A `CompressError` on its way to another process. classes: its own and its base classes, by name"""
+
+    classes: list[str]
+    what: str
+    where: str | None
+    hint: str | None
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A warning.
+
+    code   names its kind: few-tokens
+    where  the weight, file, recipe position or setting it is about
+    """
+
+    code: str
+    where: str
+    message: str
+
+    def to_json(self) -> WarningRow:
+        return {"code": self.code, "where": self.where, "message": self.message}
+
+    @classmethod
+    def from_json(cls, row: WarningRow) -> Notice:
+        return cls(row["code"], row["where"], row["message"])
+
+    def __str__(self) -> str:
+        return f"warning[{self.code}]: {self.where}: {self.message}"
 
 
 class CompressError(Exception):
@@ -35,7 +89,7 @@ class CompressError(Exception):
         advice = f" {self.hint}" if self.hint else ""
         return f"{place}{self.what}{end}{advice}"
 
-    def event(self) -> dict[str, Any]:
+    def event(self) -> ErrorEvent:
         """The `error` event of --json output."""
         return {
             "event": "error",
@@ -140,13 +194,13 @@ def values_of(why: str | None) -> dict[str, Any]:
     return why.data if isinstance(why, Because) else {}
 
 
-def error_to_dict(error: CompressError) -> dict[str, Any]:
+def error_to_dict(error: CompressError) -> ErrorMessage:
     """JSON values from which `error_from` makes the same error in another process."""
     classes = [cls.__name__ for cls in type(error).__mro__ if issubclass(cls, CompressError)]
     return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint, "data": error.data}
 
 
-def error_from(told: dict[str, Any]) -> CompressError:
+def error_from(told: ErrorMessage) -> CompressError:
     """The error of another process. A class that is unknown here is replaced by its nearest known base class."""
     known = {cls.__name__: cls for cls in _with_subclasses(CompressError)}
     cls = next(known[name] for name in told["classes"] if name in known)

@@ -11,18 +11,20 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from compressor.artifact import verify
 from compressor.artifact.export_format import Route
 from compressor.artifact.files import check_files, remove_artifact
-from compressor.artifact.manifest import read_manifest
+from compressor.artifact.findings import Findings
+from compressor.artifact.manifest import Source, read_manifest
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
+from compressor.engine.events import Emit, warning_event
 from compressor.engine.interrupt import Stop, interruptible, signals
-from compressor.engine.job import Clock, Emit, Job, fingerprint
+from compressor.engine.job import Clock, Job, fingerprint
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan import as_built, make_plan
 from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
@@ -34,6 +36,7 @@ from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.metrics import unmeasured
 from compressor.evaluation.report import build_report, write_card, write_reports
 from compressor.evaluation.saturation import uncounted
+from compressor.evaluation.sections import Report
 from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.evaluation.weight_sizes import weight_sizes
 from compressor.model.checkpoint import model_label
@@ -60,7 +63,7 @@ def compress(
     trust_remote_code: bool = False,
     emit: Emit = lambda event: None,
     stop: Stop | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Compress `model` by `recipe` into `output` and return the report.
 
     resume   continue the interrupted run that left `OUTPUT.work`
@@ -116,7 +119,7 @@ def compress(
     return report
 
 
-def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
+def _carry_out(job: Job, stop: Stop) -> Report:
     """Run all stages between plan and publication. Returns the report, which is in the built artifact.
 
     raises  ArtifactError if the artifact fails its verification; its report then has that status
@@ -130,7 +133,7 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
     with job.stage("verify"):
         checked = _verify(job)
     measured = Measured()
-    if checked["problems"]:
+    if checked.problems:
         why = "the artifact failed its verification"
         metrics = unmeasured(job.recipe.eval.metrics, why) if job.held_out else {}
         measured = Measured(metrics, saturation=uncounted(why))
@@ -139,16 +142,16 @@ def _carry_out(job: Job, stop: Stop) -> dict[str, Any]:
             measured = _evaluate(job, job.held_out)
     report = _report(job, outcome, checked, measured)
     write_reports(report, job.built, job.recipe.report)
-    if job.recipe.export.card and not checked["problems"]:
+    if job.recipe.export.card and not checked.problems:
         write_card(report, outcome.plan.structure.checkpoint, job.built)
     _seal(job, outcome)
     where = f"{job.journal.work.name}/artifact"
-    if checked["problems"]:
+    if checked.problems:
         raise ArtifactError(
-            "; ".join(checked["problems"]),
+            "; ".join(checked.problems),
             where=where,
             hint=f"Read the report in {where}, and report this message with the recipe; the output was not published.",
-            data={"problems": list(checked["problems"])},
+            data={"problems": list(checked.problems)},
         )
     if problems := check_files(job.built, read_manifest(job.built)):
         raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
@@ -159,7 +162,7 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     """Make the plan. raises its first problem"""
     plan = make_plan(recipe, model, output=output, trust_remote_code=trust_remote_code)
     for warning in plan.warnings:
-        emit({"event": "warning", **warning})
+        emit(warning_event(warning))
     if plan.problems:
         first = plan.problems[0]
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""
@@ -217,12 +220,12 @@ def _seal(job: Job, outcome: Outcome) -> None:
     structure = outcome.plan.structure
     errors: dict[str, float | None] = {}
     written: dict[str, float] = {}
-    for line in job.journal.lines.values():
-        errors.update(line.get("relative_errors", {}))
-        written.update(line.get("written", {}))
+    for facts in map(LineFacts.of, job.journal.lines.values()):
+        errors.update(facts.relative_errors or {})
+        written.update(facts.written)
     stored = {form.weight.parameter for form in outcome.forms.values() if form.weight.expert is None}
     rewritten = {name: error for name, error in sorted(written.items()) if name not in stored}
-    source = {
+    source: Source = {
         "name": job.source,
         "sha256": job.fingerprint["model"],
         "changes": [
@@ -235,8 +238,9 @@ def _seal(job: Job, outcome: Outcome) -> None:
             if not isinstance(step.settings, WeightPass)
         ],
         "relative_errors": {name: errors.get(name) for name in outcome.forms},
-        **({"rewritten": rewritten} if rewritten else {}),
     }
+    if rewritten:
+        source["rewritten"] = rewritten
     seal(
         job.built,
         architecture=structure.architecture,
@@ -247,7 +251,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
     )
 
 
-def _verify(job: Job) -> dict[str, Any]:
+def _verify(job: Job) -> Findings:
     """The result of verification in a fresh process. An artifact that does not load or run is a problem in it."""
     try:
         return verify.verify_in_child(
@@ -258,7 +262,7 @@ def _verify(job: Job) -> dict[str, Any]:
             trust_remote_code=job.trust_remote_code,
         )
     except ArtifactError as error:
-        return {"problems": [error.what]}
+        return Findings(problems=[error.what])
 
 
 def _evaluate(job: Job, held_out: Samples) -> Measured:
@@ -275,7 +279,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
     )
 
 
-def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -> Report:
     plan = outcome.plan
     sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.forms, plan)
     evaluation = job.recipe.eval
@@ -283,7 +287,7 @@ def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measu
         source=job.source,
         plan=plan,
         fingerprint=job.fingerprint,
-        lines=list(job.journal.lines.values()),
+        facts=[LineFacts.of(line) for line in job.journal.lines.values()],
         sizes=sizes,
         measured=measured,
         gates=check_gates(evaluation.gates, measured.metrics, measured.speed, sizes, evaluation.confidence),
@@ -303,7 +307,7 @@ def _report(job: Job, outcome: Outcome, checked: dict[str, Any], measured: Measu
     )
 
 
-def _publish(job: Job, report: dict[str, Any], output: Path) -> Path:
+def _publish(job: Job, report: Report, output: Path) -> Path:
     """Move the built artifact to its output directory, and delete the work directory."""
     target = output if report["status"] == "ok" else output.with_name(output.name + ".rejected")
     if target.exists() or target.is_symlink():

@@ -19,11 +19,13 @@ import yaml
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.writer import carried_tensors
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan import make_plan
 from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import Interrupted, PassError
+from compressor.evaluation.sections import Report
 from compressor.layers import DENSE
 from compressor.process import child
 from compressor.protocol import Pass, WeightPass
@@ -32,7 +34,7 @@ from compressor.run import compress
 from compressor.storage.file_names import MANIFEST
 from compressor.storage.files import file_sha256
 from compressor.storage.journal import Journal
-from compressor.storage.safetensors_file import read_bytes, read_header
+from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_header
 
 
 def recipe_for(
@@ -52,7 +54,7 @@ def recipe_for(
 
 def check_pass(
     name: str, settings: Pass, model: Path, scratch: Path, only: str, before: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
+) -> Report:
     """Run a pass on a small checkpoint and check its contract. Returns the report.
 
     only    a pattern for some of the model's weights; all others must stay unchanged (not for a pass that reshapes the
@@ -116,9 +118,9 @@ def sweep(recipe: Recipe, model: Path, work: Path, stops: bool = False) -> Swept
                 files, _ = run_sweeps(sweeper)
             except Interrupted:
                 continue
-            lines = journal.lines.values()
-            stored = {row["name"]: row["form"] for line in lines for row in line["records"]}
-            written = {name for line in lines for name in line.get("written", ())}
+            lines = [LineFacts.of(line) for line in journal.lines.values()]
+            stored = {record.weight.name: record.weight.form for line in lines for record in line.records}
+            written = {name for line in lines for name in line.written}
             return Swept(plan, files, stored, written)
 
 
@@ -151,13 +153,13 @@ def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
         assert found in promised, f"{' or '.join(promised)} is promised for {weight.name}, {found} is it"
 
 
-def _check_sizes(settings: Pass, plan: Plan, report: dict[str, Any]) -> None:
+def _check_sizes(settings: Pass, plan: Plan, report: Report) -> None:
     """Check the planned sizes: exact ones within 2 %, other ones (with a warning) as the bounds that they are.
 
     Headers are not bounded: the number of digits in a name or an offset may change.
     """
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
-    said = any(warning["code"] == "sizes-undecided" for warning in plan.warnings)
+    said = any(warning.code == "sizes-undecided" for warning in plan.warnings)
     assert said == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
     assert said == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
     if not said:
@@ -192,7 +194,7 @@ def _check_untouched(
             assert same, f"{tensor} changed though {only} doesn't select it"
 
 
-def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> dict[str, Any]:
+def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> Report:
     assert kill_at(7, recipe, model, output), "the run ended before it could be killed"
     report = compress(recipe, str(model), output, measure=False, resume=True)
     written = _tensors(output.glob("*.safetensors"))
@@ -202,7 +204,7 @@ def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) ->
     return report
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, Any]:
+def _tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
     return {name: info for file in files for name, info in read_header(file).items()}
 
 

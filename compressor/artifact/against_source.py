@@ -29,6 +29,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from compressor.artifact.findings import TensorComparison
+from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.stock_loading import OFFLINE
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
@@ -73,19 +74,20 @@ def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) 
     return size > (MEMORY_SHARE * psutil.virtual_memory().available if limit is None else limit)
 
 
-def read_changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+def read_changes(manifest: Manifest) -> tuple[list[Change], dict[str, float | None]]:
     """The steps that changed the model itself, and the recorded error of each stored weight.
 
     raises ArtifactError for an artifact whose manifest doesn't say it
     """
     source = manifest["source"]
-    if source.get("changes") is None:
+    changes = source.get("changes")
+    if changes is None:
         raise ArtifactError(
             "has no record of the changes between the artifact and its source",
             where=MANIFEST,
             hint="Verify without --source, or build the artifact again with this release.",
         )
-    return source["changes"], source.get("relative_errors", {})
+    return changes, source.get("relative_errors", {})
 
 
 def why_not_comparable(checkpoint: Checkpoint) -> str | None:
@@ -127,7 +129,7 @@ def compare_tensors(
     dtype: torch.dtype,
     prints: dict[str, Print],
     ties: set[frozenset[str]],
-    manifest: dict[str, Any],
+    manifest: Manifest,
 ) -> tuple[TensorComparison, list[str]]:
     """Hold every tensor of an artifact to the source's.
 
@@ -177,10 +179,9 @@ def _compare_dense(
     return equal, problems
 
 
-def _rewritten(manifest: dict[str, Any]) -> dict[str, float]:
+def _rewritten(manifest: Manifest) -> dict[str, float]:
     """Dense parameters that a step has given new values -> how far from the source's the run found them."""
-    found: dict[str, float] = manifest["source"].get("rewritten", {})
-    return found
+    return manifest["source"].get("rewritten", {})
 
 
 def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> list[str]:
@@ -262,7 +263,7 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
     return problems
 
 
-def put_layers(source: Any, own: Any, manifest: dict[str, Any]) -> None:
+def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
     """Put the artifact's stored layers, its experts and what has new values into the source's model, in place."""
     for name in _rewritten(manifest):
         owner, _, leaf = name.rpartition(".")

@@ -15,9 +15,8 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
-from compressor.artifact.manifest import read_manifest
+from compressor.artifact.manifest import FileFacts, Manifest, read_manifest
 from compressor.errors import ArtifactError, ModelError, UsageError
 from compressor.model.model_files import entries, is_hidden, regular_file
 from compressor.model.trusted_code import is_code
@@ -40,7 +39,7 @@ def matters(name: str) -> bool:
     return path.suffix in (".json", ".txt") and SETTINGS.search(path.name) is not None
 
 
-def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
+def file_facts(directory: Path) -> dict[str, FileFacts]:
     """The `files` of a manifest: every file below the directory with its bytes and hash, except the manifest."""
     return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -49,7 +48,7 @@ def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def compare_files(directory: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str]]:
+def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
     """What isn't as the manifest says: (problems, changes of the documentation), each as a sentence."""
     problems: list[str] = []
     notes: list[str] = []
@@ -77,7 +76,7 @@ def compare_files(directory: Path, manifest: dict[str, Any]) -> tuple[list[str],
     return problems, notes
 
 
-def check_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
+def check_files(directory: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files that matter; documentation may differ from the manifest."""
     return compare_files(directory, manifest)[0]
 
@@ -112,7 +111,7 @@ def owned_files(directory: Path) -> list[Path]:
             hint="Choose another --output.",
             data={"reason": "no-artifact", "cause": str(error)},
         ) from error
-    listed = {**manifest["files"], MANIFEST: None}
+    listed: dict[str, FileFacts | None] = {**manifest["files"], MANIFEST: None}
     owned, foreign, changed = [], [], []
     for folder, folders, files in os.walk(directory):
         for name in [*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]:
@@ -138,7 +137,7 @@ def owned_files(directory: Path) -> list[Path]:
     return sorted(owned)
 
 
-def _is_as_written(path: Path, facts: dict[str, Any] | None) -> bool:
+def _is_as_written(path: Path, facts: FileFacts | None) -> bool:
     """Whether a file is what the manifest says, byte for byte; a size says nothing of weights."""
     if facts is None:  # the manifest itself
         return True

@@ -1,9 +1,45 @@
-"""What the verification of an artifact found, as records; `Findings.to_dict` is the report's `verification` section."""
+"""What the verification of an artifact found; `Findings.to_json` is the report's `verification` section."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict, cast
+
+
+class LayersRow(TypedDict):
+    """A `LayerComparison` as JSON values."""
+
+    compared: int
+    largest_share_of_allowed: float
+    max_logit_difference: float
+
+
+class SourceRow(TypedDict):
+    """A `SourceComparison` as JSON values, with those of its `TensorComparison` where there is one."""
+
+    loaded_to: str
+    output_distance: float | None
+    tensors: NotRequired[int]
+    weights: NotRequired[int]
+    largest_error_difference: NotRequired[float]
+
+
+class Verification(TypedDict):
+    """`Findings` as JSON values: a key for each of its fields."""
+
+    stock_load: bool | None
+    own_load: bool | None
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    max_logit_difference: float | None
+    tolerance: float | None
+    generated_tokens: int | None
+    stock_layers: LayersRow | None
+    notes: list[str]
+    source: SourceRow | None
+    not_compared: str | None
+    problems: list[str]
 
 
 @dataclass(frozen=True)
@@ -42,9 +78,19 @@ class SourceComparison:
     output_distance: float | None
     tensors: TensorComparison | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        counted = asdict(self.tensors) if self.tensors is not None else {}
-        return {"loaded_to": self.loaded_to, "output_distance": self.output_distance, **counted}
+    def to_json(self) -> SourceRow:
+        row: SourceRow = {"loaded_to": self.loaded_to, "output_distance": self.output_distance}
+        if (counted := self.tensors) is not None:
+            row["tensors"], row["weights"] = counted.tensors, counted.weights
+            row["largest_error_difference"] = counted.largest_error_difference
+        return row
+
+    @classmethod
+    def from_json(cls, row: SourceRow) -> SourceComparison:
+        tensors = None
+        if "tensors" in row:
+            tensors = TensorComparison(row["tensors"], row["weights"], row["largest_error_difference"])
+        return cls(row["loaded_to"], row["output_distance"], tensors)
 
 
 @dataclass
@@ -71,5 +117,25 @@ class Findings:
     not_compared: str | None = None
     problems: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "source": self.source and self.source.to_dict()}
+    def to_json(self) -> Verification:
+        source = self.source.to_json() if self.source is not None else None
+        return cast("Verification", {**asdict(self), "source": source})
+
+    @classmethod
+    def from_json(cls, row: Verification) -> Findings:
+        layers, source = row["stock_layers"], row["source"]
+        return cls(
+            stock_load=row["stock_load"],
+            own_load=row["own_load"],
+            missing=row["missing"],
+            unexpected=row["unexpected"],
+            mismatched=row["mismatched"],
+            max_logit_difference=row["max_logit_difference"],
+            tolerance=row["tolerance"],
+            generated_tokens=row["generated_tokens"],
+            stock_layers=None if layers is None else LayerComparison(**layers),
+            notes=row["notes"],
+            source=None if source is None else SourceComparison.from_json(source),
+            not_compared=row["not_compared"],
+            problems=row["problems"],
+        )

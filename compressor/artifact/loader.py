@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from compressor.artifact.files import check_files
-from compressor.artifact.manifest import BAD_HINT, model_class, read_manifest
+from compressor.artifact.manifest import BAD_HINT, Loadable, Manifest, model_class, read_manifest
 from compressor.errors import ArtifactError, CompressError, UsageError
 from compressor.kernels.prepared.prepare import prepare
 from compressor.layers import find_layer
@@ -65,7 +65,7 @@ def load(
     return model
 
 
-def _check_hashes(directory: Path, manifest: dict[str, Any]) -> None:
+def _check_hashes(directory: Path, manifest: Manifest) -> None:
     if problems := check_files(directory, manifest):
         raise ArtifactError(
             "; ".join(problems[:4]),
@@ -111,7 +111,7 @@ class _Stored:
         }
 
 
-def _filled_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
+def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:
     """The model of an artifact on the CPU, with stored forms in place of weights."""
     beside = manifest.get("carried", {})  # tensors that are nothing of this model's
     own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
@@ -188,7 +188,7 @@ def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | Non
     return f"{parameter or 'nothing'}{within}"
 
 
-def empty_model(checkpoint: Checkpoint, manifest: dict[str, Any]) -> transformers.PreTrainedModel:
+def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreTrainedModel:
     """The model of an artifact on the meta device. raises ArtifactError for a config that makes none"""
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from compressor.errors import ArtifactError
 from compressor.model.model_files import regular_file
+from compressor.model.stored_weight import StoredEntry
 from compressor.model.weights import ROLES
 from compressor.process.utf8 import parse_json
 from compressor.storage.file_names import MANIFEST, is_plain
@@ -132,7 +133,65 @@ class _Manifest(_Part):
         return self
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+class FileFacts(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class Tool(TypedDict):
+    name: str
+    version: str
+
+
+_OfPass = TypedDict("_OfPass", {"pass": str})
+
+
+class Change(_OfPass):
+    """A step that changed the model itself. keeps_function: and not what it computes"""
+
+    rewrites: bool
+    keeps_function: bool
+
+
+class Source(TypedDict):
+    """What the artifact was made of; earlier releases said neither what changed it nor the errors.
+
+    relative_errors  of each stored weight, as it is rebuilt
+    rewritten        of each dense parameter that a step has given new values
+    """
+
+    name: str
+    sha256: str
+    changes: NotRequired[list[Change]]
+    relative_errors: NotRequired[dict[str, float | None]]
+    rewritten: NotRequired[dict[str, float]]
+
+
+class Loadable(TypedDict):
+    """What a stock loader needs of a manifest."""
+
+    architecture: str
+    route: str
+    weights: dict[str, StoredEntry]
+    files: dict[str, FileFacts]
+
+
+class Manifest(Loadable):
+    """A manifest's JSON values, as `seal` writes and `read_manifest` checks them (docs/format.md).
+
+    carried  tensors that are nothing of the model's -> how the stock loader reports them
+    layers   stored form -> the package that has its layer
+    """
+
+    format_version: int
+    tool: Tool
+    reason: str
+    source: Source
+    carried: NotRequired[dict[str, list[str]]]
+    layers: dict[str, str]
+
+
+def read_manifest(directory: Path) -> Manifest:
     """raises ArtifactError if there is none, or it isn't one that this release reads"""
     path = directory / MANIFEST
     if not path.is_symlink() and not path.exists():
@@ -164,7 +223,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         shown = f", found {value[:80]}" if not isinstance(first["input"], dict) else ""
         raise ArtifactError(f"{place}: {first['msg']}{shown}", where=MANIFEST, hint=BAD_HINT) from error
     model_class(manifest["architecture"], MANIFEST)
-    return manifest
+    return cast("Manifest", manifest)
 
 
 def model_class(name: str, where: str) -> type[transformers.PreTrainedModel]:

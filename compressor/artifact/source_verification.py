@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.artifact import against_source, generation
 from compressor.artifact.findings import Findings, SourceComparison
+from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.model.block_runner import output_of, without_cache
@@ -44,7 +45,7 @@ class LoadedArtifact:
     """
 
     checkpoint: Checkpoint
-    manifest: dict[str, Any]
+    manifest: Manifest
     own: Any
     prints: dict[str, against_source.Print]
     ties: set[frozenset[str]]
@@ -103,7 +104,7 @@ def compare_with_source(
 
 
 def _rewriting_problems(
-    source: Any, artifact: LoadedArtifact, changes: list[dict[str, Any]], distance: float | None
+    source: Any, artifact: LoadedArtifact, changes: list[Change], distance: float | None
 ) -> list[str]:
     """Steps that keep the function must keep the outputs; nothing else may have changed them for that to be judged."""
     if artifact.manifest["weights"] or not all(change["keeps_function"] for change in changes):

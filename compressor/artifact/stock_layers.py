@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.artifact.manifest import Manifest
+
 Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # as `stock_formats.Family.forward`
 
 
 def compare_layers(
-    stock: Any, own: Any, inputs: dict[str, Any], manifest: dict[str, Any], forward: Forward
+    stock: Any, own: Any, inputs: dict[str, Any], manifest: Manifest, forward: Forward
 ) -> tuple[int, float, list[str]]:
     """Hold each layer of a stock loader to what it should make of the input that our layer reads.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from compressor.artifact.artifact_config import auto_classes, custom_auto_map
 from compressor.artifact.loader import empty_model
+from compressor.artifact.manifest import Loadable
 from compressor.artifact.modeling_file import custom_type, modelling_file
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.errors import ArtifactError, CompressError, DependencyError
@@ -35,7 +36,7 @@ from compressor.storage.file_names import MANIFEST
 OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
 
 
-def load_stock(directory: Path, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]]:
     """The model in eval mode, and what transformers tells of its keys (`output_loading_info`).
 
     raises ArtifactError for code that is not what this release would write, and for a config that asks for such
@@ -129,7 +130,7 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
     return problems
 
 
-def _generated_class(directory: Path, manifest: dict[str, Any], empty: Any) -> Any:
+def _generated_class(directory: Path, manifest: Loadable, empty: Any) -> Any:
     name = _modeling_name(empty)
     expected = modelling_file(empty, (entry["form"] for entry in manifest["weights"].values()))
     module = run_generated(read_generated(directory, name, expected), directory / name)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file
@@ -30,9 +30,9 @@ from transformers.utils import logging
 from compressor.artifact import generation
 from compressor.artifact.against_source import Print, prints_of, ties_of
 from compressor.artifact.files import compare_files
-from compressor.artifact.findings import Findings, LayerComparison
+from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
-from compressor.artifact.manifest import read_manifest
+from compressor.artifact.manifest import Manifest, read_manifest
 from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
@@ -53,10 +53,21 @@ STOCK, STOCK_AGAIN, OWN, SOURCE = (
 )
 
 
+class Request(TypedDict):
+    """What the fresh process is asked; see verify_in_child."""
+
+    directory: str
+    probe: str | None
+    sealed: bool
+    deep: bool
+    source: str | None
+    trust_remote_code: bool
+
+
 @dataclass(frozen=True)
 class Artifact:
     directory: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     checkpoint: Checkpoint
 
     @property
@@ -97,7 +108,7 @@ def verify_in_child(
     deep: bool = True,
     source: Path | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Findings:
     """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
 
     probe   safetensors with the inputs and `output` of the in-memory result; None compares the loaders only
@@ -106,7 +117,7 @@ def verify_in_child(
     raises  what `verify` raises, and what `child.ask` does
     """
     check_loader(read_manifest(directory)["route"])
-    request = {
+    request: Request = {
         "directory": str(directory),
         "probe": str(probe) if probe else None,
         "sealed": sealed,
@@ -114,8 +125,7 @@ def verify_in_child(
         "source": str(source) if source else None,
         "trust_remote_code": trust_remote_code,
     }
-    found: dict[str, Any] = ask("compressor.artifact.verify", request, "verifies the artifact")
-    return found
+    return Findings.from_json(ask("compressor.artifact.verify", request, "verifies the artifact"))
 
 
 def verify(
@@ -127,8 +137,8 @@ def verify(
     source: Path | None = None,
     trust_remote_code: bool = False,
     source_limit: int | None = None,
-) -> dict[str, Any]:
-    """All checks, in this process; returns `Findings` as JSON values. See verify_in_child.
+) -> Findings:
+    """All checks, in this process. See verify_in_child.
 
     source_limit  as `SourceRequest.limit`
     """
@@ -140,7 +150,7 @@ def verify(
     if deep and not found.problems:
         original = SourceRequest(source, trust_remote_code, source_limit) if source is not None else None
         _compare_models(artifact, probe, original, found)
-    return found.to_dict()
+    return found
 
 
 def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
@@ -269,10 +279,10 @@ def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings)
             found.problems.append(f"{name}: outputs differ by {difference:.3g}, {tolerance:.3g} is allowed")
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def main(request: Request) -> Verification:
     """Answer `verify_in_child`, in the fresh process."""
     probe = Path(request["probe"]) if request["probe"] else None
-    return verify(
+    found = verify(
         Path(request["directory"]),
         probe,
         sealed=request["sealed"],
@@ -280,3 +290,4 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         source=Path(request["source"]) if request["source"] else None,
         trust_remote_code=request["trust_remote_code"],
     )
+    return found.to_json()

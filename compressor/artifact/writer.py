@@ -19,7 +19,7 @@ import torch
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import Route
 from compressor.artifact.files import file_facts
-from compressor.artifact.manifest import FORMAT_VERSION
+from compressor.artifact.manifest import FORMAT_VERSION, Manifest, Source
 from compressor.artifact.modeling_file import VERSION, modelling_file
 from compressor.layers import find_layer
 from compressor.model.stored_weight import StoredWeight
@@ -133,11 +133,11 @@ def seal(
     architecture: str,
     route: Route,
     forms: Sequence[StoredWeight],
-    source: dict[str, Any],
+    source: Source,
     carried: Sequence[Unused] = (),
 ) -> None:
     """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
-    manifest = {
+    manifest: Manifest = {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
         "architecture": architecture,

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import torch
@@ -23,14 +23,49 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors", "bitsandbytes")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "datasets": None}
 
 
-def examine() -> dict[str, Any]:
+class Kernels(TypedDict):
+    """cpu_library: loaded, or why it is not; self_test: "op, level" -> outcome; cuda: the same, for each build"""
+
+    cpu_library: str
+    cpu_build: str
+    level: str | None
+    threads: str | None
+    self_test: dict[str, str]
+    cuda: dict[str, str]
+
+
+class Machine(TypedDict):
+    """JSON facts of this machine and installation, as `doctor --json` prints them."""
+
+    compress_model: str
+    packages: dict[str, str | None]
+    python: str
+    os: str
+    cpu_features: list[str]
+    cpu: str
+    cores: int | None
+    threads: int
+    threads_wait: str
+    kernels: Kernels
+    gpu: str | None
+    memory_available_bytes: int
+    disk_free_bytes: int
+    cache: str
+    cache_writable: bool
+    missing_extras: list[str]
+
+
+def examine() -> Machine:
     """The facts as JSON values: versions, CPU, kernels with reasons, GPU, memory, disk, cache, missing extras."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = environment(device)
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     return {
         "compress_model": __version__,
         "packages": {name: package_version(name) for name in (*PACKAGES, "datasets")},
-        **{key: value for key, value in environment(device).items() if key in ("python", "os", "cpu_features")},
+        "python": known["python"],
+        "os": known["os"],
+        "cpu_features": known["cpu_features"],
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -49,7 +84,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(found: Machine) -> list[tuple[str, str]]:
     """Ten lines that show whether this machine works, each a label and a sentence. `found` comes from `examine`."""
     packages, kernels = found["packages"], found["kernels"]
     return [
@@ -69,7 +104,7 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _cpu_line(kernels: dict[str, Any]) -> str:
+def _cpu_line(kernels: Kernels) -> str:
     if kernels["level"] is None:
         return f"not in use: {kernels['cpu_library']}"
     wrong = [f"{name}: {outcome}" for name, outcome in kernels["self_test"].items() if outcome != "ok"]
@@ -77,11 +112,11 @@ def _cpu_line(kernels: dict[str, Any]) -> str:
     return f"{kernels['level']}; {tested}"
 
 
-def _cache_line(found: dict[str, Any]) -> str:
+def _cache_line(found: Machine) -> str:
     return f"cache {found['cache']} is {'writable' if found['cache_writable'] else 'not writable'}"
 
 
-def _kernels() -> dict[str, Any]:
+def _kernels() -> Kernels:
     """The CPU library: whether it is installed, its instruction set, and a test of each op at each level. The CUDA
     kernels: a test on each GPU, or the reason why there are none."""
     found = library()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Emit = Callable[[dict[str, Any]], None]
+from compressor.engine.events import Emit, Event, StageName
+from compressor.errors import Notice
+
 Mode = Literal["auto", "quiet", "json"]
-STAGES = {
+STAGES: dict[StageName, str] = {
     "plan": "planning",
     "write": "writing the artifact",
     "verify": "loading it in a fresh process",
@@ -36,7 +38,7 @@ def show(mode: Mode, console: Console) -> Iterator[Emit]:
         yield _plain(console)
 
 
-def json_line(event: dict[str, Any]) -> None:
+def json_line(event: Mapping[str, object]) -> None:
     """Print one event as one line on standard output."""
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
@@ -56,20 +58,19 @@ def _live(console: Console) -> Iterator[Emit]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("planning", total=None, memory="")
 
-        def emit(event: dict[str, Any]) -> None:
-            kind = event["event"]
-            if kind == "sweep":
+        def emit(event: Event) -> None:
+            if event["event"] == "sweep":
                 progress.reset(
                     task,
                     total=event["units"],
                     description=f"sweep {event['sweep'] + 1}: " + ", ".join(event["passes"]),
                     memory="",
                 )
-            elif kind == "unit":
+            elif event["event"] == "unit":
                 progress.update(task, completed=event["unit"] + 1, memory=_memory())
-            elif kind == "weight":
+            elif event["event"] == "weight":
                 progress.update(task, description=f"{event['pass']} {event['name'][-26:]}")
-            elif kind == "stage":
+            elif event["event"] == "stage":
                 progress.reset(task, total=None, description=STAGES[event["name"]], memory=_memory())
             _warning(console, event)
 
@@ -79,22 +80,23 @@ def _live(console: Console) -> Iterator[Emit]:
 def _plain(console: Console) -> Emit:
     began = time.monotonic()
 
-    def emit(event: dict[str, Any]) -> None:
-        kind, at = event["event"], f"{time.monotonic() - began:7.1f} s"
-        if kind == "sweep":
+    def emit(event: Event) -> None:
+        at = f"{time.monotonic() - began:7.1f} s"
+        if event["event"] == "sweep":
             console.print(f"{at}  sweep {event['sweep'] + 1}: {', '.join(event['passes'])}", highlight=False)
-        elif kind == "unit":
+        elif event["event"] == "unit":
             console.print(f"{at}  {event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}", highlight=False)
-        elif kind == "stage":
+        elif event["event"] == "stage":
             console.print(f"{at}  {STAGES[event['name']]}", highlight=False)
         _warning(console, event)
 
     return emit
 
 
-def _warning(console: Console, event: dict[str, Any]) -> None:
+def _warning(console: Console, event: Event) -> None:
     if event["event"] == "warning":
-        console.print(f"warning[{event['code']}]: {event['where']}: {event['message']}", highlight=False, markup=False)
+        notice = Notice(event["code"], event["where"], event["message"])
+        console.print(str(notice), highlight=False, markup=False)
 
 
 def _memory() -> str:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from compressor.cli.progress import json_line
-from compressor.errors import CompressError, UsageError
+from compressor.errors import CompressError, Notice, UsageError
 
 if TYPE_CHECKING:
-    from compressor.engine.plan_records import Plan, PlanRow
+    from compressor.artifact.findings import Findings
+    from compressor.engine.events import ResultEvent
+    from compressor.engine.plan_records import Plan, PlanRow, ReshapeRow
+    from compressor.evaluation.sections import ComparedRow, Comparison, EvaluationReport, MetricRow, Report, SpeedRow
+    from compressor.model.overview import Overview
+    from compressor.recipe.gates import GateRow
 
 out, err = Console(), Console(stderr=True)
 
@@ -55,7 +60,7 @@ def show_plan(plan: Plan) -> None:
     if plan.rows:
         _show_weights(plan.rows)
     for reshape in plan.reshapes:
-        _show_reshape(reshape.to_dict())
+        _show_reshape(reshape.to_json())
     if plan.route is not None:
         out.print(f"export format {plan.route.name}: {plan.route.reason}", highlight=False)
     out.print(
@@ -86,7 +91,7 @@ def _show_weights(rows: Iterable[PlanRow]) -> None:
     out.print(table)
 
 
-def _show_reshape(reshape: dict[str, Any]) -> None:
+def _show_reshape(reshape: ReshapeRow) -> None:
     before, after = reshape["parameters_before"], reshape["parameters_after"]
     line = f"{reshape['pass']}: {before:,} -> {after:,} parameters ({100 * (after / before - 1):+.1f} %)"
     if widths := reshape["widths"][:2]:
@@ -96,34 +101,32 @@ def _show_reshape(reshape: dict[str, Any]) -> None:
         out.print(f"  {note}", highlight=False)
 
 
-def show_structure(found: dict[str, Any], weights: bool) -> None:
+def show_structure(found: Overview, weights: bool) -> None:
     """Print the result of `inspect_path`. weights: show full names"""
     from compressor.evaluation.render import human_bytes
 
     out.print(
-        f"{found['architecture']}, {found['dtype']}, {found['block_count']} blocks in {found['blocks']}",
+        f"{found.architecture}, {found.dtype}, {found.block_count} blocks in {found.blocks}",
         highlight=False,
     )
     table = Table("part", "tensors", "bytes", "weight groups")
-    for unit in found["units"]:
+    for unit in found.units:
         groups = [
-            ", ".join(
-                f"{w['name'] if weights else w['name'].rpartition('.')[2]} @{w['role']} {w['form']}" for w in group
-            )
-            for group in unit["groups"]
+            ", ".join(f"{w.name if weights else w.name.rpartition('.')[2]} @{w.role} {w.form}" for w in group)
+            for group in unit.groups
         ]
-        table.add_row(unit["name"], str(unit["tensors"]), human_bytes(unit["bytes"]), "\n".join(groups))
+        table.add_row(unit.name, str(unit.tensors), human_bytes(unit.bytes), "\n".join(groups))
     out.print(table)
 
 
-def show_verification(found: dict[str, Any], directory: Path, has_source: bool) -> None:
+def show_verification(found: Findings, directory: Path, has_source: bool) -> None:
     """Print the result for an artifact without problems."""
-    for note in found["notes"]:
+    for note in found.notes:
         err.print(f"documentation: {note}", highlight=False, markup=False)
-    out.print(f"{directory}: sound; outputs differ by at most {found['max_logit_difference']:.3g}", highlight=False)
-    if found["not_compared"]:
+    out.print(f"{directory}: sound; outputs differ by at most {found.max_logit_difference:.3g}", highlight=False)
+    if found.not_compared:
         how = "" if has_source else " Pass --source MODEL to compare them."
-        out.print(f"not compared with its source: {found['not_compared']}.{how}", highlight=False)
+        out.print(f"not compared with its source: {found.not_compared}.{how}", highlight=False)
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
@@ -140,7 +143,7 @@ def show_lines(lines: list[tuple[str, str]]) -> None:
         out.print(f"{label:<14}{sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_facts(found: dict[str, Any]) -> None:
+def show_facts(found: Mapping[str, object]) -> None:
     table = Table("", "")
     for key, value in found.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -148,41 +151,45 @@ def show_facts(found: dict[str, Any]) -> None:
     out.print(table)
 
 
-def show_run(report: dict[str, Any], output: Path) -> None:
+def show_run(result: ResultEvent) -> None:
     from compressor.evaluation.render import human_bytes
 
+    report, output = cast("Report", result["report"]), Path(result["output"])
     sizes = report["sizes"]
     table = Table("", "before", "after", title=f"{report['recipe']['name']} on {report['model']['source']}")
     table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]))
-    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
-        table.add_row(name, number(row.get("before")), number(row.get("after")))
+    rows: dict[str, MetricRow | SpeedRow] = {**report["metrics"], **report["run"]["speed"]}
+    for name, row in rows.items():
+        table.add_row(name, number(row.get("before")), number(row["after"]))
     _add_gates(table, report["gates"])
     out.print(table)
     shown = next((name for name in ("report.html", "report.md") if (output / name).is_file()), "report.json")
     out.print(f"artifact: {output}\nreport:   {output / shown}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_evaluation(report: dict[str, Any]) -> None:
+def show_evaluation(report: EvaluationReport) -> None:
     from compressor.evaluation.render import human_bytes
 
     table = Table("", "before", "after", "95 % interval", title=report["model"]["source"])
     sizes = report["sizes"]
     table.add_row("weight files", human_bytes(sizes["before_bytes"]), human_bytes(sizes["after_bytes"]), "")
-    for name, row in {**report["metrics"], **report["run"]["speed"]}.items():
-        low, high = row.get("interval", (None, None))
+    for name, row in report["metrics"].items():
+        low, high = row["interval"]
         interval = "" if low is None else f"{number(low)} - {number(high)}"
-        table.add_row(name, number(row.get("before")), number(row.get("after")), interval)
+        table.add_row(name, number(row["before"]), number(row["after"]), interval)
+    for name, speed in report["run"]["speed"].items():
+        table.add_row(name, number(speed.get("before")), number(speed["after"]), "")
     _add_gates(table, report["gates"])
     out.print(table)
 
 
-def _add_gates(table: Table, gates: list[dict[str, Any]]) -> None:
+def _add_gates(table: Table, gates: Iterable[GateRow]) -> None:
     for gate in gates:
         verdict = "passed" if gate["passed"] else "FAILED"
         table.add_row(f"gate {gate['name']}", f"bound {number(gate['bound'])}", f"{number(gate['value'])} {verdict}")
 
 
-def render_comparison_as(found: dict[str, Any], rows: list[dict[str, Any]], format_: PageFormat) -> str:
+def render_comparison_as(found: Comparison, rows: list[ComparedRow], format_: PageFormat) -> str:
     if format_ is PageFormat.json:
         return json.dumps(found, indent=2) + "\n"
     if format_ is PageFormat.html:
@@ -210,14 +217,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def warn(warnings: Iterable[dict[str, str]]) -> None:
-    for warning in warnings:
-        err.print(
-            f"warning[{warning['code']}]: {warning['where']}: {warning['message']}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+def warn(notices: Iterable[Notice]) -> None:
+    for notice in notices:
+        err.print(str(notice), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_text(path: Path, text: str) -> None:

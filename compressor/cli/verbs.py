@@ -32,7 +32,8 @@ from compressor.cli.render import (
     warn,
     write_text,
 )
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, UsageError
+from compressor.engine.events import Event, ResultEvent
+from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, Notice, UsageError
 
 
 class Raised(Exception):
@@ -137,14 +138,14 @@ def run(
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
-    ended: dict[str, Any] = {}
+    ended: list[ResultEvent] = []
     try:
         with show(mode, err) as emit:
             from compressor.run import compress
 
-            def keep(event: dict[str, Any]) -> None:
+            def keep(event: Event) -> None:
                 if event["event"] == "result":
-                    ended.update(event)
+                    ended.append(event)
                 emit(event)
 
             compress(
@@ -165,7 +166,7 @@ def run(
         raise Interrupted("the program that read the standard output has closed it", where="run", hint=hint) from error
     finally:
         if ended and mode == "auto":  # a failed gate has a result too
-            show_run(ended["report"], Path(ended["output"]))
+            show_run(ended[0])
 
 
 @app.command()
@@ -206,9 +207,9 @@ def plan(
         problems.append(error)
     found = replace(found, problems=tuple(problems))
     if as_json:
-        json_line({"event": "result", **found.to_dict()})
+        json_line({"event": "result", **found.to_json()})
     elif format_ is Format.json:
-        print_json(found.to_dict())
+        print_json(found.to_json())
     else:
         show_plan(found)
     if found.problems:
@@ -263,7 +264,7 @@ def eval_(
     if as_json:
         json_line({"event": "result", "status": found["status"], "output": output and str(output), "report": found})
     else:
-        warn(found["warnings"])
+        warn(map(Notice.from_json, found["warnings"]))
         if not quiet:
             show_evaluation(found)
     if failed := failed_gates(found["gates"]):
@@ -303,7 +304,7 @@ def compare(
     suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
     chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
     text = render_comparison_as(found, found["rows"] + (found["weights"] if weights else []), chosen)
-    warn(found["warnings"])
+    warn(map(Notice.from_json, found["warnings"]))
     if output is None:
         sys.stdout.write(text)
     else:
@@ -324,7 +325,7 @@ def inspect(
 
     found = inspect_path(path, trust_remote_code)
     if format_ is Format.json:
-        print_json(found)
+        print_json(found.to_json())
         return
     show_structure(found, weights)
 
@@ -348,9 +349,9 @@ def verify(
         directory.absolute(), None, sealed=True, source=original, trust_remote_code=trust_remote_code
     )
     if as_json:
-        json_line({"event": "result", **found})
-    if found["problems"]:
-        raise ArtifactError("; ".join(found["problems"]), where=str(directory))
+        json_line({"event": "result", **found.to_json()})
+    if found.problems:
+        raise ArtifactError("; ".join(found.problems), where=str(directory))
     if not as_json:
         show_verification(found, directory, has_source=original is not None)
 
@@ -401,13 +402,14 @@ def report(
             where=str(path),
             hint="Pass an artifact directory, or the directory that compress-model eval --output wrote.",
         )
-    if html is not None and is_evaluation(found):
-        raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown FILE.")
-    targets = ((html, render_html), (markdown, render_markdown), (junit, render_junit))
-    for target, render in targets:
+    if html is not None:
+        if is_evaluation(found):
+            raise UsageError("an evaluation has no HTML form", where="--html", hint="Use --markdown FILE.")
+        write_text(html, render_html(found))
+    for target, render in ((markdown, render_markdown), (junit, render_junit)):
         if target is not None:
             write_text(target, render(found))
-    if not any(target for target, _ in targets):
+    if html is None and markdown is None and junit is None:
         print(render_markdown(found))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 EVALUATION, CALIBRATION = "evaluation", "calibration"
 DIVISOR = 4  # one document of this many is for evaluation
@@ -26,6 +26,14 @@ LONG_CHARACTERS = 100
 SHORT_SHARE = 0.01  # largest share of evaluation's characters in shorter shared documents
 # Lines of two text files of a kind may be equal (of the built-in texts' long lines, 1 % are).
 LINE_SHARE = 0.25
+
+
+class SourcePart(TypedDict):
+    """A part of a source that was divided. documents: in the part; of: how many there are"""
+
+    name: str
+    documents: int
+    of: int
 
 
 class Place(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 from compressor.data.files import memory_share
 from compressor.data.images import check_images, normalised, read_images
-from compressor.data.parts import EVALUATION, part_of_texts, positions_of
+from compressor.data.parts import EVALUATION, SourcePart, part_of_texts, positions_of
 from compressor.data.rows import Rows, texts_of, whole_labels
 from compressor.data.settings import Settings
 from compressor.data.sources import check_rows, is_dataset, read_rows
@@ -47,7 +47,7 @@ class Samples:
     source: str
     sha256: str
     labels: torch.Tensor | None = None
-    part: dict[str, Any] | None = None
+    part: SourcePart | None = None
 
     @property
     def is_text(self) -> bool:
@@ -98,7 +98,7 @@ class Documents:
     sha256: str
     has_special_tokens: bool = False
     is_whole_text: bool = False
-    part: dict[str, Any] | None = None
+    part: SourcePart | None = None
 
     @property
     def contents(self) -> list[str] | list[bytes]:
@@ -145,7 +145,7 @@ def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
     """
     if pack and documents.images is None:
         texts = part_of_texts(documents.texts, part)
-        told = {"name": part, "documents": len(texts), "of": len(documents.texts)}
+        told: SourcePart = {"name": part, "documents": len(texts), "of": len(documents.texts)}
         return replace(documents, texts=texts, labels=None, part=told)
     numbers = positions_of(documents.contents, part)
     return replace(

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
 from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
+from compressor.engine.line_facts import WeightRecord
 from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
+from compressor.errors import Notice
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Stop
@@ -58,8 +60,8 @@ class BlockView:
     put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    records: list[WeightRecord] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -169,12 +171,12 @@ class BlockView:
             placed.remove()
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def left_out(self) -> list[str]:
         """Selected weights of this part that the pass has neither put nor kept."""
         chosen = [weight.name for stage in self.stages() for group in stage for weight in group]
-        recorded = {record["name"] for record in self.records}
+        recorded = {record.name for record in self.records}
         return [name for name in (*chosen, *(f.name for f in self.selected_functions)) if name not in recorded]
 
     def _own_parameter(self, name: str) -> torch.nn.Parameter:
@@ -183,19 +185,19 @@ class BlockView:
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
-        self.records = [known for known in self.records if known["name"] != weight.name]  # it may be put again
+        self.records = [known for known in self.records if known.name != weight.name]  # it may be put again
         self.records.append(
-            {
-                "name": weight.name,
-                "unit": self.unit,
-                "form": form,
-                "spec": spec,
-                "shape": list(weight.shape),
-                "role": weight.role,
-                "bytes_after": size,
-                "seconds": now - self.began,
-                **more,
-            }
+            WeightRecord(
+                name=weight.name,
+                unit=self.unit,
+                form=form,
+                spec=spec,
+                shape=weight.shape,
+                role=weight.role,
+                bytes_after=size,
+                seconds=now - self.began,
+                own=more,
+            )
         )
         self.began = now
 

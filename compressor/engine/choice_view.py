@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
@@ -20,9 +19,10 @@ from torch import Generator, Tensor, device, nn
 from compressor.engine.block_io import Installed, UnitSource, free_unit
 from compressor.engine.block_view import BlockView
 from compressor.engine.calibration_batch import CalibrationBatch, embed
+from compressor.engine.line_facts import SavedFacts
 from compressor.engine.rewrite_sweep import PartView
 from compressor.engine.walk import Part, load_part, walk
-from compressor.errors import Interrupted
+from compressor.errors import Interrupted, Notice
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.structure import Structure
 from compressor.storage.journal import Journal
@@ -66,7 +66,7 @@ class ModelView:
     journal: Journal
     resident: bool
     is_interrupted: Callable[[], bool]
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     source: Callable[[int], UnitSource] | None = None
     _in_memory: dict[int, Installed] = field(default_factory=dict)
     _users: dict[int, int] = field(default_factory=dict)
@@ -159,8 +159,8 @@ class ModelView:
         key = f"{self.number}/choice"
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         last = self.journal.done(key)
-        slot = 0 if last is None else 1 - last["slot"]  # the last one stays whole until the next is committed
-        facts: dict[str, Any] = {"forms": {}, "records": [], "warnings": [], "step": step, "slot": slot}
+        slot = 0 if last is None else 1 - SavedFacts.of(last).slot  # the last one stays whole till the next is there
+        facts = SavedFacts(step, slot).to_json()
         name = f"s{self.number:02d}-choice-{slot}.safetensors"
 
         def write(path: Path) -> None:
@@ -170,10 +170,10 @@ class ModelView:
 
     def saved(self) -> tuple[int, dict[str, Tensor]] | None:
         line = self.journal.done(f"{self.number}/choice")
-        return None if line is None else (line["step"], load_file(self.journal.path(line)))
+        return None if line is None else (SavedFacts.of(line).step, load_file(self.journal.path(line)))
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def _embed(self) -> None:
         if not self._is_embedded:

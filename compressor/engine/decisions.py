@@ -16,9 +16,11 @@ from compressor.engine.calibration_batch import (
     calibration_batches,
 )
 from compressor.engine.choice_view import ModelView, WholeModelView
+from compressor.engine.events import warning_event
+from compressor.engine.line_facts import DecisionFacts
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Part, Written, walk
-from compressor.errors import PassError
+from compressor.errors import Notice, PassError
 from compressor.model.facts import Decision
 from compressor.protocol import RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Step
@@ -33,7 +35,7 @@ def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Writt
             continue
         view = _whole_model(sweeper, number, position, step, before)
 
-        def made(_warnings: list[dict[str, str]], step: Step = step, view: WholeModelView = view) -> Decision | None:
+        def made(_warnings: list[Notice], step: Step = step, view: WholeModelView = view) -> Decision | None:
             assert isinstance(step.settings, WeightPass)
             return step.settings.decide(view)
 
@@ -59,7 +61,7 @@ def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decisi
     """What a step that redefines the model chooses over the whole of it."""
     reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
 
-    def made(warnings: list[dict[str, str]]) -> Decision:
+    def made(warnings: list[Notice]) -> Decision:
         assert isinstance(step.settings, RewritePass | TokenPass)
         view = ModelView(
             number,
@@ -90,13 +92,13 @@ def _decided(
     number: int,
     position: int,
     step: Step,
-    decide: Callable[[list[dict[str, str]]], Decision | None],
+    decide: Callable[[list[Notice]], Decision | None],
 ) -> Decision | None:
     """The decision of a step: from the journal, or made now and committed with the warnings it adds to the list."""
     key, journal = f"{number}/decision/{position}", sweeper.journal
     if journal.done(key) is None:
         sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})
-        warnings: list[dict[str, str]] = []
+        warnings: list[Notice] = []
         try:
             made = decide(warnings)
         except torch.OutOfMemoryError as error:
@@ -104,14 +106,13 @@ def _decided(
             raise PassError(f"{step.name} ran out of memory", hint=hint) from error
         free_all(sweeper.structure)
         text = json.dumps(made, sort_keys=True)
-        facts = {"forms": {}, "records": [], "warnings": warnings, "decision": json.loads(text)}
+        facts = DecisionFacts(json.loads(text), tuple(warnings)).to_json()
         journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
         for warning in warnings:
-            sweeper.emit({"event": "warning", **warning})
+            sweeper.emit(warning_event(warning))
     line = journal.done(key)
     assert line is not None
-    found: Decision | None = line["decision"]
-    return found
+    return DecisionFacts.of(line).decision
 
 
 def _write_text(path: Path, text: str) -> None:

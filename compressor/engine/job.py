@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
 
 from compressor.artifact.modeling_file import VERSION
 from compressor.data.samples import Samples
+from compressor.engine.events import Emit, StageName
 from compressor.engine.plan_records import Plan
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal
 
-Emit = Callable[[dict[str, Any]], None]
+
+class Fingerprint(TypedDict):
+    """What a resumed run has to share with the interrupted one, as run.json holds it. recipe, model, data: hashes"""
+
+    recipe: str
+    model: str
+    data: str | None
+    compress_model: str
+    torch: str
+    transformers: str
+    device: str
+    threads: int
+    cpu_capability: str
 
 
 @dataclass
@@ -50,7 +63,7 @@ class Job:
     journal: Journal
     calibration: Samples | None
     held_out: Samples | None
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     place: torch.device
     trust_remote_code: bool
     resumed: int | None
@@ -70,13 +83,13 @@ class Job:
         return self.journal.work / "scratch"
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: StageName) -> Iterator[None]:
         self.emit({"event": "stage", "name": name})
         with self.clock.time(name):
             yield
 
 
-def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> dict[str, Any]:
+def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> Fingerprint:
     """What a resumed run has to share with the interrupted one."""
     return {
         "recipe": plan.recipe.pinned(None, None).sha256,

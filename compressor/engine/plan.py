@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from compressor.analysis.input_producers import Producers, find_producers, producers_of
 from compressor.analysis.model_facts import facts_of
@@ -25,6 +25,7 @@ from compressor.engine.plan_records import (
     Reshape,
     Selected,
     Sizes,
+    UnusedRow,
     parameter_count,
     sharer,
 )
@@ -381,7 +382,7 @@ def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
 
 def _unused_tensors(
     source: Structure, structure: Structure, reshapes: Sequence[Reshape], findings: Findings
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[UnusedRow, ...]:
     """The tensors of the source that fill nothing in the model, with warnings of them and of what else its directory
     holds that isn't compressed.
     """
@@ -394,7 +395,7 @@ def _unused_tensors(
         )
         findings.warn("not-tied", name, message)
     carried = carried_tensors(structure)
-    rows = [
+    rows: list[UnusedRow] = [
         {
             "name": unused.tensor,
             "bytes": checkpoint.tensors[unused.tensor].nbytes,
@@ -417,9 +418,9 @@ def _unused_tensors(
     return tuple(rows)
 
 
-def _count(rows: list[dict[str, Any]]) -> str:
+def _count(rows: list[UnusedRow]) -> str:
     return f"{len(rows)} tensors ({sum(row['bytes'] for row in rows):,} bytes)"
 
 
-def _some(rows: list[dict[str, Any]]) -> str:
+def _some(rows: list[UnusedRow]) -> str:
     return ", ".join(row["name"] for row in rows[:4])

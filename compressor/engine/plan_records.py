@@ -8,18 +8,93 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from compressor.analysis.input_producers import Producers
 from compressor.artifact.export_format import Route
-from compressor.errors import CompressError
+from compressor.errors import CompressError, ErrorEvent, Notice, WarningRow
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.functions import Functions
+from compressor.model.side_files import SideFilesRow
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.model.weights import Weight
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
+
+PlannedRow = TypedDict(  # a `PlanRow` as JSON values
+    "PlannedRow",
+    {
+        "name": str,
+        "shape": list[int],
+        "role": str,
+        "step": int,
+        "pass": str,
+        "from": str,
+        "to": str,
+        "bytes_before": int,
+        "bytes_after": int,
+    },
+)
+_OfPass = TypedDict("_OfPass", {"pass": str})
+
+
+class ReshapeRow(_OfPass):
+    """A `Reshape` as JSON values. widths: of the residual stream, before and after; tokens: what token gates leave"""
+
+    path: str
+    parameters_before: int
+    parameters_after: int
+    widths: list[int]
+    notes: list[str]
+    decision: dict[str, Any] | None
+    tokens: dict[str, Any] | None
+
+
+class SkippedRow(TypedDict):
+    """A weight that no step works on."""
+
+    name: str
+    reason: str
+
+
+class UnusedRow(TypedDict):
+    """A tensor of the source that fills nothing in the model. carried: into the artifact, as it is"""
+
+    name: str
+    bytes: int
+    reason: str
+    carried: bool
+
+
+class RouteRow(TypedDict):
+    """An export format, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+class PlanJson(TypedDict):
+    """A `Plan` as `plan --format json` prints it."""
+
+    recipe: str
+    architecture: str
+    sweeps: list[list[str]]
+    reshapes: list[ReshapeRow]
+    weights: list[PlannedRow]
+    skipped: list[SkippedRow]
+    problems: list[ErrorEvent]
+    warnings: list[WarningRow]
+    route: RouteRow | None
+    untied_head: bool
+    side_files: SideFilesRow
+    unused_tensors: list[UnusedRow]
+    source_bytes: int
+    predicted_weight_bytes: int
+    predicted_artifact_bytes: int
+    peak_memory_bytes: int
+    disk_bytes: int
+
 
 StepPath = tuple[str | int, ...]
 Selected = Mapping[StepPath, tuple[Weight, ...]]  # step path -> the weights that the step works on
@@ -33,10 +108,10 @@ class Findings:
     """
 
     problems: list[CompressError] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
 
 @dataclass(frozen=True)
@@ -49,7 +124,7 @@ class Reshape:
     redefinition: Redefinition
     after: Structure
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> ReshapeRow:
         return {
             "pass": self.step.name,
             "path": dotted(self.step.path),
@@ -81,7 +156,7 @@ class PlanRow:
     bytes_before: int
     bytes_after: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> PlannedRow:
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -143,14 +218,14 @@ class Plan:
     forms: Mapping[str, StoredWeight]
     counted_dense: frozenset[str]
     rows: tuple[PlanRow, ...]
-    skipped: tuple[dict[str, str], ...]
-    unused: tuple[dict[str, Any], ...]
+    skipped: tuple[SkippedRow, ...]
+    unused: tuple[UnusedRow, ...]
     route: Route | None
     untied: bool
     producers: Producers
     sizes: Sizes
     problems: tuple[CompressError, ...]
-    warnings: tuple[dict[str, str], ...]
+    warnings: tuple[Notice, ...]
     tries_loaders: bool
 
     @property
@@ -182,19 +257,19 @@ class Plan:
         """What a reshaping step makes of the model."""
         return next(reshape for reshape in self.reshapes if reshape.step == step)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> PlanJson:
         return {
             "recipe": self.recipe.name,
             "architecture": self.structure.architecture,
             "sweeps": [[step.name for step in sweep] for sweep in self.recipe.sweeps],
-            "reshapes": [reshape.to_dict() for reshape in self.reshapes],
+            "reshapes": [reshape.to_json() for reshape in self.reshapes],
             "weights": [row.to_json() for row in self.rows],
             "skipped": list(self.skipped),
             "problems": [problem.event() for problem in self.problems],
-            "warnings": list(self.warnings),
-            "route": None if self.route is None else {"name": self.route.name, "reason": self.route.reason},
+            "warnings": [notice.to_json() for notice in self.warnings],
+            "route": None if self.route is None else route_row(self.route),
             "untied_head": self.untied,
-            "side_files": self.source.checkpoint.side_files.to_dict(),
+            "side_files": self.source.checkpoint.side_files.to_json(),
             "unused_tensors": list(self.unused),
             "source_bytes": self.source_bytes,
             "predicted_weight_bytes": self.weight_bytes,
@@ -210,6 +285,10 @@ class DecidedPlan(Plan):
 
     structure  before the sweeps as it follows from the choices; after them (`engine.plan.as_built`) as it was written
     """
+
+
+def route_row(route: Route) -> RouteRow:
+    return {"name": route.name, "reason": route.reason}
 
 
 def parameter_count(structure: Structure) -> int:

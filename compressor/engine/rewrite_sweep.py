@@ -21,8 +21,10 @@ from torch import Tensor
 
 from compressor.engine.block_io import UnitSource, free_all
 from compressor.engine.calibration_batch import CalibrationBatch, run_unit
+from compressor.engine.events import Emit
+from compressor.engine.line_facts import LineFacts
 from compressor.engine.walk import Holder, Part, unit_event, walk
-from compressor.errors import PassError
+from compressor.errors import Notice, PassError
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
@@ -46,7 +48,7 @@ class PartView:
     generator: torch.Generator
     is_open: bool = True
     written: dict[str, Tensor] = field(default_factory=dict)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
 
     @property
     def residual(self) -> Residual:
@@ -79,7 +81,7 @@ class PartView:
         self.written[parameter] = value
 
     def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append({"code": code, "where": where, "message": message})
+        self.warnings.append(Notice(code, where, message))
 
     def signals(self, norm: ResidualNorm) -> Iterator[Tensor]:
         return self.inputs(norm.module)
@@ -180,7 +182,7 @@ class Reshaper:
     device: torch.device
     seeds: Callable[[int], int]  # unit -> seed
     is_interrupted: Callable[[], bool]
-    emit: Callable[[dict[str, Any]], None]
+    emit: Emit
 
     def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
@@ -242,14 +244,14 @@ def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> Sta
         _keep_state(work, f"{key}/state", f"{file}-state.safetensors", after, [])
     tensors = _part_tensors(work, view.unit, view)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {"forms": {}, "records": [], "warnings": view.warnings}
+    facts = LineFacts(warnings=tuple(view.warnings)).to_json()
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
     return after
 
 
-def _keep_state(work: Reshaper, key: str, file: str, state: State, warnings: list[dict[str, str]]) -> None:
+def _keep_state(work: Reshaper, key: str, file: str, state: State, warnings: list[Notice]) -> None:
     held = {name: tensor.cpu().contiguous() for name, tensor in state.items()} or {"nothing": torch.zeros(0)}
-    facts = {"forms": {}, "records": [], "warnings": warnings}
+    facts = LineFacts(warnings=tuple(warnings)).to_json()
     work.journal.commit(key, file, lambda path: save_file(held, path), facts)
 
 
@@ -263,14 +265,14 @@ def _survey(work: Reshaper, settings: RewritePass) -> State:
     """The pass's look at the whole model, from the journal if it is there."""
     key = f"{work.number}/survey"
     if work.journal.done(key) is None:
-        warnings: list[dict[str, str]] = []
+        warnings: list[Notice] = []
         state = settings.survey(_views(work, warnings))
         free_all(work.structure)
         _keep_state(work, key, f"s{work.number:02d}-survey.safetensors", state, warnings)
     return _kept_state(work, key)
 
 
-def _views(work: Reshaper, warnings: list[dict[str, str]]) -> Iterator[PartView]:
+def _views(work: Reshaper, warnings: list[Notice]) -> Iterator[PartView]:
     """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
     hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")

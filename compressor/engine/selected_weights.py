@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.engine.plan_records import Findings, Selected, StepPath, sharer
+from compressor.engine.plan_records import Findings, Selected, SkippedRow, StepPath, sharer
 from compressor.errors import Because, CompressError, PreflightError, WidthError, values_of
 from compressor.layers import DENSE
 from compressor.model.functions import Functions, find_functions
@@ -162,7 +162,7 @@ def _without_shared_tables(
     return kept
 
 
-def skipped_weights(structure: Structure, selected: Selected) -> tuple[dict[str, str], ...]:
+def skipped_weights(structure: Structure, selected: Selected) -> tuple[SkippedRow, ...]:
     """What no step works on, each with the reason."""
     touched = {weight.name for chosen in selected.values() for weight in chosen}
     reasons = [(w.name, _why_skipped(w, structure)) for _, w in structure.weights() if w.name not in touched]

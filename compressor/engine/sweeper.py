@@ -19,13 +19,12 @@ from compressor.engine.calibration_batch import (
     calibration_batches,
     probe_batch,
 )
+from compressor.engine.events import Emit
 from compressor.engine.plan_records import Plan
 from compressor.engine.walk import Holder, Part
 from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass

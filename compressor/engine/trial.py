@@ -27,6 +27,7 @@ from transformers.utils import logging
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import Route
 from compressor.artifact.loader import load
+from compressor.artifact.manifest import Loadable
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.artifact.stock_loading import load_stock
@@ -71,7 +72,7 @@ def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory
     stored = _store(twin, forms, route, directory)
     if not stored:
         return None
-    manifest = {
+    manifest: Loadable = {
         "architecture": twin.architecture,
         "route": route.name,
         "weights": {form.weight.name: form.to_dict() for form in stored},

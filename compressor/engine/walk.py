@@ -29,6 +29,7 @@ from torch import Tensor
 
 from compressor.engine.block_io import Installed, UnitSource, free_unit, load_unit, unit_name
 from compressor.engine.calibration_batch import CalibrationBatch, embed, finish_unit, run_unit
+from compressor.engine.events import UnitEvent
 from compressor.errors import Interrupted
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -149,7 +150,7 @@ def load_part(structure: Structure, unit: int, source: UnitSource, device: torch
     return installed
 
 
-def unit_event(structure: Structure, sweep: int, part: Part, seconds: float) -> dict[str, Any]:
+def unit_event(structure: Structure, sweep: int, part: Part, seconds: float) -> UnitEvent:
     """What a sweep tells of a part that it is done with."""
     return {
         "event": "unit",

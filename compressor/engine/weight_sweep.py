@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from compressor.engine.calibration_batch import (
     run_unit,
 )
 from compressor.engine.decisions import decide
+from compressor.engine.events import warning_event
+from compressor.engine.line_facts import LineFacts, StepRecord
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Part, Written, unit_event, unit_forms, walk
-from compressor.errors import PassError
+from compressor.errors import Notice, PassError
 from compressor.layers.base import Layer
 from compressor.model.facts import Decision
 from compressor.model.redefined_structure import split_parameter
@@ -26,6 +27,7 @@ from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.weight_names import read_parameter
 from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Step
+from compressor.storage.journal import Line
 from compressor.storage.safetensors_file import Entry, write_file
 
 
@@ -45,7 +47,7 @@ class StoringSweep:
     batches: list[CalibrationBatch]
     decisions: list[Decision | None]
 
-    def line(self, unit: int) -> dict[str, Any] | None:
+    def line(self, unit: int) -> Line | None:
         """The journal's line of a part that is stored."""
         return self.sweeper.journal.done(f"{self.number}/{unit}")
 
@@ -54,7 +56,7 @@ class StoringSweep:
         line = self.line(unit)
         assert line is not None
         own = self.sweeper.structure.parameters_of(unit)
-        return {*line["written"], *(name for name in self.before.written if name in own)}
+        return {*LineFacts.of(line).written, *(name for name in self.before.written if name in own)}
 
     def source_before(self, unit: int) -> UnitSource:
         return self.before.source(self.sweeper.structure, unit)
@@ -63,8 +65,7 @@ class StoringSweep:
         """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
         if (line := self.line(unit)) is None:
             return self.source_before(unit)
-        forms = {name: StoredWeight.from_dict(entry) for name, entry in line["forms"].items()}
-        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), forms)
+        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
 
 
 def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
@@ -157,8 +158,8 @@ class Changes:
     written  parameters that stay dense and have new values
     """
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     put: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
@@ -169,9 +170,10 @@ def _store_part(sweep: StoringSweep, part: Part) -> None:
     changes = _run_steps(sweep, part)
     _commit(sweep, part.unit, changes)
     for record in changes.records:
-        sweep.sweeper.emit({"event": "weight", **{k: record[k] for k in ("name", "pass", "seconds")}})
+        name, seconds = record.weight.name, record.weight.seconds
+        sweep.sweeper.emit({"event": "weight", "name": name, "pass": record.pass_name, "seconds": seconds})
     for warning in changes.warnings:
-        sweep.sweeper.emit({"event": "warning", **warning})
+        sweep.sweeper.emit(warning_event(warning))
 
 
 def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
@@ -199,7 +201,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
                 data={"reason": "left-out", "pass": step.name, "weights": len(left)},
             )
         step_number = sweeper.plan.recipe.steps.index(step)
-        changes.records += [{"step": step_number, "pass": step.name, **record} for record in view.records]
+        changes.records += [StepRecord(step_number, step.name, record) for record in view.records]
         changes.warnings += view.warnings
         changes.put.update(view.put_layers)
         changes.errors.update(view.errors)
@@ -216,13 +218,9 @@ def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
     tensors = dict(unit_tensors(unit, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    facts = {
-        "forms": {name: form.to_dict() for name, form in forms.items()},
-        "records": changes.records,
-        "warnings": changes.warnings,
-        "relative_errors": changes.errors | _errors_of_rescaled(sweep, unit, changes),
-        "written": _written_errors(sweep, unit, changes),
-    }
+    errors = changes.errors | _errors_of_rescaled(sweep, unit, changes)
+    written = _written_errors(sweep, unit, changes)
+    facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
     file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
     sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
 

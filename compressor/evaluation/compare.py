@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
-from compressor.errors import UsageError
+from compressor.errors import Notice, UsageError
+from compressor.evaluation.render import is_evaluation
 from compressor.evaluation.report import validate_report
+from compressor.evaluation.sections import AnyReport, ComparedRow, Comparison, MetricRow, Report, SpeedRow, WeightRow
+from compressor.evaluation.weight_rows import error_of
 from compressor.model.checkpoint import open_checkpoint, resolve_model
 from compressor.process.utf8 import parse_json
-from compressor.recipe.gates import CHANGE, GateRow, check_gates, split_gate
+from compressor.recipe.gates import CHANGE, GateRow, SampledPair, check_gates, split_gate
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 BAD_REPORT = "Copy the report again from where it was written, or measure again with `compress-model eval`."
 VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
 
 
-def read_subject(path: Path) -> dict[str, Any]:
+class BareSizes(TypedDict):
+    after_bytes: int
+
+
+class BareRun(TypedDict):
+    speed: dict[str, SpeedRow]
+
+
+class Bare(TypedDict):
+    """The size alone of a checkpoint, under the keys of a report that are compared."""
+
+    metrics: dict[str, MetricRow]
+    sizes: BareSizes
+    run: BareRun
+
+
+def read_subject(path: Path) -> AnyReport | Bare:
     """A report (of a run or an evaluation) from its file or directory, or the sizes alone of a checkpoint.
 
     raises UsageError for a file that is no report, ModelError for a directory that is no checkpoint
@@ -24,33 +47,28 @@ def read_subject(path: Path) -> dict[str, Any]:
     if file.is_file():
         return _read_report(file)
     checkpoint = open_checkpoint(resolve_model(str(path)))
-    return {"metrics": {}, "weights": [], "sizes": {"after_bytes": checkpoint.weight_file_bytes}, "run": {"speed": {}}}
+    return {"metrics": {}, "sizes": {"after_bytes": checkpoint.weight_file_bytes}, "run": {"speed": {}}}
 
 
-def is_report(subject: dict[str, Any]) -> bool:
+def is_report(subject: AnyReport | Bare) -> TypeIs[AnyReport]:
     """Whether it was read from a report.json, and not from a checkpoint's headers."""
     return any(key in subject for key in VERSIONS)
 
 
-def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[str, Any]:
-    """{"subjects": names, "rows": [{"name", "values"}], "weights": the same, "warnings", "gates"}.
+def compare(paths: list[Path], gates: dict[str, float] | None = None) -> Comparison:
+    """Set subjects side by side, in the order of their paths; missing values are None.
 
-    Missing values are null. Gates are judged on the last subject, with the first one as what was before.
     raises UsageError for a gate on a change between subjects that were measured on different samples
     """
     subjects = [read_subject(path) for path in paths]
-    rows = [{"name": "weight file bytes", "values": [subject["sizes"]["after_bytes"] for subject in subjects]}]
+    rows: list[ComparedRow] = [
+        {"name": "weight file bytes", "values": [subject["sizes"]["after_bytes"] for subject in subjects]}
+    ]
     for metric in dict.fromkeys(name for subject in subjects for name in subject["metrics"]):
         rows.append({"name": metric, "values": [_after(subject["metrics"], metric) for subject in subjects]})
     for speed in dict.fromkeys(name for subject in subjects for name in subject["run"]["speed"]):
         rows.append({"name": speed, "values": [_after(subject["run"]["speed"], speed) for subject in subjects]})
-    tables = [
-        {
-            weight["name"]: weight.get("output_error", weight.get("weight_error"))
-            for weight in subject.get("weights", [])
-        }
-        for subject in subjects
-    ]
+    tables = [{weight["name"]: error_of(weight) for weight in _weights(subject)} for subject in subjects]
     weights = dict.fromkeys(name for table in tables for name in table)
     differ = _other_samples(subjects)
     message = "they were measured on different samples, so their metrics can't be compared"
@@ -66,12 +84,12 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> dict[st
         "subjects": names,
         "rows": rows,
         "weights": [{"name": name, "values": [table.get(name) for table in tables]} for name in weights],
-        "warnings": [{"code": "other-samples", "where": ", ".join(names), "message": message}] if differ else [],
+        "warnings": [Notice("other-samples", ", ".join(names), message).to_json()] if differ else [],
         "gates": _judge(gates or {}, subjects[0], subjects[-1]),
     }
 
 
-def _read_report(file: Path) -> dict[str, Any]:
+def _read_report(file: Path) -> AnyReport:
     import jsonschema
 
     try:
@@ -105,24 +123,35 @@ def _read_report(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _name(path: Path, subject: dict[str, Any]) -> str:
+def _is_of_run(subject: AnyReport | Bare) -> TypeIs[Report]:
+    return is_report(subject) and not is_evaluation(subject)
+
+
+def _weights(subject: AnyReport | Bare) -> list[WeightRow]:
+    return subject["weights"] if _is_of_run(subject) else []
+
+
+def _name(path: Path, subject: AnyReport | Bare) -> str:
     name = path.resolve().parent.name if path.name == "report.json" else path.resolve().name
-    recipe = subject["recipe"]["name"] if "recipe" in subject else None
+    recipe = subject["recipe"]["name"] if _is_of_run(subject) else None
     return f"{name} ({recipe})" if recipe else name
 
 
-def _after(table: dict[str, Any], name: str) -> float | None:
-    return table.get(name, {}).get("after")
+def _after(table: Mapping[str, MetricRow | SpeedRow], name: str) -> float | None:
+    return table[name]["after"] if name in table else None
 
 
-def _other_samples(subjects: list[dict[str, Any]]) -> bool:
+def _other_samples(subjects: list[AnyReport | Bare]) -> bool:
     """Whether two of them have metrics of different evaluation samples."""
-    measured = [subject["data"]["eval"]["digest"] for subject in subjects if subject["metrics"]]
-    return len(set(measured)) > 1
+    reports = [subject for subject in subjects if is_report(subject) and subject["metrics"]]
+    samples = [report["data"]["eval"] for report in reports]
+    return len({facts["digest"] for facts in samples if facts is not None}) > 1
 
 
-def _judge(gates: dict[str, float], first: dict[str, Any], last: dict[str, Any]) -> list[GateRow]:
-    def beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def _judge(gates: dict[str, float], first: AnyReport | Bare, last: AnyReport | Bare) -> list[GateRow]:
+    def beside(
+        before: Mapping[str, MetricRow | SpeedRow], after: Mapping[str, MetricRow | SpeedRow]
+    ) -> dict[str, SampledPair]:
         return {name: {"before": _after(before, name), "after": _after(after, name)} for name in after}
 
     ratio = last["sizes"]["after_bytes"] / first["sizes"]["after_bytes"]

@@ -7,21 +7,27 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from compressor.evaluation.sections import Environment
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "accelerate", "bitsandbytes")
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "neon", "asimd")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Environment:
     import torch
 
     return {
         "python": platform.python_version(),
-        **{name.replace("-", "_"): package_version(name) for name in PACKAGES[:5]},
+        "torch": package_version("torch"),
+        "transformers": package_version("transformers"),
+        "compressed_tensors": package_version("compressed-tensors"),
+        "safetensors": package_version("safetensors"),
+        "tokenizers": package_version("tokenizers"),
         "os": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from compressor.evaluation.report import (
     validate_report,
     write_reports,
 )
-from compressor.evaluation.sections import EvaluationRun, Sizes, Subject
+from compressor.evaluation.sections import EvaluationReport, EvaluationRun, KernelRow, Sizes, Subject
 from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
@@ -60,7 +59,7 @@ def measure_model(
     trust_remote_code: bool = False,
     output: Path | None = None,
     strict_kernels: bool = False,
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """The evaluation report (`evaluation` in report.schema.json), also when a gate doesn't hold.
 
     metrics  comma-separated, in place of the recipe's
@@ -141,34 +140,34 @@ def _check_baseline(asked: Recipe, baseline: str | None) -> None:
 
 def _evaluation_report(
     asked: Recipe, subjects: Subjects, samples: Samples, found: Measured, run: EvaluationRun
-) -> dict[str, Any]:
+) -> EvaluationReport:
     sizes = _sizes(subjects.before, subjects.after)
     gates = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
     baseline = _subject(subjects.baseline, subjects.before) if subjects.baseline and subjects.before else None
-    return finite(
-        {
-            "evaluation_version": EVALUATION_VERSION,
-            "tool": {"name": "compress-model", "version": VERSION},
-            "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
-            "name": asked.name,
-            "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
-            "seed": asked.seed,
-            "model": _subject(subjects.name, subjects.after),
-            "baseline": baseline,
-            "data": {"eval": data_facts(samples)},
-            "sizes": sizes,
-            "metrics": found.metrics,
-            "saturation": found.saturation,
-            "gates": gates,
-            "warnings": unmeasured_warnings(found.metrics),
-            **({} if found.kernels is None else {"kernels": found.kernels}),
-            "run": run,
-            "environment": environment(torch.device("cpu")),
-        }
-    )
+    report: EvaluationReport = {
+        "evaluation_version": EVALUATION_VERSION,
+        "tool": {"name": "compress-model", "version": VERSION},
+        "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
+        "name": asked.name,
+        "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
+        "seed": asked.seed,
+        "model": _subject(subjects.name, subjects.after),
+        "baseline": baseline,
+        "data": {"eval": data_facts(samples)},
+        "sizes": sizes,
+        "metrics": found.metrics,
+        "saturation": found.saturation,
+        "gates": gates,
+        "warnings": unmeasured_warnings(found.metrics),
+        "run": run,
+        "environment": environment(torch.device("cpu")),
+    }
+    if found.kernels is not None:
+        report["kernels"] = found.kernels
+    return finite(report)
 
 
-def check_kernels(kernels: list[dict[str, str]] | None) -> None:
+def check_kernels(kernels: list[KernelRow] | None) -> None:
     """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
     if kernels is None:
         hint = "Evaluate an artifact with speed among eval.metrics, or leave --strict-kernels out."

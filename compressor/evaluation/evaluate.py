@@ -5,7 +5,7 @@ This module starts the processes and gathers their answers; what each measures i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 from compressor.artifact.manifest import read_manifest
 from compressor.data.samples import Samples
+from compressor.evaluation import child_messages
+from compressor.evaluation.child_messages import QualityAnswer, QualityRequest, Request, SpeedAnswer, SpeedRequest
 from compressor.evaluation.metrics import QUALITY
 from compressor.evaluation.quality import measure_quality
 from compressor.evaluation.saturation import uncounted
-from compressor.evaluation.sections import Saturation, SpeedRow
+from compressor.evaluation.sections import KernelRow, MetricRow, Patches, Saturation, SpeedRow
 from compressor.evaluation.speed import RATES, measure_speed
 from compressor.process.child import ask
 from compressor.storage.file_names import MANIFEST
@@ -36,11 +38,11 @@ class Measured:
                 where speed was not measured
     """
 
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, MetricRow] = field(default_factory=dict)
     speed: dict[str, SpeedRow] = field(default_factory=dict)
     saturation: Saturation = field(default_factory=lambda: uncounted("quality was not measured"))
-    patches: dict[str, Any] | None = None
-    kernels: list[dict[str, str]] | None = None
+    patches: Patches | None = None
+    kernels: list[KernelRow] | None = None
 
 
 def evaluate(
@@ -61,7 +63,7 @@ def evaluate(
     most_tokens  that the model takes at once, if they are less than `SPEED_TOKENS`
     raises  what `load_model` raises, and what `child.ask` does
     """
-    common = {
+    common: Request = {
         **_write_samples(samples, scratch),
         "threads": threads,
         "batch_size": settings.batch_size,
@@ -71,8 +73,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
-    request = {"kind": "quality", "before": str(before) if before else None, "after": str(after), "metrics": wanted}
-    quality = ask(HERE, {**common, **request}, "measures quality") if wanted else {}
+    quality = _measure_quality(common, before, after, wanted) if wanted else Measured()
     speed: dict[str, SpeedRow] = {}
     if {"speed", "memory"} & set(settings.metrics):
         speed = _speed_rows(common, before, after)
@@ -80,10 +81,10 @@ def evaluate(
     if "speed" in settings.metrics and (after / MANIFEST).is_file() and read_manifest(after)["weights"]:
         kernels, rows = _kernel_speed_rows(common, after, speed)
         speed |= rows
-    return Measured(speed=speed, kernels=kernels, **quality)
+    return replace(quality, speed=speed, kernels=kernels)
 
 
-def _write_samples(samples: Samples, scratch: Path) -> dict[str, str | None]:
+def _write_samples(samples: Samples, scratch: Path) -> child_messages.Samples:
     """The files that a measuring process reads, as keys of its request."""
     tokens, labels = scratch / "eval-samples.safetensors", scratch / "eval-labels.safetensors"
     save_file({f"{number:06d}": sample.contiguous() for number, sample in enumerate(samples.inputs)}, tokens)
@@ -92,10 +93,28 @@ def _write_samples(samples: Samples, scratch: Path) -> dict[str, str | None]:
     return {"tokens": str(tokens), "labels": str(labels) if samples.labels is not None else None}
 
 
-def _speed_rows(common: dict[str, Any], before: Path | None, after: Path) -> dict[str, SpeedRow]:
+def _measure_quality(common: Request, before: Path | None, after: Path, metrics: list[str]) -> Measured:
+    request: QualityRequest = {
+        **common,
+        "kind": "quality",
+        "before": str(before) if before else None,
+        "after": str(after),
+        "metrics": metrics,
+    }
+    answer: QualityAnswer = ask(HERE, request, "measures quality")
+    return Measured(metrics=answer["metrics"], saturation=answer["saturation"], patches=answer["patches"])
+
+
+def _measure_speed(common: Request, model: Path, doing: str, *, kernels: bool = False) -> SpeedAnswer:
+    request: SpeedRequest = {**common, "kind": "speed", "model": str(model), "kernels": kernels}
+    answer: SpeedAnswer = ask(HERE, request, doing)
+    return answer
+
+
+def _speed_rows(common: Request, before: Path | None, after: Path) -> dict[str, SpeedRow]:
     """Each model in a process of its own, so that neither counts in the other's memory."""
     answers = {
-        side: ask(HERE, {**common, "kind": "speed", "model": str(path)}, f"measures the speed {side}")
+        side: _measure_speed(common, path, f"measures the speed {side}")["values"]
         for side, path in (("before", before), ("after", after))
         if path is not None
     }
@@ -103,22 +122,23 @@ def _speed_rows(common: dict[str, Any], before: Path | None, after: Path) -> dic
 
 
 def _kernel_speed_rows(
-    common: dict[str, Any], after: Path, speed: dict[str, SpeedRow]
-) -> tuple[list[dict[str, str]], dict[str, SpeedRow]]:
+    common: Request, after: Path, speed: dict[str, SpeedRow]
+) -> tuple[list[KernelRow], dict[str, SpeedRow]]:
     """The chosen kernels, and their rates beside those of the dense model."""
-    request = {**common, "kind": "speed", "model": str(after), "kernels": True}
-    found = ask(HERE, request, "measures the speed of the kernels")
+    found = _measure_speed(common, after, "measures the speed of the kernels", kernels=True)
+    values, kernels = found["values"], found["kernels"]
+    assert kernels is not None
     dense = {name: row["before"] for name, row in speed.items() if "before" in row}
-    rows = {f"kernels_{name}": _speed_row(found[name], dense or None, name) for name in RATES if name in found}
-    return found["kernels"], rows
+    rows = {f"kernels_{name}": _speed_row(values[name], dense or None, name) for name in RATES if name in values}
+    return kernels, rows
 
 
-def _speed_row(after: float | None, before: dict[str, Any] | None, name: str) -> SpeedRow:
+def _speed_row(after: float | None, before: dict[str, float | None] | None, name: str) -> SpeedRow:
     """before  what was measured of the other model, by name; None: there is no other"""
     return {"after": after} if before is None else {"before": before[name], "after": after}
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def main(request: QualityRequest | SpeedRequest) -> QualityAnswer | SpeedAnswer:
     """Answer `evaluate`, in a fresh process."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])

@@ -13,20 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.evaluation.sections import ImagePatches, Patches
+
 IMAGES = 6
 LONGEST_SIDE = 64  # pixels of the report's copy of an image
 
 
-def kept_patches(model: Any, images: Sequence[Tensor]) -> dict[str, Any] | None:
-    """Of some images: {gates: how many, images: [{pixels: rows of 0..255, survived: rows of gates passed}]}; None for a
-    model without gates.
+def kept_patches(model: Any, images: Sequence[Tensor]) -> Patches | None:
+    """Of some images: which patches each kept; None for a model without gates.
 
     images  (channels, height, width), normalised
     """
     gates = [module for module in model.modules() if getattr(module, "token_gate", {}).get("keep", 1) < 1]
     if not gates:
         return None
-    shown = []
+    shown: list[ImagePatches] = []
     for image in images[:IMAGES]:
         survived = _survived(model, image, gates)
         shown.append({"pixels": _small(image), "survived": survived})

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from compressor.evaluation.sections import MetricRow
 
 BOOTSTRAP_DRAWS = 1000
 BOTH_ENDS = (0.025, 0.975)  # of the 95 % interval
@@ -53,32 +54,6 @@ METRICS = {
     "accuracy": Metric("higher", "share of samples", "right_{}", None),
 }
 QUALITY = tuple(METRICS)
-
-
-@dataclass
-class MetricRow:
-    """A row of the report's `metrics`. reason: why there is no value; intervals: by the form of a gate."""
-
-    direction: str
-    unit: str
-    before: float | None = None
-    after: float | None = None
-    change_percent: float | None = None
-    interval: tuple[float | None, ...] = (None, None)
-    reason: str | None = None
-    intervals: dict[str, list[float | None]] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        row = {
-            "before": self.before,
-            "after": self.after,
-            "change_percent": self.change_percent,
-            "interval": list(self.interval),
-            "direction": self.direction,
-            "unit": self.unit,
-        }
-        added = {"reason": self.reason, "intervals": self.intervals}
-        return row | {key: value for key, value in added.items() if value is not None}
 
 
 def batch_sums(
@@ -135,26 +110,26 @@ def metric_row(
     metric, row = METRICS[name], _unmeasured(name)
     key, earlier = metric.sums.format("after"), metric.sums.format("before")
     if key not in sums:
-        row.reason = (
+        row["reason"] = (
             "there is no baseline to compare with"
             if metric.compares and not has_before
             else "this model, or the data without labels, has no such measure"
         )
         return row
     count = sums[metric.count] if metric.count else torch.ones_like(sums[key])
-    row.after = _finite(metric.finish, float(sums[key].sum() / count.sum()))
+    row["after"] = after = _finite(metric.finish, float(sums[key].sum() / count.sum()))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(count), (BOOTSTRAP_DRAWS, len(count)), generator=generator)
     means = sums[key][draws].sum(1) / count[draws].sum(1)
-    row.interval = tuple(_finite(metric.finish, float(means.quantile(q))) for q in BOTH_ENDS)
+    row["interval"] = [_finite(metric.finish, float(means.quantile(q))) for q in BOTH_ENDS]
     if earlier != key and earlier in sums:
-        row.before = _finite(metric.finish, float(sums[earlier].sum() / count.sum()))
-        if row.before and row.after is not None:
-            row.change_percent = 100 * (row.after - row.before) / row.before
+        row["before"] = before = _finite(metric.finish, float(sums[earlier].sum() / count.sum()))
+        if before and after is not None:
+            row["change_percent"] = 100 * (after - before) / before
     if confidence is not None:
-        is_paired = row.before is not None and row.after is not None
+        is_paired = row["before"] is not None and after is not None
         earlier_means = sums[earlier][draws].sum(1) / count[draws].sum(1) if is_paired else None
-        row.intervals = _gate_intervals(metric, earlier_means, means, confidence)
+        row["intervals"] = _gate_intervals(metric, earlier_means, means, confidence)
     return row
 
 
@@ -171,16 +146,20 @@ def _gate_intervals(
     return {form: [_finite(float, float(values.quantile(q))) for q in tails] for form, values in drawn.items()}
 
 
-def unmeasured(names: Iterable[str], reason: str) -> dict[str, Any]:
+def unmeasured(names: Iterable[str], reason: str) -> dict[str, MetricRow]:
     """Rows of metrics that were asked for, and for this reason not measured."""
-    rows = {name: _unmeasured(name) for name in names if name in METRICS}
-    for row in rows.values():
-        row.reason = reason
-    return {name: row.to_dict() for name, row in rows.items()}
+    return {name: {**_unmeasured(name), "reason": reason} for name in names if name in METRICS}
 
 
 def _unmeasured(name: str) -> MetricRow:
-    return MetricRow(METRICS[name].direction, METRICS[name].unit)
+    return {
+        "before": None,
+        "after": None,
+        "change_percent": None,
+        "interval": [None, None],
+        "direction": METRICS[name].direction,
+        "unit": METRICS[name].unit,
+    }
 
 
 def _finite(finish: Callable[[float], float], value: float) -> float | None:

@@ -11,6 +11,7 @@ from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import OFFLINE, load_stock, stock_works
 from compressor.data.samples import Samples
 from compressor.errors import ModelError
+from compressor.evaluation import child_messages
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.model_class import class_of
@@ -31,6 +32,6 @@ def is_causal(model: Any) -> bool:
     return model.can_generate() and model.main_input_name == "input_ids"
 
 
-def read_stored_samples(request: dict[str, Any]) -> Samples:
+def read_stored_samples(request: child_messages.Samples) -> Samples:
     stored = load_file(request["tokens"])
     return Samples(tuple(stored[name] for name in sorted(stored)), "", "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
-from compressor.evaluation.sections import RunSizes
+from compressor.evaluation.sections import Patches, Report, RunSizes, WeightRow
 from compressor.evaluation.weight_rows import error_of, outlier_inputs
 
 GREY, BLUE = "#8a8f98", "#2f6feb"
@@ -24,7 +25,7 @@ STYLE: Any = {
 }
 
 
-def draw_plots(report: dict[str, Any]) -> dict[str, str]:
+def draw_plots(report: Report) -> dict[str, str]:
     """Title -> SVG source. A plot without data is left out."""
     import matplotlib
 
@@ -35,18 +36,19 @@ def draw_plots(report: dict[str, Any]) -> dict[str, str]:
     with plt.rc_context(STYLE):
         if measured := [weight for weight in report["weights"] if error_of(weight) is not None]:
             plots["Relative output error of each weight"] = _svg(_draw_errors(measured))
-        if report.get("patches"):
+        if patches := report.get("patches"):
             title = "Patches kept of sample images (brighter patches passed more gates)"
-            plots[title] = _svg(_draw_patches(report["patches"]))
+            plots[title] = _svg(_draw_patches(patches))
         if counted := outlier_inputs(report):
             plots["Outlier features of each input, on calibration data"] = _svg(_draw_outliers(counted))
         plots["Size of the weight files before and after"] = _svg(_draw_bytes(report["sizes"]))
-        if (row := report["metrics"].get("perplexity")) and row["before"] and row["after"]:
-            plots["Perplexity and size before and after"] = _svg(_draw_quality(row, report["sizes"]))
+        row = report["metrics"].get("perplexity")
+        if row and (before := row["before"]) and (after := row["after"]):
+            plots["Perplexity and size before and after"] = _svg(_draw_quality(before, after, report["sizes"]))
     return plots
 
 
-def _draw_errors(weights: list[dict[str, Any]]) -> Any:
+def _draw_errors(weights: list[WeightRow]) -> Any:
     import matplotlib
     import matplotlib.pyplot as plt
 
@@ -71,7 +73,7 @@ def _draw_errors(weights: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _draw_patches(patches: dict[str, Any]) -> Any:
+def _draw_patches(patches: Patches) -> Any:
     """Each image as it is, and below it with its patches the darker, the earlier a gate dropped them."""
     import matplotlib.pyplot as plt
     import numpy
@@ -91,23 +93,27 @@ def _draw_patches(patches: dict[str, Any]) -> Any:
     return figure
 
 
-def _draw_outliers(inputs: list[dict[str, Any]]) -> Any:
+def _draw_outliers(inputs: list[WeightRow]) -> Any:
     import matplotlib
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
     kinds = list(dict.fromkeys(row["name"].rpartition(".")[2] for row in inputs))
     colours = matplotlib.colormaps["tab10"]
-    for axes, key, factor, label in zip(
+    value_of: Callable[[WeightRow], float]
+    for axes, value_of, label in zip(
         panels,
-        ("outlier_features", "outlier_token_share", "outlier_magnitude"),
-        (1, 100, 1),
+        (
+            lambda row: row["outlier_features"],
+            lambda row: 100 * row["outlier_token_share"],
+            lambda row: row["outlier_magnitude"],
+        ),
         ("outlier features", "tokens with one, %", "largest |x|"),
         strict=True,
     ):
         for number, kind in enumerate(kinds):
             chosen = [row for row in inputs if row["name"].rpartition(".")[2] == kind]
-            values = [factor * row[key] for row in chosen]
+            values = [value_of(row) for row in chosen]
             x = [row["unit"] - 1 for row in chosen]
             axes.plot(x, values, "o-", ms=4, lw=1.2, label=f"input of {kind}", color=colours(number % 10))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -135,12 +141,16 @@ def _draw_bytes(sizes: RunSizes) -> Any:
     return figure
 
 
-def _draw_quality(perplexity: dict[str, Any], sizes: RunSizes) -> Any:
+def _draw_quality(before: float, after: float, sizes: RunSizes) -> Any:
+    """Perplexity and size."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 2.6))
-    for side, size, colour in (("before", sizes["before_bytes"], GREY), ("after", sizes["after_bytes"], BLUE)):
-        at = (size / 2**20, perplexity[side])
+    for side, size, value, colour in (
+        ("before", sizes["before_bytes"], before, GREY),
+        ("after", sizes["after_bytes"], after, BLUE),
+    ):
+        at = (size / 2**20, value)
         axes.scatter([at[0]], [at[1]], s=60, color=colour)
         axes.annotate(side, at, xytext=(8, -3), textcoords="offset points")
     axes.set(xlabel="weight files, MiB", ylabel="perplexity", xlim=(0, sizes["before_bytes"] / 2**20 * 1.2))

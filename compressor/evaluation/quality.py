@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
+from compressor.evaluation.child_messages import QualityAnswer, QualityRequest
 from compressor.evaluation.kept_patches import kept_patches
 from compressor.evaluation.metrics import batch_sums, metric_row
 from compressor.evaluation.model_loading import is_causal, load_model, read_stored_samples
@@ -18,9 +19,10 @@ from compressor.evaluation.saturation import saturation, watch_ranges
 from compressor.model.block_runner import output_of, without_cache
 
 
-def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
+def measure_quality(request: QualityRequest) -> QualityAnswer:
     """`metrics` of both models on the same batches, one batch at a time, and `saturation` of the later one."""
-    before = load_model(Path(request["before"]), request["trust_remote_code"]) if request["before"] else None
+    source = Path(request["before"]) if request["before"] else None
+    before = None if source is None else load_model(source, request["trust_remote_code"])
     after = load_model(Path(request["after"]), request["trust_remote_code"])
     labels = load_file(request["labels"])["labels"] if request["labels"] else None
     samples = read_stored_samples(request)
@@ -28,7 +30,7 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
     totals: dict[str, list[Tensor]] = {}
     for numbers, stacked in samples.batches(request["batch_size"]):
         value = stacked if samples.is_text else stacked.to(after.dtype)
-        earlier = None if before is None else _outputs(before, value, Path(request["before"]))
+        earlier = None if source is None else _outputs(before, value, source)
         later = _outputs(after, value, Path(request["after"]))
         wanted = None if labels is None else labels[numbers]
         if wanted is not None:
@@ -36,11 +38,10 @@ def measure_quality(request: dict[str, Any]) -> dict[str, Any]:
         for key, sums in batch_sums(earlier, later, stacked, wanted, is_causal(after)).items():
             totals.setdefault(key, []).append(sums)
     joined = {key: torch.cat(values).double() for key, values in totals.items()}
-    level = request.get("confidence")
+    level = request["confidence"]
     return {
         "metrics": {
-            name: metric_row(name, joined, request["seed"], before is not None, level).to_dict()
-            for name in request["metrics"]
+            name: metric_row(name, joined, request["seed"], before is not None, level) for name in request["metrics"]
         },
         "saturation": saturation(Path(request["after"]), after, counts),
         "patches": None if samples.is_text else kept_patches(after, samples.inputs),

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import junitparser
 
 from compressor.evaluation.plots import draw_plots
+from compressor.evaluation.sections import AnyReport, ComparedRow, Comparison, EvaluationReport, Report
 from compressor.evaluation.weight_rows import error_of, outlier_inputs, tabulated, worst_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def is_evaluation(report: dict[str, Any]) -> bool:
+def is_evaluation(report: AnyReport) -> TypeIs[EvaluationReport]:
     return "evaluation_version" in report
 
 
-def render_markdown(report: dict[str, Any]) -> str:
+def render_markdown(report: AnyReport) -> str:
     if is_evaluation(report):
         return fill_template("evaluation.md.j2", r=report)
     worst, outliers, tables = worst_weights(report), outlier_inputs(report), tabulated(report)
     return fill_template("report.md.j2", r=report, worst=worst, error_of=error_of, outliers=outliers, tables=tables)
 
 
-def render_html(report: dict[str, Any]) -> str:
+def render_html(report: Report) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
     plots, outliers, tables = draw_plots(report), outlier_inputs(report), tabulated(report)
     return fill_template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers, tables=tables)
 
 
-def render_comparison(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def render_comparison(found: Comparison, rows: Sequence[ComparedRow]) -> str:
     """What `compare` found, as one self-contained page."""
     return fill_template("compare.html.j2", c=found, rows=rows)
 
 
-def render_junit(report: dict[str, Any]) -> str:
+def render_junit(report: AnyReport) -> str:
     """One suite per artifact: a case per gate, and for a run one for the verification."""
     name = report["name"] if is_evaluation(report) else report["recipe"]["name"]
     suite = junitparser.TestSuite(f"compress-model {name} {report['model']['source']}")

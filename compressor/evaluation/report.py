@@ -10,86 +10,107 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
 from compressor.artifact.findings import Findings
 from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
+from compressor.engine.line_facts import LineFacts, StepRecord
+from compressor.engine.plan_records import DecidedPlan, Plan, route_row
 from compressor.engine.request import _summary_file
+from compressor.errors import WarningRow
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
-from compressor.evaluation.sections import DataFacts, KernelRow, ModelFacts, Run, RunSizes, Seeds, StepRow, WarningRow
+from compressor.evaluation.sections import (
+    AnyReport,
+    DataFacts,
+    Environment,
+    KernelRow,
+    MetricRow,
+    ModelFacts,
+    Report,
+    Run,
+    RunSizes,
+    Seeds,
+    StepRow,
+    WeightRow,
+)
 from compressor.recipe.gates import GateRow
 from compressor.recipe.schema import ReportSettings, bare_source
 
 if TYPE_CHECKING:
     from compressor.data.samples import Samples
+    from compressor.engine.job import Fingerprint
     from compressor.evaluation.evaluate import Measured
     from compressor.model.structure import Structure
     from compressor.recipe.recipe import Recipe
 
 REPORT_VERSION = 1
 SCHEMA = Path(__file__).parent / "report.schema.json"
-# what the verifying process could not find out before it stopped
-NOT_VERIFIED = {key: value for key, value in Findings().to_dict().items() if key != "problems"}
+Tree = TypeVar("Tree")
 
 
 def build_report(
     *,
     source: str,
-    plan: Any,
-    fingerprint: dict[str, Any],
-    lines: list[dict[str, Any]],
+    plan: DecidedPlan,
+    fingerprint: Fingerprint,
+    facts: Sequence[LineFacts],
     sizes: RunSizes,
     measured: Measured,
     gates: list[GateRow],
-    verification: dict[str, Any],
+    verification: Findings,
     calibration: Samples | None,
     held_out: Samples | None,
     run: Run,
-    environment: dict[str, Any],
-) -> dict[str, Any]:
+    environment: Environment,
+) -> Report:
     """The whole report as JSON values: sorted keys, non-finite numbers as null.
 
     source  what the model is called
     plan    with the pinned recipe
-    lines   of the journal
+    facts   of the lines of the journal
     """
     recipe = plan.recipe
-    records = [record for line in lines for record in line["records"]]
-    warnings = [*plan.warnings, *(warning for line in lines for warning in line["warnings"])]
-    report = {
+    records = [record for line in facts for record in line.records]
+    assert plan.route is not None  # a plan without a route has problems, and stops there
+    notices = [*plan.warnings, *(notice for line in facts for notice in line.warnings)]
+    report: Report = {
         "report_version": REPORT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
         "status": _status(verification, gates),
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
         "model": _model_facts(source, fingerprint["model"], sizes["parameters"], plan.structure),
-        "route": {"name": plan.route.name, "reason": plan.route.reason},
+        "route": route_row(plan.route),
         "seeds": _seeds(recipe),
-        "data": {"calibration": calibration and data_facts(calibration), "eval": held_out and data_facts(held_out)},
+        "data": {
+            "calibration": None if calibration is None else data_facts(calibration),
+            "eval": None if held_out is None else data_facts(held_out),
+        },
         "sizes": sizes,
         "metrics": measured.metrics,
         "saturation": measured.saturation,
         "patches": measured.patches,
         "gates": gates,
-        "reshapes": [reshape.to_dict() for reshape in plan.reshapes],
+        "reshapes": [reshape.to_json() for reshape in plan.reshapes],
         "steps": _step_rows(plan),
         "weights": _weight_rows(plan, records),
         "skipped": list(plan.skipped),
         "unused_tensors": list(plan.unused),
-        "warnings": warnings + unmeasured_warnings(measured.metrics),
-        "verification": {**NOT_VERIFIED, **verification},
+        "warnings": [*(notice.to_json() for notice in notices), *unmeasured_warnings(measured.metrics)],
+        "verification": verification.to_json(),
         "kernels": _reference_kernels(records) if measured.kernels is None else measured.kernels,
-        "run": {**run, "seconds_by_weight": {record["name"]: record["seconds"] for record in records}},
+        "run": {**run, "seconds_by_weight": {record.weight.name: record.weight.seconds for record in records}},
         "environment": environment,
     }
     return finite(report)
 
 
-def _status(verification: dict[str, Any], gates: list[GateRow]) -> str:
-    if verification["problems"]:
+def _status(verification: Findings, gates: list[GateRow]) -> str:
+    if verification.problems:
         return "verification_failed"
     return "ok" if all(gate["passed"] for gate in gates) else "gate_failed"
 
@@ -103,7 +124,7 @@ def _model_facts(source: str, sha256: str, parameters: int, structure: Structure
         "blocks": structure.block_count,
         "dtype": str(structure.dtype).removeprefix("torch."),
         "license": structure.checkpoint.license,
-        "side_files": structure.checkpoint.side_files.to_dict(),
+        "side_files": structure.checkpoint.side_files.to_json(),
     }
 
 
@@ -115,7 +136,7 @@ def _seeds(recipe: Recipe) -> Seeds:
     }
 
 
-def _step_rows(plan: Any) -> list[StepRow]:
+def _step_rows(plan: Plan) -> list[StepRow]:
     return [
         {
             "index": number,
@@ -128,39 +149,52 @@ def _step_rows(plan: Any) -> list[StepRow]:
     ]
 
 
-def _weight_rows(plan: Any, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
     """What passes recorded of each weight, with its sizes. A pass may record values of its own."""
     predicted = {row.name: row for row in plan.rows}
     rows = []
     for record in records:
-        after = record["bytes_after"]  # what was stored; a pass that decides stores less than plan's upper bound
-        bits = 8 * after / math.prod(record["shape"]) if len(record["shape"]) == 2 else None  # of functions
-        size = {
-            "bytes_before": predicted[record["name"]].bytes_before,
+        weight = record.weight
+        after = weight.bytes_after  # what was stored; a pass that decides stores less than plan's upper bound
+        row: WeightRow = {
+            "step": record.step,
+            "pass": record.pass_name,
+            "name": weight.name,
+            "unit": weight.unit,
+            "form": weight.form,
+            "spec": dict(weight.spec),
+            "shape": list(weight.shape),
+            "role": weight.role,
+            "fallback": weight.own.get("fallback"),
+            "bytes_before": predicted[weight.name].bytes_before,
             "bytes_after": after,
-            "bits_per_parameter": bits,
+            # of functions there is none
+            "bits_per_parameter": 8 * after / math.prod(weight.shape) if len(weight.shape) == 2 else None,
         }
-        rows.append({"fallback": None, **{k: v for k, v in record.items() if k != "seconds"}, **size})
+        rows.append(cast("WeightRow", {**weight.own, **row}))
     return rows
 
 
-def _reference_kernels(records: list[dict[str, Any]]) -> list[KernelRow]:
+def _reference_kernels(records: Sequence[StepRecord]) -> list[KernelRow]:
     """The `kernels` of a run whose speed was not measured."""
     why = "speed was not measured; quality is that of stock transformers"
-    forms = sorted({record["form"] for record in records} - {"dense"})
+    forms = sorted({record.weight.form for record in records} - {"dense"})
     return [{"op": form, "chosen": "reference", "why": why} for form in forms]
 
 
-def finite(value: Any) -> Any:
+def finite(value: Tree) -> Tree:
     """The same tree with NaN and Inf as null, and keys sorted."""
-    if isinstance(value, dict):
-        return {key: finite(value[key]) for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    tree: Any = value
+    if isinstance(tree, dict):
+        tree = {key: finite(tree[key]) for key in sorted(tree)}
+    elif isinstance(tree, (list, tuple)):
+        tree = [finite(item) for item in tree]
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        tree = None
+    return tree
 
 
-def unmeasured_warnings(metrics: dict[str, Any]) -> list[WarningRow]:
+def unmeasured_warnings(metrics: dict[str, MetricRow]) -> list[WarningRow]:
     """A warning for each metric that was asked for and has no value."""
     return [
         {"code": "not-measured", "where": name, "message": row.get("reason", "not a finite number")}
@@ -169,7 +203,7 @@ def unmeasured_warnings(metrics: dict[str, Any]) -> list[WarningRow]:
     ]
 
 
-def validate_report(report: dict[str, Any]) -> None:
+def validate_report(report: AnyReport) -> None:
     """raises jsonschema.ValidationError if the report isn't as its schema says"""
     import jsonschema
 
@@ -178,7 +212,7 @@ def validate_report(report: dict[str, Any]) -> None:
     jsonschema.validate(report, {"$schema": schema["$schema"], "$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
 
 
-def write_reports(report: dict[str, Any], directory: Path, settings: ReportSettings) -> list[Path]:
+def write_reports(report: AnyReport, directory: Path, settings: ReportSettings) -> list[Path]:
     """report.json always; Markdown, HTML, JUnit and the GitHub summary as the recipe's `report` section says.
 
     An evaluation has no HTML form.
@@ -197,14 +231,14 @@ def write_reports(report: dict[str, Any], directory: Path, settings: ReportSetti
     return [directory / name for name in written]
 
 
-def append_summary(report: dict[str, Any], settings: ReportSettings) -> None:
+def append_summary(report: AnyReport, settings: ReportSettings) -> None:
     """The Markdown form at the end of the file that $GITHUB_STEP_SUMMARY names, if it names one."""
     if (summary := _summary_file(settings)) is not None:
         with summary.open("a", encoding="utf-8") as file:
             file.write(render_markdown(report) + "\n")
 
 
-def write_card(report: dict[str, Any], checkpoint: Any, directory: Path) -> None:
+def write_card(report: Report, checkpoint: Any, directory: Path) -> None:
     """The model card, README.md: front matter for the hub, and what was done, measured and should be known."""
     front = {
         **checkpoint.licence.front_matter(),

@@ -35,12 +35,13 @@ def watch_ranges(model: Any) -> dict[str, list[int]]:
 
 def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> Saturation:
     """The report's section, from what `watch_ranges` counted; a layer that stands for a weight has its name."""
-    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else {"weights": {}}
-    module_of = {name: entry["parameter"].removesuffix(".weight") for name, entry in manifest["weights"].items()}
+    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else None
+    entries = {} if manifest is None else manifest["weights"]
+    module_of = {name: entry["parameter"].removesuffix(".weight") for name, entry in entries.items()}
     modules = dict(model.named_modules())
     silent = [name for name, module in module_of.items() if not _says_outside(modules.get(module))]
     reason = None
-    if silent:
+    if manifest is not None and silent:
         reason = (
             f"{len(silent)} stored weights, such as {silent[0]}, run in the loader's own layers ({manifest['route']}), "
             "which don't say what lies outside a range"

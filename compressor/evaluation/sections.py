@@ -1,14 +1,33 @@
-"""Types of the sections of report.json, so that mypy finds a misspelt key. Schema: report.schema.json."""
+"""Types of report.json and its sections, so that mypy finds a misspelt key. Schema: report.schema.json.
+
+Reports are JSON values from the process that measures to the page that shows them, and read again later; so these are
+types of dictionaries. There are two kinds of reports: of a run (`Report`), and of an evaluation alone.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
+from compressor.artifact.findings import Verification
+from compressor.data.parts import SourcePart
+from compressor.engine.plan_records import ReshapeRow, RouteRow, SkippedRow, UnusedRow
+from compressor.errors import WarningRow
+from compressor.kernels.prepared.prepare import KernelRow
+from compressor.model.side_files import SideFilesRow
+from compressor.recipe.gates import GateRow
 
-class WarningRow(TypedDict):
-    code: str
-    where: str
-    message: str
+
+class MetricRow(TypedDict):
+    """A quality metric. reason: why there is no value; intervals: by the form of a gate"""
+
+    before: float | None
+    after: float | None
+    change_percent: float | None
+    interval: list[float | None]
+    direction: str
+    unit: str
+    reason: NotRequired[str]
+    intervals: NotRequired[dict[str, list[float | None]]]
 
 
 class Sizes(TypedDict):
@@ -79,7 +98,7 @@ class DataFacts(TypedDict):
     tokens: int
     distinct_tokens: int
     digest: str
-    part: dict[str, Any] | None
+    part: SourcePart | None
 
 
 class ModelFacts(TypedDict):
@@ -92,7 +111,7 @@ class ModelFacts(TypedDict):
     blocks: int
     dtype: str
     license: str | None
-    side_files: dict[str, Any]
+    side_files: SideFilesRow
 
 
 class Seeds(TypedDict):
@@ -102,14 +121,118 @@ class Seeds(TypedDict):
 
 
 StepRow = TypedDict("StepRow", {"index": int, "pass": str, "path": str, "matched": int, "settings": dict[str, Any]})
+_OfPass = TypedDict("_OfPass", {"pass": str})
 
 
-class KernelRow(TypedDict):
-    """op: a stored form; chosen: what multiplies it; why: the reason for that."""
+class WeightRow(_OfPass):
+    """What became of one weight. A pass may record values of its own; those that the report shows are named here.
 
-    op: str
-    chosen: str
-    why: str
+    input  the weight of whose input the outlier features were counted
+    """
+
+    step: int
+    name: str
+    unit: int
+    form: str
+    spec: dict[str, Any]
+    shape: list[int]
+    role: str
+    fallback: str | None
+    bytes_before: int
+    bytes_after: int
+    bits_per_parameter: float | None
+    output_error: NotRequired[float | None]
+    weight_error: NotRequired[float | None]
+    output_error_rtn: NotRequired[float | None]
+    table_bound: NotRequired[float]
+    input: NotRequired[str]
+    outlier_features: NotRequired[int]
+    outlier_token_share: NotRequired[float]
+    outlier_magnitude: NotRequired[float]
+
+
+class ImagePatches(TypedDict):
+    """pixels: rows of 0..255; survived: rows of how many gates each patch passed"""
+
+    pixels: list[list[int]]
+    survived: list[list[int]]
+
+
+class Patches(TypedDict):
+    """Of some images: which patches a token pruner kept. gates: how many there are"""
+
+    gates: int
+    images: list[ImagePatches]
+
+
+class Tool(TypedDict):
+    name: str
+    version: str
+
+
+class RecipeRow(TypedDict):
+    """resolved: the recipe with every setting in it"""
+
+    name: str
+    sha256: str
+    resolved: dict[str, Any]
+
+
+class Environment(TypedDict):
+    """The machine, and the versions of what ran."""
+
+    python: str
+    torch: str | None
+    transformers: str | None
+    compressed_tensors: str | None
+    safetensors: str | None
+    tokenizers: str | None
+    os: str
+    cpu: str
+    cpu_features: list[str]
+    threads: int
+    device: str
+
+
+class RunData(TypedDict):
+    calibration: DataFacts | None
+    eval: DataFacts | None
+
+
+class EvaluationData(TypedDict):
+    eval: DataFacts
+
+
+class ReportedRun(Run):
+    seconds_by_weight: dict[str, float]
+
+
+class Report(TypedDict):
+    """The report of a run."""
+
+    report_version: int
+    tool: Tool
+    status: str
+    recipe: RecipeRow
+    model: ModelFacts
+    route: RouteRow
+    seeds: Seeds
+    data: RunData
+    sizes: RunSizes
+    metrics: dict[str, MetricRow]
+    saturation: Saturation
+    patches: Patches | None
+    gates: list[GateRow]
+    reshapes: list[ReshapeRow]
+    steps: list[StepRow]
+    weights: list[WeightRow]
+    skipped: list[SkippedRow]
+    unused_tensors: list[UnusedRow]
+    warnings: list[WarningRow]
+    verification: Verification
+    kernels: list[KernelRow]
+    run: ReportedRun
+    environment: Environment
 
 
 class Subject(TypedDict):
@@ -118,3 +241,50 @@ class Subject(TypedDict):
     source: str
     sha256: str
     architecture: str | None
+
+
+class EvaluationReport(TypedDict):
+    """The report of an evaluation alone. baseline: None where there was no other model"""
+
+    evaluation_version: int
+    tool: Tool
+    status: str
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    model: Subject
+    baseline: Subject | None
+    data: EvaluationData
+    sizes: Sizes
+    metrics: dict[str, MetricRow]
+    saturation: Saturation
+    gates: list[GateRow]
+    warnings: list[WarningRow]
+    kernels: NotRequired[list[KernelRow]]
+    run: EvaluationRun
+    environment: Environment
+
+
+AnyReport = Report | EvaluationReport
+
+
+class ComparedRow(TypedDict):
+    """values: one for each subject; None where it has none"""
+
+    name: str
+    values: list[float | None]
+
+
+class Comparison(TypedDict):
+    """Artifacts, reports and checkpoints side by side, as `compare --format json` prints them.
+
+    subjects  their names
+    weights   errors of weights
+    gates     judged on the last subject, with the first one as what was before
+    """
+
+    subjects: list[str]
+    rows: list[ComparedRow]
+    weights: list[ComparedRow]
+    warnings: list[WarningRow]
+    gates: list[GateRow]

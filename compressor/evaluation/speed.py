@@ -14,6 +14,7 @@ from torch import Tensor
 from compressor.artifact.loader import load
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
+from compressor.evaluation.child_messages import SpeedAnswer, SpeedRequest
 from compressor.evaluation.environment import peak_rss_bytes
 from compressor.evaluation.model_loading import is_causal, load_model, read_stored_samples
 from compressor.kernels.prepared.prepare import chosen_kernels
@@ -26,16 +27,16 @@ SPEED_BATCH = 32  # samples at once, of a model that answers for samples
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second")
 
 
-def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
+def measure_speed(request: SpeedRequest) -> SpeedAnswer:
     """Load time, prefill and decode rate, of an encoder samples a second in batches of 32 (medians after a warm-up),
     and peak memory, of one model alone: as stock transformers loads it, or with `kernels` as `compressor.load` does.
     """
     began, directory = time.perf_counter(), Path(request["model"])
-    with_kernels = request.get("kernels")
+    with_kernels = request["kernels"]
     model: Any = (
         load(directory, check_hashes=False) if with_kernels else load_model(directory, request["trust_remote_code"])
     )
-    result: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
+    result: dict[str, float | None] = {"load_seconds": time.perf_counter() - began}
     samples = read_stored_samples(request)
     most = request["most_tokens"] or SPEED_TOKENS
     taken = min(PREFILL_TOKENS, most)
@@ -53,7 +54,7 @@ def measure_speed(request: dict[str, Any]) -> dict[str, Any]:
             model(**many)
             result["samples_per_second"] = SPEED_BATCH / _median_seconds(lambda: model(**many), SPEED_RUNS)
     result["peak_rss_bytes"] = peak_rss_bytes()
-    return result | ({"kernels": chosen_kernels(model)} if with_kernels else {})
+    return {"values": result, "kernels": chosen_kernels(model) if with_kernels else None}
 
 
 def _cache_if_any(model: Any, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:

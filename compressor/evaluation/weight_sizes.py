@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compressor.engine.plan_records import Plan
 from compressor.evaluation.sections import RunSizes
 from compressor.model.checkpoint import Checkpoint
 from compressor.storage.safetensors_file import read_header
@@ -16,7 +18,7 @@ from compressor.storage.safetensors_file import read_header
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
 
 
-def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: dict[str, Any], plan: Any) -> RunSizes:
+def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: Container[str], plan: Plan) -> RunSizes:
     """Bytes of the weight files before and after, by class of tensor. Headers are counted in the totals."""
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure

@@ -94,7 +94,7 @@ class Pieces:
     """A model and the path of its block list. Runs the embeddings, one block, or the output head.
 
     The blocks' weights may be on the meta device while the embeddings or the output head run, and the other way round,
-    once `answers` describes the output of each block. Until it does, the first `embeddings` also runs the blocks to fill it.
+    once `answers` describes the output of each block. The first run of the embeddings runs the blocks to find it.
     """
 
     def __init__(self, model: PreTrainedModel, blocks_path: str, answers: Sequence[Answer] = ()) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from compressor.errors import ModelError
 from compressor.model.model_files import entries, regular_file
@@ -48,6 +48,18 @@ NOT_UTF8 = "the name contains bytes that are not UTF-8"
 ODD_NAME = "control characters or a backslash in the name, which not every system can write"
 
 
+class LeftOutRow(TypedDict):
+    reason: str
+    files: list[str]
+
+
+class SideFilesRow(TypedDict):
+    """`SideFiles` as plan and report say it."""
+
+    carried: list[str]
+    left_out: list[LeftOutRow]
+
+
 @dataclass(frozen=True)
 class SideFiles:
     """carried   paths relative to the checkpoint, sorted
@@ -59,7 +71,7 @@ class SideFiles:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     auto_map: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> SideFilesRow:
         """JSON values for the plan and the report."""
         return {
             "carried": [path.as_posix() for path in self.carried],

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from compressor.layers import find_layer
 from compressor.lazy import torch
 from compressor.model.weights import Weight
+
+
+class StoredEntry(TypedDict):
+    """A `StoredWeight` as JSON values: its form and parameters, and the fields of its `Weight` that a reader needs."""
+
+    form: str
+    spec: dict[str, Any]
+    name: str
+    tensor: str
+    parameter: str
+    shape: list[int]
+    role: str
+    transposed: NotRequired[bool]
+    expert: NotRequired[int | None]
+    rows: NotRequired[list[int] | None]
+    bias: NotRequired[str | None]
+    facts: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -18,11 +35,12 @@ class StoredWeight:
     spec: dict[str, Any]
     weight: Weight
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> StoredEntry:
         entry = asdict(self.weight)
         if not entry["facts"]:
             del entry["facts"]
-        return {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
+        values = {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
+        return cast("StoredEntry", values)
 
     @property
     def bias(self) -> str | None:
@@ -30,8 +48,8 @@ class StoredWeight:
         return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> StoredWeight:
-        values = {key: value for key, value in entry.items() if key not in ("form", "spec")}
+    def from_dict(cls, entry: StoredEntry) -> StoredWeight:
+        values: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("form", "spec")}
         values["shape"] = tuple(values["shape"])
         values["rows"] = tuple(values["rows"]) if values.get("rows") else None
         return cls(entry["form"], entry["spec"], Weight(**values))

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -25,6 +24,7 @@ from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
+from compressor.model.overview import Overview, UnitView, UnusedView, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import shallow_config, signature
 from compressor.model.tracing import Product, Traced, run_whole, trace
@@ -197,39 +197,34 @@ class Structure:
             return "attention"
         return "mlp"
 
-    def to_dict(self) -> dict[str, Any]:
+    def overview(self) -> Overview:
         """JSON values for `compress-model inspect`."""
-        units: dict[int, dict[str, Any]] = {}
-        for tensor, unit in self.unit_of.items():
-            entry = units.setdefault(unit, {"tensors": 0, "bytes": 0})
-            entry["tensors"] += 1
-            entry["bytes"] += self.checkpoint.tensors[tensor].nbytes
         names = ["stem", *(f"block {i}" for i in range(self.block_count)), "head"]
-        return {
-            "architecture": self.architecture,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "blocks": self.pieces.blocks_path,
-            "block_count": self.block_count,
-            "tied": dict(self.bindings.tied),
-            "unused": [
-                {"name": unused.tensor, "reason": unused.reason, "bytes": self.checkpoint.tensors[unused.tensor].nbytes}
+        held: dict[int, list[int]] = {}  # bytes of the tensors of each unit
+        for tensor, unit in self.unit_of.items():
+            held.setdefault(unit, []).append(self.checkpoint.tensors[tensor].nbytes)
+        return Overview(
+            architecture=self.architecture,
+            dtype=str(self.dtype).removeprefix("torch."),
+            blocks=self.pieces.blocks_path,
+            block_count=self.block_count,
+            tied=dict(self.bindings.tied),
+            unused=tuple(
+                UnusedView(unused.tensor, unused.reason, self.checkpoint.tensors[unused.tensor].nbytes)
                 for unused in self.bindings.unused
-            ],
-            "units": [
-                {
-                    "name": names[unit],
-                    **units.get(unit, {"tensors": 0, "bytes": 0}),
-                    "groups": [
-                        [{"name": w.name, "shape": list(w.shape), "role": w.role, "form": "dense"} for w in group]
-                        for group in [
-                            *(group for stage in self.stages(unit) for group in stage),
-                            *(Group((weight,)) for at, weight, _ in self.whole if at == unit),
-                        ]
-                    ],
-                }
+            ),
+            units=tuple(
+                UnitView(names[unit], len(held.get(unit, ())), sum(held.get(unit, ())), self._groups_shown(unit))
                 for unit in range(self.block_count + 2)
-            ],
-        }
+            ),
+        )
+
+    def _groups_shown(self, unit: int) -> tuple[tuple[WeightView, ...], ...]:
+        groups = [
+            *(group for stage in self.stages(unit) for group in stage),
+            *(Group((weight,)) for at, weight, _ in self.whole if at == unit),
+        ]
+        return tuple(tuple(WeightView(w.name, list(w.shape), w.role) for w in group) for group in groups)
 
 
 def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code: bool = False) -> Structure:
@@ -323,5 +318,5 @@ def _weight(
     return Weight(name, tensor, parameter_name, shape, role, product.transposed, bias=bias)
 
 
-def inspect_model(directory: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    return read_structure(directory, trust_remote_code=trust_remote_code).to_dict()
+def inspect_model(directory: Path, trust_remote_code: bool = False) -> Overview:
+    return read_structure(directory, trust_remote_code=trust_remote_code).overview()

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def started_early() -> Iterator[None]:
         server.close()
 
 
-def ask(module: str, request: dict[str, Any], doing: str) -> Any:
+def ask(module: str, request: Mapping[str, object], doing: str) -> Any:
     """The result of `main(request)` of that module in a fresh, offline process.
 
     request  JSON values
@@ -205,7 +205,7 @@ def serve(module: str) -> None:
     os._exit(0)  # ending an interpreter with torch normally takes a second, without a use
 
 
-def _send(pipe: int, request: dict[str, Any]) -> None:
+def _send(pipe: int, request: Mapping[str, object]) -> None:
     line = json.dumps(request).encode() + b"\n"
     try:
         while line:

@@ -10,9 +10,12 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly
 
 VALUE, CHANGE = ("", "_min"), ("_increase_percent", "_drop_points")
 
@@ -27,6 +30,25 @@ class GateRow(TypedDict):
     passed: bool
     margin: float | None
     interval: list[float | None] | None
+
+
+class Pair(TypedDict, total=False):
+    """What a gate reads of a value that was measured on both sides."""
+
+    before: ReadOnly[float | None]
+    after: ReadOnly[float | None]
+
+
+class SampledPair(Pair, total=False):
+    """intervals: of the value and of its changes, by the form of a gate"""
+
+    intervals: ReadOnly[dict[str, list[float | None]]]
+
+
+class Ratio(TypedDict):
+    """What a gate reads of the sizes."""
+
+    ratio: ReadOnly[float | None]
 
 
 @dataclass(frozen=True)
@@ -119,9 +141,9 @@ def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
 
 def check_gates(
     gates: Mapping[str, float],
-    metrics: Mapping[str, Any],
-    speed: Mapping[str, Any],
-    sizes: Mapping[str, Any],
+    metrics: Mapping[str, SampledPair],
+    speed: Mapping[str, Pair],
+    sizes: Ratio,
     confidence: float | None = None,
 ) -> list[GateRow]:
     """One row per gate. A gate on a value that was not measured fails.
@@ -132,7 +154,7 @@ def check_gates(
     return [_check(name, bound, metrics, speed, sizes, confidence) for name, bound in sorted(gates.items())]
 
 
-def failed_gates(gates: Iterable[Mapping[str, Any]]) -> str:
+def failed_gates(gates: Iterable[GateRow]) -> str:
     """The gates that don't hold, in one line; empty if all hold."""
     return ", ".join(
         f"{gate['name']} {'was not measured' if gate['value'] is None else format(gate['value'], '.6g')}"
@@ -145,9 +167,9 @@ def failed_gates(gates: Iterable[Mapping[str, Any]]) -> str:
 def _check(
     name: str,
     bound: float,
-    metrics: Mapping[str, Any],
-    speed: Mapping[str, Any],
-    sizes: Mapping[str, Any],
+    metrics: Mapping[str, SampledPair],
+    speed: Mapping[str, Pair],
+    sizes: Ratio,
     confidence: float | None,
 ) -> GateRow:
     metric, form = split_gate(name)
@@ -158,8 +180,10 @@ def _check(
     value = _value(form, before, after)
     lower = form == "_min"
     passed = value is not None and (value >= bound if lower else value <= bound)
-    if value is not None and not passed and interval and None not in interval:
-        passed = interval[1] >= bound if lower else interval[0] <= bound
+    if value is not None and not passed and interval:
+        low, high = interval
+        if low is not None and high is not None:
+            passed = high >= bound if lower else low <= bound
     margin = None if value is None else (value - bound if lower else bound - value)
     return {
         "name": name,
@@ -172,13 +196,12 @@ def _check(
     }
 
 
-def _ratio_row(metric: str, speed: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
+def _ratio_row(metric: str, speed: Mapping[str, Pair], sizes: Ratio) -> SampledPair | None:
     if metric == "size_ratio":
         return {"after": sizes["ratio"]}
     row = speed.get(SPEED_RATIOS.get(metric, ""))
-    if not row or not row.get("before") or row.get("after") is None:
-        return None
-    return {"after": row["after"] / row["before"]}
+    before, after = (row.get("before"), row.get("after")) if row else (None, None)
+    return {"after": after / before} if before and after is not None else None
 
 
 def _value(form: str, before: float | None, after: float | None) -> float | None:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,27 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AGAIN = "Begin again with --fresh, which deletes the finished parts."
 
 
+@dataclass(frozen=True)
+class Line:
+    """What the journal says of a committed file.
+
+    facts  JSON values of whoever committed it
+    """
+
+    key: str
+    file: str
+    sha256: str
+    facts: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"key": self.key, "file": self.file, "sha256": self.sha256, **self.facts}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Line:
+        facts = {name: value for name, value in values.items() if name not in ("key", "file", "sha256")}
+        return cls(values["key"], values["file"], values["sha256"], facts)
+
+
 class Journal:
     """A work directory. Open it with `create` or `reopen`, and close it to release the lock."""
 
@@ -35,12 +57,13 @@ class Journal:
         try:
             _lock(self._lock, work)
             self.lines = self._read_lines()
+            self._checked: set[str] = set()  # lines whose files are as they were committed, by key
         except (CompressError, OSError):
             self._lock.close()
             raise
 
     @classmethod
-    def create(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+    def create(cls, work: Path, fingerprint: Mapping[str, object]) -> Journal:
         """A new journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
             (work / UNITS).mkdir(parents=True)
@@ -58,7 +81,7 @@ class Journal:
             ) from error
 
     @classmethod
-    def reopen(cls, work: Path, fingerprint: dict[str, Any]) -> Journal:
+    def reopen(cls, work: Path, fingerprint: Mapping[str, object]) -> Journal:
         """Continue a journal. raises ResumeError naming what differs from the interrupted run, or the damaged file"""
         if not has_begun(work):
             raise ResumeError(
@@ -106,22 +129,22 @@ class Journal:
     def close(self) -> None:
         self._lock.close()
 
-    def done(self, key: str) -> dict[str, Any] | None:
+    def done(self, key: str) -> Line | None:
         """The line of a committed part. raises ResumeError if its file was changed since"""
         line = self.lines.get(key)
-        if line is not None and not line.get("checked"):
-            path = self.work / UNITS / line["file"]
-            if not path.is_file() or file_sha256(path) != line["sha256"]:
+        if line is not None and key not in self._checked:
+            path = self.path(line)
+            if not path.is_file() or file_sha256(path) != line.sha256:
                 raise ResumeError(
                     "this stored part is missing, or was changed after the run wrote it",
-                    where=line["file"],
+                    where=line.file,
                     hint=AGAIN,
                     data={"reason": "unit-changed"},
                 )
-            line["checked"] = True
+            self._checked.add(key)
         return line
 
-    def commit(self, key: str, file: str, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+    def commit(self, key: str, file: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
         """Store one part durably and return its path.
 
         write   writes the whole content to the path in its argument
@@ -134,10 +157,11 @@ class Journal:
             write(temporary)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            line = {"key": key, "file": file, "sha256": file_sha256(temporary), **facts}
+            line = Line(key, file, file_sha256(temporary), facts)
+            values = line.to_json()
             os.replace(temporary, path)
             _sync_directory(path.parent)
-            self._append(json.dumps({**line, "line_sha256": _line_sha256(line)}, sort_keys=True).encode() + b"\n")
+            self._append(json.dumps({**values, "line_sha256": _line_sha256(values)}, sort_keys=True).encode() + b"\n")
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in FULL:
@@ -147,11 +171,12 @@ class Journal:
                 where=file,
                 hint="Correct the permissions or the disk, then continue with --resume.",
             ) from error
-        self.lines[key] = {**line, "checked": True}
+        self.lines[key] = line
+        self._checked.add(key)
         return path
 
-    def path(self, line: dict[str, Any]) -> Path:
-        return self.work / UNITS / line["file"]
+    def path(self, line: Line) -> Path:
+        return self.work / UNITS / line.file
 
     def _append(self, line: bytes) -> None:
         with (self.work / LINES).open("ab") as file:
@@ -159,7 +184,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read_lines(self) -> dict[str, dict[str, Any]]:
+    def _read_lines(self) -> dict[str, Line]:
         path = self.work / LINES
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -169,12 +194,13 @@ class Journal:
         lines = {}
         for number, text in enumerate(whole.splitlines(), 1):
             try:
-                line = json.loads(text)
-                if line.pop("line_sha256") != _line_sha256(line):
+                values = json.loads(text)
+                if values.pop("line_sha256") != _line_sha256(values):
                     raise ValueError("isn't what was committed")
-                if Path(line["file"]).name != line["file"]:
+                line = Line.from_json(values)
+                if Path(line.file).name != line.file:
                     raise ValueError("names a file elsewhere")
-                lines[line["key"]] = line
+                lines[line.key] = line
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ResumeError(
                     f"line {number} is damaged", where=LINES, hint=AGAIN, data={"reason": "damaged", "line": number}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from compressor import run as running
 from compressor.artifact import generation
 from compressor.artifact import verify as verifying
+from compressor.artifact.findings import Findings
 from compressor.artifact.verify import verify
 from compressor.errors import ArtifactError, ModelError, PassError
 from compressor.layers import find_layer
@@ -29,7 +30,7 @@ NONE = {"max_logit_difference": 0.0, "tolerance": 1.0, "generated_tokens": 8, "p
 @pytest.fixture
 def built(monkeypatch):
     """Runs a recipe without the fresh process, which takes seconds; what it would check is checked in the test."""
-    monkeypatch.setattr(running.verify, "verify_in_child", lambda *args, **options: dict(NONE))
+    monkeypatch.setattr(running.verify, "verify_in_child", lambda *args, **options: Findings(**NONE))
 
     def build(model, output, *steps, **sections):
         tree = {"version": 1, "steps": list(steps), "report": {"html": False}, **sections}
@@ -40,7 +41,7 @@ def built(monkeypatch):
 
 
 def found(artifact, source, **options):
-    return verify(artifact, None, sealed=False, deep=True, source=source, **options)
+    return verify(artifact, None, sealed=False, deep=True, source=source, **options).to_json()
 
 
 CASES = {

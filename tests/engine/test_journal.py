@@ -125,7 +125,7 @@ def test_facts_of_any_kind_are_read_again(tmp_path):
     journal.commit("0/0", "a.bin", lambda path: path.write_bytes(b"x"), facts)
     journal.close()
     again = Journal.reopen(tmp_path / "w", FINGERPRINT)
-    assert again.done("0/0")["numbers"] == {"10": [1.5, None], "9": float("inf")}
+    assert again.done("0/0").facts["numbers"] == {"10": [1.5, None], "9": float("inf")}
 
 
 @pytest.mark.parametrize("text", ["3", "null", "[1]", '"a"', "{", "[" * 100_000])

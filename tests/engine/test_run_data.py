@@ -108,10 +108,10 @@ def test_the_built_in_text_and_random_tokens_are_disjoint_for_one_seed():
 
 def test_plan_warns_of_a_divided_source_and_names_what_is_wrong_with_the_data(tmp_path):
     data = write(tmp_path / "a.jsonl", ROWS)
-    codes = [warning["code"] for warning in make_plan(recipe(data, data), "demo", prove=False).warnings]
+    codes = [warning.code for warning in make_plan(recipe(data, data), "demo", prove=False).warnings]
     assert "data-divided" in codes
     plan = make_plan(recipe({"source": "gone.txt"}, {"source": "random", "length": 99999}), "demo", prove=False)
-    assert "data-divided" not in [warning["code"] for warning in plan.warnings]
+    assert "data-divided" not in [warning.code for warning in plan.warnings]
     problems = data_problems(plan.recipe, plan.source, measure=True)
     assert [type(problem) for problem in problems] == [RecipeError, PreflightError]
     assert len(data_problems(plan.recipe, plan.source, measure=False)) == 1

@@ -73,7 +73,7 @@ def test_a_twin_needs_no_code_that_the_config_of_the_model_names(route, tmp_path
     values["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
     (path / "config.json").write_text(json.dumps(values))
     plan = make_plan(recipe(format=route), str(path))
-    assert not plan.problems and not [found for found in plan.warnings if found["code"] == "format-untried"]
+    assert not plan.problems and not [found for found in plan.warnings if found.code == "format-untried"]
 
 
 def test_two_schemes_take_the_modeling_file_since_the_loader_would_use_one_for_all(tmp_path):
@@ -99,11 +99,11 @@ def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
 def test_a_format_that_was_not_tried_is_a_warning(tmp_path, monkeypatch):
     model = str(tiny.save("llama", tmp_path / "m"))
     monkeypatch.setattr(trial, "MOST_PARAMETERS", 10)
-    (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
-    assert "10" in warning["message"].split()
+    (warning,) = [found for found in make_plan(recipe(), model).warnings if found.code == "format-untried"]
+    assert "10" in warning.message.split()
     monkeypatch.setattr(trial, "_narrowings", lambda *_: [lambda: 1 / 0])
-    (warning,) = [found for found in make_plan(recipe(), model).warnings if found["code"] == "format-untried"]
-    assert "(ZeroDivisionError: division by zero)" in warning["message"]
+    (warning,) = [found for found in make_plan(recipe(), model).warnings if found.code == "format-untried"]
+    assert "(ZeroDivisionError: division by zero)" in warning.message
 
 
 @pytest.mark.parametrize(

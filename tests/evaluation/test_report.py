@@ -14,11 +14,12 @@ import torch
 import yaml
 from raising import raises
 
+from compressor.artifact.findings import Findings
 from compressor.cli.main import main
 from compressor.errors import UsageError
 from compressor.evaluation.compare import compare
 from compressor.evaluation.render import human_bytes, render_comparison, render_html, render_junit, render_markdown
-from compressor.evaluation.report import NOT_VERIFIED, finite, validate_report
+from compressor.evaluation.report import finite, validate_report
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
 
@@ -160,7 +161,7 @@ def test_the_page_is_self_contained(report):
 
 
 def test_the_page_of_an_artifact_that_does_not_verify_says_so_first(report):
-    found = {**report["verification"], **NOT_VERIFIED, "problems": ["own loader: outputs differ by 3"]}
+    found = Findings(problems=["own loader: outputs differ by 3"]).to_json()
     page = render_html({**report, "status": "verification_failed", "verification": found})
     assert page.index("does not verify") < page.index("outputs differ by 3") < page.index("<h2>Quality")
 

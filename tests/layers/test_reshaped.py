@@ -194,7 +194,7 @@ def test_a_projected_table_stays_tied_to_the_head_after_loading(sliced, tmp_path
     assert structure.bindings.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     model = compressor.load(as_artifact(replace(written, directory=path), tmp_path / "out"), kernels="reference")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert inspect_path(str(tmp_path / "out"))["block_count"] == 3
+    assert inspect_path(str(tmp_path / "out")).block_count == 3
 
 
 def test_the_probe_of_a_uniformly_sliced_model_stays_shallow(sliced):
@@ -286,7 +286,7 @@ def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(sli
 def test_a_changed_modelling_file_is_not_run(sliced, tmp_path):
     directory = as_artifact(sliced("llama"), tmp_path / "out")
     assert isinstance(load_stock(directory, read_manifest(directory))[0].model.layers[0], torch.nn.Module)
-    assert verify(directory, None, sealed=True, deep=True)["problems"] == []
+    assert verify(directory, None, sealed=True, deep=True).problems == []
     file = directory / "modeling_compressed_llama.py"
     file.write_text(file.read_text() + "\n")
     with raises(compressor.errors.ArtifactError, where=file.name, reason="changed-code"):

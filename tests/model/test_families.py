@@ -100,7 +100,7 @@ def test_what_chooses_experts_is_a_router_and_stays_dense(family, saved):
     experts = [weight for _, weight, _ in plan.structure.whole]
     assert bool(experts) == (family in WHOLE)
     if experts:
-        assert "stays-dense" in [warning["code"] for warning in plan.warnings]
+        assert "stays-dense" in [warning.code for warning in plan.warnings]
         assert {weight.role for weight in experts} == {"experts"}
 
 
@@ -145,7 +145,7 @@ def test_a_weight_that_other_code_reads_stays_dense(kind, name, tmp_path):
     assert not plan.problems and plan.forms
     read = {weight.name for _, weight in plan.structure.weights() if plan.structure.is_read_elsewhere(weight)}
     assert read and not read & set(plan.forms)
-    dense = {warning["where"] for warning in plan.warnings if warning["code"] == "stays-dense"}
+    dense = {warning.where for warning in plan.warnings if warning.code == "stays-dense"}
     assert any(name in weight for weight in dense & read)
 
 
@@ -183,7 +183,7 @@ def test_a_weight_that_its_own_module_reads_alone_is_not_among_them(saved):
 def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):
     narrow = saved("llama", intermediate_size=72)
     plan = planned(narrow, group_size=32)
-    assert not plan.problems and [w["code"] for w in plan.warnings] == ["stays-dense"]
+    assert not plan.problems and [w.code for w in plan.warnings] == ["stays-dense"]
     assert not any("down_proj" in name for name in plan.forms)
     named = planned(narrow, group_size=32, only=["*", "down_proj"])
     found = named.problems[0]

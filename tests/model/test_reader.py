@@ -169,7 +169,7 @@ def test_the_single_file_wins_over_an_index_and_the_plan_says_so(tmp_path):
     model = two_sets(tmp_path)
     assert differences(stock(model), read_whole(model)) == []
     warnings = make_plan(parse_recipe(RTN.encode()), str(model)).warnings
-    (told,) = [warning["message"].split() for warning in warnings if warning["code"] == "second-weights"]
+    (told,) = [warning.message.split() for warning in warnings if warning.code == "second-weights"]
     assert told[0] == "model.safetensors" and any(word.startswith("model-00001-of-") for word in told[1:])
 
 
@@ -195,7 +195,7 @@ def test_an_artifact_does_not_name_the_file_that_its_source_was_read_from(tmp_pa
     (model / "model.safetensors").rename(model / "foo.safetensors")
     edit_config(model, transformers_weights="foo.safetensors")
     recipe = parse_recipe(RTN.encode(), "t.yaml")
-    assert not [found for found in make_plan(recipe, str(model)).warnings if found["code"] == "format-untried"]
+    assert not [found for found in make_plan(recipe, str(model)).warnings if found.code == "format-untried"]
     compress(recipe, str(model), tmp_path / "out", measure=False)
     assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert stock(tmp_path / "out") is not None

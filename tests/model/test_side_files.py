@@ -117,7 +117,7 @@ def test_a_name_that_the_manifest_refuses_is_not_carried_with_its_folder_either(
 def test_a_file_that_a_rule_names_is_left_out_with_the_reason(name, tmp_path):
     write(tmp_path, name)
     reason, shown = LEFT_OUT[name]
-    assert find_side_files(tmp_path, {}).to_dict() == {
+    assert find_side_files(tmp_path, {}).to_json() == {
         "carried": [],
         "left_out": [{"reason": reason, "files": [shown]}],
     }
@@ -134,7 +134,7 @@ def test_a_file_that_a_rule_names_is_left_out_with_the_reason(name, tmp_path):
 )
 def test_a_name_that_is_not_utf8_is_left_out_and_shown_so_that_it_can_be_written(name, reason, shown, tmp_path):
     write(tmp_path, name)
-    assert find_side_files(tmp_path, {}).to_dict()["left_out"] == [{"reason": reason, "files": [shown]}]
+    assert find_side_files(tmp_path, {}).to_json()["left_out"] == [{"reason": reason, "files": [shown]}]
 
 
 def test_a_folder_of_other_weights_is_left_out_as_a_whole(tmp_path):

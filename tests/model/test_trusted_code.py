@@ -230,7 +230,7 @@ def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
     model = tiny.save("llama", tmp_path / "m")
     edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.M", "AutoProcessor": "gone.P"})
     plan = make_plan(parse_recipe(RTN8, "t"), str(model), prove=False)
-    assert [(row["code"], row["where"]) for row in plan.warnings] == [("code-not-used", "modeling_x.py")]
+    assert [(row.code, row.where) for row in plan.warnings] == [("code-not-used", "modeling_x.py")]
     assert "auto_map" not in plan.source.checkpoint.carried_config
 
 
@@ -344,7 +344,7 @@ def test_verify_names_code_of_a_tokenizer_that_is_not_the_sources(names, with_ow
     compress(parse_recipe(RTN8, "t"), str(with_own_tokenizer), output, measure=False)  # it was verified with its source
 
     def problems(source=None, trust=False):
-        return verify(output, None, sealed=True, deep=False, source=source, trust_remote_code=trust)["problems"]
+        return verify(output, None, sealed=True, deep=False, source=source, trust_remote_code=trust).problems
 
     assert problems(with_own_tokenizer) == [] and problems(trust=True) == []
     assert "tokenization_own.py" in problems()[0] and "--trust-remote-code" in problems()[0]

@@ -14,6 +14,7 @@ from test_gptq import problem
 
 import compressor
 from compressor.artifact import verify
+from compressor.artifact.findings import Findings
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, PreflightError
 from compressor.methods.quantization.hessian import Gram, inverse_factor
@@ -125,8 +126,9 @@ def test_an_interrupted_and_resumed_run_makes_an_artifact_that_loads_without_thi
     assert report["route"]["name"] == "custom" and "act_order: group" in report["route"]["reason"]
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
     assert abs(predicted - actual) <= 0.02 * actual
+    verified = Findings.from_json(report["verification"])
     with monkeypatch.context() as patch:  # the bytes are what is compared here; one verification is enough
-        patch.setattr(verify, "verify_in_child", lambda *args, **options: report["verification"])
+        patch.setattr(verify, "verify_in_child", lambda *args, **options: verified)
         compress(recipe(), str(model), tmp_path / "whole", measure=False)
     assert weight_hashes(tmp_path / "out") == weight_hashes(tmp_path / "whole")
     own = compressor.load(tmp_path / "out", kernels="reference")

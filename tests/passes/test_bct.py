@@ -199,7 +199,8 @@ def test_the_evaluation_counts_what_saturates_weight_by_weight(tmp_path):
     ids = torch.arange(48).view(3, 16)
     save_file({f"{number}": row for number, row in enumerate(ids)}, tmp_path / "tokens.safetensors")
     asked = {"before": None, "after": str(tmp_path / "out"), "tokens": str(tmp_path / "tokens.safetensors")}
-    asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0, "trust_remote_code": False}
+    asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0}
+    asked |= {"confidence": None, "trust_remote_code": False}
     found = measure_quality(asked)["saturation"]
     ours, read = compressor.load(tmp_path / "out", kernels="reference"), {}
     for name, module in ours.named_modules():
@@ -353,7 +354,7 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     model = tiny.save("qwen3", tmp_path / "model")
     plan = make_plan(recipe(only=["*", "@embedding!"]), str(model), prove=False)
     assert not plan.problems and len(plan.rows) == 14
-    assert [(w["code"], w["where"]) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
+    assert [(w.code, w.where) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
     assert {"name": "model.embed_tokens", "reason": "shares its table with lm_head.weight"} in plan.skipped
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
     shared = {"reason": "shared-table", "other": "lm_head.weight"}
@@ -377,7 +378,7 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
     if family in ("mixtral", "qwen3_moe"):
         assert any("expert" in str(problem.where) for problem in plan.problems)
     else:
-        shared = any(warning["code"] == "shared-table" for warning in plan.warnings)
+        shared = any(warning.code == "shared-table" for warning in plan.warnings)
         assert shared == (family in ("qwen3", "opt", "gpt2"))
         assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
 

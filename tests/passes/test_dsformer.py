@@ -107,7 +107,7 @@ def test_plan_counts_a_weight_that_may_stay_dense_as_dense(tmp_path):
     for few, many in zip(certain.rows, unsure.rows, strict=True):
         assert few.bytes_after <= 0.5 * dense_bytes(few.shape) < many.bytes_after == many.bytes_before
     assert certain.weight_bytes < unsure.weight_bytes
-    assert [warning["code"] for warning in unsure.warnings] == ["sizes-undecided"]
+    assert [warning.code for warning in unsure.warnings] == ["sizes-undecided"]
 
 
 @pytest.fixture(scope="module")

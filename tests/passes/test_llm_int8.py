@@ -51,7 +51,7 @@ def plan_of(family, tmp_path, *steps, **sections):
 
 
 def test_plan_says_where_calibration_decides_the_size(tmp_path):
-    decided = [w["code"] for w in plan_of("llama", tmp_path, {"outliers": "calibrated"}).warnings]
+    decided = [w.code for w in plan_of("llama", tmp_path, {"outliers": "calibrated"}).warnings]
     assert decided == ["sizes-undecided"]
     assert make_plan(recipe(), str(tmp_path / "m"), prove=False).warnings == ()
 
@@ -244,7 +244,7 @@ def test_a_wrong_scale_or_code_fails_the_comparison_with_bitsandbytes(stock, tmp
 
         with monkeypatch.context() as patched:
             patched.setattr(compressor.artifact.verify, "load", spoiled)
-            problems = verify(directory, None, sealed=True, deep=True)["problems"]
+            problems = verify(directory, None, sealed=True, deep=True).problems
         assert any("layers.1.mlp.down_proj" in problem for problem in problems), (name, problems)
 
 

@@ -112,7 +112,7 @@ def carry_out(
         lambda e: None,
     )
     after, _ = run_reshape(work, step)
-    warnings = [warning for line in journal.lines.values() for warning in line["warnings"]]
+    warnings = [warning for line in journal.lines.values() for warning in line.facts["warnings"]]
     journal.close()
     written = directory / "units" / "s00"
     model, info = type(after.model).from_pretrained(written, dtype=torch.float64, output_loading_info=True)

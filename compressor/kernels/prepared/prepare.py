@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import TypedDict, TypeGuard
 
 from torch import nn
 
@@ -162,14 +162,22 @@ def explain(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def chosen_kernels(model: nn.Module) -> list[dict[str, str]]:
+class KernelRow(TypedDict):
+    """op: a stored form; chosen: what multiplies it; why: the reason for that."""
+
+    op: str
+    chosen: str
+    why: str
+
+
+def chosen_kernels(model: nn.Module) -> list[KernelRow]:
     """The rows of a report: for each format, or "dense" (`op`), and kernel `chosen`: numbers of layers and calls, and
     `why`.
     """
     layers: dict[tuple[str, Choice], list[nn.Module]] = {}
     for _, form, choice, module in _chosen(model):
         layers.setdefault((form, choice), []).append(module)
-    rows = []
+    rows: list[KernelRow] = []
     for (form, choice), modules in layers.items():
         shared = [module.shared[0] for module in modules if isinstance(module, PreparedInteger) and module.shared]
         calls = len(modules) - len(shared) + len({id(one) for one in shared})

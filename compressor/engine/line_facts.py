@@ -1,0 +1,143 @@
+"""What a line of the journal says of what was committed, as records: `Line.facts` holds their JSON form.
+
+Every line has the `LineFacts`. One of a decision says beside them what was decided, one of a saved choice what was
+saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressor.errors import Notice
+from compressor.model.facts import Decision
+from compressor.model.stored_weight import StoredWeight
+from compressor.storage.journal import Line
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What a pass has made of one weight.
+
+    own  the pass's own values, by name
+    """
+
+    name: str
+    unit: int
+    form: str
+    spec: Mapping[str, Any]
+    shape: tuple[int, ...]
+    role: str
+    bytes_after: int
+    seconds: float
+    own: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step of the recipe has made of one weight. step: its number"""
+
+    step: int
+    pass_name: str
+    weight: WeightRecord
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "pass": self.pass_name,
+            "name": self.weight.name,
+            "unit": self.weight.unit,
+            "form": self.weight.form,
+            "spec": self.weight.spec,
+            "shape": list(self.weight.shape),
+            "role": self.weight.role,
+            "bytes_after": self.weight.bytes_after,
+            "seconds": self.weight.seconds,
+            **self.weight.own,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> StepRecord:
+        own = dict(values)
+        step, pass_name = own.pop("step"), own.pop("pass")
+        weight = WeightRecord(
+            name=own.pop("name"),
+            unit=own.pop("unit"),
+            form=own.pop("form"),
+            spec=own.pop("spec"),
+            shape=tuple(own.pop("shape")),
+            role=own.pop("role"),
+            bytes_after=own.pop("bytes_after"),
+            seconds=own.pop("seconds"),
+            own=own,
+        )
+        return cls(step, pass_name, weight)
+
+
+@dataclass(frozen=True)
+class LineFacts:
+    """What every line says.
+
+    forms            weight name -> the format it is in, of a part
+    records          of the weights that steps have put or kept
+    relative_errors  of each stored weight as it is rebuilt; None where the line is not that of a storing sweep's part
+    written          relative errors of dense parameters that a step has given new values
+    """
+
+    forms: Mapping[str, StoredWeight] = field(default_factory=dict)
+    records: tuple[StepRecord, ...] = ()
+    warnings: tuple[Notice, ...] = ()
+    relative_errors: Mapping[str, float | None] | None = None
+    written: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        values = {
+            "forms": {name: form.to_dict() for name, form in self.forms.items()},
+            "records": [record.to_json() for record in self.records],
+            "warnings": [notice.to_json() for notice in self.warnings],
+        }
+        if self.relative_errors is None:
+            return values
+        return {**values, "relative_errors": dict(self.relative_errors), "written": dict(self.written)}
+
+    @classmethod
+    def of(cls, line: Line) -> LineFacts:
+        values = line.facts
+        return cls(
+            {name: StoredWeight.from_dict(entry) for name, entry in values["forms"].items()},
+            tuple(map(StepRecord.from_json, values["records"])),
+            tuple(map(Notice.from_json, values["warnings"])),
+            values.get("relative_errors"),
+            values.get("written", {}),
+        )
+
+
+@dataclass(frozen=True)
+class DecisionFacts:
+    """What a step has decided over the whole model, and what it warned of."""
+
+    decision: Decision | None
+    warnings: tuple[Notice, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**LineFacts(warnings=self.warnings).to_json(), "decision": self.decision}
+
+    @classmethod
+    def of(cls, line: Line) -> DecisionFacts:
+        return cls(line.facts["decision"], LineFacts.of(line).warnings)
+
+
+@dataclass(frozen=True)
+class SavedFacts:
+    """What a step has saved while it chooses. step: how far it had come; slot: of two files the one it lies in"""
+
+    step: int
+    slot: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**LineFacts().to_json(), "step": self.step, "slot": self.slot}
+
+    @classmethod
+    def of(cls, line: Line) -> SavedFacts:
+        return cls(line.facts["step"], line.facts["slot"])

@@ -1,0 +1,54 @@
+"""What `inspect` shows of a model: its parts, with their tensors, bytes and weight groups."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WeightView:
+    name: str
+    shape: list[int]
+    role: str
+    form: str = "dense"
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """One part. groups: weights that read the same input are in one"""
+
+    name: str
+    tensors: int
+    bytes: int
+    groups: tuple[tuple[WeightView, ...], ...]
+
+
+@dataclass(frozen=True)
+class UnusedView:
+    """A tensor that fills nothing in the model."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A whole model.
+
+    blocks  path of the list of blocks
+    tied    parameter -> the one whose storage it shares
+    """
+
+    architecture: str
+    dtype: str
+    blocks: str
+    block_count: int
+    tied: dict[str, str]
+    unused: tuple[UnusedView, ...]
+    units: tuple[UnitView, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A key for each field, down to the weights."""
+        return asdict(self)
