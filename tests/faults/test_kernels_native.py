@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -168,8 +169,8 @@ MUTANTS = [
     ("error of the team lost", "threads", "if (error) throw", "if (false) throw"),
 ]
 
-# unit -> arguments of the check program that run the checks of its operations, of which one has to notice a fault; widths
-# of weights one after another where faults are often noticed late, and with each of them
+# unit -> arguments of the check program that run the checks of its operations, of which one has to notice a fault; the
+# widths of weights come one after another where faults show late and at each width
 OPERATIONS = {
     "common": (("conversions",), ("linear4", "0134")),
     "int8_product": (("linear48", "01"),),
@@ -242,6 +243,8 @@ def quick_object(unit: str, changed: tuple[str, str] | None = None) -> Path:
 def built():
     """Objects with sanitizers by name: the library's and those of the program that calls it."""
     sources = [SOURCES / f"{unit}.cpp" for unit in UNITS] + [SUPPORT / f"{check}.cpp" for check in CHECKS]
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579":
+        sources.reverse()  # so that two workers compile one half each, and don't wait for each other at every one
     return {source.stem: checked_object(source) for source in sources}
 
 
