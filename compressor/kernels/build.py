@@ -6,7 +6,10 @@ installation: the extension is optional, and the record has the reason.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -24,6 +27,7 @@ class BuildKernels(build_ext):
             ext.extra_compile_args = FLAGS
             ext.extra_link_args = ["-pthread"]
         try:
+            self._compile_at_once()
             super().build_extension(ext)
             command = " ".join([*getattr(self.compiler, "compiler_cxx", ["c++"])[:1], *ext.extra_compile_args])
             outcome = f"built with: {command}"
@@ -32,6 +36,17 @@ class BuildKernels(build_ext):
             raise  # setuptools makes it a warning, since the extension is optional
         finally:
             self._record(ext, outcome)
+
+    def _compile_at_once(self) -> None:
+        """Have the compiler work on as many sources at once as there are processors."""
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_all([source], **options), sources)
+                return [name for objects in made for name in objects]
+
+        self.compiler.compile = compile_each
 
     def _record(self, ext: Extension, outcome: str) -> None:
         folder = Path(self.build_lib, *ext.name.split(".")[:-1])

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.load_dtypes import hold, load_dtype
+from compressor.model.meta_init import quick_on_meta
 from compressor.model.model_building import check_buffers, empty_on_meta, guarded, most_modules
 from compressor.model.probe_model import run_in_pieces
 from compressor.model.tying import part
@@ -52,7 +53,7 @@ def skeleton(
     cached  keep the key-value cache and the family's own expert kernels, for a user of the model
     """
     config = copy.deepcopy(config) if cached else run_in_pieces(config)
-    with init_empty_weights(include_buffers=False):
+    with quick_on_meta(), init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=dtype)
     _compute_buffers(model)
     return model.eval().requires_grad_(False)

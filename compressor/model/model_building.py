@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from compressor.errors import CompressError, DependencyError, ModelError
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.config_values import HINT, key_of, leaves, shown_value, value_at, where_of, wrong_value
+from compressor.model.meta_init import quick_on_meta
 from compressor.model.wrong_key import wrong_keys
 from compressor.process.resources import ran_out
 
@@ -153,7 +154,7 @@ def empty_on_meta(
 
     raises  ValueError if it would have more than `most_modules` modules, and whatever the class raises
     """
-    with torch.device("meta"), init.meta_device_safe_creation_ops(), _at_most(most_modules):
+    with torch.device("meta"), quick_on_meta(), init.meta_device_safe_creation_ops(), _at_most(most_modules):
         return cls._from_config(copy.deepcopy(config), dtype=dtype)
 
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Batch, Pieces
 from compressor.model.load_dtypes import hold_as_loaded
+from compressor.model.meta_init import quick_on_meta
 from compressor.model.module_names import is_inside, renumbered
 from compressor.model.reshaped_class import is_reshaped, reshaping
 
@@ -75,7 +76,7 @@ def make_probe_model(
     """
     config = run_in_pieces(config)
     if device.type == "meta":
-        with device:
+        with device, quick_on_meta():
             probe = cls._from_config(config, dtype=dtype)
     else:
         _check_room(cls, config, dtype)
@@ -89,7 +90,7 @@ def make_probe_model(
 def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
     """raises PreflightError for parameters that don't fit into memory, before the system kills the process"""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quick_on_meta():
             empty = cls._from_config(config, dtype=dtype)
     except Exception:  # a class that reads values while it is made; an error shows when it is made
         return

@@ -573,7 +573,7 @@ def kernels_for(source: str, name: str) -> tuple[str, ...]:
 
 
 def faulty_library(source: str, text: str, kernels: tuple[str, ...]) -> Path:
-    objects = [cuda_on_cpu.driver_object(), cuda_on_cpu.source_object(source, text, kernels)]
+    objects = [cuda_on_cpu.driver_object(), cuda_on_cpu.source_object(source, text, kernels, "-O0")]
     return compiled.linked("faulty.so", objects, cuda_on_cpu.SHARED)
 
 

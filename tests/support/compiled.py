@@ -63,6 +63,26 @@ def forget_old() -> None:
             pass
 
 
+def precompiled(headers: Sequence[str], flags: Sequence[str]) -> Path:
+    """What has to be included first so that these headers are not parsed again with the same flags.
+
+    Only the precompiled file is there, so that the compiler refuses to go on where it can't use it.
+    """
+    text = "".join(f"#include <{name}>\n" for name in headers)
+
+    def make(target: Path) -> None:
+        source = target.with_suffix("")
+        source.write_text(text)
+        subprocess.run(["g++", *flags, "-x", "c++-header", str(source), "-o", str(target)], check=True)
+
+    return kept("system.h.gch", [text, *flags], make).with_suffix("")
+
+
+def system_headers(texts: Iterable[str]) -> list[str]:
+    """The headers that these texts include by angle brackets."""
+    return sorted({name for text in texts for name in re.findall(r"^#include <([^>]+)>", text, re.MULTILINE)})
+
+
 def object_of(
     name: str,
     text: str,
@@ -70,22 +90,25 @@ def object_of(
     folders: Sequence[Path],
     headers: Mapping[str, str] | None = None,
     first: Sequence[Path] = (),
+    system: Sequence[str] = (),
 ) -> Path:
     """The object of C++ text.
 
     folders  where headers are that it includes by quotes
     headers  text of headers that are read before those of the folders
     first    headers that are read before the text
+    system   names of headers of the compiler and its libraries that are read before these, and parsed only once
     """
     headers = headers or {}
+    before = [precompiled(system, flags)] if system else []
     known = included("\n".join([text, *headers.values()]), folders, {})
-    facts = [text, *headers.values(), *known.values(), *(path.read_text() for path in first), *flags]
+    facts = [text, *headers.values(), *known.values(), *(path.read_text() for path in first), *system, *flags]
 
     def make(target: Path) -> None:
         for header, of_header in {**headers, f"{name}.cpp": text}.items():
             (target.parent / header).write_text(of_header)
         command = ["g++", *flags, *(f"-iquote{folder}" for folder in folders)]
-        for path in first:
+        for path in [*before, *first]:
             command += ["-include", str(path)]
         subprocess.run([*command, "-c", str(target.parent / f"{name}.cpp"), "-o", str(target)], check=True)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import compiled
@@ -16,7 +17,7 @@ from compressor.kernels.cuda.interface import Kernels
 HERE = Path(__file__).parent
 CUDA_EXT = HERE.parents[1] / "cuda_ext"
 # no fma but those that are written out; -fno-gnu-unique keeps two libraries in one process apart
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas"]
 SHARED = ["-shared", "-fPIC"]
 NAME = "nvrtc, emulated"
 
@@ -28,16 +29,24 @@ def offer(kernel: str) -> str:
     return f'emulate::Kernel("{kernel}", {run}, sizeof({argument}))'
 
 
-def source_object(source: str, text: str, kernels: tuple[str, ...]) -> Path:
-    """The object of a source that offers these kernels. `text` is what NVRTC is given of it."""
+def source_object(source: str, text: str, kernels: tuple[str, ...], level: str = "-O1") -> Path:
+    """The object of a source that offers these kernels. `text` is what NVRTC is given of it.
+
+    level  of optimization; -O0 takes half of the time to compile and computes the same
+    """
     offers = ",\n".join(map(offer, kernels))
     whole = f"{text}\nstatic const emulate::Kernel offered[] = {{\n{offers}\n}};\n"
-    return compiled.object_of(source, whole, FLAGS, [CUDA_EXT])
+    return compiled.object_of(source, whole, [*FLAGS, level], [CUDA_EXT], system=system_headers())
+
+
+@cache
+def system_headers() -> list[str]:
+    return compiled.system_headers(path.read_text() for path in sorted(CUDA_EXT.glob("*.h")))
 
 
 def driver_object() -> Path:
     path = HERE / "emulated_driver.cpp"
-    return compiled.object_of(path.stem, path.read_text(), FLAGS, [CUDA_EXT])
+    return compiled.object_of(path.stem, path.read_text(), [*FLAGS, "-O1"], [CUDA_EXT])
 
 
 def library() -> Path:
