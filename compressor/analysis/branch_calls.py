@@ -312,7 +312,7 @@ def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> Non
         RotatedBlock.wrap(block, (width,) * (len(spec["sites"]) + 1), spec)
     found: list[Tensor] = []
     expected = _stream(probe, path, batch)
-    names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "head"]
+    names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "output head"]
     try:
         _stream(rotated, path, batch, found)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -53,14 +53,14 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
         if size(_rotated(wanted, -1, mirrors) - after) > TOLERANCE * size(wanted):
             raise ModelError(
                 "rotating the residual stream changes its output: a layer that reads or writes it was not found",
-                where=f"{path}.{index - 1}" if index else "stem",
+                where=f"{path}.{index - 1}" if index else "embeddings",
                 hint=HINT,
                 data={"reason": "does-not-turn"},
             )
     if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(
             "rotating the residual stream changes the model's output: a layer that reads the stream was not found",
-            where="head",
+            where="output head",
             hint=HINT,
             data={"reason": "output-changes"},
         )

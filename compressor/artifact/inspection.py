@@ -8,7 +8,7 @@ from pathlib import Path
 from compressor.artifact.loader import dense_view, empty_model
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import open_checkpoint, resolve_model
-from compressor.model.overview import Overview, UnitView, WeightView
+from compressor.model.overview import Overview, PartOverview, WeightView
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import inspect_model, structure_of
 from compressor.storage.file_names import MANIFEST
@@ -27,25 +27,25 @@ def _inspect_artifact(directory: Path) -> Overview:
     forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
     found = structure_of(dense_view(checkpoint, forms, model.dtype), type(model), model.config).overview()
-    owners = {weight.name: unit.name for unit in found.units for group in unit.groups for weight in group}
-    sizes = dict.fromkeys((unit.name for unit in found.units), 0)
+    owners = {weight.name: part.name for part in found.parts for group in part.groups for weight in group}
+    sizes = dict.fromkeys((part.name for part in found.parts), 0)
     for name, info in checkpoint.tensors.items():
         owner = owners.get(name.rpartition(".")[0])
         part = name.split(".")
         if owner is None:
             blocks = found.blocks.split(".")
             numbers = [p for p in part if p.isdigit()]
-            owner = f"block {numbers[0]}" if numbers and blocks[-1] in part else "stem"
+            owner = f"block {numbers[0]}" if numbers and blocks[-1] in part else "embeddings"
         sizes[owner] += info.nbytes
-    units = tuple(replace(unit, bytes=sizes[unit.name], groups=_as_stored(unit, forms)) for unit in found.units)
-    return replace(found, units=units)
+    parts = tuple(replace(part, bytes=sizes[part.name], groups=_as_stored(part, forms)) for part in found.parts)
+    return replace(found, parts=parts)
 
 
-def _as_stored(unit: UnitView, forms: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
+def _as_stored(part: PartOverview, forms: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
     """The weight groups of a part, each weight with the form it is stored in."""
     return tuple(
         tuple(replace(weight, form=_described(forms.get(weight.name), weight.form)) for weight in group)
-        for group in unit.groups
+        for group in part.groups
     )
 
 

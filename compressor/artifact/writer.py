@@ -1,6 +1,6 @@
 """Writes an artifact: shards, config, side files and the manifest. Knows layers, never passes. Format: docs/format.md.
 
-The weight files are streamed from the unit files; the manifest with the hash of every file is written last, so a
+The weight files are streamed from the part files; the manifest with the hash of every file is written last, so a
 directory without a manifest is not an artifact.
 """
 
@@ -84,7 +84,7 @@ def untied_copies(structure: Structure, forms: Sequence[StoredWeight], untied: b
 def write_artifact(
     directory: Path,
     structure: Structure,
-    units: Sequence[Path],
+    parts: Sequence[Path],
     forms: Sequence[StoredWeight],
     route: Route,
     shard_bytes: int,
@@ -93,12 +93,12 @@ def write_artifact(
 ) -> None:
     """Weights, config, tokenizer and recipe into a new directory; reports, card and manifest come later.
 
-    units  one file per unit, in order; every tensor of the result exactly once
+    parts  one file per part, in order; every tensor of the result exactly once
     """
     directory.mkdir()
     infos: dict[str, TensorInfo] = {}
-    for unit in units:
-        infos.update(read_header(unit))
+    for part in parts:
+        infos.update(read_header(part))
     infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, forms, untied).items()}
     infos |= carried_tensors(structure)
     named = [Named(name, info.dtype, info.shape, info.nbytes, info.small) for name, info in infos.items()]

@@ -110,12 +110,12 @@ def show_structure(found: Overview, weights: bool) -> None:
         highlight=False,
     )
     table = Table("part", "tensors", "bytes", "weight groups")
-    for unit in found.units:
+    for part in found.parts:
         groups = [
             ", ".join(f"{w.name if weights else w.name.rpartition('.')[2]} @{w.role} {w.form}" for w in group)
-            for group in unit.groups
+            for group in part.groups
         ]
-        table.add_row(unit.name, str(unit.tensors), human_bytes(unit.bytes), "\n".join(groups))
+        table.add_row(part.name, str(part.tensors), human_bytes(part.bytes), "\n".join(groups))
     out.print(table)
 
 

@@ -1,6 +1,6 @@
-"""The unit of work and of storage: the stem, one block, or the head, and how its tensors get into the model.
+"""Loads a part of the model: the embeddings, one block, or the output head.
 
-A unit's tensors come either from the source checkpoint or from a unit file that an earlier sweep wrote. Both are read
+A part's tensors come either from the source checkpoint or from a part file that an earlier sweep wrote. Both are read
 by checkpoint name, so one function fills the model from either; a weight in a stored form is rebuilt first, which is
 what makes the running model compute exactly what a user of the artifact will get.
 """
@@ -30,19 +30,19 @@ LARGE_BLOCK_BYTES = 4 << 20
 
 
 @dataclass
-class UnitSource:
-    """Where a unit's tensors are read from: a file of an earlier sweep, or (file None) the source checkpoint."""
+class PartSource:
+    """Where a part's tensors are read from: a file of an earlier sweep, or (file None) the source checkpoint."""
 
     structure: Structure
     file: Path | None = None
     forms: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> form, only weights that are not dense
 
-    def names(self, unit: int) -> list[str]:
-        """Checkpoint names of the tensors this unit stores, sorted."""
+    def names(self, part: int) -> list[str]:
+        """Checkpoint names of the tensors this part stores, sorted."""
         if self.file is not None:
             with safe_open(self.file, framework="pt") as opened:
                 return sorted(opened.keys())
-        return sorted(tensor for tensor, at in self.structure.unit_of.items() if at == unit)
+        return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
         """A dense tensor by checkpoint name, in the dtype that transformers holds it in; stored weights are rebuilt.
@@ -106,14 +106,14 @@ class Installed:
         if path in self.originals:
             self._set(path, self.originals.pop(path))
 
-    def install_stored(self, source: UnitSource, device: torch.device) -> None:
+    def install_stored(self, source: PartSource, device: torch.device) -> None:
         """The same for every such form that the source holds."""
         for form in source.forms.values():
             if not find_layer(form.form).weight_only:
                 self.install(form.weight, source.layer(form).to(device))
 
     def remove(self) -> None:
-        """Give every module its place back; do so before the unit is loaded or freed."""
+        """Give every module its place back; do so before the part is loaded or freed."""
         for path, module in self.originals.items():
             self._set(path, module)
         self.originals.clear()
@@ -130,9 +130,9 @@ class Installed:
             setattr(self.structure.model.get_submodule(owner), leaf, module)
 
 
-def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch.device) -> None:
-    """Fill the model's parameters of one unit; everything else stays where it is."""
-    for name in structure.parameters_of(unit):
+def fill_part(structure: Structure, part: int, source: PartSource, device: torch.device) -> None:
+    """Fill the model's parameters of one part; everything else stays where it is."""
+    for name in structure.parameters_of(part):
         value = read_parameter(name, structure.bindings, source.read, structure.model)
         fill(name, value.to(device, structure.bindings.dtypes[name]), structure.model)
     for form in source.forms.values():
@@ -141,8 +141,8 @@ def load_unit(structure: Structure, unit: int, source: UnitSource, device: torch
     tie(structure)
 
 
-def free_unit(structure: Structure, unit: int) -> None:
-    for name in structure.parameters_of(unit):
+def free_part(structure: Structure, part: int) -> None:
+    for name in structure.parameters_of(part):
         fill(name, None, structure.model)
     _return_freed_memory()
 
@@ -170,8 +170,8 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def free_all(structure: Structure) -> None:
-    for unit in range(structure.block_count + 2):
-        free_unit(structure, unit)
+    for part in range(structure.block_count + 2):
+        free_part(structure, part)
     for target in structure.bindings.tied:
         fill(target, None, structure.model)
 
@@ -186,8 +186,8 @@ def tie(structure: Structure) -> None:
             module._parameters[leaf] = model.get_parameter(source)
 
 
-def unit_name(structure: Structure, unit: int) -> str:
-    return "stem" if unit == 0 else "head" if unit > structure.block_count else f"block {unit - 1}"
+def part_name(structure: Structure, part: int) -> str:
+    return "embeddings" if part == 0 else "output head" if part > structure.block_count else f"block {part - 1}"
 
 
 def view(structure: Structure, weight: Weight) -> Tensor:
@@ -195,15 +195,15 @@ def view(structure: Structure, weight: Weight) -> Tensor:
     return part_of(structure.model.get_parameter(weight.parameter).data, weight)
 
 
-def unit_tensors(
-    unit: int, source: UnitSource, put: dict[str, tuple[StoredWeight, Layer]], written: dict[str, Tensor]
+def part_tensors(
+    part: int, source: PartSource, put: dict[str, tuple[StoredWeight, Layer]], written: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """What a part's file will hold: every tensor of the source except those of replaced weights, and the new layers.
 
     written  dense tensors that have new values, by their names
     """
     replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
-    for tensor in source.names(unit):
+    for tensor in source.names(part):
         if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
             yield tensor, written[tensor] if tensor in written else source.raw(tensor)
     for name, (_, layer) in put.items():
@@ -212,5 +212,5 @@ def unit_tensors(
 
 
 def _belongs(tensor: str, weight: Weight) -> bool:
-    """Whether a tensor of a unit file is part of this weight's stored form."""
+    """Whether a tensor of a part file is part of this weight's stored form."""
     return tensor.startswith(weight.name + ".") and tensor != weight.bias

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.calibration_batch import TAPE_SHARE, CalibrationBatch, run_unit
+from compressor.engine.calibration_batch import RECORDED_SHARE, CalibrationBatch, run_part
 from compressor.engine.line_facts import WeightRecord
-from compressor.engine.resumable_forward import Diverged, Tape, advance, needs, run_on
+from compressor.engine.resumable_forward import Diverged, RecordedForward, advance, needs, run_on
 from compressor.errors import Notice
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
@@ -46,7 +46,7 @@ class BlockView:
     """
 
     structure: Structure
-    unit: int
+    number: int
     selected: frozenset[str]
     calibration: list[CalibrationBatch]
     device: torch.device
@@ -66,7 +66,7 @@ class BlockView:
 
     @property
     def index(self) -> int:
-        return self.unit - 1
+        return self.number - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +74,7 @@ class BlockView:
 
     def stages(self, sequential: bool = True) -> list[Stage]:
         stages = []
-        for stage in self.structure.stages(self.unit):
+        for stage in self.structure.stages(self.number):
             groups = (Group(tuple(w for w in group if w.name in self.selected)) for group in stage)
             if kept := tuple(group for group in groups if group.weights):
                 stages.append(kept)
@@ -116,8 +116,8 @@ class BlockView:
             self.installed.take_back(weight)
         self._untie(weight)
         for batch in self.calibration:  # whoever has multiplied by the weight has to do it again
-            if batch.tape is not None and (weight.is_function or weight.parameter in batch.tape.passed):
-                batch.tape = None
+            if batch.recorded is not None and (weight.is_function or weight.parameter in batch.recorded.passed):
+                batch.recorded = None
         if not weight.is_function:
             target = view(self.structure, weight)
             rebuilt = layer.matrix(self.dtype).to(target.device)
@@ -153,15 +153,15 @@ class BlockView:
         target.copy_(value)
         self.written.add(parameter)
         for batch in self.calibration:
-            batch.tape = None
+            batch.recorded = None
 
     @property
     def batches(self) -> int:
         return len(self.calibration)
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
-        assert 1 <= self.unit <= self.structure.block_count, "embeddings and output head have no output of their own"
-        entering, index = self.calibration[batch], self.unit - 1
+        assert 1 <= self.number <= self.structure.block_count, "embeddings and output head have no output of their own"
+        entering, index = self.calibration[batch], self.number - 1
         placed = Installed(self.structure)
         try:
             for weight, module in (stand_ins or {}).items():
@@ -180,7 +180,7 @@ class BlockView:
         return [name for name in (*chosen, *(f.name for f in self.selected_functions)) if name not in recorded]
 
     def _own_parameter(self, name: str) -> torch.nn.Parameter:
-        assert name in self.structure.parameters_of(self.unit), f"{name} is no parameter of this part"
+        assert name in self.structure.parameters_of(self.number), f"{name} is no parameter of this part"
         return self.structure.model.get_parameter(name)
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class BlockView:
         self.records.append(
             WeightRecord(
                 name=weight.name,
-                unit=self.unit,
+                part=self.number,
                 form=form,
                 spec=spec,
                 shape=weight.shape,
@@ -215,30 +215,30 @@ class BlockView:
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
         """(group number, (tokens, in) input) for each batch, in order; of embeddings, (tokens,) row numbers.
 
-        Each batch goes on to the stage's first product and waits there, as far as TAPE_SHARE lets them keep what that
-        takes; the others look ahead from where they are, or start again.
+        Each batch goes on to the stage's first product and waits there, as far as RECORDED_SHARE lets them keep what
+        that takes; the others look ahead from where they are, or start again.
         """
-        if self.unit == 0 or stage[0].weights[0].is_function:
+        if self.number == 0 or stage[0].weights[0].is_function:
             yield from self._module_inputs(stage)
             return
         numbers = {(group.weights[0].parameter, group.expert): number for number, group in enumerate(stage)}
-        watched = watched_parameters(self.structure, self.unit)
+        watched = watched_parameters(self.structure, self.number)
 
         def number_of(call: ObservedMatmul) -> int | None:
             expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
             return numbers.get((call.parameter, expert))
 
         wanted = {name for name, _ in numbers}
-        limit = TAPE_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
+        limit = RECORDED_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
         kept = sum(batch.kept_bytes for batch in self.calibration)
         here = 0  # what one batch keeps at this stage
         for batch in self.calibration:
             before = batch.kept_bytes
-            waits = batch.tape is not None and not batch.tape.passed & wanted
+            waits = batch.recorded is not None and not batch.recorded.passed & wanted
             if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
                 yield from self._ahead(batch, watched, number_of, stage)
             else:
-                first = self._halt(batch, watched, lambda call: number_of(call) is not None, wanted)
+                first = self._pause(batch, watched, lambda call: number_of(call) is not None, wanted)
                 if first is not None:
                     self._forget_unread(batch, first.parameter)
                 here = batch.kept_bytes
@@ -249,7 +249,7 @@ class BlockView:
                 else:
                     yield from self._ahead(batch, watched, number_of, stage)
             if kept - before + batch.kept_bytes > limit:
-                batch.tape = None
+                batch.recorded = None
             kept += batch.kept_bytes - before
 
     def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
@@ -270,10 +270,10 @@ class BlockView:
         try:
             for batch in self.calibration:
                 found.clear()
-                if self.unit == 0:
+                if self.number == 0:
                     self.structure.pieces.embeddings(batch.inputs)
                 else:
-                    run_unit(self.structure, self.unit, batch)
+                    run_part(self.structure, self.number, batch)
                 yield from found
         finally:
             for handle in handles:
@@ -281,44 +281,44 @@ class BlockView:
 
     def _forget_unread(self, batch: CalibrationBatch, parameter: str) -> None:
         """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
-        tape = batch.tape
-        assert tape is not None
-        if not 1 <= self.unit <= self.structure.block_count:
+        recorded = batch.recorded
+        assert recorded is not None
+        if not 1 <= self.number <= self.structure.block_count:
             return
-        block = self.structure.pieces.blocks[self.unit - 1]
-        relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.unit - 1}.")
-        kind = (signature(self.structure.model.config, block, self.unit - 1), relative, tuple(batch.hidden.shape))
+        block = self.structure.pieces.blocks[self.number - 1]
+        relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.number - 1}.")
+        kind = (signature(self.structure.model.config, block, self.number - 1), relative, tuple(batch.hidden.shape))
         if kind not in self.needs:
-            calls = tape.calls
+            calls = recorded.calls
             try:
-                self.needs[kind] = (calls, needs(tape, partial(run_unit, self.structure, self.unit, batch)))
+                self.needs[kind] = (calls, needs(recorded, partial(run_part, self.structure, self.number, batch)))
             except Diverged:
                 self.needs[kind] = ([], frozenset())
-                tape.is_spent = True
+                recorded.is_spent = True
         calls, leaves = self.needs[kind]
-        if tape.is_spent:
-            batch.tape = None
-        elif calls == tape.calls:
-            tape.keep_only(leaves)
+        if recorded.is_spent:
+            batch.recorded = None
+        elif calls == recorded.calls:
+            recorded.keep_only(leaves)
 
-    def _halt(
+    def _pause(
         self,
         batch: CalibrationBatch,
         watched: dict[str, Tensor],
-        halts: Callable[[ObservedMatmul], bool],
+        pauses: Callable[[ObservedMatmul], bool],
         wanted: set[str],
     ) -> ObservedMatmul | None:
         """Take the batch to the first product of the stage, from where it waits if that lies before it."""
-        work = partial(run_unit, self.structure, self.unit, batch)
-        if batch.tape is not None and not batch.tape.passed & wanted:
+        work = partial(run_part, self.structure, self.number, batch)
+        if batch.recorded is not None and not batch.recorded.passed & wanted:
             try:
-                return advance(batch.tape, watched, work, halts)
+                return advance(batch.recorded, watched, work, pauses)
             except Diverged:
-                pass  # some forwards can't be taped; from the start it goes always
-        batch.tape = Tape()
-        first = advance(batch.tape, watched, work, halts)
+                pass  # some forwards can't be recorded; from the start it goes always
+        batch.recorded = RecordedForward()
+        first = advance(batch.recorded, watched, work, pauses)
         if first is None:
-            batch.tape = None
+            batch.recorded = None
         return first
 
     def _ahead(
@@ -328,7 +328,7 @@ class BlockView:
         number_of: Callable[[ObservedMatmul], int | None],
         stage: Stage,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Inputs of the stage's groups, seen by running on past the halt; the batch stays where it waits."""
+        """Inputs of the stage's groups, seen by running on past the pause; the batch stays where it waits."""
         caught: dict[int, Tensor] = {}
         all_come = all(group.expert is None for group in stage)
 
@@ -339,21 +339,21 @@ class BlockView:
             if all_come and len(caught) == len(stage):
                 raise Stop
 
-        work = partial(run_unit, self.structure, self.unit, batch)
-        batch.tape = batch.tape or Tape()
+        work = partial(run_part, self.structure, self.number, batch)
+        batch.recorded = batch.recorded or RecordedForward()
         try:
-            run_on(batch.tape, watched, work, visit)
+            run_on(batch.recorded, watched, work, visit)
         except Diverged:
             caught.clear()
-            batch.tape = Tape()
-            run_on(batch.tape, watched, work, visit)
-        if batch.tape.is_spent:
-            batch.tape = None
+            batch.recorded = RecordedForward()
+            run_on(batch.recorded, watched, work, visit)
+        if batch.recorded.is_spent:
+            batch.recorded = None
         yield from caught.items()
 
 
-def watched_parameters(structure: Structure, unit: int) -> dict[str, Tensor]:
-    """Parameters of a unit that multiply something, by name; without those that a layer stands in for."""
-    names = {weight.parameter for stage in structure.stages(unit) for group in stage for weight in group}
+def watched_parameters(structure: Structure, part: int) -> dict[str, Tensor]:
+    """Parameters of a part that multiply something, by name; without those that a layer stands in for."""
+    names = {weight.parameter for stage in structure.stages(part) for group in stage for weight in group}
     held = dict(structure.model.named_parameters(remove_duplicate=False))
     return {name: held[name] for name in sorted(names) if name in held}

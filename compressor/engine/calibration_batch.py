@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from compressor.data.samples import Samples
-from compressor.engine.resumable_forward import Diverged, Tape, run_on
+from compressor.engine.resumable_forward import Diverged, RecordedForward, run_on
 from compressor.model.block_runner import Batch, Call
 from compressor.model.probe_model import example_batch
 from compressor.model.structure import Structure
@@ -23,10 +23,10 @@ from compressor.recipe.recipe import Step
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
 IMAGE_TOKENS = 256  # that an image counts for
-# What halted batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
-# at an earlier halt, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4 times
-# at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
-TAPE_SHARE = 3
+# What paused batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
+# at an earlier pause, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4
+# times at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
+RECORDED_SHARE = 3
 
 
 @dataclass
@@ -36,13 +36,13 @@ class CalibrationBatch:
     inputs  the model's own
     hidden  hidden states, as the last part left them
     calls   what each block is called with beside them
-    tape    of the block that the batch waits in, if it does
+    recorded    the recorded forward of the block that the batch waits in, if it does
     """
 
     inputs: Batch
     hidden: Tensor
     calls: list[Call]
-    tape: Tape | None = None
+    recorded: RecordedForward | None = None
 
     @classmethod
     def before_embeddings(cls, inputs: Batch) -> CalibrationBatch:
@@ -50,7 +50,7 @@ class CalibrationBatch:
 
     @property
     def kept_bytes(self) -> int:
-        return 0 if self.tape is None else self.tape.nbytes
+        return 0 if self.recorded is None else self.recorded.nbytes
 
 
 def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[tuple[list[int], Tensor]]:
@@ -95,23 +95,23 @@ def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
         done.append(batch)
 
 
-def run_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
+def run_part(structure: Structure, part: int, batch: CalibrationBatch) -> Tensor:
     """What a block makes of the batch's hidden states, or the output head of them."""
-    if unit == structure.block_count + 1:
+    if part == structure.block_count + 1:
         return structure.pieces.output_head(batch.inputs, batch.hidden)
-    return structure.pieces.block(unit - 1, batch.hidden, batch.calls[unit - 1])
+    return structure.pieces.block(part - 1, batch.hidden, batch.calls[part - 1])
 
 
-def finish_unit(structure: Structure, unit: int, batch: CalibrationBatch) -> Tensor:
-    """The same, from where the batch waits; its tape is used up."""
-    tape, batch.tape = batch.tape, None
-    is_block = 1 <= unit <= structure.block_count
-    if tape is None or (is_block and holds_containers(batch.calls[unit - 1])):
-        return run_unit(structure, unit, batch)  # what a block puts there for later ones has to be computed, not taped
+def finish_part(structure: Structure, part: int, batch: CalibrationBatch) -> Tensor:
+    """The same, from where the batch waits; its recorded forward is used up."""
+    recorded, batch.recorded = batch.recorded, None
+    is_block = 1 <= part <= structure.block_count
+    if recorded is None or (is_block and holds_containers(batch.calls[part - 1])):
+        return run_part(structure, part, batch)  # what a block puts there for later ones has to be computed
     try:
-        return run_on(tape, {}, partial(run_unit, structure, unit, batch), lambda call: None)
+        return run_on(recorded, {}, partial(run_part, structure, part, batch), lambda call: None)
     except Diverged:
-        return run_unit(structure, unit, batch)
+        return run_part(structure, part, batch)
 
 
 def equal_calls(first: list[Call], second: list[Call]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
 
-from compressor.engine.block_io import Installed, UnitSource, free_unit
+from compressor.engine.block_io import Installed, PartSource, free_part
 from compressor.engine.block_view import BlockView
 from compressor.engine.calibration_batch import CalibrationBatch, embed
 from compressor.engine.line_facts import SavedFacts
@@ -52,7 +52,7 @@ class ModelView:
 
     number     of the sweep
     resident   keep every block in memory once it was loaded
-    source     where a unit's tensors lie; None: in the checkpoint
+    source     where a part's tensors lie; None: in the checkpoint
     generator  makes one from parts of a seed, the sweep's own apart
     """
 
@@ -67,7 +67,7 @@ class ModelView:
     resident: bool
     is_interrupted: Callable[[], bool]
     warnings: list[Notice] = field(default_factory=list)
-    source: Callable[[int], UnitSource] | None = None
+    source: Callable[[int], PartSource] | None = None
     _in_memory: dict[int, Installed] = field(default_factory=dict)
     _users: dict[int, int] = field(default_factory=dict)
     _is_embedded: bool = False
@@ -90,39 +90,39 @@ class ModelView:
         return self.structure.model.get_submodule(path)
 
     @contextmanager
-    def loaded(self, unit: int) -> Iterator[None]:
+    def loaded(self, part: int) -> Iterator[None]:
         if self.is_interrupted():
             raise Interrupted(
                 "stopped while choosing shapes",
                 hint="Run the same command with --resume to continue.",
                 data={"stage": "choosing-shapes"},
             )
-        if unit not in self._in_memory:
-            source = UnitSource(self.structure) if self.source is None else self.source(unit)
-            self._in_memory[unit] = load_part(self.structure, unit, source, self.device)
-        self._users[unit] = self._users.get(unit, 0) + 1
+        if part not in self._in_memory:
+            source = PartSource(self.structure) if self.source is None else self.source(part)
+            self._in_memory[part] = load_part(self.structure, part, source, self.device)
+        self._users[part] = self._users.get(part, 0) + 1
         try:
             yield
         finally:
-            self._users[unit] -= 1
-            is_block = 0 < unit <= self.structure.block_count
-            if is_block and not self.resident and not self._users[unit]:
-                self._in_memory.pop(unit).remove()
-                free_unit(self.structure, unit)
+            self._users[part] -= 1
+            is_block = 0 < part <= self.structure.block_count
+            if is_block and not self.resident and not self._users[part]:
+                self._in_memory.pop(part).remove()
+                free_part(self.structure, part)
 
     @contextmanager
-    def _hold(self, unit: int) -> Iterator[Installed]:
-        with self.loaded(unit):
-            yield self._in_memory[unit]
+    def _hold(self, part: int) -> Iterator[Installed]:
+        with self.loaded(part):
+            yield self._in_memory[part]
 
     def embeddings(self, batch: int) -> Tensor:
         self._embed()
         return self.calibration[batch].hidden
 
-    def run(self, unit: int, batch: int, hidden: Tensor) -> Tensor:
+    def run(self, part: int, batch: int, hidden: Tensor) -> Tensor:
         self._embed()  # the embeddings tell what blocks are called with
-        call = self.calibration[batch].calls[unit - 1]
-        return self.structure.pieces.block(unit - 1, hidden, call, gradients=True)
+        call = self.calibration[batch].calls[part - 1]
+        return self.structure.pieces.block(part - 1, hidden, call, gradients=True)
 
     def output_head(self, batch: int, hidden: Tensor, samples: slice = slice(None)) -> Tensor:
         chosen = {name: value[samples] for name, value in self.calibration[batch].inputs.items()}
@@ -135,17 +135,17 @@ class ModelView:
         for part in walk(self.structure, batches, self._hold):
             view = PartView(
                 self.structure,
-                part.unit,
+                part.number,
                 self.facts,
                 Redefinition(),
                 batches,
                 self.device,
-                self.seeded(part.unit),
+                self.seeded(part.number),
                 is_open=False,
                 warnings=self.warnings,
             )
             yield view
-            if part.unit == 0:
+            if part.number == 0:
                 part.advance(lambda: None)  # every batch has been through the embeddings
             elif bases is not None and view.sublayers:
                 part.advance(partial(view.advance, bases(view)))

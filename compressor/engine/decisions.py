@@ -52,7 +52,7 @@ def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, befor
         return walk(structure, sweeper.batches((step,)), hold)
 
     def view(part: Part) -> BlockView:
-        return sweeper.view(step, part, sweeper.seed_of(number, position, part.unit, -1))
+        return sweeper.view(step, part, sweeper.seed_of(number, position, part.number, -1))
 
     return WholeModelView(begin, view)
 
@@ -70,7 +70,7 @@ def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decisi
             calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
             batch_labels(sweeper.samples, sweeper.device, step),
             sweeper.device,
-            lambda unit: torch.Generator().manual_seed(sweeper.seed_of(number, 0, unit, -1)),
+            lambda part: torch.Generator().manual_seed(sweeper.seed_of(number, 0, part, -1)),
             sweeper.journal,
             sweeper.plan.recipe.model.placement == "resident",
             sweeper.is_interrupted,

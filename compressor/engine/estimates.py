@@ -16,7 +16,7 @@ from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import Route
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
-from compressor.engine.calibration_batch import BATCH_TOKENS, TAPE_SHARE
+from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
 from compressor.engine.plan_records import Findings, Formats, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
@@ -53,18 +53,18 @@ def planned_tensors(
     untied  whether the output head gets a weight of its own
     """
     replaced = {name for form in stored.values() for name in (form.weight.tensor, form.bias)}
-    by_unit: dict[int, list[Named]] = {}
-    for tensor, unit in structure.unit_of.items():
+    by_part: dict[int, list[Named]] = {}
+    for tensor, part in structure.part_by_tensor.items():
         if tensor not in replaced:
             info = structure.checkpoint.tensors[tensor]
             kind = structure.bindings.dtype_of(tensor)
             size = info.nbytes // info.dtype.itemsize * kind.itemsize
-            by_unit.setdefault(unit, []).append(Named(tensor, kind, info.shape, size))
-    for unit, weight in [*structure.weights(), *functions.all()]:
+            by_part.setdefault(part, []).append(Named(tensor, kind, info.shape, size))
+    for part, weight in [*structure.weights(), *functions.all()]:
         if weight.name in stored:
             for name, kind, shape, size in stored_tensors(stored[weight.name], structure.dtype):
-                by_unit.setdefault(unit, []).append(Named(name, kind, shape, size))
-    tensors = [tensor for unit in sorted(by_unit) for tensor in sorted(by_unit[unit], key=lambda t: t.name)]
+                by_part.setdefault(part, []).append(Named(name, kind, shape, size))
+    tensors = [tensor for part in sorted(by_part) for tensor in sorted(by_part[part], key=lambda t: t.name)]
     by_name = {tensor.name: tensor for tensor in tensors}
     copies = untied_copies(structure, list(stored.values()), untied)
     tensors += [replace(by_name[tensor], name=name) for name, tensor in copies.items()]
@@ -121,15 +121,15 @@ def _side_file_bytes(
 
 def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> int:
     """Peak of the sweep: interpreter, embeddings and output head, one block twice, activations, one group's solve."""
-    by_unit: dict[int, int] = {}
-    for tensor, unit in structure.unit_of.items():
-        by_unit[unit] = by_unit.get(unit, 0) + structure.checkpoint.tensors[tensor].nbytes
-    ends = by_unit.get(0, 0) + by_unit.get(structure.block_count + 1, 0)
-    blocks = [by_unit.get(unit, 0) for unit in range(1, structure.block_count + 1)]
+    by_part: dict[int, int] = {}
+    for tensor, part in structure.part_by_tensor.items():
+        by_part[part] = by_part.get(part, 0) + structure.checkpoint.tensors[tensor].nbytes
+    ends = by_part.get(0, 0) + by_part.get(structure.block_count + 1, 0)
+    blocks = [by_part.get(part, 0) for part in range(1, structure.block_count + 1)]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
     reads = {step.settings.traits.reads for step in recipe.steps}
     tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
-    streams = 1 + TAPE_SHARE
+    streams = 1 + RECORDED_SHARE
     if "gradients" in reads:  # a few batches keep one before each block, and all keep theirs before and after all
         streams = max(streams, 3)
     activations = streams * tokens * _hidden_width(structure) * structure.dtype.itemsize

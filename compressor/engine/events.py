@@ -30,8 +30,8 @@ class SweepEvent(TypedDict):
     passes: list[str]
 
 
-class UnitEvent(TypedDict):
-    """A sweep is done with a part of the model. unit: its number, of `units`"""
+class PartEvent(TypedDict):
+    """A sweep is done with a part of the model. unit: number of the part; units: how many there are"""
 
     event: Literal["unit"]
     sweep: int
@@ -72,7 +72,7 @@ class ResultEvent(TypedDict):
     report: Mapping[str, Any]
 
 
-Event = StageEvent | SweepEvent | UnitEvent | WeightEvent | DecideEvent | WarningEvent | ResultEvent
+Event = StageEvent | SweepEvent | PartEvent | WeightEvent | DecideEvent | WarningEvent | ResultEvent
 Emit = Callable[[Event], None]
 
 

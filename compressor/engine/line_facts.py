@@ -24,7 +24,7 @@ class WeightRecord:
     """
 
     name: str
-    unit: int
+    part: int
     form: str
     spec: Mapping[str, Any]
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class StepRecord:
             "step": self.step,
             "pass": self.pass_name,
             "name": self.weight.name,
-            "unit": self.weight.unit,
+            "part": self.weight.part,
             "form": self.weight.form,
             "spec": self.weight.spec,
             "shape": list(self.weight.shape),
@@ -63,7 +63,7 @@ class StepRecord:
         step, pass_name = own.pop("step"), own.pop("pass")
         weight = WeightRecord(
             name=own.pop("name"),
-            unit=own.pop("unit"),
+            part=own.pop("part"),
             form=own.pop("form"),
             spec=own.pop("spec"),
             shape=tuple(own.pop("shape")),

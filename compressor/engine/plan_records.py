@@ -248,10 +248,10 @@ class Plan:
     def disk_bytes(self) -> int:
         return self.sizes.disk_bytes
 
-    def functions_of(self, step: Step, unit: int) -> tuple[Weight, ...]:
+    def functions_of(self, step: Step, part: int) -> tuple[Weight, ...]:
         """The functions of a part that a step selects."""
         chosen = {weight.name for weight in self.selected[step.path]}
-        return tuple(function for function in self.functions.by_unit.get(unit, []) if function.name in chosen)
+        return tuple(function for function in self.functions.by_part.get(part, []) if function.name in chosen)
 
     def reshape_of(self, step: Step) -> Reshape:
         """What a reshaping step makes of the model."""

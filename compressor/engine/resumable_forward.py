@@ -1,18 +1,18 @@
-"""A pass through a block that halts before a product and goes on later, each operation computed once.
+"""A pass through a block that pauses before a product and goes on later, each operation computed once.
 
 Calibrating a block needs the inputs of its weights one stage after the other, each stage with the earlier ones already
 changed. Replaying the block from its start for each stage computes attention four times; a pass that waits where it
 was computes it once. Python can't wait inside somebody's forward without a thread for each batch, but it can run that
-forward again with every torch call before the halt answered from memory: that is a tape. At a halt it keeps the
-tensors that the halted frames still refer to, which is what a suspended thread would keep, and forgets the rest.
-Going on runs the same Python again, at microseconds a call, up to the halt, and computes from there.
+forward again with every torch call before the pause answered from memory: that is a recorded forward. At a pause it
+keeps the tensors that the paused frames still refer to, as a suspended thread would, and forgets the rest.
+Resuming runs the same Python again, at microseconds a call, up to the pause, and computes from there.
 
 Frames also refer to much that they never read again; `needs` finds that out on one batch, and the others of its kind
 keep only what it needed. Whoever touches a forgotten tensor after all is told so by `Forgotten`.
 
 Answered are calls that take or give tensors; everything else (grad mode, autocast) runs again. A forward that takes
-another way the second time, or computes outside torch's functions, does not match its tape: `Diverged` is raised and
-the caller starts from the beginning, so what comes out never depends on whether a tape was used.
+another way the second time, or computes outside torch's functions, does not match its recorded forward: `Diverged` is
+raised and the caller starts from the beginning, so results never depend on whether a recorded forward was used.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 
 
 class Diverged(Exception):
-    """The forward did not make the calls that its tape holds, or reads what the tape has not kept."""
+    """The forward did not make the recorded calls, or reads what the recorded forward has not kept."""
 
 
 class Forgotten(Tensor):
-    """Stands for a tensor that was let go. Questions to it are answered from the tape; nothing can compute with it."""
+    """Stands for a tensor that was released. Its shape and dtype can be asked for; nothing can compute with it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +45,7 @@ class Forgotten(Tensor):
 @dataclass
 class Answer:
     """One call and what it gave, flattened. A tensor among the leaves is weakly referred to while the pass runs; at a
-    halt it is kept, or is None if nothing refers to it any more.
+    pause it is kept, or is None if nothing refers to it any more.
     """
 
     func: Any
@@ -55,8 +55,8 @@ class Answer:
 
 
 @dataclass
-class Tape:
-    """answers  the calls before the halt
+class RecordedForward:
+    """answers  the calls before the pause
     passed   parameters whose products were computed before it
     is_spent the forward has written into a tensor that was kept, so it can't go on from here again
     """
@@ -77,7 +77,7 @@ class Tape:
 
     @property
     def calls(self) -> list[Any]:
-        """The functions called before the halt; batches of one kind call the same."""
+        """The functions called before the pause; batches of one kind call the same."""
         return [answer.func for answer in self.answers]
 
     @property
@@ -87,66 +87,72 @@ class Tape:
 
 
 def advance(
-    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], halts: Callable[[ObservedMatmul], bool]
+    recorded: RecordedForward,
+    watched: Mapping[str, Tensor],
+    work: Callable[[], Any],
+    pauses: Callable[[ObservedMatmul], bool],
 ) -> ObservedMatmul | None:
-    """Run `work` on to the first product that `halts` asks for, and halt before it is computed.
+    """Run `work` on to the first product that `pauses` asks for, and pause before it is computed.
 
-    returns that product; None if `work` ended without one, after which the tape is spent
-    raises  Diverged if the forward doesn't match the tape, which is useless then
+    returns that product; None if `work` ended without one, after which the recorded forward is spent
+    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
     """
-    calls = _Recorded(tape, watched, halts)
+    calls = _Recorded(recorded, watched, pauses)
     _play(calls, work)
-    tape.is_spent = calls.reached is None
+    recorded.is_spent = calls.reached is None
     return calls.reached
 
 
 def run_on(
-    tape: Tape, watched: Mapping[str, Tensor], work: Callable[[], Any], visit: Callable[[ObservedMatmul], None]
+    recorded: RecordedForward,
+    watched: Mapping[str, Tensor],
+    work: Callable[[], Any],
+    visit: Callable[[ObservedMatmul], None],
 ) -> Any:
-    """Run `work` from the halt to its end, or until `visit` raises Stop; the tape stays where it is.
+    """Run `work` from the pause to its end, or until `visit` raises Stop; the recorded forward stays where it is.
 
     returns what `work` returned, None if it was stopped
-    raises  Diverged if the forward doesn't match the tape, which is useless then
+    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
     """
-    result = _play_on(_Taped(tape, watched, visit), work)
+    result = _play_on(_Replayed(recorded, watched, visit), work)
     if isinstance(result, Forgotten):
         raise Diverged("it returns a tensor that was not kept")
     return result
 
 
-def needs(tape: Tape, work: Callable[[], Any]) -> frozenset[tuple[int, int]]:
+def needs(recorded: RecordedForward, work: Callable[[], Any]) -> frozenset[tuple[int, int]]:
     """The (answer, leaf) numbers of kept tensors that the rest of the pass reads or returns; runs it to its end.
 
-    raises  Diverged if the forward doesn't match the tape, which is useless then
+    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
     """
     numbers = {
         id(leaf): (number, at)
-        for number, answer in enumerate(tape.answers)
+        for number, answer in enumerate(recorded.answers)
         for at in answer.tensors
         if isinstance(leaf := answer.leaves[at], Tensor)
     }
     found: set[tuple[int, int]] = set()
 
-    class Watched(_Taped):
+    class Watched(_Replayed):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if not self.is_answering:
                 found.update(numbers[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in numbers)
             return super().__torch_function__(func, types, args, kwargs)
 
-    result = _play_on(Watched(tape, {}, lambda call: None), work)
+    result = _play_on(Watched(recorded, {}, lambda call: None), work)
     found.update(numbers[id(leaf)] for leaf in tree_leaves(result) if id(leaf) in numbers)
     return frozenset(found)
 
 
-def _play_on(calls: _Taped, work: Callable[[], Any]) -> Any:
-    """Play from a halt that is to stay, and note whether anything wrote into what it keeps."""
-    versions = [(tensor, tensor._version) for tensor in calls.tape.kept()]
+def _play_on(calls: _Replayed, work: Callable[[], Any]) -> Any:
+    """Play from a pause that is to stay, and note whether anything wrote into what it keeps."""
+    versions = [(tensor, tensor._version) for tensor in calls.recorded.kept()]
     result = _play(calls, work)
-    calls.tape.is_spent = any(tensor._version != version for tensor, version in versions)
+    calls.recorded.is_spent = any(tensor._version != version for tensor, version in versions)
     return result
 
 
-def _play(calls: _Taped, work: Callable[[], Any]) -> Any:
+def _play(calls: _Replayed, work: Callable[[], Any]) -> Any:
     try:
         with calls:
             return work()
@@ -158,13 +164,15 @@ def _play(calls: _Taped, work: Callable[[], Any]) -> Any:
         raise
 
 
-class _Taped(ObservedMatmuls):
-    """Answers calls from the tape, then computes and reports products."""
+class _Replayed(ObservedMatmuls):
+    """Answers calls from the recorded forward, then computes and reports products."""
 
-    def __init__(self, tape: Tape, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], Any]) -> None:
+    def __init__(
+        self, recorded: RecordedForward, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], Any]
+    ) -> None:
         super().__init__(watched, on_call)
-        self.tape = tape
-        self._at, self._end = 0, len(tape.answers)
+        self.recorded = recorded
+        self._at, self._end = 0, len(recorded.answers)
 
     @property
     def is_answering(self) -> bool:
@@ -173,7 +181,7 @@ class _Taped(ObservedMatmuls):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.is_answering:
             return super().__torch_function__(func, types, args, kwargs)
-        answer = self.tape.answers[self._at]
+        answer = self.recorded.answers[self._at]
         if answer.func == func:
             self._at += 1
             return self.result(answer)
@@ -189,8 +197,8 @@ class _Taped(ObservedMatmuls):
         return leaves[0] if answer.spec is None else tree_unflatten(leaves, answer.spec)
 
 
-class _Recorded(_Taped):
-    """Goes on recording where the tape ends, up to the product that `halts` asks for (`reached`)."""
+class _Recorded(_Replayed):
+    """Goes on recording where the recorded forward ends, up to the product that `pauses` asks for (`reached`)."""
 
     reached: ObservedMatmul | None = None
 
@@ -199,7 +207,7 @@ class _Recorded(_Taped):
             self._hold()
             self.reached = call
             raise Stop
-        self.tape.passed.add(call.parameter)
+        self.recorded.passed.add(call.parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         was_answering = self.is_answering
@@ -211,7 +219,7 @@ class _Recorded(_Taped):
     def result(self, answer: Answer) -> Any:
         result = super().result(answer)
         for at in answer.tensors:
-            if answer.leaves[at] is not None:  # the tape moves on: what stays is for the frames to say
+            if answer.leaves[at] is not None:  # the recorded forward moves on: what stays is for the frames to say
                 answer.leaves[at] = weakref.ref(answer.leaves[at])
         return result
 
@@ -220,11 +228,11 @@ class _Recorded(_Taped):
         tensors = tuple(at for at, leaf in enumerate(flat) if isinstance(leaf, Tensor))
         if tensors or _has_tensor(args) or _has_tensor(kwargs):
             leaves: list[Any] = [weakref.ref(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-            self.tape.answers.append(Answer(func, leaves, tensors, spec))
+            self.recorded.answers.append(Answer(func, leaves, tensors, spec))
 
     def _hold(self) -> None:
         """Keep what the frames refer to now, forget the rest."""
-        for answer in self.tape.answers:
+        for answer in self.recorded.answers:
             for at in answer.tensors:
                 reference = answer.leaves[at]
                 answer.leaves[at] = None if reference is None else reference()

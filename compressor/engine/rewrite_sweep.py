@@ -1,4 +1,4 @@
-"""The sweep of a step that changes the model's own parameters: one unit after the other into a new dense checkpoint.
+"""The sweep of a step that changes the model's own parameters: one part after the other into a new dense checkpoint.
 
 Unlike a storing sweep it runs no activations through what it has written: the signals a pass sees are those of the
 model before the step. What it wrote is read back as a checkpoint of its own, from which later sweeps start.
@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.engine.block_io import UnitSource, free_all
-from compressor.engine.calibration_batch import CalibrationBatch, run_unit
+from compressor.engine.block_io import PartSource, free_all
+from compressor.engine.calibration_batch import CalibrationBatch, run_part
 from compressor.engine.events import Emit
 from compressor.engine.line_facts import LineFacts
-from compressor.engine.walk import Holder, Part, unit_event, walk
+from compressor.engine.walk import Holder, Part, part_event, walk
 from compressor.errors import Notice, PassError
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.redefined_structure import split_parameter
@@ -40,7 +40,7 @@ class PartView:
     """A part as a `RewritePass` sees it (`protocol.PartView`)."""
 
     structure: Structure
-    unit: int
+    number: int
     facts: ModelFacts
     redefinition: Redefinition
     batches: list[CalibrationBatch]
@@ -56,7 +56,7 @@ class PartView:
 
     @property
     def index(self) -> int:
-        return self.unit - 1
+        return self.number - 1
 
     @property
     def path(self) -> str:
@@ -64,7 +64,7 @@ class PartView:
 
     @property
     def sublayers(self) -> tuple[ResidualSublayer, ...]:
-        return self.residual.blocks[self.unit - 1] if 1 <= self.unit <= self.structure.block_count else ()
+        return self.residual.blocks[self.number - 1] if 1 <= self.number <= self.structure.block_count else ()
 
     def states(self) -> list[Tensor]:
         return [batch.hidden for batch in self.batches]
@@ -93,7 +93,7 @@ class PartView:
         try:
             for batch in self.batches:
                 caught.clear()
-                run_unit(self.structure, self.unit, batch)
+                run_part(self.structure, self.number, batch)
                 yield caught[0].reshape(-1, caught[0].shape[-1])
         finally:
             handle.remove()
@@ -134,7 +134,7 @@ class PartView:
                 handles.append(module.register_forward_pre_hook(hook))
         entering = CalibrationBatch(batch.inputs, onto(0, x).to(batch.hidden.dtype), batch.calls)
         try:
-            left = run_unit(self.structure, self.unit, entering).to(torch.float64)
+            left = run_part(self.structure, self.number, entering).to(torch.float64)
             return left + apart[-1].view(left.shape)
         except _Reached as reached:
             return reached.value
@@ -148,7 +148,7 @@ class PartView:
             if bases:
                 batch.hidden = self.project(batch, bases).to(batch.hidden.dtype)
             else:
-                batch.hidden = run_unit(self.structure, self.unit, batch)
+                batch.hidden = run_part(self.structure, self.number, batch)
 
 
 class _Reached(Exception):
@@ -180,16 +180,16 @@ class Reshaper:
     journal: Journal
     batches: list[CalibrationBatch]
     device: torch.device
-    seeds: Callable[[int], int]  # unit -> seed
+    seeds: Callable[[int], int]  # part -> seed
     is_interrupted: Callable[[], bool]
     emit: Emit
 
-    def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
+    def holder(self, source: Callable[[int], PartSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
 
-    def view(self, unit: int, seed_of: int) -> PartView:
+    def view(self, part: int, seed_of: int) -> PartView:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return PartView(self.structure, unit, self.facts, self.redefinition, self.batches, self.device, generator)
+        return PartView(self.structure, part, self.facts, self.redefinition, self.batches, self.device, generator)
 
 
 def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
@@ -200,17 +200,17 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
     follows = work.redefinition.follows
     files = []
 
-    def source(unit: int) -> UnitSource | None:
-        is_done = journal.done(f"{work.number}/{unit}") is not None
-        return None if is_done and not follows else UnitSource(structure)
+    def source(part: int) -> PartSource | None:
+        is_done = journal.done(f"{work.number}/{part}") is not None
+        return None if is_done and not follows else PartSource(structure)
 
     def done(part: Part, seconds: float) -> None:
-        work.emit(unit_event(structure, work.number, part, seconds))
+        work.emit(part_event(structure, work.number, part, seconds))
 
     for part in walk(structure, work.batches if follows else [], work.holder(source), done):
-        key = f"{work.number}/{part.unit}"
-        view = work.view(part.unit, part.unit)
-        if part.unit == 0:
+        key = f"{work.number}/{part.number}"
+        view = work.view(part.number, part.number)
+        if part.number == 0:
             part.advance()  # a pass is shown what the embeddings give
         if journal.done(key) is None:
             state = _write_part(work, step, view, state)
@@ -239,10 +239,10 @@ def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> Sta
     is_kept = after.keys() == state.keys() and all(
         tensor is state[name] and tensor._version == versions[name] for name, tensor in after.items()
     )
-    key, file = f"{work.number}/{view.unit}", f"s{work.number:02d}-{view.unit:05d}"
+    key, file = f"{work.number}/{view.number}", f"s{work.number:02d}-{view.number:05d}"
     if not is_kept:
         _keep_state(work, f"{key}/state", f"{file}-state.safetensors", after, [])
-    tensors = _part_tensors(work, view.unit, view)
+    tensors = _part_tensors(work, view.number, view)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
     facts = LineFacts(warnings=tuple(view.warnings)).to_json()
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
@@ -275,47 +275,47 @@ def _survey(work: Reshaper, settings: RewritePass) -> State:
 def _views(work: Reshaper, warnings: list[Notice]) -> Iterator[PartView]:
     """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
     structure = work.structure
-    hold = work.holder(lambda unit: UnitSource(structure), stopped="stopped while surveying")
+    hold = work.holder(lambda part: PartSource(structure), stopped="stopped while surveying")
     for part in walk(structure, work.batches, hold):
-        view = work.view(part.unit, -1)
+        view = work.view(part.number, -1)
         view.is_open, view.warnings = False, warnings
-        if part.unit == 0:
+        if part.number == 0:
             part.advance()  # a pass is shown what the embeddings give
         yield view
 
 
-def _part_tensors(work: Reshaper, unit: int, view: PartView) -> dict[str, Tensor]:
-    """Every tensor that the new model keeps in this unit, by checkpoint name, in the dtype it is held in."""
+def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor]:
+    """Every tensor that the new model keeps in this part, by checkpoint name, in the dtype it is held in."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
-    for name, now in _parameters_of(work, unit).items():
+    for name, now in _parameters_of(work, part).items():
         value = view.written[name] if name in view.written else _value(work.structure, name)
         value = value.to(planned.bindings.dtypes[now])
-        parts = split_parameter(planned, now, value)
-        tensors |= {tensor: part.cpu().contiguous() for tensor, part in parts.items()}
-    for tensor, part in tensors.items():
+        pieces = split_parameter(planned, now, value)
+        tensors |= {tensor: piece.cpu().contiguous() for tensor, piece in pieces.items()}
+    for tensor, piece in tensors.items():
         expected = planned.checkpoint.tensors[tensor].shape
-        assert tuple(part.shape) == expected, f"{tensor}: {tuple(part.shape)}, {expected} was planned"
+        assert tuple(piece.shape) == expected, f"{tensor}: {tuple(piece.shape)}, {expected} was planned"
     return dict(sorted(tensors.items()))
 
 
-def _parameters_of(work: Reshaper, unit: int) -> dict[str, str]:
-    """What the new model keeps of a unit: name of a parameter before -> after, which differ where blocks are gone."""
+def _parameters_of(work: Reshaper, part: int) -> dict[str, str]:
+    """What the new model keeps of a part: name of a parameter before -> after, which differ where blocks are gone."""
     kept, path = work.redefinition.blocks, work.structure.pieces.blocks_path
     if kept is None:
-        return {name: name for name in work.planned.parameters_of(unit)}
-    if unit == work.structure.block_count + 1:
+        return {name: name for name in work.planned.parameters_of(part)}
+    if part == work.structure.block_count + 1:
         return {name: name for name in work.planned.parameters_of(len(kept) + 1)}
-    if unit == 0 or unit - 1 not in kept:
-        return {name: name for name in work.planned.parameters_of(0)} if unit == 0 else {}
-    number = kept.index(unit - 1)
+    if part == 0 or part - 1 not in kept:
+        return {name: name for name in work.planned.parameters_of(0)} if part == 0 else {}
+    number = kept.index(part - 1)
     names = work.planned.parameters_of(number + 1)
-    return {f"{path}.{unit - 1}.{name.removeprefix(f'{path}.{number}.')}": name for name in names}
+    return {f"{path}.{part - 1}.{name.removeprefix(f'{path}.{number}.')}": name for name in names}
 
 
 def _reopen(work: Reshaper, files: list[Path]) -> Structure:
-    """The unit files as a checkpoint in a folder of its own (as links), read like any other."""
-    folder = work.journal.work / "units" / f"s{work.number:02d}"
+    """The part files as a checkpoint in a folder of its own (as links), read like any other."""
+    folder = work.journal.work / "parts" / f"s{work.number:02d}"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()

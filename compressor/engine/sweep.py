@@ -87,7 +87,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
         sweeper.journal,
         calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
         sweeper.device,
-        lambda unit: sweeper.seed_of(number, 0, unit),
+        lambda part: sweeper.seed_of(number, 0, part),
         sweeper.is_interrupted,
         sweeper.emit,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.analysis.input_producers import producers_of
 from compressor.data.samples import Samples
-from compressor.engine.block_io import UnitSource
+from compressor.engine.block_io import PartSource
 from compressor.engine.block_view import BlockView, Needs
 from compressor.engine.calibration_batch import (
     CalibrationBatch,
@@ -50,15 +50,15 @@ class Sweeper:
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Tell of a sweep."""
-        units, passes = self.structure.block_count + 2, [step.name for step in steps]
-        self.emit({"event": "sweep", "sweep": number, "units": units, "passes": passes})
+        parts, passes = self.structure.block_count + 2, [step.name for step in steps]
+        self.emit({"event": "sweep", "sweep": number, "units": parts, "passes": passes})
 
     def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
         """Calibration batches before the embeddings (none if no step reads inputs), and the probe as the last one."""
         found = calibration_batches(self.structure, self.device, self.samples, steps)
         return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
 
-    def holder(self, source: Callable[[int], UnitSource | None], **options: Any) -> Holder:
+    def holder(self, source: Callable[[int], PartSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, **options)
 
     def seed_of(self, *place: int) -> int:
@@ -68,13 +68,13 @@ class Sweeper:
         """The loaded part as a step may see it; the last of the batches is the probe, which no pass sees."""
         return BlockView(
             part.structure,
-            part.unit,
+            part.number,
             frozenset(weight.name for weight in self.plan.selected[step.path]),
             part.batches[:-1],
             self.device,
             torch.Generator().manual_seed(seed),
             self.needs,
             part.installed,
-            selected_functions=self.plan.functions_of(step, part.unit),
-            rescalable=producers_of(self.plan.producers, part.structure, part.unit),
+            selected_functions=self.plan.functions_of(step, part.number),
+            rescalable=producers_of(self.plan.producers, part.structure, part.number),
         )

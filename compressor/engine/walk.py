@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.engine.block_io import Installed, UnitSource, free_unit, load_unit, unit_name
-from compressor.engine.calibration_batch import CalibrationBatch, embed, finish_unit, run_unit
-from compressor.engine.events import UnitEvent
+from compressor.engine.block_io import Installed, PartSource, fill_part, free_part, part_name
+from compressor.engine.calibration_batch import CalibrationBatch, embed, finish_part, run_part
+from compressor.engine.events import PartEvent
 from compressor.errors import Interrupted
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -42,18 +42,18 @@ class Part:
     """One part of the model while a walk is at it."""
 
     structure: Structure
-    unit: int
+    number: int
     batches: list[CalibrationBatch]
     installed: Installed
     is_advanced: bool = False
 
     @property
     def is_block(self) -> bool:
-        return 0 < self.unit <= self.structure.block_count
+        return 0 < self.number <= self.structure.block_count
 
     @property
     def is_head(self) -> bool:
-        return self.unit == self.structure.block_count + 1
+        return self.number == self.structure.block_count + 1
 
     def advance(self, push: Callable[[], Any] | None = None) -> None:
         """Take the batches on, once: by `push`, or else through the part as it now is."""
@@ -61,25 +61,25 @@ class Part:
         self.is_advanced = True
         if push is not None:
             push()
-        elif self.unit == 0:
+        elif self.number == 0:
             embed(self.structure, self.batches)
         elif self.is_block:
             for batch in self.batches:
-                batch.hidden = finish_unit(self.structure, self.unit, batch)
+                batch.hidden = finish_part(self.structure, self.number, batch)
 
     def output(self, batch: CalibrationBatch) -> Tensor:
         """What the part makes of a batch; it goes no further."""
-        return run_unit(self.structure, self.unit, batch)
+        return run_part(self.structure, self.number, batch)
 
 
 def walk(
     structure: Structure, batches: list[CalibrationBatch], hold: Hold, done: Callable[[Part, float], None] | None = None
 ) -> Iterator[Part]:
     """Every part of the model in order, each good until the next is taken."""
-    for unit in range(structure.block_count + 2):
+    for number in range(structure.block_count + 2):
         began = time.perf_counter()
-        with hold(unit) as installed:
-            part = Part(structure, unit, batches, installed)
+        with hold(number) as installed:
+            part = Part(structure, number, batches, installed)
             yield part
             if not part.is_advanced:
                 part.advance()
@@ -100,15 +100,15 @@ class Written:
     forms: dict[str, StoredWeight] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
 
-    def source(self, structure: Structure, unit: int) -> UnitSource:
+    def source(self, structure: Structure, number: int) -> PartSource:
         """Where a part's tensors lie, with the formats in it."""
-        whole = UnitSource(structure, self.files[unit] if self.files else None, self.forms)
-        return UnitSource(structure, whole.file, unit_forms(whole, unit))
+        whole = PartSource(structure, self.files[number] if self.files else None, self.forms)
+        return PartSource(structure, whole.file, part_forms(whole, number))
 
 
-def unit_forms(source: UnitSource, unit: int) -> dict[str, StoredWeight]:
+def part_forms(source: PartSource, number: int) -> dict[str, StoredWeight]:
     """The forms that this part holds, of all that the source knows."""
-    names = source.names(unit) if source.forms else []
+    names = source.names(number) if source.forms else []
     return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
 
 
@@ -116,47 +116,47 @@ def unit_forms(source: UnitSource, unit: int) -> dict[str, StoredWeight]:
 class Holder:
     """Loads each part that a walk comes to, and frees the blocks behind it.
 
-    source        unit -> where it lies; None: nothing is to be done with it, so it isn't loaded
+    source        number of a part -> where it lies; None: nothing is to be done with it, so it isn't loaded
     stopped       what Interrupted says
     keeps_blocks  every block stays in memory
     """
 
     structure: Structure
     device: torch.device
-    source: Callable[[int], UnitSource | None]
+    source: Callable[[int], PartSource | None]
     is_interrupted: Callable[[], bool]
-    stopped: str = "stopped between two units"
+    stopped: str = "stopped between two parts"
     keeps_blocks: bool = False
 
     @contextmanager
-    def __call__(self, unit: int) -> Iterator[Installed]:
+    def __call__(self, number: int) -> Iterator[Installed]:
         if self.is_interrupted():
             raise Interrupted(self.stopped, hint="Run the same command with --resume to continue.")
-        structure, source = self.structure, self.source(unit)
-        installed = Installed(structure) if source is None else load_part(structure, unit, source, self.device)
+        structure, source = self.structure, self.source(number)
+        installed = Installed(structure) if source is None else load_part(structure, number, source, self.device)
         try:
             yield installed
         finally:
             installed.remove()
-            if source is not None and 0 < unit <= structure.block_count and not self.keeps_blocks:
-                free_unit(structure, unit)
+            if source is not None and 0 < number <= structure.block_count and not self.keeps_blocks:
+                free_part(structure, number)
 
 
-def load_part(structure: Structure, unit: int, source: UnitSource, device: torch.device) -> Installed:
+def load_part(structure: Structure, number: int, source: PartSource, device: torch.device) -> Installed:
     """Fill the model's parameters of a part, and let its stored layers stand in for the modules they replace."""
-    load_unit(structure, unit, source, device)
+    fill_part(structure, number, source, device)
     installed = Installed(structure)
     installed.install_stored(source, device)
     return installed
 
 
-def unit_event(structure: Structure, sweep: int, part: Part, seconds: float) -> UnitEvent:
+def part_event(structure: Structure, sweep: int, part: Part, seconds: float) -> PartEvent:
     """What a sweep tells of a part that it is done with."""
     return {
         "event": "unit",
         "sweep": sweep,
-        "unit": part.unit,
+        "unit": part.number,
         "units": structure.block_count + 2,
-        "name": unit_name(structure, part.unit),
+        "name": part_name(structure, part.number),
         "seconds": seconds,
     }

@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.engine.block_io import UnitSource, free_all, load_unit, unit_name, unit_tensors
+from compressor.engine.block_io import PartSource, fill_part, free_all, part_name, part_tensors
 from compressor.engine.block_view import watched_parameters
 from compressor.engine.calibration_batch import (
     CalibrationBatch,
-    run_unit,
+    run_part,
 )
 from compressor.engine.decisions import decide
 from compressor.engine.events import warning_event
 from compressor.engine.line_facts import LineFacts, StepRecord
 from compressor.engine.sweeper import Sweeper
-from compressor.engine.walk import Part, Written, unit_event, unit_forms, walk
+from compressor.engine.walk import Part, Written, part_event, part_forms, walk
 from compressor.errors import Notice, PassError
 from compressor.layers.base import Layer
 from compressor.model.facts import Decision
@@ -47,25 +47,25 @@ class StoringSweep:
     batches: list[CalibrationBatch]
     decisions: list[Decision | None]
 
-    def line(self, unit: int) -> Line | None:
+    def line(self, part: int) -> Line | None:
         """The journal's line of a part that is stored."""
-        return self.sweeper.journal.done(f"{self.number}/{unit}")
+        return self.sweeper.journal.done(f"{self.number}/{part}")
 
-    def written(self, unit: int) -> set[str]:
+    def written(self, part: int) -> set[str]:
         """Dense parameters of a part that is stored whose values are no longer the checkpoint's."""
-        line = self.line(unit)
+        line = self.line(part)
         assert line is not None
-        own = self.sweeper.structure.parameters_of(unit)
+        own = self.sweeper.structure.parameters_of(part)
         return {*LineFacts.of(line).written, *(name for name in self.before.written if name in own)}
 
-    def source_before(self, unit: int) -> UnitSource:
-        return self.before.source(self.sweeper.structure, unit)
+    def source_before(self, part: int) -> PartSource:
+        return self.before.source(self.sweeper.structure, part)
 
-    def source(self, unit: int) -> UnitSource:
+    def source(self, part: int) -> PartSource:
         """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
-        if (line := self.line(unit)) is None:
-            return self.source_before(unit)
-        return UnitSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
+        if (line := self.line(part)) is None:
+            return self.source_before(part)
+        return PartSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
 
 
 def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
@@ -78,17 +78,17 @@ def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], bef
     after = Written()
 
     def done(part: Part, seconds: float) -> None:
-        sweeper.emit(unit_event(structure, number, part, seconds))
+        sweeper.emit(part_event(structure, number, part, seconds))
 
     for part in walk(structure, sweep.batches, hold, done):
-        if sweep.line(part.unit) is None:
+        if sweep.line(part.number) is None:
             _store_part(sweep, part)
-            _read_back(part, sweep.source(part.unit), sweeper.device)
-        stored = sweep.source(part.unit)
+            _read_back(part, sweep.source(part.number), sweeper.device)
+        stored = sweep.source(part.number)
         assert stored.file is not None
         after.files.append(stored.file)
         after.forms.update(stored.forms)
-        after.written.update(sweep.written(part.unit))
+        after.written.update(sweep.written(part.number))
         _take_on(sweep, part)
     free_all(structure)
     return after
@@ -116,37 +116,37 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
         return
     structure = part.structure
     part.installed.remove()
-    load_unit(structure, part.unit, sweep.source_before(part.unit), sweep.sweeper.device)
-    before = run_unit(structure, part.unit, replace(sweep.batches[-1], hidden=entered, tape=None))
+    fill_part(structure, part.number, sweep.source_before(part.number), sweep.sweeper.device)
+    before = run_part(structure, part.number, replace(sweep.batches[-1], hidden=entered, recorded=None))
     dtype = str(structure.dtype).removeprefix("torch.")
     if bool(torch.isfinite(before).all()):
         raise PassError(
             f"gives NaN or Inf for random tokens in {dtype} once its weights are stored, and not before",
-            where=unit_name(structure, part.unit),
+            where=part_name(structure, part.number),
             hint="Set more bits for these weights, leave them out with `except`, or set model.dtype: float32.",
             data={"reason": "overflow-as-stored", "dtype": dtype},
         )
     raise PassError(
         f"the model itself gives NaN or Inf for random tokens in {dtype}",
-        where=unit_name(structure, part.unit),
+        where=part_name(structure, part.number),
         hint="Set model.dtype: bfloat16 or float32 in the recipe.",
         data={"reason": "overflow-of-model", "dtype": dtype},
     )
 
 
-def _read_back(part: Part, source: UnitSource, device: torch.device) -> None:
+def _read_back(part: Part, source: PartSource, device: torch.device) -> None:
     """Load the part as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
     structure, installed = part.structure, part.installed
-    waiting = [batch for batch in part.batches if batch.tape is not None]
-    left = watched_parameters(structure, part.unit) if waiting else {}
+    waiting = [batch for batch in part.batches if batch.recorded is not None]
+    left = watched_parameters(structure, part.number) if waiting else {}
     stands_in = bool(installed.originals)
     installed.remove()
-    load_unit(structure, part.unit, source, device)
+    fill_part(structure, part.number, source, device)
     same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
     installed.install_stored(source, device)
     if stands_in or not same:
         for batch in waiting:
-            batch.tape = None
+            batch.recorded = None
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Changes:
 def _store_part(sweep: StoringSweep, part: Part) -> None:
     """Let the steps change the loaded part, commit it, and tell of it."""
     changes = _run_steps(sweep, part)
-    _commit(sweep, part.unit, changes)
+    _commit(sweep, part.number, changes)
     for record in changes.records:
         name, seconds = record.weight.name, record.weight.seconds
         sweep.sweeper.emit({"event": "weight", "name": name, "pass": record.pass_name, "seconds": seconds})
@@ -180,17 +180,17 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
     """Let each step of the sweep change the loaded part."""
     sweeper, changes = sweep.sweeper, Changes()
     for position, (step, decision) in enumerate(zip(sweep.steps, sweep.decisions, strict=True)):
-        view = sweeper.view(step, part, sweeper.seed_of(sweep.number, position, part.unit))
+        view = sweeper.view(step, part, sweeper.seed_of(sweep.number, position, part.number))
         view.decision = decision
         settings = step.settings
         assert isinstance(settings, WeightPass)
-        work = settings.embeddings if part.unit == 0 else settings.output_head if part.is_head else settings.block
+        work = settings.embeddings if part.number == 0 else settings.output_head if part.is_head else settings.block
         try:
             work(view)
         except torch.OutOfMemoryError as error:
             raise PassError(
                 f"{step.name} ran out of memory",
-                where=unit_name(part.structure, part.unit),
+                where=part_name(part.structure, part.number),
                 hint="Set a smaller data.samples or data.length, then begin again with --fresh.",
             ) from error
         if left := view.left_out():
@@ -209,28 +209,28 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
     return changes
 
 
-def _commit(sweep: StoringSweep, unit: int, changes: Changes) -> None:
+def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
     """Make a part durable as the steps have left it."""
-    structure, source = sweep.sweeper.structure, sweep.source_before(unit)
-    forms = unit_forms(source, unit) | {name: form for name, (form, _) in changes.put.items()}
+    structure, source = sweep.sweeper.structure, sweep.source_before(part)
+    forms = part_forms(source, part) | {name: form for name, (form, _) in changes.put.items()}
     values: dict[str, Tensor] = {}
     for name in sorted(changes.written):
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
-    tensors = dict(unit_tensors(unit, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
+    tensors = dict(part_tensors(part, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    errors = changes.errors | _errors_of_rescaled(sweep, unit, changes)
-    written = _written_errors(sweep, unit, changes)
+    errors = changes.errors | _errors_of_rescaled(sweep, part, changes)
+    written = _written_errors(sweep, part, changes)
     facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
-    file = f"s{sweep.number:02d}-{unit:05d}.safetensors"
-    sweep.sweeper.journal.commit(f"{sweep.number}/{unit}", file, lambda path: write_file(path, entries), facts)
+    file = f"s{sweep.number:02d}-{part:05d}.safetensors"
+    sweep.sweeper.journal.commit(f"{sweep.number}/{part}", file, lambda path: write_file(path, entries), facts)
 
 
-def _errors_of_rescaled(sweep: StoringSweep, unit: int, changes: Changes) -> dict[str, float | None]:
+def _errors_of_rescaled(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float | None]:
     """How far each stored weight is from the checkpoint's, of those that were given new values before they were stored.
 
     For the others the distance from what they were when they were stored is the same.
     """
-    checkpoint, dtype = UnitSource(sweep.sweeper.structure), sweep.sweeper.structure.dtype
+    checkpoint, dtype = PartSource(sweep.sweeper.structure), sweep.sweeper.structure.dtype
     rescaled = changes.written | sweep.before.written
     errors: dict[str, float | None] = {}
     for name, (form, layer) in changes.put.items():
@@ -240,11 +240,11 @@ def _errors_of_rescaled(sweep: StoringSweep, unit: int, changes: Changes) -> dic
     return errors
 
 
-def _written_errors(sweep: StoringSweep, unit: int, changes: Changes) -> dict[str, float]:
+def _written_errors(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float]:
     """How far each parameter that stays dense and has new values is from the checkpoint's."""
     structure = sweep.sweeper.structure
     stored = {form.weight.parameter for form, _ in changes.put.values() if form.weight.expert is None}
-    checkpoint, model = UnitSource(structure), structure.model
+    checkpoint, model = PartSource(structure), structure.model
     return {
         name: relative_distance(
             model.get_parameter(name).data, read_parameter(name, structure.bindings, checkpoint.read, model)

@@ -160,7 +160,7 @@ def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
             "step": record.step,
             "pass": record.pass_name,
             "name": weight.name,
-            "unit": weight.unit,
+            "unit": weight.part,
             "form": weight.form,
             "spec": dict(weight.spec),
             "shape": list(weight.shape),

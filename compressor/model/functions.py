@@ -30,15 +30,15 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Functions:
-    """by_unit  number of the part -> its functions, in the order of the model's modules
+    """by_part  number of the part -> its functions, in the order of the model's modules
     refused  role -> why the model has no such function that can be replaced
     """
 
-    by_unit: dict[int, list[Weight]] = field(default_factory=dict)
+    by_part: dict[int, list[Weight]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     def all(self) -> list[tuple[int, Weight]]:
-        return [(unit, function) for unit in sorted(self.by_unit) for function in self.by_unit[unit]]
+        return [(part, function) for part in sorted(self.by_part) for function in self.by_part[part]]
 
 
 def find_functions(structure: Structure) -> Functions:
@@ -56,11 +56,11 @@ def find_functions(structure: Structure) -> Functions:
             found.refused.setdefault("norm", f"{path} divides by {norm.divisor} for {norm.width} values, being sliced")
             continue
         parts = path.removeprefix(prefix).split(".") if path.startswith(prefix) else []
-        unit = 1 + int(parts[0]) if parts else 0 if path in outside else structure.block_count + 1
+        part = 1 + int(parts[0]) if parts else 0 if path in outside else structure.block_count + 1
         functions = [_function(structure, path, module, norm)]
         if path in owners:
             functions.append(_named(structure, owners[path], "softmax"))
-        found.by_unit.setdefault(unit, []).extend(function for function in functions if function is not None)
+        found.by_part.setdefault(part, []).extend(function for function in functions if function is not None)
     return found
 
 

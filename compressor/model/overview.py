@@ -15,7 +15,7 @@ class WeightView:
 
 
 @dataclass(frozen=True)
-class UnitView:
+class PartOverview:
     """One part. groups: weights that read the same input are in one"""
 
     name: str
@@ -47,8 +47,10 @@ class Overview:
     block_count: int
     tied: dict[str, str]
     unused: tuple[UnusedView, ...]
-    units: tuple[UnitView, ...]
+    parts: tuple[PartOverview, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A key for each field, down to the weights."""
-        return asdict(self)
+        """A key for each field, down to the weights; `units` for the parts."""
+        values = asdict(self)
+        values["units"] = values.pop("parts")
+        return values

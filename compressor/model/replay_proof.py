@@ -110,7 +110,9 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             )
     if not torch.equal(pieces.output_head(batch, hidden), expected):
         raise ModelError(
-            "the output differs when the blocks are run one by one, though every block agrees", where="head", hint=HINT
+            "the output differs when the blocks are run one by one, though every block agrees",
+            where="output head",
+            hint=HINT,
         )
 
 

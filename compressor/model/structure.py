@@ -24,7 +24,7 @@ from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
-from compressor.model.overview import Overview, UnitView, UnusedView, WeightView
+from compressor.model.overview import Overview, PartOverview, UnusedView, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import shallow_config, signature
 from compressor.model.tracing import Product, Traced, run_whole, trace
@@ -65,36 +65,36 @@ class Structure:
             check_finite(tensor, value)
         return value.to(self.bindings.dtype_of(tensor))
 
-    def stages(self, unit: int) -> list[Stage]:
+    def stages(self, part: int) -> list[Stage]:
         """Weight groups of a part in forward order. Parts: 0 embeddings, 1..n blocks, n + 1 output head."""
-        if unit not in self._stages:  # kept, because a layer may replace a module later
-            self._stages[unit] = self._find_stages(unit)
-        return self._stages[unit]
+        if part not in self._stages:  # kept, because a layer may replace a module later
+            self._stages[part] = self._find_stages(part)
+        return self._stages[part]
 
-    def _find_stages(self, unit: int) -> list[Stage]:
-        if unit == 0:
+    def _find_stages(self, part: int) -> list[Stage]:
+        if part == 0:
             return [
                 (group,)
                 for embedding in self.traced.embeddings
                 for group in self._weights("", (embedding,), "embedding")
             ]
-        if unit == self.block_count + 1:
+        if part == self.block_count + 1:
             return [(group,) for product in self.traced.head for group in self._weights("", (product,), "head")]
-        block = self.pieces.blocks[unit - 1]
-        prefix = f"{self.pieces.blocks_path}.{unit - 1}."
+        block = self.pieces.blocks[part - 1]
+        prefix = f"{self.pieces.blocks_path}.{part - 1}."
         stages: list[Stage] = []
-        for products in self.traced.groups[signature(self.model.config, block, unit - 1)]:
+        for products in self.traced.groups[signature(self.model.config, block, part - 1)]:
             groups = tuple(self._weights(prefix, products, None))
             stages.append(groups)
         return stages
 
     def weights(self) -> Iterator[tuple[int, Weight]]:
         """(part, weight) for every matrix that can be compressed, in forward order."""
-        for unit in range(self.block_count + 2):
-            for stage in self.stages(unit):
+        for part in range(self.block_count + 2):
+            for stage in self.stages(part):
                 for group in stage:
                     for weight in group:
-                        yield unit, weight
+                        yield part, weight
 
     @cached_property
     def whole(self) -> list[tuple[int, Weight, Because]]:
@@ -128,27 +128,27 @@ class Structure:
         return name in self.traced.read[kind] or f"{prefix}*.{name}" in self.traced.read[None]
 
     @cached_property
-    def unit_of(self) -> dict[str, int]:
+    def part_by_tensor(self) -> dict[str, int]:
         """Checkpoint tensor -> number of the part that stores it."""
         head = {product.parameter for product in self.traced.head}
-        units = {}
+        parts = {}
         for tensor, parameter in self.bindings.parameters_by_tensor.items():
             if parameter.startswith(self.pieces.blocks_path + "."):
-                units[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
+                parts[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
             elif parameter in head or parameter.rpartition(".")[0] in self.traced.after:
-                units[tensor] = self.block_count + 1
+                parts[tensor] = self.block_count + 1
             else:
-                units[tensor] = 0
-        return units
+                parts[tensor] = 0
+        return parts
 
     def sources_of(self, parameter: str) -> tuple[Source, ...]:
         """The tensors that fill a parameter; those of its owner if it is tied."""
         return self.bindings.sources.get(self.bindings.tied.get(parameter, parameter), ())
 
-    def parameters_of(self, unit: int) -> list[str]:
+    def parameters_of(self, part: int) -> list[str]:
         """Names of the parameters and buffers that the tensors of this part fill."""
-        units = self.unit_of
-        return sorted(name for name, sources in self.bindings.sources.items() if units[sources[0].tensor] == unit)
+        parts = self.part_by_tensor
+        return sorted(name for name, sources in self.bindings.sources.items() if parts[sources[0].tensor] == part)
 
     def _weights(self, prefix: str, products: tuple[Product, ...], role: str | None) -> Iterator[Group]:
         grouped: dict[int | None, list[Weight]] = {}
@@ -199,10 +199,10 @@ class Structure:
 
     def overview(self) -> Overview:
         """JSON values for `compress-model inspect`."""
-        names = ["stem", *(f"block {i}" for i in range(self.block_count)), "head"]
-        held: dict[int, list[int]] = {}  # bytes of the tensors of each unit
-        for tensor, unit in self.unit_of.items():
-            held.setdefault(unit, []).append(self.checkpoint.tensors[tensor].nbytes)
+        names = ["embeddings", *(f"block {i}" for i in range(self.block_count)), "output head"]
+        held: dict[int, list[int]] = {}  # bytes of the tensors of each part
+        for tensor, part in self.part_by_tensor.items():
+            held.setdefault(part, []).append(self.checkpoint.tensors[tensor].nbytes)
         return Overview(
             architecture=self.architecture,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -213,16 +213,16 @@ class Structure:
                 UnusedView(unused.tensor, unused.reason, self.checkpoint.tensors[unused.tensor].nbytes)
                 for unused in self.bindings.unused
             ),
-            units=tuple(
-                UnitView(names[unit], len(held.get(unit, ())), sum(held.get(unit, ())), self._groups_shown(unit))
-                for unit in range(self.block_count + 2)
+            parts=tuple(
+                PartOverview(names[part], len(held.get(part, ())), sum(held.get(part, ())), self._groups_shown(part))
+                for part in range(self.block_count + 2)
             ),
         )
 
-    def _groups_shown(self, unit: int) -> tuple[tuple[WeightView, ...], ...]:
+    def _groups_shown(self, part: int) -> tuple[tuple[WeightView, ...], ...]:
         groups = [
-            *(group for stage in self.stages(unit) for group in stage),
-            *(Group((weight,)) for at, weight, _ in self.whole if at == unit),
+            *(group for stage in self.stages(part) for group in stage),
+            *(Group((weight,)) for at, weight, _ in self.whole if at == part),
         ]
         return tuple(tuple(WeightView(w.name, list(w.shape), w.role) for w in group) for group in groups)
 

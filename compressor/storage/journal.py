@@ -22,7 +22,7 @@ from compressor.errors import CompressError, PassError, ResumeError, UsageError
 from compressor.process.resources import disk_full
 from compressor.storage.files import file_sha256
 
-RUN, LINES, LOCK, UNITS = "run.json", "journal.jsonl", "lock", "units"
+RUN, LINES, LOCK, PARTS = "run.json", "journal.jsonl", "lock", "parts"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AGAIN = "Begin again with --fresh, which deletes the finished parts."
 
@@ -66,7 +66,7 @@ class Journal:
     def create(cls, work: Path, fingerprint: Mapping[str, object]) -> Journal:
         """A new journal. raises UsageError if the directory can't be written, PassError if the disk is full"""
         try:
-            (work / UNITS).mkdir(parents=True)
+            (work / PARTS).mkdir(parents=True)
             _write_durably(work / RUN, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
             return cls(work)
         except OSError as error:
@@ -113,7 +113,7 @@ class Journal:
                 },
             )
         try:
-            (work / UNITS).mkdir(exist_ok=True)
+            (work / PARTS).mkdir(exist_ok=True)
             return cls(work)
         except OSError as error:  # no permission, or a folder in place of a file
             if error.errno in FULL:
@@ -139,7 +139,7 @@ class Journal:
                     "this stored part is missing, or was changed after the run wrote it",
                     where=line.file,
                     hint=AGAIN,
-                    data={"reason": "unit-changed"},
+                    data={"reason": "part-changed"},
                 )
             self._checked.add(key)
         return line
@@ -151,7 +151,7 @@ class Journal:
         facts   JSON values, stored in the part's line
         raises  PassError if the disk is full; earlier commits stay
         """
-        path = self.work / UNITS / file
+        path = self.work / PARTS / file
         temporary = path.with_suffix(".tmp")
         try:
             write(temporary)
@@ -176,7 +176,7 @@ class Journal:
         return path
 
     def path(self, line: Line) -> Path:
-        return self.work / UNITS / line.file
+        return self.work / PARTS / line.file
 
     def _append(self, line: bytes) -> None:
         with (self.work / LINES).open("ab") as file:
@@ -250,7 +250,7 @@ def remove_work(work: Path) -> None:
             where=str(work),
             hint="Move or rename it, then run the command again.",
         )
-    ours = {RUN, LINES, LOCK, UNITS, "artifact", "scratch"} if has_begun(work) else {UNITS, Path(RUN).stem + ".tmp"}
+    ours = {RUN, LINES, LOCK, PARTS, "artifact", "scratch"} if has_begun(work) else {PARTS, Path(RUN).stem + ".tmp"}
     foreign = sorted({path.name for path in work.iterdir()} - ours) + _links(work)
     if foreign:
         raise UsageError(

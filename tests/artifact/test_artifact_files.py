@@ -336,7 +336,7 @@ def test_a_work_directory_is_removed(work):
     assert not work.exists()
 
 
-@pytest.mark.parametrize("place", ["artifact", "units", "scratch", "lock", "journal.jsonl"])
+@pytest.mark.parametrize("place", ["artifact", "parts", "scratch", "lock", "journal.jsonl"])
 def test_a_link_in_a_work_directory_is_refused_and_not_followed(place, work, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

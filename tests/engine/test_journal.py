@@ -12,7 +12,7 @@ import pytest
 from raising import raises
 
 from compressor.errors import PassError, ResumeError, UsageError
-from compressor.storage.journal import LINES, LOCK, RUN, UNITS, Journal, has_begun, remove_work
+from compressor.storage.journal import LINES, LOCK, PARTS, RUN, Journal, has_begun, remove_work
 
 FINGERPRINT = {"recipe": "abc", "threads": 2}
 WORKER = """
@@ -180,7 +180,7 @@ def test_a_changed_unit_file_is_refused(tmp_path):
     path = journal.commit("0/0", "a.bin", lambda p: p.write_bytes(b"x"), {})
     journal.close()
     path.write_bytes(b"y")
-    with raises(ResumeError, where="a.bin", reason="unit-changed"):
+    with raises(ResumeError, where="a.bin", reason="part-changed"):
         Journal.reopen(tmp_path / "w", FINGERPRINT).done("0/0")
 
 
@@ -202,7 +202,7 @@ def test_a_work_directory_in_use_is_not_removed(tmp_path):
 
 
 def test_a_run_killed_before_it_began_leaves_nothing_to_resume_and_can_be_removed(tmp_path):
-    (tmp_path / "w" / UNITS).mkdir(parents=True)
+    (tmp_path / "w" / PARTS).mkdir(parents=True)
     (tmp_path / "w" / "run.tmp").write_text("{")
     assert not has_begun(tmp_path / "w")
     remove_work(tmp_path / "w")
@@ -222,7 +222,7 @@ def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path):
     with raises(PassError, where="b.bin", reason="disk-full"):
         journal.commit("0/1", "b.bin", full, {})
     journal.close()
-    assert sorted(path.name for path in (tmp_path / "w" / UNITS).iterdir()) == ["a.bin"]
+    assert sorted(path.name for path in (tmp_path / "w" / PARTS).iterdir()) == ["a.bin"]
     assert Journal.reopen(tmp_path / "w", FINGERPRINT).done("0/0") is not None
 
 

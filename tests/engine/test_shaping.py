@@ -221,10 +221,10 @@ def test_a_saved_state_is_the_last_one_and_survives_a_torn_commit(model, tmp_pat
         view.save(step, {"mask": torch.full((3,), float(step))})
         found, tensors = view.saved()
         assert found == step and tensors["mask"].tolist() == [step] * 3
-    files = sorted(path.name for path in (tmp_path / "work" / "units").iterdir())
+    files = sorted(path.name for path in (tmp_path / "work" / "parts").iterdir())
     assert files == ["s00-choice-0.safetensors", "s00-choice-1.safetensors"]
     view.journal.close()
-    (tmp_path / "work" / "units" / "s00-choice-1.safetensors").write_bytes(b"half a file")  # the next slot, no line yet
+    (tmp_path / "work" / "parts" / "s00-choice-1.safetensors").write_bytes(b"half a file")  # the next slot, no line yet
     again = Journal.reopen(tmp_path / "work", {"run": "test"})
     assert json.loads((tmp_path / "work" / "run.json").read_text()) == {"run": "test"}
     view.journal = again

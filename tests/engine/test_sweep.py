@@ -28,7 +28,7 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 
 def swept(model, work, monkeypatch, share, sequential=b"true"):
     """sha256 of all unit files of a sweep over six batches."""
-    monkeypatch.setattr(block_view, "TAPE_SHARE", share)
+    monkeypatch.setattr(block_view, "RECORDED_SHARE", share)
     monkeypatch.setattr(calibration_batch, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)

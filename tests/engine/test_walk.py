@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from raising import raises
 
-from compressor.engine.block_io import UnitSource, free_all
+from compressor.engine.block_io import PartSource, free_all
 from compressor.engine.calibration_batch import CalibrationBatch
 from compressor.engine.walk import Holder, walk
 from compressor.errors import Interrupted
@@ -24,7 +24,7 @@ def structure(tmp_path):
 
 
 def holder(structure, **options):
-    options = {"source": lambda unit: UnitSource(structure), "is_interrupted": lambda: False, **options}
+    options = {"source": lambda unit: PartSource(structure), "is_interrupted": lambda: False, **options}
     return Holder(structure, CPU, **options)
 
 
@@ -56,15 +56,15 @@ def test_the_batches_come_to_the_head_as_in_the_model_itself(structure):
 def test_what_the_work_takes_on_itself_is_not_taken_on_again(structure):
     batch = CalibrationBatch.before_embeddings({"input_ids": IDS})
     for part in walk(structure, [batch], holder(structure)):
-        if part.unit == 1:
+        if part.number == 1:
             entered = batch.hidden
             part.advance(lambda: None)
-        if part.unit == 2:
+        if part.number == 2:
             assert batch.hidden is entered
 
 
 def test_a_part_with_nothing_to_do_is_not_loaded(structure):
-    source = {2: UnitSource(structure)}.get
+    source = {2: PartSource(structure)}.get
     assert [in_memory(structure) for _ in walk(structure, [], holder(structure, source=source))] == [[], [], [2], []]
 
 
@@ -73,7 +73,7 @@ def test_it_stops_before_a_part_when_asked(structure):
     seen = []
     with raises(Interrupted, where=None) as failure:
         for part in walk(structure, [], holder(structure, is_interrupted=lambda: next(asked), stopped="stopped there")):
-            seen.append(part.unit)
+            seen.append(part.number)
     assert seen == [0, 1] and failure.value.what == "stopped there"
 
 
@@ -83,7 +83,7 @@ def test_modules_get_their_places_back_when_it_is_broken_off(structure):
     original = structure.model.get_submodule(path)
     parts = walk(structure, [], holder(structure))
     for part in parts:
-        if part.unit == 1:
+        if part.number == 1:
             part.installed.place(weight, torch.nn.Identity())
             assert structure.model.get_submodule(path) is not original
             break

@@ -188,14 +188,14 @@ def functions_of(family, tmp_path, **config):
 def test_functions_of_an_encoder_are_found_in_stem_blocks_and_head(tmp_path):
     found = functions_of("bert", tmp_path)
     block = "bert.encoder.layer.1."
-    assert [weight.name for weight in found.by_unit[0]] == ["bert.embeddings.LayerNorm"]
-    assert {weight.name: weight.role for weight in found.by_unit[2]} == {
+    assert [weight.name for weight in found.by_part[0]] == ["bert.embeddings.LayerNorm"]
+    assert {weight.name: weight.role for weight in found.by_part[2]} == {
         f"{block}attention.self.products": "softmax",
         f"{block}attention.output.LayerNorm": "norm",
         f"{block}intermediate.intermediate_act_fn": "activation",
         f"{block}output.LayerNorm": "norm",
     }
-    assert [(weight.name, weight.facts) for weight in found.by_unit[3]] == [
+    assert [(weight.name, weight.facts) for weight in found.by_part[3]] == [
         ("bert.pooler.activation", {"function": "tanh"})
     ]
 

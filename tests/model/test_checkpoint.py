@@ -15,7 +15,7 @@ from raising import raises
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from compressor.engine.block_io import UnitSource
+from compressor.engine.block_io import PartSource
 from compressor.errors import ModelError, PassError, UsageError
 from compressor.model.checkpoint import check_finite, open_checkpoint, resolve_model
 from compressor.model.structure import read_structure
@@ -186,7 +186,7 @@ def test_nan_and_inf_weights_are_found_with_their_place(value, tmp_path):
     tensors[name][3, 5] = value
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with raises(ModelError, where=name, reason="not-finite", bad=1, values=2048, first=[3, 5]):
-        UnitSource(read_structure(path)).read(name)
+        PartSource(read_structure(path)).read(name)
     check_finite("fine", torch.ones(3))
 
 

@@ -14,7 +14,7 @@ import yaml
 from many_models import classes_of, is_small, tiny_config
 from raising import raises
 
-from compressor.engine.calibration_batch import CalibrationBatch, equal_calls, finish_unit, run_unit
+from compressor.engine.calibration_batch import CalibrationBatch, equal_calls, finish_part, run_part
 from compressor.engine.plan import make_plan
 from compressor.errors import CompressError, ModelError
 from compressor.model import wrong_key
@@ -247,7 +247,7 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
     from functools import partial
 
     from compressor.engine.block_view import watched_parameters
-    from compressor.engine.resumable_forward import Forgotten, Tape, advance, needs
+    from compressor.engine.resumable_forward import Forgotten, RecordedForward, advance, needs
 
     structure = read_structure(saved("gemma4_shared"))
     probe = tiny.build("gemma4_shared")
@@ -262,11 +262,11 @@ def test_blocks_that_put_tensors_into_what_they_share_are_run_anew_and_never_sha
         streams.append(CalibrationBatch({"input_ids": ids}, hidden, calls))
     assert not equal_calls(streams[0].calls, streams[1].calls)
     stream, watched = streams[0], watched_parameters(structure, 1)
-    stream.tape = Tape()
-    work = partial(run_unit, structure, 1, stream)
-    advance(stream.tape, watched, work, lambda call: call.parameter.endswith("o_proj.weight"))
-    stream.tape.keep_only(needs(stream.tape, work))
-    stream.hidden = finish_unit(structure, 1, stream)
+    stream.recorded = RecordedForward()
+    work = partial(run_part, structure, 1, stream)
+    advance(stream.recorded, watched, work, lambda call: call.parameter.endswith("o_proj.weight"))
+    stream.recorded.keep_only(needs(stream.recorded, work))
+    stream.hidden = finish_part(structure, 1, stream)
     shared = next(value for value in stream.calls[0].kwargs.values() if hasattr(value, "keys"))
     assert not any(isinstance(part, Forgotten) for pair in shared.values() for part in pair)
 

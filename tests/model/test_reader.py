@@ -16,7 +16,7 @@ from same_model import differences
 
 from compressor.artifact import verify, writer
 from compressor.artifact.loader import load
-from compressor.engine.block_io import UnitSource, load_unit
+from compressor.engine.block_io import PartSource, fill_part
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted, ModelError, UsageError
 from compressor.model.checkpoint import open_checkpoint
@@ -135,7 +135,7 @@ def test_block_by_block_a_model_is_read_as_stock_reads_it(family, tmp_path):
     tiny.save(family, tmp_path, dtype=torch.bfloat16)
     structure = read_structure(tmp_path)
     for unit in range(structure.block_count + 2):
-        load_unit(structure, unit, UnitSource(structure), torch.device("cpu"))
+        fill_part(structure, unit, PartSource(structure), torch.device("cpu"))
     assert differences(stock(tmp_path), structure.model) == []
 
 
@@ -522,7 +522,7 @@ def test_a_refusal_of_a_resumed_run_keeps_what_was_done(tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.run.write_artifact", stop)
     with raises(Interrupted, where="run"):
         run(tmp_path / "m", tmp_path / "out")
-    done = sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
+    done = sorted(path.name for path in (tmp_path / "out.work" / "parts").iterdir())
 
     def refuse(*_, **__):
         raise UsageError("no", where="here")
@@ -530,5 +530,5 @@ def test_a_refusal_of_a_resumed_run_keeps_what_was_done(tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.run.write_artifact", refuse)
     with raises(UsageError, where="here"):
         compress(parse_recipe(RTN.encode()), str(tmp_path / "m"), tmp_path / "out", measure=False, resume=True)
-    assert done == sorted(path.name for path in (tmp_path / "out.work" / "units").iterdir())
+    assert done == sorted(path.name for path in (tmp_path / "out.work" / "parts").iterdir())
     monkeypatch.setattr("compressor.run.write_artifact", real)

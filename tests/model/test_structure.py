@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from raising import raises
 
-from compressor.engine.block_io import UnitSource, load_unit
+from compressor.engine.block_io import PartSource, fill_part
 from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import open_checkpoint
@@ -65,7 +65,7 @@ def test_stem_blocks_and_head_reproduce_the_model_bit_for_bit(family, tmp_path):
     prove_by_replay(structure)
     model = type(structure.model).from_pretrained(path, experts_implementation="eager").eval()
     for unit in range(structure.block_count + 2):
-        load_unit(structure, unit, UnitSource(structure), torch.device("cpu"))
+        fill_part(structure, unit, PartSource(structure), torch.device("cpu"))
     batch = example_batch(model, torch.device("cpu"))
     with torch.no_grad():
         output = model(**batch)
@@ -76,9 +76,9 @@ def test_stem_blocks_and_head_reproduce_the_model_bit_for_bit(family, tmp_path):
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_every_tensor_belongs_to_exactly_one_unit(family, tmp_path):
     structure = read_structure(tiny.save(family, tmp_path / "m"))
-    assert set(structure.unit_of) == set(structure.checkpoint.tensors)
+    assert set(structure.part_by_tensor) == set(structure.checkpoint.tensors)
     for unit in range(1, structure.block_count + 1):
-        inside = [tensor for tensor, at in structure.unit_of.items() if at == unit]
+        inside = [tensor for tensor, at in structure.part_by_tensor.items() if at == unit]
         assert inside and all(f".{unit - 1}." in tensor for tensor in inside)
 
 
@@ -86,7 +86,7 @@ def test_parameters_read_block_by_block_equal_from_pretrained(tmp_path):
     path = tiny.save("mixtral", tmp_path / "m", shard="20KB")
     structure = read_structure(path)
     model = hf.AutoModelForCausalLM.from_pretrained(path)
-    source = UnitSource(structure)
+    source = PartSource(structure)
     for name, parameter in model.named_parameters():
         assert torch.equal(read_parameter(name, structure.bindings, source.read, structure.model), parameter), name
 

@@ -114,7 +114,7 @@ def carry_out(
     after, _ = run_reshape(work, step)
     warnings = [warning for line in journal.lines.values() for warning in line.facts["warnings"]]
     journal.close()
-    written = directory / "units" / "s00"
+    written = directory / "parts" / "s00"
     model, info = type(after.model).from_pretrained(written, dtype=torch.float64, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return Pruned(dense, model.eval(), structure, after, sites, facts, redefinition, written, warnings)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from compressor.engine.resumable_forward import Diverged, Forgotten, Tape, advance, needs, run_on
+from compressor.engine.resumable_forward import Diverged, Forgotten, RecordedForward, advance, needs, run_on
 from compressor.model.block_runner import Pieces, Stop
 from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.structure import find_blocks
@@ -50,7 +50,7 @@ def named(block):
     return {name: p for name, p in block.named_parameters() if p.dim() > 1}
 
 
-def halts_at(name):
+def pauses_at(name):
     return lambda call: call.parameter == name
 
 
@@ -64,7 +64,7 @@ X = torch.linspace(-1, 1, 12).view(3, 4)
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_a_block_that_halts_at_every_product_computes_the_same_bits(family):
+def test_a_block_that_pauses_at_every_product_computes_the_same_bits(family):
     model = tiny.build(family, dtype=torch.bfloat16).requires_grad_(False)
     model.config.use_cache = False
     use_eager_experts(model.config)
@@ -74,55 +74,55 @@ def test_a_block_that_halts_at_every_product_computes_the_same_bits(family):
     watched = named(block)
     work = partial(pieces.block, 0, hidden, calls[0])
     expected = work()
-    tape, seen = Tape(), []
+    recorded, seen = RecordedForward(), []
     while True:
         known = set(seen)
-        reached = advance(tape, watched, work, lambda call, known=known: call.parameter not in known)
+        reached = advance(recorded, watched, work, lambda call, known=known: call.parameter not in known)
         if reached is None:
             break
         seen.append(reached.parameter)
-        went_on = run_on(tape, watched, work, lambda call: None)
+        went_on = run_on(recorded, watched, work, lambda call: None)
         assert torch.equal(went_on, expected)
-        if tape.is_spent:  # this family changes tensors that the recorded forward keeps: start again, as the sweep does
-            tape = Tape()
+        if recorded.is_spent:  # this family changes tensors that are kept: start again, as the sweep does
+            recorded = RecordedForward()
     assert set(seen) == set(watched)
 
 
 def test_what_lies_before_the_halt_is_computed_once(block):
-    tape, work = Tape(), partial(block, X)
+    recorded, work = RecordedForward(), partial(block, X)
     with Counted(torch.tanh) as counted:
-        advance(tape, named(block), work, halts_at("second.weight"))
-        run_on(tape, named(block), work, lambda call: None)
-        run_on(tape, named(block), work, lambda call: None)
+        advance(recorded, named(block), work, pauses_at("second.weight"))
+        run_on(recorded, named(block), work, lambda call: None)
+        run_on(recorded, named(block), work, lambda call: None)
     assert counted.count == 1
-    assert tape.passed == {"first.weight"}
+    assert recorded.passed == {"first.weight"}
 
 
 def test_a_weight_changed_at_the_halt_is_the_one_that_multiplies(block):
-    tape, work = Tape(), partial(block, X)
-    call = advance(tape, named(block), work, halts_at("second.weight"))
+    recorded, work = RecordedForward(), partial(block, X)
+    call = advance(recorded, named(block), work, pauses_at("second.weight"))
     block.second.weight.zero_()
-    assert torch.equal(run_on(tape, named(block), work, lambda call: None), block.second.bias + X)
+    assert torch.equal(run_on(recorded, named(block), work, lambda call: None), block.second.bias + X)
     assert torch.equal(call.input, torch.tanh(block.first(X)))
 
 
 def test_only_what_the_frames_refer_to_is_kept(block):
-    tape = Tape()
-    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
-    shapes = sorted(tuple(t.shape) for t in tape.kept())
+    recorded = RecordedForward()
+    advance(recorded, named(block), partial(block, X), pauses_at("second.weight"))
+    shapes = sorted(tuple(t.shape) for t in recorded.kept())
     assert shapes == [(3, 4), (3, 4), (6, 4)]  # y, z and big are locals of forward; the products are not
-    assert tape.nbytes == 4 * (12 + 12 + 24)
+    assert recorded.nbytes == 4 * (12 + 12 + 24)
 
 
 def test_what_is_kept_is_let_go_when_the_pass_goes_on(block):
-    tape, work = Tape(), partial(block, X)
-    call = advance(tape, named(block), work, halts_at("second.weight"))
-    held = weakref.ref(tape.kept()[0])
+    recorded, work = RecordedForward(), partial(block, X)
+    call = advance(recorded, named(block), work, pauses_at("second.weight"))
+    held = weakref.ref(recorded.kept()[0])
     del call
     gc.disable()
     try:
-        assert advance(tape, named(block), work, halts_at("nothing")) is None
-        assert tape.is_spent and held() is None
+        assert advance(recorded, named(block), work, pauses_at("nothing")) is None
+        assert recorded.is_spent and held() is None
     finally:
         gc.enable()
 
@@ -130,24 +130,24 @@ def test_what_is_kept_is_let_go_when_the_pass_goes_on(block):
 def test_a_forward_that_goes_another_way_is_noticed():
     ways = iter([torch.sin, torch.cos])
     block = Block(touch=lambda x: next(ways)(x)).requires_grad_(False)
-    tape = Tape()
-    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+    recorded = RecordedForward()
+    advance(recorded, named(block), partial(block, X), pauses_at("second.weight"))
     with pytest.raises(Diverged):
-        run_on(tape, named(block), partial(block, X), lambda call: None)
+        run_on(recorded, named(block), partial(block, X), lambda call: None)
 
 
 def test_a_fault_before_the_halt_sends_the_caller_back_to_the_start(block):
-    tape = Tape()
-    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
+    recorded = RecordedForward()
+    advance(recorded, named(block), partial(block, X), pauses_at("second.weight"))
 
     def faulty():
-        raise ValueError("out of reach of the tape")
+        raise ValueError("out of reach of the recorded")
 
     with pytest.raises(Diverged) as caught:
-        run_on(tape, named(block), faulty, lambda call: None)
+        run_on(recorded, named(block), faulty, lambda call: None)
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(ValueError):
-        run_on(Tape(), named(block), faulty, lambda call: None)
+        run_on(RecordedForward(), named(block), faulty, lambda call: None)
 
 
 def test_writing_into_what_is_kept_spends_the_tape():
@@ -158,15 +158,15 @@ def test_writing_into_what_is_kept_spends_the_tape():
 
     block = InPlace().requires_grad_(False)
     expected = block(X)
-    tape = Tape()
-    advance(tape, named(block), partial(block, X), halts_at("second.weight"))
-    assert torch.equal(run_on(tape, named(block), partial(block, X), lambda call: None), expected)
-    assert tape.is_spent
+    recorded = RecordedForward()
+    advance(recorded, named(block), partial(block, X), pauses_at("second.weight"))
+    assert torch.equal(run_on(recorded, named(block), partial(block, X), lambda call: None), expected)
+    assert recorded.is_spent
 
 
 def test_running_on_may_be_stopped_and_repeated(block):
-    tape, work = Tape(), partial(block, X)
-    advance(tape, named(block), work, halts_at("first.weight"))
+    recorded, work = RecordedForward(), partial(block, X)
+    advance(recorded, named(block), work, pauses_at("first.weight"))
     inputs = []
 
     def visit(call):
@@ -174,18 +174,18 @@ def test_running_on_may_be_stopped_and_repeated(block):
         if call.parameter == "second.weight":
             raise Stop
 
-    assert run_on(tape, named(block), work, visit) is None
-    assert len(inputs) == 2 and not tape.is_spent
-    assert torch.equal(run_on(tape, named(block), work, lambda call: None), block(X))
+    assert run_on(recorded, named(block), work, visit) is None
+    assert len(inputs) == 2 and not recorded.is_spent
+    assert torch.equal(run_on(recorded, named(block), work, lambda call: None), block(X))
 
 
 def test_what_the_rest_never_reads_is_let_go(block):
     work = partial(block, X)
-    first, second = Tape(), Tape()
-    advance(first, named(block), work, halts_at("second.weight"))
+    first, second = RecordedForward(), RecordedForward()
+    advance(first, named(block), work, pauses_at("second.weight"))
     needed = needs(first, work)
     assert not first.is_spent and len(first.kept()) == 3  # looking changes nothing
-    advance(second, named(block), work, halts_at("second.weight"))
+    advance(second, named(block), work, pauses_at("second.weight"))
     assert first.calls == second.calls
     second.keep_only(needed)
     assert [tuple(t.shape) for t in second.kept()] == [(3, 4)]  # z, the input of the product
@@ -193,11 +193,11 @@ def test_what_the_rest_never_reads_is_let_go(block):
 
 
 def test_reading_what_was_let_go_is_noticed(block):
-    tape, work = Tape(), partial(block, X)
-    advance(tape, named(block), work, halts_at("second.weight"))
-    tape.keep_only(frozenset())
+    recorded, work = RecordedForward(), partial(block, X)
+    advance(recorded, named(block), work, pauses_at("second.weight"))
+    recorded.keep_only(frozenset())
     with pytest.raises(Diverged, match="reads"):
-        run_on(tape, named(block), work, lambda call: None)
+        run_on(recorded, named(block), work, lambda call: None)
 
 
 def test_returning_what_was_let_go_is_noticed():
@@ -208,12 +208,12 @@ def test_returning_what_was_let_go_is_noticed():
             return y
 
     block = Returns().requires_grad_(False)
-    tape, work = Tape(), partial(block, X)
-    advance(tape, named(block), work, halts_at("second.weight"))
-    assert len(needs(tape, work)) == 1
-    tape.keep_only(frozenset())
+    recorded, work = RecordedForward(), partial(block, X)
+    advance(recorded, named(block), work, pauses_at("second.weight"))
+    assert len(needs(recorded, work)) == 1
+    recorded.keep_only(frozenset())
     with pytest.raises(Diverged, match="returns"):
-        run_on(tape, named(block), work, lambda call: None)
+        run_on(recorded, named(block), work, lambda call: None)
 
 
 def test_a_forgotten_tensor_can_not_be_computed_with():
