@@ -12,6 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from compressor import __version__
+from compressor.cli.options import (
+    DeviceOpt,
+    DirArg,
+    FormatOpt,
+    FreshOpt,
+    JsonOpt,
+    ModelOpt,
+    NoEvalOpt,
+    QuietOpt,
+    RecipeArg,
+    ResumeOpt,
+    SetOpt,
+    ThreadsOpt,
+    TrustOpt,
+)
 from compressor.cli.progress import Mode, json_line, show
 from compressor.cli.render import (
     Format,
@@ -60,38 +75,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of a bundled recipe.", show_default=False)]
-ModelOpt = Annotated[
-    str,
-    typer.Option(
-        "--model", help="Checkpoint directory, name of a model in the local hub cache, or demo.", show_default=False
-    ),
-]
-SetOpt = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, for example steps.0.bits=3.")
-]
-DeviceOpt = Annotated[str, typer.Option(help="Device for the work: auto, cpu, cuda or cuda:N.")]
-ThreadsOpt = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=4096,
-        help="Number of CPU threads. Results are reproducible only for the same number.",
-        show_default=False,
-    ),
-]
-ResumeOpt = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")]
-FreshOpt = Annotated[
-    bool, typer.Option("--fresh", help="Delete what an earlier run wrote to this --output, and begin again.")
-]
-NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the evaluation. The recipe must have no gates.")]
-TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow code that is bundled with the checkpoint to run.")
-]
-QuietOpt = Annotated[bool, typer.Option("--quiet", help="Print only warnings and errors.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON event per line on standard output.")]
-FormatOpt = Annotated[Format, typer.Option("--format", help="Choose the output format.")]
-DirArg = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
 
 
 def _version(asked: bool) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from compressor.analysis.input_producers import Producers, find_producers, producers_of
-from compressor.analysis.model_facts import facts_of
 from compressor.artifact.export_format import Route, choose_route, next_route
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
@@ -26,10 +25,10 @@ from compressor.engine.plan_records import (
     Selected,
     Sizes,
     UnusedRow,
-    parameter_count,
     sharer,
 )
 from compressor.engine.planned_formats import follow_formats
+from compressor.engine.planned_reshapes import follow_reshapes
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoTwin, try_loaders
 from compressor.errors import CompressError, ModelError, PreflightError
@@ -44,7 +43,7 @@ from compressor.model.structure import Structure, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
 from compressor.model.unused_tensors import TELLS
-from compressor.protocol import Fact, RewritePass, TokenPass, WeightPass
+from compressor.protocol import Fact, RewritePass, TokenPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
 
@@ -65,7 +64,7 @@ def make_plan(
     recipe = recipe.fit_lengths(limit_of(source.model))
     findings = Findings()
     _warn_of_unused_code(source, findings)
-    reshapes = _follow_reshapes(recipe, source, (), findings)
+    reshapes = follow_reshapes(recipe, source, (), findings)
     plan = _with_storing_steps(Plan, recipe, source, reshapes, findings, tries_loaders=prove)
     check_limits(plan.sizes, recipe.limits, output, findings)
     for name, asked in replaced_implementations(source.checkpoint.config).items():
@@ -85,7 +84,7 @@ def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
     after = check_redefinition(planned.before, redefinition, dotted(step.path), isinstance(step.settings, RewritePass))
     known = (*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, redefinition=redefinition, after=after))
     findings = Findings()
-    reshapes = _follow_reshapes(plan.recipe, plan.source, known, findings)
+    reshapes = follow_reshapes(plan.recipe, plan.source, known, findings)
     decided = _with_storing_steps(
         DecidedPlan, plan.recipe, plan.source, reshapes, findings, tries_loaders=plan.tries_loaders
     )
@@ -171,86 +170,6 @@ def _warn_of_unused_code(source: Structure, findings: Findings) -> None:
             "used instead; the artifact doesn't hold the code"
         )
         findings.warn("code-not-used", ", ".join(files), message)
-
-
-def _follow_reshapes(
-    recipe: Recipe, source: Structure, known: tuple[Reshape, ...], findings: Findings
-) -> tuple[Reshape, ...]:
-    """The model from one reshaping step to the next, from the known ones on; the first that can't be done ends it."""
-    reshapes = list(known)
-    done = {reshape.step.path for reshape in known}
-    for number, sweep in enumerate(recipe.sweeps):
-        for step in sweep:
-            if isinstance(step.settings, WeightPass) or step.path in done:
-                continue
-            before = reshapes[-1].after if reshapes else source
-            try:
-                _check_place(recipe, number, step)
-                reshapes.append(_planned_reshape(step, before, parameter_count(source)))
-            except CompressError as problem:
-                findings.problems.append(problem)
-                return tuple(reshapes)
-            except Exception as error:  # any: a pass runs the model's own code in ways of its own
-                findings.problems.append(_cannot_reshape(step, before, error))
-                return tuple(reshapes)
-    return tuple(reshapes)
-
-
-def _planned_reshape(step: Step, before: Structure, source_parameters: int) -> Reshape:
-    """What a reshaping step promises to make of the model, before it has chosen anything."""
-    facts = facts_of(before, source_parameters)
-    assert isinstance(step.settings, RewritePass | TokenPass)
-    redefinition = step.settings.redefine(facts, None)
-    after = check_redefinition(before, redefinition, dotted(step.path), isinstance(step.settings, RewritePass))
-    return Reshape(step, before, facts, redefinition, after)
-
-
-def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> ModelError:
-    refusal = ModelError(
-        f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
-        where=structure.architecture,
-        hint="Use another pass. If transformers runs the model, report this message with its config.json.",
-        data={"reason": "not-taken-apart", "pass": step.name, "error": type(error).__name__},
-    )
-    refusal.__cause__ = error
-    return refusal
-
-
-def _check_place(recipe: Recipe, number: int, step: Step) -> None:
-    """raises PreflightError for a reshaping step that shares a sweep, comes too late, or is meant for some weights"""
-    where = dotted(step.path)
-    if len(recipe.sweeps[number]) > 1:
-        raise PreflightError(
-            f"{step.name} changes the model itself and can't share a sweep",
-            where=where,
-            hint=f"Write {step.name} as a step of its own, outside of `sweep`.",
-            data={"reason": "shares-sweep", "pass": step.name},
-        )
-    earlier = [s for sweep in recipe.sweeps[:number] for s in sweep]
-    rewrites = isinstance(step.settings, RewritePass)
-    if rewrites and (stored := [s.name for s in earlier if isinstance(s.settings, WeightPass)]):
-        raise PreflightError(
-            f"{step.name} needs dense weights everywhere, and {stored[0]} comes before it",
-            where=where,
-            hint=f"Move the step {step.name} before {stored[0]} in the recipe.",
-            data={"reason": "needs-dense", "pass": step.name, "before": stored[0]},
-        )
-    if changed := [s.name for s in earlier if isinstance(s.settings, TokenPass)]:
-        raise PreflightError(
-            f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
-            where=where,
-            hint=f"Move the step {step.name} before {changed[0]}, and use {changed[0]} only once.",
-            data={"reason": "needs-own-blocks", "pass": step.name, "before": changed[0]},
-        )
-    if step.settings.only != ("*",) or step.settings.except_:
-        raise PreflightError(
-            f"{step.name} changes the whole residual stream and can't be confined to some weights"
-            if rewrites
-            else f"{step.name} touches no weights, so there are none to choose",
-            where=where,
-            hint=f"Remove `only` and `except` from the step {step.name}.",
-            data={"reason": "changes-all" if rewrites else "changes-no-weights", "pass": step.name},
-        )
 
 
 def _check_facts(recipe: Recipe, findings: Findings) -> None:
