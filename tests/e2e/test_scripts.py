@@ -12,7 +12,7 @@ import pytest
 import shaping
 import tiny
 import torch
-from bench import cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
+from bench import awq, cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
 from train import lm, vit
 
 from compressor.analysis.model_facts import facts_of
@@ -217,3 +217,14 @@ def test_figures_go_out_of_the_tree_or_to_a_file_that_is_named(tmp_path):
     assert parser.parse_args([]).output == Path("out/bench/some.json")
     result_file.write({"rows": []}, tmp_path / "new" / "some.json")
     assert json.loads((tmp_path / "new" / "some.json").read_text()) == {"rows": []}
+
+
+@torch.no_grad()
+def test_planted_outliers_keep_what_a_model_computes():
+    model = tiny.build("llama", dtype=torch.float64)
+    tokens = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    wanted, gains = model(input_ids=tokens).logits, model.model.layers[1].input_layernorm.weight.clone()
+    awq.plant(model, torch.Generator().manual_seed(0))
+    grown = model.model.layers[1].input_layernorm.weight / gains
+    assert sorted(grown.tolist())[-awq.FEATURES :] == pytest.approx([awq.FACTOR] * awq.FEATURES)
+    assert (model(input_ids=tokens).logits - wanted).abs().max() < 1e-6 * wanted.abs().max()

@@ -45,7 +45,9 @@ def test_shipped_recipes_plan_on_the_demo_model(name, tmp_path):
     plan = make_plan(recipe, model, prove=False)
     found = [row for row in plan.rows if len(row.shape) == 2]
     assert not plan.problems
-    assert len({row.name for row in found}) == (matrices if any(isinstance(s.settings, WeightPass) for s in recipe.steps) else 0)
+    assert len({row.name for row in found}) == (
+        matrices if any(isinstance(s.settings, WeightPass) for s in recipe.steps) else 0
+    )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
