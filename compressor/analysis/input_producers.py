@@ -22,7 +22,7 @@ Time: some tens of forward passes of each kind of block on a few tokens. Memory:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +108,29 @@ class _Run:
         )
 
 
+class _ScaledProducts(ObservedMatmuls):
+    """Reports products, and multiplies the outputs of those by one parameter."""
+
+    def __init__(
+        self,
+        watched: Mapping[str, Tensor],
+        on_call: Callable[[ObservedMatmul], None],
+        maker: str | None,
+        factors: Tensor | None,
+    ) -> None:
+        super().__init__(watched, on_call)
+        self.maker, self.factors, self.is_made = maker, factors, False
+
+    def visit(self, call: ObservedMatmul) -> None:
+        self.is_made = call.parameter == self.maker
+        super().visit(call)
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.is_made = False
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result * self.factors if self.is_made else result
+
+
 class _Runner:
     """A block of the probe model on one random input; parameters can be scaled for the time of a run."""
 
@@ -119,13 +142,14 @@ class _Runner:
         self.products = {product.parameter: product for product in products}
         self.before = self.run()
 
-    def run(self) -> _Run:
+    def run(self, maker: str | None = None, factors: Tensor | None = None) -> _Run:
+        """factors: what the outputs of the products by `maker` are multiplied by, as if its rows and bias were"""
         inputs: dict[str, list[Tensor]] = {}
 
         def note(call: ObservedMatmul) -> None:
             inputs.setdefault(call.parameter, []).append(call.input.reshape(-1, call.input.shape[-1]).clone())
 
-        with ObservedMatmuls(self.parameters, note):
+        with _ScaledProducts(self.parameters, note, maker, factors):
             output = hidden_of(self.block(self.x, *self.call.args, **self.call.kwargs))
         return _Run(output, inputs)
 
@@ -270,8 +294,7 @@ def _decoded(runner: _Runner, maker: str, target: str, chosen: Tensor) -> Tensor
 
 def _doubled(runner: _Runner, maker: str, target: str, factors: Tensor) -> Tensor | None:
     """Which features of the target's input are exactly doubled; None if one is neither that nor as it was."""
-    with runner.scaled(_of_rows(runner, maker, factors)):
-        now = runner.run().inputs.get(target, [])
+    now = runner.run(maker, factors).inputs.get(target, [])
     then = runner.before.inputs[target]
     if [x.shape for x in now] != [x.shape for x in then]:
         return None
