@@ -27,8 +27,9 @@ Where we differ from the paper's code, and why
 - A gain below 1 % of the square error is no reason to scale: it is within what rounding moves by chance.
 - The search for a step with error feedback is ours; the paper composes with GPTQ by its own scales.
 
-Cost per block: for each producer `steps` roundings of the weights that read it, and with `rounding: nearest` as many
-runs of the block on `search_batches` batches, else what gptq takes for second moments and their factor. Memory: these
+Cost per block: with `rounding: nearest`, for each producer `steps` roundings of the weights that read it, and as many
+runs of the block on `search_batches` batches; else `steps` roundings of 512 of their rows, and what gptq takes for
+second moments and their factor. Memory: these
 weights once more in float32, and the block's outputs on those batches or the second moments.
 """
 
@@ -51,6 +52,7 @@ from compressor.protocol import BlockView, Group, Producer, Stage, Traits, Weigh
 
 MIN_GAIN = 0.01  # of the square error; on the demo model at 3 bits smaller gains moved perplexity both ways
 PERCDAMP = 0.01  # as gptq's default
+SEARCHED_ROWS = 512  # of a weight, before gptq: errors of rows are alike, so a part of them orders the exponents
 SMALLEST = 1e-4  # mean magnitudes are not below it: a feature that is always zero would ask for an endless factor
 
 
@@ -158,13 +160,11 @@ class AWQ(WeightPass):
     ) -> Callable[[torch.Tensor], float]:
         """What error feedback leaves of the rounding of these weights; of plain rounding where H can't be factored."""
         kept = feedback(view, producer)
+        sampled = [_some_rows(view.matrix(weight)) for weight in weights]
 
         def error_of(columns: torch.Tensor) -> float:
-            total = 0.0
-            for weight in weights:
-                matrix = view.matrix(weight)
-                total += float(((self._rounded(matrix, columns, view) - matrix) * kept).square().sum())
-            return total
+            errors = (((self._rounded(rows, columns, view) - rows) * kept).square().sum() for rows in sampled)
+            return float(sum(errors))
 
         return error_of
 
@@ -268,6 +268,13 @@ def fold(view: BlockView, producer: Producer, factors: torch.Tensor) -> None:
     for consumer in producer.consumers:
         value = view.read(consumer.parameter)
         view.write(consumer.parameter, value.float() * _along(factors[slices], consumer.axis, value))
+
+
+def _some_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """At most SEARCHED_ROWS rows of a weight (out, in), evenly spaced; each is rounded by itself."""
+    if len(matrix) <= SEARCHED_ROWS:
+        return matrix
+    return matrix[torch.linspace(0, len(matrix) - 1, SEARCHED_ROWS, device=matrix.device).long()]
 
 
 def _along(factors: torch.Tensor, axis: int, value: torch.Tensor) -> torch.Tensor:
