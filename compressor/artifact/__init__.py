@@ -1,1 +1,1 @@
-"""Artifacts: written, loaded, verified and inspected."""
+"""Writes, loads, verifies and inspects artifacts."""

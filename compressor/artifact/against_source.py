@@ -1,17 +1,17 @@
-"""Compares an artifact with its source, where the source is what stock transformers loads of it.
+"""Compares an artifact with its source, as stock transformers loads the source.
 
-Nothing of the source is read by this package's own reader here, so a mistake of the reader (another file, rounded
-parameters, codes taken for weights, a dropped tensor) is found and not repeated. What can be compared depends on the
-steps that made the artifact (`source.changes` in the manifest):
+This package's own reader doesn't read the source here. So an error of the reader (another file, rounded parameters,
+codes read as weights, a dropped tensor) is found and not repeated. What can be compared depends on the steps that made
+the artifact (`source.changes` in the manifest):
 
-- no step changed the model itself: every tensor that no step touched equals the source's bit for bit; every stored
-  weight, and every dense tensor that a step has rescaled, is as far from the source's as the run recorded it; and the
-  source's model with all of these in it computes what the artifact computes
-- a step rewrote parameters: this package's reading of the source equals stock transformers' bit for bit, and the
-  distance of the outputs is reported; it is judged where the steps keep the function (fuse_norms, rotate) and nothing
-  was quantized
+- If no step changed the model itself: every tensor that no step changed is bit-identical to the source's. Every stored
+  weight, and every dense tensor that a step has rescaled, has the distance from the source's that the run recorded. And
+  the source's model with all of these in it computes what the artifact computes.
+- If a step rewrote parameters: this package's reading of the source is bit-identical to stock transformers', and the
+  distance of the outputs is reported. This distance is judged only if the steps keep the function (fuse_norms, rotate)
+  and nothing was quantized.
 
-A source that doesn't fit into memory is loaded to disk by transformers itself, and run and compared part by part.
+If the source doesn't fit into memory, transformers loads it to disk, and it is run and compared part by part.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight, part_of
 from compressor.storage.file_names import MANIFEST
 
-MEMORY_SHARE = 0.8  # of the available memory that a source may take before it goes to disk
-ERROR_TOLERANCE = 1e-3  # of a recorded error: the same numbers, summed in another order
-# Rounding each parameter to its dtype once moves outputs by about a unit in the last place a block, and a rotation adds
-# sums of its own; a wrong rotation moves them by about their own size.
+MEMORY_SHARE = 0.8  # share of the available memory; a larger source is loaded to disk
+ERROR_TOLERANCE = 1e-3  # of a recorded error, for sums in another order
+# If each parameter is rounded to its dtype once, outputs move by about a unit in the last place per block, and a
+# rotation adds its own sums. A wrong rotation moves outputs by about their own size.
 ROUNDING_UNITS = 8
 
 Print = tuple[str, str]  # dtype and shape of a tensor, SHA-256 of its bytes
@@ -57,9 +57,9 @@ def load_source(
 ) -> Any:
     """The source by `from_pretrained`, in eval mode.
 
-    dtype    of the artifact; transformers keeps some parameters in float32 all the same
-    offload  an empty folder: parameters stay on disk until a module runs. None: all are in memory
-    raises   ModelError where its class is code of the checkpoint, and that isn't trusted
+    dtype    dtype of the artifact; transformers keeps some parameters in float32 regardless of it
+    offload  an empty directory: parameters stay on disk until a module runs. None: all parameters are in memory
+    raises   ModelError if its class is code of the checkpoint and that code isn't trusted
     """
     cls: Any = class_of(checkpoint, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, **OFFLINE, **plain_options(checkpoint.config)}
@@ -69,7 +69,7 @@ def load_source(
 
 
 def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) -> bool:
-    """Whether the source in `dtype` is larger than `limit` bytes, or than most of the memory that is available now."""
+    """Whether the source in `dtype` is larger than `limit` bytes, or than most of the available memory."""
     size = sum(info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values()) * dtype.itemsize
     return size > (MEMORY_SHARE * psutil.virtual_memory().available if limit is None else limit)
 
@@ -77,7 +77,7 @@ def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) 
 def read_changes(manifest: Manifest) -> tuple[list[Change], dict[str, float | None]]:
     """The steps that changed the model itself, and the recorded error of each stored weight.
 
-    raises ArtifactError for an artifact whose manifest doesn't say it
+    raises ArtifactError for an artifact whose manifest doesn't have them
     """
     source = manifest["source"]
     changes = source.get("changes")
@@ -91,9 +91,9 @@ def read_changes(manifest: Manifest) -> tuple[list[Change], dict[str, float | No
 
 
 def why_not_comparable(checkpoint: Checkpoint) -> str | None:
-    """Why stock transformers can't load this source at all."""
+    """Why stock transformers can't load this source; None if it can."""
     if is_reshaped(checkpoint.config):
-        return "the source's config.json asks for shapes or layers that stock transformers doesn't know"
+        return "the source's config.json has shapes or layers that stock transformers doesn't know"
     return None
 
 
@@ -111,7 +111,7 @@ def prints_of(model: Any) -> dict[str, Print]:
 
 
 def ties_of(model: Any) -> set[frozenset[str]]:
-    """Names of parameters that share one storage; of a model on disk, those that transformers tied."""
+    """Names of parameters that share one storage. For a model on disk: those that transformers tied."""
     if any(value.is_meta for value in model.parameters()):
         tied: dict[str, set[str]] = {}
         for target, origin in model.all_tied_weights_keys.items():
@@ -131,13 +131,13 @@ def compare_tensors(
     ties: set[frozenset[str]],
     manifest: Manifest,
 ) -> tuple[TensorComparison, list[str]]:
-    """Hold every tensor of an artifact to the source's.
+    """Compare every tensor of an artifact with the source's.
 
     source  the source's model, by stock transformers
     own     the artifact, by `compressor.load`
-    dtype   of the artifact, in which errors were recorded
-    prints  of the artifact's model by its stock loader, and `ties` of the same
-    returns how many were compared, with the largest difference of an error from its record; the problems
+    dtype   dtype of the artifact, in which errors were recorded
+    prints  prints of the artifact's model by its stock loader, and `ties` of the same model
+    returns the numbers of compared tensors with the largest difference from a recorded error; the problems
     """
     _, errors = read_changes(manifest)
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
@@ -151,7 +151,7 @@ def compare_tensors(
 
 
 def _stored_parameters(forms: Sequence[StoredWeight]) -> set[str]:
-    """Parameters that stored weights, or biases in them, took the place of."""
+    """Parameters that were replaced by stored weights, or by biases in them."""
     matrices = [form for form in forms if not form.weight.is_function]
     biases = {_module(form.weight) + ".bias" for form in matrices if form.bias is not None}
     return {form.weight.parameter for form in matrices} | biases
@@ -160,7 +160,7 @@ def _stored_parameters(forms: Sequence[StoredWeight]) -> set[str]:
 def _compare_dense(
     source: Any, forms: Sequence[StoredWeight], stored: set[str], prints: dict[str, Print]
 ) -> tuple[int, list[str]]:
-    """Tensors that no step touched: how many are equal; the problems."""
+    """Compare tensors that no step changed. Returns the number of equal ones, and the problems."""
     functions = tuple(_module(form.weight) + "." for form in forms if form.weight.is_function)
     problems: list[str] = []
     equal = 0
@@ -171,7 +171,7 @@ def _compare_dense(
         expected = _print(meant)
         equal += found == expected
         if found is None:
-            problems.append(f"{name} of the source is not in the artifact")
+            problems.append(f"{name} of the source is missing in the artifact")
         elif found[0] != expected[0]:
             problems.append(f"{name} is {found[0]}, and {expected[0]} in the source")
         elif found != expected:
@@ -180,31 +180,31 @@ def _compare_dense(
 
 
 def _rewritten(manifest: Manifest) -> dict[str, float]:
-    """Dense parameters that a step has given new values -> how far from the source's the run found them."""
+    """Dense parameters with new values -> the distance from the source's that the run recorded."""
     return manifest["source"].get("rewritten", {})
 
 
 def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> list[str]:
-    """Whether those are as far from the source's as the run recorded; the problems."""
+    """Compare the distance of these parameters from the source's with the recorded one. Returns the problems."""
     problems, held = [], dict(own.named_parameters(remove_duplicate=False))
     for name, recorded in rewritten.items():
         if (value := held.get(name)) is None:
-            problems.append(f"{name} has new values by the manifest, and the artifact has no such tensor")
+            problems.append(f"{name} has new values according to the manifest, but the artifact has no such tensor")
             continue
         with _held(source, name) as meant:
             same_shape = value.shape == meant.shape and value.dtype == meant.dtype
             error = relative_distance(value, meant) if same_shape else float("inf")
         if not abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5:
             problems.append(
-                f"{name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
+                f"{name} has a relative error of {error:.4g} against the source, but the run recorded {recorded:.4g}"
             )
     return problems
 
 
 def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]) -> list[str]:
-    """Parameters that share one tensor in one of the two models only."""
+    """Parameters that share one tensor in only one of the two models."""
     problems = []
-    own_modules = tuple(f"{_module(form.weight)}." for form in forms)  # a head of its own has a bias of its own too
+    own_modules = tuple(f"{_module(form.weight)}." for form in forms)  # an untied output head has its own bias, too
     for group in sorted(map(sorted, ties_of(source))):
         is_parted = any(name in stored or name.startswith(own_modules) for name in group)
         if not is_parted and frozenset(group) not in ties:
@@ -218,14 +218,14 @@ def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], 
 def _compare_stored(
     source: Any, own: Any, forms: Sequence[StoredWeight], errors: dict[str, float | None], dtype: torch.dtype
 ) -> tuple[float, list[str]]:
-    """Errors of stored weights against the source: the largest difference from what the run recorded; the problems."""
+    """Compare stored weights with the source's. Returns the largest difference from a recorded error; the problems."""
     problems: list[str] = []
     largest = 0.0
     for weight in (form.weight for form in forms if not form.weight.is_function):
         error = _error_of(source, own, weight, dtype)
         recorded = errors.get(weight.name)
         if recorded is None:
-            if not error < 1:  # as far from it as zeros would be; NaN fails too
+            if not error < 1:  # 1 is the error of a zero weight; NaN fails too
                 problems.append(
                     f"{weight.name} is not an approximation of the source's weight (relative error {error:.3g})"
                 )
@@ -240,7 +240,7 @@ def _compare_stored(
 
 
 def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> float:
-    """Relative distance of a stored weight from the source's; infinite where it has another shape."""
+    """Relative distance of a stored weight from the source's; infinite if the shapes differ."""
     with _held(source, weight.parameter) as whole:
         meant = part_of(whole, weight)
         if weight.expert is None:
@@ -251,7 +251,7 @@ def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> floa
 
 
 def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> list[str]:
-    """Parameters of which some experts are stored, where the others aren't the source's."""
+    """Problems of parameters of which some experts are stored, and the others differ from the source's."""
     experts: dict[str, list[Weight]] = {}
     for weight in (form.weight for form in forms if form.weight.expert is not None):
         experts.setdefault(weight.parameter, []).append(weight)
@@ -264,7 +264,7 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
 
 
 def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
-    """Put the artifact's stored layers, its experts and what has new values into the source's model, in place."""
+    """Put the artifact's stored layers, its experts and its dense tensors with new values into the source's model."""
     for name in _rewritten(manifest):
         owner, _, leaf = name.rpartition(".")
         _fetch(source.get_submodule(owner))
@@ -293,18 +293,18 @@ def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
 
 
 def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> list[str]:
-    """Hold what this package reads of a checkpoint to what stock transformers put into the model; the problems."""
+    """Compare what this package reads of a checkpoint with what stock transformers loads. Returns the problems."""
     structure = read_structure(directory, dtype=str(dtype).removeprefix("torch."), trust_remote_code=trust_remote_code)
     problems = []
     meant = dict(_tensors(source))
     for name in structure.bindings.sources:
         value = read_parameter(name, structure.bindings, structure.read, structure.model)
         if name not in meant:
-            problems.append(f"{name} was read from the source, and stock transformers has no such tensor")
+            problems.append(f"{name} was read from the source, but stock transformers has no such tensor")
             continue
         with _held(source, name) as expected:
             if _print(value) != _print(expected):
-                problems.append(f"{name} was read from the source as something else than stock transformers reads")
+                problems.append(f"{name} was read from the source with other values than stock transformers reads")
     tied = {name for group in ties_of(source) for name in group}
     known = {*structure.bindings.sources, *structure.bindings.tied, *tied}
     problems += [f"{name} of the source was not read" for name, _ in source.named_parameters() if name not in known]
@@ -312,12 +312,12 @@ def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remo
 
 
 def compare_outputs(found: Tensor, meant: Tensor) -> float | None:
-    """Relative distance of two models' outputs; None where they have other shapes, as after dropping tokens."""
+    """Relative distance of two models' outputs; None if their shapes differ, as after dropped tokens."""
     return relative_distance(found, meant) if found.shape == meant.shape else None
 
 
 def _equal_elsewhere(meant: Tensor, found: Tensor, members: list[Weight]) -> bool:
-    """Whether two parameters are equal outside the parts that these weights are."""
+    """Whether two parameters are equal outside the slices that these weights are."""
     outside = torch.ones(meant.shape, dtype=torch.bool)
     for weight in members:
         part_of(outside, weight).fill_(False)
@@ -325,7 +325,7 @@ def _equal_elsewhere(meant: Tensor, found: Tensor, members: list[Weight]) -> boo
 
 
 def _fetch(module: torch.nn.Module) -> None:
-    """Bring a module's own parameters from disk into memory for good; does nothing to one that is there."""
+    """Load a module's own parameters from disk into memory permanently. Does nothing if they are in memory."""
     with align_module_device(module):
         values = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
     remove_hook_from_module(module)
@@ -350,7 +350,7 @@ def _source_tensors(source: Any) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _held(source: Any, name: str) -> Iterator[Tensor]:
-    """A parameter or buffer of the source, fetched from disk where it lies there."""
+    """A parameter or buffer of the source, loaded from disk if it lies there."""
     path, _, leaf = name.rpartition(".")
     owner = source.get_submodule(path)
     with align_module_device(owner):

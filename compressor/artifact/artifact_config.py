@@ -1,4 +1,4 @@
-"""What an artifact's config.json says."""
+"""Makes the config.json of an artifact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def artifact_config(
     dtype: str,
     untied: bool,
 ) -> dict[str, Any]:
-    """The artifact's config.json: the source's own keys, and what the route needs."""
+    """The artifact's config.json: the source's keys, and the keys that the export format needs."""
     config = copy.deepcopy(source)
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
@@ -59,7 +59,7 @@ def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:
 
 
 def auto_classes(model: PreTrainedModel) -> list[str]:
-    """The Auto classes that transformers would load this architecture with."""
+    """The Auto classes with which transformers would load this architecture."""
     found = []
     for name in dir(modeling_auto):
         cls = getattr(modeling_auto, name)

@@ -1,8 +1,9 @@
-"""Which export format an artifact takes.
+"""Chooses the export format of an artifact.
 
-A layer says which family of stock loaders reads its tensors (`Layer.stock`), if any. Where one family of `FAMILIES`
-reads all of them, plain transformers loads the artifact; else the format is `custom`: one modeling file generated from
-the layers (`modeling_file`), loaded with trust_remote_code=True and needing torch and transformers only.
+A layer names the family of stock loaders that reads its tensors (`Layer.stock`), if there is one. If one family of
+`FAMILIES` reads all of them, plain transformers loads the artifact. Otherwise the format is `custom`: one modeling file
+is generated from the layers (`modeling_file`). It is loaded with trust_remote_code=True and needs only torch and
+transformers.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from compressor.model.stored_weight import StoredWeight
 
 @dataclass(frozen=True)
 class Route:
-    """name    dense | custom | a family of FAMILIES
-    reason  one sentence for the report and the card
-    dequantize  the loader of compressed-tensors rebuilds dense weights while loading, not at the first forward pass
+    """An export format.
+
+    name        dense | custom | a family of FAMILIES
+    reason      one sentence for the report and the model card
+    dequantize  the loader of compressed-tensors dequantizes weights while it loads them, not at the first forward pass
     """
 
     name: str
@@ -34,10 +37,10 @@ class Route:
 
 
 def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
-    """raises PreflightError when no route holds every weight, or stock_only forbids the one that does"""
+    """The export format. raises PreflightError if none holds every weight, or stock_only forbids the one that does"""
     shaped = is_reshaped(model.config)
     if not forms and not shaped:
-        return Route("dense", "no weight changed its form")
+        return Route("dense", "no weight changed its format")
     experts = _check_experts(forms)
     family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
@@ -55,17 +58,17 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
         raise _no_stock_loader(reason, because, None if shaped else len(foreign), at)
     if experts:
         raise _no_custom_experts(reason, because, next(iter(experts.values())), at, shaped)
-    return Route("custom", f"{reason}; a modelling file comes along, load with trust_remote_code=True")
+    return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
 
 
 def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
-    """Form -> an expert stored so. raises PreflightError for a form that no route holds, or more than one scheme"""
+    """Format -> an expert in it. raises PreflightError for a format that experts can't have, or for several formats"""
     experts = [form for form in forms if form.weight.expert is not None]
     names = {form.form: form.weight.name for form in experts}
     for kind, name in names.items():
         if not find_layer(kind).weight_only:
             raise PreflightError(
-                f"{kind} also changes the layer's inputs, and an expert is no layer but part of a larger tensor",
+                f"{kind} also changes the layer's inputs, but an expert is a slice of a larger tensor and not a layer",
                 where=name,
                 hint='Set except: ["@experts"] for this step, or use a weight-only pass such as gptq or rtn.',
                 data={"reason": "expert-form", "form": kind},
@@ -80,7 +83,7 @@ def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
 
 
 def _no_stock_loader(reason: str, because: dict[str, Any], weights: int | None, at: str | None) -> PreflightError:
-    """weights  how many stand in the way; None: the model itself does"""
+    """The problem that no stock loader fits. weights: number of weights that it can't load; None: the model itself"""
     what = "this model" if weights is None else f"{weights} weights"
     return PreflightError(
         f"stock transformers can't load {what}; {reason}",
@@ -105,10 +108,10 @@ def _no_custom_experts(
 
 
 def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool) -> Route:
-    """What to try after a format whose loader fails with this class.
+    """The next export format to try, after the loader of one fails with this class.
 
-    why     what the loader said, as the end of a sentence
-    raises  PreflightError when nothing is left
+    why     the error of the loader, as the end of a sentence
+    raises  PreflightError when no format is left
     """
     schemes = {str(settings) for _, settings in described_by(forms)}
     if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
@@ -127,7 +130,7 @@ def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str
 
 
 def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
-    """What of the model its stock class hasn't, and why that matters."""
+    """A change of the model that its stock class can't represent, and why."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
     told = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
@@ -141,7 +144,7 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
 def _stock_family(
     forms: Sequence[StoredWeight], model: PreTrainedModel
 ) -> tuple[str | None, list[tuple[str, Because]]]:
-    """The family that reads every weight, or None and (weight name, why) for those that stand in the way."""
+    """The family that reads every weight, or None and (weight name, why) for weights that no common family reads."""
     stocks = stocks_of(forms)
     foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, Because)]
     if foreign:

@@ -1,12 +1,12 @@
-"""Which files an artifact has, which of them matter, and which may be removed.
+"""Decides which files of an artifact matter, and which may be removed.
 
-An artifact that was in a hub repository or a git clone holds more files than were written, and its card may have been
-edited. Neither changes what a loader makes of it. So files are of two kinds:
+An artifact from a hub repository or a git clone has more files than were written, and its model card may have been
+edited. Neither changes what a loader makes of it. So there are two kinds of files:
 
-- Those that matter: weights, settings and code, that is, what a loader of models or tokenizers opens. Each has to be
-  exactly as the manifest says, and none may lie there that the manifest doesn't list.
-- Documentation: everything else, such as the model card, licences, reports, images, and every name that starts with a
-  dot. A change of it is reported and stops nothing.
+- Files that matter: weights, settings and code, that is, what a loader of models or tokenizers opens. Each must be
+  exactly as the manifest lists it, and there may be no file of this kind that the manifest doesn't list.
+- Documentation: all other files, such as the model card, licences, reports, images, and every name that begins with a
+  dot. A change of documentation is reported and is not an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compressor.storage.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, 
 from compressor.storage.files import file_sha256
 
 DOCUMENTATION = {CARD, RECIPE, *REPORT_FILES}
-# settings that loaders of models, tokenizers and processors read, by what their names are made of
+# settings that loaders of models, tokenizers and processors read, by words in their file names
 SETTINGS = re.compile(r"config|token|vocab|merges|template|process|index|modules|adapter|special|params", re.I)
 TOKENIZER = (".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".vocab")
 
@@ -40,7 +40,7 @@ def matters(name: str) -> bool:
 
 
 def file_facts(directory: Path) -> dict[str, FileFacts]:
-    """The `files` of a manifest: every file below the directory with its bytes and hash, except the manifest."""
+    """The `files` of a manifest: every file below the directory with its bytes and hash, except the manifest itself."""
     return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(directory.rglob("*"))
@@ -49,7 +49,7 @@ def file_facts(directory: Path) -> dict[str, FileFacts]:
 
 
 def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """What isn't as the manifest says: (problems, changes of the documentation), each as a sentence."""
+    """Differences from the manifest, each as a sentence: (problems, changes of the documentation)."""
     problems: list[str] = []
     notes: list[str] = []
     for name, facts in manifest["files"].items():
@@ -77,12 +77,12 @@ def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[
 
 
 def check_files(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files that matter; documentation may differ from the manifest."""
+    """Problems with the files that matter. Documentation may differ from the manifest."""
     return compare_files(directory, manifest)[0]
 
 
 def remove_artifact(directory: Path) -> None:
-    """Delete an artifact. raises UsageError, before deleting, if anything lies there that this tool didn't write"""
+    """Delete an artifact. raises UsageError, before deleting, if it holds anything that this tool didn't write"""
     for path in owned_files(directory):
         path.unlink(missing_ok=True)
     for folder, _, _ in os.walk(directory, topdown=False):
@@ -92,12 +92,12 @@ def remove_artifact(directory: Path) -> None:
 def owned_files(directory: Path) -> list[Path]:
     """Every file of an artifact, each as this tool wrote it.
 
-    raises UsageError if the directory is a link or no artifact, or holds a link, a file that isn't listed, or one that
-    was changed since it was written: it could be somebody's only copy
+    raises UsageError if the directory is a symbolic link or no artifact, or if it holds a link, an unlisted file, or a
+    file that was changed after it was written: it could be the only copy
     """
     if directory.is_symlink():
         raise UsageError(
-            "is a link, not a directory",
+            "is a symbolic link, not a directory",
             where=str(directory),
             hint="Pass the directory itself, or choose another --output.",
             data={"reason": "is-link"},
@@ -124,7 +124,7 @@ def owned_files(directory: Path) -> list[Path]:
             else:
                 owned.append(path)
     for names, what, reason in (
-        (foreign, "holds files this tool did not write", "foreign-files"),
+        (foreign, "holds files that compress-model did not write", "foreign-files"),
         (changed, "holds files that were changed", "changed-files"),
     ):
         if names:
@@ -138,7 +138,7 @@ def owned_files(directory: Path) -> list[Path]:
 
 
 def _is_as_written(path: Path, facts: FileFacts | None) -> bool:
-    """Whether a file is what the manifest says, byte for byte; a size says nothing of weights."""
+    """Whether a file is byte for byte as the manifest lists it. An equal size is not enough."""
     if facts is None:  # the manifest itself
         return True
     return path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]

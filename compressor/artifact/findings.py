@@ -1,4 +1,4 @@
-"""What the verification of an artifact found; `Findings.to_json` is the report's `verification` section."""
+"""Records what the verification of an artifact found. `Findings.to_json` is the report's `verification` section."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LayersRow(TypedDict):
 
 
 class SourceRow(TypedDict):
-    """A `SourceComparison` as JSON values, with those of its `TensorComparison` where there is one."""
+    """A `SourceComparison` as JSON values, with the values of its `TensorComparison` if there is one."""
 
     loaded_to: str
     output_distance: float | None
@@ -25,7 +25,7 @@ class SourceRow(TypedDict):
 
 
 class Verification(TypedDict):
-    """`Findings` as JSON values: a key for each of its fields."""
+    """`Findings` as JSON values, with a key for each of its fields."""
 
     stock_load: bool | None
     own_load: bool | None
@@ -44,10 +44,10 @@ class Verification(TypedDict):
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Layers of a stock loader that multiply by themselves, compared with what they should compute.
+    """Layers of a stock loader that compute their own matmul, compared with what they should compute.
 
     compared              number of layers
-    max_logit_difference  between this loader's model and ours; reported and not judged
+    max_logit_difference  between this loader's model and ours; it is reported and not judged
     """
 
     compared: int
@@ -57,9 +57,11 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """tensors                   dense ones that equal the source's
-    weights                   stored ones whose error was measured again
-    largest_error_difference  from what the run recorded
+    """The comparison of tensors with the source.
+
+    tensors                   number of dense tensors that equal the source's
+    weights                   number of stored weights whose error was measured again
+    largest_error_difference  largest difference of such an error from the one that the run recorded
     """
 
     tensors: int
@@ -69,9 +71,11 @@ class TensorComparison:
 
 @dataclass(frozen=True)
 class SourceComparison:
-    """loaded_to        memory | disk
+    """The comparison with the source.
+
+    loaded_to        memory | disk
     output_distance  relative; None for outputs of another shape
-    tensors          None where a step rewrote the model, so that tensors have no counterpart
+    tensors          None if a step rewrote the model, so that tensors have no counterpart
     """
 
     loaded_to: str
@@ -95,11 +99,11 @@ class SourceComparison:
 
 @dataclass
 class Findings:
-    """Filled step by step; a step that was not reached leaves None. All is well where `problems` stays empty.
+    """Results of the checks. A check that was not reached leaves None. The artifact is good if `problems` stays empty.
 
     missing, unexpected, mismatched  tensors, as the stock loader reports them
-    tolerance     that `max_logit_difference` may reach
-    notes         what is reported and is no problem
+    tolerance     the largest allowed `max_logit_difference`
+    notes         findings that are reported and are not problems
     not_compared  why there was no comparison with the source
     """
 

@@ -1,4 +1,4 @@
-"""Whether a loaded model still generates."""
+"""Checks whether a loaded model can still generate tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT_TOKENS = 8
 
 
 def generate_tokens(model: Any, inputs: dict[str, Any]) -> tuple[int | None, str | None]:
-    """How many new tokens `generate` makes of a prompt, or why it makes another number than it should."""
+    """The number of new tokens that `generate` makes of a prompt, and why it isn't the expected number, or None."""
     prompt = inputs["input_ids"][:1, :PROMPT_TOKENS]
     try:
         made = model.generate(
@@ -23,7 +23,7 @@ def generate_tokens(model: Any, inputs: dict[str, Any]) -> tuple[int | None, str
             do_sample=False,
             attention_mask=torch.ones_like(prompt),
         )
-    except Exception as error:  # any: what a class makes of a cache, or of few blocks, is its own
+    except Exception as error:  # any: a class may fail with a cache, or with few blocks, in its own way
         if (lack := ran_out(error)) is not None:
             raise lack from error
         return None, f"{type(error).__name__}: {str(error)[:300]}"

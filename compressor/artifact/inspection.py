@@ -1,4 +1,4 @@
-"""What `inspect` shows of a checkpoint or an artifact, from headers alone."""
+"""Collects what `inspect` shows of a checkpoint or an artifact, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressor.storage.file_names import MANIFEST
 
 
 def inspect_path(path: str, trust_remote_code: bool = False) -> Overview:
-    """Units with their tensors, bytes and weight groups; an artifact's weights carry their stored forms."""
+    """The parts with their tensors, bytes and weight groups. Weights of an artifact have their quantization formats."""
     directory = resolve_model(path)
     if not (directory / MANIFEST).is_file():
         return inspect_model(directory, trust_remote_code)
@@ -42,7 +42,7 @@ def _inspect_artifact(directory: Path) -> Overview:
 
 
 def _as_stored(part: PartOverview, forms: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
-    """The weight groups of a part, each weight with the form it is stored in."""
+    """The weight groups of a part, each weight with its quantization format."""
     return tuple(
         tuple(replace(weight, form=_described(forms.get(weight.name), weight.form)) for weight in group)
         for group in part.groups

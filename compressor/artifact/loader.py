@@ -1,4 +1,4 @@
-"""Loads an artifact as a model. Knows layers, never passes. Format: docs/format.md."""
+"""Loads an artifact as a model. It knows layers, but not passes. Format: docs/format.md."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def load(
     kernels: str = "auto",
     activations: str | None = None,
 ) -> transformers.PreTrainedModel:
-    """The model of an artifact as its stock class, or that one reshaped, with stored forms in place of weights.
+    """The model of an artifact, as its stock class or a reshaped class, with stored layers in place of weights.
 
-    Never runs code from the directory. Experts are rebuilt as dense weights.
+    Never runs code from the directory. Experts are dequantized to dense weights.
 
-    kernels      auto: the fastest of this machine (`compressor.kernels.explain` says which); strict: the same, and an
-                 error where a layer has none; reference: dequantize and multiply
-    activations  int8: inputs are rounded to int8, see `compressor.kernels.prepare`
-    raises       ArtifactError for anything that isn't as the manifest says, KernelError with strict
+    kernels      auto: the fastest kernels of this machine (`compressor.kernels.explain` lists them); strict: the same,
+                 but an error if a layer has none; reference: dequantize and multiply
+    activations  int8: inputs are quantized to int8, see `compressor.kernels.prepare`
+    raises       ArtifactError for anything that differs from the manifest; KernelError with strict
     """
     if kernels not in KERNELS:
         raise UsageError(
@@ -77,9 +77,9 @@ def _check_hashes(directory: Path, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """An artifact's tensors: those of stored weights as layers, by the weight's name, and all others in `checkpoint`.
+    """An artifact's tensors: stored weights as layers, by weight name, and all others in `checkpoint`.
 
-    dtype  that dense weights are rebuilt in
+    dtype  dtype of dequantized weights
     """
 
     checkpoint: Checkpoint
@@ -88,7 +88,7 @@ class _Stored:
     dtype: torch.dtype
 
     def read(self, tensor: str) -> Tensor:
-        """A tensor under its dense name, rebuilt where it is stored in a layer."""
+        """A tensor under its dense name, dequantized if a layer stores it."""
         holder = self._bias_holders.get(tensor)
         if holder is not None:
             return self.layers[holder].vector(self.dtype)
@@ -104,7 +104,7 @@ class _Stored:
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Module that a layer takes the place of -> name of its weight. Experts are no modules."""
+        """Module that a layer replaces -> name of its weight. Experts are not modules."""
         forms = self.forms.items()
         return {
             form.weight.parameter.removesuffix(".weight"): name for name, form in forms if form.weight.expert is None
@@ -112,8 +112,8 @@ class _Stored:
 
 
 def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:
-    """The model of an artifact on the CPU, with stored forms in place of weights."""
-    beside = manifest.get("carried", {})  # tensors that are nothing of this model's
+    """The model of an artifact on the CPU, with stored layers in place of weights."""
+    beside = manifest.get("carried", {})  # tensors that this model doesn't use
     own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
     checkpoint = replace(checkpoint, tensors=own)
     forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
@@ -132,7 +132,7 @@ def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.Pr
 
 
 def _fill_dense(model: transformers.PreTrainedModel, stored: _Stored) -> None:
-    """Give every parameter its value that no layer takes the place of, and tie what is tied."""
+    """Give every parameter that no layer replaces its value, and tie tied parameters."""
     bindings = bind(model, dense_view(stored.checkpoint, stored.forms, stored.dtype), stored.dtype)
     _check_places(stored.forms, bindings)
     for name in bindings.sources:
@@ -147,10 +147,10 @@ def _fill_dense(model: transformers.PreTrainedModel, stored: _Stored) -> None:
 def _place_layer(
     model: transformers.PreTrainedModel, module: str, form: StoredWeight, layer: Any, dtype: torch.dtype
 ) -> None:
-    """Put a layer where the weight's module stands; a bias that it doesn't hold stays that module's."""
+    """Replace the weight's module by a layer. If the layer has no bias, it gets the module's bias."""
     owner, _, leaf = module.rpartition(".")
     if not (form.weight.is_function or form.weight.role == "shortcut"):
-        model.get_submodule(module)  # a matrix takes the place of a module, a shortcut's that of a parameter
+        model.get_submodule(module)  # a matrix replaces a module; that of a shortcut replaces a parameter
     if form.bias is None:
         layer.bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
     layer.dtype = dtype
@@ -158,9 +158,9 @@ def _place_layer(
 
 
 def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
-    """A stored matrix fills what transformers fills with its tensor, and nothing else.
+    """Check that each stored matrix fills the parameter that transformers fills with its tensor, and nothing else.
 
-    raises ArtifactError for a weight whose manifest entry says another parameter, or another part of it
+    raises ArtifactError for a weight whose manifest entry names another parameter, or another slice of it
     """
     placed = {
         source.tensor: (name, source.expert, source.rows)
@@ -175,21 +175,21 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
         names = [bindings.tied.get(parameter, parameter) for parameter in (filled, weight.parameter) if parameter]
         if len(set(names)) != 1 or filled is None or (expert, rows) != (weight.expert, weight.rows):
             raise ArtifactError(
-                f"the manifest puts {weight.tensor!r} into {_part(weight.parameter, weight.expert, weight.rows)}, "
-                f"and transformers into {_part(filled, expert, rows)}",
+                f"the manifest loads {weight.tensor!r} into {_part(weight.parameter, weight.expert, weight.rows)}, "
+                f"but transformers loads it into {_part(filled, expert, rows)}",
                 where=name,
                 hint=BAD_HINT,
             )
 
 
 def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | None) -> str:
-    """A parameter or a part of one, for a message."""
+    """The name of a parameter, or of a slice of one, for a message."""
     within = "" if expert is None and rows is None else f" (expert {expert}, rows {rows})"
     return f"{parameter or 'nothing'}{within}"
 
 
 def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreTrainedModel:
-    """The model of an artifact on the meta device. raises ArtifactError for a config that makes none"""
+    """The model of an artifact on the meta device. raises ArtifactError if its config can't make one"""
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
@@ -207,9 +207,9 @@ def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreT
 
 @contextmanager
 def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
-    """Whatever a class raises while it is built from what an artifact says, as an error that names the place.
+    """Turn any error of a class that is built from an artifact's config into an error that names the place.
 
-    holds_values  what is built takes memory; where it is empty, running out says that the sizes are absurd
+    holds_values  the built model takes memory; if it is empty, running out of memory means that the sizes are absurd
 
     raises  ArtifactError, PassError if memory ran out
     """
@@ -221,7 +221,7 @@ def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
         if holds_values and (lack := ran_out(error)) is not None:
             raise lack from error
         raise ArtifactError(
-            f"makes no model ({type(error).__name__}: {str(error)[:300]})",
+            f"a model can't be built from it ({type(error).__name__}: {str(error)[:300]})",
             where=where,
             hint="Copy the artifact again from where it was written, or build it again.",
         ) from error
@@ -247,7 +247,7 @@ def _read_layer(checkpoint: Checkpoint, form: StoredWeight) -> Any:
 
 
 def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
-    """Tensors of a weight's stored form. A dense bias beside it, which may have been tied before, is none of them."""
+    """Tensors of a weight in its format, without a dense bias beside it, which may have been tied before."""
     prefix = form.weight.name + "."
     has_dense_bias = not (form.weight.is_function or find_layer(form.form).holds_bias(form.spec))
     dense = {form.weight.bias, f"{prefix}bias" if has_dense_bias else None}
@@ -260,7 +260,7 @@ def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: to
     for form in forms.values():
         stored = _stored_names(checkpoint, form)
         if not stored:
-            raise ArtifactError("all of its stored tensors are missing", where=form.weight.name)
+            raise ArtifactError("all tensors of this stored weight are missing", where=form.weight.name)
         if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
             raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
         shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape

@@ -1,7 +1,7 @@
-"""The manifest of an artifact: what it says, and the check that it says nothing else. Format: docs/format.md.
+"""Defines the manifest of an artifact, and checks every field when it is read. Format: docs/format.md.
 
-An artifact may come from anywhere. So every field is checked when the manifest is read: a file's name can't lead out of
-the directory, a class is a model class of transformers, a form is one that this installation has.
+An artifact may come from an unknown place. So a file name can't lead out of the directory, a class must be a model
+class of transformers, and a quantization format must be installed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from compressor.process.utf8 import parse_json
 from compressor.storage.file_names import MANIFEST, is_plain
 
 FORMAT_VERSION = 1
-MAX_BYTES = 512 << 20  # of the manifest; one of 100,000 experts has about 50 MB
-MAX_SIZE = 2**40  # of one dimension, far above any weight's
+MAX_BYTES = 512 << 20  # of a manifest; with 100,000 experts it has about 50 MB
+MAX_SIZE = 2**40  # of one dimension, far above that of any weight
 BAD_HINT = "Copy the artifact again from where it was written, or build it again."
 
 
 def _inside(name: str) -> str:
-    """A relative path in its plainest form; it names nothing outside the directory."""
+    """A relative path in its normal form, which must stay inside the directory."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
         raise ValueError("leads out of the directory or is not a plain relative path")
@@ -37,9 +37,9 @@ def _inside(name: str) -> str:
 
 
 def _module_path(name: str) -> str:
-    """Names joined by dots, as those of a model's modules and parameters are."""
+    """Names joined by dots, like the paths of a model's modules and parameters."""
     if not re.fullmatch(r"\w+(\.\w+)*", name) or "__" in name:
-        raise ValueError("is not a path of modules")
+        raise ValueError("is not a module path")
     return name
 
 
@@ -84,9 +84,9 @@ class _WeightEntry(_Part):
     @model_validator(mode="after")
     def _fits(self) -> _WeightEntry:
         if len(self.shape) < 2 and self.role in ("attention", "mlp", "experts", "router", "head", "embedding"):
-            raise ValueError(f"shape {self.shape} is not that of a matrix")
+            raise ValueError(f"shape {self.shape} is not the shape of a matrix")
         if (self.rows is None) != (self.expert is None) or (self.rows is not None and self.rows[0] >= self.rows[1]):
-            raise ValueError(f"rows {self.rows} of expert {self.expert} are not part of a parameter")
+            raise ValueError(f"rows {self.rows} of expert {self.expert} are not a slice of a parameter")
         return self
 
 
@@ -127,7 +127,7 @@ class _Manifest(_Part):
     def _agrees(self) -> _Manifest:
         for name, entry in self.weights.items():
             if name != entry.name:
-                raise ValueError(f"the weight {name!r} calls itself {entry.name!r}")
+                raise ValueError(f"the entry of the weight {name!r} has the name {entry.name!r}")
         if MANIFEST in self.files:
             raise ValueError("the manifest lists itself")
         return self
@@ -147,17 +147,17 @@ _OfPass = TypedDict("_OfPass", {"pass": str})
 
 
 class Change(_OfPass):
-    """A step that changed the model itself. keeps_function: and not what it computes"""
+    """A step that changed the model itself. keeps_function: the model still computes the same, except for rounding"""
 
     rewrites: bool
     keeps_function: bool
 
 
 class Source(TypedDict):
-    """What the artifact was made of; earlier releases said neither what changed it nor the errors.
+    """What the artifact was made from. Earlier releases recorded neither the changes nor the errors.
 
-    relative_errors  of each stored weight, as it is rebuilt
-    rewritten        of each dense parameter that a step has given new values
+    relative_errors  of each stored weight after it is dequantized
+    rewritten        of each dense parameter with new values
     """
 
     name: str
@@ -168,7 +168,7 @@ class Source(TypedDict):
 
 
 class Loadable(TypedDict):
-    """What a stock loader needs of a manifest."""
+    """The fields of a manifest that a stock loader needs."""
 
     architecture: str
     route: str
@@ -179,8 +179,8 @@ class Loadable(TypedDict):
 class Manifest(Loadable):
     """A manifest's JSON values, as `seal` writes and `read_manifest` checks them (docs/format.md).
 
-    carried  tensors that are nothing of the model's -> how the stock loader reports them
-    layers   stored form -> the package that has its layer
+    carried  tensors that the model doesn't use -> how the stock loader reports them
+    layers   quantization format -> the package with its layer
     """
 
     format_version: int
@@ -192,7 +192,7 @@ class Manifest(Loadable):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """raises ArtifactError if there is none, or it isn't one that this release reads"""
+    """The checked manifest. raises ArtifactError if there is none, or this release can't read it"""
     path = directory / MANIFEST
     if not path.is_symlink() and not path.exists():
         raise ArtifactError(

@@ -1,6 +1,6 @@
-"""The part of the verification that loads the source, and judges how far the artifact is from it.
+"""Loads the source during the verification, and judges how far the artifact is from it.
 
-What is compared, and how, is `against_source`'s; which comparison the steps of the artifact allow is decided here.
+`against_source` has the comparisons. This module decides which comparison the steps of the artifact allow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compressor.model.probe_model import use_eager_experts
 class SourceRequest:
     """The checkpoint that an artifact is compared with.
 
-    limit  bytes that its model may take in memory; None: most of what is available
+    limit  bytes of memory that its model may take; None: most of the available memory
     """
 
     directory: Path
@@ -38,10 +38,12 @@ class SourceRequest:
 
 @dataclass(frozen=True)
 class LoadedArtifact:
-    """own     the model by `compressor.load`; its layers go into the source's model
-    prints  of the model by its stock loader, and `ties` of the same (`against_source`)
-    inputs  that all models read
-    output  what `own` makes of them
+    """The loaded artifact.
+
+    own     the model by `compressor.load`; its layers are put into the source's model
+    prints  prints of the model by its stock loader, and `ties` of the same model (`against_source`)
+    inputs  the inputs of all models
+    output  output of `own`
     """
 
     checkpoint: Checkpoint
@@ -59,8 +61,10 @@ class LoadedArtifact:
 
 @dataclass(frozen=True)
 class SourceAnswer:
-    """output   of the source's model with the artifact's layers in it, to be judged; None where they don't fit there
-    failure  why the source can't generate either, if that was asked
+    """What the source's model computed.
+
+    output   of the source's model with the artifact's layers in it, to be judged; None if they don't fit into it
+    failure  why the source can't generate either, if that was tried
     """
 
     output: Tensor | None = None
@@ -70,9 +74,9 @@ class SourceAnswer:
 def compare_with_source(
     request: SourceRequest, artifact: LoadedArtifact, *, generates: bool, found: Findings
 ) -> SourceAnswer:
-    """Compare with the source, as `against_source` has it; adds to `found`.
+    """Compare the artifact with the source, as in `against_source`. Results are added to `found`.
 
-    generates  the artifact's model can generate; where it can't the source is asked, too
+    generates  the artifact's model can generate; if it can't, the source is tried, too
     """
     changes, _ = against_source.read_changes(artifact.manifest)
     checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
@@ -106,7 +110,7 @@ def compare_with_source(
 def _rewriting_problems(
     source: Any, artifact: LoadedArtifact, changes: list[Change], distance: float | None
 ) -> list[str]:
-    """Steps that keep the function must keep the outputs; nothing else may have changed them for that to be judged."""
+    """Steps that keep the function must keep the outputs. This is judged only if nothing else changed them."""
     if artifact.manifest["weights"] or not all(change["keeps_function"] for change in changes):
         return []
     blocks = getattr(source.config.get_text_config(), "num_hidden_layers", 1)
@@ -115,13 +119,13 @@ def _rewriting_problems(
         return []
     rewriting = ", ".join(change["pass"] for change in changes if change["rewrites"])
     return [
-        f"outputs differ from the source's by {distance} of their size, {allowed:.3g} is allowed: "
+        f"outputs have a relative distance of {distance} from the source's, {allowed:.3g} is allowed: "
         f"{rewriting} should keep them"
     ]
 
 
 def _compare_tensors(source: Any, artifact: LoadedArtifact, is_changed: bool, found: Findings) -> Tensor | None:
-    """Compare tensor by tensor; returns what the source's model computes with the artifact's layers in it."""
+    """Compare all tensors. Returns the output of the source's model with the artifact's layers in it."""
     compared, problems = against_source.compare_tensors(
         source, artifact.own, artifact.dtype, artifact.prints, artifact.ties, artifact.manifest
     )

@@ -1,6 +1,6 @@
-"""The families of stock loaders: which weights each can read, and the `quantization_config` that it needs.
+"""Describes the families of stock loaders: which weights each can read, and the `quantization_config` that it needs.
 
-What stock loaders can hold was established by loading (docs/format.md).
+What stock loaders can read was found by loading (docs/format.md).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
 from compressor.model.stored_weight import StoredWeight
 
-STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release that the layout was checked with
+STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release with which the layout was checked
 Described = tuple[StoredWeight, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of stock loader.
+    """A kind of stock loader.
 
-    refuses  (weight name, why) for each weight that it can't read although the weight's form is of this family
-    config   the `quantization_config` of config.json
-    package  what has to be installed to load it, beside what this package needs anyway; also the extra's name
-    forward  None: the loader rebuilds weights, so its model computes what ours does. Else layers of its own multiply,
-             with roundings of their own: (layer, x) -> what they make of x, and how far from it they may be
+    refuses  (weight name, why) for each weight that it can't read although the weight's format belongs to this family
+    config   makes the `quantization_config` of config.json
+    package  the package that loading needs in addition to this package's own; also the name of the extra
+    forward  None: the loader dequantizes weights, so its model computes what ours does. Otherwise its layers compute
+             the matmul, with their own rounding: (layer, x) -> the expected output for x, and the allowed difference
     """
 
     refuses: Callable[[Sequence[Described], PreTrainedModel], list[tuple[str, Because]]]
@@ -47,14 +47,14 @@ class Family:
 
 
 def stocks_of(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
-    """Each weight with what its layer says of stock loaders, or why none reads it."""
+    """Each weight with the stock loader that reads its layer, or the reason why none does."""
     known: dict[tuple[str, str], Stock | Because] = {}
     for form in forms:
         key = (form.form, str(sorted_spec(form)))
         if key not in known:
             stock = find_layer(form.form).stock(sorted_spec(form))
             if isinstance(stock, Stock) and stock.family not in FAMILIES:
-                told = f"is stored for {stock.family}, and this release can't write a config for it"
+                told = f"is stored for {stock.family}, but this release can't write a config for it"
                 stock = Because(told, reason="unknown-loader", loader=stock.family)
             elif isinstance(stock, str):
                 stock = Because(stock, **{"reason": "no-stock-form", "form": form.form, **values_of(stock)})
@@ -63,7 +63,7 @@ def stocks_of(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock |
 
 
 def described_by(forms: Sequence[StoredWeight]) -> list[Described]:
-    """The weights that stock loaders read, with their settings."""
+    """The weights that stock loaders can read, with their settings."""
     return [(form, stock.settings) for form, stock in stocks_of(forms) if isinstance(stock, Stock)]
 
 
@@ -77,7 +77,7 @@ def _compressed_tensors_refuses(described: Sequence[Described], model: PreTraine
         if form.weight.transposed:
             why = Because("is a Conv1D, which compressed-tensors can't target", reason="conv1d")
         elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
-            told = "is an expert, and stock loaders read only packed symmetric codes of experts"
+            told = "is an expert, but of experts stock loaders read only packed symmetric codes"
             why = Because(told, reason="expert-codes")
         elif _has_packed_zeros(settings) and schemes > 1:
             told = (
@@ -85,7 +85,7 @@ def _compressed_tensors_refuses(described: Sequence[Described], model: PreTraine
             )
             why = Because(told, reason="packed-zeros", schemes=schemes)
         elif dense_experts:
-            told = "is quantized where some experts stay dense, and stock loaders then leave those uninitialized"
+            told = "is quantized while some experts stay dense, and stock loaders leave dense experts uninitialized"
             why = Because(told, reason="dense-experts")
         if why is not None:
             refused.append((form.weight.name, why))
@@ -93,10 +93,10 @@ def _compressed_tensors_refuses(described: Sequence[Described], model: PreTraine
 
 
 def compressed_tensors_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors: exact module names, every other Linear ignored by name.
+    """The `quantization_config` of compressed-tensors: exact module names; every other Linear is ignored by name.
 
-    Packed zero points are read only by the loader that rebuilds dense weights while loading (`dequantize`); without
-    them the loader keeps the packed tensors until the first forward pass.
+    Packed zero points can be read only by the loader that dequantizes weights while it loads them (`dequantize`).
+    Without it, the loader keeps the packed tensors until the first forward pass.
     """
     groups: dict[str, Any] = {}
     by_settings: dict[tuple[Any, ...], list[Described]] = {}
@@ -106,7 +106,7 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
         by_settings.setdefault(key, []).append((form, settings))
     for number, ((_, _, expert, _), members) in enumerate(sorted(by_settings.items(), key=lambda item: item[0])):
         targets = sorted({module_of(form) for form, _ in members})
-        if expert:  # not modules of the running model; the loader looks for a regex that says experts
+        if expert:  # experts are not modules of the running model; the loader needs a regex with "experts"
             targets = ["re:.*experts.*"]
         settings = members[0][1]
         activations = {key: settings.get(key) for key in ("input_activations", "output_activations")}
@@ -130,10 +130,10 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
 
 
 def _some_experts_stay_dense(forms: Sequence[StoredWeight], model: PreTrainedModel) -> bool:
-    """Whether the loader would have to join dense experts, which it can't once the model is quantized."""
+    """Whether the loader would have to join dense experts, which it can't do once the model is quantized."""
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
-    rows = {  # a class token has three dimensions too, and no rule joins it; a depthwise convolution holds no matrices
+    rows = {  # not joined: a class token, which has three dimensions too, and a depthwise convolution
         name: value.shape[0] * value.shape[1]
         for name, value in model.named_parameters()
         if value.dim() == 3 and min(value.shape[1:]) > 1 and any(pattern.search(name) for pattern in joined)
@@ -149,7 +149,7 @@ def _has_packed_zeros(settings: dict[str, Any]) -> bool:
 
 
 def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
-    """Dense experts are no hindrance: as seen with transformers 5.24, this loader joins them."""
+    """Weights that bitsandbytes can't read. Dense experts are allowed: this loader joins them in transformers 5.24."""
     thresholds = sorted({settings["threshold"] for _, settings in described})
     skipped = _dense_modules(described, model)
     modules = dict(model.named_modules())
@@ -159,13 +159,13 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
         why = None
         if not _bitsandbytes_replaces(module):
             kind = type(module).__name__
-            told = f"is a {kind}, and bitsandbytes replaces only plain Linear and Conv1D"
+            told = f"is a {kind}, but bitsandbytes replaces only plain Linear and Conv1D"
             why = Because(told, reason="other-module", module=kind)
         elif len(thresholds) > 1:
-            told = f"is in a model with the thresholds {thresholds}, and bitsandbytes has one threshold per checkpoint"
+            told = f"is in a model with the thresholds {thresholds}, but bitsandbytes has one threshold per checkpoint"
             why = Because(told, reason="thresholds", thresholds=thresholds)
         elif not should_convert_module(module_of(form), skipped):
-            told = "has a name that bitsandbytes can't distinguish from that of a dense module"
+            told = "has a name that bitsandbytes can't distinguish from the name of a dense module"
             why = Because(told, reason="ambiguous-name")
         if why is not None:
             refused.append((form.weight.name, why))
@@ -173,12 +173,12 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
 
 
 def bitsandbytes_config(described: Sequence[Described], model: PreTrainedModel) -> dict[str, Any]:
-    """The `quantization_config` of bitsandbytes' 8 bits; every dense module that it would replace is named."""
+    """The `quantization_config` of 8-bit bitsandbytes. It names all dense modules that would otherwise be replaced."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_8bit": True,
         "load_in_4bit": False,
-        "llm_int8_threshold": float(described[0][1]["threshold"]),  # an int is refused
+        "llm_int8_threshold": float(described[0][1]["threshold"]),  # bitsandbytes refuses an int
         "llm_int8_skip_modules": _dense_modules(described, model),
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -204,7 +204,7 @@ FAMILIES = {
 
 
 def check_loader(route: str) -> None:
-    """raises DependencyError if loading an artifact of this route needs a package that isn't installed"""
+    """raises DependencyError if loading an artifact in this export format needs a package that isn't installed"""
     package = FAMILIES[route].package if route in FAMILIES else None
     if package is not None and find_spec(package) is None:
         raise DependencyError(
@@ -216,10 +216,10 @@ def check_loader(route: str) -> None:
 
 
 def module_of(form: StoredWeight) -> str:
-    """The module of the running model that a stored form stands for."""
+    """The module of the running model that a stored weight replaces."""
     return form.weight.parameter.removesuffix(".weight")
 
 
 def sorted_spec(form: StoredWeight) -> dict[str, Any]:
-    """The spec with keys in one order, whether it comes from a layer or from the journal of a resumed run."""
+    """The format parameters with keys in one order, whether they come from a layer or from the journal."""
     return json.loads(json.dumps(form.spec, sort_keys=True))

@@ -1,4 +1,4 @@
-"""Layers of a stock loader that multiply by themselves, each compared with what it should make of the same input."""
+"""Compares each layer of a stock loader that computes its own matmul with its expected output for the same input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # as `stock_formats.Fa
 def compare_layers(
     stock: Any, own: Any, inputs: dict[str, Any], manifest: Manifest, forward: Forward
 ) -> tuple[int, float, list[str]]:
-    """Hold each layer of a stock loader to what it should make of the input that our layer reads.
+    """Compare each layer of a stock loader with its expected output for the input that our layer reads.
 
-    returns  how many were compared; the largest share of what is allowed; the problems
+    returns  the number of compared layers; the largest difference as a share of the allowed one; the problems
     """
     names = sorted(entry["parameter"].removesuffix(".weight") for entry in manifest["weights"].values())
     read = _layer_inputs(own, names, inputs)
@@ -27,12 +27,12 @@ def compare_layers(
     for name in names:
         layer, module = own.get_submodule(name), stock.get_submodule(name)
         if not torch.equal(module.weight, layer.weight):
-            problems.append(f"stock loader: the codes of {name} are not what was written")
+            problems.append(f"stock loader: the codes of {name} differ from what was written")
         with torch.no_grad():
             expected, allowed = forward(layer, read[name])
             share = float(((module(read[name]).float() - expected).abs() / allowed).max())
         if not share <= 1:  # NaN fails too
-            problems.append(f"stock loader: {name} differs by {share:.3g} times what its roundings allow")
+            problems.append(f"stock loader: {name} differs by {share:.3g} times the difference that rounding allows")
         largest = max(largest, share)
     return len(names), largest, problems
 
@@ -59,7 +59,7 @@ def _parameter_problems(stock: Any, own: Any) -> list[str]:
     """Parameters that both models have and that differ in any bit."""
     theirs = dict(stock.named_parameters())
     return [
-        f"stock loader: {name} is not what was written"
+        f"stock loader: {name} differs from what was written"
         for name, value in own.named_parameters()
         if name in theirs and not torch.equal(theirs[name], value)
     ]

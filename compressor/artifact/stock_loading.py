@@ -1,8 +1,8 @@
 """Loads an artifact through transformers alone, without importing code of its directory.
 
 A stock artifact is loaded by its class of transformers. A custom artifact is loaded by the class of its modeling file,
-which runs only if its text is what this release generates (`trusted_code`). transformers gets the class
-itself and `trust_remote_code=False`: so it follows no `auto_map` and looks for no `custom_generate`.
+which runs only if its text is what this release generates (`trusted_code`). transformers gets the class itself and
+`trust_remote_code=False`. So it follows no `auto_map` and looks for no `custom_generate`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True,
 
 
 def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]]:
-    """The model in eval mode, and what transformers tells of its keys (`output_loading_info`).
+    """The model in eval mode, and what transformers reports about its keys (`output_loading_info`).
 
-    raises ArtifactError for code that is not what this release would write, and for a config that asks for such
+    raises ArtifactError for code that this release would not write, and for a config that asks for such code
     """
     checkpoint = open_checkpoint(directory)
     empty = empty_model(checkpoint, manifest)
@@ -54,7 +54,7 @@ def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]
     cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
     options: dict[str, Any] = {**plain_options(checkpoint.config)}
     if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
-        options["device_map"] = {"": "cpu"}  # such a loader moves to a GPU by itself
+        options["device_map"] = {"": "cpu"}  # such a loader moves the model to a GPU by itself
     with stock_works(directory):
         model, info = cls.from_pretrained(directory, output_loading_info=True, **OFFLINE, **options)
     return model.eval(), info
@@ -64,10 +64,11 @@ def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]
 def stock_works(
     directory: Path, refusal: type[CompressError] = ArtifactError, who: str = "stock transformers"
 ) -> Iterator[None]:
-    """Whatever transformers raises while it loads or runs a model says that the model is not what it should be.
+    """Turn any error of transformers while it loads or runs a model into an error about the artifact.
 
-    who     what loads or runs it, for the message
-    raises  `refusal` with its words, DependencyError if it lacks a package, PassError if memory or disk ran out
+    who     name of what loads or runs it, for the message
+    raises  `refusal` with the message of transformers; DependencyError if a package is missing; PassError if memory or
+            disk ran out
     """
     try:
         yield
@@ -84,10 +85,10 @@ def stock_works(
 
 
 def _check_route(checkpoint: Checkpoint, route: str) -> None:
-    """raises ArtifactError for a route that this release doesn't write, or a config.json that asks for another"""
+    """raises ArtifactError for an export format that this release can't write, or a config.json that needs another"""
     if route not in ("dense", "custom", *FAMILIES):
         raise ArtifactError(
-            f"export format {route!r} is not one that this release reads",
+            f"export format {route!r} is unknown to this release",
             where=MANIFEST,
             hint="Run pip install -U compress-model, or build the artifact again with this release.",
             data={"reason": "unknown-route", "route": route},
@@ -104,7 +105,7 @@ def _check_route(checkpoint: Checkpoint, route: str) -> None:
 
 
 def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: Any) -> list[str]:
-    """What code the artifact would bring to whoever loads it with trust_remote_code=True, beyond what it should.
+    """Problems with code of the artifact that would run with trust_remote_code=True, beyond what this release writes.
 
     empty  the model on the meta device, as `compressor.artifact.loader.empty_model` makes it
     """
@@ -135,7 +136,7 @@ def _generated_class(directory: Path, manifest: Loadable, empty: Any) -> Any:
     expected = modelling_file(empty, (entry["form"] for entry in manifest["weights"].values()))
     module = run_generated(read_generated(directory, name, expected), directory / name)
     cls = getattr(module, f"Compressed{type(empty).__name__}")
-    cls.register_for_auto_class(auto_classes(empty)[0])  # as a class that came through auto_map is marked
+    cls.register_for_auto_class(auto_classes(empty)[0])  # marks the class like one loaded through auto_map
     return cls
 
 

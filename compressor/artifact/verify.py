@@ -1,19 +1,20 @@
-"""Loads an artifact in a fresh process, as a user would, and compares it with what was built and with its source.
+"""Loads an artifact in a new process, as a user would, and compares it with what was built and with its source.
 
-Three models come one after the other: the artifact by its stock loader, the artifact by `compressor.load`, and the
-source by stock transformers (`against_source`), which gets the artifact's stored layers. All three have to
-compute the same, and what was computed in memory while the artifact was built.
+Three models are loaded one after the other: the artifact by its stock loader, the artifact by `compressor.load`, and
+the source by stock transformers (`against_source`), into which the artifact's stored layers are put. All three must
+compute the same, and the same as the model in memory while the artifact was built.
 
-Tolerance. Both loaders rebuild the same weights from the same codes in the same dtype, so logits may differ only by the
-order of sums (other kernels, fused experts). One rounding step per block and one at the head, each of half a unit in
-the last place of the largest activation, gives (blocks + 1) * eps(dtype) * max|logit| as a bound that a wrong code or
-scale exceeds; differences seen so far are 0. Experts are compared one at a time, as they were
-calibrated: routing jumps, so a fused expert kernel's rounding alone can send a token elsewhere.
+Tolerance. Both loaders dequantize the same codes to the same weights in the same dtype. So logits may differ only by
+the order of sums (other kernels, fused experts). One rounding step per block and one at the output head, each of half a
+unit in the last place of the largest activation, gives the bound (blocks + 1) * eps(dtype) * max|logit|. A wrong code
+or scale exceeds it; the differences seen so far are 0. Experts are compared one at a time, as they were calibrated,
+because routing is discontinuous: the rounding of a fused expert kernel alone can send a token to another expert.
 
-Stock loaders with layers of their own (bitsandbytes) compute something else than ours on purpose, and no useful bound
-on the logits follows: a last bit can move an int8 code in a later layer. So they are held to it layer by layer, on the
-inputs that our model's layers read: every output within what `Family.forward` allows, every tensor of the rest of the
-model equal bit for bit. How far the logits end up apart is reported and not judged; our own loader is, as above.
+Stock loaders with their own layers (bitsandbytes) compute other values than ours on purpose. No useful bound on the
+logits follows from that, since a last bit can change an int8 code in a later layer. So they are compared layer by
+layer, with the inputs that our model's layers read: every output must be within what `Family.forward` allows, and every
+other tensor of the model must be bit-identical. The distance of their logits is reported and not judged. Our own loader
+is judged as above.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ STOCK, STOCK_AGAIN, OWN, SOURCE = (
 
 
 class Request(TypedDict):
-    """What the fresh process is asked; see verify_in_child."""
+    """What the new process is asked for; see verify_in_child."""
 
     directory: str
     probe: str | None
@@ -72,17 +73,17 @@ class Artifact:
 
     @property
     def forward(self) -> Forward | None:
-        """What layers of the stock loader should compute, where they multiply by themselves (`Family.forward`)."""
+        """What layers of the stock loader should compute, if they compute their own matmul (`Family.forward`)."""
         family = FAMILIES.get(self.manifest["route"])
         return family.forward if family is not None else None
 
 
 @dataclass
 class StockRun:
-    """What the artifact's stock loader gave, and what is compared with it later.
+    """Results of the artifact's stock loader, and what is compared with them later.
 
-    model     kept where its layers are compared, else None: its memory is free for the next model
-    expected  the in-memory result, where a probe holds it
+    model     kept if its layers are compared, otherwise None, so that its memory is free for the next model
+    expected  the in-memory result, if a probe holds it
     """
 
     model: Any
@@ -96,7 +97,7 @@ class StockRun:
     can_generate: bool
 
     def reference(self, outputs: dict[str, Tensor]) -> Tensor:
-        """What every output is compared with."""
+        """The output with which all others are compared."""
         return self.expected if self.expected is not None else next(iter(outputs.values())).float()
 
 
@@ -109,12 +110,12 @@ def verify_in_child(
     source: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Findings:
-    """Run the checks in a fresh process and return its findings; `problems` is empty when all is well.
+    """Run the checks in a new process and return its findings; `problems` is empty if the artifact is good.
 
-    probe   safetensors with the inputs and `output` of the in-memory result; None compares the loaders only
-    sealed  whether the manifest covers every file already
-    source  directory of the checkpoint that the artifact was made of; None: `not_compared` says that it wasn't there
-    raises  what `verify` raises, and what `child.ask` does
+    probe   safetensors with the inputs and `output` of the in-memory result; None: compare only the loaders
+    sealed  whether the manifest lists every file already
+    source  directory of the checkpoint from which the artifact was made; None: `not_compared` reports its absence
+    raises  what `verify` raises, and what `child.ask` raises
     """
     check_loader(read_manifest(directory)["route"])
     request: Request = {
@@ -138,9 +139,9 @@ def verify(
     trust_remote_code: bool = False,
     source_limit: int | None = None,
 ) -> Findings:
-    """All checks, in this process. See verify_in_child.
+    """Run all checks in this process. See verify_in_child.
 
-    source_limit  as `SourceRequest.limit`
+    source_limit  see `SourceRequest.limit`
     """
     logging.disable_progress_bar()
     found = Findings()
@@ -154,7 +155,7 @@ def verify(
 
 
 def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
-    """Files are as the manifest lists them, and numbers are finite."""
+    """Check that the files are as the manifest lists them, and that numbers are finite."""
     if sealed:
         problems, found.notes = compare_files(artifact.directory, artifact.manifest)
         found.problems += problems
@@ -165,7 +166,7 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
 
 
 def _compare_models(artifact: Artifact, probe: Path | None, source: SourceRequest | None, found: Findings) -> None:
-    """Load the artifact both ways and the source, one after the other, and judge their outputs."""
+    """Load the artifact both ways, then the source, and judge their outputs."""
     stock = _run_stock(artifact, probe, found)
     own, output = _run_own(artifact, stock.inputs, found)
     outputs = {**stock.outputs, OWN: output}
@@ -180,7 +181,7 @@ def _compare_models(artifact: Artifact, probe: Path | None, source: SourceReques
         found.generated_tokens, failure = generation.generate_tokens(own, stock.inputs)
     source_failure = None
     if source is None:
-        found.not_compared = "the source wasn't at hand"
+        found.not_compared = "the source was not available"
     else:
         loaded = LoadedArtifact(
             artifact.checkpoint, artifact.manifest, own, stock.prints, stock.ties, stock.inputs, output
@@ -193,7 +194,7 @@ def _compare_models(artifact: Artifact, probe: Path | None, source: SourceReques
 
 
 def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> StockRun:
-    """The artifact by its stock loader, run twice."""
+    """Load the artifact by its stock loader, and run it twice."""
     model, info = load_stock(artifact.directory, artifact.manifest)
     found.stock_load = True
     _check_keys(artifact, info, found)
@@ -216,7 +217,7 @@ def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> Stock
 
 
 def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> None:
-    """What the stock loader reports of tensors; those that are carried belong to no model."""
+    """Check what the stock loader reports about tensors, except carried tensors, which the model doesn't use."""
     carried = {name for reported in artifact.manifest.get("carried", {}).values() for name in reported}
     found.missing = sorted({str(name) for name in info["missing_keys"]})
     found.unexpected = sorted({str(name) for name in info["unexpected_keys"]} - carried)
@@ -228,7 +229,7 @@ def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> No
 
 
 def _run_own(artifact: Artifact, inputs: dict[str, Any], found: Findings) -> tuple[Any, Tensor]:
-    """The artifact by `compressor.load`, and what it computes."""
+    """The artifact by `compressor.load`, and its output."""
     own: Any = load(artifact.directory, check_hashes=False, kernels="reference")
     found.own_load = True
     use_eager_experts(own.config)
@@ -240,34 +241,34 @@ def _check_shapes(outputs: dict[str, Tensor], reference: Tensor, found: Findings
     for name, value in outputs.items():
         if value.shape != reference.shape:
             found.problems.append(
-                f"{name}: outputs have shape {tuple(value.shape)}, {tuple(reference.shape)} is expected"
+                f"{name}: outputs have shape {tuple(value.shape)}, but {tuple(reference.shape)} is expected"
             )
 
 
 def _compare_stock_layers(
     artifact: Artifact, forward: Forward, stock: StockRun, own: Any, output: Tensor, found: Findings
 ) -> None:
-    """Layer by layer, where a stock loader's layers multiply by themselves; frees its model."""
+    """Compare the layers of a stock loader that compute their own matmul, then free its model."""
     with stock_works(artifact.directory, who="the comparison of its layers"):
         compared, largest, problems = compare_layers(stock.model, own, stock.inputs, artifact.manifest, forward)
     first, second = stock.outputs[STOCK], stock.outputs[STOCK_AGAIN]
     found.stock_layers = LayerComparison(compared, largest, float((first.float() - output.float()).abs().max()))
     found.problems += problems
     if not torch.equal(second, first):
-        found.problems.append(f"{STOCK}: a second run gives other outputs")
+        found.problems.append(f"{STOCK}: a second run computes other outputs")
     stock.model = None
 
 
 def _judge_generation(failure: str | None, source_failure: str | None, found: Findings) -> None:
-    """An artifact that can't generate is no problem where the source fails in the same way."""
+    """Report that the artifact can't generate. It is no problem if the source fails in the same way."""
     if failure is not None and failure == source_failure:
-        found.notes.append(f"no tokens were generated, since the source can't either: {failure}")
+        found.notes.append(f"no tokens were generated, and the source can't generate either: {failure}")
     elif failure is not None:
         found.problems.append(f"generate fails: {failure}")
 
 
 def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings) -> None:
-    """Every output is finite and within the tolerance of the reference."""
+    """Check that every output is finite and within the tolerance of the reference."""
     reference = stock.reference(outputs)
     tolerance = float((stock.blocks + 1) * stock.eps * reference.abs().max())
     differences = {name: float((value.float() - reference).abs().max()) for name, value in outputs.items()}
@@ -280,7 +281,7 @@ def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings)
 
 
 def main(request: Request) -> Verification:
-    """Answer `verify_in_child`, in the fresh process."""
+    """Answer `verify_in_child`, in the new process."""
     probe = Path(request["probe"]) if request["probe"] else None
     found = verify(
         Path(request["directory"]),

@@ -1,6 +1,6 @@
-"""Writes an artifact: shards, config, side files and the manifest. Knows layers, never passes. Format: docs/format.md.
+"""Writes an artifact: shards, config, side files and the manifest. It knows layers, but not passes. See docs/format.md.
 
-The weight files are streamed from the part files; the manifest with the hash of every file is written last, so a
+The weight files are streamed from the part files. The manifest, with the hash of every file, is written last. So a
 directory without a manifest is not an artifact.
 """
 
@@ -31,13 +31,13 @@ from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_b
 
 @dataclass(frozen=True)
 class Named:
-    """A tensor of the result before it has a file."""
+    """A tensor of the result before it is assigned to a file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-    small: str | None = None  # as in TensorInfo
+    small: str | None = None  # see TensorInfo
 
     @property
     def stored_as(self) -> str:
@@ -45,7 +45,7 @@ class Named:
 
 
 def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names. Tensors of one module stay together; files fill up in the order given."""
+    """File name -> tensor names. Tensors of one module stay together. Files are filled in the given order."""
     modules: dict[str, list[Named]] = {}
     for tensor in tensors:
         modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
@@ -64,7 +64,7 @@ def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[
 
 
 def carried(structure: Structure) -> list[Unused]:
-    """Tensors of the source that fill nothing in the model and go into the artifact as they are, bit for bit."""
+    """Tensors of the source that the model doesn't use and that are copied into the artifact, bit for bit."""
     return [unused for unused in structure.bindings.unused if unused.is_carried]
 
 
@@ -74,7 +74,7 @@ def carried_tensors(structure: Structure) -> dict[str, TensorInfo]:
 
 
 def untied_copies(structure: Structure, forms: Sequence[StoredWeight], untied: bool) -> dict[str, str]:
-    """Parameter -> the tensor that it shared and has a copy of, where config.json comes to say that nothing is tied."""
+    """Parameter -> the tensor that it shared and now has a copy of, if the new config.json unties everything."""
     own = {form.weight.parameter for form in forms}
     bindings = structure.bindings
     shared = {} if not untied else {name: source for name, source in bindings.tied.items() if name not in own}
@@ -91,9 +91,9 @@ def write_artifact(
     untied: bool,
     recipe_yaml: str,
 ) -> None:
-    """Weights, config, tokenizer and recipe into a new directory; reports, card and manifest come later.
+    """Write weights, config, tokenizer and recipe into a new directory. Reports, card and manifest follow later.
 
-    parts  one file per part, in order; every tensor of the result exactly once
+    parts  one file per part, in order, with every tensor of the result exactly once
     """
     directory.mkdir()
     infos: dict[str, TensorInfo] = {}
@@ -136,7 +136,7 @@ def seal(
     source: Source,
     carried: Sequence[Unused] = (),
 ) -> None:
-    """Write the manifest over everything that lies in the directory; the last act of writing an artifact."""
+    """Write the manifest over all files of the directory. This is the last step of writing an artifact."""
     manifest: Manifest = {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},

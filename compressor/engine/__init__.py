@@ -1,1 +1,1 @@
-"""The plan of a run and its sweeps: one part of the model at a time."""
+"""Plans a run, and runs its sweeps over the model one part at a time: embeddings, blocks, output head."""

@@ -1,8 +1,8 @@
 """Loads a part of the model: the embeddings, one block, or the output head.
 
-A part's tensors come either from the source checkpoint or from a part file that an earlier sweep wrote. Both are read
-by checkpoint name, so one function fills the model from either; a weight in a stored form is rebuilt first, which is
-what makes the running model compute exactly what a user of the artifact will get.
+The tensors of a part come either from the source checkpoint or from a part file that an earlier sweep wrote. Both are
+read by checkpoint name, so one function fills the model from either. A weight in a quantization format is dequantized
+first. So the running model computes exactly what a user of the artifact will get.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class PartSource:
 
     structure: Structure
     file: Path | None = None
-    forms: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> form, only weights that are not dense
+    forms: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> its format, without dense weights
 
     def names(self, part: int) -> list[str]:
-        """Checkpoint names of the tensors this part stores, sorted."""
+        """Checkpoint names of the tensors in this part, sorted."""
         if self.file is not None:
             with safe_open(self.file, framework="pt") as opened:
                 return sorted(opened.keys())
         return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
-        """A dense tensor by checkpoint name, in the dtype that transformers holds it in; stored weights are rebuilt.
+        """A dense tensor by checkpoint name, in transformers' dtype for it. A stored weight is dequantized.
 
         raises ModelError for a source tensor that holds NaN or Inf
         """
@@ -63,7 +63,7 @@ class PartSource:
             return opened.get_tensor(tensor)
 
     def layer(self, form: StoredWeight) -> Layer:
-        """A stored weight as its layer, without the bias."""
+        """The layer of a stored weight, without its bias."""
         assert self.file is not None
         with safe_open(self.file, framework="pt") as opened:
             names = [name for name in opened.keys() if _belongs(name, form.weight)]  # noqa: SIM118
@@ -71,7 +71,7 @@ class PartSource:
         return find_layer(form.form).from_tensors(form.spec, tensors)
 
     def raw(self, tensor: str) -> Tensor:
-        """A tensor as this source stores it, by its name there."""
+        """A tensor as this source stores it, by its name in the source."""
         if self.file is None:
             return self.read(tensor)
         with safe_open(self.file, framework="pt") as opened:
@@ -80,40 +80,40 @@ class PartSource:
 
 @dataclass
 class Installed:
-    """Layers that stand in the running model, because their forward is more than a multiply by their matrix.
+    """Replaces modules of the running model by layers whose forward is more than a matmul with a weight.
 
-    originals  path of a module -> the module whose place a layer took; None where there was none
+    originals  path of a module -> the module that a layer replaced; None if there was none
     """
 
     structure: Structure
     originals: dict[str, nn.Module | None] = field(default_factory=dict)
 
     def install(self, weight: Weight, layer: Layer) -> None:
-        """Put the layer, with the module's bias, in place of the module that holds the weight or is the function."""
+        """Replace the module that holds the weight, or that is the function, by the layer. The layer gets its bias."""
         if not layer.holds_bias(layer.spec()):
             layer.bias = getattr(self._module(weight), "bias", None)  # type: ignore[assignment]
         self.place(weight, layer.eval())
 
     def place(self, weight: Weight, module: nn.Module) -> None:
-        """Put a module in place of the one that holds the weight."""
+        """Replace the module that holds the weight by another module."""
         path = weight.parameter.removesuffix(".weight")
         self.originals.setdefault(path, self._module(weight))
         self._set(path, module)
 
     def take_back(self, weight: Weight) -> None:
-        """Give the module that holds the weight its place back, if a layer has it."""
+        """Restore the module that holds the weight, if a layer replaced it."""
         path = weight.parameter.removesuffix(".weight")
         if path in self.originals:
             self._set(path, self.originals.pop(path))
 
     def install_stored(self, source: PartSource, device: torch.device) -> None:
-        """The same for every such form that the source holds."""
+        """Install every layer of the source that must be installed: those that are not weight-only."""
         for form in source.forms.values():
             if not find_layer(form.form).weight_only:
                 self.install(form.weight, source.layer(form).to(device))
 
     def remove(self) -> None:
-        """Give every module its place back; do so before the part is loaded or freed."""
+        """Restore every replaced module. This must be done before the part is loaded or freed."""
         for path, module in self.originals.items():
             self._set(path, module)
         self.originals.clear()
@@ -131,12 +131,12 @@ class Installed:
 
 
 def fill_part(structure: Structure, part: int, source: PartSource, device: torch.device) -> None:
-    """Fill the model's parameters of one part; everything else stays where it is."""
+    """Fill the model's parameters of one part. All other parameters stay as they are."""
     for name in structure.parameters_of(part):
         value = read_parameter(name, structure.bindings, source.read, structure.model)
         fill(name, value.to(device, structure.bindings.dtypes[name]), structure.model)
     for form in source.forms.values():
-        if form.weight.parameter in structure.bindings.tied:  # an untied head has no tensor in the source
+        if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
             fill(form.weight.parameter, source.read(form.weight.tensor).to(device), structure.model)
     tie(structure)
 
@@ -148,24 +148,25 @@ def free_part(structure: Structure, part: int) -> None:
 
 
 def return_large_blocks() -> None:
-    """Have the C library give every large block back as soon as it is freed, where it is glibc.
+    """Make glibc return every large memory block to the system as soon as it is freed. Does nothing without glibc.
 
-    By default glibc learns to keep freed blocks of up to 32 MB for itself, and what is kept from batch to batch settles
-    between them. Measured on a Llama of width 512: peak of the sweep 0.96 GB by default, 0.81 GB with 4 MiB, in the
-    same time; with 1 MiB the demo model's sweep took a third longer, since every fresh page costs a fault.
+    By default glibc learns to keep freed blocks of up to 32 MB, and allocations that live from batch to batch then
+    settle between them. Measured on a Llama of width 512: the peak of the sweep is 0.96 GB by default and 0.81 GB with
+    a threshold of 4 MiB, in the same time. With 1 MiB the sweep of the demo model took a third longer, since every new
+    page costs a page fault.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def _return_freed_memory() -> None:
-    """Give freed pages back to the system; by our measurement small ones pile up to 13 MB a block of 13 MB blocks."""
+    """Return freed pages to the system. We measured that without it 13 MB per block pile up, for blocks of 13 MB."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """glibc, where it is the C library; elsewhere there is nothing to call."""
+    """glibc if it is the C library; None elsewhere, where there is nothing to call."""
     return ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
@@ -177,7 +178,7 @@ def free_all(structure: Structure) -> None:
 
 
 def tie(structure: Structure) -> None:
-    """Let tied parameters share their source's storage, unless an untied value was put there."""
+    """Let each tied parameter share the storage of its source, except one that has an untied value."""
     model = structure.model
     for target, source in structure.bindings.tied.items():
         owner, _, leaf = target.rpartition(".")
@@ -191,16 +192,16 @@ def part_name(structure: Structure, part: int) -> str:
 
 
 def view(structure: Structure, weight: Weight) -> Tensor:
-    """The part of the model's parameter that holds this weight, as (out_features, in_features); writes go through."""
+    """The slice of a parameter that is this weight, as (out_features, in_features). Writes change the parameter."""
     return part_of(structure.model.get_parameter(weight.parameter).data, weight)
 
 
 def part_tensors(
     part: int, source: PartSource, put: dict[str, tuple[StoredWeight, Layer]], written: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a part's file will hold: every tensor of the source except those of replaced weights, and the new layers.
+    """The tensors of a part file: every tensor of the source except those of replaced weights, and the new layers.
 
-    written  dense tensors that have new values, by their names
+    written  new values of dense tensors, by name
     """
     replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
     for tensor in source.names(part):
@@ -212,5 +213,5 @@ def part_tensors(
 
 
 def _belongs(tensor: str, weight: Weight) -> bool:
-    """Whether a tensor of a part file is part of this weight's stored form."""
+    """Whether a tensor of a part file belongs to the quantization format of this weight."""
     return tensor.startswith(weight.name + ".") and tensor != weight.bias

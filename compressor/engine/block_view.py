@@ -1,7 +1,7 @@
-"""One part of the model as a pass sees it: its weights, what they read, and what is put in their place.
+"""Shows one part of the model to a pass: its weights and their inputs. It takes the layers that the pass stores.
 
-A batch that has given the inputs of one stage waits before that stage's products (`resumable_forward`) and goes on from
-there when the next stage is asked for, as far as memory allows; what a pass sees never depends on it.
+After a batch has given the inputs of one stage, it pauses before the matmuls of that stage (`resumable_forward`), as
+far as memory allows. It resumes there when the next stage is asked for. What a pass sees never depends on this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compressor.model.structure import Structure
 from compressor.model.weights import Group, Producer, Stage, Weight
 from compressor.protocol.views import Folded
 
-# kind of block, product and batch -> what is called before that product, and which results are read after it
+# (kind of block, matmul, shape of the batch) -> the calls before that matmul, and which results are read after it
 Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 
 
@@ -39,9 +39,9 @@ Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
 class BlockView:
     """One part of the model as a pass sees it (`protocol.BlockView`).
 
-    calibration  the batches, as they enter the part
+    calibration  the batches, with the hidden states that enter the part
     rescalable   producers of the inputs of this part's weights
-    errors       relative, of each stored weight as it is rebuilt
+    errors       relative error of each stored weight after it is dequantized
     written      parameters that stay dense and have new values
     """
 
@@ -115,13 +115,13 @@ class BlockView:
         if weight.name in self.put_layers:
             self.installed.take_back(weight)
         self._untie(weight)
-        for batch in self.calibration:  # whoever has multiplied by the weight has to do it again
+        for batch in self.calibration:  # a recorded matmul with the old weight is invalid
             if batch.recorded is not None and (weight.is_function or weight.parameter in batch.recorded.passed):
                 batch.recorded = None
         if not weight.is_function:
             target = view(self.structure, weight)
             rebuilt = layer.matrix(self.dtype).to(target.device)
-            # of a weight that is put again the first value is gone
+            # a weight that is put again has lost its first value, so its error is unknown
             again = weight.name in self.errors
             self.errors[weight.name] = None if again else relative_distance(rebuilt, target)
             target.copy_(rebuilt)
@@ -135,7 +135,7 @@ class BlockView:
         self._record(weight, layer.form, layer.spec(), stored, record)
 
     def keep(self, weight: Weight, **record: Any) -> None:
-        assert self.is_open and weight.name not in self.put_layers, "what was put can't be kept as it was"
+        assert self.is_open and weight.name not in self.put_layers, "a weight that was put can't be kept dense"
         self._record(weight, DENSE, {}, math.prod(weight.shape) * self.dtype.itemsize, record)
 
     def producers(self) -> list[Producer]:
@@ -160,7 +160,7 @@ class BlockView:
         return len(self.calibration)
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> Tensor:
-        assert 1 <= self.number <= self.structure.block_count, "embeddings and output head have no output of their own"
+        assert 1 <= self.number <= self.structure.block_count, "only a block has an output"
         entering, index = self.calibration[batch], self.number - 1
         placed = Installed(self.structure)
         try:
@@ -185,7 +185,7 @@ class BlockView:
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
-        self.records = [known for known in self.records if known.name != weight.name]  # it may be put again
+        self.records = [known for known in self.records if known.name != weight.name]  # a weight may be put again
         self.records.append(
             WeightRecord(
                 name=weight.name,
@@ -202,7 +202,7 @@ class BlockView:
         self.began = now
 
     def _untie(self, weight: Weight) -> None:
-        """A tied head that is changed gets storage of its own."""
+        """Give a tied output head its own storage before it is changed."""
         source = self.structure.bindings.tied.get(weight.parameter)
         if source is not None:
             owner, _, leaf = weight.parameter.rpartition(".")
@@ -213,10 +213,10 @@ class BlockView:
                 )
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, (tokens, in) input) for each batch, in order; of embeddings, (tokens,) row numbers.
+        """(group number, input (tokens, in)) for each batch, in order. Of the embeddings: token ids (tokens,).
 
-        Each batch goes on to the stage's first product and waits there, as far as RECORDED_SHARE lets them keep what
-        that takes; the others look ahead from where they are, or start again.
+        Each batch runs up to the first matmul of the stage and pauses there, if the tensors that it keeps fit in
+        RECORDED_SHARE. The other batches run past their earlier pause without moving it, or run from the block's input.
         """
         if self.number == 0 or stage[0].weights[0].is_function:
             yield from self._module_inputs(stage)
@@ -231,11 +231,11 @@ class BlockView:
         wanted = {name for name, _ in numbers}
         limit = RECORDED_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
         kept = sum(batch.kept_bytes for batch in self.calibration)
-        here = 0  # what one batch keeps at this stage
+        here = 0  # bytes that one batch keeps at this stage
         for batch in self.calibration:
             before = batch.kept_bytes
             waits = batch.recorded is not None and not batch.recorded.passed & wanted
-            if waits and kept - before + here > limit:  # no room to move on: look ahead from where it waits
+            if waits and kept - before + here > limit:  # no room for a new pause: run on from the old one
                 yield from self._ahead(batch, watched, number_of, stage)
             else:
                 first = self._pause(batch, watched, lambda call: number_of(call) is not None, wanted)
@@ -253,8 +253,8 @@ class BlockView:
             kept += batch.kept_bytes - before
 
     def _module_inputs(self, stage: Stage) -> Iterator[tuple[int, Tensor]]:
-        """(group number, what its module is called with) for each batch and call: row numbers (tokens,) that an
-        embedding looks up, or inputs (tokens, width) of a function.
+        """(group number, input of its module) for each batch and call: token ids (tokens,) of an embedding, or inputs
+        (tokens, width) of a function.
         """
         found: list[tuple[int, Tensor]] = []
         handles = []
@@ -280,7 +280,7 @@ class BlockView:
                 handle.remove()
 
     def _forget_unread(self, batch: CalibrationBatch, parameter: str) -> None:
-        """Keep only what the rest of the block reads: found on the first batch of a kind, for all blocks alike."""
+        """Keep only the tensors that the rest of the block reads. The first batch of a kind finds them."""
         recorded = batch.recorded
         assert recorded is not None
         if not 1 <= self.number <= self.structure.block_count:
@@ -308,13 +308,13 @@ class BlockView:
         pauses: Callable[[ObservedMatmul], bool],
         wanted: set[str],
     ) -> ObservedMatmul | None:
-        """Take the batch to the first product of the stage, from where it waits if that lies before it."""
+        """Run the batch up to the first matmul of the stage: from its pause if that comes first, or from the start."""
         work = partial(run_part, self.structure, self.number, batch)
         if batch.recorded is not None and not batch.recorded.passed & wanted:
             try:
                 return advance(batch.recorded, watched, work, pauses)
             except Diverged:
-                pass  # some forwards can't be recorded; from the start it goes always
+                pass  # some forwards can't be resumed; a run from the start always works
         batch.recorded = RecordedForward()
         first = advance(batch.recorded, watched, work, pauses)
         if first is None:
@@ -328,7 +328,7 @@ class BlockView:
         number_of: Callable[[ObservedMatmul], int | None],
         stage: Stage,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Inputs of the stage's groups, seen by running on past the pause; the batch stays where it waits."""
+        """Inputs of the stage's groups, read by running past the pause. The pause of the batch stays where it is."""
         caught: dict[int, Tensor] = {}
         all_come = all(group.expert is None for group in stage)
 
@@ -353,7 +353,7 @@ class BlockView:
 
 
 def watched_parameters(structure: Structure, part: int) -> dict[str, Tensor]:
-    """Parameters of a part that multiply something, by name; without those that a layer stands in for."""
+    """Parameters of a part that are multiplied by something, by name, without those whose module a layer replaces."""
     names = {weight.parameter for stage in structure.stages(part) for group in stage for weight in group}
     held = dict(structure.model.named_parameters(remove_duplicate=False))
     return {name: held[name] for name in sorted(names) if name in held}

@@ -1,4 +1,4 @@
-"""Calibration batches on their way through the model, and what takes them through one part of it.
+"""Calibration batches, and the functions that run them through one part of the model.
 
 A part is the embeddings (0), a block (1 to n) or the output head (n + 1).
 """
@@ -22,21 +22,21 @@ from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
 
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
-IMAGE_TOKENS = 256  # that an image counts for
-# What paused batches may keep, as a multiple of the hidden states that the sweep holds anyway; beyond it batches stay
-# at an earlier pause, or start again from the block's input. A Llama block with an MLP three times as wide keeps 4
-# times at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
+IMAGE_TOKENS = 256  # an image counts as this many tokens
+# What paused batches may keep, as a multiple of the hidden states that the sweep holds anyway. A batch that would
+# exceed it stays at an earlier pause, or runs again from the block's input. A Llama block whose MLP is three times as
+# wide keeps 4 times at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
 RECORDED_SHARE = 3
 
 
 @dataclass
 class CalibrationBatch:
-    """One batch on its way through the model.
+    """One batch and how far it has come.
 
-    inputs  the model's own
-    hidden  hidden states, as the last part left them
-    calls   what each block is called with beside them
-    recorded    the recorded forward of the block that the batch waits in, if it does
+    inputs    inputs of the model
+    hidden    hidden states after the last part
+    calls     the other arguments that each block is called with
+    recorded  the recorded forward of the block in which the batch is paused; None if it isn't paused
     """
 
     inputs: Batch
@@ -54,7 +54,7 @@ class CalibrationBatch:
 
 
 def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[tuple[list[int], Tensor]]:
-    """(sample numbers, samples) of each calibration batch, if any of the steps reads inputs."""
+    """(sample numbers, samples) of each calibration batch; nothing if no step reads inputs."""
     if samples is not None and any(step.settings.traits.reads != "weights" for step in steps):
         tokens = samples.inputs[0].numel() if samples.is_text else IMAGE_TOKENS
         most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
@@ -74,19 +74,19 @@ def calibration_batches(
 
 
 def batch_labels(samples: Samples | None, device: torch.device, step: Step) -> list[Tensor | None]:
-    """Those of each calibration batch, where the data has them."""
+    """Labels of each calibration batch; None if the data has no labels."""
     labels = None if samples is None else samples.labels
     batches = stacked_samples(samples, (step,))
     return [None if labels is None else labels[numbers].to(device) for numbers, _ in batches]
 
 
 def probe_batch(structure: Structure, device: torch.device) -> Batch:
-    """Fixed inputs whose logits the written artifact has to reproduce."""
+    """Fixed inputs of the probe batch. The written artifact must reproduce the logits of this batch."""
     return example_batch(structure.model, device, samples=2, tokens=32)
 
 
 def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
-    """Take every batch through the embeddings."""
+    """Run every batch through the embeddings."""
     done: list[CalibrationBatch] = []
     for batch in batches:
         hidden, calls = structure.pieces.embeddings(batch.inputs)
@@ -96,18 +96,18 @@ def embed(structure: Structure, batches: list[CalibrationBatch]) -> None:
 
 
 def run_part(structure: Structure, part: int, batch: CalibrationBatch) -> Tensor:
-    """What a block makes of the batch's hidden states, or the output head of them."""
+    """Output of a block, or of the output head, for the batch's hidden states."""
     if part == structure.block_count + 1:
         return structure.pieces.output_head(batch.inputs, batch.hidden)
     return structure.pieces.block(part - 1, batch.hidden, batch.calls[part - 1])
 
 
 def finish_part(structure: Structure, part: int, batch: CalibrationBatch) -> Tensor:
-    """The same, from where the batch waits; its recorded forward is used up."""
+    """Output of a block or the output head, computed from the batch's pause. Its recorded forward is used up."""
     recorded, batch.recorded = batch.recorded, None
     is_block = 1 <= part <= structure.block_count
     if recorded is None or (is_block and holds_containers(batch.calls[part - 1])):
-        return run_part(structure, part, batch)  # what a block puts there for later ones has to be computed
+        return run_part(structure, part, batch)  # tensors that it stores for later blocks must be computed
     try:
         return run_on(recorded, {}, partial(run_part, structure, part, batch), lambda call: None)
     except Diverged:
@@ -115,9 +115,9 @@ def finish_part(structure: Structure, part: int, batch: CalibrationBatch) -> Ten
 
 
 def equal_calls(first: list[Call], second: list[Call]) -> bool:
-    """Whether blocks would be called alike, so that one copy of masks and positions serves many batches.
+    """Whether the blocks get equal arguments, so that one copy of masks and positions serves many batches.
 
-    Never where blocks may put something into what they are called with: that is each batch's own.
+    Always False if a block may store something in its arguments, since that belongs to one batch.
     """
     if any(holds_containers(call) for calls in (first, second) for call in calls):
         return False
@@ -134,7 +134,7 @@ def equal_calls(first: list[Call], second: list[Call]) -> bool:
 
 
 def holds_containers(call: Call) -> bool:
-    """Whether a block is called with something it may put tensors into, as layers that share keys and values do."""
+    """Whether a block gets an argument that it may store tensors in, as layers that share keys and values do."""
     return any(_is_container(value) for value in (*call.args, *call.kwargs.values()))
 
 

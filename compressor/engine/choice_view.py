@@ -1,8 +1,8 @@
-"""What a pass that chooses over the whole model is shown before its sweep.
+"""Shows the whole model to a pass that makes a choice before its sweep.
 
-A pass that stores weights is shown one part after the other. One that redefines the model is shown single parts,
-calibration batches and gradients, and has a place to save; its choice decides the plan (`plan.decided_plan`) before the
-sweep that carries it out (`rewrite_sweep`).
+A `WeightPass` gets one part after the other. A pass that redefines the model gets single parts, calibration batches
+and gradients, and may save its progress. Its choice decides the plan (`plan.decided_plan`) before the sweep that
+carries it out (`rewrite_sweep`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from compressor.storage.journal import Journal
 class WholeModelView:
     """The model as earlier sweeps left it (`protocol.WholeModel`).
 
-    begin  begins a walk through it
-    view   a part of it as the step that decides may see it
+    begin  begins a walk through the model
+    view   makes the view of a part for the step that decides
     """
 
     begin: Callable[[], Iterator[Part]]
@@ -50,10 +50,10 @@ class WholeModelView:
 class ModelView:
     """The model before a step that redefines it (`protocol.RunnableModel`).
 
-    number     of the sweep
-    resident   keep every block in memory once it was loaded
+    number     number of the sweep
+    resident   keep every block in memory after it is loaded
     source     where a part's tensors lie; None: in the checkpoint
-    generator  makes one from parts of a seed, the sweep's own apart
+    generator  makes a generator from parts of a seed; the sweep itself uses other seeds
     """
 
     number: int
@@ -120,7 +120,7 @@ class ModelView:
         return self.calibration[batch].hidden
 
     def run(self, part: int, batch: int, hidden: Tensor) -> Tensor:
-        self._embed()  # the embeddings tell what blocks are called with
+        self._embed()  # the embeddings give the arguments of the blocks
         call = self.calibration[batch].calls[part - 1]
         return self.structure.pieces.block(part - 1, hidden, call, gradients=True)
 
@@ -146,12 +146,12 @@ class ModelView:
             )
             yield view
             if part.number == 0:
-                part.advance(lambda: None)  # every batch has been through the embeddings
+                part.advance(lambda: None)  # every batch has run through the embeddings already
             elif bases is not None and view.sublayers:
                 part.advance(partial(view.advance, bases(view)))
 
     def close(self) -> None:
-        """Leave the model's modules as they were."""
+        """Restore the model's modules."""
         while self._in_memory:
             self._in_memory.popitem()[1].remove()
 
@@ -159,7 +159,7 @@ class ModelView:
         key = f"{self.number}/choice"
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         last = self.journal.done(key)
-        slot = 0 if last is None else 1 - SavedFacts.of(last).slot  # the last one stays whole till the next is there
+        slot = 0 if last is None else 1 - SavedFacts.of(last).slot  # the last file stays until the next is complete
         facts = SavedFacts(step, slot).to_json()
         name = f"s{self.number:02d}-choice-{slot}.safetensors"
 

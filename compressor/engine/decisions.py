@@ -1,4 +1,4 @@
-"""What a step chooses over the whole model before its sweep: made once, then read from the journal."""
+"""Makes the choices of a step over the whole model before its sweep: once, then read from the journal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from compressor.recipe.recipe import Step
 
 
 def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> list[Decision | None]:
-    """What each step of a sweep that stores weights chooses over the whole model."""
+    """The choice of each step of a sweep that stores weights."""
     decisions: list[Decision | None] = []
     for position, step in enumerate(steps):
         if not step.settings.decides:
@@ -44,7 +44,7 @@ def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Writt
 
 
 def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, before: Written) -> WholeModelView:
-    """The model as earlier sweeps left it, as a step may see it before its own."""
+    """The model as earlier sweeps left it, for a step that decides before its sweep."""
     structure = sweeper.structure
     hold = sweeper.holder(partial(before.source, structure), stopped="stopped while deciding")
 
@@ -58,7 +58,7 @@ def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, befor
 
 
 def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decision:
-    """What a step that redefines the model chooses over the whole of it."""
+    """The choice of a step that redefines the model."""
     reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
 
     def made(warnings: list[Notice]) -> Decision:
@@ -94,7 +94,7 @@ def _decided(
     step: Step,
     decide: Callable[[list[Notice]], Decision | None],
 ) -> Decision | None:
-    """The decision of a step: from the journal, or made now and committed with the warnings it adds to the list."""
+    """The decision of a step: read from the journal, or made now and committed with the warnings of its list."""
     key, journal = f"{number}/decision/{position}", sweeper.journal
     if journal.done(key) is None:
         sweeper.emit({"event": "decide", "sweep": number, "pass": step.name})

@@ -1,4 +1,4 @@
-"""What a planned result needs: its tensors and bytes, memory and disk of the run, and whether they are there."""
+"""Predicts the tensors and bytes of a result, and the memory and disk of the run; checks that they are available."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 SPARE_DISK_BYTES = 16 << 20
-SOME_HASH = "f" * 64  # the data is not read here; every hash is as long as this one
+SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
 
 
 def stored_tensors(form: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
@@ -47,10 +47,10 @@ def stored_tensors(form: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str
 def planned_tensors(
     structure: Structure, functions: Functions, stored: Mapping[str, StoredWeight], untied: bool
 ) -> list[Named]:
-    """Every tensor of the result, in the order of parts.
+    """Every tensor of the result, in the order of the parts.
 
-    stored  weight name -> the format it will be in; all others stay dense
-    untied  whether the output head gets a weight of its own
+    stored  weight name -> the format it will be in; all other weights stay dense
+    untied  whether the output head gets its own weight
     """
     replaced = {name for form in stored.values() for name in (form.weight.tensor, form.bias)}
     by_part: dict[int, list[Named]] = {}
@@ -81,7 +81,7 @@ def predict_sizes(
     untied: bool,
     source_bytes: int,
 ) -> Sizes:
-    """Bytes of the artifact, of the memory and of the disk that the run needs."""
+    """Bytes of the artifact, and of the memory and disk that the run needs."""
     stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
     side = _side_file_bytes(recipe, structure, list(formats.forms.values()), route, untied)
@@ -97,7 +97,7 @@ def predict_sizes(
 
 
 def _weight_file_bytes(tensors: list[Named], shard_bytes: int) -> int:
-    """The data of all shards and their headers."""
+    """Bytes of all shards: their tensors and their headers."""
     by_name = {tensor.name: tensor for tensor in tensors}
     headers = sum(
         header_bytes((name, by_name[name].stored_as, by_name[name].shape) for name in names)
@@ -109,7 +109,7 @@ def _weight_file_bytes(tensors: list[Named], shard_bytes: int) -> int:
 def _side_file_bytes(
     recipe: Recipe, structure: Structure, forms: list[StoredWeight], route: Route, untied: bool
 ) -> int:
-    """config.json, recipe.yaml, the modeling file if the export format has one, and what is carried from the source."""
+    """Bytes of config.json, recipe.yaml, the modeling file (if the export format has one) and files of the source."""
     config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, "bfloat16", untied)
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
@@ -120,7 +120,7 @@ def _side_file_bytes(
 
 
 def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> int:
-    """Peak of the sweep: interpreter, embeddings and output head, one block twice, activations, one group's solve."""
+    """Peak of the sweep: interpreter, embeddings and output head, one block twice, activations, solve of a group."""
     by_part: dict[int, int] = {}
     for tensor, part in structure.part_by_tensor.items():
         by_part[part] = by_part.get(part, 0) + structure.checkpoint.tensors[tensor].nbytes
@@ -130,7 +130,7 @@ def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str
     reads = {step.settings.traits.reads for step in recipe.steps}
     tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
     streams = 1 + RECORDED_SHARE
-    if "gradients" in reads:  # a few batches keep one before each block, and all keep theirs before and after all
+    if "gradients" in reads:  # a few batches keep one per block, all keep the first and last
         streams = max(streams, 3)
     activations = streams * tokens * _hidden_width(structure) * structure.dtype.itemsize
     working = 0
@@ -148,14 +148,14 @@ def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str
 
 
 def _child_memory_bytes(recipe: Recipe, structure: Structure, source_bytes: int, weight_bytes: int) -> int:
-    """Peak of the children that verify and evaluate, which load the whole model."""
+    """Peak memory of the child processes that verify and evaluate: they load the whole model."""
     vocabulary = getattr(structure.model.config.get_text_config(), "vocab_size", 0) or 0
     logits = recipe.eval.batch_size * recipe.eval.data.length * vocabulary * 4
     return INTERPRETER_BYTES + 2 * source_bytes + weight_bytes + 6 * logits
 
 
 def _hidden_width(structure: Structure) -> int:
-    """Values per token between blocks. Where the config has no such key, the widest that a block's weight reads."""
+    """Values per token between blocks. If the config has no such key: the widest input of a weight in a block."""
     stated = getattr(structure.model.config.get_text_config(), "hidden_size", None)
     if isinstance(stated, int):
         return stated
@@ -163,12 +163,12 @@ def _hidden_width(structure: Structure) -> int:
 
 
 def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, findings: Findings) -> None:
-    """Add a problem for memory or disk that isn't there."""
+    """Add a problem if there is not enough memory or disk."""
     available = limits.memory or int(psutil.virtual_memory().available * 0.9)
     if sizes.peak_memory_bytes > available:
         findings.problems.append(
             PreflightError(
-                f"about {sizes.peak_memory_bytes:,} bytes of memory are needed, {available:,} may be used",
+                f"about {sizes.peak_memory_bytes:,} bytes of memory are needed, {available:,} are available",
                 where="memory",
                 hint="Set a smaller data.samples or data.length, or use a machine with more memory.",
                 data={"reason": "memory", "needed": sizes.peak_memory_bytes, "available": available},
@@ -181,7 +181,7 @@ def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, find
     if sizes.disk_bytes > free:
         findings.problems.append(
             PreflightError(
-                f"{sizes.disk_bytes:,} bytes of disk are needed, {free:,} may be used",
+                f"{sizes.disk_bytes:,} bytes of disk are needed, {free:,} are available",
                 where=f"disk of {place}",
                 hint="Free space on that disk, or choose an --output on another one.",
                 data={"reason": "disk", "needed": sizes.disk_bytes, "available": free},

@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: the events that `emit` is given, each a JSON object as --json prints it.
+"""Events of a run: what `emit` is given while the run works, each a JSON object as --json prints it.
 
-This is the one place that names their keys. Progress displays and programs read the same values.
+Only this file names their keys. Progress displays and programs read the same values.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _OfPass = TypedDict("_OfPass", {"pass": str})
 
 
 class StageEvent(TypedDict):
-    """A stage of the run begins; sweeps have events of their own."""
+    """A stage of the run begins. Sweeps have their own events."""
 
     event: Literal["stage"]
     name: StageName
 
 
 class SweepEvent(TypedDict):
-    """A sweep begins. units: how many parts it goes through; passes: of its steps, by name"""
+    """A sweep begins. units: number of parts; passes: names of its steps"""
 
     event: Literal["sweep"]
     sweep: int
@@ -31,7 +31,7 @@ class SweepEvent(TypedDict):
 
 
 class PartEvent(TypedDict):
-    """A sweep is done with a part of the model. unit: number of the part; units: how many there are"""
+    """A sweep has finished a part of the model. unit: number of the part; units: number of all parts"""
 
     event: Literal["unit"]
     sweep: int
@@ -42,7 +42,7 @@ class PartEvent(TypedDict):
 
 
 class WeightEvent(_OfPass):
-    """A weight is done, and its part committed."""
+    """A weight is finished, and its part is committed."""
 
     event: Literal["weight"]
     name: str
@@ -50,7 +50,7 @@ class WeightEvent(_OfPass):
 
 
 class DecideEvent(_OfPass):
-    """A pass begins to choose over the whole model."""
+    """A pass begins a choice over the whole model."""
 
     event: Literal["decide"]
     sweep: int
@@ -64,7 +64,7 @@ class WarningEvent(TypedDict):
 
 
 class ResultEvent(TypedDict):
-    """The run has ended, perhaps with a gate that does not hold. output: where the artifact lies"""
+    """The run has ended, maybe with a gate that failed. output: path of the artifact"""
 
     event: Literal["result"]
     status: str

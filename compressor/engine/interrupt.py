@@ -1,10 +1,10 @@
-"""Stop means stop: Ctrl-C, SIGTERM and SIGHUP end the work within seconds, whatever it is at.
+"""Ends the work within seconds after Ctrl-C, SIGTERM or SIGHUP, whatever the work is doing.
 
-A signal raises KeyboardInterrupt in the main thread, as soon as that runs Python code again. A call of native code (an
-eigendecomposition, tokenizing a large file) can keep it from that for minutes. So the command line also has a thread
-that is woken by the signal itself (`signal.set_wakeup_fd`): it says at once that the work is stopping, and ends the
-process if the main thread doesn't within GRACE_SECONDS. That loses nothing: whatever a run commits is durable, and a
-killed run resumes (`compressor.storage.journal`). A second signal ends the process at once.
+A signal raises KeyboardInterrupt in the main thread, as soon as that thread runs Python code again. A call of native
+code (an eigendecomposition, tokenizing a large file) can delay this for minutes. So the command line also has a thread
+that the signal itself wakes (`signal.set_wakeup_fd`). This thread reports at once that the work is stopping, and ends
+the process if the main thread doesn't end within GRACE_SECONDS. Nothing is lost: whatever a run commits is durable, and
+a killed run can be resumed (`compressor.storage.journal`). A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from compressor.errors import Interrupted
 from compressor.storage.journal import has_begun, remove_work
 
 GRACE_SECONDS = 8.0  # docs/exit-codes.md promises that the process ends within 10 seconds
-TELL_SECONDS = 1.0  # for the last words, if nobody reads them
+TELL_SECONDS = 1.0  # for the last message, if nobody reads it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """A request to stop, from a signal, and whether one is still accepted.
+    """A request to stop, made by a signal, and whether a request is still accepted.
 
-    work  the work directory of the run, once there is one
+    work  the work directory of the run, once it exists
     """
 
     def __init__(self) -> None:
         self.work: Path | None = None
         self._asked, self._is_closed = threading.Event(), False
-        self._lock = threading.RLock()  # a signal's handler may run inside `close`, in the same thread
+        self._lock = threading.RLock()  # the signal handler may run inside `close`, in the same thread
 
     def is_asked(self) -> bool:
         return self._asked.is_set()
 
     def accept(self) -> bool:
-        """Ask for the stop; False if it is too late for one."""
+        """Ask for the stop. Returns False if it is too late to stop."""
         with self._lock:
             if self._is_closed and not self.is_asked():
                 return False
@@ -48,9 +48,9 @@ class Stop:
             return True
 
     def close(self) -> None:
-        """Accept no request from here on: it would only leave half of a finished thing.
+        """Accept no request from now on, because a stop would leave a finished result incomplete.
 
-        raises  KeyboardInterrupt if one was accepted before
+        raises  KeyboardInterrupt if a request was accepted before
         """
         with self._lock:
             if self.is_asked():
@@ -59,18 +59,18 @@ class Stop:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has a work directory that it can be resumed from."""
+        """Whether the run has a work directory from which it can be resumed."""
         return self.work is not None and has_begun(self.work)
 
     @property
     def hint(self) -> str:
-        """What to do after it."""
+        """What the user can do after the stop."""
         return "Continue with --resume." if self.has_begun else "Nothing was done yet; start again."
 
 
 @contextmanager
 def signals(stop: Stop) -> Iterator[Stop]:
-    """Let the signals raise KeyboardInterrupt in the main thread; called from another thread, change nothing."""
+    """Let the signals raise KeyboardInterrupt in the main thread. In another thread this changes nothing."""
 
     def handle(number: int, frame: Any) -> None:
         if stop.accept():
@@ -78,7 +78,7 @@ def signals(stop: Stop) -> Iterator[Stop]:
 
     old: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # a hang-up that is ignored, as by nohup, stays so
+        # a hang-up signal that is ignored, as under nohup, stays ignored
         heard = [sign for sign in SIGNALS if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN]
         old = {sign: signal.signal(sign, handle) for sign in heard}
     try:
@@ -92,11 +92,11 @@ def signals(stop: Stop) -> Iterator[Stop]:
 def answered(
     stop: Stop, tell: Callable[[], None], last_words: Callable[[], None], exit_code: int, grace: float = GRACE_SECONDS
 ) -> Iterator[Stop]:
-    """`signals`, and a thread that answers the first one at once and ends the process if the main thread doesn't.
+    """`signals`, and a thread that answers the first signal at once and ends the process if the main thread doesn't.
 
     tell        called in that thread at the first signal
     last_words  called before the process is ended
-    exit_code   the code it is ended with
+    exit_code   exit code of the ended process
     """
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -142,7 +142,7 @@ def answered(
 
 @contextmanager
 def interruptible(stop: Stop) -> Iterator[None]:
-    """raises Interrupted for a stop that was asked for, also where a library made another error of it"""
+    """raises Interrupted after an accepted request to stop, also if a library turned it into another error"""
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:

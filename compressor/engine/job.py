@@ -1,4 +1,4 @@
-"""One run as its stages share it: what it was asked for, what it reads, how long it has taken."""
+"""What the stages of one run share: the request, its inputs, and its wall time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compressor.storage.journal import Journal
 
 
 class Fingerprint(TypedDict):
-    """What a resumed run has to share with the interrupted one, as run.json holds it. recipe, model, data: hashes"""
+    """What a resumed run must share with the interrupted run; run.json holds it. recipe, model, data: hashes"""
 
     recipe: str
     model: str
@@ -53,9 +53,9 @@ class Clock:
 class Job:
     """What the stages of one run share.
 
-    plan     as planned, before a pass has chosen anything; its recipe is the pinned one that is written and reported
-    source   what the model is called
-    resumed  how many parts an earlier, interrupted run had committed; None if there was none
+    plan     the plan before any pass has chosen; its recipe is the pinned one that is written and reported
+    source   name of the model
+    resumed  number of parts that an earlier, interrupted run committed; None if there was none
     """
 
     source: str
@@ -90,7 +90,7 @@ class Job:
 
 
 def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -> Fingerprint:
-    """What a resumed run has to share with the interrupted one."""
+    """What a resumed run must share with the interrupted run."""
     return {
         "recipe": plan.recipe.pinned(None, None).sha256,
         "model": plan.source.checkpoint.content_sha256,

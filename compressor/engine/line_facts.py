@@ -1,6 +1,6 @@
-"""What a line of the journal says of what was committed, as records: `Line.facts` holds their JSON form.
+"""Records of what a line of the journal committed. `Line.facts` holds their JSON form.
 
-Every line has the `LineFacts`. One of a decision says beside them what was decided, one of a saved choice what was
+Every line has the `LineFacts`. A line of a decision also has the decision, a line of a saved choice also what was
 saved.
 """
 
@@ -18,9 +18,9 @@ from compressor.storage.journal import Line
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """What a pass has made of one weight.
+    """What a pass has done with one weight.
 
-    own  the pass's own values, by name
+    own  values of the pass itself, by name
     """
 
     name: str
@@ -36,7 +36,7 @@ class WeightRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step of the recipe has made of one weight. step: its number"""
+    """What a step of the recipe has done with one weight. step: its number"""
 
     step: int
     pass_name: str
@@ -77,12 +77,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class LineFacts:
-    """What every line says.
+    """What every line has.
 
-    forms            weight name -> the format it is in, of a part
-    records          of the weights that steps have put or kept
-    relative_errors  of each stored weight as it is rebuilt; None where the line is not that of a storing sweep's part
-    written          relative errors of dense parameters that a step has given new values
+    forms            weight name -> its format, for one part
+    records          the weights that steps have put or kept
+    relative_errors  relative error of each stored weight after it is dequantized; None if the line doesn't belong to a
+                     part of a sweep that stores weights
+    written          relative errors of dense parameters that have new values
     """
 
     forms: Mapping[str, StoredWeight] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class LineFacts:
 
 @dataclass(frozen=True)
 class DecisionFacts:
-    """What a step has decided over the whole model, and what it warned of."""
+    """What a step has decided over the whole model, and its warnings."""
 
     decision: Decision | None
     warnings: tuple[Notice, ...]
@@ -130,7 +131,7 @@ class DecisionFacts:
 
 @dataclass(frozen=True)
 class SavedFacts:
-    """What a step has saved while it chooses. step: how far it had come; slot: of two files the one it lies in"""
+    """What a step has saved during its choice. step: progress; slot: which of two files holds it"""
 
     step: int
     slot: int

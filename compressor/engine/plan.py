@@ -1,6 +1,7 @@
-"""Recipe + structure -> plan: what happens to each weight, how many bytes it will have, and every problem at once.
+"""Makes a plan from a recipe and a model's structure: what happens to each weight, its size, and every problem.
 
-Nothing is written and only headers are read. A problem found here would otherwise surface after hours.
+It writes nothing and reads only the headers of the weight files. A problem that is found here would otherwise appear
+after hours of work.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ AnyPlan = TypeVar("AnyPlan", bound=Plan)
 def make_plan(
     recipe: Recipe, model: str, *, output: Path | None = None, trust_remote_code: bool = False, prove: bool = True
 ) -> Plan:
-    """Everything that can be known without reading a weight.
+    """The plan of a run: everything that can be known without reading a weight.
 
-    raises ModelError when the model can't be read or taken apart; all other problems are collected in `problems`
+    raises ModelError when the model can't be read or its structure can't be found; the result lists all other problems
     """
     source = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
     _check_class(source)
@@ -68,13 +69,13 @@ def make_plan(
     plan = _with_storing_steps(Plan, recipe, source, reshapes, findings, tries_loaders=prove)
     check_limits(plan.sizes, recipe.limits, output, findings)
     for name, asked in replaced_implementations(source.checkpoint.config).items():
-        message = f"{name} {asked} is not used while compressing; the model runs on what torch has"
+        message = f"{name} {asked} is not used during compression; the model runs with torch's own operations"
         findings.warn("implementation-replaced", "config.json", message)
     return replace(plan, problems=tuple(findings.problems), warnings=tuple(findings.warnings))
 
 
 def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
-    """The plan once that reshaping step has chosen its shapes.
+    """The plan after a reshaping step has chosen its shapes.
 
     raises PreflightError for shapes that the model can't have
     """
@@ -94,7 +95,7 @@ def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
 
 
 def as_built(plan: Plan, structure: Structure) -> DecidedPlan:
-    """The plan once the sweeps are done: its structure is the one that was written, no longer the planned one."""
+    """The plan after the sweeps: its structure is the one that was written, not the planned one."""
     held = {entry.name: getattr(plan, entry.name) for entry in fields(Plan)}
     return DecidedPlan(**{**held, "structure": structure})
 
@@ -108,7 +109,7 @@ def _with_storing_steps(
     *,
     tries_loaders: bool,
 ) -> AnyPlan:
-    """The plan of the steps that store weights, on the model that the reshaping ones leave."""
+    """The plan of the steps that store weights, on the model after all reshaping steps."""
     structure = reshapes[-1].after if reshapes else source
     functions = named_functions(recipe, structure, findings)
     selected = select_weights(recipe, structure, functions, findings)
@@ -148,7 +149,7 @@ def _with_storing_steps(
 
 
 def _check_class(source: Structure) -> None:
-    """raises ModelError for a model whose class is code of its checkpoint: no artifact of it could be checked"""
+    """raises ModelError for a model whose class is code of its checkpoint, since its artifact could not be verified"""
     cls = stock_class(source.model)
     if not cls.__module__.startswith("transformers."):
         raise ModelError(
@@ -161,7 +162,7 @@ def _check_class(source: Structure) -> None:
 
 
 def _warn_of_unused_code(source: Structure, findings: Findings) -> None:
-    """Say where config.json names code of a model class that isn't used."""
+    """Warn if config.json names code for a model class that isn't used."""
     named = auto_map(source.checkpoint.config, "config.json")
     files = sorted({file_of(ref) for name, references in named.items() if is_model_entry(name) for ref in references})
     if files:
@@ -173,13 +174,13 @@ def _warn_of_unused_code(source: Structure, findings: Findings) -> None:
 
 
 def _check_facts(recipe: Recipe, findings: Findings) -> None:
-    """A step that needs a fact about the model which is not there when its turn comes is a problem."""
+    """Add a problem for each step that needs a fact about the model which doesn't hold before that step."""
     facts = {Fact.CONSTANT_TOKEN_COUNT}
     for step in recipe.steps:
         traits = step.settings.traits
         findings.problems += [
             PreflightError(
-                f"{step.name} needs {fact.value}, which an earlier step broke or none provided",
+                f"{step.name} needs {fact.value}, which an earlier step breaks or no earlier step provides",
                 where=dotted(step.path),
                 hint=f"Put fuse_norms just before {step.name}."
                 if fact is Fact.NORMS_FOLDED
@@ -192,7 +193,7 @@ def _check_facts(recipe: Recipe, findings: Findings) -> None:
 
 
 def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, findings: Findings) -> Producers:
-    """What produces the inputs of weights, if a step scales them; a problem where none is found."""
+    """The producers of the weights' inputs, if a step scales them. Adds a problem if a step finds none."""
     steps = [step for step in recipe.steps if step.settings.traits.rescales]
     if not steps:
         return {}
@@ -207,8 +208,8 @@ def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, fi
         if not any(weight.parameter in read for weight in selected[step.path]):
             findings.problems.append(
                 PreflightError(
-                    f"{step.name} scales what norms and matrices of {structure.architecture} give to its weights, and "
-                    "found none that can be scaled",
+                    f"{step.name} scales the outputs of norms and matrices of {structure.architecture}, and "
+                    "none was found that can be scaled",
                     where=dotted(step.path),
                     hint="Leave this step out; gptq and rtn need no such norm.",
                     data={"reason": "no-producer", "pass": step.name, "model": structure.architecture},
@@ -218,13 +219,13 @@ def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, fi
 
 
 def _check_shared_tables(structure: Structure, forms: Mapping[str, StoredWeight], findings: Findings) -> None:
-    """A stored embedding that the output head multiplies by is a problem."""
+    """Add a problem for a stored embedding that the output head multiplies by."""
     for form in forms.values():
         other = sharer(form.weight, structure.bindings.tied) if form.weight.role == "embedding" else None
         if other is not None:
             findings.problems.append(
                 PreflightError(
-                    f"shares its table with {other}, which multiplies by it, and would leave it without a weight",
+                    f"shares its weight with {other}, which multiplies by it and would be left without a weight",
                     where=form.weight.name,
                     hint=f'Set except: ["{form.weight.name}"] for this step.',
                     data={"reason": "shared-table", "other": other},
@@ -233,10 +234,10 @@ def _check_shared_tables(structure: Structure, forms: Mapping[str, StoredWeight]
 
 
 def _unties_head(structure: Structure, forms: Mapping[str, StoredWeight], findings: Findings) -> bool:
-    """Whether the output head of the result has a weight of its own where config.json says that it has none."""
+    """Whether the output head of the result has its own weight although config.json ties it to the embedding."""
     shared = [form.weight.parameter for form in forms.values() if form.weight.parameter in structure.bindings.tied]
     if shared:
-        message = "the head shares the embedding's weights; it gets its own and config.json says so"
+        message = "the output head shares the embedding's weight; it gets its own, and config.json is changed to match"
         findings.warn("untied-head", shared[0], message)
     return bool(shared or structure.bindings.apart)
 
@@ -244,7 +245,7 @@ def _unties_head(structure: Structure, forms: Mapping[str, StoredWeight], findin
 def _export_route(
     recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
 ) -> Route | None:
-    """The export format; None, and a problem, where none fits."""
+    """The export format; None, with a problem, if no format fits."""
     try:
         route = _tried_route(recipe, structure, forms, tries_loaders, findings)
     except CompressError as problem:
@@ -256,8 +257,8 @@ def _export_route(
         findings.problems.append(problem)
     if route.name == "compressed-tensors" and (asymmetric := [f for f in forms if f.form == "byte_linear"]):
         message = (
-            f"{len(asymmetric)} weights have asymmetric 8-bit codes, which transformers reads and vLLM "
-            "doesn't; for vLLM set symmetric: true, or 4 bits"
+            f"{len(asymmetric)} weights have asymmetric 8-bit codes, which transformers can read and vLLM "
+            "can't; for vLLM set symmetric: true, or 4 bits"
         )
         findings.warn("vllm-asymmetric-8-bits", asymmetric[0].weight.name, message)
     return route
@@ -266,7 +267,7 @@ def _export_route(
 def _tried_route(
     recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
 ) -> Route:
-    """The export format that fits the forms, tried with the model's class. raises PreflightError if there is none"""
+    """The export format that fits the weights, tried with the model's class. raises PreflightError if there is none"""
     export = recipe.export
     route = choose_route(forms, export.format, export.stock_only, structure.model)
     package = FAMILIES[route.name].package if route.name in FAMILIES else None
@@ -276,13 +277,13 @@ def _tried_route(
         while (why := try_loaders(structure, forms, route)) is not None:
             route = next_route(route, why, forms, export.format, export.stock_only)
     except NoTwin as reason:
-        message = f"whether {route.name} can be loaded was not tried: {reason}. The run finds out after its sweep."
+        message = f"loading {route.name} was not tried: {reason}. The run finds out after its sweep whether it works."
         findings.warn("format-untried", structure.architecture, message)
     return route
 
 
 def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findings: Findings) -> None:
-    """Say where the run decides sizes, so that those of the plan are bounds."""
+    """Warn if the run decides sizes, so that the sizes of the plan are bounds."""
     for step in recipe.steps:
         is_decided = any(reshape.step == step and reshape.redefinition.decision is not None for reshape in reshapes)
         if step.settings.unplanned and not is_decided:
@@ -293,8 +294,8 @@ def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findin
 def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
     if recipe.reads_data and same_source(recipe.data, recipe.eval.data):
         message = (
-            "names the documents of data: three quarters of them, chosen by the hash of each, are calibrated on, and "
-            "the other quarter is measured on"
+            "names the documents of data: three quarters of them, chosen by hash, are used for calibration, and "
+            "the other quarter for evaluation"
         )
         findings.warn("data-divided", "eval.data", message)
 
@@ -302,16 +303,14 @@ def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
 def _unused_tensors(
     source: Structure, structure: Structure, reshapes: Sequence[Reshape], findings: Findings
 ) -> tuple[UnusedRow, ...]:
-    """The tensors of the source that fill nothing in the model, with warnings of them and of what else its directory
-    holds that isn't compressed.
+    """The tensors of the source that fill no parameter of the model. Adds warnings about them, and about other files in
+    the source directory that aren't compressed.
     """
     checkpoint, bindings = source.checkpoint, source.bindings
     for message in checkpoint.unread:
         findings.warn("second-weights", checkpoint.directory.name, message)
     for name in bindings.apart:
-        message = (
-            "config.json ties it to a tensor that differs from its own, so it stays on its own, as in transformers"
-        )
+        message = "config.json ties it to a tensor with other values, so it stays untied, as in transformers"
         findings.warn("not-tied", name, message)
     carried = carried_tensors(structure)
     rows: list[UnusedRow] = [
@@ -326,13 +325,11 @@ def _unused_tensors(
     kept = [row for row in rows if row["carried"]]
     lost = [row for row, unused in zip(rows, bindings.unused) if unused.is_carried and not row["carried"]]
     if kept:
-        message = f"{_count(kept)} that {source.architecture} doesn't use are carried into the artifact as they are"
+        message = f"{_count(kept)} that {source.architecture} doesn't use are copied into the artifact unchanged"
         findings.warn("unused-tensors", _some(kept), message)
     if lost:
         changer = next(reshape.step.name for reshape in reshapes if isinstance(reshape.step.settings, RewritePass))
-        message = (
-            f"{_count(lost)} that {source.architecture} doesn't use are left out: {changer} changes the model they fit"
-        )
+        message = f"{_count(lost)} that {source.architecture} doesn't use are left out: {changer} changes their model"
         findings.warn("left-out-tensors", _some(lost), message)
     return tuple(rows)
 

@@ -1,6 +1,6 @@
-"""What a plan holds: the plan as it is made from a recipe and a model, and as the choices of a run have decided it.
+"""Records of a plan: as it is made from a recipe and a model, and as the choices of a run have decided it.
 
-All of it is frozen. A choice that a pass makes in the run gives a plan of its own type, `DecidedPlan`.
+All of them are frozen. A choice that a pass makes in the run gives a plan of another type, `DecidedPlan`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OfPass = TypedDict("_OfPass", {"pass": str})
 
 
 class ReshapeRow(_OfPass):
-    """A `Reshape` as JSON values. widths: of the residual stream, before and after; tokens: what token gates leave"""
+    """A `Reshape` as JSON values. widths: of the residual stream, before and after; tokens: left by token gates"""
 
     path: str
     parameters_before: int
@@ -52,14 +52,14 @@ class ReshapeRow(_OfPass):
 
 
 class SkippedRow(TypedDict):
-    """A weight that no step works on."""
+    """A weight that no step changes."""
 
     name: str
     reason: str
 
 
 class UnusedRow(TypedDict):
-    """A tensor of the source that fills nothing in the model. carried: into the artifact, as it is"""
+    """A tensor of the source that fills no parameter of the model. carried: copied into the artifact unchanged"""
 
     name: str
     bytes: int
@@ -68,7 +68,7 @@ class UnusedRow(TypedDict):
 
 
 class RouteRow(TypedDict):
-    """An export format, and why it was chosen."""
+    """An export format, and the reason for it."""
 
     name: str
     reason: str
@@ -97,14 +97,14 @@ class PlanJson(TypedDict):
 
 
 StepPath = tuple[str | int, ...]
-Selected = Mapping[StepPath, tuple[Weight, ...]]  # step path -> the weights that the step works on
+Selected = Mapping[StepPath, tuple[Weight, ...]]  # step path -> the weights that the step changes
 
 
 @dataclass
 class Findings:
-    """What is noticed while a plan is made, in the order in which it is reported; it is only added to.
+    """Problems and warnings found while a plan is made, in the order in which they are reported. They are only added.
 
-    problems  each of them refuses the run
+    problems  each of them makes the run impossible
     """
 
     problems: list[CompressError] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Reshape:
-    """A step that changes the model itself: what it starts from, what it makes of it."""
+    """A step that changes the model itself: the model before it and after it."""
 
     step: Step
     before: Structure
@@ -142,8 +142,8 @@ class PlanRow:
     """What one step does to one weight.
 
     step           number of the step in the recipe
-    format_before  of the weight as the step finds it
-    format_after   of the weight as it leaves it
+    format_before  format of the weight before the step
+    format_after   format of the weight after the step
     """
 
     name: str
@@ -172,10 +172,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Formats:
-    """What the storing steps leave, all of them together.
+    """The formats of all weights after all steps.
 
-    forms          weight name -> the format it will have (only those that change)
-    counted_dense  of these the ones that may stay dense (`WeightPass.alternatives`) and would be larger for it
+    forms          weight name -> the format it will have (only weights whose format changes)
+    counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
     """
 
     rows: tuple[PlanRow, ...]
@@ -185,7 +185,7 @@ class Formats:
 
 @dataclass(frozen=True)
 class Sizes:
-    """All in bytes; artifact_bytes counts what loading needs, not reports."""
+    """All sizes are in bytes. artifact_bytes counts the files that loading needs, without the reports."""
 
     weight_bytes: int = 0
     artifact_bytes: int = 0
@@ -195,17 +195,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, before it has read a weight.
+    """What a run will do, known before it reads a weight.
 
     source         the model as it was given
-    structure      the model that steps which store weights work on: the source, or what `reshapes` make of it
-    selected       step path -> the weights it touches
-    forms          weight name -> the format it will have (only those that change)
-    counted_dense  of these the ones that may stay dense (`WeightPass.alternatives`) and would be larger for it
-    functions      activations, norms and softmax, if any step selects such
-    unused         tensors of the source that fill nothing in the model: name, bytes, reason, whether they are carried
-    producers      of the inputs of weights, by kind of block, where a step asks for them (`Traits.rescales`)
-    sizes          zero where no export format fits
+    structure      the model for the steps that store weights: the source, or the model after `reshapes`
+    selected       step path -> the weights that the step changes
+    forms          weight name -> the format it will have (only weights whose format changes)
+    counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
+    functions      activations, norms and softmax, if any step selects them
+    unused         tensors of the source that fill no parameter of the model: name, bytes, reason, whether copied
+    producers      producers of the weights' inputs, by kind of block, if a step needs them (`Traits.rescales`)
+    sizes          zero if no export format fits
     tries_loaders  whether the export format is tried on a small probe model of this class
     """
 
@@ -254,7 +254,7 @@ class Plan:
         return tuple(function for function in self.functions.by_part.get(part, []) if function.name in chosen)
 
     def reshape_of(self, step: Step) -> Reshape:
-        """What a reshaping step makes of the model."""
+        """The planned change of a reshaping step."""
         return next(reshape for reshape in self.reshapes if reshape.step == step)
 
     def to_json(self) -> PlanJson:
@@ -281,9 +281,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class DecidedPlan(Plan):
-    """A plan in which the run has decided what no plan can know: the shapes that passes chose, and all that follows.
+    """A plan with the choices of a run: the shapes that passes chose, and everything that follows from them.
 
-    structure  before the sweeps as it follows from the choices; after them (`engine.plan.as_built`) as it was written
+    structure  before the sweeps: as it follows from the choices; after them (`engine.plan.as_built`): as it was written
     """
 
 
@@ -292,11 +292,11 @@ def route_row(route: Route) -> RouteRow:
 
 
 def parameter_count(structure: Structure) -> int:
-    """Parameters of the checkpoint; what is tied counts once."""
+    """Parameters of the checkpoint. A tied parameter counts once."""
     held = {source.tensor for name, _ in structure.model.named_parameters() for source in structure.sources_of(name)}
     return sum(math.prod(structure.checkpoint.tensors[tensor].shape) for tensor in held)
 
 
 def sharer(weight: Weight, tied: Mapping[str, str]) -> str | None:
-    """Another parameter that shares this one's storage."""
+    """Another parameter that shares the storage of this one."""
     return tied.get(weight.parameter) or next((t for t, s in tied.items() if s == weight.parameter), None)

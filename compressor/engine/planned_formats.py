@@ -1,4 +1,4 @@
-"""The quantization format of each weight from step to step; a step that can't take what it finds is a problem."""
+"""Follows the quantization format of each weight from step to step, and finds formats that a step can't accept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
 
-# role of a weight -> what a format has to stand for to take its place (`Layer.stands_for`); else linear
+# role of a weight -> the kind of module that a layer must replace (`Layer.stands_for`); all other roles are linear
 STANDS_FOR = {"embedding": "embedding", "activation": "activation", "norm": "norm", "softmax": "attention"}
 KINDS = {
-    "linear": "a weight that is multiplied",
-    "embedding": "a table that is looked up by rows",
+    "linear": "the weight of a matmul",
+    "embedding": "an embedding",
     "activation": "an activation",
     "norm": "a norm",
     "attention": "a softmax of attention",
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, findings: Findings) -> Formats:
-    """What each step makes of the weights it works on, and what they are after all steps."""
+    """The format of each weight before and after each step, and after all steps."""
     rows: list[PlanRow] = []
     forms: dict[str, StoredWeight] = {}
     counted_dense: set[str] = set()
@@ -73,7 +73,7 @@ def _may_stay_dense(settings: WeightPass, weight: Weight) -> bool:
 
 
 def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str, tied: dict[str, str]) -> StoredWeight:
-    """The weight in the format that a step would leave. raises CompressError where it can't have it"""
+    """The weight in the format that a step would leave. raises CompressError if it can't have this format"""
     if find_layer(stored).stands_for != STANDS_FOR.get(weight.role, "linear"):
         raise _unfit(step, stored, weight)
     if weight.parameter in tied and _may_stay_dense(settings, weight):
@@ -82,7 +82,7 @@ def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str
 
 
 def _problems_with(step: Step, settings: WeightPass, chosen: Sequence[Weight]) -> list[CompressError]:
-    """What the pass itself finds wrong with the weights it works on."""
+    """Problems that the pass itself finds with the weights of a step."""
     found = settings.check(chosen)
     return [PreflightError(text, where=dotted(step.path), data=values) for text, values in found]
 
@@ -104,10 +104,10 @@ def _stored_already(step: Step, refused: list[str], earlier: Step) -> PreflightE
 
 
 def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
-    """A format stands in for one kind of module: no product can take the place of an embedding, nor of a norm."""
+    """The problem of a format that replaces another kind of module: no matmul can replace an embedding or a norm."""
     kind = STANDS_FOR.get(weight.role, "linear")
     return PreflightError(
-        f"{weight.name} is {KINDS[kind]}, and {step.name} would store it as {stored}, which stands for "
+        f"{weight.name} is {KINDS[kind]}, and {step.name} would store it as {stored}, a format for "
         f"{KINDS[find_layer(stored).stands_for]}",
         where=dotted(step.path),
         hint=f'Set except: ["{weight.name}"] for this step.',
@@ -123,9 +123,9 @@ def _unfit(step: Step, stored: str, weight: Weight) -> PreflightError:
 
 
 def _undecided_tie(step: Step, weight: Weight, other: str) -> PreflightError:
-    """config.json has to say whether head and embedding are one, before the run has found out."""
+    """The problem that config.json must say whether the output head is tied, but only the run decides it."""
     return PreflightError(
-        f"{weight.name} shares its table with {other}, and whether {step.name} leaves it dense is seen in the run only",
+        f"{weight.name} shares its weight with {other}, and only the run decides whether {step.name} keeps it dense",
         where=dotted(step.path),
         hint=f'Set except: ["{weight.name}"] for this step.',
         data={"reason": "undecided-tie", "weight": weight.name, "other": other, "pass": step.name},

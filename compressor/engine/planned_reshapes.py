@@ -19,7 +19,7 @@ from compressor.recipe.yaml_source import dotted
 def follow_reshapes(
     recipe: Recipe, source: Structure, known: tuple[Reshape, ...], findings: Findings
 ) -> tuple[Reshape, ...]:
-    """The model from one reshaping step to the next, from the known ones on; the first that can't be done ends it."""
+    """The model after each reshaping step, beginning with the known ones. It ends at the first step with a problem."""
     reshapes = list(known)
     done = {reshape.step.path for reshape in known}
     for number, sweep in enumerate(recipe.sweeps):
@@ -33,14 +33,14 @@ def follow_reshapes(
             except CompressError as problem:
                 findings.problems.append(problem)
                 return tuple(reshapes)
-            except Exception as error:  # any: a pass runs the model's own code in ways of its own
+            except Exception as error:  # any: a pass calls the model's own code in unusual ways
                 findings.problems.append(_cannot_reshape(step, before, error))
                 return tuple(reshapes)
     return tuple(reshapes)
 
 
 def _planned_reshape(step: Step, before: Structure, source_parameters: int) -> Reshape:
-    """What a reshaping step promises to make of the model, before it has chosen anything."""
+    """What a reshaping step promises about the model before it has made a choice."""
     facts = facts_of(before, source_parameters)
     assert isinstance(step.settings, RewritePass | TokenPass)
     redefinition = step.settings.redefine(facts, None)
@@ -50,7 +50,7 @@ def _planned_reshape(step: Step, before: Structure, source_parameters: int) -> R
 
 def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> ModelError:
     refusal = ModelError(
-        f"{step.name} can't take this model apart ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+        f"{step.name} can't find this model's structure ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
         where=structure.architecture,
         hint="Use another pass. If transformers runs the model, report this message with its config.json.",
         data={"reason": "not-taken-apart", "pass": step.name, "error": type(error).__name__},
@@ -60,7 +60,7 @@ def _cannot_reshape(step: Step, structure: Structure, error: Exception) -> Model
 
 
 def _check_place(recipe: Recipe, number: int, step: Step) -> None:
-    """raises PreflightError for a reshaping step that shares a sweep, comes too late, or is meant for some weights"""
+    """raises PreflightError for a reshaping step that shares a sweep, comes too late, or selects only some weights"""
     where = dotted(step.path)
     if len(recipe.sweeps[number]) > 1:
         raise PreflightError(
@@ -80,16 +80,16 @@ def _check_place(recipe: Recipe, number: int, step: Step) -> None:
         )
     if changed := [s.name for s in earlier if isinstance(s.settings, TokenPass)]:
         raise PreflightError(
-            f"{step.name} needs blocks as their class makes them, and {changed[0]} comes before it",
+            f"{step.name} needs blocks without token gates, and {changed[0]} comes before it",
             where=where,
             hint=f"Move the step {step.name} before {changed[0]}, and use {changed[0]} only once.",
             data={"reason": "needs-own-blocks", "pass": step.name, "before": changed[0]},
         )
     if step.settings.only != ("*",) or step.settings.except_:
         raise PreflightError(
-            f"{step.name} changes the whole residual stream and can't be confined to some weights"
+            f"{step.name} changes the whole residual stream and can't be limited to some weights"
             if rewrites
-            else f"{step.name} touches no weights, so there are none to choose",
+            else f"{step.name} changes no weights, so there are none to select",
             where=where,
             hint=f"Remove `only` and `except` from the step {step.name}.",
             data={"reason": "changes-all" if rewrites else "changes-no-weights", "pass": step.name},

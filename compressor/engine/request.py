@@ -1,6 +1,6 @@
-"""What can be wrong with a request before a model is looked at: the output directory, the device, the options.
+"""Checks a request before a model is read: the output directory, the device, the options.
 
-And that a request which is refused leaves the file system as it was.
+A refused request leaves the file system as it was.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from compressor.recipe.recipe import Recipe
 from compressor.recipe.schema import ReportSettings
 from compressor.storage.journal import has_begun, remove_work
 
-REFUSALS = (2, 5, 6)  # exit codes of what can't be done as asked, with this model or on this machine
-LONGEST_NAME = 255  # bytes of a file's name on the usual file systems
+REFUSALS = (2, 5, 6)  # exit codes of a request, model or machine with which the run is impossible
+LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 
 
 def find_device(asked: str) -> torch.device:
-    """auto takes CUDA when there is one. raises PreflightError for a device that isn't there"""
+    """The device that was asked for; auto is CUDA if there is one. raises PreflightError for a missing device"""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -48,14 +48,14 @@ def find_device(asked: str) -> torch.device:
         raise PreflightError(
             f"{count or 'no'} CUDA devices were found",
             where=f"--device {asked}",
-            hint="Pass --device cpu or auto; compress-model doctor says why no CUDA device is found.",
+            hint="Pass --device cpu or auto; compress-model doctor reports why no CUDA device is found.",
             data={"reason": "no-such-card", "found": count},
         )
     return device
 
 
 def named_output(output: Path) -> Path:
-    """The output with a name of its own, so that OUTPUT.work can lie beside it. raises UsageError"""
+    """The output with a directory name, so that OUTPUT.work can lie beside it. raises UsageError"""
     check_utf8(output.absolute(), "Pass --output with a name in UTF-8.")
     named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     if not named.name or "\0" in str(named):
@@ -76,7 +76,7 @@ def named_output(output: Path) -> Path:
 
 
 def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, measure: bool) -> None:
-    """Everything that can be wrong with what is asked for before a model is looked at; changes nothing.
+    """Check the options and the output directory before a model is read. Changes nothing.
 
     raises UsageError
     """
@@ -103,7 +103,7 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
         )
     if output.is_symlink():
         raise UsageError(
-            "is a link",
+            "is a symbolic link",
             where=str(output),
             hint="Pass the path that the link leads to, or another --output.",
             data={"reason": "output-is-link"},
@@ -111,7 +111,7 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
     if output.exists() and not fresh:
         kind = "directory" if output.is_dir() else "file"
         raise UsageError(
-            f"exists already (a {kind})",
+            f"already exists (a {kind})",
             where=str(output),
             hint="Choose another --output, or --fresh to replace it.",
             data={"reason": "output-exists", "kind": kind},
@@ -149,26 +149,26 @@ def _summary_file(settings: ReportSettings) -> Path | None:
 
 @contextmanager
 def left_as_found(work: Path, resumed: bool) -> Iterator[None]:
-    """A refusal leaves nothing behind (docs/exit-codes.md), but for what an interrupted run had done before."""
+    """Remove the work directory after a refusal (docs/exit-codes.md), except the results of an interrupted run."""
     try:
         yield
     except CompressError as error:
         if error.exit_code in REFUSALS and not resumed:
-            with suppress(UsageError):  # someone put files of his own there: they stay, and the refusal is what is told
+            with suppress(UsageError):  # someone put other files there: they stay, and the refusal is reported
                 remove_work(work)
         raise
 
 
 @contextmanager
 def folders_above(output: Path) -> Iterator[None]:
-    """Make the folders that the output lies in; remove them again if nothing came to lie there."""
+    """Make the parent directories of the output, and remove them again if they stay empty."""
     parent = output.absolute().parent
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"can't be made ({error.strerror})",
+            f"can't be created ({error.strerror})",
             where=str(parent),
             hint="Pass --output in a directory that you may write to.",
             data={"reason": "not-made", "cause": error.strerror},

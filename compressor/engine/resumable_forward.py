@@ -1,18 +1,18 @@
-"""A pass through a block that pauses before a product and goes on later, each operation computed once.
+"""Runs the forward of a block up to a matmul, pauses, and resumes later. Each operation is computed once.
 
-Calibrating a block needs the inputs of its weights one stage after the other, each stage with the earlier ones already
-changed. Replaying the block from its start for each stage computes attention four times; a pass that waits where it
-was computes it once. Python can't wait inside somebody's forward without a thread for each batch, but it can run that
-forward again with every torch call before the pause answered from memory: that is a recorded forward. At a pause it
-keeps the tensors that the paused frames still refer to, as a suspended thread would, and forgets the rest.
-Resuming runs the same Python again, at microseconds a call, up to the pause, and computes from there.
+Calibrating a block needs the inputs of its weights stage by stage, and each stage sees the earlier ones changed.
+Running the block from its start for each stage computes attention four times; a forward that pauses computes it once.
+Python can't pause another library's forward without a thread for each batch. But it can run that forward again and
+answer every torch call before the pause from memory: this is a recorded forward. At a pause it keeps the tensors that
+the Python frames still refer to, as a paused thread would, and releases the others. Resuming runs the same Python code
+again up to the pause, in microseconds per call, and computes from there.
 
-Frames also refer to much that they never read again; `needs` finds that out on one batch, and the others of its kind
-keep only what it needed. Whoever touches a forgotten tensor after all is told so by `Forgotten`.
+Frames also refer to many tensors that they never read again. `needs` finds these on one batch, and all batches of this
+kind keep only what it needed. Code that reads a released tensor anyway gets `Forgotten`, which raises `Diverged`.
 
-Answered are calls that take or give tensors; everything else (grad mode, autocast) runs again. A forward that takes
-another way the second time, or computes outside torch's functions, does not match its recorded forward: `Diverged` is
-raised and the caller starts from the beginning, so results never depend on whether a recorded forward was used.
+Only calls that take or return tensors are answered; everything else (grad mode, autocast) runs again. A forward that
+makes other calls the second time, or computes outside torch's functions, does not match its recorded forward. Then
+`Diverged` is raised and the caller runs from the start. So results never depend on recorded forwards.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 
 
 class Diverged(Exception):
-    """The forward did not make the recorded calls, or reads what the recorded forward has not kept."""
+    """The forward did not make the recorded calls, or it reads a tensor that the recorded forward has not kept."""
 
 
 class Forgotten(Tensor):
-    """Stands for a tensor that was released. Its shape and dtype can be asked for; nothing can compute with it."""
+    """Replaces a tensor that was released. Its shape and dtype can be read; every computation raises Diverged."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,8 +44,8 @@ class Forgotten(Tensor):
 
 @dataclass
 class Answer:
-    """One call and what it gave, flattened. A tensor among the leaves is weakly referred to while the pass runs; at a
-    pause it is kept, or is None if nothing refers to it any more.
+    """One call and its result, flattened. While the forward runs, its tensors are weak references. At a pause, a tensor
+    is kept, or is None if nothing refers to it any more.
     """
 
     func: Any
@@ -56,9 +56,11 @@ class Answer:
 
 @dataclass
 class RecordedForward:
-    """answers  the calls before the pause
-    passed   parameters whose products were computed before it
-    is_spent the forward has written into a tensor that was kept, so it can't go on from here again
+    """A forward up to its pause.
+
+    answers   the calls before the pause
+    passed    parameters whose matmuls were computed before the pause
+    is_spent  the forward has written into a kept tensor, so it can't be resumed again
     """
 
     answers: list[Answer] = field(default_factory=list)
@@ -69,7 +71,7 @@ class RecordedForward:
         return [leaf for a in self.answers for at in a.tensors if isinstance(leaf := a.leaves[at], Tensor)]
 
     def keep_only(self, leaves: frozenset[tuple[int, int]]) -> None:
-        """Let go of every tensor but these, given as (answer, leaf)."""
+        """Release every tensor except these, given as (answer, leaf)."""
         for number, answer in enumerate(self.answers):
             for at in answer.tensors:
                 if (number, at) not in leaves:
@@ -77,12 +79,12 @@ class RecordedForward:
 
     @property
     def calls(self) -> list[Any]:
-        """The functions called before the pause; batches of one kind call the same."""
+        """The functions called before the pause. Batches of one kind call the same functions."""
         return [answer.func for answer in self.answers]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages that are kept."""
+        """Bytes of the kept storages."""
         return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in self.kept())}.values())
 
 
@@ -92,10 +94,10 @@ def advance(
     work: Callable[[], Any],
     pauses: Callable[[ObservedMatmul], bool],
 ) -> ObservedMatmul | None:
-    """Run `work` on to the first product that `pauses` asks for, and pause before it is computed.
+    """Run `work` up to the first matmul for which `pauses` is true, and pause before it is computed.
 
-    returns that product; None if `work` ended without one, after which the recorded forward is spent
-    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
+    returns that matmul; None if `work` ended without one, after which the recorded forward is spent
+    raises  Diverged if the forward doesn't match the recorded forward, which is then useless
     """
     calls = _Recorded(recorded, watched, pauses)
     _play(calls, work)
@@ -109,10 +111,10 @@ def run_on(
     work: Callable[[], Any],
     visit: Callable[[ObservedMatmul], None],
 ) -> Any:
-    """Run `work` from the pause to its end, or until `visit` raises Stop; the recorded forward stays where it is.
+    """Run `work` from the pause to its end, or until `visit` raises Stop. The recorded forward keeps its pause.
 
-    returns what `work` returned, None if it was stopped
-    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
+    returns the result of `work`; None if it was stopped
+    raises  Diverged if the forward doesn't match the recorded forward, which is then useless
     """
     result = _play_on(_Replayed(recorded, watched, visit), work)
     if isinstance(result, Forgotten):
@@ -121,9 +123,9 @@ def run_on(
 
 
 def needs(recorded: RecordedForward, work: Callable[[], Any]) -> frozenset[tuple[int, int]]:
-    """The (answer, leaf) numbers of kept tensors that the rest of the pass reads or returns; runs it to its end.
+    """The (answer, leaf) numbers of kept tensors that the rest of the forward reads or returns. Runs it to its end.
 
-    raises  Diverged if the forward doesn't match the recorded forward, which is useless then
+    raises  Diverged if the forward doesn't match the recorded forward, which is then useless
     """
     numbers = {
         id(leaf): (number, at)
@@ -145,7 +147,7 @@ def needs(recorded: RecordedForward, work: Callable[[], Any]) -> frozenset[tuple
 
 
 def _play_on(calls: _Replayed, work: Callable[[], Any]) -> Any:
-    """Play from a pause that is to stay, and note whether anything wrote into what it keeps."""
+    """Run from a pause that stays in place, and note whether anything wrote into a kept tensor."""
     versions = [(tensor, tensor._version) for tensor in calls.recorded.kept()]
     result = _play(calls, work)
     calls.recorded.is_spent = any(tensor._version != version for tensor, version in versions)
@@ -159,13 +161,13 @@ def _play(calls: _Replayed, work: Callable[[], Any]) -> Any:
     except Stop:
         return None
     except Exception as error:
-        if calls.is_answering:  # a real fault comes again when the pass is run from its start
+        if calls.is_answering:  # a real error is raised again by a run from the start
             raise Diverged from error
         raise
 
 
 class _Replayed(ObservedMatmuls):
-    """Answers calls from the recorded forward, then computes and reports products."""
+    """Answers calls from the recorded forward, then computes and reports matmuls."""
 
     def __init__(
         self, recorded: RecordedForward, watched: Mapping[str, Tensor], on_call: Callable[[ObservedMatmul], Any]
@@ -186,7 +188,7 @@ class _Replayed(ObservedMatmuls):
             self._at += 1
             return self.result(answer)
         if _has_tensor(args) or _has_tensor(kwargs):
-            raise Diverged(f"{answer.func} was expected, {func} came")
+            raise Diverged(f"{answer.func} was expected, {func} was called")
         return func(*args, **(kwargs or {}))
 
     def result(self, answer: Answer) -> Any:
@@ -198,7 +200,7 @@ class _Replayed(ObservedMatmuls):
 
 
 class _Recorded(_Replayed):
-    """Goes on recording where the recorded forward ends, up to the product that `pauses` asks for (`reached`)."""
+    """Continues the recording after the end of the recorded forward, up to the matmul of the pause (`reached`)."""
 
     reached: ObservedMatmul | None = None
 
@@ -219,7 +221,7 @@ class _Recorded(_Replayed):
     def result(self, answer: Answer) -> Any:
         result = super().result(answer)
         for at in answer.tensors:
-            if answer.leaves[at] is not None:  # the recorded forward moves on: what stays is for the frames to say
+            if answer.leaves[at] is not None:  # the pause moves on: frames decide what is kept
                 answer.leaves[at] = weakref.ref(answer.leaves[at])
         return result
 
@@ -231,7 +233,7 @@ class _Recorded(_Replayed):
             self.recorded.answers.append(Answer(func, leaves, tensors, spec))
 
     def _hold(self) -> None:
-        """Keep what the frames refer to now, forget the rest."""
+        """Keep the tensors that the frames refer to now, and release the others."""
         for answer in self.recorded.answers:
             for at in answer.tensors:
                 reference = answer.leaves[at]

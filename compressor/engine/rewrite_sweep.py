@@ -1,7 +1,7 @@
-"""The sweep of a step that changes the model's own parameters: one part after the other into a new dense checkpoint.
+"""Runs a step that changes the model's own parameters: it writes a new dense checkpoint, one part after the other.
 
-Unlike a storing sweep it runs no activations through what it has written: the signals a pass sees are those of the
-model before the step. What it wrote is read back as a checkpoint of its own, from which later sweeps start.
+Unlike a sweep that stores weights, it doesn't run activations through the new weights: a pass sees the activations of
+the model before the step. The result is read as a separate checkpoint, from which later sweeps start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from compressor.storage.safetensors_file import Entry, read_header, write_file
 
 @dataclass
 class PartView:
-    """A part as a `RewritePass` sees it (`protocol.PartView`)."""
+    """A part of the model as a `RewritePass` sees it (`protocol.PartView`)."""
 
     structure: Structure
     number: int
@@ -103,10 +103,10 @@ class PartView:
             yield self.project(batch, bases).reshape(-1, self.residual.width)
 
     def project(self, batch: CalibrationBatch, bases: Sequence[Tensor]) -> Tensor:
-        """The stream after len(bases) sublayers, each projected, float64; that of the whole block where all are.
+        """The residual stream after len(bases) sublayers, projected at each, float64; with all bases: after the block.
 
-        The block's own forward adds branches to a stream that is not projected. What a norm gets is replaced by the
-        projected one, and how far the two are apart is added at the next sublayer.
+        The block's own forward adds its branches to a stream that isn't projected. A hook gives each norm the projected
+        stream instead, and adds the difference of the two again at the next sublayer.
         """
         x = batch.hidden.to(torch.float64)
         bases = [basis.to(x.device) for basis in bases]
@@ -143,7 +143,7 @@ class PartView:
                 handle.remove()
 
     def advance(self, bases: Sequence[Tensor]) -> None:
-        """Take the batches through the block, projected; without bases as they are."""
+        """Run the batches through the block: projected, or unchanged if there are no bases."""
         for batch in self.batches:
             if bases:
                 batch.hidden = self.project(batch, bases).to(batch.hidden.dtype)
@@ -152,7 +152,7 @@ class PartView:
 
 
 class _Reached(Exception):
-    """Ends a block's forward at the sublayer that is asked for."""
+    """Ends a block's forward at the requested sublayer."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -165,11 +165,11 @@ def _before(norm_input: Any, number: int, is_first: bool, _module: Any, args: tu
 
 @dataclass
 class Reshaper:
-    """What a reshaping sweep needs beside its step.
+    """What a reshaping sweep needs besides its step.
 
-    number   of the sweep
+    number   number of the sweep
     planned  the structure that `plan` promised
-    batches  calibration batches before the embeddings; none if the step reads weights only
+    batches  calibration batches before the embeddings; none if the step reads only weights
     """
 
     number: int
@@ -193,7 +193,7 @@ class Reshaper:
 
 
 def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
-    """Carry the step out, or read what an interrupted run has done of it. Returns the new model and its part files."""
+    """Run the step, or read the parts that an interrupted run finished. Returns the new model and its part files."""
     structure, journal, settings = work.structure, work.journal, step.settings
     assert isinstance(settings, RewritePass)
     state = _survey(work, settings)
@@ -211,7 +211,7 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
         key = f"{work.number}/{part.number}"
         view = work.view(part.number, part.number)
         if part.number == 0:
-            part.advance()  # a pass is shown what the embeddings give
+            part.advance()  # a pass sees the output of the embeddings
         if journal.done(key) is None:
             state = _write_part(work, step, view, state)
         elif journal.done(f"{key}/state") is not None:
@@ -228,7 +228,7 @@ def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:
 
 
 def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> State:
-    """Let the pass write the loaded part, and commit it, after the state that the next part needs."""
+    """Let the pass write the loaded part. Commit first the state that the next part needs, then the part."""
     assert isinstance(step.settings, RewritePass)
     versions = {name: tensor._version for name, tensor in state.items()}
     try:
@@ -257,12 +257,12 @@ def _keep_state(work: Reshaper, key: str, file: str, state: State, warnings: lis
 
 def _kept_state(work: Reshaper, key: str) -> State:
     line = work.journal.done(key)
-    assert line is not None  # it is committed before what needs it
+    assert line is not None  # it is committed before the part that needs it
     return {name: t for name, t in load_file(work.journal.path(line)).items() if name != "nothing"}
 
 
 def _survey(work: Reshaper, settings: RewritePass) -> State:
-    """The pass's look at the whole model, from the journal if it is there."""
+    """The survey of the whole model by the pass, read from the journal if it is there."""
     key = f"{work.number}/survey"
     if work.journal.done(key) is None:
         warnings: list[Notice] = []
@@ -273,19 +273,19 @@ def _survey(work: Reshaper, settings: RewritePass) -> State:
 
 
 def _views(work: Reshaper, warnings: list[Notice]) -> Iterator[PartView]:
-    """Every part of the model unchanged, one in memory at a time, with its signals where there are any."""
+    """Every part of the unchanged model, one in memory at a time; with activations if there are calibration batches."""
     structure = work.structure
     hold = work.holder(lambda part: PartSource(structure), stopped="stopped while surveying")
     for part in walk(structure, work.batches, hold):
         view = work.view(part.number, -1)
         view.is_open, view.warnings = False, warnings
         if part.number == 0:
-            part.advance()  # a pass is shown what the embeddings give
+            part.advance()  # a pass sees the output of the embeddings
         yield view
 
 
 def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor]:
-    """Every tensor that the new model keeps in this part, by checkpoint name, in the dtype it is held in."""
+    """Every tensor of this part in the new model, by checkpoint name, in the dtype of its parameter."""
     planned = work.planned
     tensors: dict[str, Tensor] = {}
     for name, now in _parameters_of(work, part).items():
@@ -300,7 +300,7 @@ def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor
 
 
 def _parameters_of(work: Reshaper, part: int) -> dict[str, str]:
-    """What the new model keeps of a part: name of a parameter before -> after, which differ where blocks are gone."""
+    """The parameters of a part that stay: name before -> name after. Names change if blocks are removed."""
     kept, path = work.redefinition.blocks, work.structure.pieces.blocks_path
     if kept is None:
         return {name: name for name in work.planned.parameters_of(part)}
@@ -314,7 +314,7 @@ def _parameters_of(work: Reshaper, part: int) -> dict[str, str]:
 
 
 def _reopen(work: Reshaper, files: list[Path]) -> Structure:
-    """The part files as a checkpoint in a folder of its own (as links), read like any other."""
+    """The part files, linked into a directory, read as a checkpoint like any other."""
     folder = work.journal.work / "parts" / f"s{work.number:02d}"
     if folder.exists():
         shutil.rmtree(folder)
@@ -324,14 +324,14 @@ def _reopen(work: Reshaper, files: list[Path]) -> Structure:
         target = folder / file.name
         try:
             os.link(file, target)
-        except OSError:  # a file system without links; the copy is what disk_bytes has room for
+        except OSError:  # a file system without hard links; disk_bytes counts the copy
             shutil.copyfile(file, target)
         placed |= dict.fromkeys(read_header(target), file.name)
     index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(work.planned.checkpoint.config))
     structure = read_structure(folder)
-    # tokenizer, licence and the like still lie where the model came from
+    # tokenizer, licence and similar files still lie in the directory of the source
     origin = replace(structure.checkpoint, directory=work.structure.checkpoint.directory)
     return replace(structure, checkpoint=origin)
 

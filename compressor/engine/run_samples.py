@@ -1,7 +1,7 @@
-"""The samples of a run: what it calibrates on, what it measures on, and that these are not the same.
+"""Reads the samples of a run for calibration and for evaluation, and makes sure that they are not the same.
 
-Where `data` and `eval.data` name the same documents, these are divided (`data_parts`); where two sources share
-documents, the run is refused. An evaluation alone reads the same samples as the run of its recipe.
+If `data` and `eval.data` name the same documents, these are divided (`data_parts`). If two sources share documents,
+the run is refused. An evaluation without a run reads the same samples as the run of its recipe.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from compressor.recipe.schema import DataSettings
 
 
 def is_divided(recipe: Recipe) -> bool:
-    """Whether calibration and evaluation have one source, of which each takes a part."""
+    """Whether calibration and evaluation have one source, of which each gets a part."""
     return recipe.reads_data and same_source(recipe.data, recipe.eval.data)
 
 
 def read_data(
     recipe: Recipe, directory: Path, vocabulary: int | None, *, measure: bool, trust_remote_code: bool = False
 ) -> tuple[Samples | None, Samples | None]:
-    """(calibration, evaluation); None for what isn't read.
+    """(calibration, evaluation); None for samples that aren't needed.
 
-    raises RecipeError for data that can't be used, and for documents of one that are in the other
+    raises RecipeError for data that can't be used, and for documents that are in both
     """
     calibration = held_out = None
     documents: dict[str, Documents] = {}
@@ -57,14 +57,14 @@ def read_data(
 def read_evaluation_data(
     recipe: Recipe, directory: Path, vocabulary: int | None, *, trust_remote_code: bool = False
 ) -> Samples:
-    """The samples that a run of this recipe measures on. raises RecipeError"""
+    """The evaluation samples of a run of this recipe. raises RecipeError"""
     return _samples(recipe, EVALUATION, directory, vocabulary, {}, trust_remote_code)
 
 
 def data_problems(
     recipe: Recipe, structure: Structure, *, measure: bool, trust_remote_code: bool = False
 ) -> list[CompressError]:
-    """What is wrong with the data for this model, as far as it is seen without reading all of the data."""
+    """Problems of the data with this model, as far as they can be found without reading all of the data."""
     problems: list[CompressError] = []
     reads_pixels = vocabulary_of(structure) is None
     reads_text = False
@@ -87,13 +87,13 @@ def data_problems(
 
 
 def vocabulary_of(structure: Structure) -> int | None:
-    """The number of tokens that a model knows; None for a model that reads pixels."""
+    """The number of tokens in the model's vocabulary; None for a model that reads pixels."""
     config = structure.model.config.get_text_config()
     return config.vocab_size if structure.model.main_input_name == "input_ids" else None
 
 
 def check_samples(samples: Samples | None, structure: Structure, key: str) -> None:
-    """raises PreflightError for samples that the model doesn't take: tokens that it doesn't know or too many of them,
+    """raises PreflightError for samples that the model can't read: tokens outside its vocabulary, too many tokens,
     images of another size
     """
     vocabulary = vocabulary_of(structure)
@@ -105,7 +105,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
     largest = max(int(sample.max()) for sample in samples.inputs)
     if largest >= vocabulary:
         raise PreflightError(
-            f"the tokenizer made token {largest}, the model knows {vocabulary}",
+            f"the tokenizer made token id {largest}, the model's vocabulary has {vocabulary} tokens",
             where=key,
             hint="Copy the tokenizer files of this very model beside its config.json, or use data.source: random.",
             data={"reason": "unknown-token", "token": largest, "vocabulary": vocabulary},
@@ -115,7 +115,7 @@ def check_samples(samples: Samples | None, structure: Structure, key: str) -> No
 
 
 def check_labels(samples: Samples, structure: Structure, key: str) -> None:
-    """raises PreflightError for labels that an accuracy can't be of: the model has fewer classes"""
+    """raises PreflightError for labels of more classes than the model has, since no accuracy can be computed"""
     shape = None if samples.labels is None else _answer_shape(samples, structure, key)
     if samples.labels is None or shape is None or len(shape) != 2 or int(samples.labels.max()) < shape[1]:
         return
@@ -128,7 +128,7 @@ def check_labels(samples: Samples, structure: Structure, key: str) -> None:
 
 
 def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Size:
-    """The shape of what the model answers for one sample, by a shallow twin. raises PreflightError if it can't"""
+    """The shape of the model's output for one sample, by a probe model. raises PreflightError if that fails"""
     model, sample = structure.model, samples.inputs[0].unsqueeze(0)
     config = shallow_config(model.config, model, structure.pieces)
     failure: Exception | None = None
@@ -137,9 +137,9 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
             twin = make_probe_model(type(model), config, device, torch.float32)
             with torch.no_grad():
                 return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
-        except CompressError:  # of the twin, such as memory that can't hold it
+        except CompressError:  # of the probe model, such as too little memory
             raise
-        except Exception as error:  # any: it is the model's own code that says so
+        except Exception as error:  # any: it comes from the model's own code
             failure = error
     shape, asked = tuple(sample.shape[1:]), "Use images with the size and channels that the model's config.json names."
     raise PreflightError(
@@ -151,11 +151,11 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
 
 
 def check_length(length: int, limit: Limit, key: str) -> None:
-    """raises PreflightError for samples of more tokens than a model takes"""
+    """raises PreflightError for samples of more tokens than the model can read"""
     most = limit(length)
     if most is not None:
         raise PreflightError(
-            f"samples of {length} tokens, the model takes {most}",
+            f"samples have {length} tokens, the model reads at most {most}",
             where=f"{key}.length",
             hint=f"Set {key}.length to {most} or less.",
             data={"length": length, "limit": most},
@@ -170,7 +170,7 @@ def _samples(
     documents: dict[str, Documents],
     trust: bool,
 ) -> Samples:
-    """One part's samples; what its source holds is left in `documents`."""
+    """Samples for calibration or evaluation. The documents of their source are added to `documents`."""
     settings: DataSettings = recipe.data if part == CALIBRATION else recipe.eval.data
     seed = recipe.seed if settings.seed is None else settings.seed
     if settings.source == "random":
@@ -183,9 +183,9 @@ def _samples(
 
 
 def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents) -> None:
-    """raises RecipeError if what is measured on was calibrated on"""
+    """raises RecipeError if calibration and evaluation share documents"""
     if recipe.data.source == recipe.eval.data.source == "stdlib":
-        return  # its splits are pinned by hash and share nothing
+        return  # its splits are pinned by hash and share no documents
     by_lines = calibration.is_whole_text or evaluation.is_whole_text
     shared, is_too_much = overlap(calibration.contents, evaluation.contents, by_lines=by_lines)
     if not is_too_much:
@@ -203,7 +203,7 @@ def _check_overlap(recipe: Recipe, calibration: Documents, evaluation: Documents
 
 
 def read_samples(plan: Plan, *, measure: bool, trust_remote_code: bool) -> tuple[Samples | None, Samples | None]:
-    """The samples to calibrate and to measure on, which the model takes. raises RecipeError, PreflightError"""
+    """The samples for calibration and evaluation, checked with the model. raises RecipeError, PreflightError"""
     if problems := data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust_remote_code):
         raise problems[0]
     directory = plan.structure.checkpoint.directory

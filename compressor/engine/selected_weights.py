@@ -1,4 +1,4 @@
-"""Which weights and functions each step works on: what its patterns select, without what can't be stored."""
+"""Finds the weights and functions of each step: what its patterns select, without what can't be stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressor.recipe.yaml_source import dotted
 
 
 def named_functions(recipe: Recipe, structure: Structure, findings: Findings) -> Functions:
-    """The model's functions, where a step names such; those that the model can't have replaced are problems."""
+    """The model's functions, if a step names any. Adds problems for those that can't be replaced in this model."""
     named: dict[str, StepPath] = {}
     for step in recipe.steps:
         for pattern in step.settings.only:
@@ -46,7 +46,7 @@ def named_functions(recipe: Recipe, structure: Structure, findings: Findings) ->
 
 
 def select_weights(recipe: Recipe, structure: Structure, functions: Functions, findings: Findings) -> Selected:
-    """What the patterns of each step select, without what the model can't have replaced."""
+    """The weights that the patterns of each step select, without functions that can't be replaced in this model."""
     whole = {weight.name: why for _, weight, why in structure.whole}
     candidates = [weight for _, weight in structure.weights()]
     candidates += [weight for _, weight, _ in structure.whole]
@@ -74,7 +74,7 @@ def select_weights(recipe: Recipe, structure: Structure, functions: Functions, f
 
 
 def without_odd_widths(recipe: Recipe, selected: Selected, findings: Findings) -> Selected:
-    """Without weights that no group size divides, where no pattern means them."""
+    """Remove weights that no group size divides, unless a pattern names them."""
     return {step.path: _of_even_widths(step, selected[step.path], findings) for step in recipe.steps}
 
 
@@ -89,10 +89,10 @@ def _of_even_widths(step: Step, chosen: Sequence[Weight], findings: Findings) ->
             why = f"no group size divides its {weight.in_features} inputs"
             reasons[weight.name] = Because(why, reason="odd-width", inputs=weight.in_features)
         except CompressError:
-            pass  # `planned_formats` asks again, and makes it a problem
+            pass  # `planned_formats` meets the same error and adds the problem
     meant = names_it(step.settings.only, chosen, "steps") if reasons else set()
     if all(weight.name in reasons for weight in chosen):
-        return tuple(chosen)  # nothing would be left: each is a problem
+        return tuple(chosen)  # no weight would be left: each is a problem
     unmeant = {name: why for name, why in reasons.items() if name not in meant}
     return tuple(_without_unfit(step, chosen, unmeant, findings))
 
@@ -100,8 +100,8 @@ def _of_even_widths(step: Step, chosen: Sequence[Weight], findings: Findings) ->
 def _without_unfit(
     step: Step, chosen: Sequence[Weight], reasons: dict[str, Because], findings: Findings
 ) -> Sequence[Weight]:
-    """What of a step's weights can be stored. One that a pattern means and can't be is a problem; those that a pattern
-    takes along stay dense, with a warning for each reason.
+    """The weights of a step that can be stored. A weight that a pattern names and that can't be stored is a problem.
+    Weights that only a general pattern selects stay dense, with one warning for each reason.
 
     reasons  weight name -> why it can't be stored
     """
@@ -144,7 +144,7 @@ def _no_weight_left(step: Step, why: Because) -> PreflightError:
 def _without_shared_tables(
     structure: Structure, step: Step, chosen: list[Weight], candidates: list[Weight], findings: Findings
 ) -> list[Weight]:
-    """An embedding that the head multiplies by stays dense where only patterns with `!` name it, which may fail."""
+    """Keep an embedding dense that the output head multiplies by, if only patterns with `!` name it: they may fail."""
     only = step.settings.only
     firm = [pattern for pattern in only if not pattern.endswith("!")]
     if not chosen or len(firm) == len(only):
@@ -157,13 +157,13 @@ def _without_shared_tables(
         if other is None:
             kept.append(weight)
             continue
-        message = f"shares its table with {other}, which multiplies by it, so it stays dense; the ! allows that"
+        message = f"shares its weight with {other}, which multiplies by it, so it stays dense; the ! allows that"
         findings.warn("shared-table", weight.name, message)
     return kept
 
 
 def skipped_weights(structure: Structure, selected: Selected) -> tuple[SkippedRow, ...]:
-    """What no step works on, each with the reason."""
+    """The weights that no step changes, each with the reason."""
     touched = {weight.name for chosen in selected.values() for weight in chosen}
     reasons = [(w.name, _why_skipped(w, structure)) for _, w in structure.weights() if w.name not in touched]
     reasons += [(weight.name, str(why)) for _, weight, why in structure.whole]
@@ -173,7 +173,7 @@ def skipped_weights(structure: Structure, selected: Selected) -> tuple[SkippedRo
 
 def _why_skipped(weight: Weight, structure: Structure) -> str:
     if weight.role == "embedding" and (other := sharer(weight, structure.bindings.tied)) is not None:
-        return f"shares its table with {other}"
+        return f"shares its weight with {other}"
     if weight.role in LEFT_OUT:
         return f"the {weight.role} stays dense unless named"
     return "no step selects it"

@@ -1,8 +1,8 @@
-"""The sweeps of a recipe: each lets its steps transform one part after the other, and stores what they made of it.
+"""Runs the sweeps of a recipe: in each, its steps change one part after the other, and the result is stored.
 
-Only one block's weights are in memory (placement `stream`), or all of them (`resident`, the same walk without
-freeing). What a later block sees is computed by the earlier blocks as they are stored, so a resumed run, which
-recomputes activations through stored blocks, is bit-identical to an uninterrupted one.
+In memory are the weights of one block (placement `stream`) or of all (`resident`, the same loop without freeing). The
+inputs of a block are computed by the earlier blocks as they are stored. A resumed run computes activations again
+through the stored blocks, so it is bit-identical to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from compressor.recipe.recipe import Step
 
 
 def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """All sweeps of the recipe. Returns the last sweep's part files and the forms they hold.
+    """Run all sweeps of the recipe. Returns the part files of the last sweep and the formats in them.
 
-    raises Interrupted between parts when asked to stop; PassError naming the part when a pass fails
+    raises Interrupted between parts after a request to stop; PassError naming the part when a pass fails
     """
     return_large_blocks()
     files: list[Path] = []
-    stored = Written()  # by the last sweep that stored weights
+    stored = Written()  # written by the last sweep that stored weights
     sweeps = sweeper.plan.recipe.sweeps
     for number, steps in enumerate(sweeps):
         match steps[0].settings:
@@ -53,7 +53,7 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
                 _prepare(sweeper)
                 stored = run_weight_sweep(sweeper, number, steps, stored)
                 files = stored.files
-    if not files:  # nothing was written yet
+    if not files:  # no sweep has written a part
         stored = run_weight_sweep(sweeper, len(sweeps), (), stored)
         return stored.files, stored.forms
     if not isinstance(sweeps[-1][0].settings, WeightPass):
@@ -62,13 +62,13 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
 
 
 def _prepare(sweeper: Sweeper) -> None:
-    """Let the model of now hold the forms that storing steps put into it."""
+    """Prepare the current model for the formats of the steps that store weights."""
     for form in sorted({form.form for form in sweeper.plan.forms.values()}):
         find_layer(form).prepare(sweeper.structure.model)
 
 
 def _begin_reshape(sweeper: Sweeper, number: int, step: Step, before: Written) -> Reshape:
-    """What the step makes of the model, after it has chosen where it has to."""
+    """The change of the model by this step, after the step has made its choice if it has one."""
     sweeper.begin(number, (step,))
     if step.settings.decides:
         sweeper.plan = decided_plan(sweeper.plan, step, choose(sweeper, number, step, before))
@@ -76,7 +76,7 @@ def _begin_reshape(sweeper: Sweeper, number: int, step: Step, before: Written) -
 
 
 def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
-    """Let a step change the model itself; later sweeps start from what it made."""
+    """Let a step change the model itself. Later sweeps start from its result."""
     structure, reshape = sweeper.structure, _begin_reshape(sweeper, number, step, Written())
     work = Reshaper(
         number,
@@ -97,7 +97,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
 
 
 def _gate_tokens(sweeper: Sweeper, number: int, step: Step, before: Written) -> None:
-    """Let a step change what blocks do; weights stay where and as they are."""
+    """Let a step add token gates to blocks. The weights stay as they are."""
     reshape = _begin_reshape(sweeper, number, step, before)
     sweeper.structure, sweeper.needs = with_token_gates(sweeper.structure, reshape.redefinition), {}
     if before.forms:
@@ -105,7 +105,7 @@ def _gate_tokens(sweeper: Sweeper, number: int, step: Step, before: Written) -> 
 
 
 def _run_probe(sweeper: Sweeper, stored: Written) -> None:
-    """Take the probe through the model as it now is."""
+    """Run the probe batch through the current model."""
     structure = sweeper.structure
     (probe,) = sweeper.batches(())
     for part in walk(structure, [probe], sweeper.holder(partial(stored.source, structure))):

@@ -1,4 +1,4 @@
-"""What stays the same over all sweeps of a run, and the model as it now is."""
+"""Holds what all sweeps of a run share, and the current model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from compressor.storage.journal import Journal
 
 @dataclass
 class Sweeper:
-    """What stays the same over a run, and the model as it now is.
+    """What all sweeps of a run share, and the current model.
 
-    probe  the output of the model as it is stored, once the last part has run
+    probe  output of the stored model for the probe batch, after the last part has run
     """
 
     plan: Plan
@@ -49,12 +49,12 @@ class Sweeper:
         self.structure = self.plan.source
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
-        """Tell of a sweep."""
+        """Report the beginning of a sweep."""
         parts, passes = self.structure.block_count + 2, [step.name for step in steps]
         self.emit({"event": "sweep", "sweep": number, "units": parts, "passes": passes})
 
     def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
-        """Calibration batches before the embeddings (none if no step reads inputs), and the probe as the last one."""
+        """Calibration batches before the embeddings (none if no step reads inputs), and the probe batch at the end."""
         found = calibration_batches(self.structure, self.device, self.samples, steps)
         return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
 
@@ -65,7 +65,7 @@ class Sweeper:
         return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
 
     def view(self, step: Step, part: Part, seed: int) -> BlockView:
-        """The loaded part as a step may see it; the last of the batches is the probe, which no pass sees."""
+        """The view of a loaded part for a step. It has all batches except the last, the probe batch."""
         return BlockView(
             part.structure,
             part.number,

@@ -1,10 +1,11 @@
-"""Tries the loaders of an artifact on a small twin of the model, before any work.
+"""Tries the loaders of an artifact on a small probe model, before any work.
 
-The twin is the model's class with few blocks, and as narrow as its config can be made: sizes that are dimensions of
-parameters are divided by one power of two. It gets random weights, is saved, read again and stored with made-up codes
-in the formats of the plan. Then the artifact's loaders load it (transformers alone, and `compressor.load`), and the
-two models have to compute the same. What a loader can't do with this class is found so: a class that initializes
-`weight` of modules that have none while packed, code that reads such a weight, tensors that it renames or joins.
+The probe model has the model's class, few blocks, and the smallest width that its config allows: sizes that are
+dimensions of parameters are divided by one power of two. It gets random weights, is saved, read again and stored with
+made-up codes in the formats of the plan. Then the artifact's loaders load it (transformers alone, and
+`compressor.load`), and both models must compute the same. This finds what a loader can't do with this class: a class
+that initializes the `weight` of modules which have none while packed, code that reads such a weight, and tensors that
+the loader renames or joins.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ from compressor.model.probe_model import example_batch, make_probe_model, shallo
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
 
-LEAST_WIDTH = 64  # that an input of a stored weight is narrowed to
-GROUP = 32  # inputs a scale in the twin, where the plan has groups
+LEAST_WIDTH = 64  # smallest input width of a stored weight
+GROUP = 32  # group size in the probe model, if the plan has groups
 VOCABULARY = 512
-MOST_PARAMETERS = 1 << 26  # of a twin that is tried; 128 MiB in 16 bits
+MOST_PARAMETERS = 1 << 26  # of a probe model that is tried; 128 MiB in 16 bits
 
 
 class NoTwin(Exception):
-    """No twin of the class could be made, or none is small enough; says why for the last one."""
+    """No probe model of the class could be made, or none is small enough. The message is about the last attempt."""
 
 
 def try_loaders(structure: Structure, forms: Sequence[StoredWeight], route: Route) -> str | None:
-    """Why an artifact of these forms and this format would not load or compute what it should; None if it would.
+    """Why an artifact of these weights in this export format can't load or computes other values; None if it works.
 
-    Tried are the formats of `EXAMPLES`. raises NoTwin where there is nothing to try them on
+    Only the formats of `EXAMPLES` are tried. raises NoTwin if no probe model can be made
     """
     if not {form.form for form in forms} <= EXAMPLES.keys():
         return None
     try:
-        bars = io.StringIO()  # progress of libraries, whose user asked for the plan of a larger model
+        bars = io.StringIO()  # hides progress bars of libraries, which are about the probe model
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
             twin = _save_twin(structure, forms, Path(scratch) / "twin")
             return _try(twin, forms, route, Path(scratch) / "artifact")
@@ -80,7 +81,7 @@ def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory
     }
     try:
         stock, info = load_stock(directory, manifest)
-    except Exception as error:  # whatever it makes of the class is the answer
+    except Exception as error:  # any error of the loader is the result
         cause = error.__cause__ or error
         return f"the loader stops ({type(cause).__name__}: {str(cause)[:200]})"
     for key in ("missing", "unexpected", "mismatched"):
@@ -97,7 +98,7 @@ def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory
     except Exception as error:
         return f"the loaded model can't run ({type(error).__name__}: {str(error)[:200]})"
     if route.name in FAMILIES and FAMILIES[route.name].forward is not None:
-        return None  # layers with roundings of their own
+        return None  # layers that round in their forward
     numbers = torch.finfo(stock.dtype)
     allowed = max((len(twin.pieces) + 1) * numbers.eps * float(expected.abs().max()), numbers.tiny)
     difference = float((found - expected).abs().max())
@@ -107,7 +108,7 @@ def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory
 
 
 def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: Path) -> Structure:
-    """A small checkpoint of the model's class. raises NoTwin"""
+    """Save a small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
     obstacle = ""
     cls = type(structure.model)
@@ -119,26 +120,26 @@ def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: P
                 p.numel() for p in make_probe_model(cls, config, torch.device("meta"), structure.dtype).parameters()
             )
             if size > MOST_PARAMETERS:
-                obstacle = f"its smallest twin has {size:,} parameters, and up to {MOST_PARAMETERS:,} are tried"
+                obstacle = f"its smallest probe model has {size:,} parameters, and the limit is {MOST_PARAMETERS:,}"
                 continue
             twin = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
             twin.config.architectures = [structure.architecture]
             for key in (
                 "auto_map",
                 "transformers_weights",
-            ):  # name files that lie beside the model, none beside its twin
+            ):  # name files of the model's directory, which the probe model's lacks
                 vars(twin.config).pop(key, None)
             twin.save_pretrained(directory)
             return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
-        except Exception as error:  # rules for sizes, of the class or its config; the next is nearer to the model's own
-            obstacle = f"no small twin can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        except Exception as error:  # the class or config rejects these sizes; the next are nearer to its own
+            obstacle = f"no probe model can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     raise NoTwin(obstacle)
 
 
 def _narrowings(
     config: PretrainedConfig, structure: Structure, forms: Sequence[StoredWeight]
 ) -> Iterator[Callable[[], PretrainedConfig]]:
-    """Configs to try, the narrowest first, the config itself last."""
+    """Configs to try: the narrowest first, the config itself last."""
     sizes = {size for parameter in structure.model.parameters() for size in parameter.shape}
     inputs = [form.weight.in_features for form in forms if not form.weight.is_function]
     factor = 1
@@ -170,7 +171,7 @@ def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> Pretrain
 
 
 def _store(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory: Path) -> list[StoredWeight]:
-    """Write the twin as an artifact of the planned forms; returns those that occur in it."""
+    """Write the probe model as an artifact in the planned formats. Returns the stored weights in it."""
     planned = {(form.weight.parameter, form.weight.expert, form.weight.rows is not None): form for form in forms}
     directory.mkdir()
     tensors = {
@@ -230,7 +231,7 @@ def _int8_rows(matrix: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -
     return Int8SplitLinear.pack(matrix, spec["threshold"], dtype, columns)
 
 
-# form -> (weight, settings, dtype of the model) -> the weight in that form, by the plainest rounding
+# form -> (weight, settings, dtype of the model) -> the weight in that format, by round-to-nearest
 EXAMPLES: dict[str, Callable[[torch.Tensor, dict[str, Any], torch.dtype], Layer]] = {
     PackedLinear.form: _codes,
     ByteLinear.form: _codes,

@@ -1,18 +1,18 @@
-"""The one loop: embeddings, blocks and output head in order, each in memory while it is worked on.
+"""The one loop over a model: embeddings, blocks and output head in order, each in memory while it is used.
 
     for part in walk(structure, batches, hold):
-        ...                                      # the part as it is loaded, the batches as they enter it
+        ...                                      # the part is loaded, and the batches have the inputs of the part
 
-What a walk promises:
-- Parts come in order: the embeddings (0), blocks 1 to n, the output head (n + 1). Before each it is asked whether to
-  stop; then a part is whole or untouched.
-- A part that the caller works on is loaded and its stored layers are installed, from where `source` says it lies. The
-  batches are as the parts before left them: what a later part sees is computed by the earlier ones as they now are.
-- After the work the batches are taken on through the part as the work left it, unless the work did so itself
-  (`Part.advance`). The embeddings make the hidden states; the output head gives nothing to go on with.
-- Then every module gets its place back and the block is freed, unless all blocks stay (placement `resident`).
-  Embeddings and output head stay, since they may share their weights: whoever walks frees all of it in the end.
-- What has run is told to `done`, with its seconds.
+A walk guarantees:
+- Parts come in order: the embeddings (0), blocks 1 to n, the output head (n + 1). Before each part the walk checks
+  whether to stop, so a part is either finished or unchanged.
+- A part that the caller uses is loaded from where `source` points to, and its stored layers are installed. The batches
+  have been through all earlier parts as those are now.
+- After the caller's work the batches run through the changed part, unless the work did this itself (`Part.advance`).
+  The embeddings make the hidden states. After the output head there is nothing to run.
+- Then every replaced module is restored and the block is freed, unless all blocks stay (placement `resident`).
+  Embeddings and output head stay in memory, since they may share weights. The caller frees everything at the end.
+- `done` is called for each part that has run, with its seconds.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from compressor.errors import Interrupted
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 
-Hold = Callable[[int], AbstractContextManager[Installed]]  # a part is in memory inside
+Hold = Callable[[int], AbstractContextManager[Installed]]  # the part is in memory inside this context
 
 
 @dataclass
 class Part:
-    """One part of the model while a walk is at it."""
+    """One part of the model during a walk."""
 
     structure: Structure
     number: int
@@ -56,7 +56,7 @@ class Part:
         return self.number == self.structure.block_count + 1
 
     def advance(self, push: Callable[[], Any] | None = None) -> None:
-        """Take the batches on, once: by `push`, or else through the part as it now is."""
+        """Run the batches through the part as it is now, or call `push` instead. This is done once."""
         assert not self.is_advanced, "the batches have left this part"
         self.is_advanced = True
         if push is not None:
@@ -68,14 +68,14 @@ class Part:
                 batch.hidden = finish_part(self.structure, self.number, batch)
 
     def output(self, batch: CalibrationBatch) -> Tensor:
-        """What the part makes of a batch; it goes no further."""
+        """Output of the part for a batch, without moving the batch."""
         return run_part(self.structure, self.number, batch)
 
 
 def walk(
     structure: Structure, batches: list[CalibrationBatch], hold: Hold, done: Callable[[Part, float], None] | None = None
 ) -> Iterator[Part]:
-    """Every part of the model in order, each good until the next is taken."""
+    """Every part of the model in order. Each is valid until the next one is taken."""
     for number in range(structure.block_count + 2):
         began = time.perf_counter()
         with hold(number) as installed:
@@ -89,11 +89,11 @@ def walk(
 
 @dataclass(frozen=True)
 class Written:
-    """The model as a sweep wrote it; without files it is still that of the checkpoint.
+    """The model that a sweep wrote. Without files it is still the model of the checkpoint.
 
-    files    of its parts, in order
-    forms    weight name -> the format it is in, only those that are stored
-    written  parameters that are dense and that a pass has given new values
+    files    part files, in order
+    forms    weight name -> its format, only weights that are stored
+    written  dense parameters that a pass has given new values
     """
 
     files: list[Path] = field(default_factory=list)
@@ -101,23 +101,23 @@ class Written:
     written: set[str] = field(default_factory=set)
 
     def source(self, structure: Structure, number: int) -> PartSource:
-        """Where a part's tensors lie, with the formats in it."""
+        """Where a part's tensors lie, and the formats in it."""
         whole = PartSource(structure, self.files[number] if self.files else None, self.forms)
         return PartSource(structure, whole.file, part_forms(whole, number))
 
 
 def part_forms(source: PartSource, number: int) -> dict[str, StoredWeight]:
-    """The forms that this part holds, of all that the source knows."""
+    """The formats in this part, out of all formats that the source knows."""
     names = source.names(number) if source.forms else []
     return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Loads each part that a walk comes to, and frees the blocks behind it.
+    """Loads each part of a walk, and frees the blocks that were used.
 
-    source        number of a part -> where it lies; None: nothing is to be done with it, so it isn't loaded
-    stopped       what Interrupted says
+    source        number of a part -> where it lies; None: the part isn't used, so it isn't loaded
+    stopped       message of Interrupted
     keeps_blocks  every block stays in memory
     """
 
@@ -143,7 +143,7 @@ class Holder:
 
 
 def load_part(structure: Structure, number: int, source: PartSource, device: torch.device) -> Installed:
-    """Fill the model's parameters of a part, and let its stored layers stand in for the modules they replace."""
+    """Fill the model's parameters of a part, and replace modules by its stored layers."""
     fill_part(structure, number, source, device)
     installed = Installed(structure)
     installed.install_stored(source, device)
@@ -151,7 +151,7 @@ def load_part(structure: Structure, number: int, source: PartSource, device: tor
 
 
 def part_event(structure: Structure, sweep: int, part: Part, seconds: float) -> PartEvent:
-    """What a sweep tells of a part that it is done with."""
+    """The event of a part that a sweep has finished."""
     return {
         "event": "unit",
         "sweep": sweep,

@@ -1,4 +1,4 @@
-"""A sweep whose steps store weights: each part is changed, stored, read back, and run as it is stored."""
+"""Runs a sweep whose steps store weights: each part is changed, stored, read back, and run as it is stored."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from compressor.storage.safetensors_file import Entry, write_file
 class StoringSweep:
     """A sweep whose steps store weights.
 
-    before     the model as the sweeps before it wrote it
-    batches    calibration batches, and the probe as the last one
-    decisions  what each step has chosen over the whole model
+    before     the model that the earlier sweeps wrote
+    batches    calibration batches, and the probe batch as the last one
+    decisions  the choice of each step over the whole model
     """
 
     sweeper: Sweeper
@@ -48,11 +48,11 @@ class StoringSweep:
     decisions: list[Decision | None]
 
     def line(self, part: int) -> Line | None:
-        """The journal's line of a part that is stored."""
+        """The journal's line of a part, if the part is stored."""
         return self.sweeper.journal.done(f"{self.number}/{part}")
 
     def written(self, part: int) -> set[str]:
-        """Dense parameters of a part that is stored whose values are no longer the checkpoint's."""
+        """Dense parameters of a stored part whose values differ from the checkpoint's."""
         line = self.line(part)
         assert line is not None
         own = self.sweeper.structure.parameters_of(part)
@@ -62,14 +62,14 @@ class StoringSweep:
         return self.before.source(self.sweeper.structure, part)
 
     def source(self, part: int) -> PartSource:
-        """Where a part lies now: as it is stored, or as it was before this sweep has come to it."""
+        """Where a part lies now: as this sweep stored it, or as it was before this sweep."""
         if (line := self.line(part)) is None:
             return self.source_before(part)
         return PartSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
 
 
 def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
-    """Let the steps store weights, part by part. Returns the model as it is then written."""
+    """Let the steps store weights, part by part. Returns the model that was written."""
     structure = sweeper.structure
     sweeper.begin(number, steps)
     decisions = decide(sweeper, number, steps, before)
@@ -95,7 +95,7 @@ def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], bef
 
 
 def _take_on(sweep: StoringSweep, part: Part) -> None:
-    """Take the batches on through the part as it is stored. raises PassError where the probe overflows"""
+    """Run the batches through the part as it is stored. raises PassError if the probe batch overflows"""
     probe = sweep.batches[-1]
     entered = probe.hidden
     part.advance()
@@ -107,10 +107,10 @@ def _take_on(sweep: StoringSweep, part: Part) -> None:
 
 
 def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tensor) -> None:
-    """Stop where the probe, of which the artifact has to give the outputs again, overflows.
+    """Stop if the probe batch overflows, because the artifact must reproduce its outputs.
 
-    output   what the part as it is stored makes of `entered`
-    raises   PassError naming the part, and whose fault it is
+    output   output of the stored part for `entered`
+    raises   PassError naming the part, and whether the model or its storing is the cause
     """
     if bool(torch.isfinite(output).all()):
         return
@@ -135,7 +135,7 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
 
 
 def _read_back(part: Part, source: PartSource, device: torch.device) -> None:
-    """Load the part as it is stored; batches that wait in it start anew if it isn't bit by bit what the passes left."""
+    """Load the part as it is stored. Paused batches start again unless it is bit-identical to what the passes left."""
     structure, installed = part.structure, part.installed
     waiting = [batch for batch in part.batches if batch.recorded is not None]
     left = watched_parameters(structure, part.number) if waiting else {}
@@ -151,10 +151,10 @@ def _read_back(part: Part, source: PartSource, device: torch.device) -> None:
 
 @dataclass
 class Changes:
-    """What the steps of a sweep have made of one part.
+    """What the steps of a sweep have changed in one part.
 
     put      weight name -> its format, and the layer that holds it
-    errors   relative, of each stored weight as it is rebuilt
+    errors   relative error of each stored weight after it is dequantized
     written  parameters that stay dense and have new values
     """
 
@@ -166,7 +166,7 @@ class Changes:
 
 
 def _store_part(sweep: StoringSweep, part: Part) -> None:
-    """Let the steps change the loaded part, commit it, and tell of it."""
+    """Let the steps change the loaded part, commit it, and report it."""
     changes = _run_steps(sweep, part)
     _commit(sweep, part.number, changes)
     for record in changes.records:
@@ -210,7 +210,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
 
 
 def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
-    """Make a part durable as the steps have left it."""
+    """Commit a part as the steps have left it."""
     structure, source = sweep.sweeper.structure, sweep.source_before(part)
     forms = part_forms(source, part) | {name: form for name, (form, _) in changes.put.items()}
     values: dict[str, Tensor] = {}
@@ -226,9 +226,9 @@ def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
 
 
 def _errors_of_rescaled(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float | None]:
-    """How far each stored weight is from the checkpoint's, of those that were given new values before they were stored.
+    """Distance of each stored weight from the checkpoint's, for weights that got new values before they were stored.
 
-    For the others the distance from what they were when they were stored is the same.
+    For other weights this is the distance from their values when they were stored, which is known already.
     """
     checkpoint, dtype = PartSource(sweep.sweeper.structure), sweep.sweeper.structure.dtype
     rescaled = changes.written | sweep.before.written
@@ -241,7 +241,7 @@ def _errors_of_rescaled(sweep: StoringSweep, part: int, changes: Changes) -> dic
 
 
 def _written_errors(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float]:
-    """How far each parameter that stays dense and has new values is from the checkpoint's."""
+    """Distance of each dense parameter with new values from the checkpoint's parameter."""
     structure = sweep.sweeper.structure
     stored = {form.weight.parameter for form, _ in changes.put.values() if form.weight.expert is None}
     checkpoint, model = PartSource(structure), structure.model

@@ -1,1 +1,1 @@
-"""What a compressed model costs in quality and gives in speed, and the report that says so."""
+"""Measures what compression costs in quality and gains in speed, and writes the report."""

@@ -1,4 +1,4 @@
-"""What a measuring process is asked and answers, as JSON values. `evaluate` asks, `quality` and `speed` answer."""
+"""Defines the JSON messages of a measuring process: `evaluate` asks, `quality` and `speed` answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Samples(TypedDict):
 
 
 class Request(Samples):
-    """What both kinds of requests hold.
+    """The keys of both kinds of requests.
 
-    confidence   level of the intervals that gates are judged by; None: they are not wanted
-    most_tokens  that the model takes at once, if they are less than `SPEED_TOKENS`
+    confidence   level of the intervals that decide gates; None: no intervals are needed
+    most_tokens  largest number of tokens that the model reads at once, if it is below `SPEED_TOKENS`
     """
 
     threads: int
@@ -30,7 +30,7 @@ class Request(Samples):
 
 
 class QualityRequest(Request):
-    """before: source checkpoint; None: `after` alone is measured"""
+    """A request for quality. before: source checkpoint; None: only `after` is measured"""
 
     kind: Literal["quality"]
     before: str | None
@@ -39,7 +39,7 @@ class QualityRequest(Request):
 
 
 class SpeedRequest(Request):
-    """kernels: load the model as `compressor.load` does"""
+    """A request for speed. kernels: load the model as `compressor.load` does"""
 
     kind: Literal["speed"]
     model: str
@@ -53,7 +53,7 @@ class QualityAnswer(TypedDict):
 
 
 class SpeedAnswer(TypedDict):
-    """values: rates, memory and load time by name, as in the report; kernels: None unless they were asked for"""
+    """Measured speed. values: rates, memory and load time by name, as in the report; kernels: None if not asked for"""
 
     values: dict[str, float | None]
     kernels: list[KernelRow] | None

@@ -1,4 +1,4 @@
-"""Artifacts, reports and plain checkpoints side by side."""
+"""Compares artifacts, reports and plain checkpoints side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 BAD_REPORT = "Copy the report again from where it was written, or measure again with `compress-model eval`."
-VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key that tells the kind of a report -> version read here
+VERSIONS = {"report_version": 1, "evaluation_version": 1}  # key for the kind of a report -> version read here
 
 
 class BareSizes(TypedDict):
@@ -31,7 +31,7 @@ class BareRun(TypedDict):
 
 
 class Bare(TypedDict):
-    """The size alone of a checkpoint, under the keys of a report that are compared."""
+    """The sizes of a checkpoint, under the keys of a report that are compared."""
 
     metrics: dict[str, MetricRow]
     sizes: BareSizes
@@ -39,7 +39,7 @@ class Bare(TypedDict):
 
 
 def read_subject(path: Path) -> AnyReport | Bare:
-    """A report (of a run or an evaluation) from its file or directory, or the sizes alone of a checkpoint.
+    """A report (of a run or an evaluation) from its file or directory, or the sizes of a checkpoint.
 
     raises UsageError for a file that is no report, ModelError for a directory that is no checkpoint
     """
@@ -51,12 +51,12 @@ def read_subject(path: Path) -> AnyReport | Bare:
 
 
 def is_report(subject: AnyReport | Bare) -> TypeIs[AnyReport]:
-    """Whether it was read from a report.json, and not from a checkpoint's headers."""
+    """Whether the subject was read from a report.json, and not from the headers of a checkpoint."""
     return any(key in subject for key in VERSIONS)
 
 
 def compare(paths: list[Path], gates: dict[str, float] | None = None) -> Comparison:
-    """Set subjects side by side, in the order of their paths; missing values are None.
+    """Compare subjects in the order of their paths. Missing values are None.
 
     raises UsageError for a gate on a change between subjects that were measured on different samples
     """
@@ -99,7 +99,7 @@ def _read_report(file: Path) -> AnyReport:
             raise UsageError("is not a report of compress-model", where=str(file))
         if report[kind] != VERSIONS[kind]:
             raise UsageError(
-                f"{kind} {str(report[kind])[:40]} is unknown; this release reads {VERSIONS[kind]}",
+                f"{kind} {str(report[kind])[:40]} is unknown; this release reads version {VERSIONS[kind]}",
                 where=str(file),
                 hint="Run pip install -U compress-model, or measure again with this release.",
                 data={"reason": "version", "key": kind, "version": str(report[kind])[:40], "known": VERSIONS[kind]},
@@ -142,7 +142,7 @@ def _after(table: Mapping[str, MetricRow | SpeedRow], name: str) -> float | None
 
 
 def _other_samples(subjects: list[AnyReport | Bare]) -> bool:
-    """Whether two of them have metrics of different evaluation samples."""
+    """Whether two subjects have metrics of different evaluation samples."""
     reports = [subject for subject in subjects if is_report(subject) and subject["metrics"]]
     samples = [report["data"]["eval"] for report in reports]
     return len({facts["digest"] for facts in samples if facts is not None}) > 1

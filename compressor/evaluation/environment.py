@@ -1,4 +1,4 @@
-"""Facts about the machine and the libraries, for the report, `doctor` and the journal."""
+"""Collects facts about the machine and the libraries, for the report, `doctor` and the journal."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def cpu_features() -> list[str]:
 
 
 def peak_rss_bytes(children: bool = False) -> int:
-    """Largest resident size so far of this process, or of the largest child that has ended."""
+    """Largest resident size so far of this process, or of the largest child process that has ended."""
     status = Path("/proc/self/status")
-    if status.is_file() and not children:  # ru_maxrss of a child starts at its parent's size on Linux
+    if status.is_file() and not children:  # on Linux, ru_maxrss of a child begins at its parent's size
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
     used = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss

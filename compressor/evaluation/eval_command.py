@@ -1,4 +1,4 @@
-"""`compress-model eval`: the measurements of a run for any model or artifact, against a baseline or alone."""
+"""Implements `compress-model eval`: measures any model or artifact as a run does, with or without a baseline."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from compressor.recipe.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.storage.file_names import MANIFEST
 
 EVALUATION_VERSION = 1
-BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; the recipe carries `eval` alone
+BARE = b"version: 1\nname: eval\nsteps: [{pass: rtn}]\n"  # no step runs; only the `eval` section is used
 FILES = {"report.json", "report.md", "junit.xml"}
 
 
@@ -60,13 +60,13 @@ def measure_model(
     output: Path | None = None,
     strict_kernels: bool = False,
 ) -> EvaluationReport:
-    """The evaluation report (`evaluation` in report.schema.json), also when a gate doesn't hold.
+    """The evaluation report (`evaluation` in report.schema.json), also if a gate fails.
 
-    metrics  comma-separated, in place of the recipe's
-    gates    NAME=BOUND, beside the recipe's
-    output   directory for report.json, report.md and junit.xml; made, or written again if it is from here
-    strict_kernels  a layer of the artifact that falls back to torch or the reference is an error
-    raises   UsageError for a gate that compares two models when there is no baseline, KernelError with strict_kernels
+    metrics  comma-separated names, which replace the recipe's
+    gates    NAME=BOUND, in addition to the recipe's
+    output   directory for report.json, report.md and junit.xml; it is created, or overwritten if it is from this tool
+    strict_kernels  it is an error if a layer of the artifact falls back to torch or the reference kernels
+    raises   UsageError for a gate that compares two models without a baseline, KernelError with strict_kernels
     """
     began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
@@ -104,9 +104,9 @@ def measure_model(
 
 @dataclass(frozen=True)
 class Subjects:
-    """The model and, if one was given, the baseline; each with what the user calls it.
+    """The model and the baseline, if one was given, each with the name that the user gave it.
 
-    directory  of the model, as it was resolved
+    directory  resolved directory of the model
     """
 
     name: str
@@ -117,7 +117,7 @@ class Subjects:
 
 
 def _open_subjects(model: str, baseline: str | None, trust_remote_code: bool) -> Subjects:
-    """raises ModelError, DependencyError for an artifact whose loader needs a package that isn't installed"""
+    """Open both models. raises ModelError; DependencyError for an artifact whose loader needs a missing package"""
     directory = resolve_model(model)
     after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
@@ -128,7 +128,7 @@ def _open_subjects(model: str, baseline: str | None, trust_remote_code: bool) ->
 
 
 def _check_baseline(asked: Recipe, baseline: str | None) -> None:
-    """raises UsageError for gates that compare two models where there is one"""
+    """raises UsageError for gates that compare two models if there is only one"""
     if baseline is None and (lacking := [name for name in asked.eval.gates if compares_models(name)]):
         raise UsageError(
             f"these gates compare two models: {', '.join(lacking)}",
@@ -168,7 +168,7 @@ def _evaluation_report(
 
 
 def check_kernels(kernels: list[KernelRow] | None) -> None:
-    """raises UsageError if none were looked for, KernelError naming what falls back to torch or the reference"""
+    """raises UsageError if no kernels were chosen, KernelError naming fallbacks to torch or the reference kernels"""
     if kernels is None:
         hint = "Evaluate an artifact with speed among eval.metrics, or leave --strict-kernels out."
         raise UsageError(
@@ -189,7 +189,7 @@ def check_kernels(kernels: list[KernelRow] | None) -> None:
 
 
 def _samples(asked: Recipe, directory: Path, limit: Limit, trust_remote_code: bool) -> Samples:
-    """raises PreflightError for samples that are longer than the model takes"""
+    """Read the samples. raises PreflightError for samples that are longer than the model can read"""
     vocabulary = getattr(config_of(directory, trust_remote_code).get_text_config(), "vocab_size", None)
     samples = read_evaluation_data(asked, directory, vocabulary, trust_remote_code=trust_remote_code)
     if samples.is_text:
@@ -198,7 +198,7 @@ def _samples(asked: Recipe, directory: Path, limit: Limit, trust_remote_code: bo
 
 
 def _token_limit(model: Checkpoint, trust_remote_code: bool) -> Limit:
-    """How many tokens the model of a checkpoint or artifact takes: its own blocks tell, as `plan` asks them."""
+    """The largest number of tokens that a model or artifact reads. Its own blocks decide this, as in `plan`."""
     config = config_of(model.directory, trust_remote_code)
     if (model.directory / MANIFEST).is_file():
         cls = class_for(model_class(read_manifest(model.directory)["architecture"], MANIFEST), config)
@@ -208,7 +208,7 @@ def _token_limit(model: Checkpoint, trust_remote_code: bool) -> Limit:
     def limit(length: int) -> int | None:
         try:
             return token_limit(cls, config, length)
-        except ModelError:  # a class without a list of blocks, which can be measured all the same
+        except ModelError:  # a class without a list of blocks; it can be measured anyway
             return None
 
     return limit
@@ -231,7 +231,7 @@ def _settings(
 
 @contextmanager
 def _kept_if_written(output: Path | None) -> Iterator[None]:
-    """Make the output directory before the work, so that it surely can be; a failure leaves none behind."""
+    """Create the output directory before the work, so that a failure shows early. A failed run removes it again."""
     if output is None:
         yield
         return
@@ -246,7 +246,7 @@ def _kept_if_written(output: Path | None) -> Iterator[None]:
 
 
 def _make_output(output: Path) -> None:
-    """raises UsageError unless the directory can be made, is empty, or holds an evaluation of ours and nothing else"""
+    """raises UsageError unless the directory can be created, is empty, or holds only an evaluation of this tool"""
     if not output.exists() and not output.is_symlink():
         try:
             output.mkdir(parents=True)

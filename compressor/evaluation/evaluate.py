@@ -1,6 +1,7 @@
-"""Measures a model before and after, on the same tokens, loaded as a user would load it, each in a fresh process.
+"""Measures a model before and after compression on the same tokens, loaded as a user would load it.
 
-This module starts the processes and gathers their answers; what each measures is in `quality` and `speed`.
+Each measurement runs in a new process. This module starts the processes and collects their answers; `quality` and
+`speed` do the measuring.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ HERE = "compressor.evaluation.evaluate"
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation found.
+    """Results of an evaluation.
 
-    metrics     by name; one that can't be measured has `after: null` and a `reason`
-    saturation  `layers`: name, values read and how many were outside; `reason` why layers are missing there, or null
-    patches     of images, which a token pruner kept (`compressor.evaluation.kept_patches`); None without one
-    kernels     what `compressor.load` multiplies stored forms by (`prepared.chosen_kernels`); None
-                where speed was not measured
+    metrics     by name; a metric that can't be measured has `after: null` and a `reason`
+    saturation  `layers`: name, values read, and how many were outside; `reason`: why layers are missing, or null
+    patches     patches of images that a token pruner kept (`compressor.evaluation.kept_patches`); None without one
+    kernels     kernels that `compressor.load` chose for stored weights (`prepared.chosen_kernels`); None if speed
+                was not measured
     """
 
     metrics: dict[str, MetricRow] = field(default_factory=dict)
@@ -57,11 +58,11 @@ def evaluate(
     most_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Measured:
-    """Quality, speed and saturation.
+    """Measure quality, speed and saturation.
 
-    before       source checkpoint; None measures `after` alone
-    most_tokens  that the model takes at once, if they are less than `SPEED_TOKENS`
-    raises  what `load_model` raises, and what `child.ask` does
+    before       source checkpoint; None: only `after` is measured
+    most_tokens  largest number of tokens that the model reads at once, if it is below `SPEED_TOKENS`
+    raises  what `load_model` raises, and what `child.ask` raises
     """
     common: Request = {
         **_write_samples(samples, scratch),
@@ -85,7 +86,7 @@ def evaluate(
 
 
 def _write_samples(samples: Samples, scratch: Path) -> child_messages.Samples:
-    """The files that a measuring process reads, as keys of its request."""
+    """Write the samples for a measuring process. Returns the files as keys of its request."""
     tokens, labels = scratch / "eval-samples.safetensors", scratch / "eval-labels.safetensors"
     save_file({f"{number:06d}": sample.contiguous() for number, sample in enumerate(samples.inputs)}, tokens)
     if samples.labels is not None:
@@ -112,7 +113,7 @@ def _measure_speed(common: Request, model: Path, doing: str, *, kernels: bool = 
 
 
 def _speed_rows(common: Request, before: Path | None, after: Path) -> dict[str, SpeedRow]:
-    """Each model in a process of its own, so that neither counts in the other's memory."""
+    """Measure each model in a separate process, so that neither counts in the other's memory."""
     answers = {
         side: _measure_speed(common, path, f"measures the speed {side}")["values"]
         for side, path in (("before", before), ("after", after))
@@ -124,7 +125,7 @@ def _speed_rows(common: Request, before: Path | None, after: Path) -> dict[str, 
 def _kernel_speed_rows(
     common: Request, after: Path, speed: dict[str, SpeedRow]
 ) -> tuple[list[KernelRow], dict[str, SpeedRow]]:
-    """The chosen kernels, and their rates beside those of the dense model."""
+    """The chosen kernels, and their speed compared with that of the dense model."""
     found = _measure_speed(common, after, "measures the speed of the kernels", kernels=True)
     values, kernels = found["values"], found["kernels"]
     assert kernels is not None
@@ -134,12 +135,12 @@ def _kernel_speed_rows(
 
 
 def _speed_row(after: float | None, before: dict[str, float | None] | None, name: str) -> SpeedRow:
-    """before  what was measured of the other model, by name; None: there is no other"""
+    """A row of the report's speed. before: values of the other model by name; None: there is no other model"""
     return {"after": after} if before is None else {"before": before[name], "after": after}
 
 
 def main(request: QualityRequest | SpeedRequest) -> QualityAnswer | SpeedAnswer:
-    """Answer `evaluate`, in a fresh process."""
+    """Answer `evaluate`, in the new process."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     return measure_quality(request) if request["kind"] == "quality" else measure_speed(request)

@@ -1,7 +1,7 @@
-"""Which patches of images a model with token gates kept, for the report's picture.
+"""Finds which patches of images a model with token gates kept, for the report's picture.
 
-Works on a model as any loader made it: a gate is a module that has `token_gate` and `choices`
-(`compressor.layers.structural.token_gate`), also where its class comes from a modelling file.
+Any loader may have made the model. A gate is a module that has `token_gate` and `choices`
+(`compressor.layers.structural.token_gate`), also if its class comes from a modeling file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LONGEST_SIDE = 64  # pixels of the report's copy of an image
 
 
 def kept_patches(model: Any, images: Sequence[Tensor]) -> Patches | None:
-    """Of some images: which patches each kept; None for a model without gates.
+    """The patches that each image kept; None for a model without gates.
 
     images  (channels, height, width), normalised
     """
@@ -35,7 +35,7 @@ def kept_patches(model: Any, images: Sequence[Tensor]) -> Patches | None:
 
 
 def _survived(model: Any, image: Tensor, gates: list[nn.Module]) -> list[list[int]]:
-    """How many gates each patch passed."""
+    """The number of gates that each patch passed."""
     for gate in gates:
         gate.choices = []  # type: ignore[assignment]
     try:
@@ -61,7 +61,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _small(image: Tensor) -> list[list[int]]:
-    """Grey, stretched to 0..255."""
+    """The image in grey, stretched to 0..255."""
     grey = image.float().mean(0)
     factor = LONGEST_SIDE / max(grey.shape)
     if factor < 1:

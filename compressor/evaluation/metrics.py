@@ -1,10 +1,13 @@
-"""Quality metrics: sums over one batch, and the rows of the report that are made of them.
+"""Defines the quality metrics: sums over one batch, and the rows of the report that are computed from them.
 
-Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one pass; the first
-token of a sample has no context and is not scored. exp of the mean negative log likelihood over all scored tokens.
-KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats. Top-1 agreement:
-share of positions whose most likely token is the same. The interval is a 95 % bootstrap over samples, seeded.
-`intervals` are what gates with a confidence are judged by: at that level, and paired: both sides read the same samples.
+- Perplexity: samples of `length` tokens that don't overlap (stride = length), each read in one forward. The first
+  token of a sample has no context and is not scored. It is exp of the mean negative log likelihood over all scored
+  tokens.
+- KL divergence: mean over positions of KL(before || after) of the next-token distributions, in nats.
+- Top-1 agreement: share of positions whose most likely token is the same.
+
+The interval is a seeded 95 % bootstrap over samples. `intervals` decide gates with a confidence: they are at that
+level, and paired, since both models read the same samples.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from torch import Tensor
 from compressor.evaluation.sections import MetricRow
 
 BOOTSTRAP_DRAWS = 1000
-BOTH_ENDS = (0.025, 0.975)  # of the 95 % interval
+BOTH_ENDS = (0.025, 0.975)  # quantiles of the 95 % interval
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is made of sums over samples (`batch_sums`), {} being the side.
+    """How a metric is computed from sums over samples (`batch_sums`); {} stands for before or after.
 
-    count  what the sum is divided by; None: the number of samples
+    count  the sum is divided by this; None: by the number of samples
     """
 
     direction: str
@@ -38,11 +41,11 @@ class Metric:
 
     @property
     def compares(self) -> bool:
-        """Whether it is a distance of two models, without a value of each."""
+        """Whether it is a distance between two models, without a value of each."""
         return "{}" not in self.sums
 
     def drawn(self, means: Tensor) -> Tensor:
-        """Its values, of the means of bootstrap draws."""
+        """Its values, from the means of bootstrap draws."""
         return means.exp() if self.finish is math.exp else means
 
 
@@ -59,10 +62,10 @@ QUALITY = tuple(METRICS)
 def batch_sums(
     before: Tensor | None, after: Tensor, inputs: Tensor, labels: Tensor | None, causal: bool
 ) -> dict[str, Tensor]:
-    """Per sample (batch,): sums and counts that the metrics are made of."""
+    """Sums and counts for each sample (batch,), from which the metrics are computed."""
     if causal:
         return _next_token_sums(before, after, inputs)
-    if before is not None and before.shape != after.shape:  # tokens were pruned; pooled embeddings can be compared
+    if before is not None and before.shape != after.shape:  # tokens were pruned; only pooled embeddings can be compared
         return {"cosine": F.cosine_similarity(before.mean(1), after.mean(1), dim=-1)}
     result: dict[str, Tensor] = {}
     if before is not None:
@@ -72,7 +75,7 @@ def batch_sums(
 
 
 def _next_token_sums(before: Tensor | None, after: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-    """Of logits for each position (batch, length, vocabulary)."""
+    """Sums from logits for each position (batch, length, vocabulary)."""
     targets = inputs[:, 1:]
     result = {"count": torch.full((len(inputs),), float(targets.shape[1]))}
     sides = {"before": before, "after": after}
@@ -86,7 +89,7 @@ def _next_token_sums(before: Tensor | None, after: Tensor, inputs: Tensor) -> di
 
 
 def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Of logits for each sample (batch, classes)."""
+    """Sums from logits for each sample (batch, classes)."""
     result: dict[str, Tensor] = {}
     if before is not None:
         first, second = F.log_softmax(before, -1), F.log_softmax(after, -1)
@@ -103,17 +106,17 @@ def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> 
 def metric_row(
     name: str, sums: dict[str, Tensor], seed: int, has_before: bool, confidence: float | None = None
 ) -> MetricRow:
-    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such thing.
+    """before, after, change_percent, 95 % interval of `after`; nulls with a reason if the model has no such metric.
 
-    confidence  level of the `intervals` that gates are judged by; None leaves them out
+    confidence  level of the `intervals` that decide gates; None: no intervals
     """
     metric, row = METRICS[name], _unmeasured(name)
     key, earlier = metric.sums.format("after"), metric.sums.format("before")
     if key not in sums:
         row["reason"] = (
-            "there is no baseline to compare with"
+            "there is no baseline for a comparison"
             if metric.compares and not has_before
-            else "this model, or the data without labels, has no such measure"
+            else "this model, or data without labels, has no such metric"
         )
         return row
     count = sums[metric.count] if metric.count else torch.ones_like(sums[key])
@@ -136,7 +139,7 @@ def metric_row(
 def _gate_intervals(
     metric: Metric, before_means: Tensor | None, after_means: Tensor, confidence: float
 ) -> dict[str, list[float | None]]:
-    """Intervals at that level, of the value and, where both sides have one, of its changes."""
+    """Intervals at that level, of the value and, if both models have one, of its changes."""
     after = metric.drawn(after_means)
     drawn = {"value": after}
     if before_means is not None:
@@ -147,7 +150,7 @@ def _gate_intervals(
 
 
 def unmeasured(names: Iterable[str], reason: str) -> dict[str, MetricRow]:
-    """Rows of metrics that were asked for, and for this reason not measured."""
+    """Rows of metrics that were asked for but not measured, for this reason."""
     return {name: {**_unmeasured(name), "reason": reason} for name in names if name in METRICS}
 
 
@@ -163,7 +166,7 @@ def _unmeasured(name: str) -> MetricRow:
 
 
 def _finite(finish: Callable[[float], float], value: float) -> float | None:
-    """What `finish` makes of a value; None where that isn't finite."""
+    """`finish` of a value; None if that isn't finite."""
     try:
         result = finish(value)
     except OverflowError:

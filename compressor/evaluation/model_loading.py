@@ -1,4 +1,4 @@
-"""What a measuring process reads: a model as a user would load it, and the samples."""
+"""Loads what a measuring process reads: a model as a user would load it, and the samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compressor.storage.file_names import MANIFEST
 
 
 def load_model(directory: Path, trust_remote_code: bool) -> Any:
-    """A source checkpoint or an artifact through transformers, in its own dtype, in eval mode."""
+    """Load a source checkpoint or an artifact through transformers, in its own dtype, in eval mode."""
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""The plots of a report's page, as SVG source."""
+"""Draws the plots of a report's page, as SVG source."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def _draw_errors(weights: list[WeightRow]) -> Any:
             axes.plot(x, rounded, ":", lw=1, color=colours(number % 10))
     axes.xaxis.get_major_locator().set_params(integer=True)
     dotted = any("output_error_rtn" in weight for weight in weights)
-    label = "block (dotted: rounding to nearest on the same grid)" if dotted else "block"
+    label = "block (dotted: round-to-nearest on the same grid)" if dotted else "block"
     axes.set(xlabel=label, ylabel="relative error", ylim=(0, None))
     axes.legend(ncol=1, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def _draw_patches(patches: Patches) -> Any:
-    """Each image as it is, and below it with its patches the darker, the earlier a gate dropped them."""
+    """Each image unchanged, and below it with its patches, darker the earlier a gate dropped them."""
     import matplotlib.pyplot as plt
     import numpy
 

@@ -1,4 +1,4 @@
-"""Measures quality: both models on the same batches."""
+"""Measures the quality of both models on the same batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compressor.model.block_runner import output_of, without_cache
 
 
 def measure_quality(request: QualityRequest) -> QualityAnswer:
-    """`metrics` of both models on the same batches, one batch at a time, and `saturation` of the later one."""
+    """`metrics` of both models on the same batches, one batch at a time, and `saturation` of the compressed model."""
     source = Path(request["before"]) if request["before"] else None
     before = None if source is None else load_model(source, request["trust_remote_code"])
     after = load_model(Path(request["after"]), request["trust_remote_code"])

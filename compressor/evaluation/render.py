@@ -1,4 +1,4 @@
-"""Forms of report.json for readers: Markdown, HTML, JUnit. Each is made from report.json alone."""
+"""Renders report.json for readers as Markdown, HTML and JUnit. Each is made from report.json alone."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def render_html(report: Report) -> str:
 
 
 def render_comparison(found: Comparison, rows: Sequence[ComparedRow]) -> str:
-    """What `compare` found, as one self-contained page."""
+    """The result of `compare` as one self-contained page."""
     return fill_template("compare.html.j2", c=found, rows=rows)
 
 
 def render_junit(report: AnyReport) -> str:
-    """One suite per artifact: a case per gate, and for a run one for the verification."""
+    """One suite per artifact, with a case for each gate and, for a run, a case for the verification."""
     name = report["name"] if is_evaluation(report) else report["recipe"]["name"]
     suite = junitparser.TestSuite(f"compress-model {name} {report['model']['source']}")
     if not is_evaluation(report):

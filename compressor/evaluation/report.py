@@ -1,9 +1,9 @@
-"""report.json: built, checked and written. Schema: report.schema.json, explained in docs/report.md.
+"""Builds, checks and writes report.json. Its schema is report.schema.json, and docs/report.md explains it.
 
-There are two kinds: of a run, and of an evaluation alone (`compress-model eval --output`).
+There are two kinds of reports: of a run, and of an evaluation alone (`compress-model eval --output`).
 
-report.json is the truth; every other form is rendered from it alone and can be rendered again at any time.
-Times, memory and speed are facts about one run and live under `run`; the rest is the same for every run of a recipe.
+All other forms are rendered from report.json alone and can be rendered again at any time. Times, memory and speed
+belong to one run, so they lie under `run`. Everything else is the same for every run of a recipe.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def build_report(
 ) -> Report:
     """The whole report as JSON values: sorted keys, non-finite numbers as null.
 
-    source  what the model is called
+    source  name of the model
     plan    with the pinned recipe
-    facts   of the lines of the journal
+    facts   of the journal's lines
     """
     recipe = plan.recipe
     records = [record for line in facts for record in line.records]
-    assert plan.route is not None  # a plan without a route has problems, and stops there
+    assert plan.route is not None  # a plan without an export format has problems, so there is no run
     notices = [*plan.warnings, *(notice for line in facts for notice in line.warnings)]
     report: Report = {
         "report_version": REPORT_VERSION,
@@ -150,12 +150,12 @@ def _step_rows(plan: Plan) -> list[StepRow]:
 
 
 def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
-    """What passes recorded of each weight, with its sizes. A pass may record values of its own."""
+    """The rows that passes recorded for each weight, with its sizes. A pass may add its own values."""
     predicted = {row.name: row for row in plan.rows}
     rows = []
     for record in records:
         weight = record.weight
-        after = weight.bytes_after  # what was stored; a pass that decides stores less than plan's upper bound
+        after = weight.bytes_after  # stored bytes; a pass that decides may store less than plan's upper bound
         row: WeightRow = {
             "step": record.step,
             "pass": record.pass_name,
@@ -168,7 +168,7 @@ def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
             "fallback": weight.own.get("fallback"),
             "bytes_before": predicted[weight.name].bytes_before,
             "bytes_after": after,
-            # of functions there is none
+            # functions have none
             "bits_per_parameter": 8 * after / math.prod(weight.shape) if len(weight.shape) == 2 else None,
         }
         rows.append(cast("WeightRow", {**weight.own, **row}))
@@ -177,7 +177,7 @@ def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
 
 def _reference_kernels(records: Sequence[StepRecord]) -> list[KernelRow]:
     """The `kernels` of a run whose speed was not measured."""
-    why = "speed was not measured; quality is that of stock transformers"
+    why = "speed was not measured; quality was measured with stock transformers"
     forms = sorted({record.weight.form for record in records} - {"dense"})
     return [{"op": form, "chosen": "reference", "why": why} for form in forms]
 
@@ -204,21 +204,21 @@ def unmeasured_warnings(metrics: dict[str, MetricRow]) -> list[WarningRow]:
 
 
 def validate_report(report: AnyReport) -> None:
-    """raises jsonschema.ValidationError if the report isn't as its schema says"""
+    """raises jsonschema.ValidationError if the report doesn't match its schema"""
     import jsonschema
 
     schema = json.loads(SCHEMA.read_text())
-    kind = "evaluation" if is_evaluation(report) else "run_report"  # named, for an error that says what is wrong
-    # the schema itself is checked by the tests: that takes longer than the report
+    kind = "evaluation" if is_evaluation(report) else "run_report"  # chosen here, so that an error names the wrong key
+    # the tests check the schema itself, since that takes longer than building the report
     checker = jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
     if (wrong := jsonschema.exceptions.best_match(checker.iter_errors(report))) is not None:
         raise wrong
 
 
 def write_reports(report: AnyReport, directory: Path, settings: ReportSettings) -> list[Path]:
-    """report.json always; Markdown, HTML, JUnit and the GitHub summary as the recipe's `report` section says.
+    """Write report.json always; Markdown, HTML, JUnit and the GitHub summary as set in the recipe's `report` section.
 
-    An evaluation has no HTML form.
+    An evaluation has no HTML page.
     """
     validate_report(report)
     written = {"report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n"}
@@ -235,14 +235,14 @@ def write_reports(report: AnyReport, directory: Path, settings: ReportSettings) 
 
 
 def append_summary(report: AnyReport, settings: ReportSettings) -> None:
-    """The Markdown form at the end of the file that $GITHUB_STEP_SUMMARY names, if it names one."""
+    """Append the Markdown report to the file that $GITHUB_STEP_SUMMARY names, if it names one."""
     if (summary := _summary_file(settings)) is not None:
         with summary.open("a", encoding="utf-8") as file:
             file.write(render_markdown(report) + "\n")
 
 
 def write_card(report: Report, checkpoint: Any, directory: Path) -> None:
-    """The model card, README.md: front matter for the hub, and what was done, measured and should be known."""
+    """Write the model card README.md: front matter for the hub, what was done, what was measured, and known limits."""
     front = {
         **checkpoint.licence.front_matter(),
         "base_model": report["model"]["source"],
@@ -258,7 +258,7 @@ def write_card(report: Report, checkpoint: Any, directory: Path) -> None:
 
 
 def data_facts(samples: Samples) -> DataFacts:
-    """What a report says of the samples that were used."""
+    """The report's facts about the samples that were used."""
     source = bare_source(samples.source)
     return {
         "source": source if source.startswith("dataset:") else Path(source).name,

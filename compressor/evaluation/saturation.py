@@ -1,4 +1,4 @@
-"""How many values layers read outside of the range that they hold for their input, found on calibration data."""
+"""Counts how many input values of a layer are outside the range that was found on calibration data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from compressor.storage.file_names import MANIFEST
 
 
 def watch_ranges(model: Any) -> dict[str, list[int]]:
-    """Count from now on, by module: values read, and those outside the range it holds.
+    """Begin counting, for each module: values read, and values outside its range.
 
-    Every module with a method `outside(x)` is asked (see `Layer.outside`); None says that it has no range.
+    Every module with a method `outside(x)` is asked (see `Layer.outside`); None means that it has no range.
     """
     counts: dict[str, list[int]] = {}
 
@@ -34,7 +34,7 @@ def watch_ranges(model: Any) -> dict[str, list[int]]:
 
 
 def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> Saturation:
-    """The report's section, from what `watch_ranges` counted; a layer that stands for a weight has its name."""
+    """The report's section, from the counts of `watch_ranges`. A layer that replaces a weight has the weight's name."""
     manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else None
     entries = {} if manifest is None else manifest["weights"]
     module_of = {name: entry["parameter"].removesuffix(".weight") for name, entry in entries.items()}
@@ -44,10 +44,10 @@ def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> Sat
     if manifest is not None and silent:
         reason = (
             f"{len(silent)} stored weights, such as {silent[0]}, run in the loader's own layers ({manifest['route']}), "
-            "which don't say what lies outside a range"
+            "which don't report values outside a range"
         )
     elif not counts:
-        reason = "no layer holds a range for its input"
+        reason = "no layer has a range for its input"
     named = {module: name for name, module in module_of.items()}
     rows: list[RangeRow] = [
         {"name": named.get(module, module), "values": values, "outside": outside}
@@ -57,7 +57,7 @@ def saturation(directory: Path, model: Any, counts: dict[str, list[int]]) -> Sat
 
 
 def uncounted(reason: str) -> Saturation:
-    """The section where nothing was counted."""
+    """The section if nothing was counted."""
     return {"reason": reason, "layers": []}
 
 

@@ -1,7 +1,7 @@
-"""Types of report.json and its sections, so that mypy finds a misspelt key. Schema: report.schema.json.
+"""Defines the types of report.json and its sections, so that mypy finds a misspelt key. Schema: report.schema.json.
 
-Reports are JSON values from the process that measures to the page that shows them, and read again later; so these are
-types of dictionaries. There are two kinds of reports: of a run (`Report`), and of an evaluation alone.
+A report is JSON values from the process that measures to the page that shows them, and it is read again later. So these
+are types of dictionaries. There are two kinds of reports: of a run (`Report`), and of an evaluation alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressor.recipe.gates import GateRow
 
 
 class MetricRow(TypedDict):
-    """A quality metric. reason: why there is no value; intervals: by the form of a gate"""
+    """A quality metric. reason: why there is no value; intervals: by the kind of gate bound"""
 
     before: float | None
     after: float | None
@@ -31,7 +31,7 @@ class MetricRow(TypedDict):
 
 
 class Sizes(TypedDict):
-    """Of an evaluation; what is compared is null without a baseline."""
+    """Sizes of an evaluation. Comparisons are null without a baseline."""
 
     before_bytes: int | None
     after_bytes: int
@@ -39,7 +39,7 @@ class Sizes(TypedDict):
 
 
 class RunSizes(TypedDict):
-    """Of a run. by_class: bytes after, by kind of tensor."""
+    """Sizes of a run. by_class: bytes after, by kind of tensor."""
 
     before_bytes: int
     after_bytes: int
@@ -52,7 +52,7 @@ class RunSizes(TypedDict):
 
 
 class SpeedRow(TypedDict):
-    """before: missing where there was no other model."""
+    """A measured speed. before: absent if there was no other model."""
 
     before: NotRequired[float | None]
     after: float | None
@@ -65,14 +65,14 @@ class RangeRow(TypedDict):
 
 
 class Saturation(TypedDict):
-    """reason: why layers are missing; None if none are."""
+    """Values outside of ranges. reason: why layers are missing; None if none are missing."""
 
     reason: str | None
     layers: list[RangeRow]
 
 
 class Run(TypedDict):
-    """Facts of one run, which another one of the same recipe does not repeat."""
+    """Facts of one run, which may differ in another run of the same recipe."""
 
     started: str
     seconds: float
@@ -90,7 +90,7 @@ class EvaluationRun(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """What a report says of the samples that were used."""
+    """The report's facts about the samples that were used."""
 
     source: str
     sha256: str
@@ -125,9 +125,9 @@ _OfPass = TypedDict("_OfPass", {"pass": str})
 
 
 class WeightRow(_OfPass):
-    """What became of one weight. A pass may record values of its own; those that the report shows are named here.
+    """The result for one weight. A pass may record its own values; those that the report shows are named here.
 
-    input  the weight of whose input the outlier features were counted
+    input  name of the weight for whose input the outlier features were counted
     """
 
     step: int
@@ -152,14 +152,14 @@ class WeightRow(_OfPass):
 
 
 class ImagePatches(TypedDict):
-    """pixels: rows of 0..255; survived: rows of how many gates each patch passed"""
+    """An image and its patches. pixels: rows of 0..255; survived: rows of how many gates each patch passed"""
 
     pixels: list[list[int]]
     survived: list[list[int]]
 
 
 class Patches(TypedDict):
-    """Of some images: which patches a token pruner kept. gates: how many there are"""
+    """Which patches of some images a token pruner kept. gates: number of gates"""
 
     gates: int
     images: list[ImagePatches]
@@ -171,7 +171,7 @@ class Tool(TypedDict):
 
 
 class RecipeRow(TypedDict):
-    """resolved: the recipe with every setting in it"""
+    """The recipe of a run. resolved: the recipe with the values of all settings"""
 
     name: str
     sha256: str
@@ -179,7 +179,7 @@ class RecipeRow(TypedDict):
 
 
 class Environment(TypedDict):
-    """The machine, and the versions of what ran."""
+    """The machine, and the versions of the software."""
 
     python: str
     torch: str | None
@@ -244,7 +244,7 @@ class Subject(TypedDict):
 
 
 class EvaluationReport(TypedDict):
-    """The report of an evaluation alone. baseline: None where there was no other model"""
+    """The report of an evaluation alone. baseline: None if there was no other model"""
 
     evaluation_version: int
     tool: Tool
@@ -269,7 +269,7 @@ AnyReport = Report | EvaluationReport
 
 
 class ComparedRow(TypedDict):
-    """values: one for each subject; None where it has none"""
+    """A compared value. values: one for each subject; None if it has none"""
 
     name: str
     values: list[float | None]
@@ -280,7 +280,7 @@ class Comparison(TypedDict):
 
     subjects  their names
     weights   errors of weights
-    gates     judged on the last subject, with the first one as what was before
+    gates     gates of the last subject, with the first subject as the model before
     """
 
     subjects: list[str]

@@ -1,4 +1,4 @@
-"""Measures the speed of one model alone."""
+"""Measures the speed of one model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from compressor.process.resources import ran_out
 
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS, DECODE_RUNS = 128, 32, 5, 3
 SPEED_TOKENS = PREFILL_TOKENS + DECODE_TOKENS
-SPEED_BATCH = 32  # samples at once, of a model that answers for samples
+SPEED_BATCH = 32  # batch size of an encoder
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second")
 
 
 def measure_speed(request: SpeedRequest) -> SpeedAnswer:
-    """Load time, prefill and decode rate, of an encoder samples a second in batches of 32 (medians after a warm-up),
-    and peak memory, of one model alone: as stock transformers loads it, or with `kernels` as `compressor.load` does.
+    """Load time, prefill and decode rate (of an encoder: samples per second in batches of 32) and peak memory of one
+    model. Rates are medians after a warm-up. The model is loaded by stock transformers, or with `kernels` by
+    `compressor.load`.
     """
     began, directory = time.perf_counter(), Path(request["model"])
     with_kernels = request["kernels"]
@@ -58,16 +59,16 @@ def measure_speed(request: SpeedRequest) -> SpeedAnswer:
 
 
 def _cache_if_any(model: Any, inputs: dict[str, Tensor]) -> AbstractContextManager[None]:
-    """Prompts are read with a cache, as servers do, but by a class that has none for what it is made of."""
+    """Prompts are read with a cache, as servers do, unless the model's class has no cache for its kinds of layers."""
     try:
         model(**inputs)
-    except ValueError:  # so transformers refuses: a Jamba without attention
+    except ValueError:  # transformers raises it, for example for a Jamba without attention
         return without_cache(model)
     return nullcontext()
 
 
 def _decode_rate(model: Any, prompt: Tensor) -> float | None:
-    """Tokens a second; None for a model that can't generate, which `verify` tells apart from one that no longer can."""
+    """Tokens per second; None for a model that can't generate. `verify` checks whether it could before compression."""
     options = {
         "max_new_tokens": DECODE_TOKENS,
         "min_new_tokens": DECODE_TOKENS,
@@ -76,7 +77,7 @@ def _decode_rate(model: Any, prompt: Tensor) -> float | None:
     }
     try:
         model.generate(prompt, **options)
-    except Exception as error:  # any: such as of a class without a cache for what it is made of
+    except Exception as error:  # any: for example of a class without a cache for its kinds of layers
         if (lack := ran_out(error)) is not None:
             raise lack from error
         return None

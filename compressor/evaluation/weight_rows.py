@@ -1,4 +1,4 @@
-"""Choices among the rows of a report's `weights`, for its rendered forms."""
+"""Selects rows of a report's `weights`, for its rendered forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WORST = 5
 
 
 def worst_weights(report: Report) -> list[WeightRow]:
-    """The weights with the largest relative output (or weight) error."""
+    """The weights with the largest relative error of their output (or of the weight)."""
     known = [weight for weight in report["weights"] if error_of(weight) is not None]
     return sorted(known, key=lambda weight: -(error_of(weight) or 0))[:WORST]
 
@@ -18,10 +18,10 @@ def error_of(weight: WeightRow) -> float | None:
 
 
 def tabulated(report: Report) -> list[WeightRow]:
-    """The rows of functions that are read from tables."""
+    """The rows of functions that lookup tables replace."""
     return [weight for weight in report["weights"] if "table_bound" in weight]
 
 
 def outlier_inputs(report: Report) -> list[WeightRow]:
-    """The rows of weights whose inputs' outlier features were counted, one for each input that weights share."""
+    """The rows of weights whose inputs' outlier features were counted: one row for each input that weights share."""
     return [weight for weight in report["weights"] if weight.get("input") == weight["name"]]

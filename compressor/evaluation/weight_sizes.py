@@ -1,4 +1,4 @@
-"""Bytes of the weight files before and after."""
+"""Counts the bytes of the weight files before and after."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from compressor.evaluation.sections import RunSizes
 from compressor.model.checkpoint import Checkpoint
 from compressor.storage.safetensors_file import read_header
 
-SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # beside what is stored
+SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # tensors besides the codes
 
 
 def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: Container[str], plan: Plan) -> RunSizes:
-    """Bytes of the weight files before and after, by class of tensor. Headers are counted in the totals."""
+    """Bytes of the weight files before and after, by class of tensor. The totals include the headers."""
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure
     table = _input_table(structure.model)
@@ -58,8 +58,8 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: Container[str],
 
 
 def _input_table(model: Any) -> Tensor | None:
-    """The table that a model looks tokens up in; None where it has none, as of images."""
+    """The input embedding of a model; None if it has none, as a model of images."""
     try:
-        return getattr(model.get_input_embeddings(), "weight", None)  # a ViT's is a module of modules
-    except NotImplementedError:  # so transformers answers for SwiftFormer, a network of convolutions
+        return getattr(model.get_input_embeddings(), "weight", None)  # that of a ViT is a module without a weight
+    except NotImplementedError:  # transformers raises it for SwiftFormer, a network of convolutions
         return None

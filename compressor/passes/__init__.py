@@ -1,4 +1,4 @@
-"""The table of passes. A pass of another package is found through the entry point group `compressor.passes`."""
+"""Finds passes by name. Passes of other packages are found through the entry point group `compressor.passes`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GROUP = "compressor.passes"
 
 
 def pass_names() -> list[str]:
-    """Every known name, built in or installed, without importing any of them."""
+    """Every known name, built in or installed, without importing any pass."""
     return sorted({*BUILTIN, *(point.name for point in entry_points(group=GROUP))})
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The settings class of a pass. raises RecipeError for an unknown, doubled or broken one"""
+    """The settings class of a pass. raises RecipeError for an unknown or broken pass, or for a name with two passes"""
     plugins = [point for point in entry_points(group=GROUP) if point.name == name]
     if len(plugins) + (name in BUILTIN) > 1:
         raise RecipeError(
@@ -54,7 +54,7 @@ def find_pass(name: str) -> type[Pass]:
 def _load(point: EntryPoint) -> type[Pass]:
     try:
         found = point.load()
-    except Exception as error:  # any failure of a foreign module
+    except Exception as error:  # any failure of another package's module
         raise RecipeError(
             f"pass {point.name!r} of {point.value} can't be imported ({error})", hint="Reinstall that package."
         ) from error

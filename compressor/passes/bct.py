@@ -1,48 +1,50 @@
-"""BCT: weights, embeddings and activations quantized block by block, each block with a shift for a scale.
+"""BCT: quantizes weights, embeddings and activations block by block, and each block has a power of two as its scale.
 
 Paper: Dong and Chen 2023, "Blockwise Compression of Transformer-based Models without Retraining", arXiv 2304.01483, and
 the same authors' earlier BBCT, arXiv 2303.09184. Only the abstracts could be read; no code is published. They say:
 everything is compressed block by block (embedding, matrix multiplication, GELU, softmax, layer normalization, all
-intermediate results), nothing is retrained, up to 7.988 times smaller than float32, less than 0.90 % of accuracy lost
-on most GLUE tasks. What follows is therefore our reading, and each choice is marked.
+intermediate results), nothing is retrained, the model is up to 7.988 times smaller than float32, and less than 0.90 %
+of accuracy is lost on most GLUE tasks. Everything below is therefore our reading, and each choice is marked.
 
-Equations [ours]. A block x of a matrix, with q = 2^(bits-1) - 1, largest value m = max|x|:
+Equations [ours]. For a block x of a matrix, with q = 2^(bits-1) - 1 and the largest value m = max|x|:
 
     e0  = the least integer e with q 2^e >= m          (0 for a block of zeros)
     c   = clamp(round(x / 2^e), -q, q)                 rounding half to even
     x'  = c 2^e,  and with e = e0 nothing saturates and |x - x'| <= 2^(e-1)
 
-Where the paper is ambiguous, and what we chose
-- Block shape. The abstracts give none. 7.988 = 32 / 4.006: 4-bit codes and 0.006 bits a weight of overhead, one byte
-  for some 1,300 weights. Our default is 64 x 64 (0.002 bits with shifts); [1, B] gives each row its own blocks.
-- Scale. A power of two, so that integer products are aligned by shifts; `scale: float16` is the option.
-- Choice of the scale. `mse` tries e0, e0 - 1, e0 - 2, e0 - 3 and keeps the least squared error of each block, so it may
-  clip; `output` weighs each column's error by the mean square of its calibration inputs; `max` is e0.
-- Bits. 4 or 8 for each matrix. With `budget` or `budget_bits` the choice is made over the whole model: every selected
-  matrix starts at 4 bits, and those are raised to 8 whose relative output error, |(W - W')X|^2 / |WX|^2 on calibration
-  data, falls most per byte, while the bytes of all selected matrices stay within the budget. Of an embedding the rows
-  that occur count.
-- Embeddings are blocks of one row, as wide as `embedding_block`.
-- Biases: with `biases`, 8-bit codes in blocks of 64 with shifts. They are a thousandth of the weights, and an integer
-  product adds them to an accumulator of higher precision, so leaving them is the default. Gains and shifts of norms
-  stay.
-- Activations: 8 bits, blocks of as many inputs as the weight's blocks are wide, one shift a token and block (dynamic),
-  or one a block found from the largest value on calibration data (static; larger values saturate). Where softmax is
-  selected too, so are queries, keys, values and the softmax's output. The residual stream stays as it is: it is an
-  accumulator, read by nothing but norms.
-- Look-up tables, for what `only` names: @activation (GELU, SiLU and the like, over the range of their inputs on
-  calibration data; beyond it they go on along the asymptote), @softmax (exp from -16 to 0, below which a term is 0;
-  sums and division in float32) and @norm (1 / sqrt of a mantissa in [1, 4), shifted; sums in float32). Entries are
-  float32. ReLU is exact and needs none. What a table costs is bounded (`lookup_tables`); with lines between 256
-  entries: GELU 4.0e-4, SiLU 1.0e-3 over their whole range, exp 5.0e-4, 1 / sqrt 1.3e-5 of itself. The nearest entry is
-  some 80 times worse.
-- `stock` writes blocks of one row as symmetric groups of compressed-tensors, which plain transformers loads. A shift is
-  then a number in the model's dtype, 2 bytes instead of 1: exact in bfloat16 and float32, and in float16 from 2^-24 on,
-  below which a float16 model has no values. Real scales are refused there: bfloat16 would round float16's again, and
-  gptq and rtn offer them in the model's own dtype.
+What the paper leaves open, and what we chose
+- Block shape. The abstracts give none. 7.988 = 32 / 4.006 means 4-bit codes and 0.006 bits of overhead per weight, that
+  is, one byte for about 1,300 weights. Our default is 64 x 64 (0.002 bits with power-of-two scales). With [1, B] each
+  row has its own blocks.
+- Type of the scale. It is a power of two, so that integer products are aligned by shifts. `scale: float16` is the
+  alternative.
+- Choice of the scale. `mse` tries e0, e0 - 1, e0 - 2, e0 - 3 and keeps the one with the least squared error of the
+  block, so it may clip. `output` weights each column's error by the mean square of its calibration inputs. `max` is e0.
+- Bits. Each matrix has 4 or 8. With `budget` or `budget_bits` the choice is made over the whole model. Every selected
+  matrix starts at 4 bits. Then those matrices are raised to 8 whose relative output error, |(W - W')X|^2 / |WX|^2 on
+  calibration data, falls most per byte, while the bytes of all selected matrices stay within the budget. For an
+  embedding, the rows that occur in the data count.
+- Embeddings have blocks of one row, `embedding_block` wide.
+- Biases. With `biases` they are 8-bit codes in blocks of 64 with power-of-two scales. They are a thousandth of the
+  weights, and an integer matmul adds them to an accumulator of higher precision, so by default they stay dense. The
+  weights and biases of norms stay dense.
+- Activations. They have 8 bits, in blocks that are as wide as the weight's blocks. There is one power-of-two scale for
+  each token and block (dynamic), or one for each block, from the largest value on calibration data (static; larger
+  values saturate). If softmax is selected too, queries, keys, values and the output of softmax are quantized as well.
+  The residual stream isn't quantized: it is an accumulator that only norms read.
+- Lookup tables replace the functions that `only` names: @activation (GELU, SiLU and others, over the range of their
+  inputs on calibration data; outside it they continue along the asymptote), @softmax (exp from -16 to 0, below which a
+  term is 0; sums and division are in float32) and @norm (1 / sqrt of a mantissa in [1, 4), shifted; sums are in
+  float32). Entries are float32. ReLU is exact and needs no table. The error of a table has a bound (`lookup_tables`).
+  For linear interpolation between 256 entries: GELU 4.0e-4 and SiLU 1.0e-3 over their whole range, exp 5.0e-4, and
+  1 / sqrt a relative 1.3e-5. The nearest entry is about 80 times worse.
+- `stock` writes blocks of one row as symmetric groups of compressed-tensors, which plain transformers loads. A scale is
+  then a number in the model's dtype, 2 bytes instead of 1. It is exact in bfloat16 and float32, and in float16 from
+  2^-24 on, below which a float16 model has no values. float16 scales are refused with `stock`: bfloat16 would round
+  them again, and gptq and rtn offer such scales in the model's own dtype.
 
-Cost: one pass over the weights, times four when the scale is searched; with a budget, one run of the whole model and
-two quantizations of each matrix more. Memory: one weight and, for `output` and `budget`, one second-moment matrix.
+Cost: one pass over the weights, four times as much if the scale is searched. A budget adds one run of the whole model
+and two quantizations of each matrix. Memory: one weight and, for `output` and `budget`, one second-moment matrix.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ if TYPE_CHECKING:
     from compressor.layers.base import Layer
 
 Side = Annotated[int, Field(ge=1, le=4096)]
-EXP_LOW = -16.0  # exp(-16) = 1.13e-7 is what cutting it off there costs each term of a softmax
-FORMS = {  # role -> stored form, where it isn't that of a matrix
+EXP_LOW = -16.0  # exp(-16) = 1.13e-7 is the largest error of a softmax term that is set to 0
+FORMS = {  # role -> quantization format, if it isn't that of a matrix
     "embedding": "block_embedding",
     "activation": "table_activation",
     "norm": "table_norm",
@@ -78,9 +80,9 @@ FLOAT16_LEAST_SHIFT = -24
 
 
 class BCT(WeightPass):
-    """Codes of 4 or 8 bits in blocks that share a power-of-two scale; embeddings, activations and functions too."""
+    """Quantize weights to 4 or 8 bits in blocks with power-of-two scales; embeddings, activations and functions too."""
 
-    title: ClassVar[str] = "Weights, embeddings and activations in blocks with power-of-two scales, 4/8-bit mix"
+    title: ClassVar[str] = "Quantizes weights, embeddings and activations to 4/8 bits in blocks (BCT)"
     paper: ClassVar[str] = "Dong & Chen 2023, arXiv 2304.01483"
 
     bits: Literal[4, 8] = Field(8, description="Bits per weight. With a budget, each matrix gets 4 or 8.")
@@ -124,14 +126,14 @@ class BCT(WeightPass):
     @model_validator(mode="after")
     def _bits_or_budget(self) -> BCT:
         if self.budget is not None and self.budget_bits is not None:
-            raise PydanticCustomError("two-budgets", "budget and budget_bits say the same: give one of them")
+            raise PydanticCustomError("two-budgets", "budget and budget_bits both set the budget: give one of them")
         if self.decides and (self.bits, self.embedding_bits) != (8, 8):
             raise PydanticCustomError("bits-and-budget", "a budget chooses the bits: leave out bits and embedding_bits")
         return self
 
     @model_validator(mode="after")
     def _has_a_stock_form(self) -> BCT:
-        """Whether the block's width divides a weight, and whether it is an embedding, is seen weight by weight."""
+        """Check the settings of `stock`. The width of a block and the role of a weight are checked weight by weight."""
         needs = {
             "block_shape": ("block_shape of one row, [1, B]", self.block_shape[0] == 1),
             "scale": ("scale: shift", self.scale == "shift"),
@@ -187,7 +189,7 @@ class BCT(WeightPass):
         return self.budget if self.budget is not None else int((self.budget_bits or 0) * weights / 8)
 
     def decide(self, model: WholeModel) -> Decision | None:
-        """Bits of every matrix within the budget."""
+        """Choose the bits of every matrix within the budget."""
         errors: dict[str, list[float]] = {}
         costs: dict[str, list[int]] = {}
         count = 0
@@ -233,12 +235,12 @@ class BCT(WeightPass):
         from compressor.layers.block_linear import BIAS_BLOCK
 
         bias = view.bias(weight)
-        assert bias is not None  # `biased` is said of weights that have one
+        assert bias is not None  # `biased` is set only for weights that have one
         codes, exponents, _ = quantize_blocks(bias[None], 8, (1, BIAS_BLOCK), search=self.scale_search != "max")
         return {"bias_packed": codes[0], "bias_exponent": exponents[0]}
 
     def _put_tables(self, view: BlockView) -> None:
-        """Tables in place of the selected functions; ranges are those that the weights, as stored, give rise to."""
+        """Replace the selected functions by lookup tables. Their ranges are found with the stored weights."""
         from compressor.layers import find_layer
 
         functions = view.functions()
@@ -273,7 +275,7 @@ class BCT(WeightPass):
         return {**found, "bits": 8 if rounds else None, "block": self.block_shape[1] if rounds else None}
 
     def _bound(self, function: Weight, table: Table) -> dict[str, Any]:
-        """What the table may cost, for the report; of a norm relative to its output."""
+        """Bound of the table's error, for the report; for a norm relative to its output."""
         linear = self.table_lookup == "linear"
         if function.role == "activation":
             known = KNOWN[function.facts["function"]]
@@ -309,7 +311,7 @@ class BCT(WeightPass):
         return quantize_blocks(matrix, bits, self._block(weight), self.scale, self.scale_search != "max", importance)
 
     def _fold(self, view: BlockView, stage: Stage, with_gram: bool) -> list[Seen | None]:
-        """What each group's inputs look like on calibration data; None where nothing is asked of them."""
+        """Statistics of each group's inputs on calibration data; None if no setting needs them."""
         if self.traits.reads == "weights" or (stage[0].weights[0].role == "embedding" and not with_gram):
             return [None] * len(stage)
 
@@ -354,11 +356,11 @@ class Range:
 
 @dataclass
 class Seen:
-    """What calibration shows of a group's inputs.
+    """Statistics of a group's inputs on calibration data.
 
-    square   (in,) sum of squares; of a table, (rows,) how often each row was looked up
+    square   (in,) sum of squares; for an embedding, (rows,) how often each row was looked up
     largest  (blocks,) largest magnitude in each block of inputs
-    gram     second moments, where asked for
+    gram     second moments, if they are needed
     """
 
     square: torch.Tensor
@@ -378,7 +380,7 @@ class Seen:
         return cls(torch.zeros(rows, device=device), torch.zeros(0, device=device), 0)
 
     def add(self, x: torch.Tensor) -> Seen:
-        """Add x (tokens, in), or row numbers (tokens,)."""
+        """Add x (tokens, in), or token ids (tokens,)."""
         self.tokens += len(x)
         if x.dim() == 1:
             self.square += torch.bincount(x, minlength=len(self.square))
@@ -395,16 +397,16 @@ class Seen:
 def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
     """Blocks [1, width] as groups of packed_linear. raises ShapeError for a weight that can't have such groups"""
     if weight.role == "embedding" or weight.is_function:
-        does = "is a function" if weight.is_function else "is looked up by rows"
+        does = "is a function" if weight.is_function else "is an embedding"
         raise ShapeError(
-            f"{does}, and no stock loader has a table to put there",
+            f"{does}, which no stock loader can replace",
             where=weight.name,
             hint="Set stock: false, or leave it out with `except`.",
             data={"reason": "no-stock-table", "role": weight.role},
         )
     if width < weight.in_features and weight.in_features % width:
         raise ShapeError(
-            f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups are of one size",
+            f"blocks of {width} do not divide its {weight.in_features} inputs, and stock groups have one size",
             where=weight.name,
             hint="Set stock: false, or a narrower block_shape such as [1, 32], or leave this weight out with `except`.",
             data={"reason": "blocks-do-not-divide", "width": width, "in_features": weight.in_features},
@@ -413,10 +415,10 @@ def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
 
 
 def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
-    """Codes (out, in) with exponents (out, groups) as packed_linear, whose scales are of the model's dtype.
+    """Codes (out, in) with exponents (out, groups) as packed_linear, whose scales have the model's dtype.
 
-    A float16 model's values are multiples of 2^-24, its least number. A block that asks for a smaller shift gets that
-    one, and codes that stand for the same values.
+    Values of a float16 model are multiples of 2^-24, its least number. A block with a smaller scale gets 2^-24, and
+    codes that represent the same values.
     """
     from compressor.kernels.ops.blocks import power_of_two
     from compressor.layers.packed_linear import PackedLinear
@@ -431,7 +433,7 @@ def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any
 
 
 def stored_bytes(shape: tuple[int, ...], spec: dict[str, Any]) -> int:
-    """Bytes of the tensors of a weight (out, in), without its bias and without what static activations add."""
+    """Bytes of the tensors of a weight (out, in), without its bias and without the scales of static activations."""
     (rows, columns), (height, width) = shape, spec["block"]
     a_scale = 1 if spec["scale"] == "shift" else 2
     return rows * -(-columns * spec["bits"] // 8) + a_scale * -(-rows // height) * -(-columns // width)
@@ -442,9 +444,9 @@ def relative_error(matrix: torch.Tensor, rounded: torch.Tensor) -> float:
 
 
 def output_error(matrix: torch.Tensor, rounded: torch.Tensor, seen: Seen | None) -> float:
-    """|(W - W')X|^2 / |WX|^2 on what was seen; of a table, over the rows that were looked up, as often as they were.
+    """|(W - W')X|^2 / |WX|^2 on calibration data; for an embedding, over the rows that were looked up.
 
-    Where nothing was seen, every input and every row counts alike.
+    A row counts as often as it was looked up. Without calibration data, all inputs and all rows count the same.
     """
     change = rounded - matrix
     if seen is None or not seen.tokens:
@@ -458,7 +460,7 @@ def output_error(matrix: torch.Tensor, rounded: torch.Tensor, seen: Seen | None)
 
 
 def choose_bits(errors: dict[str, list[float]], costs: dict[str, list[int]], budget: int) -> dict[str, int]:
-    """8 bits where the error falls most per byte, while the bytes stay within the budget; else 4.
+    """8 bits for the matrices whose error falls most per byte, as long as the budget allows it; 4 for the others.
 
     errors, costs  name -> [at 4 bits, at 8 bits]
     """

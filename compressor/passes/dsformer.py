@@ -1,40 +1,43 @@
-"""DSFormer: each matrix as sparse combinations of a few dense atoms.
+"""DSFormer: writes each matrix as sparse combinations of a few dense atoms.
 
 Paper: Chand, Prabhu, Kumar 2023, "DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight
 Factorization", arXiv 2312.13211. Only its abstract could be read; no code is published. It says: a weight matrix is
 expressed as the product of a small dense and a semi-structured sparse matrix; a straight-through factorizer (STF)
-learns all factorizations of a model jointly, for the accuracy of the final task; up to 40 % better compression than
-low-rank factorizers. What follows is therefore our reading, and what is ours is marked.
+learns all factorizations of a model jointly, for the accuracy of the final task; the compression is up to 40 % better
+than that of low-rank factorizers. Everything below is therefore our reading, and our own choices are marked.
 
-Factorization [ours in detail]. The inputs of W (out, in) are cut into blocks of B; W_b, the columns of block b, is
+Factorization [details ours]. The inputs of W (out, in) are split into blocks of B. W_b, the columns of block b, is
 
     W_b ≈ S_b D_b    D_b (m, B) dense, shared by all outputs    S_b (out, m) with exactly k entries a row
     y = Σ_b (x_b D_bᵀ) S_bᵀ + bias
 
-With one block and k = m this is a product of two thin matrices: low rank is a special case.
+With one block and k = m this is a product of two thin matrices, so low rank is a special case.
 
-Solver [ours]. Minimised is E = tr((W - W') H (W - W')ᵀ), H the damped second moments of the inputs in the model as
-compressed so far. Blocks in turn, `sweeps` times; in a block `pursuits` times the rows of S_b by batched orthogonal
-matching pursuit, then D_b in closed form (`sparse_coding`). A change is taken only where E falls. Atoms
-start as the directions of the block's SVD: by our measurement (MiniLM on SST-2, a small Llama) 3 to 40 % less error in
-the end than from rows chosen by k-means++, which remains for more atoms than directions.
+Solver [ours]. It minimizes E = tr((W - W') H (W - W')ᵀ), where H is the damped second moments of the inputs in the
+model as compressed so far. Blocks are solved one after the other, `sweeps` times. In a block, `pursuits` times: the
+rows of S_b are found by batched orthogonal matching pursuit, then D_b in closed form (`sparse_coding`). A change is
+kept only if E falls. Atoms start as the directions of the block's SVD. We measured (MiniLM on SST-2, a small Llama)
+that the final error is then 3 to 40 % less than from rows chosen by k-means++. If there are more atoms than directions,
+k-means++ is used.
 
-Its rival. At no more bytes the best product of two thin matrices (`low_rank`) is computed too. Both are
-rounded to their stored type, and the one with the smaller E is stored; a tie goes to the thin ones, which run faster.
+Comparison with low rank. The best product of two thin matrices in no more bytes (`low_rank`) is computed too. Both are
+rounded to their stored dtype, and the one with the smaller E is stored. If E is equal, the thin matrices are stored,
+since they run faster.
 
-Sizes [ours]. `ratio` is bytes kept, of the weight in 16 bits, whatever dtype the model has. Of the pairs (m, k) that
-fill those bytes to within 1 %, the one with k / m nearest to `density` is taken; by default two are tried: 0.35, which
-was best for MiniLM, and 0.7, for the small Llama, whose spectra fall faster. Which entries a row has is stored as
-numbers or as a bit for each atom, whichever is less.
+Sizes [ours]. `ratio` is the share of bytes that is kept, of the weight in 16 bits, whatever dtype the model has. Among
+the pairs (m, k) that fill these bytes to within 1 %, the one with k / m nearest to `density` is used. By default two
+densities are tried: 0.35, which was best for MiniLM, and 0.7, best for the small Llama, whose spectra fall faster. The
+positions of a row's entries are stored as numbers or as one bit for each atom, whichever is smaller.
 
-Refinement, the paper's STF as a post-training step [ours]: with `refine_steps`, all factors of a block are trained
-together towards the outputs of the dense block on the same inputs, choices of atoms included (`straight_through`): Adam
-on seeded batches, best of the checks on a held-out tenth of the batches, kept only if better after rounding.
+Refinement, the paper's STF as a post-training step [ours]. With `refine_steps`, all factors of a block are trained
+together towards the outputs of the dense block for the same inputs, including the choice of atoms (`straight_through`).
+It uses Adam on seeded batches, keeps the best result on a held-out tenth of the batches, and uses that only if it is
+better after rounding.
 
-Not offered: patterns such as 2:4 on S. Second moments that no damping makes positive definite are an error.
+Not offered: patterns such as 2:4 on S. It is an error if no damping makes the second moments positive definite.
 
-Cost per matrix and pursuit: out·(B·m + k²·m/2) multiply-adds a block, out·in² for the blocks' targets a sweep, and the
-rival's SVD. Memory: H and L, 16·in² bytes, 8·in² beyond 1024 inputs.
+Cost per matrix and pursuit: out·(B·m + k²·m/2) multiply-adds per block, out·in² for the blocks' targets per sweep, and
+the SVD of the low-rank factors. Memory: H and L, 16·in² bytes, 8·in² beyond 1024 inputs.
 """
 
 from __future__ import annotations
@@ -72,15 +75,15 @@ if TYPE_CHECKING:
 
 FORM, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
-WIDEST_BLOCK = 384  # a pursuit's cost grows with k² m, and both grow with the block
+WIDEST_BLOCK = 384  # the cost of a pursuit grows with k² m, and k and m grow with the block
 NARROWEST_BLOCK = 8
-DENSITIES = (0.35, 0.7)  # slowly and fast falling spectra, by our measurement
+DENSITIES = (0.35, 0.7)  # for slowly and fast falling spectra; our measurement
 RATIO_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A weight that was stored, with what refining it needs: its matrix (out, in) as it was, and the metric."""
+    """A weight that was stored, with the original matrix (out, in) and the metric, which its refinement needs."""
 
     weight: Weight
     matrix: torch.Tensor
@@ -89,7 +92,7 @@ class Solved:
     record: dict[str, Any]
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """atoms, values and index as stored; thin factors are one block of which every row combines all atoms."""
+        """atoms, values and index as stored. Thin factors are one block in which every row combines all atoms."""
         from compressor.layers.low_rank_linear import LowRankLinear
 
         first, second = self.layer.factors(torch.float32)
@@ -106,7 +109,7 @@ class Solved:
         return torch.linalg.cholesky(torch.stack(parts)).float()
 
     def with_factors(self, atoms: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> Solved:
-        """The same weight with these factors, rounded as they are stored."""
+        """The same weight with these factors, rounded to their stored dtype."""
         from compressor.layers.low_rank_linear import LowRankLinear
 
         layer: SparseFactorLinear | LowRankLinear
@@ -119,9 +122,9 @@ class Solved:
 
 
 class DSFormer(WeightPass):
-    """A few dense atoms for each block of inputs, and for each output a fixed number of them with coefficients."""
+    """Store a few dense atoms for each block of inputs, and coefficients of a fixed number of them for each output."""
 
-    title: ClassVar[str] = "Weights as sparse combinations of dense atoms, or low rank where that is better"
+    title: ClassVar[str] = "Factorizes weights into dense atoms and sparse coefficients (DSFormer), or low rank"
     paper: ClassVar[str] = "Chand, Prabhu & Kumar 2023, arXiv 2312.13211"
 
     ratio: float | None = Field(
@@ -185,7 +188,7 @@ class DSFormer(WeightPass):
         if self.atoms is not None and self.k is not None and self.k > self.atoms:
             raise PydanticCustomError(
                 "too-few-atoms",
-                f"k {self.k} is more than the {self.atoms} atoms there are",
+                f"k is {self.k}, but there are only {self.atoms} atoms",
                 {"k": self.k, "atoms": self.atoms},
             )
         return self
@@ -196,14 +199,14 @@ class DSFormer(WeightPass):
 
     @property
     def unplanned(self) -> str:
-        return "a matrix that low rank fits better takes a few bytes less"
+        return "a matrix that is stored as low rank has a few bytes less"
 
     @property
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "upper bounds"
 
     def stored(self, weight: Weight) -> str | None:
-        if weight.is_function or weight.role == "embedding":  # refused, whatever its size
+        if weight.is_function or weight.role == "embedding":  # refused at any size
             return FORM
         return FORM if self._shapes(weight) else DENSE
 
@@ -217,7 +220,7 @@ class DSFormer(WeightPass):
         return {"block": block, "atoms": atoms, "k": k, "values": self.values}
 
     def _block(self, weight: Weight) -> int:
-        """raises ShapeError where the inputs of the weight have no such blocks"""
+        """Width of the blocks. raises ShapeError if the weight's inputs have no such blocks"""
         inputs = weight.in_features
         divisors = [n for n in range(1, inputs + 1) if inputs % n == 0]
         if self.block_size is None:
@@ -243,11 +246,11 @@ class DSFormer(WeightPass):
         return self.block_size
 
     def _shapes(self, weight: Weight) -> list[tuple[int, int]]:
-        """(atoms, k) to be tried; none where the weight would not shrink."""
+        """(atoms, k) pairs to try; none if the weight would not get smaller."""
         try:
             block = self._block(weight)
         except ShapeError:
-            return [(1, 1)]  # `spec` says why it can't be
+            return [(1, 1)]  # `spec` raises the error
         if self.atoms is not None and self.k is not None:
             size = block_bytes(weight.shape, block, self.atoms, self.k, self.values)
             return [(self.atoms, self.k)] if shrinks(weight.shape, size) else []
@@ -269,7 +272,7 @@ class DSFormer(WeightPass):
         self._solve(view)
 
     def _solve(self, view: BlockView) -> list[Solved]:
-        """Store every weight of the view; returns those that did not stay dense."""
+        """Store every weight of the view. Returns those that did not stay dense."""
         solved = []
         for stage in view.stages():
             metrics = stage_metrics(view, stage, self.damping, self.metric == "output")
@@ -280,7 +283,7 @@ class DSFormer(WeightPass):
         return solved
 
     def _refine(self, view: BlockView, solved: list[Solved], wanted: list[torch.Tensor]) -> None:
-        """Train all factors of the block; store them again if they, as rounded, are better on held-out batches."""
+        """Train all factors of the block. Store them again if, after rounding, they are better on held-out batches."""
         from compressor.methods.factorization.joint_training import StraightThrough, mean_loss, split, train
 
         def stand_in(one: Solved) -> StraightThrough:
@@ -305,7 +308,7 @@ class DSFormer(WeightPass):
         after = loss([stand_in(one) for one in refined])
         is_better = after < before
         if not is_better:
-            view.warn("not-refined", solved[0].weight.name, f"training left the block's loss at {before:.3g}")
+            view.warn("not-refined", solved[0].weight.name, f"training did not lower the block's loss of {before:.3g}")
         for one in refined if is_better else solved:
             error = one.metric.relative_error(one.matrix, one.layer.matrix(torch.float32))
             losses = {"refine_loss_before": before, "refine_loss": after if is_better else before}
@@ -313,11 +316,11 @@ class DSFormer(WeightPass):
             view.put(one.weight, one.layer, **more)
 
     def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> Solved | None:
-        """The weight as it was stored; None if it stays dense."""
+        """Store a weight. Returns None if it stays dense."""
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
         shapes = self._shapes(weight)
         if not shapes:
-            self._keep(view, weight, "what these settings give is not smaller than the weight in 16 bits", record)
+            self._keep(view, weight, "the result of these settings is not smaller than the weight in 16 bits", record)
             return None
         block = self._block(weight)
         size = max(block_bytes(weight.shape, block, *shape, self.values) for shape in shapes)
@@ -343,19 +346,19 @@ class DSFormer(WeightPass):
             return
         wanted = (self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape)
         if size < (1 - RATIO_TOLERANCE) * wanted:
-            message = f"{size} bytes of the {wanted:.0f} asked for: no pair of atoms and k comes nearer from below"
+            message = f"uses {size} of the {wanted:.0f} bytes asked for: no pair of atoms and k fills them better"
             view.warn("ratio-missed", weight.name, message)
 
     def _sparse(
         self, matrix: torch.Tensor, metric: Metric, block: int, atoms: int, k: int, generator: torch.Generator
     ) -> tuple[SparseFactorLinear, float]:
-        """The stored form of the matrix, and its relative error."""
+        """The sparse factors of the matrix in their stored format, and the relative error."""
         from compressor.layers.sparse_factor_linear import SparseFactorLinear
 
         found = balance(factorize(matrix, metric, block, atoms, k, self.sweeps, self.pursuits, generator))
         layer = SparseFactorLinear.pack(found.atoms, found.values, found.index, self.values)
         error = metric.relative_error(matrix, layer.matrix(torch.float32))
-        if self.values == "int8":  # coarse enough that new coefficients for the rounded atoms pay
+        if self.values == "int8":  # rounding atoms is coarse here, so coefficients are solved again
             rounded = SparseFactors(*layer.factors(torch.float32), layer.index())
             found = refit_values(matrix, metric, rounded)
             again = SparseFactorLinear.pack(found.atoms, found.values, found.index, self.values)
@@ -365,7 +368,7 @@ class DSFormer(WeightPass):
         return layer, error
 
     def _low_rank(self, matrix: torch.Tensor, metric: Metric, rank: int) -> tuple[LowRankLinear | None, float | None]:
-        """The rival of this rank; none where not even rank 1 fits."""
+        """The low-rank factors of this rank; None if even rank 1 does not fit into the bytes."""
         from compressor.layers.low_rank_linear import LowRankLinear
 
         if not rank:

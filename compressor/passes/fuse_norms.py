@@ -1,19 +1,21 @@
-"""Norms folded into what reads them, so that the residual stream can be rotated.
+"""Fuses each norm into the weights that read its output, so that the residual stream can be rotated.
 
-Step A of SliceGPT (Ashkboos et al. 2024, arXiv 2401.15024, section 3.2), as a step of its own. A norm's gain g and
-shift c go into every matrix that reads its output, and what is left is x / sqrt(mean(x^2) + eps):
+This is step A of SliceGPT (Ashkboos et al. 2024, arXiv 2401.15024, section 3.2), as a separate step. The weight g and
+the bias c of a norm are multiplied into every matrix that reads its output, and the norm becomes
+x / sqrt(mean(x^2) + eps):
 
     W (g x^ + c) + b  =  (W diag(g)) x^ + (W c + b)
 
-A LayerNorm also takes the mean of x over the width. What is added to the stream (tables, output matrices, their biases)
-is centred instead, so the stream has mean 0 and the norm need not look for it. Logits stay, to rounding.
+A LayerNorm also subtracts the mean of x over the width. So everything that is added to the residual stream (embeddings,
+output projections, their biases) is centred instead. Then the stream has mean 0, and the norm need not subtract it.
+Logits stay the same, except for rounding.
 
-Where we differ from the reference implementation: means are taken from the tables of LayerNorm models only (an RMSNorm
-is not invariant to that), and the model's eps is kept. Everything is computed in float64 and rounded once.
+Where we differ from the reference implementation: embeddings are centred only for LayerNorm models (centring changes
+the output of an RMSNorm), and the model's eps is kept. Everything is computed in float64 and rounded once.
 
-An RMSNorm model stays of its own class, with gains of 1; its head gets weights of its own if it shared the table's,
-since the last gain goes into one and not into the other. A LayerNorm model becomes one with RMSNorms, which needs the
-modelling file. Cost: one pass over the weights.
+An RMSNorm model keeps its class, with norm weights of 1. If its output head was tied to the embedding, it gets its own
+weight, since the last norm is fused into the head and not into the embedding. A LayerNorm model becomes one with
+RMSNorms, which needs the modeling file. Cost: one pass over the weights.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefiniti
 
 
 class FuseNorms(RewritePass):
-    """Gains, shifts and means of all norms on the residual stream, moved into the weights around them."""
+    """Fuse weights, biases and means of all norms on the residual stream into the matrices around them."""
 
-    title: ClassVar[str] = "Norms folded into the weights around them; logits stay"
+    title: ClassVar[str] = "Fuses norms into the weights around them; the logits stay the same"
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024, section 3.2"
     keeps_function: ClassVar[bool] = True
 
@@ -70,12 +72,12 @@ class FuseNorms(RewritePass):
 
 
 def _fold(view: PartView, norm: ResidualNorm) -> None:
-    """Move one norm's gain and shift into its consumers; a gain that stays part of the model becomes 1."""
+    """Multiply one norm's weight and bias into its consumers. A weight that stays in the model becomes 1."""
     gain = norm.formula.offset + view.read(f"{norm.module}.weight") if norm.formula.has_weight else None
     shift = view.read(f"{norm.module}.bias") if norm.formula.has_bias else None
     for consumer in norm.consumers:
         matrix = view.read(consumer.parameter)
-        if shift is not None:  # by the weight as it was
+        if shift is not None:  # with the weight before it was changed
             added = fold_shift(matrix, shift, consumer.axis)
             name = consumer.bias or _bias_name(consumer.parameter)
             view.write(name, added if consumer.bias is None else view.read(name) + added)

@@ -1,23 +1,23 @@
-"""GPTQ: round one input column at a time and let the others make up for the error.
+"""GPTQ: rounds one input column at a time, and corrects the columns that follow for its error.
 
 Paper: Frantar, Ashkboos, Hoefler, Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv 2210.17323.
 
-Idea. Minimise, per matrix, the change of its outputs on calibration inputs, tr(D H Dᵀ) with D = W - Q and
+Idea. For each matrix, minimize the change of its outputs on calibration inputs, tr(D H Dᵀ) with D = W - Q and
 H = 2/N Σ x xᵀ over the tokens x that the layer sees in the model as compressed so far. Columns are rounded in a fixed
-order; the error of each is spread over the columns not yet rounded, along the rows of U, Uᵀ U = H⁻¹. Then D = E U and
-tr(D H Dᵀ) = ‖E‖², which is checked on every run (on up to 256 rows of each group).
+order. The error of each is spread over the columns that are not yet rounded, along the rows of U, with Uᵀ U = H⁻¹. Then
+D = E U and tr(D H Dᵀ) = ‖E‖². This identity is checked in every run (on up to 256 rows of each group).
 
 Where we differ from the paper, and why
-- Columns are visited by decreasing diag(H) with groups fixed beforehand (`act_order: static`); no index is stored.
-  `act_order: group` is the reference's `desc_act`: groups of the columns so ordered, and a stored index of them.
-- Scales are searched for least error (`scale_search: mse`) and rounded to their stored type before the solve.
-- U comes from one reversed Cholesky factorization and one triangular inversion; H⁻¹ is never formed.
-- A column that no calibration token excites keeps its nearest code instead of becoming zero.
-- An expert that saw few tokens borrows from the hessians of its siblings (our rule; not in the paper).
+- Columns are rounded by decreasing diag(H), with groups fixed beforehand (`act_order: static`), so no index is stored.
+  `act_order: group` is the reference's `desc_act`: groups are made of the ordered columns, and their index is stored.
+- Scales are searched for the least error (`scale_search: mse`) and rounded to their stored dtype before the solve.
+- U comes from one reversed Cholesky factorization and one triangular inversion; H⁻¹ is never computed.
+- A column whose inputs are 0 for all calibration tokens keeps its nearest code instead of becoming zero.
+- An expert that saw few tokens uses the Hessians of the other experts too (our rule; not in the paper).
 Not offered: asymmetric calibration.
 
-Cost per group of weights with n inputs and m outputs in all: tokens·n² multiply-adds for H, n³/3 to factor, m·n² to
+Cost per group of weights with n inputs and m outputs together: tokens·n² multiply-adds for H, n³/3 to factor, m·n² to
 solve. Memory: 8·n² bytes for H and U, 12·m·n for the working copies.
 """
 
@@ -38,15 +38,15 @@ from compressor.methods.quantization.packed_codes import GroupSize, group_width,
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass
 
-SUB_BLOCK = 32  # columns updated one by one before a small GEMM; measured best of 16, 32, 64 on 1024..4096 inputs
-CHECKED_ROWS = 256  # evenly spaced; a wrong solve is wrong in every row, and all rows would cost as much as the solve
-IDENTITY_TOLERANCE = 1e-2  # float32 sums over a whole matrix; the tests ask for 1e-10 in float64
+SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
+CHECKED_ROWS = 256  # evenly spaced; a wrong solve is wrong in every row, and checking all costs as much as the solve
+IDENTITY_TOLERANCE = 1e-2  # for float32 sums over a whole matrix; the tests require 1e-10 in float64
 
 
 class GPTQ(WeightPass):
-    """Round column by column, spreading each error over the columns that follow."""
+    """Round the columns one by one, and correct the columns that follow for each error."""
 
-    title: ClassVar[str] = "Weights to 2-8 bits with second-order error feedback on calibration data"
+    title: ClassVar[str] = "Quantizes weights to 2-8 bits with second-order error feedback (GPTQ)"
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv 2210.17323"
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight.")
@@ -131,7 +131,7 @@ class GPTQ(WeightPass):
                 self._solve_group(view, group, gram)
 
     def _enough_tokens(self, view: BlockView, stage: Stage, grams: list[Gram]) -> list[Gram | None]:
-        """Each group's second moments, blended for starved experts; None means round to nearest."""
+        """Second moments of each group, blended for an expert with few tokens. None means round-to-nearest."""
         result: list[Gram | None] = []
         for group, gram in zip(stage, grams, strict=True):
             if group.expert is not None:
@@ -156,7 +156,7 @@ class GPTQ(WeightPass):
             wanted = self.min_tokens_per_expert
         if gram.tokens >= wanted:
             return gram
-        seen = f"expert saw {gram.tokens} of the {wanted} calibration tokens it needs"
+        seen = f"the expert got {gram.tokens} of the {wanted} calibration tokens that it needs"
         if self.sparse_expert == "error":
             raise PassError(seen, where=group.name, hint="Set a larger data.samples, or sparse_expert: blend.")
         view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
@@ -165,7 +165,7 @@ class GPTQ(WeightPass):
         return blend(gram, siblings, wanted, share_inputs=len(group.weights) > 1)
 
     def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
-        """All weights of a group as one tall matrix: one hessian, one factor, one solve."""
+        """Solve all weights of a group as one tall matrix: one Hessian, one factorization, one solve."""
         tall = torch.cat([view.matrix(weight) for weight in group])  # (all out_features, in)
         width = group_width(group.weights[0], self.group_size)
         problem = None if gram is None else self._factored(gram, width, group.name)
@@ -174,8 +174,8 @@ class GPTQ(WeightPass):
             return
         if self.dead_columns == "zero":
             tall[:, problem.dead] = 0
-        column_of = problem.order  # the column that each solved column is
-        if self._permutes_groups:  # from here to the end all columns lie in visiting order
+        column_of = problem.order  # number of each solved column in the weight
+        if self._permutes_groups:  # from here on, all columns are in rounding order
             tall, problem = tall[:, column_of], problem.in_visiting_order()
         solved = solve(
             tall, problem.factor.upper.float(), problem.hessian.diagonal(), problem.order, self, width, view.dtype
@@ -206,7 +206,7 @@ class GPTQ(WeightPass):
                 store(view, weight, codes, part, self.group_size, record, back // width)
 
     def _factored(self, gram: Gram, width: int, where: str) -> Factored | None:
-        """The hessian with its columns' order and its factor; None if no damping makes it positive definite."""
+        """The Hessian with the order of its columns and its factor. None if no damping makes it positive definite."""
         hessian = gram.hessian()
         dead = revive_dead(hessian)
         order = column_order(hessian.diagonal(), self.act_order, width)
@@ -215,10 +215,10 @@ class GPTQ(WeightPass):
         return None if factor is None else Factored(hessian, ordered, order, dead, factor)
 
     def _round_group(self, view: BlockView, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
-        """The fallback: round to nearest, said in the report."""
+        """The fallback: round to nearest, with a warning in the report."""
         if gram is not None and self.on_failure == "error":
             raise PassError(
-                f"its hessian is not positive definite even with damping {self.max_percdamp:g}",
+                f"its Hessian is not positive definite even with damping {self.max_percdamp:g}",
                 where=group.name,
                 hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
             )
@@ -237,9 +237,11 @@ class GPTQ(WeightPass):
 
 @dataclass(frozen=True)
 class Factored:
-    """hessian  (in, in), columns as the weight has them, dead ones revived
-    ordered  (in, in) the same in visiting order
-    order    (in,) int64, the columns in visiting order
+    """A factored Hessian.
+
+    hessian  (in, in), columns as in the weight, with a diagonal for dead columns
+    ordered  (in, in) the same in rounding order
+    order    (in,) int64, the columns in rounding order
     dead     (in,) bool, columns whose inputs were always zero
     factor   of the damped `ordered`
     """
@@ -252,22 +254,22 @@ class Factored:
 
     @property
     def damping(self) -> float:
-        """What was added to the diagonal."""
+        """The value that was added to the diagonal."""
         return self.factor.damping * float(self.ordered.diagonal().mean())
 
     def in_visiting_order(self) -> Factored:
-        """The same of a weight whose columns lie in visiting order."""
+        """The same for a weight whose columns are in rounding order."""
         order = torch.arange(len(self.order)).to(self.order)
         return Factored(self.ordered, self.ordered, order, self.dead[self.order], self.factor)
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
-        """d H dᵀ of each row d of an error (out, in), undamped; (out,) float64."""
+        """d H dᵀ for each row d of an error (out, in), without damping; (out,) float64."""
         return ((error @ self.hessian) * error).sum(1).double()
 
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """Squared change of the outputs over the calibration data, by row of the tall matrix, float64.
+    """Squared change of the outputs over the calibration data, for each row of the tall matrix, float64.
 
     loss     of the weights as they are stored
     nearest  of the same grid with each weight rounded to nearest
@@ -292,14 +294,14 @@ def _output_errors(tall: torch.Tensor, loss: torch.Tensor, solved: Solution, pro
 
 
 def _checked_loss(tall: torch.Tensor, solved: Solution, problem: Factored, where: str) -> torch.Tensor:
-    """The undamped loss of each row (out,) float64, after ‖E‖² was found to be what the errors say."""
+    """The undamped loss of each row (out,) float64, after checking that ‖E‖² equals the loss of the errors."""
     error, damping = tall - dequantize(solved.codes, solved.grid).view_as(tall), problem.damping
     _check_identity(solved.loss, error[:, problem.order], problem.ordered, damping, where)
     return (solved.loss - damping * error.square().sum(1)).double().clamp(min=0)
 
 
 def _rows_of(group: Group) -> Iterator[tuple[Weight, slice]]:
-    """Each weight of a group and its rows in the tall matrix of all."""
+    """Each weight of a group, and its rows in the tall matrix."""
     row = 0
     for weight in group:
         yield weight, slice(row, row + weight.out_features)
@@ -308,7 +310,9 @@ def _rows_of(group: Group) -> Iterator[tuple[Weight, slice]]:
 
 @dataclass(frozen=True)
 class Solution:
-    """codes  (out, groups, group_size) float32 holding whole numbers, in the columns' own order
+    """Result of a solve.
+
+    codes  (out, groups, group_size) float32 with whole numbers, in the column order of the weight
     loss   (out,) ‖E‖² of each row
     """
 
@@ -318,10 +322,10 @@ class Solution:
 
 
 def blend(gram: Gram, siblings: Sequence[Gram], wanted: int, share_inputs: bool) -> Gram:
-    """Fill a starved expert's moments up to `wanted` tokens from all experts' pooled moments.
+    """Fill the moments of an expert with few tokens up to `wanted` tokens, from the pooled moments of all experts.
 
-    H' = (n H + k H_all) / (n + k), k = wanted. Experts that read the layer's own input can pool whole matrices; the
-    inputs of a down projection are each expert's private features, so only the mean of the diagonal is shared.
+    H' = (n H + k H_all) / (n + k), k = wanted. Experts that read the layer's own input can share whole matrices. The
+    inputs of a down projection are private features of each expert, so only the mean of the diagonal is shared.
     """
     tokens = sum(other.tokens for other in siblings)
     pooled = sum((other.matrix for other in siblings), torch.zeros_like(gram.matrix)) / tokens
@@ -331,9 +335,9 @@ def blend(gram: Gram, siblings: Sequence[Gram], wanted: int, share_inputs: bool)
 
 
 def revive_dead(hessian: torch.Tensor) -> torch.Tensor:
-    """Give inputs that were always zero a diagonal (in place); returns (in,) bool, which they were.
+    """Give inputs that were always zero a diagonal entry (in place). Returns (in,) bool: which inputs these are.
 
-    The mean over live columns keeps the damping what it would be without them.
+    The entry is the mean over the other columns, so the damping is the same as without them.
     """
     dead = hessian.diagonal() == 0
     live = hessian.diagonal()[~dead]
@@ -342,7 +346,7 @@ def revive_dead(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def column_order(diagonal: torch.Tensor, act_order: str, width: int) -> torch.Tensor:
-    """Visiting order (in,) int64. group_aware keeps the members of a group together."""
+    """Rounding order (in,) int64. group_aware keeps the members of a group together."""
     if act_order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
     if act_order in ("static", "group"):
@@ -362,18 +366,18 @@ def solve(
     width: int,
     stored: torch.dtype,
 ) -> Solution:
-    """Round the columns of `weight` in `order`, feeding each error forward along U.
+    """Round the columns of `weight` in `order`, and spread each error over the following columns along U.
 
     weight    (out, in) float32 or float64
-    upper     (in, in) U of the permuted, damped hessian
-    diagonal  (in,) of the hessian, unpermuted; weighs the scale search of hessian_diag
+    upper     (in, in) U of the permuted, damped Hessian
+    diagonal  (in,) of the Hessian, not permuted; weights of the scale search of hessian_diag
     stored    dtype of the scales on disk
 
-    With act_order none or group_aware each group's grid is found when the group is reached, on the weights as
-    updated by all columns before it; with static, or one group per row, it is found before the solve. act_order group
-    is none on a weight and hessian that come permuted.
+    With act_order none or group_aware, each group's grid is found when the group is reached, on the weights as updated
+    by all columns before it. With static, or with one group per row, it is found before the solve. act_order group is
+    the same as none, on a weight and a Hessian that are already permuted.
     """
-    from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, for which settings must not wait
+    from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, which loading the settings must not
 
     out, columns = weight.shape
     groups = columns // width
@@ -383,12 +387,12 @@ def solve(
     )
     fresh = settings.act_order in ("none", "group_aware", "group") and groups > 1
     scale, zero = grid.scale.t().contiguous().to(weight.dtype), grid.zero_point.t().contiguous().to(weight.dtype)
-    work = weight.t().contiguous()[order]  # (in, out): a column of the matrix is contiguous; indexing first is slow
+    work = weight.t().contiguous()[order]  # (in, out): a column of the matrix is contiguous; indexing before is slow
     errors = torch.empty_like(work)
     codes = torch.empty_like(work)
     group_of = order // width
-    # A group whose scale is searched when it is reached lies in one block, and in one sub-block or in some of its own:
-    # only so all of its columns have the errors of all columns before it by then.
+    # A group whose scale is searched when it is reached lies in one block, and in one sub-block or in whole sub-blocks.
+    # Only then do all of its columns have the errors of all columns before it.
     whole, block = width if fresh else 1, int(settings.block_size)
     if whole % block:
         block = -(-block // whole) * whole
@@ -426,9 +430,9 @@ def solve(
 def refine_scales(
     weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, stored: torch.dtype
 ) -> Grid:
-    """Scales that minimise tr(D H Dᵀ) for fixed codes, row by row; kept only where they lower the stored loss.
+    """Scales that minimize tr(D H Dᵀ) for fixed codes, row by row. They are kept only if they lower the stored loss.
 
-    Row i: s = (Bᵀ H B)⁻¹ Bᵀ H w with B (in, groups) holding the row's codes minus zero point, block by group; float64.
+    Row i: s = (Bᵀ H B)⁻¹ Bᵀ H w, where B (in, groups) holds the row's codes minus zero point, block by group; float64.
     """
     out, groups, width = codes.shape
     h = hessian.double().view(groups, width, groups, width)
@@ -456,11 +460,11 @@ def _same_layer(group: Group, other: Group) -> bool:
 
 
 def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor, damping: float, where: str) -> None:
-    """‖E‖² = tr(D H Dᵀ): holds for a correct solve whatever the data, so a difference is a fault of ours.
+    """Check ‖E‖² = tr(D H Dᵀ). It holds for a correct solve with any data, so a difference is an error of this code.
 
     loss     (out,) ‖E‖² of each row
-    error    (out, in) D; hessian (in, in), both in visiting order
-    damping  what was added to the hessian's diagonal
+    error    (out, in) D; hessian (in, in), both in rounding order
+    damping  the value that was added to the Hessian's diagonal
     """
     rows = torch.linspace(0, len(error) - 1, min(CHECKED_ROWS, len(error)), device=error.device).long()
     d = error[rows]
@@ -468,7 +472,7 @@ def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tens
     found = float(loss[rows].sum())
     if abs(found - direct) > IDENTITY_TOLERANCE * max(found, direct) + 1e-12:
         raise PassError(
-            f"the solve does not check out: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",
+            f"the check of the solve failed: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",
             where=where,
             hint="Set hessian_dtype: float64, and report this message with the recipe and the model's name.",
             data={"reason": "wrong-loss", "loss": found, "direct": direct},

@@ -1,25 +1,25 @@
-"""Greedy removal: whole blocks, sub-blocks and heads taken out, as long as the loss on calibration data allows.
+"""Greedy removal: removes whole blocks, sub-blocks and heads, as long as the loss on calibration data allows it.
 
 Paper: Nagarajan, Sen, Stevens, Raghunathan 2022, "AxFormer: Accuracy-driven Approximation of Transformers for Faster,
-Smaller and more Accurate NLP Models", arXiv 2010.03688, of which only the abstract was read: parts of a fine-tuned
-transformer that hinder it on its task are found and removed, after which it is up to 4.5 % more accurate, 2.5 times
-faster and 3.2 times smaller on GLUE and SQuAD. The rest is our design:
+Smaller and more Accurate NLP Models", arXiv 2010.03688. Only its abstract was read: parts of a fine-tuned transformer
+that harm it on its task are found and removed, and then it is up to 4.5 % more accurate, 2.5 times faster and 3.2 times
+smaller on GLUE and SQuAD. The rest is our design:
 
-1. Tiers go from coarse to fine: blocks, then sub-blocks (an attention or an MLP), then heads (a key-value head with its
-   query heads). What is inside something removed is no longer tried.
-2. In a tier each candidate is taken out alone, by masks at 0, and the loss measured on the search part of the
-   calibration samples. That ranks them; ties go to the later block.
-3. In that order each is taken out on top of what is gone already, and stays out if the loss is within
-   `max_loss_increase` of the dense model's, on the search part and on a part that took no share in the ranking: greedy
-   choices fit the samples they were made on. A candidate that lowers the loss always passes.
-4. With `retry` those that failed are tried again at the end of their tier.
+1. Tiers are tried from coarse to fine: blocks, then sub-blocks (an attention or an MLP), then heads (a key-value head
+   with its query heads). Parts of something that was removed are not tried.
+2. In a tier, each candidate is removed alone, by masks of 0, and the loss is measured on the search part of the
+   calibration samples. This ranks the candidates. Of two with the same loss, the later block comes first.
+3. In that order, each candidate is removed in addition to what was removed before. It stays removed if the loss is
+   within `max_loss_increase` of the dense model's, on the search part and on a part that was not used for the ranking,
+   since greedy choices overfit to the samples on which they are made. A candidate that lowers the loss always passes.
+4. With `retry`, candidates that failed are tried again at the end of their tier.
 
-The loss is KL(dense || masked) for each prediction, or cross-entropy with the data's labels for each sample; so the
-dense model's is 0, or what it is. Removed for good by the same physical pruning as `vtrans`; its bias stays. Selective
-hard attention, the paper's other half, isn't offered.
+The loss is KL(dense || masked) for each prediction, or cross-entropy with the data's labels for each sample. So the
+loss of the dense model is 0, or its cross-entropy. The parts are then removed by the same physical pruning as in
+`vtrans`; the bias of a removed part stays. Selective hard attention, the other half of the paper, isn't offered.
 
-Cost: one run from the candidate's block to the head for each evaluation, at most `max_evaluations` of them. Memory: one
-block and one stream a block.
+Cost: one run from the candidate's block to the output head for each evaluation, at most `max_evaluations` of them.
+Memory: one block, and one copy of the residual stream for each block.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from compressor.model.facts import PrunableModule
 from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
 
 KINDS = ("heads", "ffn")
-Losses = tuple[float, float]  # on the search part and on the confirming part
+Losses = tuple[float, float]  # on the search part, and on the confirming part
 Tier = Literal["blocks", "sub_blocks", "heads"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may go together: units of sites, all of a site's where a whole sub-block goes.
+    """What is removed together: heads or neurons of modules, for a whole sub-block all of them.
 
-    block  the first that it lies in
+    block  the first block in which it lies
     """
 
     name: str
@@ -69,9 +69,9 @@ class Candidate:
 
 
 class GreedyRemoval(RewritePass):
-    """Blocks, sub-blocks and heads removed one after the other while the loss on calibration data allows it."""
+    """Remove blocks, sub-blocks and heads one after the other while the loss on calibration data allows it."""
 
-    title: ClassVar[str] = "Blocks, sub-blocks and heads removed while the loss stays within a bound"
+    title: ClassVar[str] = "Removes blocks, sub-blocks and heads while the loss stays within a bound"
     paper: ClassVar[str] = "Nagarajan et al. 2022, arXiv 2010.03688"
 
     max_loss_increase: NonNegativeFloat = Field(
@@ -115,10 +115,10 @@ class GreedyRemoval(RewritePass):
 
     @property
     def unplanned(self) -> str:
-        return "what goes is found in the run"
+        return "the run decides what is removed"
 
     def choose(self, model: RunnableModel) -> Decision:
-        """raises PassError for data that can't be searched on"""
+        """Search for the parts to remove. raises PassError for data that can't be used for the search"""
         sites = model.facts.prunable(KINDS)
         size = model_size(model.facts, sites, measure="parameters", of="blocks", tokens=1)
         trial = Trial.of(model, sites, self.loss, self.confirm)
@@ -144,7 +144,7 @@ class GreedyRemoval(RewritePass):
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         sites = model.prunable(KINDS)
         self._protected(sites)
-        if decision is None:  # how much goes is for the run to find; nothing may
+        if decision is None:  # the run decides how much is removed, maybe nothing
             decision = {"sites": {}, "hidden": None, "removed": []}
             return replace(pruned_redefinition(model, sites, decision, self.export), decision=None)
         return replace(pruned_redefinition(model, sites, decision, self.export), decision=decision)
@@ -155,11 +155,11 @@ class GreedyRemoval(RewritePass):
         return state
 
     def _protected(self, sites: Sequence[PrunableModule]) -> set[int]:
-        """raises PreflightError for a protected block that there isn't"""
+        """Numbers of protected blocks. raises PreflightError for one that doesn't exist"""
         count = 1 + max(site.block for site in sites)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
             raise PreflightError(
-                f"block {wrong[0]} is protected, and there are {count}",
+                f"block {wrong[0]} is protected, but the model has {count} blocks",
                 where="greedy_removal.protect_layers",
                 hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
@@ -167,7 +167,7 @@ class GreedyRemoval(RewritePass):
         return {block % count for block in self.protect_layers}
 
     def _candidates(self, tier: Tier, sites: Sequence[PrunableModule]) -> list[Candidate]:
-        """In forward order."""
+        """Candidates of a tier, in forward order."""
         protected = self._protected(sites)
         open_sites = [site for site in sites if site.block not in protected]
         if tier == "heads":
@@ -191,11 +191,11 @@ class GreedyRemoval(RewritePass):
 
 @dataclass
 class Search:
-    """What is gone so far, and how it came to be.
+    """State of the search: what was removed, and how each candidate did.
 
     base      losses of the dense model
-    measure   losses with these units gone
-    enough    whether so much is gone that the search ends
+    measure   losses with these heads and neurons removed
+    enough    whether so much is removed that the search ends
     """
 
     settings: GreedyRemoval
@@ -211,7 +211,7 @@ class Search:
         self.now = self.base
 
     def walk(self, candidates: Sequence[Candidate]) -> None:
-        """One tier: rank the candidates, and take them out in that order where the losses allow."""
+        """Run one tier: rank the candidates, and remove them in that order if the losses allow it."""
         alone: dict[str, Losses] = {}
         at_first = {name: set(units) for name, units in self.gone.items()}
         order = [candidate for candidate in reversed(candidates) if self._may_go(candidate)]
@@ -220,7 +220,7 @@ class Search:
                 if not self._is_allowed_one_more():
                     return
                 alone[candidate.name] = self._with(candidate)
-            order.sort(key=lambda candidate: alone[candidate.name][0])  # stable: ties go to the later block
+            order.sort(key=lambda candidate: alone[candidate.name][0])  # stable: of equal ones, the later block first
         failed = self._try(order, alone, at_first)
         if self.settings.retry:
             self._try(failed, {}, {})
@@ -260,7 +260,7 @@ class Search:
         return gone
 
     def _may_go(self, candidate: Candidate) -> bool:
-        """Whether anything of it is left, the last unit goes only with its sub-block, and each kind keeps a site."""
+        """Whether it may be removed: part is left, no module is emptied head by head, and its kind keeps a module."""
         after, whole = self._without(candidate), {name for name, units in candidate.units if len(units) > 1}
         by_name = {site.name: site for site in self.sites}
         if all(after[name] == self.gone.get(name, set()) for name, _ in candidate.units):
@@ -277,7 +277,7 @@ class Search:
 
 @dataclass
 class Trial:
-    """Measures the model with units gone; streams of the last trial serve up to the first block that differs."""
+    """Measures the model with parts removed. Streams of the last trial are reused up to the first changed block."""
 
     model: RunnableModel
     dense: Dense
@@ -286,12 +286,12 @@ class Trial:
     loss: str
     confirms: list[torch.Tensor]  # (samples,) bool of each batch
     counts: tuple[float, float]
-    streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch, before each block and after all
+    streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch: before each block and after all
     gone: dict[str, set[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
-        """raises PassError if a part of the samples would be empty"""
+        """Prepare trials on both parts of the samples. raises PassError if a part would be empty"""
         dense = Dense.of(model)
         rows = [len(stream) for stream in dense.before]
         total = sum(rows)
@@ -300,7 +300,7 @@ class Trial:
             raise PassError(
                 f"{total} calibration samples can't be split into {1 - share:g} and {share:g}",
                 where="greedy_removal.confirm",
-                hint="Set a larger data.samples, or a confirm nearer to 0.5.",
+                hint="Set a larger data.samples, or set confirm nearer to 0.5.",
             )
         drawn = torch.randperm(total, generator=model.generator)
         is_confirming = torch.zeros(total, dtype=torch.bool)
@@ -315,7 +315,7 @@ class Trial:
         return cls(model, dense, sites, Places(readers), loss, confirms, (counts[0], counts[1]), streams)
 
     def losses(self, gone: dict[str, set[int]]) -> Losses:
-        """Mean losses on both parts."""
+        """Mean losses on both parts of the samples."""
         masks = {}
         for site in self.sites:
             if gone.get(site.name):
@@ -333,7 +333,7 @@ class Trial:
         return sums[0] / self.counts[0], sums[1] / self.counts[1]
 
     def _advance(self, draws: Sequence[Draw], gone: dict[str, set[int]]) -> None:
-        """Run all blocks from the first that differs from the last trial."""
+        """Run all blocks from the first one that differs from the last trial."""
         differs = [s.block for s in self.sites if gone.get(s.name, set()) != self.gone.get(s.name, set())]
         start = min([*differs, len(self.streams[0]) - 1]) + 1
         self.gone = gone
@@ -347,7 +347,7 @@ class Trial:
 
 
 class Remembered:
-    """Evaluations in order, read back where an interrupted run had made them."""
+    """Evaluations in order. Those of an interrupted run are read back."""
 
     def __init__(self, model: RunnableModel, save_every: int) -> None:
         self._model, self._save_every = model, save_every

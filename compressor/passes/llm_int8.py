@@ -1,27 +1,27 @@
-"""LLM.int8(): int8 weights times int8 activations, with the few outlier features multiplied in 16 bits.
+"""LLM.int8(): multiplies int8 weights by int8 activations, and the few outlier features in 16 bits.
 
 Paper: Dettmers, Lewis, Belkada, Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
 arXiv 2208.07339.
 
-Idea. Rows of W and tokens X are each rounded to int8 by their own largest magnitude and multiplied as integers:
-Y = (CA · CBᵀ) · SCA · SCBᵀ / 127². From some size on, a few features of X are so large that a token's largest magnitude
-leaves no steps for the rest. Those columns O = {j : any |X_tj| >= threshold} are taken out of both and multiplied in 16
-bits; the rest then has a fine grid again. That happens at run time, in `compressor.layers.int8_split_linear`; this
-pass rounds the weights, and finds O on calibration data where it is asked to.
+Idea. Each row of W and each token of X is rounded to int8 by its own largest magnitude, and multiplied as integers:
+Y = (CA · CBᵀ) · SCA · SCBᵀ / 127². In models above some size, a few features of X are so large that a token's largest
+magnitude leaves no steps for the other features. Those columns O = {j : any |X_tj| >= threshold} are removed from both
+matrices and multiplied in 16 bits; then the others have a fine grid again. This happens at run time, in
+`compressor.layers.int8_split_linear`. This pass rounds the weights, and finds O on calibration data if it is asked to.
 
 Where we differ from the paper and from bitsandbytes, and why
-- Outlier columns are left out whole when a token's largest magnitude is taken (bitsandbytes leaves out single values),
-  so the grid of every token is as fine or finer. Activations are not cast to float16 first.
-- `outliers: dynamic` multiplies them with dequantized weight columns, as bitsandbytes does: the paper keeps 16-bit
-  weights, but which columns will be needed is not known when they are stored.
-- `outliers: calibrated` (ours) fixes O on calibration data and stores those weight columns as they were: nothing is
-  searched at run time, the columns' weights are exact, and a token's result doesn't depend on its batch. A feature that
-  becomes large only later is rounded to int8 like any other.
+- Whole outlier columns are left out when a token's largest magnitude is found (bitsandbytes leaves out single values).
+  So the grid of every token is as fine or finer. Activations are not cast to float16 first.
+- `outliers: dynamic` multiplies outlier features by dequantized weight columns, as bitsandbytes does. The paper keeps
+  16-bit weights, but when they are stored it is not known which columns will be needed.
+- `outliers: calibrated` (ours) fixes O on calibration data and stores those weight columns unchanged. So nothing is
+  searched at run time, these columns are exact, and a token's result doesn't depend on its batch. A feature that
+  becomes large only later is rounded to int8 like all others.
 - threshold 0 turns the split off, as in bitsandbytes; inf means the same.
-- Symmetric rounding only: the paper's table 1 finds no use for a zero point beside the split.
+- Rounding is symmetric only: table 1 of the paper finds no gain from a zero point together with the split.
 
-Cost: one pass over the weights; with calibration or a report of outliers one forward pass over the calibration data.
-Beside the weights, 2·out·k bytes for k calibrated columns.
+Cost: one pass over the weights; with calibration or a report of outliers, one forward over the calibration data.
+Storage besides the weights: 2·out·k bytes for k calibrated columns.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.protocol import BlockView, Group, Traits, Weight, WeightPass
 
-STUDIED_MAGNITUDE = 6.0  # what the paper's appendix C calls an outlier; for the report where the split is off
+STUDIED_MAGNITUDE = 6.0  # an outlier in appendix C of the paper; used for the report if the split is off
 MOST_COLUMNS = 128  # the paper saw at most 7 features in models up to 13B
-LISTED_FEATURES = 16  # largest ones in the report's row of a weight
+LISTED_FEATURES = 16  # number of largest features in the report's row of a weight
 
 
 class LLMInt8(WeightPass):
-    """Round weights to int8 rows; at run time activations too, but for outlier features."""
+    """Round weights to int8 rows, and at run time activations, except outlier features."""
 
-    title: ClassVar[str] = "Weights and activations to int8, outlier features in 16 bits"
+    title: ClassVar[str] = "Quantizes weights and activations to int8, with outlier features in 16 bits (LLM.int8())"
     paper: ClassVar[str] = "Dettmers et al. 2022, arXiv 2208.07339"
 
     threshold: float = Field(6.0, ge=0, description="|x| from which a feature is an outlier. 0 or .inf: no feature is.")
@@ -103,15 +103,15 @@ class LLMInt8(WeightPass):
     def unplanned(self) -> str:
         if self.outliers == "dynamic":
             return ""
-        most = "2 bytes an output and column, at most max_outlier_columns of a weight"
-        return f"calibration finds how many columns it keeps ({most})"
+        most = "2 bytes per output and column, at most max_outlier_columns per weight"
+        return f"calibration decides how many columns are kept ({most})"
 
     @property
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "exact" if self.outliers == "dynamic" else "lower bounds"
 
     def spec(self, weight: Weight) -> dict[str, Any]:
-        """How many columns calibration will keep is not known before: plan counts none."""
+        """The format parameters. `plan` counts no outlier columns, since calibration decides their number."""
         found = {"threshold": self.threshold, "outliers": self.outliers}
         return found if self.outliers == "dynamic" else {**found, "outlier_columns": 0}
 
@@ -131,7 +131,7 @@ class LLMInt8(WeightPass):
         if count is not None:
             if not bool(count.largest.isfinite().all()):
                 raise PassError(
-                    "its calibration inputs hold NaN or Inf",
+                    "its calibration inputs contain NaN or Inf",
                     where=group.name,
                     hint="Set model.dtype: float32, or check the model's outputs on this data.",
                     data={"reason": "not-finite"},
@@ -153,11 +153,11 @@ class LLMInt8(WeightPass):
 
 @dataclass
 class Outliers:
-    """What calibration tokens showed of one input.
+    """Statistics of one input over calibration tokens.
 
     largest  (in,) float32, largest |x| of each feature
-    hits     (in,) int64, tokens in which it reached the limit
-    touched  tokens in which any feature did, of `tokens`
+    hits     (in,) int64, number of tokens in which it reached the limit
+    touched  number of tokens, out of `tokens`, in which any feature did
     """
 
     limit: float
@@ -185,12 +185,12 @@ class Outliers:
 
     @property
     def features(self) -> torch.Tensor:
-        """(k,) int64, by decreasing magnitude and then by number."""
+        """(k,) int64, by decreasing magnitude, then by number."""
         order = torch.argsort(self.largest, descending=True, stable=True)
         return order[self.largest[order] >= self.limit]
 
     def record(self, group: Group) -> dict[str, Any]:
-        """The report's values of one input; weights that share it carry its first weight's name."""
+        """The report's values of one input. Weights that share it have the name of the first of them."""
         features = self.features
         listed = features[:LISTED_FEATURES]
         return {

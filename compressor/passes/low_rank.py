@@ -1,22 +1,23 @@
-"""Low rank: each matrix as the product of two thin ones, best for the calibration inputs.
+"""Low rank: replaces each matrix by the product of two thin ones, the best for the calibration inputs.
 
 Paper: Cahyawijaya 2021, "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank
 Approximation", arXiv 2108.10808. Only its abstract was read; what follows is our reading of automatic factorization.
 
-Objective. W (out, in) ≈ A C with A (out, r), C (r, in) minimising E = tr((W - A C) H (W - A C)ᵀ), H the second moments
-of the inputs, damped. With H = L Lᵀ and W L = U Σ Vᵀ the optimum is A = U_r Σ_r, C = V_rᵀ L⁻¹, and E is what is left of
-Σ σ² beyond r (Eckart and Young).
+Objective. W (out, in) ≈ A C with A (out, r) and C (r, in) that minimize E = tr((W - A C) H (W - A C)ᵀ), where H is the
+damped second moments of the inputs. With H = L Lᵀ and W L = U Σ Vᵀ, the optimum is A = U_r Σ_r, C = V_rᵀ L⁻¹, and E is
+the sum of σ² beyond r (Eckart and Young).
 
 Our choices
-- The metric H; the plain SVD is `metric: weight`. Inputs are those of the model as compressed so far.
-- Rank by one of: `ratio`, bytes kept of the weight in 16 bits, whatever the model's dtype; `rank`; `energy`, the least
-  rank that keeps this share of Σ σ²; `budget`, bytes of all selected matrices, where every next rank goes to the matrix
-  whose share of Σ σ² it raises most per byte, and a matrix that is as large as dense becomes dense again.
-- A matrix that would not shrink stays dense, as does one beyond `max_rel_error`, with a row and a warning.
-- Solvers other than the SVD (the toolkit's semi-NMF) are not offered: they can't beat it.
+- The metric is H; `metric: weight` gives the plain SVD. Inputs are those of the model as compressed so far.
+- The rank comes from one of: `ratio`, the share of bytes that is kept, of the weight in 16 bits, whatever the model's
+  dtype; `rank`; `energy`, the least rank that keeps this share of Σ σ²; `budget`, bytes of all selected matrices. With
+  a budget, each next rank goes to the matrix whose share of Σ σ² it raises most per byte, and a matrix that becomes as
+  large as dense is stored dense.
+- A matrix that would not get smaller stays dense, and so does one beyond `max_rel_error`, with a row and a warning.
+- Solvers other than the SVD (the toolkit's semi-NMF) are not offered: they can't be better.
 
-Cost per matrix: in³ + out·in·min(out, in) multiply-adds times some 10, in float64 up to 1024 inputs; with a budget
-twice, and one run of the whole model more.
+Cost per matrix: about 10 times in³ + out·in·min(out, in) multiply-adds, in float64 up to 1024 inputs. With a budget it
+is twice as much, plus one run of the whole model.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ DEFAULT_RATIO = 0.5
 
 
 class LowRank(WeightPass):
-    """Two thin matrices in place of each, by the SVD that calibration inputs weigh."""
+    """Replace each matrix by two thin ones, by an SVD that calibration inputs weight."""
 
-    title: ClassVar[str] = "Weights as products of two thin matrices, by an SVD weighted with calibration data"
+    title: ClassVar[str] = "Factorizes weights into two thin matrices by an SVD weighted with calibration data"
     paper: ClassVar[str] = "Cahyawijaya 2021, Greenformers, arXiv 2108.10808"
 
     ratio: float | None = Field(
@@ -89,7 +90,7 @@ class LowRank(WeightPass):
         rules = [name for name in ("ratio", "rank", "energy", "budget") if getattr(self, name) is not None]
         if len(rules) > 1:
             raise PydanticCustomError(
-                "several-rules", f"{' and '.join(rules)} each say the rank: give one of them", {"rules": rules}
+                "several-rules", f"{' and '.join(rules)} each set the rank: give only one of them", {"rules": rules}
             )
         return self
 
@@ -109,14 +110,14 @@ class LowRank(WeightPass):
     def unplanned(self) -> str:
         if self.budget is not None:
             return "it chooses ranks over the whole model"
-        return "which rank a matrix needs, or that it stays dense, is seen in the run" if self._may_stay_dense else ""
+        return "the run decides the rank of a matrix, or that it stays dense" if self._may_stay_dense else ""
 
     @property
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "upper bounds" if self._may_stay_dense else "exact"
 
     def stored(self, weight: Weight) -> str | None:
-        if weight.is_function or weight.role == "embedding":  # refused, whatever its size
+        if weight.is_function or weight.role == "embedding":  # refused at any size
             return FORM
         return FORM if self._planned_rank(weight.shape) else DENSE
 
@@ -127,7 +128,7 @@ class LowRank(WeightPass):
         return {"rank": self._planned_rank(weight.shape), "values": self.values}
 
     def _planned_rank(self, shape: Sequence[int]) -> int:
-        """The rank, or the most that it can be where the run decides; 0 where that would not shrink the weight."""
+        """The rank, or its maximum if the run decides it; 0 if it would not make the weight smaller."""
         most = largest_rank(shape, dense_bytes(shape) - 1, self.values)
         if self.rank is not None:
             return self.rank if self.rank <= most else 0
@@ -149,7 +150,7 @@ class LowRank(WeightPass):
         return []
 
     def decide(self, model: WholeModel) -> Decision | None:
-        """Ranks of all matrices within the budget; null is dense."""
+        """Ranks of all matrices within the budget; null means dense."""
         tails: dict[str, list[float]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         dense: dict[str, int] = {}
@@ -184,7 +185,7 @@ class LowRank(WeightPass):
         found = spectrum(matrix, metric)
         rank = self._rank(weight, found, view.decision)
         if rank is None:
-            self._keep(view, weight, "the rank it needs would not make it smaller", record)
+            self._keep(view, weight, "the rank that it needs would not make it smaller", record)
             return
         from compressor.layers.low_rank_linear import LowRankLinear
 
@@ -193,13 +194,13 @@ class LowRank(WeightPass):
         error = metric.relative_error(matrix, layer.matrix(torch.float32))
         record |= {"rank": rank, "relative_error": error, "output_error": error**0.5}
         if self.max_rel_error is not None and error > self.max_rel_error:
-            del record["output_error"]  # of what is not stored
+            del record["output_error"]  # of factors that are not stored
             self._keep(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
             return
         view.put(weight, layer, **record)
 
     def _rank(self, weight: Weight, found: Spectrum, decision: Decision | None) -> int | None:
-        """None: dense."""
+        """The rank; None means dense."""
         if decision is not None:
             return decision["ranks"][weight.name]
         if self.energy is not None:
@@ -219,14 +220,15 @@ def share_out(
     budget: int,
     values: str,
 ) -> tuple[dict[str, int | None], int]:
-    """Ranks within the budget, and the bytes that they take; None is dense.
+    """Ranks within the budget, and the bytes that they take; None means dense.
 
-    Everything starts at rank 1, or dense where that is no smaller. Then always the step that lowers its matrix's error
-    most per byte, while it fits; a matrix whose next step doesn't fit is done. Within a matrix errors fall ever less,
-    so no order of steps gets more out of the bytes, but for the last few and for the step back to dense.
+    Every matrix starts at rank 1, or dense if that is not larger. Then the step that lowers the error of
+    its matrix most per byte is taken again and again, while it fits. A matrix whose next step doesn't fit is finished.
+    Within a matrix, each step lowers the error less than the one before. So no other order gets more out of the bytes,
+    except for the last few bytes and for the step back to dense.
 
-    tails  name -> error of rank 0, 1, ..., as a share of that of rank 0
-    dense  name -> bytes of the matrix left as it is
+    tails  name -> error of rank 0, 1, ..., as a share of the error of rank 0
+    dense  name -> bytes of the dense matrix
     """
     ranks: dict[str, int | None] = {}
     size = 0

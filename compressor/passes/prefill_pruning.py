@@ -1,19 +1,20 @@
-"""LazyLLM: prompt tokens that the next word doesn't look at are not computed in later blocks, unless a word needs them.
+"""LazyLLM: drops prompt tokens that get little attention, and takes them back if a later token needs them.
 
 Paper: Fu, Cho, Merth, Mehta, Rastegari, Najibi 2024, "LazyLLM: Dynamic Token Pruning for Efficient Long Context LLM
-Inference", arXiv 2407.14057 (the abstract and public summaries were read, not the body). Time to the first word is
-spent on the prompt. Behind chosen blocks a gate weighs each token by what the last one attends to there, the mean over
-heads of softmax(q_last K^T), and lets ceil(keep * n) go on. Later words come back to what stayed behind: a gate that
-finds a waiting token among the ceil(keep * n) most looked at takes its hidden state from the store and sends it on with
-the word, so that the blocks behind it compute the keys and values they lack.
+Inference", arXiv 2407.14057 (the abstract and public summaries were read, not the body). The time to the first token
+is spent on the prompt. After chosen blocks, a gate scores each prompt token by the attention of the last token to it,
+the mean over heads of softmax(q_last K^T), and keeps ceil(keep * n) tokens. Later tokens can take dropped ones back: if
+a gate finds a dropped token among the ceil(keep * n) with the highest attention, it takes its hidden state from a store
+and passes it on with the current token. So the following blocks compute the keys and values that they lack.
 
-Our choices: the first tokens (`sink`) and the last one always go on; a later word attends to all keys there are, not
-only to those it would have chosen, which costs it nothing in a model that holds them anyway; rows of a batch keep
-equally many, padding first among those that stay behind, and one row's revival takes the same number from each.
+Our choices: the first tokens (`sink`) and the last one are always kept. A later token attends to all keys that exist,
+not only to those that its gates would keep; this costs nothing in a model that stores them anyway. All rows of a batch
+keep the same number of tokens, and padding is dropped first. If one row takes tokens back, every row takes back the
+same number.
 
-Weights stay as they are, so files don't shrink. Operations of a prompt of n tokens with n_l left in block l: each block
-costs n_l (its weights) + 2 n_l^2 (its attention's width), and a gate heads * head_dim * n_l. The gain is in prefill
-alone.
+Weights stay unchanged, so files don't get smaller. Operations for a prompt of n tokens with n_l left in block l: each
+block costs n_l (its weights) + 2 n_l^2 (its attention's width), and a gate costs heads * head_dim * n_l. Only prefill
+becomes faster.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError, values_of
 from compressor.protocol import Decision, ModelFacts, Redefinition, TokenPass, Traits
 
-DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); our choice: early blocks don't know yet what matters
+DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); ours: early blocks can't tell which tokens matter
 NOTE = (
-    "tokens are dropped in prompts that go through a cache, as in generation; scores of whole texts, perplexity among "
-    "them, are those of the model without gates"
+    "tokens are dropped only from prompts with a cache, as in generation; scores of whole texts, such as perplexity, "
+    "are those of the model without gates"
 )
 
 
 class PrefillPruning(TokenPass):
-    """Tokens of long prompts dropped block by block while the first word is computed."""
+    """Drop tokens of long prompts block by block while the first token is computed."""
 
-    title: ClassVar[str] = "Prompt tokens dropped on the way to the first word, and taken back when needed"
+    title: ClassVar[str] = "Drops prompt tokens during prefill, and takes them back if needed (LazyLLM)"
     paper: ClassVar[str] = "Fu et al. 2024, arXiv 2407.14057"
 
     keep: dict[NonNegativeInt, Annotated[float, Field(gt=0, le=1)]] | None = Field(
@@ -56,16 +57,16 @@ class PrefillPruning(TokenPass):
         return Traits(reads="weights")
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """raises PreflightError for a block that isn't there, or a model whose blocks can't be gated"""
+        """The config with token gates. raises PreflightError for a missing block, or blocks that can't have gates"""
         prefix = re.escape(model.blocks) + r"\.(\d+)\."
         found = (re.match(prefix, name) for name in model.shapes)
         depth = 1 + max(int(match[1]) for match in found if match)
         keep = self.keep if self.keep is not None else {int(at * depth): share for at, share in DEFAULT}
         for number in sorted(keep):
             if number >= depth - 1:
-                what = "is the last one, behind which nothing is saved" if number == depth - 1 else "isn't there"
+                what = "is the last one, after which a gate saves nothing" if number == depth - 1 else "doesn't exist"
                 raise PreflightError(
-                    f"block {number} {what}; the model has {depth}",
+                    f"block {number} {what}; the model has {depth} blocks",
                     where="prefill_pruning.keep",
                     hint=f"Name blocks from 0 to {depth - 2}.",
                     data={
@@ -76,13 +77,13 @@ class PrefillPruning(TokenPass):
                 )
         gates = {number: share for number, share in keep.items() if share < 1}
         if not gates:
-            return Redefinition(notes=("every token goes on: nothing is changed",))
+            return Redefinition(notes=("every token is kept: nothing is changed",))
         modules = dict(model.config.get("compressed_modules") or {})
         for number in range(depth):
             path = f"{model.blocks}.{number}"
             if path in modules:
                 raise PreflightError(
-                    f"{path} is a {modules[path]['form']} already and can't be gated as well",
+                    f"{path} is a {modules[path]['form']} already and can't also get a gate",
                     where="prefill_pruning",
                     hint="Remove one of the two steps from the recipe.",
                 )

@@ -1,14 +1,14 @@
-"""A rotation of the whole residual stream, which changes no logit but spreads what makes weights hard to quantize.
+"""QuaRot: rotates the residual stream, so that quantization loses less. The logits don't change.
 
-QuaRot (Ashkboos et al. 2024, arXiv 2404.00456): with the norms folded, everything that writes to the stream may be
-multiplied by an orthogonal Q and everything that reads from it by its transpose. Outlier features of the stream, and
-the outlier columns of the weights that read them, are spread over all dimensions, so that rounding to 3 or 4 bits costs
-less. Only the offline part is done, fused into the weights: no Hadamard transform runs with the model, and inputs of
-down projections and heads are not rotated.
+Paper: Ashkboos et al. 2024, arXiv 2404.00456. If the norms are fused, everything that writes to the residual stream may
+be multiplied by an orthogonal Q, and everything that reads from it by its transpose. This spreads outlier features of
+the stream, and the outlier columns of the weights that read them, over all dimensions. So rounding to 3 or 4 bits loses
+less. Only the offline part is done, multiplied into the weights: no Hadamard transform runs with the model, and inputs
+of down projections and heads are not rotated.
 
-Q is a seeded randomized Hadamard matrix, a random orthogonal one, or the principal axes of calibration signals (each
-site's second moments scaled to trace 1, pooled). Cost: one pass over the weights, and for `pca` a run of the model and
-one eigendecomposition.
+Q is a seeded randomized Hadamard matrix, a random orthogonal one, or the principal axes of the stream on calibration
+data (second moments at each sublayer, scaled to trace 1 and pooled). Cost: one pass over the weights, and for `pca` a
+run of the model and one eigendecomposition.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefiniti
 
 
 class Rotate(RewritePass):
-    """One orthogonal matrix for the residual stream, multiplied into the weights; logits stay."""
+    """Multiply one orthogonal matrix for the residual stream into the weights. The logits stay the same."""
 
-    title: ClassVar[str] = "Residual stream rotated, so that rounding weights costs less; logits stay"
+    title: ClassVar[str] = "Rotates the residual stream (QuaRot), so that quantization loses less"
     paper: ClassVar[str] = "Ashkboos et al. 2024 (QuaRot), arXiv 2404.00456"
     keeps_function: ClassVar[bool] = True
 

@@ -1,8 +1,8 @@
-"""Round to nearest: each weight to the nearest point of its grid, no calibration.
+"""Round-to-nearest: rounds each weight to the nearest point of its grid, without calibration.
 
-The baseline that every other quantizer has to beat, and GPTQ's fallback. Its grid (range, scale, zero point, searched
-range) is the same as GPTQ's, see `uniform_grid`, so a comparison of the two shows the error feedback alone.
-Cost: one pass over the weights, times about sixteen when the range is searched; no memory beyond one weight.
+Every other quantizer must be better than this baseline, and GPTQ falls back to it. Its grid (range, scale, zero point,
+searched range) is the same as GPTQ's (`uniform_grid`), so a comparison of the two shows the effect of error feedback
+alone. Cost: one pass over the weights, about sixteen times as much if the range is searched; memory for one weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compressor.protocol import BlockView, Traits, Weight, WeightPass
 class RTN(WeightPass):
     """Round each weight to the nearest point of its grid; no calibration data."""
 
-    title: ClassVar[str] = "Round to nearest; the baseline, needs no calibration data"
+    title: ClassVar[str] = "Rounds weights to nearest; the baseline, needs no calibration data"
     paper: ClassVar[str] = ""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight.")

@@ -1,37 +1,38 @@
-"""SliceGPT: the residual stream rotated to its principal axes, and the least of them cut from every matrix.
+"""SliceGPT: rotates the residual stream to its principal axes, and removes the smallest of them from every matrix.
 
 Paper: Ashkboos, Croci, do Nascimento, Hoefler, Hensman 2024, "SliceGPT: Compress Large Language Models by Deleting Rows
-and Columns", arXiv 2401.15024. With the norms folded (`fuse_norms`), the stream may be rotated by an orthogonal Q.
-Taken from the eigenvectors of its second moments, C = sum of x x^T over calibration tokens = Q diag(lambda) Q^T, the
-first d columns keep as much of the signal as any d directions can: |X - X Q_d Q_d^T|^2 is the sum of the dropped
+and Columns", arXiv 2401.15024. If the norms are fused (`fuse_norms`), the stream may be rotated by an orthogonal Q. Let
+Q be the eigenvectors of its second moments, C = sum of x x^T over calibration tokens = Q diag(lambda) Q^T. Then the
+first d columns keep as much of the stream as any d directions can: |X - X Q_d Q_d^T|^2 is the sum of the dropped
 eigenvalues. So embeddings and output projections become W Q_d or Q_d^T W, input projections W Q_d, and the model is
-narrower, dense, and faster anywhere.
+narrower, dense, and faster on any hardware.
 
 Orientation
-- `global` (ours): one Q for the whole stream, from the second moments of all sites, each scaled to trace 1, of tokens
-  scaled to length 1: raw ones cost our trained model (docs/benchmarks.md) 6.5 % of perplexity at 25 %, these 1.0 %. The
-  result is an ordinary model of its own class with a smaller hidden size. A norm of width d has to divide by the old
-  width D:
+- `global` (ours): one Q for the whole stream, from the second moments at all sublayers, each scaled to trace 1, of
+  tokens scaled to length 1. With unscaled tokens our trained model (docs/benchmarks.md) loses 6.5 % of perplexity at
+  25 %, with scaled ones 1.0 %. The result is an ordinary model of the same class with a smaller hidden size. A norm of
+  width d has to divide by the old width D:
       x / sqrt(sum x^2 / D + eps) = sqrt(D/d) x / sqrt(mean(x^2) + eps D/d),
-  so all gains are sqrt(D/d) and eps is eps D/d. It needs a class that lets head_dim differ from hidden / heads.
-- `per_site` (the paper's): another Q before each attention and each MLP, from the signals that the sliced model gives
-  there, one site after the other. Beside both branches stands a matrix Q_k[:, :d]^T Q_k+1[:, :d], and after the last
-  one the basis is the original, so the head stays whole. It needs the modelling file.
-- `auto` (ours): both on calibration data, per site at the widest that has no more parameters than one rotation at the
-  asked sparsity; the one whose output stays closer to the dense model's is kept.
+  so all norm weights are sqrt(D/d) and eps is eps D/d. It needs a class in which head_dim may differ from hidden /
+  heads.
+- `per_site` (the paper's): another Q before each attention and each MLP, from the stream of the sliced model there, one
+  sublayer after the other. Each residual connection gets a matrix Q_k[:, :d]^T Q_k+1[:, :d]. After the last one the
+  basis is the original, so the output head stays whole. It needs the modeling file.
+- `auto` (ours): computes both on calibration data, per_site at the largest width that has no more parameters than one
+  rotation at the given sparsity. It keeps the one whose output is closer to the dense model's.
 
-With `schedule: variance` each site gets a width of its own: the same number of parameters as with one width for all,
-spent where the axes hold most of a site's variance in the model unchanged. Our choice: no site is narrower than half of
-the common width, since a few huge tokens can make one axis look like all of a site.
+With `schedule: variance` each sublayer gets its own width. The number of parameters is the same as with one width for
+all, and the stream is wider where the axes hold most of its variance in the unchanged model. Our choice: no sublayer is
+narrower than half of the common width, since a few very large tokens can make one axis hold almost all of the variance.
 
-"25 %" is the share of the width that goes. Heads, MLP width and vocabulary stay, so parameters fall by that share only
-where the stream is everywhere on one side of a matrix. Newer, longer-trained models bear it worse: Llama-2-7B goes from
-perplexity 5.47 to 7.24 at 25 % (the paper's table 1), Llama-3.1-8B from 6.24 to 13.79 (an independent re-run).
+"25 %" is the share of the width that is removed. Heads, MLP width and vocabulary stay, so parameters fall by that share
+only if the stream is on one side of every matrix. Newer models, trained longer, lose more: Llama-2-7B gets from
+perplexity 5.47 to 7.24 at 25 % (table 1 of the paper), Llama-3.1-8B from 6.24 to 13.79 (an independent re-run).
 
-Where we differ from the reference: float64 throughout; no damping on the diagonal (it moves no eigenvector); no mean
-taken from the tables of RMSNorm models; the model's own eps. Cost: one run of the model, one eigendecomposition, one
-pass over the weights; a choice (auto, variance) costs as many runs again as it compares, and one for the dense model.
-Memory: one covariance (D, D) float64 beside one block.
+Where we differ from the reference: everything is in float64; there is no damping on the diagonal (it changes no
+eigenvector); embeddings of RMSNorm models are not centred; the model's own eps is kept. Cost: one run of the model, one
+eigendecomposition, one pass over the weights. A choice (auto, variance) costs as many more runs as it compares models,
+and one for the dense model. Memory: one covariance (D, D) float64 and one block.
 """
 
 from __future__ import annotations
@@ -84,16 +85,16 @@ from compressor.protocol import (
     Traits,
 )
 
-RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; float64 second moments of float32 signals are noise below
-HARD_FROM = 0.1  # of the width: Llama-3.1-8B goes from 6.24 to 8.04 at 10 % and to 11.31 at 20 %
-HARD = "models trained on far more text than Llama 2 lose much more from this; measure it"
-ENOUGH = 4  # calibration tokens for each dimension of the stream
+RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below it, float64 second moments of float32 values are noise
+HARD_FROM = 0.1  # of the width; Llama-3.1-8B gets from perplexity 6.24 to 8.04 at 10 % and to 11.31 at 20 %
+HARD = "models trained on far more text than Llama 2 lose much more at this sparsity; measure the loss"
+ENOUGH = 4  # calibration tokens per dimension of the residual stream
 
 
 class SliceGPT(RewritePass):
-    """Rows and columns of every matrix deleted along the least principal axes of the residual stream."""
+    """Remove the rows and columns of every matrix that belong to the smallest principal axes of the residual stream."""
 
-    title: ClassVar[str] = "Residual stream cut to its principal axes: a narrower dense model"
+    title: ClassVar[str] = "Slices the residual stream to its principal axes: a narrower dense model (SliceGPT)"
     paper: ClassVar[str] = "Ashkboos et al. 2024, arXiv 2401.15024"
 
     sparsity: float = Field(
@@ -126,7 +127,7 @@ class SliceGPT(RewritePass):
         if self.schedule == "variance" and self.orientation == "global":
             raise PydanticCustomError(
                 "one-width",
-                "orientation: global has one width for all sites, and schedule: variance gives each its own",
+                "orientation: global has one width for all sublayers, but schedule: variance gives each its own",
             )
         return self
 
@@ -145,7 +146,7 @@ class SliceGPT(RewritePass):
         kept = kept_width(width, self.sparsity, self.round_to)
         if kept < 1:
             raise PreflightError(
-                f"nothing is left of a width of {width} at sparsity {self.sparsity}, rounded to {self.round_to}",
+                f"a width of {width} becomes 0 at sparsity {self.sparsity}, rounded down with round_to {self.round_to}",
                 where="slicegpt.round_to",
                 hint=f"Set round_to to {width // 2} or less, or a smaller sparsity.",
                 data={"width": width, "sparsity": self.sparsity, "round_to": self.round_to},
@@ -153,7 +154,7 @@ class SliceGPT(RewritePass):
         return kept
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """raises PreflightError for a width of nothing, or a model that grows"""
+        """The sliced config and shapes. raises PreflightError for a width of 0, or a model that would become larger"""
         kept, shape = self._kept(model.residual.width), stream_shape(model.residual, model.shapes)
         notes: tuple[str, ...] = (HARD,) if self.sparsity > HARD_FROM else ()
         if decision is not None:
@@ -164,7 +165,9 @@ class SliceGPT(RewritePass):
             if (why := _why_not_global(model, kept)) is None:
                 self._refuse_growth(model, lambda width: global_parameters(shape, width), shape.width)
                 return replace(global_redefinition(model, kept), notes=notes)
-            notes += (f"{model.architecture} can't be narrower by its config alone ({why}): sliced per site",)
+            notes += (
+                f"{model.architecture} can't be narrower by its config alone ({why}), so orientation is per_site",
+            )
         self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
         return replace(per_site_redefinition(model, uniform_widths(shape, kept)), notes=notes)
 
@@ -178,7 +181,7 @@ class SliceGPT(RewritePass):
         seen = self._look(model)
         widths, why_not = self._affordable(facts, shape, budget, seen["spectra"])
         if not compares:
-            assert widths is not None  # plan has made a model of one width
+            assert widths is not None  # `plan` has made a model of one width
             note = f"widths by explained variance, {min(widths)} to {max(widths[:-1])}"
             return {"orientation": "per_site", "widths": list(widths), "figures": [], "notes": [note]}
         ends = {"global": self._end_of_global(model, seen["pooled"], kept)}
@@ -219,7 +222,7 @@ class SliceGPT(RewritePass):
         rotate_part(view, state["q"].to(view.device))
         ratio = (width / kept) ** 0.5
         if view.index < 0:
-            # a class that scales its embedding by sqrt(hidden) now does so by less
+            # a class that multiplies its embedding by sqrt(hidden) now uses a smaller factor
             for write in view.residual.embeddings:
                 if write.scale is not None and abs(write.scale - width**0.5) < 1e-2 and width > 1:
                     view.write(write.parameter, view.read(write.parameter) * ratio)
@@ -235,9 +238,9 @@ class SliceGPT(RewritePass):
         return [state[f"basis_{number}"] for number in range(len(state) - 2)]
 
     def _slice_sublayers(self, view: PartView, state: State) -> State:
-        """The paper's algorithm 1 for one part: the state holds the basis (D, d) of the next sublayer, and its number.
+        """Algorithm 1 of the paper for one part. The state holds the basis (D, d) of the next sublayer, and its number.
 
-        Signals are those of the model sliced so far: cutting to d columns of Q is projecting onto them, seen from
+        The stream is that of the model sliced so far: slicing to d columns of Q is projecting onto them, seen from
         another basis.
         """
         widths = view.redefinition.widths[1:]
@@ -260,7 +263,7 @@ class SliceGPT(RewritePass):
         return {"basis": bases[-1], "sublayer": torch.tensor(at + len(view.sublayers)), **found}
 
     def _bases(self, view: PartView, entering: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
-        """The basis at each sublayer of a block, and the one it leaves the stream in; widths of all but the first."""
+        """The basis at each sublayer of a block, and the one after the block. `widths` has no entry for the first."""
         bases = [entering]
         for number, width in enumerate(widths):
             if view.index == len(view.residual.blocks) - 1 and number == len(widths) - 1:
@@ -270,7 +273,7 @@ class SliceGPT(RewritePass):
         return bases
 
     def _axes(self, view: PartView, bases: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Eigenvalues and axes of the signals behind these sites, and how many tokens were seen."""
+        """Eigenvalues and axes of the stream after the sublayers of these bases, and the number of tokens."""
         covariance = Covariance.zeros(view.residual.width, view.device)
         for x in view.projected(bases):
             covariance.add(
@@ -287,20 +290,20 @@ class SliceGPT(RewritePass):
         after = count(self._kept(width))
         if self.sparsity and after >= model.given:
             helps = widest_that_shrinks(count, model.given, width, self.round_to)
-            least = "no sparsity up to 0.5 makes it smaller"
+            least = "Leave slicegpt out: no sparsity up to 0.5 makes this model smaller"
             told: dict[str, Any] = {"after": after, "before": model.given, "least": None}
             if helps is not None and helps >= width / 2:
-                least = f"from sparsity {1 - helps / width:.3f} on it gets smaller"
+                least = f"Set slicegpt.sparsity to {1 - helps / width:.3f} or more, which makes the model smaller"
                 told["least"] = round(1 - helps / width, 3)
             raise PreflightError(
-                f"{after:,} parameters would be left of {model.given:,}",
+                f"the model would have {after:,} parameters, and has {model.given:,} now",
                 where="slicegpt.sparsity",
                 hint=f"{least}.",
                 data=told,
             )
 
     def _look(self, model: RunnableModel) -> dict[str, Any]:
-        """The dense model once: spectra at each site, second moments pooled over all, and the stream at the end."""
+        """One run of the dense model: spectra at each sublayer, pooled second moments, and the stream at the end."""
         spectra: list[torch.Tensor] = []
         pooled = None
         for view in model.views():
@@ -317,7 +320,7 @@ class SliceGPT(RewritePass):
     def _affordable(
         self, facts: ModelFacts, shape: StreamShape, budget: int, spectra: list[torch.Tensor]
     ) -> tuple[tuple[int, ...] | None, str]:
-        """Widths of a per-site model of at most so many parameters, or None and why there are none."""
+        """Widths of a per_site model with at most this number of parameters, or None and the reason."""
 
         def count(width: int) -> int:
             return per_site_parameters(shape, uniform_widths(shape, width))
@@ -336,14 +339,14 @@ class SliceGPT(RewritePass):
         return widths, ""
 
     def _end_of_global(self, model: RunnableModel, pooled: torch.Tensor, kept: int) -> list[torch.Tensor]:
-        """The stream at the end of a model cut along one rotation."""
+        """The stream at the end of a model that is sliced along one rotation."""
         q = pca(pooled)[1][:, :kept]
         for view in model.views(lambda view: [q] * len(view.sublayers)):
             end = view.states()
         return [(hidden.to(q) @ q @ q.t()).to(hidden) for hidden in end]
 
     def _end_per_site(self, model: RunnableModel, widths: tuple[int, ...]) -> list[torch.Tensor]:
-        """The same for a rotation at each site."""
+        """The stream at the end of a model that is sliced along a rotation at each sublayer."""
         carried: dict[str, Any] = {"at": 0}
 
         def bases(view: PartView) -> list[torch.Tensor]:
@@ -360,16 +363,16 @@ class SliceGPT(RewritePass):
 
 
 def _why_not_global(model: ModelFacts, kept: int) -> str | None:
-    """Why a model can't be narrower everywhere and stay one of its class; None if it can."""
+    """Why a model can't be narrower everywhere and keep its class; None if it can."""
     gainless = next((norm.module for norm in model.residual.norms() if not norm.formula.has_weight), None)
-    if gainless is not None:  # a folded LayerNorm, or a class whose norms never had a gain
-        return f"{gainless} has no gain to make up for the width that it divides by"
+    if gainless is not None:  # a fused LayerNorm, or a class whose norms have no weight
+        return f"{gainless} has no weight that could correct for the width by which it divides"
     return model.fits(global_redefinition(model, kept))
 
 
 def _divergence(model: RunnableModel, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Mean KL divergence of the outputs from the dense model's, in nats; of a model without a head the relative square
-    error of its output. One sample at a time, since logits are large.
+    """Mean KL divergence of the outputs from the dense model's, in nats. For a model without a head: the relative
+    squared error of its output. It reads one sample at a time, since logits are large.
     """
     total, count = 0.0, 0
     for batch, (first, second) in enumerate(zip(wanted, found)):
@@ -390,4 +393,4 @@ def _warn_if_few(view: PartView, tokens: int, eigenvalues: torch.Tensor) -> None
     rank = int((eigenvalues > RANK_TOLERANCE * eigenvalues[0]).sum())
     if tokens < ENOUGH * width:
         seen = f"{tokens:,} calibration tokens span {rank} of {width} directions"
-        view.warn("few-tokens", "slicegpt", f"{seen}; {ENOUGH * width:,} are meant")
+        view.warn("few-tokens", "slicegpt", f"{seen}; use at least {ENOUGH * width:,}")

@@ -1,31 +1,32 @@
-"""VTrans: heads, MLP units and channels pruned by masks that a variational information bottleneck has trained.
+"""VTrans: removes heads, neurons and channels by masks that are trained with a variational information bottleneck.
 
 Paper: Dutta, Gupta, Agarwal 2024, "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck
-based Pruning", arXiv 2406.05276, of which only the abstract was read: masks on embeddings, heads and layers, up to 70 %
-more compression than earlier methods, and a variant "Faster-VTrans" that trains masks alone. Forms and constants marked
+based Pruning", arXiv 2406.05276. Only its abstract was read: masks on embeddings, heads and layers, up to 70 % more
+compression than earlier methods, and a variant "Faster-VTrans" that trains masks alone. Formulas and constants marked
 [code] are those of the public code of the same authors' variant for large models (TVA-Prune); [ours] is our choice.
 
-Every unit u gets z = mu + sigma eps, eps ~ N(0, 1) drawn for each sample [code], which multiplies what the unit gives.
-Weights stay as they are; of the masks is minimised
+Every head, neuron or channel u gets z = mu + sigma eps, eps ~ N(0, 1) drawn for each sample [code], which is multiplied
+with its output. Weights stay unchanged. The masks minimize
 
     loss + kl_factor * sum over masks of charge * KL + l1 (s - s*) + l2 (s - s*)²
 
 loss     KL(dense || masked) of the logits at temperature 1 [ours], or cross-entropy with labels
-KL       1/2 log(1 + mu²/sigma²): a unit whose signal the loss doesn't need drowns in noise [code]
-s        share of the size that goes, with sigmoid(-10 log alpha) for each unit, log alpha = log sigma²/mu² [code]
-s*       the target, rising over a warm-up; l1 and l2 ascend what everything else descends [code]
+KL       1/2 log(1 + mu²/sigma²): noise hides the output of a unit that the loss doesn't need [code]
+s        share of the size that is removed, with sigmoid(-10 log alpha) for each u, log alpha = log sigma²/mu² [code]
+s*       the target, which rises during a warm-up; l1 and l2 maximize what everything else minimizes [code]
 
-Then units go in the order of log alpha until the target holds: a threshold of 0 [code] would miss it. mu is folded into
-the matrix that reads the unit [code], or replaced by a least-squares repair of that matrix on the dense model's inputs
-[ours; TVA-Prune has a repair of its own]. The means of channels of the residual stream are not folded: norms stand
-behind them.
+Then heads, neurons and channels are removed in the order of log alpha until the target is reached; with a threshold of
+0 [code] the target would be missed. mu is multiplied into the output projection [code], or replaced by a least-squares
+repair of that matrix on the dense model's inputs [ours; TVA-Prune has its own repair]. The means of channels of the
+residual stream are not multiplied in, since norms come after them.
 
-What is a unit: a key-value head with its query heads; a column of the matrix after an MLP's activation; with `hidden` a
-channel of the residual stream, where that is read by norms alone; with `layers` a whole attention or MLP, of which its
-bias stays. They are found by running the model (`compressor.analysis.prunable_units`).
+What has a mask: a key-value head with its query heads; a column of the matrix after an MLP's activation; with `hidden`,
+a channel of the residual stream, if only norms read the stream; with `layers`, a whole attention or MLP, whose bias
+stays. They are found by running the model (`compressor.analysis.prunable_units`).
 
-Cost: three runs of the model a step (forward, and forward and backward block by block), one Gram matrix of a reader's
-inputs. Memory: one block, its activations, and one stream a block; masks themselves are a few numbers a unit.
+Cost: three runs of the model per step (forward, then forward and backward block by block), and one Gram matrix of an
+output projection's inputs. Memory: one block, its activations, and one copy of the residual stream for each block. The
+masks are only a few numbers for each head or neuron.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachab
 from compressor.model.facts import PrunableModule
 from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
 
-HARD_FROM = 0.6  # of the prunable size: beyond, the authors' README has other constants for trained masks
-HARD = "more than 0.6 goes while weights stay as they are; expect a large loss, and measure it"
-STREAM_CHARGE = 30.0  # of the residual stream's mask [code]
+HARD_FROM = 0.6  # of the prunable size; above it the authors' README has other constants for trained masks
+HARD = "more than 0.6 is removed while weights stay unchanged; expect a large loss, and measure it"
+STREAM_CHARGE = 30.0  # for the residual stream's mask [code]
 
 
 class VTrans(RewritePass):
-    """Heads, MLP units, channels and whole sub-blocks dropped by trained masks, down to a size that is asked for."""
+    """Remove heads, neurons, channels and whole sub-blocks by trained masks, down to a given size."""
 
-    title: ClassVar[str] = "Structured pruning by variational masks: fewer heads, narrower MLPs, still dense"
+    title: ClassVar[str] = "Prunes heads, neurons and channels by trained variational masks (VTrans)"
     paper: ClassVar[str] = "Dutta et al. 2024, arXiv 2406.05276"
 
     target: float = Field(0.2, ge=0, le=0.9, description="Share that is removed, of what `measure` and `of` name.")
@@ -117,11 +118,11 @@ class VTrans(RewritePass):
     @model_validator(mode="after")
     def _fits_together(self) -> VTrans:
         if len(set(self.sites)) < len(self.sites):
-            raise PydanticCustomError("site-twice", "sites names something twice")
+            raise PydanticCustomError("site-twice", "sites has a name twice")
         if "layers" in self.sites and self._is_uniform:
             raise PydanticCustomError(
                 "layers-and-uniform",
-                "sites: layers removes other sub-blocks in each block; drop it, or uniform and stock",
+                "sites: layers removes other sub-blocks in each block; remove layers from it, or uniform and stock",
             )
         return self
 
@@ -135,7 +136,7 @@ class VTrans(RewritePass):
 
     @property
     def unplanned(self) -> str:
-        return "what goes is learnt in the run, down to about the size shown" if self.decides else ""
+        return "the run learns what is removed, down to about the size shown" if self.decides else ""
 
     @property
     def batch_samples(self) -> int | None:
@@ -147,12 +148,12 @@ class VTrans(RewritePass):
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        """What has to be found in the model; of the stream alone, an MLP to know its width by."""
+        """The kinds of structure to find in the model. For the stream alone also an MLP, to know its width."""
         named = tuple(kind for kind in ("heads", "ffn") if kind in self.sites)
         return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
 
     def choose(self, model: RunnableModel) -> Decision:
-        """Train the masks and cut to the target. raises PassError for data that can't be trained on"""
+        """Train the masks and prune to the target. raises PassError for data that can't be used for training"""
         facts = model.facts
         sites = self._prunable(facts)
         size = self._size(facts, sites)
@@ -174,7 +175,7 @@ class VTrans(RewritePass):
         means: Mapping[str, Sequence[float]],
         figures: Mapping[str, Any],
     ) -> Decision:
-        """Cut to the target by scores of units, whose masks have these means (none: 1)."""
+        """Prune to the target by scores of heads, neurons and channels, whose masks have these means (none: 1)."""
         facts = model.facts
         removable: dict[tuple[str, ...], float] = {
             (site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)
@@ -188,14 +189,18 @@ class VTrans(RewritePass):
             if len(kept.units[site.name]) > 0:
                 folded[site.name] = [float(f"{units[unit] * switch:.6g}") for unit in kept.units[site.name]]
         if (missed := 1 - self.target - kept.size / size.full) > 0.01:
-            model.warn("coarse-units", "vtrans.target", f"{missed:.1%} more than asked for went, since units are large")
+            model.warn(
+                "coarse-units",
+                "vtrans.target",
+                f"{missed:.1%} more than the target was removed, since single heads are large",
+            )
         return {**decision, "means": folded, "figures": {"size": kept.size, "of": size.full, **figures}}
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """raises PreflightError for a target out of reach, or a model without the structure asked for"""
+        """The pruned config and shapes. raises PreflightError for an impossible target, or a model without `sites`"""
         sites = self._prunable(model)
         size = self._size(model, sites)
-        if decision is None:  # about what is to be expected: every sub-block loses the same share
+        if decision is None:  # an estimate: every sub-block loses the same share
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
             kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
@@ -207,11 +212,11 @@ class VTrans(RewritePass):
 
     def rewrite(self, view: PartView, state: State) -> State:
         decision = view.redefinition.decision
-        if decision is None:  # nothing goes
+        if decision is None:  # nothing is removed yet
             return state
         sites = view.facts.prunable(self._kinds)
         means: dict[str, list[float]] = decision["means"]
-        if self.reconstruct:  # readers that lose nothing give the dense output as they are
+        if self.reconstruct:  # an output projection that loses nothing needs no repair
             units = {own.name: own.units for own in sites}
             means = {name: found for name, found in means.items() if len(found) < units[name]}
         prune(view, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
@@ -222,7 +227,7 @@ class VTrans(RewritePass):
         return (HARD,) if self.target > HARD_FROM else ()
 
     def _prunable(self, facts: ModelFacts) -> tuple[PrunableModule, ...]:
-        """raises ModelError, PreflightError where the model hasn't what `sites` names"""
+        """What `sites` names in the model. raises ModelError, PreflightError if the model doesn't have it"""
         sites = facts.prunable(self._kinds)
         fixed = [site for site in sites if site.layout.per_layer]
         if fixed and not self._is_uniform:
@@ -234,20 +239,20 @@ class VTrans(RewritePass):
             )
         if self._is_uniform and (odd := _unequal(sites)) is not None:
             raise PreflightError(
-                f"it has {odd.units} units and others of its kind have another number",
+                f"it has {odd.units} heads or neurons, and others of its kind have another number",
                 where=odd.name,
                 hint="Set uniform: false.",
             )
         return sites
 
     def _removable(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
-        """Sub-blocks that may go as a whole. raises PreflightError for a protected block that there isn't"""
+        """Sub-blocks that may be removed whole. raises PreflightError for a protected block that doesn't exist"""
         if "layers" not in self.sites:
             return []
         count = 1 + max(site.block for site in sites)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
             raise PreflightError(
-                f"block {wrong[0]} is protected, and there are {count}",
+                f"block {wrong[0]} is protected, but the model has {count} blocks",
                 where="vtrans.protect_layers",
                 hint=f"Set protect_layers to numbers from {-count} to {count - 1}.",
                 data={"block": wrong[0], "blocks": count},
@@ -278,8 +283,8 @@ class VTrans(RewritePass):
         return replace(size, parts=tuple(parts), **bounds)
 
     def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
-        """Heads of an attention -> how many of them a stock model of that class may keep: many want a divisor of the
-        width. Empty where the modelling file may say what the class can't.
+        """Heads of an attention -> numbers of heads that a stock model of the class may keep. Many classes need a
+        divisor of the width. Empty if a modeling file may be used.
         """
         found: dict[int, tuple[int, ...]] = {}
         for site in sites if self.export == "stock" else ():
@@ -292,7 +297,7 @@ class VTrans(RewritePass):
     def _masks(
         self, facts: ModelFacts, sites: Sequence[PrunableModule]
     ) -> tuple[Places, dict[str, int], dict[str, float]]:
-        """Where masks sit, how many units each has, and what the bottleneck charges for it."""
+        """Where masks are, how many heads or neurons each has, and its factor in the bottleneck's term."""
         removable = {site.name for site in self._removable(facts, sites)}
         readers, sizes, charges = [], {}, {}
         for site in sites:
@@ -325,8 +330,8 @@ class VTrans(RewritePass):
         except Unreachable as error:
             reachable = int(1000 * (1 - error.least / size.full)) / 1000
             raise PreflightError(
-                f"{self.target:g} of the {self.measure} can't go: with the least that sites, minimums and align allow, "
-                f"{reachable:g} goes",
+                f"{self.target:g} of the {self.measure} can't be removed: with these sites, minimums and align, "
+                f"the most is {reachable:g}",
                 where="vtrans.target",
                 hint=f"Set target to {reachable:g} or less, or allow more with sites, min_heads, min_ffn, align or of.",
                 data={"target": self.target, "measure": self.measure, "reachable": reachable},

@@ -1,27 +1,31 @@
-"""Zero-TPrune: tokens dropped between attention and MLP, by the attention of the trained model itself.
+"""Zero-TPrune: drops tokens between attention and MLP, by the attention of the trained model itself.
 
 Paper: Wang, Dedhia, Jha 2023/24, "Zero-TPrune: Zero-Shot Token Pruning through Leveraging of the Attention Graph in
-Pre-Trained Transformers", arXiv 2305.17328. In a few blocks a gate stands after the attention residual. It takes each
-head's attention A as a graph in which token i votes for j with A_ij, and drops
-- what is unimportant: s <- A^T s from uniform (weighted PageRank), heads combined by root mean square over those whose
-  s varies within bounds;
-- what is like another token: the less important half is compared with the other half by the cosine of head-averaged
-  keys, and the closest go. They are dropped, not merged.
-Order I'-S-I: one vote only guides the halves, so that many alike tokens don't outvote the rest; then similar ones go,
-then unimportant ones by PageRank on what is left. The class token (of text the first and the last) is never dropped.
+Pre-Trained Transformers", arXiv 2305.17328. In a few blocks, a gate follows the residual addition after the attention.
+It reads each head's attention A as a graph in which token i votes for token j with A_ij, and drops
+- unimportant tokens: s <- A^T s from uniform (weighted PageRank); heads are combined by the root mean square over those
+  whose s varies within bounds;
+- tokens that are similar to another token: the less important half is compared with the other half by the cosine of
+  head-averaged keys, and the closest are dropped. They are not merged.
+The order is I'-S-I. One vote is used only to make the halves, so that many similar tokens don't outvote the others.
+Then similar tokens are dropped, then unimportant ones by PageRank on the tokens that are left. The class token (of a
+text the first and the last token) is never dropped.
 
 MACs of a block of width d, MLP r times as wide, n tokens in and m left:  4 n d^2 + 2 n^2 d + 2 r m d^2.
-Counts depend on nothing but n: m = ceil(keep * candidates) + protected, of which s_share goes by similarity.
+Numbers of tokens depend only on n: m = ceil(keep * candidates) + protected; s_share of the dropped ones are dropped
+by similarity.
 
-No weight changes and nothing is smaller on disk: what is saved is work. `keep` gives rates; `target_macs` looks for
-them on calibration data: from all tokens on, the gate whose next step of 0.05 costs least divergence from the unpruned
-model's output for the MACs it saves is lowered, until the target is met (the paper searches by Monte Carlo).
+No weight changes and no file gets smaller: only computation is saved. `keep` sets the rates. `target_macs` searches for
+them on calibration data. It starts from all tokens, and lowers the rate of one gate by 0.05 until the target is
+reached: always the gate that adds the least divergence from the unpruned model's output for the MACs that it saves (the
+paper searches by Monte Carlo).
 
-Where we differ from the paper: A^T s without the factor 1/N, so that s stays a distribution; a head's variance is of
-n s, free of size, and no bounds by default, since none helped (docs/passes/zero_tprune.md); all candidates are compared
-in one product; voting ends early by tolerance.
+Where we differ from the paper: A^T s has no factor 1/N, so that s stays a distribution. The variance of a head is that
+of n s, so it doesn't depend on n, and there are no bounds by default, since none helped (docs/passes/zero_tprune.md).
+All candidates are compared in one matmul. Voting ends early by a tolerance.
 
-Text: how many of a sample's tokens stay depends on its own length, a batch is padded to its longest, and masks follow.
+Text: the number of tokens that are kept depends on the length of each sample; a batch is padded to its longest sample,
+and masks are adjusted.
 Cost: `keep` reads no data. `target_macs` costs a run of the model for each step of each gate.
 """
 
@@ -42,20 +46,20 @@ from compressor.lazy import torch
 from compressor.methods.divergence import divergence_terms
 from compressor.protocol import Decision, Fact, ModelFacts, Redefinition, RunnableModel, TokenFacts, TokenPass, Traits
 
-FEWEST = 4  # tokens, below which nothing is left to attend to
-NOMINAL_TOKENS = 64  # of a text, where its length isn't known
+FEWEST = 4  # least number of tokens that a gate may leave
+NOMINAL_TOKENS = 64  # of a text whose length isn't known
 REACH = "Set more or earlier `blocks`, a smaller min_tokens, or a larger target_macs."
-STEP = 0.05  # of a keep rate in the search
-POLISHING = 8  # rounds at most, after the target is met
-PLACES = (1, 2, 3)  # quarters of the depth: earlier blocks don't know yet what matters
+STEP = 0.05  # step of a keep rate in the search
+POLISHING = 8  # largest number of rounds after the target is reached
+PLACES = (1, 2, 3)  # quarters of the depth; earlier blocks can't tell yet which tokens matter
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class ZeroTPrune(TokenPass):
-    """Unimportant and redundant tokens dropped in a few blocks, with no training."""
+    """Drop unimportant and redundant tokens in a few blocks, without training."""
 
-    title: ClassVar[str] = "Tokens dropped between blocks by the attention graph: less work, same weights"
+    title: ClassVar[str] = "Drops tokens by the attention graph, which saves computation (Zero-TPrune)"
     paper: ClassVar[str] = "Wang et al. 2023/24, arXiv 2305.17328"
 
     keep: Rate | dict[int, Rate] | None = Field(
@@ -111,18 +115,18 @@ class ZeroTPrune(TokenPass):
         if isinstance(self.keep, dict):
             if self.blocks is not None:
                 raise PydanticCustomError(
-                    "keep-and-blocks", "keep names blocks, and so does `blocks`; give one of them"
+                    "keep-and-blocks", "keep and `blocks` both name blocks; give only one of them"
                 )
             if not self.keep:
                 raise PydanticCustomError("keep-without-blocks", "keep names no block")
         if self.keep is not None and self.target_macs is not None:
             raise PydanticCustomError(
-                "keep-and-target", "target_macs looks for the keep rates that `keep` gives; give one of them"
+                "keep-and-target", "target_macs searches for the rates that `keep` sets; give only one of them"
             )
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise PydanticCustomError("blocks-each-once", "blocks has to name blocks, each once")
+            raise PydanticCustomError("blocks-each-once", "blocks must name at least one block, and each only once")
         if self.head_filter is not None and not self.head_filter[0] < self.head_filter[1]:
-            raise PydanticCustomError("head-filter-order", "the first bound of head_filter has to be the smaller one")
+            raise PydanticCustomError("head-filter-order", "the first bound of head_filter must be the smaller one")
         return self
 
     @property
@@ -145,8 +149,8 @@ class ZeroTPrune(TokenPass):
         return "exact"
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """raises PreflightError for a block that isn't there, is wrapped already or would leave too few tokens, and for
-        a target that can't be reached
+        """The config with token gates. raises PreflightError for a block that is missing, is wrapped already or would
+        leave too few tokens, and for a target that can't be reached
         """
         facts = model.tokens()
         modules = dict(model.config.get("compressed_modules") or {})
@@ -161,7 +165,7 @@ class ZeroTPrune(TokenPass):
             path = f"{model.blocks}.{block}"
             if path in modules:
                 raise PreflightError(
-                    f"block {block} is a {modules[path]['form']} already, and a gate needs it as its class makes it",
+                    f"block {block} is a {modules[path]['form']} already, but a gate needs an unchanged block",
                     where="zero_tprune",
                     hint="Start from the checkpoint without this change, or name other `blocks`.",
                 )
@@ -169,7 +173,7 @@ class ZeroTPrune(TokenPass):
         tokens = self.account(facts, rates, facts.tokens or NOMINAL_TOKENS)
         saved = 100 * (1 - tokens["macs_after"] / tokens["macs_before"])
         of = "" if facts.tokens else f" for a text of {NOMINAL_TOKENS} tokens"
-        notes = [f"{saved:.2f} % fewer multiply-accumulates{of}, the gates' own included; weights stay as they are"]
+        notes = [f"{saved:.2f} % fewer multiply-accumulates{of}, including those of the gates; weights stay unchanged"]
         if decision is not None:
             notes += decision["notes"]
         return Redefinition(
@@ -181,7 +185,7 @@ class ZeroTPrune(TokenPass):
         )
 
     def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, dict[str, Any]]:
-        """Settings of the `token_gate` of each block from the first that drops tokens."""
+        """Settings of the `token_gate` of each block, from the first block that drops tokens."""
         before: list[float] = []
         found = {}
         for block in range(min(rates), len(facts.blocks)):
@@ -204,9 +208,9 @@ class ZeroTPrune(TokenPass):
         return found
 
     def account(self, facts: TokenFacts, rates: Mapping[int, float], tokens: int) -> dict[str, Any]:
-        """Tokens and multiply-accumulates for one sample of so many tokens.
+        """Tokens and multiply-accumulates for one sample with this number of tokens.
 
-        returns  {tokens, macs_before, macs_after (with the gates' own), macs_of_gates, blocks: [{block, keep, tokens,
+        returns  {tokens, macs_before, macs_after (including the gates), macs_of_gates, blocks: [{block, keep, tokens,
                  left, similar, macs_before, macs_after, macs_of_gate}], outside, patches}
         """
         rows = []
@@ -281,9 +285,9 @@ class ZeroTPrune(TokenPass):
     def _polish(
         self, search: _Search, rates: dict[int, float], divergence: float, goal: float
     ) -> tuple[dict[int, float], float]:
-        """Give what is left of the budget back, or shift it from one gate to another, while that brings outputs closer.
+        """Raise rates with the rest of the budget, or shift it between gates, while this brings the outputs closer.
 
-        Steps that cost a whole gate overshoot, and a greedy path never takes one back.
+        A greedy step may save more than is needed, and the search never takes a step back.
         """
         for _ in range(POLISHING):
             tries = []
@@ -307,7 +311,7 @@ class ZeroTPrune(TokenPass):
         return rates, divergence
 
     def _without_clamps(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, float]:
-        """Rates that say themselves what min_tokens made of them, where samples have one length."""
+        """Rates that already include the effect of min_tokens, if all samples have one length."""
         found = dict(rates)
         if facts.tokens is not None:
             now, protected = facts.tokens, sum(facts.protect)
@@ -319,16 +323,16 @@ class ZeroTPrune(TokenPass):
         return found
 
     def _lower(self, search: _Search, rates: Mapping[int, float], block: int, now: int) -> dict[int, float] | None:
-        """The rates with that of a block lowered by as many steps as save anything; None if nothing is left."""
+        """The rates with that of one block lowered by as many steps as save anything; None if there is none."""
         rate = rates[block]
         while (rate := round(rate - STEP, 2)) > 0:
             lowered = {**rates, block: rate}
-            if search.macs(lowered) < now:  # min_tokens sees to it that enough are left
+            if search.macs(lowered) < now:  # min_tokens makes sure that enough tokens are left
                 return lowered
         return None
 
     def _places(self, depth: int) -> tuple[int, ...]:
-        """The blocks that get a gate. raises PreflightError for one that isn't there"""
+        """The blocks that get a gate. raises PreflightError for one that doesn't exist"""
         if isinstance(self.keep, dict):
             asked, where = tuple(sorted(self.keep)), "zero_tprune.keep"
         elif self.blocks is not None:
@@ -339,7 +343,7 @@ class ZeroTPrune(TokenPass):
             return tuple(sorted({depth * quarter // 4 for quarter in PLACES}))
         if unknown := [block for block in asked if not 0 <= block < depth]:
             raise PreflightError(
-                f"there is no block {unknown[0]}; the model has {depth}",
+                f"there is no block {unknown[0]}; the model has {depth} blocks",
                 where=where,
                 hint=f"Set block numbers from 0 to {depth - 1}.",
                 data={"reason": "no-block", "block": unknown[0], "blocks": depth},
@@ -353,7 +357,7 @@ class ZeroTPrune(TokenPass):
         return dict.fromkeys(places, 0.8 if self.keep is None else self.keep)
 
     def _alike(self, facts: TokenFacts, depth: int) -> dict[int, float]:
-        """For the plan: one rate for all gates that would meet the target."""
+        """For the plan: one rate for all gates that would reach the target."""
         assert self.target_macs is not None
         tokens, places = facts.tokens or NOMINAL_TOKENS, self._places(depth)
         rate = 1.0
@@ -365,7 +369,7 @@ class ZeroTPrune(TokenPass):
         return dict.fromkeys(places, rate)
 
     def _check_target(self, facts: TokenFacts, places: tuple[int, ...]) -> None:
-        """raises PreflightError for a target out of reach of gates that cost nothing, for samples of a known length"""
+        """raises PreflightError for a target that even gates without cost can't reach, for samples of a known length"""
         assert self.target_macs is not None
         if facts.tokens is None:
             return
@@ -385,7 +389,7 @@ class ZeroTPrune(TokenPass):
         return first if 4 * block < depth else middle if 4 * block < 3 * depth else last
 
     def _too_few(self, facts: TokenFacts, rates: Mapping[int, float]) -> tuple[int, int] | None:
-        """(block, tokens) where the rates alone would leave fewer than `FEWEST`, of samples of a known length."""
+        """(block, tokens) if the rates alone would leave fewer than `FEWEST` tokens, for samples of a known length."""
         if facts.tokens is None:
             return None
         left = facts.tokens
@@ -413,10 +417,10 @@ class ZeroTPrune(TokenPass):
 
 
 class _Search:
-    """Divergence from the unpruned model on calibration data, with what comes before a changed gate kept.
+    """Measures the divergence from the unpruned model on calibration data. It keeps the states before a changed gate.
 
-    samples  how many there are
-    measure  what divergence is: of the answers' distributions, or of pooled embeddings where a model has no head
+    samples  number of samples
+    measure  name of the divergence: of the output distributions, or of pooled embeddings if the model has no head
     """
 
     def __init__(
@@ -443,9 +447,9 @@ class _Search:
         return sum(count * found[n] for count, n in self.lengths)
 
     def divergence(self, rates: Mapping[int, float], block: int, settle: bool = False) -> float:
-        """Mean over samples, with these rates, which before `block` are those of the last settling.
+        """Mean over samples, with these rates. Before `block` they must be those of the last settling.
 
-        settle  start from these rates from now on
+        settle  the next measurements start from these rates
         """
         if settle:
             self.states = {at: held for at, held in self.states.items() if at <= block}
@@ -455,7 +459,7 @@ class _Search:
         return total / self.samples
 
     def _outputs(self, block: int, rates: Mapping[int, float], settle: bool = True) -> Iterator[torch.Tensor]:
-        """The model's output for each batch, from the last kept states before `block`; settling keeps more of them."""
+        """The model's output for each batch, from the last kept states before `block`. Settling keeps more states."""
         start = max(at for at in self.states if at <= block)
         hidden = list(self.states[start])
         depth = len(self.facts.blocks)
@@ -481,7 +485,7 @@ class _Search:
 
 
 def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """(samples,): KL of two answers' distributions, or how far pooled embeddings (samples, 1, d) have turned."""
+    """(samples,): KL of two output distributions, or distance of pooled embeddings (samples, 1, d)."""
     if expected.dim() == 3:
         return 1 - torch.nn.functional.cosine_similarity(expected, found, dim=-1).flatten()
     return divergence_terms(expected, found).sum(-1)

@@ -1,6 +1,6 @@
-"""What the author of a pass sees: three classes of passes, what each is shown of the model, and what it answers.
+"""Defines what the author of a pass sees: three classes of passes, their views of the model, and what they return.
 
-Nothing here imports torch at run time, so that the schema, the help and the list of passes are instant.
+Nothing here imports torch at run time, so that the schema, the help and the list of passes load at once.
 """
 
 from compressor.model.facts import BlockTokens as BlockTokens

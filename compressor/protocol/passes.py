@@ -1,11 +1,12 @@
-"""The three kinds of passes, and the settings that all of them have.
+"""Defines the three kinds of passes, and the settings that all of them have.
 
 - `WeightPass` stores weights in another format, block by block (gptq, bct, awq).
 - `RewritePass` changes the model itself: parameters and their shapes (rotate, slicegpt, vtrans).
-- `TokenPass` lets blocks drop tokens; parameters stay as they are (zero_tprune, prefill_pruning).
+- `TokenPass` lets blocks drop tokens; parameters stay unchanged (zero_tprune, prefill_pruning).
 
-A pass is a frozen set of settings. What it has to remember during a run is either a `Decision`, which it makes before
-its sweep, or, in a `RewritePass`, a `State`, which goes from part to part. The engine keeps both in the journal.
+A pass is a frozen set of settings. What it must remember during a run is either a `Decision`, which it makes before its
+sweep, or, in a `RewritePass`, a `State`, which each part returns for the next one. The engine keeps both in the
+journal.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ class Fact(str, Enum):
     """A property of the whole model that a pass may need or break. Each has a checker in `testing.py`."""
 
     CONSTANT_TOKEN_COUNT = "constant_token_count"
-    NORMS_FOLDED = "norms_folded"  # every norm on the residual stream is x / sqrt(mean(x^2) + eps), times one number
+    NORMS_FOLDED = "norms_folded"  # every norm on the residual stream is x / sqrt(mean(x^2) + eps) times a constant
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a pass needs and leaves behind, so that `plan` can refuse an order that can't work.
+    """What a pass needs and what it leaves, so that `plan` can refuse an order of steps that can't work.
 
-    accepts and stores are names of quantization formats (see `compressor.layers`); "dense" is the uncompressed one.
-    Names rather than classes, because classes would import torch into the schema and the help.
+    `accepts` and `stores` are names of quantization formats (see `compressor.layers`); "dense" is the uncompressed one.
+    They are names and not classes, because classes would import torch into the schema and the help.
 
-    rescales  the pass asks for `BlockView.producers`, which `plan` then finds on a probe model
+    rescales  the pass uses `BlockView.producers`, which `plan` then finds on a probe model
     """
 
     reads: Literal["weights", "inputs", "gradients"]
@@ -52,7 +53,7 @@ class Traits:
 
 
 class Pass(BaseModel):
-    """One recipe step: its settings, and what `plan` may ask of them. A pass is one of the three kinds below."""
+    """One recipe step: its settings, and what `plan` may ask about them. A pass is one of the three kinds below."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -68,7 +69,7 @@ class Pass(BaseModel):
 
     @property
     def decides(self) -> bool:
-        """Whether the pass makes a choice over the whole model before its sweep; it costs a run of the model.
+        """Whether the pass makes a choice over the whole model before its sweep, which costs a run of the model.
 
         `plan` then shows upper bounds.
         """
@@ -76,17 +77,17 @@ class Pass(BaseModel):
 
     @property
     def unplanned(self) -> str:
-        """Why `plan` can't know this pass's sizes exactly, as a clause; empty if it knows."""
+        """Why `plan` can't predict this pass's sizes exactly, as a clause; empty if it can."""
         return "it chooses over the whole model" if self.decides else ""
 
     @property
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
-        """What the sizes that `plan` shows are, compared with those that will be stored."""
+        """How the sizes that `plan` shows compare with the sizes that will be stored."""
         return "upper bounds" if self.decides else "exact"
 
     @property
     def batch_samples(self) -> int | None:
-        """Most calibration samples of a batch, for a pass that takes steps by batches; None leaves it to the engine."""
+        """Largest number of calibration samples in a batch, for a pass that trains by batches; None: the engine's."""
         return None
 
 
@@ -94,37 +95,38 @@ class WeightPass(Pass):
     """Stores the weights that a recipe selects in another format, one part of the model after the other.
 
     Each selected weight is either put in its format (`BlockView.put`) or kept dense (`BlockView.keep`). `block` does
-    the work; embeddings and output head go through it too, unless the pass treats them in another way. Nothing is
-    carried from part to part: what has to be known of the whole model is a `Decision`.
+    the work, also for embeddings and output head, unless the pass handles them in another way. A pass keeps no state
+    from part to part. What it must know about the whole model is a `Decision`.
     """
 
     def stored(self, weight: Weight) -> str | None:
-        """Name of the format this pass would leave for `weight`: that of its traits, unless kinds of weights differ.
+        """Name of the format that this pass would leave for `weight`: `Traits.stores`, unless kinds of weights differ.
 
-        "dense" for a weight that is selected and stays dense (`BlockView.keep`).
+        "dense" for a selected weight that stays dense (`BlockView.keep`).
         """
         return self.traits.stores
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
-        """Formats that the run may leave for `weight` instead of `stored`; "dense" where it may `keep` it.
+        """Formats that the run may leave for `weight` instead of `stored`; "dense" if it may `keep` the weight.
 
-        None is larger than what `spec` lets `plan` predict, except "dense": there `plan` counts the larger of the two.
+        None of them may be larger than `plan` predicts from `spec`. The exception is "dense": for it, `plan` counts the
+        larger of the two.
         """
         return ()
 
     def spec(self, weight: Weight) -> dict[str, Any] | None:
-        """Parameters of the format that this pass would leave for `weight`; None if the format keeps its own.
+        """Parameters of the format that this pass would leave for `weight`; None if the format doesn't change.
 
-        `plan` predicts bytes from it. raises ShapeError when the settings don't fit the weight
+        `plan` predicts bytes from them. raises ShapeError if the settings don't fit the weight
         """
         return None
 
     def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
-        """Further problems with the selected weights, for `plan` to list (one sentence each, and its values)."""
+        """Further problems of the selected weights, which `plan` lists (one sentence each, and its values)."""
         return []
 
     def decide(self, model: WholeModel) -> Decision | None:
-        """A choice over the whole model, before the sweep; every view then has it as `view.decision`."""
+        """A choice over the whole model, before the sweep. Every view then has it as `view.decision`."""
         return None
 
     def embeddings(self, view: BlockView) -> None:
@@ -138,40 +140,40 @@ class WeightPass(Pass):
 
 
 class RewritePass(Pass):
-    """Changes the model's own parameters, their shapes, or both, in a sweep of its own.
+    """Changes the model's own parameters, their shapes, or both, in a separate sweep.
 
-    It stands before every step that stores weights in another format, and leaves a dense model that later steps start
-    from. `redefine` says what the model will be, `survey` may look at all of it first, and `rewrite` writes one part
-    after the other. What `survey` and `rewrite` return goes to the next call of `rewrite`, in an interrupted run too.
+    It comes before every step that stores weights in another format, and leaves a dense model from which later steps
+    start. `redefine` describes the new model, `survey` may read the whole model first, and `rewrite` writes one part
+    after the other. What `survey` and `rewrite` return is given to the next call of `rewrite`, also in a resumed run.
     """
 
-    keeps_function: ClassVar[bool] = False  # the model computes what it did, except for rounding
+    keeps_function: ClassVar[bool] = False  # the model computes the same as before, except for rounding
 
     def choose(self, model: RunnableModel) -> Decision:
-        """What only a run of the model can tell of its new shapes, as JSON; asked for where the pass `decides`."""
+        """The choice of the new shapes, if it needs a run of the model, as JSON. Called if the pass `decides`."""
         raise NotImplementedError
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """The new config and shapes of the model; `plan` counts parameters from it.
+        """The new config and shapes of the model. `plan` counts parameters from them.
 
-        decision  what `choose` said; None before the run, when a pass that decides says what it can promise
+        decision  result of `choose`; None before the run, when a pass that decides returns what it can promise
         raises ShapeError, PreflightError
         """
         raise NotImplementedError
 
     def survey(self, views: Iterator[PartView]) -> State:
-        """What has to be known of the whole model first, from its parts in order. Nothing can be written yet."""
+        """Read all parts of the model in order, and return what `rewrite` needs to know. Nothing can be written yet."""
         return {}
 
     def rewrite(self, view: PartView, state: State) -> State:
-        """Write the new parameters of one part; returns the state for the next one."""
+        """Write the new parameters of one part. Returns the state for the next one."""
         raise NotImplementedError
 
     def projections(self, state: State) -> list[torch.Tensor]:
-        """The bases (width, w) of the sublayers of the part that left this state, for the signals of the next.
+        """The bases (width, w) of the sublayers of the part that returned this state, for the stream of the next part.
 
-        Asked for where the redefinition `follows`; without it signals are seen in `survey` alone. An empty list: the
-        signals are those of the model unchanged.
+        Called if the redefinition `follows`; without it, only `survey` has activations. With an empty list, the
+        activations are those of the unchanged model.
         """
         return []
 
@@ -180,9 +182,9 @@ class TokenPass(Pass):
     """Lets blocks drop tokens. It writes no parameter, so it may stand before or after steps that store weights."""
 
     def choose(self, model: RunnableModel) -> Decision:
-        """What only a run of the model can tell of its token gates, as JSON; asked for where the pass `decides`."""
+        """The choice of the token gates, if it needs a run of the model, as JSON. Called if the pass `decides`."""
         raise NotImplementedError
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        """The config of the model with token gates; it has the shapes that the model has. As in `RewritePass`."""
+        """The config of the model with token gates. The shapes stay the same. See `RewritePass.redefine`."""
         raise NotImplementedError

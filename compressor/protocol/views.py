@@ -1,4 +1,4 @@
-"""What a pass is shown of the model while it works: a block or another part, or all of it before a choice."""
+"""Defines the views of the model that a pass gets: a block or another part, or the whole model before a choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 
 Folded = TypeVar("Folded")
-State = dict[str, "torch.Tensor"]  # what a RewritePass passes on from part to part; the journal saves it
+State = dict[str, "torch.Tensor"]  # what a RewritePass returns for the next part; the journal saves it
 
 
 class BlockView(Protocol):
@@ -31,41 +31,41 @@ class BlockView(Protocol):
 
     @property
     def index(self) -> int:
-        """Block number, counted over the whole model; -1: the embeddings, the number of blocks: the output head."""
+        """Block number in the whole model; -1: the embeddings, the number of blocks: the output head."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of what stays dense, and of stored scales."""
+        """Dtype of dense weights and of stored scales."""
         ...
 
     def stages(self, sequential: bool = True) -> list[Stage]:
         """The selected groups in forward order. sequential=False puts all of them into one stage.
 
-        Experts of one fused parameter are separate groups of one stage, since one replay feeds all of them.
+        Experts of one fused parameter are separate groups of one stage, since one run of the block gives all inputs.
         """
         ...
 
     def functions(self) -> list[Weight]:
         """The selected functions (`Weight.is_function`), in the order of the model's modules.
 
-        A stage of groups of one function each can be folded like one of weights: over what its module is called with.
+        A stage whose groups have one function each can be folded like one of weights, over the inputs of the modules.
         """
         ...
 
     def fold(
         self, stage: Stage, start: Callable[[Group], Folded], step: Callable[[Folded, torch.Tensor], Folded]
     ) -> list[Folded]:
-        """Replay the block once over the calibration batches as it is now, folding each group's inputs.
+        """Run the block, as it is now, once over the calibration batches, and fold the inputs of each group.
 
-        `step(folded, x)` gets x of shape (tokens, in_features), of a function (tokens, width), on the view's device,
-        without padding; it is called once per batch in a fixed order, and for an expert only with the tokens routed to
-        it (maybe never).
+        `step(folded, x)` gets x (tokens, in_features), or (tokens, width) for a function, on the view's device and
+        without padding. It is called once per batch in a fixed order. For an expert, x has only the tokens that are
+        routed to it, and `step` may never be called.
         """
         ...
 
     def inputs(self, group: Group) -> Iterator[torch.Tensor]:
-        """The batches (tokens, in_features) that this group reads now; replays the block."""
+        """The inputs (tokens, in_features) of this group for each batch, as the block is now. Runs the block again."""
         ...
 
     def matrix(self, weight: Weight) -> torch.Tensor:
@@ -81,31 +81,32 @@ class BlockView(Protocol):
         ...
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
-        """Replace the weight by its quantized layer; `record` (JSON values) goes to the report's row of this weight.
+        """Replace the weight by its quantized layer. `record` (JSON values) goes to the report's row of this weight.
 
-        A weight may be put again, which replaces what was put and its row.
+        A weight may be put again. This replaces the earlier layer and its row.
         """
         ...
 
     def keep(self, weight: Weight, **record: Any) -> None:
-        """Leave the weight dense, and say so in the report's row of it; `record` as for `put`."""
+        """Leave the weight dense, and report this in its row. `record` is the same as in `put`."""
         ...
 
     def producers(self) -> list[Producer]:
-        """What produces the inputs of the selected weights, feature by feature, in forward order.
+        """The producers of the selected weights' inputs, which can be scaled feature by feature, in forward order.
 
-        Needs `Traits.rescales`. Groups whose input has no such producer are in none.
+        Needs `Traits.rescales`. A group whose input has no such producer isn't listed.
         """
         ...
 
     def read(self, parameter: str) -> torch.Tensor:
-        """A copy of a parameter of this part as it is now, in its own dtype; a norm's gain or bias, or any matrix."""
+        """A copy of a parameter of this part as it is now, in its own dtype: a norm's weight or bias, or any matrix."""
         ...
 
     def write(self, parameter: str, value: torch.Tensor) -> None:
-        """Give a parameter of this part, which stays dense, a new value of its shape; rounded to its own dtype.
+        """Set a parameter of this part that stays dense to a new value of the same shape, rounded to its own dtype.
 
-        Whatever runs later sees it. The artifact holds it, and the manifest says how far it is from the source's.
+        Everything that runs later uses the new value. The artifact holds it, and the manifest has its distance from the
+        source's value.
         """
         ...
 
@@ -115,10 +116,10 @@ class BlockView(Protocol):
         ...
 
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> torch.Tensor:
-        """What the block as it is now makes of a calibration batch, (samples, tokens, width).
+        """The output of the block, as it is now, for a calibration batch, (samples, tokens, width).
 
-        stand_ins  modules to call in place of those that hold these weights (no experts), biases included, for this
-                   once; with any, gradients flow to whatever they multiply by
+        stand_ins  modules to call once in place of those that hold these weights (no experts), including their biases;
+                   with stand-ins, gradients flow to the tensors by which these multiply
         """
         ...
 
@@ -128,7 +129,7 @@ class BlockView(Protocol):
 
 
 class PartView(Protocol):
-    """A part of the model as a `RewritePass` sees it: its parameters, and the signals of the residual stream."""
+    """A part of the model as a `RewritePass` sees it: its parameters, and the activations of the residual stream."""
 
     device: torch.device
     generator: torch.Generator  # seeded from (run seed, step, part)
@@ -145,12 +146,12 @@ class PartView(Protocol):
 
     @property
     def path(self) -> str:
-        """Of the block's module."""
+        """Path of the block's module."""
         ...
 
     @property
     def sublayers(self) -> tuple[ResidualSublayer, ...]:
-        """Where the branches of this block leave the stream and come back; none in embeddings and output head."""
+        """The sublayers that read from the residual stream and add to it; none in embeddings and output head."""
         ...
 
     def read(self, parameter: str) -> torch.Tensor:
@@ -158,7 +159,7 @@ class PartView(Protocol):
         ...
 
     def write(self, parameter: str, value: torch.Tensor) -> None:
-        """Its new value, of the shape that `redefine` promised; rounded once, when the part is stored."""
+        """Set its new value, of the shape that `redefine` promised. It is rounded once, when the part is stored."""
         ...
 
     def warn(self, code: str, where: str, message: str) -> None:
@@ -166,48 +167,48 @@ class PartView(Protocol):
         ...
 
     def signals(self, norm: ResidualNorm) -> Iterator[torch.Tensor]:
-        """What a norm of this part reads, (tokens, width) for each calibration batch, of the model unchanged."""
+        """Inputs of a norm of this part in the unchanged model, (tokens, width) for each calibration batch."""
         ...
 
     def inputs(self, module: str) -> Iterator[torch.Tensor]:
-        """What a module of this part reads, (tokens, features) for each calibration batch, of the model unchanged.
+        """Inputs of a module of this part in the unchanged model, (tokens, features) for each calibration batch.
 
-        While parts are written this is so where the redefinition `follows`.
+        While parts are written, this is available only if the redefinition `follows`.
         """
         ...
 
     def states(self) -> list[torch.Tensor]:
-        """The stream that enters this part, (samples, tokens, width) of each calibration batch, in the model's dtype;
-        of the embeddings, what they give.
+        """The residual stream before this part, (samples, tokens, width) for each calibration batch, in the model's
+        dtype. For the embeddings: their output.
         """
         ...
 
     def projected(self, bases: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The stream after the first len(bases) sublayers of this part, (tokens, width) float64 for each batch.
+        """The residual stream after the first len(bases) sublayers of this part, (tokens, width) float64 per batch.
 
-        At each of these the stream is projected onto the columns (width, w) of its basis, as it already was in the
-        parts before (`RewritePass.projections`). Without bases: what enters the block, or what the embeddings give.
+        At each of these sublayers the stream is projected onto the columns (width, w) of its basis, as in the parts
+        before (`RewritePass.projections`). Without bases: the stream before the block, or the output of the embeddings.
         """
         ...
 
 
 class WholeModel(Protocol):
-    """The model as the steps before left it, for a choice that no block can make alone (`WeightPass.decide`)."""
+    """The model after the earlier steps, for a choice over more than one block (`WeightPass.decide`)."""
 
     def views(self) -> Iterator[BlockView]:
-        """Embeddings, blocks and output head in order, one in memory at a time; each is good until the next is taken.
+        """Embeddings, blocks and output head in order, one in memory at a time. Each is valid until the next is taken.
 
-        Nothing can be put or written: what the sweep will do is not known yet, so inputs are those of the model
-        unchanged.
+        Nothing can be put or written. It isn't known yet what the sweep will do, so inputs are those of the unchanged
+        model.
         """
         ...
 
 
 class RunnableModel(Protocol):
-    """The model as a pass may run it, with gradients, before it chooses new shapes or token gates (`choose`).
+    """The model, which a pass may run with gradients before it chooses new shapes or token gates (`choose`).
 
-    Parts are numbered as they are stored: 0 the embeddings, 1 to n the blocks, n + 1 the output head. Calibration
-    batches have no padding. Weights never take gradients; hooks that a pass sets on modules are its own to remove.
+    Numbers of parts: 0 the embeddings, 1 to n the blocks, n + 1 the output head. Calibration batches have no padding.
+    Weights never get gradients. A pass must remove the hooks that it sets on modules.
     """
 
     facts: ModelFacts
@@ -223,42 +224,42 @@ class RunnableModel(Protocol):
         ...
 
     def labels(self, batch: int) -> torch.Tensor | None:
-        """(samples,) int64 where the data has them."""
+        """Labels (samples,) int64; None if the data has none."""
         ...
 
     def module(self, path: str) -> torch.nn.Module: ...
 
     def loaded(self, part: int) -> AbstractContextManager[None]:
-        """The part's weights are in memory inside; those of blocks no longer, embeddings and output head stay."""
+        """The part's weights are in memory inside this context. Embeddings and output head stay in memory after it."""
         ...
 
     def embeddings(self, batch: int) -> torch.Tensor:
-        """The stream before block 0, (samples, tokens, width) in the model's dtype."""
+        """The residual stream before block 0, (samples, tokens, width) in the model's dtype."""
         ...
 
     def run(self, part: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The stream after a loaded block; records gradients where the caller does."""
+        """The residual stream after a loaded block. Gradients are recorded if the caller records them."""
         ...
 
     def output_head(self, batch: int, hidden: torch.Tensor, samples: slice = ...) -> torch.Tensor:
-        """The model's output for (some of) a batch's samples, whose stream after the last block is given; gradients as
-        in `run`.
+        """The model's output for some or all samples of a batch, from the residual stream after the last block.
+        Gradients are as in `run`.
         """
         ...
 
     def views(self, bases: Callable[[PartView], list[torch.Tensor]] | None = None) -> Iterator[PartView]:
-        """Embeddings, blocks and output head in order, loaded; each is good until the next is taken, none is writable.
+        """Embeddings, blocks and output head in order, loaded. Each is valid until the next is taken; none is writable.
 
-        bases  of a block's sublayers: the stream then goes on projected onto them; None leaves it as it is
+        bases  returns the bases of a block's sublayers, onto which the stream is then projected; None: no projection
         """
         ...
 
     def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Make the progress of a long choice durable; only the last one is kept."""
+        """Save the progress of a long choice. Only the last saved progress is kept."""
         ...
 
     def saved(self) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """What an interrupted run saved last."""
+        """The progress that an interrupted run saved last."""
         ...
 
     def warn(self, code: str, where: str, message: str) -> None:

@@ -48,7 +48,7 @@ def manifest_of(directory: Path, **changes) -> dict:
         "tool": {"name": "compress-model", "version": "0"},
         "architecture": "LlamaForCausalLM",
         "route": "dense",
-        "reason": "no weight changed its form",
+        "reason": "no weight changed its format",
         "source": {"name": "m", "sha256": "0" * 64},
         "weights": {"a.b": WEIGHT},
         "layers": {"packed_linear": "compressor"},

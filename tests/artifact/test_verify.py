@@ -206,7 +206,7 @@ def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path,
 
     monkeypatch.setattr(against_source, "read_parameter", misread)
     (problem,) = found(artifact, source)["problems"]
-    assert problem == f"{NORM} was read from the source as something else than stock transformers reads"
+    assert problem == f"{NORM} was read from the source with other values than stock transformers reads"
 
 
 def test_without_its_source_verification_says_what_was_not_compared(built, tmp_path):
@@ -227,7 +227,9 @@ def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(buil
         patched.setattr(hf.LlamaForCausalLM, "generate", refuse)
         sound = found(artifact, source)
         assert sound["problems"] == [] and sound["generated_tokens"] is None
-        assert sound["notes"] == ["no tokens were generated, since the source can't either: ValueError: no cache"]
+        assert sound["notes"] == [
+            "no tokens were generated, and the source can't generate either: ValueError: no cache"
+        ]
         assert found(artifact, None)["problems"] == ["generate fails: ValueError: no cache"]
     answers = iter([(7, "it makes 7"), (8, None)])  # of the artifact, of its source
     monkeypatch.setattr(generation, "generate_tokens", lambda *_: next(answers))

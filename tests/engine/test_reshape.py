@@ -228,7 +228,7 @@ def test_too_few_calibration_tokens_are_said_in_the_report(orientation, tmp_path
     few = {"source": "random", "samples": 2, "length": 16}
     report = compress(recipe(FUSED, step, data=few), str(model), tmp_path / "out", measure=False)
     (warning,) = [w for w in report["warnings"] if w["code"] == "few-tokens"]
-    found = re.fullmatch(r"32 calibration tokens span (\d+) of 32 directions; 128 are meant", warning["message"])
+    found = re.fullmatch(r"32 calibration tokens span (\d+) of 32 directions; use at least 128", warning["message"])
     assert found is not None and 16 < int(found[1]) <= 32
 
 

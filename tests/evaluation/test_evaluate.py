@@ -337,7 +337,7 @@ def test_any_module_that_holds_a_range_is_asked_what_lies_outside(tmp_path):
     }
     plain = torch.nn.Sequential(torch.nn.Identity())
     assert saturation(tmp_path, plain, watch_ranges(plain)) == {
-        "reason": "no layer holds a range for its input",
+        "reason": "no layer has a range for its input",
         "layers": [],
     }
 

@@ -289,7 +289,7 @@ def test_a_stock_model_keeps_a_number_of_heads_that_its_config_takes(saved):
 @pytest.mark.parametrize(
     ("family", "config", "sparsity", "why"),
     [
-        ("phi", {}, 0.25, r"has no gain to make up for the width"),
+        ("phi", {}, 0.25, r"has no weight that could correct for the width"),
         ("llama", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}, 0.3, r"not a multiple"),
     ],
 )

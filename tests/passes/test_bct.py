@@ -355,7 +355,7 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     plan = make_plan(recipe(only=["*", "@embedding!"]), str(model), prove=False)
     assert not plan.problems and len(plan.rows) == 14
     assert [(w.code, w.where) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
-    assert {"name": "model.embed_tokens", "reason": "shares its table with lm_head.weight"} in plan.skipped
+    assert {"name": "model.embed_tokens", "reason": "shares its weight with lm_head.weight"} in plan.skipped
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
     shared = {"reason": "shared-table", "other": "lm_head.weight"}
     assert (named.problems[0].where, named.problems[0].data) == ("model.embed_tokens", shared)
