@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from compressor.artifact import verify
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.findings import Findings
 from compressor.artifact.manifest import Source, read_manifest
@@ -184,9 +184,9 @@ class Outcome:
     forms: dict[str, StoredWeight]
 
     @property
-    def route(self) -> Route:
-        assert self.plan.route is not None  # a plan without an export format has problems and ends there
-        return self.plan.route
+    def export_format(self) -> ExportFormat:
+        assert self.plan.export_format is not None  # a plan without an export format has problems and ends there
+        return self.plan.export_format
 
 
 def _sweep(job: Job, stop: Stop) -> Outcome:
@@ -208,7 +208,7 @@ def _write(job: Job, outcome: Outcome) -> None:
         outcome.plan.structure,
         outcome.files,
         list(outcome.forms.values()),
-        outcome.route,
+        outcome.export_format,
         job.recipe.export.shard_bytes,
         outcome.plan.untied,
         job.recipe.to_yaml(),
@@ -244,7 +244,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
     seal(
         job.built,
         architecture=structure.architecture,
-        route=outcome.route,
+        export_format=outcome.export_format,
         forms=list(outcome.forms.values()),
         source=source,
         carried=carried(structure),

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.modeling_file import custom_type, find_backbone
 from compressor.artifact.stock_formats import FAMILIES, described_by, module_of, sorted_spec
 from compressor.errors import PreflightError
@@ -19,7 +19,7 @@ from compressor.model.stored_weight import StoredWeight
 
 def artifact_config(
     source: dict[str, Any],
-    route: Route,
+    export_format: ExportFormat,
     forms: Sequence[StoredWeight],
     model: PreTrainedModel,
     dtype: str,
@@ -31,11 +31,11 @@ def artifact_config(
     config["dtype"] = dtype
     if untied:
         config["tie_word_embeddings"] = False
-    if route.name in FAMILIES:
-        config["quantization_config"] = FAMILIES[route.name].config(described_by(forms), model)
-        if route.dequantize:
+    if export_format.name in FAMILIES:
+        config["quantization_config"] = FAMILIES[export_format.name].config(described_by(forms), model)
+        if export_format.dequantize:
             config["quantization_config"]["dequantize"] = True
-    elif route.name == "custom":
+    elif export_format.name == "custom":
         kind = custom_type(source["model_type"])
         config["model_type"] = kind
         config["architectures"] = [f"Compressed{type(model).__name__}"]

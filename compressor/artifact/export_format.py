@@ -23,7 +23,7 @@ from compressor.model.stored_weight import StoredWeight
 
 
 @dataclass(frozen=True)
-class Route:
+class ExportFormat:
     """An export format.
 
     name        dense | custom | a family of FAMILIES
@@ -36,15 +36,17 @@ class Route:
     dequantize: bool = False
 
 
-def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel) -> Route:
+def choose_export_format(
+    forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel
+) -> ExportFormat:
     """The export format. raises PreflightError if none holds every weight, or stock_only forbids the one that does"""
     shaped = is_reshaped(model.config)
     if not forms and not shaped:
-        return Route("dense", "no weight changed its format")
+        return ExportFormat("dense", "no weight changed its format")
     experts = _check_experts(forms)
     family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
-        return Route(family, f"every weight fits {family}; plain transformers loads it")
+        return ExportFormat(family, f"every weight fits {family}; plain transformers loads it")
     if stock_only and asked == "custom":
         raise PreflightError(
             "format: custom and stock_only: true exclude each other",
@@ -58,7 +60,7 @@ def choose_route(forms: Sequence[StoredWeight], asked: str, stock_only: bool, mo
         raise _no_stock_loader(reason, because, None if shaped else len(foreign), at)
     if experts:
         raise _no_custom_experts(reason, because, next(iter(experts.values())), at, shaped)
-    return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
+    return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
 
 
 def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
@@ -107,25 +109,27 @@ def _no_custom_experts(
     )
 
 
-def next_route(route: Route, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool) -> Route:
+def next_export_format(
+    export_format: ExportFormat, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool
+) -> ExportFormat:
     """The next export format to try, after the loader of one fails with this class.
 
     why     the error of the loader, as the end of a sentence
     raises  PreflightError when no format is left
     """
     schemes = {str(settings) for _, settings in described_by(forms)}
-    if route.name == "compressed-tensors" and not route.dequantize and len(schemes) == 1:
-        reason = f"{route.reason}, with dequantize: true, since otherwise {why}"
-        return Route(route.name, reason, dequantize=True)
+    if export_format.name == "compressed-tensors" and not export_format.dequantize and len(schemes) == 1:
+        reason = f"{export_format.reason}, with dequantize: true, since otherwise {why}"
+        return ExportFormat(export_format.name, reason, dequantize=True)
     is_expert = any(form.weight.expert is not None for form in forms)
-    if route.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
-        reason = f"plain transformers can't load {route.name} into this class: {why}"
-        return Route("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
+    if export_format.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
+        reason = f"plain transformers can't load {export_format.name} into this class: {why}"
+        return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
     raise PreflightError(
-        f"an artifact of this model in the format {route.name} can't be loaded: {why}",
+        f"an artifact of this model in the format {export_format.name} can't be loaded: {why}",
         where="export",
         hint="Set export.format: auto and stock_only: false, leave experts out with `except`, or use another pass.",
-        data={"reason": "loader-fails", "format": route.name, "cause": why},
+        data={"reason": "loader-fails", "format": export_format.name, "cause": why},
     )
 
 

@@ -203,15 +203,15 @@ FAMILIES = {
 }
 
 
-def check_loader(route: str) -> None:
+def check_loader(export_format: str) -> None:
     """raises DependencyError if loading an artifact in this export format needs a package that isn't installed"""
-    package = FAMILIES[route].package if route in FAMILIES else None
+    package = FAMILIES[export_format].package if export_format in FAMILIES else None
     if package is not None and find_spec(package) is None:
         raise DependencyError(
-            f"loading the format {route} needs the package {package}, which is not installed",
+            f"loading the format {export_format} needs the package {package}, which is not installed",
             where="export",
             hint=f"Run pip install compress-model[{package}], or set export.format: custom, which needs no package.",
-            data={"route": route, "package": package},
+            data={"route": export_format, "package": package},
         )
 
 

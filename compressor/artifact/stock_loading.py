@@ -84,23 +84,23 @@ def stock_works(
         raise refusal(f"{who} fails on it ({told})", where=directory.name) from error
 
 
-def _check_route(checkpoint: Checkpoint, route: str) -> None:
+def _check_route(checkpoint: Checkpoint, export_format: str) -> None:
     """raises ArtifactError for an export format that this release can't write, or a config.json that needs another"""
-    if route not in ("dense", "custom", *FAMILIES):
+    if export_format not in ("dense", "custom", *FAMILIES):
         raise ArtifactError(
-            f"export format {route!r} is unknown to this release",
+            f"export format {export_format!r} is unknown to this release",
             where=MANIFEST,
             hint="Run pip install -U compress-model, or build the artifact again with this release.",
-            data={"reason": "unknown-route", "route": route},
+            data={"reason": "unknown-route", "route": export_format},
         )
     asked = checkpoint.quantization_config
     method = asked.get("quant_method") if isinstance(asked, dict) else asked
-    if method != (route if route in FAMILIES else None):
+    if method != (export_format if export_format in FAMILIES else None):
         raise ArtifactError(
-            f"quantization_config has the method {method!r}, but the manifest has {route}",
+            f"quantization_config has the method {method!r}, but the manifest has {export_format}",
             where="config.json",
             hint="Copy the artifact again from where it was written, or build it again.",
-            data={"reason": "other-route", "asked": str(method), "route": route},
+            data={"reason": "other-route", "asked": str(method), "route": export_format},
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compressor.artifact.artifact_config import artifact_config
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import FORMAT_VERSION, Manifest, Source
 from compressor.artifact.modeling_file import VERSION, modelling_file
@@ -86,7 +86,7 @@ def write_artifact(
     structure: Structure,
     parts: Sequence[Path],
     forms: Sequence[StoredWeight],
-    route: Route,
+    export_format: ExportFormat,
     shard_bytes: int,
     untied: bool,
     recipe_yaml: str,
@@ -116,9 +116,9 @@ def write_artifact(
         }
         write_json(directory / "model.safetensors.index.json", index)
     dtype = str(structure.dtype).removeprefix("torch.")
-    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, dtype, untied)
+    config = artifact_config(structure.checkpoint.carried_config, export_format, forms, structure.model, dtype, untied)
     write_json(directory / "config.json", config)
-    if route.name == "custom":
+    if export_format.name == "custom":
         text = modelling_file(structure.model, (form.form for form in forms))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     for relative in structure.checkpoint.side_files.carried:
@@ -131,7 +131,7 @@ def seal(
     directory: Path,
     *,
     architecture: str,
-    route: Route,
+    export_format: ExportFormat,
     forms: Sequence[StoredWeight],
     source: Source,
     carried: Sequence[Unused] = (),
@@ -141,8 +141,8 @@ def seal(
         "format_version": FORMAT_VERSION,
         "tool": {"name": "compress-model", "version": VERSION},
         "architecture": architecture,
-        "route": route.name,
-        "reason": route.reason,
+        "route": export_format.name,
+        "reason": export_format.reason,
         "source": source,
         "weights": {form.weight.name: form.to_dict() for form in forms},
         "carried": {unused.tensor: list(unused.reported) for unused in carried},

@@ -61,8 +61,8 @@ def show_plan(plan: Plan) -> None:
         _show_weights(plan.rows)
     for reshape in plan.reshapes:
         _show_reshape(reshape.to_json())
-    if plan.route is not None:
-        out.print(f"export format {plan.route.name}: {plan.route.reason}", highlight=False)
+    if plan.export_format is not None:
+        out.print(f"export format {plan.export_format.name}: {plan.export_format.reason}", highlight=False)
     out.print(
         f"weights {human_bytes(plan.source_bytes)} -> {human_bytes(plan.weight_bytes)}; artifact "
         f"{human_bytes(plan.artifact_bytes)}; memory about {human_bytes(plan.peak_memory_bytes)}; disk "

@@ -91,12 +91,12 @@ def _load_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        twin = {"twin": error.key} if isinstance(error, _TwinKey) else {}
+        probe = {"twin": error.key} if isinstance(error, _TwinKey) else {}
         raise RecipeError(
             f"is not JSON ({str(error)[:160]})",
             where=where,
             hint="Correct the file at that place, or export it again.",
-            data={"reason": "bad-json", "cause": str(error)[:160], **twin},
+            data={"reason": "bad-json", "cause": str(error)[:160], **probe},
         ) from error
 
 
@@ -112,8 +112,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _TwinKey(twin)
+        probe = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _TwinKey(probe)
     return row
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from compressor.artifact.artifact_config import artifact_config
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
@@ -77,14 +77,14 @@ def predict_sizes(
     structure: Structure,
     functions: Functions,
     formats: Formats,
-    route: Route,
+    export_format: ExportFormat,
     untied: bool,
     source_bytes: int,
 ) -> Sizes:
     """Bytes of the artifact, and of the memory and disk that the run needs."""
     stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
-    side = _side_file_bytes(recipe, structure, list(formats.forms.values()), route, untied)
+    side = _side_file_bytes(recipe, structure, list(formats.forms.values()), export_format, untied)
     return Sizes(
         weight_bytes=weights,
         artifact_bytes=weights + side,
@@ -107,13 +107,15 @@ def _weight_file_bytes(tensors: list[Named], shard_bytes: int) -> int:
 
 
 def _side_file_bytes(
-    recipe: Recipe, structure: Structure, forms: list[StoredWeight], route: Route, untied: bool
+    recipe: Recipe, structure: Structure, forms: list[StoredWeight], export_format: ExportFormat, untied: bool
 ) -> int:
     """Bytes of config.json, recipe.yaml, the modeling file (if the export format has one) and files of the source."""
-    config = artifact_config(structure.checkpoint.carried_config, route, forms, structure.model, "bfloat16", untied)
+    config = artifact_config(
+        structure.checkpoint.carried_config, export_format, forms, structure.model, "bfloat16", untied
+    )
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
-    if route.name == "custom":
+    if export_format.name == "custom":
         side += len(modelling_file(structure.model, (form.form for form in forms)))
     checkpoint = structure.checkpoint
     return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)

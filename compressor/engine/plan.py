@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from compressor.analysis.input_producers import Producers, find_producers, producers_of
-from compressor.artifact.export_format import Route, choose_route, next_route
+from compressor.artifact.export_format import ExportFormat, choose_export_format, next_export_format
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
 from compressor.data.parts import same_source
@@ -31,7 +31,7 @@ from compressor.engine.plan_records import (
 from compressor.engine.planned_formats import follow_formats
 from compressor.engine.planned_reshapes import follow_reshapes
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
-from compressor.engine.trial import NoTwin, try_loaders
+from compressor.engine.trial import NoProbeModel, try_loaders
 from compressor.errors import CompressError, ModelError, PreflightError
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
@@ -119,10 +119,10 @@ def _with_storing_steps(
     producers = _find_producers(recipe, structure, selected, findings)
     _check_shared_tables(structure, formats.forms, findings)
     untied = _unties_head(structure, formats.forms, findings)
-    route = _export_route(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
+    export_format = _export_format(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
     sizes = Sizes()
-    if route is not None:
-        sizes = predict_sizes(recipe, structure, functions, formats, route, untied, source.checkpoint.nbytes)
+    if export_format is not None:
+        sizes = predict_sizes(recipe, structure, functions, formats, export_format, untied, source.checkpoint.nbytes)
     _warn_of_undecided_sizes(recipe, reshapes, findings)
     _warn_of_divided_data(recipe, findings)
     unused = _unused_tensors(source, structure, reshapes, findings)
@@ -138,7 +138,7 @@ def _with_storing_steps(
         rows=formats.rows,
         skipped=skipped_weights(structure, selected),
         unused=unused,
-        route=route,
+        export_format=export_format,
         untied=untied,
         producers=producers,
         sizes=sizes,
@@ -242,44 +242,46 @@ def _unties_head(structure: Structure, forms: Mapping[str, StoredWeight], findin
     return bool(shared or structure.bindings.apart)
 
 
-def _export_route(
+def _export_format(
     recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
-) -> Route | None:
+) -> ExportFormat | None:
     """The export format; None, with a problem, if no format fits."""
     try:
-        route = _tried_route(recipe, structure, forms, tries_loaders, findings)
+        export_format = _tried_export_format(recipe, structure, forms, tries_loaders, findings)
     except CompressError as problem:
         findings.problems.append(problem)
         return None
     try:
-        check_loader(route.name)
+        check_loader(export_format.name)
     except CompressError as problem:
         findings.problems.append(problem)
-    if route.name == "compressed-tensors" and (asymmetric := [f for f in forms if f.form == "byte_linear"]):
+    if export_format.name == "compressed-tensors" and (asymmetric := [f for f in forms if f.form == "byte_linear"]):
         message = (
             f"{len(asymmetric)} weights have asymmetric 8-bit codes, which transformers can read and vLLM "
             "can't; for vLLM set symmetric: true, or 4 bits"
         )
         findings.warn("vllm-asymmetric-8-bits", asymmetric[0].weight.name, message)
-    return route
+    return export_format
 
 
-def _tried_route(
+def _tried_export_format(
     recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
-) -> Route:
+) -> ExportFormat:
     """The export format that fits the weights, tried with the model's class. raises PreflightError if there is none"""
     export = recipe.export
-    route = choose_route(forms, export.format, export.stock_only, structure.model)
-    package = FAMILIES[route.name].package if route.name in FAMILIES else None
+    export_format = choose_export_format(forms, export.format, export.stock_only, structure.model)
+    package = FAMILIES[export_format.name].package if export_format.name in FAMILIES else None
     if not tries_loaders or not forms or (package is not None and find_spec(package) is None):
-        return route
+        return export_format
     try:
-        while (why := try_loaders(structure, forms, route)) is not None:
-            route = next_route(route, why, forms, export.format, export.stock_only)
-    except NoTwin as reason:
-        message = f"loading {route.name} was not tried: {reason}. The run finds out after its sweep whether it works."
+        while (why := try_loaders(structure, forms, export_format)) is not None:
+            export_format = next_export_format(export_format, why, forms, export.format, export.stock_only)
+    except NoProbeModel as reason:
+        message = (
+            f"loading {export_format.name} was not tried: {reason}. The run finds out after its sweep whether it works."
+        )
         findings.warn("format-untried", structure.architecture, message)
-    return route
+    return export_format
 
 
 def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findings: Findings) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from compressor.analysis.input_producers import Producers
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.errors import CompressError, ErrorEvent, Notice, WarningRow
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.functions import Functions
@@ -220,7 +220,7 @@ class Plan:
     rows: tuple[PlanRow, ...]
     skipped: tuple[SkippedRow, ...]
     unused: tuple[UnusedRow, ...]
-    route: Route | None
+    export_format: ExportFormat | None
     untied: bool
     producers: Producers
     sizes: Sizes
@@ -267,7 +267,7 @@ class Plan:
             "skipped": list(self.skipped),
             "problems": [problem.event() for problem in self.problems],
             "warnings": [notice.to_json() for notice in self.warnings],
-            "route": None if self.route is None else route_row(self.route),
+            "route": None if self.export_format is None else route_row(self.export_format),
             "untied_head": self.untied,
             "side_files": self.source.checkpoint.side_files.to_json(),
             "unused_tensors": list(self.unused),
@@ -287,8 +287,8 @@ class DecidedPlan(Plan):
     """
 
 
-def route_row(route: Route) -> RouteRow:
-    return {"name": route.name, "reason": route.reason}
+def route_row(export_format: ExportFormat) -> RouteRow:
+    return {"name": export_format.name, "reason": export_format.reason}
 
 
 def parameter_count(structure: Structure) -> int:

@@ -134,9 +134,9 @@ def _answer_shape(samples: Samples, structure: Structure, key: str) -> torch.Siz
     failure: Exception | None = None
     for device in (torch.device("meta"), torch.device("cpu")):  # some models look at values
         try:
-            twin = make_probe_model(type(model), config, device, torch.float32)
+            probe = make_probe_model(type(model), config, device, torch.float32)
             with torch.no_grad():
-                return output_of(twin(**{model.main_input_name: sample.to(device)})).shape
+                return output_of(probe(**{model.main_input_name: sample.to(device)})).shape
         except CompressError:  # of the probe model, such as too little memory
             raise
         except Exception as error:  # any: it comes from the model's own code

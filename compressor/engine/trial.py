@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from compressor.artifact.artifact_config import artifact_config
-from compressor.artifact.export_format import Route
+from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Loadable
 from compressor.artifact.modeling_file import modelling_file
@@ -49,11 +49,11 @@ VOCABULARY = 512
 MOST_PARAMETERS = 1 << 26  # of a probe model that is tried; 128 MiB in 16 bits
 
 
-class NoTwin(Exception):
+class NoProbeModel(Exception):
     """No probe model of the class could be made, or none is small enough. The message is about the last attempt."""
 
 
-def try_loaders(structure: Structure, forms: Sequence[StoredWeight], route: Route) -> str | None:
+def try_loaders(structure: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
     """Why an artifact of these weights in this export format can't load or computes other values; None if it works.
 
     Only the formats of `EXAMPLES` are tried. raises NoTwin if no probe model can be made
@@ -63,19 +63,19 @@ def try_loaders(structure: Structure, forms: Sequence[StoredWeight], route: Rout
     try:
         bars = io.StringIO()  # hides progress bars of libraries, which are about the probe model
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
-            twin = _save_twin(structure, forms, Path(scratch) / "twin")
-            return _try(twin, forms, route, Path(scratch) / "artifact")
+            probe = _save_probe_model(structure, forms, Path(scratch) / "twin")
+            return _try(probe, forms, export_format, Path(scratch) / "artifact")
     finally:
         logging.enable_progress_bar()
 
 
-def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory: Path) -> str | None:
-    stored = _store(twin, forms, route, directory)
+def _try(probe: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat, directory: Path) -> str | None:
+    stored = _store(probe, forms, export_format, directory)
     if not stored:
         return None
     manifest: Loadable = {
-        "architecture": twin.architecture,
-        "route": route.name,
+        "architecture": probe.architecture,
+        "route": export_format.name,
         "weights": {form.weight.name: form.to_dict() for form in stored},
         "files": {},
     }
@@ -97,17 +97,17 @@ def _try(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory
             found, expected = output_of(stock(**batch)).float(), output_of(own(**batch)).float()
     except Exception as error:
         return f"the loaded model can't run ({type(error).__name__}: {str(error)[:200]})"
-    if route.name in FAMILIES and FAMILIES[route.name].forward is not None:
+    if export_format.name in FAMILIES and FAMILIES[export_format.name].forward is not None:
         return None  # layers that round in their forward
     numbers = torch.finfo(stock.dtype)
-    allowed = max((len(twin.pieces) + 1) * numbers.eps * float(expected.abs().max()), numbers.tiny)
+    allowed = max((len(probe.pieces) + 1) * numbers.eps * float(expected.abs().max()), numbers.tiny)
     difference = float((found - expected).abs().max())
     if not difference <= allowed:  # NaN fails too
         return f"the loader's model computes something else (outputs differ by {difference:.3g})"
     return None
 
 
-def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: Path) -> Structure:
+def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], directory: Path) -> Structure:
     """Save a small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
     obstacle = ""
@@ -122,18 +122,18 @@ def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: P
             if size > MOST_PARAMETERS:
                 obstacle = f"its smallest probe model has {size:,} parameters, and the limit is {MOST_PARAMETERS:,}"
                 continue
-            twin = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
-            twin.config.architectures = [structure.architecture]
+            probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
+            probe.config.architectures = [structure.architecture]
             for key in (
                 "auto_map",
                 "transformers_weights",
             ):  # name files of the model's directory, which the probe model's lacks
-                vars(twin.config).pop(key, None)
-            twin.save_pretrained(directory)
+                vars(probe.config).pop(key, None)
+            probe.save_pretrained(directory)
             return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
         except Exception as error:  # the class or config rejects these sizes; the next are nearer to its own
             obstacle = f"no probe model can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-    raise NoTwin(obstacle)
+    raise NoProbeModel(obstacle)
 
 
 def _narrowings(
@@ -170,37 +170,39 @@ def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> Pretrain
     return narrow
 
 
-def _store(twin: Structure, forms: Sequence[StoredWeight], route: Route, directory: Path) -> list[StoredWeight]:
+def _store(
+    probe: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat, directory: Path
+) -> list[StoredWeight]:
     """Write the probe model as an artifact in the planned formats. Returns the stored weights in it."""
     planned = {(form.weight.parameter, form.weight.expert, form.weight.rows is not None): form for form in forms}
     directory.mkdir()
     tensors = {
         name: value
-        for file in sorted(twin.checkpoint.directory.glob("*.safetensors"))
+        for file in sorted(probe.checkpoint.directory.glob("*.safetensors"))
         for name, value in load_file(file).items()
     }
     stored = []
-    for _, weight in twin.weights():
+    for _, weight in probe.weights():
         form = planned.get((weight.parameter, weight.expert, weight.rows is not None))
         if form is None or weight.tensor not in tensors:
             continue
         matrix = tensors.pop(weight.tensor)
-        made = _example(form, (matrix.t() if weight.transposed else matrix).float(), twin.dtype)
+        made = _example(form, (matrix.t() if weight.transposed else matrix).float(), probe.dtype)
         stored.append(StoredWeight(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
         tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
     if not stored:
         return []
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    dtype = str(twin.dtype).removeprefix("torch.")
-    config = artifact_config(twin.checkpoint.config, route, stored, twin.model, dtype, untied=False)
+    dtype = str(probe.dtype).removeprefix("torch.")
+    config = artifact_config(probe.checkpoint.config, export_format, stored, probe.model, dtype, untied=False)
     write_json(directory / "config.json", config)
-    if route.name == "custom":
-        text = modelling_file(twin.model, (form.form for form in stored))
+    if export_format.name == "custom":
+        text = modelling_file(probe.model, (form.form for form in stored))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     seal(
         directory,
-        architecture=twin.architecture,
-        route=route,
+        architecture=probe.architecture,
+        export_format=export_format,
         forms=stored,
         source={"name": "twin", "sha256": "0" * 64},
     )

@@ -76,7 +76,7 @@ def build_report(
     """
     recipe = plan.recipe
     records = [record for line in facts for record in line.records]
-    assert plan.route is not None  # a plan without an export format has problems, so there is no run
+    assert plan.export_format is not None  # a plan without an export format has problems, so there is no run
     notices = [*plan.warnings, *(notice for line in facts for notice in line.warnings)]
     report: Report = {
         "report_version": REPORT_VERSION,
@@ -84,7 +84,7 @@ def build_report(
         "status": _status(verification, gates),
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
         "model": _model_facts(source, fingerprint["model"], sizes["parameters"], plan.structure),
-        "route": route_row(plan.route),
+        "route": route_row(plan.export_format),
         "seeds": _seeds(recipe),
         "data": {
             "calibration": None if calibration is None else data_facts(calibration),

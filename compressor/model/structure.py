@@ -186,7 +186,7 @@ class Structure:
     def _role(self, product: Product, name: str, prefix: str) -> str:
         if product.fused_experts:
             return "experts"
-        if product.routes:
+        if product.export_formats:
             return "router"
         if re.fullmatch(r"shortcut_\d+", product.parameter):  # in a rotated_block
             return "shortcut"

@@ -39,7 +39,7 @@ class Product:
     parameter: str
     transposed: bool
     fused_experts: bool
-    routes: bool = False
+    export_formats: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
     ]
     try:
-        with watch_reads(probe) as stem_read:
+        with watch_reads(probe) as embeddings_read:
             hidden, calls = pieces.embeddings(batch)
         before = set(used)
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
@@ -154,7 +154,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
         watched = {n: p for n, p in probe.named_parameters() if not n.startswith(path + ".")}
         with ObservedMatmuls(watched, found.append), watch_reads(probe) as seen:
             pieces.output_head(batch, hidden)
-        read[None] = frozenset(_of_any_block(name, path) for name in stem_read | seen)
+        read[None] = frozenset(_of_any_block(name, path) for name in embeddings_read | seen)
     finally:
         for handle in handles:
             handle.remove()
@@ -198,11 +198,11 @@ def _grouped(traced: ChoiceTrace, block: nn.Module) -> tuple[tuple[Product, ...]
         seen.add(call.parameter)
         fused = parameter.dim() == 3
         outputs = parameter.shape[-1] if call.transposed else parameter.shape[-2]
-        routes = call.parameter in traced.chosen_by and outputs in counts
-        routes = routes or (outputs == 1 and bool(traced.expert_counts))
+        export_formats = call.parameter in traced.chosen_by and outputs in counts
+        export_formats = export_formats or (outputs == 1 and bool(traced.expert_counts))
         x = call.input
         key = next(numbers) if fused else (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x._version)
-        product = Product(call.parameter, call.transposed, fused, routes and not fused)
+        product = Product(call.parameter, call.transposed, fused, export_formats and not fused)
         groups.setdefault(key, []).append(product)
     return tuple(tuple(group) for group in groups.values())
 

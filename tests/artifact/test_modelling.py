@@ -21,7 +21,7 @@ from stored_as_planned import store_as_planned
 import compressor
 from compressor import layers
 from compressor.artifact.artifact_config import artifact_config
-from compressor.artifact.export_format import choose_route
+from compressor.artifact.export_format import choose_export_format
 from compressor.artifact.loader import empty_model
 from compressor.artifact.modeling_file import modelling_file
 from compressor.artifact.stock_formats import FAMILIES, Family
@@ -243,29 +243,31 @@ def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
     told = {"reason": "no-stock-loader", "weights": 1, "weight": "m.0.eights"}
     because = {"reason": "unknown-loader", "loader": "another-loader"}
     with raises(PreflightError, where="export", **told, because=because):
-        choose_route([eights], "auto", stock_only=True, model=LLAMA)
+        choose_export_format([eights], "auto", stock_only=True, model=LLAMA)
     family = Family(
         lambda described, model: [], lambda described, model: dict(described[0][1], quant_method="another-loader")
     )
     monkeypatch.setitem(FAMILIES, "another-loader", family)
-    route = choose_route([eights], "auto", stock_only=True, model=LLAMA)
-    assert route.name == "another-loader"
-    config = artifact_config({"model_type": "llama"}, route, [eights], tiny.build("llama"), "float16", untied=False)
+    export_format = choose_export_format([eights], "auto", stock_only=True, model=LLAMA)
+    assert export_format.name == "another-loader"
+    config = artifact_config(
+        {"model_type": "llama"}, export_format, [eights], tiny.build("llama"), "float16", untied=False
+    )
     assert config["quantization_config"] == {"width": 8, "quant_method": "another-loader"}
 
 
 def test_forms_of_two_stock_loaders_take_the_modelling_file(eights, monkeypatch):
     monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described, model: [], lambda described, model: {}))
     packed = form("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
-    route = choose_route([packed, eights], "auto", stock_only=False, model=LLAMA)
-    assert route.name == "custom"
-    assert route.reason.startswith("m.0.eights is stored for another-loader and others for compressed-tensors")
+    export_format = choose_export_format([packed, eights], "auto", stock_only=False, model=LLAMA)
+    assert export_format.name == "custom"
+    assert export_format.reason.startswith("m.0.eights is stored for another-loader and others for compressed-tensors")
 
 
 def test_an_expert_in_a_form_that_must_stand_in_the_model_is_refused(eights, monkeypatch):
     monkeypatch.setattr(Eights, "weight_only", False)
     with raises(PreflightError, where="m.0.fc", reason="expert-form", form="eights"):
-        choose_route([form("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
+        choose_export_format([form("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
 
 
 def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other():
@@ -288,7 +290,7 @@ def custom_artifact(model, source, output):
     steps = [{"pass": "rtn", "bits": 8, "group_size": 32}]
     tree = {"version": 1, "steps": steps, "export": {"format": "custom"}}
     plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode()), str(source), prove=False)
-    assert plan.route.name == "custom" and not plan.problems
+    assert plan.export_format.name == "custom" and not plan.problems
     layers = store_as_planned(plan, output)
     (path,) = {
         value.partition(".")[0] for value in json.loads((output / "config.json").read_text())["auto_map"].values()

@@ -40,7 +40,7 @@ def plan_of(tmp_path, family, *steps, **export):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_width_group_and_symmetry_loads_stock(bits, symmetric, group_size, tmp_path):
     plan = plan_of(tmp_path, "llama", {"bits": bits, "group_size": group_size, "symmetric": symmetric})
-    assert plan.route.name == "compressed-tensors"
+    assert plan.export_format.name == "compressed-tensors"
     assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
 
 
@@ -49,7 +49,7 @@ def test_every_width_group_and_symmetry_loads_stock(bits, symmetric, group_size,
 def test_packed_zero_points_load_stock_in_every_family_without_experts(family, tmp_path):
     only = ["*", "@head"] if family == "llama" else ["*"]
     plan = plan_of(tmp_path, family, {"bits": 3, "symmetric": False, "only": only})
-    assert plan.route.name == "compressed-tensors"
+    assert plan.export_format.name == "compressed-tensors"
     assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
 
 
@@ -61,7 +61,7 @@ def test_unpacked_zero_points_load_stock_beside_other_schemes(tmp_path):
         {"bits": 4, "only": ["*"], "except": ["down_proj", "o_proj"]},
     ]
     plan = plan_of(tmp_path, "llama", *steps)
-    assert plan.route.name == "compressed-tensors"
+    assert plan.export_format.name == "compressed-tensors"
     assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision" and "dequantize" not in config
@@ -81,7 +81,7 @@ def test_blocks_of_one_row_with_shifts_load_stock_as_groups(bits, width, tmp_pat
     step = {"pass": "bct", "bits": bits, "block_shape": [1, width], "stock": True}
     model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     plan = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": [step]}).encode()), str(model), prove=False)
-    assert plan.route.name == "compressed-tensors" and not plan.problems
+    assert plan.export_format.name == "compressed-tensors" and not plan.problems
     assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out", blocks)
 
 
@@ -150,9 +150,10 @@ def test_a_conv1d_in_bytes_takes_the_modelling_file(tmp_path):
 def test_packed_zero_points_beside_another_scheme_take_the_modelling_file(tmp_path):
     steps = [{"symmetric": False, "only": ["down_proj"]}, {"bits": 3, "except": ["down_proj"]}]
     plan = plan_of(tmp_path, "llama", *steps)
-    assert plan.route.name == "custom"
+    assert plan.export_format.name == "custom"
     assert (
-        "down_proj has packed zero points, which stock loaders read only if all weights share one" in plan.route.reason
+        "down_proj has packed zero points, which stock loaders read only if all weights share one"
+        in plan.export_format.reason
     )
     (problem,) = plan_of(tmp_path, "llama", *steps, stock_only=True).problems
     because = {"reason": "packed-zeros", "schemes": 2}
@@ -189,7 +190,9 @@ def test_packed_zero_points_ask_for_the_loader_that_rebuilds_weights_and_symmetr
         plan = plan_of(tmp_path, "llama", {"symmetric": symmetric})
         structure = plan.structure
         forms = list(plan.forms.values())
-        config = artifact_config(structure.checkpoint.config, plan.route, forms, structure.model, "bfloat16", False)
+        config = artifact_config(
+            structure.checkpoint.config, plan.export_format, forms, structure.model, "bfloat16", False
+        )
         assert config["quantization_config"].get("dequantize") is expected
 
 

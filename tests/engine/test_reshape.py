@@ -187,7 +187,7 @@ def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orient
     model = tiny.save("opt", tmp_path / "model")
     step = {"pass": "slicegpt", "orientation": orientation}
     plan = make_plan(recipe(FUSED, step), str(model), prove=False)
-    assert not plan.problems and plan.route.name == "custom"
+    assert not plan.problems and plan.export_format.name == "custom"
     redefinition = plan.reshapes[1].redefinition
     assert redefinition.widths == (32, *[24] * 4, 32)
     assert "OPTForCausalLM can't be narrower by its config alone" in redefinition.notes[-1]

@@ -12,7 +12,7 @@ import yaml
 from raising import raises
 from stored_as_planned import assert_plain_transformers_computes_what_the_codes_stand_for
 
-from compressor.artifact.export_format import Route, next_route
+from compressor.artifact.export_format import ExportFormat, next_export_format
 from compressor.engine import plan as planning
 from compressor.engine import trial
 from compressor.engine.plan import make_plan
@@ -53,26 +53,26 @@ def test_a_class_that_initializes_packed_weights_gets_dense_ones_while_loading(k
     torch.manual_seed(0)
     INITIALIZED[kind]().to(torch.bfloat16).save_pretrained(tmp_path / "m")
     plan = make_plan(recipe(), str(tmp_path / "m"))
-    assert not plan.problems and plan.route.name == "compressed-tensors" and plan.route.dequantize
-    assert "since otherwise the loader stops (AttributeError" in plan.route.reason
+    assert not plan.problems and plan.export_format.name == "compressed-tensors" and plan.export_format.dequantize
+    assert "since otherwise the loader stops (AttributeError" in plan.export_format.reason
     assert_plain_transformers_computes_what_the_codes_stand_for(plan, tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral", "bert", "vit", "phi3", "gemma3"])
 def test_a_class_without_such_rules_keeps_its_format(family, tmp_path):
     plan = make_plan(recipe(), str(tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)))
-    assert not plan.problems and not plan.route.dequantize
-    assert plan.route.name == ("custom" if family == "gpt2" else "compressed-tensors")
+    assert not plan.problems and not plan.export_format.dequantize
+    assert plan.export_format.name == ("custom" if family == "gpt2" else "compressed-tensors")
 
 
 @pytest.mark.parametrize("route", ["auto", "custom"])
-def test_a_twin_needs_no_code_that_the_config_of_the_model_names(route, tmp_path):
+def test_a_twin_needs_no_code_that_the_config_of_the_model_names(export_format, tmp_path):
     """Checkpoints of classes that transformers has by now (Phi-3, Qwen) still name the files they began with."""
     path = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     values = json.loads((path / "config.json").read_text())
     values["auto_map"] = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
     (path / "config.json").write_text(json.dumps(values))
-    plan = make_plan(recipe(format=route), str(path))
+    plan = make_plan(recipe(format=export_format), str(path))
     assert not plan.problems and not [found for found in plan.warnings if found.code == "format-untried"]
 
 
@@ -83,8 +83,8 @@ def test_two_schemes_take_the_modeling_file_since_the_loader_would_use_one_for_a
         {"pass": "rtn", "bits": 4, "group_size": 32, "except": ["@attention"]},
     ]
     plan = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": steps}).encode()), str(tmp_path / "m"))
-    assert not plan.problems and plan.route.name == "custom"
-    assert "plain transformers can't load compressed-tensors into this class" in plan.route.reason
+    assert not plan.problems and plan.export_format.name == "custom"
+    assert "plain transformers can't load compressed-tensors into this class" in plan.export_format.reason
 
 
 def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
     told = {"reason": "loader-fails", "format": "custom", "cause": "the loader stops (KeyError: 'x')"}
     assert isinstance(problem, PreflightError) and (problem.where, problem.data) == ("export", told)
     with raises(PreflightError, where="export", reason="loader-fails", format="custom", cause="why"):
-        next_route(Route("custom", ""), "why", [], "custom", False)
+        next_export_format(ExportFormat("custom", ""), "why", [], "custom", False)
 
 
 def test_a_format_that_was_not_tried_is_a_warning(tmp_path, monkeypatch):
@@ -123,9 +123,9 @@ def test_a_loader_whose_model_computes_something_else_is_found(break_it, told, t
         break_it(model)
         return model, info
 
-    assert trial.try_loaders(plan.structure, list(plan.forms.values()), plan.route) is None
+    assert trial.try_loaders(plan.structure, list(plan.forms.values()), plan.export_format) is None
     monkeypatch.setattr(trial, "load_stock", broken)
-    assert told in trial.try_loaders(plan.structure, list(plan.forms.values()), plan.route)
+    assert told in trial.try_loaders(plan.structure, list(plan.forms.values()), plan.export_format)
 
 
 def test_the_twin_of_a_large_model_is_small(tmp_path):

@@ -20,7 +20,7 @@ from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.residual_stream import read_residual
 from compressor.artifact import writer
 from compressor.artifact.artifact_config import auto_classes
-from compressor.artifact.export_format import choose_route
+from compressor.artifact.export_format import choose_export_format
 from compressor.artifact.inspection import inspect_path
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.modeling_file import modelling_file
@@ -102,11 +102,11 @@ def recipe(*steps, **sections):
 def as_artifact(written, directory):
     """The checkpoint as an artifact without a quantized weight."""
     structure = read_structure(written.directory)
-    route = choose_route([], "auto", False, structure.model)
+    export_format = choose_export_format([], "auto", False, structure.model)
     units = [written.directory / "model.safetensors"]
-    writer.write_artifact(directory, structure, units, [], route, 10**9, False, "version: 1\n")
+    writer.write_artifact(directory, structure, units, [], export_format, 10**9, False, "version: 1\n")
     source = {"name": "tiny", "sha256": ""}
-    writer.seal(directory, architecture=structure.architecture, route=route, forms=[], source=source)
+    writer.seal(directory, architecture=structure.architecture, export_format=export_format, forms=[], source=source)
     return directory
 
 
@@ -272,11 +272,11 @@ def test_a_config_that_is_not_as_written_is_an_error(key, value, told, tmp_path)
 
 def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(sliced):
     structure = read_structure(sliced("llama").directory)
-    route = choose_route([], "auto", False, structure.model)
-    assert route.name == "custom" and "is a rms_norm, which LlamaForCausalLM of stock" in route.reason
+    export_format = choose_export_format([], "auto", False, structure.model)
+    assert export_format.name == "custom" and "is a rms_norm, which LlamaForCausalLM of stock" in export_format.reason
     for asked, stock_only in (("auto", True), ("compressed-tensors", False)):
         with raises(PreflightError, where="export", reason="no-stock-loader", weights=None):
-            choose_route([], asked, stock_only, structure.model)
+            choose_export_format([], asked, stock_only, structure.model)
     text = modelling_file(structure.model, ["packed_linear"])
     assert "def reshape(" in text and '"rms_norm": RmsNorm' in text and "class PackedLinear" in text
     stock = modelling_file(tiny.build("llama"), ["packed_linear"])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import compressor
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.perturbation import InDouble
-from compressor.artifact.export_format import choose_route
+from compressor.artifact.export_format import choose_export_format
 from compressor.errors import ModelError, PreflightError
 from compressor.methods.pruning.pruned_shapes import check_decision, pruned_redefinition
 from compressor.model.norms import Norm, apply_norm
@@ -85,7 +85,7 @@ def test_pruned_is_masked_with_other_sizes_in_each_block_and_a_sub_block_gone(fa
     assert left > 1e-2  # and the masks do something
     assert made.planned_parameters(result) == made.stored_numel(result.directory)
     assert result.redefinition.widths == (32, 32 if family == "bert" else 28)
-    assert choose_route([], "auto", False, result.after.model).name == "custom"
+    assert choose_export_format([], "auto", False, result.after.model).name == "custom"
     prove_by_replay(result.after)
 
 

@@ -380,7 +380,7 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
     else:
         shared = any(warning.code == "shared-table" for warning in plan.warnings)
         assert shared == (family in ("qwen3", "opt", "gpt2"))
-        assert not plan.problems and plan.route is not None and plan.route.name == "custom" and names
+        assert not plan.problems and plan.export_format is not None and plan.export_format.name == "custom" and names
 
 
 @pytest.mark.parametrize("name", ["bct-4-8", "bct-full"])

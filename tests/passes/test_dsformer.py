@@ -60,7 +60,7 @@ def test_data_is_read_only_for_the_metric_of_outputs():
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gpt_neox", "bert", "vit"])
 def test_families_are_planned_with_the_modelling_file(family, step, tmp_path):
     plan = plan_of(family, tmp_path, step)
-    assert not plan.problems and plan.route.name == "custom"
+    assert not plan.problems and plan.export_format.name == "custom"
     assert all(row.bytes_after < row.bytes_before for row in plan.rows if row.format_after != "dense")
 
 
@@ -98,7 +98,7 @@ def test_what_would_grow_is_planned_dense_and_free_for_another_step(tmp_path):
     assert forms["q_proj", "low_rank"] == "low_rank_linear" and forms["k_proj", "low_rank"] == "dense"
     assert forms["k_proj", "rtn"] == "packed_linear"
     grown = plan_of("llama", tmp_path, {"pass": "dsformer", "atoms": 32, "k": 32})
-    assert {row.format_after for row in grown.rows} == {"dense"} and grown.route.name == "dense"
+    assert {row.format_after for row in grown.rows} == {"dense"} and grown.export_format.name == "dense"
 
 
 def test_plan_counts_a_weight_that_may_stay_dense_as_dense(tmp_path):

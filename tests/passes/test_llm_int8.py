@@ -98,22 +98,24 @@ def test_outliers_are_counted_and_the_largest_are_kept():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "opt", "gpt2", "phi3", "gemma3", "gpt_neox", "bert"])
 def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modelling_file(family, tmp_path):
     plan = plan_of(family, tmp_path)
-    assert plan.route.name == "bitsandbytes" and not plan.problems
+    assert plan.export_format.name == "bitsandbytes" and not plan.problems
     forms = list(plan.forms.values())
-    config = artifact_config(plan.structure.checkpoint.config, plan.route, forms, plan.structure.model, "", False)
+    config = artifact_config(
+        plan.structure.checkpoint.config, plan.export_format, forms, plan.structure.model, "", False
+    )
     settings = config["quantization_config"]
     assert settings["llm_int8_threshold"] == 6.0 and isinstance(settings["llm_int8_threshold"], float)
     stored = {export.module_of(form) for form in forms}
     linears = {name for name, module in plan.structure.model.named_modules() if isinstance(module, nn.Linear)}
     assert linears - stored <= set(settings["llm_int8_skip_modules"])
     kept = make_plan(recipe({"outliers": "calibrated"}), str(tmp_path / "m"), prove=False)
-    assert kept.route.name == "custom" and "calibrated outlier columns" in kept.route.reason
+    assert kept.export_format.name == "custom" and "calibrated outlier columns" in kept.export_format.reason
 
 
 def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modelling_file(tmp_path):
     mixed = [{"only": ["*_proj"], "except": ["o_proj"]}, {"only": ["o_proj"], "threshold": 0}]
     plan = plan_of("llama", tmp_path, *mixed)
-    assert plan.route.name == "custom" and "thresholds [0.0, 6.0]" in plan.route.reason
+    assert plan.export_format.name == "custom" and "thresholds [0.0, 6.0]" in plan.export_format.reason
     refused = make_plan(recipe(*mixed, export={"format": "bitsandbytes"}), str(tmp_path / "m"), prove=False)
     because = {"reason": "thresholds", "thresholds": [0.0, 6.0]}
     with raises(PreflightError, where="export", reason="no-stock-loader", because=because):
@@ -124,7 +126,7 @@ def test_experts_are_refused_by_name_and_attention_beside_them_is_for_bitsandbyt
     (problem,) = plan_of("mixtral", tmp_path).problems
     assert "block_sparse_moe.experts" in problem.where and problem.data["reason"] == "expert-form"
     plan = make_plan(recipe({"only": ["@attention"]}), str(tmp_path / "m"), prove=False)
-    assert plan.route.name == "bitsandbytes" and not plan.problems
+    assert plan.export_format.name == "bitsandbytes" and not plan.problems
 
 
 @pytest.mark.slow
@@ -173,7 +175,7 @@ def test_without_bitsandbytes_plan_says_what_to_install_and_custom_goes_without(
         compress(recipe(), str(tmp_path / "m"), tmp_path / "out", measure=False)
     assert not (tmp_path / "out.work").exists()
     custom = make_plan(recipe(export={"format": "custom"}), str(tmp_path / "m"), prove=False)
-    assert custom.route.name == "custom" and not custom.problems
+    assert custom.export_format.name == "custom" and not custom.problems
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +331,7 @@ def test_a_tied_head_is_left_alone_unless_named(tmp_path):
     plan = plan_of("qwen3", tmp_path)
     assert not plan.untied and all(form.weight.role != "head" for form in plan.forms.values())
     named = make_plan(recipe({"only": ["*", "@head"]}), str(tmp_path / "m"), prove=False)
-    assert named.untied and named.route.name == "bitsandbytes"
+    assert named.untied and named.export_format.name == "bitsandbytes"
     config = export.bitsandbytes_config(export.described_by(list(named.forms.values())), named.structure.model)
     assert config["llm_int8_skip_modules"] == []
 

@@ -247,7 +247,7 @@ def test_what_cannot_be_gated_is_refused_with_the_reason(tmp_path):
 def test_keeping_every_token_changes_nothing(tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     plan = make_plan(recipe({"pass": "prefill_pruning", "keep": {0: 1.0}}), str(model), prove=False)
-    assert not plan.problems and plan.reshapes[0].redefinition.config == {} and plan.route.name == "dense"
+    assert not plan.problems and plan.reshapes[0].redefinition.config == {} and plan.export_format.name == "dense"
 
 
 @pytest.mark.slow

@@ -27,12 +27,12 @@ def read(family):
     config = EPS.get(family, {"rms_norm_eps": 0.1})
     model = tiny.build(family, num_hidden_layers=3, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
-    twin = float64_probe_model(model, pieces)
-    return twin, pieces.blocks_path, find_residual(twin, pieces.blocks_path)[0]
+    probe = float64_probe_model(model, pieces)
+    return probe, pieces.blocks_path, find_residual(probe, pieces.blocks_path)[0]
 
 
 @pytest.fixture
-def twin():
+def probe():
     """A float64 model with random gains, shifts and biases, its residual, inputs and logits; then it is folded."""
 
     def build(family, change=None):
@@ -63,8 +63,8 @@ def error(found, wanted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("basis", ["principal", "random", "hadamard"])
-def test_slicing_nothing_leaves_the_logits(family, basis, twin):
-    pieces, residual, batch, logits = twin(family)
+def test_slicing_nothing_leaves_the_logits(family, basis, probe):
+    pieces, residual, batch, logits = probe(family)
     generator = torch.Generator().manual_seed(1)
     make = {
         "principal": reference.principal,
@@ -78,16 +78,16 @@ def test_slicing_nothing_leaves_the_logits(family, basis, twin):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("width", [24, 8])
-def test_the_signal_carried_is_that_of_the_sliced_model(family, width, twin):
-    pieces, residual, batch, _ = twin(family)
+def test_the_signal_carried_is_that_of_the_sliced_model(family, width, probe):
+    pieces, residual, batch, _ = probe(family)
     sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, width))
     assert error(reference.run(sliced, batch)[0], sliced.carried) < 1e-9
     assert pieces.model.get_parameter(residual.embeddings[0].parameter).shape[residual.embeddings[0].axis] == width
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sliced_model_is_the_whole_one_with_its_stream_projected_at_each_site(family, twin):
-    pieces, residual, batch, _ = twin(family)
+def test_a_sliced_model_is_the_whole_one_with_its_stream_projected_at_each_site(family, probe):
+    pieces, residual, batch, _ = probe(family)
     whole = Pieces(copy.deepcopy(pieces.model), pieces.blocks_path)
     widths = uneven_widths(residual)
     bases = []
@@ -103,14 +103,14 @@ def test_a_sliced_model_is_the_whole_one_with_its_stream_projected_at_each_site(
 
 
 @pytest.mark.parametrize("family", ["opt", "phi"])
-def test_one_dimension_less_loses_nothing_in_a_layer_norm_model(family, twin):
-    pieces, residual, batch, logits = twin(family)
+def test_one_dimension_less_loses_nothing_in_a_layer_norm_model(family, probe):
+    pieces, residual, batch, logits = probe(family)
     sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, 31))
     assert error(reference.run(sliced, batch)[1], logits) < 1e-9
 
 
-def test_one_dimension_less_loses_something_in_an_rms_norm_model(twin):
-    pieces, residual, batch, logits = twin("llama")
+def test_one_dimension_less_loses_something_in_an_rms_norm_model(probe):
+    pieces, residual, batch, logits = probe("llama")
     sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, 31))
     assert error(reference.run(sliced, batch)[1], logits) > 1e-4
 
@@ -123,24 +123,24 @@ def shaped(scales, model, residual):
         parameter.copy_(rotate(parameter, (q * scales) @ q.t(), write.axis))
 
 
-def test_a_stream_of_twenty_dimensions_needs_twenty(twin):
+def test_a_stream_of_twenty_dimensions_needs_twenty(probe):
     scales = (torch.arange(32) < 20).double()
     errors = []
     for width in (20, 19):
-        pieces, residual, batch, logits = twin("llama", partial(shaped, scales))
+        pieces, residual, batch, logits = probe("llama", partial(shaped, scales))
         sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, width))
         errors.append(error(reference.run(sliced, batch)[1], logits))
     assert errors[0] < 1e-9 < 1e-3 < errors[1]
 
 
-def test_the_error_falls_with_the_width_and_principal_directions_beat_random_ones(twin):
+def test_the_error_falls_with_the_width_and_principal_directions_beat_random_ones(probe):
     """On a stream whose directions differ in strength, as those of trained models do."""
     scales = torch.logspace(0, -2, 32, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     lost = {"principal": [], "random": []}
     for width in (28, 24, 16, 8):
         for name, basis in (("principal", reference.principal), ("random", lambda _: random_orthogonal(32, generator))):
-            pieces, residual, batch, logits = twin("llama", partial(shaped, scales))
+            pieces, residual, batch, logits = probe("llama", partial(shaped, scales))
             sliced = reference.slice_model(pieces, residual, batch, widths_of(residual, width), basis)
             difference = reference.run(sliced, batch)[1] - logits
             lost[name].append(float(difference.square().mean() / logits.square().mean()))
@@ -151,8 +151,8 @@ def test_the_error_falls_with_the_width_and_principal_directions_beat_random_one
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sliced_model_has_as_many_parameters_as_predicted(family, twin):
-    pieces, residual, batch, _ = twin(family)
+def test_the_sliced_model_has_as_many_parameters_as_predicted(family, probe):
+    pieces, residual, batch, _ = probe(family)
     before = read(family)[0]  # with its norms, and without the biases that folding makes
     shapes = {name: tuple(p.shape) for name, p in before.named_parameters()}
     widths = uneven_widths(residual)

@@ -47,7 +47,7 @@ def store_as_planned(plan, artifact, make=nearest):
         tensors |= {f"{form.weight.name}.{suffix}": value for suffix, value in layer.tensors().items()}
     save_file(tensors, artifact / "model.safetensors", {"format": "pt"})
     source = structure.checkpoint.config
-    config = artifact_config(source, plan.route, forms, structure.model, "bfloat16", plan.untied)
+    config = artifact_config(source, plan.export_format, forms, structure.model, "bfloat16", plan.untied)
     (artifact / "config.json").write_text(json.dumps(config))
     return layers
 
