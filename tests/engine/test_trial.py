@@ -65,7 +65,7 @@ def test_a_class_without_such_rules_keeps_its_format(family, tmp_path):
     assert plan.export_format.name == ("custom" if family == "gpt2" else "compressed-tensors")
 
 
-@pytest.mark.parametrize("route", ["auto", "custom"])
+@pytest.mark.parametrize("export_format", ["auto", "custom"])
 def test_a_twin_needs_no_code_that_the_config_of_the_model_names(export_format, tmp_path):
     """Checkpoints of classes that transformers has by now (Phi-3, Qwen) still name the files they began with."""
     path = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
