@@ -120,7 +120,7 @@ def _save_twin(structure: Structure, forms: Sequence[StoredWeight], directory: P
                 p.numel() for p in make_probe_model(cls, config, torch.device("meta"), structure.dtype).parameters()
             )
             if size > MOST_PARAMETERS:
-                obstacle = f"its smallest probe model has {size:,} parameters, and the limit is {MOST_PARAMETERS:,}"
+                obstacle = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
                 continue
             twin = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
             twin.config.architectures = [structure.architecture]
