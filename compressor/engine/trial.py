@@ -120,7 +120,7 @@ def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], direc
                 p.numel() for p in make_probe_model(cls, config, torch.device("meta"), structure.dtype).parameters()
             )
             if size > MOST_PARAMETERS:
-                obstacle = f"its smallest probe model has {size:,} parameters, and the limit is {MOST_PARAMETERS:,}"
+                obstacle = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
                 continue
             probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
             probe.config.architectures = [structure.architecture]

@@ -212,7 +212,7 @@ def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path,
 def test_without_its_source_verification_says_what_was_not_compared(built, tmp_path):
     artifact = built(tiny.save("llama", tmp_path / "m"), tmp_path / "out", RTN)
     sound = found(artifact, None)
-    assert sound["problems"] == [] and sound["source"] is None and "at hand" in sound["not_compared"]
+    assert sound["problems"] == [] and sound["source"] is None and "not available" in sound["not_compared"]
 
 
 def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(built, tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ def test_a_family_that_ties_width_to_heads_is_sliced_per_site_and_says_so(orient
     redefinition = plan.reshapes[1].redefinition
     assert redefinition.widths == (32, *[24] * 4, 32)
     assert "OPTForCausalLM can't be narrower by its config alone" in redefinition.notes[-1]
-    assert redefinition.notes[-1].endswith("sliced per site")
+    assert redefinition.notes[-1].endswith("so orientation is per_site")
 
 
 def test_settings_of_no_sense_are_refused(tmp_path):
