@@ -68,10 +68,15 @@ def _widths(config: PretrainedConfig, pieces: Pieces, index: int) -> list[int]:
 
 
 def make_probe_model(
-    cls: type[PreTrainedModel], config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    empty: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The model of `config`, with parameters on the meta device, or seeded random ones on another device.
 
+    empty   that model on the meta device, if it is known
     raises  PreflightError if they don't fit into memory
     """
     config = run_in_pieces(config)
@@ -79,7 +84,7 @@ def make_probe_model(
         with device, quick_on_meta():
             probe = cls._from_config(config, dtype=dtype)
     else:
-        _check_room(cls, config, dtype)
+        _check_room(cls, config, dtype, empty)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(PROBE_SEED)
             probe = cls._from_config(config, dtype=dtype)
@@ -87,13 +92,16 @@ def make_probe_model(
     return probe.eval().requires_grad_(False)
 
 
-def _check_room(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
+def _check_room(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, empty: PreTrainedModel | None
+) -> None:
     """raises PreflightError for parameters that don't fit into memory, before the system kills the process"""
-    try:
-        with torch.device("meta"), quick_on_meta():
-            empty = cls._from_config(config, dtype=dtype)
-    except Exception:  # a class that reads values while it is made; an error shows when it is made
-        return
+    if empty is None:
+        try:
+            with torch.device("meta"), quick_on_meta():
+                empty = cls._from_config(config, dtype=dtype)
+        except Exception:  # a class that reads values while it is made; an error shows when it is made
+            return
     needed, there = sum(p.nbytes for p in empty.parameters()), psutil.virtual_memory().available
     if needed > there:
         raise PreflightError(

@@ -9,7 +9,7 @@ only for its dtype, because a quantized layer has no `weight`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,6 @@ def watch_reads(model: nn.Module) -> Iterator[set[str]]:
     names = {module: f"{name}.weight" for name, module in model.named_modules() if "weight" in module._parameters}
     running: dict[nn.Module, int] = dict.fromkeys(names, 0)
     read: set[str] = set()
-    plain = nn.Module.__getattr__
 
     def enter(module: nn.Module, _args: Any) -> None:
         running[module] += 1
@@ -71,20 +70,31 @@ def watch_reads(model: nn.Module) -> Iterator[set[str]]:
     def leave(module: nn.Module, _args: Any, _output: Any) -> None:
         running[module] -= 1
 
-    def watched(module: nn.Module, name: str) -> Any:
-        if name == "weight" and running.get(module) == 0:
-            read.add(names[module])
-        return plain(module, name)
+    def watching(plain: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
+        def watched(module: nn.Module, name: str) -> Any:
+            if name == "weight" and running.get(module) == 0:
+                read.add(names[module])
+            return plain(module, name)
+
+        return watched
 
     handles: list[Any] = []
     for module in names:
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
-    nn.Module.__getattr__ = watched  # type: ignore[method-assign, assignment]
+    # Only their classes are changed: a change of nn.Module empties what Python has cached of thousands of subclasses.
+    watches = {cls: watching(cls.__getattr__) for cls in {type(module) for module in names}}
+    own = {cls: vars(cls)["__getattr__"] for cls in watches if "__getattr__" in vars(cls)}
+    for cls, watched in watches.items():
+        cls.__getattr__ = watched  # type: ignore[method-assign, assignment]
     try:
         yield read
     finally:
-        nn.Module.__getattr__ = plain  # type: ignore[method-assign]
+        for cls in watches:
+            if cls in own:
+                cls.__getattr__ = own[cls]  # type: ignore[method-assign]
+            else:
+                del cls.__getattr__
         for handle in handles:
             handle.remove()
 

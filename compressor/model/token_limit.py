@@ -8,7 +8,7 @@ a missing row is an error. A shallow probe model runs on the meta device, where 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,22 +24,36 @@ Limit = Callable[
     [int], int | None
 ]  # number of tokens -> None if a model accepts them in one sample, else the largest number that it accepts
 
+_probes_of: WeakKeyDictionary[PreTrainedModel, list[Runs]] = WeakKeyDictionary()
+
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
     """None if a model of this class accepts samples of `length` tokens, or reads no tokens; else its limit."""
+    return _limit(cls, config, length, lambda: _probes(cls, config))
+
+
+def limit_of(model: PreTrainedModel) -> Limit:
+    """`token_limit` of a model's class and config. The probe models are made once for each model."""
+
+    def probes() -> list[Runs]:
+        if model not in _probes_of:
+            _probes_of[model] = _probes(type(model), model.config)
+        return _probes_of[model]
+
+    return lambda length: _limit(type(model), model.config, length, probes)
+
+
+def _limit(
+    cls: type[PreTrainedModel], config: PretrainedConfig, length: int, probes: Callable[[], list[Runs]]
+) -> int | None:
     if cls.main_input_name != "input_ids":
         return None
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
-    for runs in _probes(cls, config):
+    for runs in probes():
         if runs(min(PROBE_TOKENS, most)) and not runs(most):  # if it can't run on few tokens, there is no answer
             most = _largest(runs, min(PROBE_TOKENS, most), most)
     return None if most == length else most
-
-
-def limit_of(model: PreTrainedModel) -> Limit:
-    """`token_limit` of a model's class and config."""
-    return partial(token_limit, type(model), model.config)
 
 
 def _largest(runs: Runs, good: int, bad: int) -> int:

@@ -70,11 +70,13 @@ def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype
 
     raises  whatever the model's code raises when its parts run one by one
     """
+    empty: PreTrainedModel | None = None
     try:
-        return _trace_probe(make_probe_model(cls, config, torch.device("meta"), dtype), path)
+        empty = make_probe_model(cls, config, torch.device("meta"), dtype)
+        return _trace_probe(empty, path)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         pass  # an operation depends on values, or the model can't run on the CPU either
-    return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype), path)
+    return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype, empty), path)
 
 
 def run_whole(

@@ -17,15 +17,19 @@ import tiny
 
 from compressor.engine.interrupt import SIGNALS, Stop, signals
 from compressor.passes.rtn import RTN
+from compressor.process import child
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import recipe_for, weight_hashes
 
 ROOT = Path(__file__).parents[2]
 BOUND_SECONDS = 10.0
-# One call of native code that no signal interrupts (minutes), and one that runs Python code all the time.
+# One call of native code that no signal interrupts (a mutex that is locked already), and Python code without an end.
 HANG = {
-    "native": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1_000_000_000)",
+    "native": (
+        "import ctypes; lock = ctypes.create_string_buffer(64)\n"
+        "        for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(lock)"
+    ),
     "python": "import time\n        while True: time.sleep(0.01)",
     "swallowed": (
         "import time\n        while True:\n            try: time.sleep(0.01)\n            except BaseException: pass"
@@ -62,38 +66,59 @@ def start(program, *arguments, **options):
     )
 
 
+class Forking:
+    """As `start` makes, forked from the server of the session: nothing is imported that it has imported."""
+
+    def __init__(self, program, *arguments):
+        request, self.request_end = os.pipe()
+        setting = "import os\nos.environ.update(NO_COLOR='1', COLUMNS='300')\n"
+        arguments = [child.PACKAGE, *map(str, arguments)]
+        self.process, *self.pipes = child.start(setting + child.LOADER + program, arguments, request)
+        self.pid = self.process.pid
+
+    def communicate(self, timeout):
+        psutil.Process(self.pid).wait(timeout)
+        os.close(self.request_end)
+        said = [part.decode() for part in child.read_both(*self.pipes)]
+        self.returncode = self.process.wait()
+        return said
+
+    def send_signal(self, sign):
+        os.kill(self.pid, sign)
+
+
 @pytest.mark.parametrize("sign", SIGNALS)
 @pytest.mark.parametrize(
     ("hang", "last"), [("native", "last words"), ("swallowed", "last words"), ("python", "stopped")]
 )
 def test_a_signal_is_answered_at_once_and_ends_the_process(hang, last, sign):
-    child = start(ANSWERED.format(hang=HANG[hang]))
-    assert child.stdout.readline() == "ready\n"
+    process = start(ANSWERED.format(hang=HANG[hang]))
+    assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    child.send_signal(sign)
+    process.send_signal(sign)
     began = time.monotonic()
-    assert child.stdout.readline() in ("stopping\n", "stopped\n") and time.monotonic() - began < 1.9  # of the grace
-    assert child.wait(60) == 130
-    assert last in child.stdout.read() or hang == "python"
+    assert process.stdout.readline() in ("stopping\n", "stopped\n") and time.monotonic() - began < 1.9  # of the grace
+    assert process.wait(60) == 130
+    assert last in process.stdout.read() or hang == "python"
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    child = start(ANSWERED.format(hang=HANG["native"]).replace("grace=2.0", "grace=600.0"))
-    assert child.stdout.readline() == "ready\n"
+    process = start(ANSWERED.format(hang=HANG["native"]).replace("grace=2.0", "grace=600.0"))
+    assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    child.send_signal(signal.SIGINT)
-    assert child.stdout.readline() == "stopping\n"
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 130
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
 
 
 def test_last_words_that_nobody_reads_do_not_hold_up_the_end():
     program = ANSWERED.format(hang=HANG["native"]).replace("say('last words')", "__import__('time').sleep(600)")
-    child = start(program)
-    assert child.stdout.readline() == "ready\n"
+    process = start(program)
+    assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 130
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
 
 
 def test_a_stop_is_accepted_until_it_is_too_late_and_an_accepted_one_is_kept():
@@ -167,6 +192,7 @@ STAGES = {
     "verify": ("compressor.artifact.verify", "", ""),
     "evaluate": ("compressor.evaluation.evaluate", "", ""),
 }
+STARTED_ANEW = ("sweep", "verify")  # as a user starts it: while it works alone, and while it waits for another process
 RECIPE = """
 version: 1
 name: test
@@ -192,18 +218,19 @@ def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_by
     (tmp_path / "r.yaml").write_text(RECIPE)
     note, out = tmp_path / "reached", tmp_path / "out"
     command = ["run", tmp_path / "r.yaml", "--model", "demo", "--output", out, "--json"]
-    child = start(PROGRAM.format(hang=HANG.get(hangs, "pass")), module, name, note, *command)
+    begin = start if stage in STARTED_ANEW else Forking
+    process = begin(PROGRAM.format(hang=HANG.get(hangs, "pass")), module, name, note, *command)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not note.exists():
         time.sleep(0.05)
     time.sleep(0.3)
-    below = psutil.Process(child.pid).children(recursive=True)
-    child.send_signal(signal.SIGTERM)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    told, errors = child.communicate(timeout=120)
+    told, errors = process.communicate(timeout=120)
     took = time.monotonic() - began
     events = [json.loads(line) for line in told.splitlines()]
-    assert child.returncode == 130 and took < BOUND_SECONDS, (took, errors)
+    assert process.returncode == 130 and took < BOUND_SECONDS, (took, errors)
     assert [event["event"] for event in events if event["event"] in ("stopping", "error")] == ["stopping", "error"]
     assert "stopping: " in errors and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error[interrupted]: run: stopped")
@@ -212,7 +239,7 @@ def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_by
     left = sorted(path.name for path in tmp_path.iterdir() if path.name not in ("r.yaml", "reached"))
     begun = (tmp_path / "out.work" / "run.json").exists()
     assert left == (["out.work"] if begun else []) and begun == (stage not in ("plan", "data"))
-    compress(parse_recipe(RECIPE.encode(), "r.yaml"), "demo", out, resume=begun)
+    compress(parse_recipe(RECIPE.encode(), "r.yaml"), "demo", out, resume=begun, measure=begun)
     assert weight_hashes(out) == whole
 
 

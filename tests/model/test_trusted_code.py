@@ -6,10 +6,9 @@ import json
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 from raising import raises
@@ -382,13 +381,7 @@ def test_nothing_is_asked_on_a_terminal(command, with_own_tokenizer, tmp_path, m
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n")
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "compressor", *map(str, arguments)],
-            stdin=theirs,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = fresh.command(*arguments, terminal=theirs)
     finally:
         os.close(ours)
         os.close(theirs)

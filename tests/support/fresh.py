@@ -21,9 +21,10 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def command(*arguments, cwd=".", **environment):
+def command(*arguments, cwd=".", terminal=None, **environment):
     """What `compress-model` does with these arguments, in this directory and with these variables besides."""
-    return run(COMMAND, child.PACKAGE, *arguments, cwd=cwd, **{"NO_COLOR": "1", "COLUMNS": "200", **environment})
+    told = {"NO_COLOR": "1", "COLUMNS": "200", **environment}
+    return run(COMMAND, child.PACKAGE, *arguments, cwd=cwd, terminal=terminal, **told)
 
 
 def stranger(program, *arguments, without=("compressor",), input="", **environment):
@@ -33,13 +34,16 @@ def stranger(program, *arguments, without=("compressor",), input="", **environme
     return done.stdout
 
 
-def run(program, *arguments, input="", cwd=".", **environment):
+def run(program, *arguments, input="", cwd=".", terminal=None, **environment):
     """A `subprocess.CompletedProcess` of this program, with text.
 
+    terminal     file descriptor for its standard input, instead of a pipe with `input`
     environment  variables besides, set as the program begins; none that something reads when it is imported
     """
     program = f"import os\nos.environ.update({environment!r})\n{program}"
     request, sends = os.pipe()
+    if terminal is not None:
+        os.dup2(terminal, request, inheritable=False)
     with contextlib.chdir(cwd):
         process, answers, words = child.start(program, [str(value) for value in arguments], request)
     with os.fdopen(sends, "w") as file, contextlib.suppress(BrokenPipeError):

@@ -34,6 +34,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_shared_experts"), 1),
     **dict.fromkeys(("moe_layer_start_index", "shared_expert_num", "num_nextn_predict_layers"), 1),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **{"linear_head_dim": 8, "linear_num_heads": 4},
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab"), 96),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 128),
     **{"image_size": 32, "patch_size": 16, "num_channels": 3, "num_labels": 3, "sliding_window": 16, "state_size": 8},
