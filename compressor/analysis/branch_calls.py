@@ -89,15 +89,15 @@ def check_widths(
     residual: Residual,
     specs: Mapping[Kind, Spec],
     widths: Sequence[Sequence[int]],
-    stem: int | None = None,
+    embeddings: int | None = None,
 ) -> None:
     """Check by running that every kind of block, the embeddings and the output head work at other widths.
 
     Some experts can only write as many values as they read, and GPT-2 must end with the width that it begins with.
 
-    widths  of each block: before each of its sublayers, and after the last
-    stem    width of the embeddings, if a sublayer without branches is between them and the first of these
-    raises  ModelError naming the block and its widths, or the model's class
+    widths      of each block: before each of its sublayers, and after the last
+    embeddings  width of the embeddings, if a sublayer without branches is between them and the first of these
+    raises      ModelError naming the block and its widths, or the model's class
     """
     probe = float64_probe_model(structure.model, structure.pieces)
     path = structure.pieces.blocks_path
@@ -124,7 +124,7 @@ def check_widths(
                     hint="Set schedule: uniform, or orientation: global, or leave slicegpt out.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
-        _check_ends(probe, path, residual, stem or widths[0][0], widths[-1][-1])
+        _check_ends(probe, path, residual, embeddings or widths[0][0], widths[-1][-1])
 
 
 def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:

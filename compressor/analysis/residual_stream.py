@@ -106,10 +106,10 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
                 hidden,
             )
             kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
-        stem = _find_stem(lambda: pieces.embeddings(batch)[0], modules, outside, hidden.shape[-1])
+        embeddings = _find_embeddings(lambda: pieces.embeddings(batch)[0], modules, outside, hidden.shape[-1])
         end = _find_end(_Runner(partial(pieces.output_head, batch), modules, outside, hidden), probe)
     residual = Residual(
-        hidden.shape[-1], end.formula.kind, stem, _every_block(kinds, probe.config, pieces.blocks, path), end
+        hidden.shape[-1], end.formula.kind, embeddings, _every_block(kinds, probe.config, pieces.blocks, path), end
     )
     for norm in residual.norms():
         if norm.formula.kind != residual.kind:
@@ -194,7 +194,7 @@ def _norms(modules: Mapping[str, nn.Module], width: int) -> dict[str, Norm]:
     return {name: norm for name, norm in described.items() if norm is not None and norm.width == width}
 
 
-def _find_stem(
+def _find_embeddings(
     run: Callable[[], Tensor], modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], width: int
 ) -> tuple[ResidualWrite, ...]:
     norms = _norms(modules, width)

@@ -145,7 +145,7 @@ class _Parts:
     owners: dict[str, str] = field(default_factory=dict)
 
 
-def modelling_file(model: PreTrainedModel, forms: Iterable[str]) -> str:
+def modeling_source(model: PreTrainedModel, forms: Iterable[str]) -> str:
     """Source of the modeling file for this model class and the names of these quantization formats.
 
     A reshaped model (`compressor.model.reshaped_class`) adds its structural formats.

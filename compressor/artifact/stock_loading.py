@@ -15,7 +15,7 @@ from typing import Any
 from compressor.artifact.artifact_config import auto_classes, custom_auto_map
 from compressor.artifact.loader import empty_model
 from compressor.artifact.manifest import Loadable
-from compressor.artifact.modeling_file import custom_type, modelling_file
+from compressor.artifact.modeling_file import custom_type, modeling_source
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.errors import ArtifactError, CompressError, DependencyError
 from compressor.model.attention import plain_options
@@ -133,7 +133,7 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
 
 def _generated_class(directory: Path, manifest: Loadable, empty: Any) -> Any:
     name = _modeling_name(empty)
-    expected = modelling_file(empty, (entry["form"] for entry in manifest["weights"].values()))
+    expected = modeling_source(empty, (entry["form"] for entry in manifest["weights"].values()))
     module = run_generated(read_generated(directory, name, expected), directory / name)
     cls = getattr(module, f"Compressed{type(empty).__name__}")
     cls.register_for_auto_class(auto_classes(empty)[0])  # marks the class like one loaded through auto_map

@@ -14,7 +14,7 @@ import torch
 
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
-from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
 from compressor.engine.plan_records import Findings, Formats, Sizes
@@ -116,7 +116,7 @@ def _side_file_bytes(
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
     if export_format.name == "custom":
-        side += len(modelling_file(structure.model, (form.form for form in forms)))
+        side += len(modeling_source(structure.model, (form.form for form in forms)))
     checkpoint = structure.checkpoint
     return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)
 

@@ -29,7 +29,7 @@ from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Loadable
-from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.writer import seal, write_json
@@ -63,7 +63,7 @@ def try_loaders(structure: Structure, forms: Sequence[StoredWeight], export_form
     try:
         bars = io.StringIO()  # hides progress bars of libraries, which are about the probe model
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
-            probe = _save_probe_model(structure, forms, Path(scratch) / "twin")
+            probe = _save_probe_model(structure, forms, Path(scratch) / "probe")
             return _try(probe, forms, export_format, Path(scratch) / "artifact")
     finally:
         logging.enable_progress_bar()
@@ -197,14 +197,14 @@ def _store(
     config = artifact_config(probe.checkpoint.config, export_format, stored, probe.model, dtype, untied=False)
     write_json(directory / "config.json", config)
     if export_format.name == "custom":
-        text = modelling_file(probe.model, (form.form for form in stored))
+        text = modeling_source(probe.model, (form.form for form in stored))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     seal(
         directory,
         architecture=probe.architecture,
         export_format=export_format,
         forms=stored,
-        source={"name": "twin", "sha256": "0" * 64},
+        source={"name": "probe", "sha256": "0" * 64},
     )
     return stored
 

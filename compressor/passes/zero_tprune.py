@@ -427,12 +427,12 @@ class _Search:
         self, model: RunnableModel, facts: TokenFacts, settings: ZeroTPrune, rates: Mapping[int, float]
     ) -> None:
         self.model, self.facts, self.settings = model, facts, settings
-        stems = [model.embeddings(batch) for batch in range(model.batches)]
-        self.lengths = [(x.shape[0], x.shape[1]) for x in stems]
+        streams = [model.embeddings(batch) for batch in range(model.batches)]
+        self.lengths = [(x.shape[0], x.shape[1]) for x in streams]
         self.samples = sum(count for count, _ in self.lengths)
         self.expected: list[torch.Tensor] = []
         self.states: dict[int, list[torch.Tensor]] = {min(rates): []}
-        for batch, hidden in enumerate(stems):
+        for batch, hidden in enumerate(streams):
             for block in range(min(rates)):
                 with model.loaded(block + 1):
                     hidden = model.run(block + 1, batch, hidden)

@@ -150,12 +150,12 @@ def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, whe
         branches_of(probe, path, residual)
 
 
-def widths_checked(family, tmp_path, *widths, stem=None):
+def widths_checked(family, tmp_path, *widths, embeddings=None):
     structure = read_structure(tiny.save(family, tmp_path / family))
     residual = read_residual(structure)
     specs = find_branches(structure, residual)
     for each in widths:
-        check_widths(structure, residual, specs, each, stem)
+        check_widths(structure, residual, specs, each, embeddings)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "opt"])
@@ -174,4 +174,4 @@ def test_a_model_that_ends_with_the_width_it_began_with_is_refused_another(tmp_p
 
 
 def test_embeddings_that_are_projected_may_be_as_wide_as_the_head(tmp_path):
-    widths_checked("gpt2", tmp_path, [(24, 20, 16), (16, 20, 32)], stem=32)
+    widths_checked("gpt2", tmp_path, [(24, 20, 16), (16, 20, 32)], embeddings=32)

@@ -138,7 +138,7 @@ def test_packed_zero_points_go_the_whole_way(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_conv1d_in_bytes_takes_the_modelling_file(tmp_path):
+def test_a_conv1d_in_bytes_takes_the_modeling_file(tmp_path):
     model = tiny.save("gpt2", tmp_path / "m", dtype=torch.bfloat16)
     step = {"bits": 8, "symmetric": False}
     report = compress(recipe(step), str(model), tmp_path / "out", measure=False)
@@ -147,7 +147,7 @@ def test_a_conv1d_in_bytes_takes_the_modelling_file(tmp_path):
     assert type(compressor.load(tmp_path / "out", kernels="reference").transformer.h[0].attn.c_attn) is ByteLinear
 
 
-def test_packed_zero_points_beside_another_scheme_take_the_modelling_file(tmp_path):
+def test_packed_zero_points_beside_another_scheme_take_the_modeling_file(tmp_path):
     steps = [{"symmetric": False, "only": ["down_proj"]}, {"bits": 3, "except": ["down_proj"]}]
     plan = plan_of(tmp_path, "llama", *steps)
     assert plan.export_format.name == "custom"
@@ -162,7 +162,7 @@ def test_packed_zero_points_beside_another_scheme_take_the_modelling_file(tmp_pa
 
 
 @pytest.mark.slow
-def test_attention_beside_dense_experts_takes_the_modelling_file_which_joins_them(tmp_path):
+def test_attention_beside_dense_experts_takes_the_modeling_file_which_joins_them(tmp_path):
     """Seen with transformers 5.24: the stock loader of a quantized model leaves dense experts uninitialized."""
     model = tiny.save("mixtral", tmp_path / "m", dtype=torch.bfloat16)
     report = compress(recipe({"only": ["@attention"]}), str(model), tmp_path / "out", measure=False)

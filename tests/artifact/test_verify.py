@@ -278,4 +278,6 @@ def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
     shapes = iter((slice(None), slice(None), slice(1, None)))
     plain = verifying.output_of
     monkeypatch.setattr(verifying, "output_of", lambda output: plain(output)[next(shapes)])
-    assert found(artifact, None)["problems"] == ["own loader: outputs have shape (1, 32, 96), but (2, 32, 96) is expected"]
+    message = "own loader: outputs have shape (1, 32, 96), but (2, 32, 96) is expected"
+    assert found(artifact, None)["problems"] == [message]
+    ]

@@ -23,7 +23,7 @@ from compressor.artifact.artifact_config import auto_classes
 from compressor.artifact.export_format import choose_export_format
 from compressor.artifact.inspection import inspect_path
 from compressor.artifact.manifest import read_manifest
-from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.verify import verify
 from compressor.engine.plan import make_plan
@@ -270,20 +270,20 @@ def test_a_config_that_is_not_as_written_is_an_error(key, value, told, tmp_path)
         read_structure(path)
 
 
-def test_a_reshaped_model_takes_the_modelling_file_and_stock_only_refuses_it(sliced):
+def test_a_reshaped_model_takes_the_modeling_file_and_stock_only_refuses_it(sliced):
     structure = read_structure(sliced("llama").directory)
     export_format = choose_export_format([], "auto", False, structure.model)
     assert export_format.name == "custom" and "is a rms_norm, which LlamaForCausalLM of stock" in export_format.reason
     for asked, stock_only in (("auto", True), ("compressed-tensors", False)):
         with raises(PreflightError, where="export", reason="no-stock-loader", weights=None):
             choose_export_format([], asked, stock_only, structure.model)
-    text = modelling_file(structure.model, ["packed_linear"])
+    text = modeling_source(structure.model, ["packed_linear"])
     assert "def reshape(" in text and '"rms_norm": RmsNorm' in text and "class PackedLinear" in text
-    stock = modelling_file(tiny.build("llama"), ["packed_linear"])
+    stock = modeling_source(tiny.build("llama"), ["packed_linear"])
     assert "def reshape(" not in stock and "RmsNorm" not in stock
 
 
-def test_a_changed_modelling_file_is_not_run(sliced, tmp_path):
+def test_a_changed_modeling_file_is_not_run(sliced, tmp_path):
     directory = as_artifact(sliced("llama"), tmp_path / "out")
     assert isinstance(load_stock(directory, read_manifest(directory))[0].model.layers[0], torch.nn.Module)
     assert verify(directory, None, sealed=True, deep=True).problems == []

@@ -326,7 +326,7 @@ class Told(made.Fixed):
 
 
 @pytest.mark.slow
-def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modelling_file(opened, pruned, tmp_path):
+def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modeling_file(opened, pruned, tmp_path):
     """GPT-2: an embedding shared with the output head, transposed matrices, biases, and no first attention."""
     model = tiny.save("gpt2", tmp_path / "model")
     structure, facts = opened("gpt2")

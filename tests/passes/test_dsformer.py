@@ -58,7 +58,7 @@ def test_data_is_read_only_for_the_metric_of_outputs():
 
 @pytest.mark.parametrize("step", [{"pass": "dsformer", "ratio": 0.6}, {"pass": "low_rank", "rank": 4}])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gpt_neox", "bert", "vit"])
-def test_families_are_planned_with_the_modelling_file(family, step, tmp_path):
+def test_families_are_planned_with_the_modeling_file(family, step, tmp_path):
     plan = plan_of(family, tmp_path, step)
     assert not plan.problems and plan.export_format.name == "custom"
     assert all(row.bytes_after < row.bytes_before for row in plan.rows if row.format_after != "dense")

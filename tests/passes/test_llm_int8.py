@@ -96,7 +96,7 @@ def test_outliers_are_counted_and_the_largest_are_kept():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "opt", "gpt2", "phi3", "gemma3", "gpt_neox", "bert"])
-def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modelling_file(family, tmp_path):
+def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modeling_file(family, tmp_path):
     plan = plan_of(family, tmp_path)
     assert plan.export_format.name == "bitsandbytes" and not plan.problems
     forms = list(plan.forms.values())
@@ -112,7 +112,7 @@ def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modelling_fi
     assert kept.export_format.name == "custom" and "calibrated outlier columns" in kept.export_format.reason
 
 
-def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modelling_file(tmp_path):
+def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modeling_file(tmp_path):
     mixed = [{"only": ["*_proj"], "except": ["o_proj"]}, {"only": ["o_proj"], "threshold": 0}]
     plan = plan_of("llama", tmp_path, *mixed)
     assert plan.export_format.name == "custom" and "thresholds [0.0, 6.0]" in plan.export_format.reason

@@ -165,7 +165,7 @@ def test_the_pass_keeps_the_contract(tmp_path):
     assert report["sizes"]["before_bytes"] <= report["sizes"]["after_bytes"] * 1.01  # nothing is smaller
 
 
-def test_the_modelling_file_loads_gates_without_this_package_and_weights_are_the_models(vit, tmp_path):
+def test_the_modeling_file_loads_gates_without_this_package_and_weights_are_the_models(vit, tmp_path):
     report = compress(recipe(GATES), str(vit / "model"), tmp_path / "out", measure=False)
     assert report["reshapes"][0]["tokens"]["blocks"][3]["left"] == 7
     text = next((tmp_path / "out").glob("modeling_*.py")).read_text()

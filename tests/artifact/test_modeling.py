@@ -23,7 +23,7 @@ from compressor import layers
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import choose_export_format
 from compressor.artifact.loader import empty_model
-from compressor.artifact.modeling_file import modelling_file
+from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.stock_formats import FAMILIES, Family
 from compressor.engine.plan import make_plan
 from compressor.errors import ArtifactError, PreflightError
@@ -183,7 +183,7 @@ class Eights:
 
 @pytest.fixture
 def eights(monkeypatch):
-    point = EntryPoint("eights", "test_modelling:Eights", "compressor.layers")
+    point = EntryPoint("eights", "test_modeling:Eights", "compressor.layers")
     monkeypatch.setattr(layers, "_plugins", lambda path: (point,))
     return form("eights", {}, "m.0.eights")
 
@@ -211,8 +211,8 @@ def test_a_form_of_another_package_is_stored_verified_and_loaded_without_either_
 
 def test_the_file_holds_the_forms_it_needs_and_no_other(other_package):
     model = tiny.build("llama")
-    both, one = modelling_file(model, ["signs", "packed_linear", "signs"]), modelling_file(model, ["packed_linear"])
-    assert both == modelling_file(model, ["packed_linear", "signs"])
+    both, one = modeling_source(model, ["signs", "packed_linear", "signs"]), modeling_source(model, ["packed_linear"])
+    assert both == modeling_source(model, ["packed_linear", "signs"])
     assert '"packed_linear": PackedLinear, "signs": SignLinear' in both
     assert "SignLinear" not in one and "HALF = 0.5\nROUND" in both and "something_heavy" not in both
     assert "other_package" not in both.replace('("other_package.halves",)', "")
@@ -236,7 +236,7 @@ def test_a_layer_whose_source_cannot_stand_alone_is_refused_by_line(line, reason
     path.write_text(path.read_text() + line + "\n")
     number = len(path.read_text().splitlines())
     with raises(ArtifactError, where=f"other_package.signs, line {number}", reason=reason, name=name):
-        modelling_file(tiny.build("llama"), ["packed_linear", "signs"])
+        modeling_source(tiny.build("llama"), ["packed_linear", "signs"])
 
 
 def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
@@ -256,7 +256,7 @@ def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
     assert config["quantization_config"] == {"width": 8, "quant_method": "another-loader"}
 
 
-def test_forms_of_two_stock_loaders_take_the_modelling_file(eights, monkeypatch):
+def test_forms_of_two_stock_loaders_take_the_modeling_file(eights, monkeypatch):
     monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described, model: [], lambda described, model: {}))
     packed = form("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
     export_format = choose_export_format([packed, eights], "auto", stock_only=False, model=LLAMA)
@@ -271,8 +271,8 @@ def test_an_expert_in_a_form_that_must_stand_in_the_model_is_refused(eights, mon
 
 
 def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other():
-    assert "register_checkpoint_conversion_mapping" not in modelling_file(LLAMA, ["packed_linear"])
-    text = modelling_file(tiny.build("mixtral"), ["packed_linear"])
+    assert "register_checkpoint_conversion_mapping" not in modeling_source(LLAMA, ["packed_linear"])
+    text = modeling_source(tiny.build("mixtral"), ["packed_linear"])
     assert 'get_checkpoint_conversion_mapping("mixtral"), overwrite=True' in text
 
 
@@ -296,7 +296,7 @@ def custom_artifact(model, source, output):
         value.partition(".")[0] for value in json.loads((output / "config.json").read_text())["auto_map"].values()
     }
     (output / f"{path}.py").write_text(
-        modelling_file(plan.structure.model, [form.form for form in plan.forms.values()])
+        modeling_source(plan.structure.model, [form.form for form in plan.forms.values()])
     )
     for module, layer in layers.items():
         model.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)
@@ -311,7 +311,7 @@ DECODERS = {"Llama": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}, "Qwen2": {}, "
     ("family", "head"),
     [(family, head) for family in DECODERS for head in HEADS if hasattr(transformers, family + head)],
 )
-def test_a_head_whose_backbone_automodel_makes_loads_by_the_modelling_file(family, head, tmp_path):
+def test_a_head_whose_backbone_automodel_makes_loads_by_the_modeling_file(family, head, tmp_path):
     sizes = {**tiny.COMMON, "num_key_value_heads": 2, "num_labels": 3, **DECODERS[family]}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**sizes)
