@@ -59,7 +59,7 @@ SMALLEST = 1e-4  # mean magnitudes are not below it: a feature that is always ze
 class AWQ(WeightPass):
     """Scale weights by the size of their inputs, then round them to nearest or leave that to a later step."""
 
-    title: ClassVar[str] = "Weights scaled by the size of their inputs before rounding, at no cost at inference"
+    title: ClassVar[str] = "Scales weights by the size of their inputs before rounding; inference costs the same"
     paper: ClassVar[str] = "Lin et al. 2023, arXiv 2306.00978"
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight, of the rounding that the scales are chosen for.")

@@ -280,4 +280,3 @@ def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
     monkeypatch.setattr(verifying, "output_of", lambda output: plain(output)[next(shapes)])
     message = "own loader: outputs have shape (1, 32, 96), but (2, 32, 96) is expected"
     assert found(artifact, None)["problems"] == [message]
-    ]
