@@ -1,4 +1,4 @@
-"""What `compressor.testing` lets fresh processes do: end at a given step of a run, or load without any pass."""
+"""What `compressor.testing` lets fresh processes do: end a run at a given step, resume it, or load."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main(request: dict[str, Any]) -> None:
-    """`load` an artifact where no pass can be imported, or run a `recipe` until step number `step`."""
+def main(request: dict[str, Any]) -> Any:
+    """`load` an artifact where no pass can be imported, run a `recipe` until step number `step`, or `resume` one."""
     if "load" in request:
-        _load_without_passes(request["load"])
-    else:
-        _end_at(request["step"], request["recipe"], request["model"], Path(request["output"]))
+        return _load_without_passes(request["load"])
+    if "resume" in request:
+        return _resume(request["resume"], request["model"], Path(request["output"]))
+    return _end_at(request["step"], request["of"], request["recipe"], request["model"], Path(request["output"]))
 
 
 def _load_without_passes(directory: str) -> None:
@@ -32,10 +33,18 @@ def _load_without_passes(directory: str) -> None:
     compressor.load(directory)
 
 
-def _end_at(step: int, recipe: str, model: str, output: Path) -> None:
-    """Compress, and be killed instead of the `step`-th fsync or rename."""
+def _resume(recipe: str, model: str, output: Path) -> Any:
     from compressor import run
     from compressor.recipe.recipe import parse_recipe
+
+    return run.compress(parse_recipe(recipe.encode(), "contract"), model, output, measure=False, resume=True)
+
+
+def _end_at(step: int, of: str, recipe: str, model: str, output: Path) -> None:
+    """Compress, and be killed instead of the `step`-th fsync or rename, or after the `step`-th commit."""
+    from compressor import run
+    from compressor.recipe.recipe import parse_recipe
+    from compressor.storage.journal import Journal
 
     left = [step]
 
@@ -48,6 +57,9 @@ def _end_at(step: int, recipe: str, model: str, output: Path) -> None:
 
         return wrapped
 
-    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    if of == "commits":
+        Journal.commit = deadly(Journal.commit)  # type: ignore[method-assign]
+    else:
+        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
     run.started_early = nullcontext  # type: ignore[assignment]  # seldom lives until its processes would be needed
     run.compress(parse_recipe(recipe.encode(), "contract"), model, output, measure=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -24,13 +24,12 @@ from compressor.engine.plan import make_plan
 from compressor.engine.plan_records import Plan
 from compressor.engine.run_samples import read_samples
 from compressor.engine.sweep import Sweeper, run_sweeps
-from compressor.errors import Interrupted, PassError
+from compressor.errors import PassError
 from compressor.evaluation.sections import Report
 from compressor.layers import DENSE
 from compressor.process import child
 from compressor.protocol import Pass, WeightPass
 from compressor.recipe.recipe import Recipe, parse_recipe
-from compressor.run import compress
 from compressor.storage.file_names import MANIFEST
 from compressor.storage.files import file_sha256
 from compressor.storage.journal import Journal
@@ -69,9 +68,9 @@ def check_pass(
     assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
     first = sweep(whole, model, scratch / "first")
     assert whole.steps[-1].settings == settings, "settings were changed while it ran"
-    again = sweep(whole, model, scratch / "again", stops=True)
+    again = sweep(whole, model, scratch / "again")
     assert [file_sha256(file) for file in first.files] == [file_sha256(file) for file in again.files], (
-        "a second run, stopped after each part and resumed, writes other bytes"
+        "a second run writes other bytes"
     )
     _check_forms(settings, plan, first)
     if isinstance(settings, WeightPass):
@@ -89,39 +88,28 @@ class Swept:
     files    one file per part: embeddings, blocks, output head
     stored   weight -> the format in its record in the report; "dense" for a weight that was kept
     written  parameters that stay dense and have new values
+    commits  lines of the journal
     """
 
     plan: Plan
     files: list[Path]
     stored: dict[str, str]
     written: set[str]
+    commits: int
 
 
-def sweep(recipe: Recipe, model: Path, work: Path, stops: bool = False) -> Swept:
-    """Run the sweeps of a recipe on the CPU, in this process, into this directory.
-
-    stops  as often as a run can be stopped, and resumed from the journal: what the pass knew by then has to be in it
-    """
-    Journal.create(work, {}).close()
-    while True:
-        plan = make_plan(recipe, str(model), prove=False)
-        calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
-        with closing(Journal.reopen(work, {})) as journal:
-            done = len(journal.lines)
-
-            def is_interrupted(journal: Journal = journal, done: int = done) -> bool:
-                return stops and len(journal.lines) > done
-
-            place = torch.device("cpu")
-            sweeper = Sweeper(plan, journal, calibration, place, recipe.seed, lambda event: None, is_interrupted)
-            try:
-                files, _ = run_sweeps(sweeper)
-            except Interrupted:
-                continue
-            lines = [LineFacts.of(line) for line in journal.lines.values()]
-            stored = {record.weight.name: record.weight.form for line in lines for record in line.records}
-            written = {name for line in lines for name in line.written}
-            return Swept(plan, files, stored, written)
+def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
+    """Run the sweeps of a recipe on the CPU, in this process, into this directory."""
+    plan = make_plan(recipe, str(model), prove=False)
+    calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
+    with closing(Journal.create(work, {})) as journal:
+        place = torch.device("cpu")
+        sweeper = Sweeper(plan, journal, calibration, place, recipe.seed, lambda event: None, lambda: False)
+        files, _ = run_sweeps(sweeper)
+        lines = [LineFacts.of(line) for line in journal.lines.values()]
+    stored = {record.weight.name: record.weight.form for line in lines for record in line.records}
+    written = {name for line in lines for name in line.written}
+    return Swept(plan, files, stored, written, len(lines))
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
@@ -130,10 +118,12 @@ def weight_hashes(directory: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in told}
 
 
-def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> bool:
-    """Run in a fresh process that is killed at its `step`-th fsync or rename; False if the run ended before."""
-    text = make_plan(recipe, str(model), prove=False).recipe.to_yaml()  # in the resolved text every length is set
-    request = {"step": step, "recipe": text, "model": str(model), "output": str(output)}
+def kill_at(step: int, recipe: Recipe, model: Path, output: Path, of: Literal["syncs", "commits"] = "syncs") -> bool:
+    """Run in a fresh process that is killed; False if the run ended before.
+
+    step, of  it is killed instead of its `step`-th fsync or rename, or after its `step`-th commit to the journal
+    """
+    request = {"step": step, "of": of, "recipe": _resolved(recipe, model), "model": str(model), "output": str(output)}
     try:
         child.ask("compressor.contract", request, "is killed")
     except PassError as error:
@@ -141,6 +131,11 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path) -> bool:
             raise
         return True
     return False
+
+
+def _resolved(recipe: Recipe, model: Path) -> str:
+    """The recipe as text, in which every length is set."""
+    return make_plan(recipe, str(model), prove=False).recipe.to_yaml()
 
 
 def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
@@ -195,8 +190,11 @@ def _check_untouched(
 
 
 def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> Report:
-    assert kill_at(7, recipe, model, output), "the run ended before it could be killed"
-    report = compress(recipe, str(model), output, measure=False, resume=True)
+    """Kill a run in the middle of its parts, and resume it in another fresh process: only the journal knows by then."""
+    middle = (expected.commits + 1) // 2
+    assert kill_at(middle, recipe, model, output, of="commits"), "the run ended before it could be killed"
+    request = {"resume": _resolved(recipe, model), "model": str(model), "output": str(output)}
+    report: Report = child.ask("compressor.contract", request, "resumes the run")
     written = _tensors(output.glob("*.safetensors"))
     for tensor, info in _tensors(expected.files).items():
         assert read_bytes(info).equal(read_bytes(written[tensor])), f"a killed and resumed run writes another {tensor}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the code beside this script, whatever is installed
+
 from compressor.recipe.reference_docs import recipe_reference
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"

@@ -167,7 +167,7 @@ def plan(
     format_: FormatOpt = Format.table,
     as_json: JsonOpt = False,
 ) -> None:
-    """Dry run: show what happens to each weight, the predicted sizes, memory and time, and every problem.
+    """Dry run: show what happens to each weight, the predicted sizes, memory and disk space, and every problem.
 
     Writes nothing.
     """

@@ -205,13 +205,20 @@ def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, fi
         for consumer in producer.consumers
     }
     for step in steps:
+        chosen = {weight.name for weight in selected[step.path]}
+        later = recipe.steps[recipe.steps.index(step) + 1 :]
+        if step.settings.traits.stores is None and not any(
+            weight.name in chosen for other in later for weight in selected[other.path]
+        ):
+            message = f"{step.name} leaves its weights dense, and no later step stores any of them"
+            findings.warn("nothing-stored", dotted(step.path), message)
         if not any(weight.parameter in read for weight in selected[step.path]):
             findings.problems.append(
                 PreflightError(
-                    f"{step.name} scales the outputs of norms and matrices of {structure.architecture}, and "
-                    "none was found that can be scaled",
+                    f"{step.name} scales the inputs of weights in the norm or the matrix before them, and none of the "
+                    f"{len(chosen)} selected weights of {structure.architecture} has one that can be scaled",
                     where=dotted(step.path),
-                    hint="Leave this step out; gptq and rtn need no such norm.",
+                    hint="Select weights of blocks that a norm stands before, or use gptq or rtn.",
                     data={"reason": "no-producer", "pass": step.name, "model": structure.architecture},
                 )
             )

@@ -81,7 +81,7 @@ def without_odd_widths(recipe: Recipe, selected: Selected, findings: Findings) -
 def _of_even_widths(step: Step, chosen: Sequence[Weight], findings: Findings) -> tuple[Weight, ...]:
     reasons, settings = {}, step.settings
     for weight in chosen:
-        if not isinstance(settings, WeightPass) or settings.stored(weight) in (None, DENSE):
+        if not isinstance(settings, WeightPass) or weight.is_function or settings.stored(weight) in (None, DENSE):
             continue
         try:
             settings.spec(weight)

@@ -58,10 +58,6 @@ class Checkpoint:
         return names[0]
 
     @property
-    def needs_remote_code(self) -> bool:
-        return bool(self.config.get("auto_map"))
-
-    @property
     def is_compressed_artifact(self) -> bool:
         """Whether it is an artifact, except a dense one, which can be compressed further."""
         is_ours = (self.directory / "compress_manifest.json").is_file()

@@ -78,6 +78,8 @@ class AWQ(WeightPass):
         return Traits(reads="inputs", stores=stores, rescales=True)
 
     def stored(self, weight: Weight) -> str | None:
+        if weight.is_function or weight.role == "embedding":  # refused, since its format stands for matrices
+            return stored_form(self.bits, self.symmetric)
         return self.traits.stores or "dense"
 
     def spec(self, weight: Weight) -> dict[str, Any]:
@@ -87,6 +89,8 @@ class AWQ(WeightPass):
         """Groups that don't fit; where this pass rounds, `plan` finds them by `spec`."""
         problems: list[tuple[str, dict[str, Any]]] = []
         for weight in weights if self.rounding == "later" else ():
+            if weight.is_function:
+                continue
             try:
                 self.spec(weight)
             except ShapeError as error:

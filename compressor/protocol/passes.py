@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Fact(str, Enum):
-    """A property of the whole model that a pass may need or break. Each has a checker in `testing.py`."""
+    """A property of the whole model that a pass may need or break."""
 
     CONSTANT_TOKEN_COUNT = "constant_token_count"
     NORMS_FOLDED = "norms_folded"  # every norm on the residual stream is x / sqrt(mean(x^2) + eps) times a constant

@@ -165,3 +165,16 @@ def test_a_model_without_such_producers_is_refused_by_plan(tmp_path):
     tree = {"version": 1, "data": {"source": "random", "samples": 2, "length": 8}, "steps": [step]}
     plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode()), str(model))
     assert [problem.data["reason"] for problem in plan.problems] == ["no-producer"]
+
+
+def test_scaling_for_a_step_that_does_not_come_is_a_warning(model):
+    def codes(*steps):
+        tree = {"version": 1, "data": {"source": "random", "samples": 2, "length": 8}, "steps": list(steps)}
+        plan = make_plan(parse_recipe(yaml.safe_dump(tree).encode()), str(model), prove=False)
+        assert not plan.problems
+        return {warning.code for warning in plan.warnings}
+
+    later, gptq = {**SCALED, "rounding": "later"}, {"pass": "gptq", "bits": 3, "group_size": 32}
+    apart = ({**later, "only": ["@mlp"]}, {**gptq, "only": ["@attention"]})
+    assert "nothing-stored" in codes(later) & codes(*apart)
+    assert "nothing-stored" not in codes({"sweep": [later, gptq]})

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from pathlib import Path
+
+import counting_passes
 import pytest
 import tiny
 import torch
-from counting_passes import SEEN, Counting, Forgetful, LeavesOut
+from counting_passes import Counting, Forgetful, LeavesOut
 from raising import raises
 
-from compressor import passes, testing
-from compressor.engine.sweeper import Sweeper
+from compressor.engine.plan import make_plan
 from compressor.errors import PassError
+from compressor.passes import find_pass
 from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
 from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
-from compressor.storage.files import file_sha256
 from compressor.testing import check_pass, recipe_for, sweep
 
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
@@ -58,36 +62,45 @@ def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
 
 
 @pytest.fixture
-def counting(monkeypatch):
-    """Names of passes of another module, as if they were built in."""
-    for name in ("Counting", "Forgetful", "LeavesOut"):
-        monkeypatch.setitem(passes.BUILTIN, name.lower(), f"counting_passes:{name}")
-
-
-def interrupted_as_often_as_possible(name, settings, tmp_path):
-    """Whether a run that is stopped after each part and resumed writes what one run writes."""
-    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=4)
-    recipe = recipe_for(name, settings)
-    hashes = [
-        [file_sha256(file) for file in sweep(recipe, model, tmp_path / str(stops), stops=stops).files]
-        for stops in (False, True)
-    ]
-    return hashes[0] == hashes[1]
+def counting(tmp_path, monkeypatch):
+    """The passes of counting_passes.py, announced through entry points as those of an installed package are."""
+    info = tmp_path / "site" / "counting-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
+    names = ("Counting", "Forgetful", "LeavesOut")
+    points = "".join(f"{name.lower()} = counting_passes:{name}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[compressor.passes]\n{points}")
+    support = Path(counting_passes.__file__).parent
+    for folder in (info.parent, support):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(info.parent), str(support), os.environ.get("PYTHONPATH", "")])
+    )
+    importlib.invalidate_caches()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_the_state_of_a_rewrite_is_there_after_an_interruption(in_place, counting, tmp_path):
+def test_the_state_of_a_rewrite_is_there_after_a_kill(in_place, counting, tmp_path):
     """Its redefinition does not follow, so parts that are done are not even loaded again."""
-    assert interrupted_as_often_as_possible("counting", Counting(in_place=in_place), tmp_path)
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=4)
+    check_pass("counting", Counting(in_place=in_place), model, tmp_path, "*")
 
 
-def test_a_state_that_is_kept_elsewhere_is_found_out(counting, monkeypatch, tmp_path):
-    """A new process begins with an empty list, as here each resumed sweep does."""
-    monkeypatch.setattr(testing, "Sweeper", lambda *args: SEEN.clear() or Sweeper(*args))
-    assert not interrupted_as_often_as_possible("forgetful", Forgetful(), tmp_path)
+def test_a_state_that_is_kept_elsewhere_is_found_out(counting, tmp_path):
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=4)
+    with pytest.raises(AssertionError, match="a killed and resumed run writes another"):
+        check_pass("forgetful", Forgetful(), model, tmp_path, "*")
 
 
 def test_a_selected_weight_that_a_pass_says_nothing_of_ends_the_run(counting, tmp_path):
     model = tiny.save("llama", tmp_path / "model")
     with raises(PassError, where="model.layers.0.self_attn.q_proj", reason="left-out", weights=7):
         sweep(recipe_for("leavesout", LeavesOut()), model, tmp_path / "work")
+
+
+@pytest.mark.parametrize("role", ["@activation", "@norm", "@softmax"])
+@pytest.mark.parametrize("name", ["awq", "dsformer", "gptq", "llm_int8", "low_rank", "rtn"])
+def test_a_function_is_refused_by_passes_that_store_matrices(name, role, tmp_path):
+    recipe = recipe_for(name, find_pass(name)(only=(role,)))
+    problems = make_plan(recipe, str(tiny.save("llama", tmp_path / "model")), prove=False).problems
+    assert problems and {problem.data["reason"] for problem in problems} <= {"other-kind", "no-producer"}
