@@ -244,11 +244,11 @@ def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
         ("dense", {"quantization_config": "x"}, "x"),
     ],
 )
-def test_a_route_and_a_loader_that_do_not_agree_are_refused(export_format, config, asked, artifact):
+def test_a_route_and_a_loader_that_do_not_agree_are_refused(route, config, asked, artifact):
     edit(artifact / "config.json", **config)
-    edit(artifact / "compress_manifest.json", export_format=export_format)
+    edit(artifact / "compress_manifest.json", route=route)
     told = {"reason": "unknown-route"} if asked is None else {"reason": "other-route", "asked": asked}
-    with raises(ArtifactError, export_format=export_format, **told):
+    with raises(ArtifactError, route=route, **told):
         load_stock(artifact, read_manifest(artifact))
 
 
