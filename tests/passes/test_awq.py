@@ -144,7 +144,7 @@ def test_verification_finds_a_gain_that_was_changed_after_the_run(model, tmp_pat
     assert any("model.layers.1.input_layernorm.weight" in problem for problem in problems)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "later"])
+@pytest.mark.parametrize("rounding", ["nearest", pytest.param("later", marks=pytest.mark.slow)])
 def test_pass_keeps_the_contract(rounding, tmp_path):
     model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     settings = AWQ(group_size=32, rounding=rounding, steps=3)
@@ -152,6 +152,7 @@ def test_pass_keeps_the_contract(rounding, tmp_path):
     assert report["verification"]["max_logit_difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_experts_and_their_router_are_scaled_together(tmp_path):
     model = tiny.save("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     report = check_pass("awq", AWQ(group_size=32, steps=3), model, tmp_path, "@experts")

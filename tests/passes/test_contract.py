@@ -79,6 +79,7 @@ def counting(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_state_of_a_rewrite_is_there_after_a_kill(in_place, counting, tmp_path):
     """Its redefinition does not follow, so parts that are done are not even loaded again."""
@@ -98,9 +99,14 @@ def test_a_selected_weight_that_a_pass_says_nothing_of_ends_the_run(counting, tm
         sweep(recipe_for("leavesout", LeavesOut()), model, tmp_path / "work")
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("contract") / "model")
+
+
 @pytest.mark.parametrize("role", ["@activation", "@norm", "@softmax"])
 @pytest.mark.parametrize("name", ["awq", "dsformer", "gptq", "llm_int8", "low_rank", "rtn"])
-def test_a_function_is_refused_by_passes_that_store_matrices(name, role, tmp_path):
+def test_a_function_is_refused_by_passes_that_store_matrices(name, role, llama):
     recipe = recipe_for(name, find_pass(name)(only=(role,)))
-    problems = make_plan(recipe, str(tiny.save("llama", tmp_path / "model")), prove=False).problems
+    problems = make_plan(recipe, str(llama), prove=False).problems
     assert problems and {problem.data["reason"] for problem in problems} <= {"other-kind", "no-producer"}
