@@ -23,7 +23,7 @@ Time: some tens of forward passes of each kind of block on a few tokens. Memory:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.perturbation import InDouble
-from compressor.model.block_runner import Call, hidden_of
+from compressor.model.block_runner import Call, Pieces, hidden_of
 from compressor.model.module_names import renumbered
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
@@ -57,7 +57,7 @@ def find_producers(structure: Structure) -> Producers:
     }
     found: dict[Kind, tuple[Producer, ...]] = {}
     with InDouble(), torch.no_grad():
-        hidden, calls = type(structure.pieces)(probe, path).embeddings(example_batch(probe, torch.device("cpu")))
+        hidden, calls = Pieces(probe, path).embeddings(example_batch(probe, torch.device("cpu")))
         for index, (block, call) in enumerate(zip(blocks, calls)):
             kind = signature(probe.config, block, index)
             if kind in found or kind not in structure.traced.groups:
@@ -70,13 +70,13 @@ def find_producers(structure: Structure) -> Producers:
     return found
 
 
-def producers_of(producers: Producers, structure: Structure, unit: int) -> tuple[Producer, ...]:
+def producers_of(producers: Producers, structure: Structure, part: int) -> tuple[Producer, ...]:
     """Those of one part of the model, under the full names of its parameters."""
-    if not producers or not 1 <= unit <= structure.block_count:
+    if not producers or not 1 <= part <= structure.block_count:
         return ()
-    block = structure.pieces.blocks[unit - 1]
-    prefix = f"{structure.pieces.blocks_path}.{unit - 1}."
-    kind = signature(structure.model.config, block, unit - 1)
+    block = structure.pieces.blocks[part - 1]
+    prefix = f"{structure.pieces.blocks_path}.{part - 1}."
+    kind = signature(structure.model.config, block, part - 1)
     return tuple(_renamed(producer, prefix) for producer in producers.get(kind, ()))
 
 
@@ -93,7 +93,6 @@ def _renamed(producer: Producer, prefix: str) -> Producer:
 class _Run:
     """output  of the block
     inputs  parameter -> its inputs in the order of its products, (tokens, in_features) each
-    order   parameters as they are first multiplied
     """
 
     output: Tensor
@@ -141,6 +140,7 @@ class _Runner:
         self.parameters = dict(block.named_parameters())
         self.products = {product.parameter: product for product in products}
         self.before = self.run()
+        self.multiplied = [name for name in self.before.inputs if name in self.products]  # in forward order
 
     def run(self, maker: str | None = None, factors: Tensor | None = None) -> _Run:
         """factors: what the outputs of the products by `maker` are multiplied by, as if its rows and bias were"""
@@ -210,8 +210,7 @@ def _readers(runner: _Runner, factors: Tensor) -> list[str]:
     while True:
         with runner.scaled({name: (runner.in_axis(name), 1 / factors) for name in readers}):
             run = runner.run()
-        names = [name for name in runner.before.inputs if name in runner.products]
-        found = [name for name in names if run.follows(runner.before, name, factors)]
+        found = [name for name in runner.multiplied if run.follows(runner.before, name, factors)]
         if set(found) <= set(readers):
             return readers
         readers = found
@@ -224,17 +223,18 @@ def _norm_makers(path: str, formula: Norm) -> tuple[ScaledParameter, ...]:
 
 @contextmanager
 def _output_scaled(module: nn.Module, factors: Tensor) -> Iterator[None]:
-    with ExitStack() as stack:
-        hook = module.register_forward_hook(
-            lambda _m, _a, output: output * factors if output.shape[-1] == len(factors) else output
-        )
-        stack.callback(hook.remove)
+    handle = module.register_forward_hook(
+        lambda _m, _a, output: output * factors if output.shape[-1] == len(factors) else output
+    )
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 def _matrix_producers(runner: _Runner) -> Iterator[Producer]:
     """Matrices that make the input of another one row by row."""
-    names = [name for name in runner.before.inputs if name in runner.products]
+    names = runner.multiplied
     for at, target in enumerate(names):
         for maker in names[:at]:
             is_like = runner.parameters[maker].dim() == runner.parameters[target].dim()
@@ -252,10 +252,9 @@ def _made_by(runner: _Runner, maker: str, target: str) -> Producer | None:
         if slices is None:
             continue
         factors = runner.ones_and_twos(rows)
-        names = [name for name in runner.before.inputs if name in runner.products]
         with runner.scaled(_of_rows(runner, maker, _only(factors, chosen))):
             run = runner.run()
-            readers = [name for name in names if run.follows(runner.before, name, factors[slices])]
+            readers = [name for name in runner.multiplied if run.follows(runner.before, name, factors[slices])]
             with runner.scaled({name: (runner.in_axis(name), 1 / factors[slices]) for name in readers}):
                 holds = target in readers and runner.gives_the_same()
         if holds:

@@ -194,7 +194,7 @@ def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> li
         with _held(source, name) as meant:
             same_shape = value.shape == meant.shape and value.dtype == meant.dtype
             error = relative_distance(value, meant) if same_shape else float("inf")
-        if not abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5:
+        if not _is_as_recorded(error, recorded):
             problems.append(
                 f"{name} has a relative error of {error:.4g} against the source, but the run recorded {recorded:.4g}"
             )
@@ -232,11 +232,16 @@ def _compare_stored(
             continue
         difference = abs(error - recorded)
         largest = max(largest, difference)
-        if not difference <= ERROR_TOLERANCE * recorded + 1e-5:
+        if not _is_as_recorded(error, recorded):
             problems.append(
                 f"{weight.name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
             )
     return largest, problems
+
+
+def _is_as_recorded(error: float, recorded: float) -> bool:
+    """NaN is not."""
+    return abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5
 
 
 def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> float:

@@ -218,14 +218,14 @@ def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
     tensors = dict(part_tensors(part, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    errors = changes.errors | _errors_of_rescaled(sweep, part, changes)
-    written = _written_errors(sweep, part, changes)
+    errors = changes.errors | _errors_of_rescaled(sweep, changes)
+    written = _written_errors(sweep, changes)
     facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
     file = f"s{sweep.number:02d}-{part:05d}.safetensors"
     sweep.sweeper.journal.commit(f"{sweep.number}/{part}", file, lambda path: write_file(path, entries), facts)
 
 
-def _errors_of_rescaled(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float | None]:
+def _errors_of_rescaled(sweep: StoringSweep, changes: Changes) -> dict[str, float | None]:
     """Distance of each stored weight from the checkpoint's, for weights that got new values before they were stored.
 
     For other weights this is the distance from their values when they were stored, which is known already.
@@ -240,7 +240,7 @@ def _errors_of_rescaled(sweep: StoringSweep, part: int, changes: Changes) -> dic
     return errors
 
 
-def _written_errors(sweep: StoringSweep, part: int, changes: Changes) -> dict[str, float]:
+def _written_errors(sweep: StoringSweep, changes: Changes) -> dict[str, float]:
     """Distance of each dense parameter with new values from the checkpoint's parameter."""
     structure = sweep.sweeper.structure
     stored = {form.weight.parameter for form, _ in changes.put.values() if form.weight.expert is None}

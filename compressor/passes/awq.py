@@ -45,7 +45,7 @@ from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Gram, inverse_factor
-from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.model.weights import part_of
 from compressor.protocol import BlockView, Group, Producer, Stage, Traits, Weight, WeightPass
@@ -184,12 +184,7 @@ class AWQ(WeightPass):
         if self.rounding == "later":
             view.keep(weight, **record)
             return
-        matrix = view.matrix(weight)
-        grouped = matrix.view(len(matrix), -1, group_width(weight, self.group_size))
-        grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, view.dtype)
-        codes = quantize(grouped, grid)
-        error = (dequantize(codes, grid) - grouped).norm() / matrix.norm().clamp(min=1e-30)
-        store(view, weight, codes, grid, self.group_size, {"weight_error": float(error), **record})
+        store_nearest(view, weight, self.bits, self.group_size, self.symmetric, self.scale_search, record)
 
 
 @dataclass

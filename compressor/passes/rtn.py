@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
-from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
+from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
 from compressor.protocol import BlockView, Traits, Weight, WeightPass
 
 
@@ -42,9 +41,4 @@ class RTN(WeightPass):
         for stage in view.stages(sequential=False):
             for group in stage:
                 for weight in group:
-                    matrix = view.matrix(weight)
-                    grouped = matrix.view(len(matrix), -1, group_width(weight, self.group_size))
-                    grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, view.dtype)
-                    codes = quantize(grouped, grid)
-                    error = (dequantize(codes, grid) - grouped).norm() / matrix.norm().clamp(min=1e-30)
-                    store(view, weight, codes, grid, self.group_size, {"weight_error": float(error)})
+                    store_nearest(view, weight, self.bits, self.group_size, self.symmetric, self.scale_search, {})

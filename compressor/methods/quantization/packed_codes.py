@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from compressor.errors import ShapeError, WidthError
 from compressor.lazy import torch
-from compressor.methods.quantization.uniform_grid import Grid
+from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.model.weights import Weight
 from compressor.protocol import BlockView
 
@@ -72,3 +72,21 @@ def store(
         view.put(weight, ByteLinear.from_tensors(spec, {k: v.contiguous() for k, v in tensors.items()}), **record)
         return
     view.put(weight, PackedLinear.pack(codes, scale, zero_point, **spec, index=index), **record)
+
+
+def store_nearest(
+    view: BlockView,
+    weight: Weight,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    search: Literal["minmax", "mse"],
+    record: Mapping[str, Any],
+) -> None:
+    """Round a weight as it is now to the nearest points of its grid, and store the codes with their relative error."""
+    matrix = view.matrix(weight)
+    grouped = matrix.view(len(matrix), -1, group_width(weight, group_size))
+    grid = find_grid(grouped, bits, symmetric, search, view.dtype)
+    codes = quantize(grouped, grid)
+    error = (dequantize(codes, grid) - grouped).norm() / matrix.norm().clamp(min=1e-30)
+    store(view, weight, codes, grid, group_size, {"weight_error": float(error), **record})
