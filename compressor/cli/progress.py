@@ -1,41 +1,43 @@
-"""Shows the events of a run: as a live display on a terminal, as plain lines elsewhere, or as JSON lines."""
+"""Shows the events of a run: as a live display on a terminal, as plain lines elsewhere, or as JSON lines.
+
+In each of them something appears at least every SILENCE seconds, with the estimated time to the end.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compressor.engine.events import Emit, Event, StageName
+from compressor.cli.timeline import Timeline
+from compressor.engine.events import AliveEvent, Emit, Event
 from compressor.errors import Notice
 
 Mode = Literal["auto", "quiet", "json"]
-STAGES: dict[StageName, str] = {
-    "plan": "planning",
-    "write": "writing the artifact",
-    "verify": "loading it in a fresh process",
-    "evaluate": "measuring before and after",
-}
+SILENCE = 5.0  # seconds
 
 
 @contextmanager
-def show(mode: Mode, console: Console) -> Iterator[Emit]:
+def show(mode: Mode, console: Console, silence: float = SILENCE) -> Iterator[Emit]:
     """Yield the function that shows events."""
-    if mode == "json":
-        yield json_line
-    elif mode == "quiet":
+    if mode == "quiet":
         yield lambda event: _warning(console, event)
+    elif mode == "json":
+        with _speaking(lambda event, _: json_line(event), silence) as emit:
+            yield emit
     elif console.is_terminal:
         with _live(console) as emit:
             yield emit
     else:
-        yield _plain(console)
+        with _speaking(_plain(console), silence) as emit:
+            yield emit
 
 
 def json_line(event: Mapping[str, object]) -> None:
@@ -45,58 +47,109 @@ def json_line(event: Mapping[str, object]) -> None:
 
 
 @contextmanager
+def _speaking(say: Callable[[Event, Timeline], None], silence: float) -> Iterator[Emit]:
+    """Yield a function that hands events to `say`, which also gets an `AliveEvent` after each silence."""
+    timeline, lock, ended = Timeline(), threading.Lock(), threading.Event()
+    began = spoke = time.monotonic()
+
+    def emit(event: Event) -> None:
+        nonlocal spoke
+        with lock:
+            timeline.take(event)
+            say(event, timeline)
+            spoke = time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(max(0.01, spoke + silence - time.monotonic())):
+            if time.monotonic() - spoke < silence:
+                continue
+            try:
+                emit(_alive(timeline, time.monotonic() - began))
+            except OSError:  # a closed pipe: the next event of the run raises it in the main thread
+                return
+
+    thread = threading.Thread(target=beat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield emit
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _alive(timeline: Timeline, seconds: float) -> AliveEvent:
+    return {
+        "event": "alive",
+        "doing": timeline.activity,
+        "seconds": round(seconds, 1),
+        "seconds_left": None if timeline.seconds_left is None else round(timeline.seconds_left, 1),
+    }
+
+
+@contextmanager
 def _live(console: Console) -> Iterator[Emit]:
+    timeline = Timeline()
     columns = (
-        TextColumn("{task.description:32}"),
-        BarColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("planning", total=None, memory="")
+        task = progress.add_task(timeline.activity, total=None, memory="")
 
         def emit(event: Event) -> None:
+            timeline.take(event)
             if event["event"] == "sweep":
-                progress.reset(
-                    task,
-                    total=event["units"],
-                    description=f"sweep {event['sweep'] + 1}: " + ", ".join(event["passes"]),
-                    memory="",
-                )
+                progress.reset(task, total=event["units"])
             elif event["event"] == "unit":
-                progress.update(task, completed=event["unit"] + 1, memory=_memory())
-            elif event["event"] == "weight":
-                progress.update(task, description=f"{event['pass']} {event['name'][-26:]}")
+                progress.update(task, completed=event["unit"] + 1)
             elif event["event"] == "stage":
-                progress.reset(task, total=None, description=STAGES[event["name"]], memory=_memory())
+                progress.reset(task, total=None)
+            left = timeline.seconds_left
+            rest = "" if left is None else f", {duration(left)} left"
+            progress.update(task, description=f"{timeline.activity}{rest}", memory=_memory())
             _warning(console, event)
 
         yield emit
 
 
-def _plain(console: Console) -> Emit:
+def _plain(console: Console) -> Callable[[Event, Timeline], None]:
     began = time.monotonic()
 
-    def emit(event: Event) -> None:
+    def say(event: Event, timeline: Timeline) -> None:
         at = f"{time.monotonic() - began:7.1f} s"
-        if event["event"] == "sweep":
-            console.print(f"{at}  sweep {event['sweep'] + 1}: {', '.join(event['passes'])}", highlight=False)
+        left = timeline.seconds_left
+        rest = "" if left is None else f", {duration(left)} left"
+        if event["event"] in ("sweep", "stage", "decide"):
+            console.print(f"{at}  {timeline.activity}{rest}", highlight=False, markup=False)
         elif event["event"] == "unit":
-            console.print(f"{at}  {event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}", highlight=False)
-        elif event["event"] == "stage":
-            console.print(f"{at}  {STAGES[event['name']]}", highlight=False)
+            done = f"{event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}{rest}"
+            console.print(f"{at}  {done}", highlight=False, markup=False)
+        elif event["event"] == "alive":
+            console.print(f"{at}  ... {event['doing']}{rest}", highlight=False, markup=False)
         _warning(console, event)
 
-    return emit
+    return say
 
 
 def _warning(console: Console, event: Event) -> None:
     if event["event"] == "warning":
         notice = Notice(event["code"], event["where"], event["message"])
         console.print(str(notice), highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """A length of time in one or two units: 40 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 36 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _memory() -> str:

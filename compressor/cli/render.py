@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compressor.model.overview import Overview
     from compressor.recipe.gates import GateRow
 
+WIDE_TABLE = 110  # columns of a terminal that has room for shapes and roles of weights
 out, err = Console(), Console(stderr=True)
 
 
@@ -53,12 +54,15 @@ def complain(error: CompressError, as_json: bool) -> None:
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_plan(plan: Plan) -> None:
-    """Print each weight, the changes of the model, the predicted sizes, the warnings and further problems."""
+def show_plan(plan: Plan, verbose: bool) -> None:
+    """Print the weights, the changes of the model, the predicted sizes, the warnings and further problems.
+
+    verbose  a row for each weight, not for each kind of weight
+    """
     from compressor.evaluation.render import human_bytes
 
     if plan.rows:
-        _show_weights(plan.rows)
+        _show_weights(plan.rows, verbose)
     for reshape in plan.reshapes:
         _show_reshape(reshape.to_json())
     if plan.export_format is not None:
@@ -74,20 +78,28 @@ def show_plan(plan: Plan) -> None:
         complain(problem, False)
 
 
-def _show_weights(rows: Iterable[PlanRow]) -> None:
+def _show_weights(rows: Sequence[PlanRow], verbose: bool) -> None:
+    """A narrow terminal gets fewer columns. Names are folded, never cut."""
+    from compressor.cli.plan_table import one_by_one, rows_by_kind
     from compressor.evaluation.render import human_bytes
 
-    table = Table("weight", "shape", "role", "pass", "becomes", "before", "after")
-    for row in rows:
-        table.add_row(
-            row.name,
-            "x".join(map(str, row.shape)),
-            row.role,
-            row.pass_name,
-            row.format_after,
-            human_bytes(row.bytes_before),
-            human_bytes(row.bytes_after),
-        )
+    is_wide = out.width >= WIDE_TABLE
+    table = Table()
+    table.add_column("weight", overflow="fold")
+    for header in ("number", "shape", "role") if is_wide else ("number",):
+        table.add_column(header, no_wrap=True, justify="right" if header == "number" else "left")
+    for header in ("pass", "becomes"):
+        table.add_column(header, overflow="fold")
+    for header in ("before", "after") if is_wide else ("after",):
+        table.add_column(header, no_wrap=True, justify="right")
+    for kind in one_by_one(rows) if verbose else rows_by_kind(rows):
+        row = kind.first
+        middle = [f"x{kind.count:,}" if kind.count > 1 else ""]
+        sizes = [human_bytes(kind.bytes_after)]
+        if is_wide:
+            middle += ["x".join(map(str, row.shape)), row.role]
+            sizes.insert(0, human_bytes(kind.bytes_before))
+        table.add_row(escape(kind.name), *middle, row.pass_name, row.format_after, *sizes)
     out.print(table)
 
 

@@ -164,6 +164,9 @@ def plan(
     no_eval: NoEvalOpt = False,
     trust_remote_code: TrustOpt = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show a row for each weight, not for each kind of weight.")
+    ] = False,
     format_: FormatOpt = Format.table,
     as_json: JsonOpt = False,
 ) -> None:
@@ -194,7 +197,7 @@ def plan(
     elif format_ is Format.json:
         print_json(found.to_json())
     else:
-        show_plan(found)
+        show_plan(found, verbose)
     if found.problems:
         raise found.problems[0]
     if strict and found.warnings:

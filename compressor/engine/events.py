@@ -21,6 +21,29 @@ class StageEvent(TypedDict):
     name: StageName
 
 
+class PredictedStage(TypedDict):
+    """A stage or a sweep ("sweep 0"), and the predicted seconds of its parts: one part each for other stages."""
+
+    name: str
+    parts: list[float]
+
+
+class PredictedEvent(TypedDict):
+    """The predicted times of a run that takes longer than a minute, after its plan is made."""
+
+    event: Literal["predicted"]
+    stages: list[PredictedStage]
+
+
+class AliveEvent(TypedDict):
+    """Nothing else has happened for five seconds. doing: a phrase; seconds_left: None where it can't be estimated"""
+
+    event: Literal["alive"]
+    doing: str
+    seconds: float
+    seconds_left: float | None
+
+
 class SweepEvent(TypedDict):
     """A sweep begins. units: number of parts; passes: names of its steps"""
 
@@ -72,7 +95,17 @@ class ResultEvent(TypedDict):
     report: Mapping[str, Any]
 
 
-Event = StageEvent | SweepEvent | PartEvent | WeightEvent | DecideEvent | WarningEvent | ResultEvent
+Event = (
+    StageEvent
+    | PredictedEvent
+    | AliveEvent
+    | SweepEvent
+    | PartEvent
+    | WeightEvent
+    | DecideEvent
+    | WarningEvent
+    | ResultEvent
+)
 Emit = Callable[[Event], None]
 
 
