@@ -29,6 +29,7 @@ from compressor.engine.plan import as_built, make_plan
 from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
 from compressor.engine.run_samples import read_samples
+from compressor.engine.stage_times import predict_stages
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, GateError
 from compressor.evaluation.environment import environment, peak_rss_bytes
@@ -104,6 +105,7 @@ def compress(
                 clock=clock,
                 emit=emit,
             )
+            _predict(job)
             with room(work), started_early():
                 report = _carry_out(job, stop)
         stop.close()
@@ -168,6 +170,19 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
         more = f" ({len(plan.problems) - 1} more; compress-model plan lists all)" if len(plan.problems) > 1 else ""
         raise type(first)(first.what + more, where=first.where, hint=first.hint, data=first.data)
     return plan
+
+
+def _predict(job: Job) -> None:
+    """Report the predicted times of the stages that are left. Parts that an earlier run has stored take no time."""
+    stages = predict_stages(job.plan, job.held_out is not None, job.place)
+    if stages is None:
+        return
+    for number, stage in enumerate(stages):
+        stage["parts"] = [
+            0.0 if job.journal.done(f"{number}/{part}") is not None else seconds
+            for part, seconds in enumerate(stage["parts"])
+        ]
+    job.emit({"event": "predicted", "stages": stages})
 
 
 @dataclass(frozen=True)

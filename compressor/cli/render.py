@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compressor.cli.progress import json_line
+from compressor.cli.progress import duration, json_line
 from compressor.errors import CompressError, Notice, UsageError
 
 if TYPE_CHECKING:
     from compressor.artifact.findings import Findings
-    from compressor.engine.events import ResultEvent
+    from compressor.engine.events import PredictedStage, ResultEvent
     from compressor.engine.plan_records import Plan, PlanRow, ReshapeRow
     from compressor.evaluation.sections import ComparedRow, Comparison, EvaluationReport, MetricRow, Report, SpeedRow
     from compressor.model.overview import Overview
@@ -54,9 +54,10 @@ def complain(error: CompressError, as_json: bool) -> None:
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_plan(plan: Plan, verbose: bool) -> None:
-    """Print the weights, the changes of the model, the predicted sizes, the warnings and further problems.
+def show_plan(plan: Plan, times: Sequence[PredictedStage] | None, verbose: bool) -> None:
+    """Print the weights, the changes of the model, the predicted sizes and times, the warnings and further problems.
 
+    times    None for a run that is over soon
     verbose  a row for each weight, not for each kind of weight
     """
     from compressor.evaluation.render import human_bytes
@@ -73,9 +74,24 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         f"{human_bytes(plan.disk_bytes)}",
         highlight=False,
     )
+    if times is not None:
+        out.print(f"time on this machine: {_times_line(times)}", highlight=False)
+    elif not plan.problems:
+        out.print("time on this machine: about a minute at most", highlight=False)
     warn(plan.warnings)
     for problem in plan.problems[1:]:
         complain(problem, False)
+
+
+def _times_line(times: Sequence[PredictedStage]) -> str:
+    """The sum, and each stage. A sweep whose work isn't counted is named."""
+    known = [stage for stage in times if stage["known"]]
+    stages = ", ".join(
+        f"{stage['name']} {duration(sum(stage['parts']))}" if stage["known"] else f"{stage['name']} unknown"
+        for stage in times
+    )
+    total = duration(sum(sum(stage["parts"]) for stage in known))
+    return f"about {total} ({stages})" if len(known) == len(times) else f"more than {total} ({stages})"
 
 
 def _show_weights(rows: Sequence[PlanRow], verbose: bool) -> None:

@@ -28,7 +28,6 @@ class Timeline:
     stages  predicted stages in order, seconds for each of their parts
     at      number of the current stage in `stages`
     part    number of finished parts of the current stage
-    skipped predicted seconds of work that an earlier run had done
     """
 
     clock: Callable[[], float] = time.monotonic

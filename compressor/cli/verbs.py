@@ -170,13 +170,14 @@ def plan(
     format_: FormatOpt = Format.table,
     as_json: JsonOpt = False,
 ) -> None:
-    """Dry run: show what happens to each weight, the predicted sizes, memory and disk space, and every problem.
+    """Dry run: show what happens to each weight, the predicted sizes, memory, disk space and time, and every problem.
 
     Writes nothing.
     """
     from compressor.engine.plan import make_plan
     from compressor.engine.request import check_request, find_device, named_output
     from compressor.engine.run_samples import data_problems
+    from compressor.engine.stage_times import predict_stages
     from compressor.recipe.recipe import read_recipe
 
     parsed = read_recipe(recipe, set_ or [])
@@ -192,12 +193,13 @@ def plan(
     except CompressError as error:
         problems.append(error)
     found = replace(found, problems=tuple(problems))
+    times = None if problems else predict_stages(found, not no_eval, find_device(device))
     if as_json:
-        json_line({"event": "result", **found.to_json()})
+        json_line({"event": "result", **found.to_json(), "predicted_stages": times})
     elif format_ is Format.json:
-        print_json(found.to_json())
+        print_json({**found.to_json(), "predicted_stages": times})
     else:
-        show_plan(found, verbose)
+        show_plan(found, times, verbose)
     if found.problems:
         raise found.problems[0]
     if strict and found.warnings:

@@ -22,10 +22,14 @@ class StageEvent(TypedDict):
 
 
 class PredictedStage(TypedDict):
-    """A stage or a sweep ("sweep 0"), and the predicted seconds of its parts: one part each for other stages."""
+    """A stage or a sweep ("sweep 0"), and the predicted seconds of its parts: one part each for other stages.
+
+    known  false if a pass of the sweep doesn't count its work, so that it takes longer than predicted
+    """
 
     name: str
     parts: list[float]
+    known: bool
 
 
 class PredictedEvent(TypedDict):

@@ -7,12 +7,13 @@ alone. Cost: one pass over the weights, about sixteen times as much if the range
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
-from compressor.protocol import BlockView, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, Traits, Weight, WeightPass, Work
 
 
 class RTN(WeightPass):
@@ -36,6 +37,10 @@ class RTN(WeightPass):
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric)
+
+    def work(self, weights: Sequence[Weight], tokens: int) -> Work:
+        count = float(sum(weight.out_features * weight.in_features for weight in weights))
+        return Work(searched=count) if self.scale_search == "mse" else Work(values=4 * count)
 
     def block(self, view: BlockView) -> None:
         for stage in view.stages(sequential=False):

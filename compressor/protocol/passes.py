@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compressor.model.facts import Decision, ModelFacts, Redefinition
 from compressor.model.weights import Weight
 from compressor.protocol.views import BlockView, PartView, RunnableModel, State, WholeModel
+from compressor.protocol.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,13 @@ class WeightPass(Pass):
     def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         """Further problems of the selected weights, which `plan` lists (one sentence each, and its values)."""
         return []
+
+    def work(self, weights: Sequence[Weight], tokens: int) -> Work | None:
+        """The work on weights that read the same input, of which `tokens` calibration tokens are seen.
+
+        Runs of the block aren't counted. None: it isn't known, so `plan` predicts no time for the sweep.
+        """
+        return None
 
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep. Every view then has it as `view.decision`."""

@@ -1,0 +1,85 @@
+"""The predicted work is the work that is done: floating-point operations are counted while a model runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from compressor.engine import stage_times
+from compressor.engine.machine_rates import measure_rates, seconds
+from compressor.engine.plan import make_plan
+from compressor.engine.stage_times import predict_stages, stage_works
+from compressor.model.probe_model import use_eager_experts
+from compressor.protocol import Work
+from compressor.recipe.recipe import parse_recipe
+
+SAMPLES, LENGTH = 8, 16
+DATA = f"{{source: random, samples: {SAMPLES}, length: {LENGTH}}}"
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SHAPE |= {"intermediate_size": 64, "num_hidden_layers": 3}
+
+
+def saved(model, path):
+    model.save_pretrained(path)
+    return model
+
+
+MODELS = {
+    "dense": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "experts": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+}
+
+
+def plan_of(path, steps="[{pass: rtn, group_size: -1}]"):
+    text = f"version: 1\ndata: {DATA}\neval: {{data: {DATA}}}\nsteps: {steps}\n"
+    return make_plan(parse_recipe(text.encode()), str(path))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_products_of_an_evaluation_are_those_that_both_models_do(kind, tmp_path):
+    torch.manual_seed(0)
+    model = saved(MODELS[kind](), tmp_path)
+    use_eager_experts(model.config)  # one product for each expert, which the counter knows
+    (evaluation,) = [work for work in stage_works(plan_of(tmp_path), measure=True) if work.name == "evaluate"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(SAMPLES, LENGTH, dtype=torch.long))
+    counted = counter.get_flop_counts()["Global"]
+    matmuls = sum(flops for operation, flops in counted.items() if "mm" in str(operation))
+    assert evaluation.whole.products == pytest.approx(2 * matmuls, rel=0.02)
+
+
+def test_every_stage_and_every_part_has_work(tmp_path):
+    saved(MODELS["dense"](), tmp_path)
+    works = stage_works(plan_of(tmp_path), measure=False)
+    assert [work.name for work in works] == ["sweep 0", "write", "verify"]
+    assert [len(work.parts) for work in works] == [5, 1, 1]
+    weights = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    assert works[0].known and works[0].whole.searched == weights
+
+
+def test_a_pass_that_does_not_count_its_work_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_times, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(stage_times, "measure_rates", lambda *_: Work(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+    saved(MODELS["dense"](), tmp_path)
+    steps = "[{pass: rtn, group_size: -1, only: ['*q_proj']}, {pass: dsformer, except: ['*q_proj']}]"
+    plan = plan_of(tmp_path, steps)
+    stages = predict_stages(plan, False, torch.device("cpu"))
+    assert [stage["known"] for stage in stages] == [True, False, True, True]
+
+
+def test_a_short_run_is_not_predicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_times, "measure_rates", None)  # not called
+    saved(MODELS["dense"](), tmp_path)
+    assert predict_stages(plan_of(tmp_path), True, torch.device("cpu")) is None
+
+
+def test_seconds_add_up_over_kinds_of_work():
+    work = Work(products=6.0, stored=10.0) + Work(products=2.0) * 2
+    assert seconds(work, Work(2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0)) == 7.0
+
+
+def test_every_kind_of_work_has_a_rate():
+    rates = measure_rates(torch.bfloat16, torch.device("cpu"))
+    assert all(rate > 0 for rate in vars(rates).values())
