@@ -44,6 +44,10 @@ def imported(path, with_type_checking=True):
             for alias in node.names:
                 whole = ".".join([*base, alias.name])
                 yield whole if {whole, f"{whole}.__init__"} & set(MODULES.values()) else ".".join(base)
+        elif isinstance(node, ast.Import):
+            yield from (
+                alias.name.removeprefix("compressor.") for alias in node.names if alias.name.startswith("compressor.")
+            )
 
 
 @pytest.mark.parametrize(
