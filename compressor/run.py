@@ -21,7 +21,7 @@ from compressor.artifact.findings import Findings
 from compressor.artifact.manifest import Source, read_manifest
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
-from compressor.engine.events import Emit, warning_event
+from compressor.engine.events import Emit, PredictedStage, warning_event
 from compressor.engine.interrupt import Stop, interruptible, signals
 from compressor.engine.job import Clock, Job, fingerprint
 from compressor.engine.line_facts import LineFacts
@@ -29,7 +29,7 @@ from compressor.engine.plan import as_built, make_plan
 from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
 from compressor.engine.run_samples import read_samples
-from compressor.engine.stage_times import predict_stages
+from compressor.engine.stage_times import check_time, predict_stages
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, GateError
 from compressor.evaluation.environment import environment, peak_rss_bytes
@@ -61,6 +61,7 @@ def compress(
     resume: bool = False,
     fresh: bool = False,
     measure: bool = True,
+    long: bool = False,
     trust_remote_code: bool = False,
     emit: Emit = lambda event: None,
     stop: Stop | None = None,
@@ -70,6 +71,7 @@ def compress(
     resume   continue the interrupted run that left `OUTPUT.work`
     fresh    replace an earlier result or work directory of this tool
     measure  evaluate before and after; without it no gate can hold, so a recipe with gates is refused
+    long     allow a run that is predicted to take more than a day
     stop     of a caller that handles signals; without it the run handles Ctrl-C, SIGTERM and SIGHUP, if this is the
              main thread
     raises   CompressError; its class gives the kind (docs/exit-codes.md)
@@ -88,6 +90,8 @@ def compress(
         with clock.time("plan"):
             plan = _plan(recipe, model, output, trust_remote_code, emit)
             calibration, held_out = read_samples(plan, measure=measure, trust_remote_code=trust_remote_code)
+            stages = predict_stages(plan, measure, place)
+            check_time(stages, long)
         shared = fingerprint(plan, calibration, place)
         pinned = plan.recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, shared) if resume else Journal.create(work, shared)
@@ -105,7 +109,8 @@ def compress(
                 clock=clock,
                 emit=emit,
             )
-            _predict(job)
+            if stages is not None:
+                emit({"event": "predicted", "stages": _left(stages, journal)})
             with room(work), started_early():
                 report = _carry_out(job, stop)
         stop.close()
@@ -172,17 +177,18 @@ def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emi
     return plan
 
 
-def _predict(job: Job) -> None:
-    """Report the predicted times of the stages that are left. Parts that an earlier run has stored take no time."""
-    stages = predict_stages(job.plan, job.held_out is not None, job.place)
-    if stages is None:
-        return
-    for number, stage in enumerate(stages):
-        stage["parts"] = [
-            0.0 if job.journal.done(f"{number}/{part}") is not None else seconds
-            for part, seconds in enumerate(stage["parts"])
-        ]
-    job.emit({"event": "predicted", "stages": stages})
+def _left(stages: list[PredictedStage], journal: Journal) -> list[PredictedStage]:
+    """The predicted times without those of parts that an earlier run has stored."""
+    return [
+        {
+            **stage,
+            "parts": [
+                0.0 if journal.done(f"{number}/{part}") is not None else seconds
+                for part, seconds in enumerate(stage["parts"])
+            ],
+        }
+        for number, stage in enumerate(stages)
+    ]
 
 
 @dataclass(frozen=True)

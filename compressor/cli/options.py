@@ -36,6 +36,7 @@ FreshOpt = Annotated[
     bool, typer.Option("--fresh", help="Delete what an earlier run wrote to this --output, and begin again.")
 ]
 NoEvalOpt = Annotated[bool, typer.Option("--no-eval", help="Skip the evaluation. The recipe must have no gates.")]
+LongOpt = Annotated[bool, typer.Option("--long", help="Allow a run that is predicted to take more than a day.")]
 TrustOpt = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code that is bundled with the checkpoint to run.")
 ]

@@ -18,6 +18,7 @@ from compressor.cli.options import (
     FormatOpt,
     FreshOpt,
     JsonOpt,
+    LongOpt,
     ModelOpt,
     NoEvalOpt,
     QuietOpt,
@@ -112,6 +113,7 @@ def run(
     resume: ResumeOpt = False,
     fresh: FreshOpt = False,
     no_eval: NoEvalOpt = False,
+    long: LongOpt = False,
     trust_remote_code: TrustOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -140,6 +142,7 @@ def run(
                 resume=resume,
                 fresh=fresh,
                 measure=not no_eval,
+                long=long,
                 trust_remote_code=trust_remote_code,
                 emit=keep,
                 stop=ctx.obj,
@@ -162,6 +165,7 @@ def plan(
     resume: ResumeOpt = False,
     fresh: FreshOpt = False,
     no_eval: NoEvalOpt = False,
+    long: LongOpt = False,
     trust_remote_code: TrustOpt = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     verbose: Annotated[
@@ -177,7 +181,7 @@ def plan(
     from compressor.engine.plan import make_plan
     from compressor.engine.request import check_request, find_device, named_output
     from compressor.engine.run_samples import data_problems
-    from compressor.engine.stage_times import predict_stages
+    from compressor.engine.stage_times import check_time, predict_stages
     from compressor.recipe.recipe import read_recipe
 
     parsed = read_recipe(recipe, set_ or [])
@@ -192,8 +196,12 @@ def plan(
             check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
     except CompressError as error:
         problems.append(error)
-    found = replace(found, problems=tuple(problems))
     times = None if problems else predict_stages(found, not no_eval, find_device(device))
+    try:
+        check_time(times, long)
+    except CompressError as error:
+        problems.append(error)
+    found = replace(found, problems=tuple(problems))
     if as_json:
         json_line({"event": "result", **found.to_json(), "predicted_stages": times})
     elif format_ is Format.json:

@@ -15,6 +15,7 @@ import torch
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.plan_records import Plan
+from compressor.errors import PreflightError
 from compressor.model.structure import Structure
 from compressor.model.weights import Group
 from compressor.protocol import WeightPass
@@ -23,6 +24,7 @@ from compressor.recipe.recipe import Step
 
 PROBE_TOKENS = 64
 LONG_SECONDS = 20.0
+LONGEST_SECONDS = 24 * 3600.0
 # of a laptop, to know whether measuring this machine is worth two seconds
 ORDINARY = Work(products=2e11, exact=1e11, factors=5e10, spectra=2e9, searched=2e7, values=1e9, stored=5e8)
 
@@ -128,3 +130,18 @@ def predict_stages(plan: Plan, measure: bool, device: torch.device) -> list[Pred
         {"name": work.name, "parts": [seconds(part, rates) for part in work.parts], "known": work.known}
         for work in works
     ]
+
+
+def check_time(stages: Sequence[PredictedStage] | None, long: bool) -> None:
+    """raises PreflightError for a run of more than LONGEST_SECONDS, unless the user has asked for a long one"""
+    needed = sum(sum(stage["parts"]) for stage in stages or ())
+    if needed > LONGEST_SECONDS and not long:
+        assert stages is not None
+        slowest = max(stages, key=lambda stage: sum(stage["parts"]))
+        raise PreflightError(
+            f"about {needed / 3600:,.0f} hours of work on this machine, {sum(slowest['parts']) / 3600:,.0f} of them in "
+            f"{slowest['name']}",
+            where="time",
+            hint="Set a smaller data.samples, choose a faster pass or machine, or pass --long.",
+            data={"reason": "long", "seconds": needed, "slowest": slowest["name"]},
+        )

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from compressor.engine import stage_times
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.plan import make_plan
-from compressor.engine.stage_times import predict_stages, stage_works
+from compressor.engine.stage_times import check_time, predict_stages, stage_works
+from compressor.errors import PreflightError
 from compressor.model.probe_model import use_eager_experts
 from compressor.protocol import Work
 from compressor.recipe.recipe import parse_recipe
@@ -83,3 +84,13 @@ def test_seconds_add_up_over_kinds_of_work():
 def test_every_kind_of_work_has_a_rate():
     rates = measure_rates(torch.bfloat16, torch.device("cpu"))
     assert all(rate > 0 for rate in vars(rates).values())
+
+
+def test_a_run_of_more_than_a_day_needs_consent():
+    stages = [{"name": "sweep 0", "parts": [80000.0, 8000.0], "known": True}]
+    with pytest.raises(PreflightError) as caught:
+        check_time(stages, long=False)
+    assert caught.value.data == {"reason": "long", "seconds": 88000.0, "slowest": "sweep 0"}
+    check_time(stages, long=True)
+    check_time([{**stages[0], "parts": [80000.0]}], long=False)
+    check_time(None, long=False)
