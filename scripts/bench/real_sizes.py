@@ -129,9 +129,12 @@ def main() -> None:
 def plan(recipe: str, model: Path) -> dict[str, Any]:
     """Time, memory and outcome of one plan."""
     done = measured([*COMMAND, "plan", recipe, "--model", str(model), "--no-eval", *RANDOM_DATA, "--json"])
-    last = json.loads(done["output"].splitlines()[-1])
+    events = [json.loads(line) for line in done["output"].splitlines()]
     found = {"exit_code": done["exit_code"], "seconds": done["seconds"], "peak_bytes": done["peak_bytes"]}
-    return found | {"error": last.get("message"), "predicted_peak_bytes": last.get("peak_memory_bytes")}
+    errors = [event["message"] for event in events if event["event"] == "error"]
+    planned = next((event for event in events if event["event"] == "result"), {})
+    predicted = {key: planned.get(key) for key in ("peak_memory_bytes", "predicted_stages")}
+    return found | {"error": errors[0] if errors else None, **predicted}
 
 
 def run(recipe: str, model: Path, scratch: Path, changes: list[str], kill: float | None) -> dict[str, Any]:
