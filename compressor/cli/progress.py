@@ -12,10 +12,11 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from compressor.engine.events import Emit, Event, StageName
+from compressor.engine.events import Emit, Event, ProgressEvent, StageName
 from compressor.errors import Notice
 
 Mode = Literal["auto", "quiet", "json"]
+SILENT_SECONDS = 3.0  # lines show the progress inside a part if nothing else was shown for so long
 STAGES: dict[StageName, str] = {
     "plan": "planning",
     "write": "writing the artifact",
@@ -70,6 +71,8 @@ def _live(console: Console) -> Iterator[Emit]:
                 progress.update(task, completed=event["unit"] + 1, memory=_memory())
             elif event["event"] == "weight":
                 progress.update(task, description=f"{event['pass']} {event['name'][-26:]}")
+            elif event["event"] == "progress":
+                progress.update(task, description=_work(event, 32))
             elif event["event"] == "stage":
                 progress.reset(task, total=None, description=STAGES[event["name"]], memory=_memory())
             _warning(console, event)
@@ -78,10 +81,17 @@ def _live(console: Console) -> Iterator[Emit]:
 
 
 def _plain(console: Console) -> Emit:
-    began = time.monotonic()
+    began = last = time.monotonic()
 
     def emit(event: Event) -> None:
-        at = f"{time.monotonic() - began:7.1f} s"
+        nonlocal last
+        now = time.monotonic()
+        at = f"{now - began:7.1f} s"
+        if event["event"] == "progress":
+            if now - last < SILENT_SECONDS:
+                return
+            console.print(f"{at}    {_work(event, 100)}", highlight=False)
+        last = now
         if event["event"] == "sweep":
             console.print(f"{at}  sweep {event['sweep'] + 1}: {', '.join(event['passes'])}", highlight=False)
         elif event["event"] == "unit":
@@ -91,6 +101,12 @@ def _plain(console: Console) -> Emit:
         _warning(console, event)
 
     return emit
+
+
+def _work(event: ProgressEvent, width: int) -> str:
+    """What a pass is working on, in at most this many characters."""
+    done = "" if event["share"] is None else f" {event['share']:4.0%}"
+    return event["what"][-(width - len(done)) :] + done
 
 
 def _warning(console: Console, event: Event) -> None:
