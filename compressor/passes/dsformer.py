@@ -157,7 +157,7 @@ class DSFormer(WeightPass):
         description="Share of each weight's bytes in 16 bits that is kept. null: 0.5, unless atoms and k are set.",
     )
     density: float = Field(
-        0.4, gt=0, le=1, description="With ratio: the value for k / atoms, as near as the bytes allow."
+        0.45, gt=0, le=1, description="With ratio: the value for k / atoms, as near as the bytes allow."
     )
     block_size: Count | None = Field(
         None, description="Inputs that share atoms. null: the largest divisor of a weight's inputs up to 384."

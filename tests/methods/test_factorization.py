@@ -131,7 +131,7 @@ def test_rounds_by_products_end_below_as_many_of_slow_pursuit(count, k):
     targets = random(60, 12) @ correlated(12)
     start = first_atoms(targets, count, torch.Generator().manual_seed(0))
     solved = solve_block(targets, start, targets.new_zeros(60, count), k, rounds=6)
-    assert bool((solved.support.sum(1) == k).all()) and not bool(solved.sparse[~solved.support].any())
+    assert bool((solved.support.sum(1) == k).all()) and not bool(solved.sparse[solved.support == 0].any())
     product = solved.sparse @ solved.atoms
     assert solved.error == pytest.approx(float((targets - product).square().sum()), rel=1e-6)
     assert solved.error < slow_solve(targets, start, k, rounds=3)

@@ -62,11 +62,13 @@ def spread(values: torch.Tensor, index: torch.Tensor, atoms: int) -> torch.Tenso
     return values.new_zeros(len(values), atoms).scatter_(1, index, values)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coder:
-    """Finds coefficients for targets (rows, B) and atoms (m, B), both in the metric. Norms of atoms are divided out.
+    """Finds coefficients for targets (rows, B) and atoms (m, B), both in the metric. The atoms are scaled to norm 1.
 
-    norms  (m,) of the atoms; gram (m, m) and products (rows, m) are of the atoms with norm 1
+    norms  (m,) of the atoms, 1 for an atom of zeros
+    unit   (m, B) the atoms with norm 1
+    gram   (m, m) their products
     """
 
     norms: torch.Tensor
@@ -87,37 +89,45 @@ class Coder:
         for start in range(0, rows, step):
             yield slice(start, start + step)
 
-    def solve(self, products: torch.Tensor, support: torch.Tensor, sparse: torch.Tensor, steps: int) -> torch.Tensor:
-        """Values by conjugate gradients for ‖target - S A‖² on a support (rows, m) bool, from `sparse` (rows, m)."""
-        rest = (products - sparse @ self.gram) * support
-        way, size = rest, rest.square().sum(1, keepdim=True)
-        for _ in range(steps):
+    def solve_(self, products: torch.Tensor, support: torch.Tensor, sparse: torch.Tensor, steps: int) -> None:
+        """Improve values (rows, m) in place by conjugate gradients for ‖target - S A‖².
+
+        products  (rows, m) of targets and atoms; it is overwritten
+        support   (rows, m) 1 where a value may change, otherwise 0
+        """
+        rest = products.addmm_(sparse, self.gram, alpha=-1).mul_(support)
+        way, size = rest.clone() if steps > 1 else rest, squares(rest)
+        for step in range(1, steps + 1):
             image = way @ self.gram
             length = size / (way * image).sum(1, keepdim=True).clamp(min=TINY)
-            sparse = torch.addcmul(sparse, length, way)
-            rest = rest - length * image * support
-            before, size = size, rest.square().sum(1, keepdim=True)
-            way = torch.addcmul(rest, size / before.clamp(min=TINY), way)
-        return sparse
+            sparse.addcmul_(length, way)
+            if step < steps:
+                rest.addcmul_(image.mul_(support), length, value=-1)
+                before, size = size, squares(rest)
+                way.mul_(size / before.clamp(min=TINY)).add_(rest)
 
     def refit(self, targets: torch.Tensor, sparse: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-        """The best values (rows, m) of all targets on their supports, from `sparse`."""
-        parts = []
+        """The best values (rows, m) for targets (rows, B) on their supports (rows, m), from `sparse`."""
+        found = sparse * self.norms
         for rows in self.chunks(len(targets)):
-            products = targets[rows] @ self.unit.t()
-            parts.append(self.solve(products, support[rows], sparse[rows] * self.norms, LAST_STEPS) / self.norms)
-        return torch.cat(parts)
+            self.solve_(targets[rows] @ self.unit.t(), support[rows], found[rows], LAST_STEPS)
+        return found / self.norms
+
+
+def squares(rows: torch.Tensor) -> torch.Tensor:
+    """(rows, 1) squared norm of each row."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square()
 
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """(rows, m) bool: the k entries of each row with the largest magnitude."""
+    """(rows, m): 1 at the k entries of each row with the largest magnitude, otherwise 0."""
     kept = values.abs().topk(k, dim=1, sorted=False).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, kept, True)
+    return torch.zeros_like(values).scatter_(1, kept, 1.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Solution:
-    """Atoms (m, B) and coefficients (rows, m) of one block, in the metric. `support` (rows, m) bool: k in each row."""
+    """Atoms (m, B) and coefficients (rows, m) of one block in the metric, with 1 at the k stored ones in `support`."""
 
     error: float
     atoms: torch.Tensor
@@ -130,33 +140,30 @@ def solve_block(targets: torch.Tensor, atoms: torch.Tensor, sparse: torch.Tensor
 
     sparse  (rows, m) the coefficients to start from; zeros for the first time
     """
-    squares = float(targets.double().square().sum())
-    sparse, dual = sparse.clone(), torch.empty_like(sparse)
-    support = torch.empty_like(sparse, dtype=torch.bool)
+    whole = float(targets.double().square().sum())
+    sparse, dual, support = sparse.clone(), torch.empty_like(sparse), torch.empty_like(sparse)
     best, last = Solution(math.inf, atoms, sparse, support), atoms
     for number in range(rounds):
         coder = Coder.of(atoms)
         shifted = coder.gram.clone()
         shifted.diagonal().add_(PENALTY)
-        inverse = torch.linalg.inv(shifted)
-        normal = atoms.new_zeros(len(atoms), len(atoms))
-        sides = torch.zeros_like(atoms)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        normal, sides = torch.zeros_like(coder.gram), torch.zeros_like(atoms)
         for rows in coder.chunks(len(targets)):
-            products, now = targets[rows] @ coder.unit.t(), sparse[rows] * coder.norms
+            products, now, past = targets[rows] @ coder.unit.t(), sparse[rows].mul_(coder.norms), dual[rows]
             if number:
-                past = dual[rows] * coder.norms
-                moved = (products + PENALTY * (now - past)) @ inverse + past
-            else:  # a dual variable that makes the given coefficients a fixed point, if they have the least error
-                moved = now + (products - now @ coder.gram) / PENALTY
-            support[rows] = chosen = largest(moved, k)
-            now = moved * chosen
-            dual[rows] = (moved - now) / coder.norms
-            now = coder.solve(products, chosen, now, VALUE_STEPS) / coder.norms
-            sparse[rows] = now
+                moved = torch.addmm(past, torch.sub(now, past).mul_(PENALTY).add_(products), inverse)
+            else:  # with the dual variable that keeps the coefficients if they have the least error on their supports
+                moved = torch.addmm(products, now, coder.gram, alpha=-1).div_(PENALTY).add_(now)
+            chosen = largest(moved, k)
+            torch.mul(moved, chosen, out=now)
+            torch.sub(moved, now, out=past)
+            support[rows] = chosen
+            coder.solve_(products, chosen, now, VALUE_STEPS)
             normal.addmm_(now.t(), now)
             sides.addmm_(now.t(), targets[rows])
         found = improve_atoms(targets, sparse, normal, sides)
-        error = squares - float(((2 * sides - normal @ found) * found).double().sum())
+        error = whole - float(((2 * sides - normal @ found) * found).double().sum())
         if error < best.error:
             best = Solution(error, found, sparse.clone(), support.clone())
         atoms, last = found + MOMENTUM * (found - last) if number else found, found
@@ -170,8 +177,8 @@ def improve_atoms(
 
     An atom that no row uses is replaced by the target with the largest error.
     """
-    ridge = torch.full_like(normal.diagonal(), RIDGE * float(normal.diagonal().mean().clamp(min=TINY)))
-    found = torch.linalg.solve(normal + ridge.diag(), sides)
+    ridge = RIDGE * normal.diagonal().mean().clamp(min=TINY)
+    found = torch.linalg.solve(normal + ridge * torch.eye(len(normal), dtype=ridge.dtype, device=ridge.device), sides)
     unused = (normal.diagonal() == 0).nonzero()[:, 0]
     if len(unused):
         left = (targets - sparse @ found).square().sum(1)
@@ -330,7 +337,7 @@ def refit_values(matrix: torch.Tensor, metric: Metric, found: SparseFactors) -> 
         columns = slice(b * block, (b + 1) * block)
         target, lower = block_target(matrix, rest, metric, columns, inputs)
         index, count = found.index[:, b], found.atoms.shape[1]
-        support = torch.zeros(len(matrix), count, dtype=torch.bool, device=matrix.device).scatter_(1, index, True)
+        support = spread(torch.ones_like(values[:, b]), index, count)
         sparse = Coder.of(found.atoms[b] @ lower).refit(target @ lower, spread(values[:, b], index, count), support)
         values[:, b] = sparse.gather(1, index)
         rest[:, columns] = matrix[:, columns] - sparse @ found.atoms[b]
