@@ -74,6 +74,7 @@ class ModelView:
     _users: dict[int, int] = field(default_factory=dict)
     _is_embedded: bool = False
     _part: int = 0
+    _work: tuple[str, float | None] | None = None
 
     def __post_init__(self) -> None:
         self.generator = self.seeded(-1)
@@ -125,6 +126,7 @@ class ModelView:
 
     def run(self, part: int, batch: int, hidden: Tensor) -> Tensor:
         self._embed()  # the embeddings give the arguments of the blocks
+        self.tell(part, *(self._work or (part_name(self.structure, part), None)))
         call = self.calibration[batch].calls[part - 1]
         return self.structure.pieces.block(part - 1, hidden, call, gradients=True)
 
@@ -137,7 +139,7 @@ class ModelView:
         self._embed()
         batches = [replace(batch) for batch in self.calibration]
         for part in walk(self.structure, batches, self._hold):
-            self.progress(part_name(self.structure, part.number))
+            self.tell(part.number, part_name(self.structure, part.number), None)
             view = PartView(
                 self.structure,
                 part.number,
@@ -178,6 +180,7 @@ class ModelView:
         return None if line is None else (SavedFacts.of(line).step, load_file(self.journal.path(line)))
 
     def progress(self, what: str, share: float | None = None) -> None:
+        self._work = (what, share)
         self.tell(self._part, what, share)
 
     def warn(self, code: str, where: str, message: str) -> None:
