@@ -48,7 +48,10 @@ def json_line(event: Mapping[str, object]) -> None:
 
 @contextmanager
 def _speaking(say: Callable[[Event, Timeline], None], silence: float) -> Iterator[Emit]:
-    """Yield a function that hands events to `say`, which also gets an `AliveEvent` after each silence."""
+    """Yield a function that hands events to `say`, which also gets an `AliveEvent` after each silence.
+
+    A `ProgressEvent` is only noted: the next `AliveEvent` has it.
+    """
     timeline, lock, ended = Timeline(), threading.Lock(), threading.Event()
     began = spoke = time.monotonic()
 
@@ -56,8 +59,9 @@ def _speaking(say: Callable[[Event, Timeline], None], silence: float) -> Iterato
         nonlocal spoke
         with lock:
             timeline.take(event)
-            say(event, timeline)
-            spoke = time.monotonic()
+            if event["event"] != "progress":
+                say(event, timeline)
+                spoke = time.monotonic()
 
     def beat() -> None:
         while not ended.wait(max(0.01, spoke + silence - time.monotonic())):

@@ -50,6 +50,9 @@ class Timeline:
             self.doing, self.where = f"sweep {event['sweep'] + 1}: " + ", ".join(event["passes"]), ""
         elif event["event"] == "decide":
             self.where = f"{event['pass']} looks at the whole model"
+        elif event["event"] == "progress":
+            share = "" if event["share"] is None else f" {event['share']:.0%}"
+            self.where = f"{event['what']}{share}"
         elif event["event"] == "unit":
             self.where = f"after {event['name']} ({event['unit'] + 1}/{event['units']})"
             self._finish(event["unit"] + 1)

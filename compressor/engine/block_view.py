@@ -43,6 +43,7 @@ class BlockView:
     rescalable   producers of the inputs of this part's weights
     errors       relative error of each stored weight after it is dequantized
     written      parameters that stay dense and have new values
+    tell         shows the progress of the pass
     """
 
     structure: Structure
@@ -57,6 +58,7 @@ class BlockView:
     selected_functions: tuple[Weight, ...] = ()
     rescalable: tuple[Producer, ...] = ()
     is_open: bool = True
+    tell: Callable[[str, float | None], None] = lambda what, share: None
     put_layers: dict[str, tuple[StoredWeight, Layer]] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
@@ -170,6 +172,9 @@ class BlockView:
         finally:
             placed.remove()
 
+    def progress(self, what: str, share: float | None = None) -> None:
+        self.tell(what, share)
+
     def warn(self, code: str, where: str, message: str) -> None:
         self.warnings.append(Notice(code, where, message))
 
@@ -185,6 +190,7 @@ class BlockView:
 
     def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
         now = time.perf_counter()
+        self.progress(weight.name, 1.0)
         self.records = [known for known in self.records if known.name != weight.name]  # a weight may be put again
         self.records.append(
             WeightRecord(
@@ -232,7 +238,8 @@ class BlockView:
         limit = RECORDED_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
         kept = sum(batch.kept_bytes for batch in self.calibration)
         here = 0  # bytes that one batch keeps at this stage
-        for batch in self.calibration:
+        for done, batch in enumerate(self.calibration):
+            self.progress(f"inputs of {stage[0].name}", done / len(self.calibration))
             before = batch.kept_bytes
             waits = batch.recorded is not None and not batch.recorded.passed & wanted
             if waits and kept - before + here > limit:  # no room for a new pause: run on from the old one

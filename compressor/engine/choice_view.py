@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
 
-from compressor.engine.block_io import Installed, PartSource, free_part
+from compressor.engine.block_io import Installed, PartSource, free_part, part_name
 from compressor.engine.block_view import BlockView
 from compressor.engine.calibration_batch import CalibrationBatch, embed
 from compressor.engine.line_facts import SavedFacts
@@ -53,6 +53,7 @@ class ModelView:
     number     number of the sweep
     resident   keep every block in memory after it is loaded
     source     where a part's tensors lie; None: in the checkpoint
+    tell       shows the progress in a part
     generator  makes a generator from parts of a seed; the sweep itself uses other seeds
     """
 
@@ -68,9 +69,12 @@ class ModelView:
     is_interrupted: Callable[[], bool]
     warnings: list[Notice] = field(default_factory=list)
     source: Callable[[int], PartSource] | None = None
+    tell: Callable[[int, str, float | None], None] = lambda part, what, share: None
     _in_memory: dict[int, Installed] = field(default_factory=dict)
     _users: dict[int, int] = field(default_factory=dict)
     _is_embedded: bool = False
+    _part: int = 0
+    _work: tuple[str, float | None] | None = None
 
     def __post_init__(self) -> None:
         self.generator = self.seeded(-1)
@@ -97,6 +101,7 @@ class ModelView:
                 hint="Run the same command with --resume to continue.",
                 data={"stage": "choosing-shapes"},
             )
+        self._part = part
         if part not in self._in_memory:
             source = PartSource(self.structure) if self.source is None else self.source(part)
             self._in_memory[part] = load_part(self.structure, part, source, self.device)
@@ -121,6 +126,7 @@ class ModelView:
 
     def run(self, part: int, batch: int, hidden: Tensor) -> Tensor:
         self._embed()  # the embeddings give the arguments of the blocks
+        self.tell(part, *(self._work or (part_name(self.structure, part), None)))
         call = self.calibration[batch].calls[part - 1]
         return self.structure.pieces.block(part - 1, hidden, call, gradients=True)
 
@@ -133,6 +139,7 @@ class ModelView:
         self._embed()
         batches = [replace(batch) for batch in self.calibration]
         for part in walk(self.structure, batches, self._hold):
+            self.tell(part.number, part_name(self.structure, part.number), None)
             view = PartView(
                 self.structure,
                 part.number,
@@ -171,6 +178,10 @@ class ModelView:
     def saved(self) -> tuple[int, dict[str, Tensor]] | None:
         line = self.journal.done(f"{self.number}/choice")
         return None if line is None else (SavedFacts.of(line).step, load_file(self.journal.path(line)))
+
+    def progress(self, what: str, share: float | None = None) -> None:
+        self._work = (what, share)
+        self.tell(self._part, what, share)
 
     def warn(self, code: str, where: str, message: str) -> None:
         self.warnings.append(Notice(code, where, message))

@@ -52,7 +52,7 @@ def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, befor
         return walk(structure, sweeper.batches((step,)), hold)
 
     def view(part: Part) -> BlockView:
-        return sweeper.view(step, part, sweeper.seed_of(number, position, part.number, -1))
+        return sweeper.view(number, step, part, sweeper.seed_of(number, position, part.number, -1))
 
     return WholeModelView(begin, view)
 
@@ -76,6 +76,7 @@ def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decisi
             sweeper.is_interrupted,
             warnings,
             partial(before.source, structure),
+            partial(sweeper.progress, number),
         )
         try:
             return step.settings.choose(view)

@@ -5,7 +5,9 @@ Only this file names their keys. Progress displays and programs read the same va
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from compressor.errors import Notice
@@ -83,6 +85,21 @@ class DecideEvent(_OfPass):
     sweep: int
 
 
+class ProgressEvent(TypedDict):
+    """A pass is at work inside a part, or on a choice over the whole model.
+
+    unit   number of the part
+    what   a weight, or a step of a choice
+    share  how much of it is done, from 0 to 1; None if that is unknown
+    """
+
+    event: Literal["progress"]
+    sweep: int
+    unit: int
+    what: str
+    share: float | None
+
+
 class WarningEvent(TypedDict):
     event: Literal["warning"]
     code: str
@@ -107,10 +124,26 @@ Event = (
     | PartEvent
     | WeightEvent
     | DecideEvent
+    | ProgressEvent
     | WarningEvent
     | ResultEvent
 )
 Emit = Callable[[Event], None]
+PROGRESS_SECONDS = 1.0  # least time between two progress events
+
+
+@dataclass
+class Progress:
+    """Emits progress events, and leaves out those that follow another one too soon."""
+
+    emit: Emit
+    told: float = float("-inf")
+
+    def __call__(self, sweep: int, unit: int, what: str, share: float | None = None) -> None:
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS:
+            self.told = now
+            self.emit({"event": "progress", "sweep": sweep, "unit": unit, "what": what, "share": share})
 
 
 def warning_event(notice: Notice) -> WarningEvent:

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.engine.block_io import PartSource, free_all
+from compressor.engine.block_io import PartSource, free_all, part_name
 from compressor.engine.calibration_batch import CalibrationBatch, run_part
-from compressor.engine.events import Emit
+from compressor.engine.events import Emit, Progress
 from compressor.engine.line_facts import LineFacts
 from compressor.engine.walk import Holder, Part, part_event, walk
 from compressor.errors import Notice, PassError
@@ -276,7 +276,9 @@ def _views(work: Reshaper, warnings: list[Notice]) -> Iterator[PartView]:
     """Every part of the unchanged model, one in memory at a time; with activations if there are calibration batches."""
     structure = work.structure
     hold = work.holder(lambda part: PartSource(structure), stopped="stopped while surveying")
+    progress = Progress(work.emit)
     for part in walk(structure, work.batches, hold):
+        progress(work.number, part.number, f"survey of {part_name(structure, part.number)}")
         view = work.view(part.number, -1)
         view.is_open, view.warnings = False, warnings
         if part.number == 0:

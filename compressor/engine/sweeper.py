@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from compressor.engine.calibration_batch import (
     calibration_batches,
     probe_batch,
 )
-from compressor.engine.events import Emit
+from compressor.engine.events import Emit, Progress
 from compressor.engine.plan_records import Plan
 from compressor.engine.walk import Holder, Part
 from compressor.model.structure import Structure
@@ -44,9 +45,10 @@ class Sweeper:
     probe: Tensor | None = None
     needs: Needs = field(default_factory=dict)
     structure: Structure = field(init=False)
+    progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
-        self.structure = self.plan.source
+        self.structure, self.progress = self.plan.source, Progress(self.emit)
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Report the beginning of a sweep."""
@@ -64,7 +66,7 @@ class Sweeper:
     def seed_of(self, *place: int) -> int:
         return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
 
-    def view(self, step: Step, part: Part, seed: int) -> BlockView:
+    def view(self, sweep: int, step: Step, part: Part, seed: int) -> BlockView:
         """The view of a loaded part for a step. It has all batches except the last, the probe batch."""
         return BlockView(
             part.structure,
@@ -77,4 +79,5 @@ class Sweeper:
             part.installed,
             selected_functions=self.plan.functions_of(step, part.number),
             rescalable=producers_of(self.plan.producers, part.structure, part.number),
+            tell=partial(self.progress, sweep, part.number),
         )

@@ -180,7 +180,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
     """Let each step of the sweep change the loaded part."""
     sweeper, changes = sweep.sweeper, Changes()
     for position, (step, decision) in enumerate(zip(sweep.steps, sweep.decisions, strict=True)):
-        view = sweeper.view(step, part, sweeper.seed_of(sweep.number, position, part.number))
+        view = sweeper.view(sweep.number, step, part, sweeper.seed_of(sweep.number, position, part.number))
         view.decision = decision
         settings = step.settings
         assert isinstance(settings, WeightPass)

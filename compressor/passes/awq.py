@@ -27,10 +27,10 @@ Where we differ from the paper's code, and why
 - A gain below 1 % of the square error is no reason to scale: it is within what rounding moves by chance.
 - The search for a step with error feedback is ours; the paper composes with GPTQ by its own scales.
 
-Cost per block: with `rounding: nearest`, for each producer `steps` roundings of the weights that read it, and as many
-runs of the block on `search_batches` batches; else `steps` roundings of 512 of their rows, and what gptq takes for
-second moments and their factor. Memory: these
-weights once more in float32, and the block's outputs on those batches or the second moments.
+Cost per block: for each producer one run of the block up to the weights that read it. With `rounding: nearest`, `steps`
+roundings of these weights, and as many runs of the block on `search_batches` batches. With `rounding: later`, `steps`
+roundings of 512 of their rows, the second moments of their n inputs (tokens·n²) and a Cholesky factor (n³/3). Memory:
+these weights once more in float32, and the block's outputs on those batches, or 8·n² bytes.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from pydantic import Field
 from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.lazy import torch
-from compressor.methods.quantization.hessian import Gram, inverse_factor
+from compressor.methods.quantization.hessian import Gram
 from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.model.weights import part_of
-from compressor.protocol import BlockView, Group, Producer, Stage, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, Producer, Stage, Traits, Weight, WeightPass
 
 MIN_GAIN = 0.01  # of the square error; on the demo model at 3 bits smaller gains moved perplexity both ways
 PERCDAMP = 0.01  # as gptq's default
@@ -103,13 +103,13 @@ class AWQ(WeightPass):
         dense = [view.output(batch) for batch in batches]
         records: dict[str, dict[str, Any]] = {}
         for producer in producers:
-            weights = _readers(view, producer)
+            weights, seen = _readers(view, producer), inputs_of(view, producer, self.rounding == "later")
             error_of = (
-                self._feedback_error(view, producer, weights)
+                self._feedback_error(view, seen, weights)
                 if self.rounding == "later"
                 else self._block_error(view, weights, dense)
             )
-            factors, record = self._search(magnitudes(view, producer), producer, error_of)
+            factors, record = self._search(view, seen.magnitudes(producer), producer, error_of)
             if record["alpha"]:
                 fold(view, producer, factors)
             records |= {weight.name: record for weight in weights}
@@ -119,7 +119,11 @@ class AWQ(WeightPass):
                     self._finish(view, weight, records.get(weight.name, {"alpha": None}))
 
     def _search(
-        self, magnitude: torch.Tensor, producer: Producer, error_of: Callable[[torch.Tensor], float]
+        self,
+        view: BlockView,
+        magnitude: torch.Tensor,
+        producer: Producer,
+        error_of: Callable[[torch.Tensor], float],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """The factors (slices,) float32 of the least error, and what the report says of them.
 
@@ -127,6 +131,7 @@ class AWQ(WeightPass):
         """
         tried: list[tuple[float, float, torch.Tensor]] = []
         for step in range(self.steps):
+            view.progress(f"search behind {producer.name}", step / self.steps)
             alpha = step / self.steps
             factors = factors_of(magnitude, alpha)
             tried.append((error_of(factors[_slices(producer, factors.device)]), alpha, factors))
@@ -160,10 +165,10 @@ class AWQ(WeightPass):
         return error_of
 
     def _feedback_error(
-        self, view: BlockView, producer: Producer, weights: Sequence[Weight]
+        self, view: BlockView, seen: Inputs, weights: Sequence[Weight]
     ) -> Callable[[torch.Tensor], float]:
         """What error feedback leaves of the rounding of these weights; of plain rounding where H can't be factored."""
-        kept = feedback(view, producer)
+        kept = seen.feedback()
         sampled = [_some_rows(view.matrix(weight)) for weight in weights]
 
         def error_of(columns: torch.Tensor) -> float:
@@ -188,57 +193,78 @@ class AWQ(WeightPass):
 
 
 @dataclass
-class Magnitude:
-    """Sum of |x| of each feature (features,) float64 over so many tokens."""
+class Inputs:
+    """What the weights behind a producer read on calibration data.
+
+    total   sum of |x| of each feature (features,) float64
+    gram    second moments, if they are needed
+    """
 
     total: torch.Tensor
+    gram: Gram | None
     tokens: int = 0
 
-    def add(self, x: torch.Tensor) -> Magnitude:
-        return Magnitude(self.total + x.abs().sum(0, dtype=torch.float64), self.tokens + len(x))
+    def add(self, x: torch.Tensor) -> Inputs:
+        self.total += x.abs().sum(0, dtype=torch.float64)
+        self.tokens += len(x)
+        if self.gram is not None:
+            self.gram.add(x)
+        return self
+
+    def magnitudes(self, producer: Producer) -> torch.Tensor:
+        """Mean |x| of what the producer makes: (slices,) float64, the mean over each slice; 1 for an empty slice."""
+        mean = self.total / max(1, self.tokens)
+        slices = _slices(producer, mean.device)
+        count = max(producer.slices) + 1
+        features = torch.bincount(slices, minlength=count)
+        total = torch.zeros(count, dtype=torch.float64, device=mean.device).index_add_(0, slices, mean)
+        return torch.where(features > 0, total / features.clamp(min=1), 1.0)
+
+    def feedback(self) -> torch.Tensor:
+        """1 / U_jj of each feature (in,) float32: the share of a column's rounding error that error feedback leaves.
+
+        All 1 where the second moments can't be factored. They are used up: two matrices are in memory at a time.
+        """
+        assert self.gram is not None
+        matrix, self.gram = self.gram.matrix, None
+        matrix.triu_()
+        matrix += matrix.triu(1).t()
+        return feedback_shares(matrix) if self.tokens else torch.ones(len(matrix), device=matrix.device)
 
 
-def magnitudes(view: BlockView, producer: Producer) -> torch.Tensor:
-    """Mean |x| of what the producer makes, over the calibration tokens: (slices,) float64, the mean over the features
-    of each slice; 1 for slices that make none.
+def feedback_shares(hessian: torch.Tensor) -> torch.Tensor:
+    """1 / U_jj (in,) float32 of second moments (in, in) known up to a factor, with columns by decreasing diag(H).
+
+    With J the reversal of that order, J H J = L Lᵀ and U = J L⁻¹ J, so 1 / U_jj is a diagonal entry of L. All 1 if no
+    damping up to 1 makes H positive definite.
     """
+    diagonal = hessian.diagonal().clone()
+    mean = float(diagonal[diagonal > 0].mean()) if bool((diagonal > 0).any()) else 1.0
+    order = torch.argsort(torch.where(diagonal == 0, mean, diagonal), descending=True, stable=True).flip(0)
+    hessian = hessian[order[:, None], order]
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = mean
+    added = 0.0
+    for damping in (PERCDAMP, 10 * PERCDAMP, 100 * PERCDAMP):
+        hessian.diagonal().add_((damping - added) * mean)
+        added = damping
+        for dtype in (torch.float32, torch.float64):
+            lower, info = torch.linalg.cholesky_ex(hessian.to(dtype))
+            if int(info) == 0:
+                shares = torch.empty(len(hessian), device=hessian.device)
+                shares[order] = lower.diagonal().float()
+                return shares
+    return torch.ones(len(hessian), device=hessian.device)
 
-    def start(group: Group) -> Magnitude:
-        return Magnitude(torch.zeros(group.in_features, dtype=torch.float64, device=view.device))
 
-    seen = view.fold(_first_stage(view, producer), start, Magnitude.add)
-    mean = sum((one.total for one in seen[1:]), seen[0].total) / max(1, sum(one.tokens for one in seen))
-    slices = _slices(producer, mean.device)
-    count = max(producer.slices) + 1
-    features = torch.bincount(slices, minlength=count)
-    total = torch.zeros(count, dtype=torch.float64, device=mean.device).index_add_(0, slices, mean)
-    return torch.where(features > 0, total / features.clamp(min=1), 1.0)
-
-
-def feedback(view: BlockView, producer: Producer) -> torch.Tensor:
-    """1 / U_jj of each feature (in,) float32: the share of a column's rounding error that error feedback leaves.
-
-    Of the second moments over all groups that read the features; all 1 where these can't be factored.
-    """
-
-    def start(group: Group) -> Gram:
-        return Gram.zeros(group.in_features, torch.float32, view.device)
-
-    grams = view.fold(_first_stage(view, producer), start, Gram.add)
-    pooled = grams[0]
-    for gram in grams[1:]:
-        pooled = Gram(pooled.matrix + gram.matrix, pooled.tokens + gram.tokens)
-    kept = torch.ones(len(pooled.matrix), device=view.device)
-    if not pooled.tokens:
-        return kept
-    hessian = pooled.hessian()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = diagonal.mean() or 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], PERCDAMP, 1.0, producer.name)
-    if factor is not None:
-        kept[order] = 1 / factor.upper.diagonal().float()
-    return kept
+def inputs_of(view: BlockView, producer: Producer, with_gram: bool) -> Inputs:
+    """What all groups that read the producer's features read, in one run of the block."""
+    stage = _first_stage(view, producer)
+    features = stage[0].in_features
+    gram = Gram.zeros(features, torch.float32, view.device) if with_gram else None
+    seen = Inputs(torch.zeros(features, dtype=torch.float64, device=view.device), gram)
+    view.fold(stage, lambda group: seen, Inputs.add)
+    return seen
 
 
 def _first_stage(view: BlockView, producer: Producer) -> Stage:

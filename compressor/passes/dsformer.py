@@ -14,20 +14,20 @@ Factorization [details ours]. The inputs of W (out, in) are split into blocks of
 With one block and k = m this is a product of two thin matrices, so low rank is a special case.
 
 Solver [ours]. It minimizes E = tr((W - W') H (W - W')ᵀ), where H is the damped second moments of the inputs in the
-model as compressed so far. Blocks are solved one after the other, `sweeps` times. In a block, `pursuits` times: the
-rows of S_b are found by batched orthogonal matching pursuit, then D_b in closed form (`sparse_coding`). A change is
-kept only if E falls. Atoms start as the directions of the block's SVD. We measured (MiniLM on SST-2, a small Llama)
-that the final error is then 3 to 40 % less than from rows chosen by k-means++. If there are more atoms than directions,
-k-means++ is used.
+model as compressed so far. Blocks are solved one after the other, `sweeps` times. In a block, `rounds` times: the
+supports of all rows by a step of ADMM, their values by conjugate gradients, then D_b in closed form (`sparse_coding`).
+A change is kept only if E falls. Atoms start as the directions of the block's SVD. If there are more atoms than
+directions, rows of W_b chosen by k-means++ are added. Measured on MiniLM and the demo model, this solver ends below
+batched orthogonal matching pursuit (3 pursuits in each of 2 sweeps) at a tenth of its time.
 
-Comparison with low rank. The best product of two thin matrices in no more bytes (`low_rank`) is computed too. Both are
-rounded to their stored dtype, and the one with the smaller E is stored. If E is equal, the thin matrices are stored,
-since they run faster.
+Comparison with low rank. The best product of two thin matrices in no more bytes (`low_rank`) is compared too, after
+rounding, and the one with the smaller E is stored. If E is equal, the thin matrices are stored, since they run faster.
+If the thin matrices are worse before they are rounded, they are not computed, only their E.
 
 Sizes [ours]. `ratio` is the share of bytes that is kept, of the weight in 16 bits, whatever dtype the model has. Among
-the pairs (m, k) that fill these bytes to within 1 %, the one with k / m nearest to `density` is used. By default two
-densities are tried: 0.35, which was best for MiniLM, and 0.7, best for the small Llama, whose spectra fall faster. The
-positions of a row's entries are stored as numbers or as one bit for each atom, whichever is smaller.
+the pairs (m, k) that fill these bytes to within 1 %, the one with k / m nearest to `density` is used. Of 0.25 to 0.85,
+the best for matrices of MiniLM was 0.35 to 0.45, and for the demo model 0.35 to 0.55. The positions of a row's entries
+are stored as numbers or as one bit for each atom, whichever is smaller.
 
 Refinement, the paper's STF as a post-training step [ours]. With `refine_steps`, all factors of a block are trained
 together towards the outputs of the dense block for the same inputs, including the choice of atoms (`straight_through`).
@@ -36,13 +36,16 @@ better after rounding.
 
 Not offered: patterns such as 2:4 on S. It is an error if no damping makes the second moments positive definite.
 
-Cost per matrix and pursuit: out·(B·m + k²·m/2) multiply-adds per block, out·in² for the blocks' targets per sweep, and
-the SVD of the low-rank factors. Memory: H and L, 16·in² bytes, 8·in² beyond 1024 inputs.
+Cost per matrix: 8·out·m² multiply-adds for each block, round and sweep, out·in² for the blocks' targets in each sweep
+and for each E, and the spectrum of the low-rank factors, (out + in)·n² + 2·n³ with n = min(out, in) in float64.
+Memory: H and L, 8·in² bytes, 16·in² up to 1024 inputs, and 40·out·in for working copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -52,9 +55,11 @@ from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.lazy import torch
 from compressor.methods.factorization.low_rank import (
+    TINY,
     Metric,
     dense_bytes,
     largest_rank,
+    least_error,
     shrinks,
     spectrum,
     stage_metrics,
@@ -77,8 +82,26 @@ FORM, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 WIDEST_BLOCK = 384  # the cost of a pursuit grows with k² m, and k and m grow with the block
 NARROWEST_BLOCK = 8
-DENSITIES = (0.35, 0.7)  # for slowly and fast falling spectra; our measurement
 RATIO_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix (out, in) to factorize, its metric, and the error of leaving it out.
+
+    report  shows the share of the work that is done
+    """
+
+    matrix: torch.Tensor
+    metric: Metric
+    whole: float
+    block: int
+    generator: torch.Generator
+    report: Callable[[float], None]
+
+    def relative_error(self, layer: SparseFactorLinear | LowRankLinear) -> float:
+        """Of the matrix as a layer stores it."""
+        return self.metric.error(self.matrix - layer.matrix(torch.float32)) / max(self.whole, TINY)
 
 
 @dataclass(frozen=True)
@@ -133,11 +156,8 @@ class DSFormer(WeightPass):
         lt=1,
         description="Share of each weight's bytes in 16 bits that is kept. null: 0.5, unless atoms and k are set.",
     )
-    density: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="With ratio: the value for k / atoms, as near as the bytes allow. null: try 0.35 and 0.7.",
+    density: float = Field(
+        0.45, gt=0, le=1, description="With ratio: the value for k / atoms, as near as the bytes allow."
     )
     block_size: Count | None = Field(
         None, description="Inputs that share atoms. null: the largest divisor of a weight's inputs up to 384."
@@ -153,8 +173,8 @@ class DSFormer(WeightPass):
         "data).",
     )
     sweeps: int = Field(2, ge=1, le=10, description="How often all blocks of a weight are solved one after the other.")
-    pursuits: int = Field(
-        3, ge=1, le=50, description="Matching pursuits and updates of the atoms for each block and sweep."
+    rounds: int = Field(
+        6, ge=1, le=50, description="Updates of the coefficients and of the atoms for each block and sweep."
     )
     refine_steps: int = Field(
         0,
@@ -208,15 +228,14 @@ class DSFormer(WeightPass):
     def stored(self, weight: Weight) -> str | None:
         if weight.is_function or weight.role == "embedding":  # refused at any size
             return FORM
-        return FORM if self._shapes(weight) else DENSE
+        return FORM if self._shape(weight) else DENSE
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         return (RIVAL,) if self.max_rel_error is None else (RIVAL, DENSE)
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         block = self._block(weight)
-        sizes = {block_bytes(weight.shape, block, *shape, self.values): shape for shape in self._shapes(weight)}
-        atoms, k = sizes[max(sizes)]
+        atoms, k = self._shape(weight) or (1, 1)
         return {"block": block, "atoms": atoms, "k": k, "values": self.values}
 
     def _block(self, weight: Weight) -> int:
@@ -245,21 +264,17 @@ class DSFormer(WeightPass):
             )
         return self.block_size
 
-    def _shapes(self, weight: Weight) -> list[tuple[int, int]]:
-        """(atoms, k) pairs to try; none if the weight would not get smaller."""
+    def _shape(self, weight: Weight) -> tuple[int, int] | None:
+        """(atoms, k); None if the weight would not get smaller."""
         try:
             block = self._block(weight)
         except ShapeError:
-            return [(1, 1)]  # `spec` raises the error
+            return 1, 1  # `spec` raises the error
         if self.atoms is not None and self.k is not None:
             size = block_bytes(weight.shape, block, self.atoms, self.k, self.values)
-            return [(self.atoms, self.k)] if shrinks(weight.shape, size) else []
+            return (self.atoms, self.k) if shrinks(weight.shape, size) else None
         wanted = int((self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape))
-        densities = DENSITIES if self.density is None else (self.density,)
-        found = [
-            choose_shape(weight.shape, block, wanted, density, self.values, RATIO_TOLERANCE) for density in densities
-        ]
-        return sorted({shape for shape in found if shape is not None})
+        return choose_shape(weight.shape, block, wanted, self.density, self.values, RATIO_TOLERANCE)
 
     def block(self, view: BlockView) -> None:
         refines = bool(self.refine_steps and view.stages())
@@ -318,17 +333,18 @@ class DSFormer(WeightPass):
     def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> Solved | None:
         """Store a weight. Returns None if it stays dense."""
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
-        shapes = self._shapes(weight)
-        if not shapes:
+        shape = self._shape(weight)
+        if shape is None:
             self._keep(view, weight, "the result of these settings is not smaller than the weight in 16 bits", record)
             return None
         block = self._block(weight)
-        size = max(block_bytes(weight.shape, block, *shape, self.values) for shape in shapes)
+        size = block_bytes(weight.shape, block, *shape, self.values)
         self._check_ratio(view, weight, size)
         matrix = view.matrix(weight)
-        tried = [self._sparse(matrix, metric, block, atoms, k, view.generator) for atoms, k in shapes]
-        layer, error = min(tried, key=lambda found: found[1])
-        rival, rival_error = self._low_rank(matrix, metric, largest_rank(weight.shape, size, self.values))
+        report = partial(view.progress, weight.name)
+        problem = Problem(matrix, metric, metric.error(matrix), block, view.generator, report)
+        layer, error = self._sparse(problem, *shape)
+        rival, rival_error = self._low_rank(problem, largest_rank(weight.shape, size, self.values), error)
         record |= {"relative_error": error, "relative_error_svd": rival_error, "chosen": "sparse"}
         best: SparseFactorLinear | LowRankLinear = layer
         if rival is not None and rival_error is not None and rival_error <= error:
@@ -349,32 +365,40 @@ class DSFormer(WeightPass):
             message = f"uses {size} of the {wanted:.0f} bytes asked for: no pair of atoms and k fills them better"
             view.warn("ratio-missed", weight.name, message)
 
-    def _sparse(
-        self, matrix: torch.Tensor, metric: Metric, block: int, atoms: int, k: int, generator: torch.Generator
-    ) -> tuple[SparseFactorLinear, float]:
+    def _sparse(self, problem: Problem, atoms: int, k: int) -> tuple[SparseFactorLinear, float]:
         """The sparse factors of the matrix in their stored format, and the relative error."""
         from compressor.layers.sparse_factor_linear import SparseFactorLinear
 
-        found = balance(factorize(matrix, metric, block, atoms, k, self.sweeps, self.pursuits, generator))
+        matrix, metric = problem.matrix, problem.metric
+        solve = partial(factorize, matrix, metric, problem.block, atoms, k, self.sweeps, self.rounds)
+        found = balance(solve(problem.generator, report=problem.report))
         layer = SparseFactorLinear.pack(found.atoms, found.values, found.index, self.values)
-        error = metric.relative_error(matrix, layer.matrix(torch.float32))
+        error = problem.relative_error(layer)
         if self.values == "int8":  # rounding atoms is coarse here, so coefficients are solved again
             rounded = SparseFactors(*layer.factors(torch.float32), layer.index())
             found = refit_values(matrix, metric, rounded)
             again = SparseFactorLinear.pack(found.atoms, found.values, found.index, self.values)
-            again_error = metric.relative_error(matrix, again.matrix(torch.float32))
+            again_error = problem.relative_error(again)
             if again_error < error:
                 return again, again_error
         return layer, error
 
-    def _low_rank(self, matrix: torch.Tensor, metric: Metric, rank: int) -> tuple[LowRankLinear | None, float | None]:
-        """The low-rank factors of this rank; None if even rank 1 does not fit into the bytes."""
+    def _low_rank(self, problem: Problem, rank: int, rival: float) -> tuple[LowRankLinear | None, float | None]:
+        """The low-rank factors of this rank and their relative error.
+
+        No factors if even rank 1 does not fit into the bytes, or if the error before rounding is above that of the
+        rival: rounding can't make the best factors of a rank better.
+        """
         from compressor.layers.low_rank_linear import LowRankLinear
 
         if not rank:
             return None, None
-        layer = LowRankLinear.pack(*spectrum(matrix, metric).factors(rank), self.values)
-        return layer, metric.relative_error(matrix, layer.matrix(torch.float32))
+        problem.report(1.0)
+        least = least_error(problem.matrix, problem.metric, rank)
+        if least > rival:
+            return None, least
+        layer = LowRankLinear.pack(*spectrum(problem.matrix, problem.metric).factors(rank), self.values)
+        return layer, problem.relative_error(layer)
 
     def _keep(self, view: BlockView, weight: Weight, why: str, record: dict[str, Any]) -> None:
         view.warn("stays-dense", weight.name, why)

@@ -7,11 +7,13 @@ smaller on GLUE and SQuAD. The rest is our design:
 
 1. Tiers are tried from coarse to fine: blocks, then sub-blocks (an attention or an MLP), then heads (a key-value head
    with its query heads). Parts of something that was removed are not tried.
-2. In a tier, each candidate is removed alone, by masks of 0, and the loss is measured on the search part of the
-   calibration samples. This ranks the candidates. Of two with the same loss, the later block comes first.
+2. In a tier, each candidate is removed alone, by masks of 0, and the loss is measured on a quarter of the search part
+   of the calibration samples. This ranks the candidates. Of two with the same loss, the later block comes first. The
+   ranking uses at most half of the evaluations that are left; earlier blocks that it doesn't reach are not tried.
 3. In that order, each candidate is removed in addition to what was removed before. It stays removed if the loss is
    within `max_loss_increase` of the dense model's, on the search part and on a part that was not used for the ranking,
    since greedy choices overfit to the samples on which they are made. A candidate that lowers the loss always passes.
+   A candidate whose loss alone is above twice the bound on the samples of the ranking is not measured again.
 4. With `retry`, candidates that failed are tried again at the end of their tier.
 
 The loss is KL(dense || masked) for each prediction, or cross-entropy with the data's labels for each sample. So the
@@ -19,13 +21,14 @@ loss of the dense model is 0, or its cross-entropy. The parts are then removed b
 `vtrans`; the bias of a removed part stays. Selective hard attention, the other half of the paper, isn't offered.
 
 Cost: one run from the candidate's block to the output head for each evaluation, at most `max_evaluations` of them.
-Memory: one block, and one copy of the residual stream for each block.
+Memory: one block, one copy of the residual stream for each block, and 512 MB for outputs of the dense model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
@@ -36,6 +39,7 @@ from compressor.lazy import torch
 from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
+    Loss,
     Places,
     Reader,
     distilled,
@@ -52,6 +56,12 @@ from compressor.model.facts import PrunableModule
 from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
 
 KINDS = ("heads", "ffn")
+SAMPLES_AT_ONCE = 4  # of a batch; the ranking uses whole batches
+RANKED_SHARE = 0.25  # of the search part's samples
+HOPELESS = (
+    2.0  # times the bound: a candidate that is worse than this on the samples of the ranking isn't measured again
+)
+KEPT_OUTPUT_BYTES = 1 << 29
 Losses = tuple[float, float]  # on the search part, and on the confirming part
 Tier = Literal["blocks", "sub_blocks", "heads"]
 
@@ -117,6 +127,10 @@ class GreedyRemoval(RewritePass):
     def unplanned(self) -> str:
         return "the run decides what is removed"
 
+    @property
+    def batch_samples(self) -> int | None:
+        return SAMPLES_AT_ONCE
+
     def choose(self, model: RunnableModel) -> Decision:
         """Search for the parts to remove. raises PassError for data that can't be used for the search"""
         sites = model.facts.prunable(KINDS)
@@ -128,8 +142,12 @@ class GreedyRemoval(RewritePass):
             left = {site.name: site.units - len(gone.get(site.name, ())) for site in sites}
             return self.target is not None and size.of(left) <= (1 - self.target) * size.full
 
-        base = remember(lambda: trial.losses({}))
-        search = Search(self, base, lambda gone: remember(lambda: trial.losses(gone)), enough, sites)
+        def measure(gone: dict[str, set[int]], ranks: bool = False) -> Losses:
+            model.progress(f"evaluation {remember.count + 1}", remember.count / self.max_evaluations)
+            return remember(lambda: trial.losses(gone, ranks))
+
+        base = measure({})
+        search = Search(self, base, measure, enough, sites, partial(measure, ranks=True) if trial.is_sampled else None)
         for tier in self.tiers:
             search.walk(self._candidates(tier, sites))
         left = {s.name: [u for u in range(s.units) if u not in search.gone.get(s.name, ())] for s in sites}
@@ -196,6 +214,7 @@ class Search:
     base      losses of the dense model
     measure   losses with these heads and neurons removed
     enough    whether so much is removed that the search ends
+    rank      the same on the samples of the ranking; None: on all samples of the search part
     """
 
     settings: GreedyRemoval
@@ -203,6 +222,7 @@ class Search:
     measure: Callable[[dict[str, set[int]]], Losses]
     enough: Callable[[dict[str, set[int]]], bool]
     sites: Sequence[PrunableModule]
+    rank: Callable[[dict[str, set[int]]], Losses] | None = None
     gone: dict[str, set[int]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
@@ -216,14 +236,25 @@ class Search:
         at_first = {name: set(units) for name, units in self.gone.items()}
         order = [candidate for candidate in reversed(candidates) if self._may_go(candidate)]
         if self.settings.order == "loss":
-            for candidate in order:
-                if not self._is_allowed_one_more():
-                    return
-                alone[candidate.name] = self._with(candidate)
+            alone = self._ranking(order[: (self.settings.max_evaluations - self.evaluations) // 2])
+            order = [candidate for candidate in order if candidate.name in alone]
             order.sort(key=lambda candidate: alone[candidate.name][0])  # stable: of equal ones, the later block first
-        failed = self._try(order, alone, at_first)
+        failed = self._try(order, {} if self.rank else alone, at_first)
         if self.settings.retry:
             self._try(failed, {}, {})
+
+    def _ranking(self, candidates: Sequence[Candidate]) -> dict[str, Losses]:
+        """Losses with each candidate removed alone, without those that are hopeless."""
+        if self.rank is None or not candidates:
+            return {candidate.name: self._with(candidate) for candidate in candidates}
+        self.evaluations += 1 + len(candidates)
+        before = self.rank(self.gone)
+        alone = {candidate.name: self.rank(self._without(candidate)) for candidate in candidates}
+        worst = before[0] + HOPELESS * self.settings.max_loss_increase
+        for candidate in candidates:
+            if alone[candidate.name][0] > worst:
+                self.log.append({"what": candidate.name, "ranked": alone.pop(candidate.name)[0], "removed": False})
+        return alone
 
     def _try(
         self, order: Sequence[Candidate], alone: dict[str, Losses], at_first: dict[str, set[int]]
@@ -283,11 +314,12 @@ class Trial:
     dense: Dense
     sites: Sequence[PrunableModule]
     places: Places
-    loss: str
+    each: list[int]  # predictions of one sample, by batch
     confirms: list[torch.Tensor]  # (samples,) bool of each batch
-    counts: tuple[float, float]
+    ranking: list[int]  # batches of the ranking
+    objective: Loss
     streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch: before each block and after all
-    gone: dict[str, set[int]] = field(default_factory=dict)
+    gone: dict[int, dict[str, set[int]]] = field(default_factory=dict)  # batch -> what its streams are without
 
     @classmethod
     def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
@@ -309,41 +341,57 @@ class Trial:
         each = [
             predictions(model, dense, batch) // rows[batch] if loss == "distill" else 1 for batch in range(len(rows))
         ]
-        counts = [sum(n * int((chosen == part).sum()) for n, chosen in zip(each, confirms)) for part in (False, True)]
+        ranking, ranked = [], 0
+        for batch, chosen in enumerate(confirms):
+            if ranked < RANKED_SHARE * (total - confirming):
+                ranking.append(batch)
+                ranked += int((~chosen).sum())
         readers = tuple(Reader(s.name, s.block + 1, s.output_projection, reader_columns(s.columns)) for s in sites)
         streams = [[stream] for stream in dense.before]
-        return cls(model, dense, sites, Places(readers), loss, confirms, (counts[0], counts[1]), streams)
+        objective = distilled(model, dense, keep_bytes=KEPT_OUTPUT_BYTES) if loss == "distill" else labelled(model)
+        return cls(model, dense, sites, Places(readers), each, confirms, ranking, objective, streams)
 
-    def losses(self, gone: dict[str, set[int]]) -> Losses:
-        """Mean losses on both parts of the samples."""
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the ranking leaves out batches."""
+        return len(self.ranking) < len(self.confirms)
+
+    def losses(self, gone: dict[str, set[int]], ranks: bool = False) -> Losses:
+        """Mean losses on both parts of the samples; 0 for a part without samples.
+
+        ranks  measure on the samples of the ranking only
+        """
         masks = {}
         for site in self.sites:
             if gone.get(site.name):
                 masks[site.name] = torch.ones(1, site.units, device=self.model.device)
                 masks[site.name][0, sorted(gone[site.name])] = 0
-        draws = [Draw(batch, masks) for batch in range(self.model.batches)]
+        draws = [Draw(batch, masks) for batch in (self.ranking if ranks else range(self.model.batches))]
         self._advance(draws, gone)
-        make = distilled(self.model, self.dense) if self.loss == "distill" else labelled(self.model)
-        sums = [0.0, 0.0]
+        sums, counts = [0.0, 0.0], [0, 0]
         with self.model.loaded(self.model.parts - 1):
-            for draw, streams, confirms in zip(draws, self.streams, self.confirms, strict=True):
-                found = losses(self.model, draw, self.places, streams[-1], make).double().cpu()
+            for draw in draws:
+                last, confirms = self.streams[draw.batch][-1], self.confirms[draw.batch]
+                found = losses(self.model, draw, self.places, last, self.objective).double().cpu()
                 for part in (0, 1):
                     sums[part] += float(found[confirms == bool(part)].sum())
-        return sums[0] / self.counts[0], sums[1] / self.counts[1]
+                    counts[part] += self.each[draw.batch] * int((confirms == bool(part)).sum())
+        return sums[0] / max(1, counts[0]), sums[1] / max(1, counts[1])
 
     def _advance(self, draws: Sequence[Draw], gone: dict[str, set[int]]) -> None:
-        """Run all blocks from the first one that differs from the last trial."""
-        differs = [s.block for s in self.sites if gone.get(s.name, set()) != self.gone.get(s.name, set())]
-        start = min([*differs, len(self.streams[0]) - 1]) + 1
-        self.gone = gone
-        for streams in self.streams:
-            del streams[start:]
-        for unit in range(start, self.model.parts - 1):
+        """Run the blocks of each batch from the first one that differs from the batch's last trial."""
+        for draw in draws:
+            streams, before = self.streams[draw.batch], self.gone.get(draw.batch, {})
+            differs = [s.block for s in self.sites if gone.get(s.name, set()) != before.get(s.name, set())]
+            del streams[min([*differs, len(streams) - 1]) + 1 :]
+            self.gone[draw.batch] = gone
+        for unit in range(min(len(self.streams[draw.batch]) for draw in draws), self.model.parts - 1):
             with self.model.loaded(unit), torch.no_grad():
-                for draw, streams in zip(draws, self.streams, strict=True):
-                    with masked(self.model, unit, draw.masks, self.places):
-                        streams.append(self.model.run(unit, draw.batch, streams[-1]))
+                for draw in draws:
+                    streams = self.streams[draw.batch]
+                    if len(streams) == unit:
+                        with masked(self.model, unit, draw.masks, self.places):
+                            streams.append(self.model.run(unit, draw.batch, streams[-1]))
 
 
 class Remembered:

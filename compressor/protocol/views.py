@@ -115,6 +115,13 @@ class BlockView(Protocol):
         """How many calibration batches there are."""
         ...
 
+    def progress(self, what: str, share: float | None = None) -> None:
+        """Show that the pass works on `what`, such as a weight's name, and how much of it is done, from 0 to 1.
+
+        Call it wherever more than a second may have passed. It changes nothing but the display.
+        """
+        ...
+
     def output(self, batch: int, stand_ins: Mapping[Weight, torch.nn.Module] | None = None) -> torch.Tensor:
         """The output of the block, as it is now, for a calibration batch, (samples, tokens, width).
 
@@ -260,6 +267,10 @@ class RunnableModel(Protocol):
 
     def saved(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The progress that an interrupted run saved last."""
+        ...
+
+    def progress(self, what: str, share: float | None = None) -> None:
+        """Show what a long choice is doing, and how much of it is done. See `BlockView.progress`."""
         ...
 
     def warn(self, code: str, where: str, message: str) -> None:

@@ -71,6 +71,13 @@ def test_a_run_without_a_prediction_has_no_estimate(run):
     assert timeline.activity == "sweep 1: gptq, after layers.-1 (1/4)"
 
 
+def test_work_inside_a_part_is_named(run):
+    timeline, at = run
+    at(0.0, SWEEP)
+    at(1.0, {"event": "progress", "sweep": 0, "unit": 1, "what": "layers.0.up", "share": 0.25})
+    assert timeline.activity == "sweep 1: gptq, layers.0.up 25%"
+
+
 def until(found):
     """Wait for what another thread does; a display that stays silent fails here."""
     for _ in range(1000):
@@ -89,11 +96,13 @@ def test_a_silent_run_says_that_it_lives(capsys):
 
     with show("json", Console(), silence=0.02) as emit:
         emit(PREDICTED), emit(SWEEP)
+        emit({"event": "progress", "sweep": 0, "unit": 1, "what": "layers.0.up", "share": None})
         until(found)
     alive = seen[-1]
+    assert {event["event"] for event in seen} == {"predicted", "sweep", "alive"}
     assert seen[:2] == [PREDICTED, SWEEP]
     assert alive.keys() == {"event", "doing", "seconds", "seconds_left"}
-    assert alive["doing"] == "sweep 1: gptq" and 0 < alive["seconds_left"] <= 60
+    assert alive["doing"] == "sweep 1: gptq, layers.0.up" and 0 < alive["seconds_left"] <= 60
 
 
 def test_plain_lines_say_it_too():

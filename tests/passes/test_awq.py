@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor.artifact.verify import verify
 from compressor.engine.plan import make_plan
+from compressor.methods.quantization.hessian import inverse_factor
 from compressor.model.weights import Producer, ScaledParameter
-from compressor.passes.awq import AWQ, factors_of, fold
+from compressor.passes.awq import AWQ, factors_of, feedback_shares, fold
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import check_pass
@@ -67,6 +68,20 @@ def test_factors_are_powers_of_the_magnitudes_around_one():
     assert torch.equal(factors_of(magnitude, 0.0), torch.ones(3))
     torch.testing.assert_close(factors_of(magnitude, 0.5), torch.tensor([2.0, 1.0, 0.5]))
     assert torch.isfinite(factors_of(torch.zeros(3, dtype=torch.float64), 0.9)).all()
+
+
+@pytest.mark.parametrize("dead", [[], [2, 5]])
+def test_shares_that_feedback_leaves_are_those_of_the_whole_factor(dead):
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 12)
+    x[:, dead] = 0
+    hessian = x.t() @ x
+    live = hessian.clone()
+    live.diagonal()[dead] = hessian.diagonal()[hessian.diagonal() > 0].mean()
+    order = torch.argsort(live.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(live[order][:, order], 0.01, 1.0, "w")
+    expected = torch.empty(12)
+    expected[order] = 1 / factor.upper.diagonal()
+    torch.testing.assert_close(feedback_shares(hessian), expected)
 
 
 def test_a_gain_that_is_stored_less_one_is_divided_as_a_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from math import prod
 
@@ -414,7 +415,27 @@ def test_trials_from_kept_streams_are_those_of_whole_runs(tmp_path):
     trial = Trial.of(whole, sites, "distill", 0.3)
     names = {site.kind + str(site.block): site.name for site in sites}
     sequence = [{}, {names["ffn1"]: {1, 5}}, {names["heads0"]: {0}}, {names["heads0"]: {0}, names["ffn1"]: {3}}, {}]
-    for gone in sequence:
-        found = trial.losses(gone)
-        fresh = Trial.of(shaping.Whole(model, whole.inputs), sites, "distill", 0.3).losses(gone)
+    assert trial.is_sampled
+    for gone, ranks in itertools.product(sequence, (False, True)):
+        found = trial.losses(gone, ranks)
+        fresh = Trial.of(shaping.Whole(model, whole.inputs), sites, "distill", 0.3).losses(gone, ranks)
         assert found == pytest.approx(fresh, rel=1e-12) and (found == (0.0, 0.0)) == (not gone)
+
+
+def test_a_candidate_that_is_hopeless_alone_is_not_measured_again():
+    measure, rank = Additive(COSTS), Additive({name: 2 * cost for name, cost in COSTS.items()})
+    sites = [Site("a", 3), Site("b", 3)]
+    settings = GreedyRemoval(max_loss_increase=0.03)
+    search = Search(settings, (0.0, 0.0), measure, lambda gone: False, sites, rank)
+    search.walk([Candidate(f"{s.name} {u}", n, ((s.name, (u,)),)) for n, s in enumerate(sites) for u in range(s.units)])
+    assert [row["what"] for row in search.log if "ranked" in row] == [
+        "b 2",
+        "a 1",
+    ]  # 0.08 and 1.0, twice the bound 0.06
+    assert [row["what"] for row in search.log if row["removed"]] == ["b 1", "a 2", "a 0"]
+    assert measure.asked + rank.asked == search.evaluations - 1 and rank.asked == 7
+
+
+def test_a_ranking_leaves_half_of_the_evaluations_for_removals():
+    search, measure = walked(COSTS, max_loss_increase=1, max_evaluations=7)
+    assert [row["what"] for row in search.log] == ["b 1", "b 0"] and measure.asked == 4  # b 2 is the last of its site

@@ -65,6 +65,9 @@ class Whole:
     def saved(self):
         return self.state
 
+    def progress(self, what, share=None):
+        pass
+
     def warn(self, code, where, message):
         self.warnings.append(code)
 

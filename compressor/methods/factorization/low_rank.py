@@ -20,7 +20,8 @@ REFERENCE_BYTES = 2  # ratios refer to the bytes of a weight in 16 bits, for any
 TINY = 1e-30  # replaces a divisor of 0
 LADDER = 3  # how often damping is increased tenfold before the error
 SCALE_BYTES = 4
-EXACT_INPUTS = 1024  # up to this number, second moments and spectra are computed in float64
+PANEL = 1024  # columns of L in one product
+EXACT_INPUTS = 1024  # up to this number, second moments and their products are computed in float64
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Metric:
         return "output" if self.damping else "weight"
 
     def error(self, change: torch.Tensor) -> float:
-        """E of a change (out, in) of the weight."""
-        return float((change.to(self.lower.dtype) @ self.lower).square().sum())
+        """E of a change (out, in) of the weight. Products with the zeros above the diagonal of L are left out."""
+        change, features, total = change.to(self.lower.dtype), len(self.lower), 0.0
+        for start in range(0, features, PANEL):
+            stop = min(start + PANEL, features)
+            total += float((change[:, start:] @ self.lower[start:, start:stop]).square().sum())
+        return total
 
     def relative_error(self, matrix: torch.Tensor, stand_in: torch.Tensor) -> float:
         """E of the approximation divided by E(0)."""
@@ -64,14 +69,15 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
             hint="Set model.dtype: float32, or check the model's outputs on this data.",
             data={"reason": "not-finite"},
         )
-    mean = float(hessian.double().diagonal().mean())
+    mean = float(hessian.diagonal().double().mean())
     for attempt in range(LADDER + 1):
         share = damping * 10**attempt
-        damped = hessian.to(torch.float64, copy=True)
-        damped.diagonal().add_(share * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
+        for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
+            damped = hessian.to(dtype, copy=True)
+            damped.diagonal().add_(share * mean)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
     raise PassError(
         f"the Hessian of its inputs is not positive definite even with damping {share:g}",
         where=where,
@@ -102,21 +108,27 @@ def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: boo
 class Spectrum:
     """W L = U Σ Vᵀ of a weight, which gives its best approximation of any rank.
 
-    left    (out, n), U; all have the metric's dtype
+    matrix  (out, in) W, in the metric's dtype
+    basis   (n, n) U if out <= in, otherwise V; n = min(out, in)
     values  (n,) σ, descending
-    right   (n, in), Vᵀ L⁻¹
     """
 
-    left: torch.Tensor
+    matrix: torch.Tensor
+    metric: Metric
+    basis: torch.Tensor
     values: torch.Tensor
-    right: torch.Tensor
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (out, r) and C (r, in) with A C the optimum of E at this rank (Eckart and Young).
+        """A (out, r) and C (r, in) with A C the optimum of E at this rank (Eckart and Young): U Uᵀ W, or W L V Vᵀ L⁻¹.
 
         A column of A and its row of C have the same norm, so that both stay in the range of 16 bits.
         """
-        left, right = self.left[:, :rank] * self.values[:rank], self.right[:rank]
+        kept, lower = self.basis[:, :rank], self.metric.lower
+        if len(self.matrix) <= self.matrix.shape[1]:
+            left, right = kept, kept.t() @ self.matrix
+        else:
+            left = self.matrix @ (lower @ kept)
+            right = torch.linalg.solve_triangular(lower, kept.t(), upper=False, left=False)
         sizes = [part.norm(dim=dim).clamp(min=TINY) for part, dim in ((left, 0), (right, 1))]
         balance = (sizes[1] / sizes[0]).sqrt()
         return left * balance, right / balance[:, None]
@@ -135,10 +147,27 @@ class Spectrum:
 
 
 def spectrum(matrix: torch.Tensor, metric: Metric) -> Spectrum:
-    """matrix (out, in)"""
-    left, values, right = torch.linalg.svd(matrix.to(metric.lower.dtype) @ metric.lower, full_matrices=False)
-    back = torch.linalg.solve_triangular(metric.lower, right, upper=False, left=False)
-    return Spectrum(left, values, back)
+    """The spectrum of a weight (out, in), from the eigenvalues of its smaller `side`.
+
+    σ² below 1e-16 of the largest is rounding, so σ has half the digits of float64. They are enough: only sums of σ²
+    and the span of the first vectors are used.
+    """
+    matrix = matrix.to(metric.lower.dtype)
+    squares, basis = torch.linalg.eigh(side(matrix, metric))
+    values = squares.flip(0).clamp(min=0).sqrt()
+    return Spectrum(matrix, metric, basis.flip(1).to(matrix.dtype), values.to(matrix.dtype))
+
+
+def least_error(matrix: torch.Tensor, metric: Metric, rank: int) -> float:
+    """E of the best approximation of this rank, divided by E(0), in a third of the time of `spectrum`."""
+    squares = torch.linalg.eigvalsh(side(matrix, metric)).clamp(min=0)
+    return float(squares[: len(squares) - rank].sum() / squares.sum().clamp(min=TINY))
+
+
+def side(matrix: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """The smaller of (W L)(W L)ᵀ and (W L)ᵀ(W L), float64. Its eigenvalues are σ²."""
+    seen = (matrix.to(metric.lower.dtype) @ metric.lower).double()
+    return seen @ seen.t() if len(seen) <= seen.shape[1] else seen.t() @ seen
 
 
 def dense_bytes(shape: Sequence[int]) -> int:

@@ -204,17 +204,28 @@ class Dense:
         return cls(before, [draw.entered[-1] for draw in draws])
 
 
-def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0) -> Loss:
+def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0, keep_bytes: int = 0) -> Loss:
     """Distance of the output from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
 
     For a model without an output head it is the squared error of the last hidden states divided by their variance,
     summed over tokens and averaged over channels.
+
+    keep_bytes  of the dense model's outputs that are kept from call to call; the others are computed each time
     """
+    kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def dense_output(batch: int, part: slice) -> torch.Tensor:
+        if (batch, part.start) in kept:
+            return kept[batch, part.start]
+        with torch.no_grad():
+            output = model.output_head(batch, dense.after[batch][part], part)
+        if sum(one.nbytes for one in kept.values()) + output.nbytes <= keep_bytes:
+            kept[batch, part.start] = output
+        return output
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
         for part in _slices(last):
-            with torch.no_grad():
-                wanted = _wide(model.output_head(batch, dense.after[batch][part], part))
+            wanted = _wide(dense_output(batch, part))
             found = _wide(head(part))
             yield weight * (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
 
