@@ -2,10 +2,13 @@
 
     python scripts/bench/real_sizes.py write llama-8b DIR --blocks 2   # a checkpoint; --sparse: zeros, no disk space
     python scripts/bench/real_sizes.py plan llama-70b                  # plan of every bundled recipe, all blocks
+    python scripts/bench/real_sizes.py predict llama-8b gptq-w4a16     # time of each stage, here and elsewhere
     python scripts/bench/real_sizes.py run llama-8b gptq-w4a16 --blocks 2 --set data.samples=8
 
 `run` measures the time of each stage and the peak memory of each process. With --kill SHARE the run is also killed when
-this share of its parts is stored, resumed, and compared byte by byte with the uninterrupted run. Calibration and
+this share of its parts is stored, resumed, and compared byte by byte with the uninterrupted run. `predict` multiplies
+the counted work by the rates of this machine, by eight times these (16 cores if this machine has 2), and by those of an
+H200 as its data sheet gives them, of which it is assumed to reach GPU_SHARE. Calibration and
 evaluation use random tokens, since random weights need no tokenizer. Shapes: the config.json files of the models.
 """
 
@@ -23,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +36,21 @@ import result_file
 import torch
 from torch import Tensor
 
-from compressor.recipe.recipe import recipe_folders
+from compressor.engine.machine_rates import measure_rates, seconds
+from compressor.engine.plan import make_plan
+from compressor.engine.stage_times import stage_works
+from compressor.protocol import Work
+from compressor.recipe.recipe import read_recipe, recipe_folders
 from compressor.storage.safetensors_file import Entry, write_file
 
 SHARD_BYTES = 5 * 10**9
 POOL = 1 << 26  # random values that all weights are cut from
 STANDARD_DEVIATION = 0.02
 COMMAND = [sys.executable, "-m", "compressor"]
+# NVIDIA's data sheet: 989e12 in bfloat16, 67e12 in float32 and float64, 4.8e12 bytes of memory a second. Eigenvalues
+# and files are as on a processor.
+H200 = Work(989e12, 67e12, 67e12, 1e10, 4.8e12 / 400, 4.8e12 / 8, 2e9)
+GPU_SHARE = 0.4
 RANDOM_DATA = ["--set", "data.source=random", "--set", "eval.data.source=random", "--set", "eval.gates={}"]
 
 
@@ -93,7 +105,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("write", "plan", "run"):
+    for verb in ("write", "plan", "predict", "run"):
         command = verbs.add_parser(verb)
         command.add_argument("shape", choices=SHAPES)
         if verb == "write":
@@ -115,10 +127,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=settings.scratch) as scratch:
         model = Path(scratch) / settings.shape
-        write_checkpoint(settings.shape, model, settings.blocks, sparse=settings.verb == "plan")
+        write_checkpoint(settings.shape, model, settings.blocks, sparse=settings.verb != "run")
         for name in names:
             if settings.verb == "plan":
                 row = plan(name, model)
+            elif settings.verb == "predict":
+                row = predict(name, model)
             else:
                 row = run(name, model, Path(scratch), settings.set, settings.kill)
             rows.append({"shape": settings.shape, "blocks": settings.blocks, "recipe": name, **row})
@@ -135,6 +149,19 @@ def plan(recipe: str, model: Path) -> dict[str, Any]:
     planned = next((event for event in events if event["event"] == "result"), {})
     predicted = {key: planned.get(key) for key in ("peak_memory_bytes", "predicted_stages")}
     return found | {"error": errors[0] if errors else None, **predicted}
+
+
+def predict(recipe: str, model: Path) -> dict[str, Any]:
+    """Predicted seconds of each stage on three machines; null where a pass of the stage doesn't count its work."""
+    changes = [change for change in RANDOM_DATA if change != "--set"]
+    planned = make_plan(read_recipe(recipe, changes), str(model))
+    here = measure_rates(planned.structure.dtype, torch.device("cpu"))
+    machines = {"here": here, "8x": replace(here * 8, stored=here.stored), "H200": H200 * GPU_SHARE}
+    works = stage_works(planned, measure=True)
+    return {
+        name: {work.name: round(seconds(work.whole, rates)) if work.known else None for work in works}
+        for name, rates in machines.items()
+    }
 
 
 def run(recipe: str, model: Path, scratch: Path, changes: list[str], kill: float | None) -> dict[str, Any]:
