@@ -56,9 +56,10 @@ def run(folder, start, pythonpath, *arguments):
 STARTS = {"console script": console_script, "python -m": lambda: [sys.executable, "-m", "compressor"]}
 
 
+@pytest.mark.parametrize("pythonpath", ["", "."])
 @pytest.mark.parametrize("start", STARTS)
-def test_the_command_starts_without_the_working_directory(start, planted):
-    done = run(planted, STARTS[start](), ".", "passes", "rtn")
+def test_the_command_starts_without_the_working_directory(start, pythonpath, planted):
+    done = run(planted, STARTS[start](), pythonpath, "passes", "rtn")
     assert done.returncode == 0, done.stderr
 
 
@@ -94,8 +95,6 @@ def test_no_verb_runs_a_module_of_the_working_directory(planted):
         ["report", "out"],
         ["doctor"],
     ]
-    for pythonpath in ("", "."):
-        done = run(
-            planted, [sys.executable, "-c", VERBS], pythonpath, *(word for verb in verbs for word in (*verb, "+"))
-        )
-        assert done.returncode == 0, done.stderr[-800:]
+    words = [word for verb in verbs for word in (*verb, "+")]
+    done = run(planted, [sys.executable, "-c", VERBS], os.pathsep + ".", *words)
+    assert done.returncode == 0, done.stderr[-800:]

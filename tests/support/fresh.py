@@ -10,7 +10,15 @@ import torch
 
 from compressor.process import child
 
-COMMAND = child.LOADER + "from compressor.__main__ import main\nsys.exit(main())\n"
+COMMAND = (
+    child.LOADER
+    + """
+from compressor.process.child import fork_from_here
+from compressor.__main__ import main
+fork_from_here()
+sys.exit(main())
+"""
+)
 REFUSE = """
 import sys
 class Refuse:
