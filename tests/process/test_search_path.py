@@ -63,16 +63,22 @@ def test_the_command_starts_without_the_working_directory(start, pythonpath, pla
     assert done.returncode == 0, done.stderr
 
 
-# One process is enough for all verbs: what is searched is settled once, when it starts, and torch's import is slow.
+# One process is enough for all verbs: what is searched is settled once, as the first begins, and importing torch is
+# slow. So one server is enough for the processes that the others start.
 VERBS = """
 import sys
 from compressor.__main__ import main
 words = sys.argv[1:]
-while words:
+def run_one():
     end = words.index("+")
     sys.argv = ["compress-model", *words[:end]]
     assert main() == 0, sys.argv
     del words[: end + 1]
+run_one()
+from compressor.process.child import started_early
+with started_early():
+    while words:
+        run_one()
 """
 
 
@@ -86,8 +92,8 @@ def test_no_verb_runs_a_module_of_the_working_directory(planted):
         "eval: {metrics: [perplexity, speed], data: {source: random, samples: 4, length: 16}}\n"
     )
     verbs = [
-        ["run", "r.yaml", "--model", model, "--output", "out", "--fresh"],
         ["plan", "r.yaml", "--model", model],
+        ["run", "r.yaml", "--model", model, "--output", "out", "--fresh"],
         ["verify", "out"],
         ["eval", "out", "--metrics", "perplexity", *data],
         ["compare", "out", model],
