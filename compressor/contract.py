@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from compressor.process import child
+
 
 def main(request: dict[str, Any]) -> Any:
     """`load` an artifact where no pass can be imported, run a `recipe` until step number `step`, or `resume` one."""
@@ -34,6 +36,7 @@ def _load_without_passes(directory: str) -> None:
 
 
 def _resume(recipe: str, model: str, output: Path) -> Any:
+    child.fork_from_here()
     from compressor import run
     from compressor.recipe.recipe import parse_recipe
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
 from compressor.evaluation.sections import Report
 from compressor.layers import DENSE
+from compressor.model.checkpoint import resolve_model
+from compressor.model.structure import read_structure
+from compressor.model.token_limit import limit_of
 from compressor.process import child
 from compressor.protocol import Pass, WeightPass
 from compressor.recipe.recipe import Recipe, parse_recipe
@@ -66,7 +69,7 @@ def check_pass(
     assert parse_recipe(whole.to_yaml().encode(), "again").resolved() == whole.resolved(), "recipe is not a fixed point"
     plan = make_plan(whole, str(model))
     assert not plan.problems, f"plan refuses it: {[str(problem) for problem in plan.problems]}"
-    first = sweep(whole, model, scratch / "first")
+    first = _swept(replace(plan, tries_loaders=False), scratch / "first")
     assert whole.steps[-1].settings == settings, "settings were changed while it ran"
     again = sweep(whole, model, scratch / "again")
     assert [file_sha256(file) for file in first.files] == [file_sha256(file) for file in again.files], (
@@ -75,7 +78,7 @@ def check_pass(
     _check_forms(settings, plan, first)
     if isinstance(settings, WeightPass):
         _check_untouched(name, settings, model, scratch / "part", only, before)
-    report = _check_resume(whole, model, scratch / "killed", first)
+    report = _check_resume(plan.recipe, model, scratch / "killed", first)
     _check_sizes(settings, plan, report)
     _check_loads_without_passes(scratch / "killed")
     return report
@@ -100,11 +103,14 @@ class Swept:
 
 def sweep(recipe: Recipe, model: Path, work: Path) -> Swept:
     """Run the sweeps of a recipe on the CPU, in this process, into this directory."""
-    plan = make_plan(recipe, str(model), prove=False)
+    return _swept(make_plan(recipe, str(model), prove=False), work)
+
+
+def _swept(plan: Plan, work: Path) -> Swept:
     calibration, _ = read_samples(plan, measure=False, trust_remote_code=False)
     with closing(Journal.create(work, {})) as journal:
         place = torch.device("cpu")
-        sweeper = Sweeper(plan, journal, calibration, place, recipe.seed, lambda event: None, lambda: False)
+        sweeper = Sweeper(plan, journal, calibration, place, plan.recipe.seed, lambda event: None, lambda: False)
         files, _ = run_sweeps(sweeper)
         lines = [LineFacts.of(line) for line in journal.lines.values()]
     stored = {record.weight.name: record.weight.form for line in lines for record in line.records}
@@ -123,7 +129,13 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path, of: Literal["s
 
     step, of  it is killed instead of its `step`-th fsync or rename, or after its `step`-th commit to the journal
     """
-    request = {"step": step, "of": of, "recipe": _resolved(recipe, model), "model": str(model), "output": str(output)}
+    structure = read_structure(resolve_model(str(model)), dtype=recipe.model.dtype)
+    return _is_killed(step, of, recipe.fit_lengths(limit_of(structure.model)), model, output)
+
+
+def _is_killed(step: int, of: str, recipe: Recipe, model: Path, output: Path) -> bool:
+    """`kill_at` with a recipe whose lengths fit the model."""
+    request = {"step": step, "of": of, "recipe": recipe.to_yaml(), "model": str(model), "output": str(output)}
     try:
         child.ask("compressor.contract", request, "is killed")
     except PassError as error:
@@ -131,11 +143,6 @@ def kill_at(step: int, recipe: Recipe, model: Path, output: Path, of: Literal["s
             raise
         return True
     return False
-
-
-def _resolved(recipe: Recipe, model: Path) -> str:
-    """The recipe as text, in which every length is set."""
-    return make_plan(recipe, str(model), prove=False).recipe.to_yaml()
 
 
 def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
@@ -190,10 +197,13 @@ def _check_untouched(
 
 
 def _check_resume(recipe: Recipe, model: Path, output: Path, expected: Swept) -> Report:
-    """Kill a run in the middle of its parts, and resume it in another fresh process: only the journal knows by then."""
+    """Kill a run in the middle of its parts, and resume it in another fresh process: only the journal knows by then.
+
+    recipe  one whose lengths fit the model
+    """
     middle = (expected.commits + 1) // 2
-    assert kill_at(middle, recipe, model, output, of="commits"), "the run ended before it could be killed"
-    request = {"resume": _resolved(recipe, model), "model": str(model), "output": str(output)}
+    assert _is_killed(middle, "commits", recipe, model, output), "the run ended before it could be killed"
+    request = {"resume": recipe.to_yaml(), "model": str(model), "output": str(output)}
     report: Report = child.ask("compressor.contract", request, "resumes the run")
     written = _tensors(output.glob("*.safetensors"))
     for tensor, info in _tensors(expected.files).items():

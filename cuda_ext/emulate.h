@@ -8,6 +8,7 @@
 //
 // So a missing wait or barrier is a wrong number under some seed. What isn't modelled: weak memory order, banks, time.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -41,8 +42,10 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // for its first time; then longjmp enters it, which doesn't call the system as swapcontext does
+  jmp_buf place;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+  bool begun = false;
   unsigned index = 0;
   Dim thread;
   const unsigned* waits_for = nullptr;  // runnable again when this counter isn't `seen` any more
@@ -66,12 +69,12 @@ struct Block {
   std::vector<Fiber*> live;
   std::vector<Warp> warps;
   std::vector<Array> arrays;
-  ucontext_t scheduler;
   unsigned generation = 0, arrived = 0;
   size_t used = 0;
 };
 
 inline Block* block;
+inline jmp_buf scheduler;
 inline Fiber* me;
 inline Dim block_index, grid_size, block_size;
 inline u32 random_state = 1;
@@ -93,10 +96,14 @@ inline u32 random_bits() {  // xorshift32 (Marsaglia 2003); never 0
   return random_state >> 7;
 }
 
+inline void leave() {  // the fiber, until the scheduler enters it again
+  if (!_setjmp(me->place)) _longjmp(scheduler, 1);
+}
+
 inline void pause(const unsigned* counter) {
   me->waits_for = counter;
   me->seen = *counter;
-  swapcontext(&me->context, &block->scheduler);
+  leave();
 }
 
 inline void sync_threads() {
@@ -147,15 +154,30 @@ inline void (*run_body)(const void*);
 inline const void* body;
 
 inline void fiber_main() {
-  run_body(body);
-  std::vector<Fiber*>& live = block->live;
-  for (size_t i = 0; i < live.size(); i++)
-    if (live[i] == me) {
-      live[i] = live.back();
-      live.pop_back();
-      break;
-    }
-  swapcontext(&me->context, &block->scheduler);
+  for (;;) {  // a fiber is the same thread of each block in turn
+    run_body(body);
+    std::vector<Fiber*>& live = block->live;
+    for (size_t i = 0; i < live.size(); i++)
+      if (live[i] == me) {
+        live[i] = live.back();
+        live.pop_back();
+        break;
+      }
+    leave();
+  }
+}
+
+inline void enter(Fiber& fiber) {
+  me = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (me->begun) _longjmp(me->place, 1);
+  me->begun = true;
+  getcontext(&me->context);
+  me->context.uc_stack.ss_sp = me->stack.get();
+  me->context.uc_stack.ss_size = STACK_BYTES;
+  me->context.uc_link = nullptr;
+  makecontext(&me->context, fiber_main, 0);
+  setcontext(&me->context);
 }
 
 inline void run_block() {
@@ -170,23 +192,19 @@ inline void run_block() {
     f.thread = Dim(t, 0, 0);
     f.waits_for = nullptr;
     f.groups.assign(1, {});
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = STACK_BYTES;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
     b.live.push_back(&f);
   }
   while (!b.live.empty()) {
     const size_t count = b.live.size(), first = random_bits() % count;
-    me = nullptr;
-    for (size_t i = 0; i < count && !me; i++) {  // the first runnable one from a random place on
+    Fiber* next = nullptr;
+    for (size_t i = 0; i < count && !next; i++) {  // the first runnable one from a random place on
       Fiber* f = b.live[(first + i) % count];
-      if (!f->waits_for || *f->waits_for != f->seen) me = f;
+      if (!f->waits_for || *f->waits_for != f->seen) next = f;
     }
-    if (!me) die("a barrier or a collective operation that not all threads reach");
-    me->waits_for = nullptr;
-    swapcontext(&b.scheduler, &me->context);
+    me = nullptr;
+    if (!next) die("a barrier or a collective operation that not all threads reach");
+    next->waits_for = nullptr;
+    enter(*next);
   }
   block = nullptr;
 }

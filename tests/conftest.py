@@ -33,12 +33,12 @@ def pytest_collection_modifyitems(items):
 def started_early():
     """The processes that verify and measure are forked from one server, which has imported torch and transformers.
 
-    Those of a test that changes an environment variable are started anew.
+    Those of a test that changes an environment variable are started anew, but for variables that they don't read.
     """
     from compressor.process import child
 
-    variables = child.environment
-    child.environment = lambda: {name: value for name, value in variables().items() if name != "PYTEST_CURRENT_TEST"}
+    variables, unread = child.environment, ("PYTEST_CURRENT_TEST", "GITHUB_STEP_SUMMARY")
+    child.environment = lambda: {name: value for name, value in variables().items() if name not in unread}
     with child.started_early():
         yield
     shutil.rmtree(os.environ["HF_HOME"])

@@ -13,12 +13,16 @@ import gc
 import importlib
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 # The first imports of a process that loads a model. They import the others.
 IMPORTS = ("torch", "transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
@@ -55,18 +59,40 @@ class Forked:
         return self.returncode
 
 
+class Fork:
+    """A fork of this process that became a server, with the needed members of `subprocess.Popen`."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_server(link.detach())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        os.waitpid(self.pid, 0)
+
+
 class ForkServer:
     """The client side. It forks one process at a time.
 
+    interpreter  the command of a Python that becomes the server; None: a fork of this process, which must be one that
+                 a server has forked, and must not have used torch yet
     environment  the variables at the server's start. A process may have others, but not those that Python, torch and
                  libraries read when they are imported
     """
 
-    def __init__(self, interpreter: Sequence[str], environment: Mapping[str, str]) -> None:
+    _process: subprocess.Popen[bytes] | Fork
+
+    def __init__(self, interpreter: Sequence[str] | None, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self._busy = threading.Lock()  # held while a process runs; its exit code is sent over the same link
         self._link, theirs = socket.socketpair()
         with theirs:
+            if interpreter is None:
+                self._process = Fork(theirs)
+                return
             self._process = subprocess.Popen(
                 [*interpreter, os.path.abspath(__file__), str(theirs.fileno())],
                 env=self.environment,
@@ -145,6 +171,35 @@ def _serve(link: socket.socket) -> str | None:
             link.sendall(code.to_bytes(NUMBER_BYTES, "big", signed=True))
         except BrokenPipeError:  # the client has ended
             return None
+
+
+def _become_server(number: int) -> NoReturn:
+    """In a fork of this process: serve without its streams, files and modules of `compressor`, until the link closes.
+
+    number  file descriptor of the link
+    """
+    code: str | int | None = 1
+    try:
+        os.setpgid(0, 0)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nothing, stream)
+        os.closerange(3, number)
+        os.closerange(number + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "compressor"]:
+            del sys.modules[name]
+        with socket.socket(fileno=number) as link:
+            program = _serve(link)
+        if program is not None:
+            _run(program)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:  # what stands below on the stack belongs to the process that was forked
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _take_on(arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
-from fresh import command, stranger
+from fresh import COMMAND, PACKAGE, Going, command, stranger
 from raising import raises
 
 import compressor
@@ -468,26 +468,8 @@ def test_exit_code_5_for_a_model_or_plan_that_cannot_work(llama, tmp_path):
 
 
 def test_exit_code_6_for_a_missing_package(llama, tmp_path):
-    """`datasets` made unimportable, as on a machine without it."""
     path = write_recipe(tmp_path, data={**SMALL, "source": "dataset:some/name"})
-    (tmp_path / "block").mkdir()
-    (tmp_path / "block" / "datasets.py").write_text("raise ImportError('not installed')")
-    arguments = [
-        sys.executable,
-        "-m",
-        "compressor",
-        "run",
-        path,
-        "--model",
-        llama,
-        "--output",
-        tmp_path / "o",
-        "--no-eval",
-    ]
-    roots = os.pathsep.join([str(tmp_path / "block"), str(Path(__file__).parents[2])])
-    done = subprocess.run(
-        list(map(str, arguments)), env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False
-    )
+    done = command("run", path, "--model", llama, "--output", tmp_path / "o", "--no-eval", without=("datasets",))
     assert done.returncode == 6, done.stderr
     assert "error[missing-dependency]" in done.stderr and "pip install datasets" in done.stderr
 
@@ -502,26 +484,14 @@ def test_exit_code_7_when_a_pass_fails_and_the_journal_is_kept(llama, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_exit_code_130_when_interrupted_and_it_resumes(sign, llama, tmp_path):
     path = write_recipe(tmp_path, data={**SMALL, "samples": 600, "length": 64})
-    arguments = [
-        sys.executable,
-        "-m",
-        "compressor",
-        "run",
-        path,
-        "--model",
-        llama,
-        "--output",
-        tmp_path / "out",
-        "--no-eval",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    child = subprocess.Popen(list(map(str, arguments)), env=environment, stderr=subprocess.PIPE, text=True)
+    child = Going(PACKAGE + COMMAND, "run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval")
     journal = tmp_path / "out.work" / "journal.jsonl"
     deadline = time.monotonic() + 300  # planning takes minutes where others use the cores
     while not journal.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(sign)
-    assert child.wait(60) == 130, child.stderr.read()
+    _, errors = child.communicate(60)
+    assert child.returncode == 130, errors
     assert not (tmp_path / "out").exists()
     done = command("run", path, "--model", llama, "--output", tmp_path / "out", "--no-eval", "--resume")
     assert done.returncode == 0, done.stderr

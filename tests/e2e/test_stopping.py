@@ -11,13 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import fresh
 import psutil
 import pytest
 import tiny
 
 from compressor.engine.interrupt import SIGNALS, Stop, signals
 from compressor.passes.rtn import RTN
-from compressor.process import child
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import recipe_for, weight_hashes
@@ -64,27 +64,6 @@ def start(program, *arguments, **options):
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also where the tests run under nohup
         **options,
     )
-
-
-class Forking:
-    """As `start` makes, forked from the server of the session: nothing is imported that it has imported."""
-
-    def __init__(self, program, *arguments):
-        request, self.request_end = os.pipe()
-        setting = "import os\nos.environ.update(NO_COLOR='1', COLUMNS='300')\n"
-        arguments = [child.PACKAGE, *map(str, arguments)]
-        self.process, *self.pipes = child.start(setting + child.LOADER + program, arguments, request)
-        self.pid = self.process.pid
-
-    def communicate(self, timeout):
-        psutil.Process(self.pid).wait(timeout)
-        os.close(self.request_end)
-        said = [part.decode() for part in child.read_both(*self.pipes)]
-        self.returncode = self.process.wait()
-        return said
-
-    def send_signal(self, sign):
-        os.kill(self.pid, sign)
 
 
 @pytest.mark.parametrize("sign", SIGNALS)
@@ -177,8 +156,7 @@ if name:
         owner = getattr(owner, part)
     setattr(owner, leaf, hang)
 else:
-    from compressor.process import child
-    begin, child.start = child.start, start
+        begin, child.start = child.start, start
 sys.argv[1:] = sys.argv[4:]
 from compressor.__main__ import main
 sys.exit(main())
@@ -218,8 +196,10 @@ def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_by
     (tmp_path / "r.yaml").write_text(RECIPE)
     note, out = tmp_path / "reached", tmp_path / "out"
     command = ["run", tmp_path / "r.yaml", "--model", "demo", "--output", out, "--json"]
-    begin = start if stage in STARTED_ANEW else Forking
-    process = begin(PROGRAM.format(hang=HANG.get(hangs, "pass")), module, name, note, *command)
+    begin, program = start, PROGRAM.format(hang=HANG.get(hangs, "pass"))
+    if stage not in STARTED_ANEW:
+        begin, program = fresh.Going, fresh.PACKAGE + program
+    process = begin(program, module, name, note, *command)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not note.exists():
         time.sleep(0.05)

@@ -248,15 +248,20 @@ def built():
     return {source.stem: checked_object(source) for source in sources}
 
 
-def run(folder: Path, objects: list[Path], *operations: str) -> subprocess.CompletedProcess[str]:
-    """What the check program makes of these objects; with arguments, of some operations alone."""
+def linked(folder: Path, objects: list[Path]) -> Path:
+    """The check program with these objects."""
     program = folder / "check"
     subprocess.run(["g++", "-pthread", *SANITIZERS, *map(str, objects), "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, *operations: str) -> subprocess.CompletedProcess[str]:
+    """What the check program says; with arguments, of some operations alone."""
     return subprocess.run([str(program), *operations], capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_sanitizers_find_nothing_and_levels_agree(built, tmp_path):
-    done = run(tmp_path, list(built.values()))
+    done = run(linked(tmp_path, list(built.values())))
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) > 400
 
@@ -280,14 +285,14 @@ def test_a_planted_fault_is_noticed(name, unit, old, new, built, tmp_path):
     assert text.count(old) >= 1, f"the place of {name!r} has changed"
     changed = (file, text.replace(old, new))
     faulty = checked_object(SOURCES / f"{unit}.cpp", changed) if name in BEYOND else quick_object(unit, changed)
-    objects = list({**built, unit: faulty}.values())
-    assert any(run(tmp_path, objects, *arguments).returncode != 0 for arguments in OPERATIONS[unit])
+    program = linked(tmp_path, list({**built, unit: faulty}.values()))
+    assert any(run(program, *arguments).returncode != 0 for arguments in OPERATIONS[unit])
 
 
 def test_units_that_are_compiled_as_those_with_faults_pass_without_one(built, tmp_path):
     """Else the checks would notice what isn't a fault."""
-    objects = [quick_object(unit) for unit in UNITS] + [built[check] for check in CHECKS]
+    program = linked(tmp_path, [quick_object(unit) for unit in UNITS] + [built[check] for check in CHECKS])
     asked = {arguments for of_unit in OPERATIONS.values() for arguments in of_unit if arguments[0][:6] != "linear"}
-    codes = {arguments: run(tmp_path, objects, *arguments).returncode for arguments in asked}
-    codes["linear"] = run(tmp_path, objects, "linear").returncode
+    codes = {arguments: run(program, *arguments).returncode for arguments in asked}
+    codes["linear"] = run(program, "linear").returncode
     assert set(codes.values()) == {0}, codes

@@ -20,6 +20,7 @@ from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
 from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
+from compressor.process import child
 from compressor.testing import check_pass, recipe_for, sweep
 
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
@@ -61,22 +62,26 @@ def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
     assert any(warning["code"] == "sparse-expert" for warning in report["warnings"])
 
 
-@pytest.fixture
-def counting(tmp_path, monkeypatch):
-    """The passes of counting_passes.py, announced through entry points as those of an installed package are."""
-    info = tmp_path / "site" / "counting-1.0.dist-info"
-    info.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """The passes of counting_passes.py, announced through entry points as those of an installed package are, and a
+    server whose processes find them."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "counting-1.0.dist-info"
+    info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
     names = ("Counting", "Forgetful", "LeavesOut")
     points = "".join(f"{name.lower()} = counting_passes:{name}\n" for name in names)
     (info / "entry_points.txt").write_text(f"[compressor.passes]\n{points}")
-    support = Path(counting_passes.__file__).parent
-    for folder in (info.parent, support):
-        monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(info.parent), str(support), os.environ.get("PYTHONPATH", "")])
-    )
-    importlib.invalidate_caches()
+    folders = [str(site), str(Path(counting_passes.__file__).parent)]
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders:
+            patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
+        importlib.invalidate_caches()
+        patch.setattr(child, "_server", None)
+        with child.started_early():
+            yield
 
 
 @pytest.mark.slow

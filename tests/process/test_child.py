@@ -172,3 +172,12 @@ def test_a_second_process_at_the_same_time_or_after_the_server_ended_is_started(
         with child.started_early():
             child._server.close()
             assert not answer("tell what it is")["torch"]
+
+
+def test_a_forked_process_forks_another_that_is_as_fresh(way, tmp_path, monkeypatch):
+    """One that was started has nothing to fork from: its own are started too."""
+    monkeypatch.chdir(tmp_path)
+    told = answer("ask another")
+    assert told["torch"] == (way == "forked") and not told["was used before"]
+    assert told["parent is here"] == (way == "started") and told["pid"] != told["asked by"]
+    assert told["group"] == told["pid"] and told["folder"] == str(tmp_path) and told["files"] <= 7

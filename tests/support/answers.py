@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from compressor.errors import DependencyError, ModelError
+from compressor.process import child
 
 
 class UnknownElsewhere(ModelError):
@@ -61,7 +62,16 @@ def tell_what_it_is(request):
     return told
 
 
+def ask_another(request):
+    """What a process tells that is forked from this one."""
+    child.fork_from_here()
+    sys.was_used = True
+    told = child.ask("answers", {**request, "kind": "tell what it is", "here": os.getpid()}, "answers for another")
+    return told | {"asked by": os.getpid()}
+
+
 KINDS = {
+    "ask another": ask_another,
     "tell what it is": tell_what_it_is,
     "lack a package": lack_a_package,
     "fail in a class of its own": fail_in_a_class_of_its_own,

@@ -6,11 +6,14 @@ import contextlib
 import os
 import subprocess
 
+import psutil
 import torch
 
 from compressor.process import child
 
-COMMAND = child.LOADER + "from compressor.__main__ import main\nsys.exit(main())\n"
+# the package, in a process that those which it starts are forked from
+PACKAGE = child.LOADER + "from compressor.process.child import fork_from_here\nfork_from_here()\n"
+COMMAND = "from compressor.__main__ import main\nsys.exit(main())\n"
 REFUSE = """
 import sys
 class Refuse:
@@ -21,10 +24,35 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def command(*arguments, cwd=".", terminal=None, **environment):
-    """What `compress-model` does with these arguments, in this directory and with these variables besides."""
+def command(*arguments, cwd=".", terminal=None, without=(), **environment):
+    """What `compress-model` does with these arguments, in this directory and with these variables besides.
+
+    without  packages that are not installed
+    """
     told = {"NO_COLOR": "1", "COLUMNS": "200", **environment}
-    return run(COMMAND, child.PACKAGE, *arguments, cwd=cwd, terminal=terminal, **told)
+    program = (REFUSE.format(names=set(without)) if without else "") + PACKAGE + COMMAND
+    return run(program, child.PACKAGE, *arguments, cwd=cwd, terminal=terminal, **told)
+
+
+class Going:
+    """A process of a program that begins with `PACKAGE`, while it goes on; as subprocess.Popen."""
+
+    def __init__(self, program, *arguments):
+        request, self.request_end = os.pipe()
+        setting = "import os\nos.environ.update(NO_COLOR='1', COLUMNS='300')\n"
+        arguments = [child.PACKAGE, *map(str, arguments)]
+        self.process, *self.pipes = child.start(setting + program, arguments, request)
+        self.pid = self.process.pid
+
+    def communicate(self, timeout):
+        psutil.Process(self.pid).wait(timeout)
+        os.close(self.request_end)
+        said = [part.decode() for part in child.read_both(*self.pipes)]
+        self.returncode = self.process.wait()
+        return said
+
+    def send_signal(self, sign):
+        os.kill(self.pid, sign)
 
 
 def stranger(program, *arguments, without=("compressor",), input="", **environment):
