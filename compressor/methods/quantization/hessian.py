@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.methods.quantization.inverse_root import invert_upper_, upper_root_
+from compressor.methods.quantization.inverse_root import inverse_root_
 
 MIRROR_BLOCK = 1024  # rows and columns that are transposed together
 
@@ -108,9 +108,8 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float, max_percdamp: float, 
         upper = hessian.to(dtype, copy=True)
         upper.diagonal().add_(damping * mean)
         name = str(dtype).removeprefix("torch.")
-        if upper_root_(upper):
-            invert_upper_(upper)
-            if bool((upper.diagonal() > 0).all()) and bool(torch.isfinite(upper.diagonal()).all()):
-                return Factor(upper.triu_(), damping, name, tuple(attempts))
+        found = inverse_root_(upper)
+        if found and bool((upper.diagonal() > 0).all()) and bool(torch.isfinite(upper.diagonal()).all()):
+            return Factor(upper.triu_(), damping, name, tuple(attempts))
         attempts.append(f"{name}, damping {damping:g}: not positive definite")
     return None
