@@ -127,6 +127,7 @@ _OfPass = TypedDict("_OfPass", {"pass": str})
 class WeightRow(_OfPass):
     """The result for one weight. A pass may record its own values; those that the report shows are named here.
 
+    output_error_rows  number of evenly spaced rows of the weight whose output errors were computed
     input  name of the weight for whose input the outlier features were counted
     """
 
@@ -144,6 +145,7 @@ class WeightRow(_OfPass):
     output_error: NotRequired[float | None]
     weight_error: NotRequired[float | None]
     output_error_rtn: NotRequired[float | None]
+    output_error_rows: NotRequired[int]
     table_bound: NotRequired[float]
     input: NotRequired[str]
     outlier_features: NotRequired[int]

@@ -6,7 +6,7 @@ Transformers", arXiv 2210.17323.
 Idea. For each matrix, minimize the change of its outputs on calibration inputs, tr(D H Dᵀ) with D = W - Q and
 H = 2/N Σ x xᵀ over the tokens x that the layer sees in the model as compressed so far. Columns are rounded in a fixed
 order. The error of each is spread over the columns that are not yet rounded, along the rows of U, with Uᵀ U = H⁻¹. Then
-D = E U and tr(D H Dᵀ) = ‖E‖². This identity is checked in every run (on up to 256 rows of each group).
+D = E U and tr(D H Dᵀ) = ‖E‖². This identity is checked in every run (on up to 128 rows of each weight).
 
 Where we differ from the paper, and why
 - Columns are rounded by decreasing diag(H), with groups fixed beforehand (`act_order: static`), so no index is stored.
@@ -17,14 +17,14 @@ Where we differ from the paper, and why
 - An expert that saw few tokens uses the Hessians of the other experts too (our rule; not in the paper).
 Not offered: asymmetric calibration.
 
-Cost per group of weights with n inputs and m outputs together: tokens·n² multiply-adds for H, n³/3 to factor, m·n² to
-solve. Memory: 8·n² bytes for H and U, 12·m·n for the working copies.
+Cost per group of weights with n inputs and m outputs together: tokens·n²/2 multiply-adds for H, n³/3 for U, m·n²/2 to
+solve. Memory: 8·n² bytes for H and U, 4·m·n for one weight, and 128 MiB for the working copies of a part of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -33,13 +33,14 @@ from pydantic import Field, model_validator
 from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor
+from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
-CHECKED_ROWS = 256  # evenly spaced; a wrong solve is wrong in every row, and checking all costs as much as the solve
+WORKING_ELEMENTS = 1 << 23  # of the rows that are solved at a time: 32 MiB in float32
+SAMPLED_ROWS = 128  # of a weight, evenly spaced; the output errors of all rows would cost more than the solve
 IDENTITY_TOLERANCE = 1e-2  # for float32 sums over a whole matrix; the tests require 1e-10 in float64
 
 
@@ -165,89 +166,96 @@ class GPTQ(WeightPass):
         return blend(gram, siblings, wanted, share_inputs=len(group.weights) > 1)
 
     def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
-        """Solve all weights of a group as one tall matrix: one Hessian, one factorization, one solve."""
-        tall = torch.cat([view.matrix(weight) for weight in group])  # (all out_features, in)
-        width = group_width(group.weights[0], self.group_size)
-        problem = None if gram is None else self._factored(gram, width, group.name)
-        if gram is None or problem is None:
-            self._round_group(view, group, tall, width, gram)
-            return
+        """Solve the weights of a group one after the other, with one Hessian and one factorization."""
+        width, problem = group_width(group.weights[0], self.group_size), None
+        if gram is not None:
+            problem = self._factored(gram, width, group.name)
+            if problem is None and self.on_failure == "error":
+                raise PassError(
+                    f"its Hessian is not positive definite even with damping {self.max_percdamp:g}",
+                    where=group.name,
+                    hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
+                )
+            if problem is None:
+                view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
+        tokens = gram.tokens if gram else 0
+        for weight in group:
+            if problem is None:
+                self._round_weight(view, weight, width, tokens)
+            else:
+                self._solve_weight(view, weight, width, tokens, problem)
+
+    def _solve_weight(self, view: BlockView, weight: Weight, width: int, tokens: int, problem: Factored) -> None:
+        matrix = view.matrix(weight)
         if self.dead_columns == "zero":
-            tall[:, problem.dead] = 0
+            matrix[:, problem.dead] = 0
         column_of = problem.order  # number of each solved column in the weight
         if self._permutes_groups:  # from here on, all columns are in rounding order
-            tall, problem = tall[:, column_of], problem.in_visiting_order()
-        solved = solve(
-            tall, problem.factor.upper.float(), problem.hessian.diagonal(), problem.order, self, width, view.dtype
-        )
-        loss = _checked_loss(tall, solved, problem, group.name)
-        grid = solved.grid
+            matrix, problem = matrix[:, column_of], problem.in_visiting_order()
+        solved = solve(matrix, problem.factor.upper, problem.diagonal, problem.order, self, width, view.dtype)
+        errors = _output_errors(matrix, solved, problem)
+        _check_identity(solved.loss[errors.rows], errors, problem.damping, weight.name)
         if self.refine_scales:
-            grid = refine_scales(tall, solved.codes, grid, problem.hessian, view.dtype)
-            loss = problem.loss(tall - dequantize(solved.codes, grid).view_as(tall)).clamp(min=0)
-        errors = _output_errors(tall, loss, solved, problem)
-        back = torch.argsort(column_of) if self._permutes_groups else None
-        for weight, rows in _rows_of(group):
-            record = {
-                "output_error": errors.of_solution(rows),
-                "output_error_rtn": errors.of_nearest(rows),
-                "calibration_tokens": gram.tokens,
-                "damping": problem.factor.damping,
-                "factored_in": problem.factor.dtype,
-                "failed_attempts": list(problem.factor.attempts),
-                "dead_columns": int(problem.dead.sum()),
-                "fallback": None,
-            }
-            part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
-            if back is None:
-                store(view, weight, solved.codes[rows], part, self.group_size, record)
-            else:
-                codes = solved.codes[rows].flatten(1)[:, back]
-                store(view, weight, codes, part, self.group_size, record, back // width)
+            back = torch.argsort(problem.order)
+            grid = refine_scales(matrix, solved.codes, solved.grid, permuted(problem.hessian, back), view.dtype)
+            solved = replace(solved, grid=grid)
+            errors = _output_errors(matrix, solved, problem)
+        record = {
+            "output_error": errors.of_solution,
+            "output_error_rtn": errors.of_nearest,
+            "output_error_rows": len(errors.rows),
+            "calibration_tokens": tokens,
+            "damping": problem.factor.damping,
+            "factored_in": problem.factor.dtype,
+            "failed_attempts": list(problem.factor.attempts),
+            "dead_columns": int(problem.dead.sum()),
+            "fallback": None,
+        }
+        if self._permutes_groups:
+            back = torch.argsort(column_of)
+            codes = solved.codes.flatten(1)[:, back]
+            store(view, weight, codes, solved.grid, self.group_size, record, back // width)
+        else:
+            store(view, weight, solved.codes, solved.grid, self.group_size, record)
 
     def _factored(self, gram: Gram, width: int, where: str) -> Factored | None:
-        """The Hessian with the order of its columns and its factor. None if no damping makes it positive definite."""
-        hessian = gram.hessian()
-        dead = revive_dead(hessian)
-        order = column_order(hessian.diagonal(), self.act_order, width)
-        ordered = hessian[order][:, order]
-        factor = inverse_factor(ordered, self.percdamp, self.max_percdamp, where)
-        return None if factor is None else Factored(hessian, ordered, order, dead, factor)
+        """The Hessian in rounding order, and its factor. None if no damping makes it positive definite.
 
-    def _round_group(self, view: BlockView, group: Group, tall: torch.Tensor, width: int, gram: Gram | None) -> None:
-        """The fallback: round to nearest, with a warning in the report."""
-        if gram is not None and self.on_failure == "error":
-            raise PassError(
-                f"its Hessian is not positive definite even with damping {self.max_percdamp:g}",
-                where=group.name,
-                hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
-            )
-        if gram is not None:
-            view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
-        grouped = tall.view(len(tall), -1, width)
+        The sum of the Gram is given up, so that only the Hessian and its factor are in memory.
+        """
+        dead = revive_dead(gram.matrix)
+        diagonal = gram.diagonal()
+        order = column_order(diagonal, self.act_order, width)
+        hessian = gram.take(order)
+        factor = inverse_factor(hessian, self.percdamp, self.max_percdamp, where)
+        if factor is None:
+            return None
+        return Factored(hessian, diagonal, order, dead, replace(factor, upper=factor.upper.float()))
+
+    def _round_weight(self, view: BlockView, weight: Weight, width: int, tokens: int) -> None:
+        """The fallback: round to nearest. The report has a warning already."""
+        matrix = view.matrix(weight)
+        grouped = matrix.view(len(matrix), -1, width)
         search = "mse" if self.scale_search == "hessian_diag" else self.scale_search
         grid = find_grid(grouped, self.bits, self.symmetric, search, view.dtype)
-        codes = quantize(grouped, grid)
-        index = torch.arange(tall.shape[1], device=tall.device) // width if self._permutes_groups else None
-        for weight, rows in _rows_of(group):
-            part = Grid(grid.bits, grid.symmetric, grid.scale[rows], grid.zero_point[rows])
-            record = {"fallback": "rtn", "calibration_tokens": gram.tokens if gram else 0}
-            store(view, weight, codes[rows], part, self.group_size, record, index)
+        index = torch.arange(matrix.shape[1], device=matrix.device) // width if self._permutes_groups else None
+        record = {"fallback": "rtn", "calibration_tokens": tokens}
+        store(view, weight, quantize(grouped, grid), grid, self.group_size, record, index)
 
 
 @dataclass(frozen=True)
 class Factored:
     """A factored Hessian.
 
-    hessian  (in, in), columns as in the weight, with a diagonal for dead columns
-    ordered  (in, in) the same in rounding order
-    order    (in,) int64, the columns in rounding order
-    dead     (in,) bool, columns whose inputs were always zero
-    factor   of the damped `ordered`
+    hessian   (in, in) in rounding order, with a diagonal for dead columns
+    diagonal  (in,) of the Hessian, columns as in the weight
+    order     (in,) int64, the columns in rounding order
+    dead      (in,) bool, columns of the weight whose inputs were always zero
+    factor    of the damped `hessian`
     """
 
     hessian: torch.Tensor
-    ordered: torch.Tensor
+    diagonal: torch.Tensor
     order: torch.Tensor
     dead: torch.Tensor
     factor: Factor
@@ -255,64 +263,61 @@ class Factored:
     @property
     def damping(self) -> float:
         """The value that was added to the diagonal."""
-        return self.factor.damping * float(self.ordered.diagonal().mean())
+        return self.factor.damping * float(self.hessian.diagonal().mean())
 
     def in_visiting_order(self) -> Factored:
         """The same for a weight whose columns are in rounding order."""
         order = torch.arange(len(self.order)).to(self.order)
-        return Factored(self.ordered, self.ordered, order, self.dead[self.order], self.factor)
+        return Factored(self.hessian, self.hessian.diagonal(), order, self.dead[self.order], self.factor)
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
         """d H dᵀ for each row d of an error (out, in), without damping; (out,) float64."""
-        return ((error @ self.hessian) * error).sum(1).double()
+        ordered = error[:, self.order].to(self.hessian.dtype)
+        return ((ordered @ self.hessian) * ordered).sum(1).double().clamp(min=0)
 
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """Squared change of the outputs over the calibration data, for each row of the tall matrix, float64.
+    """Squared change of the outputs over the calibration data, for sampled rows of a weight; float64 (rows,).
 
+    rows     (rows,) int64, which rows
     loss     of the weights as they are stored
+    square   of the change of each row's weights, whatever the inputs are
     nearest  of the same grid with each weight rounded to nearest
     power    squares of the outputs themselves
     """
 
+    rows: torch.Tensor
     loss: torch.Tensor
+    square: torch.Tensor
     nearest: torch.Tensor
     power: torch.Tensor
 
-    def of_solution(self, rows: slice) -> float:
-        return float((self.loss[rows].sum() / self.power[rows].sum()).sqrt())
+    @property
+    def of_solution(self) -> float:
+        return float((self.loss.sum() / self.power.sum().clamp(min=1e-30)).sqrt())
 
-    def of_nearest(self, rows: slice) -> float:
-        return float((self.nearest[rows].sum() / self.power[rows].sum()).sqrt())
-
-
-def _output_errors(tall: torch.Tensor, loss: torch.Tensor, solved: Solution, problem: Factored) -> OutputErrors:
-    nearest = quantize(tall.view(solved.codes.shape), solved.grid)
-    plain = tall - dequantize(nearest, solved.grid).view_as(tall)
-    return OutputErrors(loss, problem.loss(plain).clamp(min=0), problem.loss(tall).clamp(min=1e-30))
+    @property
+    def of_nearest(self) -> float:
+        return float((self.nearest.sum() / self.power.sum().clamp(min=1e-30)).sqrt())
 
 
-def _checked_loss(tall: torch.Tensor, solved: Solution, problem: Factored, where: str) -> torch.Tensor:
-    """The undamped loss of each row (out,) float64, after checking that ‖E‖² equals the loss of the errors."""
-    error, damping = tall - dequantize(solved.codes, solved.grid).view_as(tall), problem.damping
-    _check_identity(solved.loss, error[:, problem.order], problem.ordered, damping, where)
-    return (solved.loss - damping * error.square().sum(1)).double().clamp(min=0)
-
-
-def _rows_of(group: Group) -> Iterator[tuple[Weight, slice]]:
-    """Each weight of a group, and its rows in the tall matrix."""
-    row = 0
-    for weight in group:
-        yield weight, slice(row, row + weight.out_features)
-        row += weight.out_features
+def _output_errors(weight: torch.Tensor, solved: Solution, problem: Factored) -> OutputErrors:
+    """Of at most SAMPLED_ROWS rows: a wrong solve is wrong in every row."""
+    rows = torch.linspace(0, len(weight) - 1, min(SAMPLED_ROWS, len(weight)), device=weight.device).long()
+    chosen, codes = weight[rows], solved.codes[rows]
+    grid = replace(solved.grid, scale=solved.grid.scale[rows], zero_point=solved.grid.zero_point[rows])
+    error = chosen - dequantize(codes, grid).view_as(chosen)
+    plain = chosen - dequantize(quantize(chosen.view(codes.shape), grid), grid).view_as(chosen)
+    loss, nearest, power = problem.loss(torch.cat([error, plain, chosen])).view(3, -1)
+    return OutputErrors(rows, loss, error.square().sum(1).double(), nearest, power)
 
 
 @dataclass(frozen=True)
 class Solution:
     """Result of a solve.
 
-    codes  (out, groups, group_size) float32 with whole numbers, in the column order of the weight
+    codes  (out, groups, group_size) int8, in the column order of the weight
     loss   (out,) ‖E‖² of each row
     """
 
@@ -375,13 +380,32 @@ def solve(
 
     With act_order none or group_aware, each group's grid is found when the group is reached, on the weights as updated
     by all columns before it. With static, or with one group per row, it is found before the solve. act_order group is
-    the same as none, on a weight and a Hessian that are already permuted.
+    the same as none, on a weight and a Hessian that are already permuted. Rows don't depend on each other, and parts of
+    them are solved one after the other, so that the working copies stay small.
     """
+    importance = diagonal.view(-1, width).to(weight.dtype)
+    parts = [
+        _solve_rows(rows, upper, importance, order, settings, width, stored)
+        for rows in weight.split(max(1, WORKING_ELEMENTS // weight.shape[1]))
+    ]
+    codes, scale, zero_point, loss = (torch.cat(found) for found in zip(*parts, strict=True))
+    return Solution(codes, Grid(settings.bits, settings.symmetric, scale, zero_point), loss)
+
+
+def _solve_rows(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    importance: torch.Tensor,
+    order: torch.Tensor,
+    settings: GPTQ,
+    width: int,
+    stored: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, zero points and losses of some rows (`solve`)."""
     from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, which loading the settings must not
 
     out, columns = weight.shape
     groups = columns // width
-    importance = diagonal.view(groups, width).to(weight.dtype)
     grid = find_grid(
         weight.view(out, groups, width), settings.bits, settings.symmetric, settings.scale_search, stored, importance
     )
@@ -398,33 +422,47 @@ def solve(
         block = -(-block // whole) * whole
     own = whole if SUB_BLOCK % whole else SUB_BLOCK
     grids = (scale, None if settings.symmetric else zero)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
+
+    def find_fresh(begin: int) -> None:
+        group = int(group_of[begin])
+        found = find_grid(
+            work[begin : begin + width].t().reshape(out, 1, width).float(),
+            settings.bits,
+            settings.symmetric,
+            settings.scale_search,
+            stored,
+            importance[group : group + 1],
+        )
+        scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
+
+    def round_block(start: int, stop: int) -> None:
         cuts = [sub for first in range(start, stop, own) for sub in range(first, min(first + own, stop), SUB_BLOCK)]
         for sub, end in pairwise([*cuts, stop]):
             part = (work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], group_of[sub:end])
             starts = [j for j in range(sub, end) if fresh and j % width == 0]
             for begin, until in pairwise(sorted({sub, *starts, end})):
                 if begin in starts:
-                    group = int(group_of[begin])
-                    found = find_grid(
-                        work[begin : begin + width].t().reshape(out, 1, width).float(),
-                        settings.bits,
-                        settings.symmetric,
-                        settings.scale_search,
-                        stored,
-                        importance[group : group + 1],
-                    )
-                    scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
+                    find_fresh(begin)
                 gptq_solve_(*part, *grids, begin - sub, until - sub, grid.low, grid.high)
             if end < stop:
                 work[end:stop].addmm_(upper[sub:end, end:stop].t(), errors[sub:end], alpha=-1)
-        if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].t(), errors[start:stop], alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    final = Grid(settings.bits, settings.symmetric, scale.t().contiguous().float(), zero.t().contiguous().float())
-    return Solution(unordered.t().contiguous().float().view(out, groups, width), final, errors.square().sum(0))
+
+    def round_range(start: int, stop: int) -> None:
+        """Columns that have the errors of all columns before them: one half, its errors for the other one, and that."""
+        blocks = -(-(stop - start) // block)
+        if blocks <= 1:
+            round_block(start, stop)
+            return
+        middle = start + blocks // 2 * block
+        round_range(start, middle)
+        work[middle:stop].addmm_(upper[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
+        round_range(middle, stop)
+
+    round_range(0, columns)
+    unordered = torch.empty(columns, out, dtype=torch.int8, device=codes.device)
+    unordered[order] = codes.to(torch.int8)
+    stored_codes = unordered.t().contiguous().view(out, groups, width)
+    return stored_codes, scale.t().contiguous().float(), zero.t().contiguous().float(), errors.square_().sum(0)
 
 
 def refine_scales(
@@ -444,7 +482,7 @@ def refine_scales(
         normal.diagonal().add_(1e-8 * normal.diagonal().mean() + 1e-300)
         right = torch.einsum("gih,gi->h", hb, weight[row].double().view(groups, width))
         found = torch.linalg.solve(normal, right).to(stored).float()
-        least = torch.finfo(stored).smallest_normal if stored != torch.float16 else 0.0  # see `grid.round_scale`
+        least = torch.finfo(stored).smallest_normal if stored != torch.float16 else 0.0  # see `round_scale`
         if bool((found > least).all()):
             losses = []
             for candidate in (scale[row], found):
@@ -459,17 +497,14 @@ def _same_layer(group: Group, other: Group) -> bool:
     return group.weights[0].parameter == other.weights[0].parameter
 
 
-def _check_identity(loss: torch.Tensor, error: torch.Tensor, hessian: torch.Tensor, damping: float, where: str) -> None:
+def _check_identity(loss: torch.Tensor, errors: OutputErrors, damping: float, where: str) -> None:
     """Check ‖E‖² = tr(D H Dᵀ). It holds for a correct solve with any data, so a difference is an error of this code.
 
-    loss     (out,) ‖E‖² of each row
-    error    (out, in) D; hessian (in, in), both in rounding order
+    loss     (rows,) ‖E‖² of the rows of `errors`
     damping  the value that was added to the Hessian's diagonal
     """
-    rows = torch.linspace(0, len(error) - 1, min(CHECKED_ROWS, len(error)), device=error.device).long()
-    d = error[rows]
-    direct = float(((d @ hessian) * d).sum() + damping * d.square().sum())
-    found = float(loss[rows].sum())
+    direct = float(errors.loss.sum() + damping * errors.square.sum())
+    found = float(loss.sum())
     if abs(found - direct) > IDENTITY_TOLERANCE * max(found, direct) + 1e-12:
         raise PassError(
             f"the check of the solve failed: ‖E‖² {found:.6g}, tr(D H Dᵀ) {direct:.6g}",

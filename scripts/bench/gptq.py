@@ -50,7 +50,11 @@ ROOT = HERE.parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, help="left out: made in .venv-llm-compressor")
-    parser.add_argument("--model", default="demo", help="demo, a checkpoint directory, or llama:HIDDEN,BLOCKS (random)")
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="demo, a checkpoint directory, or llama:HIDDEN,BLOCKS,INTERMEDIATE (random; INTERMEDIATE may be left out)",
+    )
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=128)
@@ -58,6 +62,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-observer", help="for instance memoryless_mse")
+    parser.add_argument(
+        "--no-perplexity", action="store_true", help="time and memory alone, for models of random weights"
+    )
     result_file.add_output(parser, "gptq")
     settings = parser.parse_args()
     settings.peer_python = settings.peer_python or peer_environment()
@@ -87,7 +94,7 @@ def bench(settings: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     tokenizer_home = model if (model / "tokenizer.json").exists() else demo_path()
     calibration = draw(tokenizer_home, "train", settings.samples, settings.length)
     save_file({"input_ids": calibration}, scratch / "tokens.safetensors")
-    held_out = draw(tokenizer_home, "heldout", 64, settings.length)
+    held_out = None if settings.no_perplexity else draw(tokenizer_home, "heldout", 64, settings.length)
     result: dict[str, Any] = {
         "model": settings.model,
         "cpu": cpu_name(),
@@ -193,7 +200,7 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 
 def model_directory(name: str, scratch: Path) -> Path:
-    """A checkpoint directory. `llama:HIDDEN,BLOCKS` writes a random one, its inputs of unequal energy, for timing."""
+    """A checkpoint directory. `llama:..` writes a random one, its inputs of unequal energy, for timing."""
     if not is_random(name):
         return resolve_model(name)
     network = random_llama(name, vocab_size=2048, eos_token_id=0, bos_token_id=0)
@@ -216,7 +223,10 @@ def draw(tokenizer_home: Path, split: str, samples: int, length: int) -> torch.T
 
 
 @torch.no_grad()
-def perplexity(directory: Path, tokens: torch.Tensor) -> float:
+def perplexity(directory: Path, tokens: torch.Tensor | None) -> float:
+    """Of held-out tokens; NaN without any."""
+    if tokens is None:
+        return math.nan
     network = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
     total = 0.0
     for batch in tokens.split(8):
@@ -226,40 +236,44 @@ def perplexity(directory: Path, tokens: torch.Tensor) -> float:
 
 
 def floor(model: Path, settings: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the unavoidable arithmetic, at this machine's rate for 1024 x 1024 matmuls.
+    """Seconds of the unavoidable arithmetic, at the rates of large products in torch on this machine, in this run.
 
-    One forward pass in the model's dtype; tokens * in^2 multiply-adds per shared input and 2 * rows * in^2 operations
-    per weight in float32. Attention, norms and activations are not in it.
+    With n inputs and m outputs of a group of weights, and 2 operations per multiply-add: one forward pass in the
+    model's dtype; tokens * n^2 for one triangle of the hessian, at the rate of the model's dtype too (its products are
+    exact with sums in float32); 2/3 n^3 to factor and invert, and m * n^2 to solve, in float32. Attention, norms,
+    activations, the scale search and the rest are not in it.
     """
     structure, tokens = read_structure(model), settings.samples * settings.length
-    forward = hessian = solver = 0
+    forward = hessian = factor = solver = 0
     for unit in range(1, structure.block_count + 1):
         for stage in structure.stages(unit):
             for group in stage:
                 rows = sum(weight.out_features for weight in group)
                 forward += 2 * tokens * rows * group.in_features
-                hessian += 2 * tokens * group.in_features**2
-                solver += 2 * rows * group.in_features**2
+                hessian += tokens * group.in_features**2
+                factor += 2 * group.in_features**3 // 3
+                solver += rows * group.in_features**2
     single, own = gemm_rate(torch.float32), gemm_rate(structure.dtype)
     return {
         "gemm_flops_per_second_float32": single,
         "gemm_flops_per_second_model_dtype": own,
         "forward_flops": forward,
         "hessian_flops": hessian,
+        "factor_flops": factor,
         "solver_flops": solver,
-        "seconds": forward / own + (hessian + solver) / single,
+        "seconds": (forward + hessian) / own + (factor + solver) / single,
     }
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """Operations per second of a product of two 1024 x 1024 matrices, median of ten after two."""
-    a = torch.randn(1024, 1024).to(dtype)
+    """Operations per second of a product of two 2048 x 2048 matrices, median of ten after two."""
+    a = torch.randn(2048, 2048).to(dtype)
     times = []
     for _ in range(12):
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
-    return 2 * 1024**3 / statistics.median(times[2:])
+    return 2 * 2048**3 / statistics.median(times[2:])
 
 
 if __name__ == "__main__":

@@ -15,17 +15,21 @@ def is_random(name: str) -> bool:
 
 
 def hidden_and_blocks(name: str) -> tuple[int, int]:
-    hidden, blocks = map(int, name.removeprefix(PREFIX).split(","))
+    hidden, blocks, *_ = map(int, name.removeprefix(PREFIX).split(","))
     return hidden, blocks
 
 
 def random_llama(name: str, **config: Any) -> LlamaForCausalLM:
-    """A float32 Llama of `llama:HIDDEN,BLOCKS`, the same each time; heads of 64, half as many for keys and values."""
+    """A float32 Llama of `llama:HIDDEN,BLOCKS` or `llama:HIDDEN,BLOCKS,INTERMEDIATE`, the same each time.
+
+    Heads are 64 wide, half as many for keys and values. Left out, INTERMEDIATE is three times HIDDEN.
+    """
     hidden, blocks = hidden_and_blocks(name)
+    given = name.removeprefix(PREFIX).split(",")[2:]
     torch.manual_seed(0)
     shape = {
         "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
+        "intermediate_size": int(given[0]) if given else 3 * hidden,
         "num_hidden_layers": blocks,
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": hidden // 128,

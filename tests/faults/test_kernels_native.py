@@ -16,7 +16,7 @@ SUPPORT = ROOT / "tests" / "support"
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
-UNITS += ("threads",)
+UNITS += ("scale_search", "second_moments", "threads")
 CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FEATURES = Path("/proc/cpuinfo").read_text()
@@ -162,6 +162,38 @@ MUTANTS = [
     ("half of a code rounded up", "gptq_solve", "rintf(value[l] / scale[l])", "floorf(value[l] / scale[l] + 0.5f)"),
     ("one over the scale", "gptq_solve", "value[l] / scale[l]", "value[l] * (1 / scale[l])"),
     ("group after the last", "gptq_solve", "group_of[j] >= groups", "group_of[j] > groups"),
+    ("code of the other side of zero", "scale_search", "highest - grid.zero", "highest + grid.zero"),
+    ("half of a code rounded down", "scale_search", "code = (code + TO_INTEGER) - TO_INTEGER;", "code = code - 0.5f;"),
+    (
+        "clamped to one code more",
+        "scale_search",
+        "highest = float((1 << (t.bits - 1)) - 1)",
+        "highest = float(1 << (t.bits - 1))",
+    ),
+    ("another exponent", "scale_search", "0.4f * (log * z", "0.5f * (log * z"),
+    ("errors in units of their scale", "scale_search", "(h ? ratio * ratio : power(ratio))", "1"),
+    ("importance of the first group", "scale_search", "t.importance + j * t.size", "t.importance"),
+    ("importance left out", "scale_search", "total += e * e * h;", "total += e * e;"),
+    ("finer search around the extremes", "scale_search", "centre = best_factor,", "centre = 1,"),
+    ("smaller scale of equal errors", "scale_search", "error < best_error ||", "error <= best_error ||"),
+    ("group without negative weights mirrored", "scale_search", "2 * std::max(-low, high)", "2 * -low"),
+    ("subnormal scale rounded to nearest", "scale_search", "std::ceil(scale / STEP)", "__builtin_rintf(scale / STEP)"),
+    ("largest scale overflows", "scale_search", "if (scale > most) scale", "if (false) scale"),
+    ("stale weights beyond the group", "scale_search", "std::fill(memory + size, memory + padded, 0.f);", ""),
+    ("last vector of a group left out", "scale_search", "k < padded; k += WIDTH", "k + WIDTH < padded; k += WIDTH"),
+    ("odd token left out", "second_moments", "for (int64_t c = 0; c < width; c++) to[c] = even[c];", ""),
+    ("token of the next row", "second_moments", "even[c] | uint32_t(odd[c]) << 16", "odd[c] | uint32_t(odd[c]) << 16"),
+    (
+        "tokens of the first lot",
+        "second_moments",
+        "(panel * pairs + p) * PANEL + i % PANEL",
+        "panel * pairs * PANEL + i % PANEL",
+    ),
+    ("tile of another row", "second_moments", "J >= sides - I; I++", "J >= sides; I++"),
+    ("tiles left of the diagonal", "second_moments", "I * SIDE + i < right", "I * SIDE + i + PANEL < right"),
+    ("entries below the diagonal", "second_moments", "j = std::max(i, J * SIDE)", "j = J * SIDE"),
+    ("not a number is kept", "second_moments", "keep == 0 ? added : ", ""),
+    ("rows in one piece", "second_moments", "matrix[i * stride + j]", "matrix[i * columns + j]"),
     ("first task of a run left out", "threads", "int64_t i = begin; i < end", "int64_t i = begin + 1; i < end"),
     ("last task left out", "threads", "begin < count;", "begin < count - 1;"),
     ("run of another thread again", "threads", "exchange_weak(begin, end)", "exchange_weak(begin, begin + 1)"),
@@ -187,6 +219,8 @@ OPERATIONS = {
     "table_lookup": (("tables",), ("roots",)),
     "dense_product": (("products",),),
     "gptq_solve": (("columns",),),
+    "scale_search": (("scales",),),
+    "second_moments": (("moments",),),
     "threads": (("threads",),),
 }
 HEADERS = {path.name: path.read_text() for path in SOURCES.glob("*.h")} if SOURCES.is_dir() else {}
@@ -205,6 +239,7 @@ BEYOND = {
     "entry after the last",
     "lane beyond the last row",
     "group after the last",
+    "stale weights beyond the group",
 }
 
 

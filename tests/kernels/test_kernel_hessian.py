@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from guarded import guarded
 from raising import raises
 
 from compressor.errors import ShapeError
+from compressor.kernels.cpu import Library, levels_here, library
 from compressor.kernels.ops import hessian
 from compressor.methods.quantization.hessian import Gram
 
+BUILT = isinstance(library(), Library)
+compiled = pytest.mark.skipif(not BUILT, reason=f"{library()}")
+LEVELS_HERE = levels_here(library().functions) if BUILT else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = 2.0**-24  # half a unit in the last place of float32
 SECOND_ORDER = 1 + 2.0**-10  # (1 + u)^n - 1 < n u (1 + 2^-10) for n < 2^13
@@ -30,6 +35,36 @@ def test_a_hessian_keeps_and_adds_within_the_bound(tokens, width, dtype):
     left = torch.arange(width)[None] < torch.arange(width)[:, None] // hessian.PANEL * hessian.PANEL
     assert torch.equal(after[left], before[left])
     torch.library.opcheck(torch.ops.compressor.hessian_add_.default, (before, x, 0.75, 0.5))
+
+
+@compiled
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("tokens, width", [(0, 5), (7, 1), (33, 300), (300, 50)])
+def test_a_compiled_hessian_keeps_and_adds_within_the_bound_without_a_byte_beyond(tokens, width, level):
+    """Into a matrix whose rows don't follow each other, with the same bits for any number of threads."""
+    made = torch.Generator().manual_seed(width)
+    x = torch.randn(tokens, width, generator=made).bfloat16()
+    x = guarded(x) if tokens else x
+    whole = torch.randn(width, width + 3, generator=made)
+    before = whole[:, :width]
+    wide, found = x.double(), []
+    for threads in (1, 2):
+        after = guarded(whole)[:, :width]
+        hessian.add_compiled(after, x, 0.75, 0.5, level, threads)
+        found.append(after)
+    assert torch.equal(*found)
+    exact = 0.75 * before.double() + 0.5 * wide.t() @ wide
+    allowed = (tokens + 3) * UNIT * SECOND_ORDER * (0.75 * before.abs() + 0.5 * wide.abs().t() @ wide.abs())
+    assert ((found[0].double() - exact).abs() <= allowed).triu().sum() == width * (width + 1) // 2
+    assert torch.equal(found[0].tril(-1), before.tril(-1))
+
+
+@compiled
+def test_the_library_adds_bfloat16_to_float32_where_the_processor_multiplies_it():
+    x, matrix = torch.zeros(2, 4).bfloat16(), torch.zeros(4, 4)
+    assert hessian.multiplies(matrix, x) == bool(library().functions.has_bfloat16_products())
+    for other in ((matrix.double(), x), (matrix, x.half()), (matrix, x.float()), (matrix[:, ::2][:2], x[:, :2])):
+        assert not hessian.multiplies(*other)
 
 
 def test_a_gram_adds_by_the_operation():

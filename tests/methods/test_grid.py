@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize, round_scale
+from compressor.kernels.ops.scale_ranges import round_scale
+from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 
 
 def weights(seed: int = 0, rows: int = 6, groups: int = 3, size: int = 32) -> torch.Tensor:

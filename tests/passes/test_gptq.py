@@ -9,7 +9,18 @@ from raising import raises
 from compressor.errors import PassError
 from compressor.methods.quantization.hessian import Gram, inverse_factor
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
-from compressor.passes.gptq import GPTQ, _check_identity, blend, column_order, refine_scales, revive_dead, solve
+from compressor.passes.gptq import (
+    GPTQ,
+    SAMPLED_ROWS,
+    Factored,
+    _check_identity,
+    _output_errors,
+    blend,
+    column_order,
+    refine_scales,
+    revive_dead,
+    solve,
+)
 
 ORDERS = ("none", "static", "group_aware")
 
@@ -76,7 +87,7 @@ def test_isotropic_inputs_give_round_to_nearest_bit_for_bit(order, block):
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(1))
     solved, _, _ = run(weight, 3.0 * torch.eye(128), act_order=order, block_size=block)
     grid = find_grid(weight.view(16, 4, 32), 4, True, "minmax", torch.float32)
-    assert torch.equal(solved.codes, quantize(weight.view(16, 4, 32), grid))
+    assert torch.equal(solved.codes.float(), quantize(weight.view(16, 4, 32), grid))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -276,12 +287,42 @@ def test_settings_refuse_what_makes_no_sense():
         GPTQ(act_order="desc")
 
 
+def of_rows(weight, hessian):
+    """A solve and its output errors, as the pass computes them."""
+    weight, hessian = weight.float(), hessian.float()
+    solved, factor, order = run(weight, hessian)
+    dead = torch.zeros(len(order), dtype=torch.bool)
+    problem_ = Factored(hessian[order][:, order], hessian.diagonal(), order, dead, factor)
+    return solved, problem_, _output_errors(weight, solved, problem_)
+
+
 def test_a_solve_whose_loss_is_not_its_error_is_refused():
     """The identity is checked on real runs; a loss that is off by a tenth must not pass."""
-    weight, hessian = (value.float() for value in problem(3, rows=300))
-    solved, _, order = run(weight, hessian)
-    error = (weight - dequantize(solved.codes, solved.grid).view_as(weight))[:, order]
-    ordered, damping = hessian[order][:, order], 0.01 * float(hessian.diagonal().mean())
-    _check_identity(solved.loss, error, ordered, damping, "w")
+    solved, factored, errors = of_rows(*problem(3, rows=300))
+    loss = solved.loss[errors.rows]
+    _check_identity(loss, errors, factored.damping, "w")
     with raises(PassError, where="w", reason="wrong-loss"):
-        _check_identity(solved.loss * 1.1, error, ordered, damping, "w")
+        _check_identity(loss * 1.1, errors, factored.damping, "w")
+
+
+def test_output_errors_are_those_of_evenly_spaced_rows():
+    weight, hessian = problem(3, rows=300)
+    solved, _, errors = of_rows(weight, hessian)
+    rows = errors.rows
+    assert len(rows) == SAMPLED_ROWS and (rows.diff() >= 2).all() and rows[0] == 0 and rows[-1] == 299
+    grouped = weight.float().view(300, -1, 32)
+    for codes, found in ((solved.codes, errors.of_solution), (quantize(grouped, solved.grid), errors.of_nearest)):
+        error = (weight - dequantize(codes, solved.grid).view_as(weight))[rows]
+        slow = ((error @ hessian) * error).sum() / ((weight[rows] @ hessian) * weight[rows]).sum()
+        assert found == pytest.approx(float(slow) ** 0.5, rel=1e-4)
+    few, _, of_all = of_rows(weight[:5], hessian)
+    assert of_all.rows.tolist() == list(range(5)) and len(few.loss) == 5
+
+
+def test_parts_of_rows_are_solved_as_all_together(monkeypatch):
+    weight, hessian = (value.float() for value in problem(5, rows=70))
+    whole, _, _ = run(weight, hessian)
+    monkeypatch.setattr("compressor.passes.gptq.WORKING_ELEMENTS", 16 * 64)
+    parts, _, _ = run(weight, hessian)
+    assert torch.equal(parts.codes, whole.codes) and torch.equal(parts.grid.scale, whole.grid.scale)
+    torch.testing.assert_close(parts.loss, whole.loss)

@@ -325,6 +325,122 @@ bool columns(int64_t& calls) {
   return gptq_solve(AMX + 1, 1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 0, 0, 0, 0, 1) == BAD_LEVEL;
 }
 
+struct Grid { float scale, zero; };
+// Scale and zero point of a range, and the scale as it is stored.
+float stored_scale(float scale, int64_t dtype) {
+  const float least = dtype == FLOAT16 ? std::ldexp(1.f, -24) : std::ldexp(1.f, -126), normal = dtype == FLOAT16 ? std::ldexp(1.f, -14) : least;
+  if (scale < normal) return std::max(least, std::ceil(scale / least) * least);
+  return read_back(stored({scale}, dtype), dtype)[0];
+}
+Grid grid_of(float low, float high, int64_t bits, bool symmetric, int64_t dtype) {
+  const float levels = float((1 << bits) - 1), half = float(1 << (bits - 1)), spread = symmetric ? 2 * std::max(-low, high) : high - low;
+  if (spread == 0) return {1, 0};
+  const float scale = stored_scale(spread / levels, dtype), below = symmetric ? half : std::min(std::max(std::nearbyint(-low / scale), 0.f), levels);
+  const double largest = dtype == FLOAT16 ? 65504 : from_bits(dtype == BFLOAT16 ? 0x7f7f0000 : 0x7f7fffff);
+  const double place = std::ldexp(1, dtype == FLOAT16 ? -10 : dtype == BFLOAT16 ? -7 : -23);
+  const float most = 1 / std::max(below, levels - below) * float(largest * (1 - place));
+  return {scale > most ? stored_scale(most, dtype) : scale, below - half};
+}
+double error_of(const float* w, const float* importance, int64_t size, const Grid& grid, int64_t bits) {
+  double error = 0;
+  for (int64_t k = 0; k < size; k++) {
+    const float code = std::nearbyint(w[k] / grid.scale) + grid.zero, half = float(1 << (bits - 1));
+    const double e = std::fabs((double(std::min(std::max(code, -half), half - 1)) - grid.zero) * grid.scale - w[k]);
+    error += importance ? e * e * importance[k] : std::pow(e, 2.4);
+  }
+  return error;
+}
+// The error is that of an obvious search, except for rounding, and the scale one of those that it tries.
+bool scales(int64_t& calls) {
+  const double coarse = 0.06, fine = 0.02;
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1, 1}, {3, 2, 16}, {5, 3, 13}, {2, 3, 128}, {3, 1, 201}, {0, 2, 8}, {2, 0, 8}})
+    for (const int64_t bits : {2, 3, 4, 8})
+      for (const bool symmetric : {true, false})
+        for (const int64_t dtype : {FLOAT32, BFLOAT16, FLOAT16})
+          for (const int64_t steps : {-1, 10}) {
+            const int64_t rows = s[0], groups = s[1], size = s[2];
+            const bool weighted = bits % 2 && steps > 0;
+            std::vector<float> weight = floats(rows * groups * size), importance = floats(groups * size);
+            for (auto& h : importance) h *= h;
+            if (groups == 3) std::fill(importance.end() - size, importance.end(), 0.f);  // of equal errors the larger scale
+            for (size_t i = 0; i < weight.size(); i++) weight[i] = std::ldexp(weight[i] * weight[i] * weight[i], i % 2 ? -3 : -4);
+            if (groups == 3)
+              for (int64_t k = 0; k < size; k++) {
+                weight[size_t(k)] = 0;                                                                // a group of 0
+                weight[size_t(size + k)] = std::ldexp(weight[size_t(size + k)], -17);                 // subnormal scales in float16
+                weight[size_t(groups * size + k)] = std::fabs(weight[size_t(groups * size + k)]);     // a group without negative weights
+                weight[size_t((groups + 1) * size + k)] = k % 2 ? 65504.f : -65504.f;                 // float16's largest
+              }
+            std::vector<uint8_t> y;
+            if (!agree(size_t(2 * rows * groups) * 4, y, calls, [&](int64_t level, int64_t threads, void* to) {
+                  float* scale = (float*)to;
+                  return scale_search(level, threads, weight.data(), weighted ? importance.data() : nullptr, scale, scale + rows * groups, rows,
+                                      groups, size, bits, symmetric, dtype, coarse, fine, steps);
+                }))
+              return false;
+            for (int64_t i = 0; i < rows * groups; i++) {
+              const float* w = weight.data() + i * size;
+              const float* h = weighted ? importance.data() + i % groups * size : nullptr;
+              const float low = std::min(0.f, *std::min_element(w, w + size)), high = std::max(0.f, *std::max_element(w, w + size));
+              std::vector<float> factors{1};
+              float best = 1;
+              const auto error = [&](float factor) { return error_of(w, h, size, grid_of(low * factor, high * factor, bits, symmetric, dtype), bits); };
+              for (int64_t step = 1; step <= steps; step++) factors.push_back(float(1 - double(step) * coarse));
+              for (const float factor : factors) best = error(factor) < error(best) ? factor : best;
+              if (steps > 0)
+                for (const int step : {-2, -1, 1, 2}) factors.push_back(std::min(std::max(best + float(step * fine), 0.4f), 1.f));
+              for (const float factor : factors) best = error(factor) < error(best) ? factor : best;
+              const Grid found{((const float*)y.data())[i], ((const float*)y.data())[rows * groups + i]};
+              bool tried = false;
+              for (const float factor : factors) {
+                const Grid grid = grid_of(low * factor, high * factor, bits, symmetric, dtype);
+                tried = tried || (grid.scale == found.scale && grid.zero == found.zero);
+              }
+              const Grid extremes = grid_of(low, high, bits, symmetric, dtype);
+              if (weighted && groups == 3 && i % groups == 2 && (found.scale != extremes.scale || found.zero != extremes.zero)) return false;
+              if (!tried || !(error_of(w, h, size, found, bits) <= error(best) * 1.00001 + 1e-30)) return false;
+            }
+          }
+  float x[8] = {}, y[8];
+  return scale_search(0, 1, x, nullptr, y, y, 1, 1, 0, 4, 1, 0, coarse, fine, 10) == BAD_SHAPE &&
+         scale_search(0, 1, x, nullptr, y, y, 1, 1, 8, 9, 1, 0, coarse, fine, 10) == BAD_SHAPE &&
+         scale_search(0, 1, x, nullptr, y, y, 1, 1, 8, 4, 1, 3, coarse, fine, 10) == BAD_DTYPE &&
+         scale_search(AMX + 1, 1, x, nullptr, y, y, 1, 1, 8, 4, 1, 0, coarse, fine, 10) == BAD_LEVEL;
+}
+
+// Second moments within the bound of a sum in float32; entries below the diagonal and beyond the columns stay.
+bool moments(int64_t& calls) {
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1, 1}, {7, 5, 9}, {34, 100, 100}, {261, 250, 251}, {3, 490, 490}, {0, 3, 3}, {4, 0, 0}})
+    for (const double keep : {0., 0.5}) {
+      const int64_t tokens = s[0], columns = s[1], stride = s[2], pairs = (tokens + 1) / 2;
+      const std::vector<uint8_t> x = stored(floats(tokens * columns), BFLOAT16);
+      std::vector<float> before(size_t(columns * stride), keep == 0 ? NAN : 3.f);
+      std::vector<uint8_t> y;
+      if (!agree(before.size() * 4, y, calls, [&](int64_t level, int64_t threads, void* to) {
+            std::vector<uint32_t> packed(size_t((columns + 47) / 48 * 48 * pairs), 0x7fc07fc0u);
+            std::copy(before.begin(), before.end(), (float*)to);
+            return second_moments(level, threads, (const uint16_t*)x.data(), packed.data(), (float*)to, tokens, columns, stride, keep, 0.25);
+          }))
+        return false;
+      const std::vector<float> values = read_back(x, BFLOAT16), found = read_back(y, FLOAT32);
+      for (int64_t i = 0; i < columns; i++)
+        for (int64_t j = 0; j < stride; j++) {
+          const size_t at = size_t(i * stride + j);
+          if (j < i || j >= columns) {
+            if (keep == 0 ? !std::isnan(found[at]) : found[at] != 3) return false;
+            continue;
+          }
+          double sum = keep * 3, size = sum;
+          for (int64_t t = 0; t < tokens; t++) {
+            const double term = 0.25 * values[size_t(t * columns + i)] * values[size_t(t * columns + j)];
+            sum += term, size += std::fabs(term);
+          }
+          if (!close(found[at], sum, double(tokens + 3) * std::ldexp(1, -24) * size, FLOAT32)) return false;
+        }
+    }
+  return second_moments(0, 1, nullptr, nullptr, nullptr, 1, 3, 2, 1, 1) == BAD_SHAPE && second_moments(AMX + 1, 1, nullptr, nullptr, nullptr, 1, 0, 0, 1, 1) == BAD_LEVEL;
+}
+
 // Numbers to 16 bits and back at every level: the bits of the scalar ones, NaN a NaN.
 bool conversions(int64_t& calls) {
   std::vector<float> values;
@@ -358,7 +474,8 @@ int check_ops(int64_t& calls, const std::string& name) {
     bool (*passes)(int64_t&);
   };
   const Check checks[] = {{"integers", integers}, {"transforms", transforms}, {"factors", factors}, {"tables", tables},
-                          {"roots", roots}, {"conversions", conversions}, {"products", products}, {"columns", columns}};
+                          {"roots", roots}, {"conversions", conversions}, {"products", products}, {"columns", columns},
+                          {"scales", scales}, {"moments", moments}};
   int code = 20;
   bool is_known = name.empty();
   for (const Check& check : checks) {

@@ -54,6 +54,7 @@ PyMethodDef methods[] = {
     BIND(has_level), BIND(use_parallel_for), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
     BIND(linear_dynamic_int8), BIND(linear_weight_only), BIND(linear_dynamic_int8_parts),
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
+    BIND(scale_search), BIND(has_bfloat16_products), BIND(second_moments),
     BIND(int8_matmul), BIND(hadamard), BIND(linear_dense_sparse), BIND(table_lookup),
     BIND(table_inverse_root), BIND(linear_dense),
     {nullptr, nullptr, 0, nullptr}};
@@ -63,6 +64,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 9)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 10)) { Py_DECREF(module); return nullptr; }
   return module;
 }

@@ -31,6 +31,17 @@ int64_t linear_int8_outlier(int64_t level, int64_t threads, const void* x, int64
 int64_t gptq_solve(int64_t level, int64_t threads, float* work, float* errors, float* codes, const float* upper, const float* scale,
                    const float* zero, const int64_t* group_of, int64_t rows, int64_t groups, int64_t begin, int64_t stop, int64_t end,
                    double low, double high);
+// Scales and zero points (rows, groups) of weight (rows, groups, size): of the extremes of each group, times the factors 1, 1 - coarse, ..,
+// 1 - steps * coarse and those 1 and 2 times `fine` beside the best, with the least sum of |error|^2.4; or of error^2 times importance
+// (groups, size), if it is given. Negative steps: the extremes alone. stored: the type to which scales are rounded.
+int64_t scale_search(int64_t level, int64_t threads, const float* weight, const float* importance, float* scale, float* zero,
+                     int64_t rows, int64_t groups, int64_t size, int64_t bits, int64_t symmetric, int64_t stored, double coarse, double fine,
+                     int64_t steps);
+int64_t has_bfloat16_products();  // 1 if this processor multiplies bfloat16 with sums in float32, and second_moments is fast
+// matrix (columns, columns) of rows `stride` apart = keep * matrix + weight * x^T x on and above the diagonal; x (tokens, columns) bfloat16.
+// packed: memory for ceil(columns / 48) * ceil(tokens / 2) * 48 numbers.
+int64_t second_moments(int64_t level, int64_t threads, const uint16_t* x, uint32_t* packed, float* matrix, int64_t tokens, int64_t columns,
+                       int64_t stride, double keep, double weight);
 // c (M, N) = a (M, K) @ b (N, K).T, exact; K at most 65,536.
 int64_t int8_matmul(int64_t level, int64_t threads, const int8_t* a, const int8_t* b, int32_t* c, int64_t M, int64_t N, int64_t K);
 // y = x (H_{n/m} (x) base) * scale, row by row, x and y (M, n); n / m a power of two, base (m, m) of +1 and -1, none for m = 1.

@@ -18,6 +18,7 @@ from compressor.kernels.ops.gptq_columns import round_columns, trial_columns
 from compressor.kernels.ops.hadamard_matrix import base_matrix, sylvester
 from compressor.kernels.ops.int8_split import columns_product, round_rows, rounded_product
 from compressor.kernels.ops.lookup_tables import activate, inverse_root
+from compressor.kernels.ops.scale_ranges import COARSE_STEP, COARSE_STEPS, FINE_STEP, search_in_torch
 
 ROWS, OUT, COLUMNS, GROUP = 14, 70, 96, 32
 FEW = 2  # without VNNI, few and many rows use different code
@@ -102,6 +103,8 @@ def _problems() -> Iterator[Problem]:
     yield _hadamard(x)
     yield from _tables(x, made)
     yield _columns()
+    yield from _scales(made)
+    yield _moments(x)
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -283,3 +286,42 @@ def _columns() -> Problem:
         return error, changed(*written)
 
     return Problem("gptq_solve", call, changed(expected.work, expected.errors, expected.codes))
+
+
+def _scales(made: torch.Generator) -> Iterator[Problem]:
+    """Scales and zero points are those of torch, except where two ranges have nearly equal errors: not here."""
+    weight = torch.randn(ROWS, COLUMNS // GROUP, GROUP, generator=made)
+    importance = torch.rand(COLUMNS // GROUP, GROUP, generator=made)
+    for name, kind, symmetric, heavy in (("float32", 0, True, None), ("bfloat16", 1, False, importance)):
+
+        def call(
+            functions: ModuleType,
+            level: int,
+            kind: int = kind,
+            symmetric: bool = symmetric,
+            heavy: Tensor | None = heavy,
+        ) -> tuple[int, Tensor]:
+            found = _nothing(2, *weight.shape[:2])
+            error = functions.scale_search(
+                level, 1, _at(weight), _at(heavy), _at(found[0]), _at(found[1]), *weight.shape, 3, int(symmetric), kind,
+                COARSE_STEP, FINE_STEP, COARSE_STEPS,
+            )  # fmt: skip
+            return error, found
+
+        expected = search_in_torch(weight, heavy, 3, symmetric, True, getattr(torch, name))
+        yield Problem(f"scale_search {name}", call, torch.stack(expected))
+
+
+def _moments(x: Tensor) -> Problem:
+    x, columns = x.bfloat16(), x.shape[1]
+    exact = x.double().t() @ x.double()
+
+    def call(functions: ModuleType, level: int) -> tuple[int, Tensor]:
+        packed, found = _nothing(columns * len(x), dtype=torch.int32), _nothing(columns, columns).fill_(1)
+        error = functions.second_moments(
+            level, 1, _at(x), _at(packed), _at(found), len(x), columns, columns, 2.0, 0.5
+        )  # fmt: skip
+        return error, found.triu()
+
+    allowed = (ROWS + 3) * UNIT * (2 + x.double().abs().t() @ x.double().abs())
+    return Problem("second_moments", call, (2 + 0.5 * exact).triu(), allowed)
