@@ -22,8 +22,8 @@ What the paper leaves open, and what we chose
   block, so it may clip. `output` weights each column's error by the mean square of its calibration inputs. `max` is e0.
 - Bits. Each matrix has 4 or 8. With `budget` or `budget_bits` the choice is made over the whole model. Every selected
   matrix starts at 4 bits. Then those matrices are raised to 8 whose relative output error, |(W - W')X|^2 / |WX|^2 on
-  calibration data, falls most per byte, while the bytes of all selected matrices stay within the budget. For an
-  embedding, the rows that occur in the data count.
+  calibration data, falls most per byte, while the bytes of all selected matrices stay within the budget. The error is
+  that of up to 512 rows of W, in evenly spaced blocks. For an embedding, the rows that occur in the data count.
 - Embeddings have blocks of one row, `embedding_block` wide.
 - Biases. With `biases` they are 8-bit codes in blocks of 64 with power-of-two scales. They are a thousandth of the
   weights, and an integer matmul adds them to an accumulator of higher precision, so by default they stay dense. The
@@ -44,7 +44,8 @@ What the paper leaves open, and what we chose
   them again, and gptq and rtn offer such scales in the model's own dtype.
 
 Cost: one pass over the weights, four times as much if the scale is searched. A budget adds one run of the whole model
-and two quantizations of each matrix. Memory: one weight and, for `output` and `budget`, one second-moment matrix.
+and two quantizations of 512 rows of each matrix. Memory: one weight and, for `output` and `budget`, one second-moment
+matrix.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ FORMS = {  # role -> quantization format, if it isn't that of a matrix
     "softmax": "block_attention",
 }
 FLOAT16_LEAST_SHIFT = -24
+SAMPLED_ROWS = 512  # of a matrix, to measure its errors for a budget: errors of rows are alike
 
 
 class BCT(WeightPass):
@@ -196,12 +198,15 @@ class BCT(WeightPass):
         for view in model.views():
             for stage in view.stages(sequential=False):
                 for group, seen in zip(stage, self._fold(view, stage, with_gram=True), strict=True):
+                    hessian = None if seen is None or seen.gram is None else seen.gram.hessian()
                     for weight in group:
+                        view.progress(weight.name)
                         matrix = view.matrix(weight)
-                        errors[weight.name] = [
-                            output_error(matrix, self._quantize(weight, matrix, bits, seen)[2], seen) for bits in (4, 8)
-                        ]
-                        count += matrix.numel()
+                        if weight.role != "embedding":  # of which few rows occur in the data
+                            matrix = some_blocks(matrix, self._block(weight)[0])
+                        rounded = [self._quantize(weight, matrix, bits, seen)[2] for bits in (4, 8)]
+                        errors[weight.name] = output_errors(matrix, rounded, seen, hessian)
+                        count += math.prod(weight.shape)
                         costs[weight.name] = [stored_bytes(weight.shape, self._spec(weight, bits)) for bits in (4, 8)]
         budget = self._budget_bytes(count)
         bits = choose_bits(errors, costs, budget)
@@ -443,20 +448,31 @@ def relative_error(matrix: torch.Tensor, rounded: torch.Tensor) -> float:
     return float((rounded - matrix).norm() / matrix.norm().clamp(min=1e-30))
 
 
-def output_error(matrix: torch.Tensor, rounded: torch.Tensor, seen: Seen | None) -> float:
-    """|(W - W')X|^2 / |WX|^2 on calibration data; for an embedding, over the rows that were looked up.
+def some_blocks(matrix: torch.Tensor, height: int) -> torch.Tensor:
+    """About SAMPLED_ROWS rows of a matrix (out, in) in evenly spaced blocks of this height, or all of them."""
+    count = SAMPLED_ROWS // height
+    starts = torch.arange(0, len(matrix), height)
+    if len(starts) <= max(1, count):
+        return matrix
+    chosen = starts[torch.linspace(0, len(starts) - 1, max(1, count)).long()]
+    return torch.cat([matrix[start : start + height] for start in chosen.tolist()])
+
+
+def output_errors(
+    matrix: torch.Tensor, rounded: Sequence[torch.Tensor], seen: Seen | None, hessian: torch.Tensor | None
+) -> list[float]:
+    """|(W - W')X|^2 / |WX|^2 of each W' on calibration data; for an embedding, over the rows that were looked up.
 
     A row counts as often as it was looked up. Without calibration data, all inputs and all rows count the same.
     """
-    change = rounded - matrix
     if seen is None or not seen.tokens:
-        return relative_error(matrix, rounded) ** 2
-    if seen.gram is None:
-        parts = [float((m.square().sum(1) * seen.square).sum()) for m in (change, matrix)]
+        return [relative_error(matrix, one) ** 2 for one in rounded]
+    changes = [*(one - matrix for one in rounded), matrix]
+    if hessian is None:
+        parts = [float((change.square().sum(1) * seen.square).sum()) for change in changes]
     else:
-        hessian = seen.gram.hessian()
-        parts = [float((m @ hessian * m).sum()) for m in (change, matrix)]
-    return parts[0] / max(parts[1], 1e-30)
+        parts = [float((change @ hessian * change).sum()) for change in changes]
+    return [part / max(parts[-1], 1e-30) for part in parts[:-1]]
 
 
 def choose_bits(errors: dict[str, list[float]], costs: dict[str, list[int]], budget: int) -> dict[str, int]:

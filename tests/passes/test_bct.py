@@ -26,7 +26,7 @@ from compressor.layers.block_activation_linear import BlockActivationLinear
 from compressor.layers.block_embedding import BlockEmbedding
 from compressor.layers.block_linear import BlockLinear
 from compressor.methods.quantization.block_grid import quantize_blocks
-from compressor.passes.bct import BCT, Seen, choose_bits, output_error, stored_bytes
+from compressor.passes.bct import BCT, Seen, choose_bits, output_errors, some_blocks, stored_bytes
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.testing import kill_at, weight_hashes
@@ -244,11 +244,22 @@ def test_output_error_is_that_of_the_products_seen():
     rounded = quantize_blocks(matrix, 4, (2, 8))[2]
     seen = Seen.of_inputs(8, 8, True, torch.device("cpu")).add(x[:20]).add(x[20:])
     slow = ((rounded - matrix) @ x.t()).square().sum() / (matrix @ x.t()).square().sum()
-    assert output_error(matrix, rounded, seen) == pytest.approx(float(slow), rel=1e-4)
+    assert output_errors(matrix, [rounded], seen, seen.gram.hessian())[0] == pytest.approx(float(slow), rel=1e-4)
     assert seen.largest.tolist() == [float(x.abs().max())]
     table = Seen.of_rows(6, torch.device("cpu")).add(torch.tensor([1, 1, 4]))
     slow = (rounded - matrix)[[1, 1, 4]].square().sum() / matrix[[1, 1, 4]].square().sum()
-    assert output_error(matrix, rounded, table) == pytest.approx(float(slow), rel=1e-5)
+    assert output_errors(matrix, [rounded], table, None)[0] == pytest.approx(float(slow), rel=1e-5)
+
+
+def test_sampled_blocks_of_rows_are_rounded_as_in_the_whole_matrix():
+    matrix = seeded(1300, 10)
+    sample = some_blocks(matrix, 64)
+    assert len(sample) < len(matrix) and some_blocks(matrix[:512], 64).equal(matrix[:512])
+    assert some_blocks(matrix, 1).equal(matrix[torch.linspace(0, 1299, 512).long()])
+    rows = [int((matrix == row).all(1).nonzero()) for row in sample]
+    assert rows[0] == 0 and rows[-1] == 1299
+    whole, part = (quantize_blocks(m, 4, (64, 4))[2] for m in (matrix, sample))
+    assert part.equal(whole[rows])
 
 
 def test_bits_and_a_budget_exclude_each_other():

@@ -56,11 +56,12 @@ class Metric:
 def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where: str) -> Metric:
     """The metric of second moments (in, in), which are known up to a factor. None, or all zero: H = I.
 
-    raises  PassError if they contain NaN or Inf, or if no damping makes them positive definite
+    hessian  it is damped in place, so that only L is a second matrix of this size
+    raises   PassError if they contain NaN or Inf, or if no damping makes them positive definite
     """
     if hessian is None or not bool(hessian.any()):
         device = None if hessian is None else hessian.device
-        eye = torch.eye(features, dtype=torch.float64, device=device)
+        eye = torch.eye(features, dtype=_work_dtype(features), device=device)
         return Metric(eye, eye, 0.0)
     if not bool(torch.isfinite(hessian).all()):
         raise PassError(
@@ -70,14 +71,14 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
             data={"reason": "not-finite"},
         )
     mean = float(hessian.diagonal().double().mean())
+    share = 0.0
     for attempt in range(LADDER + 1):
-        share = damping * 10**attempt
+        before, share = share, damping * 10**attempt
+        hessian.diagonal().add_((share - before) * mean)
         for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(share * mean)
-            lower, info = torch.linalg.cholesky_ex(damped)
+            lower, info = torch.linalg.cholesky_ex(hessian.to(dtype))
             if int(info) == 0:
-                return Metric(damped.to(hessian.dtype), lower.to(hessian.dtype), share)
+                return Metric(hessian, lower.to(hessian.dtype), share)
     raise PassError(
         f"the Hessian of its inputs is not positive definite even with damping {share:g}",
         where=where,
@@ -92,8 +93,7 @@ def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: boo
         return [(metric_of(None, group.in_features, damping, group.name), 0) for group in stage]
 
     def start(group: Group) -> Gram:
-        exact = group.in_features <= EXACT_INPUTS
-        return Gram.zeros(group.in_features, torch.float64 if exact else torch.float32, view.device)
+        return Gram.zeros(group.in_features, _work_dtype(group.in_features), view.device)
 
     found = []
     for group, gram in zip(stage, view.fold(stage, start, Gram.add), strict=True):
@@ -102,6 +102,10 @@ def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: boo
             view.warn("few-tokens", group.name, message if gram.tokens else f"{message}; weights count alike")
         found.append((metric_of(gram.hessian(), group.in_features, damping, group.name), gram.tokens))
     return found
+
+
+def _work_dtype(features: int) -> torch.dtype:
+    return torch.float64 if features <= EXACT_INPUTS else torch.float32
 
 
 @dataclass(frozen=True)
