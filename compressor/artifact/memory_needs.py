@@ -1,0 +1,55 @@
+"""Says how much memory a process needs that loads a model, before it loads it.
+
+The factors were measured at the widths of Llama-3.1-8B (docs/report.md): transformers maps weight files while it loads
+them, and mapped pages count as resident. compressed-tensors holds the packed weights until the first forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+
+from compressor.artifact.manifest import read_manifest
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.storage.file_names import MANIFEST
+
+INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+MEMORY_SHARE = 0.9  # of the free memory, if no limit is set
+
+
+def limit_bytes(limit: int | None) -> int:
+    """The memory that a process may use: `limits.memory`, or most of what is free."""
+    return int(psutil.virtual_memory().available * MEMORY_SHARE) if limit is None else limit
+
+
+def gibibytes(size: float) -> str:
+    """A number of bytes for a message."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def dense_bytes(directory: Path) -> int:
+    """Bytes of a model's weights in memory after stock transformers has loaded them, all dequantized."""
+    checkpoint = open_checkpoint(directory)
+    if not (directory / MANIFEST).is_file():
+        return checkpoint.nbytes
+    size = 0
+    stored = set()
+    for name, entry in read_manifest(directory)["weights"].items():
+        stored.add(name + ".")
+        size += math.prod(entry["shape"]) * _itemsize(checkpoint)
+    return size + sum(
+        info.nbytes for name, info in checkpoint.tensors.items() if name[: name.rfind(".") + 1] not in stored
+    )
+
+
+def loading_bytes(directory: Path) -> int:
+    """Peak of a process, without the interpreter, that loads a model by stock transformers and runs it."""
+    stored = open_checkpoint(directory).nbytes
+    dense = dense_bytes(directory)
+    return dense + stored
+
+
+def _itemsize(checkpoint: Checkpoint) -> int:
+    return 4 if checkpoint.config.get("dtype") == "float32" else 2
