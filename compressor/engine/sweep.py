@@ -86,7 +86,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
         reshape.facts,
         reshape.redefinition,
         sweeper.journal,
-        calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
+        calibration_batches(structure, sweeper.device, sweeper.samples, (step,), sweeper.spill),
         sweeper.device,
         lambda part: sweeper.seed_of(number, 0, part),
         sweeper.is_interrupted,

@@ -26,7 +26,7 @@ from compressor.errors import CompressError
 from compressor.evaluation.metrics import batch_sums, check_labels, chunk_positions, joined_sums, next_token_sums
 from compressor.evaluation.model_loading import NotInParts, is_causal
 from compressor.model.block_runner import Answer, Batch, Call, Pieces, output_of, without_cache
-from compressor.model.spill import Spilled, SpillFolder
+from compressor.model.spill import Spilled, SpillFolder, kept
 from compressor.model.streamed import StreamedModel
 from compressor.process.resources import ran_out
 
@@ -54,11 +54,10 @@ class Side:
 
     def of(self, number: int) -> Tensor:
         """The hidden states of a batch."""
-        held = self.hidden[number]
-        return held.read() if isinstance(held, Spilled) else held
+        return kept(self.hidden[number])
 
     def keep(self, number: int, value: Tensor) -> None:
-        self.hidden[number] = value if self.folder is None else self.folder.write(number, value)
+        self.hidden[number] = value if self.folder is None else self.folder.keep(value)
 
     def head(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """The output of the model for these hidden states after the last block."""

@@ -9,20 +9,22 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from dataclasses import dataclass
+import weakref
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Spilled:
-    """A tensor in a file. The file holds nothing else."""
+    """A tensor in a file of its own, which is deleted with this object."""
 
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    def __init__(self, file: Path, value: Tensor) -> None:
+        self.file, self.dtype, self.shape, self.device = file, value.dtype, value.shape, value.device
+        with file.open("wb") as opened:
+            opened.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        weakref.finalize(self, _delete, file)
 
     @property
     def nbytes(self) -> int:
@@ -30,27 +32,31 @@ class Spilled:
 
     def read(self) -> Tensor:
         """The tensor, mapped from its file. Whoever writes into it changes a private copy of the page."""
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        with self.file.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(pages, dtype=self.dtype).view(self.shape)
+        with self.file.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=self.dtype).view(self.shape).to(self.device)
 
 
-@dataclass
 class SpillFolder:
-    """A folder of spilled tensors, each under a number of its own."""
+    """A folder of spilled tensors. It may exist; what an earlier run left there is deleted."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.spilled"):
+            left.unlink()
+        self._numbers = count()
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def keep(self, value: Tensor) -> Tensor | Spilled:
+        """The tensor in a file; an empty tensor as it is."""
+        return Spilled(self.folder / f"{next(self._numbers)}.spilled", value) if value.numel() else value
 
-    def write(self, number: int, value: Tensor) -> Spilled:
-        """Keep a tensor under this number. A tensor that is still mapped from the number's earlier file stays valid."""
-        spilled = Spilled(self.folder / f"{number:06d}.bin", value.dtype, value.shape)
-        fresh = spilled.file.with_suffix(".new")
-        with fresh.open("wb") as file:
-            file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        os.replace(fresh, spilled.file)
-        return spilled
+
+def kept(held: Tensor | Spilled) -> Tensor:
+    """The tensor that `SpillFolder.keep` kept, or that was kept in memory."""
+    return held.read() if isinstance(held, Spilled) else held
+
+
+def _delete(file: Path) -> None:
+    if file.exists():
+        os.unlink(file)
