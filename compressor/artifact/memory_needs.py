@@ -17,6 +17,7 @@ from compressor.storage.file_names import MANIFEST
 
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 MEMORY_SHARE = 0.9  # of the free memory, if no limit is set
+CHUNK_BYTES = 256 << 20  # of working copies of logits, which are compared a few positions at a time
 
 
 def limit_bytes(limit: int | None) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressor.artifact.memory_needs import INTERPRETER_BYTES, dense_bytes, loading_bytes
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, dense_bytes, loading_bytes
 from compressor.data.samples import Samples
 from compressor.evaluation.child_messages import QualityRequest
-from compressor.evaluation.metrics import CHUNK_BYTES
 from compressor.evaluation.model_loading import read_stored_samples
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.model_class import config_of

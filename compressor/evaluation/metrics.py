@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.artifact.memory_needs import CHUNK_BYTES
 from compressor.errors import ModelError
 from compressor.evaluation.sections import MetricRow
 
 BOOTSTRAP_DRAWS = 1000
 BOTH_ENDS = (0.025, 0.975)  # quantiles of the 95 % interval
-CHUNK_BYTES = 256 << 20
 BYTES_PER_LOGIT = 28  # of both models: in 16 bits and in float32, their logarithms, and two working copies in float32
 
 

@@ -385,12 +385,12 @@ def test_any_module_that_holds_a_range_is_asked_what_lies_outside(tmp_path):
     counts = watched(model)
     model(torch.tensor([[1.0, -3.0, 2.0]]))
     model(torch.tensor([[8.0, -9.5]]))
-    assert saturation(tmp_path, model, counts) == {
+    assert saturation(tmp_path, counts) == {
         "reason": None,
         "layers": [{"name": "0", "values": 5, "outside": 3}, {"name": "3", "values": 5, "outside": 1}],
     }
     plain = torch.nn.Sequential(torch.nn.Identity())
-    assert saturation(tmp_path, plain, watched(plain)) == {
+    assert saturation(tmp_path, watched(plain)) == {
         "reason": "no layer has a range for its input",
         "layers": [],
     }
