@@ -1,7 +1,7 @@
 """Says how much memory a process needs that loads a model, before it loads it.
 
-The factors were measured at the widths of Llama-3.1-8B (docs/report.md): transformers maps weight files while it loads
-them, and mapped pages count as resident. compressed-tensors holds the packed weights until the first forward pass.
+What is counted was measured: transformers maps the weight files, and their pages become resident when they are read, so
+a dense model needs its size once. compressed-tensors dequantizes all weights in the first forward pass.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ def dense_bytes(directory: Path) -> int:
     )
 
 
-def loading_bytes(directory: Path) -> int:
-    """Peak of a process, without the interpreter, that loads a model by stock transformers and runs it."""
-    stored = open_checkpoint(directory).nbytes
-    dense = dense_bytes(directory)
-    return dense + stored
+def verification_bytes(directory: Path, source: Path | None) -> int:
+    """Memory for verifying an artifact with whole models.
+
+    The stock loader holds it as stored and dequantized, `compressor.load` as stored, and the source is beside them.
+    """
+    beside = 0 if source is None else dense_bytes(source)
+    return INTERPRETER_BYTES + dense_bytes(directory) + 2 * open_checkpoint(directory).nbytes + beside
 
 
 def _itemsize(checkpoint: Checkpoint) -> int:

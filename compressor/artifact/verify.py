@@ -38,7 +38,7 @@ from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Manifest, read_manifest
-from compressor.artifact.memory_needs import INTERPRETER_BYTES, gibibytes, limit_bytes, loading_bytes
+from compressor.artifact.memory_needs import gibibytes, limit_bytes, verification_bytes
 from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
@@ -161,7 +161,7 @@ def verify(
     _check_files(artifact, sealed, found)
     found.problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if deep and not found.problems:
-        found.loaded = "whole" if _fits(artifact, memory) else "parts"
+        found.loaded = "whole" if _fits(artifact, source, memory) else "parts"
         if found.loaded == "parts":
             return_large_blocks()
             source_limit = 0
@@ -170,9 +170,9 @@ def verify(
     return found
 
 
-def _fits(artifact: Artifact, memory: int | None) -> bool:
-    """Whether the artifact fits into memory as both loaders hold it: dequantized, then as stored."""
-    return INTERPRETER_BYTES + loading_bytes(artifact.directory) <= limit_bytes(memory)
+def _fits(artifact: Artifact, source: Path | None, memory: int | None) -> bool:
+    """Whether all models fit into memory as a whole."""
+    return verification_bytes(artifact.directory, source) <= limit_bytes(memory)
 
 
 def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
@@ -231,7 +231,7 @@ def _run_stock_parts(artifact: Artifact, probe: Path | None, found: Findings) ->
     checkpoint, manifest = artifact.checkpoint, artifact.manifest
     is_packed = manifest["route"] == "compressed-tensors"
     if artifact.forward is not None:
-        needed = gibibytes(INTERPRETER_BYTES + loading_bytes(artifact.directory))
+        needed = gibibytes(verification_bytes(artifact.directory, None))
         found.notes.append(f"the layers of {manifest['route']} were not run: that needs {needed} of memory")
     streamed = load_streamed(checkpoint, manifest, StockDecompressor.of(checkpoint) if is_packed else None)
     found.stock_load = True

@@ -151,7 +151,8 @@ def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, Stor
         if form.weight.is_function:
             continue
         rows, columns = form.weight.shape
-        working = max(working, HESSIAN_BYTES * columns**2 + SOLVE_BYTES * rows * columns)
+        hessian = HESSIAN_BYTES * columns**2 if tokens else 0
+        working = max(working, hessian + SOLVE_BYTES * rows * columns)
     batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
     return SweepMemory(
         INTERPRETER_BYTES + parts[0] + parts[-1] + 2 * held + working + batch,

@@ -21,13 +21,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def unmeasured_speed(report: AnyReport) -> list[tuple[str, str]]:
     """(side, why) of each model whose speed was not measured."""
-    rows = report["run"]["speed"].items()
     found = [
-        ("of the kernels" if name.startswith("kernels_") and side == "after" else side, told)
-        for name, row in rows
-        for side, told in row.get("unmeasured", {}).items()
+        (("before", "after", "of the kernels").index(side), side, told)
+        for name, row in report["run"]["speed"].items()
+        for at, told in row.get("unmeasured", {}).items()
+        for side in ["of the kernels" if name.startswith("kernels_") and at == "after" else at]
     ]
-    return list(dict.fromkeys(found))
+    return [(side, told) for _, side, told in sorted(set(found))]
 
 
 def is_evaluation(report: AnyReport) -> TypeIs[EvaluationReport]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
 import junitparser
 import pytest
@@ -18,10 +19,12 @@ from safetensors.torch import save_file
 from compressor import run as running
 from compressor.artifact.findings import Findings
 from compressor.errors import KernelError, ModelError, PreflightError, RecipeError, UsageError
+from compressor.evaluation import eval_command
 from compressor.evaluation.compare import read_subject
 from compressor.evaluation.eval_command import measure_model
 from compressor.evaluation.metrics import QUALITY
 from compressor.evaluation.quality import measure_quality
+from compressor.evaluation.render import render_markdown, unmeasured_speed
 from compressor.evaluation.report import validate_report
 from compressor.evaluation.saturation import RangeCounts, saturation
 from compressor.evaluation.speed import measure_speed
@@ -150,6 +153,26 @@ def test_quality_measured_in_parts_is_that_of_whole_models(kind, tmp_path, monke
             assert measured == (row[side] and pytest.approx(row[side], rel=near, abs=near)), name
     assert parts["saturation"]["layers"] == whole["saturation"]["layers"] or kind == "layers of their own"
     assert parts["patches"] == whole["patches"]
+
+
+def test_a_model_that_can_not_run_in_parts_has_no_value_and_a_reason(tokens, tmp_path):
+    """ALBERT runs its one layer several times."""
+    sizes = {key: value for key, value in tiny.COMMON.items() if not key.endswith("_token_id")}
+    hf.AlbertForMaskedLM(hf.AlbertConfig(**sizes, embedding_size=16)).save_pretrained(tmp_path / "m")
+    found = measure_quality({**ask(tmp_path, None, tmp_path / "m", tokens, ["perplexity"]), "memory": 1})
+    assert found["measured"] is None and found["metrics"]["perplexity"]["after"] is None
+    assert "2 block calls were seen for 1 blocks" in found["metrics"]["perplexity"]["reason"]
+
+
+def test_speed_of_a_model_that_does_not_fit_is_reported_as_not_measured(two, monkeypatch):
+    monkeypatch.setattr(eval_command, "started_early", nullcontext)  # no process is started
+    found = measure_model(
+        str(two[0]), baseline=str(two[1]), metrics="speed,memory,size", overrides=["limits.memory=1"], data="random"
+    )
+    row = found["run"]["speed"]["decode_tokens_per_second"]
+    assert (row["before"], row["after"], set(row["unmeasured"])) == (None, None, {"before", "after"})
+    assert [side for side, _ in unmeasured_speed(found)] == ["before", "after"]
+    assert "The speed before was not measured: it needs 0." in render_markdown(found)
 
 
 def test_speed_reports_rates_and_memory(two, tokens, tmp_path):
