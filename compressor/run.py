@@ -280,6 +280,7 @@ def _verify(job: Job) -> Findings:
             job.scratch / "probe.safetensors",
             sealed=True,
             source=job.plan.source.checkpoint.directory,
+            memory=job.recipe.limits.memory,
             trust_remote_code=job.trust_remote_code,
         )
     except ArtifactError as error:
@@ -296,6 +297,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
         threads=torch.get_num_threads(),
         seed=job.recipe.seed,
         most_tokens=limit_of(job.plan.source.model)(SPEED_TOKENS),
+        memory=job.recipe.limits.memory,
         trust_remote_code=job.trust_remote_code,
     )
 
@@ -323,6 +325,7 @@ def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -
             "predicted_peak_bytes": plan.peak_memory_bytes,
             "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
             "speed": measured.speed,
+            "quality": measured.quality,
         },
         environment=environment(job.place),
     )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from compressor.model.checkpoint import Checkpoint
 from compressor.model.model_class import class_of
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
+from compressor.model.streamed import streamed_of
 from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight, part_of
@@ -107,7 +108,16 @@ def prints_of(model: Any) -> dict[str, Print]:
         if id(value) not in known:
             known[id(value)] = _print(value)
         prints[name] = known[id(value)]
+    if (streamed := streamed_of(model)) is not None:
+        for unit, names in streamed.units.items():
+            with streamed.holding(unit):
+                prints |= {name: _print(_value(model, name)) for name in names}
     return prints
+
+
+def _value(model: Any, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def ties_of(model: Any) -> set[frozenset[str]]:
@@ -186,12 +196,12 @@ def _rewritten(manifest: Manifest) -> dict[str, float]:
 
 def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> list[str]:
     """Compare the distance of these parameters from the source's with the recorded one. Returns the problems."""
-    problems, held = [], dict(own.named_parameters(remove_duplicate=False))
+    problems, names = [], {name for name, _ in own.named_parameters(remove_duplicate=False)}
     for name, recorded in rewritten.items():
-        if (value := held.get(name)) is None:
+        if name not in names:
             problems.append(f"{name} has new values according to the manifest, but the artifact has no such tensor")
             continue
-        with _held(source, name) as meant:
+        with _held(source, name) as meant, _held(own, name) as value:
             same_shape = value.shape == meant.shape and value.dtype == meant.dtype
             error = relative_distance(value, meant) if same_shape else float("inf")
         if not _is_as_recorded(error, recorded):
@@ -246,7 +256,7 @@ def _is_as_recorded(error: float, recorded: float) -> bool:
 
 def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> float:
     """Relative distance of a stored weight from the source's; infinite if the shapes differ."""
-    with _held(source, weight.parameter) as whole:
+    with _held(source, weight.parameter) as whole, _present(own, weight.parameter):
         meant = part_of(whole, weight)
         if weight.expert is None:
             built = own.get_submodule(_module(weight)).matrix(dtype)
@@ -262,14 +272,20 @@ def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> li
         experts.setdefault(weight.parameter, []).append(weight)
     problems = []
     for name, members in experts.items():
-        with _held(source, name) as whole:
-            if not _equal_elsewhere(whole, own.get_parameter(name), members):
+        with _held(source, name) as whole, _held(own, name) as built:
+            if not _equal_elsewhere(whole, built, members):
                 problems.append(f"{name} differs from the source in experts that no step changed")
     return problems
 
 
 def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
-    """Put the artifact's stored layers, its experts and its dense tensors with new values into the source's model."""
+    """Put the artifact's stored layers, its experts and its dense tensors with new values into the source's model.
+
+    Those of a streamed model are lent: they are in memory while a module of the source's model runs.
+    """
+    if streamed_of(own) is not None:
+        _lend_layers(source, own, manifest)
+        return
     for name in _rewritten(manifest):
         owner, _, leaf = name.rpartition(".")
         _fetch(source.get_submodule(owner))
@@ -295,6 +311,52 @@ def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
             else:
                 layer.bias = None
         setattr(parent, leaf, layer)
+
+
+def _lend_layers(source: Any, own: Any, manifest: Manifest) -> None:
+    """`put_layers` for a streamed model."""
+    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    for kind in sorted({form.form for form in forms}):
+        find_layer(kind).prepare(source)
+    experts = {form.weight.parameter for form in forms if form.weight.expert is not None}
+    for path in sorted({name.rpartition(".")[0] for name in (*_rewritten(manifest), *experts)}):
+        _lend_parameters(source.get_submodule(path), own, path)
+    for form in forms:
+        if form.weight.expert is None:
+            owner, _, leaf = _module(form.weight).rpartition(".")
+            setattr(source.get_submodule(owner), leaf, _Lent(own, _module(form.weight)))
+
+
+class _Lent(torch.nn.Module):
+    """Stands for a module of a streamed model, which is in memory while it runs."""
+
+    def __init__(self, model: Any, path: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "_lender", (model, path))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model, path = object.__getattribute__(self, "_lender")
+        with _present(model, path):
+            return model.get_submodule(path)(*args, **kwargs)
+
+
+def _lend_parameters(module: torch.nn.Module, own: Any, path: str) -> None:
+    """Let a module of the source's model run with the parameters of the streamed model's module at this path."""
+    remove_hook_from_module(module)
+    stack = ExitStack()
+
+    def lend(_module: Any, _args: Any) -> None:
+        stack.enter_context(_present(own, f"{path}."))
+        for name, value in own.get_submodule(path).named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+
+    def take_back(_module: Any, _args: Any, _output: Any) -> None:
+        for name, value in own.get_submodule(path).named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(value.to("meta"), requires_grad=False))
+        stack.close()
+
+    module.register_forward_pre_hook(lend)
+    module.register_forward_hook(take_back, always_call=True)
 
 
 def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> list[str]:
@@ -354,12 +416,20 @@ def _source_tensors(source: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _held(source: Any, name: str) -> Iterator[Tensor]:
-    """A parameter or buffer of the source, loaded from disk if it lies there."""
-    path, _, leaf = name.rpartition(".")
-    owner = source.get_submodule(path)
-    with align_module_device(owner):
-        yield getattr(owner, leaf).detach()
+def _held(model: Any, name: str) -> Iterator[Tensor]:
+    """A parameter or buffer of a model, loaded from disk if it lies there."""
+    with _present(model, name):
+        owner, _, leaf = name.rpartition(".")
+        with align_module_device(model.get_submodule(owner)):
+            yield getattr(model.get_submodule(owner), leaf).detach()
+
+
+@contextmanager
+def _present(model: Any, name: str) -> Iterator[None]:
+    """Inside this context the part of a streamed model that has this parameter or module is in memory."""
+    streamed = streamed_of(model)
+    with nullcontext() if streamed is None else streamed.holding(streamed.unit_of(name)):
+        yield
 
 
 def _print(value: Tensor) -> Print:

@@ -29,6 +29,7 @@ class Verification(TypedDict):
 
     stock_load: bool | None
     own_load: bool | None
+    loaded: str | None
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
@@ -101,6 +102,8 @@ class SourceComparison:
 class Findings:
     """Results of the checks. A check that was not reached leaves None. The artifact is good if `problems` stays empty.
 
+    loaded        whole | parts: how the artifact was in memory while it ran. In parts, each block is loaded when it
+                  runs, and dequantized by the library of the stock format
     missing, unexpected, mismatched  tensors, as the stock loader reports them
     tolerance     the largest allowed `max_logit_difference`
     notes         findings that are reported and are not problems
@@ -109,6 +112,7 @@ class Findings:
 
     stock_load: bool | None = None
     own_load: bool | None = None
+    loaded: str | None = None
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -131,6 +135,7 @@ class Findings:
         return cls(
             stock_load=row["stock_load"],
             own_load=row["own_load"],
+            loaded=row["loaded"],
             missing=row["missing"],
             unexpected=row["unexpected"],
             mismatched=row["mismatched"],

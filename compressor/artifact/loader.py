@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.empty_model import skeleton
 from compressor.model.reshaped_class import class_for
 from compressor.model.stored_weight import StoredWeight
+from compressor.model.streamed import tied_value
 from compressor.model.trusted_code import check_kernels
-from compressor.model.weight_names import Bindings, bind, fill, read_parameter
+from compressor.model.weight_names import Bindings, bind, fill
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
 
@@ -57,7 +57,7 @@ def load(
     if check_hashes:
         _check_hashes(directory, manifest)
     checkpoint = open_checkpoint(directory)
-    with _told_of(directory.name):
+    with told_of(directory.name):
         model = _filled_model(checkpoint, manifest)
     model = model.to(torch.device(device))  # type: ignore[arg-type]
     if kernels != "reference":
@@ -75,86 +75,102 @@ def _check_hashes(directory: Path, manifest: Manifest) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """An artifact's tensors: stored weights as layers, by weight name, and all others in `checkpoint`.
+class Unfilled:
+    """The empty model of an artifact, and the values of its parameters and layers. They are read when asked for.
 
-    dtype  dtype of dequantized weights
+    model      on the meta device
+    forms      weight name -> how it is stored
+    dtype      dtype of dequantized weights
+    modules    module that a layer replaces -> name of its weight. Experts are not modules
+    matrix_of  gives the dequantized matrix (out_features, in_features) of a stored weight
     """
 
-    checkpoint: Checkpoint
-    forms: dict[str, StoredWeight]
-    layers: dict[str, Any]
-    dtype: torch.dtype
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        beside = manifest.get("carried", {})  # tensors that this model doesn't use
+        own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
+        self.checkpoint = replace(checkpoint, tensors=own)
+        self.forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
+        self.dtype = _dtype(checkpoint)
+        self.model = empty_model(self.checkpoint, manifest)
+        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.dtype), self.dtype)
+        _check_places(self.forms, self.bindings)
+        for form in sorted({form.form for form in self.forms.values()}):
+            find_layer(form).prepare(self.model)
+        self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
+        self.modules = {
+            form.weight.parameter.removesuffix(".weight"): name
+            for name, form in self.forms.items()
+            if form.weight.expert is None
+        }
+        self._bias_holders = {form.bias: form for form in self.forms.values() if form.bias is not None}
 
-    def read(self, tensor: str) -> Tensor:
+    def layer(self, name: str) -> Any:
+        """The layer of a stored weight, without its bias."""
+        return _read_layer(self.checkpoint, self.forms[name])
+
+    def value(self, name: str) -> Tensor:
+        """The value of a parameter or buffer, dequantized if layers store it; of a tied one that of its origin."""
+        return tied_value(name, self.bindings, self._read, self.model)
+
+    def place(self, module: str) -> Any:
+        """Replace a module by its layer. Returns what was there before, or None."""
+        name = self.modules[module]
+        return _place_layer(self.model, module, self.forms[name], self.layer(name), self.dtype)
+
+    def _own_matrix(self, form: StoredWeight) -> Tensor:
+        return self.layer(form.weight.name).matrix(self.dtype)
+
+    def _read(self, tensor: str) -> Tensor:
         """A tensor under its dense name, dequantized if a layer stores it."""
         holder = self._bias_holders.get(tensor)
         if holder is not None:
-            return self.layers[holder].vector(self.dtype)
+            return self.layer(holder.weight.name).vector(self.dtype)
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is None:
             return self.checkpoint.read(tensor)
-        matrix = self.layers[form.weight.name].matrix(self.dtype)
+        matrix = self.matrix_of(form)
         return matrix.t() if form.weight.transposed else matrix
-
-    @cached_property
-    def _bias_holders(self) -> dict[str, str]:
-        return {form.bias: name for name, form in self.forms.items() if form.bias is not None}
-
-    @cached_property
-    def modules(self) -> dict[str, str]:
-        """Module that a layer replaces -> name of its weight. Experts are not modules."""
-        forms = self.forms.items()
-        return {
-            form.weight.parameter.removesuffix(".weight"): name for name, form in forms if form.weight.expert is None
-        }
 
 
 def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:
     """The model of an artifact on the CPU, with stored layers in place of weights."""
-    beside = manifest.get("carried", {})  # tensors that this model doesn't use
-    own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
-    checkpoint = replace(checkpoint, tensors=own)
-    forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
-    model = empty_model(checkpoint, manifest)
-    layers = {name: _read_layer(checkpoint, form) for name, form in forms.items()}
-    stored = _Stored(checkpoint, forms, layers, _dtype(checkpoint))
-    _fill_dense(model, stored)
-    for form in sorted({form.form for form in forms.values()}):
-        find_layer(form).prepare(model)
-    for module, name in stored.modules.items():
-        _place_layer(model, module, stored.forms[name], stored.layers[name], stored.dtype)
+    unfilled = Unfilled(checkpoint, manifest)
+    model, bindings = unfilled.model, unfilled.bindings
+    for name in bindings.sources:
+        if not is_replaced(name, unfilled.modules):
+            fill(name, unfilled.value(name), model)
+    for target, origin in bindings.tied.items():
+        owner, _, leaf = target.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
+    for module in unfilled.modules:
+        unfilled.place(module)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if (left := next((name for name, value in tensors if value.is_meta), None)) is not None:
         raise ArtifactError(f"the manifest has no value for {left}", where=MANIFEST, hint=BAD_HINT)
     return model
 
 
-def _fill_dense(model: transformers.PreTrainedModel, stored: _Stored) -> None:
-    """Give every parameter that no layer replaces its value, and tie tied parameters."""
-    bindings = bind(model, dense_view(stored.checkpoint, stored.forms, stored.dtype), stored.dtype)
-    _check_places(stored.forms, bindings)
-    for name in bindings.sources:
-        if name.removesuffix(".weight") not in stored.modules or not name.endswith(".weight"):
-            value = read_parameter(name, bindings, stored.read, model)
-            fill(name, value.to(bindings.dtypes[name]), model)
-    for target, origin in bindings.tied.items():
-        owner, _, leaf = target.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(origin)
+def is_replaced(name: str, modules: Collection[str]) -> bool:
+    """Whether a parameter is the weight of a module that a layer replaces."""
+    return name.endswith(".weight") and name.removesuffix(".weight") in modules
 
 
 def _place_layer(
     model: transformers.PreTrainedModel, module: str, form: StoredWeight, layer: Any, dtype: torch.dtype
-) -> None:
-    """Replace the weight's module by a layer. If the layer has no bias, it gets the module's bias."""
+) -> Any:
+    """Replace the weight's module by a layer. If the layer has no bias, it gets the module's bias.
+
+    returns  the module, or the parameter of a shortcut; None if there was none
+    """
     owner, _, leaf = module.rpartition(".")
     if not (form.weight.is_function or form.weight.role == "shortcut"):
         model.get_submodule(module)  # a matrix replaces a module; that of a shortcut replaces a parameter
+    before = getattr(model.get_submodule(owner), leaf, None)
     if form.bias is None:
-        layer.bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None)
+        layer.bias = getattr(before, "bias", None)
     layer.dtype = dtype
     setattr(model.get_submodule(owner), leaf, layer)
+    return before
 
 
 def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
@@ -193,7 +209,7 @@ def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreT
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
-    with _told_of("config.json", holds_values=False):
+    with told_of("config.json", holds_values=False):
         # as transformers reads config.json, where infinite numbers may be written as {"__float__": "Infinity"}
         read, _ = cls.config_class.get_config_dict(checkpoint.directory, local_files_only=True)
         values = {key: value for key, value in read.items() if key not in left_out}
@@ -206,7 +222,7 @@ def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreT
 
 
 @contextmanager
-def _told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
+def told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
     """Turn any error of a class that is built from an artifact's config into an error that names the place.
 
     holds_values  the built model takes memory; if it is empty, running out of memory means that the sizes are absurd
@@ -240,10 +256,15 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _read_layer(checkpoint: Checkpoint, form: StoredWeight) -> Any:
-    prefix = form.weight.name + "."
-    tensors = {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, form)}
-    with _told_of(form.weight.name):
+    tensors = stored_tensors(checkpoint, form)
+    with told_of(form.weight.name):
         return find_layer(form.form).from_tensors(form.spec, tensors)
+
+
+def stored_tensors(checkpoint: Checkpoint, form: StoredWeight) -> dict[str, Tensor]:
+    """The tensors of a stored weight, by suffix."""
+    prefix = form.weight.name + "."
+    return {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, form)}
 
 
 def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:

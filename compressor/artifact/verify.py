@@ -10,6 +10,10 @@ unit in the last place of the largest activation, gives the bound (blocks + 1) *
 or scale exceeds it; the differences seen so far are 0. Experts are compared one at a time, as they were calibrated,
 because routing is discontinuous: the rounding of a fused expert kernel alone can send a token to another expert.
 
+Memory. If these models don't fit into memory, each is loaded block by block while it runs (`streaming`). The stock
+loader can't do this, so its part is taken by the code that it calls: the library of the stock format dequantizes each
+weight.
+
 Stock loaders with their own layers (bitsandbytes) compute other values than ours on purpose. No useful bound on the
 logits follows from that, since a last bit can change an int8 code in a later layer. So they are compared layer by
 layer, with the inputs that our model's layers read: every output must be within what `Family.forward` allows, and every
@@ -34,16 +38,19 @@ from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Manifest, read_manifest
+from compressor.artifact.memory_needs import gibibytes, limit_bytes, verification_bytes
 from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
 from compressor.artifact.stock_loading import load_stock, stock_works
+from compressor.artifact.streaming import StockDecompressor, load_streamed
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.side_files import OWN_MODELING
 from compressor.model.trusted_code import carried_code_problems
 from compressor.process.child import ask
+from compressor.process.memory import return_large_blocks
 
 OURS = "compressor.load"  # in messages
 STOCK, STOCK_AGAIN, OWN, SOURCE = (
@@ -62,6 +69,7 @@ class Request(TypedDict):
     sealed: bool
     deep: bool
     source: str | None
+    memory: int | None
     trust_remote_code: bool
 
 
@@ -108,6 +116,7 @@ def verify_in_child(
     sealed: bool,
     deep: bool = True,
     source: Path | None = None,
+    memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> Findings:
     """Run the checks in a new process and return its findings; `problems` is empty if the artifact is good.
@@ -115,6 +124,7 @@ def verify_in_child(
     probe   safetensors with the inputs and `output` of the in-memory result; None: compare only the loaders
     sealed  whether the manifest lists every file already
     source  directory of the checkpoint from which the artifact was made; None: `not_compared` reports its absence
+    memory  bytes that the process may use; None: most of what is free. Models that don't fit are loaded in parts
     raises  what `verify` raises, and what `child.ask` raises
     """
     check_loader(read_manifest(directory)["route"])
@@ -124,6 +134,7 @@ def verify_in_child(
         "sealed": sealed,
         "deep": deep,
         "source": str(source) if source else None,
+        "memory": memory,
         "trust_remote_code": trust_remote_code,
     }
     return Findings.from_json(ask("compressor.artifact.verify", request, "verifies the artifact"))
@@ -136,6 +147,7 @@ def verify(
     sealed: bool,
     deep: bool,
     source: Path | None = None,
+    memory: int | None = None,
     trust_remote_code: bool = False,
     source_limit: int | None = None,
 ) -> Findings:
@@ -149,9 +161,18 @@ def verify(
     _check_files(artifact, sealed, found)
     found.problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if deep and not found.problems:
+        found.loaded = "whole" if _fits(artifact, source, memory) else "parts"
+        if found.loaded == "parts":
+            return_large_blocks()
+            source_limit = 0
         original = SourceRequest(source, trust_remote_code, source_limit) if source is not None else None
         _compare_models(artifact, probe, original, found)
     return found
+
+
+def _fits(artifact: Artifact, source: Path | None, memory: int | None) -> bool:
+    """Whether all models fit into memory as a whole."""
+    return verification_bytes(artifact.directory, source) <= limit_bytes(memory)
 
 
 def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
@@ -167,18 +188,19 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
 
 def _compare_models(artifact: Artifact, probe: Path | None, source: SourceRequest | None, found: Findings) -> None:
     """Load the artifact both ways, then the source, and judge their outputs."""
-    stock = _run_stock(artifact, probe, found)
+    stock = _run_stock(artifact, probe, found) if found.loaded == "whole" else _run_stock_parts(artifact, probe, found)
     own, output = _run_own(artifact, stock.inputs, found)
     outputs = {**stock.outputs, OWN: output}
     _check_shapes(outputs, stock.reference(outputs), found)
     if found.problems:
         return
-    if (forward := artifact.forward) is not None:
+    if (forward := artifact.forward) is not None and stock.model is not None:
         outputs = {OWN: output}
         _compare_stock_layers(artifact, forward, stock, own, output, found)
     failure = None
     if stock.can_generate and "input_ids" in stock.inputs:
-        found.generated_tokens, failure = generation.generate_tokens(own, stock.inputs)
+        tokens = generation.GENERATED_TOKENS if found.loaded == "whole" else generation.FEWEST_TOKENS
+        found.generated_tokens, failure = generation.generate_tokens(own, stock.inputs, tokens)
     source_failure = None
     if source is None:
         found.not_compared = "the source was not available"
@@ -198,13 +220,40 @@ def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> Stock
     model, info = load_stock(artifact.directory, artifact.manifest)
     found.stock_load = True
     _check_keys(artifact, info, found)
+    return _stock_run(artifact, model, probe, (STOCK, STOCK_AGAIN), keeps=artifact.forward is not None)
+
+
+def _run_stock_parts(artifact: Artifact, probe: Path | None, found: Findings) -> StockRun:
+    """Run the artifact with the stock class, block by block, dequantized as its stock loader would.
+
+    Layers that compute their own matmul can't be loaded in parts. Then ours stand for them, which is noted.
+    """
+    checkpoint, manifest = artifact.checkpoint, artifact.manifest
+    is_packed = manifest["route"] == "compressed-tensors"
+    if artifact.forward is not None:
+        needed = gibibytes(verification_bytes(artifact.directory, None))
+        found.notes.append(f"the layers of {manifest['route']} were not run: that needs {needed} of memory")
+    streamed = load_streamed(checkpoint, manifest, StockDecompressor.of(checkpoint) if is_packed else None)
+    found.stock_load = True
+    beside = manifest.get("carried", {}).keys()
+    found.unexpected = sorted(unused.tensor for unused in streamed.unused if unused.tensor not in beside)
+    if found.unexpected:
+        found.problems.append(f"{len(found.unexpected)} tensors fill nothing, such as {found.unexpected[0]}")
+    return _stock_run(artifact, streamed.model, probe, (STOCK,), keeps=False)
+
+
+def _stock_run(artifact: Artifact, model: Any, probe: Path | None, runs: tuple[str, ...], *, keeps: bool) -> StockRun:
+    """Run a model of the artifact, once for each of these names.
+
+    keeps  its layers are compared later
+    """
     use_eager_experts(model.config)
     with torch.no_grad(), without_cache(model), stock_works(artifact.directory):
         inputs = load_file(probe) if probe else example_batch(model, torch.device("cpu"), samples=2, tokens=32)
         expected = inputs.pop("output", None)
-        outputs = {name: output_of(model(**inputs)) for name in (STOCK, STOCK_AGAIN)}
+        outputs = {name: output_of(model(**inputs)) for name in runs}
     return StockRun(
-        model=model if artifact.forward is not None else None,
+        model=model if keeps else None,
         inputs=inputs,
         expected=expected,
         outputs=outputs,
@@ -230,7 +279,10 @@ def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> No
 
 def _run_own(artifact: Artifact, inputs: dict[str, Any], found: Findings) -> tuple[Any, Tensor]:
     """The artifact by `compressor.load`, and its output."""
-    own: Any = load(artifact.directory, check_hashes=False, kernels="reference")
+    if found.loaded == "whole":
+        own: Any = load(artifact.directory, check_hashes=False, kernels="reference")
+    else:
+        own = load_streamed(artifact.checkpoint, artifact.manifest).model
     found.own_load = True
     use_eager_experts(own.config)
     with torch.no_grad(), without_cache(own), stock_works(artifact.directory, who=OURS):
@@ -289,6 +341,7 @@ def main(request: Request) -> Verification:
         sealed=request["sealed"],
         deep=request["deep"],
         source=Path(request["source"]) if request["source"] else None,
+        memory=request["memory"],
         trust_remote_code=request["trust_remote_code"],
     )
     return found.to_json()

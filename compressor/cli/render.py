@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from compressor.artifact.findings import Findings
     from compressor.engine.events import PredictedStage, ResultEvent
     from compressor.engine.plan_records import Plan, PlanRow, ReshapeRow
-    from compressor.evaluation.sections import ComparedRow, Comparison, EvaluationReport, MetricRow, Report, SpeedRow
+    from compressor.evaluation.sections import (
+        AnyReport,
+        ComparedRow,
+        Comparison,
+        EvaluationReport,
+        MetricRow,
+        Report,
+        SpeedRow,
+    )
     from compressor.model.overview import Overview
     from compressor.recipe.gates import GateRow
 
@@ -191,6 +199,7 @@ def show_run(result: ResultEvent) -> None:
         table.add_row(name, number(row.get("before")), number(row["after"]))
     _add_gates(table, report["gates"])
     out.print(table)
+    _show_unmeasured(report)
     shown = next((name for name in ("report.html", "report.md") if (output / name).is_file()), "report.json")
     out.print(f"artifact: {output}\nreport:   {output / shown}", markup=False, highlight=False, soft_wrap=True)
 
@@ -209,6 +218,14 @@ def show_evaluation(report: EvaluationReport) -> None:
         table.add_row(name, number(speed.get("before")), number(speed["after"]), "")
     _add_gates(table, report["gates"])
     out.print(table)
+    _show_unmeasured(report)
+
+
+def _show_unmeasured(report: AnyReport) -> None:
+    from compressor.evaluation.render import unmeasured_speed
+
+    for side, reason in unmeasured_speed(report):
+        out.print(f"The speed {side} was not measured: it {reason}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _add_gates(table: Table, gates: Iterable[GateRow]) -> None:

@@ -7,9 +7,6 @@ first. So the running model computes exactly what a user of the artifact will ge
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +21,7 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, read_parameter
 from compressor.model.weights import Weight, part_of
-
-M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE_BLOCK_BYTES = 4 << 20
+from compressor.process.memory import return_freed_memory
 
 
 @dataclass
@@ -144,30 +139,7 @@ def fill_part(structure: Structure, part: int, source: PartSource, device: torch
 def free_part(structure: Structure, part: int) -> None:
     for name in structure.parameters_of(part):
         fill(name, None, structure.model)
-    _return_freed_memory()
-
-
-def return_large_blocks() -> None:
-    """Make glibc return every large memory block to the system as soon as it is freed. Does nothing without glibc.
-
-    By default glibc learns to keep freed blocks of up to 32 MB, and allocations that live from batch to batch then
-    settle between them. Measured on a Llama of width 512: the peak of the sweep is 0.96 GB by default and 0.81 GB with
-    a threshold of 4 MiB, in the same time. With 1 MiB the sweep of the demo model took a third longer, since every new
-    page costs a page fault.
-    """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-
-
-def _return_freed_memory() -> None:
-    """Return freed pages to the system. We measured that without it 13 MB per block pile up, for blocks of 13 MB."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """glibc if it is the C library; None elsewhere, where there is nothing to call."""
-    return ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+    return_freed_memory()
 
 
 def free_all(structure: Structure) -> None:

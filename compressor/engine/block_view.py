@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.engine.block_io import Installed, view
-from compressor.engine.calibration_batch import RECORDED_SHARE, CalibrationBatch, run_part
+from compressor.engine.calibration_batch import CalibrationBatch, run_part
 from compressor.engine.line_facts import WeightRecord
 from compressor.engine.resumable_forward import Diverged, RecordedForward, advance, needs, run_on
 from compressor.errors import Notice
@@ -235,7 +235,7 @@ class BlockView:
             return numbers.get((call.parameter, expert))
 
         wanted = {name for name, _ in numbers}
-        limit = RECORDED_SHARE * sum(batch.hidden.nbytes for batch in self.calibration)
+        limit = sum(batch.may_keep_bytes for batch in self.calibration)
         kept = sum(batch.kept_bytes for batch in self.calibration)
         here = 0  # bytes that one batch keeps at this stage
         for done, batch in enumerate(self.calibration):

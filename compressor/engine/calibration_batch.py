@@ -18,6 +18,7 @@ from compressor.data.samples import Samples
 from compressor.engine.resumable_forward import Diverged, RecordedForward, run_on
 from compressor.model.block_runner import Batch, Call
 from compressor.model.probe_model import example_batch
+from compressor.model.spill import SpillFolder, kept
 from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
 
@@ -34,23 +35,42 @@ class CalibrationBatch:
     """One batch and how far it has come.
 
     inputs    inputs of the model
-    hidden    hidden states after the last part
+    hidden    hidden states after the last part; mapped from a file if they are spilled
     calls     the other arguments that each block is called with
     recorded  the recorded forward of the block in which the batch is paused; None if it isn't paused
+    spill     where hidden states lie that don't fit into memory; None: in memory
     """
 
     inputs: Batch
     hidden: Tensor
     calls: list[Call]
     recorded: RecordedForward | None = None
+    spill: SpillFolder | None = None
 
     @classmethod
-    def before_embeddings(cls, inputs: Batch) -> CalibrationBatch:
-        return cls(inputs, torch.empty(0), [])
+    def before_embeddings(cls, inputs: Batch, spill: SpillFolder | None = None) -> CalibrationBatch:
+        return cls(inputs, torch.empty(0), [], spill=spill)
 
     @property
     def kept_bytes(self) -> int:
         return 0 if self.recorded is None else self.recorded.nbytes
+
+    @property
+    def may_keep_bytes(self) -> int:
+        """What a pause of this batch may keep on average. Nothing if not even its hidden states fit into memory."""
+        return RECORDED_SHARE * self.hidden.nbytes if self.spill is None else 0
+
+
+def _hidden(batch: CalibrationBatch) -> Tensor:
+    return kept(batch.__dict__["_hidden"])
+
+
+def _set_hidden(batch: CalibrationBatch, value: Tensor) -> None:
+    spill = batch.__dict__.get("spill")  # a batch that is being made has none yet
+    batch.__dict__["_hidden"] = value if spill is None else spill.keep(value)
+
+
+CalibrationBatch.hidden = property(_hidden, _set_hidden)  # type: ignore[assignment]
 
 
 def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[tuple[list[int], Tensor]]:
@@ -62,14 +82,18 @@ def stacked_samples(samples: Samples | None, steps: Sequence[Step]) -> Iterator[
 
 
 def calibration_batches(
-    structure: Structure, device: torch.device, samples: Samples | None, steps: Sequence[Step]
+    structure: Structure,
+    device: torch.device,
+    samples: Samples | None,
+    steps: Sequence[Step],
+    spill: SpillFolder | None = None,
 ) -> list[CalibrationBatch]:
     """Calibration batches before the embeddings; none if no step reads inputs."""
     name = structure.model.main_input_name
     batches = []
     for _, found in stacked_samples(samples, steps):
         value = found.to(structure.dtype) if found.is_floating_point() else found
-        batches.append(CalibrationBatch.before_embeddings({name: value.to(device)}))
+        batches.append(CalibrationBatch.before_embeddings({name: value.to(device)}, spill))
     return batches
 
 

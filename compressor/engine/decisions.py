@@ -67,7 +67,7 @@ def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decisi
             number,
             reshape.facts,
             structure,
-            calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
+            calibration_batches(structure, sweeper.device, sweeper.samples, (step,), sweeper.spill),
             batch_labels(sweeper.samples, sweeper.device, step),
             sweeper.device,
             lambda part: torch.Generator().manual_seed(sweeper.seed_of(number, 0, part, -1)),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes
 from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from compressor.recipe.recipe import Recipe
     from compressor.recipe.schema import LimitsSettings
 
-INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+# Working copies of one group, measured: of its hessian and factors per input squared, of its weight per value
+HESSIAN_BYTES, SOLVE_BYTES = 12, 20
+BATCH_COPIES = 6  # tensors of the widest width that exist at once while a batch runs through a block; measured
 SPARE_DISK_BYTES = 16 << 20
 SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
 
@@ -79,20 +81,21 @@ def predict_sizes(
     formats: Formats,
     export_format: ExportFormat,
     untied: bool,
-    source_bytes: int,
 ) -> Sizes:
     """Bytes of the artifact, and of the memory and disk that the run needs."""
     stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
     side = _side_file_bytes(recipe, structure, list(formats.forms.values()), export_format, untied)
+    sweep = _sweep_memory(recipe, structure, formats.forms)
+    spills = sweep.held + sweep.activations > limit_bytes(recipe.limits.memory)
+    peak = sweep.held + (0 if spills else sweep.activations)
+    spilled = 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
     return Sizes(
         weight_bytes=weights,
         artifact_bytes=weights + side,
-        peak_memory_bytes=max(
-            _sweep_memory_bytes(recipe, structure, formats.forms),
-            _child_memory_bytes(recipe, structure, source_bytes, weights),
-        ),
-        disk_bytes=weights * (len(recipe.sweeps) + 1) + side + SPARE_DISK_BYTES,
+        peak_memory_bytes=max(peak, _child_memory_bytes(recipe, structure)),
+        disk_bytes=weights * (len(recipe.sweeps) + 1) + side + spilled + SPARE_DISK_BYTES,
+        spills=spills,
     )
 
 
@@ -121,39 +124,80 @@ def _side_file_bytes(
     return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)
 
 
-def _sweep_memory_bytes(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> int:
-    """Peak of the sweep: interpreter, embeddings and output head, one block twice, activations, solve of a group."""
-    by_part: dict[int, int] = {}
-    for tensor, part in structure.part_by_tensor.items():
-        by_part[part] = by_part.get(part, 0) + structure.checkpoint.tensors[tensor].nbytes
-    ends = by_part.get(0, 0) + by_part.get(structure.block_count + 1, 0)
-    blocks = [by_part.get(part, 0) for part in range(1, structure.block_count + 1)]
+@dataclass(frozen=True)
+class SweepMemory:
+    """Peak memory of a sweep, in bytes.
+
+    held         everything except the activations
+    activations  hidden states of the calibration data, and what paused batches keep of a block
+    """
+
+    held: int
+    activations: int
+
+
+def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> SweepMemory:
+    """Interpreter, embeddings and output head, one block twice, activations, one batch in a block, solve of a group."""
+    parts = _part_bytes(structure)
+    blocks = parts[1:-1]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
     reads = {step.settings.traits.reads for step in recipe.steps}
     tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
     streams = 1 + RECORDED_SHARE
     if "gradients" in reads:  # a few batches keep one per block, all keep the first and last
         streams = max(streams, 3)
-    activations = streams * tokens * _hidden_width(structure) * structure.dtype.itemsize
     working = 0
     for form in forms.values():
         if form.weight.is_function:
             continue
         rows, columns = form.weight.shape
-        working = max(working, 12 * columns**2 + 6 * 20 * rows * columns // 6)
-    batch = (
-        min(BATCH_TOKENS, max(tokens, 1))
-        * max((f.weight.shape[-1] for f in forms.values() if f.weight.shape), default=0)
-        * 24
+        hessian = HESSIAN_BYTES * columns**2 if tokens else 0
+        working = max(working, hessian + SOLVE_BYTES * rows * columns)
+    batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
+    return SweepMemory(
+        INTERPRETER_BYTES + parts[0] + parts[-1] + 2 * held + working + batch,
+        streams * tokens * _hidden_width(structure) * structure.dtype.itemsize,
     )
-    return INTERPRETER_BYTES + ends + 2 * held + activations + working + batch
 
 
-def _child_memory_bytes(recipe: Recipe, structure: Structure, source_bytes: int, weight_bytes: int) -> int:
-    """Peak memory of the child processes that verify and evaluate: they load the whole model."""
-    vocabulary = getattr(structure.model.config.get_text_config(), "vocab_size", 0) or 0
-    logits = recipe.eval.batch_size * recipe.eval.data.length * vocabulary * 4
-    return INTERPRETER_BYTES + 2 * source_bytes + weight_bytes + 6 * logits
+def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:
+    """Peak memory of the processes that evaluate and verify, if they load models part by part.
+
+    A model that fits is loaded whole, which needs more; `compressor.artifact.memory_needs` decides.
+    """
+    parts = _part_bytes(structure)
+    ends = parts[0] + (parts[-1] or parts[0])  # a tied output head is filled a second time
+    block = max(parts[1:-1]) + _largest_bytes(structure)
+    batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
+    return INTERPRETER_BYTES + max(2 * ends + CHUNK_BYTES, block + batch, parts[0] + block)
+
+
+def _part_bytes(structure: Structure) -> list[int]:
+    """Bytes of the tensors of each part."""
+    found = [0] * (structure.block_count + 2)
+    for tensor, part in structure.part_by_tensor.items():
+        found[part] += structure.checkpoint.tensors[tensor].nbytes
+    return found
+
+
+def _largest_bytes(structure: Structure) -> int:
+    """Bytes of the largest tensor in a block, of which a second copy exists while it is read or dequantized."""
+    return max(
+        (
+            structure.checkpoint.tensors[tensor].nbytes
+            for tensor, part in structure.part_by_tensor.items()
+            if 0 < part <= structure.block_count
+        ),
+        default=0,
+    )
+
+
+def _batch_bytes(structure: Structure, tokens: int) -> int:
+    """Bytes that a batch of so many tokens needs while it runs through a block."""
+    widest = max(
+        (max(weight.shape) for part, weight in structure.weights() if part <= structure.block_count), default=0
+    )
+    return tokens * widest * BATCH_COPIES * structure.dtype.itemsize
 
 
 def _hidden_width(structure: Structure) -> int:
@@ -166,7 +210,7 @@ def _hidden_width(structure: Structure) -> int:
 
 def check_limits(sizes: Sizes, limits: LimitsSettings, output: Path | None, findings: Findings) -> None:
     """Add a problem if there is not enough memory or disk."""
-    available = limits.memory or int(psutil.virtual_memory().available * 0.9)
+    available = limit_bytes(limits.memory)
     if sizes.peak_memory_bytes > available:
         findings.problems.append(
             PreflightError(

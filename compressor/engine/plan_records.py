@@ -185,12 +185,16 @@ class Formats:
 
 @dataclass(frozen=True)
 class Sizes:
-    """All sizes are in bytes. artifact_bytes counts the files that loading needs, without the reports."""
+    """All sizes are in bytes. artifact_bytes counts the files that loading needs, without the reports.
+
+    spills  the hidden states of the calibration data don't fit into memory, so they lie in files
+    """
 
     weight_bytes: int = 0
     artifact_bytes: int = 0
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
+    spills: bool = False
 
 
 @dataclass(frozen=True)

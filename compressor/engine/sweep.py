@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.engine.block_io import free_all, return_large_blocks
+from compressor.engine.block_io import free_all
 from compressor.engine.calibration_batch import (
     calibration_batches,
     probe_batch,
@@ -30,6 +30,7 @@ from compressor.layers import find_layer
 from compressor.model.redefined_structure import with_token_gates
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
+from compressor.process.memory import return_large_blocks
 from compressor.protocol import RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Step
 
@@ -85,7 +86,7 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
         reshape.facts,
         reshape.redefinition,
         sweeper.journal,
-        calibration_batches(structure, sweeper.device, sweeper.samples, (step,)),
+        calibration_batches(structure, sweeper.device, sweeper.samples, (step,), sweeper.spill),
         sweeper.device,
         lambda part: sweeper.seed_of(number, 0, part),
         sweeper.is_interrupted,

@@ -23,6 +23,7 @@ from compressor.engine.calibration_batch import (
 from compressor.engine.events import Emit, Progress
 from compressor.engine.plan_records import Plan
 from compressor.engine.walk import Holder, Part
+from compressor.model.spill import SpillFolder
 from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Journal
@@ -33,6 +34,7 @@ class Sweeper:
     """What all sweeps of a run share, and the current model.
 
     probe  output of the stored model for the probe batch, after the last part has run
+    spill  where the batches' hidden states lie; None: in memory, if the plan says that they fit
     """
 
     plan: Plan
@@ -46,9 +48,11 @@ class Sweeper:
     needs: Needs = field(default_factory=dict)
     structure: Structure = field(init=False)
     progress: Progress = field(init=False)
+    spill: SpillFolder | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.structure, self.progress = self.plan.source, Progress(self.emit)
+        self.spill = SpillFolder(self.journal.work / "parts" / "hidden") if self.plan.sizes.spills else None
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Report the beginning of a sweep."""
@@ -57,7 +61,7 @@ class Sweeper:
 
     def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
         """Calibration batches before the embeddings (none if no step reads inputs), and the probe batch at the end."""
-        found = calibration_batches(self.structure, self.device, self.samples, steps)
+        found = calibration_batches(self.structure, self.device, self.samples, steps, self.spill)
         return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
 
     def holder(self, source: Callable[[int], PartSource | None], **options: Any) -> Holder:

@@ -19,6 +19,7 @@ class Request(Samples):
 
     confidence   level of the intervals that decide gates; None: no intervals are needed
     most_tokens  largest number of tokens that the model reads at once, if it is below `SPEED_TOKENS`
+    memory       bytes that the process may use; None: most of what is free
     """
 
     threads: int
@@ -26,6 +27,7 @@ class Request(Samples):
     seed: int
     confidence: float | None
     most_tokens: int | None
+    memory: int | None
     trust_remote_code: bool
 
 
@@ -47,9 +49,12 @@ class SpeedRequest(Request):
 
 
 class QualityAnswer(TypedDict):
+    """Measured quality. measured: whole | parts, how the models ran; None if they did not"""
+
     metrics: dict[str, MetricRow]
     saturation: Saturation
     patches: Patches | None
+    measured: str | None
 
 
 class SpeedAnswer(TypedDict):

@@ -88,11 +88,17 @@ def measure_model(
                 threads=torch.get_num_threads(),
                 seed=asked.seed,
                 most_tokens=limit(SPEED_TOKENS),
+                memory=asked.limits.memory,
                 trust_remote_code=trust_remote_code,
             )
         if strict_kernels:
             check_kernels(found.kernels)
-        run: EvaluationRun = {"started": started, "seconds": time.perf_counter() - began, "speed": found.speed}
+        run: EvaluationRun = {
+            "started": started,
+            "seconds": time.perf_counter() - began,
+            "speed": found.speed,
+            "quality": found.quality,
+        }
         report = _evaluation_report(asked, subjects, samples, found, run)
         validate_report(report)
         if output is not None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 
 from compressor.artifact.manifest import read_manifest
+from compressor.artifact.memory_needs import gibibytes, limit_bytes
 from compressor.data.samples import Samples
 from compressor.evaluation import child_messages
 from compressor.evaluation.child_messages import QualityAnswer, QualityRequest, Request, SpeedAnswer, SpeedRequest
+from compressor.evaluation.memory import speed_bytes
 from compressor.evaluation.metrics import QUALITY
 from compressor.evaluation.quality import measure_quality
 from compressor.evaluation.saturation import uncounted
@@ -26,6 +28,7 @@ from compressor.process.child import ask
 from compressor.storage.file_names import MANIFEST
 
 HERE = "compressor.evaluation.evaluate"
+SPEEDS = ("load_seconds", *RATES[:2], "peak_rss_bytes")  # rows of a model whose speed can't be measured
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Measured:
     patches     patches of images that a token pruner kept (`compressor.evaluation.kept_patches`); None without one
     kernels     kernels that `compressor.load` chose for stored weights (`prepared.chosen_kernels`); None if speed
                 was not measured
+    quality     how both models ran while quality was measured: whole | parts; None if it was not measured
     """
 
     metrics: dict[str, MetricRow] = field(default_factory=dict)
@@ -44,6 +48,7 @@ class Measured:
     saturation: Saturation = field(default_factory=lambda: uncounted("quality was not measured"))
     patches: Patches | None = None
     kernels: list[KernelRow] | None = None
+    quality: str | None = None
 
 
 def evaluate(
@@ -56,12 +61,15 @@ def evaluate(
     threads: int,
     seed: int,
     most_tokens: int | None = None,
+    memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> Measured:
     """Measure quality, speed and saturation.
 
     before       source checkpoint; None: only `after` is measured
     most_tokens  largest number of tokens that the model reads at once, if it is below `SPEED_TOKENS`
+    memory       bytes that a process may use; None: most of what is free. Quality of models that don't fit is measured
+                 part by part. Their speed is not measured
     raises  what `load_model` raises, and what `child.ask` raises
     """
     common: Request = {
@@ -71,6 +79,7 @@ def evaluate(
         "seed": seed,
         "confidence": settings.confidence,
         "most_tokens": most_tokens,
+        "memory": memory,
         "trust_remote_code": trust_remote_code,
     }
     wanted = [name for name in settings.metrics if name in QUALITY]
@@ -103,7 +112,12 @@ def _measure_quality(common: Request, before: Path | None, after: Path, metrics:
         "metrics": metrics,
     }
     answer: QualityAnswer = ask(HERE, request, "measures quality")
-    return Measured(metrics=answer["metrics"], saturation=answer["saturation"], patches=answer["patches"])
+    return Measured(
+        metrics=answer["metrics"],
+        saturation=answer["saturation"],
+        patches=answer["patches"],
+        quality=answer["measured"],
+    )
 
 
 def _measure_speed(common: Request, model: Path, doing: str, *, kernels: bool = False) -> SpeedAnswer:
@@ -114,29 +128,50 @@ def _measure_speed(common: Request, model: Path, doing: str, *, kernels: bool = 
 
 def _speed_rows(common: Request, before: Path | None, after: Path) -> dict[str, SpeedRow]:
     """Measure each model in a separate process, so that neither counts in the other's memory."""
-    answers = {
+    sides = {side: path for side, path in (("before", before), ("after", after)) if path is not None}
+    unfit = {side: reason for side, path in sides.items() if (reason := _does_not_fit(common, path, kernels=False))}
+    found = {
         side: _measure_speed(common, path, f"measures the speed {side}")["values"]
-        for side, path in (("before", before), ("after", after))
-        if path is not None
+        for side, path in sides.items()
+        if side not in unfit
     }
-    return {name: _speed_row(answers["after"][name], answers.get("before"), name) for name in answers["after"]}
+    names = dict.fromkeys(name for values in found.values() for name in values) or dict.fromkeys(SPEEDS)
+    nothing: dict[str, float | None] = dict.fromkeys(names)
+    return {name: _speed_row({side: found.get(side, nothing)[name] for side in sides}, unfit) for name in names}
 
 
 def _kernel_speed_rows(
     common: Request, after: Path, speed: dict[str, SpeedRow]
-) -> tuple[list[KernelRow], dict[str, SpeedRow]]:
+) -> tuple[list[KernelRow] | None, dict[str, SpeedRow]]:
     """The chosen kernels, and their speed compared with that of the dense model."""
-    found = _measure_speed(common, after, "measures the speed of the kernels", kernels=True)
-    values, kernels = found["values"], found["kernels"]
-    assert kernels is not None
-    dense = {name: row["before"] for name, row in speed.items() if "before" in row}
-    rows = {f"kernels_{name}": _speed_row(values[name], dense or None, name) for name in RATES if name in values}
+    kernels: list[KernelRow] | None = None
+    values: dict[str, float | None] = dict.fromkeys(RATES[:2])
+    unfit = {
+        side: told for row in speed.values() for side, told in row.get("unmeasured", {}).items() if side == "before"
+    }
+    if reason := _does_not_fit(common, after, kernels=True):
+        unfit["after"] = reason
+    else:
+        found = _measure_speed(common, after, "measures the speed of the kernels", kernels=True)
+        values, kernels = found["values"], found["kernels"]
+    rows = {}
+    for name in (name for name in RATES if name in values):
+        dense = speed.get(name, {"after": None})
+        sides = {"before": dense["before"]} if "before" in dense else {}
+        rows[f"kernels_{name}"] = _speed_row({**sides, "after": values[name]}, unfit)
     return kernels, rows
 
 
-def _speed_row(after: float | None, before: dict[str, float | None] | None, name: str) -> SpeedRow:
-    """A row of the report's speed. before: values of the other model by name; None: there is no other model"""
-    return {"after": after} if before is None else {"before": before[name], "after": after}
+def _does_not_fit(common: Request, model: Path, *, kernels: bool) -> str | None:
+    """Why the speed of a model is not measured; None if the model fits into memory."""
+    needed, limit = speed_bytes(model, kernels=kernels), limit_bytes(common["memory"])
+    return f"needs {gibibytes(needed)}, {gibibytes(limit)} may be used" if needed > limit else None
+
+
+def _speed_row(values: dict[str, float | None], unfit: dict[str, str]) -> SpeedRow:
+    """A row of the report's speed: the values of both sides, or of `after` alone, and why a side was not measured."""
+    row = cast("SpeedRow", dict(values))
+    return {**row, "unmeasured": unfit} if unfit else row
 
 
 def main(request: QualityRequest | SpeedRequest) -> QualityAnswer | SpeedAnswer:

@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.artifact.memory_needs import CHUNK_BYTES
+from compressor.errors import ModelError
 from compressor.evaluation.sections import MetricRow
 
 BOOTSTRAP_DRAWS = 1000
 BOTH_ENDS = (0.025, 0.975)  # quantiles of the 95 % interval
+BYTES_PER_LOGIT = 28  # of both models: in 16 bits and in float32, their logarithms, and two working copies in float32
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,45 @@ def batch_sums(
 
 def _next_token_sums(before: Tensor | None, after: Tensor, inputs: Tensor) -> dict[str, Tensor]:
     """Sums from logits for each position (batch, length, vocabulary)."""
-    targets = inputs[:, 1:]
-    result = {"count": torch.full((len(inputs),), float(targets.shape[1]))}
-    sides = {"before": before, "after": after}
-    logs = {side: F.log_softmax(value[:, :-1], -1) for side, value in sides.items() if value is not None}
-    for side, log in logs.items():
-        result[f"nll_{side}"] = -log.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().sum(1)
-    if before is not None:
-        result["kl"] = (logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1).double().sum(1)
-        result["agree"] = (logs["before"].argmax(-1) == logs["after"].argmax(-1)).double().sum(1)
-    return result
+    rows = range(len(inputs))
+    earlier = [None if before is None else before[row, :-1] for row in rows]
+    return joined_sums(next_token_sums(earlier[row], after[row, :-1], inputs[row, 1:]) for row in rows)
+
+
+def next_token_sums(before: Tensor | None, after: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Sums over positions of one sample, each (1,).
+
+    before, after  logits (positions, vocabulary) of any floating dtype; positions are read in chunks of CHUNK_BYTES
+    targets        the tokens that follow the positions
+    """
+    chunk = chunk_positions(after.shape[-1])
+    values: dict[str, list[Tensor]] = {"count": [torch.tensor([float(len(targets))])]}
+    for start in range(0, max(1, len(targets)), chunk):  # a sample of one token has sums, too
+        at = slice(start, start + chunk)
+        sides = {"before": before, "after": after}
+        logs = {side: F.log_softmax(value[at].float(), -1) for side, value in sides.items() if value is not None}
+        for side, log in logs.items():
+            values.setdefault(f"nll_{side}", []).append(-log.gather(-1, targets[at].unsqueeze(-1)).double().sum(0))
+        if before is not None:
+            first, second = logs["before"], logs["after"]
+            values.setdefault("agree", []).append((first.argmax(-1) == second.argmax(-1)).double().sum(0, keepdim=True))
+            divergence = (first.exp() * (first - second)).sum(-1).double().sum(0, keepdim=True)
+            values.setdefault("kl", []).append(divergence)
+    return {key: torch.stack(parts).sum(0) for key, parts in values.items()}
+
+
+def joined_sums(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sums of all samples, in order."""
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for key, value in part.items():
+            found.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in found.items()}
+
+
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits are compared at a time: those whose working copies take CHUNK_BYTES, at least one."""
+    return max(1, CHUNK_BYTES // (BYTES_PER_LOGIT * vocabulary))
 
 
 def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -101,6 +133,18 @@ def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> 
             if value is not None:
                 result[f"right_{side}"] = (value.argmax(-1) == labels).double()
     return result
+
+
+def check_labels(labels: Tensor, outputs: Tensor, where: str) -> None:
+    """raises ModelError for a label beyond the model's classes"""
+    if outputs.dim() != 2 or int(labels.max()) < outputs.shape[1]:
+        return
+    raise ModelError(
+        f"the data has the label {int(labels.max())}, but the model's classes are 0 to {outputs.shape[1] - 1}",
+        where=where,
+        hint="Evaluate on data with the model's own classes, or leave accuracy out of eval.metrics.",
+        data={"label": int(labels.max()), "classes": outputs.shape[1]},
+    )
 
 
 def metric_row(

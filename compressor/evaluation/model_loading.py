@@ -9,13 +9,21 @@ from safetensors.torch import load_file
 
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import OFFLINE, load_stock, stock_works
+from compressor.artifact.streaming import StockDecompressor, load_streamed
 from compressor.data.samples import Samples
 from compressor.errors import ModelError
 from compressor.evaluation import child_messages
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.model_class import class_of
+from compressor.model.empty_model import bound_model
+from compressor.model.model_class import class_of, config_and_class
+from compressor.model.streamed import DenseFiller, StreamedModel
+from compressor.model.structure import find_blocks
 from compressor.storage.file_names import MANIFEST
+
+
+class NotInParts(Exception):
+    """A model can't be run part by part. The message says why."""
 
 
 def load_model(directory: Path, trust_remote_code: bool) -> Any:
@@ -26,6 +34,25 @@ def load_model(directory: Path, trust_remote_code: bool) -> Any:
     cls: Any = class_of(checkpoint, trust_remote_code)
     with stock_works(directory, ModelError):
         return cls.from_pretrained(directory, **OFFLINE, **plain_options(checkpoint.config)).eval()
+
+
+def load_parts(directory: Path, trust_remote_code: bool) -> StreamedModel:
+    """The same model, whose blocks are in memory only while they run.
+
+    Weights in a format of compressed-tensors are dequantized by that library. In other formats our own layers compute.
+    raises  NotInParts if it has no list of blocks
+    """
+    try:
+        if not (directory / MANIFEST).is_file():
+            checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+            config, cls = config_and_class(checkpoint, trust_remote_code)
+            checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config, cached=True)
+            return StreamedModel(DenseFiller(checkpoint, model, bindings), find_blocks(model))
+        checkpoint, manifest = open_checkpoint(directory), read_manifest(directory)
+        is_packed = manifest["route"] == "compressed-tensors"
+        return load_streamed(checkpoint, manifest, StockDecompressor.of(checkpoint) if is_packed else None)
+    except ModelError as error:
+        raise NotInParts(error.what) from error
 
 
 def is_causal(model: Any) -> bool:

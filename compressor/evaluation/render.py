@@ -19,21 +19,37 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+def unmeasured_speed(report: AnyReport) -> list[tuple[str, str]]:
+    """(side, why) of each model whose speed was not measured."""
+    found = [
+        (("before", "after", "of the kernels").index(side), side, told)
+        for name, row in report["run"]["speed"].items()
+        for at, told in row.get("unmeasured", {}).items()
+        for side in ["of the kernels" if name.startswith("kernels_") and at == "after" else at]
+    ]
+    return [(side, told) for _, side, told in sorted(set(found))]
+
+
 def is_evaluation(report: AnyReport) -> TypeIs[EvaluationReport]:
     return "evaluation_version" in report
 
 
 def render_markdown(report: AnyReport) -> str:
     if is_evaluation(report):
-        return fill_template("evaluation.md.j2", r=report)
-    worst, outliers, tables = worst_weights(report), outlier_inputs(report), tabulated(report)
-    return fill_template("report.md.j2", r=report, worst=worst, error_of=error_of, outliers=outliers, tables=tables)
+        return fill_template("evaluation.md.j2", r=report, unmeasured=unmeasured_speed(report))
+    worst, shown = worst_weights(report), _shown(report)
+    return fill_template("report.md.j2", r=report, worst=worst, **shown)
 
 
 def render_html(report: Report) -> str:
     """One self-contained page: inline SVG plots, no scripts, no requests."""
-    plots, outliers, tables = draw_plots(report), outlier_inputs(report), tabulated(report)
-    return fill_template("report.html.j2", r=report, error_of=error_of, plots=plots, outliers=outliers, tables=tables)
+    return fill_template("report.html.j2", r=report, plots=draw_plots(report), **_shown(report))
+
+
+def _shown(report: Report) -> dict[str, Any]:
+    """What both forms show besides the report's own sections."""
+    outliers, tables = outlier_inputs(report), tabulated(report)
+    return {"error_of": error_of, "outliers": outliers, "tables": tables, "unmeasured": unmeasured_speed(report)}
 
 
 def render_comparison(found: Comparison, rows: Sequence[ComparedRow]) -> str:

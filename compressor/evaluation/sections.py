@@ -52,10 +52,11 @@ class RunSizes(TypedDict):
 
 
 class SpeedRow(TypedDict):
-    """A measured speed. before: absent if there was no other model."""
+    """A measured speed. before: absent if there was no other model; unmeasured: side -> why it was not measured."""
 
     before: NotRequired[float | None]
     after: float | None
+    unmeasured: NotRequired[dict[str, str]]
 
 
 class RangeRow(TypedDict):
@@ -72,7 +73,10 @@ class Saturation(TypedDict):
 
 
 class Run(TypedDict):
-    """Facts of one run, which may differ in another run of the same recipe."""
+    """Facts of one run, which may differ in another run of the same recipe.
+
+    quality  how both models ran while quality was measured: whole or parts; None if it was not measured
+    """
 
     started: str
     seconds: float
@@ -81,12 +85,16 @@ class Run(TypedDict):
     predicted_peak_bytes: int
     resumed: list[dict[str, int]]
     speed: dict[str, SpeedRow]
+    quality: str | None
 
 
 class EvaluationRun(TypedDict):
+    """quality: how both models ran while quality was measured, whole or parts; None if it was not measured"""
+
     started: str
     seconds: float
     speed: dict[str, SpeedRow]
+    quality: str | None
 
 
 class DataFacts(TypedDict):

@@ -19,9 +19,16 @@ from compressor.model.weight_names import Bindings, bind
 
 
 def bound_model(
-    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
+    checkpoint: Checkpoint,
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: str = "source",
+    *,
+    cached: bool = False,
 ) -> tuple[Checkpoint, PreTrainedModel, Bindings, torch.dtype]:
     """A checkpoint's model on the meta device, each parameter in its dtype, and the tensors that fill it.
+
+    cached   as in `skeleton`
 
     returns  the checkpoint as it is read (a shared tensor under its owner's name, ties unchanged); model; bindings; the
              model's dtype
@@ -32,7 +39,7 @@ def bound_model(
     # from here on the sizes are those of the checkpoint, so the model can be made
     bindings = bind(empty, checkpoint, model_dtype)
     check_buffers(empty, checkpoint)
-    model = guarded(lambda config: skeleton(cls, config, model_dtype), checkpoint, config, name, failed)
+    model = guarded(lambda config: skeleton(cls, config, model_dtype, cached=cached), checkpoint, config, name, failed)
     if bindings.owned:  # from here on, and in the artifact, it has the name that most checkpoints use
         tensors = {bindings.owned.get(name, name): info for name, info in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=tensors)

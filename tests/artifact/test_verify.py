@@ -69,6 +69,11 @@ def test_a_sound_artifact_equals_its_source_in_memory_and_from_disk(kind, built,
     assert near["source"]["weights"] > 0 and near["source"]["tensors"] > 0 and near["source"]["output_distance"] > 0
     assert (near["source"].pop("loaded_to"), far["source"].pop("loaded_to")) == ("memory", "disk")
     assert near == far
+    parts = found(artifact, model, memory=1)
+    assert (near.pop("loaded"), parts.pop("loaded")) == ("whole", "parts")
+    assert parts["source"].pop("loaded_to") == "disk"
+    assert parts.pop("generated_tokens") == (None if near.pop("generated_tokens") is None else 2)
+    assert parts == near
 
 
 def edit_tensors(directory, change):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -26,11 +27,12 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 """
 
 
-def swept(model, work, monkeypatch, share, sequential=b"true"):
+def swept(model, work, monkeypatch, share, sequential=b"true", spills=False):
     """sha256 of all unit files of a sweep over six batches."""
-    monkeypatch.setattr(block_view, "RECORDED_SHARE", share)
+    monkeypatch.setattr(calibration_batch, "RECORDED_SHARE", share)
     monkeypatch.setattr(calibration_batch, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
+    plan = replace(plan, sizes=replace(plan.sizes, spills=spills))
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
     sweeper = sweep.Sweeper(
         plan, Journal.create(work, {}), samples, torch.device("cpu"), 0, lambda event: None, lambda: False
@@ -43,7 +45,8 @@ def swept(model, work, monkeypatch, share, sequential=b"true"):
 def test_what_batches_may_keep_changes_no_byte(family, tmp_path, monkeypatch):
     model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
     found = {swept(model, tmp_path / f"w{share}", monkeypatch, share) for share in (0, 1.5, 100)}
-    assert len(found) == 1
+    assert found == {swept(model, tmp_path / "spilled", monkeypatch, 100, spills=True)}
+    assert list((tmp_path / "spilled" / "parts" / "hidden").iterdir()) == []
 
 
 def test_all_groups_in_one_stage_see_the_same_with_and_without_tapes(tmp_path, monkeypatch):

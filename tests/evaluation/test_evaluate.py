@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
 import junitparser
 import pytest
@@ -15,12 +16,17 @@ import yaml
 from raising import raises
 from safetensors.torch import save_file
 
+from compressor import run as running
+from compressor.artifact.findings import Findings
 from compressor.errors import KernelError, ModelError, PreflightError, RecipeError, UsageError
+from compressor.evaluation import eval_command
 from compressor.evaluation.compare import read_subject
 from compressor.evaluation.eval_command import measure_model
+from compressor.evaluation.metrics import QUALITY
 from compressor.evaluation.quality import measure_quality
+from compressor.evaluation.render import render_markdown, unmeasured_speed
 from compressor.evaluation.report import validate_report
-from compressor.evaluation.saturation import saturation, watch_ranges
+from compressor.evaluation.saturation import RangeCounts, saturation
 from compressor.evaluation.speed import measure_speed
 from compressor.model.model_files import demo_path
 from compressor.recipe.gates import GATE_NAMES, check_gates, compares_models, read_gates, unknown_gate, unmeasured_gates
@@ -42,6 +48,7 @@ def ask(tmp_path, before, after, inputs, metrics, labels=None):
         "seed": 0,
         "confidence": None,
         "most_tokens": None,
+        "memory": None,
         "trust_remote_code": False,
     }
 
@@ -102,6 +109,70 @@ def test_accuracy_counts_right_answers(tmp_path):
     labels = torch.tensor([answers[0], 1 - answers[1], answers[2]])
     found = quality(ask(tmp_path, None, model, inputs, ["accuracy"], labels))
     assert found["accuracy"]["after"] == pytest.approx(2 / 3)
+
+
+IN_PARTS = {
+    "llama": ("llama", {"pass": "rtn", "group_size": 32}),
+    "tied": ("qwen3", {"pass": "rtn", "group_size": 32}),
+    "two kinds of blocks": ("gemma3", {"pass": "rtn", "group_size": 32}),
+    "conv1d": ("gpt2", {"pass": "rtn", "group_size": 32}),
+    "experts": ("mixtral", {"pass": "rtn", "group_size": 32}),
+    "untied head": ("qwen3", {"pass": "rtn", "group_size": 32, "only": ["*", "@head"]}),
+    "classes": ("bert", {"pass": "bct", "activations": "dynamic", "only": ["*", "@norm", "@embedding"]}),
+    "hidden states": ("bert_base", {"pass": "rtn", "bits": 8, "group_size": 32}),
+    "layers of their own": ("llama", {"pass": "llm_int8"}),
+    "token gates": ("vit", {"pass": "zero_tprune"}),
+    "lazy blocks": ("llama", {"pass": "prefill_pruning", "keep": {0: 0.5}}),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PARTS)
+def test_quality_measured_in_parts_is_that_of_whole_models(kind, tmp_path, monkeypatch):
+    family, step = IN_PARTS[kind]
+    monkeypatch.setattr("compressor.evaluation.metrics.CHUNK_BYTES", 5 * 28 * 96)  # five positions at a time
+    model, artifact = tiny.save(family, tmp_path / "m"), tmp_path / "out"
+    data = {"source": "random", "samples": 4, "length": 16}
+    tree = {"version": 1, "steps": [step], "data": data, "report": {"html": False}}
+    monkeypatch.setattr(running, "_verify", lambda job: Findings())  # the artifact runs here
+    compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), artifact, measure=False)
+    drawn = torch.Generator().manual_seed(0)
+    inputs = (
+        list(torch.randn((5, 1, 16, 16), generator=drawn))
+        if family == "vit"
+        else [torch.randint(0, 96, (length,), generator=drawn) for length in (12, 12, 12, 9, 1)]
+    )
+    labels = torch.tensor([0, 1, 0, 1, 1]) if family in ("vit", "bert") else None
+    request = ask(tmp_path, model, artifact, inputs, list(QUALITY), labels)
+    whole, parts = measure_quality(request), measure_quality({**request, "memory": 1})
+    assert (whole["measured"], parts["measured"]) == ("whole", "parts")
+    assert any(row["after"] is not None for row in whole["metrics"].values())
+    for name, row in whole["metrics"].items():
+        for side in ("before", "after"):
+            measured = parts["metrics"][name][side]
+            near = 1e-3 if kind == "layers of their own" else 1e-6  # bitsandbytes rounds inputs to float16 first
+            assert measured == (row[side] and pytest.approx(row[side], rel=near, abs=near)), name
+    assert parts["saturation"]["layers"] == whole["saturation"]["layers"] or kind == "layers of their own"
+    assert parts["patches"] == whole["patches"]
+
+
+def test_a_model_that_can_not_run_in_parts_has_no_value_and_a_reason(tokens, tmp_path):
+    """ALBERT runs its one layer several times."""
+    sizes = {key: value for key, value in tiny.COMMON.items() if not key.endswith("_token_id")}
+    hf.AlbertForMaskedLM(hf.AlbertConfig(**sizes, embedding_size=16)).save_pretrained(tmp_path / "m")
+    found = measure_quality({**ask(tmp_path, None, tmp_path / "m", tokens, ["perplexity"]), "memory": 1})
+    assert found["measured"] is None and found["metrics"]["perplexity"]["after"] is None
+    assert "2 block calls were seen for 1 blocks" in found["metrics"]["perplexity"]["reason"]
+
+
+def test_speed_of_a_model_that_does_not_fit_is_reported_as_not_measured(two, monkeypatch):
+    monkeypatch.setattr(eval_command, "started_early", nullcontext)  # no process is started
+    found = measure_model(
+        str(two[0]), baseline=str(two[1]), metrics="speed,memory,size", overrides=["limits.memory=1"], data="random"
+    )
+    row = found["run"]["speed"]["decode_tokens_per_second"]
+    assert (row["before"], row["after"], set(row["unmeasured"])) == (None, None, {"before", "after"})
+    assert [side for side, _ in unmeasured_speed(found)] == ["before", "after"]
+    assert "The speed before was not measured: it needs 0." in render_markdown(found)
 
 
 def test_speed_reports_rates_and_memory(two, tokens, tmp_path):
@@ -326,17 +397,23 @@ class Squashed(torch.nn.Module):
         return None if self.largest is None else (x.abs() > self.largest).sum()
 
 
+def watched(model):
+    counts = RangeCounts()
+    counts.watch(model)
+    return counts
+
+
 def test_any_module_that_holds_a_range_is_asked_what_lies_outside(tmp_path):
     model = torch.nn.Sequential(Squashed(2), torch.nn.Identity(), Squashed(None), Squashed(9))
-    counts = watch_ranges(model)
+    counts = watched(model)
     model(torch.tensor([[1.0, -3.0, 2.0]]))
     model(torch.tensor([[8.0, -9.5]]))
-    assert saturation(tmp_path, model, counts) == {
+    assert saturation(tmp_path, counts) == {
         "reason": None,
         "layers": [{"name": "0", "values": 5, "outside": 3}, {"name": "3", "values": 5, "outside": 1}],
     }
     plain = torch.nn.Sequential(torch.nn.Identity())
-    assert saturation(tmp_path, plain, watch_ranges(plain)) == {
+    assert saturation(tmp_path, watched(plain)) == {
         "reason": "no layer has a range for its input",
         "layers": [],
     }

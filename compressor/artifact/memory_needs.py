@@ -1,0 +1,58 @@
+"""Says how much memory a process needs that loads a model, before it loads it.
+
+What is counted was measured: transformers maps the weight files, and their pages become resident when they are read, so
+a dense model needs its size once. compressed-tensors dequantizes all weights in the first forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+
+from compressor.artifact.manifest import read_manifest
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.storage.file_names import MANIFEST
+
+INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
+MEMORY_SHARE = 0.9  # of the free memory, if no limit is set
+CHUNK_BYTES = 256 << 20  # of working copies of logits, which are compared a few positions at a time
+
+
+def limit_bytes(limit: int | None) -> int:
+    """The memory that a process may use: `limits.memory`, or most of what is free."""
+    return int(psutil.virtual_memory().available * MEMORY_SHARE) if limit is None else limit
+
+
+def gibibytes(size: float) -> str:
+    """A number of bytes for a message."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def dense_bytes(directory: Path) -> int:
+    """Bytes of a model's weights in memory after stock transformers has loaded them, all dequantized."""
+    checkpoint = open_checkpoint(directory)
+    if not (directory / MANIFEST).is_file():
+        return checkpoint.nbytes
+    size = 0
+    stored = set()
+    for name, entry in read_manifest(directory)["weights"].items():
+        stored.add(name + ".")
+        size += math.prod(entry["shape"]) * _itemsize(checkpoint)
+    return size + sum(
+        info.nbytes for name, info in checkpoint.tensors.items() if name[: name.rfind(".") + 1] not in stored
+    )
+
+
+def verification_bytes(directory: Path, source: Path | None) -> int:
+    """Memory for verifying an artifact with whole models.
+
+    The stock loader holds it as stored and dequantized, `compressor.load` as stored, and the source is beside them.
+    """
+    beside = 0 if source is None else dense_bytes(source)
+    return INTERPRETER_BYTES + dense_bytes(directory) + 2 * open_checkpoint(directory).nbytes + beside
+
+
+def _itemsize(checkpoint: Checkpoint) -> int:
+    return 4 if checkpoint.config.get("dtype") == "float32" else 2

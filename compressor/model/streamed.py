@@ -1,0 +1,151 @@
+"""Runs a model whose parameters are in memory only while they are used.
+
+The model is on the meta device. A block is filled when its forward begins, and emptied when it ends. Every other module
+is filled in the same way with the parameters that it holds itself. So a whole forward needs the memory of one block,
+and code that runs models needs no change. `keeping` lets many forwards share what was filled, and `holding` gives code
+that reads parameters the values of one block or module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.model.checkpoint import Checkpoint
+from compressor.model.unused_tensors import Unused
+from compressor.model.weight_names import Bindings, fill, read_parameter
+from compressor.process.memory import return_freed_memory
+
+HOLDER = "_streamed_by"  # attribute of a streamed model
+
+
+class Filler(Protocol):
+    """Where the values of a model on the meta device come from.
+
+    names  of all parameters and buffers that `fill` can give a value
+    """
+
+    model: PreTrainedModel
+
+    def names(self) -> Iterable[str]: ...
+
+    def fill(self, unit: str, names: Sequence[str]) -> None:
+        """Give these parameters of a module, or of a block, their values."""
+
+    def free(self, unit: str, names: Sequence[str]) -> None:
+        """Take the values away again."""
+
+
+class DenseFiller:
+    """Fills a model from a checkpoint without stored layers, as transformers would."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, bindings: Bindings) -> None:
+        self.checkpoint, self.model, self.bindings = checkpoint, model, bindings
+
+    def names(self) -> Iterable[str]:
+        return [*self.bindings.sources, *self.bindings.tied]
+
+    def fill(self, unit: str, names: Sequence[str]) -> None:
+        for name in names:
+            fill(name, tied_value(name, self.bindings, self._read, self.model), self.model)
+
+    def free(self, unit: str, names: Sequence[str]) -> None:
+        for name in names:
+            fill(name, None, self.model)
+
+    def _read(self, tensor: str) -> Tensor:
+        return self.checkpoint.read(tensor).to(self.bindings.dtype_of(tensor))
+
+
+def tied_value(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+    """The value of a parameter or buffer; of a tied parameter that of the one whose tensor fills it."""
+    origin = bindings.tied.get(name, name)
+    return read_parameter(origin, bindings, read, model).to(bindings.dtypes[origin])
+
+
+class StreamedModel:
+    """A model on the meta device that fills its modules while they run.
+
+    blocks_path  path of the list of blocks
+    unused       checkpoint tensors that fill nothing
+    placed       functions that are called with the path of each block after it was filled
+    """
+
+    def __init__(self, filler: Filler, blocks_path: str, unused: Sequence[Unused] = ()) -> None:
+        self.unused = unused
+        self.filler, self.model, self.blocks_path = filler, filler.model, blocks_path
+        self.placed: list[Callable[[str], None]] = []
+        self._held: dict[str, int] = {}  # filled unit -> how many forwards and contexts use it now
+        self._keeps = False
+        blocks = self.model.get_submodule(blocks_path)
+        self.units: dict[str, list[str]] = {f"{blocks_path}.{name}": [] for name, _ in blocks.named_children()}
+        for name in filler.names():
+            self.units.setdefault(self.unit_of(name), []).append(name)
+        for unit in self.units:
+            module = self.model.get_submodule(unit)
+            module.register_forward_pre_hook(partial(self._begin, unit), prepend=True)
+            module.register_forward_hook(partial(self._end, unit), always_call=True)
+        self.model.__dict__[HOLDER] = self
+
+    def unit_of(self, name: str) -> str:
+        """The block in which a parameter or module lies, or the module that holds a parameter outside of blocks."""
+        prefix = self.blocks_path + "."
+        if name.startswith(prefix):
+            return prefix + name.removeprefix(prefix).partition(".")[0]
+        return name.rpartition(".")[0]
+
+    @contextmanager
+    def holding(self, unit: str) -> Iterator[None]:
+        """Keep a block, or a module outside of blocks, filled inside this context."""
+        self._take(unit)
+        try:
+            yield
+        finally:
+            self._give(unit)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep everything that is filled inside this context until its end."""
+        assert not self._keeps, "a context that keeps is open"
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+            for unit in [unit for unit, count in self._held.items() if count == 0]:
+                self._empty(unit)
+
+    def _begin(self, unit: str, module: nn.Module, args: Any) -> None:
+        self._take(unit)
+
+    def _end(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._held.get(unit):  # a forward that failed before it was filled ends, too
+            self._give(unit)
+
+    def _take(self, unit: str) -> None:
+        if unit not in self._held:
+            self.filler.fill(unit, self.units.get(unit, []))
+            for call in self.placed:
+                call(unit)
+            self._held[unit] = 0
+        self._held[unit] += 1
+
+    def _give(self, unit: str) -> None:
+        self._held[unit] -= 1
+        if self._held[unit] == 0 and not self._keeps:
+            self._empty(unit)
+
+    def _empty(self, unit: str) -> None:
+        del self._held[unit]
+        self.filler.free(unit, self.units.get(unit, []))
+        return_freed_memory()
+
+
+def streamed_of(model: Any) -> StreamedModel | None:
+    """What streams this model; None for a model whose parameters are in memory."""
+    return getattr(model, "__dict__", {}).get(HOLDER)
