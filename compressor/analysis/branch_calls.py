@@ -24,13 +24,15 @@ from transformers import PreTrainedModel
 
 from compressor.analysis.block_calls import ModuleCall, is_one_tensor, recorded_calls
 from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.lifting import found_on_narrow
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.model.block_runner import Batch, Call, Pieces, output_of
-from compressor.model.probe_model import example_batch, signature
+from compressor.model.narrow_probe import Probe, narrowest, whole_probe
+from compressor.model.probe_model import Kind, example_batch, signature
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
 
@@ -38,7 +40,6 @@ HINT = "Leave slicegpt out for this model; gptq, rtn and llm_int8 don't need thi
 PROBE = "compressor_probe"  # an argument that no model has; it shows where a block passes on unknown arguments
 CONSTANTS = (type(None), bool, int, float, str)
 
-Kind = tuple[Any, ...]
 Spec = dict[str, Any]
 _Edges = list[
     tuple[InputProjection | ResidualWrite | ResidualNorm, int]
@@ -66,7 +67,16 @@ def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
     residual  what `read_residual` found in this structure
     raises    ModelError naming the block and the reason
     """
-    return branches_of(float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path, residual)
+    model, pieces = structure.model, structure.pieces
+
+    def find(probe: Probe) -> dict[Kind, Spec]:
+        made = float64_probe_model(model, pieces, probe)
+        found = branches_of(made, pieces.blocks_path, residual)
+        blocks = Pieces(made, pieces.blocks_path).blocks
+        return {kind: found[signature(made.config, blocks[at], at)] for at, kind in enumerate(probe.kinds)}
+
+    whole = whole_probe(model, pieces)
+    return found_on_narrow(whole, pieces.blocks_path, find, lambda specs, _narrow, _wider: specs)
 
 
 def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
@@ -99,24 +109,26 @@ def check_widths(
     embeddings  width of the embeddings, if a sublayer without branches is between them and the first of these
     raises      ModelError naming the block and its widths, or the model's class
     """
-    probe = float64_probe_model(structure.model, structure.pieces)
+    narrowed = narrowest(structure.model, structure.pieces)
+    probe = float64_probe_model(structure.model, structure.pieces, narrowed)
     path = structure.pieces.blocks_path
     pieces = Pieces(probe, path)
     done: set[Any] = set()
     with InDouble(), torch.no_grad():
         hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
-        kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
+        width = hidden.shape[-1]
         for number, block in enumerate(structure.pieces.blocks):
             kind = signature(structure.model.config, block, number)
-            index, shape = kinds.index(kind), tuple(widths[number])
+            index, shape = narrowed.first_of(kind), tuple(widths[number])
             if (kind, shape) in done:
                 continue
             done.add((kind, shape))
+            sizes = _in_proportion(shape, residual.width, width)
             narrow = copy.deepcopy(pieces.blocks[index])
-            _narrow(narrow, _block_edges(residual.blocks[index], shape), f"{path}.{index}.", residual.width)
-            RotatedBlock.wrap(narrow, shape, specs[kind])
+            _narrow(narrow, _block_edges(residual.blocks[index], sizes), f"{path}.{index}.", width)
+            RotatedBlock.wrap(narrow, sizes, specs[kind])
             try:
-                narrow(hidden[..., : shape[0]], *calls[index].args, **calls[index].kwargs)
+                narrow(hidden[..., : sizes[0]], *calls[index].args, **calls[index].kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ModelError(
                     f"its branches can't read {shape[:-1]} values and write {shape[1:]} ({error})",
@@ -124,21 +136,30 @@ def check_widths(
                     hint="Set schedule: uniform, or orientation: global, or leave slicegpt out.",
                     data={"takes": list(shape[:-1]), "gives": list(shape[1:]), "cause": str(error)},
                 ) from error
-        _check_ends(probe, path, residual, embeddings or widths[0][0], widths[-1][-1])
+        _check_ends(probe, path, residual, embeddings or widths[0][0], widths[-1][-1], width)
 
 
-def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int) -> None:
+def _in_proportion(widths: Sequence[int], whole: int, narrow: int) -> tuple[int, ...]:
+    """Widths of a stream of `narrow` values for those of one of `whole`: ordered alike, and equal where they are."""
+    sizes = {whole: narrow}
+    for width in sorted({*widths} - {whole}, reverse=True):
+        sizes[width] = width if whole == narrow else max(1, min(-(-width * narrow // whole), min(sizes.values()) - 1))
+    return tuple(sizes[width] for width in widths)
+
+
+def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: int, last: int, width: int) -> None:
     """Run a model without blocks whose embeddings have `first` values and whose output head reads `last`.
 
-    It changes the probe model.
+    It changes the probe model, whose stream has `width` values.
 
     raises  ModelError if it can't run
     """
-    edges: _Edges = [(write, first) for write in residual.embeddings]
-    edges += [(residual.end, last), *((consumer, last) for consumer in residual.end.consumers)]
-    _narrow(probe, edges, "", residual.width)
+    begin, end = _in_proportion((first, last), residual.width, width)
+    edges: _Edges = [(write, begin) for write in residual.embeddings]
+    edges += [(residual.end, end), *((consumer, end) for consumer in residual.end.consumers)]
+    _narrow(probe, edges, "", width)
     for block in Pieces(probe, path).blocks:
-        block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], last)
+        block.forward = lambda x, *_args, **_kwargs: x.new_zeros(*x.shape[:-1], end)
     try:
         probe(**example_batch(probe, torch.device("cpu")))
     except (RuntimeError, ValueError, IndexError) as error:

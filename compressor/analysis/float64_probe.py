@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.model.block_runner import Pieces
-from compressor.model.probe_model import PROBE_SEED, make_probe_model, shallow_config
+from compressor.model.narrow_probe import Probe
+from compressor.model.probe_model import (
+    PROBE_SEED,
+    PROBE_VOCABULARY,
+    make_probe_model,
+    shallow_config,
+    shorten_vocabulary,
+)
 from compressor.model.reshaped_class import reshaping
 
-PROBE_VOCABULARY = 256  # the probe model's; all rows of an embedding or output head work alike
 
-
-def float64_probe_model(model: PreTrainedModel, pieces: Pieces) -> PreTrainedModel:
+def float64_probe_model(model: PreTrainedModel, pieces: Pieces, probe: Probe | None = None) -> PreTrainedModel:
     """A shallow probe model in float64, untied, with a small vocabulary.
 
     Its weights are random. No gain is 1 and no bias is 0, since such values would hide an error in a fold.
+
+    probe  its config (`compressor.model.narrow_probe`); None: it has the widths of the model
     """
-    config = shallow_config(model.config, model, pieces)
-    text = config.get_text_config()
-    if (vocabulary := getattr(text, "vocab_size", 0)) > PROBE_VOCABULARY:
-        text.vocab_size = PROBE_VOCABULARY
-        if (getattr(text, "pad_token_id", None) or 0) >= PROBE_VOCABULARY:
-            text.pad_token_id = None
+    config = copy.deepcopy(shallow_config(model.config, model, pieces) if probe is None else probe.config)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
+    shorten_vocabulary(config)
+    if vocabulary > PROBE_VOCABULARY:
         _shorten_embeddings(config, vocabulary, pieces.blocks_path)
-    probe = make_probe_model(type(model), config, torch.device("cpu"), torch.float64)
-    fill(probe)
-    return probe
+    made = make_probe_model(type(model), config, torch.device("cpu"), torch.float64)
+    fill(made)
+    return made
 
 
 def _shorten_embeddings(config: PretrainedConfig, vocabulary: int, path: str) -> None:

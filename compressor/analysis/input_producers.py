@@ -17,7 +17,8 @@ are found by running a float64 probe model with random weights, and no family is
 Only matrices whose rows, all of them, or a half, or the last rows (values behind queries and keys), or every second
 one make the features are tried. Other layouts have no producer, which a pass reports.
 
-Time: some tens of forward passes of each kind of block on a few tokens. Memory: the probe model in float64.
+The probe model is a narrow one (`lifting`). Time: some tens of forward passes of each kind of block on a few tokens.
+Memory: the probe model in float64.
 """
 
 from __future__ import annotations
@@ -25,41 +26,53 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.lifting import Unliftable, factor, found_on_narrow, run_of
 from compressor.analysis.perturbation import InDouble
 from compressor.model.block_runner import Call, Pieces, hidden_of
 from compressor.model.module_names import renumbered
+from compressor.model.narrow_probe import Probe, whole_probe
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import PROBE_SEED, example_batch, signature
+from compressor.model.probe_model import PROBE_SEED, Kind, example_batch, signature
 from compressor.model.redefined_structure import is_splittable
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
 from compressor.model.weights import Producer, ScaledParameter
 
-Kind = tuple[Any, ...]
 Producers = Mapping[Kind, tuple[Producer, ...]]  # kind of block -> its producers, names relative to the block
 
 
 def find_producers(structure: Structure) -> Producers:
     """The producers of each kind of block, in forward order."""
-    probe = float64_probe_model(structure.model, structure.pieces)
+    model, pieces = structure.model, structure.pieces
+    whole, path = whole_probe(model, pieces), pieces.blocks_path
+
+    def find(probe: Probe) -> Producers:
+        return _find_in_probe(structure, float64_probe_model(model, pieces, probe), probe.kinds)
+
+    return found_on_narrow(whole, path, find, partial(_lifted, path))
+
+
+def _find_in_probe(structure: Structure, probe: PreTrainedModel, kinds: Sequence[Kind]) -> Producers:
+    """kinds: of the blocks of the probe model"""
     path = structure.pieces.blocks_path
-    blocks = list(probe.get_submodule(path).children())
     first = {
         signature(structure.model.config, block, index): index
         for index, block in reversed(list(enumerate(structure.pieces.blocks)))
     }
     found: dict[Kind, tuple[Producer, ...]] = {}
     with InDouble(), torch.no_grad():
-        hidden, calls = Pieces(probe, path).embeddings(example_batch(probe, torch.device("cpu")))
-        for index, (block, call) in enumerate(zip(blocks, calls)):
-            kind = signature(probe.config, block, index)
+        pieces = Pieces(probe, path)
+        hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))
+        for index, (block, call, kind) in enumerate(zip(pieces.blocks, calls, kinds)):
             if kind in found or kind not in structure.traced.groups:
                 continue
             prefix = f"{path}.{first.get(kind, index)}."
@@ -68,6 +81,22 @@ def find_producers(structure: Structure) -> Producers:
             runner = _Runner(block, call, hidden.shape, [p for p in products if p.parameter in split])
             found[kind] = (*_norm_producers(runner), *_matrix_producers(runner))
     return found
+
+
+def _lifted(path: str, producers: Producers, narrow: Probe, wider: Probe) -> Producers:
+    """What was found on a narrow probe model for one of other widths. raises Unliftable"""
+
+    def of(producer: Producer, prefix: str) -> Producer:
+        edges = (*producer.makers, *producer.consumers)
+        divisors = {factor(narrow, wider, prefix + one.parameter, one.axis) for one in edges}
+        if len(divisors) != 1:
+            raise Unliftable(f"{producer.name} and its consumers were divided by several numbers")
+        return replace(producer, slices=run_of(producer.slices, divisors.pop()))
+
+    return {
+        kind: tuple(of(producer, f"{path}.{narrow.first_of(kind)}.") for producer in found)
+        for kind, found in producers.items()
+    }
 
 
 def producers_of(producers: Producers, structure: Structure, part: int) -> tuple[Producer, ...]:

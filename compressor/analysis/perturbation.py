@@ -88,7 +88,12 @@ def factor_along(change: Tensor, direction: Tensor) -> float | None:
     moved = factors[factors.abs() > TOLERANCE * size(factors)]
     if moved.numel() == 0 or size(moved - moved[0]) > TOLERANCE * size(moved):
         return None
-    return float(f"{float(moved[0]):.12g}")  # without the rounding error of the difference
+    return rounded(float(moved[0]))
+
+
+def rounded(number: float) -> float:
+    """A number to 12 digits, without the rounding error of a difference."""
+    return float(f"{number:.12g}")
 
 
 def unit(width: int, generator: torch.Generator, apart_from: Sequence[Tensor] = ()) -> Tensor:

@@ -18,21 +18,24 @@ No model family is named anywhere. In a float64 probe model with random weights:
 The attributes of attention modules that count heads are found by making the model twice, once with twice the width and
 twice the heads: an attribute that doubles counts heads.
 
-Time: some tens of forward and backward passes of each kind of block; memory: the probe model in float64, with
-gradients.
+The probe model is a narrow one (`lifting`). Time: some tens of forward and backward passes of each kind of block;
+memory: the probe model in float64, with gradients.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.lifted_units import lifted_site
+from compressor.analysis.lifting import found_on_narrow
 from compressor.analysis.perturbation import InDouble
 from compressor.analysis.prunable_block import Finder
 from compressor.analysis.pruning_proof import Refused, prove_sites
@@ -41,15 +44,14 @@ from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableModule
 from compressor.model.module_names import renumbered
+from compressor.model.narrow_probe import Probe, whole_probe
 from compressor.model.plain_attention import observed_plain_attention
-from compressor.model.probe_model import example_batch, make_probe_model, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
 
 HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_int8 don't need this."
-
-Kind = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,15 @@ class Seen:
 
 def look(structure: Structure) -> Seen:
     """Run a probe model and collect what `find_prunable` reads."""
-    probe = float64_probe_model(structure.model, structure.pieces)
-    return _find_in_probe(probe, structure.pieces.blocks_path, structure.traced.groups)
+    model, pieces = structure.model, structure.pieces
+    whole, path = whole_probe(model, pieces), pieces.blocks_path
+    groups = [structure.traced.groups[kind] for kind in whole.kinds]
+
+    def find(probe: Probe) -> Seen:
+        seen = _find_in_probe(float64_probe_model(model, pieces, probe), path, groups)
+        return replace(seen, first={kind: probe.first_of(kind) for kind in probe.kinds})
+
+    return found_on_narrow(whole, path, find, partial(_lifted, path), _agree)
 
 
 def find_prunable(
@@ -108,10 +117,11 @@ def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
     )
 
 
-def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequence[Sequence[Product]]]) -> Seen:
+def _find_in_probe(probe: PreTrainedModel, path: str, groups: Sequence[Sequence[Sequence[Product]]]) -> Seen:
+    """groups: the matmuls of each block of the probe model"""
     refused: Refused = {}
     found: list[PrunableModule] = []
-    attributes = _attributes_of_heads(probe, path)
+    attributes = _attributes_of_heads(stock_class(probe), probe.config, path)
     with InDouble(), observed_plain_attention(probe) as attention:
         pieces = Pieces(probe, path)
         hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))
@@ -129,7 +139,7 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequ
                 }
                 continue
             firsts[kind] = index
-            products = [product for group in groups[kind] for product in group]
+            products = [product for group in groups[index] for product in group]
             finder = Finder(block, calls[index], hidden.shape, products, f"{path}.{index}", index, attention)
             for name in KINDS:
                 try:
@@ -151,10 +161,13 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Mapping[Kind, Sequ
 # attributes of attention modules that count heads
 
 
-def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[str, int]]:
-    """Module path inside a block -> the integer attributes that double with heads and width, with their values."""
-    cls = stock_class(probe)
-    plain = copy.deepcopy(probe.config)
+def _attributes_of_heads(cls: type[PreTrainedModel], config: PretrainedConfig, path: str) -> dict[str, dict[str, int]]:
+    """Module path inside a block -> the integer attributes that double with heads and width, with their values.
+
+    cls     of transformers
+    config  its shapes of a reshaped model are ignored
+    """
+    plain = copy.deepcopy(config)
     for key in (SHAPES, MODULES):
         if hasattr(plain, key):
             delattr(plain, key)
@@ -195,6 +208,30 @@ def _attributes_of_heads(probe: PreTrainedModel, path: str) -> dict[str, dict[st
             if is_number and other.get(attribute) == 2 * value and value % groups == 0:
                 found.setdefault(name, {})[attribute] = value // groups
     return found
+
+
+# what was found on a narrow probe model, for one of other widths
+
+
+def _agree(lifted: Seen, found: Seen) -> bool:
+    """Whether both have the same units. Reasons are the model's own messages, which name its widths."""
+
+    def without_reasons(seen: Seen) -> tuple[Any, ...]:
+        sites = [
+            replace(site, layout=replace(site.layout, per_layer=site.layout.per_layer and "")) for site in seen.sites
+        ]
+        return sites, {key: where for key, (where, _) in seen.refused.items()}, seen.first
+
+    return without_reasons(lifted) == without_reasons(found)
+
+
+def _lifted(path: str, seen: Seen, narrow: Probe, wider: Probe) -> Seen:
+    """raises Unliftable"""
+    if not seen.sites:
+        return seen
+    inside = _attributes_of_heads(stock_class(wider.empty), wider.config, path)
+    attributes = {f"{path}.{name}": numbers for name, numbers in inside.items()}
+    return replace(seen, sites=[lifted_site(site, attributes, narrow, wider) for site in seen.sites])
 
 
 # copies for every block of a kind

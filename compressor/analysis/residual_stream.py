@@ -6,8 +6,8 @@ that decide. A proof shows that nothing was missed: with the norms folded and al
 orthogonal matrix, the probe model's logits must stay the same (Ashkboos et al. 2024, arXiv 2401.15024, theorem 1 and
 section 3.1). If they change, the model is refused.
 
-Time: some tens of forward passes of each kind of block in float64; memory: the probe model in float64, two blocks or a
-few.
+The probe model is a narrow one (`lifting`). Time: some tens of forward passes of each kind of block in float64; memory:
+the probe model in float64, two blocks or a few.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.analysis.float64_probe import float64_probe_model
+from compressor.analysis.lifting import Unliftable, factor, found_on_narrow
 from compressor.analysis.perturbation import (
     TOLERANCE,
     Answer,
@@ -33,6 +34,7 @@ from compressor.analysis.perturbation import (
     perturbed,
     points_along,
     reads,
+    rounded,
     size,
     unit,
 )
@@ -40,6 +42,7 @@ from compressor.analysis.rotation_proof import HINT, prove_invariance
 from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.block_runner import Pieces
+from compressor.model.narrow_probe import Probe, whole_probe
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
@@ -76,13 +79,51 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
                 hint="Use slicegpt once, and put fuse_norms and rotate before it.",
                 data={"reason": "sliced-already"},
             )
-    probe, path = float64_probe_model(model, pieces), pieces.blocks_path
-    residual, kinds = find_residual(probe, path)
-    prove_invariance(probe, path, residual)
+    whole, path = whole_probe(model, pieces), pieces.blocks_path
+
+    def find(probe: Probe) -> Residual:
+        made = float64_probe_model(model, pieces, probe)
+        found = find_residual(made, path)
+        prove_invariance(made, path, found)
+        return found
+
+    residual = found_on_narrow(whole, path, find, _lifted)
+    kinds = {kind: (whole.first_of(kind), residual.blocks[whole.first_of(kind)]) for kind in whole.kinds}
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
 
 
-def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
+def _lifted(residual: Residual, narrow: Probe, wider: Probe) -> Residual:
+    """What was found on a narrow probe model for one of other widths. raises Unliftable"""
+    edges = [(consumer.parameter, consumer.axis) for norm in residual.norms() for consumer in norm.consumers]
+    edges += [(write.parameter, write.axis) for write in residual.writes()]
+    divisors = {factor(narrow, wider, parameter, axis) for parameter, axis in edges}
+    if len(divisors) > 1:
+        raise Unliftable("the axes of the stream were divided by several numbers")
+    (by,) = divisors
+    width = residual.width * by
+
+    def of_norm(norm: ResidualNorm) -> ResidualNorm:
+        formula = norm.formula
+        divisor = None if formula.divisor is None else formula.divisor * by
+        return replace(norm, formula=replace(formula, width=formula.width * by, divisor=divisor))
+
+    def of_write(write: ResidualWrite) -> ResidualWrite:
+        is_root = write.scale is not None and abs(write.scale - residual.width**0.5) < TOLERANCE * write.scale
+        return replace(write, scale=rounded(width**0.5)) if is_root else write
+
+    def of_sublayer(sublayer: ResidualSublayer) -> ResidualSublayer:
+        return ResidualSublayer(tuple(map(of_norm, sublayer.norms)), tuple(map(of_write, sublayer.writes)))
+
+    return replace(
+        residual,
+        width=width,
+        embeddings=tuple(map(of_write, residual.embeddings)),
+        blocks=tuple(tuple(map(of_sublayer, block)) for block in residual.blocks),
+        end=of_norm(residual.end),
+    )
+
+
+def find_residual(probe: PreTrainedModel, path: str) -> Residual:
     """The reads and writes of the stream of a float64 model with random weights. `path` is that of its block list.
 
     raises  ModelError naming the module that prevents it
@@ -119,7 +160,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> tuple[Residual, Kinds]:
                 hint=HINT,
                 data={"reason": "two-kinds-of-norm"},
             )
-    return residual, kinds
+    return residual
 
 
 def _every_block(

@@ -7,13 +7,14 @@ of a later module either is the input of the next one, or the block's own code a
 proof shows that nothing was missed: everything after attention works on one token at a time, so a gated block must give
 the kept tokens the same outputs as the block itself.
 
-Time: a few forward passes of a probe model.
+Time: a few forward passes of a probe model. A narrow one runs first; one of the model's own widths runs only for a
+model whose tokens can be pruned, which is an encoder and not large.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,8 +31,9 @@ from compressor.layers.structural.token_gate import attended
 from compressor.model.block_runner import Batch, Call, Pieces
 from compressor.model.facts import BlockTokens, TokenFacts
 from compressor.model.module_names import is_inside
+from compressor.model.narrow_probe import narrow_probes, whole_probe
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
 from compressor.model.structure import Structure
 
 CAUSAL_HINT = "Use prefill_pruning for a causal model; zero_tprune is for encoders."
@@ -45,14 +47,18 @@ def find_token_sites(structure: Structure) -> TokenFacts:
     raises  ModelError naming the block, or the model, and the reason
     """
     model, path = structure.model, structure.pieces.blocks_path
-    config = shallow_config(model.config, model, structure.pieces)
-    probe = make_probe_model(type(model), config, torch.device("cpu"), torch.float32)
     _refuse_outputs(model)
+    whole = whole_probe(model, structure.pieces)
+    narrow = next(narrow_probes(whole, path), whole)
     with torch.no_grad():
-        return _find(structure, probe, path)
+        for probe in (whole,) if narrow is whole else (narrow, whole):  # a refusal, as of a causal model, is quick
+            made = make_probe_model(type(model), probe.config, torch.device("cpu"), torch.float32, probe.empty)
+            facts = _find(structure, made, path, probe.kinds)
+    return facts
 
 
-def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts:
+def _find(structure: Structure, probe: PreTrainedModel, path: str, kinds: Sequence[Kind]) -> TokenFacts:
+    """kinds: of the blocks of the probe model"""
     pieces = Pieces(probe, path)
     batch = _batch(probe)
     hidden, calls = pieces.embeddings(batch)
@@ -68,10 +74,9 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str) -> TokenFacts
     protect = (1, 1)
     if patches is not None:
         protect = (hidden.shape[1] - patches[0] * patches[1], 0)
-    kinds = [signature(probe.config, block, index) for index, block in enumerate(pieces.blocks)]
     mask = _mask_argument(pieces, calls, hidden, batch)
     register_watching()
-    found: dict[Any, BlockTokens] = {}
+    found: dict[Kind, BlockTokens] = {}
     for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
         if kinds[index] not in found:
             found[kinds[index]] = _of_block(block, hidden, call, mask, f"{path}.{index}")

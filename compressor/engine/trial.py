@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from compressor.artifact.artifact_config import artifact_config
@@ -39,7 +39,9 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.narrow_shapes import divide_shapes
 from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, use_eager_experts
+from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
 
@@ -146,13 +148,14 @@ def _narrowings(
     while inputs and all(n % (2 * factor * GROUP) == 0 and n // (2 * factor) >= LEAST_WIDTH for n in inputs):
         factor *= 2
     while factor > 1:
-        yield partial(_divided, config, sizes, factor)
+        yield partial(_divided, type(structure.model), config, sizes, factor)
         factor //= 2
-    yield partial(_divided, config, set(), 1)
+    yield partial(_divided, type(structure.model), config, set(), 1)
     yield lambda: config
 
 
-def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> PretrainedConfig:
+def _divided(cls: type[PreTrainedModel], config: PretrainedConfig, sizes: set[int], factor: int) -> PretrainedConfig:
+    """raises ValueError for shapes of a reshaped model that can't be divided"""
     narrow = copy.deepcopy(config)
     parts = [narrow, *(value for value in vars(narrow).values() if isinstance(value, PretrainedConfig))]
     for part in parts:
@@ -167,6 +170,8 @@ def _divided(config: PretrainedConfig, sizes: set[int], factor: int) -> Pretrain
             for key, value in list(vars(part).items()):
                 if key.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
                     setattr(part, key, 0)
+    if is_reshaped(config) and not divide_shapes(cls, config, narrow):
+        raise ValueError(f"its shapes can't be divided by {factor}")
     return narrow
 
 

@@ -6,6 +6,7 @@ calls transformers' attention interface. Each function is a `Weight` of the role
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,10 @@ from compressor.errors import Because
 from compressor.layers.block_attention import PRODUCTS
 from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
+from compressor.model.narrow_probe import narrowest
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.plain_attention import observed_plain_attention
-from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
 from compressor.model.structure import Structure
 from compressor.model.weights import Weight
 
@@ -42,7 +44,7 @@ class Functions:
 
 
 def find_functions(structure: Structure) -> Functions:
-    """Find them by running a shallow probe model with random weights on the CPU. The model itself is not run.
+    """Find them by running a shallow, narrow probe model with random weights on the CPU. The model itself is not run.
 
     Every quantization format of a norm divides by its width, so the norms of a narrower stream are refused.
     """
@@ -102,8 +104,8 @@ def _checkpoint_name(structure: Structure, path: str) -> str:
 
 def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
     """Modules outside the blocks that run before the first block, and paths of the model's attention modules."""
-    config = shallow_config(structure.model.config, structure.model, structure.pieces)
-    probe = make_probe_model(type(structure.model), config, torch.device("cpu"), torch.float32)
+    narrow = narrowest(structure.model, structure.pieces)
+    probe = make_probe_model(type(structure.model), narrow.config, torch.device("cpu"), torch.float32)
     batch = example_batch(probe, torch.device("cpu"))
     pieces = Pieces(probe, structure.pieces.blocks_path)
     called: set[str] = set()
@@ -115,12 +117,17 @@ def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str],
     pieces.embeddings(batch)
     for hook in hooks:
         hook.remove()
-    return called, _attention_paths(structure, probe, batch, refused)
+    return called, _attention_paths(structure, probe, narrow.kinds, batch, refused)
 
 
 def _attention_paths(
-    structure: Structure, probe: PreTrainedModel, batch: dict[str, Tensor], refused: dict[str, str]
+    structure: Structure,
+    probe: PreTrainedModel,
+    kinds: Sequence[Kind],
+    batch: dict[str, Tensor],
+    refused: dict[str, str],
 ) -> list[str]:
+    """kinds: of the blocks of the probe model"""
     probe.set_attn_implementation("eager")
     with torch.no_grad():
         own = output_of(probe(**batch)).float()
@@ -139,14 +146,13 @@ def _attention_paths(
         )
         return []
     path = structure.pieces.blocks_path
-    relative: dict[tuple[Any, ...], list[str]] = {}
+    relative: dict[Kind, list[str]] = {}
     for name, module in probe.named_modules():
         if id(module) in seen and name.startswith(path + "."):
             number, _, inner = name.removeprefix(path + ".").partition(".")
-            block = probe.get_submodule(f"{path}.{number}")
-            kind = signature(probe.config, block, int(number))
-            if inner not in relative.setdefault(kind, []):
-                relative[kind].append(inner)
+            inside = relative.setdefault(kinds[int(number)], [])
+            if inner not in inside:
+                inside.append(inner)
     found = []
     for number, block in enumerate(structure.pieces.blocks):
         kind = signature(structure.model.config, block, number)

@@ -19,6 +19,9 @@ from compressor.model.reshaped_class import is_reshaped, reshaping
 
 PROBE_TOKENS = 12
 PROBE_SEED = 0
+PROBE_VOCABULARY = 256  # of a probe model with few tokens; all rows of an embedding or output head work alike
+
+Kind = tuple[Any, ...]  # `signature` of a block
 
 
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
@@ -155,7 +158,16 @@ def refuse_two_towers(model: PreTrainedModel) -> None:
         )
 
 
-def signature(config: PretrainedConfig, block: nn.Module, index: int) -> tuple[Any, ...]:
+def shorten_vocabulary(config: PretrainedConfig) -> None:
+    """Give a config at most PROBE_VOCABULARY tokens, in place."""
+    text = config.get_text_config()
+    if getattr(text, "vocab_size", 0) > PROBE_VOCABULARY:
+        text.vocab_size = PROBE_VOCABULARY
+        if (getattr(text, "pad_token_id", None) or 0) >= PROBE_VOCABULARY:
+            text.pad_token_id = None
+
+
+def signature(config: PretrainedConfig, block: nn.Module, index: int) -> Kind:
     """Blocks of the same signature do the same matmuls on the same shapes."""
     kinds = getattr(config.get_text_config(), "layer_types", None)
     shapes = tuple(sorted((name, tuple(p.shape)) for name, p in block.named_parameters()))
@@ -170,20 +182,20 @@ def run_in_pieces(config: PretrainedConfig) -> PretrainedConfig:
     of a block would append to the cache. Experts run one at a time, so that the tokens of each expert can be observed.
     """
     config = copy.deepcopy(config)
-    for part in _with_parts(config):
+    for part in with_parts(config):
         part.use_cache = False
     use_eager_experts(config)
     return config
 
 
-def _with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+def with_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
     """The config and every config inside it."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    return [config, *(part for value in inner for part in _with_parts(value))]
+    return [config, *(part for value in inner for part in with_parts(value))]
 
 
 def use_eager_experts(config: PretrainedConfig) -> None:
     """Run one expert at a time, so that the tokens of each expert can be observed."""
-    for part in _with_parts(config):
+    for part in with_parts(config):
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"

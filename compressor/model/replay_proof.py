@@ -17,26 +17,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError
 from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
-from compressor.model.probe_model import example_batch, make_probe_model, shallow_config
-from compressor.model.structure import Structure, run_whole_or_shallow
+from compressor.model.narrow_probe import narrowest
+from compressor.model.probe_model import example_batch, make_probe_model
+from compressor.model.structure import Structure, run_small
 from compressor.model.tracing import check_output, checked
 
 HINT = "Choose another model; if transformers runs this one, report this message with its config.json."
 
 
 def prove_by_replay(structure: Structure) -> None:
-    """Run the parts of a shallow probe model one by one on the CPU, and check its logits bit for bit.
+    """Run the parts of a shallow, narrow probe model one by one on the CPU, and check its logits bit for bit.
 
     raises  ModelError naming the first block that differs
     """
     cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
 
-    def prove(config: PretrainedConfig) -> None:
-        shallow = shallow_config(config, structure.model, pieces)
-        probe = make_probe_model(cls, shallow, torch.device("cpu"), structure.dtype)
+    def prove(_config: PretrainedConfig) -> None:
+        narrow = narrowest(structure.model, pieces)
+        probe = make_probe_model(cls, narrow.config, torch.device("cpu"), structure.dtype, narrow.empty)
         prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
 
-    run = partial(run_whole_or_shallow, structure.model, pieces, structure.dtype, checkpoint)
+    run = partial(run_small, structure.model, pieces, structure.dtype)
     failed = "a probe model of it can't be run on the CPU"
     guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
 

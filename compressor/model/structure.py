@@ -24,6 +24,7 @@ from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
+from compressor.model.narrow_probe import narrow_config, narrowest, width_of
 from compressor.model.overview import Overview, PartOverview, UnusedView, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import shallow_config, signature
@@ -272,22 +273,31 @@ def structure_of(
     checkpoint, model, bindings, model_dtype = bound_model(checkpoint, cls, config, dtype)
     pieces = Pieces(model, find_blocks(model))
 
-    def traced(config: PretrainedConfig) -> Traced:
-        return trace(cls, shallow_config(config, model, pieces), pieces.blocks_path, model_dtype)
+    def traced(_config: PretrainedConfig) -> Traced:
+        return trace(model, pieces, model_dtype)
 
     failed = "a probe model of it can't be run part by part"
-    run = partial(run_whole_or_shallow, model, pieces, model_dtype, checkpoint)
+    run = partial(run_small, model, pieces, model_dtype)
     shown = guarded(traced, checkpoint, config, cls.__name__, failed, retry=run)
     pieces.answers = [shown.answers[signature(model.config, block, n)] for n, block in enumerate(pieces.blocks)]
     return Structure(checkpoint, model, pieces, bindings, shown, model_dtype)
 
 
-def run_whole_or_shallow(
-    model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype, checkpoint: Checkpoint, config: PretrainedConfig
-) -> None:
-    """Run the model of another config than `model`'s own: the whole model if it is small, else with few blocks."""
-    small = (lambda: config, lambda: shallow_config(config, model, pieces))
-    run_whole(type(model), (make() for make in small), dtype, checkpoint.nbytes)
+def run_small(model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype, config: PretrainedConfig) -> None:
+    """Run the model of another config than `model`'s own: the whole model if it is small, else one with few blocks, or
+    with few blocks and small widths.
+    """
+    run_whole(type(model), _smaller_configs(model, pieces, config), dtype)
+
+
+def _smaller_configs(model: PreTrainedModel, pieces: Pieces, config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    yield config
+    shallow = shallow_config(config, model, pieces)
+    yield shallow
+    own = narrowest(model, pieces)
+    factor = (width_of(model.config) or 1) // (own.width or 1)
+    if not own.is_whole and (narrow := narrow_config(type(model), shallow, factor)) is not None:
+        yield narrow
 
 
 def find_blocks(model: PreTrainedModel) -> str:

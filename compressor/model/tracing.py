@@ -1,14 +1,14 @@
 """Traces a shallow probe model: which parameters are used in matmuls, and which of them read the same input.
 
-The probe model has the same class and widths, but few blocks. It runs on the meta device, or with random weights on the
-CPU if an operation depends on values. Every matmul with a parameter is recorded with the identity of its input. Weights
-that read the same tensor form a group.
+The probe model has the same class and widths, but few blocks. It runs on the meta device. If an operation depends on
+values, a narrow one (`narrow_probe`) runs with random weights on the CPU. Every matmul with a parameter is recorded
+with the identity of its input. Weights that read the same tensor form a group.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import Because
 from compressor.model.block_runner import Answer, Pieces, output_of
+from compressor.model.narrow_probe import narrow_probes, whole_probe
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import example_batch, make_probe_model, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model
 from compressor.model.replaceable import watch_reads
 from compressor.model.routing import ChoiceTrace
 
-SMALL_BYTES = 1 << 26  # memory that a probe model of other sizes may always use
-Kind = tuple[Any, ...]  # signature of a block
+SMALL_BYTES = 1 << 26  # largest weights of a model that is run as a whole
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,30 @@ class Traced:
     read: dict[Kind | None, frozenset[str]]
 
 
-def trace(cls: type[PreTrainedModel], config: PretrainedConfig, path: str, dtype: torch.dtype) -> Traced:
-    """Run a probe model of `config` once and record its matmuls. `path` is that of the block list.
+def trace(model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype) -> Traced:
+    """Run a probe model of a model once and record its matmuls. The model may be on the meta device.
 
     raises  whatever the model's code raises when its parts run one by one
     """
-    empty: PreTrainedModel | None = None
+    whole, path = whole_probe(model, pieces, dtype), pieces.blocks_path
     try:
-        empty = make_probe_model(cls, config, torch.device("meta"), dtype)
-        return _trace_probe(empty, path)
+        return _trace_probe(whole.empty, path, whole.kinds)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         pass  # an operation depends on values, or the model can't run on the CPU either
-    return _trace_probe(make_probe_model(cls, config, torch.device("cpu"), dtype, empty), path)
+    probe = next(narrow_probes(whole, path), whole)
+    made = make_probe_model(type(model), probe.config, torch.device("cpu"), dtype, probe.empty)
+    return _trace_probe(made, path, probe.kinds)
 
 
-def run_whole(
-    cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype, most_bytes: int
-) -> None:
-    """Run the first probe model whose random weights are small enough as a whole, as a user does.
+def run_whole(cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype) -> None:
+    """Run a model of the first config with small enough random weights as a whole, as a user does.
 
-    raises  ValueError if the weights of each need more than `most_bytes`, and whatever the model's code raises
+    raises  ValueError if all of them are too large, and whatever the model's code raises
     """
+    needed = 0
     for config in configs:
         needed = sum(p.nbytes for p in make_probe_model(cls, config, torch.device("meta"), dtype).parameters())
-        if needed <= max(most_bytes, SMALL_BYTES):
+        if needed <= SMALL_BYTES:
             probe = make_probe_model(cls, config, torch.device("cpu"), dtype)
             with torch.no_grad(), checked(probe):
                 check_output(output_of(probe(**example_batch(probe, torch.device("cpu")))))
@@ -125,7 +125,7 @@ def checked(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
+def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind]) -> Traced:
     device = next(probe.parameters()).device
     pieces = Pieces(probe, path)
     batch = example_batch(probe, device)
@@ -145,7 +145,7 @@ def _trace_probe(probe: PreTrainedModel, path: str) -> Traced:
         read: dict[Kind | None, frozenset[str]] = {}
         for index, call in enumerate(calls):
             block = pieces.blocks[index]
-            kind = signature(probe.config, block, index)
+            kind = kinds[index]
             with ChoiceTrace(dict(block.named_parameters())) as traced, watch_reads(block) as seen:
                 hidden = pieces.block(index, hidden, call)
             if kind not in groups:

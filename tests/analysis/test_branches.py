@@ -42,7 +42,7 @@ def probe_of(family, **config):
 @cache
 def found_in(family, **config):
     probe, path = probe_of(family, **config)
-    return list(branches_of(probe, path, find_residual(probe, path)[0]).values())
+    return list(branches_of(probe, path, find_residual(probe, path)).values())
 
 
 @pytest.mark.parametrize("family", sorted(ROWS))
@@ -145,7 +145,7 @@ def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, whe
     for index, block in enumerate(blocks):
         blocks[index] = kind(block)
     probe.model.norm.register_forward_pre_hook(lambda _m, args: (_first(args[0]),))  # as a model of such blocks does
-    residual = find_residual(probe, path)[0]
+    residual = find_residual(probe, path)
     with raises(ModelError, where=where, **data):
         branches_of(probe, path, residual)
 

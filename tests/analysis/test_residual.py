@@ -102,7 +102,7 @@ def found(tmp_path):
     def find(family, **config):
         structure = structure_of(family, tmp_path, **config)
         probe, path = float64_probe_model(structure.model, structure.pieces), structure.pieces.blocks_path
-        return probe, path, find_residual(probe, path)[0]
+        return probe, path, find_residual(probe, path)
 
     return find
 
@@ -211,7 +211,7 @@ def test_a_branch_that_is_no_matrix_fails_the_proof(found):
     block = probe.model.layers[1]
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
-    residual, _ = find_residual(probe, path)  # sees the first block of this kind only
+    residual = find_residual(probe, path)  # sees the first block of this kind only
     with raises(ModelError, where="model.layers.1", reason="does-not-turn"):
         prove_invariance(probe, path, residual)
 
@@ -417,7 +417,7 @@ def test_gpt_oss_expert_biases_are_found(tmp_path):
     )
     model = make_probe_model(hf.GptOssForCausalLM, config, torch.device("cpu"), torch.float64)
     fill(model)
-    residual, _ = find_residual(model, "model.layers")
+    residual = find_residual(model, "model.layers")
     mlp = residual.blocks[0][1]
     experts = "model.layers.0.mlp.experts."
     assert InputProjection(f"{experts}gate_up_proj", 1, f"{experts}gate_up_proj_bias") in mlp.norms[0].consumers

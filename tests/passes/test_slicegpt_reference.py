@@ -28,7 +28,7 @@ def read(family):
     model = tiny.build(family, num_hidden_layers=3, **config).to("meta")
     pieces = Pieces(model, find_blocks(model))
     probe = float64_probe_model(model, pieces)
-    return probe, pieces.blocks_path, find_residual(probe, pieces.blocks_path)[0]
+    return probe, pieces.blocks_path, find_residual(probe, pieces.blocks_path)
 
 
 @pytest.fixture
