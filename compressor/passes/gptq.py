@@ -36,11 +36,13 @@ from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
-from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass, Work
+from compressor.protocol.work import factor_operations
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
 WORKING_ELEMENTS = 1 << 23  # of the rows that are solved at a time: 32 MiB in float32
 SAMPLED_ROWS = 128  # of a weight, evenly spaced; the output errors of all rows would cost more than the solve
+PASSES_OVER_VALUES = 10  # copies, rounding and packing of a weight, beside the solve
 IDENTITY_TOLERANCE = 1e-2  # for float32 sums over a whole matrix; the tests require 1e-10 in float64
 
 
@@ -119,6 +121,18 @@ class GPTQ(WeightPass):
 
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
+
+    def work(self, weights: Sequence[Weight], tokens: int) -> Work:
+        """The counts at the top of this file."""
+        inputs, outputs = weights[0].in_features, sum(weight.out_features for weight in weights)
+        count = float(outputs * inputs)
+        return Work(
+            products=tokens * float(inputs) ** 2,
+            exact=count * inputs,
+            factors=factor_operations(inputs),
+            searched=0.0 if self.scale_search == "minmax" else count,
+            values=PASSES_OVER_VALUES * count,
+        )
 
     @property
     def _permutes_groups(self) -> bool:

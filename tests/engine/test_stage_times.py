@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -11,6 +12,8 @@ from compressor.engine.plan import make_plan
 from compressor.engine.stage_times import check_time, predict_stages, stage_works
 from compressor.errors import PreflightError
 from compressor.model.probe_model import use_eager_experts
+from compressor.model.weights import Weight
+from compressor.passes.gptq import GPTQ, solve
 from compressor.protocol import Work
 from compressor.recipe.recipe import parse_recipe
 
@@ -94,3 +97,26 @@ def test_a_run_of_more_than_a_day_needs_consent():
     check_time(stages, long=True)
     check_time([{**stages[0], "parts": [80000.0]}], long=False)
     check_time(None, long=False)
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of products that are added in place, which the counter of torch doesn't see."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm_.default:
+            _, left, right = args
+            self.operations += 2 * left.numel() * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_products_of_gptq_s_solve_are_those_that_it_counts():
+    out, columns = 64, 1024
+    weight = torch.randn(out, columns)
+    settings = GPTQ()
+    with Products() as counter:
+        solve(weight, torch.eye(columns), torch.ones(columns), torch.arange(columns), settings, 128, torch.bfloat16)
+    planned = settings.work((Weight("w", "w.weight", "w.weight", (out, columns), "mlp"),), tokens=7)
+    assert planned.exact == pytest.approx(counter.operations, rel=0.1)
+    assert (planned.products, planned.searched) == (7 * columns**2, out * columns)
