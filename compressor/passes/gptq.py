@@ -180,7 +180,17 @@ class GPTQ(WeightPass):
         return blend(gram, siblings, wanted, share_inputs=len(group.weights) > 1)
 
     def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
-        """Solve the weights of a group one after the other, with one Hessian and one factorization."""
+        """Solve the weights of a group one after the other, with one Hessian and one factorization.
+
+        They are stored after both are given up, since packing and unpacking codes takes memory too.
+        """
+        tokens = gram.tokens if gram else 0
+        for weight, stored in zip(group, self._solved(view, group, gram), strict=True):
+            record = {**stored.record, "calibration_tokens": tokens}
+            store(view, weight, stored.codes, stored.grid, self.group_size, record, stored.index)
+
+    def _solved(self, view: BlockView, group: Group, gram: Gram | None) -> list[Rounded]:
+        """The weights of a group as they are to be stored."""
         width, problem = group_width(group.weights[0], self.group_size), None
         if gram is not None:
             problem = self._factored(gram, width, group.name)
@@ -192,14 +202,11 @@ class GPTQ(WeightPass):
                 )
             if problem is None:
                 view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")
-        tokens = gram.tokens if gram else 0
-        for weight in group:
-            if problem is None:
-                self._round_weight(view, weight, width, tokens)
-            else:
-                self._solve_weight(view, weight, width, tokens, problem)
+        if problem is None:
+            return [self._nearest(view, weight, width) for weight in group]
+        return [self._solved_weight(view, weight, width, problem) for weight in group]
 
-    def _solve_weight(self, view: BlockView, weight: Weight, width: int, tokens: int, problem: Factored) -> None:
+    def _solved_weight(self, view: BlockView, weight: Weight, width: int, problem: Factored) -> Rounded:
         matrix = view.matrix(weight)
         if self.dead_columns == "zero":
             matrix[:, problem.dead] = 0
@@ -218,19 +225,25 @@ class GPTQ(WeightPass):
             "output_error": errors.of_solution,
             "output_error_rtn": errors.of_nearest,
             "output_error_rows": len(errors.rows),
-            "calibration_tokens": tokens,
             "damping": problem.factor.damping,
             "factored_in": problem.factor.dtype,
             "failed_attempts": list(problem.factor.attempts),
             "dead_columns": int(problem.dead.sum()),
             "fallback": None,
         }
-        if self._permutes_groups:
-            back = torch.argsort(column_of)
-            codes = solved.codes.flatten(1)[:, back]
-            store(view, weight, codes, solved.grid, self.group_size, record, back // width)
-        else:
-            store(view, weight, solved.codes, solved.grid, self.group_size, record)
+        if not self._permutes_groups:
+            return Rounded(solved.codes, solved.grid, record)
+        back = torch.argsort(column_of)
+        return Rounded(solved.codes.flatten(1)[:, back], solved.grid, record, back // width)
+
+    def _nearest(self, view: BlockView, weight: Weight, width: int) -> Rounded:
+        """The fallback: round to nearest. The report has a warning already."""
+        matrix = view.matrix(weight)
+        grouped = matrix.view(len(matrix), -1, width)
+        search = "mse" if self.scale_search == "hessian_diag" else self.scale_search
+        grid = find_grid(grouped, self.bits, self.symmetric, search, view.dtype)
+        index = torch.arange(matrix.shape[1], device=matrix.device) // width if self._permutes_groups else None
+        return Rounded(quantize(grouped, grid).to(torch.int8), grid, {"fallback": "rtn"}, index)
 
     def _factored(self, gram: Gram, width: int, where: str) -> Factored | None:
         """The Hessian in rounding order, and its factor. None if no damping makes it positive definite.
@@ -246,15 +259,20 @@ class GPTQ(WeightPass):
             return None
         return Factored(hessian, diagonal, order, dead, replace(factor, upper=factor.upper.float()))
 
-    def _round_weight(self, view: BlockView, weight: Weight, width: int, tokens: int) -> None:
-        """The fallback: round to nearest. The report has a warning already."""
-        matrix = view.matrix(weight)
-        grouped = matrix.view(len(matrix), -1, width)
-        search = "mse" if self.scale_search == "hessian_diag" else self.scale_search
-        grid = find_grid(grouped, self.bits, self.symmetric, search, view.dtype)
-        index = torch.arange(matrix.shape[1], device=matrix.device) // width if self._permutes_groups else None
-        record = {"fallback": "rtn", "calibration_tokens": tokens}
-        store(view, weight, quantize(grouped, grid), grid, self.group_size, record, index)
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as it is to be stored.
+
+    codes   (out, ...) int8
+    record  values for the report
+    index   (in,) the group of each input; None: groups are neighbours
+    """
+
+    codes: torch.Tensor
+    grid: Grid
+    record: dict[str, Any]
+    index: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,13 @@ ALWAYS_INLINE void power(const Vector& x, Vector& result) {
   Vector z, shifted;
   memcpy(&z, &bits, sizeof z);
   z -= 1.f;
-  Vector log = -0.20659164f * z + 0.32215476f;
-  log = log * z - 0.36749f;
-  log = log * z + 0.47934803f;
-  log = log * z - 0.72113186f;
-  log = log * z + 1.4427135f;
+  const Vector z2 = z * z;  // pairs of terms don't wait for each other
+  const Vector log = (1.4427135f - 0.72113186f * z) + z2 * ((0.47934803f - 0.36749f * z) + z2 * (0.32215476f - 0.20659164f * z));
   const Vector y = 0.4f * (log * z + __builtin_convertvector(exponent, Vector));
   shifted = y + TO_INTEGER;
   const Vector f = y - (shifted - TO_INTEGER);
-  Vector two = 0.0013410004f * f + 0.009676036f;
-  two = two * f + 0.055502973f;
-  two = two * f + 0.24022107f;
-  two = two * f + 0.69314724f;
-  two = two * f + 1.f;
+  const Vector f2 = f * f;
+  const Vector two = (1.f + 0.69314724f * f) + f2 * ((0.24022107f + 0.055502973f * f) + f2 * (0.009676036f + 0.0013410004f * f));
   memcpy(&bits, &two, sizeof bits);
   memcpy(&whole, &shifted, sizeof whole);
   bits += whole << 23;  // the bits above the integer's are shifted out
@@ -87,12 +81,18 @@ ALWAYS_INLINE Grid grid_of_range(const Task& t, float low, float high) {
   return {scale, below - half};
 }
 
+template <int HALF, class F> ALWAYS_INLINE float reduced(float* lanes, F f) {
+  if constexpr (HALF == 0) return lanes[0];
+  else {
+    float half[HALF];
+    UNROLL for (int l = 0; l < HALF; l++) half[l] = f(lanes[l], lanes[l + HALF]);
+    return reduced<HALF / 2>(half, f);
+  }
+}
 template <class F> ALWAYS_INLINE float reduced(const Vector& v, F f) {
   float lanes[WIDTH];
   memcpy(lanes, &v, sizeof lanes);
-  for (int width = WIDTH / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; l++) lanes[l] = f(lanes[l], lanes[l + width]);
-  return lanes[0];
+  return reduced<WIDTH / 2>(lanes, f);
 }
 ALWAYS_INLINE float smaller(float a, float b) { return b < a ? b : a; }
 ALWAYS_INLINE float larger(float a, float b) { return a < b ? b : a; }
