@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
@@ -16,7 +18,7 @@ from compressor.engine.events import Emit, Event, ProgressEvent, StageName
 from compressor.errors import Notice
 
 Mode = Literal["auto", "quiet", "json"]
-SILENT_SECONDS = 3.0  # lines show the progress inside a part if nothing else was shown for so long
+SILENT_SECONDS = 4.0  # then a line says what the run is doing
 STAGES: dict[StageName, str] = {
     "plan": "planning",
     "write": "writing the artifact",
@@ -36,7 +38,8 @@ def show(mode: Mode, console: Console) -> Iterator[Emit]:
         with _live(console) as emit:
             yield emit
     else:
-        yield _plain(console)
+        with _plain(console) as emit:
+            yield emit
 
 
 def json_line(event: Mapping[str, object]) -> None:
@@ -80,27 +83,65 @@ def _live(console: Console) -> Iterator[Emit]:
         yield emit
 
 
-def _plain(console: Console) -> Emit:
-    began = last = time.monotonic()
+@contextmanager
+def _plain(console: Console) -> Iterator[Emit]:
+    lines, ended = Lines(console), threading.Event()
 
-    def emit(event: Event) -> None:
-        nonlocal last
-        now = time.monotonic()
-        at = f"{now - began:7.1f} s"
-        if event["event"] == "progress":
-            if now - last < SILENT_SECONDS:
-                return
-            console.print(f"{at}    {_work(event, 100)}", highlight=False)
-        last = now
-        if event["event"] == "sweep":
-            console.print(f"{at}  sweep {event['sweep'] + 1}: {', '.join(event['passes'])}", highlight=False)
-        elif event["event"] == "unit":
-            console.print(f"{at}  {event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}", highlight=False)
-        elif event["event"] == "stage":
-            console.print(f"{at}  {STAGES[event['name']]}", highlight=False)
-        _warning(console, event)
+    def repeat() -> None:
+        while not ended.wait(1.0):
+            lines.remind()
 
-    return emit
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield lines.emit
+    finally:
+        ended.set()
+        thread.join()
+
+
+@dataclass
+class Lines:
+    """Shows events as lines, and what the run is doing if nothing was shown for SILENT_SECONDS."""
+
+    console: Console
+    clock: Callable[[], float] = time.monotonic
+    doing: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.began = self.shown = self.clock()
+
+    def emit(self, event: Event) -> None:
+        with self.lock:
+            if event["event"] == "progress":
+                self.doing = _work(event, 100)
+            elif (line := _line(event)) is not None:
+                self.doing = line
+                memory = f" {_memory()}" if event["event"] == "unit" else ""
+                self._print(f"  {line}{memory}")
+            _warning(self.console, event)
+
+    def remind(self) -> None:
+        """Show what the run is doing, if it is time to."""
+        with self.lock:
+            if self.doing and self.clock() - self.shown >= SILENT_SECONDS:
+                self._print(f"    {self.doing}")
+
+    def _print(self, text: str) -> None:
+        self.shown = self.clock()
+        self.console.print(f"{self.shown - self.began:7.1f} s{text}", highlight=False, markup=False)
+
+
+def _line(event: Event) -> str | None:
+    """The line of an event that begins or ends something."""
+    if event["event"] == "sweep":
+        return f"sweep {event['sweep'] + 1}: {', '.join(event['passes'])}"
+    if event["event"] == "unit":
+        return f"{event['name']} ({event['unit'] + 1}/{event['units']})"
+    if event["event"] == "decide":
+        return f"{event['pass']} chooses"
+    return STAGES[event["name"]] if event["event"] == "stage" else None
 
 
 def _work(event: ProgressEvent, width: int) -> str:
