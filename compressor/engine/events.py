@@ -137,10 +137,11 @@ class Progress:
     """Emits progress events, and leaves out those that follow another one too soon."""
 
     emit: Emit
+    clock: Callable[[], float] = time.monotonic
     told: float = float("-inf")
 
     def __call__(self, sweep: int, unit: int, what: str, share: float | None = None) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if now - self.told >= PROGRESS_SECONDS:
             self.told = now
             self.emit({"event": "progress", "sweep": sweep, "unit": unit, "what": what, "share": share})

@@ -36,7 +36,7 @@ better after rounding.
 
 Not offered: patterns such as 2:4 on S. It is an error if no damping makes the second moments positive definite.
 
-Cost per matrix: 8·out·m² multiply-adds for each block, round and sweep, out·in² for the blocks' targets in each sweep
+Cost per matrix: 6·out·m² multiply-adds for each block, round and sweep, out·in² for the blocks' targets in each sweep
 and for each E, and the spectrum of the low-rank factors, (out + in)·n² + 2·n³ with n = min(out, in) in float64.
 Memory: H and L, 8·in² bytes, 16·in² up to 1024 inputs, and 40·out·in for working copies.
 """
@@ -174,7 +174,7 @@ class DSFormer(WeightPass):
     )
     sweeps: int = Field(2, ge=1, le=10, description="How often all blocks of a weight are solved one after the other.")
     rounds: int = Field(
-        6, ge=1, le=50, description="Updates of the coefficients and of the atoms for each block and sweep."
+        4, ge=1, le=50, description="Updates of the coefficients and of the atoms for each block and sweep."
     )
     refine_steps: int = Field(
         0,
