@@ -166,7 +166,7 @@ def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:
     A model that fits is loaded whole, which needs more; `compressor.artifact.memory_needs` decides.
     """
     parts = _part_bytes(structure)
-    ends = parts[0] + (parts[-1] or parts[0])  # a tied output head is filled a second time
+    ends = parts[0] + parts[-1] + (parts[0] if structure.bindings.tied else 0)  # a tied output head is filled, too
     block = max(parts[1:-1]) + _largest_bytes(structure)
     batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
     return INTERPRETER_BYTES + max(2 * ends + CHUNK_BYTES, block + batch, parts[0] + block)
