@@ -134,11 +134,13 @@ def _run_blocks(streamed: StreamedModel, inputs: list[Tensor], folder: SpillFold
         with streamed.holding(f"{streamed.blocks_path}.{index}"):
             for number in range(len(inputs) + 1):
                 side.keep(number, pieces.block(index, side.of(number), calls[number][index]))
-    if not torch.equal(side.head(proof, side.of(len(inputs))), expected):
-        side.before_blocks = {}  # an output head that reads the embeddings' outputs, too
-        if not torch.equal(side.head(proof, side.of(len(inputs))), expected):
-            raise NotInParts("its output differs when the blocks are run one by one")
-    side.is_positionwise = is_causal(side.model) and _is_positionwise(side, proof, side.of(len(inputs)), expected)
+    with streamed.keeping():
+        last = side.of(len(inputs))
+        if not torch.equal(side.head(proof, last), expected):
+            side.before_blocks = {}  # an output head that reads the embeddings' outputs, too
+            if not torch.equal(side.head(proof, last), expected):
+                raise NotInParts("its output differs when the blocks are run one by one")
+        side.is_positionwise = is_causal(side.model) and _is_positionwise(side, proof, last, expected)
     return side
 
 
