@@ -45,7 +45,7 @@ from compressor.artifact.stock_layers import Forward, compare_layers
 from compressor.artifact.stock_loading import load_stock, stock_works
 from compressor.artifact.streaming import StockDecompressor, load_streamed
 from compressor.model.block_runner import output_of, without_cache
-from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.checkpoint import Checkpoint, is_finite, open_checkpoint
 from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.side_files import OWN_MODELING
 from compressor.model.trusted_code import carried_code_problems
@@ -182,7 +182,7 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
         found.problems += problems
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
         tensor = artifact.checkpoint.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             found.problems.append(f"{name} contains NaN or Inf")
 
 

@@ -137,7 +137,7 @@ class SweepMemory:
 
 
 def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> SweepMemory:
-    """Interpreter, embeddings and output head, one block twice, activations, one batch in a block, solve of a group."""
+    """Interpreter, embeddings, and the larger of these: the output head; a block twice with a batch and a solve."""
     parts = _part_bytes(structure)
     blocks = parts[1:-1]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
@@ -146,16 +146,20 @@ def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, Stor
     streams = 1 + RECORDED_SHARE
     if "gradients" in reads:  # a few batches keep one per block, all keep the first and last
         streams = max(streams, 3)
-    working = 0
+    part_of = {weight.name: part for part, weight in structure.weights()}
+    working = {True: 0, False: 0}  # in a block, and at the ends
     for form in forms.values():
         if form.weight.is_function:
             continue
         rows, columns = form.weight.shape
         hessian = HESSIAN_BYTES * columns**2 if tokens else 0
-        working = max(working, hessian + SOLVE_BYTES * rows * columns)
+        in_block = 0 < part_of.get(form.weight.name, 1) <= structure.block_count
+        working[in_block] = max(working[in_block], hessian + SOLVE_BYTES * rows * columns)
     batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
+    in_blocks = parts[0] + 2 * held + working[True] + batch
+    at_head = parts[0] + parts[-1] + working[False] + (held if recipe.model.placement == "resident" else 0)
     return SweepMemory(
-        INTERPRETER_BYTES + parts[0] + parts[-1] + 2 * held + working + batch,
+        INTERPRETER_BYTES + max(in_blocks, at_head),
         streams * tokens * _hidden_width(structure) * structure.dtype.itemsize,
     )
 
@@ -166,10 +170,10 @@ def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:
     A model that fits is loaded whole, which needs more; `compressor.artifact.memory_needs` decides.
     """
     parts = _part_bytes(structure)
-    ends = parts[0] + (parts[-1] or parts[0])  # a tied output head is filled a second time
+    head = parts[-1] + (parts[0] if structure.bindings.tied else 0)  # a tied output head is filled, too
     block = max(parts[1:-1]) + _largest_bytes(structure)
     batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
-    return INTERPRETER_BYTES + max(2 * ends + CHUNK_BYTES, block + batch, parts[0] + block)
+    return INTERPRETER_BYTES + max(2 * head + CHUNK_BYTES, block + batch, parts[0] + block)
 
 
 def _part_bytes(structure: Structure) -> list[int]:

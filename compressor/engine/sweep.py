@@ -30,7 +30,7 @@ from compressor.layers import find_layer
 from compressor.model.redefined_structure import with_token_gates
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
-from compressor.process.memory import return_large_blocks
+from compressor.process.memory import REWRITING_BLOCK_BYTES, return_large_blocks
 from compressor.protocol import RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Step
 
@@ -47,7 +47,9 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
     for number, steps in enumerate(sweeps):
         match steps[0].settings:
             case RewritePass():
+                return_large_blocks(REWRITING_BLOCK_BYTES)
                 files = _run_reshape(sweeper, number, steps[0])
+                return_large_blocks()
             case TokenPass():
                 _gate_tokens(sweeper, number, steps[0], stored)
             case _:

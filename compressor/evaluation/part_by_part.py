@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Side:
     """One of the two models, and the hidden states of every batch after its last block.
 
     folder           where the hidden states lie; None: in memory
+    before_blocks    module -> how often it runs before the blocks; its outputs don't matter to the output head
     is_positionwise  the output of a position depends on the hidden states of that position alone
     """
 
@@ -46,6 +47,7 @@ class Side:
     pieces: Pieces
     folder: SpillFolder | None
     hidden: list[Tensor | Spilled]
+    before_blocks: dict[str, int] = field(default_factory=dict)
     is_positionwise: bool = False
 
     @property
@@ -61,7 +63,8 @@ class Side:
 
     def head(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """The output of the model for these hidden states after the last block."""
-        return self.pieces.output_head({self.model.main_input_name: inputs}, hidden)
+        with self.streamed.blanking(self.before_blocks):
+            return self.pieces.output_head({self.model.main_input_name: inputs}, hidden)
 
 
 def sums_by_parts(
@@ -122,16 +125,22 @@ def _run_blocks(streamed: StreamedModel, inputs: list[Tensor], folder: SpillFold
     calls: list[list[Call]] = []
     with streamed.keeping():
         for number, value in enumerate((*inputs, proof)):
+            streamed.begun.clear()
             hidden, found = pieces.embeddings({name: value})
             calls.append(next((known for known in calls[-1:] if equal_calls(known, found)), found))
             side.keep(number, hidden)
+        side.before_blocks = dict(streamed.begun)
     for index in range(len(pieces)):
         with streamed.holding(f"{streamed.blocks_path}.{index}"):
             for number in range(len(inputs) + 1):
                 side.keep(number, pieces.block(index, side.of(number), calls[number][index]))
-    if not torch.equal(side.head(proof, side.of(len(inputs))), expected):
-        raise NotInParts("its output differs when the blocks are run one by one")
-    side.is_positionwise = is_causal(side.model) and _is_positionwise(side, proof, side.of(len(inputs)), expected)
+    with streamed.keeping():
+        last = side.of(len(inputs))
+        if not torch.equal(side.head(proof, last), expected):
+            side.before_blocks = {}  # an output head that reads the embeddings' outputs, too
+            if not torch.equal(side.head(proof, last), expected):
+                raise NotInParts("its output differs when the blocks are run one by one")
+        side.is_positionwise = is_causal(side.model) and _is_positionwise(side, proof, last, expected)
     return side
 
 

@@ -30,6 +30,7 @@ from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_hea
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers' own name for its parts
+FINITE_ELEMENTS = 1 << 22
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -181,11 +182,15 @@ def model_label(name: str) -> str:
     return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. A few are read at a time, since `isfinite` makes copies of what it reads."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(FINITE_ELEMENTS))
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """raises ModelError with the number of NaN and Inf values and the first position"""
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()
+    if not is_finite(tensor):
+        bad = (~torch.isfinite(tensor)).nonzero()
         raise ModelError(
             f"{len(bad)} of {tensor.numel()} values are NaN or Inf, the first at {bad[0].tolist()}",
             where=name,

@@ -8,11 +8,13 @@ that reads parameters the values of one block or module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -80,8 +82,11 @@ class StreamedModel:
         self.unused = unused
         self.filler, self.model, self.blocks_path = filler, filler.model, blocks_path
         self.placed: list[Callable[[str], None]] = []
+        self.begun: Counter[str] = Counter()  # unit -> how many of its forwards have begun; the caller clears it
         self._held: dict[str, int] = {}  # filled unit -> how many forwards and contexts use it now
         self._keeps = False
+        self._blank: Mapping[str, int] = {}
+        self._blanked: set[str] = set()
         blocks = self.model.get_submodule(blocks_path)
         self.units: dict[str, list[str]] = {f"{blocks_path}.{name}": [] for name, _ in blocks.named_children()}
         for name in filler.names():
@@ -120,11 +125,34 @@ class StreamedModel:
             for unit in [unit for unit, count in self._held.items() if count == 0]:
                 self._empty(unit)
 
+    @contextmanager
+    def blanking(self, calls: Mapping[str, int]) -> Iterator[None]:
+        """Inside this context the first forwards of these modules read zeros, which need no memory.
+
+        calls  module outside of blocks -> how many of its forwards, from the first, have outputs that nobody needs
+        """
+        self._blank = calls
+        self.begun.clear()
+        try:
+            yield
+        finally:
+            self._blank = {}
+
     def _begin(self, unit: str, module: nn.Module, args: Any) -> None:
-        self._take(unit)
+        self.begun[unit] += 1
+        if self.begun[unit] <= self._blank.get(unit, 0) and unit not in self._held:
+            self._blanked.add(unit)
+            for name in self.units[unit]:
+                empty = _value(self.model, name)
+                fill(name, torch.zeros((), dtype=empty.dtype).expand(empty.shape), self.model)
+        else:
+            self._take(unit)
 
     def _end(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._held.get(unit):  # a forward that failed before it was filled ends, too
+        if unit in self._blanked:
+            self._blanked.discard(unit)
+            self.filler.free(unit, self.units[unit])
+        elif self._held.get(unit):  # a forward that failed before it was filled ends, too
             self._give(unit)
 
     def _take(self, unit: str) -> None:
@@ -144,6 +172,11 @@ class StreamedModel:
         del self._held[unit]
         self.filler.free(unit, self.units.get(unit, []))
         return_freed_memory()
+
+
+def _value(model: PreTrainedModel, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def streamed_of(model: Any) -> StreamedModel | None:

@@ -185,7 +185,9 @@ class LimitsSettings(Section):
     """Limits of a run. A run whose plan exceeds one of them is refused before it starts."""
 
     memory: Bytes | None = Field(
-        None, description="Memory that the run may use, in bytes or as in 16GiB. null: the free memory minus 10 %."
+        None,
+        description="Memory that each process of the run may use, in bytes or as in 16GiB. Models that don't fit are "
+        "verified and measured block by block. null: the free memory minus 10 %.",
     )
     disk: Bytes | None = Field(
         None, description="Disk space that the run may use, in bytes or as in 50GiB. null: the free space."

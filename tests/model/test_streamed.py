@@ -47,6 +47,19 @@ def test_what_is_kept_or_held_is_filled_once(tmp_path):
     assert in_memory(streamed.model) == set()
 
 
+def test_a_blank_module_reads_zeros_and_only_in_its_first_forwards(tmp_path):
+    streamed, filled, read = load_parts(tiny.save("llama", tmp_path / "m"), False), [], []
+    streamed.placed.append(filled.append)
+    embedding, ids = streamed.model.get_input_embeddings(), torch.arange(5)
+    with torch.no_grad(), streamed.blanking({"model.embed_tokens": 1}):
+        read += [embedding(ids), embedding(ids)]
+    with torch.no_grad():
+        read.append(embedding(ids))
+    assert read[0].shape == read[1].shape and not read[0].any()
+    assert read[1].any() and torch.equal(read[1], read[2])
+    assert filled == ["model.embed_tokens"] * 2 and in_memory(streamed.model) == set()
+
+
 def test_a_module_that_fails_is_emptied_all_the_same(tmp_path):
     streamed = load_parts(tiny.save("llama", tmp_path / "m"), False)
     with torch.no_grad(), pytest.raises(AttributeError):
