@@ -9,6 +9,7 @@ model has the model's own ones.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from operator import eq
@@ -46,6 +47,10 @@ def found_on_narrow(
             except Unliftable:
                 continue  # the next two may have been divided alike
             break
+    if whole.is_large:
+        warnings.warn(
+            f"{type(whole.empty).__name__}: a probe model of its own widths runs, which takes long", stacklevel=2
+        )
     return find(whole)
 
 

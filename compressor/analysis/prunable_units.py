@@ -47,6 +47,7 @@ from compressor.model.module_names import renumbered
 from compressor.model.narrow_probe import Probe, whole_probe
 from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
+from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
@@ -187,7 +188,7 @@ def _attributes_of_heads(cls: type[PreTrainedModel], config: PretrainedConfig, p
             setattr(text, key, 2 * value)
     try:
         models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (*REFUSALS, AttributeError) as error:
         raise ModelError(
             f"a model of twice the width and heads can't be built ({error})", where=cls.__name__, hint=HINT
         ) from error

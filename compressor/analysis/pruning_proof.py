@@ -28,6 +28,7 @@ from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, re
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
 from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
+from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import is_reshaped
 
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # the names of an MLP's width in configs
@@ -165,7 +166,7 @@ def _difference(
             expected = output_of(probe(**batch))
         try:
             output = output_of(make(probe, sites, decision)(**batch))
-        except (CompressError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        except (CompressError, *REFUSALS, IndexError, AttributeError, KeyError) as error:
             return f"with {share} of them removed it can't run ({error})"
     if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
         return f"with {share} of them removed it gives other outputs than with their inputs set to 0"

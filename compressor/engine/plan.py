@@ -60,10 +60,12 @@ def make_plan(
     """
     source = read_structure(resolve_model(model), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
     _check_class(source)
-    if prove:
-        prove_by_replay(source)
-    recipe = recipe.fit_lengths(limit_of(source.model))
     findings = Findings()
+    if prove and (probe := prove_by_replay(source)).is_large:
+        size = sum(parameter.nbytes for parameter in probe.empty.parameters())
+        message = f"no narrow probe model has its modules, so its structure is found on one of {size:,} bytes"
+        findings.warn("wide-probe", source.architecture, message)
+    recipe = recipe.fit_lengths(limit_of(source.model))
     _warn_of_unused_code(source, findings)
     reshapes = follow_reshapes(recipe, source, (), findings)
     plan = _with_storing_steps(Plan, recipe, source, reshapes, findings, tries_loaders=prove)

@@ -68,6 +68,11 @@ class Probe:
     width: int | None
     is_whole: bool
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes real time and memory to run."""
+        return self.is_whole and sum(parameter.numel() for parameter in self.empty.parameters()) > SMALL
+
     def first_of(self, kind: Kind) -> int:
         """The number of the first block of a kind."""
         return self.kinds.index(kind)
@@ -96,7 +101,7 @@ def narrow_probes(whole: Probe, path: str, *, keeps_units: bool = False) -> Iter
 
     keeps_units  MLPs keep their widths
     """
-    if sum(parameter.numel() for parameter in whole.empty.parameters()) <= SMALL:
+    if not whole.is_large:
         return
     for factor in _factors(whole.config):
         config = narrow_config(type(whole.empty), whole.config, factor, keeps_units)

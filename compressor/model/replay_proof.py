@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError
 from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
-from compressor.model.narrow_probe import narrowest
+from compressor.model.narrow_probe import Probe, narrowest
 from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.structure import Structure, run_small
 from compressor.model.tracing import check_output, checked
@@ -25,21 +25,23 @@ from compressor.model.tracing import check_output, checked
 HINT = "Choose another model; if transformers runs this one, report this message with its config.json."
 
 
-def prove_by_replay(structure: Structure) -> None:
+def prove_by_replay(structure: Structure) -> Probe:
     """Run the parts of a shallow, narrow probe model one by one on the CPU, and check its logits bit for bit.
 
-    raises  ModelError naming the first block that differs
+    returns  the probe that was run
+    raises   ModelError naming the first block that differs
     """
     cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
 
-    def prove(_config: PretrainedConfig) -> None:
+    def prove(_config: PretrainedConfig) -> Probe:
         narrow = narrowest(structure.model, pieces)
         probe = make_probe_model(cls, narrow.config, torch.device("cpu"), structure.dtype, narrow.empty)
         prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
+        return narrow
 
     run = partial(run_small, structure.model, pieces, structure.dtype)
     failed = "a probe model of it can't be run on the CPU"
-    guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
+    return guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
 
 
 def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:

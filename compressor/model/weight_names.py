@@ -271,17 +271,21 @@ def _placed(
         return None
     if placed.dim() != 3 or tuple(placed.shape[:2]) != tuple(shape[:2]):
         return None
-    result = []
-    for number, part in enumerate(parts):
-        rows = checkpoint.tensors[part.tensor].shape[0]
-        at = (placed[..., 0] >> ROWS_SHIFT == number).nonzero()
-        if len(at) != rows or at[0, 0] != at[-1, 0]:
-            return None
-        expert, start = int(at[0, 0]), int(at[0, 1])
-        if not torch.equal(placed[expert, start : start + rows, 0] & ((1 << ROWS_SHIFT) - 1), torch.arange(rows)):
-            return None
-        result.append(Source(part.tensor, part.pattern, expert, (start, start + rows)))
-    return tuple(result)
+    tags, length = placed[..., 0].flatten(), placed.shape[1]
+    numbers, rows, place = tags >> ROWS_SHIFT, tags & ((1 << ROWS_SHIFT) - 1), torch.arange(len(tags))
+    counts = torch.tensor([len(probe) for _, probe in probes])
+    if not bool(((numbers >= 0) & (numbers < len(parts))).all()) or not bool(counts.all()):
+        return None
+    first = torch.full((len(parts),), len(tags)).scatter_reduce(0, numbers, place, "amin")
+    is_in_order = torch.equal(place, first[numbers] + rows)
+    is_in_one_expert = bool((first % length + counts <= length).all())
+    if not (is_in_order and is_in_one_expert and torch.equal(numbers.bincount(minlength=len(parts)), counts)):
+        return None
+    starts = [(at // length, at % length) for at in first.tolist()]
+    return tuple(
+        Source(part.tensor, part.pattern, expert, (start, start + count))
+        for part, (expert, start), count in zip(parts, starts, counts.tolist())
+    )
 
 
 def _are_equal(one: str, other: str, known: Bindings, model: PreTrainedModel, checkpoint: Checkpoint) -> bool:

@@ -44,7 +44,7 @@ from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
-from compressor.methods.pruning.pruned_shapes import pruned_redefinition
+from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_key
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.model.facts import PrunableModule
@@ -280,19 +280,40 @@ class VTrans(RewritePass):
             else:
                 parts.append(replace(part, least=_share(part.units, self.min_ffn), align=min(self.align, part.units)))
         bounds = {"least_width": _share(size.width, self.min_hidden), "align_width": min(self.align, size.width) or 1}
+        if self.export == "stock" and "hidden" in self.sites:
+            bounds["align_width"] = self._stock_width_step(facts, sites, allowed, size.width)
         return replace(size, parts=tuple(parts), **bounds)
 
     def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
-        """Heads of an attention -> numbers of heads that a stock model of the class may keep. Many classes need a
-        divisor of the width. Empty if a modeling file may be used.
+        """Heads of an attention -> numbers of heads that the config of the class accepts. Many classes need a divisor
+        of the width. Empty if a modeling file can give each block its own number.
         """
         found: dict[int, tuple[int, ...]] = {}
-        for site in sites if self.export == "stock" else ():
-            keys = site.layout.config
-            if site.kind == "heads" and keys is not None and site.units not in found:
+        for site in sites:
+            keys, is_bound = site.layout.config, self.export == "stock" or site.layout.per_layer is not None
+            if site.kind == "heads" and keys is not None and is_bound and site.units not in found:
                 counts = range(1, site.units + 1)
-                found[site.units] = tuple(n for n in counts if facts.accepts(keys.of(n)) is None)
+                found[site.units] = tuple(n for n in counts if facts.accepts(keys.of(n)) is None) or (site.units,)
         return found
+
+    def _stock_width_step(
+        self, facts: ModelFacts, sites: Sequence[PrunableModule], heads: Mapping[int, Sequence[int]], width: int
+    ) -> int:
+        """The smallest step of `align` whose multiples the config accepts as widths, with any number of heads that may
+        be kept; the whole width if there is none.
+        """
+        key = width_key(facts)
+        keys = next((s.layout.config for s in sites if s.kind == "heads" and s.layout.config is not None), None)
+        counts = [keys.of(n) for allowed in heads.values() for n in allowed] if keys is not None else []
+        if key is None:
+            return width
+        for step in range(min(self.align, width), width, self.align):
+            widths = range(width - width % step, 0, -step)
+            if all(
+                facts.accepts({**kept, key: kept_width}) is None for kept_width in widths for kept in counts or [{}]
+            ):
+                return step
+        return width
 
     def _masks(
         self, facts: ModelFacts, sites: Sequence[PrunableModule]

@@ -97,10 +97,12 @@ def _match_all(patterns: Sequence[str], weights: Sequence[Weight], where: str) -
         else:
             expression = compile_pattern(pattern, where)
             plain = not re.search(r"\w", pattern)
+            matches_all = pattern.removesuffix("!") in ("*", "**")
             found = {
                 weight.name
                 for weight in weights
-                if not (plain and weight.role in (*LEFT_OUT, *FUNCTION_ROLES)) and expression.fullmatch(weight.name)
+                if not (plain and weight.role in (*LEFT_OUT, *FUNCTION_ROLES))
+                and (matches_all or expression.fullmatch(weight.name))
             }
         if not found and not pattern.endswith("!"):
             names = [weight.name for weight in weights]

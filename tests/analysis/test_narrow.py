@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import tiny
-from raising import raises
+import yaml
 
-from compressor.analysis import lifting
 from compressor.analysis.branch_calls import find_branches
 from compressor.analysis.input_producers import find_producers
+from compressor.analysis.lifting import factor, found_on_narrow, run_of
 from compressor.analysis.prunable_units import look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
-from compressor.errors import CompressError, ModelError
+from compressor.engine.plan import make_plan
+from compressor.errors import ModelError
 from compressor.model import narrow_probe
 from compressor.model.functions import find_functions
-from compressor.model.narrow_probe import narrow_probes, whole_probe
+from compressor.model.narrow_probe import narrow_probes, narrowest, whole_probe
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.structure import read_structure
+from compressor.recipe.recipe import parse_recipe
 
 # wide enough to be divided by 4 and by 2
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -37,6 +40,8 @@ FAMILIES = {
     "bert": WIDE,
     "vit": WIDE,
 }
+EVERY_DAY = ("phi3", "gpt2", "qwen3_moe")
+OTHERS = sorted(FAMILIES.keys() - set(EVERY_DAY))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +53,6 @@ def structures(tmp_path_factory):
     return read
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    monkeypatch.setattr(narrow_probe, "SMALL", 0)
-    monkeypatch.setattr(narrow_probe, "LEAST_WIDTH", 12)
-
-
 def outcome(find, structure):
     """What an analysis finds, or where it refuses the model."""
     try:
@@ -63,9 +62,15 @@ def outcome(find, structure):
 
 
 def prunable(structure):
-    """Without the reasons, which have the widths of the probe model."""
+    """Without the reasons, which name widths of the probe model."""
     seen = look(structure)
-    return [(site, site.layout.attributes) for site in seen.sites], {key: where for key, (where, _) in seen.refused.items()}
+    sites = [replace(site, layout=replace(site.layout, per_layer=bool(site.layout.per_layer))) for site in seen.sites]
+    return sites, {key: where for key, (where, _) in seen.refused.items()}
+
+
+def functions(structure):
+    found = find_functions(structure)
+    return found.by_part, found.refused.keys()
 
 
 ANALYSES = {
@@ -74,18 +79,75 @@ ANALYSES = {
     "prunable": prunable,
     "producers": find_producers,
     "tokens": find_token_sites,
-    "functions": find_functions,
+    "functions": functions,
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def make_narrow(monkeypatch):
+    monkeypatch.setattr(narrow_probe, "SMALL", 0)
+    monkeypatch.setattr(narrow_probe, "LEAST_WIDTH", 12)
+
+
+@pytest.mark.parametrize("family", [*EVERY_DAY, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_what_is_found_on_narrow_models_is_what_the_whole_one_shows(family, structures, monkeypatch):
     structure = structures(family)
     expected = {name: outcome(find, structure) for name, find in ANALYSES.items()}
-    monkeypatch.setattr(narrow_probe, "SMALL", 0)
-    monkeypatch.setattr(narrow_probe, "LEAST_WIDTH", 12)
+    make_narrow(monkeypatch)
     whole = whole_probe(structure.model, structure.pieces)
     widths = [probe.width for probe in narrow_probes(whole, structure.pieces.blocks_path)]
     assert widths == [whole.width // 4, whole.width // 2]
+    prove_by_replay(structure)
     for name, find in ANALYSES.items():
         assert outcome(find, structure) == expected[name], name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ({"num_local_experts": 4}, {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}),
+        ({"num_local_experts": 16}, {"num_local_experts": 16}),  # as many as a head is wide
+    ],
+)
+def test_a_narrow_model_has_the_heads_and_experts_of_the_model(sizes, kept, tmp_path, monkeypatch):
+    make_narrow(monkeypatch)
+    structure = read_structure(tiny.save("mixtral", tmp_path / "m", **WIDE, **sizes))
+    narrow = narrowest(structure.model, structure.pieces)
+    assert {key: getattr(narrow.config, key) for key in kept} == kept
+    assert (narrow.width, narrow.config.intermediate_size) == (16, 24)
+    assert narrow.kinds == whole_probe(structure.model, structure.pieces).kinds
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "keeps"),
+    [
+        (lambda features: tuple(range(features)), False),
+        (lambda features: tuple(2 * n + 1 for n in range(features)), True),  # rows of gate and up alternate
+    ],
+)
+def test_indices_are_carried_over_only_where_a_second_narrow_model_agrees(rows_of, keeps, structures, monkeypatch):
+    make_narrow(monkeypatch)
+    structure = structures("phi3")
+    whole = whole_probe(structure.model, structure.pieces)
+    name, features = "model.layers.0.mlp.down_proj.weight", []
+
+    def find(probe):
+        features.append(probe.shapes[name][1])
+        return rows_of(features[-1])
+
+    def lift(found, narrow, wider):
+        return run_of(found, factor(narrow, wider, name, 1))
+
+    assert found_on_narrow(whole, structure.pieces.blocks_path, find, lift) == rows_of(96)
+    assert features == ([24, 48, 96, 96] if keeps else [24, 48])
+
+
+def test_the_widths_of_a_reshaped_model_are_divided_too(tmp_path, monkeypatch):
+    """Its LayerNorms are replaced by norms that state their width, and its config has shapes."""
+    tree = {"version": 1, "name": "t", "steps": [{"pass": "fuse_norms"}]}
+    directory = tiny.save("gpt2", tmp_path / "m", **FAMILIES["gpt2"])
+    after = make_plan(parse_recipe(yaml.safe_dump(tree).encode(), "t.yaml"), str(directory), prove=False).structure
+    expected = read_residual(after)
+    make_narrow(monkeypatch)
+    assert narrowest(after.model, after.pieces).width == 16
+    assert read_residual(after) == expected
+    assert {norm.formula.width for norm in expected.norms()} == {64}

@@ -286,6 +286,26 @@ def test_a_stock_model_keeps_a_number_of_heads_that_its_config_takes(saved):
     assert config.num_attention_heads in (1, 2, 4)
 
 
+@pytest.mark.parametrize("sites", [["heads", "ffn"], ["heads", "hidden"]])
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {"num_key_value_heads": 4}), ("mistral", {"num_key_value_heads": 4})]
+)
+def test_a_stock_model_has_numbers_that_its_config_class_accepts_together(family, config, sites, saved):
+    """Whatever the run chooses: 8 heads of a width of 64 in four groups, with fewer heads and a narrower stream."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1, **config}
+    step = {"pass": "vtrans", "target": 0.2, "sites": sites, "export": "stock", "min_hidden": 0.25}
+    planned_step = reshaped(saved(family, **sizes), step)
+    settings, facts = planned_step.step.settings, planned_step.facts
+    size = settings._size(facts, settings._prunable(facts))
+    counts = next(part.counts for part in size.parts if part.kind == "heads")
+    widths = range(size.width, size.least_width - 1, -size.align_width) if "hidden" in sites else [64]
+    assert len(counts) > 2 and ("hidden" not in sites or len(widths) > 2)
+    for count in counts:
+        for width in widths:
+            values = {"num_attention_heads": 2 * count, "num_key_value_heads": count, "hidden_size": width}
+            type(planned_step.after.model.config)(**{**facts.config, **values})  # raises what the class refuses
+
+
 @pytest.mark.parametrize(
     ("family", "config", "sparsity", "why"),
     [

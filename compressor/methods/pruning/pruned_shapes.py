@@ -237,10 +237,15 @@ def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[st
     return keys.of(next(iter(counts)))
 
 
+def width_key(facts: ModelFacts) -> str | None:
+    """The key of config.json that is the width of the residual stream."""
+    return next((key for key in WIDTH_KEYS if facts.config.get(key) == facts.residual.width), None)
+
+
 def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     residual, kept = facts.residual, len(decision["hidden"])
     width = residual.width
-    key = next((key for key in WIDTH_KEYS if facts.config.get(key) == width), None)
+    key = width_key(facts)
     if key is None:
         return "its config has no width of the residual stream"
     config: dict[str, Any] = {key: kept}

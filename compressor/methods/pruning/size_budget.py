@@ -150,10 +150,11 @@ def cut(
     moves.sort(key=lambda move: move.score)  # stable: equal scores keep the order of parts and units
     done: list[_Move] = []
     heavy: list[_Move] = []
+    least = target - TOLERANCE * size.full
     for move in moves:
         if state.size <= target:
             break
-        if state.size - state.weight(move) < target - TOLERANCE * size.full:
+        if state.size - state.weight(move) < least:
             heavy.append(move)  # later, smaller ones may come closer to the target
         elif state.drop(move):
             done.append(move)
@@ -208,25 +209,22 @@ class _State:
         """Remove the units of a move. Returns whether there were any."""
         if move.whole and self._is_last_of_its_kind(move):
             return False
-        if not move.whole and not self._may_keep(
-            {name: self.units.get(name, set()) - set(units) for name, units in move.drops}
+        present = [name for name, _ in move.drops if name != STREAM and name not in self._removed]
+        going = {name: self.units[name].intersection(units) for name, units in move.drops if name in present}
+        if not move.whole and not all(
+            self._parts[name].may_keep(len(self.units[name]) - len(units)) for name, units in going.items()
         ):
             return False
         weight = self.weight(move)
         for name, units in move.drops:
             if name == STREAM:
-                self.channels -= set(units)
-            elif name not in self._removed:
-                self.units[name] = set() if move.whole else self.units[name] - set(units)
-                if move.whole:
-                    self._removed.add(name)
+                self.channels.difference_update(units)
+        for name in present:
+            self.units[name].difference_update(self.units[name].copy() if move.whole else going[name])
+        if move.whole:
+            self._removed.update(present)
         self.size -= weight
         return weight > 0
-
-    def _may_keep(self, units: Mapping[str, set[int]]) -> bool:
-        """Whether parts may keep these units. The stream and removed parts are not checked."""
-        present = [name for name in units if name != STREAM and name not in self._removed]
-        return all(self._parts[name].may_keep(len(units[name])) for name in present)
 
     def _is_last_of_its_kind(self, move: _Move) -> bool:
         going = self._removed | {name for name, _ in move.drops}
@@ -242,9 +240,12 @@ class _State:
             return
         back = [(name, units) for name, units in move.drops if name not in self._removed]
         more = sum(len(units) * self._unit_weight(name) for name, units in back)
-        if self.size + more <= target and self._may_keep({name: self.units[name] | set(units) for name, units in back}):
-            for name, units in back:
-                self.units[name] = self.units[name] | set(units)
+        if self.size + more > target:
+            return
+        added = {name: set(units).difference(self.units[name]) for name, units in back}
+        if all(self._parts[name].may_keep(len(self.units[name]) + len(units)) for name, units in added.items()):
+            for name, units in added.items():
+                self.units[name] |= units
             self.size += more
 
 
