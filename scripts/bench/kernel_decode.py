@@ -39,22 +39,22 @@ class Decoder:
         return time.perf_counter() - start
 
 
-def rounded(linear: nn.Linear) -> PackedLinear:
+def rounded(linear: nn.Linear, group: int) -> PackedLinear:
     """The layer in 4 bits, rounded to nearest, in symmetric groups."""
-    grouped = linear.weight.detach().unflatten(1, (-1, GROUP))
+    grouped = linear.weight.detach().unflatten(1, (-1, group))
     grid = find_grid(grouped, 4, True, "minmax", grouped.dtype)
     codes = quantize(grouped, grid).flatten(1).to(torch.int8)
-    return PackedLinear.pack(codes, grid.scale, None, bits=4, group_size=GROUP, symmetric=True)
+    return PackedLinear.pack(codes, grid.scale, None, bits=4, group_size=group, symmetric=True)
 
 
-def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def packed(model: LlamaForCausalLM, group: int) -> LlamaForCausalLM:
     """A copy with the linear layers of its blocks in 4 bits."""
     model = copy.deepcopy(model)
     for block in model.model.layers:
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
                 owner, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, rounded(module))
+                setattr(block.get_submodule(owner), leaf, rounded(module, group))
     return model
 
 
@@ -62,7 +62,7 @@ def models(quick: bool) -> dict[str, LlamaForCausalLM]:
     """The models. raises ArithmeticError if the outputs of a prepared model differ from those of its codes"""
     name, vocabulary = (QUICK_MODEL, QUICK_VOCABULARY) if quick else (MODEL, VOCABULARY)
     dense = random_llama(name, vocab_size=vocabulary).eval()
-    stored = packed(dense)
+    stored = packed(dense, GROUP)
     found = {"dense float32": dense, "dense bf16": copy.deepcopy(dense).bfloat16()}
     tokens = torch.randint(0, vocabulary, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     wanted = stored(input_ids=tokens).logits.double()

@@ -4,7 +4,7 @@
 
 Ends with 1 if a goal is missed.
 
-Decoding: steps of a Llama with MLPs of four times its width, 4 bits in groups of 64, activations="int8", bfloat16, by
+Decoding: steps of a Llama with MLPs of four times its width, 4 bits in groups of 128, activations="int8", bfloat16, by
 processes that differ in settings alone: default ones; passive waiting asked for by name, which should be the same;
 one thread; torch imported before compressor, so that its threads spin; the dense model; and with --before the version
 installed for another interpreter. All processes take a few steps in turn, in another order each round, alone and beside
@@ -17,9 +17,10 @@ The neighbour multiplies matrices with torch, as many threads as there are cores
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -28,7 +29,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,10 @@ import result_file
 import yaml
 from rich.console import Console
 from rich.table import Table
+from workers import Candidate, Worker, plain_environment, ratio
 
 from compressor.evaluation.environment import cpu_name
-from compressor.process.idle_threads import VARIABLES
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 SEQUENCES = (1, 4, 16)
 STEPS, LONGEST = 6, 1.0  # in a row: so many, or what begins within so many seconds
 NEIGHBOUR = """
@@ -57,17 +55,6 @@ FAIR_SHARE = 0.45
 GPTQ_SAMPLES, GPTQ_LENGTH, GPTQ_ROUNDS = 16, 256, 2
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """first  the first import of the process"""
-
-    name: str
-    kind: str = "prepared"
-    first: str = "compressor"
-    environment: tuple[tuple[str, str], ...] = ()
-    python: str = sys.executable
-
-
 CANDIDATES = (
     Candidate("default"),
     Candidate("passive", environment=(("OMP_WAIT_POLICY", "passive"),)),
@@ -75,47 +62,6 @@ CANDIDATES = (
     Candidate("torch first", first="torch"),
     Candidate("dense bf16", kind="dense"),
 )
-
-
-def plain_environment() -> dict[str, str]:
-    """The environment without variables for threads."""
-    said = {*VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
-    kept = {name: value for name, value in os.environ.items() if name not in said}
-    paths = os.pathsep.join([str(ROOT), str(HERE)])
-    return kept | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-
-
-class Worker:
-    """A process that decodes; see decode_worker.py."""
-
-    def __init__(self, candidate: Candidate, model: str) -> None:
-        code = f"import {candidate.first}, compressor, decode_worker; decode_worker.main()"
-        command = [candidate.python, "-c", code, candidate.kind, model]
-        environment = plain_environment() | dict(candidate.environment)
-        self.name = candidate.name
-        self.child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.threads = int(self._answer())
-
-    def _answer(self) -> str:
-        assert self.child.stdout is not None
-        line = self.child.stdout.readline()
-        if not line:
-            sys.exit(f"the process of {self.name!r} ended with {self.child.wait()}")
-        return line
-
-    def seconds(self, sequences: int) -> tuple[float, float]:
-        """Seconds of a step, the median of a few (fewer if slow), and its seconds of all processors together."""
-        assert self.child.stdin is not None
-        self.child.stdin.write(f"{sequences} {STEPS} {LONGEST}\n")
-        self.child.stdin.flush()
-        steps, worked = json.loads(self._answer())
-        return statistics.median(steps), worked
-
-    def end(self) -> None:
-        self.child.kill()
-        self.child.wait()
 
 
 class Neighbour:
@@ -162,7 +108,7 @@ def decode(workers: list[Worker], neighbour: Neighbour, rounds: int) -> tuple[Ti
                 worked = work.setdefault((beside, sequences), {worker.name: [] for worker in workers})
                 with neighbour.present(beside):
                     for worker in order.sample(workers, len(workers)):
-                        spent, cpu = worker.seconds(sequences)
+                        spent, cpu = worker.seconds("decode", sequences, STEPS, LONGEST)
                         if number:  # the first round warms up
                             found[worker.name].append(spent)
                             worked[worker.name].append(cpu)
@@ -190,7 +136,7 @@ def sweep_seconds(checkpoint: Path, output: Path) -> float:
 def gptq(model: str, neighbour: Neighbour, scratch: Path, rounds: int) -> dict[bool, list[float]]:
     """Seconds of each sweep of one block, with and without the neighbour."""
     one_block = f"{model.partition(',')[0]},1"
-    code = "import compressor, decode_worker; decode_worker.main()"
+    code = "import compressor, model_worker; model_worker.main()"
     command = [sys.executable, "-c", code, "write", one_block, str(scratch / "model")]
     subprocess.run(command, env=plain_environment(), check=True)
     found: dict[bool, list[float]] = {False: [], True: []}
@@ -201,17 +147,12 @@ def gptq(model: str, neighbour: Neighbour, scratch: Path, rounds: int) -> dict[b
     return found
 
 
-def ratio(found: dict[str, list[float]], other: str, name: str = "default") -> float:
-    """How many times as fast `name` is as `other`: the median over rounds."""
-    return statistics.median(theirs / ours for ours, theirs in zip(found[name], found[other], strict=True))
-
-
 def judged(times: Times, sweeps: dict[bool, list[float]]) -> list[dict[str, Any]]:
     goals = []
     for (beside, sequences), found in times.items():
         where = f"{sequences} sequence(s), " + ("beside a neighbour" if beside else "alone")
         for other in ("one thread", "passive"):
-            measured = ratio(found, other)
+            measured = ratio(found, "default", other)
             row = {"goal": f"decoding, against {other}", "where": where, "wanted": SAME, "measured": measured}
             goals.append(row | {"holds": measured >= SAME})
     if sweeps[True]:
@@ -230,7 +171,7 @@ def times_table(title: str, times: Times) -> Table:
         cells = []
         for name in names:
             cell = f"{statistics.median(found[name]) * 1e3:.1f}"
-            cells.append(cell if name == "default" else f"{cell} ({ratio(found, name):.2f})")
+            cells.append(cell if name == "default" else f"{cell} ({ratio(found, 'default', name):.2f})")
         table.add_row(f"{sequences} sequence(s){', neighbour' if beside else ''}", *cells)
     return table
 
@@ -272,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         neighbour = Neighbour()
         stack.callback(neighbour.end)
         with ThreadPoolExecutor(2) as pool:  # not all at once: each needs the most memory at its start
-            workers = list(pool.map(lambda candidate: Worker(candidate, settings.model), candidates))
+            workers = list(pool.map(lambda candidate: Worker.of(candidate, settings.model), candidates))
         for worker in workers:
             stack.callback(worker.end)
         threads = {worker.name: worker.threads for worker in workers}

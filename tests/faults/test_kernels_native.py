@@ -199,6 +199,7 @@ MUTANTS = [
     ("run of another thread again", "threads", "exchange_weak(begin, end)", "exchange_weak(begin, begin + 1)"),
     ("exception of a task lost", "threads", "if (shared.error) std::rethrow_exception(shared.error);", ""),
     ("error of the team lost", "threads", "if (error) throw", "if (false) throw"),
+    ("team that comes late asked again", "threads", "if (begin < alone_until.load())", "if (false)"),
 ]
 
 # unit -> arguments of the check program that run the checks of its operations, of which one has to notice a fault; the

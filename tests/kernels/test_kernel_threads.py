@@ -84,6 +84,38 @@ def test_any_number_of_threads_gives_the_same_bits(product, threads):
             assert torch.equal(product(wanted), expected), (there, wanted)
 
 
+@pytest.mark.parametrize("name", ["linear_dynamic_int8", "linear_weight_only", "linear_int8_outlier"])
+def test_inputs_of_many_rows_are_rounded_by_several_threads_to_the_same_bits(name, threads, use_parallel_for):
+    threads(3)
+    made, columns = torch.Generator().manual_seed(0), 4096
+    x = torch.randn(300, columns, generator=made).bfloat16()
+    x[[0, 7, 299], [3, 9, 4095]] = torch.tensor([torch.inf, torch.nan, 20.0], dtype=torch.bfloat16)
+    codes = torch.randint(0, 256, (8, columns), generator=made, dtype=torch.uint8)
+    packed, scale = ops.pack_weight(codes, torch.rand(8, 1, generator=made), None, None, 8, -1, "cpu2"), torch.ones(8)
+    teams = []
+
+    def parallel_for(begin, end, grain, body, context):
+        teams.append(end - begin)
+        torch_parallel_for(end - begin, lambda first, last: PART(body)(first, last, context))
+        return 0
+
+    def multiply(count):
+        use_parallel_for(parallel_for)  # and forget how late its threads came
+        y, found = torch.full((len(x), 8), 7.0, dtype=torch.bfloat16), library()
+        sizes = y.data_ptr(), len(x), 8, columns
+        split = (scale.data_ptr(), 0, 0, 0, 0) if name == "linear_int8_outlier" else ()
+        rest = (6.0,) if split else (8, columns)
+        error = getattr(found.functions, name)(
+            found.level, count, x.data_ptr(), 1, packed.data_ptr(), packed.numel(), *split, 0, 0, *sizes, *rest
+        )
+        assert error == 0
+        return y.view(torch.int16)
+
+    expected = multiply(1)
+    assert not teams and torch.equal(multiply(3), expected)
+    assert teams  # the product has one tile of outputs, which needs none
+
+
 def test_several_of_torchs_threads_take_part(product, threads, use_parallel_for):
     threads(3)
     shared = []

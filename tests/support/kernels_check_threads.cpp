@@ -1,6 +1,7 @@
 // How tasks are shared out among the threads of a team, which here is one of std::thread: each is done once, what a task throws
 // arrives, a call from within a task ends. Part of the program of kernels_check.cpp; with ALONE a program of its own.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <new>
 #include <stdexcept>
@@ -13,6 +14,7 @@
 using namespace compressor;
 
 namespace {
+using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 thread_local bool is_inside = false;
 
 // As torch_parallel_for: a part for each thread, the caller among them; a call from within runs in the caller.
@@ -31,7 +33,10 @@ int32_t run_on_threads(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, i
 }
 int32_t refuse(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*) { return 1; }
 
+ParallelFor team = nullptr;  // given again before each call, so that no call works alone since the one before came late
+
 bool each_once(int64_t threads, int64_t tasks) {
+  use_parallel_for(reinterpret_cast<void*>(team));
   std::vector<int> plain(size_t(tasks), 0);  // not atomic: a task that two threads do is a race
   parallel(threads, tasks, [&](int64_t i) { plain[size_t(i)]++; });
   for (const int n : plain)
@@ -40,6 +45,7 @@ bool each_once(int64_t threads, int64_t tasks) {
 }
 
 template <class Exception> bool arrives(int64_t threads, int64_t which) {
+  use_parallel_for(reinterpret_cast<void*>(team));
   try {
     parallel(threads, 50, [&](int64_t i) { if (i == which) throw Exception(); });
   } catch (const Exception&) {
@@ -47,10 +53,30 @@ template <class Exception> bool arrives(int64_t threads, int64_t which) {
   }
   return false;
 }
+
+// A team whose second thread is late: the next calls leave it out, one after a pause doesn't.
+int calls = 0;
+int32_t run_late(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
+  std::thread other([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    f(end - 1, end, context);
+  });
+  f(begin, begin + 1, context);
+  other.join();
+  calls++;
+  return 0;
+}
+int check_late_team() {
+  use_parallel_for(reinterpret_cast<void*>(run_late));
+  for (int i = 0; i < 3; i++) parallel(2, 100, [](int64_t) {});
+  if (calls != 1) return 36;  // the second and the third worked alone
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));  // more than 8 times what was lost
+  parallel(2, 100, [](int64_t) {});
+  return calls == 2 ? 0 : 37;
+}
 }  // namespace
 
 int check_threads() {
-  use_parallel_for(nullptr);
   if (!each_once(4, 100) || !arrives<std::bad_alloc>(4, 7)) return 30;
   use_parallel_for(reinterpret_cast<void*>(refuse));
   try {
@@ -58,7 +84,7 @@ int check_threads() {
     return 31;
   } catch (const std::runtime_error&) {
   }
-  use_parallel_for(reinterpret_cast<void*>(run_on_threads));  // and so for the checks that follow
+  team = run_on_threads;
   for (const int64_t threads : {1, 2, 3, 7})
     for (const int64_t tasks : {0, 1, 2, 5, 64, 1001})
       if (!each_once(threads, tasks)) return 32;
@@ -71,7 +97,10 @@ int check_threads() {
   std::vector<std::thread> callers;
   for (int i = 0; i < 8; i++) callers.emplace_back([&] { if (each_once(2, 300)) done++; });
   for (auto& caller : callers) caller.join();
-  return done == 89 ? 0 : 35;
+  if (done != 89) return 35;
+  const int error = check_late_team();
+  use_parallel_for(reinterpret_cast<void*>(team));  // and so for the checks that follow
+  return error;
 }
 
 #ifdef ALONE

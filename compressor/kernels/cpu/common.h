@@ -183,7 +183,8 @@ void store_outputs(const Output& to, const Packed& w, float* values, int64_t m, 
 
 // ---- threads (threads.cpp) ----
 // f(i) for i in [0, tasks), each once, by at most `threads` threads of torch, the caller among them; what f throws is thrown
-// here. Which thread runs what never changes a result. A call from within f, or from torch's own parallel loops, runs here alone.
+// here. Which thread runs what never changes a result. A call from within f, or from torch's own parallel loops, runs here alone;
+// so does a call shortly after others whose threads came too late to help.
 void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>& f);
 
 // Memory of this thread, kept for its next call; grows only. 64-byte aligned; contents undefined.

@@ -98,16 +98,15 @@ extern "C" int64_t linear_dynamic_int8_parts(int64_t level, int64_t threads, con
   if (parts.empty()) return OK;
   const Packed& w = parts[0].w;
   const int64_t padded = w.padded(), rows = rows_at_once(level, padded, bits, M);
-  float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * w.groups) * 4);
   float* scale = (float*)scratch(3, size_t(rows) * 4);
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
-    for (int64_t m = 0; m < here; m++) {
-      const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, row, K);
+    each_row(threads, here, K, [&](int64_t m) {
+      const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, (float*)scratch(0, size_t(K) * 4), K);
       scale[m] = take_row(level, values, w, codes + m * padded, minus_sum + m * w.groups);
-    }
+    });
     int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       store_outputs(part.to, part.w, values, m0 + m, tile);
     });

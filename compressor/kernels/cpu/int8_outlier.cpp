@@ -69,7 +69,6 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
   if (const int64_t error = open_parts(parts, level, &given, 1, x_dtype, M, K, 8, (K + 7) / 8 * 8)) return error;
   const Packed& w = parts[0].w;
   const int64_t padded = w.padded(), rows = rows_at_once(level, padded, 8, M);
-  float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows) * 4);
   float* scale = (float*)scratch(3, size_t(rows) * 4);
@@ -80,14 +79,15 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
   } else if (threshold > 0) {
     std::vector<uint8_t> flags(size_t(K), 0);
     for (int64_t m = 0; m < M; m++)
-      mark_at(level, as_floats(level, x, x_dtype, m * K, row, K), flags.data(), K, float(threshold));
+      mark_at(level, as_floats(level, x, x_dtype, m * K, (float*)scratch(0, size_t(K) * 4), K), flags.data(), K, float(threshold));
     for (int64_t k = 0; k < K; k++) if (flags[size_t(k)]) apart.push_back(k);
   }
   const int64_t count = int64_t(apart.size());
   float* outliers = (float*)scratch(5, size_t(rows * count) * 4 + 4);  // (rows, count) of x
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
-    for (int64_t m = 0; m < here; m++) {
+    each_row(threads, here, K, [&](int64_t m) {
+      float* row = (float*)scratch(0, size_t(K) * 4);
       to_float(level, x, x_dtype, (m0 + m) * K, row, K);
       bool broken = false;
       for (int64_t c = 0; c < count; c++) {
@@ -96,7 +96,7 @@ extern "C" int64_t linear_int8_outlier(int64_t level, int64_t threads, const voi
       }
       scale[m] = take_row(level, row, w, codes + m * padded, minus_sum + m);
       if (broken) scale[m] = NAN;
-    }
+    });
     // Weights of outlier columns are needed for each row of a tile; one thread processes a tile's rows one after the other.
     int8_products(level, threads, Int8Rows{codes, minus_sum, scale, 1, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       float* weights = (float*)scratch(6, size_t(count) * TILE * 4 + 4);

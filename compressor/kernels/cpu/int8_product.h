@@ -46,6 +46,8 @@ struct PartGiven {
 int64_t open_parts(std::vector<Part>& parts, int64_t level, const PartGiven* given, int64_t count, int64_t y_dtype, int64_t M, int64_t K,
                    int64_t bits, int64_t group);
 
+// f(m) for each of M rows of K inputs, on few threads if there is little to do.
+void each_row(int64_t threads, int64_t M, int64_t K, const std::function<void(int64_t)>& f);
 // f(part, tile) for every tile of every part, each once, on any thread.
 void each_tile(int64_t threads, const std::vector<Part>& parts, const std::function<void(const Part& part, int64_t tile)>& f);
 

@@ -78,7 +78,7 @@ void digits_at(int64_t level, const float* x, int64_t count, float factor, int64
 }
 float power_of_two(int exponent) { return from_bits(uint32_t(exponent + 127) << 23); }
 
-struct Apart { int64_t m, k; float value; };  // an input that is NaN or Inf
+struct Apart { int64_t k; float value; };  // an input of a row that is NaN or Inf
 
 // A row (K,) of finite inputs to codes (digits, padded), minus_sum (digits, groups) and step (groups,).
 void take_digits(int64_t level, const float* x, const Packed& w, int64_t digits, int8_t* codes, int32_t* minus_sum, float* step) {
@@ -111,30 +111,31 @@ extern "C" int64_t linear_weight_only_parts(int64_t level, int64_t threads, cons
   }
   const Packed& first = parts[0].w;
   const int64_t digits = digits_of(x_dtype), padded = first.padded(), rows = rows_at_once(level, padded * digits, bits, M);
-  float* row = (float*)scratch(0, size_t(K) * 4);
   int8_t* codes = (int8_t*)scratch(1, size_t(rows * digits * padded));
   int32_t* minus_sum = (int32_t*)scratch(2, size_t(rows * digits * first.groups) * 4);
   float* step = (float*)scratch(3, size_t(rows * first.groups) * 4);
-  std::vector<Apart> apart;
+  std::vector<std::vector<Apart>> apart(static_cast<size_t>(rows));  // of each row
   for (int64_t m0 = 0; m0 < M; m0 += rows) {
     const int64_t here = std::min(rows, M - m0);
-    apart.clear();
-    for (int64_t m = 0; m < here; m++) {
+    each_row(threads, here, K * digits, [&](int64_t m) {
+      float* row = (float*)scratch(0, size_t(K) * 4);
       const float* values = as_floats(level, x, x_dtype, (m0 + m) * K, row, K);
+      std::vector<Apart>& others = apart[size_t(m)];
+      others.clear();
       if (largest_at(level, values, K) >= INFINITE) {
         if (values != row) memcpy(row, values, size_t(K) * 4);
         for (int64_t k = 0; k < K; k++)
-          if (!std::isfinite(row[k])) apart.push_back({m, k, row[k]}), row[k] = 0;
+          if (!std::isfinite(row[k])) others.push_back({k, row[k]}), row[k] = 0;
         values = row;
       }
       take_digits(level, values, first, digits, codes + m * digits * padded, minus_sum + m * digits * first.groups, step + m * first.groups);
-    }
+    });
     int8_products(level, threads, Int8Rows{codes, minus_sum, step, digits, m0}, parts, here, [&](const Part& part, int64_t m, int64_t tile, float* values) {
       const Packed& w = part.w;
-      for (const Apart& a : apart) {
+      for (const Apart& a : apart[size_t(m)]) {
         const uint8_t* b = w.block(tile, a.k / w.group);
         const int64_t k = a.k % w.group;
-        for (int n = 0; n < TILE && a.m == m; n++)
+        for (int n = 0; n < TILE; n++)
           values[n] += a.value * (float(get_code(b + k / 8 * w.row_bytes, w.bits, n, int(k % 8))) - float(b[w.zero_offset + n])) *
                        load_number(b + w.scale_offset, w.scale_dtype, n);
       }
