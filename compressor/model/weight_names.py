@@ -263,8 +263,8 @@ def _placed(
     """
     probes = []
     for number, part in enumerate(parts):
-        rows = checkpoint.tensors[part.tensor].shape[0] if checkpoint.tensors[part.tensor].shape else 0
-        probes.append((part, (torch.arange(rows) + (number << ROWS_SHIFT)).reshape(rows, 1)))
+        size = checkpoint.tensors[part.tensor].shape[0] if checkpoint.tensors[part.tensor].shape else 0
+        probes.append((part, (torch.arange(size) + (number << ROWS_SHIFT)).reshape(size, 1)))
     try:
         placed = _convert(rule, probes, model)[rule.first]
     except ModelError:  # the rule needs more than rows

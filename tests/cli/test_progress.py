@@ -9,6 +9,7 @@ from rich.console import Console
 
 from compressor.cli.progress import duration, show
 from compressor.cli.timeline import Timeline
+from compressor.engine.events import PROGRESS_SECONDS, Progress
 
 PREDICTED = {
     "event": "predicted",
@@ -132,3 +133,12 @@ def test_a_closed_pipe_ends_the_display_in_the_main_thread(monkeypatch):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_progress_events_are_no_more_than_one_in_an_interval():
+    now, events = [0.0], []
+    progress = Progress(events.append, clock=lambda: now[0])
+    for number in range(5):
+        now[0] = number * PROGRESS_SECONDS / 2
+        progress(0, 1, "w", number / 4)
+    assert [event["share"] for event in events] == [0.0, 0.5, 1.0]
