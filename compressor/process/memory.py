@@ -20,8 +20,8 @@ def return_large_blocks(least: int = LARGE_BLOCK_BYTES) -> None:
     settle between them. Measured on a Llama of width 512: the peak of the sweep is 0.96 GB by default and 0.81 GB with
     a threshold of 4 MiB, in the same time. With 1 MiB the sweep of the demo model took a third longer, since every new
     page costs a page fault. A step that rewrites the model makes many float64 copies of 2 MiB at that width, which made
-    the heap grow from block to block: from block 4 to block 24 the peak of slicing rose by 4 % (0.569 to 0.593 GB).
-    With REWRITING_BLOCK_BYTES it stayed at 0.538 GB.
+    the heap grow from block to block: the peak of slicing rose from 569 to 577 MiB up to block 16. With
+    REWRITING_BLOCK_BYTES for the whole process it stayed at 538 MiB.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(M_MMAP_THRESHOLD, least)
