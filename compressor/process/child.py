@@ -43,6 +43,7 @@ spec.loader.exec_module(sys.modules["compressor"])
 PROGRAM = LOADER + "from compressor.process.child import serve\nserve(sys.argv[1])\n"
 LAST_WORDS = 600  # characters of standard error that are shown for a child that ended without an answer
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")
+SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)  # when it imports its compiler, as some libraries make it do
 Process = subprocess.Popen[bytes] | Forked
 
 
@@ -122,7 +123,7 @@ def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Pro
     streams, variables = (request_end, answers_end, words_end), environment()
     process: Process | None = None
     try:
-        if _server is not None and _server.environment == variables:
+        if _server is not None and _imports_alike(_server.environment, variables):
             process = _server.fork(program, arguments, streams, variables)
         if process is None:  # no server, or it has ended
             process = subprocess.Popen(
@@ -137,6 +138,11 @@ def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Pro
         for stream in streams:
             os.close(stream)
     return process, answers, words
+
+
+def _imports_alike(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Whether imports read the same in these environments; what torch has set itself since does not count."""
+    return {**first, **dict.fromkeys(SET_BY_TORCH)} == {**second, **dict.fromkeys(SET_BY_TORCH)}
 
 
 def read_both(first: int, second: int) -> tuple[bytes, bytes]:

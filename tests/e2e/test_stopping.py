@@ -156,7 +156,8 @@ if name:
         owner = getattr(owner, part)
     setattr(owner, leaf, hang)
 else:
-        begin, child.start = child.start, start
+    from compressor.process import child
+    begin, child.start = child.start, start
 sys.argv[1:] = sys.argv[4:]
 from compressor.__main__ import main
 sys.exit(main())

@@ -174,6 +174,12 @@ def test_a_second_process_at_the_same_time_or_after_the_server_ended_is_started(
             assert not answer("tell what it is")["torch"]
 
 
+@pytest.mark.parametrize(("name", "is_forked"), [("TORCHINDUCTOR_CACHE_DIR", True), ("TORCH_HOME", False)])
+def test_only_a_variable_that_torch_sets_itself_may_be_new(name, is_forked, way, monkeypatch):
+    monkeypatch.setenv(name, "/tmp/x")
+    assert answer("tell what it is")["torch"] == (way == "forked" and is_forked)
+
+
 def test_a_forked_process_forks_another_that_is_as_fresh(way, tmp_path, monkeypatch):
     """One that was started has nothing to fork from: its own are started too."""
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,8 @@ from compressor.process import child
 
 # the package, in a process that those which it starts are forked from
 PACKAGE = child.LOADER + "from compressor.process.child import fork_from_here\nfork_from_here()\n"
-COMMAND = "from compressor.__main__ import main\nsys.exit(main())\n"
+END = "sys.stdout.flush()\nsys.stderr.flush()\nos._exit({})\n"  # ending an interpreter with torch normally takes long
+COMMAND = "from compressor.__main__ import main\ncode = main()\n" + END.format("code")
 REFUSE = """
 import sys
 class Refuse:
@@ -57,7 +58,9 @@ class Going:
 
 def stranger(program, *arguments, without=("compressor",), input="", **environment):
     """What a program prints where these packages are not installed; it has to end with 0."""
-    done = run(REFUSE.format(names=set(without)) + program, *arguments, input=input, **environment)
+    done = run(
+        REFUSE.format(names=set(without)) + program + "\n" + END.format(0), *arguments, input=input, **environment
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout
 
