@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from compressor.recipe.recipe import Recipe
     from compressor.recipe.schema import LimitsSettings
 
-# Working copies of one group, as the code makes them: of its hessian and factors per input squared, of its weight per value
+# Working copies of one group, as the code makes them: of its hessian and factors per input squared, of its weight per
+# value.
 HESSIAN_BYTES, SOLVE_BYTES = 12, 20
 BATCH_COPIES = 6  # tensors of the widest width that exist at once while a batch runs through a block; an estimate
 SPARE_DISK_BYTES = 16 << 20

@@ -272,19 +272,18 @@ def _placed(
     if placed.dim() != 3 or tuple(placed.shape[:2]) != tuple(shape[:2]):
         return None
     tags, length = placed[..., 0].flatten(), placed.shape[1]
-    numbers, rows, place = tags >> ROWS_SHIFT, tags & ((1 << ROWS_SHIFT) - 1), torch.arange(len(tags))
+    numbers, inner, place = tags >> ROWS_SHIFT, tags & ((1 << ROWS_SHIFT) - 1), torch.arange(len(tags))
     counts = torch.tensor([len(probe) for _, probe in probes])
     if not bool(((numbers >= 0) & (numbers < len(parts))).all()) or not bool(counts.all()):
         return None
     first = torch.full((len(parts),), len(tags)).scatter_reduce(0, numbers, place, "amin")
-    is_in_order = torch.equal(place, first[numbers] + rows)
+    is_in_order = torch.equal(place, first[numbers] + inner)
     is_in_one_expert = bool((first % length + counts <= length).all())
     if not (is_in_order and is_in_one_expert and torch.equal(numbers.bincount(minlength=len(parts)), counts)):
         return None
-    starts = [(at // length, at % length) for at in first.tolist()]
     return tuple(
-        Source(part.tensor, part.pattern, expert, (start, start + count))
-        for part, (expert, start), count in zip(parts, starts, counts.tolist())
+        Source(part.tensor, part.pattern, at // length, (at % length, at % length + count))
+        for part, at, count in zip(parts, first.tolist(), counts.tolist())
     )
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
 from compressor.methods.rotation.sliced_shapes import EPS_KEYS
-from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, Redefinition
+from compressor.model.facts import KINDS, Cut, Decision, ModelFacts, PrunableModule, Redefinition
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, ResidualNorm
 
@@ -147,17 +147,25 @@ def kept_slices(
     residual  of the model, if its stream gets narrower
     """
     kept: Kept = {}
+    known: dict[tuple[Any, ...], tuple[int, ...]] = {}  # blocks of a kind share the rows of their cuts
     for site in sites:
-        units = set(kept_units(site, decision))
+        units = kept_units(site, decision)
         if units and len(units) < site.units:
             for cut in site.cuts:
-                gone = {row for unit in range(site.units) if unit not in units for row in cut.rows[unit]}
-                length = shapes[cut.parameter][cut.axis]
-                kept.setdefault(cut.parameter, {})[cut.axis] = tuple(n for n in range(length) if n not in gone)
+                key = (id(cut.rows), shapes[cut.parameter][cut.axis], units)
+                if key not in known:
+                    known[key] = _left(cut, key[1], units)
+                kept.setdefault(cut.parameter, {})[cut.axis] = known[key]
     if residual is not None:
         for name, axis in stream_edges(residual):
             kept.setdefault(name, {})[axis] = tuple(decision["hidden"])
     return kept
+
+
+def _left(cut: Cut, length: int, units: tuple[int, ...]) -> tuple[int, ...]:
+    """The indices of an axis of this length that stay with these units."""
+    gone = {row for unit in {*range(len(cut.rows))}.difference(units) for row in cut.rows[unit]}
+    return tuple(n for n in range(length) if n not in gone)
 
 
 def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:

@@ -109,7 +109,7 @@ class Unreachable(Exception):
         self.least = least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Move:
     """Units that are removed together: some of a part (of several parts if counts are uniform), or whole parts."""
 
