@@ -51,7 +51,7 @@ template <class... A, int64_t (*F)(A...)> struct Bound<F> {
 
 #define BIND(f) {#f, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<f>::call)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    BIND(has_level), BIND(use_parallel_for), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
+    BIND(has_level), BIND(use_parallel_for), BIND(use_set_threads), BIND(reserve_threads), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
     BIND(linear_dynamic_int8), BIND(linear_weight_only), BIND(linear_dynamic_int8_parts),
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
     BIND(int8_matmul), BIND(hadamard), BIND(linear_dense_sparse), BIND(table_lookup),
@@ -63,6 +63,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 9)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 10)) { Py_DECREF(module); return nullptr; }
   return module;
 }

@@ -14,6 +14,7 @@ from typing import TypedDict, TypeGuard
 from torch import nn
 
 from compressor.errors import KernelError
+from compressor.kernels.cpu.reserved_threads import reserve_for_few
 from compressor.kernels.ops.dense_product import MOST_ROWS
 from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, Choice, choose, choose_dense, choose_lookup_table
 from compressor.kernels.prepared.prepared_dense import PreparedDense
@@ -85,6 +86,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
         _prepare_dense(model)
+        reserve_for_few(model)
     _share_inputs(model)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
