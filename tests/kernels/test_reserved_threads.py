@@ -6,11 +6,17 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compressor.kernels.cpu import Library, library
 from compressor.kernels.cpu.reserved_threads import FEW_CACHED, FEW_TOKENS, reserve_for_few, reserved_threads
+from compressor.kernels.ops.dense_product import MOST_ROWS
 from compressor.kernels.ops.linear import BYTES_A_THREAD, threads_for
+from compressor.kernels.prepared.dispatch import Choice
+from compressor.kernels.prepared.prepare import prepare
+from compressor.kernels.prepared.prepared_dense import PreparedDense
+from compressor.layers.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(not isinstance(library(), Library), reason=f"{library()}")
 THREADS = 4
@@ -71,6 +77,30 @@ def tokens(sequences, length):
 )
 def test_few_tokens_leave_the_team_to_the_library(given):
     assert made()(**given) == (1, THREADS)
+
+
+@pytest.mark.parametrize("rows, threads", [(1, 1), (MOST_ROWS[torch.float32] + 1, THREADS)])
+def test_a_dense_product_of_torch_has_all_threads(rows, threads, monkeypatch):
+    layer = PreparedDense(nn.Linear(8, 8).requires_grad_(False), Choice("cpu library", "linear_dense", ()))
+    found = []
+    monkeypatch.setattr(F, "linear", lambda *given: found.append(torch.get_num_threads()))
+    model = made()
+    model.forward = lambda input_ids: (layer(torch.zeros(rows, 8)), found.append(torch.get_num_threads()))
+    model(tokens(1, 1))
+    assert found == ([1] if rows == 1 else [threads, 1])
+
+
+def prepared(**more):
+    model = nn.ModuleDict({"layer": PackedLinear.pack(torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1),
+        None, bits=4, group_size=64, symmetric=True), **more})  # fmt: skip
+    prepare(model)
+    return model
+
+
+def test_a_model_with_large_weights_of_torch_reserves_nothing():
+    assert prepared()._forward_pre_hooks and prepared(embeddings=nn.Embedding(2048, 256))._forward_pre_hooks
+    assert prepared(head=nn.Linear(256, 2048))._forward_pre_hooks
+    assert not prepared(other=nn.Conv1d(512, 512, 1))._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

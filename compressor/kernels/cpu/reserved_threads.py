@@ -11,6 +11,8 @@ The number of threads is a setting of OpenMP for the thread that calls, and is r
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +40,25 @@ def reserved_threads() -> int:
     return next((size for size in reversed(_calls.sizes) if size), 0)
 
 
+@contextmanager
+def shared_by_torch() -> Iterator[None]:
+    """Inside this context torch's operations have all threads, for one that is as large as the library's."""
+    found, size = library(), reserved_threads()
+    if not size or isinstance(found, str):
+        yield
+        return
+    _set(found, 0, size)
+    try:
+        yield
+    finally:
+        _set(found, size, 1)
+
+
 def reserve_for_few(model: nn.Module) -> None:
-    """Reserve the team in each call of this model with few tokens. Does nothing twice, or without the library."""
+    """Reserve the team in each call of this model with few tokens. Does nothing twice, or without the library.
+
+    model  whose large products are all of the library, or in `shared_by_torch`
+    """
     found = library()
     if isinstance(found, str) or any(hook is _reserve for hook in model._forward_pre_hooks.values()):
         return
