@@ -12,7 +12,18 @@ import pytest
 import shaping
 import tiny
 import torch
-from bench import awq, cpu_kernels, draw, factorization, pruning, result_file, slicegpt, threads, zero_tprune
+from bench import (
+    awq,
+    cpu_kernels,
+    draw,
+    factorization,
+    pruning,
+    result_file,
+    slicegpt,
+    threads,
+    whole_model,
+    zero_tprune,
+)
 from train import lm, vit
 
 from compressor.analysis.model_facts import facts_of
@@ -163,6 +174,17 @@ def test_a_goal_is_judged_by_its_worst_case_and_left_open_without_a_peer():
     assert found["W4A8 M=1, against llama.cpp Q4_0"].holds is None
     assert found["operation beyond its kernel, M=1"].holds is True
     assert found["packing a GB of codes"].holds is False
+
+
+def test_a_whole_model_is_judged_by_the_median_of_rounds_against_those_that_were_measured():
+    times = {task: {"W4A8": [1.0, 2.0, 1.0], "dense bf16": [4.5, 4.0, 4.1]} for task in whole_model.TASKS}
+    found = whole_model.judged(times)
+    assert {goal["against"] for goal in found} == {"dense bf16"}
+    assert [(goal["goal"], goal["measured"], goal["holds"]) for goal in found] == [
+        ("decode 1", 4.1, True), ("decode 16", 4.1, True), ("prefill 512", 4.1, True),
+    ]  # fmt: skip
+    times["decode", 1]["llama.cpp Q4_0"] = [0.9, 1.9, 0.9]
+    assert not whole_model.judged(times)[1]["holds"]
 
 
 def test_a_default_slower_than_one_thread_or_beyond_its_share_misses_its_goal():

@@ -135,6 +135,25 @@ def test_several_of_torchs_threads_take_part(product, threads, use_parallel_for)
     assert len(set(shared)) == 3
 
 
+def test_a_reserved_team_has_all_threads_for_the_library_alone(product, threads, use_parallel_for):
+    threads(3)
+    expected, sizes = product(1), []
+
+    def parallel_for(begin, end, grain, body, context):
+        sizes.append(torch.get_num_threads())
+        PART(body)(begin, end, context)
+        return 0
+
+    use_parallel_for(parallel_for)
+    try:
+        assert library().functions.reserve_threads(3, 1) == 0
+        assert torch.equal(product(3), expected)
+        assert (sizes, torch.get_num_threads()) == ([3], 1)
+    finally:
+        library().functions.reserve_threads(0, 3)
+    assert torch.get_num_threads() == 3
+
+
 @pytest.mark.parametrize("calls", [1, 2, 5])
 def test_a_team_of_any_size_does_all_of_the_work(calls, product, use_parallel_for):
     def parallel_for(begin, end, grain, body, context):

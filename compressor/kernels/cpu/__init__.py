@@ -25,6 +25,7 @@ from compressor.errors import KernelError
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
 ABI = 10
 PARALLEL_FOR = "torch_parallel_for"  # of torch's stable ABI, torch/csrc/stable/c/shim.h
+SET_THREADS = "omp_set_num_threads"  # of the OpenMP runtime that torch uses
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"
 
 
@@ -64,15 +65,19 @@ def library() -> Library | str:
         )
     address = parallel_for_address()
     functions.use_parallel_for(address)
+    functions.use_set_threads(_address(SET_THREADS))
     return Library(functions, _level(functions), bool(address))
 
 
 def parallel_for_address() -> int:
     """The address of torch's function that divides a loop among its threads; 0 if there is none."""
+    return _address(PARALLEL_FOR)
+
+
+def _address(name: str) -> int:
+    """The address of a function in torch or the libraries that it depends on; 0 if there is none."""
     try:
-        found = getattr(
-            ctypes.CDLL(torch._C.__file__), PARALLEL_FOR
-        )  # also searched in the libraries that torch._C depends on
+        found = getattr(ctypes.CDLL(torch._C.__file__), name)
     except (AttributeError, OSError):
         return 0
     return ctypes.cast(found, ctypes.c_void_p).value or 0

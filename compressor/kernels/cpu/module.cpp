@@ -51,7 +51,7 @@ template <class... A, int64_t (*F)(A...)> struct Bound<F> {
 
 #define BIND(f) {#f, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<f>::call)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    BIND(has_level), BIND(use_parallel_for), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
+    BIND(has_level), BIND(use_parallel_for), BIND(use_set_threads), BIND(reserve_threads), BIND(packed_bytes), BIND(pack_weight), BIND(unpack_weight), BIND(quantize_rows),
     BIND(linear_dynamic_int8), BIND(linear_weight_only), BIND(linear_dynamic_int8_parts),
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
     BIND(scale_search), BIND(has_bfloat16_products), BIND(second_moments),

@@ -6,6 +6,9 @@
 extern "C" {
 int64_t has_level(int64_t level);  // 1 if this processor does
 int64_t use_parallel_for(void* function);  // the address of torch_parallel_for; until then, and for null, all runs in the caller's thread
+int64_t use_set_threads(void* function);  // the address of omp_set_num_threads in torch's OpenMP
+// In the calling thread, torch's operations have teams of `of_torch` threads from now on, and this library has those of `threads`; 0: the same.
+int64_t reserve_threads(int64_t threads, int64_t of_torch);
 int64_t packed_bytes(int64_t N, int64_t K, int64_t bits, int64_t group, int64_t scale_dtype);  // or an Error
 int64_t pack_weight(int64_t threads, const uint8_t* codes, const void* scale, const uint8_t* zero, uint8_t* out, int64_t N, int64_t K,
                     int64_t bits, int64_t group, int64_t scale_dtype);

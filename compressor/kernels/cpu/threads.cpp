@@ -28,6 +28,9 @@ thread_local bool team_is_lost = false;
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { team_is_lost = true; });
 #endif
 
+std::atomic<void (*)(int)> set_threads{nullptr};  // omp_set_num_threads, which sets those of the calling thread's teams
+thread_local int reserved = 0;                    // size of this library's teams while those of torch have one thread; 0: they are of one size
+
 int64_t now() {  // nanoseconds
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -86,7 +89,9 @@ void parallel(int64_t threads, int64_t tasks, const std::function<void(int64_t)>
     return;
   }
   Tasks shared(f, tasks, threads);
+  if (reserved) set_threads.load()(reserved);
   const int32_t error = run(0, threads, 1, [](int64_t, int64_t, void* context) { static_cast<Tasks*>(context)->work(); }, &shared);
+  if (reserved) set_threads.load()(1);
   if (shared.error) std::rethrow_exception(shared.error);
   if (error) throw std::runtime_error("torch_parallel_for failed");
   if (const int64_t end = now(); shared.alone > 0) judge_team(end - begin - shared.alone, end);
@@ -108,5 +113,17 @@ void* scratch(int slot, size_t bytes) {
 extern "C" int64_t use_parallel_for(void* function) {
   compressor::parallel_for.store(reinterpret_cast<compressor::ParallelFor>(function));
   compressor::alone_until.store(0), compressor::factor.store(compressor::LEAST_FACTOR);
+  return compressor::OK;
+}
+
+extern "C" int64_t use_set_threads(void* function) {
+  compressor::set_threads.store(reinterpret_cast<void (*)(int)>(function));
+  return compressor::OK;
+}
+
+extern "C" int64_t reserve_threads(int64_t threads, int64_t of_torch) {
+  if (!compressor::set_threads.load()) return compressor::BAD_SHAPE;
+  compressor::reserved = int(threads);
+  compressor::set_threads.load()(int(of_torch));
   return compressor::OK;
 }

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compressor.errors import KernelError, ShapeError
 from compressor.kernels.cpu import required_library as cpu_library
+from compressor.kernels.cpu.reserved_threads import reserved_threads
 from compressor.kernels.cuda import mma1, mma8a1
 from compressor.kernels.ops.checks import operands
 from compressor.kernels.ops.large_pages import empty_bytes
@@ -222,7 +223,7 @@ def check_bias(name: str, bias: Tensor | None, out: int) -> None:
 def threads_for(size: int) -> int:
     """Number of threads for the work on this many bytes."""
     most = size // BYTES_A_THREAD
-    return min(torch.get_num_threads(), most) if most > 1 else 1
+    return min(reserved_threads() or torch.get_num_threads(), most) if most > 1 else 1
 
 
 def _linear(name: str) -> Callable[..., Tensor]:

@@ -14,7 +14,9 @@ from typing import TypedDict, TypeGuard
 from torch import nn
 
 from compressor.errors import KernelError
+from compressor.kernels.cpu.reserved_threads import reserve_for_few
 from compressor.kernels.ops.dense_product import MOST_ROWS
+from compressor.kernels.ops.linear import BYTES_A_THREAD
 from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, Choice, choose, choose_dense, choose_lookup_table
 from compressor.kernels.prepared.prepared_dense import PreparedDense
 from compressor.kernels.prepared.prepared_linear import PreparedInteger, PreparedLinear, prepared_linear
@@ -85,6 +87,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
         _prepare_dense(model)
+        if _multiplies_by_kernels(model):
+            reserve_for_few(model)
     _share_inputs(model)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
@@ -101,6 +105,19 @@ def _share_inputs(model: nn.Module) -> None:
                 shared = SharedInput(layers)
                 for number, layer in enumerate(layers):
                     layer.shared = (shared, number)
+
+
+def _multiplies_by_kernels(model: nn.Module) -> bool:
+    """Whether torch multiplies by no large weight of the model, such as experts or layers without a kernel."""
+    for module in model.modules():
+        if isinstance(module, (PreparedDense, nn.Embedding)):
+            continue
+        if isinstance(module, PreparedLinear) and not module.choice.is_fallback:
+            continue
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.numel() * tensor.element_size() > BYTES_A_THREAD for tensor in own):
+            return False
+    return True
 
 
 def _put(model: nn.Module, name: str, made: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.kernels.cpu.reserved_threads import shared_by_torch
 from compressor.kernels.ops.dense_product import MOST_ROWS, linear_dense
 from compressor.kernels.ops.watched import is_watched
 from compressor.kernels.prepared.dispatch import Choice
@@ -27,13 +28,16 @@ class PreparedDense(nn.Linear):
 
     def _is_ours(self, x: Tensor) -> bool:
         weight = self.weight
-        if is_watched(x) or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
+        if x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu):
             return False
         if torch.is_autocast_enabled("cpu") or x.shape[:-1].numel() > MOST_ROWS.get(x.dtype, 0):
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_watched(x):
+            return F.linear(x, self.weight, self.bias)
         if self._is_ours(x):
             return linear_dense(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        with shared_by_torch():
+            return F.linear(x, self.weight, self.bias)
