@@ -18,12 +18,12 @@ Where we differ from the paper, and why
 Not offered: asymmetric calibration.
 
 Cost per group of weights with n inputs and m outputs together: tokens·n²/2 multiply-adds for H, n³/3 for U, m·n²/2 to
-solve. Memory: 8·n² bytes for H and U, 4·m·n for one weight, and 128 MiB for the working copies of a part of its rows.
+solve. Memory: 8·n² bytes for H and U, 4·m·n for one weight, and 80 MiB for the working copies of a part of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -40,7 +40,7 @@ from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightP
 from compressor.protocol.work import factor_operations
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
-WORKING_ELEMENTS = 1 << 23  # of the rows that are solved at a time: 32 MiB in float32
+WORKING_ELEMENTS = 1 << 22  # of the rows that are solved at a time: 16 MiB in float32
 SAMPLED_ROWS = 128  # of a weight, evenly spaced; the output errors of all rows would cost more than the solve
 PASSES_OVER_VALUES = 10  # copies, rounding and packing of a weight, beside the solve
 IDENTITY_TOLERANCE = 1e-2  # for float32 sums over a whole matrix; the tests require 1e-10 in float64
@@ -479,22 +479,30 @@ def _solve_rows(
             if end < stop:
                 work[end:stop].addmm_(upper[sub:end, end:stop].t(), errors[sub:end], alpha=-1)
 
-    def round_range(start: int, stop: int) -> None:
-        """Columns that have the errors of all columns before them: one half, its errors for the other one, and that."""
-        blocks = -(-(stop - start) // block)
-        if blocks <= 1:
+    for start, middle, stop in _steps(0, columns, block):
+        if middle == stop:
             round_block(start, stop)
-            return
-        middle = start + blocks // 2 * block
-        round_range(start, middle)
-        work[middle:stop].addmm_(upper[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
-        round_range(middle, stop)
-
-    round_range(0, columns)
+        else:
+            work[middle:stop].addmm_(upper[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
     unordered = torch.empty(columns, out, dtype=torch.int8, device=codes.device)
     unordered[order] = codes.to(torch.int8)
     stored_codes = unordered.t().contiguous().view(out, groups, width)
     return stored_codes, scale.t().contiguous().float(), zero.t().contiguous().float(), errors.square_().sum(0)
+
+
+def _steps(start: int, stop: int, block: int) -> Iterator[tuple[int, int, int]]:
+    """Steps of a solve by halves: (start, stop, stop) rounds a block, (start, middle, stop) gives the errors of columns
+    start to middle - 1 to columns middle to stop - 1. A function of its own: a closure that calls itself is a cycle,
+    and would keep the working copies in memory.
+    """
+    blocks = -(-(stop - start) // block)
+    if blocks <= 1:
+        yield start, stop, stop
+        return
+    middle = start + blocks // 2 * block
+    yield from _steps(start, middle, block)
+    yield start, middle, stop
+    yield from _steps(middle, stop, block)
 
 
 def refine_scales(
