@@ -21,11 +21,16 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 BUILT = isinstance(library(), Library)
 pytestmark = pytest.mark.skipif(not BUILT, reason=f"{library()}")
 PROBLEMS = problems() if BUILT else []
-NOT_TRIED = {"has_level", "has_bfloat16_products", "use_parallel_for"} | {
+NOT_TRIED = {  # alike at every level
+    "has_level",
+    "has_bfloat16_products",
+    "use_parallel_for",
+    "use_set_threads",
+    "reserve_threads",
     "packed_bytes",
     "pack_weight",
     "unpack_weight",
-}  # alike at every level
+}
 SHARED = {"linear_dynamic_int8_parts", "linear_weight_only_parts"}  # what runs the calls of one weight, too
 
 

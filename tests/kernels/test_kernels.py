@@ -399,6 +399,8 @@ def test_a_processor_may_lack_a_level_below_its_best(monkeypatch):
         def use_parallel_for(address: int) -> int:
             return 0
 
+        use_set_threads = use_parallel_for
+
     monkeypatch.setattr(cpu.importlib, "import_module", lambda name: Functions)
     monkeypatch.delenv("COMPRESSOR_CPU", raising=False)
     library.cache_clear()
