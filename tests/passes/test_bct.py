@@ -200,7 +200,7 @@ def test_the_evaluation_counts_what_saturates_weight_by_weight(tmp_path):
     save_file({f"{number}": row for number, row in enumerate(ids)}, tmp_path / "tokens.safetensors")
     asked = {"before": None, "after": str(tmp_path / "out"), "tokens": str(tmp_path / "tokens.safetensors")}
     asked |= {"labels": None, "metrics": ["perplexity"], "batch_size": 3, "seed": 0}
-    asked |= {"confidence": None, "trust_remote_code": False}
+    asked |= {"confidence": None, "trust_remote_code": False, "memory": None}
     found = measure_quality(asked)["saturation"]
     ours, read = compressor.load(tmp_path / "out", kernels="reference"), {}
     for name, module in ours.named_modules():
