@@ -14,6 +14,8 @@ evaluation use random tokens, since random weights need no tokenizer. Shapes: th
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import hashlib
 import json
