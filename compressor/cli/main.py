@@ -13,7 +13,7 @@ from collections.abc import Callable
 from compressor.cli.progress import json_line
 from compressor.cli.render import complain, err
 from compressor.cli.verbs import Raised, app
-from compressor.engine.interrupt import Stop, answered
+from compressor.engine.interrupt import TELL_SECONDS, Stop, answered
 from compressor.errors import CompressError, Interrupted, PreflightError, UsageError
 from compressor.process.resources import ran_out
 from compressor.process.streams import LostStream, let_go_of_lost
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
                 json_line({"event": "stopping", "message": message})
         with contextlib.suppress(OSError):
             err.print(message, markup=False, highlight=False, soft_wrap=True)
+        stop.told.set()
 
     def last_words() -> None:
         if err.is_terminal:
@@ -79,6 +80,8 @@ def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
         return INTERRUPTED
     known = _refusal(error, stop)
     if known is not None:
+        if stop.is_asked():
+            stop.told.wait(TELL_SECONDS)  # so that "stopping" comes before the error, if somebody reads it
         complain(known, as_json)
         return known.exit_code
     if getattr(error, "format_message", None) is not None:  # no arguments: the help is shown

@@ -240,7 +240,6 @@ BEYOND = {
     "entry after the last",
     "lane beyond the last row",
     "group after the last",
-    "stale weights beyond the group",
 }
 
 
