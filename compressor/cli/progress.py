@@ -82,11 +82,12 @@ def _speaking(say: Callable[[Event, Timeline], None], silence: float) -> Iterato
 
 
 def _alive(timeline: Timeline, seconds: float) -> AliveEvent:
+    left = timeline.seconds_left
     return {
         "event": "alive",
         "doing": timeline.activity,
         "seconds": round(seconds, 1),
-        "seconds_left": None if timeline.seconds_left is None else round(timeline.seconds_left, 1),
+        "seconds_left": None if left is None else round(left, 1),
     }
 
 
@@ -111,9 +112,7 @@ def _live(console: Console) -> Iterator[Emit]:
                 progress.update(task, completed=event["unit"] + 1)
             elif event["event"] == "stage":
                 progress.reset(task, total=None)
-            left = timeline.seconds_left
-            rest = "" if left is None else f", {duration(left)} left"
-            progress.update(task, description=f"{timeline.activity}{rest}", memory=_memory())
+            progress.update(task, description=f"{timeline.activity}{_rest(timeline)}", memory=_memory())
             _warning(console, event)
 
         yield emit
@@ -124,8 +123,7 @@ def _plain(console: Console) -> Callable[[Event, Timeline], None]:
 
     def say(event: Event, timeline: Timeline) -> None:
         at = f"{time.monotonic() - began:7.1f} s"
-        left = timeline.seconds_left
-        rest = "" if left is None else f", {duration(left)} left"
+        rest = _rest(timeline)
         if event["event"] in ("sweep", "stage", "decide"):
             console.print(f"{at}  {timeline.activity}{rest}", highlight=False, markup=False)
         elif event["event"] == "unit":
@@ -142,6 +140,12 @@ def _warning(console: Console, event: Event) -> None:
     if event["event"] == "warning":
         notice = Notice(event["code"], event["where"], event["message"])
         console.print(str(notice), highlight=False, markup=False)
+
+
+def _rest(timeline: Timeline) -> str:
+    """The estimated time to the end, to stand behind what the run is doing; empty without an estimate."""
+    left = timeline.seconds_left
+    return "" if left is None else f", {duration(left)} left"
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from compressor.protocol.work import Work
 from compressor.recipe.recipe import Step
 
 PROBE_TOKENS = 64
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of configs
 LONG_SECONDS = 20.0
 LONGEST_SECONDS = 24 * 3600.0
 # of a laptop, to know whether measuring this machine is worth two seconds
@@ -95,15 +96,12 @@ def _routed_share(structure: Structure) -> float:
     return min(1.0, getattr(config, "num_experts_per_tok", experts) / max(experts, 1))
 
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
 def _run_of(structure: Structure, tokens: int) -> Work:
     return sum((_part_work(structure, part, tokens) for part in range(structure.block_count + 2)), Work())
 
 
 def _part_work(structure: Structure, part: int, tokens: int) -> Work:
-    """Of running tokens through a part once, and of reading and writing its tensors."""
+    """Of running tokens through a part once."""
     products = 0.0
     for stage in structure.stages(part) if part else []:
         for group in stage:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor.artifact.memory_needs import limit_bytes
+from compressor.artifact.memory_needs import gibibytes, limit_bytes
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.evaluation.child_messages import QualityAnswer, QualityRequest
@@ -35,7 +35,7 @@ def measure_quality(request: QualityRequest) -> QualityAnswer:
     whole, limit = whole_quality_bytes(request), limit_bytes(request["memory"])
     if whole <= limit:
         return _measure_whole(request)
-    reason = f"needs {whole / 2**30:.1f} GiB of memory, {limit / 2**30:.1f} GiB may be used"
+    reason = f"needs {gibibytes(whole)} of memory, {gibibytes(limit)} may be used"
     try:
         return _measure_parts(request, limit)
     except NotInParts as error:
