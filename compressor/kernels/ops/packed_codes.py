@@ -16,6 +16,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     returns  (rows, ceil(columns * bits / 32)) int32; element i takes bits i*bits .. i*bits + bits - 1 of its row
     """
     rows, columns = codes.shape
+    if 8 % bits == 0:  # whole codes in each byte
+        each = 8 // bits
+        padded = torch.nn.functional.pad(codes, (0, -columns % (4 * each)))
+        stream = padded[:, ::each].contiguous()
+        for at in range(1, each):
+            stream |= padded[:, at::each] << (at * bits)
+        return stream.view(torch.int32)
     eights = -(-columns // 8)
     padded = torch.zeros(rows, eights * 8, dtype=torch.int64, device=codes.device)
     padded[:, :columns] = codes
@@ -36,16 +43,22 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     returns  (rows, columns) uint8
     """
     rows = packed.shape[0]
-    eights = -(-columns // 8)
     stream = packed.contiguous().view(torch.uint8).view(rows, -1)
+    if 8 % bits == 0:
+        each = 8 // bits
+        codes = torch.empty(rows, stream.shape[1], each, dtype=torch.uint8, device=packed.device)
+        for at in range(each):
+            codes[:, :, at] = (stream >> (at * bits)) & ((1 << bits) - 1)
+        return codes.view(rows, -1)[:, :columns]
+    eights = -(-columns // 8)
     whole = torch.zeros(rows, eights * bits, dtype=torch.uint8, device=packed.device)
     used = min(eights * bits, stream.shape[1])
     whole[:, :used] = stream[:, :used]
     words = torch.zeros(rows, eights, 8, dtype=torch.uint8, device=packed.device)
     words[:, :, :bits] = whole.view(rows, eights, bits)
     shifts = torch.arange(8, device=packed.device) * bits
-    codes = (words.view(torch.int64) >> shifts) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).view(rows, eights * 8)[:, :columns]
+    unpacked = (words.view(torch.int64) >> shifts) & ((1 << bits) - 1)
+    return unpacked.to(torch.uint8).view(rows, eights * 8)[:, :columns]
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, index: Tensor | None = None) -> Tensor:
