@@ -32,7 +32,7 @@ from compressor.engine.run_samples import read_samples
 from compressor.engine.stage_times import check_time, predict_stages
 from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, GateError
-from compressor.evaluation.environment import environment, peak_rss_bytes
+from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.metrics import unmeasured
 from compressor.evaluation.report import build_report, write_card, write_reports
@@ -321,7 +321,8 @@ def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -
             "started": job.clock.started,
             "seconds": time.perf_counter() - job.clock.began,
             "seconds_by_stage": job.clock.seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": max(job.clock.peak_rss_bytes.values()),
+            "peak_rss_bytes_by_stage": job.clock.peak_rss_bytes,
             "predicted_peak_bytes": plan.peak_memory_bytes,
             "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
             "speed": measured.speed,

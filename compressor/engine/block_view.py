@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,9 @@ from compressor.model.structure import Structure
 from compressor.model.weights import Group, Producer, Stage, Weight
 from compressor.protocol.views import Folded
 
-# (kind of block, matmul, shape of the batch) -> the calls before that matmul, and which results are read after it
+# (kind of block, matmul) -> the calls before that matmul, and which results are read after it
 Needs = dict[tuple[Any, ...], tuple[list[Any], frozenset[tuple[int, int]]]]
+Pause = Callable[[RecordedForward, Callable[[], Tensor]], ObservedMatmul | None]  # runs up to the matmuls of a stage
 
 
 @dataclass
@@ -40,6 +41,7 @@ class BlockView:
     """One part of the model as a pass sees it (`protocol.BlockView`).
 
     calibration  the batches, with the hidden states that enter the part
+    probe        the probe batch; it is small, so it shows at little cost which tensors the rest of the block reads
     rescalable   producers of the inputs of this part's weights
     errors       relative error of each stored weight after it is dequantized
     written      parameters that stay dense and have new values
@@ -50,6 +52,7 @@ class BlockView:
     number: int
     selected: frozenset[str]
     calibration: list[CalibrationBatch]
+    probe: CalibrationBatch
     device: torch.device
     generator: torch.Generator
     needs: Needs
@@ -234,6 +237,12 @@ class BlockView:
             expert = call.row_offset // call.elements if watched[call.parameter].dim() == 3 else None
             return numbers.get((call.parameter, expert))
 
+        def pauses(call: ObservedMatmul) -> bool:
+            return number_of(call) is not None
+
+        def pause(recorded: RecordedForward, work: Callable[[], Tensor]) -> ObservedMatmul | None:
+            return advance(recorded, watched, work, pauses)
+
         wanted = {name for name, _ in numbers}
         limit = sum(batch.may_keep_bytes for batch in self.calibration)
         kept = sum(batch.kept_bytes for batch in self.calibration)
@@ -245,9 +254,9 @@ class BlockView:
             if waits and kept - before + here > limit:  # no room for a new pause: run on from the old one
                 yield from self._ahead(batch, watched, number_of, stage)
             else:
-                first = self._pause(batch, watched, lambda call: number_of(call) is not None, wanted)
+                first = self._pause(batch, watched, pauses, wanted)
                 if first is not None:
-                    self._forget_unread(batch, first.parameter)
+                    self._forget_unread(batch, first.parameter, pause)
                 here = batch.kept_bytes
                 if first is None:  # no token of this batch was routed to these experts
                     pass
@@ -286,27 +295,31 @@ class BlockView:
             for handle in handles:
                 handle.remove()
 
-    def _forget_unread(self, batch: CalibrationBatch, parameter: str) -> None:
-        """Keep only the tensors that the rest of the block reads. The first batch of a kind finds them."""
-        recorded = batch.recorded
-        assert recorded is not None
+    def _forget_unread(self, batch: CalibrationBatch, parameter: str, pause: Pause) -> None:
+        """Keep only the tensors that the rest of the block reads, if the probe batch makes the same calls."""
+        assert batch.recorded is not None
         if not 1 <= self.number <= self.structure.block_count:
             return
         block = self.structure.pieces.blocks[self.number - 1]
         relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.number - 1}.")
-        kind = (signature(self.structure.model.config, block, self.number - 1), relative, tuple(batch.hidden.shape))
+        kind = (signature(self.structure.model.config, block, self.number - 1), relative)
         if kind not in self.needs:
-            calls = recorded.calls
-            try:
-                self.needs[kind] = (calls, needs(recorded, partial(run_part, self.structure, self.number, batch)))
-            except Diverged:
-                self.needs[kind] = ([], frozenset())
-                recorded.is_spent = True
+            self.needs[kind] = self._needs_of_probe(pause)
         calls, leaves = self.needs[kind]
-        if recorded.is_spent:
-            batch.recorded = None
-        elif calls == recorded.calls:
-            recorded.keep_only(leaves)
+        if calls == batch.recorded.calls:
+            batch.recorded.keep_only(leaves)
+
+    def _needs_of_probe(self, pause: Pause) -> tuple[list[Any], frozenset[tuple[int, int]]]:
+        """The calls of the probe batch before the pause, and what its forward reads after it; no calls if unknown."""
+        recorded = RecordedForward()
+        work = partial(run_part, self.structure, self.number, replace(self.probe, recorded=recorded))
+        if pause(recorded, work) is None:  # none of its tokens was routed to these experts
+            return [], frozenset()
+        calls = recorded.calls
+        try:
+            return calls, needs(recorded, work)
+        except Diverged:
+            return [], frozenset()
 
     def _pause(
         self,

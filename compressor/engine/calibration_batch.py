@@ -25,9 +25,10 @@ from compressor.recipe.recipe import Step
 BATCH_TOKENS = 4096  # calibration tokens per forward pass
 IMAGE_TOKENS = 256  # an image counts as this many tokens
 # What paused batches may keep, as a multiple of the hidden states that the sweep holds anyway. A batch that would
-# exceed it stays at an earlier pause, or runs again from the block's input. A Llama block whose MLP is three times as
-# wide keeps 4 times at its down projection; 3 stays below llm-compressor's peak memory (docs/benchmarks.md).
-RECORDED_SHARE = 3
+# exceed it stays at an earlier pause, or runs again from the block's input. A Llama block whose MLP is four times as
+# wide keeps 5 times at its down projection, so that each matmul is computed once. That stays below llm-compressor's
+# peak memory (docs/benchmarks.md).
+RECORDED_SHARE = 5
 
 
 @dataclass

@@ -16,6 +16,8 @@ from compressor.artifact.modeling_file import VERSION
 from compressor.data.samples import Samples
 from compressor.engine.events import Emit, StageName
 from compressor.engine.plan_records import Plan
+from compressor.process.child import peaks_of_processes
+from compressor.process.memory import peak_rss_bytes
 from compressor.recipe.recipe import Recipe
 from compressor.storage.journal import Journal
 
@@ -36,17 +38,23 @@ class Fingerprint(TypedDict):
 
 @dataclass
 class Clock:
-    """Wall time of a run and of its stages."""
+    """Wall time of a run and of its stages, and peak memory of the stages.
+
+    peak_rss_bytes  largest resident size of the processes that a stage started, or of this one if it started none
+    """
 
     began: float = field(default_factory=time.perf_counter)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with peaks_of_processes() as peaks:
+            yield
         self.seconds[name] = time.perf_counter() - began
+        self.peak_rss_bytes[name] = max(peaks, default=0) or peak_rss_bytes()
 
 
 @dataclass(frozen=True)

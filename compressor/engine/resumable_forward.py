@@ -7,8 +7,9 @@ answer every torch call before the pause from memory: this is a recorded forward
 the Python frames still refer to, as a paused thread would, and releases the others. Resuming runs the same Python code
 again up to the pause, in microseconds per call, and computes from there.
 
-Frames also refer to many tensors that they never read again. `needs` finds these on one batch, and all batches of this
-kind keep only what it needed. Code that reads a released tensor anyway gets `Forgotten`, which raises `Diverged`.
+Frames also refer to many tensors that they never read again. `needs` finds these on one small batch, and all batches
+that make the same calls keep only what it needed. Code that reads a released tensor anyway gets `Forgotten`, which
+raises `Diverged`.
 
 Only calls that take or return tensors are answered; everything else (grad mode, autocast) runs again. A forward that
 makes other calls the second time, or computes outside torch's functions, does not match its recorded forward. Then

@@ -77,6 +77,7 @@ class Sweeper:
             part.number,
             frozenset(weight.name for weight in self.plan.selected[step.path]),
             part.batches[:-1],
+            part.batches[-1],
             self.device,
             torch.Generator().manual_seed(seed),
             self.needs,

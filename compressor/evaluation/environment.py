@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,16 +48,6 @@ def cpu_name() -> str:
 def cpu_features() -> list[str]:
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return [name for name in FEATURES if name in flags]
-
-
-def peak_rss_bytes(children: bool = False) -> int:
-    """Largest resident size so far of this process, or of the largest child process that has ended."""
-    status = Path("/proc/self/status")
-    if status.is_file() and not children:  # on Linux, ru_maxrss of a child begins at its parent's size
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    used = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def _cpuinfo(key: str) -> str | None:

@@ -82,6 +82,7 @@ class Run(TypedDict):
     seconds: float
     seconds_by_stage: dict[str, float]
     peak_rss_bytes: int
+    peak_rss_bytes_by_stage: dict[str, int]
     predicted_peak_bytes: int
     resumed: list[dict[str, int]]
     speed: dict[str, SpeedRow]

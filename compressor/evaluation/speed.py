@@ -15,10 +15,10 @@ from compressor.artifact.loader import load
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.evaluation.child_messages import SpeedAnswer, SpeedRequest
-from compressor.evaluation.environment import peak_rss_bytes
 from compressor.evaluation.model_loading import is_causal, load_model, read_stored_samples
 from compressor.kernels.prepared.prepare import chosen_kernels
 from compressor.model.block_runner import without_cache
+from compressor.process.memory import peak_rss_bytes
 from compressor.process.resources import ran_out
 
 PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS, DECODE_RUNS = 128, 32, 5, 3

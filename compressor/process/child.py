@@ -28,6 +28,7 @@ from typing import Any
 
 from compressor.errors import CompressError, PassError, PreflightError, error_from, error_to_dict
 from compressor.process.fork_server import IMPORTS, Forked, ForkServer
+from compressor.process.memory import peak_rss_bytes
 from compressor.process.resources import ran_out
 from compressor.process.search_path import named_entries
 
@@ -52,6 +53,18 @@ class ChildBug(Exception):
 
 
 _server: ForkServer | None = None
+_peaks: list[int] | None = None  # of `peaks_of_processes`
+
+
+@contextmanager
+def peaks_of_processes() -> Iterator[list[int]]:
+    """Collects the peak resident size of each process that answers `ask` inside this context, in bytes."""
+    global _peaks
+    outer, _peaks = _peaks, []
+    try:
+        yield _peaks
+    finally:
+        _peaks = outer
 
 
 @contextmanager
@@ -109,6 +122,8 @@ def ask(module: str, request: Mapping[str, object], doing: str) -> Any:
         bug = ChildBug(f"{told['bug']} (in the process that {doing})")
         bug.add_note(told["traceback"])
         raise bug
+    if _peaks is not None:
+        _peaks.append(told["peak_rss_bytes"])
     return told["result"]
 
 
@@ -207,7 +222,7 @@ def serve(module: str) -> None:
     threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
     told: dict[str, Any]
     try:
-        told = {"result": importlib.import_module(module).main(json.loads(line))}
+        told = {"result": importlib.import_module(module).main(json.loads(line)), "peak_rss_bytes": peak_rss_bytes()}
     except CompressError as error:
         told = {"error": error_to_dict(error)}
     except Exception as error:

@@ -145,7 +145,7 @@ def run_ours(settings: argparse.Namespace, model: Path, bits: int, output: Path)
     return {
         **found,
         "core_seconds": run["seconds_by_stage"]["sweep"],
-        "peak_rss_bytes": run["peak_rss_bytes"],
+        "peak_rss_bytes": run["peak_rss_bytes_by_stage"]["sweep"],
         "peak_rss_with_children_bytes": found["peak_rss_bytes"],
         "stages": run["seconds_by_stage"],
     }

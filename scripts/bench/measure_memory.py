@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
 CHILD = """
 import sys, torch
 from pathlib import Path
-from compressor.evaluation.environment import peak_rss_bytes
+from compressor.process.memory import peak_rss_bytes
 from compressor.storage.journal import Journal
 from compressor.engine.plan import make_plan
 from compressor.recipe.recipe import parse_recipe

@@ -49,6 +49,23 @@ def test_what_batches_may_keep_changes_no_byte(family, tmp_path, monkeypatch):
     assert list((tmp_path / "spilled" / "parts" / "hidden").iterdir()) == []
 
 
+def test_paused_batches_keep_what_the_small_probe_batch_reads(tmp_path, monkeypatch):
+    """At its down projection a block reads its residual stream, and the product that the projection multiplies."""
+    kept = []
+    keep_only = block_view.RecordedForward.keep_only
+
+    def noted(recorded, leaves):
+        keep_only(recorded, leaves)
+        kept.append(sum(tensor.numel() for tensor in recorded.kept()))
+
+    monkeypatch.setattr(block_view.RecordedForward, "keep_only", noted)
+    swept(tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16), tmp_path / "w", monkeypatch, 100)
+    blocks, batches, stages, tokens = 2, 6, 4, 32
+    assert len(kept) == blocks * batches * stages
+    widths = [elements // tokens for elements in kept[3 * batches : 4 * batches]]
+    assert set(widths) == {32 + 64}
+
+
 def test_all_groups_in_one_stage_see_the_same_with_and_without_tapes(tmp_path, monkeypatch):
     model = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     found = {swept(model, tmp_path / f"w{share}", monkeypatch, share, b"false") for share in (0, 100)}
