@@ -17,8 +17,9 @@ If the source doesn't fit into memory, transformers loads it to disk, and it is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from compressor.model.checkpoint import Checkpoint
 from compressor.model.model_class import class_of
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
-from compressor.model.streamed import streamed_of
+from compressor.model.streamed import StreamedModel, streamed_of
 from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight, part_of
@@ -98,21 +99,57 @@ def why_not_comparable(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def prints_of(model: Any) -> dict[str, Print]:
-    """The print of every parameter and buffer that isn't on the meta device, under each of its names."""
-    prints: dict[str, Print] = {}
-    known: dict[int, Print] = {}
-    for name, value in _tensors(model):
-        if value.is_meta or value.device.type != "cpu":
-            continue
-        if id(value) not in known:
-            known[id(value)] = _print(value)
-        prints[name] = known[id(value)]
-    if (streamed := streamed_of(model)) is not None:
-        for unit, names in streamed.units.items():
-            with streamed.holding(unit):
-                prints |= {name: _print(_value(model, name)) for name in names}
-    return prints
+@dataclass(frozen=True)
+class Prints:
+    """Prints of a model's parameters and buffers that no step changed, under each of their names.
+
+    is_unchanged  of a name. Prints of other tensors would not be compared
+    """
+
+    model: Any
+    is_unchanged: Callable[[str], bool]
+    found: dict[str, Print] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, manifest: Manifest) -> Prints:
+        """A streamed model is printed while it runs: its parts must be in memory for both."""
+        prints = cls(model, unchanged(manifest))
+        if (streamed := streamed_of(model)) is not None:
+            streamed.placed.append(prints._add_unit)
+        return prints
+
+    def all(self) -> dict[str, Print]:
+        """All prints, once the model has run."""
+        known: dict[int, Print] = {}
+        for name, value in _tensors(self.model):
+            if value.is_meta or value.device.type != "cpu" or not self.is_unchanged(name):
+                continue
+            if id(value) not in known:
+                known[id(value)] = _print(value)
+            self.found[name] = known[id(value)]
+        if (streamed := streamed_of(self.model)) is not None:
+            for unit in streamed.units:  # those that did not run
+                if any(self._lacks(name) for name in streamed.units[unit]):
+                    with streamed.holding(unit):
+                        pass
+        return self.found
+
+    def _lacks(self, name: str) -> bool:
+        return self.is_unchanged(name) and name not in self.found
+
+    def _add_unit(self, unit: str) -> None:
+        streamed = streamed_of(self.model)
+        assert streamed is not None
+        for name in filter(self._lacks, streamed.units.get(unit, ())):
+            self.found[name] = _print(_value(self.model, name))
+
+
+def unchanged(manifest: Manifest) -> Callable[[str], bool]:
+    """Whether a tensor of the model, by its name, is one that no step changed."""
+    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    changed = _stored_parameters(forms) | _rewritten(manifest).keys()
+    functions = tuple(_module(form.weight) + "." for form in forms if form.weight.is_function)
+    return lambda name: name not in changed and not name.startswith(functions)
 
 
 def _value(model: Any, name: str) -> Tensor:
@@ -152,7 +189,7 @@ def compare_tensors(
     _, errors = read_changes(manifest)
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     stored, rewritten = _stored_parameters(forms), _rewritten(manifest)
-    equal, problems = _compare_dense(source, forms, stored | rewritten.keys(), prints)
+    equal, problems = _compare_dense(source, unchanged(manifest), prints)
     problems += _compare_rewritten(source, own, rewritten)
     problems += _tie_problems(source, forms, stored, ties)
     largest, found = _compare_stored(source, own, forms, errors, dtype)
@@ -167,18 +204,16 @@ def _stored_parameters(forms: Sequence[StoredWeight]) -> set[str]:
     return {form.weight.parameter for form in matrices} | biases
 
 
-def _compare_dense(
-    source: Any, forms: Sequence[StoredWeight], stored: set[str], prints: dict[str, Print]
-) -> tuple[int, list[str]]:
+def _compare_dense(source: Any, is_unchanged: Callable[[str], bool], prints: dict[str, Print]) -> tuple[int, list[str]]:
     """Compare tensors that no step changed. Returns the number of equal ones, and the problems."""
-    functions = tuple(_module(form.weight) + "." for form in forms if form.weight.is_function)
     problems: list[str] = []
     equal = 0
-    for name, meant in _source_tensors(source):
-        if name in stored or name.startswith(functions):
+    for name, _ in _tensors(source):
+        if not is_unchanged(name):
             continue
         found = prints.get(name)
-        expected = _print(meant)
+        with _held(source, name) as meant:
+            expected = _print(meant)
         equal += found == expected
         if found is None:
             problems.append(f"{name} of the source is missing in the artifact")
@@ -231,8 +266,7 @@ def _compare_stored(
     """Compare stored weights with the source's. Returns the largest difference from a recorded error; the problems."""
     problems: list[str] = []
     largest = 0.0
-    for weight in (form.weight for form in forms if not form.weight.is_function):
-        error = _error_of(source, own, weight, dtype)
+    for weight, error in _errors_of(source, own, forms, dtype):
         recorded = errors.get(weight.name)
         if recorded is None:
             if not error < 1:  # 1 is the error of a zero weight; NaN fails too
@@ -254,15 +288,32 @@ def _is_as_recorded(error: float, recorded: float) -> bool:
     return abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5
 
 
-def _error_of(source: Any, own: Any, weight: Weight, dtype: torch.dtype) -> float:
-    """Relative distance of a stored weight from the source's; infinite if the shapes differ."""
-    with _held(source, weight.parameter) as whole, _present(own, weight.parameter):
-        meant = part_of(whole, weight)
-        if weight.expert is None:
-            built = own.get_submodule(_module(weight)).matrix(dtype)
-        else:
-            built = part_of(own.get_parameter(weight.parameter), weight)
-        return relative_distance(built, meant) if built.shape == meant.shape else float("inf")
+def _errors_of(
+    source: Any, own: Any, forms: Sequence[StoredWeight], dtype: torch.dtype
+) -> Iterator[tuple[Weight, float]]:
+    """Each stored weight with its relative distance from the source's; infinite if the shapes differ.
+
+    A parameter of many experts, and a block of a streamed model, are read once for all of their weights.
+    """
+    streamed = streamed_of(own)
+    units: dict[str, dict[str, list[Weight]]] = {}
+    for weight in (form.weight for form in forms if not form.weight.is_function):
+        unit = "" if streamed is None else streamed.unit_of(weight.parameter)
+        units.setdefault(unit, {}).setdefault(weight.parameter, []).append(weight)
+    for unit, parameters in units.items():
+        with nullcontext() if streamed is None else streamed.holding(unit):
+            for parameter, weights in parameters.items():
+                with _held(source, parameter) as whole:
+                    for weight in weights:
+                        yield weight, _distance(own, weight, part_of(whole, weight), dtype)
+
+
+def _distance(own: Any, weight: Weight, meant: Tensor, dtype: torch.dtype) -> float:
+    if weight.expert is None:
+        built = own.get_submodule(_module(weight)).matrix(dtype)
+    else:
+        built = part_of(own.get_parameter(weight.parameter), weight)
+    return relative_distance(built, meant) if built.shape == meant.shape else float("inf")
 
 
 def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> list[str]:
@@ -314,7 +365,11 @@ def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
 
 
 def _lend_layers(source: Any, own: Any, manifest: Manifest) -> None:
-    """`put_layers` for a streamed model."""
+    """`put_layers` for a streamed model. Each of its blocks is in memory while the same block of the source runs."""
+    streamed = streamed_of(own)
+    assert streamed is not None
+    for name, _ in own.get_submodule(streamed.blocks_path).named_children():
+        _hold_while_running(source, streamed, f"{streamed.blocks_path}.{name}")
     forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     for kind in sorted({form.form for form in forms}):
         find_layer(kind).prepare(source)
@@ -325,6 +380,13 @@ def _lend_layers(source: Any, own: Any, manifest: Manifest) -> None:
         if form.weight.expert is None:
             owner, _, leaf = _module(form.weight).rpartition(".")
             setattr(source.get_submodule(owner), leaf, _Lent(own, _module(form.weight)))
+
+
+def _hold_while_running(source: Any, streamed: StreamedModel, path: str) -> None:
+    """Keep a block of a streamed model filled while the source's block of the same path runs."""
+    block, stack = source.get_submodule(path), ExitStack()
+    block.register_forward_pre_hook(lambda _module, _args: stack.enter_context(streamed.holding(path)))
+    block.register_forward_hook(lambda _module, _args, _output: stack.close(), always_call=True)
 
 
 class _Lent(torch.nn.Module):
@@ -407,12 +469,6 @@ def _module(weight: Weight) -> str:
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _source_tensors(source: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, _ in _tensors(source):
-        with _held(source, name) as value:
-            yield name, value
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from compressor.artifact import generation
-from compressor.artifact.against_source import Print, prints_of, ties_of
+from compressor.artifact.against_source import Print, Prints, ties_of
 from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
@@ -181,8 +181,8 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
         problems, found.notes = compare_files(artifact.directory, artifact.manifest)
         found.problems += problems
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
-        tensor = artifact.checkpoint.read(name)
-        if tensor.is_floating_point() and not is_finite(tensor):
+        dtype = artifact.checkpoint.tensors[name].dtype
+        if dtype.is_floating_point and not is_finite(artifact.checkpoint.read(name)):
             found.problems.append(f"{name} contains NaN or Inf")
 
 
@@ -251,13 +251,14 @@ def _stock_run(artifact: Artifact, model: Any, probe: Path | None, runs: tuple[s
     with torch.no_grad(), without_cache(model), stock_works(artifact.directory):
         inputs = load_file(probe) if probe else example_batch(model, torch.device("cpu"), samples=2, tokens=32)
         expected = inputs.pop("output", None)
+        prints = Prints.of(model, artifact.manifest)
         outputs = {name: output_of(model(**inputs)) for name in runs}
     return StockRun(
         model=model if keeps else None,
         inputs=inputs,
         expected=expected,
         outputs=outputs,
-        prints=prints_of(model),
+        prints=prints.all(),
         ties=ties_of(model),
         blocks=getattr(model.config.get_text_config(), "num_hidden_layers", 1),
         eps=torch.finfo(model.dtype).eps,
