@@ -17,7 +17,7 @@ If the source doesn't fit into memory, transformers loads it to disk, and it is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,8 +192,8 @@ def compare_tensors(
     equal, problems = _compare_dense(source, unchanged(manifest), prints)
     problems += _compare_rewritten(source, own, rewritten)
     problems += _tie_problems(source, forms, stored, ties)
-    largest, found = _compare_stored(source, own, forms, errors, dtype)
-    problems += found + _expert_problems(source, own, [f for f in forms if f.weight.parameter not in rewritten])
+    largest, found = _compare_stored(source, own, forms, errors, rewritten, dtype)
+    problems += found
     return TensorComparison(equal, len(forms), largest), problems
 
 
@@ -261,40 +261,33 @@ def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], 
 
 
 def _compare_stored(
-    source: Any, own: Any, forms: Sequence[StoredWeight], errors: dict[str, float | None], dtype: torch.dtype
+    source: Any,
+    own: Any,
+    forms: Sequence[StoredWeight],
+    errors: dict[str, float | None],
+    rewritten: Collection[str],
+    dtype: torch.dtype,
 ) -> tuple[float, list[str]]:
-    """Compare stored weights with the source's. Returns the largest difference from a recorded error; the problems."""
-    problems: list[str] = []
-    largest = 0.0
-    for weight, error in _errors_of(source, own, forms, dtype):
-        recorded = errors.get(weight.name)
-        if recorded is None:
-            if not error < 1:  # 1 is the error of a zero weight; NaN fails too
-                problems.append(
-                    f"{weight.name} is not an approximation of the source's weight (relative error {error:.3g})"
-                )
-            continue
-        difference = abs(error - recorded)
-        largest = max(largest, difference)
-        if not _is_as_recorded(error, recorded):
-            problems.append(
-                f"{weight.name} has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
-            )
-    return largest, problems
-
-
-def _is_as_recorded(error: float, recorded: float) -> bool:
-    """NaN is not."""
-    return abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5
-
-
-def _errors_of(
-    source: Any, own: Any, forms: Sequence[StoredWeight], dtype: torch.dtype
-) -> Iterator[tuple[Weight, float]]:
-    """Each stored weight with its relative distance from the source's; infinite if the shapes differ.
+    """Compare stored weights with the source's. Returns the largest difference from a recorded error; the problems.
 
     A parameter of many experts, and a block of a streamed model, are read once for all of their weights.
     """
+    problems: list[str] = []
+    largest = 0.0
+    for parameter, weights in _by_parameter(own, forms):
+        with _held(source, parameter) as whole:
+            for weight in weights:
+                error, recorded = _distance(own, weight, part_of(whole, weight), dtype), errors.get(weight.name)
+                largest = max(largest, 0.0 if recorded is None else abs(error - recorded))
+                problems += _error_problems(weight, error, recorded)
+            experts = [weight for weight in weights if weight.expert is not None and parameter not in rewritten]
+            if experts and not _equal_elsewhere(whole, own.get_parameter(parameter), experts):
+                problems.append(f"{parameter} differs from the source in experts that no step changed")
+    return largest, problems
+
+
+def _by_parameter(own: Any, forms: Sequence[StoredWeight]) -> Iterator[tuple[str, list[Weight]]]:
+    """The stored weights of each parameter, whose block is in memory meanwhile if the model is streamed."""
     streamed = streamed_of(own)
     units: dict[str, dict[str, list[Weight]]] = {}
     for weight in (form.weight for form in forms if not form.weight.is_function):
@@ -302,31 +295,31 @@ def _errors_of(
         units.setdefault(unit, {}).setdefault(weight.parameter, []).append(weight)
     for unit, parameters in units.items():
         with nullcontext() if streamed is None else streamed.holding(unit):
-            for parameter, weights in parameters.items():
-                with _held(source, parameter) as whole:
-                    for weight in weights:
-                        yield weight, _distance(own, weight, part_of(whole, weight), dtype)
+            yield from parameters.items()
+
+
+def _error_problems(weight: Weight, error: float, recorded: float | None) -> list[str]:
+    if recorded is None:
+        is_near = error < 1  # 1 is the error of a zero weight; NaN fails too
+        told = f"is not an approximation of the source's weight (relative error {error:.3g})"
+    else:
+        is_near = _is_as_recorded(error, recorded)
+        told = f"has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
+    return [] if is_near else [f"{weight.name} {told}"]
+
+
+def _is_as_recorded(error: float, recorded: float) -> bool:
+    """NaN is not."""
+    return abs(error - recorded) <= ERROR_TOLERANCE * recorded + 1e-5
 
 
 def _distance(own: Any, weight: Weight, meant: Tensor, dtype: torch.dtype) -> float:
+    """Relative distance of a stored weight from the source's; infinite if the shapes differ."""
     if weight.expert is None:
         built = own.get_submodule(_module(weight)).matrix(dtype)
     else:
         built = part_of(own.get_parameter(weight.parameter), weight)
     return relative_distance(built, meant) if built.shape == meant.shape else float("inf")
-
-
-def _expert_problems(source: Any, own: Any, forms: Sequence[StoredWeight]) -> list[str]:
-    """Problems of parameters of which some experts are stored, and the others differ from the source's."""
-    experts: dict[str, list[Weight]] = {}
-    for weight in (form.weight for form in forms if form.weight.expert is not None):
-        experts.setdefault(weight.parameter, []).append(weight)
-    problems = []
-    for name, members in experts.items():
-        with _held(source, name) as whole, _held(own, name) as built:
-            if not _equal_elsewhere(whole, built, members):
-                problems.append(f"{name} differs from the source in experts that no step changed")
-    return problems
 
 
 def put_layers(source: Any, own: Any, manifest: Manifest) -> None:

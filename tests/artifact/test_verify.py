@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor import run as running
-from compressor.artifact import generation
+from compressor.artifact import generation, streaming
 from compressor.artifact import verify as verifying
 from compressor.artifact.findings import Findings
 from compressor.artifact.verify import verify
@@ -74,6 +75,25 @@ def test_a_sound_artifact_equals_its_source_in_memory_and_from_disk(kind, built,
     assert parts["source"].pop("loaded_to") == "disk"
     assert parts.pop("generated_tokens") == (None if near.pop("generated_tokens") is None else 2)
     assert parts == near
+
+
+@pytest.mark.parametrize("kind", ["llama", "experts"])
+def test_in_parts_a_block_is_read_once_for_each_comparison(kind, built, tmp_path, monkeypatch):
+    """Not once for each weight or expert: a run by each loader, two tokens, the tensors, the source with the layers."""
+    family, steps = CASES[kind]
+    model = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16)
+    artifact = built(model, tmp_path / "out", *steps)
+    read, fill = Counter(), streaming.ArtifactFiller.fill
+
+    def counted(filler, unit, names):
+        read[unit] += 1
+        fill(filler, unit, names)
+
+    monkeypatch.setattr(streaming.ArtifactFiller, "fill", counted)
+    assert found(artifact, model, memory=1)["problems"] == []
+    assert {unit: count for unit, count in read.items() if "layers." in unit} == {
+        f"model.layers.{block}": 6 for block in range(2)
+    }
 
 
 def edit_tensors(directory, change):
