@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,9 +17,9 @@ from compressor.methods.quantization.hessian import inverse_factor
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.protocol.work import Work, factor_operations
 
-SHARE_SECONDS = 0.25  # for each kind of work
+SHARE_SECONDS = 0.2  # for each kind of work
 PRODUCT_TOKENS, PRODUCT_WIDTH = 1024, 2048
-FACTOR_WIDTH, SPECTRUM_WIDTH = 1024, 256
+FACTOR_WIDTH, SPECTRUM_WIDTH = 1024, 512
 VALUES = 1 << 22  # more than a cache holds
 FILE_BYTES = 1 << 25
 SEARCHED_ROWS = 256
@@ -37,6 +39,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Work:
     x, weight = random(PRODUCT_TOKENS, PRODUCT_WIDTH), random(PRODUCT_WIDTH, PRODUCT_WIDTH)
     low_x, low_weight = x.to(dtype), weight.to(dtype)
     tall = random(2 * FACTOR_WIDTH, FACTOR_WIDTH)
+    wide, wide_weight = x[: PRODUCT_TOKENS // 4].double(), weight.double()
     positive = tall.T @ tall
     symmetric = random(SPECTRUM_WIDTH, SPECTRUM_WIDTH, dtype=torch.float64)
     values = random(VALUES)
@@ -45,12 +48,15 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Work:
     return Work(
         products=product * _per_second(lambda: low_x @ low_weight.T, device),
         exact=product * _per_second(lambda: x @ weight, device),
+        double=product / 4 * _per_second(lambda: wide @ wide_weight, device),
         factors=factor_operations(FACTOR_WIDTH)
         * _per_second(partial(inverse_factor, positive, 0.01, 0.01, ""), device),
         spectra=SPECTRUM_WIDTH**3 * _per_second(lambda: torch.linalg.eigh(symmetric), device),
         searched=grouped.numel() * _per_second(lambda: quantize(grouped, search(grouped)), device),
         values=2 * VALUES * _per_second(lambda: values.mul(1.5).round_(), device),
-        stored=FILE_BYTES * _per_second(_write_and_read, device),
+        stored=2 * FILE_BYTES * _per_second(_write_and_read, device),
+        hashed=FILE_BYTES * _per_second(lambda: hashlib.sha256(bytes(FILE_BYTES)).digest(), device),
+        seconds=1.0,
     )
 
 
@@ -62,6 +68,8 @@ def seconds(work: Work, rates: Work) -> float:
 def _write_and_read() -> None:
     with tempfile.TemporaryFile() as file:
         file.write(bytes(FILE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
         file.seek(0)
         file.read()
 

@@ -1,33 +1,60 @@
 """Predicts how long each stage of a run takes, from counts of its work and the measured rates of this machine.
 
-The counts are those of the algorithms (`WeightPass.work`, and here the runs of the blocks). What the machine does in a
-second is measured (`machine_rates`). A stage with a pass that doesn't count its work has no prediction.
+The counts are those of the algorithms: passes count their own work (`work`), and here are the runs of the blocks, the
+reading and writing of parts, and what `write`, `verify` and `evaluate` do. What the machine does in a second is
+measured (`machine_rates`). A stage with a pass that doesn't count its work has no prediction.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from compressor.artifact.generation import GENERATED_TOKENS, PROMPT_TOKENS
+from compressor.engine.calibration_batch import BATCH_TOKENS, IMAGE_TOKENS
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.plan_records import Plan
 from compressor.errors import PreflightError
 from compressor.model.structure import Structure
 from compressor.model.weights import Group
-from compressor.protocol import WeightPass
-from compressor.protocol.work import Work
-from compressor.recipe.recipe import Step
+from compressor.protocol import DataSize, PartWork, RewritePass, TokenPass, WeightPass, Work
+from compressor.recipe.recipe import Recipe, Step
 
 PROBE_TOKENS = 64
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of configs
 LONG_SECONDS = 20.0
 LONGEST_SECONDS = 24 * 3600.0
 # of a laptop, to know whether measuring this machine is worth two seconds
-ORDINARY = Work(products=2e11, exact=1e11, factors=5e10, spectra=2e9, searched=2e7, values=1e9, stored=5e8)
+ORDINARY = Work(
+    products=2e11,
+    exact=1e11,
+    double=5e10,
+    factors=5e10,
+    spectra=2e9,
+    searched=2e7,
+    values=1e9,
+    stored=5e8,
+    hashed=1e9,
+    seconds=1.0,
+)
+
+# Values that elementwise operations read for each output of a matmul, in norms, activations and residual additions.
+PASSES_OVER_OUTPUTS = 4
+# Of a weight that the reference layers dequantize, each time that it is used: codes are unpacked, converted and scaled.
+PASSES_OF_DEQUANTIZING = 10
+PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance from the source's
+PASSES_OVER_LOGITS = 12  # two log-softmax in float32, their divergence and their largest entries
+# The runs of `verify`: the stock loader twice, our own loader, the source as it is and with the artifact's layers.
+DENSE_RUNS, REFERENCE_RUNS = 3, 2
+PROCESS_SECONDS = 0.5  # that a forked process needs before it loads a model; our measurement
+# The runs of one measurement of speed (`evaluation.speed`): the prompt with and without a warm-up, then generations.
+PREFILL_TOKENS, PREFILL_RUNS = 128, 7
+DECODE_TOKENS, DECODE_RUNS = 32, 4
+ENCODED_SAMPLES, ENCODED_RUNS = 32, 6
 
 
 @dataclass(frozen=True)
@@ -50,38 +77,160 @@ class StageWork:
 def stage_works(plan: Plan, measure: bool) -> list[StageWork]:
     """The work of each stage in order. measure: the run evaluates the model before and after"""
     works = [_sweep_work(plan, number, steps) for number, steps in enumerate(plan.recipe.sweeps)]
-    works.append(StageWork("write", (Work(stored=2.0 * plan.weight_bytes),)))
-    probe = _run_of(plan.structure, PROBE_TOKENS)
-    works.append(StageWork("verify", (probe + Work(stored=float(plan.source_bytes + plan.weight_bytes)),)))
+    size = float(plan.weight_bytes)
+    works.append(StageWork("write", (Work(stored=2 * size, hashed=size),)))
+    works.append(StageWork("verify", (_verify_work(plan),)))
     if measure:
-        tokens = plan.recipe.eval.data.samples * plan.recipe.eval.data.length
-        both = _run_of(plan.source, tokens) + _run_of(plan.structure, tokens)
-        works.append(StageWork("evaluate", (both + Work(stored=float(plan.source_bytes + plan.weight_bytes)),)))
+        works.append(StageWork("evaluate", (_evaluate_work(plan),)))
     return works
 
 
 def _sweep_work(plan: Plan, number: int, steps: Sequence[Step]) -> StageWork:
-    """Of a sweep: its steps on each part, and one run of the calibration tokens through the part as it is stored."""
-    structure, tokens = plan.structure, _calibration_tokens(plan, steps)
-    known = True
-    parts = []
-    for part in range(structure.block_count + 2):
-        work = _part_work(structure, part, tokens + PROBE_TOKENS)
-        for step in steps:
-            if not isinstance(step.settings, WeightPass):
-                known = False
-                continue
+    """Of a sweep: its steps on each part, and the run of the calibration tokens through the part as it is stored."""
+    match steps[0].settings:
+        case RewritePass() | TokenPass():
+            parts = _redefining_work(plan, steps[0])
+        case _:
+            parts = _storing_work(plan, steps)
+    return StageWork(f"sweep {number}", tuple(work or Work() for work in parts), None not in parts)
+
+
+def _redefining_work(plan: Plan, step: Step) -> list[Work | None]:
+    """Of a step that changes the model itself. None for parts whose work isn't known."""
+    reshape, settings = plan.reshape_of(step), step.settings
+    parts = part_works(reshape.before)
+    data = data_size(plan.recipe, [step], reshape.before)
+    if isinstance(settings, TokenPass):
+        chosen = settings.work(reshape.facts, data, parts)
+        probe = [part.load + part.run * PROBE_TOKENS for part in parts]
+        return [None if chosen is None else chosen + probe[0], *probe[1:]]
+    assert isinstance(settings, RewritePass)
+    found = settings.work(reshape.facts, data, parts)
+    if found is None:
+        return [None] * len(parts)
+    return [own + part.load * 2 for own, part in zip(found, parts, strict=True)]
+
+
+def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
+    """Of steps that store weights. None for parts whose work isn't known."""
+    structure = plan.structure
+    sizes = [data_size(plan.recipe, [step], structure) for step in steps]
+    tokens = max((size.tokens for size in sizes), default=0)
+    # A batch that a pass has read is run again as the part is stored, except for what it has kept of the block.
+    runs = tokens + sum(size.tokens * (2 if step.settings.decides else 1) for step, size in zip(steps, sizes))
+    parts: list[Work | None] = []
+    for number, part in enumerate(part_works(structure)):
+        work: Work | None = part.load * 2 + part.run * PROBE_TOKENS
+        if number <= structure.block_count:
+            work = part.load * 2 + part.run * (runs + PROBE_TOKENS)
+        for step, size in zip(steps, sizes, strict=True):
             chosen = {weight.name for weight in plan.selected[step.path]}
-            for stage in structure.stages(part):
+            for stage in structure.stages(number):
                 for group in stage:
                     kept = Group(tuple(weight for weight in group if weight.name in chosen))
-                    if not kept.weights:
-                        continue
-                    found = step.settings.work(kept.weights, _tokens_of(kept, structure, tokens))
-                    known = known and found is not None
-                    work += found or Work()
+                    if kept.weights and work is not None:
+                        assert isinstance(step.settings, WeightPass)
+                        own = replace(size, tokens=_tokens_of(kept, structure, size.tokens))
+                        found = step.settings.work(kept.weights, own, part.run)
+                        work = None if found is None else work + found
         parts.append(work)
-    return StageWork(f"sweep {number}", tuple(parts), known)
+    return parts
+
+
+def _verify_work(plan: Plan) -> Work:
+    """Three models are loaded: the artifact twice, and the source, whose every tensor is compared with the artifact's.
+
+    Our own loader runs with reference layers, which dequantize a stored weight each time that it is used.
+    """
+    probe = _run_of(plan.structure, PROBE_TOKENS)
+    stored = _stored_values(plan)
+    dense = float(sum(part.values for part in part_works(plan.structure)))
+    source = float(sum(part.values for part in part_works(plan.source)))
+    itemsize = plan.structure.dtype.itemsize
+    steps = REFERENCE_RUNS + GENERATED_TOKENS
+    return (
+        probe * (DENSE_RUNS + REFERENCE_RUNS)
+        + _run_of(plan.structure, PROMPT_TOKENS)
+        + Work(
+            values=PASSES_OF_DEQUANTIZING * stored * (steps + 1)
+            + dense * GENERATED_TOKENS
+            + PASSES_OF_CHECKING * (dense + source),
+            stored=2.0 * plan.weight_bytes + plan.source_bytes,
+            hashed=plan.weight_bytes + itemsize * (dense + source),
+            seconds=2 * PROCESS_SECONDS,
+        )
+    )
+
+
+def _evaluate_work(plan: Plan) -> Work:
+    """Quality of both models, then the speed of each, and of the artifact with its kernels if it has stored weights."""
+    settings, stored = plan.recipe.eval, _stored_values(plan)
+    tokens = settings.data.samples * _sample_tokens(plan.source, settings.data.length)
+    load = Work(stored=float(plan.source_bytes + plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
+    found = Work()
+    if set(settings.metrics) - {"size", "speed", "memory"}:
+        logits = float(tokens * part_works(plan.source)[-1].outputs)
+        found += load + _run_of(plan.source, tokens) + _run_of(plan.structure, tokens)
+        found += Work(values=PASSES_OVER_LOGITS * logits, seconds=PROCESS_SECONDS)
+    if {"speed", "memory"} & set(settings.metrics):
+        found += load + _speed_work(plan.source) + _speed_work(plan.structure)
+    if "speed" in settings.metrics and stored:
+        found += Work(stored=float(plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
+        found += _speed_work(plan.structure)
+    return found
+
+
+def _speed_work(structure: Structure) -> Work:
+    """Of measuring the speed of a model. A token that is generated alone reads every weight once."""
+    prompt, generates = _sample_tokens(structure, PREFILL_TOKENS), structure.model.can_generate()
+    found = _run_of(structure, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
+    if not generates:
+        return found + _run_of(structure, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
+    weights = sum(part.run.products / 2 for part in part_works(structure))
+    return found + _run_of(structure, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
+
+
+def _stored_values(plan: Plan) -> float:
+    """Number of the weights that are stored in another format."""
+    return float(sum(math.prod(form.weight.shape) for form in plan.forms.values() if not form.weight.is_function))
+
+
+def part_works(structure: Structure) -> list[PartWork]:
+    """The work of each part of a model."""
+    values, sizes = [0] * (structure.block_count + 2), [0] * (structure.block_count + 2)
+    for tensor, part in structure.part_by_tensor.items():
+        info = structure.checkpoint.tensors[tensor]
+        values[part] += math.prod(info.shape)
+        sizes[part] += info.nbytes
+    return [
+        PartWork(
+            values[part], _outputs_of(structure, part), Work(stored=float(sizes[part])), _run_work(structure, part)
+        )
+        for part in range(structure.block_count + 2)
+    ]
+
+
+def _outputs_of(structure: Structure, part: int) -> int:
+    """Values that a part gives for each token: those of its last matmul; 0 if it has none."""
+    stages = structure.stages(part) if part else []
+    return sum(weight.out_features for group in stages[-1] for weight in group) if stages else 0
+
+
+def _run_work(structure: Structure, part: int) -> Work:
+    """Of running one token through a part: its matmuls, and what is computed with their outputs."""
+    products = outputs = 0.0
+    for stage in structure.stages(part) if part else []:
+        for group in stage:
+            share = 1.0 if group.expert is None else _routed_share(structure)
+            for weight in group:
+                products += 2.0 * math.prod(weight.shape) * share
+                outputs += weight.out_features * share
+    return Work(products=products, values=PASSES_OVER_OUTPUTS * outputs)
+
+
+def _run_of(structure: Structure, tokens: int) -> Work:
+    """Of running so many tokens through a model."""
+    return sum((part.run for part in part_works(structure)), Work()) * tokens
 
 
 def _tokens_of(group: Group, structure: Structure, tokens: int) -> int:
@@ -96,23 +245,19 @@ def _routed_share(structure: Structure) -> float:
     return min(1.0, getattr(config, "num_experts_per_tok", experts) / max(experts, 1))
 
 
-def _run_of(structure: Structure, tokens: int) -> Work:
-    return sum((_part_work(structure, part, tokens) for part in range(structure.block_count + 2)), Work())
+def data_size(recipe: Recipe, steps: Sequence[Step], structure: Structure) -> DataSize:
+    """The calibration data of steps."""
+    if all(step.settings.traits.reads == "weights" for step in steps):
+        return DataSize()
+    samples, length = recipe.data.samples, _sample_tokens(structure, recipe.data.length)
+    most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
+    batch = min([max(1, BATCH_TOKENS // length), samples, *most])
+    return DataSize(samples, samples * length, batch * length)
 
 
-def _part_work(structure: Structure, part: int, tokens: int) -> Work:
-    """Of running tokens through a part once."""
-    products = 0.0
-    for stage in structure.stages(part) if part else []:
-        for group in stage:
-            share = _tokens_of(group, structure, tokens)
-            products += sum(2.0 * math.prod(weight.shape) * share for weight in group if not weight.is_function)
-    return Work(products=products)
-
-
-def _calibration_tokens(plan: Plan, steps: Sequence[Step]) -> int:
-    data = plan.recipe.data
-    return data.samples * data.length if any(step.settings.traits.reads != "weights" for step in steps) else 0
+def _sample_tokens(structure: Structure, length: int) -> int:
+    """Tokens of a sample: text has the length of the recipe."""
+    return length if structure.model.main_input_name == "input_ids" else IMAGE_TOKENS
 
 
 def predict_stages(plan: Plan, measure: bool, device: torch.device) -> list[PredictedStage] | None:

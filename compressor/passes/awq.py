@@ -48,11 +48,13 @@ from compressor.methods.quantization.hessian import Gram
 from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.model.weights import part_of
-from compressor.protocol import BlockView, Producer, Stage, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, DataSize, Producer, Stage, Traits, Weight, WeightPass, Work
+from compressor.protocol.work import cholesky
 
 MIN_GAIN = 0.01  # of the square error; on the demo model at 3 bits smaller gains moved perplexity both ways
 PERCDAMP = 0.01  # as gptq's default
 SEARCHED_ROWS = 512  # of a weight, before gptq: errors of rows are alike, so a part of them orders the exponents
+PASSES_OVER_VALUES = 6  # beside the search: scaled, rounded and written
 SMALLEST = 1e-4  # mean magnitudes are not below it: a feature that is always zero would ask for an endless factor
 
 
@@ -96,6 +98,29 @@ class AWQ(WeightPass):
             except ShapeError as error:
                 problems.append((f"{weight.name}: {error.what} {error.hint}", error.data))
         return problems
+
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
+        """As if each group had its own producer. Its inputs need a run of the block up to it: half a run on average."""
+        inputs = weights[0].in_features
+        rows = [weight.out_features for weight in weights]
+        found = run * (0.5 * data.tokens) + Work(values=float(PASSES_OVER_VALUES * sum(rows) * inputs))
+        if self.rounding == "later":
+            searched = float(self.steps * inputs * sum(min(out, SEARCHED_ROWS) for out in rows))
+            moments = Work(products=data.tokens * float(inputs) ** 2) + cholesky(inputs)
+            return found + moments + Work(searched=searched, values=PASSES_OVER_VALUES * searched)
+        searched = float(self.steps * inputs * sum(rows))
+        runs = run * (self.steps * min(data.tokens, self.search_batches * data.batch))
+        stored = Work(searched=float(inputs * sum(rows)))
+        return found + runs + stored + Work(searched=searched, values=PASSES_OVER_VALUES * searched)
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """All weights of a producer in their own dtype twice, and one of them five times in float32; before a later
+        step their sampled rows, and H with a copy and its factor.
+        """
+        inputs, rows = weights[0].in_features, [weight.out_features for weight in weights]
+        if self.rounding == "later":
+            return 12 * inputs**2 + 20 * inputs * sum(min(out, SEARCHED_ROWS) for out in rows) + 8 * inputs * max(rows)
+        return 4 * inputs * sum(rows) + 20 * inputs * max(rows)
 
     def block(self, view: BlockView) -> None:
         producers = view.producers()

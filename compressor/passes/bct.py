@@ -60,11 +60,22 @@ from pydantic_core import PydanticCustomError
 
 from compressor.errors import PassError, ShapeError
 from compressor.lazy import torch
-from compressor.methods.quantization.block_grid import quantize_blocks
+from compressor.methods.quantization.block_grid import SCALES_TRIED, SHIFTS_TRIED, SLAB_ELEMENTS, quantize_blocks
 from compressor.methods.quantization.hessian import Gram
 from compressor.methods.quantization.lookup_tables import Table, activation_table, exp_table, root_table
 from compressor.model.activations import KNOWN
-from compressor.protocol import BlockView, Decision, Group, Stage, Traits, Weight, WeightPass, WholeModel
+from compressor.protocol import (
+    BlockView,
+    DataSize,
+    Decision,
+    Group,
+    Stage,
+    Traits,
+    Weight,
+    WeightPass,
+    WholeModel,
+    Work,
+)
 
 if TYPE_CHECKING:
     from compressor.layers.base import Layer
@@ -78,6 +89,9 @@ FORMS = {  # role -> quantization format, if it isn't that of a matrix
     "softmax": "block_attention",
 }
 FLOAT16_LEAST_SHIFT = -24
+PASSES_OVER_TRIED = 14  # of a scale that is tried: codes, their values, errors, and the better of two results
+PASSES_OVER_VALUES = 12  # copies, packing, dequantization and errors of a weight
+PASSES_OVER_INPUTS = 6
 SAMPLED_ROWS = 512  # of a matrix, to measure its errors for a budget: errors of rows are alike
 
 
@@ -186,6 +200,35 @@ class BCT(WeightPass):
             values = {"budget": budget, "least": least, "matrices": len(weights), "bits": 4}
             return [(told, {"reason": "budget-too-small", **values})]
         return []
+
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
+        inputs = weights[0].in_features
+        found = Work()
+        if data.tokens and weights[0].role != "embedding":
+            found += Work(values=float(PASSES_OVER_INPUTS * data.tokens * inputs))
+        if self.decides and weights[0].role != "embedding":
+            found += Work(products=data.tokens * float(inputs) ** 2, values=2.0 * inputs**2)
+        for weight in weights:
+            values = float(weight.out_features * inputs)
+            found += Work(values=values * (PASSES_OVER_VALUES + PASSES_OVER_TRIED * self._scales_tried))
+            if self.decides:
+                rows = weight.out_features if weight.role == "embedding" else min(SAMPLED_ROWS, weight.out_features)
+                errors = 0.0 if weight.role == "embedding" else 3 * 2.0 * rows * inputs**2
+                tried = 2 * PASSES_OVER_TRIED * self._scales_tried + PASSES_OVER_VALUES
+                found += Work(exact=errors, values=float(rows * inputs * tried))
+        return found
+
+    @property
+    def _scales_tried(self) -> int:
+        if self.scale_search == "max":
+            return 1
+        return SHIFTS_TRIED if self.scale == "shift" else SCALES_TRIED
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Copies of a weight, the rows that are searched at once, and for a budget the second moments twice."""
+        inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
+        moments = 8 * inputs**2 if self.decides and weights[0].role != "embedding" else 0
+        return moments + 20 * largest * inputs + 10 * 4 * SLAB_ELEMENTS
 
     def _budget_bytes(self, weights: int) -> int:
         return self.budget if self.budget is not None else int((self.budget_bits or 0) * weights / 8)

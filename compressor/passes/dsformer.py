@@ -43,7 +43,7 @@ Memory: H and L, 8·in² bytes, 16·in² up to 1024 inputs, and 40·out·in for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -54,6 +54,12 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.lazy import torch
+from compressor.methods.factorization.counted_work import (
+    error_work,
+    matmul_work,
+    metric_work,
+    side_work,
+)
 from compressor.methods.factorization.low_rank import (
     TINY,
     Metric,
@@ -72,7 +78,7 @@ from compressor.methods.factorization.sparse_coding import (
     factorize,
     refit_values,
 )
-from compressor.protocol import BlockView, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass, Work
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear
@@ -83,6 +89,7 @@ DEFAULT_RATIO = 0.5
 WIDEST_BLOCK = 384  # the cost of a pursuit grows with k² m, and k and m grow with the block
 NARROWEST_BLOCK = 8
 RATIO_TOLERANCE = 0.01
+PASSES_OVER_COEFFICIENTS = 20  # of a round, beside its products; the choice of the largest ones is most of them
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,36 @@ class DSFormer(WeightPass):
             return (self.atoms, self.k) if shrinks(weight.shape, size) else None
         wanted = int((self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape))
         return choose_shape(weight.shape, block, wanted, self.density, self.values, RATIO_TOLERANCE)
+
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
+        found = metric_work(weights[0].in_features, data)
+        for weight in weights:
+            if (shape := self._shape(weight)) is not None:
+                found += self._solve_work(weight.shape, self._block(weight), shape[0])
+        if self.refine_steps:  # of the whole block: forwards, and twice as much backwards; this group's share of it
+            values = sum(float(weight.out_features * weight.in_features) for weight in weights)
+            share = min(1.0, 2 * values / max(run.products, 1.0))
+            found += run * (3.0 * self.refine_steps * data.batch * share)
+        return found
+
+    def _solve_work(self, shape: tuple[int, ...], block: int, atoms: int) -> Work:
+        """Of a weight (out, in) whose blocks of inputs have so many atoms."""
+        rows, inputs = shape
+        blocks = inputs // block
+        a_round = 8.0 * rows * atoms**2 + 4.0 * rows * block * atoms
+        targets = (2 * self.sweeps - 1) * float(rows) * inputs**2
+        errors = 4 + (self.sweeps - 1) * blocks  # E is computed after each block that was solved again
+        rounds = self.sweeps * blocks * self.rounds
+        first = Work(double=2.0 * rows * block**2, spectra=float(block) ** 3) * blocks
+        solved = matmul_work(inputs, rounds * a_round + targets) + error_work(shape) * errors
+        passes = Work(values=float(PASSES_OVER_COEFFICIENTS * rounds * rows * atoms))
+        rival = side_work(shape) + Work(spectra=float(min(shape)) ** 3)
+        return first + solved + passes + rival
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """H with its factor and one copy, working copies of a weight, and the spectrum of its smaller side."""
+        inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
+        return 12 * inputs**2 + 40 * largest * inputs + 24 * min(inputs, largest) ** 2
 
     def block(self, view: BlockView) -> None:
         refines = bool(self.refine_steps and view.stages())

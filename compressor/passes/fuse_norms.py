@@ -20,12 +20,26 @@ RMSNorms, which needs the modeling file. Cost: one pass over the weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from compressor.lazy import torch
+from compressor.methods.rotation.counted_work import PASSES_OVER_PARAMETERS
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
 from compressor.model.residual_records import ResidualNorm
-from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefinition, RewritePass, State, Traits
+from compressor.protocol import (
+    DataSize,
+    Decision,
+    Fact,
+    ModelFacts,
+    PartView,
+    PartWork,
+    Redefinition,
+    RewritePass,
+    State,
+    Traits,
+    Work,
+)
 
 
 class FuseNorms(RewritePass):
@@ -38,6 +52,9 @@ class FuseNorms(RewritePass):
     @property
     def traits(self) -> Traits:
         return Traits(reads="weights", provides=frozenset({Fact.NORMS_FOLDED}))
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
+        return [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         config, shapes, notes = untied_head(model)

@@ -36,7 +36,7 @@ from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
-from compressor.protocol import BlockView, Group, Stage, Traits, Weight, WeightPass, Work
+from compressor.protocol import BlockView, DataSize, Group, Stage, Traits, Weight, WeightPass, Work
 from compressor.protocol.work import factor_operations
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
@@ -122,17 +122,23 @@ class GPTQ(WeightPass):
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
 
-    def work(self, weights: Sequence[Weight], tokens: int) -> Work:
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         """The counts at the top of this file."""
         inputs, outputs = weights[0].in_features, sum(weight.out_features for weight in weights)
         count = float(outputs * inputs)
         return Work(
-            products=tokens * float(inputs) ** 2,
+            products=data.tokens * float(inputs) ** 2,
             exact=count * inputs,
             factors=factor_operations(inputs),
             searched=0.0 if self.scale_search == "minmax" else count,
             values=PASSES_OVER_VALUES * count,
         )
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """H and its factor, five copies of a weight in float32, and the rows that are solved at a time."""
+        inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
+        size = 8 if self.hessian_dtype == "float32" else 20
+        return size * inputs**2 + 5 * largest * inputs + 5 * 4 * WORKING_ELEMENTS
 
     @property
     def _permutes_groups(self) -> bool:

@@ -36,6 +36,7 @@ from pydantic import Field, NonNegativeFloat
 from compressor.bounds import Count
 from compressor.errors import PassError, PreflightError
 from compressor.lazy import torch
+from compressor.methods.pruning.counted_work import PASSES_OVER_PARAMETERS, divergence_work
 from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
@@ -53,7 +54,19 @@ from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition
 from compressor.model.facts import PrunableModule
-from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
+from compressor.protocol import (
+    DataSize,
+    Decision,
+    ModelFacts,
+    PartView,
+    PartWork,
+    Redefinition,
+    RewritePass,
+    RunnableModel,
+    State,
+    Traits,
+    Work,
+)
 
 KINDS = ("heads", "ffn")
 SAMPLES_AT_ONCE = 4  # of a batch; the ranking uses whole batches
@@ -130,6 +143,33 @@ class GreedyRemoval(RewritePass):
     @property
     def batch_samples(self) -> int | None:
         return SAMPLES_AT_ONCE
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
+        """As if every candidate were measured again after the ranking. An evaluation runs half of the blocks."""
+        found = [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
+        whole, ranked = self._evaluations(model)
+        search = RANKED_SHARE * (1 - self.confirm) * data.tokens
+        batches = max(1, -(-data.samples // SAMPLES_AT_ONCE))
+        share = max(search, data.tokens / batches)  # of the tokens, at least one batch
+        tokens = whole * data.tokens + ranked * share
+        blocks, head = sum((block.run for block in parts[1:-1]), Work()), parts[-1]
+        load = sum((block.load for block in parts[1:-1]), Work())
+        found[0] += load * (1 + 0.5 * (whole + ranked)) + blocks * (data.tokens + 0.5 * tokens)
+        found[0] += head.run * (data.tokens + tokens) + divergence_work(tokens, head.outputs)
+        return found
+
+    def _evaluations(self, model: ModelFacts) -> tuple[int, int]:
+        """Largest numbers of losses that are measured: on all samples, and on those of the ranking."""
+        sites = model.prunable(KINDS)
+        whole, ranked = 1, 0
+        for tier in self.tiers:
+            left = self.max_evaluations - whole - ranked
+            candidates = len(self._candidates(tier, sites))
+            if self.order == "loss":
+                ranked += (tried := min(candidates, left // 2))
+                candidates = tried
+            whole += min((2 if self.retry else 1) * candidates, self.max_evaluations - whole - ranked)
+        return whole, ranked
 
     def choose(self, model: RunnableModel) -> Decision:
         """Search for the parts to remove. raises PassError for data that can't be used for the search"""

@@ -27,6 +27,7 @@ Storage besides the weights: 2·out·k bytes for k calibrated columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -38,10 +39,12 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.protocol import BlockView, Group, Traits, Weight, WeightPass
+from compressor.protocol import BlockView, DataSize, Group, Traits, Weight, WeightPass, Work
 
 STUDIED_MAGNITUDE = 6.0  # an outlier in appendix C of the paper; used for the report if the split is off
 MOST_COLUMNS = 128  # the paper saw at most 7 features in models up to 13B
+PASSES_OVER_WEIGHTS = 16  # copies, rounding, dequantization and errors of a weight
+PASSES_OVER_INPUTS = 8  # magnitudes and comparisons of the inputs, if outliers are counted
 LISTED_FEATURES = 16  # number of largest features in the report's row of a weight
 
 
@@ -114,6 +117,11 @@ class LLMInt8(WeightPass):
         """The format parameters. `plan` counts no outlier columns, since calibration decides their number."""
         found = {"threshold": self.threshold, "outliers": self.outliers}
         return found if self.outliers == "dynamic" else {**found, "outlier_columns": 0}
+
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
+        count = float(sum(weight.out_features * weight.in_features for weight in weights))
+        seen = float(data.tokens * weights[0].in_features) if self._counts else 0.0
+        return Work(values=PASSES_OVER_WEIGHTS * count + PASSES_OVER_INPUTS * seen)
 
     def block(self, view: BlockView) -> None:
         for stage in view.stages(sequential=False):

@@ -31,6 +31,7 @@ from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.lazy import torch
+from compressor.methods.factorization.counted_work import error_work, factors_work, metric_work, spectrum_work
 from compressor.methods.factorization.low_rank import (
     Metric,
     Spectrum,
@@ -41,7 +42,7 @@ from compressor.methods.factorization.low_rank import (
     spectrum,
     stage_metrics,
 )
-from compressor.protocol import BlockView, Decision, Traits, Weight, WeightPass, WholeModel
+from compressor.protocol import BlockView, DataSize, Decision, Traits, Weight, WeightPass, WholeModel, Work
 
 FORM, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
@@ -148,6 +149,21 @@ class LowRank(WeightPass):
             values = {"budget": self.budget, "least": least, "matrices": len(matrices), "rank": 1}
             return [(told, {"reason": "budget-too-small", **values})]
         return []
+
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
+        spectra = sum((spectrum_work(weight.shape) for weight in weights), Work())
+        found = metric_work(weights[0].in_features, data) + spectra
+        if self.decides:
+            found *= 2
+        for weight in weights:
+            rank = float(self._planned_rank(weight.shape))
+            found += error_work(weight.shape) * 2 + factors_work(weight.shape, rank)
+        return found
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """H with its factor and one copy, three copies of a weight, and the spectrum of its smaller side in float64."""
+        inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
+        return 12 * inputs**2 + 16 * largest * inputs + 40 * min(inputs, largest) ** 2
 
     def decide(self, model: WholeModel) -> Decision | None:
         """Ranks of all matrices within the budget; null means dense."""

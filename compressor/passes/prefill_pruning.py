@@ -20,13 +20,14 @@ becomes faster.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError, values_of
-from compressor.protocol import Decision, ModelFacts, Redefinition, TokenPass, Traits
+from compressor.protocol import DataSize, Decision, ModelFacts, PartWork, Redefinition, TokenPass, Traits, Work
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); ours: early blocks can't tell which tokens matter
 NOTE = (
@@ -55,6 +56,9 @@ class PrefillPruning(TokenPass):
     @property
     def traits(self) -> Traits:
         return Traits(reads="weights")
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> Work:
+        return Work()  # it reads only the config
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """The config with token gates. raises PreflightError for a missing block, or blocks that can't have gates"""

@@ -13,12 +13,13 @@ run of the model and one eigendecomposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from compressor.lazy import torch
+from compressor.methods.rotation.counted_work import pooled_work, rotated_work
 from compressor.methods.rotation.rotation import (
     pca,
     pooled_covariance,
@@ -26,7 +27,20 @@ from compressor.methods.rotation.rotation import (
     randomized_hadamard,
     rotate_part,
 )
-from compressor.protocol import Decision, Fact, ModelFacts, PartView, Redefinition, RewritePass, State, Traits
+from compressor.protocol import (
+    DataSize,
+    Decision,
+    Fact,
+    ModelFacts,
+    PartView,
+    PartWork,
+    Redefinition,
+    RewritePass,
+    State,
+    Traits,
+    Work,
+)
+from compressor.protocol.work import orthogonal
 
 
 class Rotate(RewritePass):
@@ -46,6 +60,19 @@ class Rotate(RewritePass):
     def traits(self) -> Traits:
         reads = "inputs" if self.rotation == "pca" else "weights"
         return Traits(reads=reads, requires=frozenset({Fact.NORMS_FOLDED}))  # type: ignore[arg-type]
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
+        width = model.residual.width
+        found = [rotated_work(part.values, width) for part in parts]
+        if self.rotation == "pca":
+            found[0] += pooled_work(parts, [len(block) for block in model.residual.blocks], data, width)
+        elif self.rotation == "random":
+            found[0] += orthogonal(width)
+        return found
+
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """As in `RewritePass`, and the rotation with three more matrices of its size."""
+        return super().memory(model, data, parts) + 32 * model.residual.width**2
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         return Redefinition(widths=(model.residual.width,) * 2)

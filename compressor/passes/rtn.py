@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
-from compressor.protocol import BlockView, Traits, Weight, WeightPass, Work
+from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass, Work
 
 
 class RTN(WeightPass):
@@ -38,7 +38,7 @@ class RTN(WeightPass):
     def spec(self, weight: Weight) -> dict[str, Any]:
         return packed_spec(weight, self.bits, self.group_size, self.symmetric)
 
-    def work(self, weights: Sequence[Weight], tokens: int) -> Work:
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         count = float(sum(weight.out_features * weight.in_features for weight in weights))
         return Work(searched=count) if self.scale_search == "mse" else Work(values=4 * count)
 

@@ -37,7 +37,7 @@ and one for the dense model. Memory: one covariance (D, D) float64 and one block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -49,6 +49,12 @@ from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
 from compressor.methods.divergence import divergence_terms
+from compressor.methods.rotation.counted_work import (
+    axes_work,
+    pooled_work,
+    projected_work,
+    rotated_work,
+)
 from compressor.methods.rotation.rotation import (
     Covariance,
     norm_covariance,
@@ -74,20 +80,25 @@ from compressor.methods.rotation.sliced_shapes import (
     widest_that_shrinks,
 )
 from compressor.protocol import (
+    DataSize,
     Decision,
     Fact,
     ModelFacts,
     PartView,
+    PartWork,
     Redefinition,
     RewritePass,
     RunnableModel,
     State,
     Traits,
+    Work,
 )
+from compressor.protocol.work import eigenvectors, orthogonal
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below it, float64 second moments of float32 values are noise
 HARD_FROM = 0.1  # of the width; Llama-3.1-8B gets from perplexity 6.24 to 8.04 at 10 % and to 11.31 at 20 %
 HARD = "models trained on far more text than Llama 2 lose much more at this sparsity; measure the loss"
+PASSES_OVER_LOGITS = 12  # of a comparison of two outputs in float64
 ENOUGH = 4  # calibration tokens per dimension of the residual stream
 
 
@@ -152,6 +163,41 @@ class SliceGPT(RewritePass):
                 data={"width": width, "sparsity": self.sparsity, "round_to": self.round_to},
             )
         return kept
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
+        """With `orientation: auto` as if per_site, which is more work, were the better one."""
+        width, kept = model.residual.width, self._kept(model.residual.width)
+        sublayers = [len(block) for block in model.residual.blocks]
+        found = [rotated_work(part.values, kept) for part in parts]
+        if self.decides:
+            found[0] += self._choice_work(parts, sublayers, data, width, kept)
+        if self.orientation == "global" and _why_not_global(model, kept) is None:
+            found[0] += pooled_work(parts, sublayers, data, width) + orthogonal(kept)
+            return found
+        found[0] += axes_work(data, width, kept)
+        for number, count in enumerate(sublayers, 1):
+            found[number] += _sliced_run(parts[number], count, data, width, kept)
+        return found
+
+    def _choice_work(
+        self, parts: Sequence[PartWork], sublayers: Sequence[int], data: DataSize, width: int, kept: int
+    ) -> Work:
+        """Of `choose`: a run of the dense model, and one for each model that it is compared with."""
+        found = Work()
+        if self.schedule == "variance":
+            found += pooled_work(parts, sublayers, data, width) + eigenvectors(width) * (sum(sublayers) - 1)
+        if self.orientation != "auto":
+            return found
+        found += pooled_work(parts, sublayers, data, width)
+        for part, count in zip(parts[1:-1], sublayers, strict=True):
+            found += part.load * 2 + part.run * data.tokens + projected_work(data, width, kept) * count
+            found += _sliced_run(part, count, data, width, kept)
+        logits = float(data.tokens * parts[-1].outputs)
+        return found + parts[-1].run * (4 * data.tokens) + Work(values=2 * PASSES_OVER_LOGITS * logits)
+
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """As in `RewritePass`, and the second moments with their axes and the work space for these."""
+        return super().memory(model, data, parts) + 48 * model.residual.width**2
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """The sliced config and shapes. raises PreflightError for a width of 0, or a model that would become larger"""
@@ -360,6 +406,16 @@ class SliceGPT(RewritePass):
                 carried["basis"] = self._axes(view, [])[1][:, : widths[0]]
             end = view.states()
         return end
+
+
+def _sliced_run(block: PartWork, sublayers: int, data: DataSize, width: int, kept: int) -> Work:
+    """Of slicing a block at each sublayer: a run up to the next one for its axes, and one run of the whole block."""
+    found = block.run * data.tokens
+    for number in range(1, sublayers + 1):
+        found += block.run * (data.tokens * number / sublayers) + axes_work(data, width, kept)
+        found += projected_work(data, width, kept) * (number + 1)
+        found += Work(double=2.0 * width * kept**2)  # the matrix on the residual path
+    return found
 
 
 def _why_not_global(model: ModelFacts, kept: int) -> str | None:

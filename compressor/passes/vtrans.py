@@ -31,6 +31,7 @@ masks are only a few numbers for each head or neuron.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -40,6 +41,7 @@ from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import PreflightError
+from compressor.methods.pruning.counted_work import PASSES_OVER_PARAMETERS, divergence_work, repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
@@ -48,7 +50,19 @@ from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_
 from compressor.methods.pruning.reconstruction import RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.model.facts import PrunableModule
-from compressor.protocol import Decision, ModelFacts, PartView, Redefinition, RewritePass, RunnableModel, State, Traits
+from compressor.protocol import (
+    DataSize,
+    Decision,
+    ModelFacts,
+    PartView,
+    PartWork,
+    Redefinition,
+    RewritePass,
+    RunnableModel,
+    State,
+    Traits,
+    Work,
+)
 
 HARD_FROM = 0.6  # of the prunable size; above it the authors' README has other constants for trained masks
 HARD = "more than 0.6 is removed while weights stay unchanged; expect a large loss, and measure it"
@@ -151,6 +165,36 @@ class VTrans(RewritePass):
         """The kinds of structure to find in the model. For the stream alone also an MLP, to know its width."""
         named = tuple(kind for kind in ("heads", "ffn") if kind in self.sites)
         return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
+        """A training step runs the model forwards twice, and backwards, which is as much for frozen weights."""
+        found = [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
+        if not self.decides:
+            return found
+        blocks, head = parts[1:-1], parts[-1]
+        samples = min(self.samples, data.samples)
+        step = samples * data.tokens / max(1, data.samples)
+        for block in blocks:
+            found[0] += block.load + block.run * data.tokens + (block.load * 2 + block.run * (3 * step)) * self.steps
+        found[0] += (head.run * (3 * step) + divergence_work(2 * step, head.outputs)) * self.steps
+        if self.reconstruct:
+            for site in model.prunable(self._kinds):
+                outputs, inputs = _projection_shape(model, site)
+                kept = round((1 - self.target) * inputs)
+                found[site.block + 1] += repair_work(parts[site.block + 1], data, outputs, inputs, kept)
+            for number, block in enumerate(blocks, 1):
+                found[number] += block.run * data.tokens
+        return found
+
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """As in `RewritePass`; for a repair second moments with two copies, and four copies of an output projection,
+        all in float64.
+        """
+        found = super().memory(model, data, parts)
+        if not (self.decides and self.reconstruct):
+            return found
+        shapes = [_projection_shape(model, site) for site in model.prunable(self._kinds)]
+        return found + max(24 * inputs**2 + 32 * outputs * inputs for outputs, inputs in shapes)
 
     def choose(self, model: RunnableModel) -> Decision:
         """Train the masks and prune to the target. raises PassError for data that can't be used for training"""
@@ -357,6 +401,12 @@ class VTrans(RewritePass):
                 hint=f"Set target to {reachable:g} or less, or allow more with sites, min_heads, min_ffn, align or of.",
                 data={"target": self.target, "measure": self.measure, "reachable": reachable},
             ) from error
+
+
+def _projection_shape(model: ModelFacts, site: PrunableModule) -> tuple[int, int]:
+    """(outputs, inputs) of a sub-block's output projection."""
+    inputs = sum(len(columns) for columns in site.columns)
+    return math.prod(model.shapes[site.cuts[0].parameter]) // inputs, inputs
 
 
 def _switch(site: PrunableModule) -> str:

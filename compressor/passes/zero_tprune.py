@@ -32,7 +32,7 @@ Cost: `keep` reads no data. `target_macs` costs a run of the model for each step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,7 +44,19 @@ from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
 from compressor.methods.divergence import divergence_terms
-from compressor.protocol import Decision, Fact, ModelFacts, Redefinition, RunnableModel, TokenFacts, TokenPass, Traits
+from compressor.protocol import (
+    DataSize,
+    Decision,
+    Fact,
+    ModelFacts,
+    PartWork,
+    Redefinition,
+    RunnableModel,
+    TokenFacts,
+    TokenPass,
+    Traits,
+    Work,
+)
 
 FEWEST = 4  # least number of tokens that a gate may leave
 NOMINAL_TOKENS = 64  # of a text whose length isn't known
@@ -147,6 +159,21 @@ class ZeroTPrune(TokenPass):
     @property
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "exact"
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> Work:
+        """Of the search, as if all gates got the same rate in the end: each step of a gate tries a step of every gate.
+        A trial runs the model from the changed gate on, half of the blocks with gates on average.
+        """
+        if self.target_macs is None:
+            return Work()
+        facts = model.tokens()
+        rates = self._alike(facts, len(facts.blocks))
+        steps = sum(round((1 - rate) / STEP) for rate in rates.values())
+        trials = (steps + POLISHING) * (len(rates) + 1)
+        behind = parts[1 + min(rates) : -1]
+        found = sum((part.load + part.run * data.tokens for part in parts), Work())
+        trial = sum((part.load + part.run * data.tokens for part in behind), Work()) * 0.5
+        return found + (trial + parts[-1].run * data.samples) * trials
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """The config with token gates. raises PreflightError for a block that is missing, is wrapped already or would

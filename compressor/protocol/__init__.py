@@ -25,4 +25,6 @@ from compressor.protocol.views import PartView as PartView
 from compressor.protocol.views import RunnableModel as RunnableModel
 from compressor.protocol.views import State as State
 from compressor.protocol.views import WholeModel as WholeModel
+from compressor.protocol.work import DataSize as DataSize
+from compressor.protocol.work import PartWork as PartWork
 from compressor.protocol.work import Work as Work

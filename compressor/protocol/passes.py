@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compressor.model.facts import Decision, ModelFacts, Redefinition
 from compressor.model.weights import Weight
 from compressor.protocol.views import BlockView, PartView, RunnableModel, State, WholeModel
-from compressor.protocol.work import Work
+from compressor.protocol.work import DataSize, PartWork, Work
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +126,25 @@ class WeightPass(Pass):
         """Further problems of the selected weights, which `plan` lists (one sentence each, and its values)."""
         return []
 
-    def work(self, weights: Sequence[Weight], tokens: int) -> Work | None:
-        """The work on weights that read the same input, of which `tokens` calibration tokens are seen.
+    def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work | None:
+        """The work on weights that read the same input, for `decide` and for the sweep.
 
-        Runs of the block aren't counted. None: it isn't known, so `plan` predicts no time for the sweep.
+        The engine counts the runs of the part that `fold` needs, and one more run of the model if the pass `decides`.
+        Further runs are counted here, as `run * tokens`.
+
+        data  the calibration tokens that reach these weights
+        run   the work of running one token through the part
+        returns  None: it isn't known, so `plan` predicts no time for the sweep
         """
         return None
+
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Bytes of the working copies that exist at once for weights that read the same input, beside the block itself.
+
+        The default is enough for second moments with two factors, and for five float32 copies of the largest weight.
+        """
+        inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
+        return (12 * inputs**2 if data.tokens else 0) + 20 * largest * inputs
 
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep. Every view then has it as `view.decision`."""
@@ -156,6 +169,24 @@ class RewritePass(Pass):
     """
 
     keeps_function: ClassVar[bool] = False  # the model computes the same as before, except for rounding
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work] | None:
+        """The work on each part. What comes before the first part is written, `choose` and `survey`, counts in part 0.
+
+        The engine counts that each part is loaded, read, and written once.
+
+        parts    embeddings, blocks and output head of the model before this step
+        returns  None: it isn't known, so `plan` predicts no time for the sweep
+        """
+        return None
+
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """Bytes of the working copies that exist at once, beside one part of the model and a batch.
+
+        The default is enough for the new parameters of the largest part in float64, one more copy in float64, and one
+        in the model's dtype.
+        """
+        return 20 * max(part.values for part in parts)
 
     def choose(self, model: RunnableModel) -> Decision:
         """The choice of the new shapes, if it needs a run of the model, as JSON. Called if the pass `decides`."""
@@ -188,6 +219,10 @@ class RewritePass(Pass):
 
 class TokenPass(Pass):
     """Lets blocks drop tokens. It writes no parameter, so it may stand before or after steps that store weights."""
+
+    def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> Work | None:
+        """The work of `choose`. See `RewritePass.work`."""
+        return None
 
     def choose(self, model: RunnableModel) -> Decision:
         """The choice of the token gates, if it needs a run of the model, as JSON. Called if the pass `decides`."""
