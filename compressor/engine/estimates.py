@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,11 @@ from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, lim
 from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
-from compressor.engine.plan_records import Findings, Formats, Sizes
+from compressor.engine.part_work import chosen_groups, data_size, part_works, tokens_of
+from compressor.engine.plan_records import Findings, Formats, Reshape, Selected, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
+from compressor.protocol import RewritePass, WeightPass
 from compressor.storage.safetensors_file import header_bytes
 
 if TYPE_CHECKING:
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from compressor.recipe.recipe import Recipe
     from compressor.recipe.schema import LimitsSettings
 
-# Working copies of one group, as the code makes them: of its hessian and factors per input squared, of its weight per
-# value.
-HESSIAN_BYTES, SOLVE_BYTES = 12, 20
 BATCH_COPIES = 6  # tensors of the widest width that exist at once while a batch runs through a block; an estimate
 SPARE_DISK_BYTES = 16 << 20
 SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
@@ -78,6 +77,8 @@ def planned_tensors(
 def predict_sizes(
     recipe: Recipe,
     structure: Structure,
+    reshapes: Sequence[Reshape],
+    selected: Selected,
     functions: Functions,
     formats: Formats,
     export_format: ExportFormat,
@@ -87,7 +88,7 @@ def predict_sizes(
     stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
     side = _side_file_bytes(recipe, structure, list(formats.forms.values()), export_format, untied)
-    sweep = _sweep_memory(recipe, structure, formats.forms)
+    sweep = _sweep_memory(recipe, structure, reshapes, selected)
     spills = sweep.held + sweep.activations > limit_bytes(recipe.limits.memory)
     peak = sweep.held + (0 if spills else sweep.activations)
     spilled = 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
@@ -137,8 +138,10 @@ class SweepMemory:
     activations: int
 
 
-def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, StoredWeight]) -> SweepMemory:
-    """Interpreter, embeddings, and the larger of these: the output head; a block twice with a batch and a solve."""
+def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Reshape], selected: Selected) -> SweepMemory:
+    """Interpreter, embeddings, and the larger of these: the output head; a block twice with a batch and the working
+    copies of a pass; a part that a step rewrites.
+    """
     parts = _part_bytes(structure)
     blocks = parts[1:-1]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
@@ -147,22 +150,41 @@ def _sweep_memory(recipe: Recipe, structure: Structure, forms: Mapping[str, Stor
     streams = 1 + RECORDED_SHARE
     if "gradients" in reads:  # a few batches keep one per block, all keep the first and last
         streams = max(streams, 3)
-    part_of = {weight.name: part for part, weight in structure.weights()}
-    working = {True: 0, False: 0}  # in a block, and at the ends
-    for form in forms.values():
-        if form.weight.is_function:
-            continue
-        rows, columns = form.weight.shape
-        hessian = HESSIAN_BYTES * columns**2 if tokens else 0
-        in_block = 0 < part_of.get(form.weight.name, 1) <= structure.block_count
-        working[in_block] = max(working[in_block], hessian + SOLVE_BYTES * rows * columns)
     batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
-    in_blocks = parts[0] + 2 * held + working[True] + batch
-    at_head = parts[0] + parts[-1] + working[False] + (held if recipe.model.placement == "resident" else 0)
+    resident = held if recipe.model.placement == "resident" else 0
+    in_blocks = parts[0] + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
+    at_head = parts[0] + parts[-1] + _working_bytes(recipe, structure, selected, in_blocks=False) + resident
+    rewriting = max((_rewriting_bytes(recipe, reshape) for reshape in reshapes), default=0)
     return SweepMemory(
-        INTERPRETER_BYTES + max(in_blocks, at_head),
+        INTERPRETER_BYTES + max(in_blocks, at_head, rewriting),
         streams * tokens * _hidden_width(structure) * structure.dtype.itemsize,
     )
+
+
+def _working_bytes(recipe: Recipe, structure: Structure, selected: Selected, *, in_blocks: bool) -> int:
+    """The largest working copies of a step that stores weights, in the blocks or in embeddings and output head."""
+    ends = (0, structure.block_count + 1)
+    largest = 0
+    for step in recipe.steps:
+        if not isinstance(step.settings, WeightPass):
+            continue
+        data, chosen = data_size(recipe, [step], structure), {weight.name for weight in selected[step.path]}
+        for part in range(1, structure.block_count + 1) if in_blocks else ends:
+            for group in chosen_groups(structure, part, chosen):
+                own = replace(data, tokens=tokens_of(group, structure, data.tokens))
+                largest = max(largest, step.settings.memory(group.weights, own))
+    return largest
+
+
+def _rewriting_bytes(recipe: Recipe, reshape: Reshape) -> int:
+    """Memory of a step that rewrites the model, except for the interpreter and the activations."""
+    step, before = reshape.step, reshape.before
+    if not isinstance(step.settings, RewritePass):
+        return 0
+    data, parts = data_size(recipe, [step], before), _part_bytes(before)
+    held = sum(parts[1:-1]) if recipe.model.placement == "resident" else max(parts)
+    working = step.settings.memory(reshape.facts, data, part_works(before))
+    return parts[0] + held + working + _batch_bytes(before, min(BATCH_TOKENS, data.tokens))
 
 
 def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:

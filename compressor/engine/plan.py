@@ -124,7 +124,7 @@ def _with_storing_steps(
     export_format = _export_format(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
     sizes = Sizes()
     if export_format is not None:
-        sizes = predict_sizes(recipe, structure, functions, formats, export_format, untied)
+        sizes = predict_sizes(recipe, structure, reshapes, selected, functions, formats, export_format, untied)
     _warn_of_undecided_sizes(recipe, reshapes, findings)
     _warn_of_divided_data(recipe, findings)
     unused = _unused_tensors(source, structure, reshapes, findings)

@@ -14,18 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from compressor.artifact.generation import GENERATED_TOKENS, PROMPT_TOKENS
-from compressor.engine.calibration_batch import BATCH_TOKENS, IMAGE_TOKENS
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
+from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
 from compressor.engine.plan_records import Plan
 from compressor.errors import PreflightError
 from compressor.model.structure import Structure
-from compressor.model.weights import Group
-from compressor.protocol import DataSize, PartWork, RewritePass, TokenPass, WeightPass, Work
-from compressor.recipe.recipe import Recipe, Step
+from compressor.protocol import RewritePass, TokenPass, WeightPass, Work
+from compressor.recipe.recipe import Step
 
 PROBE_TOKENS = 64
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of configs
 LONG_SECONDS = 20.0
 LONGEST_SECONDS = 24 * 3600.0
 # of a laptop, to know whether measuring this machine is worth two seconds
@@ -42,8 +40,6 @@ ORDINARY = Work(
     seconds=1.0,
 )
 
-# Values that elementwise operations read for each output of a matmul, in norms, activations and residual additions.
-PASSES_OVER_OUTPUTS = 4
 # Of a weight that the reference layers dequantize, each time that it is used: codes are unpacked, converted and scaled.
 PASSES_OF_DEQUANTIZING = 10
 PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance from the source's
@@ -125,14 +121,11 @@ def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
             work = part.load * 2 + part.run * (runs + PROBE_TOKENS)
         for step, size in zip(steps, sizes, strict=True):
             chosen = {weight.name for weight in plan.selected[step.path]}
-            for stage in structure.stages(number):
-                for group in stage:
-                    kept = Group(tuple(weight for weight in group if weight.name in chosen))
-                    if kept.weights and work is not None:
-                        assert isinstance(step.settings, WeightPass)
-                        own = replace(size, tokens=_tokens_of(kept, structure, size.tokens))
-                        found = step.settings.work(kept.weights, own, part.run)
-                        work = None if found is None else work + found
+            for group in chosen_groups(structure, number, chosen):
+                assert isinstance(step.settings, WeightPass)
+                own = replace(size, tokens=tokens_of(group, structure, size.tokens))
+                found = step.settings.work(group.weights, own, part.run)
+                work = None if found is None or work is None else work + found
         parts.append(work)
     return parts
 
@@ -142,7 +135,7 @@ def _verify_work(plan: Plan) -> Work:
 
     Our own loader runs with reference layers, which dequantize a stored weight each time that it is used.
     """
-    probe = _run_of(plan.structure, PROBE_TOKENS)
+    probe = run_of(plan.structure, PROBE_TOKENS)
     stored = _stored_values(plan)
     dense = float(sum(part.values for part in part_works(plan.structure)))
     source = float(sum(part.values for part in part_works(plan.source)))
@@ -150,7 +143,7 @@ def _verify_work(plan: Plan) -> Work:
     steps = REFERENCE_RUNS + GENERATED_TOKENS
     return (
         probe * (DENSE_RUNS + REFERENCE_RUNS)
-        + _run_of(plan.structure, PROMPT_TOKENS)
+        + run_of(plan.structure, PROMPT_TOKENS)
         + Work(
             values=PASSES_OF_DEQUANTIZING * stored * (steps + 1)
             + dense * GENERATED_TOKENS
@@ -165,12 +158,12 @@ def _verify_work(plan: Plan) -> Work:
 def _evaluate_work(plan: Plan) -> Work:
     """Quality of both models, then the speed of each, and of the artifact with its kernels if it has stored weights."""
     settings, stored = plan.recipe.eval, _stored_values(plan)
-    tokens = settings.data.samples * _sample_tokens(plan.source, settings.data.length)
+    tokens = settings.data.samples * sample_tokens(plan.source, settings.data.length)
     load = Work(stored=float(plan.source_bytes + plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
     found = Work()
     if set(settings.metrics) - {"size", "speed", "memory"}:
         logits = float(tokens * part_works(plan.source)[-1].outputs)
-        found += load + _run_of(plan.source, tokens) + _run_of(plan.structure, tokens)
+        found += load + run_of(plan.source, tokens) + run_of(plan.structure, tokens)
         found += Work(values=PASSES_OVER_LOGITS * logits, seconds=PROCESS_SECONDS)
     if {"speed", "memory"} & set(settings.metrics):
         found += load + _speed_work(plan.source) + _speed_work(plan.structure)
@@ -182,82 +175,17 @@ def _evaluate_work(plan: Plan) -> Work:
 
 def _speed_work(structure: Structure) -> Work:
     """Of measuring the speed of a model. A token that is generated alone reads every weight once."""
-    prompt, generates = _sample_tokens(structure, PREFILL_TOKENS), structure.model.can_generate()
-    found = _run_of(structure, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
+    prompt, generates = sample_tokens(structure, PREFILL_TOKENS), structure.model.can_generate()
+    found = run_of(structure, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
     if not generates:
-        return found + _run_of(structure, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
+        return found + run_of(structure, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
     weights = sum(part.run.products / 2 for part in part_works(structure))
-    return found + _run_of(structure, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
+    return found + run_of(structure, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
 
 
 def _stored_values(plan: Plan) -> float:
     """Number of the weights that are stored in another format."""
     return float(sum(math.prod(form.weight.shape) for form in plan.forms.values() if not form.weight.is_function))
-
-
-def part_works(structure: Structure) -> list[PartWork]:
-    """The work of each part of a model."""
-    values, sizes = [0] * (structure.block_count + 2), [0] * (structure.block_count + 2)
-    for tensor, part in structure.part_by_tensor.items():
-        info = structure.checkpoint.tensors[tensor]
-        values[part] += math.prod(info.shape)
-        sizes[part] += info.nbytes
-    return [
-        PartWork(
-            values[part], _outputs_of(structure, part), Work(stored=float(sizes[part])), _run_work(structure, part)
-        )
-        for part in range(structure.block_count + 2)
-    ]
-
-
-def _outputs_of(structure: Structure, part: int) -> int:
-    """Values that a part gives for each token: those of its last matmul; 0 if it has none."""
-    stages = structure.stages(part) if part else []
-    return sum(weight.out_features for group in stages[-1] for weight in group) if stages else 0
-
-
-def _run_work(structure: Structure, part: int) -> Work:
-    """Of running one token through a part: its matmuls, and what is computed with their outputs."""
-    products = outputs = 0.0
-    for stage in structure.stages(part) if part else []:
-        for group in stage:
-            share = 1.0 if group.expert is None else _routed_share(structure)
-            for weight in group:
-                products += 2.0 * math.prod(weight.shape) * share
-                outputs += weight.out_features * share
-    return Work(products=products, values=PASSES_OVER_OUTPUTS * outputs)
-
-
-def _run_of(structure: Structure, tokens: int) -> Work:
-    """Of running so many tokens through a model."""
-    return sum((part.run for part in part_works(structure)), Work()) * tokens
-
-
-def _tokens_of(group: Group, structure: Structure, tokens: int) -> int:
-    """Of the calibration tokens those that reach a group: an expert gets its share of them."""
-    return tokens if group.expert is None else round(tokens * _routed_share(structure))
-
-
-def _routed_share(structure: Structure) -> float:
-    """Share of the tokens that one expert gets if all get the same."""
-    config = structure.model.config.get_text_config()
-    experts = next((value for key in EXPERT_COUNTS if isinstance(value := getattr(config, key, None), int)), 1)
-    return min(1.0, getattr(config, "num_experts_per_tok", experts) / max(experts, 1))
-
-
-def data_size(recipe: Recipe, steps: Sequence[Step], structure: Structure) -> DataSize:
-    """The calibration data of steps."""
-    if all(step.settings.traits.reads == "weights" for step in steps):
-        return DataSize()
-    samples, length = recipe.data.samples, _sample_tokens(structure, recipe.data.length)
-    most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
-    batch = min([max(1, BATCH_TOKENS // length), samples, *most])
-    return DataSize(samples, samples * length, batch * length)
-
-
-def _sample_tokens(structure: Structure, length: int) -> int:
-    """Tokens of a sample: text has the length of the recipe."""
-    return length if structure.model.main_input_name == "input_ids" else IMAGE_TOKENS
 
 
 def predict_stages(plan: Plan, measure: bool, device: torch.device) -> list[PredictedStage] | None:

@@ -1,5 +1,8 @@
 """The predicted work is the work that is done: floating-point operations are counted while a model runs."""
 
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,11 +14,16 @@ from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.plan import make_plan
 from compressor.engine.stage_times import check_time, predict_stages, stage_works
 from compressor.errors import PreflightError
+from compressor.evaluation import speed
 from compressor.model.probe_model import use_eager_experts
 from compressor.model.weights import Weight
+from compressor.passes import BUILTIN
+from compressor.passes.awq import AWQ
+from compressor.passes.dsformer import DSFormer
 from compressor.passes.gptq import GPTQ, solve
-from compressor.protocol import Work
-from compressor.recipe.recipe import parse_recipe
+from compressor.protocol import DataSize, Work
+from compressor.recipe.recipe import parse_recipe, read_recipe
+from tests.support import tiny
 
 SAMPLES, LENGTH = 8, 16
 DATA = f"{{source: random, samples: {SAMPLES}, length: {LENGTH}}}"
@@ -36,8 +44,28 @@ MODELS = {
 }
 
 
-def plan_of(path, steps="[{pass: rtn, group_size: -1}]"):
-    text = f"version: 1\ndata: {DATA}\neval: {{data: {DATA}}}\nsteps: {steps}\n"
+ONES = Work(**dict.fromkeys(vars(Work()), 1.0))
+# Recipes that have every built-in pass between them, and the family of models that they are planned for.
+RECIPES = {
+    "awq-gptq-w3": "llama",
+    "bct-4-8": "llama",
+    "dsformer-50": "llama",
+    "gptq-llm-int8": "llama",
+    "greedy-removal": "llama",
+    "low-rank-50": "llama",
+    "prefill-pruning": "llama",
+    "rotate-gptq-w3": "llama",
+    "rtn-w8": "llama",
+    "slicegpt-25": "llama",
+    "slicegpt-auto": "llama",
+    "vtrans-30": "llama",
+    "zero-tprune": "vit",
+}
+WIDTHS = {"hidden_size": 128, "intermediate_size": 256}
+
+
+def plan_of(path, steps="[{pass: rtn, group_size: -1}]", metrics="[perplexity]"):
+    text = f"version: 1\ndata: {DATA}\neval: {{data: {DATA}, metrics: {metrics}}}\nsteps: {steps}\n"
     return make_plan(parse_recipe(text.encode()), str(path))
 
 
@@ -63,9 +91,86 @@ def test_every_stage_and_every_part_has_work(tmp_path):
     assert works[0].known and works[0].whole.searched == weights
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """(recipe, blocks) -> its plan for a small model."""
+
+    @cache
+    def plan(recipe, blocks):
+        folder = tmp_path_factory.mktemp(recipe)
+        tiny.save(RECIPES[recipe], folder, num_hidden_layers=blocks, **WIDTHS)
+        return make_plan(read_recipe(recipe, []), str(folder))
+
+    return plan
+
+
+def test_these_recipes_have_every_pass():
+    assert {step.name for recipe in RECIPES for step in read_recipe(recipe, []).steps} == set(BUILTIN)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_pass_counts_its_work(planned, recipe):
+    plan = planned(recipe, 5)
+    assert not plan.problems
+    works = stage_works(plan, measure=True)
+    assert all(work.known for work in works)
+    assert all(amount >= 0 for work in works for part in work.parts for amount in vars(part).values())
+    assert works[0].whole != Work()
+
+
+@pytest.mark.parametrize("recipe", ["awq-gptq-w3", "dsformer-50", "low-rank-50", "slicegpt-25", "vtrans-30"])
+def test_twice_the_blocks_are_twice_the_work_on_them(planned, recipe):
+    def in_blocks(blocks):
+        *sweeps, _, _ = stage_works(planned(recipe, blocks), measure=False)
+        return [sum(work.parts[1:-1], Work()) for work in sweeps]
+
+    for once, twice in zip(in_blocks(5), in_blocks(10), strict=True):
+        assert vars(twice) == pytest.approx(vars(once * 2))
+
+
+@pytest.mark.parametrize("recipe", ["bct-4-8", "gptq-llm-int8", "low-rank-50", "slicegpt-auto", "vtrans-30"])
+def test_more_samples_are_more_runs_of_the_blocks_and_no_more_bytes(planned, recipe):
+    plan = planned(recipe, 5)
+    data = plan.recipe.data.model_copy(update={"samples": 2 * plan.recipe.data.samples})
+    more = replace(plan, recipe=plan.recipe.model_copy(update={"data": data}))
+    few, many = (sum((work.whole for work in stage_works(one, measure=False)), Work()) for one in (plan, more))
+    assert many.products > few.products
+    assert many.stored == few.stored
+
+
+def test_a_run_inside_a_pass_is_counted_for_each_trial():
+    """AWQ that rounds itself runs the block on its search batches once for each alpha."""
+    weights = (Weight("w", "w.weight", "w.weight", (64, 32), "mlp"),)
+    data, run = DataSize(samples=8, tokens=800, batch=100), Work(products=1.0)
+    once, twice = (AWQ(steps=steps).work(weights, data, run).products for steps in (10, 20))
+    assert twice - once == 10 * 100
+
+
+def test_the_runs_of_a_speed_measurement_are_those_that_it_makes(tmp_path, monkeypatch):
+    """The prompt tokens, and the tokens that are generated one by one."""
+    model = saved(MODELS["dense"](), tmp_path)
+    read = []
+    original = type(model).forward
+
+    def forward(self, input_ids, **options):
+        read.append(input_ids.shape[1])
+        return original(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    ids = torch.zeros(1, stage_times.PREFILL_TOKENS, dtype=torch.long)
+    with speed._cache_if_any(model, {"input_ids": ids}):
+        model(input_ids=ids)
+        speed._median_seconds(lambda: model(input_ids=ids), speed.SPEED_RUNS)
+    speed._decode_rate(model, ids)
+    prompts = [length for length in read if length > 1]
+    assert prompts == [stage_times.PREFILL_TOKENS] * (stage_times.PREFILL_RUNS + stage_times.DECODE_RUNS)
+    assert len(read) - len(prompts) == stage_times.DECODE_RUNS * (stage_times.DECODE_TOKENS - 1)
+
+
 def test_a_pass_that_does_not_count_its_work_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(stage_times, "LONG_SECONDS", 0.0)
-    monkeypatch.setattr(stage_times, "measure_rates", lambda *_: Work(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(stage_times, "measure_rates", lambda *_: ONES)
+    monkeypatch.setattr(DSFormer, "work", lambda *_: None)
     saved(MODELS["dense"](), tmp_path)
     steps = "[{pass: rtn, group_size: -1, only: ['*q_proj']}, {pass: dsformer, except: ['*q_proj']}]"
     plan = plan_of(tmp_path, steps)
@@ -81,7 +186,7 @@ def test_a_short_run_is_not_predicted(tmp_path, monkeypatch):
 
 def test_seconds_add_up_over_kinds_of_work():
     work = Work(products=6.0, stored=10.0) + Work(products=2.0) * 2
-    assert seconds(work, Work(2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0)) == 7.0
+    assert seconds(work, replace(ONES, products=2.0, stored=5.0)) == 7.0
 
 
 def test_every_kind_of_work_has_a_rate():
@@ -117,6 +222,6 @@ def test_the_products_of_gptq_s_solve_are_those_that_it_counts():
     settings = GPTQ()
     with Products() as counter:
         solve(weight, torch.eye(columns), torch.ones(columns), torch.arange(columns), settings, 128, torch.bfloat16)
-    planned = settings.work((Weight("w", "w.weight", "w.weight", (out, columns), "mlp"),), tokens=7)
+    planned = settings.work((Weight("w", "w.weight", "w.weight", (out, columns), "mlp"),), DataSize(tokens=7), Work())
     assert planned.exact == pytest.approx(counter.operations, rel=0.1)
     assert (planned.products, planned.searched) == (7 * columns**2, out * columns)

@@ -1,0 +1,87 @@
+"""Counts the parts of a model and the calibration data, from which passes count their work and their memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+from compressor.engine.calibration_batch import BATCH_TOKENS, IMAGE_TOKENS
+from compressor.model.structure import Structure
+from compressor.model.weights import Group
+from compressor.protocol import DataSize, PartWork, Work
+from compressor.recipe.recipe import Recipe, Step
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of configs
+# Values that elementwise operations read for each output of a matmul, in norms, activations and residual additions.
+PASSES_OVER_OUTPUTS = 4
+
+
+def part_works(structure: Structure) -> list[PartWork]:
+    """The work of each part of a model."""
+    values, sizes = [0] * (structure.block_count + 2), [0] * (structure.block_count + 2)
+    for tensor, part in structure.part_by_tensor.items():
+        info = structure.checkpoint.tensors[tensor]
+        values[part] += math.prod(info.shape)
+        sizes[part] += info.nbytes
+    return [
+        PartWork(values[part], _outputs_of(structure, part), Work(stored=float(size)), _run_work(structure, part))
+        for part, size in enumerate(sizes)
+    ]
+
+
+def _outputs_of(structure: Structure, part: int) -> int:
+    """Values that a part gives for each token: those of its last matmul; 0 if it has none."""
+    stages = structure.stages(part) if part else []
+    return sum(weight.out_features for weight in stages[-1][-1]) if stages else 0
+
+
+def _run_work(structure: Structure, part: int) -> Work:
+    """Of running one token through a part: its matmuls, and what is computed with their outputs."""
+    products = outputs = 0.0
+    for stage in structure.stages(part) if part else []:
+        for group in stage:
+            share = 1.0 if group.expert is None else _routed_share(structure)
+            for weight in group:
+                products += 2.0 * math.prod(weight.shape) * share
+                outputs += weight.out_features * share
+    return Work(products=products, values=PASSES_OVER_OUTPUTS * outputs)
+
+
+def run_of(structure: Structure, tokens: int) -> Work:
+    """Of running so many tokens through a model."""
+    return sum((part.run for part in part_works(structure)), Work()) * tokens
+
+
+def tokens_of(group: Group, structure: Structure, tokens: int) -> int:
+    """Of the calibration tokens those that reach a group: an expert gets its share of them."""
+    return tokens if group.expert is None else round(tokens * _routed_share(structure))
+
+
+def _routed_share(structure: Structure) -> float:
+    """Share of the tokens that one expert gets if all get the same."""
+    config = structure.model.config.get_text_config()
+    experts = next((value for key in EXPERT_COUNTS if isinstance(value := getattr(config, key, None), int)), 1)
+    return min(1.0, getattr(config, "num_experts_per_tok", experts) / max(experts, 1))
+
+
+def chosen_groups(structure: Structure, part: int, chosen: Collection[str]) -> Iterator[Group]:
+    """The groups of a part that have weights with these names, with only these weights."""
+    for stage in structure.stages(part):
+        for group in stage:
+            if kept := tuple(weight for weight in group if weight.name in chosen):
+                yield Group(kept)
+
+
+def data_size(recipe: Recipe, steps: Sequence[Step], structure: Structure) -> DataSize:
+    """The calibration data of steps."""
+    if all(step.settings.traits.reads == "weights" for step in steps):
+        return DataSize()
+    samples, length = recipe.data.samples, sample_tokens(structure, recipe.data.length)
+    most = [step.settings.batch_samples for step in steps if step.settings.batch_samples is not None]
+    batch = min([max(1, BATCH_TOKENS // length), samples, *most])
+    return DataSize(samples, samples * length, batch * length)
+
+
+def sample_tokens(structure: Structure, length: int) -> int:
+    """Tokens of a sample: text has the length of the recipe."""
+    return length if structure.model.main_input_name == "input_ids" else IMAGE_TOKENS
