@@ -19,6 +19,7 @@ from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
 from compressor.engine.plan_records import Plan
 from compressor.errors import PreflightError
+from compressor.layers import DENSE
 from compressor.model.structure import Structure
 from compressor.protocol import RewritePass, TokenPass, WeightPass, Work
 from compressor.recipe.recipe import Step
@@ -40,12 +41,15 @@ ORDINARY = Work(
     seconds=1.0,
 )
 
+# Of a weight that is put in its format and read back: it is dequantized twice, and compared with its value in float64.
+PASSES_OF_STORING = 130
 # Of a weight that the reference layers dequantize, each time that it is used: codes are unpacked, converted and scaled.
-PASSES_OF_DEQUANTIZING = 10
+PASSES_OF_DEQUANTIZING = 25
 PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance from the source's
 PASSES_OVER_LOGITS = 12  # two log-softmax in float32, their divergence and their largest entries
 # The runs of `verify`: the stock loader twice, our own loader, the source as it is and with the artifact's layers.
 DENSE_RUNS, REFERENCE_RUNS = 3, 2
+SERVER_SECONDS = 3.0  # of the process that starts others: it imports torch and transformers beside the first sweep
 PROCESS_SECONDS = 0.5  # that a forked process needs before it loads a model; our measurement
 # The runs of one measurement of speed (`evaluation.speed`): the prompt with and without a warm-up, then generations.
 PREFILL_TOKENS, PREFILL_RUNS = 128, 7
@@ -88,6 +92,8 @@ def _sweep_work(plan: Plan, number: int, steps: Sequence[Step]) -> StageWork:
             parts = _redefining_work(plan, steps[0])
         case _:
             parts = _storing_work(plan, steps)
+    if number == 0 and parts[0] is not None:
+        parts[0] += Work(seconds=SERVER_SECONDS)
     return StageWork(f"sweep {number}", tuple(work or Work() for work in parts), None not in parts)
 
 
@@ -125,6 +131,8 @@ def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
                 assert isinstance(step.settings, WeightPass)
                 own = replace(size, tokens=tokens_of(group, structure, size.tokens))
                 found = step.settings.work(group.weights, own, part.run)
+                stored = sum(math.prod(w.shape) for w in group if step.settings.stored(w) != DENSE)
+                found = None if found is None else found + Work(values=float(PASSES_OF_STORING * stored))
                 work = None if found is None or work is None else work + found
         parts.append(work)
     return parts
@@ -140,12 +148,12 @@ def _verify_work(plan: Plan) -> Work:
     dense = float(sum(part.values for part in part_works(plan.structure)))
     source = float(sum(part.values for part in part_works(plan.source)))
     itemsize = plan.structure.dtype.itemsize
-    steps = REFERENCE_RUNS + GENERATED_TOKENS
+    steps = 1 + REFERENCE_RUNS + GENERATED_TOKENS + (2 if _is_custom(plan) else 0)
     return (
         probe * (DENSE_RUNS + REFERENCE_RUNS)
         + run_of(plan.structure, PROMPT_TOKENS)
         + Work(
-            values=PASSES_OF_DEQUANTIZING * stored * (steps + 1)
+            values=PASSES_OF_DEQUANTIZING * stored * steps
             + dense * GENERATED_TOKENS
             + PASSES_OF_CHECKING * (dense + source),
             stored=2.0 * plan.weight_bytes + plan.source_bytes,
@@ -165,8 +173,12 @@ def _evaluate_work(plan: Plan) -> Work:
         logits = float(tokens * part_works(plan.source)[-1].outputs)
         found += load + run_of(plan.source, tokens) + run_of(plan.structure, tokens)
         found += Work(values=PASSES_OVER_LOGITS * logits, seconds=PROCESS_SECONDS)
+        if _is_custom(plan):
+            found += Work(values=PASSES_OF_DEQUANTIZING * stored * settings.data.samples / settings.batch_size)
     if {"speed", "memory"} & set(settings.metrics):
         found += load + _speed_work(plan.source) + _speed_work(plan.structure)
+        if _is_custom(plan):
+            found += Work(values=PASSES_OF_DEQUANTIZING * stored * (PREFILL_RUNS + DECODE_RUNS * DECODE_TOKENS))
     if "speed" in settings.metrics and stored:
         found += Work(stored=float(plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
         found += _speed_work(plan.structure)
@@ -181,6 +193,11 @@ def _speed_work(structure: Structure) -> Work:
         return found + run_of(structure, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
     weights = sum(part.run.products / 2 for part in part_works(structure))
     return found + run_of(structure, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
+
+
+def _is_custom(plan: Plan) -> bool:
+    """Whether the stock loader uses the modeling file, whose layers dequantize a weight each time that it is used."""
+    return plan.export_format is not None and plan.export_format.name == "custom"
 
 
 def _stored_values(plan: Plan) -> float:

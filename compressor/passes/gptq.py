@@ -42,7 +42,7 @@ from compressor.protocol.work import factor_operations
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
 WORKING_ELEMENTS = 1 << 22  # of the rows that are solved at a time: 16 MiB in float32
 SAMPLED_ROWS = 128  # of a weight, evenly spaced; the output errors of all rows would cost more than the solve
-PASSES_OVER_VALUES = 10  # copies, rounding and packing of a weight, beside the solve
+PASSES_OVER_VALUES = 80  # copies, rounding and packing of a weight, beside the solve; packing takes most of it
 IDENTITY_TOLERANCE = 1e-2  # for float32 sums over a whole matrix; the tests require 1e-10 in float64
 
 
@@ -126,9 +126,11 @@ class GPTQ(WeightPass):
         """The counts at the top of this file."""
         inputs, outputs = weights[0].in_features, sum(weight.out_features for weight in weights)
         count = float(outputs * inputs)
+        sampled = sum(min(SAMPLED_ROWS, weight.out_features) for weight in weights)
+        errors = 3 * 2.0 * sampled * inputs**2  # of the solution, of rounding to nearest, and of the weight itself
         return Work(
             products=data.tokens * float(inputs) ** 2,
-            exact=count * inputs,
+            exact=count * inputs + errors,
             factors=factor_operations(inputs),
             searched=0.0 if self.scale_search == "minmax" else count,
             values=PASSES_OVER_VALUES * count,

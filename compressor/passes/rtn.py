@@ -15,6 +15,8 @@ from pydantic import Field
 from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
 from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass, Work
 
+PASSES_OVER_VALUES = 80  # copies, rounding and packing of a weight; packing takes most of it
+
 
 class RTN(WeightPass):
     """Round each weight to the nearest point of its grid; no calibration data."""
@@ -40,7 +42,8 @@ class RTN(WeightPass):
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         count = float(sum(weight.out_features * weight.in_features for weight in weights))
-        return Work(searched=count) if self.scale_search == "mse" else Work(values=4 * count)
+        searched = count if self.scale_search == "mse" else 0.0
+        return Work(searched=searched, values=PASSES_OVER_VALUES * count)
 
     def block(self, view: BlockView) -> None:
         for stage in view.stages(sequential=False):
