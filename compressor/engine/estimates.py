@@ -222,7 +222,7 @@ def _largest_bytes(structure: Structure) -> int:
 def _batch_bytes(structure: Structure, tokens: int) -> int:
     """Bytes that a batch of so many tokens needs while it runs through a block."""
     widest = max(
-        (max(weight.shape) for part, weight in structure.weights() if part <= structure.block_count), default=0
+        (max(weight.shape) for part, weight in structure.weights() if 0 < part <= structure.block_count), default=0
     )
     return tokens * widest * BATCH_COPIES * structure.dtype.itemsize
 

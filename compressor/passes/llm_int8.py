@@ -123,6 +123,10 @@ class LLMInt8(WeightPass):
         seen = float(data.tokens * weights[0].in_features) if self._counts else 0.0
         return Work(values=PASSES_OVER_WEIGHTS * count + PASSES_OVER_INPUTS * seen)
 
+    def memory(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Four copies of a weight in float32."""
+        return 16 * max(weight.out_features for weight in weights) * weights[0].in_features
+
     def block(self, view: BlockView) -> None:
         for stage in view.stages(sequential=False):
             counts: list[Outliers] = []

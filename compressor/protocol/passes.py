@@ -11,6 +11,7 @@ journal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -183,10 +184,11 @@ class RewritePass(Pass):
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
         """Bytes of the working copies that exist at once, beside one part of the model and a batch.
 
-        The default is enough for the new parameters of the largest part in float64, one more copy in float64, and one
-        in the model's dtype.
+        The default is enough for the new parameters of the largest part in float64 and in the model's dtype, and for
+        one more copy of the largest parameter in float64.
         """
-        return 20 * max(part.values for part in parts)
+        largest = max((math.prod(shape) for shape in model.shapes.values()), default=0)
+        return 10 * max(part.values for part in parts) + 8 * largest
 
     def choose(self, model: RunnableModel) -> Decision:
         """The choice of the new shapes, if it needs a run of the model, as JSON. Called if the pass `decides`."""
