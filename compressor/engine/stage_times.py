@@ -19,7 +19,7 @@ from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
 from compressor.engine.plan_records import Plan
 from compressor.errors import PreflightError
-from compressor.layers import DENSE
+from compressor.layers import DENSE, find_layer
 from compressor.model.structure import Structure
 from compressor.protocol import RewritePass, TokenPass, WeightPass, Work
 from compressor.recipe.recipe import Step
@@ -118,13 +118,15 @@ def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
     structure = plan.structure
     sizes = [data_size(plan.recipe, [step], structure) for step in steps]
     tokens = max((size.tokens for size in sizes), default=0)
-    # A batch that a pass has read is run again as the part is stored, except for what it has kept of the block.
-    runs = tokens + sum(size.tokens * (2 if step.settings.decides else 1) for step, size in zip(steps, sizes))
+    # A batch that a pass has read is paused in the block and goes on from there, unless a layer replaces a module.
+    replacing = {name for name, form in plan.forms.items() if not find_layer(form.form).weight_only}
+    deciding = sum(2 * size.tokens for step, size in zip(steps, sizes, strict=True) if step.settings.decides)
     parts: list[Work | None] = []
     for number, part in enumerate(part_works(structure)):
         work: Work | None = part.load * 2 + part.run * PROBE_TOKENS
         if number <= structure.block_count:
-            work = part.load * 2 + part.run * (runs + PROBE_TOKENS)
+            runs = 2 if any(True for _ in chosen_groups(structure, number, replacing)) else 1
+            work = part.load * 2 + part.run * (runs * tokens + deciding + PROBE_TOKENS)
         for step, size in zip(steps, sizes, strict=True):
             chosen = {weight.name for weight in plan.selected[step.path]}
             for group in chosen_groups(structure, number, chosen):

@@ -102,11 +102,11 @@ class AWQ(WeightPass):
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         """As if each group had its own producer. Its inputs need a run of the block up to it. In a usual block all of
-        these take 1.4 runs, of which the engine counts one.
+        these together take about one run.
         """
         inputs = weights[0].in_features
         rows = [weight.out_features for weight in weights]
-        found = run * (0.1 * data.tokens) + Work(values=float(PASSES_OVER_VALUES * sum(rows) * inputs))
+        found = run * (0.25 * data.tokens) + Work(values=float(PASSES_OVER_VALUES * sum(rows) * inputs))
         if self.rounding == "later":
             searched = float(self.steps * inputs * sum(min(out, SEARCHED_ROWS) for out in rows))
             moments = Work(products=data.tokens * float(inputs) ** 2) + cholesky(inputs)

@@ -130,7 +130,7 @@ class WeightPass(Pass):
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work | None:
         """The work on weights that read the same input, for `decide` and for the sweep.
 
-        The engine counts the runs of the part that `fold` needs, and one more run of the model if the pass `decides`.
+        The engine counts the runs of the part for `fold` and for the next part, and two more if the pass `decides`.
         Further runs are counted here, as `run * tokens`.
 
         data  the calibration tokens that reach these weights
