@@ -301,7 +301,7 @@ class DSFormer(WeightPass):
         blocks = inputs // block
         a_round = 8.0 * rows * atoms**2 + 4.0 * rows * block * atoms
         targets = (2 * self.sweeps - 1) * float(rows) * inputs**2
-        errors = 4 + (self.sweeps - 1) * blocks  # E is computed after each block that was solved again
+        errors = 4  # of the weight left out, of the rounded factors before and after they are refitted, of the rival
         rounds = self.sweeps * blocks * self.rounds
         first = Work(double=2.0 * rows * block**2, spectra=float(block) ** 3) * blocks
         solved = matmul_work(inputs, rounds * a_round + targets) + error_work(shape) * errors

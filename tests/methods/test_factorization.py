@@ -50,7 +50,7 @@ def correlated(inputs, rows=400, seed=1):
     return x.t() @ x / rows
 
 
-def solve(matrix, metric, block, atoms, k, sweeps=2, rounds=5, seed=0, watch=lambda error: None):
+def solve(matrix, metric, block, atoms, k, sweeps=2, rounds=5, seed=0, watch=None):
     return factorize(matrix, metric, block, atoms, k, sweeps, rounds, torch.Generator().manual_seed(seed), watch)
 
 

@@ -263,7 +263,7 @@ def factorize(
     sweeps: int,
     rounds: int,
     generator: torch.Generator,
-    watch: Callable[[float], None] = lambda error: None,
+    watch: Callable[[float], None] | None = None,
     report: Callable[[float], None] = lambda share: None,
 ) -> SparseFactors:
     """Solve the blocks one after the other, each by rounds of support, values and atoms. A change must decrease E.
@@ -276,7 +276,8 @@ def factorize(
 
     matrix  (out, in) float32 or float64, in divisible by `block`
     rounds  for each block and sweep
-    watch   called with E after each accepted change, once all blocks are solved; for tests
+    watch   called with E after each accepted change, once all blocks are solved; for tests, since E costs more than
+            the solve of a block
     report  called with the share of the work that is done, from 0 to 1
     """
     out, blocks = len(matrix), matrix.shape[1] // block
@@ -307,7 +308,7 @@ def factorize(
                 found.index[:, b] = solved.support.nonzero()[:, 1].view(out, k)
                 found.values[:, b] = sparse.gather(1, found.index[:, b])
                 rest[:, columns] = matrix[:, columns] - sparse @ found.atoms[b]
-                if sweep or b == blocks - 1:
+                if watch is not None and (sweep or b == blocks - 1):
                     watch(metric.error(rest))
     return found
 
