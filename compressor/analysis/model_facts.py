@@ -11,7 +11,6 @@ from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
 from compressor.model.facts import KINDS, ModelFacts, PrunableModule
-from compressor.model.probe_model import signature
 from compressor.model.redefined_structure import config_misfit, misfit, parameter_shapes
 from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure
@@ -55,5 +54,4 @@ def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequenc
     """The settings of a rotated_block for each block."""
     found = find_branches(structure, residual)
     check_widths(structure, residual, found, widths)
-    config, blocks = structure.model.config, structure.pieces.blocks
-    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))
+    return tuple(found[kind] for kind in structure.kinds)
