@@ -11,7 +11,7 @@ from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
 from compressor.model.facts import KINDS, ModelFacts, PrunableModule
-from compressor.model.redefined_structure import config_misfit, misfit, parameter_shapes
+from compressor.model.redefined_structure import class_misfit, config_misfit, misfit, parameter_shapes
 from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure
 
@@ -47,6 +47,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         prunable,
         cache(lambda: find_token_sites(structure)),
         lambda changes: config_misfit(structure, changes),
+        lambda changes: class_misfit(structure, changes),
     )
 
 
