@@ -126,6 +126,8 @@ def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], direc
                 obstacle = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
                 continue
             probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype, empty)
+            with torch.no_grad():  # a class may be made at sizes at which it can't run, as with too few experts
+                probe(**example_batch(probe, torch.device("cpu")))
             probe.config.architectures = [structure.architecture]
             for key in (
                 "auto_map",
