@@ -21,7 +21,7 @@ AWKWARD = {
     "llama, 8 heads": ("llama", {"hidden_size": 64, "num_attention_heads": 8}),
     "llama, 4 groups of 8 heads": ("llama", {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}),
     "qwen3, 3 groups of 6 heads": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3}),
-    "gemma3": ("gemma3", {}),
+    "gemma3": ("gemma3", {"layer_types": ["full_attention"]}),
     "opt": ("opt", {}),
     "gpt2": ("gpt2", {}),
     "vit": ("vit", {}),
